@@ -1,0 +1,25 @@
+"""Conformance and benchmarking of parameter-efficient fine-tuning methods."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harness.registry import Implementation, implements
+
+    __version__: str
+
+__all__ = ["Implementation", "__version__", "implements"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `import harness` costs nothing."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("peft-harness")
+    if name in __all__:
+        import harness.registry
+
+        return getattr(harness.registry, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

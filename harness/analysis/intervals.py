@@ -1,0 +1,89 @@
+"""Intervals and tests that need nothing but counting: Wilson, order statistics, exact McNemar, Holm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist, median
+
+LEVEL = 0.95
+POWER = 0.8
+
+
+def wilson(correct: int, n: int, level: float = LEVEL) -> tuple[float, float]:
+    """Return the Wilson score interval of a proportion; (0, 1) when nothing was tried."""
+    if not 0 <= correct <= n:
+        raise ValueError(f"{correct} correct of {n}")
+    if n == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    p = correct / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return (0.0 if correct == 0 else centre - half), (1.0 if correct == n else centre + half)
+
+
+@dataclass(frozen=True)
+class Median:
+    """A median and its interval from order statistics; no interval when the samples are too few for the level."""
+
+    value: float
+    low: float | None
+    high: float | None
+    count: int
+
+
+def _half_cumulative(n: int) -> Iterator[tuple[int, int]]:
+    """Yield (i, sum of C(n, 0..i)): the numerators of P(Binomial(n, 1/2) <= i) over 2**n, in exact integers."""
+    term, total = 1, 1
+    for i in range(n + 1):
+        yield i, total
+        term = term * (n - i) // (i + 1)
+        total += term
+
+
+def median_interval(samples: Sequence[float], level: float = LEVEL) -> Median:
+    """Return the median with the narrowest symmetric pair of order statistics that covers it with at least `level`.
+
+    Holds for independent samples of any distribution. Steps of one process are not independent of each other, and say
+    nothing of another process.
+    """
+    if not samples:
+        raise ValueError("no samples")
+    ordered, n = sorted(samples), len(samples)
+    numerator, denominator = (1 - level).as_integer_ratio()  # exact: 2**n overflows a float beyond n = 1023
+    rank = -1
+    for i, cumulative in _half_cumulative(n):
+        if 2 * cumulative * denominator > numerator << n:
+            break
+        rank = i
+    if rank < 0:
+        return Median(median(ordered), None, None, n)
+    return Median(median(ordered), ordered[rank], ordered[n - 1 - rank], n)
+
+
+def mcnemar(only_left: int, only_right: int) -> float:
+    """Return the exact two-sided p of McNemar's test, from the items that exactly one of two Cells got right."""
+    n, fewer = only_left + only_right, min(only_left, only_right)
+    below = sum(math.comb(n, i) for i in range(fewer + 1))
+    return min(1.0, 2 * below / 2**n) if n else 1.0
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Adjust p values for asking several questions at once (Holm's step-down)."""
+    adjusted: dict[str, float] = {}
+    highest = 0.0
+    for place, (name, p) in enumerate(sorted(p_values.items(), key=lambda pair: pair[1])):
+        highest = max(highest, min(1.0, (len(p_values) - place) * p))
+        adjusted[name] = highest
+    return adjusted
+
+
+def detectable(n: int, disagreement: float) -> float:
+    """Return the smallest true difference of two accuracies that a two-sided test at 5 % finds with 80 % power.
+
+    disagreement: the share of items on which exactly one of the two is right; for independent answers 2 p (1 - p).
+    """
+    z = NormalDist().inv_cdf(0.5 + LEVEL / 2) + NormalDist().inv_cdf(POWER)
+    return z * math.sqrt(disagreement / n)

@@ -1,0 +1,42 @@
+"""What one Record's raw samples come to: steady throughput, step time, the peak of its training."""
+
+from __future__ import annotations
+
+from harness.analysis.intervals import Median, median_interval
+from harness.records import Record, TrainingMeasured
+
+STARTUP = "startup"
+"""The phase from the start of the process to the Cell's first own work."""
+TRAIN = "train"
+
+
+def steady(training: TrainingMeasured) -> slice:
+    """Return the steps that count as steady state; all of them if the run was no longer than its warm-up."""
+    return slice(training.timing_warmup if training.timing_warmup < len(training.step_seconds) else 0, None)
+
+
+def step_time(training: TrainingMeasured) -> Median:
+    """Return the median time of a steady step."""
+    return median_interval(training.step_seconds[steady(training)])
+
+
+def throughput(training: TrainingMeasured) -> float | None:
+    """Return real tokens (no padding) per second of steady steps; None if the clock did not move."""
+    seconds = sum(training.step_seconds[steady(training)])
+    return sum(training.tokens[steady(training)]) / seconds if seconds > 0 else None
+
+
+def training_peak(record: Record) -> int | None:
+    """Return the highest memory inside the training phase; None if it was not trained or not measured."""
+    peaks = [p.peak_memory_B for p in record.phases if p.name == TRAIN]
+    return max((peak for peak in peaks if peak is not None), default=None)
+
+
+def startup_seconds(record: Record) -> float:
+    """Return the Cell's own start-up: interpreter, imports."""
+    return sum(p.seconds for p in record.phases if p.name == STARTUP)
+
+
+def unaccounted_seconds(record: Record) -> float:
+    """Return the part of the Cell's duration that lies in none of its phases."""
+    return max(0.0, record.duration_s - sum(p.seconds for p in record.phases))

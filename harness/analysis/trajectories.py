@@ -1,0 +1,171 @@
+"""Do several Cells compute the same training run? Their losses against float64's, step by step, within the noise floor.
+
+With err(t) = |loss(t) - loss64(t)|, a subject may err at step t by
+
+    TRAJECTORY_FACTOR * (largest err of the reference run in the subject's dtype up to t)  +  floor(t)
+
+The reference run defines that noise, so it cannot be judged by it: its own error may grow by a fixed number of eps at
+each step, and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from harness import tolerances
+from harness.analysis.words import Verdict, Word, joint
+from harness.records import Cell, Comparison, Record, Status
+
+REFERENCE = "reference"
+EXACT = "float64"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One subject's run against float64.
+
+    errors, allowed: one entry per step. ratio: the worst error over its allowance, at `step` (counting from 0).
+    by: `noise` of the reference run in the same dtype, or `growth` for a run that defines the noise itself.
+    """
+
+    cell_id: str
+    verdict: Verdict
+    by: str = ""
+    errors: tuple[float, ...] = ()
+    allowed: tuple[float, ...] = ()
+    ratio: float | None = None
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class SameLosses:
+    """A `same-losses` comparison, decided."""
+
+    verdict: Verdict
+    subjects: tuple[Judged, ...]
+
+
+def judge(comparison: Comparison, cells: Mapping[str, Cell], records: Mapping[str, Record]) -> SameLosses:
+    """Judge every Cell of `left` against its float64 counterpart in `right`; `records` maps cell_id to its Record."""
+    subjects = tuple(_judge_one(cells[i], comparison.right, cells, records) for i in comparison.left)
+    word = joint(s.verdict.word for s in subjects)
+    ids = tuple(dict.fromkeys(i for s in subjects for i in s.verdict.records))
+    if word is Word.PASS:
+        worst = max(subjects, key=lambda s: s.ratio or 0.0)
+        steps = len(worst.errors)
+        reason = (
+            f"all {len(subjects)} follow the float64 losses through {steps} steps; the worst error is"
+            f" {worst.ratio:.2g} of what is allowed ({cells[worst.cell_id].label}, step {worst.step})"
+        )
+    else:
+        named = [s for s in subjects if s.verdict.word is word]
+        reason = "; ".join(f"{cells[s.cell_id].label}: {s.verdict.reason}" for s in named)
+    return SameLosses(Verdict(word, reason or "no Cell to judge", ids), subjects)
+
+
+def _judge_one(
+    cell: Cell, exact_ids: Sequence[str], cells: Mapping[str, Cell], records: Mapping[str, Record]
+) -> Judged:
+    def undecided(word: Word, reason: str, *used: Record) -> Judged:
+        return Judged(cell.cell_id, Verdict(word, reason, tuple(r.id for r in used)))
+
+    exact_cell = next((cells[i] for i in exact_ids if not _differences(cell, cells[i])), None)
+    if exact_cell is None:
+        differ = "; ".join(", ".join(_differences(cell, cells[i])) for i in exact_ids) or "no Cell named"
+        return undecided(Word.NOT_RUN, f"not comparable with float64: {differ}")
+    if exact_cell.dtype != EXACT:
+        return undecided(Word.NOT_RUN, f"not comparable: the yardstick runs in {exact_cell.dtype}, not in {EXACT}")
+
+    subject, exact = records.get(cell.cell_id), records.get(exact_cell.cell_id)
+    for name, record in (("this Cell", subject), ("its float64 Cell", exact)):
+        if record is None or record.status is not Status.OK:
+            status = record.status.value if record else "missing"
+            return undecided(Word.NOT_RUN, f"{name} is {status}", *(r for r in (subject, exact) if r))
+    assert subject is not None  # noqa: S101 - the loop above left
+    assert exact is not None  # noqa: S101
+    refusal = _other_batches(subject, exact)
+    if refusal:
+        return undecided(Word.NOT_RUN, f"not comparable: {refusal}", subject, exact)
+
+    noise = next((r for r in records.values() if _is_reference_for(cell, r.cell) and r.status is Status.OK), None)
+    if noise is None:
+        reason = f"no ok reference run in {cell.dtype}, so the noise of this dtype is unknown"
+        return undecided(Word.INCONCLUSIVE, reason, subject, exact)
+    refusal = _other_batches(noise, exact)
+    if refusal:
+        return undecided(Word.NOT_RUN, f"not comparable: the reference run in {cell.dtype}: {refusal}", noise, exact)
+    return _measure(subject, exact, noise)
+
+
+def _measure(subject: Record, exact: Record, noise: Record) -> Judged:
+    dtype = subject.cell.dtype
+    yardstick = _losses(exact)
+    errors = [abs(a - b) for a, b in zip(_losses(subject), yardstick, strict=True)]
+    # Largest loss so far, not this step's: the loss of a well-fitted batch is a small difference of large logits, and
+    # its rounding error follows the logits.
+    scale = list(accumulate((abs(x) for x in yardstick), max))
+    eps = tolerances.EPSILON[dtype]
+    # A run in float64 has no noise to be compared with but its own; so has the reference in any dtype.
+    by = "growth" if subject.id == noise.id or dtype == EXACT else "noise"
+    if by == "growth":
+        allowed = [tolerances.REFERENCE_GROWTH_EPS * eps * (t + 1) * s for t, s in enumerate(scale)]
+    else:
+        envelope = accumulate((abs(a - b) for a, b in zip(_losses(noise), yardstick, strict=True)), max)
+        floor = (tolerances.TRAJECTORY_FLOOR_EPS * eps * s for s in scale)
+        allowed = [tolerances.TRAJECTORY_FACTOR * e + f for e, f in zip(envelope, floor, strict=True)]
+    ratios = [
+        error / bound if bound else (0.0 if error == 0 else float("inf"))
+        for error, bound in zip(errors, allowed, strict=True)
+    ]
+    step = max(range(len(ratios)), key=ratios.__getitem__)
+    first_bad = next((t for t, ratio in enumerate(ratios) if ratio > 1), None)
+    ids = tuple(dict.fromkeys((subject.id, exact.id, noise.id)))
+    if first_bad is None:
+        how = "its own growth bound; it defines the noise" if by == "growth" else "the reference's noise"
+        verdict = Verdict(Word.PASS, f"within {how} at all {len(errors)} steps", ids)
+    else:
+        verdict = Verdict(
+            Word.FAIL,
+            f"leaves the float64 losses at step {first_bad}: error {errors[first_bad]:.3g}, allowed"
+            f" {allowed[first_bad]:.3g}; worst at step {step}, {ratios[step]:.3g} times what is allowed",
+            ids,
+        )
+    return Judged(subject.cell_id, verdict, by, tuple(errors), tuple(allowed), ratios[step], step)
+
+
+def _losses(record: Record) -> list[float]:
+    training = record.measurements.training if record.measurements else None
+    return training.losses if training else []
+
+
+def _tokens(record: Record) -> list[int]:
+    training = record.measurements.training if record.measurements else None
+    return training.tokens if training else []
+
+
+def _other_batches(left: Record, right: Record) -> str:
+    """Say why two runs did not see the same batches, as far as their Records tell; empty if they did."""
+    if not _losses(left) or not _losses(right):
+        return "there are no losses to compare"
+    if len(_losses(left)) != len(_losses(right)):
+        return f"{len(_losses(left))} steps were run here and {len(_losses(right))} in float64"
+    for step, (a, b) in enumerate(zip(_tokens(left), _tokens(right), strict=True)):
+        if a != b:
+            return f"the data order differs: {a} tokens at step {step} here, {b} in float64"
+    return ""
+
+
+def _what_is_trained(cell: Cell) -> dict[str, object]:
+    return {k: v for k, v in cell.model_dump(mode="json").items() if k not in ("implementation", "dtype")}
+
+
+def _differences(left: Cell, right: Cell) -> list[str]:
+    """Name what two Cells differ in beyond implementation and dtype."""
+    a, b = _what_is_trained(left), _what_is_trained(right)
+    return [f"{key} {a[key]} against {b[key]}" for key in a if a[key] != b[key]]
+
+
+def _is_reference_for(subject: Cell, other: Cell) -> bool:
+    return other.implementation == REFERENCE and other.dtype == subject.dtype and not _differences(subject, other)

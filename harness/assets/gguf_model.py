@@ -1,0 +1,28 @@
+"""GGUF to an ordinary model folder, in a process of its own: `python -m harness.assets.gguf_model SRC.gguf DST`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def convert(source: Path, destination: Path) -> None:
+    """Write the dequantised weights as fp16 safetensors, with config and tokenizer."""
+    where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    quantized = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    # A model that came from GGUF refuses to be saved. Its weights are ordinary tensors by now, so a fresh model of the
+    # same architecture takes them over.
+    config = quantized.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(quantized.state_dict())
+    model.half().save_pretrained(destination)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(destination)
+
+
+if __name__ == "__main__":
+    convert(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,122 @@
+"""Hub repositories at a pinned commit, in the hub's own cache. Its client is the one that honours HF_HUB_OFFLINE."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from harness.assets.carrier import Progress
+from harness.assets.table import Source
+from harness.errors import AssetError
+
+# What transformers loads from the top folder. Nothing that runs code: no pickled weights, no Python files.
+_WANTED = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors"]
+_NESTED = ["*/*"]
+
+
+def snapshot(source: Source, progress: Progress, local_only: bool = False) -> Path:
+    """Return the folder of a model repository in the hub's cache, fetching what is missing."""
+    import huggingface_hub
+
+    with _explained(source):
+        folder = huggingface_hub.snapshot_download(
+            source.address,
+            revision=source.revision,
+            allow_patterns=_WANTED,
+            ignore_patterns=_NESTED,
+            tqdm_class=_bar(f"{source.name}: from the hub", progress),
+            local_files_only=local_only,
+        )
+    return Path(folder)
+
+
+def write_rows(source: Source, path: Path, progress: Progress) -> None:
+    """Write one split of a data repository as jsonl: id, text, label."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    assert source.rows is not None  # noqa: S101  # data have rows, by Source
+    rows = source.rows
+    progress(f"{source.name}: from the hub", 0, None)
+    # ValueError: a subset or split that the repository does not have.
+    with _explained(source, DatasetsError, ValueError):
+        data = datasets.load_dataset(source.address, rows.subset or None, split=rows.split, revision=source.revision)
+    missing = {rows.text, rows.label} - set(data.column_names)
+    if missing:
+        raise AssetError(
+            f"{source.name} has no column {', '.join(sorted(missing))}",
+            where=_where(source),
+            mend=f"correct rows in the table; the columns are {', '.join(data.column_names)}",
+        )
+    with path.open("w", encoding="utf-8") as file:
+        for number, row in enumerate(data, 1):
+            record = {"id": str(row.get(rows.id, number)), "text": row[rows.text], "label": row[rows.label]}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def _explained(source: Source, *refusals: type[Exception]) -> Iterator[None]:
+    """Turn what the hub's clients raise into AssetErrors; `refusals` are those that no network would mend."""
+    import huggingface_hub.errors as hub
+    from huggingface_hub import constants
+
+    # httpx's HTTPError: a proxy or a broken connection passes through the client as it is.
+    http_error = hub.HfHubHTTPError.__bases__[0]
+    unreachable: tuple[type[Exception], ...] = (hub.LocalEntryNotFoundError, ConnectionError, http_error)
+    refused: tuple[type[Exception], ...] = (hub.RepositoryNotFoundError, hub.RevisionNotFoundError)
+    refused += (hub.HFValidationError, *refusals)
+    try:
+        yield
+    except refused as error:
+        raise AssetError(
+            f"the hub does not give {source.name}: {_first_line(error)}",
+            where=_where(source),
+            mend="look at its name, revision and rows; if it is private or gated, accept its terms and `hf auth login`",
+        ) from error
+    except unreachable as error:
+        if constants.HF_HUB_OFFLINE:
+            what = f"{source.name} is not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it"
+            mend = f"unset HF_HUB_OFFLINE once, or copy the repository into {constants.HF_HUB_CACHE}"
+        else:
+            what = f"{source.name} is not in the hub's cache, and the hub cannot be reached: {_first_line(error)}"
+            mend = "connect to a network for the first run, or set HF_ENDPOINT to a mirror; or name a local folder"
+        raise AssetError(what, where=_where(source), mend=mend) from error
+    except OSError as error:
+        raise AssetError(
+            f"cannot write the hub's cache: {error.strerror or error}",
+            where=str(error.filename or constants.HF_HUB_CACHE),
+            mend="free some space there, or set HF_HOME to a folder on a larger disk",
+        ) from error
+
+
+def _where(source: Source) -> str:
+    return f"{source.source}@{source.revision}"
+
+
+def _first_line(error: Exception) -> str:
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+
+
+def _bar(label: str, progress: Progress) -> type[Any]:
+    """Make a progress bar that draws nothing and passes on bytes. The client keeps two of them, in several threads."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    done = 0
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "file": io.StringIO()})
+
+        def update(self, n: float | None = 1) -> Any:
+            nonlocal done
+            drawn = super().update(n)
+            if self.unit == "B":
+                done = max(done, int(self.n))
+                progress(label, done, int(self.total) if self.total else None)
+            return drawn
+
+    return Bar

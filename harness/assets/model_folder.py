@@ -1,0 +1,65 @@
+"""What a model's folder must hold so that transformers loads it: config, safetensors, tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from harness.assets.carrier import sha256
+from harness.assets.table import Source
+from harness.errors import AssetError
+
+_INDEX = "model.safetensors.index.json"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def check(folder: Path, source: Source) -> Path:
+    """Return the folder, or raise AssetError for what it lacks."""
+    if not folder.is_dir():
+        raise AssetError(f"no folder for model {source.name}", where=str(folder), mend="correct its path")
+    if not (folder / "config.json").is_file():
+        raise AssetError(
+            f"model {source.name} has no config.json",
+            where=str(folder),
+            mend="name the folder that `model.save_pretrained(FOLDER)` wrote",
+        )
+    absent = [path.name for path in _weights(folder) if not path.is_file()]
+    if absent:
+        pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
+        why = f", only pickled weights ({pickled[0]}), which can run code when they are loaded" if pickled else ""
+        raise AssetError(
+            f"model {source.name} has no {', '.join(absent[:3])}{why}",
+            where=str(folder),
+            mend="load it where you trust it and write it again with `model.save_pretrained(FOLDER)`"
+            if pickled
+            else "copy the folder again, or name one with safetensors weights",
+        )
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise AssetError(
+            f"model {source.name} has no tokenizer (none of {', '.join(_TOKENIZERS)})",
+            where=str(folder),
+            mend="write it there with `tokenizer.save_pretrained(FOLDER)`",
+        )
+    return folder
+
+
+def weights_sha256(folder: Path) -> str:
+    """Return the SHA-256 of the weights: of the one file, or of the list of names and hashes of several."""
+    files = _weights(folder)
+    if len(files) == 1:
+        return sha256(files[0])
+    return hashlib.sha256("".join(f"{path.name} {sha256(path)}\n" for path in files).encode()).hexdigest()
+
+
+def _weights(folder: Path) -> list[Path]:
+    """List the weight files that transformers would load, in order of their names, whether they exist or not."""
+    whole, index = folder / "model.safetensors", folder / _INDEX
+    if whole.is_file() or not index.is_file():
+        return [whole]
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AssetError("not an index of weights", where=str(index), mend="copy the folder again") from error
+    return [folder / name for name in names]

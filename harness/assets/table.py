@@ -1,0 +1,201 @@
+"""The table of models and data sets: what a name in a suite stands for. Reads YAML, fetches nothing."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from harness import yaml_lines
+from harness.assets import made
+from harness.errors import Problem, SuiteError, UsageError
+from harness.records import Bytes, Frozen
+
+Kind = Literal["encoder", "causal", "data"]
+
+_SHAPES = {
+    "pip": re.compile(r"[A-Za-z0-9][\w.-]*==[\w.!+-]+", re.ASCII),
+    "sdist": re.compile(r"[A-Za-z0-9][\w.-]*==[\w.!+-]+", re.ASCII),
+    "hub": re.compile(r"[\w.-]+/[\w.-]+", re.ASCII),
+    "folder": re.compile(r".+"),
+    "file": re.compile(r".+"),
+    "made": re.compile(r"[\w-]+", re.ASCII),
+}
+_FORMS = "pip:NAME==VERSION, sdist:NAME==VERSION, hub:ORG/NAME, folder:PATH, file:PATH, made:NAME"
+_HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>.*))?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_PATH_STARTS = ("./", "../", "/", "~")
+
+
+class Rows(Frozen):
+    """How a data file becomes rows {id, text, label}."""
+
+    format: Literal["valence-tsv", "jsonl", "csv", "hub"]
+    text: str = "text"
+    """Column of the text."""
+    label: str = "label"
+    """Column of the label, an integer from 0."""
+    id: str = "id"
+    """Column of the row's name; where it is missing, the row's number counts."""
+    least: float = Field(default=0.0, ge=0)
+    """valence-tsv: rows nearer to 0 than this are dropped, for people disagree about them."""
+    split: str = "train"
+    """hub: the split that is read; train and test are cut from it."""
+    subset: str = ""
+    """hub: the configuration of a repository that holds several sets."""
+
+
+class Source(Frozen):
+    """One model or data set: where it comes from and how it is verified."""
+
+    name: str = Field(min_length=1)
+    kind: Kind
+    source: str
+    sha256: str = ""
+    """Of the carrier (wheel, sdist) or of a local data file."""
+    bytes: Bytes | None = None
+    """Size of the carrier: progress and the check for free space need it."""
+    member: str = ""
+    """What is taken out of the carrier; a trailing `/` takes a folder, `!` goes into an archive inside the archive."""
+    revision: str = ""
+    """Commit of a hub repository."""
+    licence: str = ""
+    rows: Rows | None = None
+
+    @field_validator("sha256")
+    @classmethod
+    def _is_a_hash(cls, value: str) -> str:
+        if value and not _SHA256.fullmatch(value):
+            raise ValueError(f"{value!r} is no sha256: 64 hex digits in lower case")
+        return value
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Source:
+        shape = _SHAPES.get(self.scheme)
+        if shape is None or not shape.fullmatch(self.address):
+            raise ValueError(f"source {self.source!r} is none of {_FORMS}")
+        if self.scheme in ("pip", "sdist"):
+            if not self.sha256:
+                raise ValueError(f"{self.source} needs sha256, 64 hex digits: a carrier is pinned by its hash")
+            if not self.member:
+                raise ValueError(f"{self.source} needs member: what to take out of the carrier")
+        if self.scheme == "hub" and not _COMMIT.fullmatch(self.revision):
+            raise ValueError(f"{self.source} needs revision, the 40 hex digits of a commit: a branch or tag can move")
+        makers = made.DATA if self.kind == "data" else made.MODELS
+        if self.scheme == "made" and self.address not in makers:
+            what = "data set" if self.kind == "data" else "model"
+            raise ValueError(f"the harness makes no {what} {self.address!r}; it makes {', '.join(makers)}")
+        if self.kind == "data":
+            if self.rows is None:
+                raise ValueError(f"data {self.name} needs rows: how the file becomes {{id, text, label}}")
+            if self.scheme == "folder":
+                raise ValueError(f"data {self.name} is one file: write file:PATH")
+            if (self.rows.format == "hub") != (self.scheme == "hub"):
+                raise ValueError(f"data {self.name}: rows format hub belongs to a hub source, and to no other")
+        elif self.rows is not None:
+            raise ValueError(f"{self.kind} {self.name} is a model: rows belong to data")
+        elif self.scheme == "file":
+            raise ValueError(f"{self.kind} {self.name} is a model: write folder:PATH")
+        return self
+
+    @property
+    def scheme(self) -> str:
+        """What kind of place it comes from, e.g. `pip`."""
+        return self.source.partition(":")[0]
+
+    @property
+    def address(self) -> str:
+        """What follows the scheme, e.g. `NAME==VERSION`."""
+        return self.source.partition(":")[2]
+
+
+def parse_source(raw: Mapping[str, Any], base: Path | None = None) -> Source:
+    """Check one row of the table; a relative `folder:` or `file:` starts at `base`. Raises ValidationError."""
+    source = Source.model_validate(dict(raw))
+    return source if base is None else _placed(source, base)
+
+
+def load_table(path: Path) -> dict[str, Source]:
+    """Read a table of sources, name to Source. All its mistakes come in one SuiteError, each with file and line."""
+    document = yaml_lines.load(path)
+    rows = document.data.get("sources")
+    if not isinstance(rows, list):
+        raise SuiteError([Problem(document.where("sources"), "no list of sources", "write `sources:` and a list")])
+    table: dict[str, Source] = {}
+    problems: list[Problem] = []
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            problems.append(Problem(document.where("sources", index), "a source is keys: name, kind, source, ..."))
+            continue
+        try:
+            source = parse_source(row, path.parent)
+        except ValidationError as error:
+            problems += [_problem(document.where("sources", index, *it["loc"]), it) for it in error.errors()]
+            continue
+        if source.name in table:
+            where = document.where("sources", index, "name")
+            problems.append(Problem(where, f"a second source named {source.name!r}", "rename one of the two"))
+        table[source.name] = source
+    if problems:
+        raise SuiteError(problems)
+    return table
+
+
+def resolve(name: str, table: Mapping[str, Source], base: Path, kind: Kind = "causal") -> Source:
+    """Find what `name` in a suite stands for: a row of the table, `org/name@revision`, or a path from `base`.
+
+    `kind` is taken for the two that stand in no table. A path is a model's folder, so data always need a row.
+    """
+    if name in table:
+        return _placed(table[name], base)
+    if name.startswith(_PATH_STARTS):
+        if kind == "data":
+            raise UsageError(
+                f"data set {name!r} is a path, and nothing says how its file becomes rows",
+                mend="give it a row under `sources:` with kind, source: file:PATH and rows",
+            )
+        return _placed(Source(name=name, kind=kind, source=f"folder:{name}"), base)
+    if match := _HUB_NAME.fullmatch(name):
+        repository, revision = match["repository"], match["revision"] or ""
+        if not _COMMIT.fullmatch(revision):
+            raise UsageError(
+                f"hub name {name!r} is not pinned: without a commit it may be another model tomorrow",
+                mend=f"write {repository}@ and the 40 hex digits of a commit, "
+                f"which its page lists under Files, History; or ./{name} for a local folder",
+            )
+        rows = Rows(format="hub") if kind == "data" else None
+        return Source(name=name, kind=kind, source=f"hub:{repository}", revision=revision, rows=rows)
+    near = difflib.get_close_matches(name, table, n=1)
+    raise UsageError(
+        f"no model or data set named {name!r}",
+        mend=f"did you mean {near[0]!r}?"
+        if near
+        else f"named in the table: {', '.join(sorted(table)) or 'nothing'}; "
+        "or write org/name@revision for a hub repository, ./path for a local folder",
+    )
+
+
+def _placed(source: Source, base: Path) -> Source:
+    """Make the path of a local source absolute."""
+    if source.scheme not in ("folder", "file"):
+        return source
+    path = (base / Path(source.address).expanduser()).resolve()
+    return source.model_copy(update={"source": f"{source.scheme}:{path}"})
+
+
+def _problem(where: str, detail: ErrorDetails) -> Problem:
+    """Say one of pydantic's findings in the words of the table."""
+    keys = [str(part) for part in detail["loc"]]
+    named = f"`{'.'.join(keys)}`: " if keys else ""
+    if detail["type"] == "extra_forbidden":
+        known = Rows.model_fields if len(keys) > 1 else Source.model_fields
+        near = difflib.get_close_matches(keys[-1], known, n=1)
+        mend = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
+        return Problem(where, f"{named}unknown key", mend)
+    return Problem(where, named + detail["msg"].removeprefix("Value error, "))

@@ -1,0 +1,205 @@
+"""The command `peft-harness`: verbs and options only. stdout is data, stderr is talk.
+
+Imports are inside the verbs, so that `--help` answers at once. This is the one place that prints errors.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from harness.errors import Exit, HarnessError, UsageError
+
+_KINDS = ("methods", "implementations", "suites", "models", "tasks", "checks")
+_ONLY = "Cells to keep, e.g. `method=lora,rank=8`; see below."
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="peft-harness", message="%(prog)s %(version)s")
+def verbs() -> None:
+    """Conformance and benchmarking of parameter-efficient fine-tuning: is it the same thing, what does it cost, what
+    does it score?
+
+    \b
+    Exit codes:
+      0  pass                        3  inconclusive (with --strict)
+      1  a finding                   4  not measured, interrupted, or the machine failed
+      2  wrong use, invalid suite    5  nothing was measured or compared
+    `peft-harness explain 4` says more, for every code.
+    """
+
+
+@verbs.command("list")
+@click.argument("kinds", nargs=-1, type=click.Choice(_KINDS), metavar=f"[{'|'.join(_KINDS)}]...")
+@_json
+def list_(kinds: tuple[str, ...], as_json: bool) -> Exit:
+    """List what a suite can name, everything or the kinds given."""
+    from harness.listing import as_text, listing
+
+    document = listing(kinds)
+    _print(json.dumps(document, indent=1) if as_json else as_text(document))
+    return Exit.PASS
+
+
+def _only(command: Any) -> Any:
+    """Add `--only` and its grammar, which is documented where it is implemented."""
+    command.help += """
+
+    \b
+    EXPR of --only: terms separated by commas.
+      key=value  id, model, task, method, implementation, base, optimizer,
+                 dtype, seed, lr, or a key of the config
+      word       the start of a cell_id, or a part of an id or label
+    Terms of the same key are alternatives; different keys must all hold:
+    `method=lora,implementation=fused,implementation=hf-peft`.
+    """
+    command.params.append(click.Option(["--only"], metavar="EXPR", help=_ONLY))
+    return command
+
+
+@_only
+@verbs.command()
+@click.argument("suite")
+@_json
+def plan(suite: str, only: str | None, as_json: bool) -> Exit:
+    """Check SUITE (a name or a .yaml file) and print its Cells; run nothing."""
+    from harness import expand, planning, suites
+
+    read = suites.load(suite)
+    cells = expand.expand(read)
+    document = planning.planning(read, expand.only(cells, only) if only is not None else cells)
+    _print(json.dumps(document, indent=1) if as_json else planning.as_text(document))
+    return Exit.PASS
+
+
+@_only
+@verbs.command()
+@click.argument("suite")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Run folder [results/runs/<run>].")
+@click.option("--resume", metavar="RUN", help="Go on with this run; Cells with an ok Record are not run again.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=3600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="For each Cell.",
+)
+def run(suite: str, out: Path | None, only: str | None, resume: str | None, device: Any, timeout: float) -> Exit:
+    """Run SUITE (a name or a .yaml file), each Cell in a process of its own, and report it.
+
+    Ctrl-C keeps what was finished and exits with 4.
+    """
+    from harness.runner.run import run_suite
+
+    return run_suite(suite, out=out, only=only, resume=resume, device=device, timeout=timeout)
+
+
+@verbs.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="[report.html in the first run]")
+@click.option("--strict", is_flag=True, help="Exit with 3 if a question stays open.")
+def report(runs: tuple[str, ...], out: Path | None, strict: bool) -> Exit:
+    """Write the HTML report of runs and print their summaries.
+
+    RUN is a folder, an id, the start of an id, or `latest`. Exits with the most serious verdict of the runs.
+    """
+    from harness import store
+    from harness.analysis import verdict
+    from harness.report import html, text
+
+    read = [store.read_run(store.find_run(name)) for name in runs]
+    page = out or read[0].path / "report.html"
+    html.write_report(read, page)
+    for one in read:
+        _print("\n".join(text.summary(one)))
+    _print(f"report: {page}")
+    return min((verdict.exit_code(one, strict=strict) for one in read), key=_SERIOUS.index)
+
+
+@verbs.command()
+@click.argument("implementations", nargs=-1)
+@click.option("--method", metavar="M", help="Only this method.")
+@_json
+def check(implementations: tuple[str, ...], method: str | None, as_json: bool) -> Exit:
+    """Check implementations (all, if none is named) against the float64 reference."""
+    from harness.conformance import command
+
+    return command.check(implementations, method, as_json)
+
+
+@verbs.command()
+@_json
+def doctor(as_json: bool) -> Exit:
+    """Say what this machine can run, and why not."""
+    from harness import doctor as doctor_
+
+    return doctor_.report(as_json)
+
+
+@verbs.command()
+@click.argument("name")
+def explain(name: str) -> Exit:
+    """Explain a method, check, error, exit code or status."""
+    from harness.explain import explain as explained
+
+    _print(explained(name))
+    return Exit.PASS
+
+
+# A finding stands whatever else is missing; see analysis.verdict.
+_SERIOUS = (Exit.FAIL, Exit.NOTHING_COMPARED, Exit.INFRASTRUCTURE, Exit.INCONCLUSIVE, Exit.PASS)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an ASCII terminal is no reason to crash
+    try:
+        code = int(verbs.main(args=argv, prog_name="peft-harness", standalone_mode=False) or 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        code = Exit.USAGE
+    except click.Abort:  # Ctrl-C
+        code = _fail(HarnessError("interrupted", mend="what was finished is kept"))
+    except click.UsageError as error:
+        verb = error.ctx.command_path if error.ctx else "peft-harness"
+        code = _fail(UsageError(error.format_message(), where=verb, mend=f"see `{verb} --help`"))
+    except HarnessError as error:
+        code = _fail(error)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _silence()
+    return code
+
+
+def _print(text: str) -> None:
+    try:
+        click.echo(text)
+    except BrokenPipeError:  # `| head` has seen enough; the exit code still counts
+        _silence()
+
+
+def _silence() -> None:
+    """Send what is still to be written to stdout nowhere, or Python complains at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(error: HarnessError) -> Exit:
+    click.echo(f"peft-harness: {error}", err=True)
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""What is compared: the output of one layer, and the gradients of its input and of its trainable tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def observe(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """Run `layer` forward on x (T, D) and backward from dy (T, E).
+
+    tensors: canonical short name -> trainable tensor of the layer. Returns `y`, `grad x` and `grad <name>`; a tensor that
+    received no gradient is left out, so that a comparison notices. The layer's gradients are cleared before and after.
+    """
+    held = {name: t.grad for name, t in tensors.items()}
+    was_training = layer.training
+    layer.eval()  # dropout off; it has a check of its own
+    leaf = x.detach().clone().requires_grad_(True)
+    for tensor in tensors.values():
+        tensor.grad = None
+    try:
+        y = layer(leaf)
+        y.backward(dy)
+        seen = {"y": y.detach().clone()}
+        if leaf.grad is not None:
+            seen["grad x"] = leaf.grad.detach().clone()
+        for name, tensor in tensors.items():
+            if tensor.grad is not None:
+                seen[f"grad {name}"] = tensor.grad.detach().clone()
+        return seen
+    finally:
+        layer.train(was_training)
+        for name, tensor in tensors.items():
+            tensor.grad = held[name]
+
+
+def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return detached copies in `dtype`."""
+    return {name: t.detach().to(dtype).clone() for name, t in tensors.items()}

@@ -1,0 +1,93 @@
+"""Errors a user can meet: each says what is wrong, where, and the mend. Only `cli.py` prints them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """Exit codes of the command, a contract (README, "Exit codes")."""
+
+    PASS = 0
+    FAIL = 1
+    USAGE = 2
+    INCONCLUSIVE = 3
+    INFRASTRUCTURE = 4
+    NOTHING_COMPARED = 5
+
+
+class HarnessError(Exception):
+    """A failure with an address.
+
+    what: one sentence; where: file, line, Cell or option, may be empty; mend: what to do about it.
+    `code` is what `peft-harness explain` takes.
+    """
+
+    code = "error"
+    exit_code = Exit.INFRASTRUCTURE
+
+    def __init__(self, what: str, *, where: str = "", mend: str = "") -> None:
+        super().__init__(what)
+        self.what, self.where, self.mend = what, where, mend
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{head}\n  mend: {self.mend}" if self.mend else head
+
+
+class UsageError(HarnessError):
+    """A wrong option, name or path on the command line. Nothing was run."""
+
+    code = "usage"
+    exit_code = Exit.USAGE
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake in a suite: `where` is file:line, `what` the mistake, `mend` a suggestion or empty."""
+
+    where: str
+    what: str
+    mend: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}" + (f"\n    mend: {self.mend}" if self.mend else "")
+
+
+class SuiteError(UsageError):
+    """A suite that cannot be run. All its mistakes are reported together, each with file and line. Nothing was run."""
+
+    code = "suite"
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        count = f"{len(problems)} mistake{'s' if len(problems) != 1 else ''} in the suite"
+        super().__init__("\n".join([count, *(f"  {p}" for p in problems)]))
+        self.problems = tuple(problems)
+
+
+class AssetError(HarnessError):
+    """A model or data set could not be fetched, verified or unpacked. The cache holds no half-written file."""
+
+    code = "asset"
+
+
+class StoreError(HarnessError):
+    """A run folder or Record could not be written or read (full disk, torn file, newer schema). Finished Records stay."""
+
+    code = "store"
+
+
+class ImplementationError(HarnessError):
+    """An implementation is missing, broken, or does not support what was asked of it."""
+
+    code = "implementation"
+    exit_code = Exit.USAGE
+
+
+class NothingComparedError(HarnessError):
+    """Nothing was measured or compared, so nothing can be green."""
+
+    code = "nothing"
+    exit_code = Exit.NOTHING_COMPARED

@@ -1,0 +1,131 @@
+"""A suite's entries multiplied out into Cells, in order."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from harness.errors import UsageError
+from harness.records import Cell, Comparison
+from harness.spelling import near
+
+if TYPE_CHECKING:
+    from harness.suite_entry import Entry
+    from harness.suites import Suite
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to run.
+
+    ids: cell_id to the suite's `id` of its entry. comparisons: of the whole suite, also where `only` took Cells away,
+    so that a question whose Cells did not run is seen as not answered.
+    """
+
+    cells: tuple[Cell, ...]
+    ids: dict[str, str]
+    comparisons: tuple[Comparison, ...]
+
+
+def expand(suite: Suite) -> Plan:
+    """Multiply every entry out, in the order of the file."""
+    found = {cell.cell_id: (cell, entry.id) for entry in suite.entries for cell in cells(entry)}
+    ids = {cell_id: entry_id for cell_id, (_, entry_id) in found.items()}
+
+    def named(entries: tuple[str, ...]) -> list[str]:
+        return [cell_id for cell_id, entry_id in ids.items() if entry_id in entries]
+
+    comparisons = (
+        Comparison(kind=c.kind, left=named(c.left), right=named(c.right), says=c.says) for c in suite.comparisons
+    )
+    return Plan(tuple(cell for cell, _ in found.values()), ids, tuple(comparisons))
+
+
+def count(entry: Entry) -> int:
+    """Return how many Cells an entry stands for, without making them."""
+    axes = (entry.model, entry.task, entry.base, entry.implementation, entry.optimizer, entry.dtype)
+    configs = sum(math.prod(len(values) for values in fields.values()) for fields in entry.config.values())
+    return math.prod(len(axis) for axis in axes) * configs * len(entry.training) * len(entry.seed)
+
+
+def cells(entry: Entry) -> Iterator[Cell]:
+    """Yield an entry's Cells; the last axis, the seed, turns fastest."""
+    for model, task, base, (method, config), implementation, optimizer, dtype, training, seed in itertools.product(
+        entry.model,
+        entry.task,
+        entry.base,
+        [(method, config) for method, fields in entry.config.items() for config in _configs(fields)],
+        entry.implementation,
+        entry.optimizer,
+        entry.dtype,
+        entry.training,
+        entry.seed,
+    ):
+        yield Cell(
+            model=model, task=task, method=method, implementation=implementation, config=config, base=base,
+            optimizer=optimizer, dtype=dtype, seed=seed, training=training, evaluation=entry.evaluation,
+        )  # fmt: skip
+
+
+def _configs(fields: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    for values in itertools.product(*fields.values()):
+        yield dict(zip(fields, values, strict=True))
+
+
+def only(plan: Plan, expr: str) -> Plan:
+    """Keep the Cells that `expr` names; raises UsageError if there are none.
+
+    Terms are separated by commas. `key=value` compares one key: id, model, task, method, implementation, base,
+    optimizer, dtype, seed, lr, or a key of the config. A bare word is the start of a cell_id, or any part of the id or
+    of the label that `plan` prints. Terms of the same key are alternatives; different keys must all hold.
+    """
+    wanted: dict[str, list[str]] = {}
+    for term in filter(None, (part.strip() for part in expr.split(","))):
+        key, equals, value = (part.strip() for part in term.partition("="))
+        wanted.setdefault(key if equals else "", []).append(value if equals else key)
+    facts = {cell.cell_id: _facts(cell, plan.ids[cell.cell_id]) for cell in plan.cells}
+    known = sorted({key for of_cell in facts.values() for key in of_cell})
+    for key in wanted:
+        if key and key not in known:
+            raise UsageError(f"unknown key `{key}`", where=f"--only {expr}", mend=near(key, known, "keys"))
+
+    def fits(cell: Cell) -> bool:
+        fact = facts[cell.cell_id]
+        return all(
+            any(_is(fact.get(key), v) if key else _mentions(cell, fact["id"], v) for v in values)
+            for key, values in wanted.items()
+        )
+
+    kept = tuple(cell for cell in plan.cells if fits(cell))
+    if not kept or not wanted:
+        there = [f"id={plan.ids[c.cell_id]}  {c.cell_id}  {c.label}" for c in plan.cells]
+        shown = [*there[:20], *([f"... and {len(there) - 20} more"] if len(there) > 20 else [])]
+        raise UsageError("no Cell fits", where=f"--only {expr}", mend="\n    ".join(["name some of these:", *shown]))
+    return replace(plan, cells=kept, ids={c.cell_id: plan.ids[c.cell_id] for c in kept})
+
+
+def _facts(cell: Cell, entry_id: str) -> dict[str, Any]:
+    plain = ("model", "task", "method", "implementation", "optimizer", "dtype", "seed")
+    return {
+        **cell.config,
+        **{key: getattr(cell, key) for key in plain},
+        "id": entry_id,
+        "base": cell.base.quantization,
+        "lr": cell.training.lr,
+    }
+
+
+def _is(fact: Any, value: str) -> bool:
+    if isinstance(fact, float):
+        try:
+            return fact == float(value)
+        except ValueError:
+            return False
+    return str(fact).lower() == value.lower() if isinstance(fact, bool) else str(fact) == value
+
+
+def _mentions(cell: Cell, entry_id: str, word: str) -> bool:
+    return cell.cell_id.startswith(word) or word in entry_id or word in cell.label

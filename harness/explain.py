@@ -1,0 +1,104 @@
+"""What `explain` says about a name: always read from where the name is defined."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from harness import errors
+from harness.errors import Exit, HarnessError, UsageError
+from harness.methods import FieldInfo, MethodInfo, methods
+from harness.records import Status
+from harness.spelling import near
+
+_CHECKS = Path(__file__).with_name("conformance") / "checks.py"
+
+EXITS = {
+    Exit.PASS: "everything that was asked passed, or there was nothing to judge (`list`, `plan`, `explain`)",
+    Exit.FAIL: "a finding: an implementation computes something else, or a comparison of the suite is refuted",
+    Exit.USAGE: "wrong use: an option, a name, a path, or a mistake in a suite; nothing was run",
+    Exit.INCONCLUSIVE: "a question could not be decided either way; only with --strict",
+    Exit.INFRASTRUCTURE: "Cells were not measured (out of memory, timeout, lost, Ctrl-C), or the machine failed: "
+    "no GPU, no network, a full disk",
+    Exit.NOTHING_COMPARED: "nothing was measured or compared, so nothing can be green",
+}
+STATUSES = {
+    Status.OK: "measured, and every check before and after the measurement passed",
+    Status.NONCONFORMING: "the implementation computes something else than the Method; nothing was measured",
+    Status.OOM: "the device or the machine ran out of memory; an outcome like any other, it stays in every table",
+    Status.TIMEOUT: "stopped after --timeout seconds",
+    Status.ERROR: "the worker ended with an exception; its traceback is in the Record",
+    Status.SKIPPED: "could not run here, and the Record says why",
+    Status.LOST: "the worker vanished without a word: killed from outside, or the machine went down",
+}
+
+
+def checks() -> dict[str, str]:
+    """Map the name of every check to its docstring, read without importing it (and so without torch)."""
+    module = ast.parse(_CHECKS.read_text(encoding="utf-8"))
+    return {
+        node.name.removeprefix("check_"): ast.get_docstring(node) or ""
+        for node in module.body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
+    }
+
+
+def explain(name: str) -> str:
+    """Explain a method, check, error code, exit code or status; raises UsageError for any other name.
+
+    A check may be named as a Record names it, e.g. `lora/gradient/float32/warm`.
+    """
+    topics = list(_topics())
+    parts = name.split("/")
+    wanted = parts[1] if len(parts) == 4 else name
+    found = [text for topic, text in topics if topic == wanted]
+    if not found:
+        raise UsageError(
+            f"nothing is called `{name}`",
+            where="NAME",
+            mend=near(name, sorted({topic for topic, _ in topics}), "names"),
+        )
+    return "\n\n".join(found)
+
+
+def _topics() -> Iterator[tuple[str, str]]:
+    for info in methods().values():
+        yield info.name, _method(info)
+    for check, text in checks().items():
+        yield check, _titled(f"check {check}", text)
+    for kind in vars(errors).values():
+        if inspect.isclass(kind) and issubclass(kind, HarnessError):
+            text = f"{inspect.getdoc(kind)}\nExit code {kind.exit_code:d}: {EXITS[kind.exit_code]}."
+            yield kind.code, _titled(f"error {kind.code}", text)
+    for code, text in EXITS.items():
+        yield str(int(code)), _titled(f"exit code {code:d}", f"{text}.")
+    for status, text in STATUSES.items():
+        yield status.value, _titled(f"status {status.value}", f"{text}.")
+
+
+def _titled(title: str, text: str) -> str:
+    return f"{title}\n{textwrap.indent(text, '  ')}"
+
+
+def _method(info: MethodInfo) -> str:
+    lines = [info.summary, f"paper: {info.paper}"]
+    if info.fields:
+        lines += ["", "config:"]
+        width = max(map(len, info.fields))
+        lines += [f"  {key:<{width}}  {_field(field)}" for key, field in info.fields.items()]
+        lines += textwrap.wrap(info.about_fields, 100, initial_indent="  ", subsequent_indent="  ")
+    if info.deviations:
+        lines += ["", "where this differs from the paper:"]
+    for topic, paper, here, why in info.deviations:
+        lines += [f"  {topic}", f"    paper: {paper}", f"    here:  {here}", f"    why:   {why}"]
+    return _titled(f"method {info.name}", "\n".join(lines))
+
+
+def _field(field: FieldInfo) -> str:
+    limits = [f"at least {field.least:g}"] if field.least is not None else []
+    limits += [f"at most {field.most:g}"] if field.most is not None else []
+    limits += [f"one of {', '.join(map(str, field.choices))}"] if field.choices is not None else []
+    return ", ".join([field.called, f"default {field.shown_default}", *limits])

@@ -1,0 +1,1 @@
+"""Measuring: memory, latency, and the environment that the numbers belong to."""

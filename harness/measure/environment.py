@@ -1,0 +1,120 @@
+"""Where a Record was made. No torch, so that the runner can know it before any worker starts."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from harness import resources
+from harness.records import Environment
+
+# What can change a number. `id` hashes these versions, so a resumed run measures again after an upgrade.
+LIBRARIES = (
+    "torch", "transformers", "peft", "bitsandbytes", "torchao", "triton", "lm-eval", "tokenizers", "numpy", "safetensors",
+    "datasets", "galore-torch", "loralib",
+)  # fmt: skip
+GPU_QUERY = "uuid,name,driver_version,memory.total"
+
+
+def describe(threads: int | None = None, extra: dict[str, object] | None = None) -> Environment:
+    """Return the environment of this process. `threads`, `extra` are not part of its id."""
+    software = {"python": platform.python_version()} | _versions()
+    machine = _machine()
+    text = json.dumps([software, machine], sort_keys=True)
+    sha, dirty = _git()
+    return Environment(
+        id=hashlib.sha256(text.encode()).hexdigest()[:12],
+        software=software,
+        machine=machine,
+        code_version=code_version(),
+        git_sha=sha,
+        git_dirty=dirty,
+        threads=threads,
+        extra=extra or {},  # type: ignore[arg-type]
+    )
+
+
+@functools.cache
+def code_version() -> str:
+    """Return the SHA-256 (12 hex) over the Python files of harness/ and reference/, names and contents."""
+    digest = hashlib.sha256()
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package, package.parent / "reference"):
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(str(file.relative_to(folder.parent)).encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+@functools.cache
+def gpus() -> tuple[str, ...]:
+    """Return one line per NVIDIA GPU (uuid, name, driver, memory); empty without a driver."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ()
+    query = [tool, f"--query-gpu={GPU_QUERY}", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    return tuple(line.strip() for line in found.stdout.splitlines() if line.strip()) if found.returncode == 0 else ()
+
+
+def physical_cores() -> int:
+    """Return the cores this process may use, hyper-threads counted once where the system tells."""
+    import psutil
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _machine() -> dict[str, str]:
+    import psutil
+
+    return {
+        "cpu": _cpu_model(),
+        "architecture": platform.machine(),
+        "cores": str(physical_cores()),
+        "memory_B": str(psutil.virtual_memory().total),
+        "os": f"{platform.system()} {platform.release()}",
+    } | {f"gpu{i}": line for i, line in enumerate(gpus())}
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.lower().startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
+def _git() -> tuple[str, bool | None]:
+    top = resources.checkout()
+    if top is None or shutil.which("git") is None:
+        return "", None
+
+    def ask(*words: str) -> str | None:
+        done = subprocess.run(["git", "-C", str(top), *words], capture_output=True, text=True, check=False, timeout=30)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    sha = ask("rev-parse", "HEAD")
+    status = ask("status", "--porcelain")
+    return (sha or ""), (None if status is None else bool(status))

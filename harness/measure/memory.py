@@ -1,0 +1,115 @@
+"""Memory: what the process took at most in each phase, and the ledger of tensors counted one by one."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+_SAMPLE_S = 0.02
+
+
+class PeakMeter:
+    """Peak memory since the last `reset`, in bytes.
+
+    On a GPU: allocated bytes. On Linux: VmHWM, which the kernel resets on demand (a child's ru_maxrss would carry its
+    parent's peak). Elsewhere: the resident size, sampled by a thread, so that short peaks are missed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._sampled = 0
+        if device.type == "cuda":
+            self.source = "cuda allocated"
+        elif self._can_reset():
+            self.source = "VmHWM"
+        else:
+            self.source = "sampled"
+            threading.Thread(target=self._sample, daemon=True).start()
+
+    def reset(self) -> None:
+        """Give freed memory back to the system and start a new peak."""
+        gc.collect()
+        if self.source == "cuda allocated":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif self.source == "VmHWM":
+            _trim()
+            _CLEAR.write_text("5")
+        else:
+            self._sampled = self.now()
+
+    def peak(self) -> int:
+        """Return the peak since `reset`."""
+        if self.source == "cuda allocated":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        return _status_bytes("VmHWM") if self.source == "VmHWM" else max(self._sampled, self.now())
+
+    def now(self) -> int:
+        """Return what is taken now."""
+        if self.source == "cuda allocated":
+            return int(torch.cuda.memory_allocated(self.device))
+        if self.source == "VmHWM":
+            return _status_bytes("VmRSS")
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+
+    @staticmethod
+    def _can_reset() -> bool:
+        if not (sys.platform == "linux" and _STATUS.exists()):
+            return False
+        try:
+            _CLEAR.write_text("5")
+        except OSError:
+            return False
+        return True
+
+    def _sample(self) -> None:
+        while True:
+            self._sampled = max(self._sampled, self.now())
+            threading.Event().wait(_SAMPLE_S)
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of the distinct storages under `tensors`: shared (tied) weights count once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type != "meta"}
+    return sum(storages.values())
+
+
+def model_tensors(model: torch.nn.Module) -> list[Tensor]:
+    """List parameters and buffers, and the scales that quantised weights keep beside them."""
+    found: list[Tensor] = [*model.parameters(), *model.buffers()]
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            found += [t for t in vars(state).values() if isinstance(t, Tensor)]
+    return found
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """List the tensors of an optimizer's state."""
+    return [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+
+
+def _status_bytes(key: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {key} in {_STATUS}")
+
+
+def _trim() -> None:
+    """Return the C heap's free pages, else one phase's garbage would count in the next one's peak. glibc only."""
+    libc: Any = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)

@@ -1,0 +1,369 @@
+"""What the harness writes down: Cells, Records, run manifests. No torch here, and nothing computed.
+
+Units are base units (seconds, bytes, 1); every number is finite. Fields are only ever added (`SCHEMA` counts removals
+and changes of meaning, so that an old reader refuses what it would misread).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SCHEMA = 1
+
+Seconds = Annotated[float, Field(ge=0)]
+Bytes = Annotated[int, Field(ge=0)]
+Scalar = bool | int | float | str
+Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+Optimizer = Literal["adamw"]
+Quantization = Literal["none", "nf4"]
+Json = Scalar | None | list[Any] | dict[str, Any]
+
+
+class Frozen(BaseModel):
+    """Immutable, strict, no unknown keys, no NaN or infinity."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Status(StrEnum):
+    """How one attempt at a Cell ended."""
+
+    OK = "ok"
+    NONCONFORMING = "nonconforming"
+    OOM = "oom"
+    TIMEOUT = "timeout"
+    ERROR = "error"
+    SKIPPED = "skipped"
+    LOST = "lost"
+
+
+class Base(Frozen):
+    """The frozen weights under an adapter."""
+
+    quantization: Quantization = "none"
+    implementation: str = ""
+    """Who quantises, e.g. `bitsandbytes`; empty when nothing is quantised."""
+
+    def __str__(self) -> str:
+        return self.quantization if not self.implementation else f"{self.quantization} ({self.implementation})"
+
+
+class Training(Frozen):
+    """The training budget and its recipe: equal for Cells that are to be compared, but for the learning rate."""
+
+    steps: int
+    """Optimizer steps; 0 means evaluation only (zero-shot)."""
+    batch: int = 16
+    """Examples per step."""
+    lr: float = 1e-3
+    """Peak learning rate; warmed up linearly, then constant, so that a shorter run is a prefix of a longer one."""
+    head_lr: float | None = None
+    """Learning rate of a new task head; None means `lr`."""
+    warmup: int = 0
+    """Steps of linear learning-rate warm-up."""
+    weight_decay: float = 0.0
+    max_tokens: int = 64
+    """Longer texts are truncated, in training and in evaluation."""
+
+
+class Evaluation(Frozen):
+    """What is scored."""
+
+    items: int
+    """The first `items` of the task's test split, the same for every Cell."""
+    batch: int = 32
+
+
+class Cell(Frozen):
+    """One point of a matrix. `cell_id` hashes exactly these fields: never the machine, never the suite's name."""
+
+    model: str
+    task: str
+    method: str
+    implementation: str
+    config: dict[str, Json] = {}
+    base: Base = Base()
+    optimizer: Optimizer = "adamw"
+    dtype: Dtype = "float32"
+    seed: int = 0
+    training: Training
+    evaluation: Evaluation
+
+    @property
+    def cell_id(self) -> str:
+        """First 16 hex digits of the SHA-256 of the canonical JSON of this Cell."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def label(self) -> str:
+        """A short name for tables and progress lines; unique inside most suites, `cell_id` always is."""
+        rank = f" r={self.config['rank']}" if "rank" in self.config else ""
+        method = "zero-shot" if self.method == "frozen" and self.training.steps == 0 else self.method
+        base = "" if self.base.quantization == "none" else f" on {self.base}"
+        dtype = "" if self.dtype == "float32" else f" {self.dtype}"
+        return f"{self.model} {method}{rank} [{self.implementation}]{base}{dtype}"
+
+
+class Outcome(StrEnum):
+    """How one check ended."""
+
+    PASS = "pass"  # noqa: S105
+    FAIL = "fail"
+    SKIPPED = "skipped"
+
+
+class CheckResult(Frozen):
+    """What one check found: numbers, never only a verdict."""
+
+    check: str
+    """`method/check/dtype/state`, e.g. `lora/gradient/float32/warm`."""
+    outcome: Outcome
+    error: float | None = None
+    """The worst error found, in the norm that `policy` names; None if it was not finite or there is none."""
+    allowed: float | None = None
+    tensor: str = ""
+    """The tensor with the worst ratio of error to allowance."""
+    worst: str = ""
+    """That tensor's worst element: its index, what it was, what it should be."""
+    policy: str = ""
+    nonfinite: int = 0
+    """Elements that are NaN or infinite where the reference is finite."""
+    detail: str = ""
+    """Why it failed or was skipped, and what else a reader needs."""
+
+
+class Phase(Frozen):
+    """One phase in the life of a Cell."""
+
+    name: str
+    seconds: Seconds
+    peak_memory_B: Bytes | None = None
+    """Highest resident (CPU) or allocated (GPU) memory inside the phase; None where the system cannot say."""
+    end_memory_B: Bytes | None = None
+
+
+class TrainingMeasured(Frozen):
+    """Raw training samples, one entry per optimizer step. Warm-up steps are real steps, only marked."""
+
+    losses: list[float]
+    step_seconds: list[float]
+    """Forward, backward, optimizer step; no tokenising, no evaluation."""
+    tokens: list[int]
+    """Real tokens of each step, padding not counted."""
+    padded_tokens: list[int]
+    gradient_norms: list[float]
+    timing_warmup: int
+    """The first steps, not to be counted as steady state."""
+
+
+class Memory(Frozen):
+    """The ledger: bytes of tensors counted one by one, and what the process took. Peaks per phase are in `phases`."""
+
+    source: str
+    """How peaks were taken: `VmHWM`, `cuda`, or `sampled`."""
+    baseline_B: Bytes
+    """Resident memory of the process after its imports, before the model was loaded."""
+    weights_B: Bytes
+    adapter_B: Bytes
+    gradients_B: Bytes
+    optimizer_B: Bytes
+
+
+class Latency(Frozen):
+    """Raw forward times of one variant of the model."""
+
+    variant: Literal["base", "unmerged", "merged"]
+    kind: Literal["forward", "prefill", "decode"]
+    """`decode` is seconds per generated token, with a key-value cache."""
+    batch: int
+    tokens: int
+    seconds: list[float]
+    because: str = ""
+    """Why there are no samples, if there are none."""
+
+
+class Item(Frozen):
+    """One scored test item."""
+
+    id: str
+    correct: int
+
+
+class Accuracy(Frozen):
+    """Task accuracy on `items`, with its interval for a new sample of items (one seed: says nothing of seeds)."""
+
+    metric: str
+    scored_by: str
+    """`lm-eval <version>` or `harness`."""
+    value: float
+    low: float
+    high: float
+    interval: str
+    """How the interval was made, e.g. `Wilson 95 %`."""
+    items: list[Item]
+
+
+class Parameters(Frozen):
+    """Counts of scalars. `adapter` and `head` train, the rest of `total` is frozen (or trains, for full fine-tuning)."""
+
+    adapter: int
+    head: int
+    total: int
+
+    @property
+    def trainable(self) -> int:
+        """What the optimizer updates."""
+        return self.adapter + self.head
+
+
+class Measurements(Frozen):
+    """Everything measured; exists only in an `ok` Record."""
+
+    parameters: Parameters
+    training: TrainingMeasured | None
+    memory: Memory
+    latency: list[Latency]
+    accuracy: Accuracy | None
+
+
+class Failure(Frozen):
+    """Why an attempt did not end well."""
+
+    kind: str
+    """Exception class, signal name, or the runner's own word."""
+    message: str
+    traceback: str = ""
+    phase: str = ""
+    requested_B: Bytes | None = None
+    """What an out-of-memory allocation asked for."""
+    last_peak_B: Bytes | None = None
+
+
+class Environment(Frozen):
+    """Where a Record was made. `id` hashes `software` and `machine`: what must agree for timings to be comparable."""
+
+    id: str
+    software: dict[str, str]
+    machine: dict[str, str]
+    code_version: str
+    """SHA-256 over the harness's own Python and YAML files: exact also outside a checkout."""
+    git_sha: str = ""
+    git_dirty: bool | None = None
+    threads: int | None = None
+    extra: dict[str, Json] = {}
+
+
+class AssetUse(Frozen):
+    """A model or data set that a Cell used."""
+
+    name: str
+    source: str
+    sha256: str = ""
+    revision: str = ""
+    licence: str = ""
+
+
+class Provider(Frozen):
+    """The distribution that an implementation came from."""
+
+    distribution: str
+    version: str
+
+
+class Record(Frozen):
+    """The immutable outcome of one attempt at a Cell."""
+
+    schema_: int = Field(default=SCHEMA, alias="schema")
+    run: str
+    cell_id: str
+    attempt: int
+    status: Status
+    because: str = ""
+    """Why the status is not `ok`, in one sentence."""
+    cell: Cell
+    provider: Provider | None = None
+    environment: Environment
+    assets: list[AssetUse] = []
+    started: str
+    """UTC, ISO 8601."""
+    duration_s: Seconds
+    phases: list[Phase] = []
+    checks: list[CheckResult] = []
+    measurements: Measurements | None = None
+    failure: Failure | None = None
+    notes: list[str] = []
+    """What a reader of the numbers must know, e.g. why a rerun would not be bitwise equal."""
+
+    @model_validator(mode="after")
+    def _status_decides_content(self) -> Record:
+        if (self.measurements is not None) != (self.status is Status.OK):
+            raise ValueError(f"measurements belong to an ok Record and to no other; status is {self.status}")
+        if self.status is not Status.OK and not self.because:
+            raise ValueError(f"a Record with status {self.status} must say why")
+        if self.cell_id != self.cell.cell_id:
+            raise ValueError(f"cell_id {self.cell_id} does not belong to this Cell ({self.cell.cell_id})")
+        return self
+
+    @property
+    def id(self) -> str:
+        """The name other files use for this Record: `cell_id.attempt`."""
+        return f"{self.cell_id}.{self.attempt}"
+
+
+class Manifest(Frozen):
+    """run.json: written before anything runs. Says which Cells are expected, so that a missing one is visible."""
+
+    schema_: int = Field(default=SCHEMA, alias="schema")
+    run: str
+    suite: str
+    title: str = ""
+    about: str = ""
+    suite_file: str
+    suite_sha256: str
+    comparisons: list[Comparison] = []
+    cells: list[Cell]
+    environment: Environment
+    argv: list[str]
+    started: str
+    harness_version: str
+
+
+class Comparison(Frozen):
+    """A question that the suite asks of its Records; `analysis` decides it."""
+
+    kind: Literal["better", "same-losses"]
+    """`better`: the accuracy interval of `left` lies above that of `right`. `same-losses`: every Cell of `left` follows
+    the float64 trajectory of `right` as closely as the noise floor allows."""
+    left: list[str]
+    """cell_ids."""
+    right: list[str]
+    says: str
+    """The sentence that is judged."""
+
+
+class Footer(Frozen):
+    """footer.json: written last. A run without it is incomplete."""
+
+    schema_: int = Field(default=SCHEMA, alias="schema")
+    run: str
+    ended: str
+    how: Literal["finished", "interrupted", "failed"]
+    counts: dict[str, int]
+    """Records per status, of the last attempt of each Cell."""
+    missing: list[str]
+    """Expected Cells without any Record."""
+    seconds_total: Seconds
+    seconds_in_cells: Seconds
+    seconds_outside: dict[str, float]
+    """Where the rest went: `fetch`, `startup`, `scheduling`, `report`."""
+
+
+Manifest.model_rebuild()

@@ -1,0 +1,59 @@
+"""A drawing as plain data: the template writes each mark as one SVG element and computes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Drawing = dict[str, Any]
+
+
+class Canvas:
+    """Collects marks. Colours are class names, so that one style sheet serves light, dark and print."""
+
+    def __init__(self, title: str, description: str, width: int, height: int) -> None:
+        self.title, self.description, self.width, self.height = title, description, width, height
+        self.marks: list[dict[str, Any]] = []
+
+    def _add(self, tag: str, attributes: dict[str, Any], text: str = "", tip: str = "", href: str = "") -> None:
+        self.marks.append({"tag": tag, "attributes": attributes, "text": text, "tip": tip, "href": href})
+
+    def line(self, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
+        """Draw a straight line."""
+        self._add("line", {"x1": _r(x1), "y1": _r(y1), "x2": _r(x2), "y2": _r(y2), "class": kind})
+
+    def path(self, points: Sequence[tuple[float, float]], kind: str, tip: str = "") -> None:
+        """Draw a line through `points`."""
+        if points:
+            self._add("path", {"d": "M" + "L".join(f"{_r(x)} {_r(y)}" for x, y in points), "class": kind}, tip=tip)
+
+    def rectangle(self, x: float, y: float, width: float, height: float, kind: str, tip: str = "") -> None:
+        """Draw a filled rectangle."""
+        box = {"x": _r(x), "y": _r(y), "width": _r(max(width, 0)), "height": _r(height), "class": kind}
+        self._add("rect", box, tip=tip)
+
+    def dot(self, x: float, y: float, kind: str, tip: str, href: str) -> None:
+        """Draw a point that links to its row."""
+        self._add("circle", {"cx": _r(x), "cy": _r(y), "r": 5, "class": kind}, tip=tip, href=href)
+
+    def text(self, x: float, y: float, text: str, kind: str = "", anchor: str = "start", turn: bool = False) -> None:
+        """Write one line; `turn` stands it upright, read from below."""
+        attributes = {"x": _r(x), "y": _r(y), "class": kind, "text-anchor": anchor}
+        if turn:
+            attributes["transform"] = f"rotate(-90 {_r(x)} {_r(y)})"
+        self._add("text", attributes, text)
+
+    def drawing(self, **extra: Any) -> Drawing:
+        """Return everything the template needs."""
+        return {
+            "title": self.title,
+            "description": self.description,
+            "width": self.width,
+            "height": self.height,
+            "marks": self.marks,
+            **extra,
+        }
+
+
+def _r(value: float) -> float:
+    return round(value, 2)

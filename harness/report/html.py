@@ -1,0 +1,56 @@
+"""Write the report: one HTML file that needs no network and runs no script but its own."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness import resources, store
+from harness.report import view
+from harness.store import Run
+
+TEMPLATE = "report.html.j2"
+
+
+def render(runs: Sequence[Run]) -> str:
+    """Return the page. Names and messages in Records come from strangers, so everything is escaped."""
+    # Here, so that `peft-harness --help` does not pay for it.
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    folder = resources.folder("report_templates")
+    style = (folder / "report.css").read_text(encoding="utf-8")
+    script = (folder / "report.js").read_text(encoding="utf-8")
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(TEMPLATE).render(
+        page=view.build(runs),
+        # Our own two files, never data: the only text that enters the page unescaped.
+        style=Markup(style),  # noqa: S704
+        script=Markup(script),  # noqa: S704
+        policy=policy(style, script),
+    )
+
+
+def policy(style: str, script: str) -> str:
+    """Return the Content-Security-Policy under which only this style and this script run."""
+    return (
+        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:;"
+        " base-uri 'none'; form-action 'none'"
+    )
+
+
+def write_report(runs: Sequence[Run], out: Path) -> None:
+    """Write the report of one or several runs to `out`, whole or not at all."""
+    store.write_atomic(out, render(runs).encode())
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

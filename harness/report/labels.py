@@ -1,0 +1,121 @@
+"""Put a name beside every point so that no two names overlap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SIZE = 11.5
+_LINE = 14.0
+_DOT = 7.0
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle; y grows downwards."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+    def overlaps(self, other: Box) -> bool:
+        """Say whether two rectangles share more than an edge."""
+        return (
+            self.x < other.x + other.width
+            and other.x < self.x + self.width
+            and self.y < other.y + other.height
+            and other.y < self.y + self.height
+        )
+
+    def inside(self, other: Box) -> bool:
+        """Say whether this rectangle lies wholly in the other."""
+        return (
+            self.x >= other.x
+            and self.y >= other.y
+            and self.x + self.width <= other.x + other.width
+            and self.y + self.height <= other.y + other.height
+        )
+
+
+def text_width(text: str) -> float:
+    """Estimate the width of a label from above: the reader's font is not known here."""
+    return 0.6 * SIZE * len(text) + 2
+
+
+def place(
+    points: Sequence[tuple[float, float]], texts: Sequence[str], bounds: Box, avoid: Sequence[Box] = ()
+) -> list[Box | None]:
+    """Return a box for each text, near its point, over no dot and no other text; None where there is no room.
+
+    avoid: boxes that are crossed only for want of a better place, e.g. interval bars.
+    """
+    dots = [Box(x - _DOT, y - _DOT, 2 * _DOT, 2 * _DOT) for x, y in points]
+    placed: list[Box | None] = [None] * len(points)
+    taken: list[Box] = list(dots)
+    # From the right: there is least room at the right edge.
+    for i in sorted(range(len(points)), key=lambda i: (-points[i][0], points[i][1])):
+        width = text_width(texts[i])
+        best: tuple[float, Box] | None = None
+        for box, cost in _candidates(points[i], width):
+            if not box.inside(bounds) or any(box.overlaps(other) for other in taken):
+                continue
+            total = cost + 25 * sum(box.overlaps(other) for other in avoid)
+            total += 12 * sum(_crosses(points[i], box, other) for other in taken if other is not dots[i])
+            if best is None or total < best[0]:
+                best = (total, box)
+        if best:
+            placed[i] = best[1]
+            taken.append(best[1])
+    return placed
+
+
+def _candidates(point: tuple[float, float], width: float) -> list[tuple[Box, float]]:
+    x, y = point
+    found = []
+    for radius in (_DOT + 3, 22.0, 36.0, 52.0, 70.0, 90.0, 115.0, 140.0):
+        for angle in range(0, 360, 20):
+            dx, dy = radius * math.cos(math.radians(angle)), radius * math.sin(math.radians(angle))
+            left = x + dx if dx > 1e-6 else x + dx - width
+            if angle in (80, 100, 260, 280):
+                left = x + dx - width / 2
+            # A little dearer to the left and below, so that like neighbours choose alike.
+            cost = radius + (3 if dx < 0 else 0) + (1 if dy > 0 else 0)
+            found.append((Box(left, y + dy - _LINE / 2, width, _LINE), cost))
+    return found
+
+
+def anchor(point: tuple[float, float], box: Box) -> tuple[float, float]:
+    """Return the place on a label's edge that is nearest to its point: where a leader line ends."""
+    return min(max(point[0], box.x), box.x + box.width), min(max(point[1], box.y), box.y + box.height)
+
+
+def _crosses(point: tuple[float, float], box: Box, other: Box) -> bool:
+    """Say whether the leader line from `point` to `box` runs through `other` (sampled, not exact)."""
+    end = anchor(point, box)
+    for share in (0.25, 0.5, 0.75):
+        x, y = point[0] + share * (end[0] - point[0]), point[1] + share * (end[1] - point[1])
+        if other.x < x < other.x + other.width and other.y < y < other.y + other.height:
+            return True
+    return False
+
+
+def spread(wanted: Sequence[float], low: float, high: float, gap: float = _LINE) -> list[float]:
+    """Return heights near the `wanted` ones that are at least `gap` apart, for names at the ends of lines.
+
+    Keeps the order; where they cannot all fit between low and high they run over `high`.
+    """
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    heights = [min(max(w, low), high) for w in wanted]
+    floor = low
+    for i in order:
+        heights[i] = max(heights[i], floor)
+        floor = heights[i] + gap
+    if low + gap * (len(order) - 1) > high:
+        return heights
+    ceiling = high
+    for i in reversed(order):
+        heights[i] = min(heights[i], ceiling)
+        ceiling = heights[i] - gap
+    return heights

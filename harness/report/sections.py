@@ -1,0 +1,297 @@
+"""The parts of the report that are neither table nor ranking: parity, losses, time, environment, failures, rerun."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from harness.analysis import measured
+from harness.analysis.reproducibility import Rerun, environment_differences
+from harness.analysis.trajectories import Judged
+from harness.analysis.verdict import Judgement
+from harness.records import CheckResult, Environment, Outcome, Record, Status
+from harness.report import charts, display
+from harness.report.display import DASH
+from harness.report.facts import RunFacts, icon, tone
+
+Section = dict[str, Any]
+
+_CURVES_IN_A_CHART = 10
+OUTSIDE_TARGET = 0.10
+"""Time outside the Cells should stay under this share of the run."""
+
+
+def curves(facts: RunFacts) -> list[Section]:
+    """Draw the training losses, a chart per model and task."""
+    series: dict[str, list[charts.Series]] = {}
+    for record in facts.latest.values():
+        training = record.measurements.training if record.measurements else None
+        if training and training.losses:
+            title = f"{record.cell.model} · {record.cell.task}"
+            series.setdefault(title, []).append(charts.Series(facts.names[record.cell_id], training.losses))
+    return [
+        charts.learning(title, lines[i : i + _CURVES_IN_A_CHART])
+        for title, lines in series.items()
+        for i in range(0, len(lines), _CURVES_IN_A_CHART)
+    ]
+
+
+def losses(facts: RunFacts, judgement: Judgement) -> Section | None:
+    """Show a `same-losses` comparison step by step; None for other comparisons."""
+    if judgement.losses is None:
+        return None
+    subjects = judgement.losses.subjects
+    measured_ones = [s for s in subjects if s.errors]
+    by_noise = [s for s in measured_ones if s.by == "noise"]
+    drawing = None
+    if measured_ones:
+        bound = (by_noise or measured_ones)[0]
+        allowed = charts.Series("allowed" if by_noise else "allowed growth", bound.allowed)
+        lines = [charts.Series(facts.names[s.cell_id], s.errors) for s in measured_ones]
+        drawing = charts.errors("Distance from the float64 losses", lines, allowed)
+    return {
+        "says": judgement.comparison.says,
+        "word": judgement.verdict.word.value,
+        "chart": drawing,
+        "rows": [_subject(facts, s) for s in subjects],
+    }
+
+
+def _subject(facts: RunFacts, s: Judged) -> Section:
+    by = {"noise": "the reference's noise in this dtype", "growth": "its own growth (it defines the noise)", "": DASH}
+    return {
+        "name": facts.names[s.cell_id],
+        "href": f"#{facts.anchor(s.cell_id)}",
+        "word": s.verdict.word.value,
+        "icon": icon(s.verdict.word),
+        "tone": tone(s.verdict.word),
+        "by": by[s.by],
+        "ratio": display.scientific(s.ratio),
+        "step": DASH if s.step is None else str(s.step),
+        "error": DASH if s.step is None else display.scientific(s.errors[s.step]),
+        "allowed": DASH if s.step is None else display.scientific(s.allowed[s.step]),
+        "reason": s.verdict.reason,
+    }
+
+
+def parity(facts: RunFacts) -> list[Section]:
+    """List each Cell's checks; Cells with a failed one stand open."""
+    found = []
+    for record in facts.latest.values():
+        count = {outcome: sum(c.outcome is outcome for c in record.checks) for outcome in Outcome}
+        judged = [(r, c.check) for c in record.checks if (r := _share(c)) is not None]
+        tightest = max(judged, default=None)
+        summary = ", ".join(f"{n} {outcome.value}" for outcome, n in count.items() if n) or "no check was run"
+        if tightest:
+            summary += f"; nearest to its bound: {tightest[1]} at {tightest[0]:.2g} of what is allowed"
+        word = "fail" if count[Outcome.FAIL] else "pass" if count[Outcome.PASS] else "not-run"
+        found.append(
+            {
+                **facts.row(record.cell),
+                "title": record.cell.label,
+                "summary": summary,
+                "word": word,
+                "icon": icon(word),
+                "tone": tone(word),
+                "open": bool(count[Outcome.FAIL]),
+                "checks": [_check(c) for c in record.checks],
+            }
+        )
+    return found
+
+
+def _share(check: CheckResult) -> float | None:
+    return check.error / check.allowed if check.error is not None and check.allowed else None
+
+
+def _check(c: CheckResult) -> Section:
+    share = _share(c)
+    notes = [
+        c.detail,
+        f"{c.nonfinite} not finite" if c.nonfinite else "",
+        f"worst element: {c.worst}" if c.worst else "",
+    ]
+    return {
+        "check": c.check,
+        "outcome": c.outcome.value,
+        "icon": icon(c.outcome.value),
+        "tone": "quiet" if c.outcome is Outcome.SKIPPED else tone(c.outcome.value),
+        "error": display.scientific(c.error),
+        "allowed": display.scientific(c.allowed),
+        "share": DASH if share is None else f"{share:.2g}",
+        "tensor": c.tensor or DASH,
+        "policy": c.policy or DASH,
+        "detail": "; ".join(n for n in notes if n),
+    }
+
+
+def time(facts: RunFacts) -> Section:
+    """Say where the time went: in each Cell, and outside the Cells."""
+    lives = []
+    for record in facts.latest.values():
+        spent = [(p.name, p.seconds) for p in record.phases if p.name != measured.STARTUP]
+        rest = measured.unaccounted_seconds(record)
+        own = [*spent, ("in no phase", rest)] if record.phases and rest > 0 else spent
+        if record.phases:
+            name, href = facts.names[record.cell_id], f"#{facts.anchor(record.cell_id)}"
+            lives.append(charts.Life(name, measured.startup_seconds(record), own, href))
+    return {"chart": charts.phases("Phases of each Cell", lives) if lives else None, **_outside(facts)}
+
+
+def _outside(facts: RunFacts) -> Section:
+    footer = facts.run.footer
+    if footer is None or footer.seconds_total <= 0:
+        return {"sentence": "Time outside the Cells: not known, the run has no footer.", "tone": "open", "outside": []}
+    # With several Cells at once their times add up to more than the run, so the two are not always complements.
+    named = sum(footer.seconds_outside.values())
+    outside = max(named, footer.seconds_total - footer.seconds_in_cells)
+    share = outside / footer.seconds_total
+    within = share < OUTSIDE_TARGET
+    parts = [*footer.seconds_outside.items(), *([("other", outside - named)] if outside - named > 0.05 else [])]
+    return {
+        "sentence": f"Outside the Cells: {display.seconds(outside)} of {display.seconds(footer.seconds_total)},"
+        f" {display.percent(share)}; the aim is under {100 * OUTSIDE_TARGET:.0f} %.",
+        "tone": "good" if within else "bad",
+        "outside": [{"name": name, "text": display.seconds(s)} for name, s in parts],
+    }
+
+
+def environment(facts: RunFacts) -> Section:
+    """Show where the run was made, what it used, and which Records were made elsewhere."""
+    own = facts.run.manifest.environment
+    strangers = []
+    for record in facts.latest.values():
+        differences = environment_differences(own, record.environment)
+        if differences:
+            strangers.append({**facts.row(record.cell), "differences": "; ".join(differences)})
+    assets = {a.name: a for r in facts.latest.values() for a in r.assets}
+    providers = {p.distribution: p.version for r in facts.latest.values() if (p := r.provider)}
+    return {
+        "blocks": [
+            {"title": "Machine", "rows": _pairs(own.machine | _threads(own))},
+            {"title": "Software", "rows": _pairs(own.software)},
+            {"title": "Code", "rows": _pairs(_code(facts, own))},
+            {"title": "Implementations from", "rows": _pairs(providers)},
+        ],
+        "assets": [
+            {
+                "name": a.name,
+                "source": a.source,
+                "revision": a.revision or DASH,
+                "licence": a.licence or DASH,
+                "sha256": a.sha256 or DASH,
+            }
+            for a in assets.values()
+        ],
+        "strangers": strangers,
+    }
+
+
+def _threads(e: Environment) -> dict[str, str]:
+    return {"threads": "not recorded" if e.threads is None else str(e.threads)}
+
+
+def _code(facts: RunFacts, e: Environment) -> dict[str, str]:
+    m = facts.run.manifest
+    dirty = {None: "", True: ", with uncommitted changes", False: ", clean"}[e.git_dirty]
+    return {
+        "harness": m.harness_version,
+        "code version": e.code_version,
+        "git": (e.git_sha + dirty) if e.git_sha else "not a checkout",
+        "suite": m.suite_file,
+        "suite sha256": m.suite_sha256,
+        "environment id": e.id,
+        **{key: str(value) for key, value in e.extra.items()},
+    }
+
+
+def _pairs(mapping: dict[str, str]) -> list[Section]:
+    return [{"key": key, "value": value} for key, value in mapping.items()]
+
+
+def failures(facts: RunFacts) -> list[Section]:
+    """List every attempt that did not end well, the last ones and earlier ones."""
+    return [_failure(facts, r) for r in facts.run.records if r.status is not Status.OK]
+
+
+def _failure(facts: RunFacts, record: Record) -> Section:
+    f = record.failure
+    memory = []
+    if f and f.requested_B is not None:
+        memory.append(f"asked for {display.mebibytes(f.requested_B)} MiB")
+    if f and f.last_peak_B is not None:
+        memory.append(f"last peak {display.mebibytes(f.last_peak_B)} MiB")
+    superseded = facts.latest[record.cell_id].id != record.id if record.cell_id in facts.latest else False
+    return {
+        **facts.row(record.cell),
+        "name": record.cell.label,
+        "record": record.id,
+        "status": record.status.value,
+        "icon": icon(record.status),
+        "tone": tone(record.status),
+        "because": record.because,
+        "superseded": "a later attempt exists" if superseded else "",
+        "kind": f.kind if f else "",
+        "message": f.message if f else "",
+        "phase": f.phase if f else "",
+        "memory": ", ".join(memory),
+        "traceback": f.traceback if f else "",
+        "checks": [_check(c) for c in record.checks if c.outcome is Outcome.FAIL],
+        "log": f"logs/{record.id}.txt",
+    }
+
+
+def rerun(facts: RunFacts) -> Section:
+    """Give the commands that repeat the run, or one Cell of it."""
+    m = facts.run.manifest
+    suite = shlex.quote(m.suite_file)
+    return {
+        "command": shlex.join(m.argv),
+        "cells": [
+            {**facts.row(cell), "command": f"peft-harness run {suite} --only {cell.cell_id}"} for cell in m.cells
+        ],
+    }
+
+
+def notes(facts: RunFacts) -> list[Section]:
+    """Collect what the Records say a reader must know, each note once."""
+    found: dict[str, list[str]] = {}
+    for record in facts.latest.values():
+        for note in record.notes:
+            found.setdefault(note, []).append(record.id)
+    return [{"text": text, "sources": facts.sources(ids)} for text, ids in found.items()]
+
+
+def reproducibility(reruns: Sequence[Rerun]) -> Section:
+    """Show which Cells gave the same losses again, and why the others did not."""
+    unequal = [r for r in reruns if not r.equal]
+    if not reruns:
+        sentence, word = "No Cell has two ok Records, so nothing was repeated.", "not-run"
+    elif unequal:
+        sentence, word = f"{len(unequal)} of {len(reruns)} repeated Cells differ.", "fail"
+        if not any("same environment" in reason for r in unequal for reason in r.why):
+            sentence, word = sentence + " Each was repeated in another environment.", "inconclusive"
+    else:
+        sentence, word = f"All {len(reruns)} repeated Cells gave the same losses and answers to the last bit.", "pass"
+    return {
+        "sentence": sentence,
+        "word": word,
+        "icon": icon(word),
+        "tone": tone(word),
+        "rows": [_rerun(r) for r in reruns],
+    }
+
+
+def _rerun(r: Rerun) -> Section:
+    same = {True: "equal to the last bit", False: "differ", None: "none to compare"}
+    first = "" if r.first_step is None else f" from step {r.first_step}"
+    return {
+        "name": r.label,
+        "records": [f"{run}/{record}" for run, record in r.records],
+        "icon": icon("pass" if r.equal else "fail"),
+        "tone": tone("pass" if r.equal else "fail"),
+        "losses": same[r.same_losses] + first,
+        "items": same[r.same_items],
+        "why": "; ".join(r.why),
+    }

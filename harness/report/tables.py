@@ -1,0 +1,223 @@
+"""The sortable tables: comparison, latency, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from harness.analysis import measured
+from harness.analysis.intervals import median_interval
+from harness.records import Cell, Latency, Measurements, Record
+from harness.report import display
+from harness.report.display import Figure, figure, unmeasured
+from harness.report.facts import RunFacts, icon, tone
+
+Table = dict[str, Any]
+
+
+def _column(label: str, title: str = "", *, number: bool = True) -> dict[str, Any]:
+    return {"label": label, "title": title, "number": number}
+
+
+def _table(facts: RunFacts, key: str, caption: str, columns: list[dict[str, Any]], rows: list[Table]) -> Table:
+    """Group rows by model and task, in the manifest's order: sorting never mixes groups."""
+    groups: dict[tuple[str, str], list[Table]] = {}
+    for row in rows:
+        groups.setdefault((row["cell"].model, row["cell"].task), []).append(
+            {**facts.row(row["cell"]), "figures": row["figures"], "anchor": row.get("anchor", "")}
+        )
+    return {
+        "id": f"{facts.prefix}{key}",
+        "caption": caption,
+        "columns": columns,
+        "groups": [{"title": f"{model} · {task}", "rows": members} for (model, task), members in groups.items()],
+    }
+
+
+def comparison(facts: RunFacts) -> Table:
+    """Tabulate every expected Cell, measured or not."""
+    columns = [
+        _column("Status", number=False),
+        _column("Trainable", "parameters that the optimizer updates"),
+        _column("Accuracy", "with the interval named in its Record, over test items, for this one training run"),
+        _column("Against the best", "among Cells with an equal budget; paired on the same items where there is a p"),
+        _column("Peak, MiB", "highest memory of the process inside the training phase"),
+        _column("Tokens/s", "real tokens, padding not counted, over the steady steps"),
+        _column("Step, ms", "median steady step, with its 95 % interval over the steps of this one process"),
+        _column("Cell, s", "wall time of the Cell's own process, start-up and all"),
+        _column("Record", number=False),
+    ]
+    rows = []
+    for cell in facts.run.manifest.cells:
+        record = facts.latest.get(cell.cell_id)
+        figures = [_status(facts, cell), *_measured(facts, cell, record)]
+        figures += (
+            [figure(f"{record.duration_s:.1f}", record.duration_s), figure(record.id, record.id, tone="code")]
+            if record
+            else [unmeasured("there is no Record"), unmeasured("there is no Record")]
+        )
+        rows.append({"cell": cell, "figures": figures, "anchor": facts.anchor(cell.cell_id)})
+    return _table(facts, "cells", "Every expected Cell", columns, rows)
+
+
+def _status(facts: RunFacts, cell: Cell) -> Figure:
+    status = facts.status(cell)
+    why = "" if status == "ok" else facts.why_unmeasured(cell)
+    return figure(f"{icon(status)} {status}", status, why=why, tone=tone(status))
+
+
+def _measured(facts: RunFacts, cell: Cell, record: Record | None) -> list[Figure]:
+    if record is None or record.measurements is None:
+        return [unmeasured(facts.why_unmeasured(cell))] * 6
+    m = record.measurements
+    trainable = m.parameters.trainable
+    peak = measured.training_peak(record)
+    no_peak = "the training phase has no memory peak" if m.training else "not trained"
+    return [
+        figure(f"{trainable:,}", trainable, why=f"{display.short_count(m.parameters.total)} in all"),
+        figure(display.percent(m.accuracy.value), m.accuracy.value, small=display.interval(m.accuracy),
+               why=f"{m.accuracy.metric}, {m.accuracy.interval}, scored by {m.accuracy.scored_by}")
+        if m.accuracy
+        else unmeasured("not scored"),
+        _standing(facts, cell),
+        figure(display.mebibytes(peak), peak) if peak is not None else unmeasured(no_peak),
+        *_speed(m),
+    ]  # fmt: skip
+
+
+def _speed(m: Measurements) -> list[Figure]:
+    if m.training is None or not m.training.step_seconds:
+        return [unmeasured("not trained")] * 2
+    rate, step = measured.throughput(m.training), measured.step_time(m.training)
+    return [
+        figure(f"{rate:,.0f}", rate) if rate is not None else unmeasured("the clock did not move"),
+        figure(display.milliseconds(step.value), step.value, small=display.median_ms(step), why=f"{step.count} steps"),
+    ]
+
+
+def _standing(facts: RunFacts, cell: Cell) -> Figure:
+    entry = facts.entries.get(cell.cell_id)
+    if entry is None:
+        return unmeasured("not scored")
+    group = next(g for g in facts.groups if entry in g.entries)
+    if len(group.entries) == 1:
+        return unmeasured("no other Cell has this budget, so there is nothing to rank it with")
+    if entry.standing == "best":
+        return figure("best" if group.is_ranking else "trained", 0.0, tone="good" if group.is_ranking else "")
+    small = display.points(entry.difference) + (f", {display.probability(entry.p)}" if entry.p is not None else "")
+    words = {"tied": "tied", "below": "below", "untrained": "untrained"}
+    why = "exact McNemar test of these two checkpoints, Holm-adjusted" if entry.p is not None else "by the intervals"
+    return figure(words[entry.standing], entry.difference, small=small, why=why)
+
+
+def latency(facts: RunFacts) -> Table:
+    """Tabulate forward times of base, unmerged and merged model, and their ratios."""
+    columns = [
+        _column("What", "kind of forward pass, batch x tokens", number=False),
+        *(_column(f"{v}, ms", "median, with its 95 % interval") for v in ("Base", "Unmerged", "Merged")),
+        _column("Unmerged / base", "ratio of medians: what an adapter costs at inference"),
+        _column("Merged / base", "ratio of medians: 1 if merging takes that cost away"),
+    ]
+    rows = []
+    for cell, m in _measurements(facts):
+        workloads = dict.fromkeys((x.kind, x.batch, x.tokens) for x in m.latency)
+        for kind, batch, tokens in workloads:
+            found = {x.variant: x for x in m.latency if (x.kind, x.batch, x.tokens) == (kind, batch, tokens)}
+            base, unmerged, merged = (found.get(v) for v in ("base", "unmerged", "merged"))
+            figures = [
+                figure(f"{kind} {batch} × {tokens}", f"{kind} {batch:06} {tokens:06}"),
+                *(_forward(x) for x in (base, unmerged, merged)),
+                *(_ratio(x, base) for x in (unmerged, merged)),
+            ]
+            rows.append({"cell": cell, "figures": figures})
+    return _table(facts, "latency", "Latency of inference", columns, rows)
+
+
+def _forward(latency: Latency | None) -> Figure:
+    if latency is None:
+        return unmeasured("not asked for")
+    if not latency.seconds:
+        return unmeasured(latency.because or "no samples, and the Record does not say why")
+    m = median_interval(latency.seconds)
+    return figure(display.milliseconds(m.value), m.value, small=display.median_ms(m), why=f"{m.count} samples")
+
+
+def _ratio(latency: Latency | None, base: Latency | None) -> Figure:
+    if not latency or not base or not latency.seconds or not base.seconds or not median(base.seconds):
+        return unmeasured("one of the two was not measured")
+    ratio = median(latency.seconds) / median(base.seconds)
+    return figure(f"{ratio:.2f}", ratio)
+
+
+def memory(facts: RunFacts) -> Table:
+    """Tabulate the ledger: bytes counted tensor by tensor, then the process's peak in every phase."""
+    names = list(dict.fromkeys(p.name for r in facts.latest.values() for p in r.phases))
+    columns = [
+        _column("After imports", "the process before the model was loaded"),
+        *(_column(name, "sum over tensors") for name in ("Weights", "Adapter", "Gradients", "Optimizer")),
+        _column(
+            "Other in training", "training peak minus all to the left: activations, buffers, the allocator's slack"
+        ),
+        *(_column(f"Peak: {name}", f"highest memory inside the phase “{name}”") for name in names),
+        _column("Source", "how the peaks were taken", number=False),
+    ]
+    rows = []
+    for cell, m in _measurements(facts):
+        record = facts.latest[cell.cell_id]
+        parts = (
+            m.memory.baseline_B,
+            m.memory.weights_B,
+            m.memory.adapter_B,
+            m.memory.gradients_B,
+            m.memory.optimizer_B,
+        )
+        peak = measured.training_peak(record)
+        peaks = {p.name: p.peak_memory_B for p in record.phases}
+        figures = [
+            *(_bytes(b) for b in parts),
+            _bytes(peak - sum(parts)) if peak is not None else unmeasured("no peak of a training phase"),
+            *(
+                _bytes(size) if (size := peaks.get(name)) is not None else unmeasured("no such phase, or no peak of it")
+                for name in names
+            ),
+            figure(m.memory.source, m.memory.source),
+        ]
+        rows.append({"cell": cell, "figures": figures})
+    return _table(facts, "memory", "Memory, MiB", columns, rows)
+
+
+def _bytes(size: int) -> Figure:
+    if size < 0:
+        why = "less than the tensors add up to: some of them were never resident, or lie in shared pages"
+        return figure(f"{display.MINUS}{display.mebibytes(-size)}", size, why=why)
+    return figure(display.mebibytes(size), size)
+
+
+def _measurements(facts: RunFacts) -> Sequence[tuple[Cell, Measurements]]:
+    return [(r.cell, r.measurements) for r in facts.latest.values() if r.measurements]
+
+
+def raw(facts: RunFacts) -> list[dict[str, Any]]:
+    """Return the comparison's numbers in base units, for download."""
+    return [_raw(facts, cell, facts.latest.get(cell.cell_id)) for cell in facts.run.manifest.cells]
+
+
+def _raw(facts: RunFacts, cell: Cell, record: Record | None) -> dict[str, Any]:
+    m = record.measurements if record else None
+    training = m.training if m and m.training and m.training.step_seconds else None
+    return {
+        "record": record.id if record else None,
+        "cell": cell.model_dump(mode="json"),
+        "label": cell.label,
+        "status": facts.status(cell),
+        "because": record.because if record else "there is no Record of this Cell",
+        "trainable": m.parameters.trainable if m else None,
+        "accuracy": m.accuracy.value if m and m.accuracy else None,
+        "accuracy_low": m.accuracy.low if m and m.accuracy else None,
+        "accuracy_high": m.accuracy.high if m and m.accuracy else None,
+        "training_peak_B": measured.training_peak(record) if record and m else None,
+        "tokens_per_s": measured.throughput(training) if training else None,
+        "step_s": measured.step_time(training).value if training else None,
+        "duration_s": record.duration_s if record else None,
+    }

@@ -1,0 +1,47 @@
+"""The end of a run in the terminal: one aligned table, then the verdicts. Plain text, as wide as it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from harness.report import facts, tables
+from harness.report.display import Figure
+from harness.store import Run
+
+# Places in the comparison table's rows; "Against the best" is left to the page, it would make the lines too wide.
+_COLUMNS = {"status": 0, "trainable": 1, "accuracy": 2, "peak MiB": 4, "tok/s": 5, "step ms": 6}
+
+
+def summary(run: Run) -> list[str]:
+    """Return the lines of a run's table and verdicts."""
+    f = facts.gather(run)
+    lines: list[str] = []
+    for group in tables.comparison(f)["groups"]:
+        rows = [[row["name"], *(_text(row["figures"][i]) for i in _COLUMNS.values())] for row in group["rows"]]
+        lines += [*_aligned([[group["title"], *_COLUMNS], *rows]), ""]
+    for j in f.verdict.judgements:
+        lines.append(f"{facts.icon(j.verdict.word)} {j.verdict.word.value}: {j.comparison.says}")
+        lines.append(f"    {j.verdict.reason}")
+    p = f.verdict.parity
+    lines.append(f"parity: {p.passed} checks passed, {p.failed} failed, {p.skipped} skipped")
+    lines += [f"missing: {f.names[i]} ({i})" for i in f.verdict.missing]
+    lines += [f"unreadable: {name}: {why}" for name, why in run.broken.items()]
+    v = f.verdict.verdict
+    lines.append(f"{facts.icon(v.word)} {v.word.value}: {v.reason}")
+    return lines
+
+
+def _text(figure: Figure) -> str:
+    return f"{figure['text']} {figure['small']}".rstrip()
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Align columns: names and statuses to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            text.ljust(width) if i < 2 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,226 @@
+"""Everything the report shows, as one plain dict: templates look up and loop, they never compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from harness import store
+from harness.analysis import measured
+from harness.analysis.ranking import Budget, Entry, Group
+from harness.analysis.reproducibility import reruns
+from harness.analysis.verdict import Judgement
+from harness.records import Record
+from harness.report import charts, display, facts, sections, tables
+from harness.report.facts import RunFacts, icon, tone
+from harness.store import Run
+
+
+def build(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return the view of one or several runs."""
+    gathered = [facts.gather(run, f"run{i}-" if i else "") for i, run in enumerate(runs)]
+    return {
+        "title": " and ".join(dict.fromkeys(run.manifest.title or run.manifest.suite for run in runs)),
+        "generated": store.now(),
+        "runs": [_run(f) for f in gathered],
+        "reproducibility": sections.reproducibility(reruns(runs)) if _repeats(runs) else None,
+        "data": [{"run": f.run.manifest.run, "suite": f.run.manifest.suite, "cells": tables.raw(f)} for f in gathered],
+    }
+
+
+def _repeats(runs: Sequence[Run]) -> bool:
+    return len(runs) > 1 or any(len(run.records) > len(run.latest()) for run in runs)
+
+
+def _run(f: RunFacts) -> dict[str, Any]:
+    m, footer = f.run.manifest, f.run.footer
+    same_losses = [s for j in f.verdict.judgements if (s := sections.losses(f, j))]
+    groups, curves, time = [_group(f, g) for g in f.groups], sections.curves(f), sections.time(f)
+    drawings = [d for g in groups for d in g["charts"]] + curves + [s["chart"] for s in same_losses] + [time["chart"]]
+    for number, drawing in enumerate(d for d in drawings if d):
+        drawing["id"] = f"{f.prefix}chart-{number}"
+    return {
+        "id": m.run,
+        "prefix": f.prefix,
+        "suite": m.suite,
+        "title": m.title or m.suite,
+        "about": m.about,
+        "started": m.started,
+        "ended": footer.ended if footer else "",
+        "duration": display.seconds(footer.seconds_total) if footer else "",
+        "verdict": _verdict(f),
+        "alerts": _alerts(f),
+        "counts": [{"status": s, "count": n, "tone": tone(s), "icon": icon(s)} for s, n in f.verdict.counts.items()],
+        "questions": [_question(f, j) for j in f.verdict.judgements],
+        "parity_summary": _parity_summary(f),
+        "groups": groups,
+        "comparison": tables.comparison(f),
+        "latency": tables.latency(f),
+        "memory": tables.memory(f),
+        "curves": curves,
+        "same_losses": same_losses,
+        "parity": sections.parity(f),
+        "time": time,
+        "environment": sections.environment(f),
+        "failures": sections.failures(f),
+        "notes": sections.notes(f),
+        "rerun": sections.rerun(f),
+    }
+
+
+def _verdict(f: RunFacts) -> dict[str, Any]:
+    v = f.verdict.verdict
+    return {
+        "word": v.word.value,
+        "icon": icon(v.word),
+        "tone": tone(v.word),
+        "reason": v.reason,
+        "exit": f"exit code {f.verdict.exit.value} ({f.verdict.exit.name.lower().replace('_', ' ')})",
+    }
+
+
+def _alerts(f: RunFacts) -> list[dict[str, Any]]:
+    """Say at the top what is not whole: an unfinished run, missing Cells, torn files, Records from elsewhere."""
+    cells = {c.cell_id: c for c in f.run.manifest.cells}
+    found: list[dict[str, Any]] = []
+    if f.verdict.how != "finished":
+        how = "has no footer: it was cut off, or is still going on" if f.run.footer is None else f"was {f.verdict.how}"
+        found.append({"text": f"This run {how}.", "items": []})
+    if f.verdict.missing:
+        n = len(f.verdict.missing)
+        text = f"{n} expected Cell{'s have' if n > 1 else ' has'} no Record:"
+        found.append({"text": text, "items": [f"{cells[i].label} ({i})" for i in f.verdict.missing]})
+    if f.run.broken:
+        n = len(f.run.broken)
+        text = f"{n} Record file{'s' if n > 1 else ''} could not be read, and {'are' if n > 1 else 'is'} not counted:"
+        found.append({"text": text, "items": [f"{name}: {why}" for name, why in f.run.broken.items()]})
+    strangers = [r for r in f.latest.values() if r.environment.id != f.run.manifest.environment.id]
+    if strangers:
+        text = "Records from another environment than the run's, so their times and memory do not compare:"
+        found.append({"text": text, "items": [f"{r.cell.label} ({r.id})" for r in strangers]})
+    return found
+
+
+def _question(f: RunFacts, j: Judgement) -> dict[str, Any]:
+    return {
+        "says": j.comparison.says,
+        "word": j.verdict.word.value,
+        "icon": icon(j.verdict.word),
+        "tone": tone(j.verdict.word),
+        "reason": j.verdict.reason,
+        "sources": f.sources(j.verdict.records),
+    }
+
+
+def _parity_summary(f: RunFacts) -> dict[str, Any]:
+    p = f.verdict.parity
+    text = f"{p.passed} checks passed, {p.failed} failed, {p.skipped} skipped."
+    if p.unchecked:
+        text += f" {len(p.unchecked)} measured Cell{'s' if len(p.unchecked) > 1 else ''} carry no passed check."
+    return {"text": text, "unchecked": f.sources(p.unchecked)}
+
+
+def _group(f: RunFacts, g: Group) -> dict[str, Any]:
+    b = g.budget
+    levels = [
+        charts.Level(f.names[e.record.cell_id], e.accuracy.value, e.accuracy.low, e.accuracy.high) for e in g.untrained
+    ]
+    drawings = []
+    if len(g.entries) > 1 and g.ranked:
+        drawings = [d for d in (_memory_chart(f, g, levels), _size_chart(f, g, levels)) if d]
+    return {
+        "title": f"{b.model} · {b.task}",
+        "budget": _budget(b),
+        "sentences": _sentences(f, g) if len(g.entries) > 1 else ["No other Cell has this budget: not ranked."],
+        "charts": drawings,
+        "undrawn": _undrawn(f, g) if drawings else [],
+    }
+
+
+def _budget(b: Budget) -> str:
+    training = f"{b.steps} steps × {b.batch} examples" if b.steps else "no training"
+    return f"{training}, at most {b.max_tokens} tokens, {b.items:,} test items, {b.dtype}"
+
+
+def _sentences(f: RunFacts, g: Group) -> list[str]:
+    """Say who is best, who is tied with it, what the comparison cannot see."""
+
+    def listed(entries: Sequence[Entry], difference: bool) -> str:
+        return ", ".join(
+            f.names[e.record.cell_id] + (f" ({display.points(e.difference)})" if difference else "") for e in entries
+        )
+
+    sentences = []
+    if g.is_ranking:
+        best = g.ranked[0]
+        tied = [e for e in g.ranked if e.standing == "tied"]
+        below = [e for e in g.ranked if e.standing == "below"]
+        sentences.append(
+            f"Highest accuracy: {f.names[best.record.cell_id]}, {display.accuracy(best.accuracy)}. "
+            + (f"Tied with it: {listed(tied, False)}. " if tied else "Nothing is tied with it. ")
+            + (f"Below it: {listed(below, True)}." if below else "Nothing is below it for certain.")
+        )
+    runs = f"One training run per Cell (seed {', '.join(map(str, g.seeds))})"
+    sentences.append(
+        f"{runs}: intervals and ties speak of these checkpoints on a new sample of test items, not of another seed."
+    )
+    if g.detectable is not None and g.disagreement is not None:
+        share = f"if two Cells disagree on {display.percent(g.disagreement)} of the items, as " + (
+            "the most different pair here does" if g.paired else "independent answers would"
+        )
+        sentences.append(
+            f"Smallest difference that one comparison here finds with 80 % power: {100 * g.detectable:.1f} points"
+            f" ({g.budget.items:,} items; {share})."
+        )
+    return sentences
+
+
+def _points(f: RunFacts, entries: Sequence[tuple[Entry, float]], cost: str) -> list[charts.Point]:
+    return [
+        charts.Point(
+            label=f.names[e.record.cell_id],
+            cost=value,
+            value=e.accuracy.value,
+            low=e.accuracy.low,
+            high=e.accuracy.high,
+            tied=e.standing in ("best", "tied"),
+            tip=f"{e.record.cell.label}: {display.accuracy(e.accuracy)}, {cost.format(value)}; Record {e.record.id}",
+            href=f"#{f.anchor(e.record.cell_id)}",
+        )
+        for e, value in entries
+    ]
+
+
+def _memory_chart(f: RunFacts, g: Group, levels: Sequence[charts.Level]) -> dict[str, Any] | None:
+    with_peak = [(e, peak / display.MIB) for e in g.ranked if (peak := measured.training_peak(e.record)) is not None]
+    if not with_peak:
+        return None
+    points = _points(f, with_peak, "{:,.0f} MiB")
+    return charts.cost("Accuracy against peak training memory", "peak training memory, MiB", points, levels, log=False)
+
+
+def _size_chart(f: RunFacts, g: Group, levels: Sequence[charts.Level]) -> dict[str, Any] | None:
+    with_size = [(e, float(n)) for e in g.ranked if (n := _trainable(e.record)) > 0]
+    if not with_size:
+        return None
+    points = _points(f, with_size, "{:,.0f} trainable parameters")
+    axis = "trainable parameters (logarithmic)"
+    return charts.cost("Accuracy against trainable parameters", axis, points, levels, log=True)
+
+
+def _trainable(record: Record) -> int:
+    return record.measurements.parameters.trainable if record.measurements else 0
+
+
+def _undrawn(f: RunFacts, g: Group) -> list[dict[str, str]]:
+    """List the Cells of this budget that have no point, with the reason."""
+    found = []
+    for cell in f.run.manifest.cells:
+        if Budget.of(cell) != g.budget or cell.cell_id in f.entries:
+            continue
+        record = f.latest.get(cell.cell_id)
+        peak = record.failure.last_peak_B if record and record.failure else None
+        at = f", last peak {display.mebibytes(peak)} MiB" if peak is not None else ""
+        found.append({**f.row(cell), "why": f.why_unmeasured(cell) + at})
+    no_peak = [e for e in g.ranked if measured.training_peak(e.record) is None]
+    return found + [{**f.row(e.record.cell), "why": "no memory peak was recorded"} for e in no_peak]

@@ -1,0 +1,19 @@
+"""Where the suites and report templates are: at the top of a checkout, inside the package in a wheel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def folder(name: str) -> Path:
+    """Return the folder `suites` or `report_templates`, from a checkout or from an installed wheel."""
+    packed = _PACKAGE / "_data" / name
+    return packed if packed.is_dir() else _PACKAGE.parent / name
+
+
+def checkout() -> Path | None:
+    """Return the top of the checkout this package runs from, or None for an installed wheel."""
+    top = _PACKAGE.parent
+    return top if (top / ".git").exists() and (top / "pyproject.toml").is_file() else None

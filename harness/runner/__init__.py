@@ -1,0 +1,1 @@
+"""Running Cells: one fresh process each; whatever dies, what was finished stays."""

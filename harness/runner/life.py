@@ -1,0 +1,293 @@
+"""The life of a Cell: load, quantise, attach, parity gate, warm-up, train, evaluate, latency."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.analysis.intervals import wilson
+from harness.assets import rows
+from harness.conformance import gate
+from harness.conformance.subject import DTYPES, Packed, Subject, configure, initial_tensors, linear_layers, load
+from harness.evaluation import classification
+from harness.measure import latency
+from harness.measure.memory import PeakMeter, model_tensors, optimizer_tensors, tensor_bytes
+from harness.measure.phases import PhaseClock
+from harness.records import (
+    Accuracy,
+    CheckResult,
+    Item,
+    Latency,
+    Measurements,
+    Memory,
+    Outcome,
+    Parameters,
+    TrainingMeasured,
+)
+from harness.registry import Registry
+from harness.runner.work import Work
+from harness.training import loop
+from harness.training import model as models
+from harness.training.batches import Batch, Example, answer_examples, classification_examples, collate, order
+from reference import nf4
+
+# The optimizer makes its state in step 1, and allocators settle: the first steps are marked as not steady.
+TIMING_WARMUP = 3
+WARMUP_PASSES = 2
+
+Emit = Callable[..., None]
+
+
+class NonconformingError(Exception):
+    """A check failed: nothing of this Cell is measured."""
+
+
+@dataclass
+class Life:
+    """What is known of a Cell so far; a failed Cell's Record keeps it."""
+
+    work: Work
+    registry: Registry
+    clock: PhaseClock
+    meter: PeakMeter
+    emit: Emit
+    baseline: int
+    checks: list[CheckResult] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def run(self) -> Measurements:
+        """Live it. Raises NonconformingError, loop.Diverged, and whatever goes wrong."""
+        work, cell = self.work, self.work.cell
+        device, dtype = torch.device(work.device), DTYPES[cell.dtype]
+        kind = work.model.source.kind
+
+        with self.clock.phase("load"):
+            loaded = models.load(Path(work.model.path), kind, work.task.labels, dtype, device, cell.seed)
+        model: Any = loaded.model
+        with self.clock.phase("data"):
+            task = _Data(work, loaded, self.emit)
+        config = configure(cell.method, cell.config)
+        bases = {p: m for p, m in linear_layers(model, config).items() if not _is_head(p, loaded.head)}
+        packed, expected_codes = {}, {}
+        if cell.base.quantization != "none":
+            with self.clock.phase("quantise"):
+                expected_codes = {p: nf4.quantize(m.weight) for p, m in bases.items()}  # type: ignore[arg-type]
+                pack = self.registry.find("base", cell.base.quantization, cell.base.implementation)
+                packed = {p: Packed(*form) for p, form in pack(model, list(bases), dtype).items()}
+                bases = {p: model.get_submodule(p) for p in bases}
+
+        with self.clock.phase("attach"):
+            model.eval()
+            run_model = _runner(model, task.probe)
+            base_output = run_model()
+            own = list(model.parameters())
+            implementation = self.registry.find("method", cell.method, cell.implementation)
+            start = initial_tensors(cell.method, bases, config, torch.Generator().manual_seed(cell.seed))
+            adapted = implementation(model, config, torch.Generator().manual_seed(cell.seed))
+            load(adapted, start)
+            for path in [p for p in adapted.layers if _is_head(p, loaded.head)]:
+                del adapted.layers[path]
+        subject = Subject(
+            cell.method, config, cell.dtype, model, adapted, bases, own, packed, expected_codes
+        )
+        with self.clock.phase("parity"):
+            self._pass(gate.gate(subject, cell.seed, run_model, base_output))
+        for parameter in loaded.head.values():
+            parameter.requires_grad_(True)
+        counts = _count(adapted, loaded, model)
+
+        trained: TrainingMeasured | None = None
+        optimizer: torch.optim.Optimizer | None = None
+        gradients = 0
+        if cell.training.steps:
+            trained, optimizer, gradients = self._train(adapted, loaded, task.batches, start)
+        weights = tensor_bytes([*(t for t in model_tensors(model) if id(t) not in {id(a) for a in subject.added().values()})])
+        memory = Memory(
+            source=self.meter.source,
+            baseline_B=self.baseline,
+            weights_B=weights,
+            adapter_B=tensor_bytes(subject.added().values()),
+            gradients_B=gradients,
+            optimizer_B=tensor_bytes(optimizer_tensors(optimizer)) if optimizer else 0,
+        )
+        del optimizer
+        model.zero_grad(set_to_none=True)
+        with self.clock.phase("evaluate"):
+            accuracy = task.evaluate(model)
+        with self.clock.phase("latency"):
+            measured = self._latency(subject, kind == "causal")
+        return Measurements(
+            parameters=counts, training=trained, memory=memory, latency=measured, accuracy=accuracy
+        )
+
+    def _pass(self, results: list[CheckResult]) -> None:
+        self.checks += results
+        red = [r for r in results if r.outcome is Outcome.FAIL]
+        if red:
+            first = red[0]
+            size = f"error {first.error:.3g}, allowed {first.allowed:.3g}" if first.error is not None else first.worst
+            raise NonconformingError(f"{first.check} failed at {first.tensor or first.detail}: {size}")
+
+    def _train(
+        self, adapted: Any, loaded: models.Loaded, batches: list[Batch], start: dict[str, Tensor]
+    ) -> tuple[TrainingMeasured, torch.optim.Optimizer, int]:
+        cell, model = self.work.cell, loaded.model
+        head = list(loaded.head.values())
+        before = _fingerprints(model)
+        optimizer, schedule = loop.make_optimizer(adapted, head, cell.training)
+        with self.clock.phase("warm-up"):
+            model.train()
+            for batch in batches[:WARMUP_PASSES]:
+                loop.loss_of(model, batch).backward()
+                optimizer.zero_grad(set_to_none=True)
+        with self.clock.phase("train"):
+            samples = loop.train(
+                adapted, head, batches, optimizer, schedule, cell.seed,
+                lambda step, loss: self.emit("step", step=step, of=len(batches), loss=loss),
+            )  # fmt: skip
+        trainable = [*adapted.parameters(), *head]
+        gradients = tensor_bytes({id(p): p.grad for p in trainable if p.grad is not None}.values())
+        after = _fingerprints(model)
+        changed = [name for name in before if before[name] != after.get(name)]
+        # In the first step a tensor may have no gradient by design (LoRA's A, since B is zero); from the second on it must.
+        now = adapted.tensors() if len(batches) > 1 else {}
+        still = [name for name in now if name in start and torch.equal(start[name], now[name].detach())]
+        self._pass([_found(cell, "frozen", changed, "changed"), _found(cell, "moved", still, "never moved")])
+        measured = TrainingMeasured(
+            losses=samples.losses,
+            step_seconds=samples.seconds,
+            tokens=samples.tokens,
+            padded_tokens=samples.padded_tokens,
+            gradient_norms=samples.gradient_norms,
+            timing_warmup=min(TIMING_WARMUP, len(samples.losses) - 1),
+        )
+        return measured, optimizer, gradients
+
+    def _latency(self, subject: Subject, causal: bool) -> list[Latency]:
+        refused = ""
+        if subject.adapted.can_merge:
+            merged = gate.after_training(subject, self.work.cell.seed)
+            self.checks += merged
+            refused = "; ".join(f"{r.check} failed: {r.error} of {r.allowed} at {r.tensor}" for r in merged
+                                if r.outcome is Outcome.FAIL)
+        return latency.measure(subject.adapted, causal, subject.model.config.vocab_size, refused)
+
+
+class _Data:
+    """The Cell's batches and its scorer, from its task."""
+
+    def __init__(self, work: Work, loaded: models.Loaded, emit: Emit) -> None:
+        cell, task = work.cell, work.task
+        device = torch.device(work.device)
+        everything = rows.read(work.data.source, Path(work.data.path))
+        train_rows, test_rows = rows.split(everything, task.test, task.shuffle_seed)
+        test_rows = test_rows[: cell.evaluation.items]
+        wanted, batch = cell.training.steps, cell.training.batch
+        tokenizer, limit = loaded.tokenizer, cell.training.max_tokens
+        self.pad = int(tokenizer.pad_token_id)
+        self._cell = cell
+        self._progress = lambda done, of: emit("items", done=done, of=of)
+        if work.model.source.kind == "encoder":
+            loaded.model.config.pad_token_id = self.pad
+            examples = classification_examples(train_rows, tokenizer, limit)
+            self._test = classification_examples(test_rows, tokenizer, limit)
+            self._lm_task = None
+            side, probe = "right", self._test[:8]
+        else:
+            from harness.evaluation.likelihood import CausalScorer
+            from harness.evaluation.lm_eval_task import LmEvalTask
+
+            self._lm_task = LmEvalTask(task.spec, test_rows)
+            self._scorer = CausalScorer(loaded.model, tokenizer, cell.evaluation.batch, limit, self._progress)
+            encode, make = self._scorer.encode_pair, self._lm_task
+            # Only as many rows as will be seen are tokenised twice: the order needs every length.
+            examples = answer_examples(train_rows, make.prompt, make.answers, encode, limit) if wanted else []
+            side, probe = "left", answer_examples(test_rows[:8], make.prompt, make.answers, encode, limit)
+        chosen = order(examples, wanted, batch, cell.seed) if wanted else []
+        self.batches = [collate(group, self.pad, side).to(device) for group in chosen]
+        self.probe = collate(probe, self.pad, side).to(device)
+
+    def evaluate(self, model: Any) -> Accuracy:
+        """Score the test items."""
+        if self._lm_task is None:
+            scored_by = "harness"
+            items = classification.score(model, self._test, self.pad, self._cell.evaluation.batch, self._progress)
+        else:
+            scored_by, items = self._lm_task.scored_by, self._lm_task.score(self._scorer)
+        right = sum(item.correct for item in items)
+        low, high = wilson(right, len(items))
+        return Accuracy(
+            metric="accuracy", scored_by=scored_by, value=right / len(items), low=low, high=high,
+            interval="Wilson 95 %", items=_listed(items),
+        )  # fmt: skip
+
+
+def _listed(items: list[Item]) -> list[Item]:
+    return sorted(items, key=lambda item: item.id)
+
+
+def _runner(model: Any, probe: Batch) -> Callable[[], Tensor]:
+    """Return a function that runs the whole model on `probe` and returns its logits.
+
+    Nothing requires a gradient meanwhile: torch picks another, differently rounded matrix product where something does,
+    even in inference mode, and that difference is not the adapter's.
+    """
+
+    def run() -> Tensor:
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        try:
+            with torch.inference_mode():
+                if any(probe.answers):
+                    return loop.last_logits(model, probe.inputs, 1).clone()
+                return model(**probe.inputs).logits.clone()  # type: ignore[no-any-return]
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+
+    return run
+
+
+def _is_head(path: str, head: dict[str, Any]) -> bool:
+    return any(name.startswith(f"{path}.") for name in head)
+
+
+def _count(adapted: Any, loaded: models.Loaded, model: Any) -> Parameters:
+    heads = {id(p) for p in loaded.head.values()}
+    adapter = sum(p.numel() for p in adapted.parameters() if id(p) not in heads)
+    head = sum(p.numel() for p in loaded.head.values())
+    # A packed 4-bit parameter holds two weights a byte; count weights, not bytes.
+    total = sum(
+        p.quant_state.shape.numel() if getattr(p, "quant_state", None) is not None else p.numel()
+        for p in model.parameters()
+    )
+    return Parameters(adapter=adapter, head=head, total=total)
+
+
+def _fingerprints(model: Any) -> dict[str, int]:
+    """Return a checksum of every frozen parameter."""
+    return {
+        name: zlib.crc32(p.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
+        for name, p in model.named_parameters()
+        if not p.requires_grad
+    }
+
+
+def _found(cell: Any, name: str, odd: list[str], what: str) -> CheckResult:
+    return CheckResult(
+        check=f"{cell.method}/{name}/{cell.dtype}/trained",
+        outcome=Outcome.FAIL if odd else Outcome.PASS,
+        error=float(len(odd)),
+        allowed=0.0,
+        policy="exact",
+        detail=f"{', '.join(odd[:3])} {what}" if odd else "",
+    )
+
+

@@ -1,0 +1,211 @@
+"""A whole run: resolve, fetch, write run.json, run the Cells, write the footer, make the report."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+import harness
+from harness import store, suites
+from harness.analysis import verdict
+from harness.assets import fetch
+from harness.assets.table import Source, resolve
+from harness.errors import Exit, HarnessError, StoreError, UsageError
+from harness.expand import Plan, expand
+from harness.expand import only as keep_only
+from harness.measure import environment
+from harness.records import Environment, Footer, Manifest, Status
+from harness.report import html, text
+from harness.runner import local
+from harness.runner.progress import Progress
+from harness.runner.work import Asset, TaskWork, Work
+
+DEFAULT_TIMEOUT_S = 3600.0
+
+
+class _Times:
+    """Where the time outside the Cells goes, in seconds."""
+
+    def __init__(self) -> None:
+        self.outside: dict[str, float] = {}
+        self.began = self._mark = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.outside[name] = self.outside.get(name, 0.0) + now - self._mark
+        self._mark = now
+
+    def skip(self) -> float:
+        """Leave what has passed since the last lap out of the account and return it."""
+        now = time.monotonic()
+        spent, self._mark = now - self._mark, now
+        return spent
+
+
+def run_suite(
+    suite_name: str,
+    *,
+    out: Path | None = None,
+    only: str | None = None,
+    resume: str | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    timeout: float = DEFAULT_TIMEOUT_S,
+) -> Exit:
+    """Run a suite and report it. Prints the summary on stdout and returns the exit code."""
+    times = _Times()
+    suite = suites.load(suite_name)
+    plan = expand(suite)
+    if only:
+        plan = keep_only(plan, only)
+    here = environment.describe(environment.physical_cores())
+    chosen = _device(device)
+    times.lap("startup")
+
+    progress = Progress(len(plan.cells))
+    try:
+        works = _resolve(suite, plan, progress)
+        times.lap("fetch")
+        folder, run_id, done = _open(suite, plan, here, out, resume, progress)
+        how: Literal["finished", "interrupted", "failed"] = "finished"
+        in_cells = 0.0
+        times.lap("scheduling")
+        try:
+            for index, cell in enumerate(plan.cells, 1):
+                if cell.cell_id in done:
+                    progress.say(f"{index}/{len(plan.cells)}  resumed       {cell.label}  has an ok Record")
+                    continue
+                progress.begin(index, cell)
+                attempt = folder.next_attempt(cell.cell_id)
+                model, data, task = works[cell.cell_id]
+                work = Work(
+                    run=run_id, folder=str(folder.path.resolve()), attempt=attempt, cell=cell,
+                    model=model, data=data, task=task, device=chosen, launched=time.time(),
+                )  # fmt: skip
+                times.lap("scheduling")
+                record = local.attempt(work, folder, here, timeout, progress)
+                in_cells += times.skip()
+                progress.end(record)
+        except KeyboardInterrupt:
+            how = "interrupted"
+            in_cells += times.skip()
+            progress.say("interrupted: what was finished is kept; the report shows it")
+        except StoreError:
+            how = "failed"
+            raise
+        finally:
+            times.lap("scheduling")
+            if how != "failed":
+                _finish(folder, run_id, how, times, in_cells)
+    finally:
+        progress.close()
+    return _report(folder, interrupted=how == "interrupted")
+
+
+def _device(wanted: str) -> Literal["cpu", "cuda"]:
+    if wanted == "cuda" and not environment.gpus():
+        raise HarnessError(
+            "no NVIDIA GPU was found", where="--device cuda", mend="run with --device cpu, or see `peft-harness doctor`"
+        )
+    return "cuda" if wanted == "cuda" or (wanted == "auto" and environment.gpus()) else "cpu"
+
+
+def _resolve(suite: suites.Suite, plan: Plan, progress: Progress) -> dict[str, tuple[Asset, Asset, TaskWork]]:
+    """Fetch every model and data set the plan names, before anything runs."""
+    base = suite.path.resolve().parent
+    ready: dict[str, Asset] = {}
+
+    def asset(source: Source) -> Asset:
+        if source.name not in ready:
+            path = fetch.ensure(source, progress.fetching)
+            ready[source.name] = Asset(path=str(path), source=source, use=fetch.use(source))
+        return ready[source.name]
+
+    works = {}
+    for cell in plan.cells:
+        task = suite.tasks[cell.task]
+        works[cell.cell_id] = (
+            asset(resolve(cell.model, suite.sources, base)),
+            asset(task.data),
+            TaskWork(
+                name=task.name, spec=task.spec, labels=task.labels, test=task.test, shuffle_seed=task.shuffle_seed
+            ),
+        )
+    return works
+
+
+def _open(
+    suite: suites.Suite, plan: Plan, here: Environment, out: Path | None, resume: str | None, progress: Progress
+) -> tuple[store.RunFolder, str, set[str]]:
+    """Open the run folder; return it, the run's id, and the Cells that need not run again."""
+    if resume is not None:
+        old = store.read_run(store.find_run(resume))
+        expected = {cell.cell_id for cell in old.manifest.cells}
+        if strange := [c.label for c in plan.cells if c.cell_id not in expected]:
+            raise UsageError(
+                f"{len(strange)} Cells of this suite are not in that run, e.g. {strange[0]}",
+                where=f"--resume {old.manifest.run}",
+                mend="resume with the suite it was started with, or start a new run",
+            )
+        (old.path / "footer.json").unlink(missing_ok=True)  # it is being written to again
+        done = {
+            record.cell_id
+            for record in old.records
+            if record.status is Status.OK
+            and record.environment.id == here.id
+            and record.environment.code_version == here.code_version
+        }
+        return store.RunFolder(old.path), old.manifest.run, done
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    unique = hashlib.sha256(f"{stamp}{os.getpid()}{time.monotonic_ns()}".encode()).hexdigest()[:6]
+    run_id = f"{stamp}-{suite.name}-{unique}"
+    manifest = Manifest(
+        run=run_id,
+        suite=suite.name,
+        title=suite.title,
+        about=suite.about.strip(),
+        suite_file=suite.path.name,
+        suite_sha256=suite.sha256,
+        comparisons=list(plan.comparisons),
+        cells=list(plan.cells),
+        environment=here,
+        argv=["peft-harness", *sys.argv[1:]],
+        started=store.now(),
+        harness_version=harness.__version__,
+    )
+    folder = store.RunFolder.create(out or store.RUNS / run_id, manifest)
+    progress.say(f"run {run_id}: {len(plan.cells)} Cells into {folder.path}")
+    return folder, run_id, set()
+
+
+def _finish(
+    folder: store.RunFolder, run_id: str, how: Literal["finished", "interrupted"], times: _Times, in_cells: float
+) -> None:
+    run = store.read_run(folder.path)
+    folder.close(
+        Footer(
+            run=run_id,
+            ended=store.now(),
+            how=how,
+            counts=dict(Counter(record.status.value for record in run.latest().values())),
+            missing=run.missing(),
+            seconds_total=time.monotonic() - times.began,
+            seconds_in_cells=in_cells,
+            seconds_outside=times.outside,
+        )
+    )
+
+
+def _report(folder: store.RunFolder, *, interrupted: bool) -> Exit:
+    run = store.read_run(folder.path)
+    page = folder.path / "report.html"
+    html.write_report([run], page)
+    print("\n".join(text.summary(run)))
+    print(f"report: {page}")
+    return Exit.INFRASTRUCTURE if interrupted else verdict.judge(run).exit_code
+
+

@@ -1,0 +1,41 @@
+"""What a worker is told: one Cell, with every name already resolved to a local path. Nothing is fetched by a worker."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from harness.assets.table import Source
+from harness.records import AssetUse, Cell, Frozen
+
+
+class Asset(Frozen):
+    """A model or data set on this machine."""
+
+    path: str
+    source: Source
+    use: AssetUse
+
+
+class TaskWork(Frozen):
+    """The task: its lm-eval mapping, and how its rows are split."""
+
+    name: str
+    spec: dict[str, Any]
+    labels: int
+    test: int
+    shuffle_seed: int
+
+
+class Work(Frozen):
+    """One attempt at one Cell."""
+
+    run: str
+    folder: str
+    attempt: int
+    cell: Cell
+    model: Asset
+    data: Asset
+    task: TaskWork
+    device: Literal["cpu", "cuda"]
+    launched: float
+    """time.time() when the process was started: its start-up is counted from here."""

@@ -1,0 +1,179 @@
+"""One Cell in, one Record out: `python -m harness.runner.worker WORK.json EVENTS LIFELINE`.
+
+WORK.json is a Work; EVENTS and LIFELINE are file descriptors: JSON lines for the runner's progress display go out on the
+first, the second is watched so that the worker dies with its runner. The Record goes straight into the run folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from harness import store
+from harness.errors import HarnessError
+from harness.measure import environment
+from harness.records import Failure, Phase, Provider, Record, Status
+from harness.registry import Implementation, discover
+from harness.runner import lifeline
+from harness.runner.work import Work
+
+# A spelling of "too much memory" for each allocator that does not raise MemoryError.
+_HOST_OOM = re.compile(r"DefaultCPUAllocator: .*?tried to allocate (\d+) bytes|std::bad_alloc", re.DOTALL)
+_DEVICE_OOM = re.compile(r"Tried to allocate ([\d.]+) ([KMGT]i?B)")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_LOUD_LINES = 40
+
+
+def main(argv: list[str]) -> int:
+    """Run the worker; the exit code only says whether a Record was written."""
+    work = Work.model_validate_json(Path(argv[1]).read_bytes())
+    events, watched = int(argv[2]), int(argv[3])
+    lifeline.hold(watched)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the runner's to handle; it kills the whole group
+
+    def emit(event: str, **facts: Any) -> None:
+        os.write(events, json.dumps({"event": event, **facts}).encode() + b"\n")
+
+    record = attempt(work, emit)
+    store.RunFolder(Path(work.folder)).write_record(record)
+    emit("record", status=record.status.value)
+    return 0
+
+
+def attempt(work: Work, emit: Any) -> Record:
+    """Live one Cell and return its Record, whatever happens."""
+    started = store.now()
+    begun = time.time()
+    emit("phase", name="start-up")
+    registry = discover()
+    status, because, failure, life, measurements = Status.OK, "", None, None, None
+    phases: list[Phase] = []
+    provider = None
+    threads = environment.physical_cores()
+    versions: dict[str, object] = {}
+    try:
+        implementation = registry.find("method", work.cell.method, work.cell.implementation)
+        provider = Provider(distribution=implementation.distribution, version=implementation.version)
+        missing = _import_all(implementation, work, registry)
+        if missing:
+            status, because = Status.SKIPPED, missing
+        else:
+            life, versions = _prepare(work, registry, emit, threads)
+            phases = life.clock.done
+            startup = max(0.0, time.time() - work.launched)
+            peak = life.meter.peak() if life.meter.source == "VmHWM" else None
+            phases.append(Phase(name="start-up", seconds=startup, peak_memory_B=peak, end_memory_B=life.baseline))
+            measurements = life.run()
+    except HarnessError as error:
+        status, because = Status.ERROR, str(error)
+        failure = _failure(error, life)
+    except MemoryError as error:
+        status, because, failure = Status.OOM, "the host's memory ran out", _failure(error, life)
+    except Exception as error:  # noqa: BLE001 - the one place where a crash becomes data
+        status, because = _classify(error)
+        failure = _failure(error, life)
+    return Record(
+        run=work.run,
+        cell_id=work.cell.cell_id,
+        attempt=work.attempt,
+        status=status,
+        because=because,
+        cell=work.cell,
+        provider=provider,
+        environment=environment.describe(threads, versions),
+        assets=[work.model.use, work.data.use],
+        started=started,
+        duration_s=max(0.0, time.time() - min(begun, work.launched)),
+        phases=phases,
+        checks=life.checks if life else [],
+        measurements=measurements if status is Status.OK else None,
+        failure=failure,
+        notes=life.notes if life else [],
+    )  # fmt: skip
+
+
+def _import_all(implementation: Implementation, work: Work, registry: Any) -> str:
+    """Import what the Cell needs during start-up, so that no later phase pays for it; say what is missing."""
+    needed = list(implementation.requires)
+    if work.cell.base.quantization != "none":
+        needed += registry.find("base", work.cell.base.quantization, work.cell.base.implementation).requires
+    needed += ["transformers"] if work.model.source.kind == "encoder" else ["transformers", "lm_eval.evaluator"]
+    for module in needed:
+        try:
+            import_module(module)
+        except ImportError as error:
+            return f"{work.cell.implementation} needs {module}, which cannot be imported ({error}); pip install it"
+    return ""
+
+
+def _prepare(work: Work, registry: Any, emit: Any, threads: int) -> tuple[Any, dict[str, object]]:
+    import torch
+    import transformers
+
+    from harness.measure.memory import PeakMeter
+    from harness.measure.phases import PhaseClock
+    from harness.runner.life import Life
+
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    torch.manual_seed(work.cell.seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    device = torch.device(work.device)
+    meter = PeakMeter(device)
+    clock = PhaseClock(meter, lambda name: emit("phase", name=name))
+    life = Life(work, registry, clock, meter, emit, baseline=meter.now())
+    life.notes += _reproducibility(device)
+    return life, {"torch_build": torch.__config__.show().splitlines()[0], "cuda": torch.version.cuda or ""}
+
+
+def _reproducibility(device: Any) -> list[str]:
+    if device.type == "cuda":
+        return [
+            "on a GPU some kernels sum in an order that varies from run to run; deterministic algorithms were asked for "
+            "with warn_only, so a rerun may differ in the last bits"
+        ]
+    return []
+
+
+def _classify(error: Exception) -> tuple[Status, str]:
+    kind, text = type(error).__name__, str(error)
+    first = text.splitlines()[0] if text else kind
+    if kind in ("NonconformingError", "Diverged"):
+        return Status.NONCONFORMING, first
+    if kind == "OutOfMemoryError" or _DEVICE_OOM.search(text):
+        return Status.OOM, f"the device's memory ran out: {first}"
+    if _HOST_OOM.search(text):
+        return Status.OOM, f"the host's memory ran out: {first}"
+    return Status.ERROR, f"{kind}: {first}"
+
+
+def _failure(error: BaseException, life: Any) -> Failure:
+    text = str(error)
+    host, device = _HOST_OOM.search(text), _DEVICE_OOM.search(text)
+    requested = None
+    if host and host.group(1):
+        requested = int(host.group(1))
+    elif device:
+        requested = int(float(device.group(1)) * _UNITS[device.group(2)[0]])
+    peaks = [p.peak_memory_B for p in life.clock.done if p.peak_memory_B is not None] if life else []
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    return Failure(
+        kind=type(error).__name__,
+        message=text[:4000],
+        traceback="\n".join(lines[-_LOUD_LINES:]),
+        phase=life.clock.current if life else "start-up",
+        requested_B=requested,
+        last_peak_B=peaks[-1] if peaks else None,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,198 @@
+"""Run folders on disk: `run.json` first, one file per attempt, `footer.json` last; each file whole or absent.
+
+    results/runs/<run>/run.json  cells/<cell_id>.<attempt>.json  logs/  footer.json  report.html
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from harness.errors import StoreError, UsageError
+from harness.records import SCHEMA, Footer, Manifest, Record
+
+RUNS = Path("results") / "runs"
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def now() -> str:
+    """Return the time in UTC, ISO 8601 to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` so that `path` is either the old file or the whole new one, even through a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise StoreError(
+            "the disk is full" if full else f"cannot write: {error.strerror}",
+            where=str(path),
+            mend="free some space, then `peft-harness run SUITE --resume RUN`; what was finished is kept"
+            if full
+            else "choose another folder with --out",
+        ) from error
+
+
+def write(path: Path, model: BaseModel) -> None:
+    """Write a Manifest, Record or Footer as JSON."""
+    write_atomic(path, model.model_dump_json(by_alias=True, indent=1).encode() + b"\n")
+
+
+def _read(path: Path, kind: type[_Model]) -> _Model:
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"cannot read: {error.strerror}", where=str(path)) from error
+    try:
+        schema = json.loads(text).get("schema", 0)
+        if schema > SCHEMA:
+            raise StoreError(
+                f"written with schema {schema}, this version reads up to {SCHEMA}",
+                where=str(path),
+                mend="install a newer peft-harness",
+            )
+        return kind.model_validate_json(text)
+    except (ValueError, AttributeError, ValidationError) as error:
+        first = str(error).splitlines()
+        raise StoreError(
+            f"not a whole {kind.__name__}: {' '.join(first[:3])}",
+            where=str(path),
+            mend="the file was torn or edited; move it away and `--resume` the run to measure that Cell again",
+        ) from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as it stands on disk.
+
+    broken: files that could not be read, with the reason; they are shown, never silently dropped.
+    """
+
+    path: Path
+    manifest: Manifest
+    records: tuple[Record, ...]
+    footer: Footer | None
+    broken: dict[str, str] = field(default_factory=dict)
+
+    def latest(self) -> dict[str, Record]:
+        """Map cell_id to its newest attempt, in the manifest's order; Cells without a Record are left out."""
+        newest: dict[str, Record] = {}
+        for record in sorted(self.records, key=lambda r: r.attempt):
+            newest[record.cell_id] = record
+        return {c.cell_id: newest[c.cell_id] for c in self.manifest.cells if c.cell_id in newest}
+
+    def missing(self) -> list[str]:
+        """List the expected cell_ids without any Record."""
+        have = {record.cell_id for record in self.records}
+        return [cell.cell_id for cell in self.manifest.cells if cell.cell_id not in have]
+
+
+class RunFolder:
+    """The writer's side of one run folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path, manifest: Manifest) -> RunFolder:
+        """Make the folder and write run.json; refuses a folder that already holds a run."""
+        if (path / "run.json").exists():
+            raise UsageError("holds a run already", where=str(path), mend="name another --out, or --resume it")
+        try:
+            for sub in ("cells", "logs"):
+                (path / sub).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"cannot make the run folder: {error.strerror}", where=str(path), mend="name a writable --out"
+            ) from error
+        write(path / "run.json", manifest)
+        return cls(path)
+
+    def record_path(self, cell_id: str, attempt: int) -> Path:
+        """Return where a Record goes."""
+        return self.path / "cells" / f"{cell_id}.{attempt}.json"
+
+    def log_path(self, cell_id: str, attempt: int) -> Path:
+        """Return where a worker's stdout and stderr go."""
+        return self.path / "logs" / f"{cell_id}.{attempt}.txt"
+
+    def next_attempt(self, cell_id: str) -> int:
+        """Return the number of the next attempt, counting from 1; a broken file still uses up its number."""
+        taken = [int(p.stem.rsplit(".", 1)[1]) for p in (self.path / "cells").glob(f"{cell_id}.*.json")]
+        taken += [int(p.stem.rsplit(".", 1)[1]) for p in (self.path / "logs").glob(f"{cell_id}.*.txt")]
+        return max(taken, default=0) + 1
+
+    def write_record(self, record: Record) -> None:
+        """Write one Record; an existing one is never replaced."""
+        path = self.record_path(record.cell_id, record.attempt)
+        if path.exists():
+            raise StoreError("this attempt has a Record already", where=str(path))
+        write(path, record)
+
+    def close(self, footer: Footer) -> None:
+        """Write footer.json: the run is complete."""
+        write(self.path / "footer.json", footer)
+
+
+def read_record(path: Path) -> Record:
+    """Read one Record; raises StoreError for a torn file."""
+    return _read(path, Record)
+
+
+def read_run(path: Path) -> Run:
+    """Read a run folder, finished or not. Torn Records land in `broken`."""
+    if not (path / "run.json").is_file():
+        raise UsageError("not a run folder (no run.json)", where=str(path), mend="name a run id or its folder")
+    manifest = _read(path / "run.json", Manifest)
+    records, broken = [], {}
+    for file in sorted((path / "cells").glob("*.json")):
+        if file.name.startswith("."):
+            continue
+        try:
+            records.append(read_record(file))
+        except StoreError as error:
+            broken[file.name] = error.what
+    footer = _read(path / "footer.json", Footer) if (path / "footer.json").is_file() else None
+    return Run(path, manifest, tuple(records), footer, broken)
+
+
+def find_run(name: str, runs: Path = RUNS) -> Path:
+    """Resolve a run's folder, id, unique prefix of its id, or `latest`."""
+    if (Path(name) / "run.json").is_file():
+        return Path(name)
+    known: Sequence[Path] = sorted(p.parent for p in runs.glob("*/run.json")) if runs.is_dir() else []
+    if name == "latest" and known:
+        return max(known, key=lambda p: (p / "run.json").stat().st_mtime)
+    matches = [p for p in known if p.name.startswith(name)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise UsageError(f"{name!r} fits {len(matches)} runs", where=str(runs), mend="give more of its id")
+    recent = ", ".join(p.name for p in known[-3:])
+    raise UsageError(
+        f"no run {name!r}", where=str(runs), mend=f"runs here: {recent}" if recent else "`peft-harness run quick` first"
+    )
+
+

@@ -1,0 +1,250 @@
+"""One entry of a suite: its block's keys merged in, its names looked up, its values checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness import tasks
+from harness.assets.table import Source, resolve
+from harness.errors import HarnessError, Problem, SuiteError
+from harness.methods import MethodInfo
+from harness.records import Base, Dtype, Evaluation, Optimizer, Training
+from harness.registry import Registry
+from harness.spelling import near
+from harness.suite_file import BaseKeys, CellKeys
+from harness.tasks import Task
+from harness.yaml_lines import Document, Way
+
+_NEEDED = (("model",), ("task",), ("method",), ("training", "steps"), ("evaluation", "items"))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a suite, every axis a list. `expand` multiplies it out.
+
+    config: for each method, the values of each of its fields, defaults filled in.
+    """
+
+    id: str
+    where: str
+    model: list[str]
+    task: list[str]
+    base: list[Base]
+    config: dict[str, dict[str, list[Any]]]
+    implementation: list[str]
+    optimizer: list[Optimizer]
+    dtype: list[Dtype]
+    seed: list[int]
+    training: list[Training]
+    evaluation: Evaluation
+
+
+@dataclass
+class Reading:
+    """What is shared while one suite is read.
+
+    cut: ways of the values that were taken out as wrong; their absence is no second mistake. ids: every id of the file
+    and where it stands, also of entries that are wrong.
+    """
+
+    document: Document
+    cut: set[Way]
+    problems: list[Problem]
+    registry: Registry
+    methods: dict[str, MethodInfo]
+    sources: dict[str, Source] = field(default_factory=dict)
+    tasks: dict[str, Task] = field(default_factory=dict)
+    ids: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def base(self) -> Path:
+        """The folder that relative paths start from."""
+        return self.document.path.resolve().parent
+
+    def problem(self, way: Way, what: str, mend: str = "") -> None:
+        """Note a mistake."""
+        self.problems.append(Problem(self.document.where(*way), what, mend))
+
+
+def read_entry(reading: Reading, block: Way, cell: Way) -> Entry | None:
+    """Read the entry at `cell` in the block at `block`; None if anything is wrong with it."""
+    return _EntryReader(reading, block, cell).read()
+
+
+class _EntryReader:
+    def __init__(self, reading: Reading, block: Way, cell: Way) -> None:
+        self.reading, self.block, self.cell = reading, block, cell
+        shared = {key: value for key, value in reading.document.at(block).items() if key != "cells"}
+        self.keys = CellKeys.model_validate(shared if block == cell else _merged(shared, reading.document.at(cell)))
+
+    def read(self) -> Entry | None:
+        keys, before = self.keys, len(self.reading.problems)
+        name = self._id()
+        complete = self._is_complete()
+        config = self._configs()
+        for i, model in enumerate(keys.model or []):
+            self._model(model, self._way("model", i))
+        for i, task in enumerate(keys.task or []):
+            self._task(task, self._way("task", i))
+        for i, implementation in enumerate(keys.implementation):
+            for method in config:
+                self._offer("method", method, implementation, self._way("implementation", i))
+        for i, base in enumerate(keys.base):
+            self._base(base, self._way("base", i))
+        training = self._training() if complete else []
+        if not complete or len(self.reading.problems) > before:
+            return None
+        return Entry(
+            id=name,
+            where=self.reading.document.where(*self.cell),
+            model=keys.model or [],
+            task=keys.task or [],
+            base=[Base(**base.model_dump()) for base in keys.base],
+            config=config,
+            implementation=keys.implementation,
+            optimizer=keys.optimizer,
+            dtype=keys.dtype,
+            seed=keys.seed,
+            training=training,
+            evaluation=Evaluation(**keys.evaluation.model_dump(exclude_none=True)),
+        )
+
+    def _way(self, *rest: str | int) -> Way:
+        """Return where a value was written: in the cell, else in its block."""
+        lines = self.reading.document.lines
+        for n in range(len(rest), 0, -1):
+            for start in (self.cell, self.block):
+                if (*start, *rest[:n]) in lines:
+                    return (*start, *rest[:n])
+        return self.cell
+
+    def _id(self) -> str:
+        ids = self.reading.ids
+        name = self.keys.id or f"{'-'.join(self.keys.method or ['cell'])}-{len(ids) + 1}"
+        if name in ids:
+            self.reading.problem(
+                self._way("id"), f"a second id `{name}`, first at {ids[name]}", "rename one of the two"
+            )
+        ids.setdefault(name, self.reading.document.where(*self.cell))
+        return name
+
+    def _is_complete(self) -> bool:
+        complete = True
+        for need in _NEEDED:
+            value: Any = self.keys
+            for part in need:
+                value = getattr(value, part)
+            if value is None:
+                complete = False
+                written = {(*start, *need[:n]) for start in (self.block, self.cell) for n in (1, 2)}
+                if not written & self.reading.cut:
+                    self.reading.problem(self.cell, f"`{'.'.join(need)}` is missing", "add it here or to the block")
+        return complete
+
+    def _configs(self) -> dict[str, dict[str, list[Any]]]:
+        configs, methods = {}, self.reading.methods
+        for i, name in enumerate(self.keys.method or []):
+            if name in methods:
+                configs[name] = self._config(methods[name])
+            else:
+                self.reading.problem(self._way("method", i), f"unknown method `{name}`", near(name, methods, "methods"))
+        return configs
+
+    def _config(self, info: MethodInfo) -> dict[str, list[Any]]:
+        written = self.keys.config
+        for key in written:
+            if key not in info.fields:
+                mend = near(key, info.fields, "its keys")
+                self.reading.problem(self._way("config", key), f"`{info.name}` has no `{key}`", mend)
+        values: dict[str, list[Any]] = {}
+        for key, knob in info.fields.items():
+            value = written.get(key, knob.default)
+            # A list is an axis, but for a field that is a list itself: there it takes a list of lists.
+            is_axis = isinstance(value, list) and (not knob.is_list or any(isinstance(v, list) for v in value))
+            if is_axis and not value:
+                self.reading.problem(
+                    self._way("config", key), f"`{key}` is an empty list", "leave it out for its default"
+                )
+            for one in value if is_axis else [value]:
+                if what := knob.problem(one):
+                    self.reading.problem(
+                        self._way("config", key),
+                        f"`{key}` of {info.name} {what}",
+                        f"the default is {knob.shown_default}",
+                    )
+                else:
+                    values.setdefault(key, []).append(knob.canonical(one))
+        return values
+
+    def _model(self, name: str, way: Way) -> None:
+        sources = self.reading.sources
+        try:
+            source = resolve(name, sources, self.reading.base)
+        except HarnessError as error:
+            self.reading.problem(way, error.what, error.mend)
+            return
+        if source.kind == "data":
+            models = ", ".join(s.name for s in sources.values() if s.kind != "data")
+            self.reading.problem(way, f"`{name}` is a data set, not a model", f"models: {models}")
+        elif source.scheme == "folder" and not Path(source.address).is_dir():
+            self.reading.problem(way, f"no folder {source.address}", "a local model is a folder with a config.json")
+
+    def _task(self, name: str, way: Way) -> None:
+        reading, items = self.reading, self.keys.evaluation.items
+        try:
+            task = reading.tasks.get(name) or tasks.load(name, reading.base, reading.sources)
+        except SuiteError as error:
+            reading.problems += error.problems
+            return
+        except HarnessError as error:
+            reading.problem(way, error.what, error.mend)
+            return
+        reading.tasks[name] = task
+        if items is not None and items > task.test:
+            what = f"`items` is {items}, but {name} has {task.test} test items"
+            reading.problem(self._way("evaluation", "items"), what, f"write at most {task.test}")
+
+    def _offer(self, kind: str, target: str, name: str, way: Way) -> None:
+        try:
+            found = self.reading.registry.find(kind, target, name)
+        except HarnessError as error:
+            self.reading.problem(way, error.what, error.mend)
+            return
+        for i, dtype in enumerate(self.keys.dtype):
+            if dtype not in found.dtypes:
+                where = self._way("dtype", i)
+                where = where if where != self.cell else way
+                mend = f"it offers {', '.join(found.dtypes)}"
+                self.reading.problem(where, f"`{name}` does not offer {target} in {dtype}", mend)
+
+    def _base(self, base: BaseKeys, way: Way) -> None:
+        if base.quantization != "none" and base.implementation:
+            self._offer("base", base.quantization, base.implementation, way)
+        elif base.quantization != "none":
+            offered = ", ".join(self.reading.registry.names("base", base.quantization)) or "nobody that is installed"
+            self.reading.problem(way, f"base {base.quantization} has no `implementation`", f"who offers it: {offered}")
+        elif base.implementation and (*way, "quantization") not in self.reading.cut:
+            what = f"base has an `implementation`, {base.implementation}, but no `quantization`"
+            self.reading.problem(way, what, "add `quantization:`, or remove `base:`")
+
+    def _training(self) -> list[Training]:
+        written = self.keys.training.model_dump(exclude_none=True)
+        rates = written.pop("lr", None)
+        training = [Training(**written, lr=rate) for rate in rates] if rates else [Training(**written)]
+        # With no steps a block's warm-up means nothing, and is no mistake.
+        if 0 < training[0].steps < training[0].warmup:
+            what = f"`warmup` is {training[0].warmup}, longer than the {training[0].steps} steps"
+            self.reading.problem(self._way("training", "warmup"), what, "shorten it, or train longer")
+        return training
+
+
+def _merged(block: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any]:
+    """Merge deeply; the cell wins."""
+    deeper = {
+        key: _merged(block[key], value)
+        for key, value in cell.items()
+        if isinstance(value, dict) and isinstance(block.get(key), dict)
+    }
+    return {**block, **cell, **deeper}

@@ -1,0 +1,215 @@
+"""What a suite's YAML may say: the keys, their types and their plausible ranges. What they mean is in `suites`."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, TypeVar, get_args
+
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+
+from harness.errors import Problem
+from harness.records import Dtype, Frozen, Optimizer, Quantization
+from harness.spelling import near
+from harness.yaml_lines import Document, Way
+
+_T = TypeVar("_T")
+# A scalar stands for a list of one: every axis of a matrix may be written either way.
+OneOrMany = Annotated[list[_T], BeforeValidator(lambda v: v if isinstance(v, list) else [v]), Field(min_length=1)]
+Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+Word = Annotated[str, Field(min_length=1)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=0, le=10_000_000)]
+Positive = Annotated[int, Field(ge=1, le=1_000_000)]
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class Keys(BaseModel):
+    """Keys of one place in a suite. All are optional: what a Cell needs may stand in its block instead."""
+
+    model_config = Frozen.model_config
+
+
+class BaseKeys(Keys):
+    """`base:` of a Cell."""
+
+    quantization: Quantization = "none"
+    implementation: str = ""
+
+
+class TrainingKeys(Keys):
+    """`training:` of a Cell; the fields of records.Training."""
+
+    steps: Count | None = None
+    batch: Positive | None = None
+    lr: OneOrMany[Rate] | None = None
+    head_lr: Rate | None = None
+    warmup: Count | None = None
+    weight_decay: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_tokens: Positive | None = None
+
+
+class EvaluationKeys(Keys):
+    """`evaluation:` of a Cell; the fields of records.Evaluation."""
+
+    items: Positive | None = None
+    batch: Positive | None = None
+
+
+class CellKeys(Keys):
+    """One entry of `cells:`, or a block that has none. Lists are axes: every combination is a Cell."""
+
+    id: Id | None = None
+    model: OneOrMany[Word] | None = None
+    task: OneOrMany[Word] | None = None
+    method: OneOrMany[Word] | None = None
+    implementation: OneOrMany[Word] = ["reference"]
+    config: dict[str, Any] = {}
+    base: OneOrMany[BaseKeys] = [BaseKeys()]
+    optimizer: OneOrMany[Optimizer] = ["adamw"]
+    dtype: OneOrMany[Dtype] = ["float32"]
+    seed: OneOrMany[Annotated[int, Field(ge=0, lt=2**32)]] = [0]
+    training: TrainingKeys = TrainingKeys()
+    evaluation: EvaluationKeys = EvaluationKeys()
+
+
+class BlockKeys(CellKeys):
+    """One entry of `matrix:`; its keys are shared by its `cells`."""
+
+    cells: list[CellKeys] | None = Field(default=None, min_length=1)
+
+
+class ComparisonKeys(Keys):
+    """One entry of `comparisons:`: `better` and `than`, or `same-losses` and `as`."""
+
+    better: OneOrMany[Id] | None = None
+    than: OneOrMany[Id] | None = None
+    same_losses: OneOrMany[Id] | None = Field(default=None, alias="same-losses")
+    as_: OneOrMany[Id] | None = Field(default=None, alias="as")
+    says: Word | None = None
+
+
+class SuiteKeys(Keys):
+    """The top level of a suite."""
+
+    suite: Id | None = None
+    title: str = ""
+    about: str = ""
+    sources: list[dict[str, Any]] = []
+    matrix: list[BlockKeys] | None = Field(default=None, min_length=1)
+    comparisons: list[ComparisonKeys] = []
+
+
+_ENTRIES = ("matrix", "cells", "comparisons", "sources")
+
+
+def read(document: Document) -> tuple[SuiteKeys, list[Problem], set[Way]]:
+    """Validate a suite's keys. Returns what is sound, the problems, and the ways of what was taken out for them.
+
+    Wrong values are cut out and the rest goes on to the checks of meaning, so that one reading finds every mistake.
+    Changes `document.data`.
+    """
+    problems: list[Problem] = []
+    cut: set[Way] = set()
+    while True:
+        try:
+            return SuiteKeys.model_validate(document.data), problems, cut
+        except ValidationError as error:
+            for way, problem in explain(error, SuiteKeys, document):
+                problems.append(problem)
+                cut.add(_cut_out(document.data, way))
+
+
+def explain(
+    error: ValidationError, model: type[BaseModel], document: Document, at: Way = ()
+) -> list[tuple[Way, Problem]]:
+    """Put pydantic's findings about the part of a document at `at` into sentences; each with its way."""
+    found = []
+    for detail in error.errors(include_url=False):
+        way = (*at, *_within(document.data, at, detail["loc"]))
+        named = [part for part in detail["loc"] if isinstance(part, str)]
+        what, mend = _sentence(dict(detail), named[-1] if named else "", model)
+        found.append((way, Problem(document.where(*way), what, mend)))
+    return found
+
+
+def _sentence(detail: dict[str, Any], key: str, model: type[BaseModel]) -> tuple[str, str]:
+    """Return what is wrong and the mend."""
+    kind, given, limits = detail["type"], detail["input"], detail.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"unknown key `{key}`", near(key, _known_keys(model, detail["loc"][:-1]), "keys here")
+    if kind == "missing":
+        return f"`{key}` is missing", f"add `{key}:`"
+    if kind == "value_error":
+        return detail["msg"].removeprefix("Value error, "), "suites/sources.yaml shows the forms"
+    shown = repr(given)
+    what = f"`{key}` is {shown if len(shown) <= 60 else shown[:57] + '...'}"
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']+)'", limits["expected"])
+        return f"{what}, which is none of {', '.join(choices)}", near(str(given), choices, "one of")
+    if kind == "string_pattern_mismatch":
+        return what, "write letters, digits and . _ + - only"
+    for bound, words in _BOUNDS.items():
+        if bound in limits:
+            return what, f"write {words} {limits[bound]:g}"
+    if kind in ("too_short", "string_too_short"):
+        return f"`{key}` is empty", "give it a value, or leave it out"
+    return what, _FORMS.get(kind, detail["msg"])
+
+
+_BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+_FORMS = {
+    "int_type": "write a whole number, without quotes",
+    "int_from_float": "write a whole number",
+    "float_type": "write a number, without quotes",
+    "finite_number": "write a finite number",
+    "string_type": "write a word; put it in quotes if it looks like a number",
+    "list_type": "write a list: [a, b], or lines that start with -",
+    "dict_type": "write keys and values: {key: value}",
+    "model_type": "write keys and values: {key: value}",
+}
+
+
+def _known_keys(model: type[BaseModel], loc: tuple[str | int, ...]) -> list[str]:
+    for part in loc:
+        if isinstance(part, str):
+            fields = {field.alias or name: field for name, field in model.model_fields.items()}
+            model = _inner(fields[part].annotation) or model
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _inner(annotation: Any) -> type[BaseModel] | None:
+    """Return the model inside an annotation such as `list[Model] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((inner for part in get_args(annotation) if (inner := _inner(part))), None)
+
+
+def _within(data: Any, at: Way, loc: tuple[str | int, ...]) -> Way:
+    """Follow pydantic's location through the data as it was written."""
+    for part in at:
+        data = data[part]
+    way: Way = ()
+    for part in loc:
+        # A scalar that stands for a list of one has no index 0.
+        if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int)):
+            data = data[part]  # type: ignore[index]
+            way = (*way, part)
+    return way
+
+
+def _cut_out(data: Any, way: Way) -> Way:
+    """Take a wrong value out and return the way of what went. An entry leaves an empty one: indexes stay right."""
+    kept = list(way)
+    while isinstance(kept[-1], int) and kept[-2] not in _ENTRIES:
+        kept.pop()  # one wrong value of an axis takes the axis with it
+    *above, last = kept
+    for part in above:
+        if isinstance(data, dict) and part not in data:
+            return tuple(kept)  # gone already, with another mistake
+        data = data[part]
+    if isinstance(last, int):
+        data[last] = {}
+    else:
+        data.pop(last, None)
+    return tuple(kept)

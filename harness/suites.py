@@ -1,0 +1,185 @@
+"""Suites: read, checked as a whole, resolved. Every mistake comes back at once, with file, line and mend. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from harness import expand, suite_file, yaml_lines
+from harness.assets.table import Source, load_table, parse_source
+from harness.errors import Problem, SuiteError, UsageError
+from harness.methods import methods
+from harness.registry import Registry, discover
+from harness.resources import folder
+from harness.spelling import near
+from harness.suite_entry import Entry, Reading, read_entry
+from harness.suite_file import ComparisonKeys, SuiteKeys
+from harness.tasks import Task
+from harness.yaml_lines import Way
+
+MOST_CELLS = 10_000
+"""More is a slip of the pen: at a minute each, ten thousand Cells are a week."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A comparison as the suite writes it: `left` and `right` are ids of entries."""
+
+    kind: Literal["better", "same-losses"]
+    left: tuple[str, ...]
+    right: tuple[str, ...]
+    says: str
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite that can run.
+
+    sha256: of its file. sources: the built-in table and the suite's own rows. tasks: those that its entries name.
+    """
+
+    name: str
+    title: str
+    about: str
+    path: Path
+    sha256: str
+    entries: tuple[Entry, ...]
+    comparisons: tuple[Compared, ...]
+    sources: dict[str, Source]
+    tasks: dict[str, Task]
+
+
+def names() -> list[str]:
+    """List the suites that come with the harness: the files in `suites/` that have a matrix."""
+    files = sorted(folder("suites").glob("*.yaml"))
+    return [path.stem for path in files if "\nmatrix:" in path.read_text(encoding="utf-8")]
+
+
+def find(name_or_path: str | Path) -> Path:
+    """Return a suite's file, from its name or its path."""
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    if str(name_or_path) not in names():
+        mend = near(str(name_or_path), names(), "name a .yaml file, or one of")
+        raise UsageError(f"no suite `{name_or_path}`", where="SUITE", mend=mend)
+    return folder("suites") / f"{name_or_path}.yaml"
+
+
+def load(name_or_path: str | Path, *, registry: Registry | None = None) -> Suite:
+    """Read and check a suite; raises SuiteError with all its mistakes. `registry` defaults to what is installed."""
+    document = yaml_lines.load(find(name_or_path))
+    keys, problems, cut = suite_file.read(document)
+    reading = Reading(document, cut, problems, registry or discover(), methods())
+    suite = _suite(reading, keys)
+    if problems:
+        # A mistake in a block is met once in each of its cells.
+        raise SuiteError(sorted(set(problems), key=_place))
+    return suite
+
+
+def _place(problem: Problem) -> tuple[str, int, str]:
+    path, _, line = problem.where.rpartition(":")
+    return path, int(line), problem.what
+
+
+def _suite(reading: Reading, keys: SuiteKeys) -> Suite:
+    for name in ("suite", "matrix"):
+        if getattr(keys, name) is None and (name,) not in reading.cut:
+            reading.problem((), f"`{name}` is missing", f"add `{name}:`")
+    _sources(reading, keys)
+    entries = [entry for ways in _ways(reading, keys) if (entry := read_entry(reading, *ways)) is not None]
+    _no_equal_cells(reading, entries)
+    comparisons = [_comparison(reading, index, c, entries) for index, c in enumerate(keys.comparisons)]
+    return Suite(
+        name=keys.suite or "",
+        title=keys.title,
+        about=keys.about,
+        path=reading.document.path,
+        sha256=hashlib.sha256(reading.document.raw).hexdigest(),
+        entries=tuple(entries),
+        comparisons=tuple(c for c in comparisons if c is not None),
+        sources=reading.sources,
+        tasks=reading.tasks,
+    )
+
+
+def _sources(reading: Reading, keys: SuiteKeys) -> None:
+    reading.sources = load_table(folder("suites") / "sources.yaml")
+    for index, row in enumerate(keys.sources):
+        way: Way = ("sources", index)
+        if way in reading.cut:
+            continue
+        try:
+            source = parse_source(row, reading.base)
+        except ValidationError as error:
+            reading.problems += [p for _, p in suite_file.explain(error, Source, reading.document, way)]
+            continue
+        # A cell_id holds the name alone, so a name must not come to stand for something else.
+        if source.name in reading.sources:
+            reading.problem(way, f"a second source named `{source.name}`", "rename it")
+        reading.sources[source.name] = source
+
+
+def _ways(reading: Reading, keys: SuiteKeys) -> list[tuple[Way, Way]]:
+    """List (block, cell) of every entry; a block without cells is an entry itself."""
+    ways: list[tuple[Way, Way]] = []
+    for i, block in enumerate(keys.matrix or []):
+        inside: list[Way] = [("matrix", i, "cells", j) for j in range(len(block.cells or []))]
+        ways += [(("matrix", i), way) for way in inside or [("matrix", i)] if way not in reading.cut]
+    return ways
+
+
+def _no_equal_cells(reading: Reading, entries: list[Entry]) -> None:
+    total = sum(map(expand.count, entries))
+    if total > MOST_CELLS:
+        reading.problem(("matrix",), f"{total} Cells; the most is {MOST_CELLS}", "shorten a list, or split the suite")
+        return
+    seen: dict[str, Entry] = {}
+    for entry in entries:
+        for cell in expand.cells(entry):
+            first = seen.get(cell.cell_id)
+            if first is not None:
+                what = f"`{entry.id}` and `{first.id}` hold the same Cell, {cell.label}"
+                mend = "remove a value that is listed twice" if first is entry else f"the other is at {first.where}"
+                reading.problems.append(Problem(entry.where, what, mend))
+                break
+            seen[cell.cell_id] = entry
+
+
+def _comparison(reading: Reading, index: int, keys: ComparisonKeys, entries: list[Entry]) -> Compared | None:
+    way: Way = ("comparisons", index)
+    sides = {"better": keys.better, "than": keys.than, "same-losses": keys.same_losses, "as": keys.as_}
+    given = {key: ids for key, ids in sides.items() if ids is not None}
+    if list(given) not in (["better", "than"], ["same-losses", "as"]) or keys.says is None:
+        if not any(gone[:2] == way for gone in reading.cut):
+            form = "{better: ID, than: ID, says: SENTENCE} or {same-losses: ID, as: ID, says: SENTENCE}"
+            reading.problem(way, "not a comparison", f"write {form}")
+        return None
+    before = len(reading.problems)
+    for key, ids in given.items():
+        for i, name in enumerate(ids):
+            if name not in reading.ids:
+                reading.problem((*way, key, i), f"`{key}` names no id: `{name}`", near(name, reading.ids, "ids"))
+    left, right = given.values()
+    if set(left) & set(right):
+        reading.problem(way, "a comparison of a thing with itself", "name different ids")
+    _comparable(reading, way, keys, [e for e in entries if e.id in left], [e for e in entries if e.id in right])
+    if len(reading.problems) > before:
+        return None
+    return Compared("better" if keys.better else "same-losses", tuple(left), tuple(right), keys.says)
+
+
+def _comparable(reading: Reading, way: Way, keys: ComparisonKeys, left: list[Entry], right: list[Entry]) -> None:
+    if keys.better and len({(*e.task, e.evaluation.items) for e in (*left, *right)}) > 1:
+        reading.problem(way, "the two sides are not scored on the same items", "give them one task and one `items`")
+    for entry in right if keys.same_losses else ():
+        if set(entry.dtype) != {"float64"}:
+            reading.problem(way, f"`as` names `{entry.id}`, which is not float64", "compare with a float64 Cell")
+    for entry in (*left, *right) if keys.same_losses else ():
+        if any(training.steps == 0 for training in entry.training):
+            reading.problem(way, f"`{entry.id}` does not train, so it has no losses", "compare Cells that train")

@@ -1,0 +1,26 @@
+"""The numbers that decide pass or fail, each with its reason. No torch: conformance and analysis both read them."""
+
+from __future__ import annotations
+
+EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+"""Distance from 1 to the next number of each dtype."""
+
+# A subject in some dtype may err this many times what the reference itself errs in that dtype. Two correct programs
+# that sum in another order differ from float64 by independent rounding of like size: a factor of 1 is a coin toss.
+NOISE_FACTOR = 2.0
+
+# Added to that, times eps: where the reference happens to be exact (one product, a copy), a factor times zero would
+# demand bitwise equality. Relative Frobenius error of one rounding is about 0.3 eps.
+NOISE_FLOOR_EPS = 1.0
+
+# The same for the losses of a training run, judged against the reference's largest error so far. Wider than one
+# operation's factor: both runs are single draws of a noise that each optimizer step carries on and amplifies.
+TRAJECTORY_FACTOR = 4.0
+
+# Added to that, times eps and the largest loss so far: at the first steps the reference may happen to round to the
+# exact value, and a factor times zero would then demand bitwise equality.
+TRAJECTORY_FLOOR_EPS = 8.0
+
+# The reference cannot be judged by the noise that it defines. Its own distance from float64 may grow by this many eps
+# per step, times the largest loss so far: rounding accumulates, a wrong gradient departs much faster.
+REFERENCE_GROWTH_EPS = 16.0

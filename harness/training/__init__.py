@@ -1,0 +1,1 @@
+"""Training: one plain loop, the same data order for every method."""

@@ -1,0 +1,104 @@
+"""Texts to batches of tokens: truncation, padding, data order and the loss mask, stated once for every method."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised text. tokens: ids; label: the class; answer: for causal models, how many last tokens are the answer."""
+
+    id: str
+    tokens: tuple[int, ...]
+    label: int
+    answer: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """inputs: keyword arguments of the model, int64 (N, L); labels (N,); answers: answer lengths (N,), 0 for encoders."""
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    answers: tuple[int, ...]
+    real_tokens: int
+    padded_tokens: int
+
+    def to(self, device: torch.device) -> Batch:
+        """Return this batch on `device`."""
+        moved = {name: t.to(device) for name, t in self.inputs.items()}
+        return Batch(moved, self.labels.to(device), self.answers, self.real_tokens, self.padded_tokens)
+
+
+def order(examples: Sequence[Example], steps: int, batch: int, seed: int) -> list[list[Example]]:
+    """Return `steps` lists of `batch` examples: the data order of a seed, the same for every method.
+
+    Epochs are shuffled; inside a pool of eight batches examples are sorted by length, so that little is padding, and the
+    batches of a pool are shuffled again.
+    """
+    rng = random.Random(seed)  # noqa: S311
+    stream: list[Example] = []
+    pools: list[list[Example]] = []
+    while len(pools) < steps:
+        while len(stream) < 8 * batch:
+            epoch = list(examples)
+            rng.shuffle(epoch)
+            stream += epoch
+        pool, stream = sorted(stream[: 8 * batch], key=lambda e: len(e.tokens)), stream[8 * batch :]
+        batches = [pool[i : i + batch] for i in range(0, len(pool), batch)]
+        rng.shuffle(batches)
+        pools += batches
+    return pools[:steps]
+
+
+def collate(examples: Sequence[Example], pad: int, side: str) -> Batch:
+    """Pad to the longest; `side` is `right` for encoders and `left` for causal models, whose answers then end together."""
+    length = max(len(e.tokens) for e in examples)
+    ids = torch.full((len(examples), length), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, example in enumerate(examples):
+        place = slice(length - len(example.tokens), length) if side == "left" else slice(0, len(example.tokens))
+        ids[row, place] = torch.tensor(example.tokens)
+        mask[row, place] = 1
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if side == "left":
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)  # so that padding shifts no position
+    return Batch(
+        inputs,
+        torch.tensor([e.label for e in examples]),
+        tuple(e.answer for e in examples),
+        int(mask.sum()),
+        ids.numel(),
+    )
+
+
+def classification_examples(rows: Sequence[Any], tokenizer: Any, max_tokens: int) -> list[Example]:
+    """Tokenise rows (id, text, label) for an encoder, truncated to `max_tokens` with its special tokens."""
+    encoded = tokenizer([row.text for row in rows], truncation=True, max_length=max_tokens)["input_ids"]
+    return [Example(row.id, tuple(ids), row.label) for row, ids in zip(rows, encoded, strict=True)]
+
+
+def answer_examples(
+    rows: Sequence[Any],
+    prompt: Callable[[Any], str],
+    answers: Callable[[Any], Sequence[str]],
+    encode_pair: Callable[[str, str], tuple[list[int], list[int]]],
+    max_tokens: int,
+) -> list[Example]:
+    """Tokenise prompt and right answer for a causal model; too long a prompt loses its beginning, as in evaluation.
+
+    The loss is over the answer's tokens alone.
+    """
+    examples = []
+    for row in rows:
+        context, answer = encode_pair(prompt(row), answers(row)[row.label])
+        tokens = tuple((context + answer)[-max_tokens:])
+        examples.append(Example(row.id, tokens, row.label, len(answer)))
+    return examples

@@ -1,0 +1,133 @@
+"""LoRA: Low-Rank Adaptation of Large Language Models. Hu et al., ICLR 2022, arXiv:2106.09685.
+
+    h = W0 x + (alpha / r) B A x                                                      (paper, eq. 3 and section 4.1)
+
+A (r, in) is drawn at random, B (out, r) is zero, W0 (out, in) is frozen. Shape letters: T tokens, D in, E out, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from reference.layers import dense_copy, floating_dtype, replace, targets
+
+PAPER = "arXiv:2106.09685v2"
+DEVIATIONS = (
+    (
+        "initialisation of A",
+        "random Gaussian, no standard deviation given",
+        "uniform in +-1/sqrt(in), which has variance 1/(3 in)",
+        "the authors' code (loralib) and HF peft both draw A so; the paper's sigma is not stated anywhere",
+    ),
+    (
+        "dropout",
+        "not in the main text",
+        "on the input of the adapter branch only; W0 x sees the whole input",
+        "as in loralib and HF peft",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """LoRA's knobs.
+
+    rank: r. alpha: the numerator of the scaling alpha / r. targets: last parts of the module paths to adapt, or whole
+    paths. dropout: probability that an input feature of the adapter branch is dropped in training.
+    """
+
+    rank: int = field(default=8, metadata={"least": 1, "most": 4096})
+    alpha: float = field(default=16.0, metadata={"least": 1e-3, "most": 1e4})
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    dropout: float = field(default=0.0, metadata={"least": 0.0, "most": 0.99})
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer with a low-rank update.
+
+    base: any module that maps (..., D) to (..., E), such as nn.Linear or a quantised layer. A (R, D), B (E, R).
+    """
+
+    def __init__(self, base: nn.Module, A: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
+        super().__init__()
+        self.base = base
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.scaling, self.dropout = scaling, nn.Dropout(dropout)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Return W0 x + scaling B A x, shape (..., E)."""
+        h_TR = self.dropout(x_TD) @ self.A.T
+        return self.base(x_TD) + self.scaling * (h_TR @ self.B.T)
+
+    def delta(self) -> Tensor:
+        """Return scaling B A, shape (E, D)."""
+        return self.scaling * (self.B @ self.A)
+
+
+class Adapted:
+    """A model with LoRA attached: what trains, how it is named, and how it merges."""
+
+    can_merge = True
+
+    def __init__(self, model: nn.Module, layers: dict[str, LoraLinear]) -> None:
+        self.model, self.layers = model, layers
+        self._dense: dict[str, nn.Linear] = {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Map canonical names (`<path of the layer>.A`, `.B`) to the trainable tensors."""
+        return {f"{path}.{n}": t for path, layer in self.layers.items() for n, t in (("A", layer.A), ("B", layer.B))}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """List what trains."""
+        return [p for layer in self.layers.values() for p in (layer.A, layer.B)]
+
+    def optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer | None:
+        """Return None: LoRA leaves the optimizer to the caller."""
+        return None
+
+    def after_step(self, step: int) -> None:
+        """Do nothing: LoRA has no schedule of its own."""
+
+    def merge(self) -> None:
+        """Put W0 + scaling B A in the place of each layer (section 4: no additional inference latency)."""
+        for path, layer in self.layers.items():
+            dense = dense_copy(layer.base)
+            with torch.no_grad():
+                dense.weight += layer.delta().to(dense.weight.dtype)
+            self._dense[path] = dense
+            replace(self.model, path, dense)
+
+    def unmerge(self) -> None:
+        """Take the adapted layers back; W0 was never touched, so this is exact."""
+        for path, layer in self.layers.items():
+            replace(self.model, path, layer)
+        self._dense.clear()
+
+    def detach(self) -> None:
+        """Put the untouched base layers back."""
+        for path, layer in self.layers.items():
+            replace(self.model, path, layer.base)
+
+
+def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adapted:
+    """Freeze `model` and put a LoraLinear around every target; A is drawn from `generator` in order of the paths.
+
+    Raises ValueError if a target names no linear layer.
+    """
+    model.requires_grad_(False)
+    layers = {}
+    for path, base in targets(model, config.targets).items():
+        E, D = base.out_features, base.in_features
+        dtype, device = floating_dtype(base), next(base.parameters()).device
+        bound = 1 / math.sqrt(D)
+        # Drawn in float64 so that every dtype starts from the same numbers.
+        A = torch.empty(config.rank, D, dtype=torch.float64).uniform_(-bound, bound, generator=generator)
+        B = torch.zeros(E, config.rank, dtype=dtype, device=device)
+        scaling = config.alpha / config.rank
+        layers[path] = LoraLinear(base, A.to(device, dtype), B, scaling, config.dropout)
+        replace(model, path, layers[path])
+    return Adapted(model, layers)

@@ -1,0 +1,71 @@
+"""NF4: the 4-bit NormalFloat of QLoRA. Dettmers et al., NeurIPS 2023, arXiv:2305.14314. An Operation, not a Method.
+
+A tensor is cut into blocks of consecutive elements of its flattened form; each block is divided by its largest
+magnitude (absmax, float32) and every element becomes the nearest of 16 levels. Two 4-bit codes share a byte.
+"""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+SOURCE = "arXiv:2305.14314v1, appendix E; bitsandbytes, whose table, packing and tie rule are what is in use"
+DEVIATIONS = (
+    (
+        "levels",
+        "eq. 4: q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2",
+        "quantiles from 0.9677083 down to 1/2: eight positive, seven negative, and zero",
+        "eq. 4 starts at Q(0), which is minus infinity, and its finite levels are not those of the published table",
+    ),
+)
+
+
+def codebook() -> Tensor:
+    """Return the 16 levels, ascending from -1 to 1, float32: constructed, not pasted.
+
+    0.9677083 is 1 - (1/30 + 1/32) / 2, halfway between the outermost quantiles of 15 and of 16 levels.
+    """
+    quantile = NormalDist().inv_cdf
+
+    def half(levels: int) -> list[float]:
+        # The published table took its probabilities from a float32 grid; so do we, to agree to the last bit.
+        return [quantile(p) for p in torch.linspace(0.9677083, 0.5, levels + 1)[:-1].tolist()]
+
+    values = torch.tensor([-q for q in half(7)] + [0.0] + half(8)[::-1])
+    return values / values.max()
+
+
+def quantize(W: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
+    """Return (codes, absmax): uint8 codes 0..15 in the order of W.flatten(), float32 absmax of each block.
+
+    An element exactly between two levels takes the lower one. A block of zeros has absmax 0 and the code of zero (7).
+    """
+    flat = W.detach().flatten().float()
+    pad = -flat.numel() % block
+    blocks = torch.nn.functional.pad(flat, (0, pad)).view(-1, block)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = torch.where(absmax[:, None] > 0, blocks / absmax[:, None], torch.zeros_like(blocks))
+    levels = codebook().to(W.device)
+    midpoints = (levels[:-1] + levels[1:]) / 2
+    codes = torch.bucketize(scaled, midpoints)  # counts the midpoints strictly below, so a tie goes down
+    return codes.flatten()[: flat.numel()].to(torch.uint8), absmax
+
+
+def dequantize(codes: Tensor, absmax: Tensor, block: int = 64) -> Tensor:
+    """Return level * absmax in float32, flat, as long as `codes`."""
+    scale = absmax.float().repeat_interleave(block)[: codes.numel()]
+    return codebook().to(codes.device)[codes.long()] * scale
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Return uint8 bytes, the first code of each pair in the high nibble; an odd length is filled up with code 0."""
+    padded = torch.nn.functional.pad(codes, (0, codes.numel() % 2))
+    return padded[0::2] << 4 | padded[1::2]
+
+
+def unpack(packed: Tensor, numel: int) -> Tensor:
+    """Return the first `numel` codes of `packed`; the inverse of `pack`."""
+    flat = packed.flatten()
+    return torch.stack([flat >> 4, flat & 15], dim=1).flatten()[:numel]
