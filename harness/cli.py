@@ -41,7 +41,10 @@ def verbs() -> None:
 @click.argument("kinds", nargs=-1, type=click.Choice(_KINDS), metavar=f"[{'|'.join(_KINDS)}]...")
 @_json
 def list_(kinds: tuple[str, ...], as_json: bool) -> Exit:
-    """List what a suite can name, everything or the kinds given."""
+    """List what a suite can name.
+
+    Everything, or only the kinds given.
+    """
     from harness.listing import as_text, listing
 
     document = listing(kinds)
@@ -70,7 +73,11 @@ def _only(command: Any) -> Any:
 @click.argument("suite")
 @_json
 def plan(suite: str, only: str | None, as_json: bool) -> Exit:
-    """Check SUITE (a name or a .yaml file) and print its Cells; run nothing."""
+    """Check a suite and print its Cells.
+
+    Runs nothing. SUITE is a name or a .yaml file. Time and memory are those of the newest Record of the same Cell in
+    results/runs; nothing is guessed.
+    """
     from harness import expand, planning, suites
 
     read = suites.load(suite)
@@ -95,9 +102,10 @@ def plan(suite: str, only: str | None, as_json: bool) -> Exit:
     help="For each Cell.",
 )
 def run(suite: str, out: Path | None, only: str | None, resume: str | None, device: Any, timeout: float) -> Exit:
-    """Run SUITE (a name or a .yaml file), each Cell in a process of its own, and report it.
+    """Run a suite and report it.
 
-    Ctrl-C keeps what was finished and exits with 4.
+    SUITE is a name or a .yaml file. Each Cell runs in a process of its own. Ctrl-C keeps what was finished and exits
+    with 4.
     """
     from harness.runner.run import run_suite
 
@@ -109,9 +117,10 @@ def run(suite: str, out: Path | None, only: str | None, resume: str | None, devi
 @click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="[report.html in the first run]")
 @click.option("--strict", is_flag=True, help="Exit with 3 if a question stays open.")
 def report(runs: tuple[str, ...], out: Path | None, strict: bool) -> Exit:
-    """Write the HTML report of runs and print their summaries.
+    """Write the HTML report of runs.
 
-    RUN is a folder, an id, the start of an id, or `latest`. Exits with the most serious verdict of the runs.
+    Prints their summaries. RUN is a folder, an id, the start of an id, or `latest`. Exits with the most serious verdict
+    of the runs.
     """
     from harness import store
     from harness.analysis import verdict
@@ -123,7 +132,7 @@ def report(runs: tuple[str, ...], out: Path | None, strict: bool) -> Exit:
     for one in read:
         _print("\n".join(text.summary(one)))
     _print(f"report: {page}")
-    return min((verdict.exit_code(one, strict=strict) for one in read), key=_SERIOUS.index)
+    return min((verdict.judge(one, strict=strict).exit for one in read), key=_SERIOUS.index)
 
 
 @verbs.command()
@@ -131,7 +140,10 @@ def report(runs: tuple[str, ...], out: Path | None, strict: bool) -> Exit:
 @click.option("--method", metavar="M", help="Only this method.")
 @_json
 def check(implementations: tuple[str, ...], method: str | None, as_json: bool) -> Exit:
-    """Check implementations (all, if none is named) against the float64 reference."""
+    """Check implementations against the reference.
+
+    All, if none is named. The reference is computed in float64.
+    """
     from harness.conformance import command
 
     return command.check(implementations, method, as_json)
@@ -140,7 +152,7 @@ def check(implementations: tuple[str, ...], method: str | None, as_json: bool) -
 @verbs.command()
 @_json
 def doctor(as_json: bool) -> Exit:
-    """Say what this machine can run, and why not."""
+    """Say what can run here, and why not."""
     from harness import doctor as doctor_
 
     return doctor_.report(as_json)
@@ -149,7 +161,10 @@ def doctor(as_json: bool) -> Exit:
 @verbs.command()
 @click.argument("name")
 def explain(name: str) -> Exit:
-    """Explain a method, check, error, exit code or status."""
+    """Explain a name.
+
+    A method, a check, an error, an exit code or a status.
+    """
     from harness.explain import explain as explained
 
     _print(explained(name))
@@ -173,8 +188,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.Abort:  # Ctrl-C
         code = _fail(HarnessError("interrupted", mend="what was finished is kept"))
     except click.UsageError as error:
-        verb = error.ctx.command_path if error.ctx else "peft-harness"
-        code = _fail(UsageError(error.format_message(), where=verb, mend=f"see `{verb} --help`"))
+        verb = error.ctx.info_name if error.ctx and error.ctx.parent else ""
+        mend = f"see `{' '.join(['peft-harness', *filter(None, [verb]), '--help'])}`"
+        code = _fail(UsageError(error.format_message(), where=verb or "", mend=mend))
     except HarnessError as error:
         code = _fail(error)
     try:

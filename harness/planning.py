@@ -21,7 +21,7 @@ def planning(suite: Suite, plan: Plan, runs: Path = store.RUNS) -> dict[str, Any
     Nothing is guessed: a Cell without a finished Record in `runs` has no estimate.
     """
     newest = _newest({cell.cell_id for cell in plan.cells}, runs)
-    cells = [
+    cells: list[dict[str, Any]] = [
         {
             "cell_id": cell.cell_id,
             "id": plan.ids[cell.cell_id],

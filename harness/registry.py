@@ -24,8 +24,8 @@ class Implementation:
     """Code that claims to be a Method, an Operation or a quantisation of the base weights.
 
     name: what suites write, e.g. `hf-peft`. target: the method (`lora`), operation (`nf4_linear`) or quantisation
-    (`nf4`) it claims to be. requires: modules that are imported at a Cell's start-up, so that no measured phase pays for
-    it; without them the Cell is skipped. distribution, version: filled in from the entry point.
+    (`nf4`) it claims to be. requires: modules that are imported at a Cell's start-up, so that no measured phase pays
+    for it; without them the Cell is skipped. distribution, version: filled in from the entry point.
     """
 
     name: str

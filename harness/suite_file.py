@@ -127,23 +127,26 @@ def explain(
     found = []
     for detail in error.errors(include_url=False):
         way = (*at, *_within(document.data, at, detail["loc"]))
-        named = [part for part in detail["loc"] if isinstance(part, str)]
-        what, mend = _sentence(dict(detail), named[-1] if named else "", model)
+        named = [part for part in (*at, *detail["loc"]) if isinstance(part, str)]
+        key = f"`{named[-1]}`" if named else ""
+        # Of an axis written as a list, one entry is wrong.
+        listed = f"an entry of {key}" if way and isinstance(way[-1], int) else key
+        what, mend = _sentence(dict(detail), key, listed, model)
         found.append((way, Problem(document.where(*way), what, mend)))
     return found
 
 
-def _sentence(detail: dict[str, Any], key: str, model: type[BaseModel]) -> tuple[str, str]:
+def _sentence(detail: dict[str, Any], key: str, subject: str, model: type[BaseModel]) -> tuple[str, str]:
     """Return what is wrong and the mend."""
     kind, given, limits = detail["type"], detail["input"], detail.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"unknown key `{key}`", near(key, _known_keys(model, detail["loc"][:-1]), "keys here")
+        return f"unknown key {key}", near(key.strip("`"), _known_keys(model, detail["loc"][:-1]), "keys here")
     if kind == "missing":
-        return f"`{key}` is missing", f"add `{key}:`"
+        return f"{key} is missing", f"add {key}"
     if kind == "value_error":
         return detail["msg"].removeprefix("Value error, "), "suites/sources.yaml shows the forms"
     shown = repr(given)
-    what = f"`{key}` is {shown if len(shown) <= 60 else shown[:57] + '...'}"
+    what = f"{subject} is {shown if len(shown) <= 60 else shown[:57] + '...'}"
     if kind == "literal_error":
         choices = re.findall(r"'([^']+)'", limits["expected"])
         return f"{what}, which is none of {', '.join(choices)}", near(str(given), choices, "one of")
@@ -153,7 +156,7 @@ def _sentence(detail: dict[str, Any], key: str, model: type[BaseModel]) -> tuple
         if bound in limits:
             return what, f"write {words} {limits[bound]:g}"
     if kind in ("too_short", "string_too_short"):
-        return f"`{key}` is empty", "give it a value, or leave it out"
+        return f"{subject} is empty", "give it a value, or leave it out"
     return what, _FORMS.get(kind, detail["msg"])
 
 

@@ -129,6 +129,8 @@ def _ways(reading: Reading, keys: SuiteKeys) -> list[tuple[Way, Way]]:
     """List (block, cell) of every entry; a block without cells is an entry itself."""
     ways: list[tuple[Way, Way]] = []
     for i, block in enumerate(keys.matrix or []):
+        if ("matrix", i, "cells") in reading.cut:
+            continue
         inside: list[Way] = [("matrix", i, "cells", j) for j in range(len(block.cells or []))]
         ways += [(("matrix", i), way) for way in inside or [("matrix", i)] if way not in reading.cut]
     return ways
@@ -161,9 +163,13 @@ def _comparison(reading: Reading, index: int, keys: ComparisonKeys, entries: lis
             reading.problem(way, "not a comparison", f"write {form}")
         return None
     before = len(reading.problems)
+    # When entries or ids were taken out as wrong, one of them may be what is named here.
+    lost = any(
+        cut[0] == "matrix" and (cut[-1] in ("matrix", "cells", "id") or isinstance(cut[-1], int)) for cut in reading.cut
+    )
     for key, ids in given.items():
         for i, name in enumerate(ids):
-            if name not in reading.ids:
+            if name not in reading.ids and not lost:
                 reading.problem((*way, key, i), f"`{key}` names no id: `{name}`", near(name, reading.ids, "ids"))
     left, right = given.values()
     if set(left) & set(right):

@@ -13,6 +13,10 @@ NOISE_FACTOR = 2.0
 # demand bitwise equality. Relative Frobenius error of one rounding is about 0.3 eps.
 NOISE_FLOOR_EPS = 1.0
 
+# A subject in float64 is judged by a reference in float64, whose own rounding cannot be seen: both may err by a sum's
+# worth of roundings, which for the layers here stays below a handful of eps.
+FLOAT64_FLOOR_EPS = 16.0
+
 # The same for the losses of a training run, judged against the reference's largest error so far. Wider than one
 # operation's factor: both runs are single draws of a noise that each optimizer step carries on and amplifies.
 TRAJECTORY_FACTOR = 4.0

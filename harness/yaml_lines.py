@@ -134,7 +134,8 @@ class _Builder:
         if id(node) in self._open:
             self._problem(node, "an alias that contains itself", "write the value out")
         elif self._built == _MOST_NODES + 1:
-            self._problem(node, f"more than {_MOST_NODES} values once aliases are followed", "split the file")
+            what = f"more than {_MOST_NODES} values once aliases are followed"
+            self.problems.append(Problem(f"{self.path}:1", what, "write it without so many aliases"))
 
     def _scalar(self, node: ScalarNode) -> Any:
         tag = str(node.tag)

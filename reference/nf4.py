@@ -53,6 +53,22 @@ def quantize(W: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
     return codes.flatten()[: flat.numel()].to(torch.uint8), absmax
 
 
+def near_tie(W: Tensor, block: int = 64) -> Tensor:
+    """Return a mask, flat: elements so near the middle of two levels that the rounding of W / absmax may decide.
+
+    Dividing by absmax and multiplying by its reciprocal differ by up to 1.5 units in the last place; codes of these
+    elements may differ by one level between correct programs.
+    """
+    flat = W.detach().flatten().float()
+    absmax = torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block).abs().amax(dim=1)
+    scaled = flat.double() / absmax.double().clamp(min=torch.finfo(torch.float32).tiny).repeat_interleave(block)[: flat.numel()]
+    levels = codebook().to(W.device)
+    midpoints = ((levels[:-1] + levels[1:]) / 2).double()
+    above = torch.bucketize(scaled, midpoints).clamp(max=len(midpoints) - 1)
+    gap = torch.minimum((scaled - midpoints[above]).abs(), (scaled - midpoints[(above - 1).clamp(min=0)]).abs())
+    return gap <= 2 * torch.finfo(torch.float32).eps * scaled.abs().clamp(max=1)
+
+
 def dequantize(codes: Tensor, absmax: Tensor, block: int = 64) -> Tensor:
     """Return level * absmax in float32, flat, as long as `codes`."""
     scale = absmax.float().repeat_interleave(block)[: codes.numel()]

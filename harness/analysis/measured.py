@@ -5,7 +5,7 @@ from __future__ import annotations
 from harness.analysis.intervals import Median, median_interval
 from harness.records import Record, TrainingMeasured
 
-STARTUP = "startup"
+STARTUP = "start-up"
 """The phase from the start of the process to the Cell's first own work."""
 TRAIN = "train"
 

@@ -11,6 +11,7 @@ from harness.records import Accuracy, Cell, Record
 from harness.store import Run
 
 Standing = Literal["best", "tied", "below", "untrained"]
+Basis = Literal["tied", "all", "independent"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Group:
     """Cells with one budget, best first, then what was not trained at all.
 
     detectable: the smallest difference that one comparison in this group can find; None with nothing to compare.
-    disagreement: the share of items it was computed from; `paired` says whether that was observed or assumed.
+    disagreement: the share of items it was computed from: observed between the best and the Cell that differs from it
+    most, among those `tied` with it or among `all`, or assumed for `independent` answers.
     """
 
     budget: Budget
@@ -76,8 +78,8 @@ class Group:
     untrained: tuple[Entry, ...]
     seeds: tuple[int, ...]
     detectable: float | None
-    disagreement: float | None
-    paired: bool
+    disagreement: float
+    basis: Basis
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -129,21 +131,34 @@ def _group(
             standing = "best" if record is best_record else "below" if apart else "tied"
         return Entry(record, accuracy, standing, accuracy.value - best.value, own)
 
+    ranked = tuple(entry(r, a, None) for r, a in ordered)
     rivals = ordered[1:] or [pair for pair in everyone if pair[0] is not best_record]
-    shares = [sum(t) / len(best.items) for r, _ in rivals if (t := tables[r.id]) is not None]
-    # The pair that disagrees most is the hardest to tell apart, so it speaks for the group.
-    disagreement, paired = max(shares, default=0.0), True
-    if not disagreement:
-        disagreement, paired = 2 * best.value * (1 - best.value), False
+    tied = [e.record for e in ranked if e.standing == "tied"]
+    basis, disagreement = _disagreement([tables[r.id] for r in tied], [tables[r.id] for r, _ in rivals], best)
     return Group(
         budget=budget,
-        ranked=tuple(entry(r, a, None) for r, a in ordered),
+        ranked=ranked,
         untrained=tuple(entry(r, a, "untrained") for r, a in everyone[len(ordered) :]),
         seeds=tuple(sorted({r.cell.seed for r, _ in everyone})),
         detectable=detectable(len(best.items), disagreement) if rivals and best.items else None,
         disagreement=disagreement,
-        paired=paired,
+        basis=basis,
     )
+
+
+def _disagreement(
+    tied: Sequence[tuple[int, int] | None], rivals: Sequence[tuple[int, int] | None], best: Accuracy
+) -> tuple[Basis, float]:
+    """Return the share of items that tells how small a difference can be found.
+
+    The pair that disagrees most is the hardest to tell apart, so it speaks for the group. Ties come first: a Cell that
+    lies far below says nothing of how well close ones are told apart.
+    """
+    if most := max((sum(table) for table in tied if table), default=0):
+        return "tied", most / len(best.items)
+    if most := max((sum(table) for table in rivals if table), default=0):
+        return "all", most / len(best.items)
+    return "independent", 2 * best.value * (1 - best.value)
 
 
 def _discordant(left: Accuracy, right: Accuracy) -> tuple[int, int] | None:

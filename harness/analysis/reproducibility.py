@@ -32,8 +32,11 @@ class Rerun:
 
 
 def reruns(runs: Sequence[Run]) -> tuple[Rerun, ...]:
-    """Compare, for every Cell with two or more ok Records in `runs`, each of them with the first."""
-    by_cell: dict[str, list[Record]] = {}
+    """Compare, for every Cell with two or more ok Records in `runs`, each of them with the first.
+
+    In the order of the manifests.
+    """
+    by_cell: dict[str, list[Record]] = {cell.cell_id: [] for run in runs for cell in run.manifest.cells}
     for run in runs:
         for record in sorted(run.records, key=lambda r: r.attempt):
             if record.status is Status.OK:

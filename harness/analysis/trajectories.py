@@ -61,8 +61,9 @@ def judge(comparison: Comparison, cells: Mapping[str, Cell], records: Mapping[st
         )
     else:
         named = [s for s in subjects if s.verdict.word is word]
-        reason = "; ".join(f"{cells[s.cell_id].label}: {s.verdict.reason}" for s in named)
-    return SameLosses(Verdict(word, reason or "no Cell to judge", ids), subjects)
+        says = {Word.FAIL: "outside the noise", Word.NOT_RUN: "not judged"}.get(word, "undecided")
+        reason = f"{says}: " + "; ".join(f"{cells[s.cell_id].label}: {s.verdict.reason}" for s in named)
+    return SameLosses(Verdict(word, reason if subjects else "it names no Cells", ids), subjects)
 
 
 def _judge_one(
@@ -123,13 +124,15 @@ def _measure(subject: Record, exact: Record, noise: Record) -> Judged:
     first_bad = next((t for t, ratio in enumerate(ratios) if ratio > 1), None)
     ids = tuple(dict.fromkeys((subject.id, exact.id, noise.id)))
     if first_bad is None:
-        how = "its own growth bound; it defines the noise" if by == "growth" else "the reference's noise"
-        verdict = Verdict(Word.PASS, f"within {how} at all {len(errors)} steps", ids)
+        steps = f"at all {len(errors)} steps"
+        own = f"within the growth that rounding explains {steps}; this run defines the noise of the others"
+        reason = own if by == "growth" else f"within the reference's noise {steps}"
+        verdict = Verdict(Word.PASS, reason, ids)
     else:
         verdict = Verdict(
             Word.FAIL,
             f"leaves the float64 losses at step {first_bad}: error {errors[first_bad]:.3g}, allowed"
-            f" {allowed[first_bad]:.3g}; worst at step {step}, {ratios[step]:.3g} times what is allowed",
+            f" {allowed[first_bad]:.3g}; worst at step {step}, {ratios[step]:,.1f} times what is allowed",
             ids,
         )
     return Judged(subject.cell_id, verdict, by, tuple(errors), tuple(allowed), ratios[step], step)

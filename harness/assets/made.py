@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _LABELS = ("bad", "good")
-_OPINIONS = (
+OPINIONS = (
     ("bitter", "clumsy", "cold", "dull", "empty", "noisy", "slow", "stale", "ugly", "weak"),
     ("brave", "bright", "clever", "fresh", "funny", "gentle", "lovely", "sharp", "sweet", "warm"),
 )
@@ -29,9 +29,9 @@ def toy_sentiment(folder: Path) -> None:
     texts: dict[str, int] = {}
     while len(texts) < _ROWS:
         label = len(texts) % 2
-        words = chance.sample(_OPINIONS[label], 2)
+        words = chance.sample(OPINIONS[label], 2)
         if chance.random() < 0.5:  # a third opinion, of the other kind: no single word decides
-            words.append(chance.choice(_OPINIONS[1 - label]))
+            words.append(chance.choice(OPINIONS[1 - label]))
         chance.shuffle(words)
         first, *others = words
         text = f"the {chance.choice(_SUBJECTS)} is {first}"
@@ -51,7 +51,7 @@ def tiny_llama(folder: Path) -> None:
 
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     # A word carries its space, as in the tokenizers of real Llamas: " bad" is one token, and decoding gives the text.
-    words = [f"▁{word}" for word in (*_LABELS, *_OPINIONS[0], *_OPINIONS[1], *_SUBJECTS, *_FILLERS, *_REST)]
+    words = [f"▁{word}" for word in (*_LABELS, *OPINIONS[0], *OPINIONS[1], *_SUBJECTS, *_FILLERS, *_REST)]
     vocabulary = {token: index for index, token in enumerate([*special.values(), *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special["unk_token"]))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()

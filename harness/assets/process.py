@@ -1,4 +1,4 @@
-"""Child processes that talk into a file and never outlive the block that started them."""
+"""Child processes that are listened to and never outlive the block that started them."""
 
 from __future__ import annotations
 
@@ -6,41 +6,68 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from dataclasses import dataclass
+from typing import IO
+
+_KEPT_LINES = 1000
+
+
+@dataclass(frozen=True)
+class Child:
+    """A running process and the last lines of what it said, whole once its block has ended."""
+
+    process: subprocess.Popen[str]
+    lines: deque[str]
+
+    @property
+    def said(self) -> str:
+        """The last lines, as one text."""
+        return "".join(self.lines)
+
+    @property
+    def met_full_disk(self) -> bool:
+        """Whether its words tell of a full disk or quota."""
+        return any(sign in self.said for sign in ("No space left on device", "Disk quota exceeded", "os error 28"))
 
 
 @contextmanager
-def python(arguments: Sequence[str], talk: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def python(arguments: Sequence[str], environment: Mapping[str, str]) -> Iterator[Child]:
     """Start this Python with `arguments`; at the end of the block kill it and whatever it started.
 
-    stdout and stderr go into the file `talk`; `environment` is added to this process's own.
+    `environment` is added to this process's own.
     """
-    with talk.open("wb") as out:
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdin=subprocess.DEVNULL,
+        # Into memory, not a file: on a full disk the file would lack just the line that says so.
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", **environment},
         # A session of its own, so that its children can be ended with it, and Ctrl-C is ours alone to handle.
-        process = subprocess.Popen(
-            [sys.executable, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
-            start_new_session=True,
-        )
+        start_new_session=True,
+    )
+    assert process.stdout is not None  # noqa: S101  # it is a PIPE
+    child = Child(process, deque(maxlen=_KEPT_LINES))
+    # A thread, for a child whose pipe is full would wait for a reader for ever.
+    listener = threading.Thread(target=_listen, args=(process.stdout, child.lines), daemon=True)
+    listener.start()
     try:
-        yield process
+        yield child
     finally:
         # All may be gone by now; of a group of zombies macOS says PermissionError.
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        listener.join(timeout=2)  # the pipe ends with the last process that holds it
 
 
-def said(talk: Path) -> str:
-    """Return what a child wrote so far."""
-    return talk.read_text(encoding="utf-8", errors="replace")
-
-
-def met_full_disk(talk: str) -> bool:
-    """Say whether a child's words tell of a full disk or quota."""
-    return any(sign in talk for sign in ("No space left on device", "Disk quota exceeded", "os error 28"))
+def _listen(pipe: IO[str], lines: deque[str]) -> None:
+    with pipe:
+        lines.extend(pipe)

@@ -127,7 +127,8 @@ def check_step(subject: Subject, case: Case) -> CheckResult:
             for name, tensor in tensors.items():
                 tensor.grad = gradients.get(f"grad {name}")
             if before:
-                torch.optim.AdamW(list(tensors.values()), lr=1e-2, weight_decay=0.1).step()
+                # The usual eps of 1e-8 is zero in float16, and the step of a zero gradient then 0/0.
+                torch.optim.AdamW(list(tensors.values()), lr=1e-2, weight_decay=0.1, eps=1e-4).step()
             moved.append({n: t.detach().clone() for n, t in tensors.items()})
             with torch.no_grad():
                 for name, tensor in tensors.items():
@@ -185,15 +186,23 @@ def check_initial(subject: Subject, case: Case) -> CheckResult:
 
 
 def check_codes(subject: Subject, case: Case) -> CheckResult:
-    """The packed base holds the reference's NF4 codes and absmax for the original weights, element for element."""
+    """The packed base holds the reference's NF4 codes and absmax for the original weights, element for element.
+
+    A code may be one level off only where the element lies within two float32 units of the middle of two levels: there
+    dividing by absmax and multiplying by its reciprocal, both in use, may part.
+    """
     if not subject.packed:
         return _skipped(subject, case, "codes", "the base is not quantised")
-    judged = []
+    judged, ties = [], 0
     for path, form in subject.packed.items():
-        codes, absmax = subject.expected_codes[path]
-        have = {"codes": nf4.unpack(form.data, codes.numel()), "absmax": form.absmax}
-        judged.append(_at(path, exact(have, {"codes": codes, "absmax": absmax})))
-    return _judged(subject, case, "codes", worst_of(judged, "exact"))
+        want = subject.expected_codes[path]
+        codes = nf4.unpack(form.data, want.codes.numel())
+        excused = want.near_tie & ((codes.int() - want.codes.int()).abs() == 1)
+        ties += int(excused.sum())
+        have = {"codes": torch.where(excused, want.codes, codes), "absmax": form.absmax}
+        judged.append(_at(path, exact(have, {"codes": want.codes, "absmax": want.absmax})))
+    result = _judged(subject, case, "codes", worst_of(judged, "exact"))
+    return result.model_copy(update={"detail": f"{ties} codes on the other side of a tie"})
 
 
 def _inputs(subject: Subject, case: Case, path: str, index: int) -> tuple[Tensor, Tensor]:

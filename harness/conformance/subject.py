@@ -32,6 +32,20 @@ class Packed:
     block: int
 
 
+@dataclass(frozen=True)
+class ExpectedCodes:
+    """What the reference quantiser makes of a weight, and where the last bit of a division decides the code."""
+
+    codes: Tensor
+    absmax: Tensor
+    near_tie: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> ExpectedCodes:
+        """Quantise `weight` by the reference."""
+        return cls(*nf4.quantize(weight), nf4.near_tie(weight))
+
+
 @dataclass
 class Subject:
     """An implementation attached to a model.
@@ -49,7 +63,7 @@ class Subject:
     bases: dict[str, nn.Module]
     model_parameters: list[nn.Parameter] = field(default_factory=list)
     packed: dict[str, Packed] = field(default_factory=dict)
-    expected_codes: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    expected_codes: dict[str, ExpectedCodes] = field(default_factory=dict)
 
     def tensors_of(self, path: str) -> dict[str, Tensor]:
         """Map short names to the trainable tensors of the layer at `path`."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from harness.tolerances import EPSILON, NOISE_FACTOR, NOISE_FLOOR_EPS
+from harness.tolerances import EPSILON, FLOAT64_FLOOR_EPS, NOISE_FACTOR, NOISE_FLOOR_EPS
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,15 @@ def noise_floor(
     """Judge against what the reference itself loses in the subject's dtype.
 
     truth: the reference in float64; rounded: the reference in `dtype`. For each tensor
-    err(subject) <= factor * err(rounded) + NOISE_FLOOR_EPS * eps(dtype). Missing or surplus tensors fail.
+    err(subject) <= factor * err(rounded) + floor * eps(dtype). Missing or surplus tensors fail.
     """
-    policy = f"noise-floor: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS:g} eps"
+    floor = FLOAT64_FLOOR_EPS if dtype == "float64" else NOISE_FLOOR_EPS
+    policy = f"noise-floor: {factor:g} x reference in {dtype} + {floor:g} eps"
     if odd := sorted(set(subject) ^ set(truth)):
         return Judgement(False, None, None, odd[0], "present on one side only", policy, 0)
     judged = []
     for name, expected in truth.items():
-        allowed = factor * _relative_error(rounded[name], expected) + NOISE_FLOOR_EPS * EPSILON[dtype]
+        allowed = factor * _relative_error(rounded[name], expected) + floor * EPSILON[dtype]
         judged.append(_judge(name, subject[name], expected, allowed, policy))
     return worst_of(judged, policy)
 

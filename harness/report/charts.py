@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from harness.report.labels import Box
 from harness.report.scales import Scale, linear, logarithmic
 
 _HUES = 8  # colour classes c0..c7 in the style sheet, each with its own dash pattern
+_FILLS = 9  # f0..f8
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,22 @@ class Level:
     high: float
 
 
+@dataclass(frozen=True)
+class Stopped:
+    """A Cell that got as far as this cost and has no accuracy, e.g. for want of memory."""
+
+    label: str
+    cost: float
+
+
 def cost(
-    title: str, axis: str, points: Sequence[Point], levels: Sequence[Level], *, log: bool, unit: float = 1.0
+    title: str,
+    axis: str,
+    points: Sequence[Point],
+    levels: Sequence[Level] = (),
+    stopped: Sequence[Stopped] = (),
+    *,
+    log: bool,
 ) -> Drawing:
     """Draw accuracy against a cost with intervals, the Pareto front and a name beside every point."""
     width, height, left, right, top, bottom = 600, 380, 52, 590, 12, 336
@@ -51,10 +67,11 @@ def cost(
     c = Canvas(title, description, width, height)
     heights = [v for p in points for v in (p.low, p.high)] + [v for level in levels for v in (level.low, level.high)]
     y = linear(heights, bottom, top)
-    costs = [p.cost / unit for p in points]
-    x = logarithmic(costs, left + 8, right - 8, 0.09) if log else linear(costs, left + 8, right - 8, 0.12)
+    costs = [p.cost for p in points]
+    shown = costs + [s.cost for s in stopped]
+    x = logarithmic(shown, left + 8, right - 8, 0.09) if log else linear(shown, left + 8, right - 8, 0.12)
 
-    for tick in y.ticks():
+    for tick in y.ticks(7):
         c.line(left, y.at(tick), right, y.at(tick), "grid")
         c.text(left - 7, y.at(tick) + 4, f"{100 * tick:.4g} %", "tick", "end")
     for tick in x.ticks(6):
@@ -67,11 +84,23 @@ def cost(
     for level in levels:
         c.rectangle(left, y.at(level.high), right - left, y.at(level.low) - y.at(level.high), "level-band")
         c.line(left, y.at(level.value), right, y.at(level.value), "level")
-        text = f"{level.label}: not trained, costs nothing here"
-        c.text(left + 6, y.at(level.value) - 5, text, "label")
+        text = f"{level.label}, not trained"
+        c.text(left + 6, y.at(level.value) - 5, text, "label plain")
         taken.append(Box(left + 6, y.at(level.value) - 16, labels.text_width(text), 15))
+    for k, s in enumerate(stopped):
+        at, height_of_text = x.at(s.cost), bottom - 6 - 15 * k
+        c.line(at, top, at, bottom, "stopped")
+        text, flip = f"✕ {s.label}", at > (left + right) / 2
+        c.text(at - 5 if flip else at + 5, height_of_text, text, "label", "end" if flip else "start")
+        long = labels.text_width(text)
+        taken.append(Box(at - 5 - long if flip else at + 5, height_of_text - 11, long, 15))
     steps = [(x.at(costs[i]), y.at(points[i].value)) for i in front]
-    c.path([q for k, p in enumerate(steps) for q in ([(p[0], steps[k - 1][1])] if k else []) + [p]], "front")
+    corners = [q for k, p in enumerate(steps) for q in ([(p[0], steps[k - 1][1])] if k else []) + [p]]
+    c.path(corners, "front")
+    taken += [
+        Box(min(a[0], b[0]) - 1, min(a[1], b[1]) - 1, abs(a[0] - b[0]) + 2, abs(a[1] - b[1]) + 2)
+        for a, b in itertools.pairwise(corners)
+    ]
 
     spots = [(x.at(k), y.at(p.value)) for k, p in zip(costs, points, strict=True)]
     bars = [Box(sx - 2, y.at(p.high), 4, y.at(p.low) - y.at(p.high)) for (sx, _), p in zip(spots, points, strict=True)]
@@ -85,9 +114,20 @@ def cost(
     for (sx, sy), p, box in zip(spots, points, boxes, strict=True):
         c.dot(sx, sy, "dot tied" if p.tied else "dot", p.tip, p.href)
         if box:
-            c.text(box.x + 1, box.y + box.height - 3.5, p.label, "label")
+            _label(c, p.label, sx, box)
     unnamed = [f"{p.label} ({p.tip})" for p, box in zip(points, boxes, strict=True) if box is None]
     return c.drawing(unnamed=unnamed)
+
+
+def _label(c: Canvas, text: str, x: float, box: Box) -> None:
+    """Write a name into its box, against the side that faces its point: the box is wider than most fonts need."""
+    y = box.y + box.height - 3.5
+    if box.x >= x:
+        c.text(box.x + 1, y, text, "label")
+    elif box.x + box.width <= x:
+        c.text(box.x + box.width - 1, y, text, "label", "end")
+    else:
+        c.text(box.x + box.width / 2, y, text, "label", "middle")
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -134,7 +174,7 @@ def learning(title: str, series: Sequence[Series]) -> Drawing:
 def errors(title: str, series: Sequence[Series], allowed: Series) -> Drawing:
     """Draw |loss - float64 loss| of every step on a logarithmic axis, under what is allowed.
 
-    An error of exactly 0 lies on the lower edge.
+    What is too small for the axis, and an error of exactly 0, lies on its lower edge.
     """
     c, x, left, right, top, bottom = _steps(
         title,
@@ -142,7 +182,9 @@ def errors(title: str, series: Sequence[Series], allowed: Series) -> Drawing:
         series,
     )
     positive = [v for s in (*series, allowed) for v in s.values if v > 0] or [1.0]
-    y = logarithmic([min(positive), max(positive)], bottom, top)
+    # Two losses may agree to many digits by chance; such a dip must not press the rest flat.
+    deepest = min((v for v in allowed.values if v > 0), default=0.0) / 1e3
+    y = logarithmic([max(min(positive), deepest), max(positive)], bottom, top)
     for tick in y.ticks():
         c.line(left, y.at(tick), right, y.at(tick), "grid")
         c.text(left - 7, y.at(tick) + 4, f"{tick:.0e}", "tick", "end")
@@ -186,6 +228,9 @@ def _named(
         c.text(right + 20, at + 4, s.label, "label")
 
 
+NO_PHASE = "in no phase"
+
+
 @dataclass(frozen=True)
 class Life:
     """The phases of one Cell: what came before its own work, then its work, in seconds."""
@@ -193,13 +238,14 @@ class Life:
     label: str
     startup: float
     phases: Sequence[tuple[str, float]]
-    href: str
 
 
 def phases(title: str, lives: Sequence[Life]) -> Drawing:
     """Draw where each Cell's time went; its start-up stands apart, to the left of the zero line."""
     names = list(dict.fromkeys(name for life in lives for name, _ in life.phases))
-    row, top = 24, 34
+    names.sort(key=lambda name: name == NO_PHASE)
+    kinds = {name: "fill rest" if name == NO_PHASE else f"fill f{k % _FILLS}" for k, name in enumerate(names)}
+    row, top = 24, 50
     height = top + row * len(lives) + 42
     left = 12 + min(300.0, max(labels.text_width(life.label) for life in lives))
     right = 880.0 - 74
@@ -209,12 +255,13 @@ def phases(title: str, lives: Sequence[Life]) -> Drawing:
     c = Canvas(title, f"Seconds in each phase of {len(lives)} Cells; start-up to the left of zero.", 880, height)
     x = Scale(-before, -before + total * 1.02, left, right)
 
-    along = 12.0
-    for k, name in enumerate(["start-up", *names]):
-        kind = "startup" if k == 0 else f"fill f{(k - 1) % _HUES}"
-        c.rectangle(along, 6, 11, 11, kind)
-        c.text(along + 16, 16, name, "label")
-        along += labels.text_width(name) + 30
+    along, line = 12.0, 6.0
+    for name, kind in {"start-up": "startup", **kinds}.items():
+        if along + labels.text_width(name) + 16 > c.width:
+            along, line = 12.0, line + 17
+        c.rectangle(along, line, 11, 11, kind)
+        c.text(along + 16, line + 10, name, "label")
+        along += labels.text_width(name) + 26
     bottom = top + row * len(lives)
     for tick in x.ticks(8):
         c.line(x.at(tick), top - 4, x.at(tick), bottom, "axis" if tick == 0 else "grid")
@@ -228,8 +275,7 @@ def phases(title: str, lives: Sequence[Life]) -> Drawing:
         )
         at = 0.0
         for name, spent in life.phases:
-            kind = f"fill f{names.index(name) % _HUES}"
-            c.rectangle(x.at(at), y + 3, x.at(at + spent) - x.at(at), 13, kind, _tip(name, spent))
+            c.rectangle(x.at(at), y + 3, x.at(at + spent) - x.at(at), 13, kinds[name], _tip(name, spent))
             at += spent
         c.text(x.at(at) + 6, y + 13, display.seconds(life.startup + at), "tick")
     return c.drawing(unnamed=[])

@@ -48,9 +48,9 @@ def seconds(s: float) -> str:
 
 
 def milliseconds(s: float) -> str:
-    """Write seconds as ms to three digits."""
+    """Write seconds as ms to about three digits."""
     ms = 1000 * s
-    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
 
 
 def percent(share: float) -> str:
@@ -70,7 +70,9 @@ def probability(p: float) -> str:
 
 def scientific(x: float | None, missing: str = DASH) -> str:
     """Write an error or a bound to three digits."""
-    return missing if x is None else f"{x:.3g}"
+    if x is None:
+        return missing
+    return f"{x:.3g}" if x == 0 or 1e-3 <= abs(x) < 1000 else f"{x:.2e}"
 
 
 def accuracy(a: Accuracy) -> str:
@@ -88,6 +90,11 @@ def median_ms(m: Median) -> str:
     if m.low is None or m.high is None:
         return f"n = {m.count}"
     return f"[{milliseconds(m.low)}, {milliseconds(m.high)}]"
+
+
+def sentence(text: str) -> str:
+    """Write a reason as a sentence of its own."""
+    return f"{text[:1].upper()}{text[1:]}"
 
 
 def in_group(cell: Cell) -> str:

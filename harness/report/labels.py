@@ -61,8 +61,11 @@ def place(
         for box, cost in _candidates(points[i], width):
             if not box.inside(bounds) or any(box.overlaps(other) for other in taken):
                 continue
-            total = cost + 25 * sum(box.overlaps(other) for other in avoid)
+            total = cost + 6 * sum(box.overlaps(other) for other in avoid)
             total += 12 * sum(_crosses(points[i], box, other) for other in taken if other is not dots[i])
+            # A name nearer to another point would be read as that one's.
+            own = _distance(points[i], box)
+            total += 40 * sum(_distance(other, box) <= own for k, other in enumerate(points) if k != i)
             if best is None or total < best[0]:
                 best = (total, box)
         if best:
@@ -89,6 +92,10 @@ def _candidates(point: tuple[float, float], width: float) -> list[tuple[Box, flo
 def anchor(point: tuple[float, float], box: Box) -> tuple[float, float]:
     """Return the place on a label's edge that is nearest to its point: where a leader line ends."""
     return min(max(point[0], box.x), box.x + box.width), min(max(point[1], box.y), box.y + box.height)
+
+
+def _distance(point: tuple[float, float], box: Box) -> float:
+    return math.dist(point, anchor(point, box))
 
 
 def _crosses(point: tuple[float, float], box: Box, other: Box) -> bool:

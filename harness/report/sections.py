@@ -59,14 +59,12 @@ def losses(facts: RunFacts, judgement: Judgement) -> Section | None:
 
 
 def _subject(facts: RunFacts, s: Judged) -> Section:
-    by = {"noise": "the reference's noise in this dtype", "growth": "its own growth (it defines the noise)", "": DASH}
     return {
         "name": facts.names[s.cell_id],
         "href": f"#{facts.anchor(s.cell_id)}",
         "word": s.verdict.word.value,
         "icon": icon(s.verdict.word),
         "tone": tone(s.verdict.word),
-        "by": by[s.by],
         "ratio": display.scientific(s.ratio),
         "step": DASH if s.step is None else str(s.step),
         "error": DASH if s.step is None else display.scientific(s.errors[s.step]),
@@ -83,7 +81,10 @@ def parity(facts: RunFacts) -> list[Section]:
         judged = [(r, c.check) for c in record.checks if (r := _share(c)) is not None]
         tightest = max(judged, default=None)
         summary = ", ".join(f"{n} {outcome.value}" for outcome, n in count.items() if n) or "no check was run"
-        if tightest:
+        red = [c.check for c in record.checks if c.outcome is Outcome.FAIL]
+        if red:
+            summary += f": {', '.join(red)}"
+        elif tightest:
             summary += f"; nearest to its bound: {tightest[1]} at {tightest[0]:.2g} of what is allowed"
         word = "fail" if count[Outcome.FAIL] else "pass" if count[Outcome.PASS] else "not-run"
         found.append(
@@ -92,8 +93,8 @@ def parity(facts: RunFacts) -> list[Section]:
                 "title": record.cell.label,
                 "summary": summary,
                 "word": word,
-                "icon": icon(word),
-                "tone": tone(word),
+                "icon": icon(word) if record.checks else "–",
+                "tone": tone(word) if record.checks else "quiet",
                 "open": bool(count[Outcome.FAIL]),
                 "checks": [_check(c) for c in record.checks],
             }
@@ -132,10 +133,9 @@ def time(facts: RunFacts) -> Section:
     for record in facts.latest.values():
         spent = [(p.name, p.seconds) for p in record.phases if p.name != measured.STARTUP]
         rest = measured.unaccounted_seconds(record)
-        own = [*spent, ("in no phase", rest)] if record.phases and rest > 0 else spent
+        own = [*spent, (charts.NO_PHASE, rest)] if record.phases and rest > 0 else spent
         if record.phases:
-            name, href = facts.names[record.cell_id], f"#{facts.anchor(record.cell_id)}"
-            lives.append(charts.Life(name, measured.startup_seconds(record), own, href))
+            lives.append(charts.Life(record.cell.label, measured.startup_seconds(record), own))
     return {"chart": charts.phases("Phases of each Cell", lives) if lives else None, **_outside(facts)}
 
 
@@ -197,10 +197,10 @@ def _code(facts: RunFacts, e: Environment) -> dict[str, str]:
     dirty = {None: "", True: ", with uncommitted changes", False: ", clean"}[e.git_dirty]
     return {
         "harness": m.harness_version,
-        "code version": e.code_version,
-        "git": (e.git_sha + dirty) if e.git_sha else "not a checkout",
+        "code version": e.code_version[:16],
+        "git": (e.git_sha[:12] + dirty) if e.git_sha else "not a checkout",
         "suite": m.suite_file,
-        "suite sha256": m.suite_sha256,
+        "suite sha256": m.suite_sha256[:16],
         "environment id": e.id,
         **{key: str(value) for key, value in e.extra.items()},
     }

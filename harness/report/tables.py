@@ -53,7 +53,10 @@ def comparison(facts: RunFacts) -> Table:
         record = facts.latest.get(cell.cell_id)
         figures = [_status(facts, cell), *_measured(facts, cell, record)]
         figures += (
-            [figure(f"{record.duration_s:.1f}", record.duration_s), figure(record.id, record.id, tone="code")]
+            [
+                figure(f"{record.duration_s:.1f}", record.duration_s),
+                figure(f"{record.cell_id[:6]}….{record.attempt}", record.id, why=record.id, tone="code"),
+            ]
             if record
             else [unmeasured("there is no Record"), unmeasured("there is no Record")]
         )
@@ -104,11 +107,15 @@ def _standing(facts: RunFacts, cell: Cell) -> Figure:
     if len(group.entries) == 1:
         return unmeasured("no other Cell has this budget, so there is nothing to rank it with")
     if entry.standing == "best":
-        return figure("best" if group.is_ranking else "trained", 0.0, tone="good" if group.is_ranking else "")
-    small = display.points(entry.difference) + (f", {display.probability(entry.p)}" if entry.p is not None else "")
-    words = {"tied": "tied", "below": "below", "untrained": "untrained"}
-    why = "exact McNemar test of these two checkpoints, Holm-adjusted" if entry.p is not None else "by the intervals"
-    return figure(words[entry.standing], entry.difference, small=small, why=why)
+        return (
+            figure("best", 0.0, tone="good")
+            if group.is_ranking
+            else unmeasured("no other trained Cell to rank it with")
+        )
+    why = "judged by the intervals: the test items are not the same"
+    if entry.p is not None:
+        why = f"{display.probability(entry.p)}, exact McNemar test of these two checkpoints, Holm-adjusted"
+    return figure(entry.standing, entry.difference, small=display.points(entry.difference), why=why)
 
 
 def latency(facts: RunFacts) -> Table:

@@ -10,7 +10,7 @@ from harness.analysis import measured
 from harness.analysis.ranking import Budget, Entry, Group
 from harness.analysis.reproducibility import reruns
 from harness.analysis.verdict import Judgement
-from harness.records import Record
+from harness.records import Record, Status
 from harness.report import charts, display, facts, sections, tables
 from harness.report.facts import RunFacts, icon, tone
 from harness.store import Run
@@ -35,7 +35,8 @@ def _repeats(runs: Sequence[Run]) -> bool:
 def _run(f: RunFacts) -> dict[str, Any]:
     m, footer = f.run.manifest, f.run.footer
     same_losses = [s for j in f.verdict.judgements if (s := sections.losses(f, j))]
-    groups, curves, time = [_group(f, g) for g in f.groups], sections.curves(f), sections.time(f)
+    groups = [_group(f, g) for g in f.groups if len(g.entries) > 1]
+    curves, time = sections.curves(f), sections.time(f)
     drawings = [d for g in groups for d in g["charts"]] + curves + [s["chart"] for s in same_losses] + [time["chart"]]
     for number, drawing in enumerate(d for d in drawings if d):
         drawing["id"] = f"{f.prefix}chart-{number}"
@@ -50,10 +51,14 @@ def _run(f: RunFacts) -> dict[str, Any]:
         "duration": display.seconds(footer.seconds_total) if footer else "",
         "verdict": _verdict(f),
         "alerts": _alerts(f),
-        "counts": [{"status": s, "count": n, "tone": tone(s), "icon": icon(s)} for s, n in f.verdict.counts.items()],
+        "counts": [
+            {"status": s, "count": n, "tone": tone(s), "icon": icon(s)}
+            for s, n in sorted(f.verdict.counts.items(), key=lambda pair: pair[0] != Status.OK)
+        ],
         "questions": [_question(f, j) for j in f.verdict.judgements],
         "parity_summary": _parity_summary(f),
         "groups": groups,
+        "alone": [_alone(f, g) for g in f.groups if len(g.entries) == 1],
         "comparison": tables.comparison(f),
         "latency": tables.latency(f),
         "memory": tables.memory(f),
@@ -74,7 +79,7 @@ def _verdict(f: RunFacts) -> dict[str, Any]:
         "word": v.word.value,
         "icon": icon(v.word),
         "tone": tone(v.word),
-        "reason": v.reason,
+        "reason": display.sentence(v.reason),
         "exit": f"exit code {f.verdict.exit.value} ({f.verdict.exit.name.lower().replace('_', ' ')})",
     }
 
@@ -107,7 +112,7 @@ def _question(f: RunFacts, j: Judgement) -> dict[str, Any]:
         "word": j.verdict.word.value,
         "icon": icon(j.verdict.word),
         "tone": tone(j.verdict.word),
-        "reason": j.verdict.reason,
+        "reason": display.sentence(j.verdict.reason),
         "sources": f.sources(j.verdict.records),
     }
 
@@ -116,25 +121,31 @@ def _parity_summary(f: RunFacts) -> dict[str, Any]:
     p = f.verdict.parity
     text = f"{p.passed} checks passed, {p.failed} failed, {p.skipped} skipped."
     if p.unchecked:
-        text += f" {len(p.unchecked)} measured Cell{'s' if len(p.unchecked) > 1 else ''} carry no passed check."
+        several = len(p.unchecked) > 1
+        text += f" {len(p.unchecked)} measured Cell{'s carry' if several else ' carries'} no passed check."
     return {"text": text, "unchecked": f.sources(p.unchecked)}
 
 
 def _group(f: RunFacts, g: Group) -> dict[str, Any]:
-    b = g.budget
     levels = [
         charts.Level(f.names[e.record.cell_id], e.accuracy.value, e.accuracy.low, e.accuracy.high) for e in g.untrained
     ]
     drawings = []
-    if len(g.entries) > 1 and g.ranked:
+    if g.ranked:
         drawings = [d for d in (_memory_chart(f, g, levels), _size_chart(f, g, levels)) if d]
     return {
-        "title": f"{b.model} · {b.task}",
-        "budget": _budget(b),
-        "sentences": _sentences(f, g) if len(g.entries) > 1 else ["No other Cell has this budget: not ranked."],
+        "title": f"{g.budget.model} · {g.budget.task}",
+        "budget": _budget(g.budget),
+        "sentences": _sentences(f, g),
         "charts": drawings,
         "undrawn": _undrawn(f, g) if drawings else [],
     }
+
+
+def _alone(f: RunFacts, g: Group) -> dict[str, Any]:
+    """Show a Cell that no other shares its budget with."""
+    (entry,) = g.entries
+    return {**f.row(entry.record.cell), "accuracy": display.accuracy(entry.accuracy), "budget": _budget(g.budget)}
 
 
 def _budget(b: Budget) -> str:
@@ -145,34 +156,44 @@ def _budget(b: Budget) -> str:
 def _sentences(f: RunFacts, g: Group) -> list[str]:
     """Say who is best, who is tied with it, what the comparison cannot see."""
 
-    def listed(entries: Sequence[Entry], difference: bool) -> str:
-        return ", ".join(
-            f.names[e.record.cell_id] + (f" ({display.points(e.difference)})" if difference else "") for e in entries
-        )
+    def listed(entries: Sequence[Entry]) -> str:
+        return ", ".join(f"{f.names[e.record.cell_id]} ({_gap(e)})" for e in entries)
 
     sentences = []
+    best = g.entries[0]
     if g.is_ranking:
-        best = g.ranked[0]
         tied = [e for e in g.ranked if e.standing == "tied"]
         below = [e for e in g.ranked if e.standing == "below"]
         sentences.append(
             f"Highest accuracy: {f.names[best.record.cell_id]}, {display.accuracy(best.accuracy)}. "
-            + (f"Tied with it: {listed(tied, False)}. " if tied else "Nothing is tied with it. ")
-            + (f"Below it: {listed(below, True)}." if below else "Nothing is below it for certain.")
+            + (f"Tied with it: {listed(tied)}. " if tied else "Nothing is tied with it. ")
+            + (f"Below it: {listed(below)}." if below else "Nothing is below it for certain.")
         )
+    elif g.ranked:
+        sentences.append(f"One trained Cell: {f.names[best.record.cell_id]}, {display.accuracy(best.accuracy)}.")
+    if g.untrained and g.ranked:
+        sentences.append(f"For orientation, without training: {listed(g.untrained)}.")
     runs = f"One training run per Cell (seed {', '.join(map(str, g.seeds))})"
     sentences.append(
-        f"{runs}: intervals and ties speak of these checkpoints on a new sample of test items, not of another seed."
+        f"{runs}: intervals, ties and p values (exact McNemar, Holm-adjusted) speak of these checkpoints on"
+        " a new sample of test items, not of another seed."
     )
-    if g.detectable is not None and g.disagreement is not None:
-        share = f"if two Cells disagree on {display.percent(g.disagreement)} of the items, as " + (
-            "the most different pair here does" if g.paired else "independent answers would"
-        )
+    if g.detectable is not None:
+        observed = {
+            "tied": "the best and the most different of those tied with it do",
+            "all": "the best and the most different other do",
+            "independent": "independent answers would",
+        }[g.basis]
+        share = f"if two Cells disagree on {display.percent(g.disagreement)} of the items, as {observed}"
         sentences.append(
             f"Smallest difference that one comparison here finds with 80 % power: {100 * g.detectable:.1f} points"
             f" ({g.budget.items:,} items; {share})."
         )
     return sentences
+
+
+def _gap(e: Entry) -> str:
+    return display.points(e.difference) + (f", {display.probability(e.p)}" if e.p is not None else "")
 
 
 def _points(f: RunFacts, entries: Sequence[tuple[Entry, float]], cost: str) -> list[charts.Point]:
@@ -196,7 +217,16 @@ def _memory_chart(f: RunFacts, g: Group, levels: Sequence[charts.Level]) -> dict
     if not with_peak:
         return None
     points = _points(f, with_peak, "{:,.0f} MiB")
-    return charts.cost("Accuracy against peak training memory", "peak training memory, MiB", points, levels, log=False)
+    title, axis = "Accuracy against peak training memory", "peak training memory, MiB"
+    return charts.cost(title, axis, points, levels, _out_of_memory(f, g), log=False)
+
+
+def _out_of_memory(f: RunFacts, g: Group) -> list[charts.Stopped]:
+    return [
+        charts.Stopped(f"{f.names[r.cell_id]}: out of memory", r.failure.last_peak_B / display.MIB)
+        for r in f.latest.values()
+        if Budget.of(r.cell) == g.budget and r.status is Status.OOM and r.failure and r.failure.last_peak_B is not None
+    ]
 
 
 def _size_chart(f: RunFacts, g: Group, levels: Sequence[charts.Level]) -> dict[str, Any] | None:
@@ -219,7 +249,8 @@ def _undrawn(f: RunFacts, g: Group) -> list[dict[str, str]]:
         if Budget.of(cell) != g.budget or cell.cell_id in f.entries:
             continue
         record = f.latest.get(cell.cell_id)
-        peak = record.failure.last_peak_B if record and record.failure else None
+        out_of_memory = record is not None and record.status is Status.OOM
+        peak = record.failure.last_peak_B if record and record.failure and out_of_memory else None
         at = f", last peak {display.mebibytes(peak)} MiB" if peak is not None else ""
         found.append({**f.row(cell), "why": f.why_unmeasured(cell) + at})
     no_peak = [e for e in g.ranked if measured.training_peak(e.record) is None]

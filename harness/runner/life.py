@@ -14,7 +14,16 @@ from torch import Tensor
 from harness.analysis.intervals import wilson
 from harness.assets import rows
 from harness.conformance import gate
-from harness.conformance.subject import DTYPES, Packed, Subject, configure, initial_tensors, linear_layers, load
+from harness.conformance.subject import (
+    DTYPES,
+    ExpectedCodes,
+    Packed,
+    Subject,
+    configure,
+    initial_tensors,
+    linear_layers,
+    load,
+)
 from harness.evaluation import classification
 from harness.measure import latency
 from harness.measure.memory import PeakMeter, model_tensors, optimizer_tensors, tensor_bytes
@@ -35,7 +44,6 @@ from harness.runner.work import Work
 from harness.training import loop
 from harness.training import model as models
 from harness.training.batches import Batch, Example, answer_examples, classification_examples, collate, order
-from reference import nf4
 
 # The optimizer makes its state in step 1, and allocators settle: the first steps are marked as not steady.
 TIMING_WARMUP = 3
@@ -77,7 +85,7 @@ class Life:
         packed, expected_codes = {}, {}
         if cell.base.quantization != "none":
             with self.clock.phase("quantise"):
-                expected_codes = {p: nf4.quantize(m.weight) for p, m in bases.items()}  # type: ignore[arg-type]
+                expected_codes = {p: ExpectedCodes.of(m.weight) for p, m in bases.items()}  # type: ignore[arg-type]
                 pack = self.registry.find("base", cell.base.quantization, cell.base.implementation)
                 packed = {p: Packed(*form) for p, form in pack(model, list(bases), dtype).items()}
                 bases = {p: model.get_submodule(p) for p in bases}

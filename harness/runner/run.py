@@ -206,6 +206,6 @@ def _report(folder: store.RunFolder, *, interrupted: bool) -> Exit:
     html.write_report([run], page)
     print("\n".join(text.summary(run)))
     print(f"report: {page}")
-    return Exit.INFRASTRUCTURE if interrupted else verdict.judge(run).exit_code
+    return Exit.INFRASTRUCTURE if interrupted else verdict.judge(run).exit
 
 

@@ -1,0 +1,105 @@
+"""The table of models and data: what it accepts, and what it says of mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from harness import resources
+from harness.assets import table
+from harness.errors import SuiteError, UsageError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_every_row_of_our_own_table_is_valid() -> None:
+    ours = table.load_table(resources.folder("suites") / "sources.yaml")
+    assert {"encoder", "causal", "data"} <= {source.kind for source in ours.values()}
+    assert all(source.licence for source in ours.values())
+    assert all(source.bytes for source in ours.values() if source.scheme in ("pip", "sdist"))
+
+
+WHEEL = {"name": "m", "kind": "causal", "source": "pip:m==1", "sha256": "0" * 64, "member": "m/"}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"sha256": ""}, "needs sha256"),
+        ({"sha256": "ABC"}, "64 hex digits"),
+        ({"member": ""}, "needs member"),
+        ({"source": "pip:m"}, "is none of pip:NAME==VERSION"),
+        ({"source": "pip:m==1 --index-url=http://x"}, "is none of"),
+        ({"source": "ftp:m"}, "is none of"),
+        ({"source": "hub:org/m"}, "needs revision"),
+        ({"source": "hub:org/m", "revision": "main"}, "needs revision"),
+        ({"kind": "data"}, "needs rows"),
+        ({"rows": {"format": "csv"}}, "rows belong to data"),
+        ({"source": "file:x"}, "folder:PATH"),
+        ({"kind": "data", "source": "folder:x", "rows": {"format": "csv"}}, "file:PATH"),
+        ({"kind": "data", "rows": {"format": "hub"}}, "belongs to a hub source"),
+        ({"source": "made:toy-sentiment"}, "makes no model"),
+        ({"kind": "decoder"}, "'encoder', 'causal' or 'data'"),
+    ],
+)
+def test_a_wrong_row_is_refused_with_its_reason(change: dict[str, object], says: str) -> None:
+    table.parse_source(WHEEL)
+    with pytest.raises(ValidationError, match="validation error") as caught:
+        table.parse_source({**WHEEL, **change})
+    assert says in str(caught.value)
+
+
+def test_all_mistakes_of_a_table_come_at_once_with_their_lines(tmp_path: Path) -> None:
+    path = tmp_path / "sources.yaml"
+    path.write_text(
+        "sources:\n"
+        "  - {name: a, kind: causal, source: made:tiny-llama}\n"
+        "  - name: a\n    kind: causal\n    source: made:tiny-llama\n"
+        "  - name: b\n    kind: causal\n    source: made:tiny-llama\n    license: MIT\n"
+        "  - name: c\n    kind: data\n    source: file:x\n    rows: {format: csv, lable: x}\n"
+    )
+    with pytest.raises(SuiteError) as caught:
+        table.load_table(path)
+    found = [(problem.where.rsplit(":", 1)[1], problem.mend) for problem in caught.value.problems]
+    assert found == [("3", "rename one of the two"), ("9", "did you mean `licence`?"), ("13", "did you mean `label`?")]
+
+
+def test_a_table_is_a_list_of_sources(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("sources: {a: 1}\n")
+    with pytest.raises(SuiteError, match="no list of sources"):
+        table.load_table(tmp_path / "s.yaml")
+    (tmp_path / "s.yaml").write_text("sources: [a]\n")
+    with pytest.raises(SuiteError, match="a source is keys"):
+        table.load_table(tmp_path / "s.yaml")
+
+
+def test_names_resolve_to_rows_hub_repositories_and_folders(tmp_path: Path) -> None:
+    known = {"m": table.parse_source({**WHEEL, "source": "folder:here"})}
+    assert table.resolve("m", known, tmp_path).address == str(tmp_path / "here")
+    assert table.resolve("./x", known, tmp_path).source == f"folder:{tmp_path / 'x'}"
+    assert table.resolve("../x", known, tmp_path / "s").source == f"folder:{tmp_path / 'x'}"
+    assert table.resolve("~/x", known, tmp_path).address == str(Path.home() / "x")
+    found = table.resolve(f"org/m@{COMMIT}", known, tmp_path, kind="encoder")
+    assert (found.kind, found.source, found.revision) == ("encoder", "hub:org/m", COMMIT)
+
+
+@pytest.mark.parametrize(
+    ("name", "mend"),
+    [
+        ("minilm-16", "did you mean 'minilm-l6'"),
+        ("xyz", "named in the table: minilm-l6"),
+        ("org/m", "write org/m@"),
+        ("org/m@main", "40 hex digits"),
+    ],
+)
+def test_an_unknown_name_gets_a_mend(name: str, mend: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        table.resolve(name, {"minilm-l6": table.parse_source(WHEEL)}, tmp_path)
+    assert mend in str(caught.value)
+
+
+def test_a_path_alone_is_no_data(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="rows"):
+        table.resolve("./x.csv", {}, tmp_path, kind="data")

@@ -1,0 +1,309 @@
+"""What people get wrong, one row each: one message with place and mend, the documented exit code, no traceback.
+
+Suites are written as one change to a sound suite: (what to replace, by what) -> (line, message, mend).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from harness import suites
+from harness.cli import main
+from harness.errors import Exit, SuiteError
+
+SUITE = """\
+suite: small
+title: A small suite
+matrix:
+  - model: tiny-llama
+    task: toy-sentiment
+    training: {steps: 4, batch: 2, lr: 1e-3}
+    evaluation: {items: 8, batch: 4}
+    cells:
+      - id: a
+        method: lora
+        config: {rank: 4, alpha: 8, targets: [q_proj]}
+      - id: exact
+        method: lora
+        dtype: float64
+        config: {rank: 4, alpha: 8, targets: [q_proj]}
+comparisons:
+  - {same-losses: a, as: exact, says: the same run}
+"""
+TASK = (suites.folder("suites") / "tasks" / "toy-sentiment.yaml").read_text(encoding="utf-8")
+
+# Nine levels of nine aliases each: 400 million values in nine lines.
+LEVELS = [b"a%d: &a%d [%s]\n" % (n, n, b", ".join([b"*a%d" % (n - 1)] * 9)) for n in range(1, 10)]
+BOMB = b"a0: &a0 [x]\n" + b"".join(LEVELS)
+
+# name: (replaced, by, line, message, mend)
+BAD_SUITES = {
+    "tab": ("    task:", "\ttask:", 5, "not YAML: found character '\\t'", "indent with spaces"),
+    "open bracket": ("[q_proj]}\n      - id", "[q_proj\n      - id", 12, "not YAML", "mend the YAML here"),
+    "duplicate key": ("title:", "suite:", 2, "`suite` is given twice, first in line 1", "keep one"),
+    "duplicate key inside": ("rank: 4, alpha: 8", "rank: 4, rank: 8", 11, "`rank` is given twice", "keep one"),
+    "unknown top key": ("title:", "titel:", 2, "unknown key `titel`", "did you mean `title`?"),
+    "unknown cell key": ("dtype:", "dtpye:", 14, "unknown key `dtpye`", "did you mean `dtype`?"),
+    "unknown training key": ("lr:", "learning_rate:", 6, "unknown key `learning_rate`", "keys here: steps, batch, lr"),
+    "unknown config key": ("4, alpha", "4, alpa", 11, "`lora` has no `alpa`", "did you mean `alpha`?"),
+    "no suite name": ("suite: small\n", "", 1, "`suite` is missing", "add `suite:`"),
+    "suite name of another kind": ("suite: small", "suite: [a, b]", 1, "`suite` is ['a', 'b']", "write a word"),
+    "suite name that is no word": ("suite: small", "suite: my suite", 1, "`suite` is 'my suite'", "write letters"),
+    "no matrix": ("matrix:", "matrix: []\nmore:", 3, "`matrix` is empty", "give it a value"),
+    "scalar for a mapping": ("{items: 8, batch: 4}", "8", 7, "`evaluation` is 8", "write keys and values"),
+    "scalar for a list": ("cells:\n", "cells: all\nnot:\n", 8, "`cells` is 'all'", "write a list"),
+    "cell that is a word": ("      - id: exact", "      - exact\n      - id: exact", 12, "`cells` is 'exact'", "keys"),
+    "no method": ("        method: lora\n        config", "        config", 9, "`method` is missing", "add it here"),
+    "no steps": ("steps: 4, ", "", 9, "`training.steps` is missing", "add it here or to the block"),
+    "unknown method": ("id: a\n        method: lora", "id: a\n        method: lorra", 10, "method `lorra`", "`lora`"),
+    "unknown model": ("tiny-llama", "tiny-lama", 4, "no model or data set named 'tiny-lama'", "did you mean 'tiny"),
+    "data for a model": ("tiny-llama", "movie-reviews", 4, "`movie-reviews` is a data set", "models: minilm-l6"),
+    "hub model that can move": ("tiny-llama", "org/name", 4, "hub name 'org/name' is not pinned", "40 hex digits"),
+    "local model that is not there": ("tiny-llama", "./nowhere", 4, "no folder", "a folder with a config.json"),
+    "unknown task": ("toy-sentiment", "toy-sentimnt", 5, "unknown task `toy-sentimnt`", "did you mean `toy-"),
+    "unknown implementation": ("id: a", "id: a\n        implementation: fusd", 10, "`fusd` of lora", "`fused`"),
+    "implementation of another method": (
+        "id: a\n        method: lora\n        config: {rank: 4, alpha: 8, targets: [q_proj]}",
+        "id: a\n        method: full\n        implementation: fused",
+        11,
+        "`fused` does not offer full, only lora",
+        "who offers full: reference",
+    ),
+    "dtype that nobody has": ("float64", "float63", 14, "`dtype` is 'float63'", "did you mean `float64`?"),
+    "dtype that the base cannot": (
+        "dtype: float64",
+        "dtype: [float64]\n        base: {quantization: nf4, implementation: bitsandbytes}",
+        14,
+        "`bitsandbytes` does not offer nf4 in float64",
+        "it offers",
+    ),
+    "base without implementation": ("id: a", "id: a\n        base: {quantization: nf4}", 10, "no `impl", "bitsand"),
+    "base without quantization": ("id: a", "id: a\n        base: {implementation: x}", 10, "no `quantization`", "add"),
+    "unknown quantization": ("id: a", "id: a\n        base: {quantization: nf5}", 10, "is 'nf5'", "`nf4`"),
+    "rank": ("{rank: 4,", "{rank: 5000,", 11, "at most 4096", "default is 8"),
+    "rank of another kind": ("{rank: 4,", "{rank: four,", 11, "must be a whole number, got 'four'", "the default is 8"),
+    "rank axis with one wrong": ("{rank: 4,", "{rank: [4, 0],", 11, "must be at least 1, got 0", "the default is 8"),
+    "empty rank axis": ("{rank: 4,", "{rank: [],", 11, "`rank` is an empty list", "leave it out"),
+    "dropout": ("{rank: 4,", "{dropout: 1.5, rank: 4,", 11, "`dropout` of lora must be at most 0.99", "default is 0.0"),
+    "not a number": ("alpha: 8,", "alpha: .nan,", 11, "`alpha` of lora must be finite", "the default is 16.0"),
+    "targets as one word": ("[q_proj]", "q_proj", 11, "`targets` of lora must be a list of words", "[q_proj, v_proj]"),
+    "lr of zero": ("lr: 1e-3", "lr: 0", 6, "`lr` is 0", "write more than 0"),
+    "lr above one": ("lr: 1e-3", "lr: 10", 6, "`lr` is 10", "write at most 1"),
+    "lr in quotes": ("lr: 1e-3", "lr: '1e-3'", 6, "`lr` is '1e-3'", "without quotes"),
+    "infinite lr": ("lr: 1e-3", "lr: .inf", 6, "`lr` is inf", "write a"),
+    "negative steps": ("steps: 4", "steps: -4", 6, "`steps` is -4", "write at least 0"),
+    "half a step": ("steps: 4", "steps: 4.5", 6, "`steps` is 4.5", "write a whole number"),
+    "batch of zero": ("batch: 2", "batch: 0", 6, "`batch` is 0", "write at least 1"),
+    "longer warm-up than training": ("steps: 4", "steps: 4, warmup: 5", 6, "`warmup` is 5", "shorten it"),
+    "more items than there are": ("items: 8", "items: 65", 7, "`items` is 65, but toy-sentiment has 64", "at most 64"),
+    "yes for a number": ("items: 8", "items: true", 7, "`items` is True", "write a whole number"),
+    "negative seed": ("id: a", "id: a\n        seed: -1", 10, "`seed` is -1", "write at least 0"),
+    "duplicate id": ("id: exact", "id: a", 12, "a second id `a`, first at", "rename"),
+    "id with a comma": ("id: exact", "id: 'a,b'", 12, "`id` is 'a,b'", "write letters"),
+    "equal cells": ("dtype: float64", "dtype: float32", 12, "`exact` and `a` hold the same Cell", "the other is at"),
+    "a value listed twice": ("id: a", "id: a\n        seed: [1, 1]", 9, "hold the same Cell", "listed twice"),
+    "too many cells": (
+        "id: a",
+        f"id: a\n        seed: [{', '.join(map(str, range(10_001)))}]",
+        3,
+        "10002 Cells; the most is 10000",
+        "split the suite",
+    ),
+    "comparison of nobody": ("as: exact", "as: exakt", 17, "`as` names no id: `exakt`", "did you mean `exact`?"),
+    "comparison with itself": ("as: exact", "as: a", 17, "a comparison of a thing with itself", "different ids"),
+    "half a comparison": ("as: exact, ", "", 17, "not a comparison", "write {better: ID, than: ID"),
+    "comparison without a sentence": (", says: the same run", "", 17, "not a comparison", "says: SENTENCE"),
+    "losses against float32": ("a, as: exact", "exact, as: a", 17, "`as` names `a`, which is not float64", "float64"),
+    "losses without training": ("id: a", "id: a\n        training: {steps: 0}", 18, "`a` does not train", "that train"),
+    "scores on other items": (
+        "method: lora\n        dtype: float64\n        config: {rank: 4, alpha: 8, targets: [q_proj]}\n"
+        "comparisons:\n  - {same-losses: a, as: exact,",
+        "method: full\n        evaluation: {items: 5}\ncomparisons:\n  - {better: a, than: exact,",
+        16,
+        "not scored on the same items",
+        "one `items`",
+    ),
+    "source that can move": (
+        "matrix:",
+        "sources:\n  - {name: m, kind: causal, source: 'hub:org/name'}\nmatrix:",
+        4,
+        "needs revision, the 40 hex digits",
+        "suites/sources.yaml",
+    ),
+    "source of a taken name": (
+        "matrix:",
+        "sources:\n  - {name: tiny-llama, kind: causal, source: 'made:tiny-llama'}\nmatrix:",
+        4,
+        "a second source named `tiny-llama`",
+        "rename",
+    ),
+    "source without a kind": ("matrix:", "sources:\n  - {name: m, source: 'made:m'}\nmatrix:", 4, "`kind` is", "add"),
+    "unknown anchor": ("{rank: 4,", "{<<: *lora, rank: 4,", 11, "not YAML: found undefined alias", "mend the YAML"),
+    "merge of a word": ("{rank: 4,", "{<<: lora, rank: 4,", 11, "`<<` merges something that has no keys", "*anchor"),
+    "alias in itself": ("[q_proj]}\n      -", "&t [*t]}\n      -", 11, "an alias that contains itself", "write"),
+    "tag": ("tiny-llama", "!env MODEL", 4, "a tag, `!env`, which is not allowed", "write a plain value"),
+    "key that is a list": ("title:", "[a]:", 2, "a key that is not a word", "write `key: value`"),
+    "two documents": ("matrix:", "---\nmatrix:", 3, "not YAML: but found another document", "mend the YAML"),
+    "control character": ("A small", "A \x07small", 2, "not YAML", "take the character out"),
+}
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
+    """Run the command; return its exit code and what it said, which must be one message and all there is."""
+    code = main(argv)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "Traceback" not in printed.err
+    assert printed.err.count("peft-harness: ") == 1
+    assert printed.err.startswith("peft-harness: ")
+    return code, printed.err
+
+
+@pytest.mark.parametrize("name", BAD_SUITES)
+def test_bad_suite(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new, line, message, mend = BAD_SUITES[name]
+    assert old in SUITE
+    path = tmp_path / "suite.yaml"
+    path.write_text(SUITE.replace(old, new, 1), encoding="utf-8")
+    code, said = run(capsys, "plan", str(path))
+    assert code == Exit.USAGE
+    found = re.findall(r"^  (\S+):(\d+): (.*)\n    mend: (.*)$", said, re.MULTILINE)
+    assert len(found) == int(re.search(r"(\d+) mistakes? in the suite", said)[1]), f"a problem has no mend: {said}"
+    assert any(
+        (where, number) == (str(path), str(line)) and message in what and mend in how
+        for where, number, what, how in found
+    ), said
+
+
+def test_the_sound_suite_is_sound(tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text(SUITE, encoding="utf-8")
+    assert len(suites.load(path).entries) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "message"),
+    [
+        (b"", 1, "the file is empty"),
+        (b"# nothing but talk\n", 1, "the file is empty"),
+        (b"- a\n- b\n", 1, "expected keys and values, got a list"),
+        (b"suite\n", 1, "expected keys and values, got `suite`"),
+        (b"suite: a\ntitle: caf\xe9\n", 2, "byte 0xe9 is not UTF-8"),
+        ("suite: a\n".encode("utf-16"), 1, "byte 0xff is not UTF-8"),
+        (b"a: " + b"[" * 5000, 1, "not YAML that can be read: nested too deeply"),
+        (BOMB, 1, "more than 200000 values"),
+    ],
+)
+def test_files_that_are_no_suite(
+    content: bytes, line: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_bytes(content)
+    code, said = run(capsys, "run", str(path))
+    assert code == Exit.USAGE
+    assert f"{path}:{line}: {message}" in said
+    assert "mend: " in said
+
+
+@pytest.mark.parametrize(
+    ("change", "line", "message", "mend"),
+    [
+        (("test: 64", "test: many"), 14, "`test` is 'many'", "write a whole number"),
+        (("  test: 64\n", ""), 9, "`test` is missing", "add `test`"),
+        (("labels: 2", "labels: 3"), 13, "`labels` is 3, but `doc_to_choice` has 2", "make them agree"),
+        (
+            ("data: toy-sentiment", "data: toy-sentimnt"),
+            11,
+            "no model or data set named 'toy-sentimnt'",
+            "did you mean",
+        ),
+        (("data: toy-sentiment", "data: tiny-llama"), 11, "`tiny-llama` is a model", "kind data"),
+        (("output_type: multiple_choice\n", ""), 1, "`output_type` is missing", "an lm-eval task needs"),
+        (("metadata:", "metadata: none\nmeta:"), 9, "`metadata` is 'none'", "write keys and values"),
+        (("doc_to_target: label", "doc_to_target: !function f.g"), 4, "a tag, `!function`", "write a plain value"),
+    ],
+)
+def test_bad_task(
+    change: tuple[str, str], line: int, message: str, mend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = TASK.partition("\n")[2] if TASK.startswith("#") else TASK
+    assert change[0] in body
+    task, suite = tmp_path / "task.yaml", tmp_path / "suite.yaml"
+    task.write_text(body.replace(*change), encoding="utf-8")
+    suite.write_text(SUITE.replace("task: toy-sentiment", "task: task.yaml"), encoding="utf-8")
+    code, said = run(capsys, "plan", str(suite))
+    assert code == Exit.USAGE
+    assert f"{task}:{line}: {message}" in said
+    assert mend in said
+
+
+def test_every_mistake_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    changes = ["titel:", "tiny-lama", "steps: -4", "items: 650", "id: a\n        methd: lora", "{rank: 0", "as: exakt"]
+    text = SUITE
+    for old, new in zip(
+        ["title:", "tiny-llama", "steps: 4", "items: 8", "id: a", "{rank: 4", "as: exact"], changes, strict=True
+    ):
+        text = text.replace(old, new, 1)
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(SuiteError) as caught:
+        suites.load(path)
+    assert [int(p.where.rpartition(":")[2]) for p in caught.value.problems] == [2, 4, 6, 7, 10, 12, 18]
+
+
+def test_a_mistake_in_a_block_is_told_once(tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text(SUITE.replace("tiny-llama", "tiny-lama"), encoding="utf-8")
+    with pytest.raises(SuiteError) as caught:
+        suites.load(path)
+    assert len(caught.value.problems) == 1
+
+
+def test_a_wrong_value_is_not_also_missing(tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text(SUITE.replace("steps: 4", "steps: four").replace("items: 8", "items: []"), encoding="utf-8")
+    with pytest.raises(SuiteError) as caught:
+        suites.load(path)
+    assert [p.what for p in caught.value.problems] == ["`steps` is 'four'", "`items` is []"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message", "mend"),
+    [
+        (["rnu", "smoke"], "No such command 'rnu'", "see `peft-harness --help`"),
+        (["run"], "run: Missing argument 'SUITE'", "see `peft-harness run --help`"),
+        (["run", "smoke", "--onyl", "x"], "No such option '--onyl'", "see `peft-harness run --help`"),
+        (["run", "smoke", "--device", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda'", "--help"),
+        (["run", "smoke", "--timeout", "0"], "0.0 is not in the range x>0", "--help"),
+        (["run", "smoke", "--timeout", "soon"], "'soon' is not a valid float", "--help"),
+        (["plan", "smoke", "quick"], "Got unexpected extra argument", "see `peft-harness plan --help`"),
+        (["plan", "smok"], "SUITE: no suite `smok`", "did you mean `smoke`?"),
+        (["plan", "sources"], "SUITE: no suite `sources`", "quick, smoke"),
+        (["plan", "nowhere.yaml"], "nowhere.yaml:1: cannot read: No such file", "name a readable YAML file"),
+        (["plan", "."], "SUITE: no suite `.`", "name a .yaml file"),
+        (["plan", "smoke", "--only", "metod=lora"], "--only metod=lora: unknown key `metod`", "did you mean `method`?"),
+        (["plan", "smoke", "--only", "dora"], "--only dora: no Cell fits", "id=lora-float64"),
+        (["plan", "smoke", "--only", ""], "no Cell fits", "id=lora-float64"),
+        (["report"], "Missing argument 'RUN...'", "see `peft-harness report --help`"),
+        (["report", "no-such-run"], "no run 'no-such-run'", "`peft-harness run quick` first"),
+        (["list", "method"], "'method' is not one of 'methods'", "see `peft-harness list --help`"),
+        (["explain", "lorra"], "NAME: nothing is called `lorra`", "did you mean `lora`?"),
+        (["explain", "9"], "NAME: nothing is called `9`", "names: 0, 1"),
+    ],
+)
+def test_bad_command_line(
+    argv: list[str],
+    message: str,
+    mend: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, said = run(capsys, *argv)
+    assert code == Exit.USAGE
+    assert message in said
+    assert mend in said.partition("mend: ")[2]

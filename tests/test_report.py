@@ -1,0 +1,385 @@
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import json
+import random
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import recorded_run as recorded
+
+from harness import resources, store
+from harness.errors import StoreError
+from harness.records import Failure, Phase, Record, Status
+from harness.report import charts, html, labels, scales, text, view
+from harness.report.display import DASH
+from harness.report.labels import Box
+
+EVIL = "x</script><img src=x onerror=alert(1)>"
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page: elements with their attributes, text, and raw script and style."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.raw: dict[str, list[str]] = {"script": [], "style": []}
+        self.words: list[str] = []
+        self._inside = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {k: v or "" for k, v in attrs}))
+        self._inside = tag if tag in self.raw else ""
+        if self._inside:
+            self.raw[tag].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.raw[self._inside][-1] += data
+        else:
+            self.words.append(data)
+
+    def attributes(self, name: str) -> list[str]:
+        return [a[name] for _, a in self.tags if name in a]
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> store.Run:
+    return recorded.write_run(tmp_path_factory.mktemp("good") / "run")
+
+
+def _evil_run(folder: Path) -> store.Run:
+    cell = recorded.cells()["reference"].model_copy(
+        update={"model": EVIL, "implementation": EVIL, "task": EVIL, "config": {"rank": EVIL}}
+    )
+    good = recorded.record("reference", cell).model_copy(update={"notes": [EVIL]})
+    other = recorded.record("fused", cell.model_copy(update={"seed": 1}))
+    failure = Failure(kind=EVIL, message=EVIL, traceback=EVIL, phase=EVIL)
+    bad = recorded.failed(other, because=EVIL, failure=failure, phases=[Phase(name=EVIL, seconds=1.0)])
+    return recorded.write_run(
+        folder, only=["head"], cells=[cell, other.cell], change=lambda *_: None, extra=[good, bad],
+        title=EVIL, about=EVIL, argv=[EVIL], suite_file=EVIL, environment=recorded.environment(machine={EVIL: EVIL}),
+    )  # fmt: skip
+
+
+# ---- the page is inert, whole and offline
+
+
+def test_hostile_names_and_messages_are_inert(tmp_path: Path) -> None:
+    page = Page(html.render([_evil_run(tmp_path / "r")]))
+    assert not [tag for tag, _ in page.tags if tag in ("img", "iframe", "object", "embed", "link", "base", "form")]
+    assert len(page.raw["script"]) == 2
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on") or name == "style"]
+    assert page.text.count(EVIL) > 10
+    (cell, _) = json.loads(page.raw["script"][0])[0]["cells"]
+    assert cell["cell"]["model"] == EVIL
+
+
+def test_the_policy_allows_exactly_the_inline_style_and_script(good: store.Run) -> None:
+    page = Page(html.render([good]))
+    (policy,) = [
+        a["content"] for tag, a in page.tags if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy"
+    ]
+    rules = dict(part.strip().split(" ", 1) for part in policy.split(";"))
+
+    def hashed(source: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
+
+    assert rules["default-src"] == "'none'"
+    assert rules["script-src"] == hashed(page.raw["script"][1])
+    (style,) = page.raw["style"]
+    assert rules["style-src"] == hashed(style)
+    assert "unsafe" not in policy
+
+
+def test_the_page_needs_no_network(good: store.Run) -> None:
+    page = Page(html.render([good]))
+    assert not page.attributes("src")
+    assert all(link.startswith("#") for link in page.attributes("href"))
+    assert "eval(" not in page.raw["script"][1]
+    assert "url(" not in page.raw["style"][0]
+    assert "@import" not in page.raw["style"][0]
+
+
+def test_every_link_has_a_target_and_every_id_is_its_own(good: store.Run, tmp_path: Path) -> None:
+    page = Page(html.render([good, recorded.write_run(tmp_path / "again", run="again")]))
+    ids = page.attributes("id")
+    assert len(ids) == len(set(ids))
+    assert {link[1:] for link in page.attributes("href")} <= set(ids)
+    assert {i for labelled in page.attributes("aria-labelledby") for i in labelled.split()} <= set(ids)
+    for cell in good.manifest.cells:
+        assert f"cell-{cell.cell_id}" in ids
+        assert f"run1-cell-{cell.cell_id}" in ids
+
+
+def test_templates_do_no_arithmetic() -> None:
+    for template in resources.folder("report_templates").glob("*.j2"):
+        source = re.sub(r'"[^"]*"|\{#.*?#\}', "", template.read_text(), flags=re.DOTALL)
+        for expression in re.findall(r"\{\{(.*?)\}\}|\{%-?(.*?)-?%\}", source):
+            code = "".join(expression).replace("t.columns|length + 1", "").strip(" -")
+            assert not re.search(r"[*/%]|\s[-+]\s|\|\s*(sum|round|sort|max|min)\b", code), (template.name, code)
+
+
+def test_write_report_is_whole_or_absent(good: store.Run, tmp_path: Path) -> None:
+    html.write_report([good], tmp_path / "report.html")
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+    with pytest.raises(StoreError):
+        html.write_report([good], tmp_path / "no such folder" / "report.html")
+
+
+def test_reports_are_made_without_torch(good: store.Run, tmp_path: Path) -> None:
+    script = """
+import sys
+from pathlib import Path
+from harness import store, tolerances
+from harness.analysis import intervals, measured, ranking, reproducibility, trajectories, verdict
+from harness.report import html, text
+run = store.read_run(Path(sys.argv[1]))
+html.write_report([run, run], Path(sys.argv[2]))
+text.summary(run)
+heavy = {"torch", "numpy", "scipy", "pandas", "transformers", "rich"} & set(sys.modules)
+print(sorted(heavy))
+"""
+    out = tmp_path / "report.html"
+    command = [sys.executable, "-c", script, str(good.path), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+    assert out.is_file()
+
+
+# ---- what must be visible
+
+
+def test_missing_torn_and_unfinished_are_at_the_top(tmp_path: Path) -> None:
+    folder = tmp_path / "r"
+    recorded.write_run(folder, footer=False, change=lambda n, r: None if n == "full" else r)
+    (folder / "cells" / "0123456789abcdef.1.json").write_text('{"schema": 1, "run"')
+    run = store.read_run(folder)
+    missing = recorded.cells()["full"]
+    alerts = view.build([run])["runs"][0]["alerts"]
+    assert [a["text"].split()[0] for a in alerts] == ["This", "1", "1"]
+    assert alerts[1]["items"] == [f"{missing.label} ({missing.cell_id})"]
+    assert alerts[2]["items"][0].startswith("0123456789abcdef.1.json: ")
+    words = Page(html.render([run])).text
+    assert 0 < words.index("0123456789abcdef.1.json") < words.index("Questions of the suite")
+    assert any(line.startswith("missing: ") for line in text.summary(run))
+    assert any("0123456789abcdef.1.json" in line for line in text.summary(run))
+
+
+def test_a_whole_run_raises_no_alert(good: store.Run) -> None:
+    assert view.build([good])["runs"][0]["alerts"] == []
+
+
+def test_a_record_from_elsewhere_is_pointed_out(tmp_path: Path) -> None:
+    elsewhere = recorded.environment(id="elsewhere", threads=8)
+    move = lambda n, r: r.model_copy(update={"environment": elsewhere}) if n == "fused" else r  # noqa: E731
+    run = view.build([recorded.write_run(tmp_path / "r", change=move)])["runs"][0]
+    assert [len(a["items"]) for a in run["alerts"]] == [1]
+    assert run["environment"]["strangers"][0]["differences"] == "threads: 2, 8"
+
+
+def test_a_run_in_which_every_cell_failed(tmp_path: Path) -> None:
+    run = recorded.write_run(tmp_path / "r", change=lambda _, r: recorded.failed(r))
+    built = view.build([run])["runs"][0]
+    assert built["verdict"]["word"] == "not-run"
+    assert (built["groups"], built["curves"]) == ([], [])
+    assert len(built["failures"]) == 10
+    assert built["failures"][0]["log"] == f"logs/{run.records[0].id}.txt"
+    words = Page(html.render([run])).text
+    assert "mat1 and mat2 shapes cannot be multiplied" in words
+    assert words.count("RuntimeError: ...") == 10
+    assert text.summary(run)[-1].startswith("? not-run: no Cell was measured")
+
+
+def test_a_run_that_has_not_begun(tmp_path: Path) -> None:
+    run = recorded.write_run(tmp_path / "r", change=lambda *_: None, footer=False)
+    assert view.build([run])["runs"][0]["time"]["chart"] is None
+    assert "10 expected Cells have no Record" in Page(html.render([run])).text
+
+
+def _row(table: dict[str, Any], record: Record) -> dict[str, dict[str, Any]]:
+    row = next(r for g in table["groups"] for r in g["rows"] if r["record"] == record.id)
+    return {c["label"]: f for c, f in zip(table["columns"], row["figures"], strict=True)}
+
+
+def test_what_is_not_measured_is_a_dash_with_its_reason(tmp_path: Path) -> None:
+    stop = lambda n, r: recorded.failed(r, Status.OOM, because="no room") if n == "full" else r  # noqa: E731
+    run = recorded.write_run(tmp_path / "r", change=stop)
+    built = view.build([run])["runs"][0]
+    by_name = {n: run.latest()[c.cell_id] for n, c in recorded.cells().items()}
+    for record, column, why in (
+        (by_name["full"], "Accuracy", "oom: no room"),
+        (by_name["zero-shot"], "Peak, MiB", "not trained"),
+        (by_name["zero-shot"], "Tokens/s", "not trained"),
+        (by_name["float64"], "Against the best", "no other Cell has this budget, so there is nothing to rank it with"),
+    ):
+        shown = _row(built["comparison"], record)[column]
+        assert (shown["text"], shown["value"], shown["why"]) == (DASH, None, why)
+    assert _row(built["comparison"], by_name["zero-shot"])["Trainable"]["text"] == "0"
+    merged = _row(built["latency"], by_name["nf4"])["Merged, ms"]
+    assert (merged["text"], merged["why"]) == (DASH, "cannot merge into a 4-bit weight")
+    assert "oom: no room" in built["groups"][0]["undrawn"][0]["why"]
+
+
+def test_the_numbers_are_those_of_the_records(good: store.Run) -> None:
+    record = good.latest()[recorded.cells()["fused"].cell_id]
+    assert record.measurements is not None
+    training, accuracy = record.measurements.training, record.measurements.accuracy
+    assert training is not None
+    assert accuracy is not None
+    built = view.build([good])
+    row = _row(built["runs"][0]["comparison"], record)
+    assert row["Trainable"]["value"] == record.measurements.parameters.trainable
+    assert row["Accuracy"]["text"] == "81.0 %"
+    assert row["Peak, MiB"]["text"] == "806"
+    steady = slice(training.timing_warmup, None)
+    assert row["Tokens/s"]["value"] == sum(training.tokens[steady]) / sum(training.step_seconds[steady])
+    (raw,) = [c for c in built["data"][0]["cells"] if c["record"] == record.id]
+    assert (raw["accuracy_low"], raw["accuracy_high"]) == (accuracy.low, accuracy.high)
+
+
+def test_the_ranking_says_what_it_cannot_see(good: store.Run) -> None:
+    first, second = view.build([good])["runs"][0]["groups"]
+    said = " ".join(first["sentences"])
+    assert "Highest accuracy: full [reference]" in said
+    assert "Tied with it: lora r=8 [hf-peft]" in said
+    assert "One training run per Cell (seed 0)" in said
+    assert "Smallest difference" in said
+    assert "without training: zero-shot" in " ".join(second["sentences"])
+
+
+def test_the_same_losses_are_reported_step_by_step(good: store.Run) -> None:
+    (section,) = view.build([good])["runs"][0]["same_losses"]
+    assert section["word"] == "pass"
+    assert [row["word"] for row in section["rows"]] == ["pass"] * 3
+    names = {m["text"] for m in section["chart"]["marks"]}
+    assert {"allowed", "lora r=8 [fused]", "lora r=8 [hf-peft]"} <= names
+
+
+def test_time_outside_the_cells_has_its_share(good: store.Run) -> None:
+    time = view.build([good])["runs"][0]["time"]
+    assert time["tone"] == "good"
+    assert re.search(r"Outside the Cells: 9\.0 s of .*, 3\.\d %; the aim is under 10 %\.", time["sentence"])
+    assert [part["name"] for part in time["outside"]] == ["fetch", "startup", "scheduling", "report", "other"]
+
+
+def test_two_runs_show_whether_they_are_equal(good: store.Run, tmp_path: Path) -> None:
+    def nudge(name: str, r: Record) -> Record:
+        if name != "fused":
+            return r
+        assert r.measurements is not None
+        assert r.measurements.training is not None
+        return recorded.with_losses(r, [x + 1e-9 for x in r.measurements.training.losses])
+
+    equal = recorded.write_run(tmp_path / "equal", run="equal")
+    unequal = recorded.write_run(tmp_path / "unequal", run="unequal", change=nudge)
+    assert view.build([good])["reproducibility"] is None
+    assert view.build([good, equal])["reproducibility"]["word"] == "pass"
+    section = view.build([good, unequal])["reproducibility"]
+    assert section["word"] == "fail"
+    assert [r["losses"] for r in section["rows"] if r["tone"] == "bad"] == ["differ from step 0"]
+    assert "same environment, yet not equal" in Page(html.render([good, unequal])).text
+
+
+def test_rerun_gives_the_exact_commands(tmp_path: Path) -> None:
+    run = recorded.write_run(tmp_path / "r", argv=["peft-harness", "run", "my suite.yaml"], suite_file="my suite.yaml")
+    section = view.build([run])["runs"][0]["rerun"]
+    assert section["command"] == "peft-harness run 'my suite.yaml'"
+    cell = run.manifest.cells[0].cell_id
+    assert section["cells"][0]["command"] == f"peft-harness run 'my suite.yaml' --only {cell}"
+
+
+def test_golden_keys_of_the_view(good: store.Run) -> None:
+    built = view.build([good])
+    assert sorted(built) == ["data", "generated", "reproducibility", "runs", "title"]
+    assert sorted(built["runs"][0]) == [
+        "about", "alerts", "alone", "comparison", "counts", "curves", "duration", "ended", "environment", "failures",
+        "groups", "id", "latency", "memory", "notes", "parity", "parity_summary", "prefix", "questions", "rerun",
+        "same_losses", "started", "suite", "time", "title", "verdict",
+    ]  # fmt: skip
+    json.dumps(built, allow_nan=False)
+
+
+def test_the_terminal_table_is_aligned(good: store.Run) -> None:
+    lines = text.summary(good)
+    table = lines[: lines.index("")]
+    assert table[0].startswith("minilm-l6 · movie-sentiment")
+    ends = {len(line) for line in table}
+    assert len(ends) == 1
+    assert any("lora r=8 [fused]" in line and "81.0 % [78.5, 83.3]" in line for line in table)
+
+
+# ---- charts
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_labels_overlap_neither_each_other_nor_a_point(seed: int) -> None:
+    rng = random.Random(seed)
+    points = [(300 + rng.gauss(0, 40), 150 + rng.gauss(0, 15)) for _ in range(9)] + [(300.0, 150.0)] * 3
+    texts = ["lora r=8 [reference]"[: rng.randint(6, 20)] for _ in points]
+    bounds = Box(50, 10, 540, 330)
+    boxes = [b for b in labels.place(points, texts, bounds) if b]
+    assert len(boxes) == len(points)
+    assert all(b.inside(bounds) for b in boxes)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert not any(b.overlaps(Box(x - 5, y - 5, 10, 10)) for b in boxes for x, y in points)
+
+
+def test_a_label_without_room_is_listed_not_squeezed_in() -> None:
+    placed = labels.place([(10.0, 10.0)] * 2, ["a name", "a name"], Box(0, 0, 60, 20))
+    assert sum(box is not None for box in placed) < 2
+    point = charts.Point("a name of great length" * 4, 1.0, 0.5, 0.4, 0.6, True, "tip", "#x")
+    assert charts.cost("t", "x", [point, point], log=True)["unnamed"]
+
+
+def test_line_ends_are_spread_in_order() -> None:
+    heights = labels.spread([100.0, 100.0, 100.0, 20.0, 299.0], 0, 300, gap=14)
+    ordered = sorted(heights)
+    assert all(b - a >= 14 for a, b in itertools.pairwise(ordered))
+    assert 0 <= ordered[0] <= ordered[-1] <= 300
+    assert heights[3] < heights[0] < heights[4]
+
+
+def test_pareto_keeps_what_nothing_beats() -> None:
+    assert charts.pareto([(3, 0.9), (1, 0.5), (2, 0.4), (2, 0.7), (4, 0.9)]) == [1, 3, 0]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.62, 0.85), (712.0, 1085.0), (0.0, 1e-6)])
+def test_linear_ticks_are_few_and_inside(low: float, high: float) -> None:
+    ticks = scales.Scale(low, high, 0, 100).ticks()
+    assert 2 <= len(ticks) <= 8
+    assert all(low <= t <= high for t in ticks)
+
+
+def test_logarithmic_scale_is_even_in_decades() -> None:
+    scale = scales.Scale(1, 1000, 0, 300, log=True)
+    assert [scale.at(v) for v in (1, 10, 100, 1000)] == [0, 100, 200, 300]
+    assert scale.at(0) == 0
+
+
+def test_phases_put_start_up_before_zero() -> None:
+    drawing = charts.phases("t", [charts.Life("a", 2.0, [("load", 1.0), ("train", 3.0)])])
+    bars = [m["attributes"] for m in drawing["marks"] if m["tag"] == "rect" and m["tip"]]
+    start, load, train = bars
+    assert start["class"] == "startup"
+    assert round(start["x"] + start["width"], 2) == load["x"]
+    assert round(load["x"] + load["width"], 2) == train["x"]
+    assert start["width"] > load["width"]
+    assert train["width"] > start["width"]
