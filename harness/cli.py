@@ -22,7 +22,17 @@ _ONLY = "Cells to keep, e.g. `method=lora,rank=8`; see below."
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Verbs(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a verb; click itself would exit with 1, a finding, when the reader of stdout has left."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            _silence()
+            return Exit.INFRASTRUCTURE
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="peft-harness", message="%(prog)s %(version)s")
 def verbs() -> None:
     """Conformance and benchmarking of parameter-efficient fine-tuning: is it the same thing, what does it cost, what

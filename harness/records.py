@@ -63,7 +63,7 @@ class Training(Frozen):
     batch: int = 16
     """Examples per step."""
     lr: float = 1e-3
-    """Peak learning rate; warmed up linearly, then constant, so that a shorter run is a prefix of a longer one."""
+    """Peak learning rate: reached by linear warm-up, then linearly down to zero at the last step."""
     head_lr: float | None = None
     """Learning rate of a new task head; None means `lr`."""
     warmup: int = 0
@@ -363,7 +363,7 @@ class Footer(Frozen):
     seconds_total: Seconds
     seconds_in_cells: Seconds
     seconds_outside: dict[str, float]
-    """Where the rest went: `fetch`, `startup`, `scheduling`, `report`."""
+    """Where the rest went: `startup`, `fetch`, `scheduling`, `report`."""
 
 
 Manifest.model_rebuild()

@@ -143,7 +143,12 @@ class _Builder:
             if tag != _TAG + "timestamp":  # what looks like a date is text here
                 self._problem(node, f"a tag, `{tag}`, which is not allowed here", "write a plain value")
             return node.value
-        return self._constructor.construct_object(node)
+        value = self._constructor.construct_object(node)
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:  # an escape like "\ud800" could not be written to a Record
+            self._problem(node, "half a character, which no file can hold", "write the character itself")
+        return value
 
     def _mapping(self, node: MappingNode, way: Way) -> dict[str, Any]:
         own: dict[str, Any] = {}

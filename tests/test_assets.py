@@ -308,7 +308,7 @@ def test_room_is_checked_before_the_download(own_cache: Path, tmp_path: Path) ->
 def test_a_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PEFT_HARNESS_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(AssetError, match="cannot write the cache"):
+    with pytest.raises(AssetError, match="cannot write tiny to the cache"):
         fetch.ensure(made_up.source(made_up.wheel(tmp_path, DATA)))
 
 

@@ -147,6 +147,7 @@ BAD_SUITES = {
     "tag": ("tiny-llama", "!env MODEL", 4, "a tag, `!env`, which is not allowed", "write a plain value"),
     "key that is a list": ("title:", "[a]:", 2, "a key that is not a word", "write `key: value`"),
     "two documents": ("matrix:", "---\nmatrix:", 3, "not YAML: but found another document", "mend the YAML"),
+    "half a character": ("A small", '"\\ud800" #', 2, "half a character", "write the character itself"),
     "control character": ("A small", "A \x07small", 2, "not YAML", "take the character out"),
 }
 

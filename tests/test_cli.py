@@ -188,6 +188,16 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert (writer.returncode, said) == (0, b"")
 
 
+def test_a_reader_that_leaves_in_the_middle_is_no_finding() -> None:
+    code = (
+        "import sys\nfrom harness import explain\nfrom harness.cli import main\n"
+        "def explained(name): raise BrokenPipeError\n"
+        "explain.explain = explained\nsys.exit(main(['explain', 'lora']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (Exit.INFRASTRUCTURE, "")
+
+
 def test_an_ascii_terminal_is_no_error() -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "NO_COLOR": "1"}
     done = subprocess.run([*COMMAND, "explain", "lora"], capture_output=True, env=environment, check=False)

@@ -54,13 +54,13 @@ def place(source: Source, fingerprint: str = "") -> Path:
 
 
 @contextmanager
-def staging() -> Iterator[Path]:
-    """Make a fresh folder on the cache's file system and remove it afterwards, however the block ends.
+def staging(what: str) -> Iterator[Path]:
+    """Make a fresh folder for `what` on the cache's file system and remove it afterwards, however the block ends.
 
     Each folder is locked by its process, so that a later one can tell and remove what a killed process left.
     Raises AssetError for a full disk or a folder that cannot be written, also for an OSError inside the block.
     """
-    with _explained(root()):
+    with _explained(what):
         base = root() / "staging"
         base.mkdir(parents=True, exist_ok=True)
         with _locked(base / "lock"):  # without it a sweep could take a folder between its making and its locking
@@ -92,8 +92,8 @@ def need_room(needed: int, what: str) -> None:
     free = shutil.disk_usage(root()).free
     if free < needed:
         raise AssetError(
-            f"not enough room for {what}: it takes about {megabytes(needed)} while it is unpacked, "
-            f"{megabytes(free)} are free",
+            f"not enough room for {what}: it takes about {_megabytes(needed)} while it is unpacked, "
+            f"{_megabytes(free)} are free",
             where=str(root()),
             mend=_ROOM,
         )
@@ -104,7 +104,7 @@ def disk_full(what: str) -> AssetError:
     return AssetError(f"the disk is full: {what} was not kept", where=str(root()), mend=_ROOM)
 
 
-def megabytes(count: int) -> str:
+def _megabytes(count: int) -> str:
     """Write a number of bytes for people."""
     return f"{count / 1e6:,.0f} MB"
 
@@ -113,16 +113,16 @@ _ROOM = "free some space, or set PEFT_HARNESS_CACHE to a folder on a larger disk
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(what: str) -> Iterator[None]:
     """Turn an OSError into an AssetError that says what to do."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise disk_full("what was being fetched") from error
+            raise disk_full(what) from error
         raise AssetError(
-            f"cannot write the cache: {error.strerror or error}",
-            where=str(error.filename or path),
+            f"cannot write {what} to the cache: {error.strerror or error}",
+            where=str(error.filename or root()),
             mend="make it writable, or set PEFT_HARNESS_CACHE to a folder that is",
         ) from error
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-import harness
 from harness.assets import cache, carrier, hub, model_folder, process, unpack
 from harness.assets.carrier import Progress
 from harness.assets.table import Source
@@ -15,6 +12,7 @@ from harness.errors import AssetError
 from harness.records import AssetUse
 
 _MAKER = Path(__file__).with_name("made.py")
+_CONVERTER = Path(__file__).with_name("gguf_model.py")
 _POLL_S = 0.2
 _LAST_LINES = 8
 
@@ -37,7 +35,7 @@ def ensure(source: Source, progress: Progress = quiet) -> Path:
         return model_folder.check(hub.snapshot(source, progress, local_only=is_ready(source)), source)
     place = _place(source)
     if not place.is_dir():
-        with cache.staging() as staging:
+        with cache.staging(source.name) as staging:
             made = staging / "made"
             made.mkdir()
             _fill(made, source, staging, progress)
@@ -80,7 +78,7 @@ def _place(source: Source) -> Path:
 def _fill(made: Path, source: Source, staging: Path, progress: Progress) -> None:
     """Fill the folder `made` with what `ensure` promises."""
     if source.scheme == "made":
-        _in_child(f"{source.name}: making", ["harness.assets.made", source.address, str(made)], progress)
+        _in_child(_MAKER, source.address, str(made), label=f"{source.name}: making", progress=progress)
     elif source.scheme == "hub":
         hub.write_rows(source, made / "rows.jsonl", progress)
     else:
@@ -93,17 +91,15 @@ def _fill(made: Path, source: Source, staging: Path, progress: Progress) -> None
         unpack.extract(archive, source.member, unpacked)
         if gguf:
             (file,) = unpacked.iterdir()
-            arguments = ["harness.assets.gguf_model", str(file), str(made)]
-            _in_child(f"{source.name}: converting", arguments, progress)
+            _in_child(_CONVERTER, str(file), str(made), label=f"{source.name}: converting", progress=progress)
     if source.kind != "data":
         model_folder.check(made, source)
 
 
-def _in_child(label: str, module: Sequence[str], progress: Progress) -> None:
-    """Run a module of ours that imports torch: in its own process this one stays light."""
-    package = str(Path(harness.__file__).parents[1])
-    found = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    with process.python(["-m", *module], {"PYTHONPATH": found, "HF_HUB_OFFLINE": "1"}) as child:
+def _in_child(script: Path, *arguments: str, label: str, progress: Progress) -> None:
+    """Run a script of ours that imports torch: in its own process this one stays light."""
+    # -P: the modules beside this one must not hide others of the same name.
+    with process.python(["-P", str(script), *arguments], {"HF_HUB_OFFLINE": "1"}) as child:
         while (code := child.process.poll()) is None:
             progress(label, 0, None)
             time.sleep(_POLL_S)
@@ -113,7 +109,7 @@ def _in_child(label: str, module: Sequence[str], progress: Progress) -> None:
         last = "\n    ".join(child.said.strip().splitlines()[-_LAST_LINES:])
         raise AssetError(
             f"{label} failed ({f'signal {-code}' if code < 0 else f'exit code {code}'}); it said last:\n    {last}",
-            where=module[0],
+            where=script.name,
             mend="signal 9 means that memory ran out; otherwise look at the versions of transformers and gguf",
         )
 

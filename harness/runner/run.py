@@ -60,7 +60,7 @@ def run_suite(
     times = _Times()
     suite = suites.load(suite_name)
     plan = expand(suite)
-    if only:
+    if only is not None:
         plan = keep_only(plan, only)
     here = environment.describe(environment.physical_cores())
     chosen = _device(device)

@@ -57,7 +57,7 @@ def last_logits(model: nn.Module, inputs: dict[str, Tensor], count: int) -> Tens
 def make_optimizer(
     adapted: Adapted, head: Sequence[nn.Parameter], recipe: Training
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Return AdamW over the adapter and the head, and its schedule: linear warm-up, then constant."""
+    """Return AdamW over the adapter and the head, and its schedule: linear warm-up, then linearly down to zero."""
     heads = {id(p) for p in head}
     body = [p for p in adapted.parameters() if id(p) not in heads]
     groups: list[dict[str, Any]] = [{"params": body, "lr": recipe.lr}] if body else []
@@ -66,8 +66,13 @@ def make_optimizer(
     optimizer = adapted.optimizer(recipe.lr, recipe.weight_decay) or torch.optim.AdamW(
         groups, weight_decay=recipe.weight_decay
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, recipe.warmup)))
-    return optimizer, schedule
+
+    def share(step: int) -> float:
+        if step < recipe.warmup:
+            return (step + 1) / recipe.warmup
+        return max(0.0, (recipe.steps - step) / max(1, recipe.steps - recipe.warmup))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
 def train(
