@@ -161,7 +161,9 @@ def _other_batches(left: Record, right: Record) -> str:
 
 
 def _what_is_trained(cell: Cell) -> dict[str, object]:
-    return {k: v for k, v in cell.model_dump(mode="json").items() if k not in ("implementation", "dtype")}
+    """Return the fields that decide the losses: what is scored afterwards does not."""
+    apart = ("implementation", "dtype", "evaluation")
+    return {k: v for k, v in cell.model_dump(mode="json").items() if k not in apart}
 
 
 def _differences(left: Cell, right: Cell) -> list[str]:

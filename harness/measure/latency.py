@@ -14,8 +14,8 @@ from harness.records import Latency
 
 Variant = Literal["base", "unmerged", "merged"]
 TOKENS = 32
-WARMUP = 2
-PER_BLOCK = 5
+WARMUP = 1
+PER_BLOCK = 4
 DECODED = 8
 
 
