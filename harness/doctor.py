@@ -48,7 +48,11 @@ def _machine() -> list[Finding]:
         Finding("processor", "ok", f"{here.machine['cpu']}, {here.threads} cores used, {here.machine['architecture']}"),
         Finding("memory", "ok", f"{int(here.machine['memory_B']) / _GIB:.1f} GiB"),
         *[Finding("GPU", "ok", line) for line in gpus],
-        *([] if gpus else [Finding("GPU", "note", "no NVIDIA GPU: --device auto takes the CPU; GPU rows stay not-run")]),
+        *(
+            []
+            if gpus
+            else [Finding("GPU", "note", "no NVIDIA GPU: --device auto takes the CPU; GPU rows stay not-run")]
+        ),
         Finding("environment", "ok", f"id {here.id}, code {here.code_version}"),
         *[Finding(name, "ok", version) for name, version in here.software.items() if name != "python"],
         _memory_peaks(),
@@ -66,7 +70,9 @@ def _implementations() -> list[Finding]:
     found = []
     for implementation in registry.implementations:
         missing = [m for m in implementation.requires if importlib.util.find_spec(m) is None]
-        detail = f"not installed: {', '.join(missing)}; its Cells are skipped" if missing else implementation.distribution
+        detail = (
+            f"not installed: {', '.join(missing)}; its Cells are skipped" if missing else implementation.distribution
+        )
         found.append(Finding(str(implementation), "note" if missing else "ok", detail))
     return found + [Finding(name, "no", why) for name, why in registry.broken.items()]
 
@@ -75,9 +81,13 @@ def _assets() -> list[Finding]:
     found = []
     for source in suites.load("quick").sources.values():
         ready = fetch.is_ready(source)
-        found.append(Finding(source.name, "ok" if ready else "note", "ready" if ready else f"will be fetched: {source.source}"))
+        found.append(
+            Finding(source.name, "ok" if ready else "note", "ready" if ready else f"will be fetched: {source.source}")
+        )
     if importlib.util.find_spec("pip") is None:
-        found.append(Finding("pip", "no", "not in this environment, so carriers cannot be fetched: python -m ensurepip"))
+        found.append(
+            Finding("pip", "no", "not in this environment, so carriers cannot be fetched: python -m ensurepip")
+        )
     return found
 
 

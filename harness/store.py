@@ -1,6 +1,6 @@
 """Run folders on disk: `run.json` first, one file per attempt, `footer.json` last; each file whole or absent.
 
-    results/runs/<run>/run.json  cells/<cell_id>.<attempt>.json  logs/  footer.json  report.html
+results/runs/<run>/run.json  cells/<cell_id>.<attempt>.json  logs/  footer.json  report.html
 """
 
 from __future__ import annotations
@@ -194,5 +194,3 @@ def find_run(name: str, runs: Path = RUNS) -> Path:
     raise UsageError(
         f"no run {name!r}", where=str(runs), mend=f"runs here: {recent}" if recent else "`peft-harness run quick` first"
     )
-
-

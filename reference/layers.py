@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 
-def targets(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+def targets(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear]:
     """Map path to linear layer for every layer whose path is, or ends in, one of `names`, in the model's order.
 
     A linear layer is nn.Linear or a quantised subclass of it. Raises ValueError for a name that fits no layer.
@@ -36,7 +36,7 @@ def floating_dtype(base: nn.Module) -> torch.dtype:
     return torch.float32
 
 
-def dense_weight(base: nn.Module) -> torch.Tensor:
+def dense_weight(base: nn.Linear) -> torch.Tensor:
     """Return the matrix (out, in) that `base` multiplies by, whatever form it keeps it in.
 
     A packed layer is asked for its columns: it is linear, so its images of the unit vectors are its matrix, exactly,
@@ -45,18 +45,19 @@ def dense_weight(base: nn.Module) -> torch.Tensor:
     if type(base) is nn.Linear:
         return base.weight.detach().clone()
     unit = torch.eye(base.in_features, dtype=floating_dtype(base), device=next(base.parameters()).device)
-    was_training = base.training
-    with torch.no_grad():
-        # Some packed layers compute in another precision in eval mode; training mode is what the adapter trained on.
-        columns = base.train()(unit)
+    was_training, bias = base.training, base.bias
+    base.bias = None  # (w + b) - b would round
+    try:
+        with torch.no_grad():
+            # Some packed layers compute in another precision in eval mode; training mode is what the adapter trained on.
+            columns: torch.Tensor = base.train()(unit)
+    finally:
+        base.bias = bias
         base.train(was_training)
-        if base.bias is not None:
-            columns = base.train()(unit) - base.train()(torch.zeros_like(unit[:1]))
-            base.train(was_training)
     return columns.T.contiguous()
 
 
-def dense_copy(base: nn.Module) -> nn.Linear:
+def dense_copy(base: nn.Linear) -> nn.Linear:
     """Return an nn.Linear that computes what `base` computes, in its floating dtype."""
     weight = dense_weight(base)
     dense = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")

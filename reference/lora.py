@@ -49,10 +49,10 @@ class Config:
 class LoraLinear(nn.Module):
     """A frozen linear layer with a low-rank update.
 
-    base: any module that maps (..., D) to (..., E), such as nn.Linear or a quantised layer. A (R, D), B (E, R).
+    base: an nn.Linear or a quantised subclass of it, maps (..., D) to (..., E). A (R, D), B (E, R).
     """
 
-    def __init__(self, base: nn.Module, A: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
+    def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
         super().__init__()
         self.base = base
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
@@ -61,7 +61,8 @@ class LoraLinear(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return W0 x + scaling B A x, shape (..., E)."""
         h_TR = self.dropout(x_TD) @ self.A.T
-        return self.base(x_TD) + self.scaling * (h_TR @ self.B.T)
+        y_TE: Tensor = self.base(x_TD) + self.scaling * (h_TR @ self.B.T)
+        return y_TE
 
     def delta(self) -> Tensor:
         """Return scaling B A, shape (E, D)."""

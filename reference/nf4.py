@@ -61,7 +61,10 @@ def near_tie(W: Tensor, block: int = 64) -> Tensor:
     """
     flat = W.detach().flatten().float()
     absmax = torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block).abs().amax(dim=1)
-    scaled = flat.double() / absmax.double().clamp(min=torch.finfo(torch.float32).tiny).repeat_interleave(block)[: flat.numel()]
+    scaled = (
+        flat.double()
+        / absmax.double().clamp(min=torch.finfo(torch.float32).tiny).repeat_interleave(block)[: flat.numel()]
+    )
     levels = codebook().to(W.device)
     midpoints = ((levels[:-1] + levels[1:]) / 2).double()
     above = torch.bucketize(scaled, midpoints).clamp(max=len(midpoints) - 1)

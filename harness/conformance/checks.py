@@ -63,8 +63,11 @@ def check_parameters(subject: Subject, case: Case) -> CheckResult:
     reference = initial_tensors(subject.method, subject.bases, subject.config, case.generator())
     want = {n: tuple(t.shape) for n, t in reference.items()}
     have = {n: tuple(t.shape) for n, t in subject.added().items()}
-    odd = [f"{n}: {have.get(n, 'absent')}, should be {want.get(n, 'absent')}" for n in sorted(want.keys() | have.keys())
-           if want.get(n) != have.get(n)]
+    odd = [
+        f"{n}: {have.get(n, 'absent')}, should be {want.get(n, 'absent')}"
+        for n in sorted(want.keys() | have.keys())
+        if want.get(n) != have.get(n)
+    ]
     total = sum(t.numel() for t in subject.added().values())
     return _plain(subject, case, "parameters", not odd, len(odd), "; ".join(odd[:3]) or f"{total:,} scalars")
 
@@ -134,8 +137,9 @@ def check_step(subject: Subject, case: Case) -> CheckResult:
                 for name, tensor in tensors.items():
                     tensor.copy_(before[name])
                     tensor.grad = None
-        if moved[1]:
-            judged.append(_at(path, noise_floor(*moved, subject.dtype)))
+        mine, truth, rounded = moved
+        if truth:
+            judged.append(_at(path, noise_floor(mine, truth, rounded, subject.dtype)))
     if not judged:
         return _skipped(subject, case, "step", "nothing trains")
     return _judged(subject, case, "step", worst_of(judged, judged[0].policy))
@@ -223,8 +227,8 @@ def _compare_layers(subject: Subject, case: Case, wanted: Callable[[str], bool])
         for dtype in ("float64", subject.dtype):
             layer, tensors = subject.reference(path, dtype)
             runs.append(observe(layer, tensors, x.to(DTYPES[dtype]), dy.to(DTYPES[dtype])))
-        kept = [{name: t for name, t in run.items() if wanted(name)} for run in runs]
-        judged.append(_at(path, noise_floor(*kept, subject.dtype)))
+        mine, truth, rounded = ({name: t for name, t in run.items() if wanted(name)} for run in runs)
+        judged.append(_at(path, noise_floor(mine, truth, rounded, subject.dtype)))
     return worst_of(judged, judged[0].policy if judged else "noise-floor")
 
 

@@ -17,7 +17,7 @@ from rich.text import Text
 from torch import nn
 
 from harness.conformance import checks, suite
-from harness.conformance.subject import DTYPES, Subject, configure, initial_tensors, linear_layers, load, warm
+from harness.conformance.subject import DTYPES, Subject, configure, linear_layers, load, warm
 from harness.errors import Exit, ImplementationError, UsageError
 from harness.methods import methods
 from harness.records import CheckResult, Outcome
@@ -51,7 +51,9 @@ def check(implementations: Sequence[str], method: str | None, as_json: bool) -> 
     for name in implementations:
         if name not in names and name not in registry.broken:
             raise ImplementationError(f"no implementation {name!r}", mend=f"there are: {', '.join(sorted(names))}")
-    skipped: dict[str, str] = {name: why for name, why in registry.broken.items() if not implementations or name in implementations}
+    skipped: dict[str, str] = {
+        name: why for name, why in registry.broken.items() if not implementations or name in implementations
+    }
     tried: list[Tried] = []
     for implementation in wanted:
         if missing := _missing(implementation):
@@ -118,8 +120,10 @@ def _missing(implementation: Implementation) -> str:
 
 def _print(tried: Sequence[Tried], skipped: dict[str, str], as_json: bool) -> None:
     if as_json:
-        rows = [{"implementation": t.implementation, "case": t.case} | t.result.model_dump(mode="json") for t in tried]
-        print(json.dumps({"schema": 1, "checks": rows, "skipped": skipped}, indent=1))
+        documents = [
+            {"implementation": t.implementation, "case": t.case} | t.result.model_dump(mode="json") for t in tried
+        ]
+        print(json.dumps({"schema": 1, "checks": documents, "skipped": skipped}, indent=1))
         return
     console = Console(highlight=False)
     table = Table(box=None, pad_edge=False)
@@ -137,9 +141,15 @@ def _print(tried: Sequence[Tried], skipped: dict[str, str], as_json: bool) -> No
     for one in tried:
         r = one.result
         if r.outcome is Outcome.FAIL:
-            size = f"error {r.error:.3g}, allowed {r.allowed:.3g}; " if r.error is not None and r.allowed is not None else ""
+            size = (
+                f"error {r.error:.3g}, allowed {r.allowed:.3g}; "
+                if r.error is not None and r.allowed is not None
+                else ""
+            )
             console.print(
-                Text(f"FAIL {one.implementation} {r.check} ({one.case}): {size}{r.tensor} {r.worst} {r.detail}".rstrip()),
+                Text(
+                    f"FAIL {one.implementation} {r.check} ({one.case}): {size}{r.tensor} {r.worst} {r.detail}".rstrip()
+                ),
                 soft_wrap=True,
             )
     for name, why in skipped.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -60,7 +60,7 @@ class Subject:
     dtype: str
     model: nn.Module
     adapted: Adapted
-    bases: dict[str, nn.Module]
+    bases: dict[str, nn.Linear]
     model_parameters: list[nn.Parameter] = field(default_factory=list)
     packed: dict[str, Packed] = field(default_factory=dict)
     expected_codes: dict[str, ExpectedCodes] = field(default_factory=dict)
@@ -118,14 +118,14 @@ def attach_reference(
     return importlib.import_module(f"reference.{method}").attach(model, config, generator)  # type: ignore[no-any-return]
 
 
-def linear_layers(model: nn.Module, config: Any) -> dict[str, nn.Module]:
+def linear_layers(model: nn.Module, config: Any) -> dict[str, nn.Linear]:
     """Map path to layer: the config's targets, or every linear layer if the Method names none."""
     if hasattr(config, "targets"):
         return targets(model, config.targets)
     return {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
-def skeleton(layers: dict[str, nn.Module]) -> nn.Module:
+def skeleton(layers: Mapping[str, nn.Module]) -> nn.Module:
     """Return a module that holds just these layers, by their paths: a model to attach to without touching the real one."""
     root = nn.Module()
     for path, layer in layers.items():
@@ -140,7 +140,7 @@ def skeleton(layers: dict[str, nn.Module]) -> nn.Module:
 
 
 def initial_tensors(
-    method: str, bases: dict[str, nn.Module], config: Any, generator: torch.Generator
+    method: str, bases: Mapping[str, nn.Module], config: Any, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Return the reference's initial adapter tensors over `bases`, drawn from `generator`; empty without an adapter.
 
@@ -169,5 +169,3 @@ def warm(tensors: dict[str, Tensor], generator: torch.Generator) -> None:
     for tensor in tensors.values():
         spread = tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else 1.0
         tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * spread)
-
-

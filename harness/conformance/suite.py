@@ -49,7 +49,9 @@ def load(method: str) -> ParitySuite:
     """Read a Method's parity suite."""
     path = path_of(method)
     if not path.is_file():
-        raise UsageError(f"no parity suite for {method}", where=str(path), mend="add one: which checks, configs, shapes")
+        raise UsageError(
+            f"no parity suite for {method}", where=str(path), mend="add one: which checks, configs, shapes"
+        )
     document = yaml_lines.load(path)
     try:
         return ParitySuite.model_validate(document.data)

@@ -7,7 +7,9 @@ from typing import Any
 from harness.registry import implements
 
 
-@implements("nf4", name="bitsandbytes", kind="base", dtypes=("float32", "bfloat16", "float16"), requires=["bitsandbytes"])
+@implements(
+    "nf4", name="bitsandbytes", kind="base", dtypes=("float32", "bfloat16", "float16"), requires=["bitsandbytes"]
+)
 def nf4(model: Any, paths: list[str], dtype: Any) -> dict[str, tuple[Any, Any, int]]:
     """Replace the linear layers at `paths` by bitsandbytes' NF4 layers, in place; return path -> (bytes, absmax, block).
 

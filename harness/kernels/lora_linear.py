@@ -30,7 +30,7 @@ class _LowRankUpdate(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, S = ctx.saved_tensors
         _, need_x, need_A, need_B, _ = ctx.needs_input_grad
-        dS = (dy @ B).mul_(ctx.scaling) if need_x or need_A else None
+        dS = (dy @ B).mul_(ctx.scaling)
         dx = dS @ A if need_x else None
         dA = dS.T @ x if need_A else None
         dB = (dy.T @ S).mul_(ctx.scaling) if need_B else None

@@ -19,9 +19,7 @@ PER_BLOCK = 4
 DECODED = 8
 
 
-def measure(
-    adapted: Adapted, causal: bool, vocabulary: int, merged_refused: str, blocks: int = 3
-) -> list[Latency]:
+def measure(adapted: Adapted, causal: bool, vocabulary: int, merged_refused: str, blocks: int = 3) -> list[Latency]:
     """Return forward (encoder) or prefill and decode (causal) times, batch 1, 32 tokens, for every variant there is.
 
     merged_refused: why merging is not to be tried, or empty. Variants alternate in blocks, so that a slow spell of the

@@ -82,7 +82,9 @@ class PeakMeter:
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Return the bytes of the distinct storages under `tensors`: shared (tied) weights count once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type != "meta"}
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type != "meta"
+    }
     return sum(storages.values())
 
 

@@ -43,7 +43,7 @@ from harness.registry import Registry
 from harness.runner.work import Work
 from harness.training import loop
 from harness.training import model as models
-from harness.training.batches import Batch, Example, answer_examples, classification_examples, collate, order
+from harness.training.batches import Batch, answer_examples, classification_examples, collate, order
 
 # The optimizer makes its state in step 1, and allocators settle: the first steps are marked as not steady.
 TIMING_WARMUP = 3
@@ -101,9 +101,7 @@ class Life:
             load(adapted, start)
             for path in [p for p in adapted.layers if _is_head(p, loaded.head)]:
                 del adapted.layers[path]
-        subject = Subject(
-            cell.method, config, cell.dtype, model, adapted, bases, own, packed, expected_codes
-        )
+        subject = Subject(cell.method, config, cell.dtype, model, adapted, bases, own, packed, expected_codes)
         with self.clock.phase("parity"):
             self._pass(gate.gate(subject, cell.seed, run_model, base_output))
         for parameter in loaded.head.values():
@@ -115,7 +113,9 @@ class Life:
         gradients = 0
         if cell.training.steps:
             trained, optimizer, gradients = self._train(adapted, loaded, task.batches, start)
-        weights = tensor_bytes([*(t for t in model_tensors(model) if id(t) not in {id(a) for a in subject.added().values()})])
+        weights = tensor_bytes(
+            [*(t for t in model_tensors(model) if id(t) not in {id(a) for a in subject.added().values()})]
+        )
         memory = Memory(
             source=self.meter.source,
             baseline_B=self.baseline,
@@ -129,10 +129,8 @@ class Life:
         with self.clock.phase("evaluate"):
             accuracy = task.evaluate(model)
         with self.clock.phase("latency"):
-            measured = self._latency(subject, kind == "causal")
-        return Measurements(
-            parameters=counts, training=trained, memory=memory, latency=measured, accuracy=accuracy
-        )
+            measured = self._latency(subject, kind == "causal", int(model.config.vocab_size))
+        return Measurements(parameters=counts, training=trained, memory=memory, latency=measured, accuracy=accuracy)
 
     def _pass(self, results: list[CheckResult]) -> None:
         self.checks += results
@@ -177,14 +175,15 @@ class Life:
         )
         return measured, optimizer, gradients
 
-    def _latency(self, subject: Subject, causal: bool) -> list[Latency]:
+    def _latency(self, subject: Subject, causal: bool, vocabulary: int) -> list[Latency]:
         refused = ""
         if subject.adapted.can_merge:
             merged = gate.after_training(subject, self.work.cell.seed)
             self.checks += merged
-            refused = "; ".join(f"{r.check} failed: {r.error} of {r.allowed} at {r.tensor}" for r in merged
-                                if r.outcome is Outcome.FAIL)
-        return latency.measure(subject.adapted, causal, subject.model.config.vocab_size, refused)
+            refused = "; ".join(
+                f"{r.check} failed: {r.error} of {r.allowed} at {r.tensor}" for r in merged if r.outcome is Outcome.FAIL
+            )
+        return latency.measure(subject.adapted, causal, vocabulary, refused)
 
 
 class _Data:
@@ -297,5 +296,3 @@ def _found(cell: Any, name: str, odd: list[str], what: str) -> CheckResult:
         policy="exact",
         detail=f"{', '.join(odd[:3])} {what}" if odd else "",
     )
-
-

@@ -25,7 +25,9 @@ _LAST_LINES = 15
 _GRACE_S = 5.0
 
 
-def attempt(work: Work, folder: store.RunFolder, environment: Environment, timeout: float, progress: Progress) -> Record:
+def attempt(
+    work: Work, folder: store.RunFolder, environment: Environment, timeout: float, progress: Progress
+) -> Record:
     """Run one attempt in a fresh process and return its Record; writes one itself if the worker could not."""
     cell_id = work.cell.cell_id
     started, begun = store.now(), time.monotonic()

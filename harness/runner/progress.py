@@ -34,7 +34,9 @@ class Progress:
 
     def fetching(self, what: str, done: int, total: int | None) -> None:
         """Show a download or conversion; a callback for `assets.ensure`."""
-        size = f"{done / 2**20:.0f} of {total / 2**20:.0f} MiB" if total else (f"{done / 2**20:.0f} MiB" if done else "")
+        size = (
+            f"{done / 2**20:.0f} of {total / 2**20:.0f} MiB" if total else (f"{done / 2**20:.0f} MiB" if done else "")
+        )
         self._draw(f"{what} {size}".strip(), force=done in (0, total))
 
     def begin(self, index: int, cell: Cell) -> None:
@@ -61,7 +63,9 @@ class Progress:
         """Leave the Cell's line behind."""
         self._seconds.append(record.duration_s)
         accuracy = record.measurements.accuracy if record.measurements else None
-        result = f"accuracy {accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]" if accuracy else record.because
+        result = (
+            f"accuracy {accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]" if accuracy else record.because
+        )
         first = result.splitlines()[0] if result else ""
         self.say(
             f"{self._index}/{self.cells}  {record.status.value:<13} {record.cell.label}  {first}  {record.duration_s:.1f} s"
@@ -97,4 +101,6 @@ class Progress:
             return f"{spent:.0f} s"
         mean = sum(self._seconds) / len(self._seconds)
         left = max(0.0, mean - spent) + mean * (self.cells - self._index)
-        return f"{spent:.0f} s, about {left / 60:.0f} min left" if left > 90 else f"{spent:.0f} s, about {left:.0f} s left"
+        return (
+            f"{spent:.0f} s, about {left / 60:.0f} min left" if left > 90 else f"{spent:.0f} s, about {left:.0f} s left"
+        )

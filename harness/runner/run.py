@@ -207,5 +207,3 @@ def _report(folder: store.RunFolder, *, interrupted: bool) -> Exit:
     print("\n".join(text.summary(run)))
     print(f"report: {page}")
     return Exit.INFRASTRUCTURE if interrupted else verdict.judge(run).exit
-
-

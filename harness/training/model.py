@@ -27,9 +27,7 @@ def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.d
 
     factory: Any = AutoModelForSequenceClassification if kind == "encoder" else AutoModelForCausalLM
     options = {"num_labels": labels} if kind == "encoder" else {}
-    model, info = factory.from_pretrained(
-        path, dtype=dtype, local_files_only=True, output_loading_info=True, **options
-    )
+    model, info = factory.from_pretrained(path, dtype=dtype, local_files_only=True, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     if kind == "causal" and missing:
         raise AssetError(
