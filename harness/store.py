@@ -5,6 +5,7 @@ results/runs/<run>/run.json  cells/<cell_id>.<attempt>.json  logs/  footer.json 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -44,7 +45,6 @@ def write_atomic(path: Path, data: bytes) -> None:
         finally:
             os.close(directory)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise StoreError(
             "the disk is full" if full else f"cannot write: {error.strerror}",
@@ -53,6 +53,9 @@ def write_atomic(path: Path, data: bytes) -> None:
             if full
             else "choose another folder with --out",
         ) from error
+    finally:
+        with contextlib.suppress(OSError):  # on a read-only disk even a missing file cannot be removed
+            temporary.unlink(missing_ok=True)
 
 
 def write(path: Path, model: BaseModel) -> None:
@@ -74,7 +77,7 @@ def _read(path: Path, kind: type[_Model]) -> _Model:
                 mend="install a newer peft-harness",
             )
         return kind.model_validate_json(text)
-    except (ValueError, AttributeError, ValidationError) as error:
+    except (ValueError, TypeError, AttributeError, ValidationError) as error:
         first = str(error).splitlines()
         raise StoreError(
             f"not a whole {kind.__name__}: {' '.join(first[:3])}",
@@ -118,8 +121,7 @@ class RunFolder:
     @classmethod
     def create(cls, path: Path, manifest: Manifest) -> RunFolder:
         """Make the folder and write run.json; refuses a folder that already holds a run."""
-        if (path / "run.json").exists():
-            raise UsageError("holds a run already", where=str(path), mend="name another --out, or --resume it")
+        refuse_used(path)
         try:
             for sub in ("cells", "logs"):
                 (path / sub).mkdir(parents=True, exist_ok=True)
@@ -140,9 +142,10 @@ class RunFolder:
 
     def next_attempt(self, cell_id: str) -> int:
         """Return the number of the next attempt, counting from 1; a broken file still uses up its number."""
-        taken = [int(p.stem.rsplit(".", 1)[1]) for p in (self.path / "cells").glob(f"{cell_id}.*.json")]
-        taken += [int(p.stem.rsplit(".", 1)[1]) for p in (self.path / "logs").glob(f"{cell_id}.*.txt")]
-        return max(taken, default=0) + 1
+        files = [*(self.path / "cells").glob(f"{cell_id}.*.json"), *(self.path / "logs").glob(f"{cell_id}.*.txt")]
+        # Not everything is a number: a torn file may have been moved away as `.1.torn.json`.
+        numbers = [p.stem.removeprefix(f"{cell_id}.").partition(".")[0] for p in files]
+        return max((int(n) for n in numbers if n.isdecimal()), default=0) + 1
 
     def write_record(self, record: Record) -> None:
         """Write one Record; an existing one is never replaced."""
@@ -151,9 +154,23 @@ class RunFolder:
             raise StoreError("this attempt has a Record already", where=str(path))
         write(path, record)
 
+    def reopen(self) -> None:
+        """Take the footer away: the run is being written to again."""
+        path = self.path / "footer.json"
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(f"cannot write to this run: {error.strerror}", where=str(path)) from error
+
     def close(self, footer: Footer) -> None:
         """Write footer.json: the run is complete."""
         write(self.path / "footer.json", footer)
+
+
+def refuse_used(path: Path) -> None:
+    """Raise UsageError if `path` holds a run, or Records without one."""
+    if (path / "run.json").exists() or any(path.glob("cells/*.json")):
+        raise UsageError("holds a run already", where=str(path), mend="name another --out, or --resume it")
 
 
 def read_record(path: Path) -> Record:
@@ -171,9 +188,14 @@ def read_run(path: Path) -> Run:
         if file.name.startswith("."):
             continue
         try:
-            records.append(read_record(file))
+            record = read_record(file)
         except StoreError as error:
             broken[file.name] = error.what
+            continue
+        if file.name == f"{record.id}.json":
+            records.append(record)
+        else:
+            broken[file.name] = f"a copy or a renamed file: it holds Record {record.id}"
     footer = _read(path / "footer.json", Footer) if (path / "footer.json").is_file() else None
     return Run(path, manifest, tuple(records), footer, broken)
 
@@ -185,7 +207,7 @@ def find_run(name: str, runs: Path = RUNS) -> Path:
     known: Sequence[Path] = sorted(p.parent for p in runs.glob("*/run.json")) if runs.is_dir() else []
     if name == "latest" and known:
         return max(known, key=lambda p: (p / "run.json").stat().st_mtime)
-    matches = [p for p in known if p.name.startswith(name)]
+    matches = [p for p in known if p.name == name] or [p for p in known if p.name.startswith(name)]
     if len(matches) == 1:
         return matches[0]
     if matches:

@@ -46,7 +46,7 @@ def dense_weight(base: nn.Linear) -> torch.Tensor:
         return base.weight.detach().clone()
     unit = torch.eye(base.in_features, dtype=floating_dtype(base), device=next(base.parameters()).device)
     was_training, bias = base.training, base.bias
-    base.bias = None  # (w + b) - b would round
+    base.bias = None  # type: ignore[assignment]  # (w + b) - b would round
     try:
         with torch.no_grad():
             # Some packed layers compute in another precision in eval mode; training mode is what the adapter trained on.

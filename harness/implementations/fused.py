@@ -18,7 +18,9 @@ def lora(model: Any, config: Any, generator: Any) -> Any:
     from reference.lora import Adapted, attach
 
     plain = attach(model, config, generator)
-    layers: dict[str, Any] = {path: FusedLoraLinear(o.base, o.A, o.B, o.scaling, config.dropout) for path, o in plain.layers.items()}
+    layers: dict[str, Any] = {
+        path: FusedLoraLinear(o.base, o.A, o.B, o.scaling, config.dropout) for path, o in plain.layers.items()
+    }
     for path, layer in layers.items():
         replace(model, path, layer)
     return Adapted(model, layers)

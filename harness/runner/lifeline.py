@@ -1,27 +1,23 @@
-"""A worker dies with its runner, however the runner dies."""
+"""A worker dies with its runner, and takes its children along, however the runner dies."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import sys
-import threading
-
-_PR_SET_PDEATHSIG = 1
 
 
-def hold(descriptor: int) -> None:
-    """Kill this process and its children when the other end of the pipe `descriptor` is gone.
+def hold(descriptor: int, *others: int) -> None:
+    """Kill this process group when the other end of the pipe `descriptor` is gone.
 
-    A killed runner closes the pipe whatever killed it. On Linux the kernel sends SIGKILL as well, which also works while
-    this process is stuck in C code.
+    A killed runner closes the pipe whatever killed it, also one that is gone already. A small process of its own waits
+    for that: a thread of the worker would not run while a library holds the interpreter, and would be killed together
+    with the worker before it could reach the worker's children. `others` are descriptors that it must not hold open.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    threading.Thread(target=_wait, args=(descriptor,), daemon=True, name="lifeline").start()
-
-
-def _wait(descriptor: int) -> None:
-    os.read(descriptor, 1)  # nothing is ever written: this returns when the pipe closes
-    os.killpg(os.getpgid(0), signal.SIGKILL)
+    if os.fork():
+        return
+    try:
+        for other in others:
+            os.close(other)
+        os.read(descriptor, 1)  # nothing is ever written: this returns when the pipe closes
+    finally:
+        os.killpg(0, signal.SIGKILL)

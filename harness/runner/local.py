@@ -56,30 +56,13 @@ def attempt(
 
 
 def _run(work: Work, log: Path, timeout: float, progress: Progress) -> tuple[Status, str, str]:
-    """Start the worker and wait for its end; say how it died, for the case that it leaves no Record."""
+    """Run the worker to its end; say how it died, for the case that it leaves no Record."""
     events_in, events_out = os.pipe()
     watched_in, watched_out = os.pipe()
     killed = _oom_kills()
-    with tempfile.TemporaryDirectory() as temporary, _closing(events_in, watched_out):
-        spec = Path(temporary) / "work.json"
-        spec.write_bytes(work.model_dump_json(by_alias=True).encode())
-        command = [sys.executable, "-m", "harness.runner.worker", str(spec), str(events_out), str(watched_in)]
-        try:
-            output = log.open("wb")
-        except OSError as error:
-            raise StoreError(f"cannot write the log: {error.strerror}", where=str(log)) from error
-        with output:
-            worker = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=(events_out, watched_in),
-                start_new_session=True,
-                env=_worker_environment(),
-            )
-        os.close(events_out)
-        os.close(watched_in)
+    with _closing(events_in, watched_out):
+        with _closing(events_out, watched_in):  # the worker has its own copies; with ours open no pipe would ever end
+            worker = _start(work, log, events_out, watched_in)
         try:
             late = not _follow(events_in, worker, time.monotonic() + timeout, progress)
             if not late:
@@ -96,6 +79,32 @@ def _run(work: Work, log: Path, timeout: float, progress: Progress) -> tuple[Sta
             return Status.OOM, name, "the kernel killed the worker: the host's memory ran out"
         return Status.LOST, name, f"the worker was killed by {name} in phase {progress.phase}"
     return Status.LOST, f"exit {code}", f"the worker ended with exit code {code} and left no Record; see its log"
+
+
+def _start(work: Work, log: Path, events: int, watched: int) -> subprocess.Popen[Any]:
+    """Start the worker in a session of its own; raises StoreError."""
+    # -P: a file in the user's folder must not stand in for a library's module of the same name.
+    command = [sys.executable, "-P", "-m", "harness.runner.worker", str(events), str(watched)]
+    try:
+        # The file has no name, so that even a killed runner leaves none behind.
+        with tempfile.TemporaryFile() as spec, log.open("wb") as output:
+            spec.write(work.model_dump_json(by_alias=True).encode())
+            spec.seek(0)
+            return subprocess.Popen(
+                command,
+                stdin=spec,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=(events, watched),
+                start_new_session=True,
+                env=_worker_environment(),
+            )
+    except OSError as error:
+        raise StoreError(
+            f"cannot start a worker: {error.strerror or error}",
+            where=str(error.filename or log),
+            mend="free some space or memory, then `peft-harness run SUITE --resume RUN`; what was finished is kept",
+        ) from error
 
 
 def _follow(events: int, worker: subprocess.Popen[Any], deadline: float, progress: Progress) -> bool:
@@ -135,6 +144,7 @@ def _worker_environment() -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
+        "PYTHONHASHSEED": "0",  # the order of a plug-in's sets is part of a run that is to be repeated bit by bit
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any
@@ -15,13 +16,20 @@ from harness.records import Cell, Record
 _REDRAW_S = 0.2
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Go on in silence: that nobody reads the progress any more is no reason to stop measuring."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 class Progress:
     """Shows one run. `event` takes what workers emit; every finished Cell leaves one line behind."""
 
     def __init__(self, cells: int) -> None:
         self.cells = cells
         self.phase = ""
-        self.console = Console(stderr=True, highlight=False)
+        self.console = _Console(stderr=True, highlight=False)
         self._live: Live | None = None
         self._cell: Cell | None = None
         self._index = 0
@@ -86,7 +94,7 @@ class Progress:
         now = time.monotonic()
         if self._live is None:
             if what and force:
-                print(what, file=sys.stderr)
+                self.say(what)
             return
         if not force and now - self._drawn < _REDRAW_S:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -26,6 +27,8 @@ from harness.runner.progress import Progress
 from harness.runner.work import Asset, TaskWork, Work
 
 DEFAULT_TIMEOUT_S = 3600.0
+
+_How = Literal["finished", "interrupted", "failed"]
 
 
 class _Times:
@@ -64,14 +67,15 @@ def run_suite(
         plan = keep_only(plan, only)
     here = environment.describe(environment.physical_cores())
     chosen = _device(device)
+    old = _old(plan, out, resume)
     times.lap("startup")
 
     progress = Progress(len(plan.cells))
     try:
         works = _resolve(suite, plan, progress)
         times.lap("fetch")
-        folder, run_id, done = _open(suite, plan, here, out, resume, progress)
-        how: Literal["finished", "interrupted", "failed"] = "finished"
+        folder, run_id, done = _reopen(old, here) if old else _open(suite, plan, here, out, progress)
+        how: _How = "failed"
         in_cells = 0.0
         times.lap("scheduling")
         try:
@@ -90,16 +94,15 @@ def run_suite(
                 record = local.attempt(work, folder, here, timeout, progress)
                 in_cells += times.skip()
                 progress.end(record)
+            how = "finished"
         except KeyboardInterrupt:
             how = "interrupted"
             in_cells += times.skip()
             progress.say("interrupted: what was finished is kept; the report shows it")
-        except StoreError:
-            how = "failed"
-            raise
         finally:
             times.lap("scheduling")
-            if how != "failed":
+            # What ended the run badly is worth more to the reader than that its footer could not be written either.
+            with contextlib.suppress(*([StoreError] if how == "failed" else [])):
                 _finish(folder, run_id, how, times, in_cells)
     finally:
         progress.close()
@@ -138,28 +141,43 @@ def _resolve(suite: suites.Suite, plan: Plan, progress: Progress) -> dict[str, t
     return works
 
 
+def _old(plan: Plan, out: Path | None, resume: str | None) -> store.Run | None:
+    """Return the run to go on with, if any. Refuses before anything is fetched what could not be written afterwards."""
+    if resume is None:
+        if out is not None:
+            store.refuse_used(out)
+        return None
+    if out is not None:
+        raise UsageError("a resumed run stays in its folder", where=f"--out {out}", mend="leave out --out or --resume")
+    old = store.read_run(store.find_run(resume))
+    expected = {cell.cell_id for cell in old.manifest.cells}
+    if strange := [c.label for c in plan.cells if c.cell_id not in expected]:
+        raise UsageError(
+            f"{len(strange)} Cells of this suite are not in that run, e.g. {strange[0]}",
+            where=f"--resume {old.manifest.run}",
+            mend="resume with the suite it was started with, or start a new run",
+        )
+    return old
+
+
+def _reopen(old: store.Run, here: Environment) -> tuple[store.RunFolder, str, set[str]]:
+    """Return an old run's folder, its id, and the Cells that need not run again."""
+    folder = store.RunFolder(old.path)
+    folder.reopen()
+    done = {
+        record.cell_id
+        for record in old.records
+        if record.status is Status.OK
+        and record.environment.id == here.id
+        and record.environment.code_version == here.code_version
+    }
+    return folder, old.manifest.run, done
+
+
 def _open(
-    suite: suites.Suite, plan: Plan, here: Environment, out: Path | None, resume: str | None, progress: Progress
+    suite: suites.Suite, plan: Plan, here: Environment, out: Path | None, progress: Progress
 ) -> tuple[store.RunFolder, str, set[str]]:
-    """Open the run folder; return it, the run's id, and the Cells that need not run again."""
-    if resume is not None:
-        old = store.read_run(store.find_run(resume))
-        expected = {cell.cell_id for cell in old.manifest.cells}
-        if strange := [c.label for c in plan.cells if c.cell_id not in expected]:
-            raise UsageError(
-                f"{len(strange)} Cells of this suite are not in that run, e.g. {strange[0]}",
-                where=f"--resume {old.manifest.run}",
-                mend="resume with the suite it was started with, or start a new run",
-            )
-        (old.path / "footer.json").unlink(missing_ok=True)  # it is being written to again
-        done = {
-            record.cell_id
-            for record in old.records
-            if record.status is Status.OK
-            and record.environment.id == here.id
-            and record.environment.code_version == here.code_version
-        }
-        return store.RunFolder(old.path), old.manifest.run, done
+    """Make the run folder; return it, the run's id, and no Cells that need not run."""
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     unique = hashlib.sha256(f"{stamp}{os.getpid()}{time.monotonic_ns()}".encode()).hexdigest()[:6]
     run_id = f"{stamp}-{suite.name}-{unique}"
@@ -182,9 +200,7 @@ def _open(
     return folder, run_id, set()
 
 
-def _finish(
-    folder: store.RunFolder, run_id: str, how: Literal["finished", "interrupted"], times: _Times, in_cells: float
-) -> None:
+def _finish(folder: store.RunFolder, run_id: str, how: _How, times: _Times, in_cells: float) -> None:
     run = store.read_run(folder.path)
     folder.close(
         Footer(
@@ -203,7 +219,17 @@ def _finish(
 def _report(folder: store.RunFolder, *, interrupted: bool) -> Exit:
     run = store.read_run(folder.path)
     page = folder.path / "report.html"
-    html.write_report([run], page)
-    print("\n".join(text.summary(run)))
+    try:
+        print("\n".join(text.summary(run)))
+        html.write_report([run], page)
+    except BrokenPipeError:  # the reader of stdout has left; the command knows what to do
+        raise
+    except Exception as error:
+        why = error.what if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
+        raise HarnessError(
+            f"everything was measured and is kept, but the report could not be made: {why}",
+            where=str(folder.path),
+            mend=f"`peft-harness report {folder.path}` tries again",
+        ) from error
     print(f"report: {page}")
     return Exit.INFRASTRUCTURE if interrupted else verdict.judge(run).exit

@@ -1,4 +1,4 @@
-"""One Cell in, one Record out: `python -m harness.runner.worker WORK.json EVENTS LIFELINE`.
+"""One Cell in, one Record out: `python -m harness.runner.worker EVENTS LIFELINE < WORK.json`.
 
 WORK.json is a Work; EVENTS and LIFELINE are file descriptors: JSON lines for the runner's progress display go out on the
 first, the second is watched so that the worker dies with its runner. The Record goes straight into the run folder.
@@ -6,6 +6,7 @@ first, the second is watched so that the worker dies with its runner. The Record
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -34,9 +35,9 @@ _LOUD_LINES = 40
 
 def main(argv: list[str]) -> int:
     """Run the worker; the exit code only says whether a Record was written."""
-    work = Work.model_validate_json(Path(argv[1]).read_bytes())
-    events, watched = int(argv[2]), int(argv[3])
-    lifeline.hold(watched)
+    events, watched = int(argv[1]), int(argv[2])
+    lifeline.hold(watched, events)
+    work = Work.model_validate_json(sys.stdin.buffer.read())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the runner's to handle; it kills the whole group
 
     def emit(event: str, **facts: Any) -> None:
@@ -51,7 +52,12 @@ def main(argv: list[str]) -> int:
 def attempt(work: Work, emit: Any) -> Record:
     """Live one Cell and return its Record, whatever happens."""
     started = store.now()
-    begun = time.time()
+    # Only the start of the process is told by a wall clock, which may be set back; all else by one that never is.
+    before, begun = max(0.0, time.time() - work.launched), time.monotonic()
+
+    def age() -> float:
+        return before + time.monotonic() - begun
+
     emit("phase", name="start-up")
     registry = discover()
     status, because, failure, life, measurements = Status.OK, "", None, None, None
@@ -68,9 +74,8 @@ def attempt(work: Work, emit: Any) -> Record:
         else:
             life, versions = _prepare(work, registry, emit, threads)
             phases = life.clock.done
-            startup = max(0.0, time.time() - work.launched)
             peak = life.meter.peak() if life.meter.source == "VmHWM" else None
-            phases.append(Phase(name="start-up", seconds=startup, peak_memory_B=peak, end_memory_B=life.baseline))
+            phases.append(Phase(name="start-up", seconds=age(), peak_memory_B=peak, end_memory_B=life.baseline))
             measurements = life.run()
     except HarnessError as error:
         status, because = Status.ERROR, str(error)
@@ -91,7 +96,7 @@ def attempt(work: Work, emit: Any) -> Record:
         environment=environment.describe(threads, versions),
         assets=[work.model.use, work.data.use],
         started=started,
-        duration_s=max(0.0, time.time() - min(begun, work.launched)),
+        duration_s=age(),
         phases=phases,
         checks=life.checks if life else [],
         measurements=measurements if status is Status.OK else None,
@@ -125,7 +130,10 @@ def _prepare(work: Work, registry: Any, emit: Any, threads: int) -> tuple[Any, d
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
     torch.manual_seed(work.cell.seed)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # unlike use_deterministic_algorithms it does not load the compiler
+    # What the imports left stays: the collections before each phase, and those inside a timed step, need not visit it.
+    gc.collect()
+    gc.freeze()
     device = torch.device(work.device)
     meter = PeakMeter(device)
     clock = PhaseClock(meter, lambda name: emit("phase", name=name))
@@ -144,7 +152,7 @@ def _reproducibility(device: Any) -> list[str]:
 
 
 def _classify(error: Exception) -> tuple[Status, str]:
-    kind, text = type(error).__name__, str(error)
+    kind, text = type(error).__name__, _plain(str(error))
     first = text.splitlines()[0] if text else kind
     if kind in ("NonconformingError", "Diverged"):
         return Status.NONCONFORMING, first
@@ -156,7 +164,7 @@ def _classify(error: Exception) -> tuple[Status, str]:
 
 
 def _failure(error: BaseException, life: Any) -> Failure:
-    text = str(error)
+    text = _plain(str(error))
     host, device = _HOST_OOM.search(text), _DEVICE_OOM.search(text)
     requested = None
     if host and host.group(1):
@@ -164,7 +172,7 @@ def _failure(error: BaseException, life: Any) -> Failure:
     elif device:
         requested = int(float(device.group(1)) * _UNITS[device.group(2)[0]])
     peaks = [p.peak_memory_B for p in life.clock.done if p.peak_memory_B is not None] if life else []
-    lines = "".join(traceback.format_exception(error)).splitlines()
+    lines = _plain("".join(traceback.format_exception(error))).splitlines()
     return Failure(
         kind=type(error).__name__,
         message=text[:4000],
@@ -175,5 +183,14 @@ def _failure(error: BaseException, life: Any) -> Failure:
     )
 
 
+def _plain(text: str) -> str:
+    """Return `text` as UTF-8 can hold it: a message may name a file whose name is no text."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    code = main(sys.argv)
+    # The Record is on disk. Taking libraries apart in order would cost a second a Cell, and some hang in it.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

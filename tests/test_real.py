@@ -1,0 +1,87 @@
+"""The headline of the quick suite, on its real pretrained models and data, through the command a user types."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness import store
+from harness.records import Record, Status
+
+pytestmark = pytest.mark.real
+ASKED = "id=head,id=lora-r8,id=lora-r8-nf4,id=zero-shot,implementation=reference"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> store.Run:
+    out = tmp_path_factory.mktemp("real") / "run"
+    command = [sys.executable, "-m", "harness.cli", "run", "quick", "--only", ASKED, "--out", str(out)]
+    subprocess.run(command, check=False, cwd=out.parent)
+    return store.read_run(out)
+
+
+def named(run: store.Run, **facts: object) -> Record:
+    (found,) = (
+        record
+        for record in run.latest().values()
+        if all(getattr(record.cell, key) == value for key, value in facts.items() if key != "quantization")
+        and record.cell.base.quantization == facts.get("quantization", "none")
+    )
+    return found
+
+
+def test_every_cell_passes_its_gate_and_is_measured(run: store.Run) -> None:
+    assert {record.cell.label: record.because for record in run.latest().values()} == {
+        record.cell.label: "" for record in run.latest().values()
+    }
+    assert len(run.latest()) == 4
+    assert all(record.status is Status.OK for record in run.records)
+
+
+def test_lora_beats_the_head_alone_by_more_than_their_intervals(run: store.Run) -> None:
+    lora = named(run, method="lora", model="minilm-l6").measurements
+    head = named(run, method="frozen", model="minilm-l6").measurements
+    assert lora is not None
+    assert lora.accuracy is not None
+    assert head is not None
+    assert head.accuracy is not None
+    assert lora.accuracy.low > head.accuracy.high
+
+
+def test_nf4_holds_the_base_in_fewer_bytes_and_is_checked_code_by_code(run: store.Run) -> None:
+    packed = named(run, method="lora", quantization="nf4")
+    dense = named(run, method="lora", model="minilm-l6")
+    assert packed.measurements is not None
+    assert dense.measurements is not None
+    assert packed.measurements.memory.weights_B < dense.measurements.memory.weights_B
+    assert "lora/codes/float32/init" in {check.check for check in packed.checks}
+
+
+def test_zero_shot_is_scored_item_by_item_through_lm_eval(run: store.Run) -> None:
+    record = named(run, model="smollm2-135m-instruct")
+    assert record.measurements is not None
+    accuracy = record.measurements.accuracy
+    assert accuracy is not None
+    assert accuracy.scored_by.startswith("lm-eval ")
+    assert len({item.id for item in accuracy.items}) == record.cell.evaluation.items
+    # A model that reads is far from the coin toss that a wrong prompt or a wrong answer position gives.
+    assert accuracy.low > 0.5
+
+
+def test_the_report_is_one_page_that_names_every_record(run: store.Run) -> None:
+    page = (run.path / "report.html").read_text(encoding="utf-8")
+    assert all(record.cell_id in page for record in run.records)
+    assert not [scheme for scheme in ("src=\"http", "href=\"http") if scheme in page]
+
+
+def test_time_outside_the_cells_is_small(run: store.Run) -> None:
+    assert run.footer is not None
+    outside = sum(v for k, v in run.footer.seconds_outside.items() if k != "fetch")
+    assert outside * 10 < run.footer.seconds_total
+
+
+def test_the_run_stays_in_its_folder(run: store.Run) -> None:
+    assert {p.name for p in Path(run.path).iterdir()} == {"run.json", "cells", "logs", "footer.json", "report.html"}
