@@ -11,6 +11,7 @@ from torch import Tensor
 
 from harness.methods import Adapted
 from harness.records import Latency
+from reference.layers import replace
 
 Variant = Literal["base", "unmerged", "merged"]
 TOKENS = 32
@@ -23,7 +24,7 @@ def measure(adapted: Adapted, causal: bool, vocabulary: int, merged_refused: str
     """Return forward (encoder) or prefill and decode (causal) times, batch 1, 32 tokens, for every variant there is.
 
     merged_refused: why merging is not to be tried, or empty. Variants alternate in blocks, so that a slow spell of the
-    machine touches all; after each change of variant the first runs are thrown away. The model is left detached.
+    machine touches all; after each change of variant the first runs are thrown away. The model is left as it was.
     """
     model: Any = adapted.model
     model.eval()
@@ -52,10 +53,10 @@ def measure(adapted: Adapted, causal: bool, vocabulary: int, merged_refused: str
                 adapted.merge()
                 block("merged")
                 adapted.unmerge()
-        adapted.detach()
-        # The base comes last: putting an adapter back is not part of the seam.
-        for _ in range(blocks):
+            adapted.detach()
             block("base")
+            for path, layer in adapted.layers.items():
+                replace(model, path, layer)
     order: tuple[Variant, ...] = ("base", "unmerged", "merged")
     return [
         Latency(
