@@ -29,11 +29,11 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def floating_dtype(base: nn.Module) -> torch.dtype:
-    """Return the dtype an adapter of `base` trains in: that of its weight, or of its bias if the weight is packed."""
+    """Return the dtype an adapter of `base` trains in: that of its weight, or if that is packed, of its products."""
     for tensor in (*base.parameters(), *base.buffers()):
         if tensor.is_floating_point():
             return tensor.dtype
-    return torch.float32
+    return getattr(base, "compute_dtype", None) or torch.float32  # bitsandbytes' name for it
 
 
 def dense_weight(base: nn.Linear) -> torch.Tensor:

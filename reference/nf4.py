@@ -57,7 +57,8 @@ def near_tie(W: Tensor, block: int = 64) -> Tensor:
     """Return a mask, flat: elements so near the middle of two levels that the rounding of W / absmax may decide.
 
     Dividing by absmax and multiplying by its reciprocal differ by up to 1.5 units in the last place; codes of these
-    elements may differ by one level between correct programs.
+    elements may differ by one level between correct programs. Where absmax is a power of two both are exact, and nothing
+    is excused.
     """
     flat = W.detach().flatten().float()
     absmax = torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block).abs().amax(dim=1)
@@ -69,7 +70,8 @@ def near_tie(W: Tensor, block: int = 64) -> Tensor:
     midpoints = ((levels[:-1] + levels[1:]) / 2).double()
     above = torch.bucketize(scaled, midpoints).clamp(max=len(midpoints) - 1)
     gap = torch.minimum((scaled - midpoints[above]).abs(), (scaled - midpoints[(above - 1).clamp(min=0)]).abs())
-    return gap <= 2 * torch.finfo(torch.float32).eps * scaled.abs().clamp(max=1)
+    rounds = (torch.frexp(absmax).mantissa != 0.5).repeat_interleave(block)[: flat.numel()]
+    return rounds & (gap <= 2 * torch.finfo(torch.float32).eps * scaled.abs().clamp(max=1))
 
 
 def dequantize(codes: Tensor, absmax: Tensor, block: int = 64) -> Tensor:
@@ -79,8 +81,8 @@ def dequantize(codes: Tensor, absmax: Tensor, block: int = 64) -> Tensor:
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Return uint8 bytes, the first code of each pair in the high nibble; an odd length is filled up with code 0."""
-    padded = torch.nn.functional.pad(codes, (0, codes.numel() % 2))
+    """Return uint8 bytes, the first code of each pair in the high nibble; an odd length is filled up with the code of zero."""
+    padded = torch.nn.functional.pad(codes, (0, codes.numel() % 2), value=7)
     return padded[0::2] << 4 | padded[1::2]
 
 

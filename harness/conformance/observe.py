@@ -12,17 +12,19 @@ def observe(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tens
     """Run `layer` forward on x (T, D) and backward from dy (T, E).
 
     tensors: canonical short name -> trainable tensor of the layer. Returns `y`, `grad x` and `grad <name>`; a tensor that
-    received no gradient is left out, so that a comparison notices. The layer's gradients are cleared before and after.
+    received no gradient is left out, so that a comparison notices: all of them, if y cannot take dy at all. The layer's
+    gradients are put back afterwards.
     """
     held = {name: t.grad for name, t in tensors.items()}
     was_training = layer.training
-    layer.eval()  # dropout off; it has a check of its own
+    layer.eval()  # no dropout: its masks are random
     leaf = x.detach().clone().requires_grad_(True)
     for tensor in tensors.values():
         tensor.grad = None
     try:
         y = layer(leaf)
-        y.backward(dy)
+        if y.requires_grad and y.shape == dy.shape:
+            y.backward(dy)
         seen = {"y": y.detach().clone()}
         if leaf.grad is not None:
             seen["grad x"] = leaf.grad.detach().clone()

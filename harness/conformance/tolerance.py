@@ -70,8 +70,8 @@ def worst_of(judged: list[Judgement], policy: str) -> Judgement:
 
 
 def _relative_error(value: Tensor, truth: Tensor) -> float:
-    reference = truth.double()
-    error = torch.linalg.vector_norm(value.double() - reference)
+    reference = truth.detach().double()
+    error = torch.linalg.vector_norm(value.detach().double() - reference)
     scale = torch.linalg.vector_norm(reference)
     return float(error / scale) if scale > 0 else float(error)
 
@@ -80,6 +80,7 @@ def _judge(name: str, value: Tensor, truth: Tensor, allowed: float, policy: str)
     if value.shape != truth.shape:
         shapes = f"shape {tuple(value.shape)}, should be {tuple(truth.shape)}"
         return Judgement(False, None, allowed, name, shapes, policy, 0)
+    value, truth = value.detach(), truth.detach()
     nonfinite = int((~torch.isfinite(value)).sum())
     difference = (value.double() - truth.double()).abs().nan_to_num(nan=torch.inf)
     where = [int(i) for i in torch.unravel_index(difference.argmax(), difference.shape)] if difference.numel() else []

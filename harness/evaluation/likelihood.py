@@ -49,7 +49,9 @@ class CausalScorer(TemplateLM):  # type: ignore[misc]
         # The last answer token is only ever predicted, never read: leaving it off makes one-token choices share a pass.
         passes: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
         for index, (_, context, answer) in enumerate(requests):
-            sequence = tuple((context + answer)[:-1][-self.max_tokens :])
+            if len(answer) >= self.max_tokens:
+                raise ValueError(f"an answer has {len(answer)} tokens, which leaves no prompt in {self.max_tokens}")
+            sequence = tuple((context + answer)[-self.max_tokens :][:-1])  # cut as in training
             passes.setdefault(sequence, []).append((index, answer))
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         ordered = sorted(passes.items(), key=lambda item: len(item[0]))

@@ -36,12 +36,17 @@ class _Times:
 
     def __init__(self) -> None:
         self.outside: dict[str, float] = {}
-        self.began = self._mark = time.monotonic()
+        self._began = self._mark = time.monotonic()
 
     def lap(self, name: str) -> None:
         now = time.monotonic()
         self.outside[name] = self.outside.get(name, 0.0) + now - self._mark
         self._mark = now
+
+    @property
+    def total(self) -> float:
+        """From the beginning to the last lap."""
+        return self._mark - self._began
 
     def skip(self) -> float:
         """Leave what has passed since the last lap out of the account and return it."""
@@ -75,7 +80,7 @@ def run_suite(
         works = _resolve(suite, plan, progress)
         times.lap("fetch")
         folder, run_id, done = _reopen(old, here) if old else _open(suite, plan, here, out, progress)
-        how: _How = "failed"
+        how: _How = "finished"
         in_cells = 0.0
         times.lap("scheduling")
         try:
@@ -94,16 +99,16 @@ def run_suite(
                 record = local.attempt(work, folder, here, timeout, progress)
                 in_cells += times.skip()
                 progress.end(record)
-            how = "finished"
         except KeyboardInterrupt:
             how = "interrupted"
             in_cells += times.skip()
             progress.say("interrupted: what was finished is kept; the report shows it")
-        finally:
-            times.lap("scheduling")
-            # What ended the run badly is worth more to the reader than that its footer could not be written either.
-            with contextlib.suppress(*([StoreError] if how == "failed" else [])):
-                _finish(folder, run_id, how, times, in_cells)
+        except BaseException:
+            in_cells += times.skip()
+            with contextlib.suppress(StoreError):  # what ended the run is what its user must read
+                _finish(folder, run_id, "failed", times, in_cells)
+            raise
+        _finish(folder, run_id, how, times, in_cells)
     finally:
         progress.close()
     return _report(folder, interrupted=how == "interrupted")
@@ -202,6 +207,7 @@ def _open(
 
 def _finish(folder: store.RunFolder, run_id: str, how: _How, times: _Times, in_cells: float) -> None:
     run = store.read_run(folder.path)
+    times.lap("scheduling")
     folder.close(
         Footer(
             run=run_id,
@@ -209,7 +215,7 @@ def _finish(folder: store.RunFolder, run_id: str, how: _How, times: _Times, in_c
             how=how,
             counts=dict(Counter(record.status.value for record in run.latest().values())),
             missing=run.missing(),
-            seconds_total=time.monotonic() - times.began,
+            seconds_total=times.total,
             seconds_in_cells=in_cells,
             seconds_outside=times.outside,
         )

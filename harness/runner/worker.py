@@ -7,7 +7,6 @@ first, the second is watched so that the worker dies with its runner. The Record
 from __future__ import annotations
 
 import gc
-import gc
 import json
 import os
 import re
@@ -111,7 +110,8 @@ def _import_all(implementation: Implementation, work: Work, registry: Any) -> st
     needed = list(implementation.requires)
     if work.cell.base.quantization != "none":
         needed += registry.find("base", work.cell.base.quantization, work.cell.base.implementation).requires
-    needed += ["transformers"] if work.model.source.kind == "encoder" else ["transformers", "lm_eval.evaluator"]
+    needed += ["transformers.modeling_utils"]  # not `transformers`, which puts its own imports off to the first model
+    needed += [] if work.model.source.kind == "encoder" else ["lm_eval.evaluator"]
     for module in needed:
         try:
             import_module(module)
@@ -132,11 +132,8 @@ def _prepare(work: Work, registry: Any, emit: Any, threads: int) -> tuple[Any, d
     torch.set_num_threads(threads)
     torch.manual_seed(work.cell.seed)
     torch.set_deterministic_debug_mode("warn")  # unlike use_deterministic_algorithms it does not load the compiler
-    # What the imports left stays: the collections before each phase, and those inside a timed step, need not visit it.
-    gc.collect()
-    gc.freeze()
     # What the imports made lives as long as the process: out of the collector's sight, a collection at each phase edge
-    # takes milliseconds instead of a third of a second.
+    # takes milliseconds instead of a third of a second, and one inside a timed step is not seen in it.
     gc.collect()
     gc.freeze()
     device = torch.device(work.device)

@@ -41,8 +41,10 @@ def order(examples: Sequence[Example], steps: int, batch: int, seed: int) -> lis
     """Return `steps` lists of `batch` examples: the data order of a seed, the same for every method.
 
     Epochs are shuffled; inside a pool of eight batches examples are sorted by length, so that little is padding, and the
-    batches of a pool are shuffled again.
+    batches of a pool are shuffled again. Raises ValueError if there is no example.
     """
+    if not examples:
+        raise ValueError("there is not one example to train on")
     rng = random.Random(seed)  # noqa: S311
     stream: list[Example] = []
     pools: list[list[Example]] = []
@@ -94,11 +96,13 @@ def answer_examples(
 ) -> list[Example]:
     """Tokenise prompt and right answer for a causal model; too long a prompt loses its beginning, as in evaluation.
 
-    The loss is over the answer's tokens alone.
+    The loss is over the answer's tokens alone. Raises ValueError for an answer that leaves no room for its prompt.
     """
     examples = []
     for row in rows:
         context, answer = encode_pair(prompt(row), answers(row)[row.label])
+        if len(answer) >= max_tokens:
+            raise ValueError(f"the answer of {row.id} has {len(answer)} tokens, which leaves no prompt in {max_tokens}")
         tokens = tuple((context + answer)[-max_tokens:])
         examples.append(Example(row.id, tokens, row.label, len(answer)))
     return examples

@@ -1,0 +1,198 @@
+"""Run folders on disk: what was finished stays, and nothing half-written is taken for a result."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+from pathlib import Path
+
+import pytest
+import recorded_run
+
+from harness import store
+from harness.errors import StoreError, UsageError
+from harness.records import Record, Status
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> store.Run:
+    return recorded_run.write_run(tmp_path / "run", only=["reference", "fused"])
+
+
+def _path(run: store.Run, record: Record) -> Path:
+    return store.RunFolder(run.path).record_path(record.cell_id, record.attempt)
+
+
+def test_what_is_written_is_read_back(run: store.Run) -> None:
+    assert [r.cell_id for r in run.latest().values()] == [c.cell_id for c in run.manifest.cells]
+    assert (run.missing(), run.broken) == ([], {})
+    for record in run.records:
+        assert store.read_record(_path(run, record)) == record
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"schema": 1, "run": "x', b"[]", b"null", b'{"schema": "1"}', b"\xff\xfe"])
+def test_a_torn_record_is_shown_and_its_cell_is_missing(run: store.Run, torn: bytes) -> None:
+    whole, broken = run.records
+    _path(run, broken).write_bytes(torn)
+    again = store.read_run(run.path)
+    assert list(again.broken) == [_path(run, broken).name]
+    assert "not a whole Record" in again.broken[_path(run, broken).name]
+    assert again.missing() == [broken.cell_id]
+    assert again.records == (whole,)
+
+
+def test_every_prefix_of_a_record_is_torn(run: store.Run) -> None:
+    path = _path(run, run.records[0])
+    text = path.read_bytes().rstrip()
+    for length in range(0, len(text), max(1, len(text) // 50)):
+        path.write_bytes(text[:length])
+        with pytest.raises(StoreError, match="not a whole Record"):
+            store.read_record(path)
+
+
+def test_a_copy_of_a_record_is_no_second_record(run: store.Run) -> None:
+    first, second = run.records
+    _path(run, second).write_bytes(_path(run, first).read_bytes())
+    again = store.read_run(run.path)
+    assert again.records == (first,)
+    assert first.id in again.broken[_path(run, second).name]
+
+
+def test_a_newer_schema_is_refused(run: store.Run) -> None:
+    path = _path(run, run.records[0])
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": store.SCHEMA + 1}))
+    with pytest.raises(StoreError, match="schema") as caught:
+        store.read_record(path)
+    assert "newer peft-harness" in caught.value.mend
+    assert "schema" in store.read_run(run.path).broken[path.name]
+
+
+@pytest.mark.parametrize("field", [{"measurement": 1}, {"duration_s": float("nan")}, {"cell_id": "0" * 16}])
+def test_what_no_record_can_hold_is_not_read(run: store.Run, field: dict[str, object]) -> None:
+    path = _path(run, run.records[0])
+    path.write_text(json.dumps({**json.loads(path.read_text()), **field}))
+    with pytest.raises(StoreError, match="not a whole Record"):
+        store.read_record(path)
+
+
+def test_attempt_numbers_are_never_used_again(run: store.Run) -> None:
+    folder, cell_id = store.RunFolder(run.path), run.records[0].cell_id
+    assert folder.next_attempt("0" * 16) == 1
+    assert folder.next_attempt(cell_id) == 2
+    folder.log_path(cell_id, 2).touch()  # a worker that was killed leaves its log alone
+    assert folder.next_attempt(cell_id) == 3
+    torn = folder.record_path(cell_id, 11)
+    torn.write_text("{")
+    assert folder.next_attempt(cell_id) == 12
+    torn.rename(torn.with_name(f"{cell_id}.11.torn.json"))  # moved away, as the message of a torn file says
+    assert folder.next_attempt(cell_id) == 12
+
+
+def test_a_record_is_never_replaced(run: store.Run) -> None:
+    record = run.records[0]
+    before = _path(run, record).read_bytes()
+    with pytest.raises(StoreError, match="has a Record already"):
+        store.RunFolder(run.path).write_record(recorded_run.failed(record, Status.LOST))
+    assert _path(run, record).read_bytes() == before
+
+
+def test_the_newest_attempt_counts_also_if_it_is_worse(run: store.Run) -> None:
+    first = run.records[0]
+    for attempt in (2, 10):
+        store.RunFolder(run.path).write_record(recorded_run.failed(first, Status.OOM, attempt=attempt))
+    newest = store.read_run(run.path).latest()[first.cell_id]
+    assert (newest.attempt, newest.status) == (10, Status.OOM)
+
+
+@pytest.mark.parametrize("where", ["write", "fsync", "replace"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, number: int
+) -> None:
+    path = tmp_path / "footer.json"
+    store.write_atomic(path, b"old")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        if where == "write":
+
+            class Full(io.FileIO):
+                write = fail  # type: ignore[assignment]
+
+            patch.setattr(Path, "open", lambda self, mode: Full(self, mode.replace("b", "")))
+        else:
+            patch.setattr(*{"fsync": (os, "fsync"), "replace": (Path, "replace")}[where], fail)
+        with pytest.raises(StoreError) as caught:
+            store.write_atomic(path, b"new")
+    assert caught.value.where == str(path)
+    full = number != errno.EIO
+    assert ("the disk is full" in caught.value.what) == full
+    assert ("free some space" in caught.value.mend) == full
+    assert caught.value.mend
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["footer.json"]
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        store.write_atomic(tmp_path / "footer.json", b"new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_a_write_is_not_read(run: store.Run) -> None:
+    # What a kill in the middle of a write leaves.
+    (run.path / "cells" / f".{run.records[0].cell_id}.2.json.123.tmp").write_text("{")
+    again = store.read_run(run.path)
+    assert (again.records, again.broken) == (run.records, {})
+
+
+def test_a_used_folder_is_refused_and_stays(run: store.Run, tmp_path: Path) -> None:
+    before = sorted((p, p.stat().st_mtime_ns) for p in run.path.rglob("*"))
+    with pytest.raises(UsageError, match="holds a run already"):
+        store.RunFolder.create(run.path, run.manifest)
+    assert sorted((p, p.stat().st_mtime_ns) for p in run.path.rglob("*")) == before
+    (run.path / "run.json").unlink()  # Records alone are no new run's either
+    with pytest.raises(UsageError, match="holds a run already"):
+        store.RunFolder.create(run.path, run.manifest)
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot make the run folder"):
+        store.RunFolder.create(tmp_path / "file" / "run", run.manifest)
+
+
+def test_reopening_takes_the_footer_away(run: store.Run) -> None:
+    store.RunFolder(run.path).reopen()
+    again = store.read_run(run.path)
+    assert again.footer is None
+    assert again.records == run.records
+
+
+def test_runs_are_found_by_folder_id_prefix_and_latest(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    for number, name in enumerate(["20260101-a", "20260102-b", "20260102-bc"]):
+        recorded_run.write_run(runs / name, run=name, only=["reference"])
+        os.utime(runs / name / "run.json", (number, number))
+    os.utime(runs / "20260101-a" / "run.json", (9, 9))
+    assert store.find_run(str(runs / "20260101-a"), tmp_path / "none") == runs / "20260101-a"
+    assert store.find_run("20260101", runs) == runs / "20260101-a"
+    assert store.find_run("20260102-b", runs) == runs / "20260102-b"  # whole, though another begins with it
+    assert store.find_run("latest", runs) == runs / "20260101-a"
+    with pytest.raises(UsageError, match="fits 2 runs"):
+        store.find_run("20260102", runs)
+    with pytest.raises(UsageError, match="no run 'x'") as caught:
+        store.find_run("x", runs)
+    assert "20260102-bc" in caught.value.mend
+    with pytest.raises(UsageError, match="no run 'latest'"):
+        store.find_run("latest", tmp_path / "none")
+
+
+def test_a_folder_without_run_json_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not a run folder"):
+        store.read_run(tmp_path)

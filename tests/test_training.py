@@ -1,0 +1,323 @@
+"""Training: the data order, batches, the loss against plain computations, the schedule, and what stops a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from harness.assets import made
+from harness.assets.rows import Row
+from harness.conformance.subject import configure
+from harness.conformance.tolerance import exact, noise_floor
+from harness.evaluation.likelihood import CausalScorer
+from harness.records import Training
+from harness.registry import discover
+from harness.training import loop
+from harness.training.batches import Batch, Example, answer_examples, collate, order
+
+EXAMPLES = [Example(f"e{i}", tuple(range(1, 2 + i * 7 % 13)), i % 2) for i in range(50)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made.tiny_llama(path := tmp_path_factory.mktemp("tiny-llama"))
+    return path
+
+
+@pytest.fixture
+def model(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+# The data order
+
+
+def test_the_order_depends_on_the_seed_alone() -> None:
+    first = order(EXAMPLES, 20, 4, seed=1)
+    torch.manual_seed(99)
+    assert order(EXAMPLES, 20, 4, seed=1) == first
+    assert order(EXAMPLES, 20, 4, seed=2) != first
+    assert order(EXAMPLES, 9, 4, seed=1) == first[:9]  # a longer run begins as a shorter one
+
+
+def test_epochs_cover_every_row() -> None:
+    batch = 5  # ten batches an epoch; pools hold eight of them, so that 40 batches are four whole epochs
+    seen = Counter(e.id for group in order(EXAMPLES, 40, batch, seed=3) for e in group)
+    assert seen == {e.id: 4 for e in EXAMPLES}
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(50, 4), (3, 4), (1, 2), (33, 1)])
+def test_every_batch_is_full(rows: int, batch: int) -> None:
+    groups = order(EXAMPLES[:rows], 25, batch, seed=0)
+    assert [len(group) for group in groups] == [batch] * 25
+
+
+def test_batches_are_of_like_length() -> None:
+    spread = [max(len(e.tokens) for e in g) - min(len(e.tokens) for e in g) for g in order(EXAMPLES, 24, 4, seed=0)]
+    assert sum(spread) / len(spread) < 3  # lengths go from 1 to 13: in chance batches of four some seven
+
+
+def test_nothing_to_train_on_is_an_error_and_no_endless_loop() -> None:
+    with pytest.raises(ValueError, match="not one example"):
+        order([], 1, 1, seed=0)
+
+
+# Batches
+
+
+def test_padding_on_the_right() -> None:
+    batch = collate([Example("a", (5, 6, 7), 1), Example("b", (8,), 0)], pad=0, side="right")
+    assert batch.inputs["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert set(batch.inputs) == {"input_ids", "attention_mask"}
+    assert batch.labels.tolist() == [1, 0]
+    assert (batch.real_tokens, batch.padded_tokens) == (4, 6)
+
+
+def test_padding_on_the_left_shifts_no_position() -> None:
+    batch = collate([Example("a", (5, 6, 7), 1, 2), Example("b", (8,), 0, 1)], pad=0, side="left")
+    assert batch.inputs["input_ids"].tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]
+    assert batch.answers == (2, 1)
+
+
+def encode(context: str, answer: str) -> tuple[list[int], list[int]]:
+    return [ord(c) for c in context], [ord(c) for c in answer]
+
+
+def examples(prompt: str, answer: str, limit: int) -> list[Example]:
+    return answer_examples([Row("r", prompt, 0)], lambda row: row.text, lambda row: [answer], encode, limit)
+
+
+def test_a_long_prompt_loses_its_beginning_and_never_its_answer() -> None:
+    (example,) = examples("abcdef", "yz", 5)
+    assert bytes(example.tokens) == b"defyz"
+    assert example.answer == 2
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_an_answer_without_room_for_a_prompt_is_refused(limit: int) -> None:
+    with pytest.raises(ValueError, match="answer of r has 2 tokens"):
+        examples("abc", "yz", limit)
+
+
+# The loss
+
+
+def causal_batch(tokenizer: Any) -> Batch:
+    texts = [("the film is sweet and now warm =", 1), ("the plot is dull =", 2), ("the cast is ugly but still weak =", 3)]
+    rows = []
+    for text, answer in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert len(set(ids)) > 3
+        rows.append(Example(text, tuple(ids), 0, answer))
+    return collate(rows, tokenizer.pad_token_id, "left")
+
+
+def test_the_causal_loss_is_over_the_answers_tokens_alone(model: Any, tokenizer: Any) -> None:
+    batch = causal_batch(tokenizer)
+    losses = []
+    for row, answer in enumerate(batch.answers):
+        ids = batch.inputs["input_ids"][row][batch.inputs["attention_mask"][row].bool()]
+        log_p = model(ids[None]).logits[0].log_softmax(-1)  # alone, without padding
+        losses += [-log_p[i - 1, ids[i]] for i in range(len(ids) - answer, len(ids))]
+    assert len(losses) == 6
+    want = torch.stack(losses).mean()
+    judged = noise_floor({"loss": loop.loss_of(model, batch)}, {"loss": want}, {"loss": want}, "float64")
+    assert judged.passed, judged
+
+
+def test_no_more_logits_are_computed_than_the_answers_need(model: Any, tokenizer: Any) -> None:
+    shapes: list[tuple[int, ...]] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
+    batch = causal_batch(tokenizer)
+    loop.loss_of(model, batch)
+    loop.last_logits(model, batch.inputs, 1)
+    vocabulary = model.config.vocab_size
+    assert shapes == [(3, 4, vocabulary), (3, 1, vocabulary)]  # three answer tokens and the position before them
+
+
+class NoKeep(nn.Module):
+    """A causal model that knows no logits_to_keep."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, use_cache: bool) -> Any:
+        return self.inner(input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache)
+
+
+def test_a_model_without_logits_to_keep_gives_the_same_loss(model: Any, tokenizer: Any) -> None:
+    batch = causal_batch(tokenizer)
+    want = {"loss": loop.loss_of(model, batch)}
+    assert noise_floor({"loss": loop.loss_of(NoKeep(model), batch)}, want, want, "float64").passed
+
+
+class Encoder(nn.Module):
+    """Counts tokens; enough of an encoder to be trained."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head, self.scale = nn.Embedding(16, 4), nn.Linear(4, 2), scale
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        summed = (self.embed(input_ids) * attention_mask[..., None]).sum(1)
+        return SimpleNamespace(logits=self.head(torch.tanh(summed)) * self.scale)
+
+
+def test_the_encoders_loss_is_the_mean_cross_entropy() -> None:
+    model, batch = Encoder().double(), collate(EXAMPLES[:6], 0, "right")
+    log_p = [model(torch.tensor([e.tokens]), torch.ones(1, len(e.tokens))).logits.log_softmax(-1) for e in EXAMPLES[:6]]
+    want = torch.stack([-lp[0, e.label] for lp, e in zip(log_p, EXAMPLES, strict=False)]).mean()
+    judged = noise_floor({"loss": loop.loss_of(model, batch)}, {"loss": want}, {"loss": want}, "float64")
+    assert judged.passed, judged
+
+
+# The optimizer and the loop
+
+
+def setting(model: nn.Module, method: str = "full", **recipe: Any) -> Any:
+    """Attach a method to a model; return train()'s arguments up to the schedule, by name."""
+    attach = discover().find("method", method, "reference")
+    config = {"rank": 2, "targets": ["head"]} if method == "lora" else {}
+    adapted = attach(model, configure(method, config), torch.Generator().manual_seed(0))
+    recipe = Training(**{"steps": 10, "warmup": 0, "lr": 1e-2, **recipe})
+    optimizer, schedule = loop.make_optimizer(adapted, [], recipe)
+    return {"adapted": adapted, "head": [], "optimizer": optimizer, "schedule": schedule}
+
+
+def batches(steps: int) -> list[Batch]:
+    return [collate(group, 0, "right") for group in order(EXAMPLES, steps, 4, seed=0)]
+
+
+def nothing(step: int, loss: float) -> None:
+    """Report to nobody."""
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 4])
+def test_the_learning_rate_rises_to_its_value_and_falls_to_zero(warmup: int) -> None:
+    s = setting(Encoder(), warmup=warmup, lr=2.0)
+    rates = []
+    for _ in range(11):
+        rates.append(s["optimizer"].param_groups[0]["lr"])
+        s["optimizer"].step()
+        s["schedule"].step()
+    rising = [2.0 * (i + 1) / warmup for i in range(warmup)]
+    falling = [2.0 * (10 - i) / (10 - warmup) for i in range(warmup, 11)]
+    assert rates == rising + falling
+    assert (max(rates), rates[10]) == (2.0, 0.0)
+    assert min(rates[:10]) > 0
+
+
+def test_the_head_has_a_learning_rate_of_its_own_and_is_stepped_once() -> None:
+    model = Encoder()
+    attach = discover().find("method", "full", "reference")
+    adapted = attach(model, configure("full", {}), torch.Generator())
+    head = list(model.head.parameters())
+    for head_lr, want in ((0.5, 0.5), (None, 0.1)):
+        optimizer, _ = loop.make_optimizer(adapted, head, Training(steps=1, warmup=0, lr=0.1, head_lr=head_lr))
+        groups = {id(p): g["initial_lr"] for g in optimizer.param_groups for p in g["params"]}
+        assert groups == {id(model.embed.weight): 0.1} | {id(p): want for p in head}
+        assert sum(len(g["params"]) for g in optimizer.param_groups) == 3
+
+
+def test_training_trains_and_keeps_raw_numbers() -> None:
+    model, reported = Encoder(), []
+    before = model.embed.weight.detach().clone()
+    given = batches(10)
+    samples = loop.train(batches=given, seed=0, report=lambda *said: reported.append(said), **setting(model))
+    assert not torch.equal(model.embed.weight, before)
+    assert [len(v) for v in vars(samples).values()] == [10] * 5
+    assert reported == list(enumerate(samples.losses, 1))
+    assert samples.tokens == [b.real_tokens for b in given]
+    assert samples.padded_tokens == [b.padded_tokens for b in given]
+    assert min(samples.seconds) > 0
+    assert all(p.grad is not None for p in model.parameters())  # the last step's, for the memory ledger
+
+
+def test_the_recorded_loss_and_norm_are_of_before_the_step() -> None:
+    model, given = Encoder(), batches(1)
+    loss = loop.loss_of(model, given[0])
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    model.zero_grad()
+    samples = loop.train(batches=given, seed=0, report=nothing, **setting(model))
+    assert samples.losses == [float(loss)]
+    want = {"norm": norm.double()}
+    judged = noise_floor({"norm": torch.tensor(samples.gradient_norms[0])}, want, {"norm": norm}, "float32")
+    assert judged.passed, judged
+
+
+def test_a_rerun_gives_the_same_losses() -> None:
+    runs = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)  # what ran before must not matter
+        s = setting(Encoder(), "lora")
+        s["adapted"].model.head.dropout.p = 0.5
+        runs.append(loop.train(batches=batches(6), seed=5, report=nothing, **s).losses)
+    assert runs[0] == runs[1]
+
+
+def test_after_step_counts_from_one() -> None:
+    s = setting(Encoder())
+    steps: list[int] = []
+    s["adapted"].after_step = steps.append
+    loop.train(batches=batches(3), seed=0, report=nothing, **s)
+    assert steps == [1, 2, 3]
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_the_run(scale: float) -> None:
+    with pytest.raises(loop.Diverged, match="at step 1"):
+        loop.train(batches=batches(3), seed=0, report=nothing, **setting(Encoder(scale)))
+
+
+def test_a_gradient_of_zero_stops_the_run() -> None:
+    with pytest.raises(loop.Diverged, match="exactly zero at step 1: nothing is being trained"):
+        loop.train(batches=batches(3), seed=0, report=nothing, **setting(Encoder(0.0)))
+
+
+def test_no_gradient_at_all_stops_the_run() -> None:
+    s = setting(Encoder(), "lora")
+    trainable = s["adapted"].parameters()
+    s["adapted"].detach()  # the model runs without what is being trained ...
+    s["adapted"].model.embed.weight.requires_grad_(True)  # ... and something else has a gradient
+    with pytest.raises(loop.Diverged, match="exactly zero"):
+        loop.train(batches=batches(3), seed=0, report=nothing, **s)
+    assert all(p.grad is None for p in trainable)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_every_method_sees_the_same_batches(method: str) -> None:
+    seen: list[Tensor] = []
+    model = Encoder()
+    model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["input_ids"].clone()), with_kwargs=True)
+    loop.train(batches=batches(5), seed=0, report=nothing, **setting(model, method))
+    want = [b.inputs["input_ids"] for b in batches(5)]
+    assert exact(dict(enumerate(seen)), dict(enumerate(want))).passed  # type: ignore[arg-type]
+
+
+def test_training_and_scoring_cut_a_prompt_at_the_same_place(model: Any, tokenizer: Any) -> None:
+    scorer = CausalScorer(model, tokenizer, batch=2, max_tokens=4, report=nothing)
+    prompt, answer = "the film is sweet and now warm =", " good"
+    (example,) = answer_examples([Row("r", prompt, 0)], lambda r: r.text, lambda r: [answer], scorer.encode_pair, 4)
+    read: list[list[int]] = []
+    model.register_forward_pre_hook(lambda m, a, kw: read.append(kw["input_ids"][0].tolist()), with_kwargs=True)
+    context, ids = scorer.encode_pair(prompt, answer)
+    scorer._loglikelihood_tokens([(("", ""), context, ids)])
+    assert read == [list(example.tokens[:-1])]
