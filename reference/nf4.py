@@ -81,7 +81,7 @@ def dequantize(codes: Tensor, absmax: Tensor, block: int = 64) -> Tensor:
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Return uint8 bytes, the first code of each pair in the high nibble; an odd length is filled up with the code of zero."""
+    """Return uint8 bytes, the first code of each pair in the high nibble; an odd length is filled up with zero's code."""
     padded = torch.nn.functional.pad(codes, (0, codes.numel() % 2), value=7)
     return padded[0::2] << 4 | padded[1::2]
 

@@ -177,7 +177,7 @@ def make_bench(folder: Path, cache: Path) -> Bench:
     for name, code in _ON_IMPORT.items():
         (plugin / f"misbehaving_{name}.py").write_text(code + "\n", encoding="utf-8")
     environment = {
-        "PYTHONPATH": str(plugin),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(plugin), os.environ.get("PYTHONPATH")])),
         "MISBEHAVING": str(folder),
         "PEFT_HARNESS_CACHE": str(cache),
         "NO_COLOR": "1",

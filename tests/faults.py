@@ -178,7 +178,9 @@ def adapts_one_layer_too_few(model: nn.Module, config: Any, generator: torch.Gen
 
 @_attach("layers")
 def adapts_the_wrong_layer(model: nn.Module, config: Any, generator: torch.Generator) -> Any:
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rsplit(".", 1)[-1] not in config.targets]
+    names = [
+        n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.rsplit(".", 1)[-1] not in config.targets
+    ]
     return lora.attach(model, dataclasses.replace(config, targets=tuple(names)), generator)
 
 

@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def task() -> LmEvalTask:
-    sources = table.load(folder("suites") / "sources.yaml") if hasattr(table, "load") else {}
+    sources = table.load_table(folder("suites") / "sources.yaml")
     return LmEvalTask(tasks.load("toy-sentiment", Path(), sources).spec, ROWS)
 
 
@@ -49,7 +49,7 @@ def scorer(model: Any, batch: int = 3, limit: int = 64) -> CausalScorer:
     return CausalScorer(model, model.tokenizer, batch, limit, lambda done, of: None)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def alone(model: Any, context: list[int], answer: list[int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, bool]:
     """Return (log-likelihood, greedy) of one answer: no batch, no padding, all logits."""
     model.eval().to(dtype)
@@ -68,10 +68,10 @@ def requests(model: Any, answers: list[str]) -> list[tuple[tuple[str, str], list
 
 def assert_likelihoods(model: Any, asked: list[Any], got: list[tuple[float, bool]]) -> None:
     assert len(got) == len(asked)
-    have = {str(i): torch.tensor(likelihood) for i, (likelihood, _) in enumerate(got)}
-    truth = {str(i): alone(model, c, a, torch.float64)[0] for i, (_, c, a) in enumerate(asked)}
-    rounded = {str(i): alone(model, c, a)[0] for i, (_, c, a) in enumerate(asked)}
-    judged = noise_floor(have, truth, rounded, "float32")
+    have = torch.tensor([likelihood for likelihood, _ in got])
+    truth = torch.stack([alone(model, c, a, torch.float64)[0] for _, c, a in asked])
+    rounded = torch.stack([alone(model, c, a)[0] for _, c, a in asked])
+    judged = noise_floor({"log p": have}, {"log p": truth}, {"log p": rounded}, "float32")
     assert judged.passed, judged
     assert [greedy for _, greedy in got] == [alone(model, c, a)[1] for _, c, a in asked]
 
@@ -219,9 +219,7 @@ def test_labels_are_those_of_one_by_one(batch: int) -> None:
     model, said = Encoder(), []
     items = classification.score(model.train(), ITEMS, 31, batch, lambda done, of: said.append((done, of)))
     with torch.inference_mode():
-        want = [
-            int(int(model.eval()(**collate([e], 31, "right").inputs).logits.argmax()) == e.label) for e in ITEMS
-        ]
+        want = [int(int(model.eval()(**collate([e], 31, "right").inputs).logits.argmax()) == e.label) for e in ITEMS]
     assert 0 < sum(want) < len(want)
     assert [(item.id, item.correct) for item in items] == [(e.id, w) for e, w in zip(ITEMS, want, strict=True)]
     assert said[-1] == (40, 40)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import random
 import subprocess
 import sys
@@ -45,6 +46,27 @@ def test_each_phase_has_a_peak_of_its_own() -> None:
     assert large > small > after - MIB
     assert after - before < 20 * MIB
     assert max(ends) < small
+
+
+_PIECES = """
+import torch
+from harness.measure.memory import PeakMeter
+from harness.measure.phases import PhaseClock
+clock = PhaseClock(PeakMeter(torch.device("cpu")), lambda name: None)
+with clock.phase("many"):
+    held = [bytearray(60_000) for _ in range(4000)]
+    del held[:-1]  # the last one keeps the heap from shrinking by itself
+with clock.phase("next"):
+    pass
+print(*(p.peak_memory_B for p in clock.done))
+"""
+
+
+@pytest.mark.skipif(not platform.libc_ver()[0].startswith("glibc"), reason="only glibc's heap can be asked to shrink")
+def test_the_freed_pieces_of_one_phase_are_not_in_the_next_ones_peak() -> None:
+    done = subprocess.run([sys.executable, "-c", _PIECES], capture_output=True, text=True, check=True)
+    many, after = map(int, done.stdout.split())
+    assert many - after > 0.9 * 4000 * 60_000
 
 
 def test_sampling_sees_what_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,7 +148,7 @@ AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 @pytest.mark.parametrize(("shape", "block"), [((64, 160), 64), ((64, 32), 64), ((129, 64), 128), ((64, 64), 1024)])
 def test_bitsandbytes_dequantises_rows_that_are_no_whole_blocks(shape: tuple[int, int], block: int) -> None:
     W = draw(*shape)
-    packed, absmax, values = theirs(W, block)
+    _, absmax, values = theirs(W, block)
     # Who is right needs no reference: half the largest gap of levels, times its absmax, bounds every element's error.
     gap = float((LEVELS[1:] - LEVELS[:-1]).max()) / 2
     errors = (values - W.flatten()).abs() / absmax.repeat_interleave(block)[: W.numel()]

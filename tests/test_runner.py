@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Bench, Finished, eventually, make_bench
+from conftest import PATIENCE_S, Bench, Finished, eventually, make_bench
 
 from harness import store, suites
 from harness.assets import fetch, table
@@ -436,7 +437,9 @@ def test_the_end_of_a_worker_is_seen_while_its_lifeline_stands(
 ) -> None:
     process, line, events = held
     child = int(os.read(events, 100))
-    assert os.read(events, 1) == b""  # the watcher does not keep the pipe open
+    # The watcher does not keep the pipe open.
+    assert select.select([events], [], [], PATIENCE_S)[0]
+    assert os.read(events, 1) == b""
     process.wait()
     os.close(line)
     eventually(lambda: _gone(child), "the child of a worker that has ended is gone too")

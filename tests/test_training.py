@@ -118,7 +118,11 @@ def test_an_answer_without_room_for_a_prompt_is_refused(limit: int) -> None:
 
 
 def causal_batch(tokenizer: Any) -> Batch:
-    texts = [("the film is sweet and now warm =", 1), ("the plot is dull =", 2), ("the cast is ugly but still weak =", 3)]
+    texts = [
+        ("the film is sweet and now warm =", 1),
+        ("the plot is dull =", 2),
+        ("the cast is ugly but still weak =", 3),
+    ]
     rows = []
     for text, answer in texts:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -10,13 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from harness.conformance import whole_model
 from harness.conformance.observe import observe
-from harness.conformance.subject import DTYPES, Subject, initial_tensors
+from harness.conformance.subject import DTYPES, Subject, initial_tensors, load
 from harness.conformance.tolerance import Judgement, exact, noise_floor, worst_of
 from harness.records import CheckResult, Outcome
 from reference import nf4
+from reference.layers import replace as put_back
+
+LARGEST_COPY = 300_000_000
+"""Parameters; a float64 copy of more would not fit beside the model on a small machine."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,8 @@ class Case:
     """One seeded input for the checks.
 
     state: `init` (as attached) or `warm` (random adapter tensors; the subject is in it already). inputs: a function that
-    runs the whole model on fixed inputs and returns its output. base_output: the same before attaching.
+    runs the whole model on fixed inputs and returns its output. base_output: the same before attaching. forward: runs a
+    given model on those inputs, differentiably.
     """
 
     state: str
@@ -32,6 +38,7 @@ class Case:
     seed: int = 0
     inputs: Callable[[], Tensor] | None = None
     base_output: Tensor | None = None
+    forward: Callable[[nn.Module], Tensor] | None = None
 
     def generator(self, salt: int = 0) -> torch.Generator:
         """Return a fresh generator of this case."""
@@ -94,6 +101,22 @@ def check_gradient(subject: Subject, case: Case) -> CheckResult:
     return _judged(subject, case, "gradient", _compare_layers(subject, case, lambda name: name != "y"))
 
 
+def check_model(subject: Subject, case: Case) -> CheckResult:
+    """The whole model gives the logits, and every trainable tensor the gradient, of a float64 copy of the model that
+    carries the reference's layers.
+    """
+    if case.forward is None:
+        return _skipped(subject, case, "model", "no whole-model input in this case")
+    if subject.dtype == "float64":
+        return _skipped(subject, case, "model", "some models round to float32 inside, whatever their dtype")
+    if sum(p.numel() for p in subject.model.parameters()) > LARGEST_COPY:
+        return _skipped(subject, case, "model", f"a float64 copy is made up to {LARGEST_COPY:,} parameters")
+    mine = whole_model.observe(subject.model, subject.adapted.tensors(), subject, case.forward)
+    truth = whole_model.observe(*whole_model.reference(subject, "float64"), subject, case.forward)
+    rounded = whole_model.observe(*whole_model.reference(subject, subject.dtype), subject, case.forward)
+    return _judged(subject, case, "model", noise_floor(mine, truth, rounded, subject.dtype))
+
+
 def check_deterministic(subject: Subject, case: Case) -> CheckResult:
     """Two runs on the same input give the same output and gradients, to the last bit."""
     judged = []
@@ -153,25 +176,36 @@ def check_step(subject: Subject, case: Case) -> CheckResult:
 
 
 def check_merge(subject: Subject, case: Case) -> CheckResult:
-    """The merged layers compute what the float64 reference computes; so do the layers after unmerging."""
+    """The merged layers compute what the float64 reference computes, whatever then becomes of the adapter; so do the
+    layers after unmerging; and detaching puts the very base layers back.
+    """
     if not subject.adapted.can_merge:
         return _skipped(subject, case, "merge", "this Method has nothing to merge")
-    before = {}
-    truth: dict[str, Tensor] = {}
-    rounded: dict[str, Tensor] = {}
-    merged = {}
-    paths = list(subject.adapted.layers)
-    inputs = {path: _inputs(subject, case, path, index)[0] for index, path in enumerate(paths)}
+    layers = dict(subject.adapted.layers)
+    inputs = {path: _inputs(subject, case, path, index)[0] for index, path in enumerate(layers)}
+
+    def outputs() -> dict[str, Tensor]:
+        return {path: subject.model.get_submodule(path)(x) for path, x in inputs.items()}
+
+    added = subject.added()
+    held = {name: t.detach().clone() for name, t in added.items()}
     with torch.no_grad():
-        for path in paths:
-            before[path] = subject.adapted.layers[path](inputs[path])
-            truth[path] = subject.reference(path, "float64")[0](inputs[path].double())
-            rounded[path] = subject.reference(path, subject.dtype)[0](inputs[path])
+        truth = {path: subject.reference(path, "float64")[0](x.double()) for path, x in inputs.items()}
+        rounded = {path: subject.reference(path, subject.dtype)[0](x) for path, x in inputs.items()}
         subject.adapted.merge()
-        for path in paths:
-            merged[path] = subject.model.get_submodule(path)(inputs[path])
+        for tensor in added.values():
+            tensor.mul_(-3).add_(1)  # a merged layer no longer looks at its adapter
+        merged = outputs()
+        load(subject.adapted, held)
         subject.adapted.unmerge()
-        after = {path: subject.model.get_submodule(path)(inputs[path]) for path in paths}
+        after = outputs()
+        subject.adapted.detach()
+        strange = [path for path, base in subject.bases.items() if subject.model.get_submodule(path) is not base]
+        for path, layer in layers.items():
+            put_back(subject.model, path, layer)
+    if strange:
+        detail = f"{', '.join(strange[:3])} is not the base layer after detaching"
+        return _plain(subject, case, "merge", False, len(strange), detail)
     verdict = noise_floor(merged, truth, rounded, subject.dtype)
     if verdict.passed:
         verdict = noise_floor(after, truth, rounded, subject.dtype)
@@ -197,7 +231,7 @@ def check_initial(subject: Subject, case: Case) -> CheckResult:
 
 
 def check_codes(subject: Subject, case: Case) -> CheckResult:
-    """The packed base holds the reference's NF4 codes and absmax for the original weights, element for element.
+    """The packed base holds the reference's NF4 codes and absmax of the original weights, and the original biases.
 
     A code may be one level off only where the element lies within two float32 units of the middle of two levels: there
     dividing by absmax and multiplying by its reciprocal, both in use, may part. In a block of zeros any code with an
@@ -217,7 +251,12 @@ def check_codes(subject: Subject, case: Case) -> CheckResult:
             "codes": torch.where(excused, want.codes, codes),
             "absmax": torch.where(zero, want.absmax, form.absmax),
         }
-        judged.append(_at(path, exact(have, {"codes": want.codes, "absmax": want.absmax})))
+        expected = {"codes": want.codes, "absmax": want.absmax}
+        if want.bias is not None:
+            bias = subject.bases[path].bias
+            expected["bias"] = want.bias
+            have |= {} if bias is None else {"bias": bias.detach()}
+        judged.append(_at(path, exact(have, expected)))
     result = _judged(subject, case, "codes", worst_of(judged, "exact"))
     return result.model_copy(update={"detail": f"{ties} codes on the other side of a tie"})
 
@@ -235,8 +274,8 @@ def _inputs(subject: Subject, case: Case, path: str, index: int) -> tuple[Tensor
 def _compare_layers(subject: Subject, case: Case, wanted: Callable[[str], bool]) -> Judgement:
     judged = []
     for index, path in enumerate(subject.adapted.layers):
-        x, dy = _inputs(subject, case, path, index)
-        runs = [observe(subject.adapted.layers[path], subject.tensors_of(path), x, dy)]
+        x, dy = (t.view(2, -1, t.shape[-1]) if len(t) % 2 == 0 else t for t in _inputs(subject, case, path, index))
+        runs = [observe(subject.adapted.layers[path], subject.tensors_of(path), x, dy, training=subject.trains_plainly)]
         for dtype in ("float64", subject.dtype):
             layer, tensors = subject.reference(path, dtype)
             runs.append(observe(layer, tensors, x.to(DTYPES[dtype]), dy.to(DTYPES[dtype])))

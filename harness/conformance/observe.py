@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 
-def observe(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """Run `layer` forward on x (T, D) and backward from dy (T, E).
+def observe(
+    layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor, *, training: bool = False
+) -> dict[str, Tensor]:
+    """Run `layer` forward on x (..., D) and backward from dy (..., E), in training mode or not.
 
     tensors: canonical short name -> trainable tensor of the layer. Returns `y`, `grad x` and `grad <name>`; a tensor that
     received no gradient is left out, so that a comparison notices: all of them, if y cannot take dy at all. The layer's
@@ -17,7 +18,7 @@ def observe(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tens
     """
     held = {name: t.grad for name, t in tensors.items()}
     was_training = layer.training
-    layer.eval()  # no dropout: its masks are random
+    layer.train(training)
     leaf = x.detach().clone().requires_grad_(True)
     for tensor in tensors.values():
         tensor.grad = None
@@ -36,8 +37,3 @@ def observe(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tens
         layer.train(was_training)
         for name, tensor in tensors.items():
             tensor.grad = held[name]
-
-
-def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return detached copies in `dtype`."""
-    return {name: t.detach().to(dtype).clone() for name, t in tensors.items()}

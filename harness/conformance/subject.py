@@ -39,11 +39,13 @@ class ExpectedCodes:
     codes: Tensor
     absmax: Tensor
     near_tie: Tensor
+    bias: Tensor | None
 
     @classmethod
-    def of(cls, weight: Tensor) -> ExpectedCodes:
-        """Quantise `weight` by the reference."""
-        return cls(*nf4.quantize(weight), nf4.near_tie(weight))
+    def of(cls, layer: nn.Linear) -> ExpectedCodes:
+        """Quantise the weight of `layer` by the reference; its bias is to stay as it is."""
+        bias = None if layer.bias is None else layer.bias.detach().clone()
+        return cls(*nf4.quantize(layer.weight), nf4.near_tie(layer.weight), bias)
 
 
 @dataclass
@@ -69,6 +71,11 @@ class Subject:
         """Map short names to the trainable tensors of the layer at `path`."""
         start = f"{path}."
         return {n[len(start) :]: t for n, t in self.adapted.tensors().items() if n.startswith(start)}
+
+    @property
+    def trains_plainly(self) -> bool:
+        """Whether training mode draws no random numbers, so that it can be compared: without dropout."""
+        return not getattr(self.config, "dropout", 0.0)
 
     def added(self) -> dict[str, Tensor]:
         """Map canonical names to the tensors that the Method added: not those of the model itself (full fine-tuning)."""

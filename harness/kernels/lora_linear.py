@@ -19,9 +19,7 @@ class _LowRankUpdate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, base_out: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, in_place: bool
-    ) -> Tensor:
+    def forward(ctx: Any, base_out: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, in_place: bool) -> Tensor:
         S = x @ A.T
         ctx.save_for_backward(x, A, B, S)
         ctx.scaling = scaling

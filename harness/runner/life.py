@@ -22,7 +22,6 @@ from harness.conformance.subject import (
     configure,
     initial_tensors,
     linear_layers,
-    load,
 )
 from harness.evaluation import classification
 from harness.measure import latency
@@ -85,25 +84,24 @@ class Life:
         packed, expected_codes = {}, {}
         if cell.base.quantization != "none":
             with self.clock.phase("quantise"):
-                expected_codes = {p: ExpectedCodes.of(m.weight) for p, m in bases.items()}  # type: ignore[arg-type]
+                expected_codes = {p: ExpectedCodes.of(m) for p, m in bases.items()}
                 pack = self.registry.find("base", cell.base.quantization, cell.base.implementation)
                 packed = {p: Packed(*form) for p, form in pack(model, list(bases), dtype).items()}
                 bases = {p: model.get_submodule(p) for p in bases}
 
         with self.clock.phase("attach"):
             model.eval()
-            run_model = _runner(model, task.probe)
+            run_model = _runner(model, task.logits)
             base_output = run_model()
             own = list(model.parameters())
             implementation = self.registry.find("method", cell.method, cell.implementation)
             start = initial_tensors(cell.method, bases, config, torch.Generator().manual_seed(cell.seed))
             adapted = implementation(model, config, torch.Generator().manual_seed(cell.seed))
-            load(adapted, start)
             for path in [p for p in adapted.layers if _is_head(p, loaded.head)]:
                 del adapted.layers[path]
         subject = Subject(cell.method, config, cell.dtype, model, adapted, bases, own, packed, expected_codes)
         with self.clock.phase("parity"):
-            self._pass(gate.gate(subject, cell.seed, run_model, base_output))
+            self._pass(gate.gate(subject, cell.seed, run_model, base_output, start=start, forward=task.logits))
         for parameter in loaded.head.values():
             parameter.requires_grad_(True)
         counts = _count(adapted, loaded, model)
@@ -220,6 +218,12 @@ class _Data:
         self.batches = [collate(group, self.pad, side).to(device) for group in chosen]
         self.probe = collate(probe, self.pad, side).to(device)
 
+    def logits(self, model: Any) -> Tensor:
+        """Return the logits of a few test texts, differentiably; of a causal model only the last position's."""
+        if any(self.probe.answers):
+            return loop.last_logits(model, self.probe.inputs, 1)
+        return model(**self.probe.inputs).logits  # type: ignore[no-any-return]
+
     def evaluate(self, model: Any) -> Accuracy:
         """Score the test items."""
         if self._lm_task is None:
@@ -239,8 +243,8 @@ def _listed(items: list[Item]) -> list[Item]:
     return sorted(items, key=lambda item: item.id)
 
 
-def _runner(model: Any, probe: Batch) -> Callable[[], Tensor]:
-    """Return a function that runs the whole model on `probe` and returns its logits.
+def _runner(model: Any, logits: Callable[[Any], Tensor]) -> Callable[[], Tensor]:
+    """Return a function that runs the whole model on fixed texts and returns its logits.
 
     Nothing requires a gradient meanwhile: torch picks another, differently rounded matrix product where something does,
     even in inference mode, and that difference is not the adapter's.
@@ -252,9 +256,7 @@ def _runner(model: Any, probe: Batch) -> Callable[[], Tensor]:
             parameter.requires_grad_(False)
         try:
             with torch.inference_mode():
-                if any(probe.answers):
-                    return loop.last_logits(model, probe.inputs, 1).clone()
-                return model(**probe.inputs).logits.clone()  # type: ignore[no-any-return]
+                return logits(model).clone()
         finally:
             for parameter in trainable:
                 parameter.requires_grad_(True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from harness.records import Footer, Manifest, Record
 
 FOLDER = Path(__file__).resolve().parent
@@ -12,5 +14,9 @@ FOLDER = Path(__file__).resolve().parent
 
 def current() -> dict[str, str]:
     """Map file name to the schema text of the models as they are now."""
-    kinds = {"run.schema.json": Manifest, "record.schema.json": Record, "footer.schema.json": Footer}
+    kinds: dict[str, type[BaseModel]] = {
+        "run.schema.json": Manifest,
+        "record.schema.json": Record,
+        "footer.schema.json": Footer,
+    }
     return {name: json.dumps(kind.model_json_schema(), indent=1) + "\n" for name, kind in kinds.items()}

@@ -96,14 +96,15 @@ def train(
         torch.manual_seed((seed * 1_000_003 + index) % MAX_STEP_SEED)
         _settle(batch)
         started = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)  # before the step: the last one's gradients stay, for the memory ledger
         loss = loss_of(model, batch)
         loss.backward()
         optimizer.step()
-        value = float(loss.detach())  # on a GPU this waits for the step to finish
+        adapted.after_step(index + 1)
+        value = float(loss.detach())
         _settle(batch)
         samples.seconds.append(time.perf_counter() - started)
         schedule.step()
-        adapted.after_step(index + 1)
         norm = float(nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None]))
         if not math.isfinite(value) or not math.isfinite(norm):
             raise Diverged(f"loss {value} and gradient norm {norm} at step {index + 1}")
@@ -113,8 +114,6 @@ def train(
         samples.gradient_norms.append(norm)
         samples.tokens.append(batch.real_tokens)
         samples.padded_tokens.append(batch.padded_tokens)
-        if index + 1 < len(batches):
-            optimizer.zero_grad(set_to_none=True)  # the last step's gradients stay, for the memory ledger
         report(index + 1, value)
     return samples
 

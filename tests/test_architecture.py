@@ -1,0 +1,150 @@
+"""The house rules that no linter knows."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from harness.conformance import checks, suite
+from harness.methods import methods
+
+TOP = Path(__file__).resolve().parent.parent
+SOURCES = sorted(p for part in ("harness", "reference") for p in (TOP / part).rglob("*.py") if "_data" not in p.parts)
+TESTS = sorted((TOP / "tests").glob("*.py"))
+MOST_LINES = 400
+VAGUE = {"utils", "util", "common", "base", "manager", "helpers", "helper", "misc", "core"}
+# Where anything may go wrong that is not ours: a Cell, and somebody else's plug-in.
+MAY_CATCH_ALL = {"harness/runner/worker.py": 1, "harness/registry.py": 1}
+
+
+def name(path: Path) -> str:
+    return path.relative_to(TOP).as_posix()
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Yield the top-level package of every import of a file, wherever it stands in it."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name(path)}: relative import"
+            yield str(node.module).partition(".")[0]
+
+
+def test_there_is_something_to_look_at() -> None:
+    assert {"harness/cli.py", "harness/conformance/checks.py", "reference/lora.py"} <= set(map(name, SOURCES))
+    assert len(TESTS) > 5
+
+
+def test_import_contracts() -> None:
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    done = subprocess.run(command, cwd=TOP, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ", 0 broken" in done.stdout
+
+
+@pytest.mark.parametrize("path", sorted((TOP / "reference").glob("*.py")), ids=name)
+def test_the_reference_imports_torch_and_the_standard_library_alone(path: Path) -> None:
+    assert set(imported(path)) <= {"torch", "reference", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("path", sorted((TOP / "harness" / "kernels").rglob("*.py")), ids=name)
+def test_kernels_import_torch_triton_and_each_other(path: Path) -> None:
+    assert set(imported(path)) <= {"torch", "triton", "harness", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_a_file_is_short_and_says_what_it_is(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= MOST_LINES
+    assert ast.get_docstring(ast.parse(text))
+    assert path.stem not in VAGUE
+
+
+def test_no_folder_has_a_vague_name() -> None:
+    assert not {part for path in SOURCES for part in path.relative_to(TOP).parts[:-1]} & VAGUE
+
+
+def test_everything_is_caught_only_where_everything_may_happen() -> None:
+    found: dict[str, int] = {}
+    for path in SOURCES:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ExceptHandler) and catches_all(node.type) and not tidies_up(node):
+                found[name(path)] = found.get(name(path), 0) + 1
+    assert found == MAY_CATCH_ALL
+
+
+def catches_all(kind: ast.expr | None) -> bool:
+    kinds = kind.elts if isinstance(kind, ast.Tuple) else [kind]
+    return any(k is None or (isinstance(k, ast.Name) and k.id in ("Exception", "BaseException")) for k in kinds)
+
+
+def tidies_up(handler: ast.ExceptHandler) -> bool:
+    """Whether the handler passes on what it caught, as it was."""
+    last = handler.body[-1]
+    return isinstance(last, ast.Raise) and last.exc is None
+
+
+@pytest.mark.parametrize("method", methods())
+def test_every_method_has_a_parity_suite_of_checks_that_exist(method: str) -> None:
+    plan = suite.load(method)
+    assert plan.method == method
+    assert plan.checks
+    assert [c for c in plan.checks if not callable(getattr(checks, f"check_{c}", None))] == []
+    assert next(plan.cases(), None) is not None
+
+
+def test_every_parity_suite_belongs_to_a_method() -> None:
+    assert {p.stem for p in (TOP / "suites" / "parity").glob("*.yaml")} == set(methods())
+
+
+def test_every_check_explains_itself() -> None:
+    found = {n: f for n, f in vars(checks).items() if n.startswith("check_")}
+    assert len(found) > 5
+    assert [n for n, f in found.items() if not f.__doc__] == []
+
+
+@pytest.mark.parametrize("path", TESTS, ids=name)
+def test_no_tolerance_is_typed_in_a_test(path: Path) -> None:
+    typed = [
+        f"line {node.lineno}"
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Call)
+        and (
+            any(k.arg in ("rtol", "atol", "rel", "abs", "rel_tol", "abs_tol", "places", "delta") for k in node.keywords)
+            or ast.unparse(node.func).rsplit(".", 1)[-1] in ("allclose", "isclose", "assert_close", "assertAlmostEqual")
+        )
+    ]
+    assert typed == []
+
+
+@pytest.mark.parametrize("path", TESTS, ids=name)
+def test_a_skip_has_a_reason_and_nothing_is_rerun(path: Path) -> None:
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("pytest.mark."):
+            mark = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+            assert mark != "flaky"
+            if mark in ("skip", "skipif", "xfail"):
+                assert any(k.arg == "reason" for k in node.keywords), f"line {node.lineno}"
+
+
+def test_nothing_runs_on_import() -> None:
+    # A module's body defines; it calls for nothing but a definition (and pydantic's second half of one).
+    loose = [
+        f"{name(path)}:{node.lineno}"
+        for path in SOURCES
+        for node in tree(path).body
+        if isinstance(node, ast.Expr)
+        and not isinstance(node.value, ast.Constant)
+        and not ast.unparse(node).endswith(".model_rebuild()")
+    ]
+    assert loose == []
