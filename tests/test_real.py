@@ -74,7 +74,7 @@ def test_zero_shot_is_scored_item_by_item_through_lm_eval(run: store.Run) -> Non
 def test_the_report_is_one_page_that_names_every_record(run: store.Run) -> None:
     page = (run.path / "report.html").read_text(encoding="utf-8")
     assert all(record.cell_id in page for record in run.records)
-    assert not [scheme for scheme in ("src=\"http", "href=\"http") if scheme in page]
+    assert not [scheme for scheme in ('src="http', 'href="http') if scheme in page]
 
 
 def test_time_outside_the_cells_is_small(run: store.Run) -> None:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from harness.conformance.subject import DTYPES, configure, load, warm
 from harness.conformance.tolerance import exact, noise_floor
-from harness.implementations import fused
+from harness.implementations import bitsandbytes, fused
 from harness.kernels.lora_linear import FusedLoraLinear, lora_linear
 from reference import lora
 from reference.layers import dense_copy
@@ -296,18 +296,26 @@ def test_the_kernel_leaves_what_a_hook_captured() -> None:
     assert not torch.equal(captured[0], out)
 
 
-def test_the_kernel_writes_into_a_fresh_output() -> None:
+def test_the_kernel_writes_into_a_fresh_output(monkeypatch: pytest.MonkeyPatch) -> None:
     # What the kernel is for: no second tensor of that size.
-    made: list[int] = []
+    base, made = nn.Linear(12, 12, dtype=torch.float64), []
+    plain = base.forward
+    monkeypatch.setattr(base, "forward", lambda x: made.append(plain(x)) or made[0])
+    out = lora_linear(base, draw(2, 5, 12), draw(3, 12), draw(12, 3), 2.0)
+    assert out.data_ptr() == made[0].data_ptr()
 
-    class Fresh(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            out = super().forward(x)
-            made.append(out.data_ptr())
-            return out
 
-    out = lora_linear(Fresh(12, 12, dtype=torch.float64), draw(5, 12), draw(3, 12), draw(12, 3), 2.0)
-    assert made == [out.data_ptr()]
+def test_the_kernel_on_a_base_of_four_bits() -> None:
+    # bitsandbytes returns a view of a custom Function's output there, which may not be written into.
+    model = nn.Sequential(nn.Linear(64, 10))
+    bitsandbytes.nf4(model, ["0"], torch.float32)
+    A, B = draw(3, 64, dtype=torch.float32).requires_grad_(True), draw(10, 3, dtype=torch.float32).requires_grad_(True)
+    x = draw(2, 5, 64, dtype=torch.float32).requires_grad_(True)
+    lora_linear(model[0], x, A, B, 2.0).sum().backward()
+    got = {"x": x.grad, "A": A.grad, "B": B.grad}
+    x.grad = A.grad = B.grad = None
+    (model[0](x) + 2.0 * (x @ A.T @ B.T)).sum().backward()
+    assert_same(got, {"x": x.grad.double(), "A": A.grad.double(), "B": B.grad.double()}, "float32")
 
 
 def test_a_later_in_place_write_is_noticed() -> None:

@@ -70,12 +70,16 @@ def mcnemar(only_left: int, only_right: int) -> float:
     return min(1.0, 2 * below / 2**n) if n else 1.0
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Adjust p values for asking several questions at once (Holm's step-down)."""
+def holm(p_values: Mapping[str, float], asked: int = 0) -> dict[str, float]:
+    """Adjust p values for asking several questions at once (Holm's step-down).
+
+    asked: how many questions there were, if only the p values of some are here; they count as the smallest.
+    """
+    questions = max(asked, len(p_values))
     adjusted: dict[str, float] = {}
     highest = 0.0
     for place, (name, p) in enumerate(sorted(p_values.items(), key=lambda pair: pair[1])):
-        highest = max(highest, min(1.0, (len(p_values) - place) * p))
+        highest = max(highest, min(1.0, (questions - place) * p))
         adjusted[name] = highest
     return adjusted
 

@@ -122,7 +122,9 @@ def _group(
     everyone = [*ordered, *sorted(untrained, key=lambda pair: -pair[1].value)]
     best_record, best = everyone[0]
     tables = {record.id: _discordant(best, accuracy) for record, accuracy in everyone if record is not best_record}
-    p = holm({i: mcnemar(*table) for i, table in tables.items() if table is not None})
+    # Which Cell is best was read off the same items, so every pair was looked at, not only those with the best one.
+    pairs = len(everyone) * (len(everyone) - 1) // 2
+    p = holm({i: mcnemar(*table) for i, table in tables.items() if table is not None}, pairs)
 
     def entry(record: Record, accuracy: Accuracy, standing: Standing | None) -> Entry:
         own = p.get(record.id)

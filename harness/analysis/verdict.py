@@ -164,11 +164,11 @@ def _whole(
         return Verdict(Word.FAIL, "; ".join(reasons), tuple(dict.fromkeys(ids))), Exit.FAIL
 
     ok = [r for r in latest.values() if r.status is Status.OK]
-    if not ok:
+    bad = [r for r in latest.values() if r.status in UNMEASURED]
+    if not ok and not bad:
         nothing = Verdict(Word.NOT_RUN, "no Cell was measured", tuple(r.id for r in latest.values()))
         return nothing, Exit.NOTHING_COMPARED
 
-    bad = [r for r in latest.values() if r.status in UNMEASURED]
     lacking = len(run.missing())
     if bad or lacking or run.broken or how != "finished":
         reasons = [f"{_cells(len(bad))} not measured ({_statuses(bad)})"] if bad else []

@@ -45,13 +45,13 @@ def lora_linear(base: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: float
     """Return base(x) + scaling x A^T B^T, shape (..., E), for x (..., D), A (R, D), B (E, R), all of one dtype.
 
     Differentiable in x, A and B, and through `base`, twice too. The output of `base` is overwritten where nobody else
-    can hold it: `base` is a linear layer without forward hooks of its own. Any other base may return its input or
-    something it keeps, so its output is left alone. Under autocast and torch.compile the plain expression is used.
+    can hold it: `base` is an nn.Linear without forward hooks of its own. Any other base may return its input, something
+    it keeps, or (bitsandbytes) a view that autograd lets nobody write into, so its output is left alone. Under autocast and torch.compile the plain expression is used.
     """
     base_out: Tensor = base(x)
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         return base_out + scaling * ((x @ A.T) @ B.T)
-    in_place = isinstance(base, nn.Linear) and not base._forward_hooks
+    in_place = type(base) is nn.Linear and not base._forward_hooks
     shape = base_out.shape
     rows = base_out.reshape(-1, shape[-1])
     out: Tensor = _LowRankUpdate.apply(rows, x.reshape(-1, x.shape[-1]), A, B, scaling, in_place)
