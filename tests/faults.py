@@ -160,6 +160,15 @@ class IsWrongInTheLastRow(lora.LoraLinear):
         return torch.cat([out[:-1], self.base(x[-1:])])
 
 
+@_layer("model")
+class TrainsOnlyBehindAnother(lora.LoraLinear):
+    """Takes an input that needs no gradient, as the first layer of a model gets it, for inference."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(x.requires_grad):
+            return super().forward(x)
+
+
 @_attach("layers")
 def trains_the_base_too(model: nn.Module, config: Any, generator: torch.Generator) -> Any:
     adapted = lora.attach(model, config, generator)

@@ -80,7 +80,11 @@ def through_the_gate(
     adapted = implementation(model, settled, torch.Generator().manual_seed(SEED))
     trains += [p for p in model.parameters() if p.requires_grad]
     subject = Subject("lora", settled, dtype, model, adapted, layers, own, packed, expected)
-    return subject, gate.gate(subject, SEED, run_model, base_output)
+
+    def forward(some: nn.Module) -> Tensor:
+        return some(x.to(some.get_submodule("other").weight.dtype))
+
+    return subject, gate.gate(subject, SEED, run_model, base_output, forward=forward)
 
 
 def failed(results: list[CheckResult]) -> set[str]:

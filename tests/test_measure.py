@@ -40,9 +40,9 @@ def test_each_phase_has_a_peak_of_its_own() -> None:
     if source == "sampled":
         pytest.skip("this system cannot reset its peak, and sampling misses one as short as this")
     before, large, small, after, *ends = map(int, figures)
-    # The size of what was allocated, to a tenth: the interpreter itself allocates a little meanwhile.
-    assert large - before == pytest.approx(200 * MIB, rel=0.1)
-    assert small - before == pytest.approx(20 * MIB, abs=0.1 * 200 * MIB)
+    # What was allocated is in the peak; the interpreter itself allocates a little meanwhile, far less than the step down.
+    assert large - before >= 200 * MIB
+    assert 20 * MIB <= small - before < 100 * MIB
     assert large > small > after - MIB
     assert after - before < 20 * MIB
     assert max(ends) < small

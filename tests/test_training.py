@@ -261,7 +261,7 @@ def test_the_recorded_loss_and_norm_are_of_before_the_step() -> None:
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
     model.zero_grad()
     samples = loop.train(batches=given, seed=0, report=nothing, **setting(model))
-    assert samples.losses == [float(loss)]
+    assert samples.losses == [loss.item()]
     want = {"norm": norm.double()}
     judged = noise_floor({"norm": torch.tensor(samples.gradient_norms[0])}, want, {"norm": norm}, "float32")
     assert judged.passed, judged

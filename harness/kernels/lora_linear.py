@@ -46,7 +46,8 @@ def lora_linear(base: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: float
 
     Differentiable in x, A and B, and through `base`, twice too. The output of `base` is overwritten where nobody else
     can hold it: `base` is an nn.Linear without forward hooks of its own. Any other base may return its input, something
-    it keeps, or (bitsandbytes) a view that autograd lets nobody write into, so its output is left alone. Under autocast and torch.compile the plain expression is used.
+    it keeps, or (bitsandbytes) a view that autograd lets nobody write into, so its output is left alone. Under autocast
+    and torch.compile the plain expression is used.
     """
     base_out: Tensor = base(x)
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():

@@ -208,9 +208,6 @@ def _open(
 def _finish(folder: store.RunFolder, run_id: str, how: _How, times: _Times, in_cells: float) -> None:
     run = store.read_run(folder.path)
     times.lap("scheduling")
-    with contextlib.suppress(Exception):  # made once to be timed; a fault of it is told when the page is written
-        html.render([run])
-    times.lap("report")
     folder.close(
         Footer(
             run=run_id,
