@@ -254,7 +254,7 @@ class Environment(Frozen):
     software: dict[str, str]
     machine: dict[str, str]
     code_version: str
-    """SHA-256 over the harness's own Python and YAML files: exact also outside a checkout."""
+    """SHA-256 over the Python files of harness/ and reference/: exact also outside a checkout."""
     git_sha: str = ""
     git_dirty: bool | None = None
     threads: int | None = None
@@ -262,7 +262,7 @@ class Environment(Frozen):
 
 
 class AssetUse(Frozen):
-    """A model or data set that a Cell used."""
+    """A model, data set or task that a Cell used."""
 
     name: str
     source: str
@@ -291,7 +291,10 @@ class Record(Frozen):
     cell: Cell
     provider: Provider | None = None
     environment: Environment
+    device: str = ""
+    """`cpu` or `cuda`."""
     assets: list[AssetUse] = []
+    """The model, the data and the task, as they were: what a name alone does not say."""
     started: str
     """UTC, ISO 8601."""
     duration_s: Seconds

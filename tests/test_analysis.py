@@ -348,8 +348,13 @@ def test_a_refuted_comparison_fails(tmp_path: Path) -> None:
 
 
 def test_nothing_measured_is_nothing_compared(tmp_path: Path) -> None:
-    v = verdict.judge(_whole(tmp_path, change=lambda _, r: recorded.failed(r)))
+    v = verdict.judge(_whole(tmp_path, change=lambda _, r: recorded.failed(r, Status.SKIPPED)))
     assert (v.verdict.word, v.exit) == (Word.NOT_RUN, Exit.NOTHING_COMPARED)
+
+
+def test_a_run_whose_every_cell_broke_is_the_machines_fault(tmp_path: Path) -> None:
+    v = verdict.judge(_whole(tmp_path, change=lambda _, r: recorded.failed(r)))
+    assert (v.verdict.word, v.exit) == (Word.INCONCLUSIVE, Exit.INFRASTRUCTURE)
 
 
 def test_an_open_question_counts_only_when_strict(tmp_path: Path) -> None:

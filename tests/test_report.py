@@ -198,14 +198,14 @@ def test_a_record_from_elsewhere_is_pointed_out(tmp_path: Path) -> None:
 def test_a_run_in_which_every_cell_failed(tmp_path: Path) -> None:
     run = recorded.write_run(tmp_path / "r", change=lambda _, r: recorded.failed(r))
     built = view.build([run])["runs"][0]
-    assert built["verdict"]["word"] == "not-run"
+    assert built["verdict"]["word"] == "inconclusive"
     assert (built["groups"], built["curves"]) == ([], [])
     assert len(built["failures"]) == 10
     assert built["failures"][0]["log"] == f"logs/{run.records[0].id}.txt"
     words = Page(html.render([run])).text
     assert "mat1 and mat2 shapes cannot be multiplied" in words
     assert words.count("RuntimeError: ...") == 10
-    assert text.summary(run)[-1].startswith("? not-run: no Cell was measured")
+    assert text.summary(run)[-1].startswith("? inconclusive: 10 Cells not measured")
 
 
 def test_a_run_that_has_not_begun(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def test_smoke_names_code_data_and_checks(smoke: tuple[Finished, store.Run]) -> 
         assert record.environment.code_version == run.manifest.environment.code_version
         assert record.environment.software["torch"]
         assert all(re.fullmatch("[0-9a-f]{64}", asset.sha256) for asset in record.assets)
-        assert len(record.assets) == 2
+        assert [asset.name for asset in record.assets] == ["tiny-llama", "toy-sentiment", "toy-sentiment"]
         assert record.provider is not None
         assert record.provider.distribution == "peft-harness"
         assert Counter(c.outcome for c in record.checks)[Outcome.PASS] >= 3
@@ -301,7 +301,7 @@ def test_a_hanging_worker_is_killed_with_its_children(bench: Bench) -> None:
     assert (record.status, record.measurements) == (Status.TIMEOUT, None)
     assert record.because == "not done after 8 s, in phase start-up"
     assert record.duration_s >= 8
-    assert finished.code == Exit.NOTHING_COMPARED
+    assert finished.code == Exit.INFRASTRUCTURE
     assert bench.read().footer is not None
 
 
@@ -562,7 +562,7 @@ def test_a_reader_of_the_progress_that_leaves(bench: Bench) -> None:
     bench.finish(process, time.monotonic())
     run = bench.read()
     assert run.footer is not None
-    assert (run.footer.how, len(run.records), process.returncode) == ("finished", 2, Exit.NOTHING_COMPARED)
+    assert (run.footer.how, len(run.records), process.returncode) == ("finished", 2, Exit.INFRASTRUCTURE)
 
 
 def test_what_cannot_be_written_is_refused_before_anything_is_fetched(
@@ -598,7 +598,7 @@ def test_a_clock_that_is_set_back(inside: Bench, monkeypatch: pytest.MonkeyPatch
     run = inside.read()
     data = _source("toy-sentiment")
     asset = {"path": "unused", "source": data, "use": fetch.use(data)}
-    facts = {"name": "toy", "spec": {}, "labels": 2, "test": 1, "shuffle_seed": 0}
+    facts = {"name": "toy", "spec": {}, "labels": 2, "test": 1, "shuffle_seed": 0, "use": fetch.use(data)}
     work = Work.model_validate(
         {"run": run.manifest.run, "folder": "run", "attempt": 2, "cell": run.manifest.cells[0], "model": asset,
          "data": asset, "task": facts, "device": "cpu", "launched": time.time() + 3600}

@@ -32,6 +32,14 @@ def training_peak(record: Record) -> int | None:
     return max((peak for peak in peaks if peak is not None), default=None)
 
 
+def above_imports(record: Record, memory: int) -> int:
+    """Return what of `memory` is the Cell's own: libraries that a provider imports are not its method's cost."""
+    if record.measurements is not None:
+        return max(0, memory - record.measurements.memory.baseline_B)
+    started = [p.end_memory_B for p in record.phases if p.name == STARTUP and p.end_memory_B is not None]
+    return max(0, memory - (started[0] if started else 0))
+
+
 def startup_seconds(record: Record) -> float:
     """Return the Cell's own start-up: interpreter, imports."""
     return sum(p.seconds for p in record.phases if p.name == STARTUP)

@@ -42,7 +42,10 @@ def comparison(facts: RunFacts) -> Table:
         _column("Trainable", "parameters that the optimizer updates"),
         _column("Accuracy", "with the interval named in its Record, over test items, for this one training run"),
         _column("Against the best", "among Cells with an equal budget; paired on the same items where there is a p"),
-        _column("Peak, MiB", "highest memory of the process inside the training phase"),
+        _column(
+            "Peak, MiB",
+            "highest memory of the process in the training phase; the chart leaves its imports out",
+        ),
         _column("Tokens/s", "real tokens, padding not counted, over the steady steps"),
         _column("Step, ms", "median steady step, with its 95 % interval over the steps of this one process"),
         _column("Cell, s", "wall time of the Cell's own process, start-up and all"),

@@ -213,17 +213,23 @@ def _points(f: RunFacts, entries: Sequence[tuple[Entry, float]], cost: str) -> l
 
 
 def _memory_chart(f: RunFacts, g: Group, levels: Sequence[charts.Level]) -> dict[str, Any] | None:
-    with_peak = [(e, peak / display.MIB) for e in g.ranked if (peak := measured.training_peak(e.record)) is not None]
+    with_peak = [
+        (e, measured.above_imports(e.record, peak) / display.MIB)
+        for e in g.ranked
+        if (peak := measured.training_peak(e.record)) is not None
+    ]
     if not with_peak:
         return None
     points = _points(f, with_peak, "{:,.0f} MiB")
-    title, axis = "Accuracy against peak training memory", "peak training memory, MiB"
+    title, axis = "Accuracy against peak training memory", "peak training memory above that of the imports, MiB"
     return charts.cost(title, axis, points, levels, _out_of_memory(f, g), log=False)
 
 
 def _out_of_memory(f: RunFacts, g: Group) -> list[charts.Stopped]:
     return [
-        charts.Stopped(f"{f.names[r.cell_id]}: out of memory", r.failure.last_peak_B / display.MIB)
+        charts.Stopped(
+            f"{f.names[r.cell_id]}: out of memory", measured.above_imports(r, r.failure.last_peak_B) / display.MIB
+        )
         for r in f.latest.values()
         if Budget.of(r.cell) == g.budget and r.status is Status.OOM and r.failure and r.failure.last_peak_B is not None
     ]

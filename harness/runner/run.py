@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import sys
 import time
@@ -20,7 +21,7 @@ from harness.errors import Exit, HarnessError, StoreError, UsageError
 from harness.expand import Plan, expand
 from harness.expand import only as keep_only
 from harness.measure import environment
-from harness.records import Environment, Footer, Manifest, Status
+from harness.records import AssetUse, Environment, Footer, Manifest, Status
 from harness.report import html, text
 from harness.runner import local
 from harness.runner.progress import Progress
@@ -79,7 +80,7 @@ def run_suite(
     try:
         works = _resolve(suite, plan, progress)
         times.lap("fetch")
-        folder, run_id, done = _reopen(old, here) if old else _open(suite, plan, here, out, progress)
+        folder, run_id, done = _reopen(old, here, works, chosen) if old else _open(suite, plan, here, out, progress)
         how: _How = "finished"
         in_cells = 0.0
         times.lap("scheduling")
@@ -140,7 +141,12 @@ def _resolve(suite: suites.Suite, plan: Plan, progress: Progress) -> dict[str, t
             asset(resolve(cell.model, suite.sources, base)),
             asset(task.data),
             TaskWork(
-                name=task.name, spec=task.spec, labels=task.labels, test=task.test, shuffle_seed=task.shuffle_seed
+                name=task.name,
+                spec=task.spec,
+                labels=task.labels,
+                test=task.test,
+                shuffle_seed=task.shuffle_seed,
+                use=AssetUse(name=task.name, source=f"task:{task.path.name}", sha256=_sha256(task.spec)),
             ),
         )
     return works
@@ -165,8 +171,14 @@ def _old(plan: Plan, out: Path | None, resume: str | None) -> store.Run | None:
     return old
 
 
-def _reopen(old: store.Run, here: Environment) -> tuple[store.RunFolder, str, set[str]]:
-    """Return an old run's folder, its id, and the Cells that need not run again."""
+def _sha256(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _reopen(
+    old: store.Run, here: Environment, works: dict[str, tuple[Asset, Asset, TaskWork]], device: str
+) -> tuple[store.RunFolder, str, set[str]]:
+    """Return an old run's folder, its id, and the Cells that need not run again: same machine, code, device, assets."""
     folder = store.RunFolder(old.path)
     folder.reopen()
     done = {
@@ -175,6 +187,9 @@ def _reopen(old: store.Run, here: Environment) -> tuple[store.RunFolder, str, se
         if record.status is Status.OK
         and record.environment.id == here.id
         and record.environment.code_version == here.code_version
+        and record.device == device
+        and record.cell_id in works
+        and record.assets == [asset.use for asset in works[record.cell_id]]
     }
     return folder, old.manifest.run, done
 

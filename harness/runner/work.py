@@ -24,6 +24,7 @@ class TaskWork(Frozen):
     labels: int
     test: int
     shuffle_seed: int
+    use: AssetUse
 
 
 class Work(Frozen):
@@ -39,3 +40,8 @@ class Work(Frozen):
     device: Literal["cpu", "cuda"]
     launched: float
     """time.time() when the process was started: its start-up is counted from here."""
+
+    @property
+    def assets(self) -> list[AssetUse]:
+        """What the Record will say it used."""
+        return [self.model.use, self.data.use, self.task.use]
