@@ -84,10 +84,3 @@ class ImplementationError(HarnessError):
 
     code = "implementation"
     exit_code = Exit.USAGE
-
-
-class NothingComparedError(HarnessError):
-    """Nothing was measured or compared, so nothing can be green."""
-
-    code = "nothing"
-    exit_code = Exit.NOTHING_COMPARED

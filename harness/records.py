@@ -168,7 +168,7 @@ class Memory(Frozen):
     """The ledger: bytes of tensors counted one by one, and what the process took. Peaks per phase are in `phases`."""
 
     source: str
-    """How peaks were taken: `VmHWM`, `cuda`, or `sampled`."""
+    """How peaks were taken: `VmHWM`, `cuda allocated`, or `sampled`."""
     baseline_B: Bytes
     """Resident memory of the process after its imports, before the model was loaded."""
     weights_B: Bytes

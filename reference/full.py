@@ -26,8 +26,8 @@ class Adapted:
         self.layers: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Map each parameter's path to the parameter."""
-        return dict(self.model.named_parameters())
+        """Map each parameter's path to the parameter; one that two layers share (tied embeddings) has both paths."""
+        return dict(self.model.named_parameters(remove_duplicate=False))
 
     def parameters(self) -> list[nn.Parameter]:
         """List every parameter of the model."""

@@ -382,3 +382,33 @@ def test_a_zero_truth_is_judged_by_absolute_error() -> None:
 
 def test_scalars_can_be_judged() -> None:
     assert "[]: 2, should be 1" in exact({"y": torch.tensor(2.0)}, {"y": torch.tensor(1.0)}).worst
+
+
+class Tied(nn.Module):
+    """Embeddings that are also the output layer, as in many language models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(12, 8), nn.Linear(8, 12, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.embed(ids))
+
+
+def test_full_fine_tuning_of_tied_weights_conforms() -> None:
+    torch.manual_seed(SEED)
+    model, settled = Tied().eval(), configure("full", {})
+    ids = torch.arange(12).view(3, 4)
+
+    def run_model() -> Tensor:
+        with torch.no_grad():
+            return model(ids).clone()
+
+    layers, own = linear_layers(model, settled), list(model.parameters())
+    adapted = method("reference", "full")(model, settled, torch.Generator())
+    assert len(adapted.parameters()) == 1
+    subject = Subject("full", settled, "float32", model, adapted, layers, own)
+    results = gate.gate(subject, SEED, run_model, run_model(), forward=lambda some: some(ids))
+    assert failed(results) == set()
+    assert {r.check.split("/")[1] for r in results if r.outcome is Outcome.PASS} >= {"gradient", "model"}

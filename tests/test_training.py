@@ -240,6 +240,20 @@ def test_the_head_has_a_learning_rate_of_its_own_and_is_stepped_once() -> None:
         assert sum(len(g["params"]) for g in optimizer.param_groups) == 3
 
 
+def test_a_methods_own_optimizer_is_given_the_head_too() -> None:
+    from reference.full import attach
+
+    model = Encoder()
+    adapted = attach(model, configure("full", {}), torch.Generator())
+    head = list(model.head.parameters())
+    own = torch.optim.SGD([model.embed.weight], lr=0.1)
+    adapted.optimizer = lambda lr, weight_decay: own  # type: ignore[method-assign]
+    optimizer, _ = loop.make_optimizer(adapted, head, Training(steps=1, warmup=0, lr=0.1, head_lr=0.5))
+    assert optimizer is own
+    groups = {id(p): g["initial_lr"] for g in own.param_groups for p in g["params"]}
+    assert groups == {id(model.embed.weight): 0.1} | {id(p): 0.5 for p in head}
+
+
 def test_training_trains_and_keeps_raw_numbers() -> None:
     model, reported = Encoder(), []
     before = model.embed.weight.detach().clone()

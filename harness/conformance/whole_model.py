@@ -28,7 +28,7 @@ def reference(subject: Subject, dtype: str) -> tuple[nn.Module, dict[str, Tensor
             replace(subject.model, path, layer)
     model.to(DTYPES[dtype])
     if not subject.added():  # full fine-tuning: what trains is the model itself
-        named = dict(model.named_parameters())
+        named = dict(model.named_parameters(remove_duplicate=False))
         tensors = {name: named[name] for name in subject.adapted.tensors()}
     return model, tensors
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,11 @@ class Life:
         with self.clock.phase("data"):
             task = _Data(work, loaded, self.emit)
         config = configure(cell.method, cell.config)
-        bases = {p: m for p, m in linear_layers(model, config).items() if not _is_head(p, loaded.head)}
+        matched = linear_layers(model, config)
+        bases = {p: m for p, m in matched.items() if not _is_head(p, loaded.head)}
+        if hasattr(config, "targets") and len(bases) < len(matched):
+            # A target's name also fits a layer of the new head, which trains as a whole: name the others by their paths.
+            config = replace(config, targets=tuple(bases))
         packed, expected_codes = {}, {}
         if cell.base.quantization != "none":
             with self.clock.phase("quantise"):

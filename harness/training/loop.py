@@ -57,15 +57,21 @@ def last_logits(model: nn.Module, inputs: dict[str, Tensor], count: int) -> Tens
 def make_optimizer(
     adapted: Adapted, head: Sequence[nn.Parameter], recipe: Training
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Return AdamW over the adapter and the head, and its schedule: linear warm-up, then linearly down to zero."""
+    """Return the optimizer over adapter and head, and its schedule: linear warm-up, then linearly down to zero.
+
+    It is AdamW, or the Method's own with the head added.
+    """
     heads = {id(p) for p in head}
     body = [p for p in adapted.parameters() if id(p) not in heads]
-    groups: list[dict[str, Any]] = [{"params": body, "lr": recipe.lr}] if body else []
-    if head:
-        groups.append({"params": list(head), "lr": recipe.lr if recipe.head_lr is None else recipe.head_lr})
-    optimizer = adapted.optimizer(recipe.lr, recipe.weight_decay) or torch.optim.AdamW(
-        groups, weight_decay=recipe.weight_decay
-    )
+    head_lr = recipe.lr if recipe.head_lr is None else recipe.head_lr
+    of_body: list[dict[str, Any]] = [{"params": body, "lr": recipe.lr}] if body else []
+    of_head: list[dict[str, Any]] = [{"params": list(head), "lr": head_lr}] if head else []
+    optimizer = adapted.optimizer(recipe.lr, recipe.weight_decay)
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(of_body + of_head, weight_decay=recipe.weight_decay)
+    else:
+        for group in of_head:  # a Method's own optimizer knows of its own tensors only
+            optimizer.add_param_group(group)
 
     def share(step: int) -> float:
         if step < recipe.warmup:
