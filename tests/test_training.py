@@ -241,9 +241,8 @@ def test_the_head_has_a_learning_rate_of_its_own_and_is_stepped_once() -> None:
 
 
 def test_a_methods_own_optimizer_is_given_the_head_too() -> None:
-    from reference.full import attach
-
     model = Encoder()
+    attach = discover().find("method", "full", "reference")
     adapted = attach(model, configure("full", {}), torch.Generator())
     head = list(model.head.parameters())
     own = torch.optim.SGD([model.embed.weight], lr=0.1)
