@@ -28,9 +28,20 @@ def reference(subject: Subject, dtype: str) -> tuple[nn.Module, dict[str, Tensor
             replace(subject.model, path, layer)
     model.to(DTYPES[dtype])
     if not subject.added():  # full fine-tuning: what trains is the model itself
+        _share(model, subject.adapted.tensors())
         named = dict(model.named_parameters(remove_duplicate=False))
         tensors = {name: named[name] for name in subject.adapted.tensors()}
     return model, tensors
+
+
+def _share(model: nn.Module, like: Mapping[str, Tensor]) -> None:
+    """Let parameters of `model` be one where those of the same names in `like` are one (tied embeddings)."""
+    owners: dict[int, str] = {}
+    for path, tensor in like.items():
+        owner = owners.setdefault(id(tensor), path)
+        if owner != path:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, model.get_parameter(owner))
 
 
 def observe(
