@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -136,7 +137,7 @@ class Bench:
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [*COMMAND, *arguments], cwd=self.folder, env=self.environment, text=True, encoding="utf-8",
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_hear_ctrl_c,
         )  # fmt: skip
 
     def finish(self, process: subprocess.Popen[str], began: float) -> Finished:
@@ -156,6 +157,11 @@ class Bench:
         pids = [int(pid) for pid in (self.folder / "pids").read_text().split()]
         (self.folder / "pids").unlink()
         return pids
+
+
+def _hear_ctrl_c() -> None:
+    """Let the command hear SIGINT even if these tests run in the background of a shell, which ignores it for them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def eventually(happens: Callable[[], bool], what: str) -> None:
