@@ -39,8 +39,14 @@ class Adapted(Protocol):
     def tensors(self) -> dict[str, Tensor]:
         """Map the Method's canonical names to the trainable tensors."""
 
+    def state(self) -> dict[str, Tensor]:
+        """Map canonical names to the tensors that the Method made and does not train (PiSSA's residual, VeRA's A and B)."""
+
     def parameters(self) -> list[nn.Parameter]:
         """List what trains."""
+
+    def regularizer(self) -> Tensor | None:
+        """Return the term that the Method adds to the loss (AdaLoRA's orthogonality), or None."""
 
     def optimizer(self, lr: float, weight_decay: float) -> Optimizer | None:
         """Return the Method's own optimizer, or None to leave the choice to the caller."""

@@ -29,9 +29,17 @@ class Adapted:
         """Return nothing: nothing trains."""
         return {}
 
+    def state(self) -> dict[str, Tensor]:
+        """Return nothing: there is no adapter."""
+        return {}
+
     def parameters(self) -> list[nn.Parameter]:
         """Return nothing: nothing trains."""
         return []
+
+    def regularizer(self) -> Tensor | None:
+        """Return None: nothing is added to the loss."""
+        return None
 
     def optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer | None:
         """Return None: there is nothing to optimise."""

@@ -29,9 +29,17 @@ class Adapted:
         """Map each parameter's path to the parameter; one that two layers share (tied embeddings) has both paths."""
         return dict(self.model.named_parameters(remove_duplicate=False))
 
+    def state(self) -> dict[str, Tensor]:
+        """Return nothing: there is no adapter."""
+        return {}
+
     def parameters(self) -> list[nn.Parameter]:
         """List every parameter of the model."""
         return list(self.model.parameters())
+
+    def regularizer(self) -> Tensor | None:
+        """Return None: nothing is added to the loss."""
+        return None
 
     def optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer | None:
         """Return None: full fine-tuning leaves the optimizer to the caller."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from reference.adapted import Adapted
 from reference.layers import dense_copy, floating_dtype, replace, targets
 
 PAPER = "arXiv:2106.09685v2"
@@ -68,50 +69,20 @@ class LoraLinear(nn.Module):
         """Return scaling B A, shape (E, D)."""
         return self.scaling * (self.B @ self.A)
 
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """Map the paper's letters to what trains."""
+        return {"A": self.A, "B": self.B}
 
-class Adapted:
-    """A model with LoRA attached: what trains, how it is named, and how it merges."""
+    def state(self) -> dict[str, Tensor]:
+        """Return nothing: W0 is the base's."""
+        return {}
 
-    can_merge = True
-
-    def __init__(self, model: nn.Module, layers: dict[str, LoraLinear]) -> None:
-        self.model, self.layers = model, layers
-        self._dense: dict[str, nn.Linear] = {}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Map canonical names (`<path of the layer>.A`, `.B`) to the trainable tensors."""
-        return {f"{path}.{n}": t for path, layer in self.layers.items() for n, t in (("A", layer.A), ("B", layer.B))}
-
-    def parameters(self) -> list[nn.Parameter]:
-        """List what trains."""
-        return [p for layer in self.layers.values() for p in (layer.A, layer.B)]
-
-    def optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer | None:
-        """Return None: LoRA leaves the optimizer to the caller."""
-        return None
-
-    def after_step(self, step: int) -> None:
-        """Do nothing: LoRA has no schedule of its own."""
-
-    def merge(self) -> None:
-        """Put W0 + scaling B A in the place of each layer (section 4: no additional inference latency)."""
-        for path, layer in self.layers.items():
-            dense = dense_copy(layer.base)
-            with torch.no_grad():
-                dense.weight += layer.delta().to(dense.weight.dtype)
-            self._dense[path] = dense
-            replace(self.model, path, dense)
-
-    def unmerge(self) -> None:
-        """Take the adapted layers back; W0 was never touched, so this is exact."""
-        for path, layer in self.layers.items():
-            replace(self.model, path, layer)
-        self._dense.clear()
-
-    def detach(self) -> None:
-        """Put the untouched base layers back."""
-        for path, layer in self.layers.items():
-            replace(self.model, path, layer.base)
+    def merged(self) -> nn.Linear:
+        """Return a linear layer with W0 + scaling B A (section 4: no additional inference latency)."""
+        dense = dense_copy(self.base)
+        with torch.no_grad():
+            dense.weight += self.delta().to(dense.weight.dtype)
+        return dense
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adapted:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from harness.conformance.subject import DTYPES, configure, load, warm
 from harness.conformance.tolerance import exact, noise_floor
 from harness.implementations import bitsandbytes, fused
-from harness.kernels.lora_linear import FusedLoraLinear, lora_linear
+from harness.kernels.lora_linear import lora_linear
 from reference import lora
 from reference.layers import dense_copy
 
@@ -328,7 +328,7 @@ def test_a_later_in_place_write_is_noticed() -> None:
 
 
 def test_the_kernel_under_checkpoint_compile_and_autocast() -> None:
-    layer: FusedLoraLinear = warmed(fused.lora).layers["q_proj"]
+    layer = warmed(fused.lora).layers["q_proj"]
     x = draw(2, 5, 12).requires_grad_(True)
 
     def run(function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

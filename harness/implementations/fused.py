@@ -12,15 +12,20 @@ from harness.registry import implements
 
 @implements("lora", name="fused", dtypes=("float64", "float32", "bfloat16", "float16"))
 def lora(model: Any, config: Any, generator: Any) -> Any:
-    """Attach FusedLoraLinear to the layers that `config.targets` names; config as `reference.lora.Config`."""
-    from harness.kernels.lora_linear import FusedLoraLinear
-    from reference.layers import replace
-    from reference.lora import Adapted, attach
+    """Attach layers that compute by `lora_linear` to what `config.targets` names; config as `reference.lora.Config`."""
+    from torch import nn
 
-    plain = attach(model, config, generator)
-    layers: dict[str, Any] = {
-        path: FusedLoraLinear(o.base, o.A, o.B, o.scaling, config.dropout) for path, o in plain.layers.items()
-    }
-    for path, layer in layers.items():
-        replace(model, path, layer)
-    return Adapted(model, layers)
+    from harness.kernels.lora_linear import lora_linear
+    from reference.lora import LoraLinear, attach
+
+    class FusedLoraLinear(LoraLinear):
+        def forward(self, x: Any) -> Any:
+            if self.dropout.p and self.training:
+                dropped = nn.functional.dropout(x, self.dropout.p)
+                return self.base(x) + self.scaling * ((dropped @ self.A.T) @ self.B.T)
+            return lora_linear(self.base, x, self.A, self.B, self.scaling)
+
+    adapted = attach(model, config, generator)
+    for layer in adapted.layers.values():
+        layer.__class__ = FusedLoraLinear  # type: ignore[assignment]  # the same layer, computed otherwise
+    return adapted

@@ -43,9 +43,16 @@ class PeftLora:
             )
         }
 
+    def state(self) -> dict[str, Any]:
+        """Return nothing: LoRA keeps nothing but what trains."""
+        return {}
+
     def parameters(self) -> list[Any]:
         """List what trains."""
         return list(self.tensors().values())
+
+    def regularizer(self) -> None:
+        """Return None: nothing is added to the loss."""
 
     def optimizer(self, lr: float, weight_decay: float) -> None:
         """Return None: the caller chooses the optimizer."""

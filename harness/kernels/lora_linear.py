@@ -57,23 +57,3 @@ def lora_linear(base: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: float
     rows = base_out.reshape(-1, shape[-1])
     out: Tensor = _LowRankUpdate.apply(rows, x.reshape(-1, x.shape[-1]), A, B, scaling, in_place)
     return out.view(shape)
-
-
-class FusedLoraLinear(nn.Module):
-    """A frozen linear layer with a low-rank update, computed by `lora_linear`. A (R, D), B (E, R)."""
-
-    def __init__(self, base: nn.Module, A: nn.Parameter, B: nn.Parameter, scaling: float, dropout: float) -> None:
-        super().__init__()
-        self.base, self.A, self.B = base, A, B
-        self.scaling, self.dropout = scaling, dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return base(x) + scaling B A x; dropout acts on the adapter's input only."""
-        if self.dropout and self.training:
-            dropped = nn.functional.dropout(x, self.dropout)
-            return self.base(x) + self.scaling * ((dropped @ self.A.T) @ self.B.T)  # type: ignore[no-any-return]
-        return lora_linear(self.base, x, self.A, self.B, self.scaling)
-
-    def delta(self) -> Tensor:
-        """Return scaling B A, shape (E, D): what merging adds to the base weight."""
-        return self.scaling * (self.B @ self.A)
