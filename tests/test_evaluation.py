@@ -15,6 +15,7 @@ from harness import tasks
 from harness.assets import made, table
 from harness.assets.rows import Row
 from harness.conformance.tolerance import noise_floor
+from harness.errors import UsageError
 from harness.evaluation import classification
 from harness.evaluation.likelihood import CausalScorer
 from harness.evaluation.lm_eval_task import LmEvalTask
@@ -129,7 +130,7 @@ def test_too_long_a_prompt_loses_its_beginning(model: Any, answers: list[str]) -
 
 
 def test_an_answer_without_room_for_a_prompt_is_refused(model: Any) -> None:
-    with pytest.raises(ValueError, match="an answer has 3 tokens"):
+    with pytest.raises(UsageError, match="an answer has 3 tokens"):
         scorer(model, limit=3)._loglikelihood_tokens(requests(model, [" sweet and warm"]))
 
 

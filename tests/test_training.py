@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +17,24 @@ from harness.assets import made
 from harness.assets.rows import Row
 from harness.conformance.subject import configure
 from harness.conformance.tolerance import exact, noise_floor
+from harness.errors import UsageError
 from harness.evaluation.likelihood import CausalScorer
+from harness.measure.memory import optimizer_tensors
 from harness.records import Training
 from harness.registry import discover
 from harness.training import loop
-from harness.training.batches import Batch, Example, answer_examples, collate, order
+from harness.training.batches import (
+    Batch,
+    Example,
+    answer_examples,
+    classification_examples,
+    collate,
+    order,
+    order_indices,
+)
+from harness.training.master import MasterAdamW
 
+GOLDEN_ORDER = [[20, 46, 9, 11], [27, 40, 3, 42], [29, 5, 7, 33]]
 EXAMPLES = [Example(f"e{i}", tuple(range(1, 2 + i * 7 % 13)), i % 2) for i in range(50)]
 
 
@@ -58,6 +71,13 @@ def test_epochs_cover_every_row() -> None:
     assert seen == {e.id: 4 for e in EXAMPLES}
 
 
+def test_positions_are_those_of_the_examples() -> None:
+    positions = order_indices(EXAMPLES, 7, 4, seed=2)
+    assert [[EXAMPLES[i] for i in group] for group in positions] == order(EXAMPLES, 7, 4, seed=2)
+    # The order of a published run: a change makes no run comparable with an older one.
+    assert order_indices(EXAMPLES, 3, 4, seed=0) == GOLDEN_ORDER
+
+
 @pytest.mark.parametrize(("rows", "batch"), [(50, 4), (3, 4), (1, 2), (33, 1)])
 def test_every_batch_is_full(rows: int, batch: int) -> None:
     groups = order(EXAMPLES[:rows], 25, batch, seed=0)
@@ -70,7 +90,7 @@ def test_batches_are_of_like_length() -> None:
 
 
 def test_nothing_to_train_on_is_an_error_and_no_endless_loop() -> None:
-    with pytest.raises(ValueError, match="not one example"):
+    with pytest.raises(UsageError, match="not one example"):
         order([], 1, 1, seed=0)
 
 
@@ -110,8 +130,16 @@ def test_a_long_prompt_loses_its_beginning_and_never_its_answer() -> None:
 
 @pytest.mark.parametrize("limit", [1, 2])
 def test_an_answer_without_room_for_a_prompt_is_refused(limit: int) -> None:
-    with pytest.raises(ValueError, match="answer of r has 2 tokens"):
+    with pytest.raises(UsageError, match="an answer has 2 tokens") as caught:
         examples("abc", "yz", limit)
+    assert "raise it to at least 3" in caught.value.mend
+
+
+def test_special_tokens_without_room_for_text_are_refused() -> None:
+    tokenizer = SimpleNamespace(num_special_tokens_to_add=lambda: 4)
+    with pytest.raises(UsageError, match=r"`training.max_tokens` is 4, and the tokenizer adds 4") as caught:
+        classification_examples([Row("r", "a", 0)], tokenizer, 4)
+    assert "raise it to at least 5" in caught.value.mend
 
 
 # The loss
@@ -259,7 +287,8 @@ def test_training_trains_and_keeps_raw_numbers() -> None:
     given = batches(10)
     samples = loop.train(batches=given, seed=0, report=lambda *said: reported.append(said), **setting(model))
     assert not torch.equal(model.embed.weight, before)
-    assert [len(v) for v in vars(samples).values()] == [10] * 5
+    assert [len(v) for v in vars(samples).values() if isinstance(v, list)] == [10] * 5
+    assert samples.cpu_seconds > 0
     assert reported == list(enumerate(samples.losses, 1))
     assert samples.tokens == [b.real_tokens for b in given]
     assert samples.padded_tokens == [b.padded_tokens for b in given]
@@ -290,6 +319,17 @@ def test_a_rerun_gives_the_same_losses() -> None:
     assert runs[0] == runs[1]
 
 
+def test_a_methods_own_term_is_trained_on_and_not_reported() -> None:
+    s = setting(Encoder())
+    weight = s["adapted"].model.embed.weight
+    s["adapted"].regularizer = lambda: 1000 * weight.square().sum()
+    (batch,) = batches(1)
+    plain = loop.loss_of(Encoder(), batch).item()
+    before = weight.detach().clone()
+    assert loop.train(batches=[batch], seed=0, report=nothing, **s).losses == [plain]
+    assert bool((weight.detach().abs() < before.abs()).all())  # also of words that the batch does not hold
+
+
 def test_after_step_counts_from_one() -> None:
     s = setting(Encoder())
     steps: list[int] = []
@@ -302,6 +342,20 @@ def test_after_step_counts_from_one() -> None:
 def test_a_loss_that_is_no_number_stops_the_run(scale: float) -> None:
     with pytest.raises(loop.Diverged, match="at step 1"):
         loop.train(batches=batches(3), seed=0, report=nothing, **setting(Encoder(scale)))
+
+
+def test_divergence_says_what_came_before_and_what_to_do() -> None:
+    s = setting(Encoder(), lr=0.25)
+    s["adapted"].after_step = lambda step: s["adapted"].parameters()[0].data.fill_(float("nan")) if step == 2 else None
+    seen: list[float] = []
+    with pytest.raises(loop.Diverged) as caught:
+        loop.train(batches=batches(4), seed=0, report=lambda step, loss: seen.append(loss), **s)
+    said = str(caught.value)
+    assert said.startswith("training diverged: loss nan and gradient norm nan at step 3; ")
+    assert f"the loss of step 2 was {seen[-1]:.4g}" in said
+    assert "the peak here is 0.25; lower `lr` or lengthen `warmup`" in said
+    assert "float16" not in said
+    assert "\n" not in said  # a Record keeps its first line
 
 
 def test_a_gradient_of_zero_stops_the_run() -> None:
@@ -338,3 +392,107 @@ def test_training_and_scoring_cut_a_prompt_at_the_same_place(model: Any, tokeniz
     context, ids = scorer.encode_pair(prompt, answer)
     scorer._loglikelihood_tokens([(("", ""), context, ids)])
     assert read == [list(example.tokens[:-1])]
+
+
+# Sixteen bits
+
+WORDS = [Example(f"w{i}", (1 + i % 15,), int(i % 15 < 7)) for i in range(45)]  # one word decides
+ALIKE = [Example(f"w{i}", (1 + i % 15,), 1) for i in range(45)]
+
+
+def batches_of(examples: list[Example], steps: int) -> list[Batch]:
+    return [collate(group, 0, "right") for group in order(examples, steps, 4, seed=0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_sixteen_bits_train(method: str, dtype: torch.dtype) -> None:
+    s = setting(Encoder().to(dtype), method, steps=200)
+    losses = loop.train(batches=batches_of(WORDS, 40), seed=0, report=nothing, **s).losses
+    assert sum(losses[-8:]) < sum(losses[:8])
+    assert {p.dtype for p in s["adapted"].parameters()} == {dtype}
+
+
+def test_steps_too_small_for_sixteen_bits_add_up() -> None:
+    model = Encoder().bfloat16()
+    bias = model.head.bias
+    with torch.no_grad():
+        bias.fill_(1.0)  # its neighbours in bfloat16 are 1/128 and 1/256 away
+    loop.train(batches=batches_of(ALIKE, 1), seed=0, report=nothing, **setting(model, lr=1e-3, steps=1000))
+    assert bias.tolist() == [1.0, 1.0]
+    loop.train(batches=batches_of(ALIKE, 20), seed=0, report=nothing, **setting(model, lr=1e-3, steps=1000))
+    wrong, right = bias.tolist()
+    assert wrong < 1.0 < right
+
+
+def test_masters_step_as_float32_adamw_does() -> None:
+    model = Encoder().half()
+    s = setting(model, weight_decay=0.1)
+    optimizer = s["optimizer"]
+    plain = {n: p.detach().float().requires_grad_(True) for n, p in model.named_parameters()}
+    oracle = torch.optim.AdamW(plain.values(), lr=1e-2, weight_decay=0.1)
+    for batch in batches(3):
+        optimizer.zero_grad()
+        (loop.loss_of(model, batch) * optimizer.loss_scale).backward()
+        for name, p in model.named_parameters():
+            plain[name].grad = p.grad.float() / optimizer.loss_scale
+        optimizer.step()
+        oracle.step()
+    want = {n: p.detach().half() for n, p in plain.items()}
+    assert exact({n: p.detach() for n, p in model.named_parameters()}, want).passed
+    held = optimizer_tensors(optimizer)
+    assert sum(t.numel() for t in held if t.dim()) == 3 * sum(p.numel() for p in model.parameters())
+    assert {t.dtype for t in held} == {torch.float32}
+
+
+def test_what_a_method_writes_between_steps_stays() -> None:
+    model = Encoder().bfloat16()
+    s = setting(model)
+    with torch.no_grad():
+        model.embed.weight.zero_()
+    loop.train(batches=batches(1), seed=0, report=nothing, **s)
+    moved = model.embed.weight.detach().float().abs()
+    assert 0 < float(moved.max()) <= float(torch.tensor(1e-2).bfloat16())  # one step of AdamW from zero
+
+
+def test_overflow_takes_the_same_batch_again_with_half_the_scale() -> None:
+    runs = []
+    for scale in (2.0**10, 2.0**30):
+        s = setting(Encoder().half())
+        s["optimizer"].loss_scale = scale
+        runs.append(loop.train(batches=batches(4), seed=0, report=nothing, **s))
+        assert s["optimizer"].loss_scale < 2.0**30
+    assert len(runs[1].losses) == 4
+    assert runs[0].losses[0] == runs[1].losses[0]
+    assert max(runs[1].gradient_norms) < 10  # the scale is taken out again
+
+
+def test_float16_names_its_range_when_it_diverges() -> None:
+    with pytest.raises(loop.Diverged, match="beyond float16's 65504"):
+        loop.train(batches=batches(3), seed=0, report=nothing, **setting(Encoder(float("nan")).half()))
+
+
+def test_float32_keeps_torchs_own_adamw() -> None:
+    for kind in (torch.float32, torch.float64):
+        assert type(setting(Encoder().to(kind))["optimizer"]) is torch.optim.AdamW
+    assert loop.notes(setting(Encoder())["optimizer"]) == []
+
+
+def test_the_optimizer_is_described_whole() -> None:
+    s = setting(Encoder(), lr=2e-3, weight_decay=0.5, warmup=4)
+    facts = loop.optimizer_facts(s["optimizer"])
+    json.dumps(facts, allow_nan=False)
+    (group,) = facts["groups"]
+    assert facts["name"] == "AdamW"
+    assert {k: group[k] for k in ("lr", "betas", "eps", "weight_decay", "tensors")} == {
+        "lr": 2e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.5, "tensors": 3,
+    }  # fmt: skip
+    half = setting(Encoder().half())["optimizer"]
+    assert isinstance(half, MasterAdamW)
+    assert loop.optimizer_facts(half)["master_weights"] == "float32"
+    assert loop.optimizer_facts(half)["groups"][0]["eps"] == 1e-8
+    (note,) = loop.notes(half)
+    assert "float32 master weights" in note
+    assert "scaled by 1024" in note
+    (note,) = loop.notes(setting(Encoder().bfloat16())["optimizer"])
+    assert "scaled" not in note

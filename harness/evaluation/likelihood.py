@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from lm_eval.api.model import TemplateLM
 
-from harness.training.batches import Example, collate
+from harness.training.batches import Example, collate, refuse_long_answers
 from harness.training.loop import last_logits
 
 
@@ -49,8 +49,7 @@ class CausalScorer(TemplateLM):  # type: ignore[misc]
         # The last answer token is only ever predicted, never read: leaving it off makes one-token choices share a pass.
         passes: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
         for index, (_, context, answer) in enumerate(requests):
-            if len(answer) >= self.max_tokens:
-                raise ValueError(f"an answer has {len(answer)} tokens, which leaves no prompt in {self.max_tokens}")
+            refuse_long_answers(len(answer), self.max_tokens)
             sequence = tuple((context + answer)[-self.max_tokens :][:-1])  # cut as in training
             passes.setdefault(sequence, []).append((index, answer))
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)

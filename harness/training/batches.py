@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Example:
@@ -38,22 +40,30 @@ class Batch:
 
 
 def order(examples: Sequence[Example], steps: int, batch: int, seed: int) -> list[list[Example]]:
-    """Return `steps` lists of `batch` examples: the data order of a seed, the same for every method.
+    """Return `steps` lists of `batch` examples: `order_indices`, looked up."""
+    return [[examples[i] for i in group] for group in order_indices(examples, steps, batch, seed)]
+
+
+def order_indices(examples: Sequence[Example], steps: int, batch: int, seed: int) -> list[list[int]]:
+    """Return `steps` lists of `batch` positions in `examples`: the data order of a seed, the same for every method.
 
     Epochs are shuffled; inside a pool of eight batches examples are sorted by length, so that little is padding, and the
-    batches of a pool are shuffled again. Raises ValueError if there is no example.
+    batches of a pool are shuffled again. Raises UsageError if there is no example.
     """
     if not examples:
-        raise ValueError("there is not one example to train on")
+        raise UsageError(
+            "there is not one example to train on: every text outside the test set is also in it",
+            mend="give the data more rows, or lower the task's `test`",
+        )
     rng = random.Random(seed)  # noqa: S311
-    stream: list[Example] = []
-    pools: list[list[Example]] = []
+    stream: list[int] = []
+    pools: list[list[int]] = []
     while len(pools) < steps:
         while len(stream) < 8 * batch:
-            epoch = list(examples)
+            epoch = list(range(len(examples)))
             rng.shuffle(epoch)
             stream += epoch
-        pool, stream = sorted(stream[: 8 * batch], key=lambda e: len(e.tokens)), stream[8 * batch :]
+        pool, stream = sorted(stream[: 8 * batch], key=lambda i: len(examples[i].tokens)), stream[8 * batch :]
         batches = [pool[i : i + batch] for i in range(0, len(pool), batch)]
         rng.shuffle(batches)
         pools += batches
@@ -82,7 +92,14 @@ def collate(examples: Sequence[Example], pad: int, side: str) -> Batch:
 
 
 def classification_examples(rows: Sequence[Any], tokenizer: Any, max_tokens: int) -> list[Example]:
-    """Tokenise rows (id, text, label) for an encoder, truncated to `max_tokens` with its special tokens."""
+    """Tokenise rows (id, text, label) for an encoder, truncated to `max_tokens` with its special tokens.
+
+    Raises UsageError if these leave no room for text.
+    """
+    special = tokenizer.num_special_tokens_to_add()
+    if special >= max_tokens:
+        what = f"`training.max_tokens` is {max_tokens}, and the tokenizer adds {special} special tokens to every text"
+        raise UsageError(what, mend=f"raise it to at least {special + 1}")
     encoded = tokenizer([row.text for row in rows], truncation=True, max_length=max_tokens)["input_ids"]
     return [Example(row.id, tuple(ids), row.label) for row, ids in zip(rows, encoded, strict=True)]
 
@@ -96,13 +113,21 @@ def answer_examples(
 ) -> list[Example]:
     """Tokenise prompt and right answer for a causal model; too long a prompt loses its beginning, as in evaluation.
 
-    The loss is over the answer's tokens alone. Raises ValueError for an answer that leaves no room for its prompt.
+    The loss is over the answer's tokens alone. Raises UsageError for an answer that leaves no room for its prompt.
     """
-    examples = []
-    for row in rows:
-        context, answer = encode_pair(prompt(row), answers(row)[row.label])
-        if len(answer) >= max_tokens:
-            raise ValueError(f"the answer of {row.id} has {len(answer)} tokens, which leaves no prompt in {max_tokens}")
-        tokens = tuple((context + answer)[-max_tokens:])
-        examples.append(Example(row.id, tokens, row.label, len(answer)))
-    return examples
+    pairs = [encode_pair(prompt(row), answers(row)[row.label]) for row in rows]
+    if pairs:
+        refuse_long_answers(max(len(answer) for _, answer in pairs), max_tokens)
+    return [
+        Example(row.id, tuple((context + answer)[-max_tokens:]), row.label, len(answer))
+        for row, (context, answer) in zip(rows, pairs, strict=True)
+    ]
+
+
+def refuse_long_answers(longest: int, max_tokens: int) -> None:
+    """Raise UsageError if an answer of `longest` tokens leaves no room for a prompt."""
+    if longest >= max_tokens:
+        raise UsageError(
+            f"an answer has {longest} tokens, which leaves no room for a prompt in `training.max_tokens`, {max_tokens}",
+            mend=f"raise it to at least {longest + 1}, better to the length of a whole prompt and its answer",
+        )

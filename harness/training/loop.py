@@ -13,25 +13,32 @@ import torch
 from torch import Tensor, nn
 
 from harness.methods import Adapted
-from harness.records import Training
+from harness.records import Json, Training
 from harness.training.batches import Batch
+from harness.training.master import HALVES, MasterAdamW
 
 MAX_STEP_SEED = 2**31
+BETAS, EPS = (0.9, 0.999), 1e-8
+"""AdamW's, as in its paper and as torch's defaults; stated here so that no release of torch can change them unseen."""
 
 
 @dataclass
 class StepSamples:
-    """Raw numbers, one per step: loss, seconds, gradient norm, real and padded tokens."""
+    """Raw numbers, one per step: loss, seconds, gradient norm, real and padded tokens.
+
+    cpu_seconds: the CPU time of the whole process over the timed parts of all steps.
+    """
 
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     gradient_norms: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     padded_tokens: list[int] = field(default_factory=list)
+    cpu_seconds: float = 0.0
 
 
 class Diverged(Exception):  # noqa: N818
-    """Training gave a NaN or infinite loss, or no gradient at all: an outcome, not a crash."""
+    """Training gave a NaN or infinite loss or gradient, or no gradient at all: an outcome, not a crash. One line."""
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -59,7 +66,8 @@ def make_optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Return the optimizer over adapter and head, and its schedule: linear warm-up, then linearly down to zero.
 
-    It is AdamW, or the Method's own with the head added.
+    It is AdamW, with float32 master weights where something that trains is float16 or bfloat16; or the Method's own
+    with the head added, whose arithmetic is then the Method's matter.
     """
     heads = {id(p) for p in head}
     body = [p for p in adapted.parameters() if id(p) not in heads]
@@ -68,7 +76,10 @@ def make_optimizer(
     of_head: list[dict[str, Any]] = [{"params": list(head), "lr": head_lr}] if head else []
     optimizer = adapted.optimizer(recipe.lr, recipe.weight_decay)
     if optimizer is None:
-        optimizer = torch.optim.AdamW(of_body + of_head, weight_decay=recipe.weight_decay)
+        # In float32 and float64 nothing is gained by a second copy.
+        low = any(p.dtype in HALVES for p in (*body, *head))
+        kind: Any = MasterAdamW if low else torch.optim.AdamW
+        optimizer = kind(of_body + of_head, lr=recipe.lr, betas=BETAS, eps=EPS, weight_decay=recipe.weight_decay)
     else:
         for group in of_head:  # a Method's own optimizer knows of its own tensors only
             optimizer.add_param_group(group)
@@ -79,6 +90,32 @@ def make_optimizer(
         return max(0.0, (recipe.steps - step) / max(1, recipe.steps - recipe.warmup))
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+
+def optimizer_facts(optimizer: torch.optim.Optimizer) -> dict[str, Json]:
+    """Return what a reader must know of an optimizer, as JSON: its class, and each group's numbers.
+
+    `lr` is the peak, whatever the schedule has made of it meanwhile.
+    """
+    groups: list[Any] = []
+    for group in optimizer.param_groups:
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in group.items() if k != "params"}
+        facts = {k: v for k, v in plain.items() if isinstance(v, (bool, int, float, str, list))}
+        facts["lr"] = facts.pop("initial_lr", facts["lr"])
+        groups.append({**facts, "tensors": len(group["params"])})
+    of_halves: dict[str, Json] = {}
+    if isinstance(optimizer, MasterAdamW):
+        of_halves = {"master_weights": "float32", "loss_scale": optimizer.loss_scale}
+    name = "AdamW" if isinstance(optimizer, MasterAdamW) else type(optimizer).__name__
+    return {"name": name, "groups": groups, **of_halves}
+
+
+def notes(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Return sentences for the Record about arithmetic that its dtype alone does not tell; none in float32."""
+    if not isinstance(optimizer, MasterAdamW):
+        return []
+    scaled = f", and the loss was scaled by {optimizer.loss_scale:g} for its backward pass" if optimizer.scales else ""
+    return [f"AdamW kept float32 master weights and moments for what trains in 16 bits{scaled}"]
 
 
 def train(
@@ -93,27 +130,31 @@ def train(
     """Train over `batches`, one optimizer step each; calls report(step, loss) after each, outside the timed region.
 
     The global random state is set from (seed, step) before every step, so that an implementation which draws more or
-    fewer random numbers than another does not shift the next step's dropout masks. Raises Diverged.
+    fewer random numbers than another does not shift the next step's dropout masks. Where float16 gradients overflow, the
+    same batch is taken again with half the loss scale: no step is lost, and its time is the step's. Raises Diverged.
     """
     model, samples = adapted.model, StepSamples()
     trainable = [*adapted.parameters(), *head]
     model.train()
     for index, batch in enumerate(batches):
-        torch.manual_seed((seed * 1_000_003 + index) % MAX_STEP_SEED)
+        step_seed = (seed * 1_000_003 + index) % MAX_STEP_SEED
+        torch.manual_seed(step_seed)
         _settle(batch)
-        started = time.perf_counter()
-        optimizer.zero_grad(set_to_none=True)  # before the step: the last one's gradients stay, for the memory ledger
-        loss = loss_of(model, batch)
-        loss.backward()
+        started, cpu = time.perf_counter(), time.process_time()
+        loss = _backward(adapted, batch, optimizer)
+        while isinstance(optimizer, MasterAdamW) and bool(loss.isfinite()) and optimizer.relax():
+            torch.manual_seed(step_seed)
+            loss = _backward(adapted, batch, optimizer)
         optimizer.step()
         adapted.after_step(index + 1)
         value = float(loss.detach())
         _settle(batch)
         samples.seconds.append(time.perf_counter() - started)
+        samples.cpu_seconds += time.process_time() - cpu
         schedule.step()
-        norm = float(nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None]))
+        norm = _norm(trainable, optimizer)
         if not math.isfinite(value) or not math.isfinite(norm):
-            raise Diverged(f"loss {value} and gradient norm {norm} at step {index + 1}")
+            raise Diverged(_diverged(value, norm, samples, optimizer, model))
         if norm == 0.0:
             raise Diverged(f"the gradient is exactly zero at step {index + 1}: nothing is being trained")
         samples.losses.append(value)
@@ -122,6 +163,41 @@ def train(
         samples.padded_tokens.append(batch.padded_tokens)
         report(index + 1, value)
     return samples
+
+
+def _backward(adapted: Adapted, batch: Batch, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Return the task's loss; the gradients are also those of the Method's own term, which no recorded loss holds."""
+    optimizer.zero_grad(set_to_none=True)  # before the step: the last one's gradients stay, for the memory ledger
+    loss = loss_of(adapted.model, batch)
+    term = adapted.regularizer()
+    total = loss if term is None else loss + term
+    (total * optimizer.loss_scale if isinstance(optimizer, MasterAdamW) else total).backward()
+    return loss
+
+
+def _norm(trainable: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> float:
+    of = optimizer.gradient if isinstance(optimizer, MasterAdamW) else _gradient
+    return float(nn.utils.get_total_norm([grad for p in trainable if (grad := of(p)) is not None]))
+
+
+def _gradient(parameter: Tensor) -> Tensor | None:
+    return parameter.grad
+
+
+def _diverged(
+    loss: float, norm: float, samples: StepSamples, optimizer: torch.optim.Optimizer, model: nn.Module
+) -> str:
+    """Say at which step it was, what came before, what the usual causes are, and the mend."""
+    step = len(samples.losses) + 1
+    last = f"; the loss of step {step - 1} was {samples.losses[-1]:.4g}" if samples.losses else ""
+    rate = max(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
+    narrow = any(p.dtype == torch.float16 for p in model.parameters())
+    range_ = ", numbers beyond float16's 65504 (try bfloat16 or float32)" if narrow else ""
+    return (
+        f"training diverged: loss {loss:.4g} and gradient norm {norm:.4g} at step {step}{last}. Usual causes: too high a "
+        f"learning rate (the peak here is {rate:g}; lower `lr` or lengthen `warmup`){range_}, or an implementation that "
+        "writes NaN (`peft-harness check` tells)"
+    )
 
 
 def _settle(batch: Batch) -> None:
