@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from harness import tolerances
+from harness.analysis import naming
 from harness.analysis.words import Verdict, Word, joint
 from harness.records import Cell, Comparison, Record, Status
 
@@ -50,6 +51,7 @@ class SameLosses:
 def judge(comparison: Comparison, cells: Mapping[str, Cell], records: Mapping[str, Record]) -> SameLosses:
     """Judge every Cell of `left` against its float64 counterpart in `right`; `records` maps cell_id to its Record."""
     subjects = tuple(_judge_one(cells[i], comparison.right, cells, records) for i in comparison.left)
+    names = naming.full(cells.values())
     word = joint(s.verdict.word for s in subjects)
     ids = tuple(dict.fromkeys(i for s in subjects for i in s.verdict.records))
     if word is Word.PASS:
@@ -57,12 +59,12 @@ def judge(comparison: Comparison, cells: Mapping[str, Cell], records: Mapping[st
         steps = len(worst.errors)
         reason = (
             f"all {len(subjects)} follow the float64 losses through {steps} steps; the worst error is"
-            f" {worst.ratio:.2g} of what is allowed ({cells[worst.cell_id].label}, step {worst.step})"
+            f" {worst.ratio:.2g} of what is allowed ({names[worst.cell_id]}, step {worst.step})"
         )
     else:
         named = [s for s in subjects if s.verdict.word is word]
         says = {Word.FAIL: "outside the noise", Word.NOT_RUN: "not judged"}.get(word, "undecided")
-        reason = f"{says}: " + "; ".join(f"{cells[s.cell_id].label}: {s.verdict.reason}" for s in named)
+        reason = f"{says}: " + "; ".join(f"{names[s.cell_id]}: {s.verdict.reason}" for s in named)
     return SameLosses(Verdict(word, reason if subjects else "it names no Cells", ids), subjects)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from harness.analysis import trajectories
+from harness.analysis import naming, trajectories
 from harness.analysis.ranking import why_not_comparable
 from harness.analysis.words import Verdict, Word
 from harness.errors import Exit
@@ -99,12 +99,13 @@ def _judge_comparison(comparison: Comparison, run: Run, latest: dict[str, Record
 
 def _better(comparison: Comparison, run: Run, latest: dict[str, Record]) -> Verdict:
     cells = {cell.cell_id: cell for cell in run.manifest.cells}
+    named = naming.full(cells.values())
     pairs = [(left, right) for left in comparison.left for right in comparison.right]
     ids = tuple(latest[i].id for i in dict.fromkeys(comparison.left + comparison.right) if i in latest)
     # Per word: how far each pair's intervals lie apart, and the sentence about it.
     found: dict[Word, list[tuple[float, str]]] = {word: [] for word in Word}
     for left, right in pairs:
-        names = f"{cells[left].label} and {cells[right].label}"
+        names = f"{named[left]} and {named[right]}"
         refusal = why_not_comparable(cells[left], cells[right])
         if refusal:
             found[Word.NOT_RUN].append((0.0, f"{names} are not comparable: {refusal}"))
@@ -112,9 +113,9 @@ def _better(comparison: Comparison, run: Run, latest: dict[str, Record]) -> Verd
         a, b = _accuracy(latest.get(left)), _accuracy(latest.get(right))
         if isinstance(a, str) or isinstance(b, str):
             scores = ((left, a), (right, b))
-            found[Word.NOT_RUN] += [(0.0, f"{cells[i].label} {why}") for i, why in scores if isinstance(why, str)]
+            found[Word.NOT_RUN] += [(0.0, f"{named[i]} {why}") for i, why in scores if isinstance(why, str)]
             continue
-        sentence = f"{cells[left].label} {_interval(a)} against {cells[right].label} {_interval(b)}"
+        sentence = f"{named[left]} {_interval(a)} against {named[right]} {_interval(b)}"
         word = Word.PASS if a.low > b.high else Word.FAIL if a.high < b.low else Word.INCONCLUSIVE
         found[word].append((a.low - b.high, sentence))
     for word, says in (
@@ -155,7 +156,8 @@ def _whole(
 ) -> tuple[Verdict, Exit]:
     refuted = [j for j in judgements if j.verdict.word is Word.FAIL]
     if nonconforming or refuted:
-        named = ", ".join(r.cell.label for r in latest.values() if r.id in nonconforming)
+        names = naming.full(run.manifest.cells)
+        named = ", ".join(names[r.cell_id] for r in latest.values() if r.id in nonconforming)
         reasons = (
             [f"{_cells(len(nonconforming))} not computing what the Method says ({named})"] if nonconforming else []
         )

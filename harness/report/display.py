@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from harness.analysis.intervals import Median
-from harness.records import Accuracy, Cell
+from harness.records import Accuracy
 
 DASH = "—"
 MINUS = "−"
@@ -95,8 +95,3 @@ def median_ms(m: Median) -> str:
 def sentence(text: str) -> str:
     """Write a reason as a sentence of its own."""
     return f"{text[:1].upper()}{text[1:]}"
-
-
-def in_group(cell: Cell) -> str:
-    """Name a Cell where its model is already named."""
-    return cell.label.removeprefix(f"{cell.model} ")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from harness.analysis import ranking, verdict
+from harness.analysis import naming, ranking, verdict
 from harness.analysis.ranking import Entry, Group
 from harness.analysis.verdict import RunVerdict
 from harness.analysis.words import Word
 from harness.records import Cell, Record, Status
-from harness.report import display
 from harness.store import Run
 
 MISSING = "missing"
@@ -40,13 +38,17 @@ def icon(word: str) -> str:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A run with its verdict, its rankings, and a short name and an anchor for each of its Cells."""
+    """A run with its verdict, its rankings, and for each of its Cells two names and an anchor.
+
+    names: within their model and task; titles: everywhere else.
+    """
 
     run: Run
     latest: dict[str, Record]
     verdict: RunVerdict
     groups: tuple[Group, ...]
     names: dict[str, str]
+    titles: dict[str, str]
     entries: dict[str, Entry]
     prefix: str
 
@@ -71,7 +73,7 @@ class RunFacts:
             "name": self.names[cell.cell_id],
             "record": record.id if record else cell.cell_id,
             "href": f"#{self.anchor(cell.cell_id)}",
-            "title": cell.label,
+            "title": self.titles[cell.cell_id],
         }
 
     def sources(self, record_ids: Sequence[str]) -> list[dict[str, str]]:
@@ -87,17 +89,8 @@ def gather(run: Run, prefix: str = "") -> RunFacts:
         latest=run.latest(),
         verdict=verdict.judge(run),
         groups=found,
-        names=_names(run.manifest.cells),
+        names=naming.in_group(run.manifest.cells),
+        titles=naming.full(run.manifest.cells),
         entries={e.record.cell_id: e for g in found for e in g.entries},
         prefix=prefix,
     )
-
-
-def _names(cells: Sequence[Cell]) -> dict[str, str]:
-    """Name each Cell within its model; those that would share a name get the head of their cell_id."""
-    count = Counter((c.model, c.task, display.in_group(c)) for c in cells)
-    return {
-        c.cell_id: display.in_group(c)
-        + ("" if count[c.model, c.task, display.in_group(c)] == 1 else f" #{c.cell_id[:6]}")
-        for c in cells
-    }

@@ -90,7 +90,6 @@ def parity(facts: RunFacts) -> list[Section]:
         found.append(
             {
                 **facts.row(record.cell),
-                "title": record.cell.label,
                 "summary": summary,
                 "word": word,
                 "icon": icon(word) if record.checks else "–",
@@ -135,7 +134,7 @@ def time(facts: RunFacts) -> Section:
         rest = measured.unaccounted_seconds(record)
         own = [*spent, (charts.NO_PHASE, rest)] if record.phases and rest > 0 else spent
         if record.phases:
-            lives.append(charts.Life(record.cell.label, measured.startup_seconds(record), own))
+            lives.append(charts.Life(facts.titles[record.cell_id], measured.startup_seconds(record), own))
     return {"chart": charts.phases("Phases of each Cell", lives) if lives else None, **_outside(facts)}
 
 
@@ -212,7 +211,7 @@ def _pairs(mapping: dict[str, str]) -> list[Section]:
 
 def failures(facts: RunFacts) -> list[Section]:
     """List every attempt that did not end well, the last ones and earlier ones."""
-    return [_failure(facts, r) for r in facts.run.records if r.status is not Status.OK]
+    return [_failure(facts, r) for r in facts.run.records if r.status is not Status.OK and r.cell_id in facts.titles]
 
 
 def _failure(facts: RunFacts, record: Record) -> Section:
@@ -225,7 +224,7 @@ def _failure(facts: RunFacts, record: Record) -> Section:
     superseded = facts.latest[record.cell_id].id != record.id if record.cell_id in facts.latest else False
     return {
         **facts.row(record.cell),
-        "name": record.cell.label,
+        "name": facts.titles[record.cell_id],
         "record": record.id,
         "status": record.status.value,
         "icon": icon(record.status),

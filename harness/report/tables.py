@@ -219,7 +219,7 @@ def _raw(facts: RunFacts, cell: Cell, record: Record | None) -> dict[str, Any]:
     return {
         "record": record.id if record else None,
         "cell": cell.model_dump(mode="json"),
-        "label": cell.label,
+        "label": facts.titles[cell.cell_id],
         "status": facts.status(cell),
         "because": record.because if record else "there is no Record of this Cell",
         "trainable": m.parameters.trainable if m else None,

@@ -86,7 +86,6 @@ def _verdict(f: RunFacts) -> dict[str, Any]:
 
 def _alerts(f: RunFacts) -> list[dict[str, Any]]:
     """Say at the top what is not whole: an unfinished run, missing Cells, torn files, Records from elsewhere."""
-    cells = {c.cell_id: c for c in f.run.manifest.cells}
     found: list[dict[str, Any]] = []
     if f.verdict.how != "finished":
         how = "has no footer: it was cut off, or is still going on" if f.run.footer is None else f"was {f.verdict.how}"
@@ -94,7 +93,7 @@ def _alerts(f: RunFacts) -> list[dict[str, Any]]:
     if f.verdict.missing:
         n = len(f.verdict.missing)
         text = f"{n} expected Cell{'s have' if n > 1 else ' has'} no Record:"
-        found.append({"text": text, "items": [f"{cells[i].label} ({i})" for i in f.verdict.missing]})
+        found.append({"text": text, "items": [f"{f.titles[i]} ({i})" for i in f.verdict.missing]})
     if f.run.broken:
         n = len(f.run.broken)
         text = f"{n} Record file{'s' if n > 1 else ''} could not be read, and {'are' if n > 1 else 'is'} not counted:"
@@ -102,7 +101,7 @@ def _alerts(f: RunFacts) -> list[dict[str, Any]]:
     strangers = [r for r in f.latest.values() if r.environment.id != f.run.manifest.environment.id]
     if strangers:
         text = "Records from another environment than the run's, so their times and memory do not compare:"
-        found.append({"text": text, "items": [f"{r.cell.label} ({r.id})" for r in strangers]})
+        found.append({"text": text, "items": [f"{f.titles[r.cell_id]} ({r.id})" for r in strangers]})
     return found
 
 
@@ -205,7 +204,7 @@ def _points(f: RunFacts, entries: Sequence[tuple[Entry, float]], cost: str) -> l
             low=e.accuracy.low,
             high=e.accuracy.high,
             tied=e.standing in ("best", "tied"),
-            tip=f"{e.record.cell.label}: {display.accuracy(e.accuracy)}, {cost.format(value)}; Record {e.record.id}",
+            tip=f"{f.titles[e.record.cell_id]}: {display.accuracy(e.accuracy)}, {cost.format(value)}; Record {e.record.id}",
             href=f"#{f.anchor(e.record.cell_id)}",
         )
         for e, value in entries
