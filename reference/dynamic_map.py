@@ -1,0 +1,69 @@
+"""The dynamic 8-bit code and blockwise quantisation with it. Dettmers et al., arXiv:2110.02861, section 2. An Operation.
+
+A code of 8 bits names one of 256 values in [-1, 1] (signed) or [0, 1]. The largest are spread evenly over 0.1 .. 1, and
+each decade below has half as many: an indicator bit that moves right leaves fewer bits for the fraction. A tensor is cut
+into blocks of consecutive elements of its flattened form, each is divided by its largest magnitude, and every element
+becomes the nearest of the values. 8-bit optimizer states and QLoRA's double quantisation both use it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SOURCE = "arXiv:2110.02861v2, sections 1.3, 2.1 and 2.2; bitsandbytes, whose table and tie rule are what is in use"
+DEVIATIONS = (
+    (
+        "the data type",
+        "section 1.3 and figure 2 give the bits, no values",
+        "seven decades; the middles of 2^i equal cells of 0.1 .. 1, times 10^(i - 6), for i = 0 .. 6; and 0 and 1",
+        "bitsandbytes' create_dynamic_map, bit for bit; it has no -1, so that the lowest element of a block comes back "
+        "as -0.993 of itself",
+    ),
+    (
+        "the sign's bit in the unsigned type",
+        "section 2.2 uses it as one more bit of the fixed fraction",
+        "2^(i + 1) cells a decade in the place of 2^i",
+        "the same, and as bitsandbytes",
+    ),
+    (
+        "search",
+        "binary search for the nearest value",
+        "the nearest value of x / absmax; one exactly between two takes the lower",
+        "bitsandbytes multiplies by the reciprocal of absmax, which may move an element over a midpoint that it almost "
+        "touches; its CPU kernel rounds to a grid first, which moves more (see the tests)",
+    ),
+)
+
+
+def dynamic_map(signed: bool = True) -> Tensor:
+    """Return the 256 values, ascending, float32: -0.993 .. 1 if signed, else 0 .. 1. Constructed, not pasted."""
+    decades = []
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
+        decades.append(10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2))
+    above = torch.cat(decades)
+    below = -above if signed else above[:0]
+    return torch.cat([below, torch.zeros(1), above, torch.ones(1)]).sort().values
+
+
+def quantize_blockwise(x: Tensor, code: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
+    """Return (codes, absmax): uint8 indices into `code` in the order of x.flatten(), float32 absmax of each block.
+
+    x: any shape and floating dtype, read as float32. code: ascending values. The last block may be short. A tie takes the
+    lower index. A block of zeros has absmax 0 and the index that 0 has. A block that holds a NaN has absmax NaN; one that
+    holds an infinity, absmax infinity: both come back as not finite.
+    """
+    flat = x.detach().flatten().float()
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = torch.where(absmax[:, None] == 0, torch.zeros_like(blocks), blocks / absmax[:, None])
+    midpoints = ((code[:-1] + code[1:]) / 2).to(x.device)
+    codes = torch.bucketize(scaled, midpoints)  # counts the midpoints strictly below, so a tie goes down
+    return codes.flatten()[: flat.numel()].to(torch.uint8), absmax
+
+
+def dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, block: int = 256) -> Tensor:
+    """Return code[codes] * absmax in float32, flat, as long as `codes`."""
+    scale = absmax.float().repeat_interleave(block)[: codes.numel()]
+    return code.to(codes.device)[codes.flatten().long()] * scale
