@@ -113,6 +113,10 @@ def environment(**changes: Any) -> Environment:
     return Environment(**{**fields, **changes})
 
 
+def assets(sha256: str = "a" * 64, model: str = "minilm-l6") -> list[AssetUse]:
+    return [AssetUse(name=model, source="package index", sha256=sha256, licence="Apache-2.0")]
+
+
 def losses(cell: Cell) -> list[float]:
     """Return losses that fall with training: the same for every implementation but for rounding in its dtype."""
     what = f"{cell.model}{cell.method}{cell.config}{cell.base}{cell.seed}"
@@ -237,7 +241,7 @@ def record(name: str, cell: Cell, run: str = "recorded", attempt: int = 1, **cha
             distribution="peft" if cell.implementation == "hf-peft" else "peft-harness", version="1.0"
         ),
         "environment": environment(),
-        "assets": [AssetUse(name=cell.model, source="package index", sha256="a" * 64, licence="Apache-2.0")],
+        "assets": assets(model=cell.model),
         "started": STARTED,
         "duration_s": sum(p.seconds for p in phases) + 0.2,
         "phases": phases,

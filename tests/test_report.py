@@ -280,24 +280,6 @@ def test_time_outside_the_cells_has_its_share(good: store.Run) -> None:
     assert [part["name"] for part in time["outside"]] == ["fetch", "startup", "scheduling", "report", "other"]
 
 
-def test_two_runs_show_whether_they_are_equal(good: store.Run, tmp_path: Path) -> None:
-    def nudge(name: str, r: Record) -> Record:
-        if name != "fused":
-            return r
-        assert r.measurements is not None
-        assert r.measurements.training is not None
-        return recorded.with_losses(r, [x + 1e-9 for x in r.measurements.training.losses])
-
-    equal = recorded.write_run(tmp_path / "equal", run="equal")
-    unequal = recorded.write_run(tmp_path / "unequal", run="unequal", change=nudge)
-    assert view.build([good])["reproducibility"] is None
-    assert view.build([good, equal])["reproducibility"]["word"] == "pass"
-    section = view.build([good, unequal])["reproducibility"]
-    assert section["word"] == "fail"
-    assert [r["losses"] for r in section["rows"] if r["tone"] == "bad"] == ["differ from step 0"]
-    assert "same environment, yet not equal" in Page(html.render([good, unequal])).text
-
-
 def test_rerun_gives_the_exact_commands(tmp_path: Path) -> None:
     run = recorded.write_run(tmp_path / "r", argv=["peft-harness", "run", "my suite.yaml"], suite_file="my suite.yaml")
     section = view.build([run])["runs"][0]["rerun"]

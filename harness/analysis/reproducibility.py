@@ -1,20 +1,30 @@
-"""Did a rerun give the same losses, to the last bit? If not: from which step on, and what differed."""
+"""Did a rerun give the same losses, to the last bit? If not: from which step on, and what was not the same.
+
+A difference is explained by its circumstances: another machine, library, code, thread count, model or data. What only
+follows from the seed (the order of the data, the initial state) says where two runs parted, and explains nothing: the
+Cell is the same, so it should have been the same.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from harness.records import Environment, Record, Status
+from harness.analysis import naming
+from harness.errors import Exit
+from harness.records import Environment, Record, Status, TrainingMeasured
 from harness.store import Run
+
+_GPU = "on a GPU some kernels sum in an order that varies from run to run"
 
 
 @dataclass(frozen=True)
 class Rerun:
     """One Cell with several ok Records.
 
-    same_losses: None if the Cell does not train. first_step: the first differing step, counting from 0. why: what the
-    environments differ in, or that they do not; empty when all is equal. records: (run, Record id).
+    same_losses: None if the Cell does not train. first_step: the first differing step, counting from 0. causes: what
+    differs in the circumstances of unequal Records. parted: what else differs in them although the seed fixes it.
+    unexplained: some unequal Records have no cause. records: (run, Record id).
     """
 
     cell_id: str
@@ -23,7 +33,9 @@ class Rerun:
     same_losses: bool | None
     same_items: bool | None
     first_step: int | None
-    why: tuple[str, ...]
+    causes: tuple[str, ...]
+    parted: tuple[str, ...]
+    unexplained: bool
 
     @property
     def equal(self) -> bool:
@@ -32,48 +44,60 @@ class Rerun:
 
 
 def reruns(runs: Sequence[Run]) -> tuple[Rerun, ...]:
-    """Compare, for every Cell with two or more ok Records in `runs`, each of them with the first.
+    """Compare the ok Records of every Cell that has two or more in `runs`, in the order of the manifests.
 
-    In the order of the manifests.
+    Each is compared with the first one made in the same circumstances, or else with the first of all. A copy of a Record
+    (a run named twice, a copied folder) is no rerun.
     """
-    by_cell: dict[str, list[Record]] = {cell.cell_id: [] for run in runs for cell in run.manifest.cells}
+    cells = {cell.cell_id: cell for run in runs for cell in run.manifest.cells}
+    by_cell: dict[str, list[Record]] = {cell_id: [] for cell_id in cells}
     for run in runs:
         for record in sorted(run.records, key=lambda r: r.attempt):
-            if record.status is Status.OK:
-                by_cell.setdefault(record.cell_id, []).append(record)
-    return tuple(_rerun(records) for records in by_cell.values() if len(records) > 1)
+            found = by_cell.setdefault(record.cell_id, [])
+            if record.status is Status.OK and record not in found:
+                found.append(record)
+    repeated = {i: records for i, records in by_cell.items() if len(records) > 1}
+    names = naming.full([*cells.values(), *(records[0].cell for records in repeated.values())])
+    return tuple(_rerun(names[i], records) for i, records in repeated.items())
 
 
-def _rerun(records: list[Record]) -> Rerun:
-    first, *others = records
-    losses = [_losses(r) for r in records]
-    items = [_items(r) for r in records]
-    same_losses = None if losses[0] is None else all(x == losses[0] for x in losses)
-    same_items = None if items[0] is None else all(x == items[0] for x in items)
-    steps = [_first_difference(losses[0] or [], x or []) for x in losses[1:]]
-    why: tuple[str, ...] = ()
-    if same_losses is False or same_items is False:
-        unequal = [
-            r
-            for r, loss, item in zip(others, losses[1:], items[1:], strict=True)
-            if loss != losses[0] or item != items[0]
-        ]
-        changed = [change for r in unequal for change in environment_differences(first.environment, r.environment)]
-        notes = [note for r in records for note in r.notes]
-        why = tuple(dict.fromkeys([*(changed or ["same environment, yet not equal"]), *notes]))
+def judge(found: Sequence[Rerun], *, strict: bool = False) -> Exit:
+    """Return the exit code of a comparison: an unexplained difference is a failure, an explained one is none."""
+    if any(r.unexplained for r in found):
+        return Exit.FAIL
+    if not found:
+        return Exit.NOTHING_COMPARED
+    return Exit.INCONCLUSIVE if strict and not all(r.equal for r in found) else Exit.PASS
+
+
+def _rerun(label: str, records: Sequence[Record]) -> Rerun:
+    pairs = [(_earlier(records[:i], record), record) for i, record in enumerate(records) if i]
+    unequal = [(a, b) for a, b in pairs if _losses(a) != _losses(b) or _items(a) != _items(b)]
+    causes = [_causes(a, b) for a, b in unequal]
+    steps = [_first_difference(_losses(a) or [], _losses(b) or []) for a, b in unequal]
     return Rerun(
-        cell_id=first.cell_id,
-        label=first.cell.label,
+        cell_id=records[0].cell_id,
+        label=label,
         records=tuple((r.run, r.id) for r in records),
-        same_losses=same_losses,
-        same_items=same_items,
+        same_losses=None if _losses(records[0]) is None else all(_losses(a) == _losses(b) for a, b in pairs),
+        same_items=None if _items(records[0]) is None else all(_items(a) == _items(b) for a, b in pairs),
         first_step=min((s for s in steps if s is not None), default=None),
-        why=why,
+        causes=tuple(dict.fromkeys(cause for named in causes for cause in named)),
+        parted=tuple(dict.fromkeys(p for a, b in unequal for p in _parted(a, b))),
+        unexplained=not all(causes),
     )
 
 
+def _earlier(before: Sequence[Record], record: Record) -> Record:
+    return next((r for r in before if not circumstances(r, record)), before[0])
+
+
+def _training(record: Record) -> TrainingMeasured | None:
+    return record.measurements.training if record.measurements else None
+
+
 def _losses(record: Record) -> list[float] | None:
-    training = record.measurements.training if record.measurements else None
+    training = _training(record)
     return training.losses if training else None
 
 
@@ -87,6 +111,56 @@ def _first_difference(left: list[float], right: list[float]) -> int | None:
         if a != b:
             return step
     return None if len(left) == len(right) else min(len(left), len(right))
+
+
+def _causes(left: Record, right: Record) -> list[str]:
+    named = circumstances(left, right)
+    return named or ([_GPU] if left.device not in ("", "cpu") else [])
+
+
+def _parted(left: Record, right: Record) -> list[str]:
+    a, b = _training(left), _training(right)
+    if a is None or b is None:
+        return []
+    hashes = {
+        "initial state": (a.initial_state_sha256, b.initial_state_sha256),
+        "order of the data": (a.data_order_sha256, b.data_order_sha256),
+    }
+    # An older Record holds no hash: not known is not different.
+    return [f"{what}: {x[:12]}, {y[:12]}" for what, (x, y) in hashes.items() if x and y and x != y]
+
+
+def circumstances(left: Record, right: Record) -> list[str]:
+    """List what two Records of one Cell were made with or from that is not the same, as `what: this, that`."""
+    changed = environment_differences(left.environment, right.environment)
+    a, b = (r.environment.extra.get("variables") for r in (left, right))
+    if isinstance(a, dict) and isinstance(b, dict):
+        unequal = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+        changed += [f"variable {k}: {a.get(k, 'not set')}, {b.get(k, 'not set')}" for k in unequal]
+    if left.device != right.device:
+        changed.append(f"device: {left.device or 'not recorded'}, {right.device or 'not recorded'}")
+    makers = [
+        f"{r.provider.distribution} {r.provider.version}" if r.provider else "not recorded" for r in (left, right)
+    ]
+    if makers[0] != makers[1]:
+        changed.append(f"implementation from: {', '.join(makers)}")
+    return changed + _asset_differences(left, right)
+
+
+def _asset_differences(left: Record, right: Record) -> list[str]:
+    if not left.assets or not right.assets:  # an older Record names none
+        return []
+    a, b = ({use.name: use for use in r.assets} for r in (left, right))
+    found = []
+    for name in dict.fromkeys([*a, *b]):
+        x, y = a.get(name), b.get(name)
+        if x is None or y is None:
+            found.append(f"{name}: {'used' if x else 'not used'}, {'used' if y else 'not used'}")
+        elif x.sha256 != y.sha256:
+            found.append(f"{name}: sha256 {x.sha256[:12] or 'unknown'}, {y.sha256[:12] or 'unknown'}")
+        elif x.revision != y.revision:
+            found.append(f"{name}: revision {x.revision or 'unknown'}, {y.revision or 'unknown'}")
+    return found
 
 
 def environment_differences(left: Environment, right: Environment) -> list[str]:

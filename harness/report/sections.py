@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from typing import Any
 
 from harness.analysis import measured
-from harness.analysis.reproducibility import Rerun, environment_differences
+from harness.analysis.reproducibility import environment_differences
 from harness.analysis.trajectories import Judged
 from harness.analysis.verdict import Judgement
 from harness.records import CheckResult, Environment, Outcome, Record, Status
@@ -260,37 +259,3 @@ def notes(facts: RunFacts) -> list[Section]:
         for note in record.notes:
             found.setdefault(note, []).append(record.id)
     return [{"text": text, "sources": facts.sources(ids)} for text, ids in found.items()]
-
-
-def reproducibility(reruns: Sequence[Rerun]) -> Section:
-    """Show which Cells gave the same losses again, and why the others did not."""
-    unequal = [r for r in reruns if not r.equal]
-    if not reruns:
-        sentence, word = "No Cell has two ok Records, so nothing was repeated.", "not-run"
-    elif unequal:
-        sentence, word = f"{len(unequal)} of {len(reruns)} repeated Cells differ.", "fail"
-        if not any("same environment" in reason for r in unequal for reason in r.why):
-            sentence, word = sentence + " Each was repeated in another environment.", "inconclusive"
-    else:
-        sentence, word = f"All {len(reruns)} repeated Cells gave the same losses and answers to the last bit.", "pass"
-    return {
-        "sentence": sentence,
-        "word": word,
-        "icon": icon(word),
-        "tone": tone(word),
-        "rows": [_rerun(r) for r in reruns],
-    }
-
-
-def _rerun(r: Rerun) -> Section:
-    same = {True: "equal to the last bit", False: "differ", None: "none to compare"}
-    first = "" if r.first_step is None else f" from step {r.first_step}"
-    return {
-        "name": r.label,
-        "records": [f"{run}/{record}" for run, record in r.records],
-        "icon": icon("pass" if r.equal else "fail"),
-        "tone": tone("pass" if r.equal else "fail"),
-        "losses": same[r.same_losses] + first,
-        "items": same[r.same_items],
-        "why": "; ".join(r.why),
-    }

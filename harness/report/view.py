@@ -8,10 +8,9 @@ from typing import Any
 from harness import store
 from harness.analysis import measured
 from harness.analysis.ranking import Budget, Entry, Group
-from harness.analysis.reproducibility import reruns
 from harness.analysis.verdict import Judgement
 from harness.records import Record, Status
-from harness.report import charts, display, facts, sections, tables
+from harness.report import charts, display, facts, repeats, sections, tables
 from harness.report.facts import RunFacts, icon, tone
 from harness.store import Run
 
@@ -23,13 +22,9 @@ def build(runs: Sequence[Run]) -> dict[str, Any]:
         "title": " and ".join(dict.fromkeys(run.manifest.title or run.manifest.suite for run in runs)),
         "generated": store.now(),
         "runs": [_run(f) for f in gathered],
-        "reproducibility": sections.reproducibility(reruns(runs)) if _repeats(runs) else None,
+        "reproducibility": repeats.section(runs) if repeats.asked(runs) else None,
         "data": [{"run": f.run.manifest.run, "suite": f.run.manifest.suite, "cells": tables.raw(f)} for f in gathered],
     }
-
-
-def _repeats(runs: Sequence[Run]) -> bool:
-    return len(runs) > 1 or any(len(run.records) > len(run.latest()) for run in runs)
 
 
 def _run(f: RunFacts) -> dict[str, Any]:
