@@ -129,20 +129,27 @@ def run(suite: str, out: Path | None, only: str | None, resume: str | None, devi
 def report(runs: tuple[str, ...], out: Path | None, strict: bool) -> Exit:
     """Write the HTML report of runs.
 
-    Prints their summaries. RUN is a folder, an id, the start of an id, or `latest`. Exits with the most serious verdict
-    of the runs.
+    Prints their summaries. RUN is a folder, an id, the start of an id, or `latest`. Of several runs it compares the
+    losses of the Cells that they share, bit by bit. Exits with the most serious verdict, of a run or of that comparison:
+    1 for a difference without a named cause, 5 if no Cell was repeated.
     """
     from harness import store
-    from harness.analysis import verdict
-    from harness.report import html, text
+    from harness.analysis import reproducibility, verdict
+    from harness.report import html, repeats, text
 
     read = [store.read_run(store.find_run(name)) for name in runs]
     page = out or read[0].path / "report.html"
     html.write_report(read, page)
     for one in read:
         _print("\n".join(text.summary(one)))
+    codes = [verdict.judge(one, strict=strict).exit for one in read]
+    if repeats.asked(read):
+        _print("\n".join(repeats.lines(read)))
+    again = reproducibility.reruns(read)
+    if again or len(read) > 1:
+        codes.append(reproducibility.judge(again, strict=strict))
     _print(f"report: {page}")
-    return min((verdict.judge(one, strict=strict).exit for one in read), key=_SERIOUS.index)
+    return min(codes, key=_SERIOUS.index)
 
 
 @verbs.command()
