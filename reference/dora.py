@@ -1,0 +1,166 @@
+"""DoRA: Weight-Decomposed Low-Rank Adaptation. Liu et al., ICML 2024, arXiv:2402.09353.
+
+    W' = m (W0 + s B A) / ||W0 + s B A||                                                    (paper, eq. 5; s = alpha / r)
+
+A frozen weight is split into direction and magnitude: LoRA moves the direction, m scales it, and starts at ||W0||.
+A (R, D), B (E, R), m (E,) train; W0 (E, D) is frozen. Shape letters: T tokens, D in, E out, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from reference.adapted import Adapted
+from reference.layers import dense_copy, dense_weight, floating_dtype, replace, targets
+
+PAPER = "arXiv:2402.09353v6"
+DEVIATIONS = (
+    (
+        "axis of the norm",
+        "of each column of W (d, k), with B (d, r), A (r, k) and m (1, k): read with h = W x, one magnitude per input",
+        "one magnitude per output, the norm of a row of the stored (out, in) weight; the other reading is per='input'",
+        "the authors' code and HF peft both take norm(weight, dim=1); the authors say that their W is (in, out)",
+    ),
+    (
+        "gradient through the norm",
+        "section 4.3 treats it as a constant, to save memory; eq. 6 has the whole gradient",
+        "constant, unless detach_norm is false",
+        "the authors' code by default (dora_simple), and HF peft always",
+    ),
+    (
+        "scaling",
+        "W0 + B A, without alpha / r",
+        "W0 + (alpha / r) B A, inside the norm too",
+        "as in the authors' code and HF peft; outside, the rows of W' would not have the norm |m|",
+    ),
+    (
+        "dropout",
+        "not in the formulas",
+        "on the input of all that the method adds, (g - 1) W0 and g s B A with g = m / norm; W0 x sees the whole input",
+        "as in the authors' code and HF peft; so a dropped feature still passes W0, unscaled by g",
+    ),
+    (
+        "rows of zeros",
+        "not treated: 0 / 0",
+        "0 / 0 is 0: the row of W' is zero, and neither m nor its row of B gets a gradient from it",
+        "published weights have such rows. They start with m = 0, where every direction gives a row of zeros and no "
+        "gradient of B: this is the continuous choice, and what a small number added to the norm (LyCORIS) comes to. The "
+        "authors' code and HF peft return NaN",
+    ),
+    (
+        "initialisation of A",
+        "as in LoRA: Kaiming uniform",
+        "uniform in +-1/sqrt(in)",
+        "kaiming_uniform_(a=sqrt(5)) of the authors' code and HF peft is just that",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """DoRA's knobs.
+
+    rank: r. alpha: the numerator of the scaling alpha / r. targets: last parts of the module paths to adapt, or whole
+    paths. dropout: probability that an input feature of what the method adds is dropped in training. detach_norm: whether
+    the norm is a constant in the backward pass. per: whether each output feature has a magnitude, or each input feature.
+    """
+
+    rank: int = field(default=8, metadata={"least": 1, "most": 4096})
+    alpha: float = field(default=16.0, metadata={"least": 1e-3, "most": 1e4})
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    dropout: float = field(default=0.0, metadata={"least": 0.0, "most": 0.99})
+    detach_norm: bool = True
+    per: str = field(default="output", metadata={"choices": ("output", "input")})
+
+
+def norms(V_ED: Tensor, per: str = "output") -> Tensor:
+    """Return the Euclidean norms of a weight (E, D): (E,) of its rows for `output`, (D,) of its columns for `input`.
+
+    Where the entries are so small that their squares vanish, the norm is 0.
+    """
+    norm: Tensor = torch.linalg.vector_norm(V_ED, dim=1 if per == "output" else 0)
+    return norm
+
+
+def gain(m: Tensor, norm: Tensor) -> Tensor:
+    """Return g = m / norm, and 0 where the norm is 0; exactly 1 where the two are equal and not 0."""
+    some = norm > 0
+    return torch.where(some, m, 0.0) / torch.where(some, norm, 1.0)
+
+
+class DoraLinear(nn.Module):
+    """A frozen linear layer whose weight is replaced by m times the direction of W0 + s B A.
+
+    base: an nn.Linear or a quantised subclass of it, maps (..., D) to (..., E). A (R, D), B (E, R), m (E,), or (D,) with
+    one magnitude per input. The bias is the base's and is not scaled.
+    """
+
+    def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, config: Config) -> None:
+        super().__init__()
+        self.base = base
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.scaling, self.dropout = config.alpha / config.rank, nn.Dropout(config.dropout)
+        self.detach_norm, self.per = config.detach_norm, config.per
+        # m = ||W0||, since B = 0. By the very expression of `forward`, so that g is exactly 1 at the start in any dtype.
+        self.m = nn.Parameter(norms(self.direction(dense_weight(base)), self.per).detach())
+
+    def direction(self, W0_ED: Tensor) -> Tensor:
+        """Return V' = W0 + s B A (eq. 5), shape (E, D)."""
+        return W0_ED + self.scaling * (self.B @ self.A)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Return W' x + b = W0 x + b + (g - 1) W0 x + g s B A x with g = m / ||W0 + s B A||, shape (..., E).
+
+        Written as an addition to the base's output, as in both codes: the start is the base's output to the last bit, and
+        dropout can spare W0 x. With one magnitude per input, g multiplies the features of x instead.
+        """
+        W0_ED = dense_weight(self.base)
+        norm = norms(self.direction(W0_ED), self.per)
+        g = gain(self.m, norm.detach() if self.detach_norm else norm)  # section 4.3: eq. 11 in the place of eq. 6
+        dropped_TD = self.dropout(x_TD)
+        if self.per == "output":
+            added_TE = (g - 1) * (dropped_TD @ W0_ED.T) + g * self.scaling * (dropped_TD @ self.A.T @ self.B.T)
+        else:
+            added_TE = ((g - 1) * dropped_TD) @ W0_ED.T + self.scaling * ((g * dropped_TD) @ self.A.T @ self.B.T)
+        y_TE: Tensor = self.base(x_TD) + added_TE
+        return y_TE
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """Map the paper's letters to what trains."""
+        return {"A": self.A, "B": self.B, "m": self.m}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return nothing: W0 is the base's, and the norm is taken anew in every forward pass."""
+        return {}
+
+    def merged(self) -> nn.Linear:
+        """Return a linear layer with the weight W', whose rows (or columns, per input) have the norms |m|."""
+        dense = dense_copy(self.base)
+        with torch.no_grad():
+            V_ED = self.direction(dense.weight)
+            g = gain(self.m, norms(V_ED, self.per))
+            dense.weight.copy_(g[:, None] * V_ED if self.per == "output" else V_ED * g)
+        return dense
+
+
+def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adapted:
+    """Freeze `model` and put a DoraLinear around every target; A is drawn from `generator` in order of the paths.
+
+    Raises ValueError if a target names no linear layer.
+    """
+    model.requires_grad_(False)
+    layers = {}
+    for path, base in targets(model, config.targets).items():
+        E, D = base.out_features, base.in_features
+        dtype, device = floating_dtype(base), next(base.parameters()).device
+        bound = 1 / math.sqrt(D)
+        # Drawn in float64 so that every dtype starts from the same numbers; the same numbers as LoRA's.
+        A = torch.empty(config.rank, D, dtype=torch.float64).uniform_(-bound, bound, generator=generator)
+        B = torch.zeros(E, config.rank, dtype=dtype, device=device)
+        layers[path] = DoraLinear(base, A.to(device, dtype), B, config)
+        replace(model, path, layers[path])
+    return Adapted(model, layers)
