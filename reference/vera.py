@@ -1,0 +1,156 @@
+"""VeRA: Vector-based Random Matrix Adaptation. Kopiczko et al., ICLR 2024, arXiv:2310.11454.
+
+    h = W0 x + Lambda_b B Lambda_d A x                                                                  (paper, eq. 2)
+
+A (R, D) and B (E, R) are random, frozen and shared by all layers; only the diagonals b (E,) and d (R,) train, and W0
+(E, D) is frozen. Shape letters: T tokens, D in, E out, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from reference.adapted import Adapted
+from reference.layers import dense_copy, floating_dtype, replace, targets
+
+PAPER = "arXiv:2310.11454v2"
+DEVIATIONS = (
+    (
+        "layers of several shapes",
+        "one pair of matrices for all layers, which are taken to be of one shape",
+        "the pair is as large as the largest target, in each dimension; a layer uses the first D columns of A and the "
+        "first E rows of B",
+        "as HF peft does; the authors' code is not public",
+    ),
+    (
+        "spread of A and B",
+        "Kaiming initialisation by the matrix's dimensions, no gain given; uniform rather than normal by its ablation",
+        "uniform in +-sqrt(6 / fan_in), gain sqrt(2); fan_in is that of the shared pair: the largest in for A, r for B",
+        "as in HF peft; a slice has thus less variance than a matrix of its own would",
+    ),
+    (
+        "random numbers",
+        "from a seed that is stored in the place of the matrices",
+        "from a generator of their own, on the CPU, seeded by projection_key, A before B, in float32 whatever the layers "
+        "are in, then cast; nothing is drawn from the generator that `attach` is given",
+        "the numbers of HF peft to the last bit; those of another version of PyTorch may differ",
+    ),
+    (
+        "scaling",
+        "no alpha",
+        "no alpha",
+        "d takes its place: 0.1 at the start, as in the paper's main experiments",
+    ),
+    (
+        "dropout",
+        "not in the formulas",
+        "on the input of A only; W0 x sees the whole input",
+        "as in LoRA and HF peft",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """VeRA's knobs.
+
+    rank: r. targets: last parts of the module paths to adapt, or whole paths. dropout: probability that an input feature
+    of the adapter branch is dropped in training. projection_key: what A and B are made from. d_initial: the start of d.
+    """
+
+    rank: int = field(default=256, metadata={"least": 1, "most": 16384})
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    dropout: float = field(default=0.0, metadata={"least": 0.0, "most": 0.99})
+    projection_key: int = field(default=0, metadata={"least": 0, "most": 9223372036854775807})
+    d_initial: float = field(default=0.1, metadata={"least": -1e3, "most": 1e3})
+
+
+def projections(key: int, rank: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
+    """Return the shared pair A (R, D), B (E, R), float32 on the CPU, with D and E those of the largest target.
+
+    A checkpoint needs no more of them than these four numbers. The draw of B depends on the size of A, and both bounds on
+    D and R: slices of a larger pair are not the pair of a smaller size.
+    """
+    generator = torch.Generator().manual_seed(key)
+
+    def kaiming(rows: int, fan_in: int) -> Tensor:
+        # Multiplied in HF peft's order: sqrt(6 / fan_in) may round otherwise.
+        bound = math.sqrt(3) * (math.sqrt(2) / math.sqrt(fan_in))
+        return torch.empty(rows, fan_in, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+
+    return kaiming(rank, in_features), kaiming(out_features, rank)
+
+
+class VeraLinear(nn.Module):
+    """A frozen linear layer with a random low-rank update whose rows and ranks are scaled by trained vectors.
+
+    base: an nn.Linear or a quantised subclass of it, maps (..., D) to (..., E). A (R, D), B (E, R): frozen, may be views
+    of tensors that layers share. b (E,), d (R,).
+    """
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, b: Tensor, d: Tensor, dropout: float) -> None:
+        super().__init__()
+        self.base = base
+        # Not persistent: a checkpoint holds b and d alone, the paper's saving.
+        self.register_buffer("A", A, persistent=False)
+        self.register_buffer("B", B, persistent=False)
+        self.b, self.d = nn.Parameter(b), nn.Parameter(d)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Return W0 x + Lambda_b B Lambda_d A x (eq. 2), shape (..., E)."""
+        h_TR = self.d * (self.dropout(x_TD) @ self.A.T)
+        y_TE: Tensor = self.base(x_TD) + self.b * (h_TR @ self.B.T)
+        return y_TE
+
+    def delta(self) -> Tensor:
+        """Return Lambda_b B Lambda_d A, shape (E, D)."""
+        return (self.b[:, None] * self.B) @ (self.d[:, None] * self.A)
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """Map the paper's letters to what trains."""
+        return {"b": self.b, "d": self.d}
+
+    def state(self) -> dict[str, Tensor]:
+        """Map A and B to this layer's slices of the shared projections."""
+        return {"A": self.A, "B": self.B}
+
+    def merged(self) -> nn.Linear:
+        """Return a linear layer with W0 + Lambda_b B Lambda_d A (as for LoRA: no additional inference latency)."""
+        dense = dense_copy(self.base)
+        with torch.no_grad():
+            dense.weight += self.delta().to(dense.weight.dtype)
+        return dense
+
+
+def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adapted:
+    """Freeze `model` and put a VeraLinear around every target; all share one pair of projections, made from the key.
+
+    `generator` is left as it is: b, d and the projections are no draw of the run's. Raises ValueError if a target names no
+    linear layer.
+    """
+    model.requires_grad_(False)
+    found = targets(model, config.targets)
+    widest = max(base.in_features for base in found.values())
+    tallest = max(base.out_features for base in found.values())
+    A_shared, B_shared = projections(config.projection_key, config.rank, widest, tallest)
+    shared: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+    layers = {}
+    for path, base in found.items():
+        E, D = base.out_features, base.in_features
+        dtype, device = floating_dtype(base), next(base.parameters()).device
+        if (device, dtype) not in shared:  # with one device and one dtype: one pair
+            shared[device, dtype] = (A_shared.to(device, dtype), B_shared.to(device, dtype))
+        A, B = shared[device, dtype]
+        b = torch.zeros(E, dtype=dtype, device=device)
+        d = torch.full((config.rank,), config.d_initial, dtype=dtype, device=device)
+        layers[path] = VeraLinear(base, A[:, :D], B[:E], b, d, config.dropout)
+        replace(model, path, layers[path])
+    return Adapted(model, layers)
