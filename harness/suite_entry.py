@@ -150,14 +150,36 @@ class _EntryReader:
                 configs[name] = self._config(methods[name])
             else:
                 self.reading.problem(self._way("method", i), f"unknown method `{name}`", near(name, methods, "methods"))
+        self._unknown_config_keys()
         return configs
+
+    def _unknown_config_keys(self) -> None:
+        """A shared config goes to those Methods that have the key; a key that none of them has is a mistake.
+
+        The Methods that share it are the entry's own, or for what the block says, those of all its entries.
+        """
+        if any(
+            way[: len(self.block)] == self.block and (way[-1] == "method" or isinstance(way[-1], int))
+            for way in self.reading.cut
+        ):
+            return  # a Method that was taken out as wrong might have it
+        block = self.reading.document.at(self.block)
+        own = self.reading.document.at(self.cell).get("config", {})
+        everybody = [
+            method for entry in [block, *(block.get("cells") or [])] for method in _listed(entry.get("method"))
+        ]
+        for key in self.keys.config:
+            sharing = (self.keys.method or []) if key in own and self.cell != self.block else everybody
+            infos = {name: self.reading.methods.get(name) for name in sharing}
+            if not infos or any(info is None or key in info.fields for info in infos.values()):
+                continue  # no Method, or an unknown one that might have it, has been told of
+            known = dict.fromkeys(field for info in infos.values() if info for field in info.fields)
+            names = ", ".join(f"`{name}`" for name in infos)
+            what = f"{names} has no `{key}`" if len(infos) == 1 else f"none of {names} has a `{key}`"
+            self.reading.problem(self._way("config", key), what, near(key, known, "keys"))
 
     def _config(self, info: MethodInfo) -> dict[str, list[Any]]:
         written = self.keys.config
-        for key in written:
-            if key not in info.fields:
-                mend = near(key, info.fields, "its keys")
-                self.reading.problem(self._way("config", key), f"`{info.name}` has no `{key}`", mend)
         values: dict[str, list[Any]] = {}
         for key, knob in info.fields.items():
             value = written.get(key, knob.default)
@@ -248,3 +270,7 @@ def _merged(block: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict) and isinstance(block.get(key), dict)
     }
     return {**block, **cell, **deeper}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value] if value is not None else []

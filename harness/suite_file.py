@@ -46,7 +46,8 @@ class TrainingKeys(Keys):
     head_lr: Rate | None = None
     warmup: Count | None = None
     weight_decay: Annotated[float, Field(ge=0, le=1)] | None = None
-    max_tokens: Positive | None = None
+    # Two special tokens of an encoder and two of text, or a prompt of some tokens and its answer.
+    max_tokens: Annotated[int, Field(ge=4, le=1_000_000)] | None = None
 
 
 class EvaluationKeys(Keys):

@@ -9,14 +9,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from harness import yaml_lines
+from harness import task_keys, yaml_lines
+from harness.assets import fetch, rows
 from harness.assets.table import Source, resolve
 from harness.errors import HarnessError, Problem, SuiteError, UsageError
 from harness.resources import folder
 from harness.spelling import near
 from harness.suite_file import explain
-
-_LM_EVAL_KEYS = ("task", "output_type", "doc_to_text", "doc_to_target", "doc_to_choice", "metric_list")
 
 
 class Metadata(BaseModel):
@@ -55,27 +54,29 @@ def names() -> list[str]:
 
 
 def load(name: str, base: Path, sources: Mapping[str, Source]) -> Task:
-    """Read a task by its name, or by its path from `base`; raises SuiteError with all mistakes of the file."""
+    """Read a task by its name, or by its path from `base`; raises SuiteError with all mistakes of the file.
+
+    Data that are a local file are read too: what is wrong with them is found before anything runs.
+    """
     document = yaml_lines.load(_find(name, base))
-    problems: list[Problem] = [
-        Problem(document.where(), f"`{key}` is missing", f"an lm-eval task needs `{key}:`")
-        for key in _LM_EVAL_KEYS
-        if key not in document.data
-    ]
-    metadata, found = _metadata(document)
-    problems += found
+    metadata, problems = _metadata(document)
+    problems += task_keys.problems(document, metadata.labels if metadata else None)
+    source = None
     if metadata is not None:
-        choices = document.data.get("doc_to_choice")
-        if isinstance(choices, list) and len(choices) != metadata.labels:
-            what = f"`labels` is {metadata.labels}, but `doc_to_choice` has {len(choices)}"
-            problems.append(Problem(document.where("metadata", "labels"), what, "make them agree"))
+        if metadata.text != "text":
+            what = f"`text` is `{metadata.text}`, but a row has {', '.join(task_keys.COLUMNS)}"
+            mend = f"write `text: text`, and in the data's source `rows: {{text: {metadata.text}}}`"
+            problems.append(Problem(document.where("metadata", "text"), what, mend))
         try:
             source = resolve(metadata.data, sources, document.path.parent, kind="data")
             if source.kind != "data":
                 raise UsageError(f"`{metadata.data}` is a model", mend="name a source of kind data")
+            if source.scheme == "file":
+                problems += rows.problems(source, fetch.ensure(source), metadata.labels, metadata.test)
         except HarnessError as error:
-            problems.append(Problem(document.where("metadata", "data"), error.what, error.mend))
-    if problems or metadata is None:
+            at = f" ({error.where})" if error.where else ""
+            problems.append(Problem(document.where("metadata", "data"), error.what + at, error.mend))
+    if problems or metadata is None or source is None:
         raise SuiteError(problems)
     return Task(
         name=name, path=document.path, spec=document.data, data=source, labels=metadata.labels,

@@ -127,6 +127,17 @@ def test_cells_are_merged_deeply_into_their_block(read) -> None:
     assert cell.evaluation == Evaluation(items=3)
 
 
+def test_a_shared_config_goes_to_the_methods_that_have_the_key(read) -> None:
+    text = SUITE.replace("    cells:\n", "    config: {rank: 4, targets: [q_proj]}\n    cells:\n")
+    cells = "      - {method: full}\n      - {method: lora, config: {rank: 2}}\n      - {method: [frozen, lora]}\n"
+    assert [(c.method, c.config.get("rank"), c.config.get("targets")) for c in read(text + cells).cells] == [
+        ("full", None, None),
+        ("lora", 2, ["q_proj"]),
+        ("frozen", None, None),
+        ("lora", 4, ["q_proj"]),
+    ]
+
+
 def test_a_block_without_cells_is_an_entry(read) -> None:
     text = SUITE.replace("    cells:\n", "    method: [frozen, full]\n")
     assert [c.method for c in read(text).cells] == ["frozen", "full"]
@@ -153,6 +164,8 @@ def test_own_sources_and_tasks_start_from_the_suites_folder(tmp_path: Path, monk
         + "  - {name: reviews, kind: data, source: 'file:reviews.csv', rows: {format: csv}}\n",
         encoding="utf-8",
     )
+    rows = "".join(f"text {n},{n % 2}\n" for n in range(65))
+    (folder / "reviews.csv").write_text(f"text,label\n{rows}", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     suite = suites.load("mine/suite.yaml")
     assert suite.tasks["task.yaml"].data.address == str(folder / "reviews.csv")

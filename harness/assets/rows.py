@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.assets.table import Rows, Source
-from harness.errors import AssetError, UsageError
+from harness.errors import AssetError, Problem, UsageError
 
 
 @dataclass(frozen=True)
@@ -27,27 +27,65 @@ class Row:
 
 def read(source: Source, path: Path) -> list[Row]:
     """Read every row of a data file, in its order. A row that cannot be read is an AssetError with its line."""
+    found, wrong = _examine(source, path)
+    if wrong:
+        line, why = wrong[0]
+        raise AssetError(f"cannot read {source.name}: {why}", where=f"{path}:{line}", mend=_MEND)
+    return [row for _, row in found]
+
+
+def problems(source: Source, path: Path, labels: int, test: int) -> list[Problem]:
+    """Say all that keeps a task of `labels` classes and `test` test rows from using a data file; empty if nothing does.
+
+    Of rows that are wrong in the same way the first is shown, and of a file's ways the first few.
+    """
+    found, wrong = _examine(source, path)
+    told = [(line, f"cannot read {source.name}: {why}", _MEND) for line, why in wrong]
+    told += [
+        (line, f"label {row.label} of row `{row.id}`; the task's `labels` allows 0 to {labels - 1}", _MEND_LABEL)
+        for line, row in found
+        if row.label >= labels
+    ]
+    if not wrong and len(found) <= test:
+        what = f"{source.name} has {len(found)} rows, and the task keeps {test} of them for its test: none is left"
+        told.append((1, what, f"give it more rows, or lower the task's `test` to at most {len(found) - 1}"))
+    first: dict[str, Problem] = {}
+    for line, what, mend in sorted(told):
+        first.setdefault(what, Problem(f"{path}:{line}", what, mend))
+    shown, rest = list(first.values())[:_SHOWN], list(first.values())[_SHOWN:]
+    if rest:
+        shown.append(Problem(rest[0].where, f"{len(rest)} more mistakes from here on", "mend those before first"))
+    return shown
+
+
+def _examine(source: Source, path: Path) -> tuple[list[tuple[int, Row]], list[tuple[int, str]]]:
+    """Return what can be read, and why what cannot be read cannot, each with its line."""
     if source.rows is None:
         raise UsageError(f"{source.name} is a model, not data", mend="name a source of kind data")
     # Data from the hub were written as jsonl, under these names, when they were fetched.
     rows = Rows(format="jsonl") if source.rows.format == "hub" else source.rows
     records, parse = _FORMATS[rows.format]
-    found: list[Row] = []
+    found: list[tuple[int, Row]] = []
+    wrong: list[tuple[int, str]] = []
     line = 0
     try:
         for line, record in records(_text(path)):
-            row = parse(record, line, rows)
+            try:
+                row = parse(record, line, rows)
+            except ValueError as error:
+                wrong.append((line, str(error)))
+                continue
             if row is not None:
-                found.append(row)
+                found.append((line, row))
     except UnicodeDecodeError as error:
-        raise _unreadable(source, path, error.object[: error.start].count(b"\n") + 1, "not UTF-8") from error
-    except (ValueError, csv.Error) as error:
-        raise _unreadable(source, path, line, str(error)) from error
+        wrong.append((error.object[: error.start].count(b"\n") + 1, "not UTF-8"))
+    except csv.Error as error:  # where the next record begins cannot be told
+        wrong.append((line + 1, str(error)))
     except OSError as error:
         raise AssetError(f"cannot read {source.name}: {error.strerror}", where=str(path), mend=_MEND) from error
-    if not found:
-        raise _unreadable(source, path, 1, "not one row")
-    return found
+    if not found and not wrong:
+        wrong.append((1, "not one row"))
+    return found, wrong
 
 
 def split(rows: Sequence[Row], test: int, seed: int) -> tuple[list[Row], list[Row]]:
@@ -66,10 +104,8 @@ def split(rows: Sequence[Row], test: int, seed: int) -> tuple[list[Row], list[Ro
 
 
 _MEND = "look at source, member and rows in the table"
-
-
-def _unreadable(source: Source, path: Path, line: int, why: str) -> AssetError:
-    return AssetError(f"cannot read {source.name}: {why}", where=f"{path}:{line}", mend=_MEND)
+_MEND_LABEL = "correct the row, or the task's `labels` and `doc_to_choice`"
+_SHOWN = 5
 
 
 def _text(path: Path) -> str:
