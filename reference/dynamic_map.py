@@ -52,8 +52,10 @@ def quantize_blockwise(x: Tensor, code: Tensor, block: int = 256) -> tuple[Tenso
 
     x: any shape and floating dtype, read as float32. code: ascending values. The last block may be short. A tie takes the
     lower index. A block of zeros has absmax 0 and the index that 0 has. A block that holds a NaN has absmax NaN; one that
-    holds an infinity, absmax infinity: both come back as not finite.
+    holds an infinity, absmax infinity: no element of either comes back finite. Raises ValueError for a block below 1.
     """
+    if block < 1:
+        raise ValueError(f"a block must hold at least one element, got {block}")
     flat = x.detach().flatten().float()
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block)
     absmax = blocks.abs().amax(dim=1)

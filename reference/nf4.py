@@ -11,6 +11,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from reference.dynamic_map import dequantize_blockwise, quantize_blockwise
+
 SOURCE = "arXiv:2305.14314v1, appendix E; bitsandbytes, whose table, packing and tie rule are what is in use"
 DEVIATIONS = (
     (
@@ -18,6 +20,13 @@ DEVIATIONS = (
         "eq. 4: q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2",
         "quantiles from 0.9677083 down to 1/2: eight positive, seven negative, and zero",
         "eq. 4 starts at Q(0), which is minus infinity, and its finite levels are not those of the published table",
+    ),
+    (
+        "scaling",
+        "W / absmax",
+        "the same; a block of zeros has absmax 0 and the code of zero",
+        "bitsandbytes multiplies by 1 / absmax, which may decide an element that almost touches a midpoint (`near_tie`); "
+        "on the CPU it takes absmax as at least 1e-38, so that a block of smaller numbers loses its largest ones too",
     ),
 )
 
@@ -40,49 +49,47 @@ def codebook() -> Tensor:
 def quantize(W: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
     """Return (codes, absmax): uint8 codes 0..15 in the order of W.flatten(), float32 absmax of each block.
 
-    An element exactly between two levels takes the lower one. A block of zeros has absmax 0 and the code of zero (7).
+    W: any shape and floating dtype, read as float32. block: at least 1 (bitsandbytes offers 32, 64, 128 ... 4096); blocks
+    cross rows, and the last one may be short. An element exactly between two levels takes the lower one. A block of zeros
+    has absmax 0 and the code of zero (7). A block that holds a NaN has absmax NaN; one that holds an infinity, absmax
+    infinity: no element of either comes back finite.
     """
-    flat = W.detach().flatten().float()
-    pad = -flat.numel() % block
-    blocks = torch.nn.functional.pad(flat, (0, pad)).view(-1, block)
-    absmax = blocks.abs().amax(dim=1)
-    scaled = torch.where(absmax[:, None] > 0, blocks / absmax[:, None], torch.zeros_like(blocks))
-    levels = codebook().to(W.device)
-    midpoints = (levels[:-1] + levels[1:]) / 2
-    codes = torch.bucketize(scaled, midpoints)  # counts the midpoints strictly below, so a tie goes down
-    return codes.flatten()[: flat.numel()].to(torch.uint8), absmax
+    return quantize_blockwise(W, codebook(), block)
 
 
-def near_tie(W: Tensor, block: int = 64) -> Tensor:
+def near_tie(W: Tensor, block: int = 64, levels: Tensor | None = None) -> Tensor:
     """Return a mask, flat: elements so near the middle of two levels that the rounding of W / absmax may decide.
 
     Dividing by absmax and multiplying by its reciprocal differ by up to 1.5 units in the last place; codes of these
     elements may differ by one level between correct programs. Where absmax is a power of two both are exact, and nothing
-    is excused.
+    is excused. Above 2^126 the reciprocal is subnormal and has two bits fewer. levels: ascending; the default is NF4's.
     """
     flat = W.detach().flatten().float()
     absmax = torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block).abs().amax(dim=1)
-    scaled = (
-        flat.double()
-        / absmax.double().clamp(min=torch.finfo(torch.float32).tiny).repeat_interleave(block)[: flat.numel()]
-    )
-    levels = codebook().to(W.device)
-    midpoints = ((levels[:-1] + levels[1:]) / 2).double()
+    of_each = absmax.double().repeat_interleave(block)[: flat.numel()]
+    scaled = torch.where(of_each == 0, torch.zeros_like(of_each), flat.double() / of_each)
+    levels = codebook() if levels is None else levels
+    midpoints = ((levels[:-1] + levels[1:]) / 2).double().to(W.device)
     above = torch.bucketize(scaled, midpoints).clamp(max=len(midpoints) - 1)
     gap = torch.minimum((scaled - midpoints[above]).abs(), (scaled - midpoints[(above - 1).clamp(min=0)]).abs())
     rounds = (torch.frexp(absmax).mantissa != 0.5).repeat_interleave(block)[: flat.numel()]
-    return rounds & (gap <= 2 * torch.finfo(torch.float32).eps * scaled.abs().clamp(max=1))
+    last_places = torch.where(of_each > 2.0**126, 4, 2)
+    return rounds & (gap <= last_places * torch.finfo(torch.float32).eps * scaled.abs().clamp(max=1))
 
 
 def dequantize(codes: Tensor, absmax: Tensor, block: int = 64) -> Tensor:
     """Return level * absmax in float32, flat, as long as `codes`."""
-    scale = absmax.float().repeat_interleave(block)[: codes.numel()]
-    return codebook().to(codes.device)[codes.long()] * scale
+    return dequantize_blockwise(codes, absmax, codebook(), block)
 
 
 def pack(codes: Tensor) -> Tensor:
     """Return uint8 bytes, the first code of each pair in the high nibble; an odd length is filled up with zero's code."""
-    padded = torch.nn.functional.pad(codes, (0, codes.numel() % 2), value=7)
+    return pack_pairs(codes, fill=7)
+
+
+def pack_pairs(codes: Tensor, fill: int) -> Tensor:
+    """Return uint8 bytes of two 4-bit codes each, the first in the high nibble; `fill` completes an odd length."""
+    padded = torch.nn.functional.pad(codes, (0, codes.numel() % 2), value=fill)
     return padded[0::2] << 4 | padded[1::2]
 
 
