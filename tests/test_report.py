@@ -2,62 +2,23 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import itertools
 import json
-import random
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 import recorded_run as recorded
+from report_page import Page, row
 
 from harness import resources, store
 from harness.errors import StoreError
-from harness.records import Failure, Phase, Record, Status
-from harness.report import charts, html, labels, scales, text, view
+from harness.records import Failure, Phase, Status
+from harness.report import html, text, view
 from harness.report.display import DASH
-from harness.report.labels import Box
 
 EVIL = "x</script><img src=x onerror=alert(1)>"
-
-
-class Page(HTMLParser):
-    """What a browser would make of the page: elements with their attributes, text, and raw script and style."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str]]] = []
-        self.raw: dict[str, list[str]] = {"script": [], "style": []}
-        self.words: list[str] = []
-        self._inside = ""
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, {k: v or "" for k, v in attrs}))
-        self._inside = tag if tag in self.raw else ""
-        if self._inside:
-            self.raw[tag].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._inside:
-            self.raw[self._inside][-1] += data
-        else:
-            self.words.append(data)
-
-    def attributes(self, name: str) -> list[str]:
-        return [a[name] for _, a in self.tags if name in a]
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
 
 
 @pytest.fixture(scope="module")
@@ -214,11 +175,6 @@ def test_a_run_that_has_not_begun(tmp_path: Path) -> None:
     assert "10 expected Cells have no Record" in Page(html.render([run])).text
 
 
-def _row(table: dict[str, Any], record: Record) -> dict[str, dict[str, Any]]:
-    row = next(r for g in table["groups"] for r in g["rows"] if r["record"] == record.id)
-    return {c["label"]: f for c, f in zip(table["columns"], row["figures"], strict=True)}
-
-
 def test_what_is_not_measured_is_a_dash_with_its_reason(tmp_path: Path) -> None:
     stop = lambda n, r: recorded.failed(r, Status.OOM, because="no room") if n == "full" else r  # noqa: E731
     run = recorded.write_run(tmp_path / "r", change=stop)
@@ -230,10 +186,10 @@ def test_what_is_not_measured_is_a_dash_with_its_reason(tmp_path: Path) -> None:
         (by_name["zero-shot"], "Tokens/s", "not trained"),
         (by_name["float64"], "Against the best", "no other Cell has this budget, so there is nothing to rank it with"),
     ):
-        shown = _row(built["comparison"], record)[column]
+        shown = row(built["comparison"], record)[column]
         assert (shown["text"], shown["value"], shown["why"]) == (DASH, None, why)
-    assert _row(built["comparison"], by_name["zero-shot"])["Trainable"]["text"] == "0"
-    merged = _row(built["latency"], by_name["nf4"])["Merged, ms"]
+    assert row(built["comparison"], by_name["zero-shot"])["Trainable"]["text"] == "0"
+    merged = row(built["latency"], by_name["nf4"])["Merged, ms"]
     assert (merged["text"], merged["why"]) == (DASH, "cannot merge into a 4-bit weight")
     assert "oom: no room" in built["groups"][0]["undrawn"][0]["why"]
 
@@ -245,12 +201,12 @@ def test_the_numbers_are_those_of_the_records(good: store.Run) -> None:
     assert training is not None
     assert accuracy is not None
     built = view.build([good])
-    row = _row(built["runs"][0]["comparison"], record)
-    assert row["Trainable"]["value"] == record.measurements.parameters.trainable
-    assert row["Accuracy"]["text"] == "81.0 %"
-    assert row["Peak, MiB"]["text"] == "806"
+    shown = row(built["runs"][0]["comparison"], record)
+    assert shown["Trainable"]["value"] == record.measurements.parameters.trainable
+    assert shown["Accuracy"]["text"] == "81.0 %"
+    assert shown["Peak, MiB"]["text"] == "806"
     steady = slice(training.timing_warmup, None)
-    assert row["Tokens/s"]["value"] == sum(training.tokens[steady]) / sum(training.step_seconds[steady])
+    assert shown["Tokens/s"]["value"] == sum(training.tokens[steady]) / sum(training.step_seconds[steady])
     (raw,) = [c for c in built["data"][0]["cells"] if c["record"] == record.id]
     assert (raw["accuracy_low"], raw["accuracy_high"]) == (accuracy.low, accuracy.high)
 
@@ -306,62 +262,3 @@ def test_the_terminal_table_is_aligned(good: store.Run) -> None:
     ends = {len(line) for line in table}
     assert len(ends) == 1
     assert any("lora r=8 [fused]" in line and "81.0 % [78.5, 83.3]" in line for line in table)
-
-
-# ---- charts
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_labels_overlap_neither_each_other_nor_a_point(seed: int) -> None:
-    rng = random.Random(seed)
-    points = [(300 + rng.gauss(0, 40), 150 + rng.gauss(0, 15)) for _ in range(9)] + [(300.0, 150.0)] * 3
-    texts = ["lora r=8 [reference]"[: rng.randint(6, 20)] for _ in points]
-    bounds = Box(50, 10, 540, 330)
-    boxes = [b for b in labels.place(points, texts, bounds) if b]
-    assert len(boxes) == len(points)
-    assert all(b.inside(bounds) for b in boxes)
-    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-    assert not any(b.overlaps(Box(x - 5, y - 5, 10, 10)) for b in boxes for x, y in points)
-
-
-def test_a_label_without_room_is_listed_not_squeezed_in() -> None:
-    placed = labels.place([(10.0, 10.0)] * 2, ["a name", "a name"], Box(0, 0, 60, 20))
-    assert sum(box is not None for box in placed) < 2
-    point = charts.Point("a name of great length" * 4, 1.0, 0.5, 0.4, 0.6, True, "tip", "#x")
-    assert charts.cost("t", "x", [point, point], log=True)["unnamed"]
-
-
-def test_line_ends_are_spread_in_order() -> None:
-    heights = labels.spread([100.0, 100.0, 100.0, 20.0, 299.0], 0, 300, gap=14)
-    ordered = sorted(heights)
-    assert all(b - a >= 14 for a, b in itertools.pairwise(ordered))
-    assert 0 <= ordered[0] <= ordered[-1] <= 300
-    assert heights[3] < heights[0] < heights[4]
-
-
-def test_pareto_keeps_what_nothing_beats() -> None:
-    assert charts.pareto([(3, 0.9), (1, 0.5), (2, 0.4), (2, 0.7), (4, 0.9)]) == [1, 3, 0]
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.62, 0.85), (712.0, 1085.0), (0.0, 1e-6)])
-def test_linear_ticks_are_few_and_inside(low: float, high: float) -> None:
-    ticks = scales.Scale(low, high, 0, 100).ticks()
-    assert 2 <= len(ticks) <= 8
-    assert all(low <= t <= high for t in ticks)
-
-
-def test_logarithmic_scale_is_even_in_decades() -> None:
-    scale = scales.Scale(1, 1000, 0, 300, log=True)
-    assert [scale.at(v) for v in (1, 10, 100, 1000)] == [0, 100, 200, 300]
-    assert scale.at(0) == 0
-
-
-def test_phases_put_start_up_before_zero() -> None:
-    drawing = charts.phases("t", [charts.Life("a", 2.0, [("load", 1.0), ("train", 3.0)])])
-    bars = [m["attributes"] for m in drawing["marks"] if m["tag"] == "rect" and m["tip"]]
-    start, load, train = bars
-    assert start["class"] == "startup"
-    assert round(start["x"] + start["width"], 2) == load["x"]
-    assert round(load["x"] + load["width"], 2) == train["x"]
-    assert start["width"] > load["width"]
-    assert train["width"] > start["width"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from harness.analysis import naming, trajectories
+from harness.analysis import naming, parity, trajectories
 from harness.analysis.ranking import why_not_comparable
 from harness.analysis.words import Verdict, Word
 from harness.errors import Exit
@@ -66,16 +66,10 @@ def judge(run: Run, *, strict: bool = False) -> RunVerdict:
     counts = Counter(record.status.value for record in latest.values())
     if missing:
         counts["missing"] = len(missing)
-    parity = _parity(latest)
-    nonconforming = tuple(r.id for r in latest.values() if _nonconforming(r))
+    nonconforming = tuple(r.id for r in latest.values() if parity.nonconforming(r))
     how = run.footer.how if run.footer else "incomplete"
     verdict, code = _whole(run, latest, judgements, nonconforming, how, strict)
-    return RunVerdict(verdict, code, dict(counts), nonconforming, missing, how, judgements, parity)
-
-
-def _nonconforming(record: Record) -> bool:
-    """Say whether a Record shows a departure from its Method; also an `ok` one, should the gate have let it through."""
-    return record.status is Status.NONCONFORMING or any(c.outcome is Outcome.FAIL for c in record.checks)
+    return RunVerdict(verdict, code, dict(counts), nonconforming, missing, how, judgements, _parity(latest))
 
 
 def _parity(latest: dict[str, Record]) -> Parity:
@@ -157,7 +151,7 @@ def _whole(
     refuted = [j for j in judgements if j.verdict.word is Word.FAIL]
     if nonconforming or refuted:
         names = naming.full(run.manifest.cells)
-        named = ", ".join(names[r.cell_id] for r in latest.values() if r.id in nonconforming)
+        named = "; ".join(_red(names[r.cell_id], r) for r in latest.values() if r.id in nonconforming)
         reasons = (
             [f"{_cells(len(nonconforming))} not computing what the Method says ({named})"] if nonconforming else []
         )
@@ -186,6 +180,12 @@ def _whole(
         return Verdict(Word.INCONCLUSIVE, reason, ids), Exit.INCONCLUSIVE if strict else Exit.PASS
     questions = f" and all {len(judgements)} questions of the suite are answered yes" if judgements else ""
     return Verdict(Word.PASS, f"all {len(ok)} measured Cells conform{questions}", tuple(r.id for r in ok)), Exit.PASS
+
+
+def _red(name: str, record: Record) -> str:
+    red = [c.check for c in parity.failed(record)]
+    more = f" and {len(red) - 2} more" if len(red) > 2 else ""
+    return f"{name}: {', '.join(red[:2])}{more} failed" if red else name
 
 
 def _cells(n: int) -> str:

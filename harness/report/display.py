@@ -12,12 +12,15 @@ MINUS = "−"
 MIB = 1024 * 1024
 
 Figure = dict[str, Any]
-"""What a table cell shows: `text`, `value` to sort by (None if unmeasured), `small` beside it, `why` as its tooltip."""
+"""What a table cell shows: `text`, `value` to sort by (None if unmeasured), `small` beside it, a `flag` that warns of it,
+`why` as its tooltip."""
 
 
-def figure(text: str, value: float | str | None, *, small: str = "", why: str = "", tone: str = "") -> Figure:
+def figure(
+    text: str, value: float | str | None, *, small: str = "", why: str = "", tone: str = "", flag: str = ""
+) -> Figure:
     """Return one shown value."""
-    return {"text": text, "value": value, "small": small, "why": why, "tone": tone}
+    return {"text": text, "value": value, "small": small, "why": why, "tone": tone, "flag": flag}
 
 
 def unmeasured(why: str) -> Figure:

@@ -13,6 +13,7 @@ from harness.records import Cell, Record, Status
 from harness.store import Run
 
 MISSING = "missing"
+FOOTER = "footer.json"
 
 TONES: dict[str, str] = {
     Word.PASS: "good",
@@ -65,6 +66,14 @@ class RunFacts:
         """Say why a Cell has no measurements."""
         record = self.latest.get(cell.cell_id)
         return f"{record.status.value}: {record.because}" if record else "there is no Record of this Cell"
+
+    def unfinished(self) -> str:
+        """Say how a run that is not whole ended."""
+        if self.run.footer is not None:
+            return f"was {self.run.footer.how}"
+        if FOOTER in self.run.broken:
+            return "has a footer that cannot be read, so it counts as cut off"
+        return "has no footer: it was cut off, or is still going on"
 
     def row(self, cell: Cell) -> dict[str, str]:
         """Return what identifies a Cell's row in any table."""

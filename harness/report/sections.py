@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from typing import Any
 
-from harness.analysis import measured
+from harness.analysis import measured, parity
 from harness.analysis.reproducibility import environment_differences
 from harness.analysis.trajectories import Judged
 from harness.analysis.verdict import Judgement
-from harness.records import CheckResult, Environment, Outcome, Record, Status
+from harness.records import CheckResult, Environment, Json, Outcome, Record, Status
 from harness.report import charts, display
 from harness.report.display import DASH
 from harness.report.facts import RunFacts, icon, tone
@@ -72,7 +73,7 @@ def _subject(facts: RunFacts, s: Judged) -> Section:
     }
 
 
-def parity(facts: RunFacts) -> list[Section]:
+def checks(facts: RunFacts) -> list[Section]:
     """List each Cell's checks; Cells with a failed one stand open."""
     found = []
     for record in facts.latest.values():
@@ -80,7 +81,7 @@ def parity(facts: RunFacts) -> list[Section]:
         judged = [(r, c.check) for c in record.checks if (r := _share(c)) is not None]
         tightest = max(judged, default=None)
         summary = ", ".join(f"{n} {outcome.value}" for outcome, n in count.items() if n) or "no check was run"
-        red = [c.check for c in record.checks if c.outcome is Outcome.FAIL]
+        red = [c.check for c in parity.failed(record)]
         if red:
             summary += f": {', '.join(red)}"
         elif tightest:
@@ -106,11 +107,7 @@ def _share(check: CheckResult) -> float | None:
 
 def _check(c: CheckResult) -> Section:
     share = _share(c)
-    notes = [
-        c.detail,
-        f"{c.nonfinite} not finite" if c.nonfinite else "",
-        f"worst element: {c.worst}" if c.worst else "",
-    ]
+    notes = [c.detail, f"{c.nonfinite} not finite" if c.nonfinite else ""]
     return {
         "check": c.check,
         "outcome": c.outcome.value,
@@ -120,9 +117,41 @@ def _check(c: CheckResult) -> Section:
         "allowed": display.scientific(c.allowed),
         "share": DASH if share is None else f"{share:.2g}",
         "tensor": c.tensor or DASH,
+        "worst": c.worst or DASH,
         "policy": c.policy or DASH,
         "detail": "; ".join(n for n in notes if n),
     }
+
+
+def told(c: CheckResult) -> str:
+    """Tell a check in one sentence, with the numbers it has."""
+    error = "not finite" if c.error is None and c.nonfinite else display.scientific(c.error, "")
+    parts = [
+        f"error {error}" + (f", {display.scientific(c.allowed)} allowed" if c.allowed is not None else "")
+        if error
+        else "",
+        f"in {c.tensor}" if c.tensor else "",
+        f"worst element {c.worst}" if c.worst else "",
+        f"{c.nonfinite} not finite" if c.nonfinite else "",
+        c.detail,
+        c.policy,
+    ]
+    said = "; ".join(part for part in parts if part)
+    return f"{c.check}: {said}" if said else c.check
+
+
+def duration(facts: RunFacts) -> str:
+    """Say how long a run took. The footer of a resumed run speaks of its last invocation only."""
+    footer = facts.run.footer
+    inside = display.seconds(sum(r.duration_s for r in facts.latest.values()))
+    if footer is None:
+        return f"took an unknown time, for want of a footer; its Cells so far took {inside} together"
+    if not footer.kept:
+        return f"took {display.seconds(footer.seconds_total)}"
+    return (
+        f"resumed: the last invocation took {display.seconds(footer.seconds_total)} and kept {footer.kept} of"
+        f" {len(facts.run.manifest.cells)} Cells from earlier; all Cells took {inside} together"
+    )
 
 
 def time(facts: RunFacts) -> Section:
@@ -146,9 +175,10 @@ def _outside(facts: RunFacts) -> Section:
     outside = max(named, footer.seconds_total - footer.seconds_in_cells)
     share = outside / footer.seconds_total
     within = share < OUTSIDE_TARGET
+    where = "In the last invocation, outside" if footer.kept else "Outside"
     parts = [*footer.seconds_outside.items(), *([("other", outside - named)] if outside - named > 0.05 else [])]
     return {
-        "sentence": f"Outside the Cells: {display.seconds(outside)} of {display.seconds(footer.seconds_total)},"
+        "sentence": f"{where} the Cells: {display.seconds(outside)} of {display.seconds(footer.seconds_total)},"
         f" {display.percent(share)}; the aim is under {100 * OUTSIDE_TARGET:.0f} %.",
         "tone": "good" if within else "bad",
         "outside": [{"name": name, "text": display.seconds(s)} for name, s in parts],
@@ -200,8 +230,16 @@ def _code(facts: RunFacts, e: Environment) -> dict[str, str]:
         "suite": m.suite_file,
         "suite sha256": m.suite_sha256[:16],
         "environment id": e.id,
-        **{key: str(value) for key, value in e.extra.items()},
+        **dict(_flat(e.extra)),
     }
+
+
+def _flat(extra: dict[str, Json]) -> Iterator[tuple[str, str]]:
+    for key, value in extra.items():
+        if isinstance(value, dict):
+            yield from _flat(value)
+        else:
+            yield key, str(value)
 
 
 def _pairs(mapping: dict[str, str]) -> list[Section]:
@@ -209,8 +247,9 @@ def _pairs(mapping: dict[str, str]) -> list[Section]:
 
 
 def failures(facts: RunFacts) -> list[Section]:
-    """List every attempt that did not end well, the last ones and earlier ones."""
-    return [_failure(facts, r) for r in facts.run.records if r.status is not Status.OK and r.cell_id in facts.titles]
+    """List every attempt that did not end well or failed a check, the last ones and earlier ones."""
+    ill = [r for r in facts.run.records if r.status is not Status.OK or parity.failed(r)]
+    return [_failure(facts, r) for r in ill if r.cell_id in facts.titles]
 
 
 def _failure(facts: RunFacts, record: Record) -> Section:
@@ -226,16 +265,16 @@ def _failure(facts: RunFacts, record: Record) -> Section:
         "name": facts.titles[record.cell_id],
         "record": record.id,
         "status": record.status.value,
-        "icon": icon(record.status),
-        "tone": tone(record.status),
-        "because": record.because,
+        "icon": icon(Status.NONCONFORMING if parity.failed(record) else record.status),
+        "tone": tone(Status.NONCONFORMING if parity.failed(record) else record.status),
+        "because": record.because or "Measured, although a check failed; speeds of what failed are not shown",
         "superseded": "a later attempt exists" if superseded else "",
         "kind": f.kind if f else "",
         "message": f.message if f else "",
         "phase": f.phase if f else "",
         "memory": ", ".join(memory),
         "traceback": f.traceback if f else "",
-        "checks": [_check(c) for c in record.checks if c.outcome is Outcome.FAIL],
+        "checks": [told(c) for c in parity.failed(record)],
         "log": f"logs/{record.id}.txt",
     }
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from harness.analysis import measured
+from harness.analysis import contention, measured, parity
 from harness.analysis.intervals import median_interval
 from harness.records import Cell, Latency, Measurements, Record
 from harness.report import display
@@ -20,7 +20,9 @@ def _column(label: str, title: str = "", *, number: bool = True) -> dict[str, An
     return {"label": label, "title": title, "number": number}
 
 
-def _table(facts: RunFacts, key: str, caption: str, columns: list[dict[str, Any]], rows: list[Table]) -> Table:
+def _table(
+    facts: RunFacts, key: str, caption: str, columns: list[dict[str, Any]], rows: list[Table], notes: Sequence[str] = ()
+) -> Table:
     """Group rows by model and task, in the manifest's order: sorting never mixes groups."""
     groups: dict[tuple[str, str], list[Table]] = {}
     for row in rows:
@@ -31,6 +33,7 @@ def _table(facts: RunFacts, key: str, caption: str, columns: list[dict[str, Any]
         "id": f"{facts.prefix}{key}",
         "caption": caption,
         "columns": columns,
+        "notes": list(notes),
         "groups": [{"title": f"{model} · {task}", "rows": members} for (model, task), members in groups.items()],
     }
 
@@ -64,11 +67,22 @@ def comparison(facts: RunFacts) -> Table:
             else [unmeasured("there is no Record"), unmeasured("there is no Record")]
         )
         rows.append({"cell": cell, "figures": figures, "anchor": facts.anchor(cell.cell_id)})
-    return _table(facts, "cells", "Every expected Cell", columns, rows)
+    return _table(facts, "cells", "Every expected Cell", columns, rows, _busy_note(facts))
+
+
+def _busy_note(facts: RunFacts) -> list[str]:
+    """State the rule of the flag, where it is shown."""
+    found = [f"{facts.titles[r.cell_id]}, {why}" for r in facts.latest.values() if (why := contention.busy(r))]
+    return [f"{contention.RULE}: {'; '.join(found)}."] if found else []
 
 
 def _status(facts: RunFacts, cell: Cell) -> Figure:
     status = facts.status(cell)
+    record = facts.latest.get(cell.cell_id)
+    red = parity.failed(record) if record else []
+    if red and status == "ok":
+        count = f"{len(red)} failed check{'s' * (len(red) != 1)}"
+        return figure(f"{icon('fail')} ok, {count}", status, why=", ".join(c.check for c in red), tone=tone("fail"))
     why = "" if status == "ok" else facts.why_unmeasured(cell)
     return figure(f"{icon(status)} {status}", status, why=why, tone=tone(status))
 
@@ -88,17 +102,27 @@ def _measured(facts: RunFacts, cell: Cell, record: Record | None) -> list[Figure
         else unmeasured("not scored"),
         _standing(facts, cell),
         figure(display.mebibytes(peak), peak) if peak is not None else unmeasured(no_peak),
-        *_speed(m),
+        *_speed(record, m),
     ]  # fmt: skip
 
 
-def _speed(m: Measurements) -> list[Figure]:
+def _speed(record: Record, m: Measurements) -> list[Figure]:
     if m.training is None or not m.training.step_seconds:
         return [unmeasured("not trained")] * 2
+    if refused := parity.no_speed(record):
+        return [unmeasured(refused)] * 2
+    busy = contention.busy(record)
+    flag = "busy" if busy else ""
     rate, step = measured.throughput(m.training), measured.step_time(m.training)
     return [
-        figure(f"{rate:,.0f}", rate) if rate is not None else unmeasured("the clock did not move"),
-        figure(display.milliseconds(step.value), step.value, small=display.median_ms(step), why=f"{step.count} steps"),
+        figure(f"{rate:,.0f}", rate, flag=flag, why=busy) if rate is not None else unmeasured("the clock did not move"),
+        figure(
+            display.milliseconds(step.value),
+            step.value,
+            small=display.median_ms(step),
+            why="; ".join(filter(None, [f"{step.count} steps", busy])),
+            flag=flag,
+        ),
     ]
 
 
@@ -135,16 +159,23 @@ def latency(facts: RunFacts) -> Table:
         for kind, batch, tokens in workloads:
             found = {x.variant: x for x in m.latency if (x.kind, x.batch, x.tokens) == (kind, batch, tokens)}
             base, unmerged, merged = (found.get(v) for v in ("base", "unmerged", "merged"))
+            record = facts.latest[cell.cell_id]
+            refused, merged_refused = parity.no_speed(record), parity.no_merged_speed(record)
             figures = [
                 figure(f"{kind} {batch} × {tokens}", f"{kind} {batch:06} {tokens:06}"),
-                *(_forward(x) for x in (base, unmerged, merged)),
-                *(_ratio(x, base) for x in (unmerged, merged)),
+                _forward(base),
+                _forward(unmerged, refused),
+                _forward(merged, merged_refused),
+                _ratio(unmerged, base, refused),
+                _ratio(merged, base, merged_refused),
             ]
             rows.append({"cell": cell, "figures": figures})
     return _table(facts, "latency", "Latency of inference", columns, rows)
 
 
-def _forward(latency: Latency | None) -> Figure:
+def _forward(latency: Latency | None, refused: str = "") -> Figure:
+    if refused:
+        return unmeasured(refused)
     if latency is None:
         return unmeasured("not asked for")
     if not latency.seconds:
@@ -153,7 +184,9 @@ def _forward(latency: Latency | None) -> Figure:
     return figure(display.milliseconds(m.value), m.value, small=display.median_ms(m), why=f"{m.count} samples")
 
 
-def _ratio(latency: Latency | None, base: Latency | None) -> Figure:
+def _ratio(latency: Latency | None, base: Latency | None, refused: str) -> Figure:
+    if refused:
+        return unmeasured(refused)
     if not latency or not base or not latency.seconds or not base.seconds or not median(base.seconds):
         return unmeasured("one of the two was not measured")
     ratio = median(latency.seconds) / median(base.seconds)
@@ -215,7 +248,8 @@ def raw(facts: RunFacts) -> list[dict[str, Any]]:
 
 def _raw(facts: RunFacts, cell: Cell, record: Record | None) -> dict[str, Any]:
     m = record.measurements if record else None
-    training = m.training if m and m.training and m.training.step_seconds else None
+    refused = parity.no_speed(record) if record else ""
+    training = m.training if m and m.training and m.training.step_seconds and not refused else None
     return {
         "record": record.id if record else None,
         "cell": cell.model_dump(mode="json"),
@@ -229,5 +263,6 @@ def _raw(facts: RunFacts, cell: Cell, record: Record | None) -> dict[str, Any]:
         "training_peak_B": measured.training_peak(record) if record and m else None,
         "tokens_per_s": measured.throughput(training) if training else None,
         "step_s": measured.step_time(training).value if training else None,
+        "busy": contention.busy(record) if record else "",
         "duration_s": record.duration_s if record else None,
     }

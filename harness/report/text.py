@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.report import facts, tables
+from harness.analysis import parity
+from harness.report import facts, sections, tables
 from harness.report.display import Figure
 from harness.store import Run
 
@@ -16,15 +17,20 @@ def summary(run: Run) -> list[str]:
     """Return the lines of a run's table and verdicts."""
     f = facts.gather(run)
     lines: list[str] = []
-    for group in tables.comparison(f)["groups"]:
+    table = tables.comparison(f)
+    for group in table["groups"]:
         rows = [[row["name"], *(_text(row["figures"][i]) for i in _COLUMNS.values())] for row in group["rows"]]
         lines += [*_aligned([[group["title"], *_COLUMNS], *rows]), ""]
     for j in f.verdict.judgements:
         lines.append(f"{facts.icon(j.verdict.word)} {j.verdict.word.value}: {j.comparison.says}")
         lines.append(f"    {j.verdict.reason}")
+    lines += [f"! {note}" for note in table["notes"]]
     p = f.verdict.parity
     lines.append(f"parity: {p.passed} checks passed, {p.failed} failed, {p.skipped} skipped")
-    lines += [f"missing: {f.names[i]} ({i})" for i in f.verdict.missing]
+    lines += [f"failed: {f.titles[r.cell_id]}: {sections.told(c)}" for r in f.latest.values() for c in parity.failed(r)]
+    if f.verdict.how != "finished":
+        lines.append(f"incomplete: this run {f.unfinished()}")
+    lines += [f"missing: {f.titles[i]} ({i})" for i in f.verdict.missing]
     lines += [f"unreadable: {name}: {why}" for name, why in run.broken.items()]
     v = f.verdict.verdict
     lines.append(f"{facts.icon(v.word)} {v.word.value}: {v.reason}")
@@ -32,7 +38,7 @@ def summary(run: Run) -> list[str]:
 
 
 def _text(figure: Figure) -> str:
-    return f"{figure['text']} {figure['small']}".rstrip()
+    return " ".join(filter(None, [figure["text"], figure["small"], "!" if figure["flag"] else ""]))
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from harness import store
-from harness.analysis import measured
+from harness.analysis import measured, parity
 from harness.analysis.ranking import Budget, Entry, Group
 from harness.analysis.verdict import Judgement
 from harness.records import Record, Status
@@ -43,7 +43,7 @@ def _run(f: RunFacts) -> dict[str, Any]:
         "about": m.about,
         "started": m.started,
         "ended": footer.ended if footer else "",
-        "duration": display.seconds(footer.seconds_total) if footer else "",
+        "duration": sections.duration(f),
         "verdict": _verdict(f),
         "alerts": _alerts(f),
         "counts": [
@@ -59,7 +59,7 @@ def _run(f: RunFacts) -> dict[str, Any]:
         "memory": tables.memory(f),
         "curves": curves,
         "same_losses": same_losses,
-        "parity": sections.parity(f),
+        "parity": sections.checks(f),
         "time": time,
         "environment": sections.environment(f),
         "failures": sections.failures(f),
@@ -83,15 +83,19 @@ def _alerts(f: RunFacts) -> list[dict[str, Any]]:
     """Say at the top what is not whole: an unfinished run, missing Cells, torn files, Records from elsewhere."""
     found: list[dict[str, Any]] = []
     if f.verdict.how != "finished":
-        how = "has no footer: it was cut off, or is still going on" if f.run.footer is None else f"was {f.verdict.how}"
-        found.append({"text": f"This run {how}.", "items": []})
+        mend = f"`peft-harness run SUITE --resume {f.run.manifest.run}` measures the rest."
+        found.append({"text": f"This run {f.unfinished()}. What it holds is shown below. {mend}", "items": []})
+    red = [(r, c) for r in f.latest.values() if r.status is Status.OK for c in parity.failed(r)]
+    if red:
+        text = "Measured, although a check failed; speeds of what failed are not shown:"
+        found.append({"text": text, "items": [f"{f.titles[r.cell_id]}: {sections.told(c)}" for r, c in red]})
     if f.verdict.missing:
         n = len(f.verdict.missing)
         text = f"{n} expected Cell{'s have' if n > 1 else ' has'} no Record:"
         found.append({"text": text, "items": [f"{f.titles[i]} ({i})" for i in f.verdict.missing]})
     if f.run.broken:
         n = len(f.run.broken)
-        text = f"{n} Record file{'s' if n > 1 else ''} could not be read, and {'are' if n > 1 else 'is'} not counted:"
+        text = f"{n} file{'s' if n > 1 else ''} could not be read, and {'are' if n > 1 else 'is'} not counted:"
         found.append({"text": text, "items": [f"{name}: {why}" for name, why in f.run.broken.items()]})
     strangers = [r for r in f.latest.values() if r.environment.id != f.run.manifest.environment.id]
     if strangers:

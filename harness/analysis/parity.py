@@ -1,0 +1,38 @@
+"""What a failed check takes away: no speed is shown of what does not compute the same.
+
+A Cell whose gate is red holds no measurements. Merging can only be tried after training, and a Record may come from
+anywhere, so an `ok` one may carry a failed check too.
+"""
+
+from __future__ import annotations
+
+from harness.records import CheckResult, Outcome, Record, Status
+
+
+def failed(record: Record) -> list[CheckResult]:
+    """Return the failed checks of a Record."""
+    return [check for check in record.checks if check.outcome is Outcome.FAIL]
+
+
+def nonconforming(record: Record) -> bool:
+    """Say whether a Record shows a departure from its Method; also an `ok` one."""
+    return record.status is Status.NONCONFORMING or bool(failed(record))
+
+
+def no_speed(record: Record) -> str:
+    """Say why no time of this Cell may be shown, or return an empty string."""
+    return _because([c for c in failed(record) if not _of_merging(c)])
+
+
+def no_merged_speed(record: Record) -> str:
+    """Say why no time of this Cell's merged model may be shown, or return an empty string."""
+    return no_speed(record) or _because([c for c in failed(record) if _of_merging(c)])
+
+
+def _of_merging(check: CheckResult) -> bool:
+    """Read the second part of `method/check/dtype/state`."""
+    return "merge" in "".join(check.check.split("/")[1:2])
+
+
+def _because(red: list[CheckResult]) -> str:
+    return f"no speed without parity: {', '.join(c.check for c in red)} failed" if red else ""
