@@ -1,0 +1,317 @@
+"""GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection. Zhao et al., ICML 2024, arXiv:2403.03507.
+
+    R_t = P_t^T G_t Q_t                        the gradient in a subspace   (the paper's definition of GaLore)
+    N_t = Adam(R_t)                            with moments of R's small shape                   (algorithm 2)
+    W_t = W_{t-1} - lr alpha P_t N_t Q_t^T     algorithm 2's G is minus the gradient, ours the gradient itself
+
+P (m, r) or Q (n, r) holds the first singular vectors of a gradient and is found anew every T steps; one of the two is
+used, the other is the identity. The weights themselves train: there is no adapter. Shape letters: W and G are (m, n).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from reference.layers import targets
+
+PAPER = "arXiv:2403.03507v2"
+DEVIATIONS = (
+    (
+        "side of a square matrix",
+        "m <= n projects on the left, so a square one too",
+        "side `std` is the authors' code: m >= n on the right, so a square one too; side `paper` is the paper's",
+        "galore-torch and the Hugging Face Trainer use std; on every other shape the two agree",
+    ),
+    (
+        "moments at a refresh",
+        "silent",
+        "kept as they are, neither reset nor turned into the new basis",
+        "as in the authors' code",
+    ),
+    (
+        "eps",
+        "algorithm 2 adds it to sqrt(V / (1 - beta2^t))",
+        "added to sqrt(V); the bias corrections are in the step size: eps acts as eps / sqrt(1 - beta2^t) in the paper's",
+        "the authors' code, taken from an older transformers; its default is 1e-6 and not Adam's 1e-8",
+    ),
+    (
+        "bias correction",
+        "algorithm 2 counts t from 0 and writes the corrected moments over M_t and V_t",
+        "t counts from 1, and the moments that are carried on are the uncorrected ones",
+        "read as printed it divides by zero at t = 0 and corrects twice later; Adam and the authors' code do it so",
+    ),
+    (
+        "weight decay",
+        "none",
+        "decoupled: W is multiplied by 1 - lr * weight_decay after the update, by the full lr, not scaled by alpha",
+        "as in the authors' code; torch's AdamW decays before the update",
+    ),
+    (
+        "shape of the moments",
+        "algorithm 2 prints n x r for a left projection",
+        "that of R: r x n on the left, m x r on the right",
+        "R = P^T G is r x n",
+    ),
+    (
+        "precision of the singular vectors",
+        "silent",
+        "computed in float32 at least and rounded to the gradient's dtype; float64 stays float64",
+        "the authors' code computes those of a float64 gradient in float32",
+    ),
+    (
+        "refresh with per-layer updates",
+        "every T steps",
+        "every T steps, as without",
+        "the authors' training script passes 2 T there",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """GaLore's knobs.
+
+    rank: r; at most min(m, n) of a layer is used. update_gap: T, steps between two refreshes of the projector. scale:
+    alpha, times the learning rate. side: std (the authors': right if m >= n), reverse_std (left if m >= n), paper (left
+    if m <= n), left, right, full (both). targets: last parts of the module paths whose weights are projected, or whole
+    paths. train_rest: whether everything else trains too, by plain Adam. beta1, beta2, eps: Adam's.
+    """
+
+    rank: int = field(default=128, metadata={"least": 1, "most": 65536})
+    update_gap: int = field(default=200, metadata={"least": 1, "most": 1000000})
+    scale: float = field(default=0.25, metadata={"least": 1e-6, "most": 1e6})
+    side: str = field(default="std", metadata={"choices": ("std", "reverse_std", "paper", "left", "right", "full")})
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    train_rest: bool = True
+    beta1: float = field(default=0.9, metadata={"least": 0.0, "most": 0.9999999})
+    beta2: float = field(default=0.999, metadata={"least": 0.0, "most": 0.9999999})
+    eps: float = field(default=1e-6, metadata={"least": 0.0, "most": 1.0})
+
+
+@dataclass(frozen=True)
+class Projector:
+    """The bases of the subspace, columns orthonormal: P (m, r) on the left, Q (n, r) on the right; None: the identity."""
+
+    P: Tensor | None = None
+    Q: Tensor | None = None
+
+
+def sides(m: int, n: int, side: str) -> tuple[bool, bool]:
+    """Return whether an (m, n) matrix is projected (on the left, on the right). Raises ValueError for an unknown side."""
+    rules = {
+        "std": (m < n, m >= n),
+        "reverse_std": (m >= n, m < n),
+        "paper": (m <= n, m > n),
+        "left": (True, False),
+        "right": (False, True),
+        "full": (True, True),
+    }
+    if side not in rules:
+        raise ValueError(f"no side {side!r}; there are: {', '.join(rules)}")
+    return rules[side]
+
+
+def projector(G: Tensor, rank: int, side: str = "std") -> Projector:
+    """Return the first `rank` singular vectors of G on the side that the rule says, in G's dtype.
+
+    G = U S V^T; P = U[:, :r], Q = V[:, :r]  (algorithm 2). Exact, not randomised. The sign of a singular vector
+    is arbitrary and cancels: the update has P, or Q, twice.
+    """
+    wide = G.to(torch.promote_types(G.dtype, torch.float32))
+    U, _, Vh = torch.linalg.svd(wide, full_matrices=False)
+    left, right = sides(G.shape[0], G.shape[1], side)
+    return Projector(
+        U[:, :rank].to(G.dtype) if left else None,
+        Vh[:rank].T.to(G.dtype) if right else None,
+    )
+
+
+def project(G: Tensor, basis: Projector) -> Tensor:
+    """Return R = P^T G Q: (r, n) on the left, (m, r) on the right, (r, r) on both."""
+    R = G if basis.P is None else basis.P.T @ G
+    return R if basis.Q is None else R @ basis.Q
+
+
+def project_back(N: Tensor, basis: Projector) -> Tensor:
+    """Return P N Q^T, shape (m, n); alpha is not in it."""
+    full = N if basis.P is None else basis.P @ N
+    return full if basis.Q is None else full @ basis.Q.T
+
+
+def adam(R: Tensor, state: dict[str, Any], beta1: float, beta2: float, eps: float) -> Tensor:
+    """Return N_t, bias corrections included, and carry M, V and step (t, from 1) on in `state` (algorithm 2).
+
+    M_t = beta1 M_{t-1} + (1 - beta1) R_t          V_t = beta2 V_{t-1} + (1 - beta2) R_t^2
+    N_t = sqrt(1 - beta2^t) / (1 - beta1^t) * M_t / (sqrt(V_t) + eps)
+    """
+    if "M" not in state:
+        state |= {"step": 0, "M": torch.zeros_like(R), "V": torch.zeros_like(R)}
+    M, V = state["M"], state["V"]
+    state["step"] += 1
+    M.mul_(beta1).add_(R, alpha=1 - beta1)
+    V.mul_(beta2).addcmul_(R, R, value=1 - beta2)
+    correction = math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
+    N: Tensor = correction * (M / (V.sqrt() + eps))
+    return N
+
+
+@torch.no_grad()
+def galore_step(
+    W: Tensor,
+    G: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: float,
+    rank: int,
+    update_gap: int = 200,
+    scale: float = 0.25,
+    side: str = "std",
+    weight_decay: float = 0.0,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-6,
+    given: Projector | None = None,
+) -> None:
+    """Take one step: W and `state` change in place. An empty state is that before the first step.
+
+    W, G: (m, n). rank 0: no projection, plain Adam, any shape. state: step (int, steps taken), M and V of R's shape, P
+    and/or Q. given: where a refresh is due, take this projector in the place of G's singular vectors, so that two
+    programs can be compared in one subspace. The projector is found anew at steps 1, T + 1, 2 T + 1, ...
+    """
+    if rank and state.get("step", 0) % update_gap == 0:
+        fresh = given or projector(G, rank, side)
+        state |= {name: t for name, t in (("P", fresh.P), ("Q", fresh.Q)) if t is not None}
+    basis = Projector(state.get("P"), state.get("Q"))
+    N = adam(project(G, basis), state, beta1, beta2, eps)
+    W.sub_(project_back(N, basis), alpha=lr * (scale if rank else 1.0))
+    if weight_decay:
+        W.mul_(1 - lr * weight_decay)
+
+
+def state_elements(m: int, n: int, rank: int, side: str = "std") -> int:
+    """Count the numbers kept for an (m, n) weight: projector and two moments; mr + 2nr on the left (table 1)."""
+    r = min(rank, m, n)
+    left, right = sides(m, n, side)
+    return r * (m * left + n * right) + 2 * (r if left else m) * (r if right else n)
+
+
+class GaLore(torch.optim.Optimizer):
+    """Adam in a subspace for groups with a `rank`, plain Adam for groups without; the state is tensors and a count only.
+
+    params: tensors or groups. A group may hold rank, update_gap, scale, side beside lr, weight_decay, beta1, beta2, eps.
+    """
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, eps: float = 1e-6) -> None:
+        knobs = {"rank": 0, "update_gap": 200, "scale": 0.25, "side": "std", "beta1": 0.9, "beta2": 0.999, "eps": eps}
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **knobs})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; what is in another group already moves over, so that a head may have its own learning rate."""
+        params = param_group["params"]
+        param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
+        moving = {id(p) for p in param_group["params"]}
+        for group in self.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in moving]
+        super().add_param_group(param_group)
+
+    def update(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Take one step of one parameter, by its gradient."""
+        if p.grad is not None:
+            knobs = {k: v for k, v in group.items() if k not in ("params", "initial_lr")}
+            galore_step(p, p.grad, self.state[p], **knobs)
+
+    def step(self, closure: Any = None) -> Any:
+        """Take one step of every parameter that has a gradient; return the loss of `closure`, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.update(p, group)
+        return loss
+
+
+def per_layer(optimizer: GaLore) -> list[RemovableHandle]:
+    """Let every parameter be updated within the backward pass, as soon as its gradient is whole, which is then freed.
+
+    The paper's per-layer weight updates, after LOMO: at no time do all gradients exist, and `optimizer.step()` has
+    nothing left to do. The numbers are those of the whole step; clipping by the global norm and accumulating over several
+    backward passes are not possible. Returns the hooks; removing them ends it.
+    """
+
+    def hook(p: Tensor) -> None:
+        group = next(g for g in optimizer.param_groups if any(p is q for q in g["params"]))
+        optimizer.update(p, group)
+        p.grad = None
+
+    return [p.register_post_accumulate_grad_hook(hook) for group in optimizer.param_groups for p in group["params"]]
+
+
+class Adapted:
+    """A model whose weights train by GaLore. Names are those of the model's parameters; nothing merges or detaches."""
+
+    can_merge = False
+
+    def __init__(self, model: nn.Module, layers: dict[str, nn.Linear], config: Config) -> None:
+        self.model, self.layers, self.config = model, layers, config
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Map each path of what trains to it; a parameter that two layers share has both paths."""
+        return {n: p for n, p in self.model.named_parameters(remove_duplicate=False) if p.requires_grad}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return nothing: projectors and moments are the optimizer's."""
+        return {}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """List what trains."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def regularizer(self) -> Tensor | None:
+        """Return None: nothing is added to the loss."""
+        return None
+
+    def optimizer(self, lr: float, weight_decay: float) -> GaLore:
+        """Return GaLore over the targets' weights and, where it trains, Adam over the rest."""
+        c = self.config
+        betas = {"beta1": c.beta1, "beta2": c.beta2}
+        low = {"rank": c.rank, "update_gap": c.update_gap, "scale": c.scale, "side": c.side}
+        projected = list({id(layer.weight): layer.weight for layer in self.layers.values()}.values())
+        taken = {id(p) for p in projected}
+        rest = [p for p in self.parameters() if id(p) not in taken]
+        groups = [{"params": projected, **low, **betas}] + ([{"params": rest, **betas}] if rest else [])
+        return GaLore(groups, lr, weight_decay, c.eps)
+
+    def after_step(self, step: int) -> None:
+        """Do nothing."""
+
+    def merge(self) -> None:
+        """Do nothing: there is no adapter."""
+
+    def unmerge(self) -> None:
+        """Do nothing: there is no adapter."""
+
+    def detach(self) -> None:
+        """Do nothing: there is no adapter."""
+
+
+def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adapted:
+    """Let the weights of the targets train, and everything else of `model` as well if `train_rest`; nothing is drawn.
+
+    Raises ValueError if a target names no linear layer, or one whose weight is packed (4 bits): it has no gradient.
+    """
+    layers = targets(model, config.targets)
+    for path, layer in layers.items():
+        if not layer.weight.is_floating_point():
+            raise ValueError(f"GaLore trains the weight of {path} itself, which is packed ({layer.weight.dtype})")
+    model.requires_grad_(config.train_rest)
+    for layer in layers.values():
+        layer.weight.requires_grad_(True)
+    return Adapted(model, layers, config)
