@@ -1,25 +1,70 @@
-"""Find, replace and densify the linear layers of a model: the surgery every layer-wise method needs. Not a Method."""
+"""Find, replace and densify the layers of a model: the surgery every layer-wise method needs. Not a Method."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any, overload
 
 import torch
 from torch import nn
 
+LINEAR = ("linear",)
+KINDS = ("linear", "Conv1D", "embedding", "Conv2d")
+"""The kinds of layers that a method may adapt; every method adapts the first."""
 
-def targets(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear]:
-    """Map path to linear layer for every layer whose path is, or ends in, one of `names`, in the model's order.
 
-    A linear layer is nn.Linear or a quantised subclass of it. Raises ValueError for a name that fits no layer.
+def kind_of(module: nn.Module) -> str:
+    """Return the kind of a layer, one of `KINDS`, or "" for any other module.
+
+    linear: nn.Linear or a quantised subclass of it. Conv1D: transformers' linear layer whose weight is stored (in, out).
+    embedding, Conv2d: nn.Embedding, nn.Conv2d, and those subclasses that look up and convolve just as they do (an
+    embedding may also multiply by its `embed_scale`): whatever else a subclass does to its weight (a norm, quantisation)
+    an update that is added to the weight would have to go through too.
     """
-    linear = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    found = {path: m for path, m in linear.items() if any(path == n or path.endswith(f".{n}") for n in names)}
+    layer: Any = module
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if type(module).__name__ == "Conv1D" and hasattr(module, "weight"):
+        return "Conv1D" if layer.weight.shape == (getattr(module, "nx", -1), getattr(module, "nf", -1)) else ""
+    if isinstance(module, nn.Embedding):
+        plain = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+        return "embedding" if plain else ""
+    if isinstance(module, nn.Conv2d):
+        convolves = (type(module).forward, type(module)._conv_forward)
+        return "Conv2d" if convolves == (nn.Conv2d.forward, nn.Conv2d._conv_forward) else ""
+    return ""
+
+
+@overload
+def targets(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear]: ...
+@overload
+def targets(model: nn.Module, names: Sequence[str], kinds: Sequence[str]) -> dict[str, Any]: ...
+def targets(model: nn.Module, names: Sequence[str], kinds: Sequence[str] = LINEAR) -> dict[str, Any]:
+    """Map path to layer for every layer whose path is, or ends in, one of `names`, in the model's order.
+
+    kinds: those of `KINDS` that the method adapts. Raises ValueError for a name that fits no layer, and for one that
+    also fits a layer of another kind: a layer that is silently left out is a layer that somebody believes adapted.
+    """
+    found: dict[str, Any] = {}
     for name in names:
-        if not any(path == name or path.endswith(f".{name}") for path in found):
-            ends = sorted({path.rsplit(".", 1)[-1] for path in linear})
-            raise ValueError(f"no linear layer is named {name!r}; this model has: {', '.join(ends)}")
-    return found
+        fits = {path: module for path, module in model.named_modules() if path == name or path.endswith(f".{name}")}
+        mine = {path: module for path, module in fits.items() if kind_of(module) in kinds}
+        other = {path: module for path, module in fits.items() if path not in mine and (kind_of(module) or not mine)}
+        if other:
+            path, module = next(iter(other.items()))
+            raise ValueError(f"{path} is a {type(module).__name__}, which this method does not support")
+        if not mine:
+            have = [path for path, module in model.named_modules() if kind_of(module) in kinds]
+            ends = sorted({path.rpartition(".")[-1] for path in have}) or ["none"]
+            raise ValueError(f"no {_listed(kinds)} layer is named {name!r}; this model has: {', '.join(ends)}")
+        found |= mine
+    return {path: found[path] for path, _ in model.named_modules() if path in found}
+
+
+def _listed(words: Sequence[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -57,8 +102,17 @@ def dense_weight(base: nn.Linear) -> torch.Tensor:
     return columns.T.contiguous()
 
 
-def dense_copy(base: nn.Linear) -> nn.Linear:
-    """Return an nn.Linear that computes what `base` computes, in its floating dtype."""
+@overload
+def dense_copy(base: nn.Linear) -> nn.Linear: ...
+@overload
+def dense_copy(base: nn.Module) -> nn.Module: ...
+def dense_copy(base: nn.Module) -> nn.Module:
+    """Return a layer of its own that computes what `base` computes, in its floating dtype, and does not train.
+
+    A linear layer gives an nn.Linear, whatever form it keeps its weight in; any other layer a copy of itself.
+    """
+    if not isinstance(base, nn.Linear):
+        return copy.deepcopy(base).requires_grad_(False)
     weight = dense_weight(base)
     dense = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
     dense.weight = nn.Parameter(weight, requires_grad=False)

@@ -3,18 +3,21 @@
     h = W0 x + (alpha / r) B A x                                                      (paper, eq. 3 and section 4.1)
 
 A (r, in) is drawn at random, B (out, r) is zero, W0 (out, in) is frozen. Shape letters: T tokens, D in, E out, R rank.
+Embeddings and convolutions are in `lora_layers.py`. With `rslora`, h = W0 x + (alpha / sqrt(r)) B A x (arXiv:2312.03732).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reference.adapted import Adapted
-from reference.layers import dense_copy, floating_dtype, replace, targets
+from reference.adapted import Adapted, AdaptedLayer
+from reference.layers import KINDS, dense_copy, floating_dtype, kind_of, replace, targets
+from reference.lora_layers import LoraConv2d, LoraConv2dKernel, LoraEmbedding
 
 PAPER = "arXiv:2106.09685v2"
 DEVIATIONS = (
@@ -28,7 +31,45 @@ DEVIATIONS = (
         "dropout",
         "not in the main text",
         "on the input of the adapter branch only; W0 x sees the whole input",
-        "as in loralib and HF peft",
+        "as in loralib and HF peft for linear layers; HF peft drops so before convolutions too, loralib drops nothing there",
+    ),
+    (
+        "transformers' Conv1D",
+        "W0 (out, in)",
+        "the weight is stored (in, out); A (r, in) and B (out, r) are as in a linear layer, and the update is transposed",
+        "loralib and HF peft call it fan_in_fan_out and do the same",
+    ),
+    (
+        "embeddings",
+        "not treated; A is random and B zero",
+        "A (r, num) is zero and B (dim, r) standard normal; no dropout",
+        "as in loralib and HF peft: an id picks a column of A, so this start gives every entry seen a gradient of its own. "
+        "HF peft accepts a dropout there and ignores it, loralib has none",
+    ),
+    (
+        "padding_idx",
+        "not treated",
+        "the padding entry's column of A gets no gradient",
+        "as in loralib and HF peft: it starts at zero, so the padding entry stays what it was",
+    ),
+    (
+        "convolutions",
+        "not treated",
+        "conv=peft: A is the base's convolution to r channels, B is 1 x 1: r (in k k + out) numbers, rank r. "
+        "conv=loralib: B A with A (r k, in k), B (out/groups k, r k), reshaped to the kernel: rank up to r k",
+        "the authors' code (loralib) and HF peft part, so neither can stand in for the other; peft's is what is in use",
+    ),
+    (
+        "convolutions with groups",
+        "not treated",
+        "conv=peft: A sees all channels, B has the groups; merged, the layer has no groups",
+        "as in HF peft, which cannot merge it: the update joins channels that the base's groups keep apart",
+    ),
+    (
+        "scaling",
+        "alpha / r",
+        "alpha / r, or alpha / sqrt(r) with rslora",
+        "rsLoRA (arXiv:2312.03732) finds that alpha / r makes large ranks learn too slowly; HF peft offers both",
     ),
 )
 
@@ -38,22 +79,30 @@ class Config:
     """LoRA's knobs.
 
     rank: r. alpha: the numerator of the scaling alpha / r. targets: last parts of the module paths to adapt, or whole
-    paths. dropout: probability that an input feature of the adapter branch is dropped in training.
+    paths. dropout: probability that an input feature of the adapter branch is dropped in training; embeddings have none.
+    rslora: whether the scaling is alpha / sqrt(r). conv: what A and B of a convolution are, `peft` or `loralib`.
     """
 
     rank: int = field(default=8, metadata={"least": 1, "most": 4096})
     alpha: float = field(default=16.0, metadata={"least": 1e-3, "most": 1e4})
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     dropout: float = field(default=0.0, metadata={"least": 0.0, "most": 0.99})
+    rslora: bool = False
+    conv: str = field(default="peft", metadata={"choices": ("peft", "loralib")})
+
+    @property
+    def scaling(self) -> float:
+        """What B A is multiplied by: alpha / r (section 4.1), or alpha / sqrt(r)."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 class LoraLinear(nn.Module):
     """A frozen linear layer with a low-rank update.
 
-    base: an nn.Linear or a quantised subclass of it, maps (..., D) to (..., E). A (R, D), B (E, R).
+    base: an nn.Linear, a quantised subclass of it, or transformers' Conv1D; maps (..., D) to (..., E). A (R, D), B (E, R).
     """
 
-    def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
+    def __init__(self, base: nn.Module, A: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
         super().__init__()
         self.base = base
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
@@ -66,8 +115,9 @@ class LoraLinear(nn.Module):
         return y_TE
 
     def delta(self) -> Tensor:
-        """Return scaling B A, shape (E, D)."""
-        return self.scaling * (self.B @ self.A)
+        """Return scaling B A as the base stores its weight: (E, D), or (D, E) for a Conv1D."""
+        update_ED = self.scaling * (self.B @ self.A)
+        return update_ED.T if kind_of(self.base) == "Conv1D" else update_ED
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """Map the paper's letters to what trains."""
@@ -77,29 +127,54 @@ class LoraLinear(nn.Module):
         """Return nothing: W0 is the base's."""
         return {}
 
-    def merged(self) -> nn.Linear:
-        """Return a linear layer with W0 + scaling B A (section 4: no additional inference latency)."""
-        dense = dense_copy(self.base)
+    def merged(self) -> nn.Module:
+        """Return a layer with W0 + scaling B A (section 4: no additional inference latency): an nn.Linear or a Conv1D."""
+        dense: Any = dense_copy(self.base)
         with torch.no_grad():
             dense.weight += self.delta().to(dense.weight.dtype)
-        return dense
+        merged: nn.Module = dense
+        return merged
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adapted:
-    """Freeze `model` and put a LoraLinear around every target; A is drawn from `generator` in order of the paths.
+    """Freeze `model` and put a LoRA layer around every target; each draws from `generator` in order of the paths.
 
-    Raises ValueError if a target names no linear layer.
+    Raises ValueError if a target names no layer, or one that LoRA is not defined on; the model is then as it was.
     """
+    layers: dict[str, AdaptedLayer] = {}
+    for path, base in targets(model, config.targets, KINDS).items():
+        try:
+            layers[path] = _adapted(base, config, generator)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     model.requires_grad_(False)
-    layers = {}
-    for path, base in targets(model, config.targets).items():
-        E, D = base.out_features, base.in_features
-        dtype, device = floating_dtype(base), next(base.parameters()).device
-        bound = 1 / math.sqrt(D)
-        # Drawn in float64 so that every dtype starts from the same numbers.
-        A = torch.empty(config.rank, D, dtype=torch.float64).uniform_(-bound, bound, generator=generator)
-        B = torch.zeros(E, config.rank, dtype=dtype, device=device)
-        scaling = config.alpha / config.rank
-        layers[path] = LoraLinear(base, A.to(device, dtype), B, scaling, config.dropout)
-        replace(model, path, layers[path])
+    for path, layer in layers.items():
+        replace(model, path, layer)  # type: ignore[arg-type]  # the Protocol cannot say that it is a Module
     return Adapted(model, layers)
+
+
+def _adapted(base: Any, config: Config, generator: torch.Generator) -> AdaptedLayer:
+    """Return the LoRA layer around `base` in its initial state."""
+    like, kind = {"dtype": floating_dtype(base), "device": next(base.parameters()).device}, kind_of(base)
+    R, s, p = config.rank, config.scaling, config.dropout
+
+    def uniform(*shape: int) -> Tensor:
+        """Draw within +-1/sqrt(in): in float64, so that every dtype starts from the same numbers."""
+        bound = 1 / math.sqrt(math.prod(shape[1:]))
+        return torch.empty(shape, dtype=torch.float64).uniform_(-bound, bound, generator=generator).to(**like)
+
+    if kind == "embedding":
+        B = torch.randn(base.embedding_dim, R, dtype=torch.float64, generator=generator).to(**like)
+        return LoraEmbedding(base, torch.zeros(R, base.num_embeddings, **like), B, s)
+    if kind == "Conv2d":
+        E, C, G, K = base.out_channels, base.in_channels, base.groups, base.kernel_size
+        if config.conv == "peft":
+            if R % G:
+                raise ValueError(f"rank {R} is no multiple of the convolution's {G} groups")
+            return LoraConv2d(base, uniform(R, C, *K), torch.zeros(E, R // G, 1, 1, **like), s, p)
+        if K[0] != K[1]:
+            raise ValueError(f"conv=loralib is defined for square kernels, and this one is {K[0]} x {K[1]}")
+        A, B = uniform(R * K[0], C * K[0]), torch.zeros(E // G * K[0], R * K[0], **like)
+        return LoraConv2dKernel(base, A, B, s, p)
+    D, E = (base.nx, base.nf) if kind == "Conv1D" else (base.in_features, base.out_features)
+    return LoraLinear(base, uniform(R, D), torch.zeros(E, R, **like), s, p)

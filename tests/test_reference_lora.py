@@ -83,6 +83,16 @@ def test_forward_is_the_papers_formula(attach: Callable[..., Any], rank: int, al
 
 
 @implementations
+@pytest.mark.parametrize("rank", [1, 4, 9])
+def test_rslora_divides_by_the_root_of_the_rank(attach: Callable[..., Any], rank: int) -> None:
+    layer = warmed(attach, rank=rank, alpha=6.0, rslora=True).layers["q_proj"]
+    x, root = draw(5, 12), {1: 1, 4: 2, 9: 3}[rank]
+    update = torch.einsum("td,kd,ek->te", x, layer.A.detach(), layer.B.detach())
+    want = x @ layer.base.weight.T + layer.base.bias + 6.0 / root * update
+    assert_same({"y": layer(x)}, {"y": want})
+
+
+@implementations
 def test_gradients_are_those_of_the_formula(attach: Callable[..., Any]) -> None:
     layer = warmed(attach).layers["q_proj"]
     x, dy = draw(5, 12).requires_grad_(True), draw(5, 10, seed=2)
@@ -188,7 +198,8 @@ def test_every_dtype_starts_from_the_same_numbers() -> None:
 @pytest.mark.parametrize("wrong", [("k_proj",), ("q_proj", "nothing"), ("proj",)])
 def test_an_unknown_target_is_named(attach: Callable[..., Any], wrong: tuple[str, ...]) -> None:
     name = wrong[-1]
-    with pytest.raises(ValueError, match=f"no linear layer is named '{name}'; this model has: q_proj, v_proj"):
+    kinds = "linear, Conv1D, embedding or Conv2d"
+    with pytest.raises(ValueError, match=f"no {kinds} layer is named '{name}'; this model has: q_proj, v_proj"):
         attached(attach, targets=wrong)
 
 
