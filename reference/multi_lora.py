@@ -1,0 +1,73 @@
+"""Several LoRA adapters in one batch: Punica, arXiv:2310.18547, and S-LoRA, arXiv:2311.03285. An Operation, not a Method.
+
+    y_n = W0 x_n + s_i B_i A_i x_n   with i = ids[n]          (Punica, section 4: y := y + x A_i B_i, row by row)
+
+The base product is one for the whole batch; every sequence adds the update of its own adapter. Shape letters: N sequences,
+T tokens, D in, E out, R rank (each adapter has its own).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SOURCE = "arXiv:2310.18547v1, section 4 (SGMV); arXiv:2311.03285v3, section 5 (batched computation, ranks that differ)"
+NONE = -1
+DEVIATIONS = (
+    (
+        "orientation",
+        "x A B with A (D, R), B (R, E)",
+        "x A^T B^T with A (R, D), B (E, R)",
+        "LoRA's, as in lora.py and HF peft",
+    ),
+    (
+        "scaling",
+        "none: taken to be in B",
+        "s_i of each adapter, by which its update is multiplied",
+        "adapters of different alpha / r share a batch",
+    ),
+    (
+        "sequences without an adapter",
+        "every request has one",
+        "id -1: the base output alone, to the last bit",
+        "HF peft's `__base__`",
+    ),
+    (
+        "how",
+        "kernels that gather adapters by segment or by page",
+        "a loop over the adapters",
+        "the sum is the same; what the papers add is speed",
+    ),
+)
+
+
+def multi_lora_linear(
+    x: Tensor,
+    base_out: Tensor,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    ids: Sequence[int] | Tensor,
+) -> Tensor:
+    """Return base_out with each sequence's own update added, (N, ..., E), in the dtype of `base_out`.
+
+    x: (N, ..., D). base_out: W0 x and the bias, (N, ..., E). As[i]: (R_i, D). Bs[i]: (E, R_i). ids: for each of the N
+    sequences an index into them, or -1. Autograd passes through x, base_out and every A and B that is used; of one that
+    is not, the gradient is None. Raises ValueError if the lists differ in length, or an id is neither -1 nor an adapter.
+    """
+    chosen = torch.as_tensor(ids, dtype=torch.long, device=x.device)
+    if not len(As) == len(Bs) == len(scalings):
+        raise ValueError(f"{len(As)} As, {len(Bs)} Bs and {len(scalings)} scalings: each adapter has one of each")
+    if chosen.shape != x.shape[:1]:
+        raise ValueError(f"{len(x)} sequences need as many ids, got shape {tuple(chosen.shape)}")
+    for wrong in chosen[(chosen < NONE) | (chosen >= len(As))].tolist():
+        raise ValueError(f"id {wrong}: there are adapters 0 to {len(As) - 1}, and {NONE} for none")
+    y = base_out
+    for i, (A, B, scaling) in enumerate(zip(As, Bs, scalings, strict=True)):
+        rows = (chosen == i).nonzero()[:, 0]
+        if len(rows):
+            update = scaling * (x[rows] @ A.T @ B.T)
+            y = y.index_add(0, rows, update.to(y.dtype))
+    return y

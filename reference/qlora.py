@@ -1,0 +1,171 @@
+"""QLoRA: Efficient Finetuning of Quantized LLMs. Dettmers et al., NeurIPS 2023, arXiv:2305.14314.
+
+    Y = X doubleDequant(c1, c2, W_NF4) + s X L1 L2                                    (paper, eqs. 5 and 3)
+    doubleDequant(c1, c2, W) = dequant(dequant(c1, c2), W)                            (eq. 6)
+
+LoRA on a frozen weight that is kept in 4 bits and decoded for every product. L1 is LoRA's A^T (D, R), L2 its B^T (R, E).
+Shape letters: T tokens, D in, E out, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from reference import double_quant, nf4
+from reference.adapted import Adapted
+from reference.layers import dense_copy, dense_weight, floating_dtype, replace, targets
+
+PAPER = "arXiv:2305.14314v1"
+DEVIATIONS = (
+    (
+        "NF4, double quantisation",
+        "eqs. 4 and 6, section 3",
+        "as nf4.py and double_quant.py, whose own lists say where they part from the paper",
+        "bitsandbytes, the authors' quantiser, is what is in use",
+    ),
+    (
+        "compute dtype",
+        "bfloat16: eqs. 5 and 6 decode to it and multiply in it",
+        "the dtype of the input: level x absmax is formed in float32, then cast, then multiplied",
+        "the paper's with bfloat16 inputs; a check wants float64. bitsandbytes decodes so too",
+    ),
+    (
+        "scaling",
+        "s in eq. 3, left out in eq. 5",
+        "alpha / r",
+        "as in LoRA, the authors' code and HF peft",
+    ),
+    (
+        "dropout",
+        "0.1 (7B, 13B) or 0.05, of LoRA's, which is not defined",
+        "on the input of the adapter branch only; the default is 0",
+        "as in the authors' code, which is HF peft's",
+    ),
+    (
+        "what is adapted",
+        "all linear layers of the transformer blocks",
+        "`targets`, by default the seven of a LLaMA block",
+        "the head is never adapted or quantised, as in the authors' code",
+    ),
+    (
+        "merging",
+        "not mentioned",
+        "into a dense layer of the decoded weight, in the dtype of the original one",
+        "HF peft quantises the sum again, which changes what the model computes",
+    ),
+    (
+        "the original weight",
+        "is gone once it is quantised",
+        "stays as `base`, so that `detach` gives it back; no product reads it",
+        "a reference may spend the memory that the method saves; bits are counted by double_quant.bits_per_parameter",
+    ),
+    (
+        "paged optimizers",
+        "section 3: optimizer states in unified memory",
+        "not here",
+        "they change where states live and no value; the optimizer is the caller's choice",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """QLoRA's knobs.
+
+    rank: r. alpha: the numerator of the scaling alpha / r. targets: last parts of the module paths to quantise and adapt,
+    or whole paths. dropout: probability that an input feature of the adapter branch is dropped in training. block: weights
+    that share one absmax. double_quant: whether those are quantised too.
+    """
+
+    rank: int = field(default=64, metadata={"least": 1, "most": 4096})
+    alpha: float = field(default=16.0, metadata={"least": 1e-3, "most": 1e4})
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    dropout: float = field(default=0.0, metadata={"least": 0.0, "most": 0.99})
+    block: int = field(default=64, metadata={"choices": (32, 64, 128, 256, 512, 1024, 2048, 4096)})
+    double_quant: bool = True
+
+
+class QloraLinear(nn.Module):
+    """A linear layer whose weight is kept in 4 bits, with a low-rank update.
+
+    base: the original layer, an nn.Linear or a quantised subclass of it; only its bias takes part. A (R, D), B (E, R).
+    codes: packed NF4, uint8, two to a byte. With double quantisation absmax is c2 (uint8), absmax2 is c1 (float32) and
+    offset the mean (float32, 0-d); without it absmax is float32 and the others are not there.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    absmax2: Tensor
+    offset: Tensor
+
+    def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, config: Config) -> None:
+        super().__init__()
+        self.base, self.block, self.two_levels = base, config.block, config.double_quant
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.scaling, self.dropout = config.alpha / config.rank, nn.Dropout(config.dropout)
+        codes, absmax = nf4.quantize(dense_weight(base), config.block)
+        self.register_buffer("codes", nf4.pack(codes))
+        if config.double_quant:
+            absmax, absmax2, offset = double_quant.quantize(absmax)
+            self.register_buffer("absmax2", absmax2)
+            self.register_buffer("offset", offset)
+        self.register_buffer("absmax", absmax)
+
+    def weight(self) -> Tensor:
+        """Return the decoded weight (E, D), float32: doubleDequant of eq. 6, before its cast to the compute dtype."""
+        E, D = self.base.out_features, self.base.in_features
+        absmax = self.absmax
+        if self.two_levels:
+            absmax = double_quant.dequantize(self.absmax, self.absmax2, self.offset)  # eq. 6, inner
+        return nf4.dequantize(nf4.unpack(self.codes, E * D), absmax, self.block).view(E, D)  # eq. 6, outer
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Return x W^T + bias + scaling x A^T B^T, shape (..., E), in the dtype of x (eq. 5)."""
+        h_TR = self.dropout(x_TD) @ self.A.T
+        y_TE: Tensor = linear(x_TD, self.weight().to(x_TD.dtype), self.base.bias) + self.scaling * (h_TR @ self.B.T)
+        return y_TE
+
+    def delta(self) -> Tensor:
+        """Return scaling B A, shape (E, D)."""
+        return self.scaling * (self.B @ self.A)
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """Map LoRA's letters to what trains: A is L1^T, B is L2^T."""
+        return {"A": self.A, "B": self.B}
+
+    def state(self) -> dict[str, Tensor]:
+        """Map names to the 4-bit weight: codes and absmax, and with double quantisation absmax2 and offset."""
+        names = ("codes", "absmax", "absmax2", "offset") if self.two_levels else ("codes", "absmax")
+        return {name: getattr(self, name) for name in names}
+
+    def merged(self) -> nn.Linear:
+        """Return a dense linear layer with the decoded weight + scaling B A, in the dtype of the original weight."""
+        dense = dense_copy(self.base)
+        with torch.no_grad():
+            dense.weight.copy_(self.weight().to(dense.weight.dtype) + self.delta().to(dense.weight.dtype))
+        return dense
+
+
+def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adapted:
+    """Freeze `model`, quantise every target and put a QloraLinear in its place; A is drawn as LoRA's, in order of the paths.
+
+    A target that is packed already is decoded and quantised anew. Unlike with LoRA, the model computes something else from
+    the start: the difference is the error of 4 bits. Raises ValueError if a target names no linear layer.
+    """
+    model.requires_grad_(False)
+    layers = {}
+    for path, base in targets(model, config.targets).items():
+        E, D = base.out_features, base.in_features
+        dtype, device = floating_dtype(base), next(base.parameters()).device
+        bound = 1 / math.sqrt(D)
+        # Drawn in float64 so that every dtype starts from the same numbers.
+        A = torch.empty(config.rank, D, dtype=torch.float64).uniform_(-bound, bound, generator=generator)
+        B = torch.zeros(E, config.rank, dtype=dtype, device=device)
+        layers[path] = QloraLinear(base, A.to(device, dtype), B, config)
+        replace(model, path, layers[path])
+    return Adapted(model, layers)
