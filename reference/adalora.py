@@ -1,0 +1,326 @@
+"""AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning. Zhang et al., ICLR 2023, arXiv:2303.10512.
+
+    h = W0 x + s P Lambda Q x                                       (eq. 3), Lambda diagonal and zero at the start
+    loss + gamma R(P, Q),  R = ||P^T P - I||^2 + ||Q Q^T - I||^2    (eq. 4), so that P and Q stay near orthogonal
+    every delta_t steps only the b(t) most important triplets of the whole model keep their lambda   (eqs. 6 to 12)
+
+The tensors bear the names of the authors' code and of HF peft, not the paper's letters: A (R, D) is Q, E (R, 1) is the
+diagonal of Lambda, B (E, R) is P. Triplet i is (column i of P, lambda i, row i of Q).
+Shape letters: T tokens, D in, E out, R initial rank of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from reference.adapted import Adapted
+from reference.layers import dense_copy, floating_dtype, replace, targets
+
+PAPER = "arXiv:2303.10512v2"
+DEVIATIONS = (
+    (
+        "names of the tensors",
+        "P, Lambda, Q",
+        "B, E, A",
+        "the authors' code and HF peft call them so (lora_B, lora_E, lora_A), and saved adapters carry those names",
+    ),
+    (
+        "scaling",
+        "none: eq. 3 adds P Lambda Q as it is",
+        "alpha / (rank + 1e-5), with the initial rank also after pruning",
+        "the authors' code and HF peft; the 1e-5 guards a division that cannot be by zero here, and is kept because it "
+        "shows in float64",
+    ),
+    (
+        "orthogonality term",
+        "sum over all matrices of the squared Frobenius norm (eq. 4)",
+        "a choice: `mean-norm`, the mean over the 2n matrices of the norm itself, by default; `squared-sum` is eq. 4",
+        "the authors' code and HF peft compute the mean of norms, so a gamma of theirs means nothing in the paper's form",
+    ),
+    (
+        "when a weight is scored",
+        "before the update: Alg. 1 takes w_t and its gradient",
+        "after it: w_(t+1) times the gradient at w_t",
+        "the authors' trainer and HF peft's documentation call the allocator after optimizer.step",
+    ),
+    (
+        "number of the step",
+        "t = 1 .. T",
+        "as the paper; the authors' trainer passes 0 at its first update",
+        "steps are counted from 1 everywhere here; to replay the authors' trainer call after_step(step - 1)",
+    ),
+    (
+        "denominator of the budget",
+        "eq. 12 prints t - t_i - t_f over T - t_i - t_f",
+        "t - t_i over T - t_i - t_f",
+        "as printed the budget would start above the initial one; the authors' code and HF peft have it so",
+    ),
+    (
+        "budget as a whole number",
+        "real-valued",
+        "rounded down, in integers",
+        "the authors' code and HF peft round down in floating point: where the exact value is whole they may be one lower",
+    ),
+    (
+        "equal scores",
+        "keeps the top b(t)",
+        "keeps exactly b(t): of equals, the first in order of the paths and then of the index",
+        "the authors' code and HF peft zero all that are <= the k-th smallest (torch.kthvalue), so every triplet that "
+        "ties with it goes too, and fewer than b(t) are left",
+    ),
+    (
+        "target rank equal to the initial rank",
+        "not considered",
+        "nothing is ever pruned; a target above the initial rank is refused",
+        "the authors' code and HF peft ask torch.kthvalue for the 0th value and fail at the first pruning",
+    ),
+    (
+        "final phase",
+        "the budget is the target from T - t_f on; pruned every delta_t steps",
+        "the target budget is forced at step T - t_f, the scores stop there, and that mask is put on after each later step",
+        "as HF peft; the authors' code forces it one step later, and so never where t_f = 0 and delta_t does not divide T",
+    ),
+    (
+        "precision of the scores",
+        "not said",
+        "at least float32",
+        "a score multiplies four small numbers and is zero in float16; the authors and HF peft train these in float32",
+    ),
+)
+
+_EPS = 1e-5  # the authors' guard in the scaling
+_AVERAGES = ("exp_avg_ipt", "exp_avg_unc")  # I_bar, U_bar: the authors' names
+_STD = 0.02  # of A and B at the start, in the authors' code and in HF peft
+
+
+@dataclass(frozen=True)
+class Config:
+    """AdaLoRA's knobs.
+
+    rank: R, the initial rank of every layer. target_rank: the mean rank that is left at the end. alpha: numerator of the
+    scaling. targets: last parts of the module paths to adapt, or whole paths. dropout: probability that an input feature
+    of the adapter branch is dropped in training. total_steps: T, optimizer steps of the whole training; if training stops
+    before, the target is not reached. tinit: steps before pruning begins. tfinal: steps at the end with the mask fixed.
+    delta_t: steps from one pruning to the next. beta1, beta2: how much of the averages of sensitivity and uncertainty is
+    carried on. orthogonality: gamma, the weight of R(P, Q). regularization: which form R has.
+    """
+
+    rank: int = field(default=12, metadata={"least": 1, "most": 4096})
+    target_rank: int = field(default=8, metadata={"least": 1, "most": 4096})
+    alpha: float = field(default=16.0, metadata={"least": 1e-3, "most": 1e4})
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    dropout: float = field(default=0.0, metadata={"least": 0.0, "most": 0.99})
+    total_steps: int = field(default=1000, metadata={"least": 1})
+    tinit: int = field(default=100, metadata={"least": 0})
+    tfinal: int = field(default=200, metadata={"least": 0})
+    delta_t: int = field(default=10, metadata={"least": 1})
+    beta1: float = field(default=0.85, metadata={"least": 0.0, "most": 1.0})
+    beta2: float = field(default=0.85, metadata={"least": 0.0, "most": 1.0})
+    orthogonality: float = field(default=0.5, metadata={"least": 0.0})
+    regularization: str = field(default="mean-norm", metadata={"choices": ("mean-norm", "squared-sum")})
+
+
+def sensitivity(w: Tensor, grad: Tensor) -> Tensor:
+    """Return I = |w dL/dw| (eq. 8), elementwise."""
+    return (w * grad).abs()
+
+
+def smoothed(I_bar: Tensor, I: Tensor, beta1: float) -> Tensor:  # noqa: E741  # the paper's letter
+    """Return the next average sensitivity, I_bar <- beta1 I_bar + (1 - beta1) I (eq. 9)."""
+    return beta1 * I_bar + (1 - beta1) * I
+
+
+def uncertainty(U_bar: Tensor, I: Tensor, I_bar: Tensor, beta2: float) -> Tensor:  # noqa: E741
+    """Return the next average uncertainty, U_bar <- beta2 U_bar + (1 - beta2) |I - I_bar| (eq. 10); I_bar is the new one."""
+    return beta2 * U_bar + (1 - beta2) * (I - I_bar).abs()
+
+
+def importance(I_bar: Tensor, U_bar: Tensor) -> Tensor:
+    """Return s = I_bar U_bar (eq. 11), elementwise."""
+    return I_bar * U_bar
+
+
+def triplet_scores(s_A: Tensor, s_E: Tensor, s_B: Tensor) -> Tensor:
+    """Return S (R,): s of each lambda, plus the mean of s over its column of P and over its row of Q (eq. 7).
+
+    s_A (R, D), s_E (R, 1), s_B (E, R): the importance of every weight.
+    """
+    return s_E[:, 0] + s_B.mean(dim=0) + s_A.mean(dim=1)
+
+
+def budget(step: int, config: Config, layers: int) -> int:
+    """Return b(t): how many triplets of `layers` adapted layers together may keep their lambda after step t (eq. 12).
+
+    rank * layers up to tinit, then falling as a cube, target_rank * layers from total_steps - tfinal on.
+    """
+    start, target = config.rank * layers, config.target_rank * layers
+    end = config.total_steps - config.tfinal
+    if step <= config.tinit:
+        return start
+    if step >= end:
+        return target
+    # target + (start - target) (1 - (t - t_i) / (T - t_f - t_i))^3, rounded down
+    return target + (start - target) * (end - step) ** 3 // (end - config.tinit) ** 3
+
+
+def keep(scores: Tensor, count: int) -> Tensor:
+    """Return a mask (N,), True at the `count` largest of `scores` (N,); of equals the first are kept (eq. 6)."""
+    order = torch.sort(scores, descending=True, stable=True).indices
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    mask[order[:count]] = True
+    return mask
+
+
+class AdaLoraLinear(nn.Module):
+    """A frozen linear layer with an update in the form of an SVD.
+
+    base: an nn.Linear or a quantised subclass of it, maps (..., D) to (..., E). A (R, D), E (R, 1), B (E, R).
+    """
+
+    def __init__(self, base: nn.Linear, A: Tensor, E: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
+        super().__init__()
+        self.base = base
+        self.A, self.E, self.B = nn.Parameter(A), nn.Parameter(E), nn.Parameter(B)
+        self.scaling, self.dropout = scaling, nn.Dropout(dropout)
+        for name, tensor in self.tensors().items():
+            zeros = torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+            self.register_buffer(f"exp_avg_ipt_{name}", zeros)
+            self.register_buffer(f"exp_avg_unc_{name}", zeros.clone())
+        self.register_buffer("mask", torch.ones_like(E, dtype=torch.bool))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Return W0 x + scaling P Lambda Q x, shape (..., E) (eq. 3)."""
+        h_TR = self.dropout(x_TD) @ (self.A * self.E).T
+        y_TE: Tensor = self.base(x_TD) + self.scaling * (h_TR @ self.B.T)
+        return y_TE
+
+    def delta(self) -> Tensor:
+        """Return scaling P Lambda Q, shape (E, D)."""
+        return self.scaling * (self.B @ (self.A * self.E))
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """Map the authors' names to what trains."""
+        return {"A": self.A, "E": self.E, "B": self.B}
+
+    def state(self) -> dict[str, Tensor]:
+        """Map exp_avg_ipt_<tensor> to I_bar, exp_avg_unc_<tensor> to U_bar, `mask` (R, 1) to what the last pruning kept."""
+        averages = {f"{kind}_{n}": self.get_buffer(f"{kind}_{n}") for kind in _AVERAGES for n in self.tensors()}
+        return averages | {"mask": self.get_buffer("mask")}
+
+    def merged(self) -> nn.Linear:
+        """Return a linear layer with W0 + scaling P Lambda Q."""
+        dense = dense_copy(self.base)
+        with torch.no_grad():
+            dense.weight += self.delta().to(dense.weight.dtype)
+        return dense
+
+    @torch.no_grad()
+    def observe(self, beta1: float, beta2: float) -> None:
+        """Carry I_bar and U_bar of every weight on by one step (eqs. 8 to 10). A weight without a gradient has I = 0."""
+        for name, w in self.tensors().items():
+            I_bar, U_bar = self.get_buffer(f"exp_avg_ipt_{name}"), self.get_buffer(f"exp_avg_unc_{name}")
+            grad = torch.zeros_like(w) if w.grad is None else w.grad
+            I = sensitivity(w.to(I_bar.dtype), grad.to(I_bar.dtype))  # noqa: E741
+            I_bar.copy_(smoothed(I_bar, I, beta1))
+            U_bar.copy_(uncertainty(U_bar, I, I_bar, beta2))
+
+    def scores(self) -> Tensor:
+        """Return S (R,), how important each triplet is by now (eq. 7)."""
+        s = {
+            name: importance(self.get_buffer(f"exp_avg_ipt_{name}"), self.get_buffer(f"exp_avg_unc_{name}"))
+            for name in self.tensors()
+        }
+        return triplet_scores(s["A"], s["E"], s["B"])
+
+    @torch.no_grad()
+    def prune(self) -> None:
+        """Zero the lambdas outside the mask (eq. 6)."""
+        self.E.masked_fill_(~self.get_buffer("mask"), 0.0)
+
+
+class AdaLoraAdapted(Adapted):
+    """A model with AdaLoRA layers, which share one budget."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, AdaLoraLinear], config: Config) -> None:
+        super().__init__(model, layers)
+        self.config, self.adalora = config, dict(layers)
+
+    def regularizer(self) -> Tensor | None:
+        """Return gamma R(P, Q) over all layers (eq. 4 and the objective above it), or None where gamma is 0."""
+        if self.config.orthogonality == 0:
+            return None
+        return self.config.orthogonality * orthogonality(list(self.adalora.values()), self.config.regularization)
+
+    def after_step(self, step: int) -> None:
+        """Score the weights, and prune to b(step) if it is time. Call it after optimizer step `step`, gradients still there.
+
+        step counts from 1. Until total_steps - tfinal the scores follow; every delta_t-th step after tinit prunes, and a
+        pruned lambda may grow back until the next. At total_steps - tfinal the last mask is made; afterwards it is kept.
+        """
+        config, layers = self.config, list(self.adalora.values())
+        end = config.total_steps - config.tfinal
+        if step < end:
+            for layer in layers:
+                layer.observe(config.beta1, config.beta2)
+        if step == end or (config.tinit < step < end and step % config.delta_t == 0):
+            kept = keep(torch.cat([layer.scores() for layer in layers]), budget(step, config, len(layers)))
+            for layer, mask in zip(layers, kept.split(config.rank), strict=True):
+                layer.get_buffer("mask").copy_(mask[:, None])
+                layer.prune()
+        elif step > end:
+            for layer in layers:
+                layer.prune()
+
+    def ranks(self) -> dict[str, int]:
+        """Map each layer's path to the number of triplets that the last pruning left it; the initial rank before any."""
+        return {path: int(layer.get_buffer("mask").sum()) for path, layer in self.adalora.items()}
+
+
+def orthogonality(layers: list[AdaLoraLinear], form: str) -> Tensor:
+    """Return R(P, Q) over `layers`, a scalar with a graph.
+
+    squared-sum: the sum of ||P^T P - I||^2 and ||Q Q^T - I||^2 (Frobenius, eq. 4). mean-norm: the mean of the norms.
+    """
+    grams = [gram for layer in layers for gram in (layer.B.T @ layer.B, layer.A @ layer.A.T)]
+    gaps = [gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device) for gram in grams]
+    if form == "squared-sum":
+        return torch.stack([gap.square().sum() for gap in gaps]).sum()
+    return torch.stack([torch.linalg.matrix_norm(gap) for gap in gaps]).mean()
+
+
+def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaLoraAdapted:
+    """Freeze `model` and put an AdaLoraLinear around every target; A, then B, are N(0, 0.02^2) from `generator`, E is 0.
+
+    Raises ValueError if a target names no linear layer, or if the ranks or the schedule contradict themselves.
+    """
+    _refuse_contradictions(config)
+    found = targets(model, config.targets)
+    model.requires_grad_(False)
+    layers = {}
+    for path, base in found.items():
+        dtype, device = floating_dtype(base), next(base.parameters()).device
+        # Drawn in float64 so that every dtype starts from the same numbers.
+        A, B = (
+            (torch.randn(shape, generator=generator, dtype=torch.float64) * _STD).to(device, dtype)
+            for shape in ((config.rank, base.in_features), (base.out_features, config.rank))
+        )
+        E = torch.zeros(config.rank, 1, dtype=dtype, device=device)
+        layers[path] = AdaLoraLinear(base, A, E, B, config.alpha / (config.rank + _EPS), config.dropout)
+        replace(model, path, layers[path])
+    return AdaLoraAdapted(model, layers, config)
+
+
+def _refuse_contradictions(config: Config) -> None:
+    if config.target_rank > config.rank:
+        raise ValueError(
+            f"target_rank {config.target_rank} is above rank {config.rank}: the budget only falls; "
+            "raise rank (the paper begins at 1.5 times the target) or lower target_rank"
+        )
+    if config.tinit + config.tfinal >= config.total_steps:
+        raise ValueError(
+            f"tinit {config.tinit} + tfinal {config.tfinal} leave no step of total_steps {config.total_steps} to prune in"
+        )
