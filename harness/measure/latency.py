@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from harness.errors import ImplementationError
 from harness.methods import Adapted
 from harness.records import Latency
 from reference.layers import replace
@@ -20,56 +22,149 @@ PER_BLOCK = 4
 DECODED = 8
 
 
-def measure(adapted: Adapted, causal: bool, vocabulary: int, merged_refused: str, blocks: int = 3) -> list[Latency]:
-    """Return forward (encoder) or prefill and decode (causal) times, batch 1, 32 tokens, for every variant there is.
+def measure(
+    adapted: Adapted,
+    causal: bool,
+    vocabulary: int,
+    merged_refused: str,
+    blocks: int = 3,
+    *,
+    layers: Mapping[str, nn.Module] | None = None,
+) -> list[Latency]:
+    """Return forward (encoder) or prefill and decode (causal) times, batch 1, for every variant there is.
 
-    merged_refused: why merging is not to be tried, or empty. Variants alternate in blocks, so that a slow spell of the
-    machine touches all; after each change of variant the first runs are thrown away. The model is left as it was.
+    The prompt has 32 tokens, or as many as the model has positions for. Variants alternate in blocks, so that a slow
+    spell of the machine touches all; after each change of variant the first runs are thrown away. The model is left as
+    it was. Raises ImplementationError if the adapter's own methods fail.
+
+    merged_refused: why merging is not to be tried, or empty. layers: the adapted layers by path as they were before
+    anybody called `detach`, which may forget them; None if nobody has.
     """
     model: Any = adapted.model
     model.eval()
     generator = torch.Generator().manual_seed(0)
     device = next(model.parameters()).device
-    ids = torch.randint(0, vocabulary, (1, TOKENS), generator=generator).to(device)
+    length, no_decoding = _prompt(model, causal)
+    ids = torch.randint(0, vocabulary, (1, length), generator=generator).to(device)
     kinds: Sequence[Literal["forward", "prefill", "decode"]] = ("prefill", "decode") if causal else ("forward",)
     samples: dict[tuple[Variant, str], list[float]] = {}
 
     def block(variant: Variant) -> None:
         for kind in kinds:
+            if kind == "decode" and no_decoding:
+                continue
             run = _decode if kind == "decode" else _forward
             times = run(model, ids, causal)
             samples.setdefault((variant, kind), []).extend(times)
 
+    refused: dict[Variant, str] = {}
     if not adapted.can_merge:
         because = "there is no adapter: the trained model is shaped like its base"
         for _ in range(blocks):
             block("base")
-        refused: dict[Variant, str] = {"unmerged": because, "merged": because}
+        refused = {"unmerged": because, "merged": because}
     else:
         refused = {"merged": merged_refused} if merged_refused else {}
+        variants = _Variants(adapted, adapted.layers if layers is None else layers)
         for _ in range(blocks):
             block("unmerged")
             if not merged_refused:
-                adapted.merge()
+                variants.merge()
                 block("merged")
-                adapted.unmerge()
-            adapted.detach()
+                variants.unmerge()
+            variants.detach()
             block("base")
-            for path, layer in adapted.layers.items():
-                replace(model, path, layer)
+            variants.attach()
     order: tuple[Variant, ...] = ("base", "unmerged", "merged")
     return [
         Latency(
             variant=variant,
             kind=kind,
             batch=1,
-            tokens=DECODED if kind == "decode" else TOKENS,
+            tokens=DECODED if kind == "decode" else length,
             seconds=samples.get((variant, kind), []),
-            because=refused.get(variant, ""),
+            because=refused.get(variant) or (no_decoding if kind == "decode" else ""),
         )
         for variant in order
         for kind in kinds
     ]
+
+
+def positions(model: Any) -> int | None:
+    """Return how many tokens a model can read at once, or None where its config sets no limit."""
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        return None
+    for name, module in model.named_modules():
+        # RoBERTa numbers its positions from behind the padding's index.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(most - module.padding_idx - 1)
+    return most
+
+
+def _prompt(model: Any, causal: bool) -> tuple[int, str]:
+    """Return the length of the prompt, and why nothing can be decoded after it, or an empty string."""
+    most = positions(model)
+    if most is None:
+        return TOKENS, ""
+    if not causal:
+        return min(TOKENS, most), ""
+    if most > DECODED:
+        return min(TOKENS, most - DECODED), ""
+    return min(TOKENS, most), f"the model has {most} positions, no room to decode {DECODED} tokens after a prompt"
+
+
+class _Variants:
+    """Changes between the variants by the adapter's own methods, and does not let them pass for what they are not."""
+
+    def __init__(self, adapted: Adapted, layers: Mapping[str, nn.Module]) -> None:
+        self._adapted, self._layers = adapted, dict(layers)
+        self.attach()
+
+    def attach(self) -> None:
+        """Put the adapted layers back, also where the adapter keeps them: `detach` may have emptied that."""
+        for path, layer in self._layers.items():
+            replace(self._adapted.model, path, layer)
+        with self._asked("layers"):
+            self._adapted.layers.update(self._layers)
+
+    def merge(self) -> None:
+        """Merge; some libraries do it inside the layer, so that what then stands at its path says nothing."""
+        with self._asked("merge()"):
+            self._adapted.merge()
+
+    def unmerge(self) -> None:
+        """Unmerge; the adapted layers must be back."""
+        with self._asked("unmerge()"):
+            self._adapted.unmerge()
+        if gone := [path for path, there in self._there() if not there]:
+            raise self._fault("unmerge()", f"did not put {gone[0]} back, nor {len(gone) - 1} other layers")
+
+    def detach(self) -> None:
+        """Detach; no adapted layer may be left, or its time would be taken for the base's."""
+        with self._asked("detach()"):
+            self._adapted.detach()
+        if left := [path for path, there in self._there() if there]:
+            raise self._fault("detach()", f"left {left[0]} adapted, and {len(left) - 1} other layers")
+
+    def _there(self) -> list[tuple[str, bool]]:
+        model = self._adapted.model
+        return [(path, model.get_submodule(path) is layer) for path, layer in self._layers.items()]
+
+    @contextmanager
+    def _asked(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # not RuntimeError: memory may run out
+            raise self._fault(what, f"raised {type(error).__name__}: {error}") from error
+
+    def _fault(self, what: str, did: str) -> ImplementationError:
+        kind = type(self._adapted)
+        return ImplementationError(
+            f"the implementation is at fault, not the model: {what} of {kind.__module__}.{kind.__qualname__} {did}",
+            where="latency phase",
+            mend="its merge(), unmerge() and detach() must work again after the layers were put back; tell its authors",
+        )
 
 
 def _timed(run: Callable[[], object], device: torch.device) -> float:
