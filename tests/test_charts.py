@@ -63,3 +63,18 @@ def test_phases_put_start_up_before_zero() -> None:
     assert round(load["x"] + load["width"], 2) == train["x"]
     assert start["width"] > load["width"]
     assert train["width"] > start["width"]
+
+
+@pytest.mark.parametrize("length", [10, 60, 200])
+def test_no_name_leaves_its_drawing(length: int) -> None:
+    names = [f"{'lora r=8 [reference] ' * 20}"[:length] + f" seed={seed}" for seed in (0, 1)]
+    lives = [charts.Life(name, 2.0, [("train", 3.0)]) for name in names]
+    series = [charts.Series(name, [3.0, 2.0, 1.0]) for name in names]
+    for drawing in (charts.phases("t", lives), charts.learning("t", series), charts.errors("t", series, series[0])):
+        shown = [m for m in drawing["marks"] if m["tag"] == "text" and "seed=" in m["text"]]
+        assert {m["text"][-7:] for m in shown} == {" seed=0", " seed=1"}
+        for mark in shown:
+            x, wide = mark["attributes"]["x"], labels.text_width(mark["text"])
+            left = x - wide if mark["attributes"]["text-anchor"] == "end" else x
+            assert left >= 0
+            assert left + wide <= drawing["width"] + 1

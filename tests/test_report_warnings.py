@@ -129,7 +129,7 @@ def test_any_other_failed_check_takes_all_speeds_away(tmp_path: Path) -> None:
 def test_a_check_shows_its_numbers_and_its_worst_element(tmp_path: Path) -> None:
     run = recorded.write_run(tmp_path / "r", change=_with_red("lora/gradient/float32/warm"))
     (cell,) = [c for c in view.build([run])["runs"][0]["parity"] if c["open"]]
-    shown = cell["checks"][-1]
+    shown = cell["checks"][0]
     assert (shown["error"], shown["allowed"], shown["share"]) == ("0.5", "0.25", "2")
     assert (shown["tensor"], shown["worst"]) == ("layer.0.query", "[3]: 1.5, should be 1")
     assert "Worst element" in Page(html.render([run])).text

@@ -36,12 +36,10 @@ class Canvas:
         """Draw a point that links to its row."""
         self._add("circle", {"cx": _r(x), "cy": _r(y), "r": 5, "class": kind}, tip=tip, href=href)
 
-    def text(self, x: float, y: float, text: str, kind: str = "", anchor: str = "start", turn: bool = False) -> None:
-        """Write one line; `turn` stands it upright, read from below."""
+    def text(self, x: float, y: float, text: str, kind: str = "", anchor: str = "start", tip: str = "") -> None:
+        """Write one line."""
         attributes = {"x": _r(x), "y": _r(y), "class": kind, "text-anchor": anchor}
-        if turn:
-            attributes["transform"] = f"rotate(-90 {_r(x)} {_r(y)})"
-        self._add("text", attributes, text)
+        self._add("text", attributes, text, tip)
 
     def drawing(self, **extra: Any) -> Drawing:
         """Return everything the template needs."""

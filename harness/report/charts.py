@@ -13,6 +13,8 @@ from harness.report.scales import Scale, linear, logarithmic
 
 _HUES = 8  # colour classes c0..c7 in the style sheet, each with its own dash pattern
 _FILLS = 9  # f0..f8
+_NAMES = 420.0
+"""The most that names beside a drawing may take of its width; longer ones are cut, and whole in the tooltip."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ def _steps(title: str, description: str, series: Sequence[Series]) -> tuple[Canv
     """Start a chart over training steps, with room for names at the right."""
     longest = max((labels.text_width(s.label) for s in series), default=0.0)
     width, height, left, top, bottom = 880, 320, 56, 10, 276
-    right = width - min(300.0, longest) - 24
+    right = width - min(_NAMES, longest) - 24
     c = Canvas(title, description, width, height)
     x = Scale(0, max(1, *(len(s.values) - 1 for s in series)), left, right)
     for tick in x.ticks(8):
@@ -225,7 +227,7 @@ def _named(
         kind = "bound" if k == bound else f"curve c{k % _HUES}"
         c.path(line, kind, tip=s.label)
         c.path([line[-1], (right + 8, at), (right + 16, at)], "leader" if k == bound else f"lead c{k % _HUES}")
-        c.text(right + 20, at + 4, s.label, "label")
+        c.text(right + 20, at + 4, labels.fitted(s.label, _NAMES), "label")
 
 
 NO_PHASE = "in no phase"
@@ -247,7 +249,7 @@ def phases(title: str, lives: Sequence[Life]) -> Drawing:
     kinds = {name: "fill rest" if name == NO_PHASE else f"fill f{k % _FILLS}" for k, name in enumerate(names)}
     row, top = 24, 50
     height = top + row * len(lives) + 42
-    left = 12 + min(300.0, max(labels.text_width(life.label) for life in lives))
+    left = 12 + min(_NAMES, max(labels.text_width(life.label) for life in lives))
     right = 880.0 - 74
     before = max(life.startup for life in lives)
     after = max(sum(s for _, s in life.phases) for life in lives)
@@ -269,7 +271,7 @@ def phases(title: str, lives: Sequence[Life]) -> Drawing:
     c.text((left + right) / 2, height - 6, "seconds (start-up left of 0)", "axis-name", "middle")
     for i, life in enumerate(lives):
         y = top + i * row
-        c.text(left - 8, y + 13, life.label, "label", "end")
+        c.text(left - 8, y + 13, labels.fitted(life.label, _NAMES), "label", "end", tip=life.label)
         c.rectangle(
             x.at(-life.startup), y + 3, x.at(0) - x.at(-life.startup), 13, "startup", _tip("start-up", life.startup)
         )

@@ -10,6 +10,7 @@ from harness.records import Accuracy
 DASH = "—"
 MINUS = "−"
 MIB = 1024 * 1024
+GIB = 1024 * MIB
 
 Figure = dict[str, Any]
 """What a table cell shows: `text`, `value` to sort by (None if unmeasured), `small` beside it, a `flag` that warns of it,

@@ -44,6 +44,12 @@ def text_width(text: str) -> float:
     return 0.6 * SIZE * len(text) + 2
 
 
+def fitted(text: str, width: float) -> str:
+    """Return a label that is no wider than `width`: its end stays, which tells it from its like."""
+    room = int((width - 2) / (0.6 * SIZE))
+    return text if len(text) <= room else f"…{text[len(text) - room + 1 :]}"
+
+
 def place(
     points: Sequence[tuple[float, float]], texts: Sequence[str], bounds: Box, avoid: Sequence[Box] = ()
 ) -> list[Box | None]:
@@ -61,7 +67,7 @@ def place(
         for box, cost in _candidates(points[i], width):
             if not box.inside(bounds) or any(box.overlaps(other) for other in taken):
                 continue
-            total = cost + 6 * sum(box.overlaps(other) for other in avoid)
+            total = cost + 18 * sum(box.overlaps(other) for other in avoid)
             total += 12 * sum(_crosses(points[i], box, other) for other in taken if other is not dots[i])
             # A name nearer to another point would be read as that one's.
             own = _distance(points[i], box)

@@ -67,7 +67,10 @@ def _row(r: Rerun) -> dict[str, Any]:
     why = [*r.causes, *([_NO_CAUSE] if r.unexplained else []), *(f"they part at the {p}" for p in r.parted)]
     return {
         "name": r.label,
-        "records": [f"{run}/{record}" for run, record in r.records],
+        "records": [
+            {"id": f"{run}/{record}", "text": f"{run} {record[:6]}….{record.rpartition('.')[2]}"}
+            for run, record in r.records
+        ],
         "icon": icon(word),
         "tone": tone(word),
         "losses": same[r.same_losses] + first,

@@ -12,7 +12,7 @@ from harness.analysis.trajectories import Judged
 from harness.analysis.verdict import Judgement
 from harness.records import CheckResult, Environment, Json, Outcome, Record, Status
 from harness.report import charts, display
-from harness.report.display import DASH
+from harness.report.display import DASH, GIB
 from harness.report.facts import RunFacts, icon, tone
 
 Section = dict[str, Any]
@@ -95,7 +95,7 @@ def checks(facts: RunFacts) -> list[Section]:
                 "icon": icon(word) if record.checks else "–",
                 "tone": tone(word) if record.checks else "quiet",
                 "open": bool(count[Outcome.FAIL]),
-                "checks": [_check(c) for c in record.checks],
+                "checks": [_check(c) for c in sorted(record.checks, key=lambda c: c.outcome is not Outcome.FAIL)],
             }
         )
     return found
@@ -197,7 +197,7 @@ def environment(facts: RunFacts) -> Section:
     providers = {p.distribution: p.version for r in facts.latest.values() if (p := r.provider)}
     return {
         "blocks": [
-            {"title": "Machine", "rows": _pairs(own.machine | _threads(own))},
+            {"title": "Machine", "rows": _pairs(_readable(own.machine) | _threads(own))},
             {"title": "Software", "rows": _pairs(own.software)},
             {"title": "Code", "rows": _pairs(_code(facts, own))},
             {"title": "Implementations from", "rows": _pairs(providers)},
@@ -240,6 +240,14 @@ def _flat(extra: dict[str, Json]) -> Iterator[tuple[str, str]]:
             yield from _flat(value)
         else:
             yield key, str(value)
+
+
+def _readable(machine: dict[str, str]) -> dict[str, str]:
+    """Write sizes in bytes as people do."""
+    return {
+        key.removesuffix("_B"): f"{int(value) / GIB:.1f} GiB" if key.endswith("_B") and value.isdecimal() else value
+        for key, value in machine.items()
+    }
 
 
 def _pairs(mapping: dict[str, str]) -> list[Section]:

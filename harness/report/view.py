@@ -83,8 +83,8 @@ def _alerts(f: RunFacts) -> list[dict[str, Any]]:
     """Say at the top what is not whole: an unfinished run, missing Cells, torn files, Records from elsewhere."""
     found: list[dict[str, Any]] = []
     if f.verdict.how != "finished":
-        mend = f"`peft-harness run SUITE --resume {f.run.manifest.run}` measures the rest."
-        found.append({"text": f"This run {f.unfinished()}. What it holds is shown below. {mend}", "items": []})
+        mend = f"peft-harness run SUITE --resume {f.run.manifest.run} measures the rest"
+        found.append({"text": f"This run {f.unfinished()}. What it holds is shown below.", "items": [mend]})
     red = [(r, c) for r in f.latest.values() if r.status is Status.OK for c in parity.failed(r)]
     if red:
         text = "Measured, although a check failed; speeds of what failed are not shown:"
