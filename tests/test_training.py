@@ -1,9 +1,8 @@
-"""Training: the data order, batches, the loss against plain computations, the schedule, and what stops a run."""
+"""Training: the loss against plain computations, the schedule, and what stops a run."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,6 @@ from harness.assets import made
 from harness.assets.rows import Row
 from harness.conformance.subject import configure
 from harness.conformance.tolerance import exact, noise_floor
-from harness.errors import UsageError
 from harness.evaluation.likelihood import CausalScorer
 from harness.measure.memory import optimizer_tensors
 from harness.records import Training
@@ -27,14 +25,11 @@ from harness.training.batches import (
     Batch,
     Example,
     answer_examples,
-    classification_examples,
     collate,
     order,
-    order_indices,
 )
 from harness.training.master import MasterAdamW
 
-GOLDEN_ORDER = [[20, 46, 9, 11], [27, 40, 3, 42], [29, 5, 7, 33]]
 EXAMPLES = [Example(f"e{i}", tuple(range(1, 2 + i * 7 % 13)), i % 2) for i in range(50)]
 
 
@@ -52,94 +47,6 @@ def model(folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
-
-
-# The data order
-
-
-def test_the_order_depends_on_the_seed_alone() -> None:
-    first = order(EXAMPLES, 20, 4, seed=1)
-    torch.manual_seed(99)
-    assert order(EXAMPLES, 20, 4, seed=1) == first
-    assert order(EXAMPLES, 20, 4, seed=2) != first
-    assert order(EXAMPLES, 9, 4, seed=1) == first[:9]  # a longer run begins as a shorter one
-
-
-def test_epochs_cover_every_row() -> None:
-    batch = 5  # ten batches an epoch; pools hold eight of them, so that 40 batches are four whole epochs
-    seen = Counter(e.id for group in order(EXAMPLES, 40, batch, seed=3) for e in group)
-    assert seen == {e.id: 4 for e in EXAMPLES}
-
-
-def test_positions_are_those_of_the_examples() -> None:
-    positions = order_indices(EXAMPLES, 7, 4, seed=2)
-    assert [[EXAMPLES[i] for i in group] for group in positions] == order(EXAMPLES, 7, 4, seed=2)
-    # The order of a published run: a change makes no run comparable with an older one.
-    assert order_indices(EXAMPLES, 3, 4, seed=0) == GOLDEN_ORDER
-
-
-@pytest.mark.parametrize(("rows", "batch"), [(50, 4), (3, 4), (1, 2), (33, 1)])
-def test_every_batch_is_full(rows: int, batch: int) -> None:
-    groups = order(EXAMPLES[:rows], 25, batch, seed=0)
-    assert [len(group) for group in groups] == [batch] * 25
-
-
-def test_batches_are_of_like_length() -> None:
-    spread = [max(len(e.tokens) for e in g) - min(len(e.tokens) for e in g) for g in order(EXAMPLES, 24, 4, seed=0)]
-    assert sum(spread) / len(spread) < 3  # lengths go from 1 to 13: in chance batches of four some seven
-
-
-def test_nothing_to_train_on_is_an_error_and_no_endless_loop() -> None:
-    with pytest.raises(UsageError, match="not one example"):
-        order([], 1, 1, seed=0)
-
-
-# Batches
-
-
-def test_padding_on_the_right() -> None:
-    batch = collate([Example("a", (5, 6, 7), 1), Example("b", (8,), 0)], pad=0, side="right")
-    assert batch.inputs["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert set(batch.inputs) == {"input_ids", "attention_mask"}
-    assert batch.labels.tolist() == [1, 0]
-    assert (batch.real_tokens, batch.padded_tokens) == (4, 6)
-
-
-def test_padding_on_the_left_shifts_no_position() -> None:
-    batch = collate([Example("a", (5, 6, 7), 1, 2), Example("b", (8,), 0, 1)], pad=0, side="left")
-    assert batch.inputs["input_ids"].tolist() == [[5, 6, 7], [0, 0, 8]]
-    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
-    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]
-    assert batch.answers == (2, 1)
-
-
-def encode(context: str, answer: str) -> tuple[list[int], list[int]]:
-    return [ord(c) for c in context], [ord(c) for c in answer]
-
-
-def examples(prompt: str, answer: str, limit: int) -> list[Example]:
-    return answer_examples([Row("r", prompt, 0)], lambda row: row.text, lambda row: [answer], encode, limit)
-
-
-def test_a_long_prompt_loses_its_beginning_and_never_its_answer() -> None:
-    (example,) = examples("abcdef", "yz", 5)
-    assert bytes(example.tokens) == b"defyz"
-    assert example.answer == 2
-
-
-@pytest.mark.parametrize("limit", [1, 2])
-def test_an_answer_without_room_for_a_prompt_is_refused(limit: int) -> None:
-    with pytest.raises(UsageError, match="an answer has 2 tokens") as caught:
-        examples("abc", "yz", limit)
-    assert "raise it to at least 3" in caught.value.mend
-
-
-def test_special_tokens_without_room_for_text_are_refused() -> None:
-    tokenizer = SimpleNamespace(num_special_tokens_to_add=lambda: 4)
-    with pytest.raises(UsageError, match=r"`training.max_tokens` is 4, and the tokenizer adds 4") as caught:
-        classification_examples([Row("r", "a", 0)], tokenizer, 4)
-    assert "raise it to at least 5" in caught.value.mend
 
 
 # The loss
