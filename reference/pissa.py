@@ -1,0 +1,205 @@
+"""PiSSA: Principal Singular Values and Singular Vectors Adaptation. Meng et al., NeurIPS 2024, arXiv:2404.02948.
+
+    W = U S V^T;  A, B from the r largest singular values (eqs. 2, 3);  W_res = the rest, frozen (eq. 4)
+    h = W_res x + (alpha / r) B A x                                     (eq. 5)
+
+LoRA's form and its shapes, A (R, D), B (E, R), but A and B begin as the principal part of W, and W_res takes W's place.
+Shape letters: T tokens, D in, E out, R rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from reference.adapted import Adapted
+from reference.layers import dense_copy, dense_weight, floating_dtype, replace, targets
+
+PAPER = "arXiv:2404.02948v4"
+DEVIATIONS = (
+    (
+        "shapes of A and B",
+        "Y = X W with W (in, out), A (in, r) = U sqrt(S), B (r, out) = sqrt(S) V^T",
+        "A (r, in), B (out, r), as LoRA's: each is the transpose of the paper's of the same name",
+        "the weight is stored as (out, in), the paper's W^T, whose SVD has U and V exchanged: our A holds right singular "
+        "vectors of the stored weight, the paper's left ones of W. HF peft has the same",
+    ),
+    (
+        "scaling",
+        "none: X (W_res + A B)",
+        "alpha / r, and both factors begin divided by its root, so that (alpha / r) B A is the principal part",
+        "as HF peft; with alpha = r, which the authors' scripts use, it is the paper's",
+    ),
+    (
+        "signs of the singular vectors",
+        "left open by the SVD",
+        "in each row of A the entry of largest magnitude is positive, the first of equals",
+        "two correct programs may differ by a sign per component; a start that is compared must be one",
+    ),
+    (
+        "fast SVD",
+        "a randomised SVD (Halko et al.), with more or fewer iterations",
+        "Halko's subspace iteration with exactly r columns, no oversampling; niter = 0 is the exact SVD",
+        "HF peft's pissa_niter_N is torch.svd_lowrank with q = r; its niter_0 is a sketch without iterations, ours is not. "
+        "The sketch is drawn from the generator, not from global state",
+    ),
+    (
+        "precision",
+        "not said",
+        "the SVD runs in float32 at least; A and B are rounded to the layer's dtype, then W_res = W - (alpha / r) B A "
+        "from the rounded ones, rounded once",
+        "so W_res holds what A and B lost, and W_res + (alpha / r) B A is W within half an eps of |W_res|. "
+        "HF peft keeps A and B in float32 beside a half-precision W_res",
+    ),
+    (
+        "quantised base (QPiSSA)",
+        "quantises W_res, whose spread is smaller than W's, and may iterate (Algorithm 1)",
+        "takes the matrix that the base multiplies by, and keeps W_res dense",
+        "a base that comes packed has lost what QPiSSA would have kept; quantising W_res is the caller's choice",
+    ),
+    (
+        "dropout",
+        "none",
+        "none, and no knob for it",
+        "dropping inputs of the principal part would change the function before the first step",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """PiSSA's knobs.
+
+    rank: r, how many singular values train; at most the smaller side of a layer. alpha: the numerator of the scaling
+    alpha / r. targets: last parts of the module paths to adapt, or whole paths. niter: subspace iterations of the
+    randomised SVD; 0 is the exact SVD.
+    """
+
+    rank: int = field(default=16, metadata={"least": 1, "most": 4096})
+    alpha: float = field(default=16.0, metadata={"least": 1e-3, "most": 1e4})
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    niter: int = field(default=0, metadata={"least": 0, "most": 100})
+
+
+def exact_svd(W_ED: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (U (E, R), S (R,), Vt (R, D)) of the `rank` largest singular values, signs as they come."""
+    U, S, Vt = torch.linalg.svd(W_ED, full_matrices=False)
+    return U[:, :rank], S[:rank], Vt[:rank]
+
+
+def randomised_svd(W_ED: Tensor, rank: int, niter: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Return an approximate (U (E, R), S (R,), Vt (R, D)); signs as they come.
+
+    Halko, Martinsson and Tropp, arXiv:0909.4061, algorithms 4.4 (range finder) and 5.1, on the tall side of W; the sketch
+    (smaller side, R) is standard normal in float64 from `generator` (on the CPU), then cast.
+    """
+    if W_ED.shape[0] < W_ED.shape[1]:
+        U, S, Vt = randomised_svd(W_ED.T, rank, niter, generator)
+        return Vt.T, S, U.T
+    sketch = torch.randn(W_ED.shape[1], rank, generator=generator, dtype=torch.float64).to(W_ED)
+    Q = torch.linalg.qr(W_ED @ sketch).Q
+    for _ in range(niter):
+        Q = torch.linalg.qr(W_ED.T @ Q).Q
+        Q = torch.linalg.qr(W_ED @ Q).Q
+    U, S, Vt = torch.linalg.svd(Q.T @ W_ED, full_matrices=False)
+    return Q @ U, S, Vt
+
+
+def signed(U_ER: Tensor, Vt_RD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (U, Vt) with the signs of each pair chosen: the first entry of largest magnitude in a row of Vt is positive."""
+    largest = Vt_RD.abs().argmax(dim=1, keepdim=True)
+    sign = torch.where(Vt_RD.gather(1, largest) < 0, -1.0, 1.0).to(Vt_RD.dtype)
+    return U_ER * sign.T, Vt_RD * sign
+
+
+def split(
+    W_ED: Tensor, config: Config, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (A (R, D), B (E, R), residual (E, D)) in `dtype`, with residual + (alpha / r) B A = W (eqs. 2 to 4).
+
+    The SVD and the subtraction run in float32, or in float64 for a float64 W. `generator` is drawn from if niter > 0.
+    """
+    W = W_ED.to(torch.promote_types(W_ED.dtype, torch.float32))
+    scaling = config.alpha / config.rank
+    found = randomised_svd(W, config.rank, config.niter, generator) if config.niter else exact_svd(W, config.rank)
+    U, S, Vt = found
+    U, Vt = signed(U, Vt)
+    root = (S / scaling).sqrt()
+    A, B = (root[:, None] * Vt).to(dtype), (U * root).to(dtype)
+    residual = W - scaling * (B.to(W.dtype) @ A.to(W.dtype))
+    return A, B, residual.to(dtype)
+
+
+def to_lora(A0: Tensor, B0: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (A' (2R, D), B' (E, 2R)): a LoRA on the original weight that computes what PiSSA computes (the appendix).
+
+    A0 (R, D), B0 (E, R): as attached; A, B: as trained. W + s B' A' = W_res + s B A, with the same s: LoRA's rank is 2R,
+    so its alpha is twice PiSSA's.
+    """
+    # W = W_res + s B0 A0, so W_res + s B A = W + s (B A - B0 A0) = W + s [B, -B0] [A; A0].
+    return torch.cat([A, A0], dim=0), torch.cat([B, -B0], dim=1)
+
+
+class PissaLinear(nn.Module):
+    """A linear layer of which the principal part trains and the residual is frozen.
+
+    base: the original layer, an nn.Linear or a quantised subclass of it; only its bias takes part. A (R, D), B (E, R),
+    residual (E, D).
+    """
+
+    def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, residual: Tensor, scaling: float) -> None:
+        super().__init__()
+        self.base = base
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.register_buffer("residual", residual)
+        self.scaling = scaling
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Return W_res x + bias + scaling B A x, shape (..., E) (eq. 5)."""
+        h_TR = x_TD @ self.A.T
+        y_TE: Tensor = linear(x_TD, self.get_buffer("residual"), self.base.bias) + self.scaling * (h_TR @ self.B.T)
+        return y_TE
+
+    def delta(self) -> Tensor:
+        """Return scaling B A, shape (E, D): at the start the principal part of W, not zero."""
+        return self.scaling * (self.B @ self.A)
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """Map LoRA's letters to what trains."""
+        return {"A": self.A, "B": self.B}
+
+    def state(self) -> dict[str, Tensor]:
+        """Map `residual` to W_res (E, D)."""
+        return {"residual": self.get_buffer("residual")}
+
+    def merged(self) -> nn.Linear:
+        """Return a linear layer with W_res + scaling B A."""
+        dense = dense_copy(self.base)
+        with torch.no_grad():
+            dense.weight.copy_(self.get_buffer("residual") + self.delta())
+        return dense
+
+
+def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adapted:
+    """Freeze `model` and put a PissaLinear in the place of every target, in order of the paths.
+
+    Raises ValueError if a target names no linear layer, or if rank exceeds a target's smaller side.
+    """
+    found = targets(model, config.targets)
+    for path, base in found.items():
+        if config.rank > min(base.in_features, base.out_features):
+            raise ValueError(
+                f"rank {config.rank}: {path} maps {base.in_features} to {base.out_features} features and has only "
+                f"{min(base.in_features, base.out_features)} singular values"
+            )
+    model.requires_grad_(False)
+    layers = {}
+    for path, base in found.items():
+        with torch.no_grad():
+            A, B, residual = split(dense_weight(base), config, floating_dtype(base), generator)
+        layers[path] = PissaLinear(base, A, B, residual, config.alpha / config.rank)
+        replace(model, path, layers[path])
+    return Adapted(model, layers)
