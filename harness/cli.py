@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import click
@@ -20,6 +23,13 @@ from harness.errors import Exit, HarnessError, UsageError
 _KINDS = ("methods", "implementations", "suites", "models", "tasks", "checks")
 _ONLY = "Cells to keep, e.g. `method=lora,rank=8`; see below."
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+def _finite(_: click.Context, __: click.Parameter, value: float) -> float:
+    """Refuse what click's FloatRange lets through: neither NaN nor infinity is a time that can be waited for."""
+    if not 0 < value < math.inf:
+        raise click.BadParameter(f"{value:g} is not a number of seconds above 0, e.g. 3600")
+    return value
 
 
 class _Verbs(click.Group):
@@ -104,22 +114,20 @@ def plan(suite: str, only: str | None, as_json: bool) -> Exit:
 @click.option("--resume", metavar="RUN", help="Go on with this run; Cells with an ok Record are not run again.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
-    "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
-    default=3600.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="For each Cell.",
+    "--timeout", callback=_finite, default=3600.0, show_default=True, metavar="SECONDS", help="For each Cell."
 )
-def run(suite: str, out: Path | None, only: str | None, resume: str | None, device: Any, timeout: float) -> Exit:
+@click.option("--strict", is_flag=True, help="Exit with 3 if a question stays open.")
+def run(
+    suite: str, out: Path | None, only: str | None, resume: str | None, device: Any, timeout: float, strict: bool
+) -> Exit:
     """Run a suite and report it.
 
-    SUITE is a name or a .yaml file. Each Cell runs in a process of its own. Ctrl-C keeps what was finished and exits
-    with 4.
+    SUITE is a name or a .yaml file. Each Cell runs in a process of its own. Ctrl-C or SIGTERM keeps what was finished,
+    reports it and exits with 4.
     """
     from harness.runner.run import run_suite
 
-    return run_suite(suite, out=out, only=only, resume=resume, device=device, timeout=timeout)
+    return run_suite(suite, out=out, only=only, resume=resume, device=device, timeout=timeout, strict=strict)
 
 
 @verbs.command()
@@ -154,16 +162,29 @@ def report(runs: tuple[str, ...], out: Path | None, strict: bool) -> Exit:
 
 @verbs.command()
 @click.argument("implementations", nargs=-1)
-@click.option("--method", metavar="M", help="Only this method.")
+@click.option("--method", "methods", multiple=True, metavar="M", help="Only this method; may be given again.")
+@click.option("--op", "operations", multiple=True, metavar="O", help="Only this operation; may be given again.")
+@click.option("--dtype", "dtypes", multiple=True, metavar="D", help="Only this dtype; may be given again.")
+@click.option("--full", is_flag=True, help="Every config x shape x layer, instead of each at least once.")
+@click.option("--jobs", type=click.IntRange(1, 256), help="Processes at a time.  [the cores, at most 8]")
 @_json
-def check(implementations: tuple[str, ...], method: str | None, as_json: bool) -> Exit:
+def check(
+    implementations: tuple[str, ...],
+    methods: tuple[str, ...],
+    operations: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    full: bool,
+    jobs: int | None,
+    as_json: bool,
+) -> Exit:
     """Check implementations against the reference.
 
-    All, if none is named. The reference is computed in float64.
+    All of them on all that this machine can run, if nothing is named. The reference is computed in float64.
     """
     from harness.conformance import command
 
-    return command.check(implementations, method, as_json)
+    asked = command.Asked(implementations, methods, operations, dtypes, full, jobs)
+    return command.check(asked, as_json)
 
 
 @verbs.command()
@@ -194,6 +215,7 @@ _SERIOUS = (Exit.FAIL, Exit.NOTHING_COMPARED, Exit.INFRASTRUCTURE, Exit.INCONCLU
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    sys.excepthook = _bug  # Python's own would exit with 1, which says that something was found
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an ASCII terminal is no reason to crash
@@ -227,6 +249,16 @@ def _print(text: str) -> None:
 def _silence() -> None:
     """Send what is still to be written to stdout nowhere, or Python complains at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """End the process after an error that nobody foresaw: it is ours, and no finding about what was measured."""
+    if issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, trace)
+    traceback.print_exception(kind, error, trace)
+    what = f"this is a bug of peft-harness, not of what you asked: {kind.__name__}: {error}"
+    kept = "; ".join(getattr(error, "__notes__", ())) or "no Record was written, and none was touched"
+    sys.exit(_fail(HarnessError(what, mend=f"report it with the lines above; {kept}")))
 
 
 def _fail(error: HarnessError) -> Exit:

@@ -14,7 +14,7 @@ from harness.methods import FieldInfo, MethodInfo, methods
 from harness.records import Status
 from harness.spelling import near
 
-_CHECKS = Path(__file__).with_name("conformance") / "checks.py"
+_CHECKS = Path(__file__).with_name("conformance") / "checks"
 
 EXITS = {
     Exit.PASS: "everything that was asked passed, or there was nothing to judge (`list`, `plan`, `explain`)",
@@ -38,10 +38,10 @@ STATUSES = {
 
 def checks() -> dict[str, str]:
     """Map the name of every check to its docstring, read without importing it (and so without torch)."""
-    module = ast.parse(_CHECKS.read_text(encoding="utf-8"))
     return {
         node.name.removeprefix("check_"): ast.get_docstring(node) or ""
-        for node in module.body
+        for file in sorted(_CHECKS.glob("*.py"))
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
     }
 

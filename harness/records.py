@@ -148,6 +148,9 @@ class Phase(Frozen):
     peak_memory_B: Bytes | None = None
     """Highest resident (CPU) or allocated (GPU) memory inside the phase; None where the system cannot say."""
     end_memory_B: Bytes | None = None
+    load_start: float | None = None
+    """The machine's load average over one minute, as the phase began; None where the system does not say."""
+    load_end: float | None = None
 
 
 class TrainingMeasured(Frozen):
@@ -162,6 +165,15 @@ class TrainingMeasured(Frozen):
     gradient_norms: list[float]
     timing_warmup: int
     """The first steps, not to be counted as steady state."""
+    cpu_seconds: float | None = None
+    """CPU time of the whole process, all its threads, over the time of all `step_seconds`: far less than that time times
+    the threads means that they waited, e.g. for other processes."""
+    optimizer: dict[str, Json] = {}
+    """The optimizer as it was: its class and the numbers of each of its groups."""
+    data_order_sha256: str = ""
+    """Over the ids of the examples of every batch, in order: equal for two Records that were trained on the same."""
+    initial_state_sha256: str = ""
+    """Over names, dtypes, shapes and bytes of all that trains, as training began."""
 
 
 class Memory(Frozen):
@@ -363,6 +375,8 @@ class Footer(Frozen):
     """Records per status, of the last attempt of each Cell."""
     missing: list[str]
     """Expected Cells without any Record."""
+    kept: int = 0
+    """Cells whose Record an earlier invocation made. The seconds below are those of the last invocation alone."""
     seconds_total: Seconds
     seconds_in_cells: Seconds
     seconds_outside: dict[str, float]

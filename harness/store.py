@@ -1,14 +1,16 @@
 """Run folders on disk: `run.json` first, one file per attempt, `footer.json` last; each file whole or absent.
 
-results/runs/<run>/run.json  cells/<cell_id>.<attempt>.json  logs/  footer.json  report.html
+results/runs/<run>/run.json  cells/<cell_id>.<attempt>.json  logs/  footer.json  report.html  lock
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,6 +25,12 @@ from harness.records import SCHEMA, Footer, Manifest, Record
 RUNS = Path("results") / "runs"
 
 _Model = TypeVar("_Model", bound=BaseModel)
+
+_TORN: dict[type[BaseModel], str] = {
+    Manifest: "without it nobody knows what the run was to measure; start a new one, its Records can still be read",
+    Record: "the file was torn or edited; move it away and `--resume` the run to measure that Cell again",
+    Footer: "the run counts as incomplete; `--resume` it to finish it",
+}
 
 
 def now() -> str:
@@ -80,9 +88,7 @@ def _read(path: Path, kind: type[_Model]) -> _Model:
     except (ValueError, TypeError, AttributeError, ValidationError) as error:
         first = str(error).splitlines()
         raise StoreError(
-            f"not a whole {kind.__name__}: {' '.join(first[:3])}",
-            where=str(path),
-            mend="the file was torn or edited; move it away and `--resume` the run to measure that Cell again",
+            f"not a whole {kind.__name__}: {' '.join(first[:3])}", where=str(path), mend=_TORN[kind]
         ) from error
 
 
@@ -113,10 +119,15 @@ class Run:
 
 
 class RunFolder:
-    """The writer's side of one run folder."""
+    """The writer's side of one run folder.
 
-    def __init__(self, path: Path) -> None:
+    `create` and `take` make it the only writer, until `release` or the end of the object or process. A worker writes its one
+    Record for the runner that holds the folder, and needs no lock of its own.
+    """
+
+    def __init__(self, path: Path, lock: int | None = None) -> None:
         self.path = path
+        self._unlock = None if lock is None else weakref.finalize(self, os.close, lock)
 
     @classmethod
     def create(cls, path: Path, manifest: Manifest) -> RunFolder:
@@ -129,8 +140,24 @@ class RunFolder:
             raise UsageError(
                 f"cannot make the run folder: {error.strerror}", where=str(path), mend="name a writable --out"
             ) from error
-        write(path / "run.json", manifest)
-        return cls(path)
+        folder = cls.take(path)
+        try:
+            refuse_used(path)  # by another runner that was a moment faster, and has finished by now
+            write(path / "run.json", manifest)
+        except BaseException:
+            folder.release()
+            raise
+        return folder
+
+    @classmethod
+    def take(cls, path: Path) -> RunFolder:
+        """Become the only writer of a run folder; raises UsageError if another process is."""
+        return cls(path, _lock(path / "lock"))
+
+    def release(self) -> None:
+        """Let others write."""
+        if self._unlock is not None:
+            self._unlock()  # a second call does nothing
 
     def record_path(self, cell_id: str, attempt: int) -> Path:
         """Return where a Record goes."""
@@ -167,6 +194,35 @@ class RunFolder:
         write(self.path / "footer.json", footer)
 
 
+def _lock(path: Path) -> int:
+    """Lock a file and return its descriptor. The kernel unlocks it when its holder dies, so that no lock is ever stale."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise StoreError(f"cannot write to this run: {error.strerror}", where=str(path)) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Who it is stands in the file for those who meet the lock; that it is held only the kernel knows.
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+    except BlockingIOError as error:
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "unknown"
+        os.close(descriptor)
+        raise UsageError(
+            f"another peft-harness is writing to this run: process {holder}",
+            where=str(path.parent),
+            mend="wait until it ends, or end it; or start a run of your own with another --out",
+        ) from error
+    except OSError as error:
+        os.close(descriptor)
+        raise StoreError(
+            f"cannot lock this run: {error.strerror}",
+            where=str(path),
+            mend="keep runs where files can be locked (--out)",
+        ) from error
+    return descriptor
+
+
 def refuse_used(path: Path) -> None:
     """Raise UsageError if `path` holds a run, or Records without one."""
     if (path / "run.json").exists() or any(path.glob("cells/*.json")):
@@ -179,7 +235,7 @@ def read_record(path: Path) -> Record:
 
 
 def read_run(path: Path) -> Run:
-    """Read a run folder, finished or not. Torn Records land in `broken`."""
+    """Read a run folder, finished or not. Torn Records land in `broken`, as does a torn footer: that run is incomplete."""
     if not (path / "run.json").is_file():
         raise UsageError("not a run folder (no run.json)", where=str(path), mend="name a run id or its folder")
     manifest = _read(path / "run.json", Manifest)
@@ -196,7 +252,12 @@ def read_run(path: Path) -> Run:
             records.append(record)
         else:
             broken[file.name] = f"a copy or a renamed file: it holds Record {record.id}"
-    footer = _read(path / "footer.json", Footer) if (path / "footer.json").is_file() else None
+    footer = None
+    if (path / "footer.json").is_file():
+        try:
+            footer = _read(path / "footer.json", Footer)
+        except StoreError as error:
+            broken["footer.json"] = f"{error.what}: {error.mend}"
     return Run(path, manifest, tuple(records), footer, broken)
 
 

@@ -10,8 +10,23 @@ EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloa
 NOISE_FACTOR = 2.0
 
 # Added to that, times eps: where the reference happens to be exact (one product, a copy), a factor times zero would
-# demand bitwise equality. Relative Frobenius error of one rounding is about 0.3 eps.
-NOISE_FLOOR_EPS = 1.0
+# demand bitwise equality. The relative Frobenius error of one rounding is about 0.3 eps.
+NOISE_FLOOR_EPS = 0.5
+
+# The same for the largest element relative to the root mean square: of a few thousand normal numbers the largest is about
+# four times the root mean square, and its rounding as much larger.
+LARGEST_EPS = 4.0
+
+# And the largest of two such samples differ more than their norms do.
+LARGEST_FACTOR = 2.0
+
+# Rounding is as often up as down, so what of the truth it takes away shrinks with the root of the number of independent
+# roundings; a wrong factor does not. In a low-rank product as few as the fourth root's square are independent.
+BIAS_SIGMAS = 4.0
+
+# Means over random draws may be off by this many standard errors: one false alarm in some hundred thousand.
+INITIAL_SIGMAS = 5.0
+DROPOUT_SIGMAS = 5.0
 
 # A subject in float64 is judged by a reference in float64, whose own rounding cannot be seen: both may err by a sum's
 # worth of roundings, which for the layers here stays below a handful of eps.

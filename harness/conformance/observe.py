@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 
 def observe(
     layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor, *, training: bool = False
 ) -> dict[str, Tensor]:
-    """Run `layer` forward on x (..., D) and backward from dy (..., E), in training mode or not.
+    """Run `layer` forward on x (..., D), or on token numbers, and backward from dy (..., E), in training mode or not.
 
     tensors: canonical short name -> trainable tensor of the layer. Returns `y`, `grad x` and `grad <name>`; a tensor that
     received no gradient is left out, so that a comparison notices: all of them, if y cannot take dy at all. The layer's
@@ -19,7 +20,7 @@ def observe(
     held = {name: t.grad for name, t in tensors.items()}
     was_training = layer.training
     layer.train(training)
-    leaf = x.detach().clone().requires_grad_(True)
+    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x.is_floating_point())
     for tensor in tensors.values():
         tensor.grad = None
     try:

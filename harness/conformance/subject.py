@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -48,13 +49,42 @@ class ExpectedCodes:
         return cls(*nf4.quantize(layer.weight), nf4.near_tie(layer.weight), bias)
 
 
+LARGEST_COPY = 300_000_000
+"""Parameters; a second and a float64 copy of more would not fit beside the model on a small machine."""
+
+
+@dataclass(frozen=True)
+class Original:
+    """The model as it was before attaching: a copy, since an implementation may write into the weights it adapts.
+
+    model: None if it is too large to be copied; then the subject's own base layers are taken at their word.
+    """
+
+    model: nn.Module | None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Original:
+        """Copy `model`, if it is not too large."""
+        small = sum(p.numel() for p in model.parameters()) <= LARGEST_COPY
+        return cls(copy.deepcopy(model) if small else None)
+
+
+@dataclass
+class Twin:
+    """The reference's layer beside one of the subject's, in the subject's present state."""
+
+    layer: nn.Module
+    tensors: dict[str, Tensor]
+    adapted: Adapted
+
+
 @dataclass
 class Subject:
     """An implementation attached to a model.
 
-    bases: path -> the linear layer under the adapter, as it was before attaching; model_parameters: the model's own, of
-    before attaching; packed: path -> its 4-bit form, where
-    quantised; expected_codes: path -> what the reference quantiser makes of the original weight.
+    bases: path -> the layer under the adapter, as it stood before attaching. own: the model's parameters of before
+    attaching. original: a copy of that model. packed: path -> its 4-bit form, where quantised; expected_codes: path ->
+    what the reference quantiser makes of the original weight.
     """
 
     method: str
@@ -62,15 +92,19 @@ class Subject:
     dtype: str
     model: nn.Module
     adapted: Adapted
-    bases: dict[str, nn.Linear]
-    model_parameters: list[nn.Parameter] = field(default_factory=list)
+    bases: dict[str, nn.Module]
+    own: list[nn.Parameter] = field(default_factory=list)
+    original: Original = field(default_factory=lambda: Original(None))
     packed: dict[str, Packed] = field(default_factory=dict)
     expected_codes: dict[str, ExpectedCodes] = field(default_factory=dict)
 
     def tensors_of(self, path: str) -> dict[str, Tensor]:
         """Map short names to the trainable tensors of the layer at `path`."""
-        start = f"{path}."
-        return {n[len(start) :]: t for n, t in self.adapted.tensors().items() if n.startswith(start)}
+        return _under(path, self.adapted.tensors())
+
+    def state(self) -> dict[str, Tensor]:
+        """Map canonical names to the Method's own frozen tensors; an Adapted without `state` has none."""
+        return dict(getattr(self.adapted, "state", dict)())
 
     @property
     def trains_plainly(self) -> bool:
@@ -80,34 +114,43 @@ class Subject:
     def added(self) -> dict[str, Tensor]:
         """Map canonical names to the tensors that the Method added: not those of the model itself (full fine-tuning)."""
         own = {id(p) for base in self.bases.values() for p in base.parameters()}
-        own |= {id(p) for p in self.model_parameters}
+        own |= {id(p) for p in self.own}
         return {name: t for name, t in self.adapted.tensors().items() if id(t) not in own}
 
-    def base_weight(self, path: str) -> Tensor:
-        """Return the base matrix (out, in) in float64, decoded by the reference if it is packed."""
-        base: Any = self.bases[path]
-        if path not in self.packed:
-            return base.weight.detach().double()  # type: ignore[no-any-return]
-        form = self.packed[path]
-        codes = nf4.unpack(form.data, base.in_features * base.out_features)
-        return nf4.dequantize(codes, form.absmax, form.block).view(base.out_features, base.in_features).double()
+    def original_base(self, path: str) -> nn.Module:
+        """Return the base layer as it was before attaching: the copy, or if there is none the layer itself."""
+        return self.bases[path] if self.original.model is None else self.original.model.get_submodule(path)
 
-    def reference(self, path: str, dtype: str) -> tuple[nn.Module, dict[str, Tensor]]:
-        """Return (layer, tensors): the reference's layer on this base weight in `dtype`, in the subject's present state."""
-        base: Any = self.bases[path]
+    def dense_base(self, path: str, dtype: torch.dtype) -> nn.Module:
+        """Return a plain copy of the base layer of `path` in `dtype`, decoded by the reference if it is packed."""
+        base: Any = self.original_base(path)
+        if path not in self.packed:
+            return copy.deepcopy(base).to(dtype)  # type: ignore[no-any-return]
+        form, shape = self.packed[path], (base.out_features, base.in_features)
+        codes = nf4.unpack(form.data, shape[0] * shape[1])
         dense = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        dense.weight = nn.Parameter(self.base_weight(path).to(DTYPES[dtype]))
+        dense.weight = nn.Parameter(nf4.dequantize(codes, form.absmax, form.block).view(shape).to(dtype))
         if base.bias is not None:
-            dense.bias = nn.Parameter(base.bias.detach().to(DTYPES[dtype]))
-        alone = nn.Sequential(OrderedDict(layer=dense))
-        adapted = attach_reference(self.method, alone, self.config, ("layer",), torch.Generator().manual_seed(0))
-        tensors = {n.removeprefix("layer."): t for n, t in adapted.tensors().items()}
-        mine = self.tensors_of(path)
+            dense.bias = nn.Parameter(base.bias.detach().to(dtype))
+        return dense
+
+    def reference(self, path: str, dtype: str, config: Any = None) -> Twin:
+        """Build the reference's layer on this base weight in `dtype`, in the subject's present state."""
+        alone = nn.Sequential(OrderedDict(layer=self.dense_base(path, DTYPES[dtype])))
+        settled = self.config if config is None else config
+        adapted = attach_reference(self.method, alone, settled, ("layer",), torch.Generator().manual_seed(0))
+        tensors = _under("layer", adapted.tensors())
+        mine = self.tensors_of(path) | _under(path, self.state())
         with torch.no_grad():
-            for name, tensor in tensors.items():
+            for name, tensor in (tensors | _under("layer", adapted.state())).items():
                 if name in mine and mine[name].shape == tensor.shape:
                     tensor.copy_(mine[name])
-        return adapted.layers["layer"], tensors
+        return Twin(adapted.layers["layer"], tensors, adapted)
+
+
+def _under(path: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    start = f"{path}."
+    return {n[len(start) :]: t for n, t in named.items() if n.startswith(start)}
 
 
 def configure(method: str, config: dict[str, Any]) -> Any:
@@ -125,7 +168,7 @@ def attach_reference(
     return importlib.import_module(f"reference.{method}").attach(model, config, generator)  # type: ignore[no-any-return]
 
 
-def linear_layers(model: nn.Module, config: Any) -> dict[str, nn.Linear]:
+def linear_layers(model: nn.Module, config: Any) -> dict[str, Any]:
     """Map path to layer: the config's targets, or every linear layer if the Method names none."""
     if hasattr(config, "targets"):
         return targets(model, config.targets)
@@ -160,11 +203,17 @@ def initial_tensors(
 
 
 @torch.no_grad()
-def load(adapted: Adapted, values: dict[str, Tensor]) -> None:
-    """Copy `values` into the trainable tensors of the same names. Raises KeyError for a name that is not there."""
-    mine = adapted.tensors()
+def load(adapted: Adapted, values: Mapping[str, Tensor], state: Mapping[str, Tensor] | None = None) -> None:
+    """Copy `values` into the trainable tensors of the same names, and `state` into the Method's frozen ones.
+
+    Raises KeyError for a name that is not there.
+    """
+    places = adapted.tensors()
     for name, value in values.items():
-        mine[name].copy_(value)
+        places[name].copy_(value)
+    frozen: dict[str, Tensor] = getattr(adapted, "state", dict)() if state else {}
+    for name, value in (state or {}).items():
+        frozen[name].copy_(value)
 
 
 @torch.no_grad()

@@ -1,64 +1,174 @@
-"""Parity suites: which cases `check` tries for a Method. One YAML per Method in suites/parity/."""
+"""Parity suites: which cases `check` tries for a Method or an Operation. One YAML each in suites/parity/."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 
-from harness import yaml_lines
+from harness import explain, suite_file, yaml_lines
 from harness.errors import Problem, SuiteError, UsageError
+from harness.methods import methods
 from harness.records import Frozen
 from harness.resources import folder
+from harness.spelling import near
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+Kind = Literal["linear", "conv1d", "embedding", "conv2d"]
+
+
+_Suite = TypeVar("_Suite", "ParitySuite", "OperationSuite")
 
 
 class Shape(Frozen):
-    """tokens x in x out of one linear layer."""
+    """Rows x in x out of the first layer of the model that is adapted; the second maps back."""
 
     tokens: int = Field(ge=1)
     inputs: int = Field(ge=1, alias="in")
     outputs: int = Field(ge=1, alias="out")
 
+    def __str__(self) -> str:
+        return f"{self.tokens}x{self.inputs}x{self.outputs}"
+
+
+class Looser(Frozen):
+    """A factor on the noise floor that is not the usual one, and why: it shows in the report."""
+
+    factor: float = Field(gt=0, le=1000)
+    because: str = Field(min_length=10)
+    link: str = ""
+
 
 class ParitySuite(Frozen):
-    """The cases of one Method: every config x shape x dtype x state."""
+    """The cases of one Method: every config x kind of layer x shape x dtype, and the checks in every state.
+
+    follows: whose reading of the paper the cases follow where they differ. identity: how near the start is to the base.
+    """
 
     method: str
-    checks: list[str]
-    states: list[Literal["init", "warm"]]
-    configs: list[dict[str, Any]]
-    shapes: list[Shape]
-    dtypes: list[Dtype]
+    follows: str = "the paper"
+    checks: list[str] = Field(min_length=1)
+    identity: Literal["exact", "noise-floor"] = "exact"
+    states: list[Literal["init", "warm"]] = Field(min_length=1)
+    configs: list[dict[str, Any]] = Field(min_length=1)
+    layers: list[Kind] = Field(default=["linear"], min_length=1)
+    shapes: list[Shape] = Field(min_length=1)
+    dtypes: list[Dtype] = Field(min_length=1)
+    tolerances: dict[str, Looser] = Field(default={})
 
-    def cases(self) -> Iterator[tuple[dict[str, Any], Shape, Dtype]]:
-        """Yield (config, shape, dtype); states are taken in turn on one subject."""
-        yield from itertools.product(self.configs, self.shapes, self.dtypes)
+    def factors(self) -> dict[str, float]:
+        """Map checks to their own factor on the noise floor."""
+        return {check: looser.factor for check, looser in self.tolerances.items()}
+
+    def cases(self, full: bool) -> Iterator[MethodCase]:
+        """Yield the cases: all of the product, or as few as hold every value of every axis in every dtype."""
+        if full:
+            for config, kind, shape, dtype in itertools.product(self.configs, self.layers, self.shapes, self.dtypes):
+                yield MethodCase(config, kind, shape, dtype)
+            return
+        for shift, dtype in enumerate(self.dtypes):
+            for index in range(max(len(self.configs), len(self.layers), len(self.shapes))):
+                config = self.configs[index % len(self.configs)]
+                kind = self.layers[(index + shift) % len(self.layers)]
+                yield MethodCase(config, kind, self.shapes[(index + shift) % len(self.shapes)], dtype)
 
 
-def path_of(method: str) -> Path:
-    """Return where a Method's parity suite stands."""
-    return folder("suites") / "parity" / f"{method}.yaml"
+@dataclass(frozen=True)
+class MethodCase:
+    """One point of a Method's parity suite."""
+
+    config: dict[str, Any]
+    kind: Kind
+    shape: Shape
+    dtype: Dtype
+
+    def __str__(self) -> str:
+        words = [f"{key}={value}" for key, value in self.config.items()]
+        return " ".join([*words, *([] if self.kind == "linear" else [self.kind]), str(self.shape)])
+
+
+class OperationSuite(Frozen):
+    """The cases of one Operation: every case x dtype. What a case may say is what the Operation's arguments take."""
+
+    operation: str
+    follows: str = "the paper"
+    checks: list[str] = Field(min_length=1)
+    cases: list[dict[str, Any]] = Field(min_length=1)
+    dtypes: list[Dtype] = Field(min_length=1)
+    tolerances: dict[str, Looser] = Field(default={})
+
+    def factors(self) -> dict[str, float]:
+        """Map checks to their own factor on the noise floor."""
+        return {check: looser.factor for check, looser in self.tolerances.items()}
+
+
+def path_of(name: str) -> Path:
+    """Return where the parity suite of a Method or an Operation stands."""
+    return folder("suites") / "parity" / f"{name}.yaml"
 
 
 def load(method: str) -> ParitySuite:
-    """Read a Method's parity suite."""
-    path = path_of(method)
+    """Read a Method's parity suite. Raises UsageError if there is none, SuiteError with every mistake in it."""
+    document = _document(method)
+    plan, problems = _validated(document, ParitySuite)
+    if plan is None:
+        raise SuiteError(problems)
+    if plan.method != method:
+        problems.append(Problem(document.where("method"), f"`method` is {plan.method!r}", f"the file is for {method}"))
+    problems += [*_of_checks(document, plan), *_of_configs(document, plan)]
+    if problems:
+        raise SuiteError(problems)
+    return plan
+
+
+def load_operation(name: str) -> OperationSuite:
+    """Read an Operation's parity suite. Raises UsageError if there is none, SuiteError with every mistake in it."""
+    document = _document(name)
+    plan, problems = _validated(document, OperationSuite)
+    if plan is not None:
+        problems += _of_checks(document, plan)
+    if plan is None or problems:
+        raise SuiteError(problems)
+    return plan
+
+
+def _document(name: str) -> yaml_lines.Document:
+    path = path_of(name)
     if not path.is_file():
-        raise UsageError(
-            f"no parity suite for {method}", where=str(path), mend="add one: which checks, configs, shapes"
-        )
-    document = yaml_lines.load(path)
+        raise UsageError(f"no parity suite for {name}", where=str(path), mend="add one: which checks, cases and dtypes")
+    return yaml_lines.load(path)
+
+
+def _validated(document: yaml_lines.Document, model: type[_Suite]) -> tuple[_Suite | None, list[Problem]]:
     try:
-        return ParitySuite.model_validate(document.data)
+        return model.model_validate(document.data), []
     except ValidationError as error:
-        raise SuiteError(
-            [
-                Problem(document.where(*(p for p in e["loc"] if isinstance(p, str | int))), e["msg"])
-                for e in error.errors()
-            ]
-        ) from error
+        return None, [problem for _, problem in suite_file.explain(error, model, document)]
+
+
+def _of_checks(document: yaml_lines.Document, plan: ParitySuite | OperationSuite) -> Iterator[Problem]:
+    known = explain.checks()
+    for index, name in enumerate(plan.checks):
+        if name not in known:
+            yield Problem(document.where("checks", index), f"no check is called {name!r}", near(name, known, "checks"))
+    for name in plan.tolerances:
+        if name not in plan.checks:
+            yield Problem(
+                document.where("tolerances", name), f"a tolerance for {name!r}, which is not tried here",
+                near(name, plan.checks, "checks here"),
+            )  # fmt: skip
+
+
+def _of_configs(document: yaml_lines.Document, plan: ParitySuite) -> Iterator[Problem]:
+    fields = methods()[plan.method].fields if plan.method in methods() else {}
+    for index, config in enumerate(plan.configs):
+        for key, value in config.items():
+            where = document.where("configs", index, key)
+            if key not in fields:
+                yield Problem(where, f"{plan.method} has no knob {key!r}", near(key, fields, "knobs"))
+            elif problem := fields[key].problem(value):
+                yield Problem(where, f"{key} {problem}")

@@ -8,12 +8,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from harness.tolerances import EPSILON, FLOAT64_FLOOR_EPS, NOISE_FACTOR, NOISE_FLOOR_EPS
+from harness.tolerances import (
+    BIAS_SIGMAS,
+    EPSILON,
+    FLOAT64_FLOOR_EPS,
+    LARGEST_EPS,
+    LARGEST_FACTOR,
+    NOISE_FACTOR,
+    NOISE_FLOOR_EPS,
+)
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """The worst tensor of an observation. error and allowed are relative: ||a - b|| / ||b||, Frobenius."""
+    """The worst tensor of an observation. error and allowed are in the norm that the policy names."""
 
     passed: bool
     error: float | None
@@ -40,8 +48,10 @@ def noise_floor(
 ) -> Judgement:
     """Judge against what the reference itself loses in the subject's dtype.
 
-    truth: the reference in float64; rounded: the reference in `dtype`. For each tensor
-    err(subject) <= factor * err(rounded) + floor * eps(dtype). Missing or surplus tensors fail.
+    truth: the reference in float64; rounded: the reference in `dtype`. Three errors of each tensor must each stay within a
+    multiple of the reference's own and a floor in units of eps: the relative Frobenius norm of the difference; its
+    largest element, relative to the root mean square (one wrong element of many); and the share of the truth that the
+    difference holds (a slightly wrong factor, which rounding does not give). Missing or surplus tensors fail.
     """
     floor = FLOAT64_FLOOR_EPS if dtype == "float64" else NOISE_FLOOR_EPS
     policy = f"noise-floor: {factor:g} x reference in {dtype} + {floor:g} eps"
@@ -49,8 +59,18 @@ def noise_floor(
         return Judgement(False, None, None, odd[0], "present on one side only", policy, 0)
     judged = []
     for name, expected in truth.items():
-        allowed = factor * _relative_error(rounded[name], expected) + floor * EPSILON[dtype]
-        judged.append(_judge(name, subject[name], expected, allowed, policy))
+        if (refused := _refused(name, subject[name], expected, policy)) is not None:
+            judged.append(refused)
+            continue
+        have, own, eps = _Error.of(subject[name], expected), _Error.of(rounded[name], expected), EPSILON[dtype]
+        bias = factor * own.share + BIAS_SIGMAS * (own.norm + eps) / max(1, expected.numel()) ** 0.25
+        for error, allowed, measure in (
+            (have.norm, factor * own.norm + floor * eps, ""),
+            (have.largest, LARGEST_FACTOR * (factor * own.largest + LARGEST_EPS * floor * eps), ", largest element"),
+            (have.share, bias if dtype != "float64" else bias + floor * eps, ", share of the truth"),
+        ):
+            worst = _worst(subject[name], expected)
+            judged.append(Judgement(error <= allowed, error, allowed, name, worst, policy + measure, 0))
     return worst_of(judged, policy)
 
 
@@ -58,7 +78,15 @@ def exact(subject: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Judg
     """Judge bitwise equality of values (0.0 and -0.0 are equal, NaN is not)."""
     if odd := sorted(set(subject) ^ set(expected)):
         return Judgement(False, None, None, odd[0], "present on one side only", "exact", 0)
-    return worst_of([_judge(name, subject[name], e, 0.0, "exact") for name, e in expected.items()], "exact")
+    judged = []
+    for name, want in expected.items():
+        refused = _refused(name, subject[name], want, "exact")
+        error = 0.0 if refused else _Error.of(subject[name], want).norm
+        worst = _worst(subject[name], want) if not refused else ""
+        # The norm of a tiny difference may underflow, and a dtype may differ where the values do not.
+        same = refused is None and bool((subject[name].detach().double() == want.detach().double()).all())
+        judged.append(refused or Judgement(same, error, 0.0, name, worst, "exact", 0))
+    return worst_of(judged, "exact")
 
 
 def worst_of(judged: list[Judgement], policy: str) -> Judgement:
@@ -69,27 +97,57 @@ def worst_of(judged: list[Judgement], policy: str) -> Judgement:
     return replace(worst, nonfinite=sum(j.nonfinite for j in judged))
 
 
-def _relative_error(value: Tensor, truth: Tensor) -> float:
-    reference = truth.detach().double()
-    error = torch.linalg.vector_norm(value.detach().double() - reference)
-    scale = torch.linalg.vector_norm(reference)
-    return float(error / scale) if scale > 0 else float(error)
+def rows_within(value: Tensor, truth: Tensor, rounded: Tensor, dtype: str) -> Tensor:
+    """Return which rows of `value` (T, E) are within the noise floor of `truth`: a mask (T,)."""
+
+    def off(some: Tensor) -> Tensor:
+        difference: Tensor = torch.linalg.vector_norm(some.detach().double() - truth.double(), dim=-1)
+        return difference
+
+    length = torch.linalg.vector_norm(truth.double(), dim=-1)
+    own = off(rounded).amax()  # a single row may happen to round to nothing
+    floor = FLOAT64_FLOOR_EPS if dtype == "float64" else LARGEST_EPS * NOISE_FLOOR_EPS
+    within: Tensor = off(value) <= NOISE_FACTOR * own + floor * EPSILON[dtype] * length
+    return within
 
 
-def _judge(name: str, value: Tensor, truth: Tensor, allowed: float, policy: str) -> Judgement:
+@dataclass(frozen=True)
+class _Error:
+    """How far a tensor is from the truth, relative to the truth: in norm, in its largest element, along the truth."""
+
+    norm: float
+    largest: float
+    share: float
+
+    @classmethod
+    def of(cls, value: Tensor, truth: Tensor) -> _Error:
+        want = truth.detach().double()
+        difference = value.detach().double() - want
+        scale = float(torch.linalg.vector_norm(want)) or 1.0
+        if not difference.numel():
+            return cls(0.0, 0.0, 0.0)
+        return cls(
+            norm=float(torch.linalg.vector_norm(difference)) / scale,
+            largest=float(difference.abs().max()) * want.numel() ** 0.5 / scale,
+            share=abs(float((difference * want).sum())) / scale**2,
+        )
+
+
+def _refused(name: str, value: Tensor, truth: Tensor, policy: str) -> Judgement | None:
+    """Return a failure for a tensor that cannot be compared: of another shape, or not finite."""
     if value.shape != truth.shape:
         shapes = f"shape {tuple(value.shape)}, should be {tuple(truth.shape)}"
-        return Judgement(False, None, allowed, name, shapes, policy, 0)
-    value, truth = value.detach(), truth.detach()
+        return Judgement(False, None, None, name, shapes, policy, 0)
     nonfinite = int((~torch.isfinite(value)).sum())
-    difference = (value.double() - truth.double()).abs().nan_to_num(nan=torch.inf)
-    where = [int(i) for i in torch.unravel_index(difference.argmax(), difference.shape)] if difference.numel() else []
-    worst = (
-        f"{where}: {float(value[tuple(where)]):.9g}, should be {float(truth[tuple(where)]):.9g}"
-        if difference.numel()
-        else ""
-    )
     if nonfinite:
-        return Judgement(False, None, allowed, name, worst, policy, nonfinite)
-    error = _relative_error(value, truth)
-    return Judgement(error <= allowed, error, allowed, name, worst, policy, 0)
+        return Judgement(False, None, None, name, _worst(value, truth), policy, nonfinite)
+    return None
+
+
+def _worst(value: Tensor, truth: Tensor) -> str:
+    """Name the element that is furthest off."""
+    difference = (value.detach().double() - truth.detach().double()).abs().nan_to_num(nan=torch.inf)
+    if not difference.numel():
+        return ""
+    where = tuple(int(i) for i in torch.unravel_index(difference.argmax(), difference.shape))
+    return f"{list(where)}: {float(value.detach()[where]):.9g}, should be {float(truth.detach()[where]):.9g}"

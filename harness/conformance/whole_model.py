@@ -13,35 +13,27 @@ from reference.layers import replace
 
 
 def reference(subject: Subject, dtype: str) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return (model, trainable tensors): a copy of the subject's model in `dtype`, every adapted layer the reference's."""
-    live = dict(subject.adapted.layers)
-    tensors: dict[str, Tensor] = {}
-    try:
-        for path in live:
-            layer, of_layer = subject.reference(path, dtype)
-            replace(subject.model, path, layer)
-            tensors |= {f"{path}.{name}": tensor for name, tensor in of_layer.items()}
-        # Copied together, so that the names still point at the copy's tensors.
-        model, tensors = copy.deepcopy((subject.model, tensors))
-    finally:
-        for path, layer in live.items():
-            replace(subject.model, path, layer)
-    model.to(DTYPES[dtype])
+    """Return (model, trainable tensors): the model of before attaching in `dtype`, every adapted layer the reference's.
+
+    Whatever the implementation did to the model outside its layers is therefore seen. Raises ValueError if no copy of
+    the original was kept.
+    """
+    if subject.original.model is None:
+        raise ValueError("the model was too large to be copied before attaching")
+    model = copy.deepcopy(subject.original.model).to(DTYPES[dtype])
     if not subject.added():  # full fine-tuning: what trains is the model itself
-        _share(model, subject.adapted.tensors())
         named = dict(model.named_parameters(remove_duplicate=False))
-        tensors = {name: named[name] for name in subject.adapted.tensors()}
+        tensors: dict[str, Tensor] = {name: named[name] for name in subject.adapted.tensors()}
+        for tensor in tensors.values():
+            tensor.requires_grad_(True)
+        return model, tensors
+    model.requires_grad_(False)
+    tensors = {}
+    for path in subject.bases:
+        twin = subject.reference(path, dtype)
+        replace(model, path, twin.layer)
+        tensors |= {f"{path}.{name}": tensor for name, tensor in twin.tensors.items()}
     return model, tensors
-
-
-def _share(model: nn.Module, like: Mapping[str, Tensor]) -> None:
-    """Let parameters of `model` be one where those of the same names in `like` are one (tied embeddings)."""
-    owners: dict[int, str] = {}
-    for path, tensor in like.items():
-        owner = owners.setdefault(id(tensor), path)
-        if owner != path:
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, model.get_parameter(owner))
 
 
 def observe(

@@ -67,11 +67,41 @@ def gpus() -> tuple[str, ...]:
 
 
 def physical_cores() -> int:
-    """Return the cores this process may use, hyper-threads counted once where the system tells."""
+    """Return the cores this process may use: its affinity and its cgroup's quota bound them, hyper-threads count once."""
     import psutil
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
+    bounds = [usable, psutil.cpu_count(logical=False) or usable]
+    quota = cgroup_cpus()
+    if quota is not None:
+        bounds.append(int(quota))  # a thread more than whole cores would only wait for the others
+    return max(1, min(bounds))
+
+
+def cgroup_cpus(root: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/cgroup")) -> float | None:
+    """Return how many CPUs' time the kernel grants (cgroup v2), or None without a limit. Every parent's limit holds too."""
+    try:
+        lines = of.read_text().splitlines()
+    except OSError:
+        return None
+    path = next((line[3:].strip("/") for line in lines if line.startswith("0::")), None)
+    if path is None:
+        return None
+    here, found = root / path, []
+    for folder in (here, *here.parents[: len(Path(path).parts)]):
+        try:
+            quota, period = (folder / "cpu.max").read_text().split()
+        except (OSError, ValueError):  # the root of all has none
+            continue
+        if quota != "max":
+            found.append(int(quota) / int(period))
+    return min(found, default=None)
+
+
+def thread_variables() -> dict[str, str]:
+    """Return the environment variables that steer the threads of OpenMP and of the libraries over it."""
+    starts = ("OMP_", "GOMP_", "KMP_", "MKL_NUM", "MKL_DYNAMIC", "OPENBLAS_NUM")
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(starts)}
 
 
 def _versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ class PhaseClock:
         self.current = name
         self.announce(name)
         self.meter.reset()
+        load = _load()
         started = time.perf_counter()
         try:
             yield
@@ -35,5 +37,15 @@ class PhaseClock:
                     seconds=seconds,
                     peak_memory_B=self.meter.peak(),
                     end_memory_B=self.meter.now(),
+                    load_start=load,
+                    load_end=_load(),
                 )
             )
+
+
+def _load() -> float | None:
+    """Return the load average over one minute, of the whole machine."""
+    try:
+        return os.getloadavg()[0]
+    except OSError:
+        return None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,26 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.analysis.intervals import wilson
-from harness.assets import rows
 from harness.conformance import gate
 from harness.conformance.subject import (
     DTYPES,
     ExpectedCodes,
+    Original,
     Packed,
     Subject,
     configure,
     initial_tensors,
     linear_layers,
 )
-from harness.evaluation import classification
 from harness.measure import latency
 from harness.measure.memory import PeakMeter, model_tensors, optimizer_tensors, tensor_bytes
 from harness.measure.phases import PhaseClock
 from harness.records import (
-    Accuracy,
     CheckResult,
-    Item,
     Latency,
     Measurements,
     Memory,
@@ -39,10 +36,10 @@ from harness.records import (
     TrainingMeasured,
 )
 from harness.registry import Registry
+from harness.runner.data import CellData
 from harness.runner.work import Work
 from harness.training import loop
 from harness.training import model as models
-from harness.training.batches import Batch, answer_examples, classification_examples, collate, order
 
 # The optimizer makes its state in step 1, and allocators settle: the first steps are marked as not steady.
 TIMING_WARMUP = 3
@@ -78,7 +75,7 @@ class Life:
             loaded = models.load(Path(work.model.path), kind, work.task.labels, dtype, device, cell.seed)
         model: Any = loaded.model
         with self.clock.phase("data"):
-            task = _Data(work, loaded, self.emit)
+            task = CellData(work, loaded, self.emit)
         config = configure(cell.method, cell.config)
         matched = linear_layers(model, config)
         bases = {p: m for p, m in matched.items() if not _is_head(p, loaded.head)}
@@ -97,15 +94,16 @@ class Life:
             model.eval()
             run_model = _runner(model, task.logits)
             base_output = run_model()
-            own = list(model.parameters())
+            own, original = list(model.parameters()), Original.of(model)
             implementation = self.registry.find("method", cell.method, cell.implementation)
             start = initial_tensors(cell.method, bases, config, torch.Generator().manual_seed(cell.seed))
             adapted = implementation(model, config, torch.Generator().manual_seed(cell.seed))
             for path in [p for p in adapted.layers if _is_head(p, loaded.head)]:
                 del adapted.layers[path]
-        subject = Subject(cell.method, config, cell.dtype, model, adapted, bases, own, packed, expected_codes)
+        subject = Subject(cell.method, config, cell.dtype, model, adapted, bases, own, original, packed, expected_codes)
         with self.clock.phase("parity"):
             self._pass(gate.gate(subject, cell.seed, run_model, base_output, start=start, forward=task.logits))
+        subject.original = Original(None)  # only the gate needed the copy, and memory is measured from here on
         for parameter in loaded.head.values():
             parameter.requires_grad_(True)
         counts = _count(adapted, loaded, model)
@@ -114,7 +112,7 @@ class Life:
         optimizer: torch.optim.Optimizer | None = None
         gradients = 0
         if cell.training.steps:
-            trained, optimizer, gradients = self._train(adapted, loaded, task.batches, start)
+            trained, optimizer, gradients = self._train(adapted, loaded, task, start)
         weights = tensor_bytes(
             [*(t for t in model_tensors(model) if id(t) not in {id(a) for a in subject.added().values()})]
         )
@@ -143,10 +141,11 @@ class Life:
             raise NonconformingError(f"{first.check} failed at {first.tensor or first.detail}: {size}")
 
     def _train(
-        self, adapted: Any, loaded: models.Loaded, batches: list[Batch], start: dict[str, Tensor]
+        self, adapted: Any, loaded: models.Loaded, data: CellData, start: dict[str, Tensor]
     ) -> tuple[TrainingMeasured, torch.optim.Optimizer, int]:
-        cell, model = self.work.cell, loaded.model
+        cell, model, batches = self.work.cell, loaded.model, data.batches
         head = list(loaded.head.values())
+        began_from = _state_sha256(adapted.tensors() | loaded.head)
         before = _fingerprints(model)
         optimizer, schedule = loop.make_optimizer(adapted, head, cell.training)
         with self.clock.phase("warm-up"):
@@ -174,77 +173,24 @@ class Life:
             padded_tokens=samples.padded_tokens,
             gradient_norms=samples.gradient_norms,
             timing_warmup=min(TIMING_WARMUP, len(samples.losses) - 1),
+            cpu_seconds=samples.cpu_seconds,
+            optimizer=loop.optimizer_facts(optimizer),
+            data_order_sha256=data.order_sha256,
+            initial_state_sha256=began_from,
         )
+        self.notes += loop.notes(optimizer)
         return measured, optimizer, gradients
 
     def _latency(self, subject: Subject, causal: bool, vocabulary: int) -> list[Latency]:
         refused = ""
+        layers = dict(subject.adapted.layers)  # the check below detaches, which may empty it
         if subject.adapted.can_merge:
             merged = gate.after_training(subject, self.work.cell.seed)
             self.checks += merged
             refused = "; ".join(
                 f"{r.check} failed: {r.error} of {r.allowed} at {r.tensor}" for r in merged if r.outcome is Outcome.FAIL
             )
-        return latency.measure(subject.adapted, causal, vocabulary, refused)
-
-
-class _Data:
-    """The Cell's batches and its scorer, from its task."""
-
-    def __init__(self, work: Work, loaded: models.Loaded, emit: Emit) -> None:
-        cell, task = work.cell, work.task
-        device = torch.device(work.device)
-        everything = rows.read(work.data.source, Path(work.data.path))
-        train_rows, test_rows = rows.split(everything, task.test, task.shuffle_seed)
-        test_rows = test_rows[: cell.evaluation.items]
-        wanted, batch = cell.training.steps, cell.training.batch
-        tokenizer, limit = loaded.tokenizer, cell.training.max_tokens
-        self.pad = int(tokenizer.pad_token_id)
-        self._cell = cell
-        self._progress = lambda done, of: emit("items", done=done, of=of)
-        if work.model.source.kind == "encoder":
-            loaded.model.config.pad_token_id = self.pad
-            examples = classification_examples(train_rows, tokenizer, limit)
-            self._test = classification_examples(test_rows, tokenizer, limit)
-            self._lm_task = None
-            side, probe = "right", self._test[:8]
-        else:
-            from harness.evaluation.likelihood import CausalScorer
-            from harness.evaluation.lm_eval_task import LmEvalTask
-
-            self._lm_task = LmEvalTask(task.spec, test_rows)
-            self._scorer = CausalScorer(loaded.model, tokenizer, cell.evaluation.batch, limit, self._progress)
-            encode, make = self._scorer.encode_pair, self._lm_task
-            # Only as many rows as will be seen are tokenised twice: the order needs every length.
-            examples = answer_examples(train_rows, make.prompt, make.answers, encode, limit) if wanted else []
-            side, probe = "left", answer_examples(test_rows[:8], make.prompt, make.answers, encode, limit)
-        chosen = order(examples, wanted, batch, cell.seed) if wanted else []
-        self.batches = [collate(group, self.pad, side).to(device) for group in chosen]
-        self.probe = collate(probe, self.pad, side).to(device)
-
-    def logits(self, model: Any) -> Tensor:
-        """Return the logits of a few test texts, differentiably; of a causal model only the last position's."""
-        if any(self.probe.answers):
-            return loop.last_logits(model, self.probe.inputs, 1)
-        return model(**self.probe.inputs).logits  # type: ignore[no-any-return]
-
-    def evaluate(self, model: Any) -> Accuracy:
-        """Score the test items."""
-        if self._lm_task is None:
-            scored_by = "harness"
-            items = classification.score(model, self._test, self.pad, self._cell.evaluation.batch, self._progress)
-        else:
-            scored_by, items = self._lm_task.scored_by, self._lm_task.score(self._scorer)
-        right = sum(item.correct for item in items)
-        low, high = wilson(right, len(items))
-        return Accuracy(
-            metric="accuracy", scored_by=scored_by, value=right / len(items), low=low, high=high,
-            interval="Wilson 95 %", items=_listed(items),
-        )  # fmt: skip
-
-
-def _listed(items: list[Item]) -> list[Item]:
-    return sorted(items, key=lambda item: item.id)
+        return latency.measure(subject.adapted, causal, vocabulary, refused, layers=layers)
 
 
 def _runner(model: Any, logits: Callable[[Any], Tensor]) -> Callable[[], Tensor]:
@@ -291,6 +237,15 @@ def _fingerprints(model: Any) -> dict[str, int]:
         for name, p in model.named_parameters()
         if not p.requires_grad
     }
+
+
+def _state_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Hash names, dtypes, shapes and bytes, by name, so that no order of ours is in it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _found(cell: Any, name: str, odd: list[str], what: str) -> CheckResult:

@@ -23,6 +23,8 @@ from harness.runner.work import Work
 
 _LAST_LINES = 15
 _GRACE_S = 5.0
+# OpenMP's threads spin while they wait: beside another job on the same cores they then hold up what they wait for.
+_UNLESS_SET = {"OMP_WAIT_POLICY": "passive"}
 
 
 def attempt(
@@ -140,7 +142,7 @@ def _kill_tree(worker: subprocess.Popen[Any]) -> None:
 
 def _worker_environment() -> dict[str, str]:
     """Return the worker's environment: all it needs is on disk already, so it never asks the network."""
-    return os.environ | {
+    always = {
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -148,6 +150,7 @@ def _worker_environment() -> dict[str, str]:
         "PYTHONHASHSEED": "0",  # the order of a plug-in's sets is part of a run that is to be repeated bit by bit
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
+    return _UNLESS_SET | os.environ | always
 
 
 def _oom_kills() -> int:

@@ -33,7 +33,7 @@ class Progress:
         self._live: Live | None = None
         self._cell: Cell | None = None
         self._index = 0
-        self._doing = ""
+        self._doing = self._said = ""
         self._seconds: list[float] = []
         self._cell_began = self._drawn = 0.0
         if self.console.is_terminal:
@@ -93,7 +93,9 @@ class Progress:
     def _draw(self, what: str = "", *, force: bool = False) -> None:
         now = time.monotonic()
         if self._live is None:
-            if what and force:
+            # Some tools report nothing but that they are at work, again and again.
+            if what and force and what != self._said:
+                self._said = what
                 self.say(what)
             return
         if not force and now - self._drawn < _REDRAW_S:

@@ -9,21 +9,22 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import harness
 from harness import store, suites
 from harness.analysis import verdict
-from harness.assets import fetch
+from harness.assets import fetch, rows
 from harness.assets.table import Source, resolve
-from harness.errors import Exit, HarnessError, StoreError, UsageError
+from harness.errors import Exit, HarnessError, StoreError, SuiteError, UsageError
 from harness.expand import Plan, expand
 from harness.expand import only as keep_only
 from harness.measure import environment
 from harness.records import AssetUse, Environment, Footer, Manifest, Status
 from harness.report import html, text
-from harness.runner import local
+from harness.runner import local, stop
 from harness.runner.progress import Progress
 from harness.runner.work import Asset, TaskWork, Work
 
@@ -56,6 +57,7 @@ class _Times:
         return spent
 
 
+@stop.on_sigterm()
 def run_suite(
     suite_name: str,
     *,
@@ -64,6 +66,7 @@ def run_suite(
     resume: str | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     timeout: float = DEFAULT_TIMEOUT_S,
+    strict: bool = False,
 ) -> Exit:
     """Run a suite and report it. Prints the summary on stdout and returns the exit code."""
     times = _Times()
@@ -73,46 +76,85 @@ def run_suite(
         plan = keep_only(plan, only)
     here = environment.describe(environment.physical_cores())
     chosen = _device(device)
-    old = _old(plan, out, resume)
-    times.lap("startup")
-
-    progress = Progress(len(plan.cells))
-    try:
+    with contextlib.ExitStack() as held:
+        old = _old(plan, out, resume, held)
+        times.lap("startup")
+        progress = Progress(len(plan.cells))
+        held.callback(progress.close)
         works = _resolve(suite, plan, progress)
         times.lap("fetch")
-        folder, run_id, done = _reopen(old, here, works, chosen) if old else _open(suite, plan, here, out, progress)
-        how: _How = "finished"
-        in_cells = 0.0
+        if old:
+            folder, run_id, done = _reopen(old, here, works, chosen, progress)
+        else:
+            folder, run_id, done = _open(suite, plan, here, out, progress, held)
         times.lap("scheduling")
-        try:
-            for index, cell in enumerate(plan.cells, 1):
-                if cell.cell_id in done:
-                    progress.say(f"{index}/{len(plan.cells)}  resumed       {cell.label}  has an ok Record")
-                    continue
-                progress.begin(index, cell)
-                attempt = folder.next_attempt(cell.cell_id)
-                model, data, task = works[cell.cell_id]
-                work = Work(
-                    run=run_id, folder=str(folder.path.resolve()), attempt=attempt, cell=cell,
-                    model=model, data=data, task=task, device=chosen, launched=time.time(),
-                )  # fmt: skip
-                times.lap("scheduling")
-                record = local.attempt(work, folder, here, timeout, progress)
-                in_cells += times.skip()
-                progress.end(record)
-        except KeyboardInterrupt:
-            how = "interrupted"
+        with _saying_what_is_kept(folder):
+            how = _measure(plan, works, done, folder, run_id, here, chosen, timeout, times, progress)
+            progress.close()
+            return _report(folder, interrupted=how == "interrupted", strict=strict)
+
+
+def _measure(
+    plan: Plan,
+    works: dict[str, tuple[Asset, Asset, TaskWork]],
+    done: set[str],
+    folder: store.RunFolder,
+    run_id: str,
+    here: Environment,
+    device: Literal["cpu", "cuda"],
+    timeout: float,
+    times: _Times,
+    progress: Progress,
+) -> _How:
+    """Run the Cells that are not done, one after the other, and write the footer whatever ends it."""
+    how: _How = "finished"
+    made: set[str] = set()
+    in_cells = 0.0
+    try:
+        for index, cell in enumerate(plan.cells, 1):
+            if cell.cell_id in done:
+                progress.say(f"{index}/{len(plan.cells)}  resumed       {cell.label}  has an ok Record")
+                continue
+            progress.begin(index, cell)
+            attempt = folder.next_attempt(cell.cell_id)
+            model, data, task = works[cell.cell_id]
+            work = Work(
+                run=run_id, folder=str(folder.path.resolve()), attempt=attempt, cell=cell,
+                model=model, data=data, task=task, device=device, launched=time.time(),
+            )  # fmt: skip
+            times.lap("scheduling")
+            record = local.attempt(work, folder, here, timeout, progress)
             in_cells += times.skip()
-            progress.say("interrupted: what was finished is kept; the report shows it")
-        except BaseException:
-            in_cells += times.skip()
-            with contextlib.suppress(StoreError):  # what ended the run is what its user must read
-                _finish(folder, run_id, "failed", times, in_cells)
-            raise
-        _finish(folder, run_id, how, times, in_cells)
-    finally:
-        progress.close()
-    return _report(folder, interrupted=how == "interrupted")
+            made.add(cell.cell_id)
+            progress.end(record)
+    except KeyboardInterrupt as error:
+        how = "interrupted"
+        in_cells += times.skip()
+        by = " by SIGTERM" if isinstance(error, stop.Terminated) else ""
+        progress.say(f"interrupted{by}: what was finished is kept; the report shows it")
+    except BaseException:
+        in_cells += times.skip()
+        with contextlib.suppress(StoreError):  # what ended the run is what its user must read
+            _finish(folder, run_id, "failed", times, in_cells, made)
+        raise
+    footer = _finish(folder, run_id, how, times, in_cells, made)
+    if footer.kept:
+        everything = sum(record.duration_s for record in store.read_run(folder.path).latest().values())
+        progress.say(
+            f"this resumed part took {footer.seconds_total:.1f} s; the Cells of the whole run together {everything:.1f} s, "
+            f"{footer.kept} of them measured earlier"
+        )
+    return how
+
+
+@contextlib.contextmanager
+def _saying_what_is_kept(folder: store.RunFolder) -> Iterator[None]:
+    """Add to an error of ours, which nobody foresaw, where its user finds what had been finished before it."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"what was finished is kept in {folder.path}; `peft-harness report {folder.path}` shows it")
+        raise
 
 
 def _device(wanted: str) -> Literal["cpu", "cuda"]:
@@ -124,9 +166,10 @@ def _device(wanted: str) -> Literal["cpu", "cuda"]:
 
 
 def _resolve(suite: suites.Suite, plan: Plan, progress: Progress) -> dict[str, tuple[Asset, Asset, TaskWork]]:
-    """Fetch every model and data set the plan names, before anything runs."""
+    """Fetch every model and data set the plan names, before anything runs. Raises SuiteError for data that do not fit."""
     base = suite.path.resolve().parent
     ready: dict[str, Asset] = {}
+    data: dict[str, Asset] = {}
 
     def asset(source: Source) -> Asset:
         if source.name not in ready:
@@ -137,9 +180,13 @@ def _resolve(suite: suites.Suite, plan: Plan, progress: Progress) -> dict[str, t
     works = {}
     for cell in plan.cells:
         task = suite.tasks[cell.task]
+        if task.name not in data:
+            data[task.name] = asset(task.data)
+            if found := rows.problems(task.data, Path(data[task.name].path), task.labels, task.test):
+                raise SuiteError(found)
         works[cell.cell_id] = (
             asset(resolve(cell.model, suite.sources, base)),
-            asset(task.data),
+            data[task.name],
             TaskWork(
                 name=task.name,
                 spec=task.spec,
@@ -152,8 +199,11 @@ def _resolve(suite: suites.Suite, plan: Plan, progress: Progress) -> dict[str, t
     return works
 
 
-def _old(plan: Plan, out: Path | None, resume: str | None) -> store.Run | None:
-    """Return the run to go on with, if any. Refuses before anything is fetched what could not be written afterwards."""
+def _old(plan: Plan, out: Path | None, resume: str | None, held: contextlib.ExitStack) -> store.Run | None:
+    """Return the run to go on with, if any, locked until `held` ends.
+
+    Refuses before anything is fetched what could not be written afterwards.
+    """
     if resume is None:
         if out is not None:
             store.refuse_used(out)
@@ -168,7 +218,8 @@ def _old(plan: Plan, out: Path | None, resume: str | None) -> store.Run | None:
             where=f"--resume {old.manifest.run}",
             mend="resume with the suite it was started with, or start a new run",
         )
-    return old
+    held.callback(store.RunFolder.take(old.path).release)
+    return store.read_run(old.path)  # again: until now another runner may have written to it
 
 
 def _sha256(value: object) -> str:
@@ -176,10 +227,13 @@ def _sha256(value: object) -> str:
 
 
 def _reopen(
-    old: store.Run, here: Environment, works: dict[str, tuple[Asset, Asset, TaskWork]], device: str
+    old: store.Run, here: Environment, works: dict[str, tuple[Asset, Asset, TaskWork]], device: str, progress: Progress
 ) -> tuple[store.RunFolder, str, set[str]]:
     """Return an old run's folder, its id, and the Cells that need not run again: same machine, code, device, assets."""
     folder = store.RunFolder(old.path)
+    if old.footer is None:
+        why = "its footer.json cannot be read" if "footer.json" in old.broken else "it has no footer.json"
+        progress.say(f"run {old.manifest.run} is incomplete: {why}; it goes on with what its Cells left")
     folder.reopen()
     done = {
         record.cell_id
@@ -195,9 +249,14 @@ def _reopen(
 
 
 def _open(
-    suite: suites.Suite, plan: Plan, here: Environment, out: Path | None, progress: Progress
+    suite: suites.Suite,
+    plan: Plan,
+    here: Environment,
+    out: Path | None,
+    progress: Progress,
+    held: contextlib.ExitStack,
 ) -> tuple[store.RunFolder, str, set[str]]:
-    """Make the run folder; return it, the run's id, and no Cells that need not run."""
+    """Make the run folder, locked until `held` ends; return it, the run's id, and no Cells that need not run."""
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     unique = hashlib.sha256(f"{stamp}{os.getpid()}{time.monotonic_ns()}".encode()).hexdigest()[:6]
     run_id = f"{stamp}-{suite.name}-{unique}"
@@ -216,28 +275,30 @@ def _open(
         harness_version=harness.__version__,
     )
     folder = store.RunFolder.create(out or store.RUNS / run_id, manifest)
+    held.callback(folder.release)
     progress.say(f"run {run_id}: {len(plan.cells)} Cells into {folder.path}")
     return folder, run_id, set()
 
 
-def _finish(folder: store.RunFolder, run_id: str, how: _How, times: _Times, in_cells: float) -> None:
+def _finish(folder: store.RunFolder, run_id: str, how: _How, times: _Times, in_cells: float, made: set[str]) -> Footer:
     run = store.read_run(folder.path)
     times.lap("scheduling")
-    folder.close(
-        Footer(
-            run=run_id,
-            ended=store.now(),
-            how=how,
-            counts=dict(Counter(record.status.value for record in run.latest().values())),
-            missing=run.missing(),
-            seconds_total=times.total,
-            seconds_in_cells=in_cells,
-            seconds_outside=times.outside,
-        )
+    footer = Footer(
+        run=run_id,
+        ended=store.now(),
+        how=how,
+        counts=dict(Counter(record.status.value for record in run.latest().values())),
+        missing=run.missing(),
+        kept=len(run.latest().keys() - made),
+        seconds_total=times.total,
+        seconds_in_cells=in_cells,
+        seconds_outside=times.outside,
     )
+    folder.close(footer)
+    return footer
 
 
-def _report(folder: store.RunFolder, *, interrupted: bool) -> Exit:
+def _report(folder: store.RunFolder, *, interrupted: bool, strict: bool) -> Exit:
     run = store.read_run(folder.path)
     page = folder.path / "report.html"
     try:
@@ -253,4 +314,4 @@ def _report(folder: store.RunFolder, *, interrupted: bool) -> Exit:
             mend=f"`peft-harness report {folder.path}` tries again",
         ) from error
     print(f"report: {page}")
-    return Exit.INFRASTRUCTURE if interrupted else verdict.judge(run).exit
+    return Exit.INFRASTRUCTURE if interrupted else verdict.judge(run, strict=strict).exit

@@ -36,9 +36,12 @@ _LOUD_LINES = 40
 def main(argv: list[str]) -> int:
     """Run the worker; the exit code only says whether a Record was written."""
     events, watched = int(argv[1]), int(argv[2])
+    # An end that was asked for is the runner's to handle; it kills the whole group. A batch system tells every process of
+    # a job, and a worker that went first would leave a `lost` Record behind.
+    for asked in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(asked, signal.SIG_IGN)
     lifeline.hold(watched, events)
     work = Work.model_validate_json(sys.stdin.buffer.read())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the runner's to handle; it kills the whole group
 
     def emit(event: str, **facts: Any) -> None:
         os.write(events, json.dumps({"event": event, **facts}).encode() + b"\n")
@@ -93,7 +96,7 @@ def attempt(work: Work, emit: Any) -> Record:
         because=because,
         cell=work.cell,
         provider=provider,
-        environment=environment.describe(threads, versions),
+        environment=environment.describe(threads, {**versions, "variables": environment.thread_variables()}),
         device=work.device,
         assets=work.assets,
         started=started,

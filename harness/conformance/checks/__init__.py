@@ -1,0 +1,28 @@
+"""The checks: each names one property that an implementation can violate, and returns numbers.
+
+A check is a function `check_<name>(subject, case) -> CheckResult` in one of these files; `peft-harness explain <name>`
+prints its docstring. Every check leaves the subject as it found it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from harness.records import CheckResult
+
+Check = Callable[[Any, Any], CheckResult]
+
+
+@cache
+def every() -> dict[str, Check]:
+    """Map names to checks, file by file."""
+    found = {}
+    for module in pkgutil.iter_modules(__path__):
+        for name, function in vars(importlib.import_module(f"{__name__}.{module.name}")).items():
+            if name.startswith("check_"):
+                found[name.removeprefix("check_")] = function
+    return found

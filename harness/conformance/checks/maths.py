@@ -1,0 +1,216 @@
+"""Whether a layer, and the model, compute what the reference computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from harness.conformance import whole_model
+from harness.conformance.case import Case
+from harness.conformance.drawn import cast, inputs, takes_rows
+from harness.conformance.observe import observe
+from harness.conformance.results import at, judged, listed, skipped
+from harness.conformance.subject import DTYPES, LARGEST_COPY, Subject
+from harness.conformance.tolerance import Judgement, exact, noise_floor, rows_within, worst_of
+from harness.records import CheckResult
+from harness.tolerances import DROPOUT_SIGMAS
+
+
+def check_identity(subject: Subject, case: Case) -> CheckResult:
+    """At its start the adapted model computes what the base model computes.
+
+    To the last bit where the update is exactly zero (LoRA: B = 0); within the noise floor where the start only cancels
+    in exact arithmetic (PiSSA: residual + s B A = W).
+    """
+    if case.inputs is None or case.base_output is None:
+        return skipped(subject, case, "identity", "no whole-model input in this case")
+    mine = {"logits": case.inputs()}
+    if case.identity == "exact":
+        return judged(subject, case, "identity", exact(mine, {"logits": case.base_output}))
+    if subject.original.model is None or case.forward is None:
+        return skipped(subject, case, "identity", "the model was too large to be copied before attaching")
+    with torch.no_grad():
+        truth, rounded = (
+            {"logits": case.forward(whole_model.reference(subject, dtype)[0].eval())}
+            for dtype in ("float64", subject.dtype)
+        )
+        # The reference's own distance from the base model at its start is part of what a start in this dtype loses.
+        rounded["logits"] = rounded["logits"].double() + (truth["logits"] - case.base_output.double())
+    return judged(subject, case, "identity", noise_floor(mine, truth, rounded, subject.dtype, case.factor("identity")))
+
+
+def check_forward(subject: Subject, case: Case) -> CheckResult:
+    """The output of every adapted layer is the reference's, on the layer's own weights and a random input."""
+    return judged(subject, case, "forward", _compare(subject, case, "forward", lambda name: name == "y"))
+
+
+def check_gradient(subject: Subject, case: Case) -> CheckResult:
+    """The gradients of every adapted layer, of its input and of each of its trainable tensors, are the reference's."""
+    return judged(subject, case, "gradient", _compare(subject, case, "gradient", lambda name: name != "y"))
+
+
+def check_strides(subject: Subject, case: Case) -> CheckResult:
+    """Output and gradients are the reference's also for an input that is a transposed view, a gradient that is one row
+    expanded (as `y.sum(0)` sends it), and an input of no tokens at all.
+    """
+    found = []
+    for index, (path, layer) in enumerate(subject.adapted.layers.items()):
+        base = subject.original_base(path)
+        if not takes_rows(base):
+            continue
+        x, dy = inputs(base, case.tokens, DTYPES[subject.dtype], case.generator(index))
+        x, dy = x.T.contiguous().T, dy[:1].expand(dy.shape)
+        for rows in (slice(None), slice(0, 0)):
+            runs = _three(subject, path, layer, x[rows], dy[rows])
+            found.append(at(path, noise_floor(*runs, subject.dtype, case.factor("strides"))))
+    if not found:
+        return skipped(subject, case, "strides", "the layers do not map rows to rows")
+    return judged(subject, case, "strides", worst_of(found, found[0].policy))
+
+
+def check_dropout(subject: Subject, case: Case) -> CheckResult:
+    """In training mode each feature of the adapter's input is dropped with probability p, or scaled by 1/(1-p); the base
+    sees all of it. In eval mode nothing is dropped.
+
+    Every token has one feature only, so its output must be one of two: the reference's with that feature kept, or with it
+    dropped. How many are dropped is judged by the binomial distribution. No random numbers need agree.
+    """
+    p = getattr(subject.config, "dropout", 0.0)
+    if not p:
+        return skipped(subject, case, "dropout", "the config drops nothing")
+    odd: list[str] = []
+    dropped = total = 0
+    for index, (path, layer) in enumerate(subject.adapted.layers.items()):
+        base = subject.original_base(path)
+        if not takes_rows(base):
+            continue
+        x, dy = inputs(base, max(case.tokens, 64), DTYPES[subject.dtype], case.generator(index))
+        only = torch.zeros_like(x)
+        where = torch.randint(0, x.shape[-1], (len(x),), generator=case.generator(index + 1)).to(x.device)
+        only[torch.arange(len(x)), where] = 1 + x.abs().amax(-1)
+        mine = observe(layer, {}, only, dy, training=True)["y"]
+        is_kept, is_dropped = (
+            rows_within(
+                mine,
+                _with_mask(subject, path, "float64", only, factor),
+                _with_mask(subject, path, subject.dtype, only, factor),
+                subject.dtype,
+            )
+            for factor in (1 / (1 - p), 0.0)
+        )
+        if neither := int((~(is_kept | is_dropped)).sum()):
+            odd.append(f"{path}: {neither} of {len(x)} outputs are those of neither a kept nor a dropped feature")
+        total += int((is_kept ^ is_dropped).sum())
+        dropped += int((is_dropped & ~is_kept).sum())
+        again = noise_floor(*_three(subject, path, layer, x, dy), subject.dtype, case.factor("forward"))
+        if not again.passed:
+            odd.append(f"{path}: in eval mode {again.tensor} is off by {again.error} of {again.allowed}")
+    spread = DROPOUT_SIGMAS * (total * p * (1 - p)) ** 0.5
+    if not total:
+        return skipped(subject, case, "dropout", "at this state the adapter adds nothing")
+    if not odd and abs(dropped - p * total) > spread + 1:
+        odd.append(f"{dropped} of {total} features were dropped, should be {p * total:.0f} +- {spread:.0f}")
+    return listed(subject, case, "dropout", odd, f"{dropped} of {total} features dropped at p = {p:g}")
+
+
+def check_step(subject: Subject, case: Case) -> CheckResult:
+    """One optimizer step from an identical state moves every trainable tensor as the reference moves it.
+
+    The optimizer is the Method's own, or AdamW with weight decay.
+    """
+    found = []
+    for index, path in enumerate(subject.adapted.layers):
+        x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
+        runs = [(subject.adapted.layers[path], subject.tensors_of(path), subject.adapted, subject.dtype)]
+        for dtype in ("float64", subject.dtype):
+            twin = subject.reference(path, dtype)
+            runs.append((twin.layer, twin.tensors, twin.adapted, dtype))
+        moved = []
+        for layer, tensors, adapted, dtype in runs:
+            before = {n: t.detach().clone() for n, t in tensors.items()}
+            gradients = observe(layer, tensors, cast(x, dtype), dy.to(DTYPES[dtype]))
+            for name, tensor in tensors.items():
+                tensor.grad = gradients.get(f"grad {name}")
+            if before:
+                # The usual eps of 1e-8 is zero in float16, and the step of a zero gradient then 0/0.
+                optimizer = adapted.optimizer(1e-2, 0.1) or torch.optim.AdamW(
+                    list(tensors.values()), lr=1e-2, weight_decay=0.1, eps=1e-4
+                )
+                optimizer.step()
+            moved.append({n: t.detach().clone() for n, t in tensors.items()})
+            with torch.no_grad():
+                for name, tensor in tensors.items():
+                    tensor.copy_(before[name])
+                    tensor.grad = None
+        mine, truth, rounded = moved
+        if truth:
+            found.append(at(path, noise_floor(mine, truth, rounded, subject.dtype, case.factor("step"))))
+    if not found:
+        return skipped(subject, case, "step", "nothing trains")
+    return judged(subject, case, "step", worst_of(found, found[0].policy))
+
+
+def check_model(subject: Subject, case: Case) -> CheckResult:
+    """The whole model gives the logits, and every trainable tensor the gradient, of a float64 copy of the model of before
+    attaching that carries the reference's layers.
+    """
+    if case.forward is None:
+        return skipped(subject, case, "model", "no whole-model input in this case")
+    if subject.dtype == "float64":
+        return skipped(subject, case, "model", "some models round to float32 inside, whatever their dtype")
+    if subject.original.model is None:
+        return skipped(subject, case, "model", f"a float64 copy is made up to {LARGEST_COPY:,} parameters")
+    mine = whole_model.observe(subject.model, subject.adapted.tensors(), subject, case.forward)
+    truth = whole_model.observe(*whole_model.reference(subject, "float64"), subject, case.forward)
+    rounded = whole_model.observe(*whole_model.reference(subject, subject.dtype), subject, case.forward)
+    return judged(subject, case, "model", noise_floor(mine, truth, rounded, subject.dtype, case.factor("model")))
+
+
+def _compare(subject: Subject, case: Case, check: str, wanted: Callable[[str], bool]) -> Judgement:
+    found = []
+    for index, (path, layer) in enumerate(subject.adapted.layers.items()):
+        base = subject.original_base(path)
+        x, dy = inputs(base, case.tokens, DTYPES[subject.dtype], case.generator(index))
+        if takes_rows(base) and len(x) % 2 == 0:
+            x, dy = (t.view(2, -1, t.shape[-1]) for t in (x, dy))  # a batch of sequences, as models send it
+        runs = _three(subject, path, layer, x, dy, training=subject.trains_plainly)
+        mine, truth, rounded = ({name: t for name, t in run.items() if wanted(name)} for run in runs)
+        if truth or mine:
+            found.append(at(path, noise_floor(mine, truth, rounded, subject.dtype, case.factor(check))))
+    return worst_of(found, found[0].policy if found else "noise-floor")
+
+
+def _three(
+    subject: Subject, path: str, layer: nn.Module, x: Tensor, dy: Tensor, *, training: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Observe the subject's layer, the reference in float64, and the reference in the subject's dtype."""
+    mine = observe(layer, subject.tensors_of(path), x, dy, training=training)
+    seen = []
+    for dtype in ("float64", subject.dtype):
+        twin = subject.reference(path, dtype)
+        seen.append(observe(twin.layer, twin.tensors, cast(x, dtype), dy.to(DTYPES[dtype])))
+    return mine, seen[0], seen[1]
+
+
+def _with_mask(subject: Subject, path: str, dtype: str, x: Tensor, factor: float) -> Tensor:
+    """Return the reference's output in training mode with `factor` in the place of its dropout."""
+    layer = subject.reference(path, dtype).layer.train()
+    for name, child in list(layer.named_modules()):
+        if isinstance(child, nn.Dropout):
+            parent, _, last = name.rpartition(".")
+            setattr(layer.get_submodule(parent), last, _Times(factor))
+    with torch.no_grad():
+        return layer(cast(x, dtype))  # type: ignore[no-any-return]
+
+
+class _Times(nn.Module):
+    """Multiply by a number: dropout of which the mask is known."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.p, self.factor = float(factor == 0), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor

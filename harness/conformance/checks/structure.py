@@ -1,0 +1,126 @@
+"""What sits where, what trains, and what must not change."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from harness.conformance.case import Case
+from harness.conformance.drawn import inputs
+from harness.conformance.observe import observe
+from harness.conformance.results import at, judged, listed, skipped
+from harness.conformance.subject import DTYPES, Subject, initial_tensors
+from harness.conformance.tolerance import exact, worst_of
+from harness.records import CheckResult
+
+
+def check_layers(subject: Subject, case: Case) -> CheckResult:
+    """The adapter sits on exactly the layers that the config's targets name, and nothing else of the model trains.
+
+    Sits means: the model runs, at that path, the very layer that the implementation says it adapted.
+    """
+    wanted, have = set(subject.bases), set(subject.adapted.layers)
+    trains = {id(t) for t in subject.adapted.tensors().values()}
+    stray = [n for n, p in subject.model.named_parameters() if p.requires_grad and id(p) not in trains]
+    idle = [n for n, t in subject.adapted.tensors().items() if not t.requires_grad]
+    runs = dict(subject.model.named_modules())
+    odd = [
+        *(f"{path} is not adapted" for path in sorted(wanted - have)),
+        *(f"{p} of the model is another layer" for p in sorted(have) if runs.get(p) is not subject.adapted.layers[p]),
+        *(f"{path} should not be adapted" for path in sorted(have - wanted)),
+        *(f"{name} trains but is not the adapter's" for name in stray),
+        *(f"{name} does not train" for name in idle),
+    ]
+    return listed(subject, case, "layers", odd, f"{len(have)} layers")
+
+
+def check_parameters(subject: Subject, case: Case) -> CheckResult:
+    """The trainable tensors have the reference's names and shapes, and `parameters()` lists them and nothing else."""
+    bases = {path: subject.original_base(path) for path in subject.bases}
+    reference = initial_tensors(subject.method, bases, subject.config, case.generator())
+    want = {n: tuple(t.shape) for n, t in reference.items()}
+    have = {n: tuple(t.shape) for n, t in subject.added().items()}
+    named = {id(t) for t in subject.adapted.tensors().values()}
+    counted = [id(p) for p in subject.adapted.parameters()]
+    odd = [
+        f"{n}: {have.get(n, 'absent')}, should be {want.get(n, 'absent')}"
+        for n in sorted(want.keys() | have.keys())
+        if want.get(n) != have.get(n)
+    ]
+    if set(counted) != named or len(counted) != len(named):
+        odd.append(
+            f"parameters() lists {len(counted)} tensors, tensors() names {len(named)}, and they are not the same"
+        )
+    total = sum(t.numel() for t in subject.added().values())
+    return listed(subject, case, "parameters", odd, f"{total:,} scalars")
+
+
+def check_base(subject: Subject, case: Case) -> CheckResult:
+    """Attaching changed no weight of the model: every parameter and buffer of before is there, bit for bit."""
+    if subject.original.model is None:
+        return skipped(subject, case, "base", "the model was too large to be copied before attaching")
+    original = subject.original.model
+    before: dict[str, Tensor] = {**dict(original.named_parameters()), **dict(original.named_buffers())}
+    # Parameters by identity: an adapter may move them to other names. Buffers of the adapted layers likewise.
+    now: dict[str, Tensor] = dict(zip(dict(original.named_parameters()), subject.own, strict=True))
+    for path, base in subject.bases.items():
+        now |= {f"{path}.{name}": buffer for name, buffer in base.named_buffers()}
+    buffers = dict(subject.model.named_buffers())
+    now = {n: now[n] if n in now else buffers[n] for n in before if n in now or n in buffers}
+    missing = [f"{name} is gone" for name in before if name not in now]
+    if missing:
+        return listed(subject, case, "base", missing)
+    return judged(subject, case, "base", exact({n: now[n].detach() for n in before}, before))
+
+
+def check_inputs(subject: Subject, case: Case) -> CheckResult:
+    """Forward and backward change neither the input nor the incoming gradient nor any weight, also not the base's."""
+    found = []
+    for index, (path, layer) in enumerate(subject.adapted.layers.items()):
+        x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
+        held = {"x": x, "dy": dy} | {f"weight {n}": t for n, t in layer.state_dict().items() if torch.is_tensor(t)}
+        before = {name: t.detach().clone() for name, t in held.items()}
+        leaf = x.requires_grad_(True) if x.is_floating_point() else x
+        y = layer(leaf)
+        if y.requires_grad and y.shape == dy.shape:  # otherwise forward and gradient say so
+            y.backward(dy)
+        for tensor in subject.tensors_of(path).values():
+            tensor.grad = None
+        found.append(at(path, exact({n: t.detach() for n, t in held.items()}, before)))
+    return judged(subject, case, "inputs", worst_of(found, "exact"))
+
+
+def check_deterministic(subject: Subject, case: Case) -> CheckResult:
+    """Two runs on the same input give the same output and gradients, to the last bit."""
+    found = []
+    for index, (path, layer) in enumerate(subject.adapted.layers.items()):
+        x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
+        first = observe(layer, subject.tensors_of(path), x, dy)
+        found.append(at(path, exact(observe(layer, subject.tensors_of(path), x, dy), first)))
+    return judged(subject, case, "deterministic", worst_of(found, "exact"))
+
+
+def check_poison(subject: Subject, case: Case) -> CheckResult:
+    """No result holds memory that was never written: with every fresh buffer filled with NaN, none of it shows.
+
+    Uses torch's own switch for it (`torch.utils.deterministic.fill_uninitialized_memory`).
+    """
+    odd: list[str] = []
+    for index, (path, layer) in enumerate(subject.adapted.layers.items()):
+        x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
+        tensors = subject.tensors_of(path)
+        clean = observe(layer, tensors, x, dy)
+        was, warned = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+        filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+        try:
+            poisoned = observe(layer, tensors, x, dy)
+        finally:
+            torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+            torch.use_deterministic_algorithms(was, warn_only=warned)
+        odd += [f"{path}: {n} holds NaN" for n in clean if bool(poisoned[n].isnan().any() & ~clean[n].isnan().any())]
+    return listed(subject, case, "poison", odd)

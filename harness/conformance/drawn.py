@@ -1,0 +1,54 @@
+"""Inputs and incoming gradients for one layer, whatever its kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.conformance.subject import DTYPES
+
+SIDE = 7
+"""Height and width of the images that a convolution gets."""
+
+
+def inputs(base: nn.Module, tokens: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return x and dy for `base`, drawn in float64 so that every dtype sees the same numbers.
+
+    Linear: (T, D) and (T, E). Embedding: token numbers (T,) and (T, dim). Conv2d: `tokens` images (N, C, H, W).
+    """
+    layer: Any = base
+    if isinstance(base, nn.Embedding):
+        x = torch.randint(0, layer.num_embeddings, (tokens,), generator=generator)
+        dy = torch.randn(tokens, layer.embedding_dim, generator=generator, dtype=torch.float64)
+        return x.to(layer.weight.device), dy.to(layer.weight.device, dtype)
+    if isinstance(base, nn.Conv2d):
+        x = torch.randn(tokens, layer.in_channels, SIDE, SIDE, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            shape = base(x[:1].to(layer.weight.device, layer.weight.dtype)).shape
+        dy = torch.randn(tokens, *shape[1:], generator=generator, dtype=torch.float64)
+    else:
+        D, E = features(base)
+        x = torch.randn(tokens, D, generator=generator, dtype=torch.float64)
+        dy = torch.randn(tokens, E, generator=generator, dtype=torch.float64)
+    device = next(base.parameters()).device
+    return x.to(device, dtype), dy.to(device, dtype)
+
+
+def cast(x: Tensor, dtype: str) -> Tensor:
+    """Return x in `dtype`; token numbers stay what they are."""
+    return x.to(DTYPES[dtype]) if x.is_floating_point() else x
+
+
+def features(base: nn.Module) -> tuple[int, int]:
+    """Return (D, E) of a linear layer; transformers' Conv1D keeps its weight the other way round."""
+    layer: Any = base
+    if isinstance(base, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.weight.shape[0], layer.weight.shape[1]
+
+
+def takes_rows(base: nn.Module) -> bool:
+    """Whether the layer maps rows of features to rows of features, whatever the leading dimensions."""
+    return not isinstance(base, nn.Embedding | nn.Conv2d)

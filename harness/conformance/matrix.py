@@ -1,0 +1,148 @@
+"""An implementation taken through the parity suite of its Method or Operation, case by case, in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from harness.conformance import checks, operations, suite
+from harness.conformance.case import Case
+from harness.conformance.parity_model import TARGETS, ParityModel, whole
+from harness.conformance.subject import DTYPES, Original, Subject, configure, linear_layers, warm
+from harness.conformance.tried import Tried
+from harness.records import CheckResult, Outcome
+from harness.registry import Implementation
+
+SEED = 20
+_AT_INIT_ONLY = ("base", "identity", "initial", "detach")
+
+
+def run(
+    implementation: Implementation,
+    *,
+    full: bool = False,
+    dtypes: tuple[str, ...] = (),
+    begin: Callable[[str], None] | None = None,
+) -> Iterator[Tried]:
+    """Yield every check of every case; dtypes: only these, if any are given; begin: is told of each case before it.
+
+    An exception inside a check or inside the implementation is a failure of that check or of `attach`; a
+    NotImplementedError of the implementation means that it does not offer the case.
+    """
+    cases = _operation(implementation) if implementation.kind == "operation" else _method(implementation, full)
+    for words, dtype, tries in cases:
+        if dtype not in implementation.dtypes or (dtypes and dtype not in dtypes):
+            continue
+        if begin is not None:
+            begin(f"{words} {dtype}")
+        for result in tries():
+            yield Tried(
+                implementation=implementation.name,
+                kind="operation" if implementation.kind == "operation" else "method",
+                target=implementation.target,
+                dtype=dtype,
+                case=words,
+                result=result,
+            )
+
+
+Tries = Callable[[], Iterator[CheckResult]]
+
+
+def _method(implementation: Implementation, full: bool) -> Iterator[tuple[str, str, Tries]]:
+    plan = suite.load(implementation.target)
+    for case in plan.cases(full):
+
+        def tries(case: suite.MethodCase = case) -> Iterator[CheckResult]:
+            yield from _one_case(implementation, plan, case)
+
+        yield str(case), case.dtype, tries
+
+
+def _one_case(implementation: Implementation, plan: suite.ParitySuite, of: suite.MethodCase) -> Iterator[CheckResult]:
+    try:
+        subject, case = attach(implementation, plan, of)
+    except NotImplementedError as error:
+        yield _attach_result(plan.method, of.dtype, Outcome.SKIPPED, f"unsupported: {error}")
+        return
+    except Exception as error:  # noqa: BLE001  # somebody else's code: whatever it raises is a finding about it
+        yield _attach_result(plan.method, of.dtype, Outcome.FAIL, _raised(error))
+        return
+    for state in plan.states:
+        at = dataclasses.replace(case, state=state)
+        if state == "warm":
+            warm(subject.added(), at.generator(salt=1))
+        for name in plan.checks:
+            if state == "init" or name not in _AT_INIT_ONLY:
+                yield tried(name, subject, at, f"{plan.method}/{name}/{of.dtype}/{state}")
+
+
+def attach(implementation: Implementation, plan: suite.ParitySuite, of: suite.MethodCase) -> tuple[Subject, Case]:
+    """Attach an implementation to a fresh parity model; return it and the case around it."""
+    method = plan.method
+
+    def fresh(**changed: Any) -> Subject:
+        model = ParityModel(of.kind, of.shape, DTYPES[of.dtype], SEED).eval()
+        settled = configure(method, of.config | changed)
+        if hasattr(settled, "targets"):
+            settled = dataclasses.replace(settled, targets=TARGETS)
+        bases = _adaptable(model, settled)
+        original, own = Original.of(model), list(model.parameters())
+        adapted = implementation(model, settled, torch.Generator().manual_seed(SEED))
+        return Subject(method, settled, of.dtype, model, adapted, bases, own, original)
+
+    subject = fresh()
+    untouched: Any = subject.original.model
+    run_model, forward = whole(subject.model)  # type: ignore[arg-type]
+    case = Case(
+        "init", tokens=of.shape.tokens, seed=SEED, inputs=run_model, base_output=whole(untouched)[0](),
+        forward=forward, fresh=fresh, identity=plan.identity, factors=plan.factors(),
+    )  # fmt: skip
+    return subject, case
+
+
+def _adaptable(model: ParityModel, config: Any) -> dict[str, Any]:
+    if hasattr(config, "targets"):
+        return {name: model.get_submodule(name) for name in TARGETS}
+    return linear_layers(model, config)
+
+
+def _operation(implementation: Implementation) -> Iterator[tuple[str, str, Tries]]:
+    plan = suite.load_operation(implementation.target)
+    operation = operations.every()[implementation.target]
+    for values in plan.cases:
+        for dtype in plan.dtypes:
+
+            def tries(values: dict[str, Any] = values, dtype: str = dtype) -> Iterator[CheckResult]:
+                arguments = operation.arguments(DTYPES[dtype], torch.Generator().manual_seed(SEED), **values)
+                subject = operations.OperationSubject(operation, implementation, dtype, arguments)
+                case = Case("call", seed=SEED, factors=plan.factors())
+                for name in plan.checks:
+                    yield tried(name, subject, case, f"{operation.name}/{name}/{dtype}/call")
+
+            yield " ".join(f"{k}={v}" for k, v in values.items()), dtype, tries
+
+
+def tried(name: str, subject: Any, case: Case, identifier: str) -> CheckResult:
+    """Try one check; an exception in it is a failure that says what was raised and where."""
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(SEED)
+            return checks.every()[name](subject, case)
+    except NotImplementedError as error:
+        return CheckResult(check=identifier, outcome=Outcome.SKIPPED, detail=f"unsupported: {error}")
+    except Exception as error:  # noqa: BLE001  # somebody else's code: whatever it raises is a finding about it
+        return CheckResult(check=identifier, outcome=Outcome.FAIL, detail=_raised(error))
+
+
+def _attach_result(method: str, dtype: str, outcome: Outcome, detail: str) -> CheckResult:
+    return CheckResult(check=f"{method}/attach/{dtype}/init", outcome=outcome, detail=detail)
+
+
+def _raised(error: BaseException) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"raised {type(error).__name__}: {error} ({last.filename.rpartition('/')[2]}:{last.lineno})"

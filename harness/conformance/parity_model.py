@@ -1,0 +1,79 @@
+"""The small model that `check` attaches to: two layers to adapt, one to leave alone, none as wide as it is high."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.conformance.drawn import SIDE
+from harness.conformance.suite import Kind, Shape
+
+TARGETS = ("first", "second")
+
+
+class ParityModel(nn.Module):
+    """`first` (D to E, with bias), `other` (E to E, never adapted), `second` (E to D, without bias where there is a choice).
+
+    Weights are normal with standard deviation 1/sqrt(in), drawn in float64.
+    """
+
+    def __init__(self, kind: Kind, shape: Shape, dtype: torch.dtype, seed: int) -> None:
+        super().__init__()
+        self.kind, D, E = kind, shape.inputs, shape.outputs
+        self.first, self.other, self.second = _layers(kind, D, E)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            fan_in = D if kind == "embedding" else max(1, parameter.numel() // max(parameter.shape[0], 1))
+            parameter.data = (drawn * fan_in**-0.5).to(dtype)
+        self.x = _input(kind, D, generator, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x through the three layers."""
+        if self.kind == "embedding":
+            return self.other(self.first(x) + self.second(x))  # type: ignore[no-any-return]
+        return self.second(torch.tanh(self.other(torch.tanh(self.first(x)))))  # type: ignore[no-any-return]
+
+
+def _layers(kind: Kind, D: int, E: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+    if kind == "linear":
+        return nn.Linear(D, E), nn.Linear(E, E), nn.Linear(E, D, bias=False)
+    if kind == "embedding":
+        return nn.Embedding(D, E), nn.Linear(E, E), nn.Embedding(D, E)
+    if kind == "conv2d":
+        return nn.Conv2d(D, E, 3, padding=1), nn.Conv2d(E, E, 1), nn.Conv2d(E, D, (3, 1), stride=2, bias=False)
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D(E, D), Conv1D(E, E), Conv1D(D, E)
+
+
+def _input(kind: Kind, D: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    if kind == "embedding":
+        return torch.randint(0, D, (2, 5), generator=generator)
+    shape = (2, D, SIDE, SIDE) if kind == "conv2d" else (2, 5, D)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def whole(model: ParityModel) -> tuple[Callable[[], Tensor], Callable[[Any], Tensor]]:
+    """Return (run, forward): run the model itself with nothing requiring a gradient; run a given one, differentiably."""
+
+    def forward(some: Any) -> Tensor:
+        x = model.x
+        return some(x.to(some.other.weight.dtype) if x.is_floating_point() else x)  # type: ignore[no-any-return]
+
+    def run() -> Tensor:
+        # torch picks another, differently rounded product where something requires a gradient, even in inference mode.
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        try:
+            with torch.inference_mode():
+                return forward(model.eval()).clone()
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+
+    return run, forward

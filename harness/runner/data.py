@@ -1,0 +1,113 @@
+"""A Cell's data: the batches it trains on, a few texts to probe it with, and what scores it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from harness.analysis.intervals import wilson
+from harness.assets import rows
+from harness.evaluation import classification
+from harness.records import Accuracy, Item
+from harness.runner.work import Work
+from harness.training import loop
+from harness.training import model as models
+from harness.training.batches import Example, answer_examples, classification_examples, collate, order
+
+_PROBED = 8
+
+Emit = Callable[..., None]
+
+
+class CellData:
+    """The Cell's batches and its scorer, from its task."""
+
+    def __init__(self, work: Work, loaded: models.Loaded, emit: Emit) -> None:
+        cell, task = work.cell, work.task
+        device = torch.device(work.device)
+        everything = rows.read(work.data.source, Path(work.data.path))
+        train_rows, test_rows = rows.split(everything, task.test, task.shuffle_seed)
+        test_rows = test_rows[: cell.evaluation.items]
+        wanted, batch = cell.training.steps, cell.training.batch
+        tokenizer, limit = loaded.tokenizer, cell.training.max_tokens
+        self.pad = int(tokenizer.pad_token_id)
+        self._cell = cell
+        self._progress = lambda done, of: emit("items", done=done, of=of)
+        if work.model.source.kind == "encoder":
+            loaded.model.config.pad_token_id = self.pad
+
+            def tokenise(some: Sequence[rows.Row]) -> list[Example]:
+                return classification_examples(some, tokenizer, limit)
+
+            self._test = tokenise(test_rows)
+            self._lm_task = None
+            side, probe = "right", self._test[:_PROBED]
+        else:
+            from harness.evaluation.likelihood import CausalScorer
+            from harness.evaluation.lm_eval_task import LmEvalTask
+
+            self._lm_task = make = LmEvalTask(task.spec, test_rows)
+            self._scorer = CausalScorer(loaded.model, tokenizer, cell.evaluation.batch, limit, self._progress)
+            encode = self._scorer.encode_pair
+
+            def tokenise(some: Sequence[rows.Row]) -> list[Example]:
+                return answer_examples(some, make.prompt, make.answers, encode, limit)
+
+            side, probe = "left", tokenise(test_rows[:_PROBED])
+        chosen = order(_Tokenised(train_rows, tokenise), wanted, batch, cell.seed) if wanted else []
+        ids = [[example.id for example in group] for group in chosen]
+        self.order_sha256 = hashlib.sha256(json.dumps(ids, separators=(",", ":")).encode()).hexdigest()
+        self.batches = [collate(group, self.pad, side).to(device) for group in chosen]
+        self.probe = collate(probe, self.pad, side).to(device)
+
+    def logits(self, model: Any) -> Tensor:
+        """Return the logits of a few test texts, differentiably; of a causal model only the last position's."""
+        if any(self.probe.answers):
+            return loop.last_logits(model, self.probe.inputs, 1)
+        return model(**self.probe.inputs).logits  # type: ignore[no-any-return]
+
+    def evaluate(self, model: Any) -> Accuracy:
+        """Score the test items."""
+        if self._lm_task is None:
+            scored_by = "harness"
+            items = classification.score(model, self._test, self.pad, self._cell.evaluation.batch, self._progress)
+        else:
+            scored_by, items = self._lm_task.scored_by, self._lm_task.score(self._scorer)
+        right = sum(item.correct for item in items)
+        low, high = wilson(right, len(items))
+        return Accuracy(
+            metric="accuracy", scored_by=scored_by, value=right / len(items), low=low, high=high,
+            interval="Wilson 95 %", items=_listed(items),
+        )  # fmt: skip
+
+
+class _Tokenised(Sequence[Example]):
+    """Rows as examples, each tokenised when it is first looked at: a short training sees few of them."""
+
+    def __init__(self, texts: Sequence[rows.Row], tokenise: Callable[[Sequence[rows.Row]], list[Example]]) -> None:
+        self._texts, self._tokenise = texts, tokenise
+        self._known: dict[int, Example] = {}
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if index not in self._known:
+            (self._known[index],) = self._tokenise([self._texts[index]])
+        return self._known[index]
+
+
+def _listed(items: list[Item]) -> list[Item]:
+    return sorted(items, key=lambda item: item.id)
