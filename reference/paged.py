@@ -1,0 +1,156 @@
+"""Paged optimizers. Dettmers et al., QLoRA, NeurIPS 2023, arXiv:2305.14314, section 3. An Operation, not a Method.
+
+The states of an optimizer live in memory that the accelerator and the host share: when the accelerator runs short they
+are moved to the host, and for their own update they are moved back. What moves is bytes; no value changes.
+
+Here the paging is written out. A page is all the large states of one parameter. A number of bytes on the device is theirs;
+where they do not fit, those used least recently go to the host.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SOURCE = "arXiv:2305.14314v1, section 3 (Paged Optimizers); bitsandbytes, whose least size is what is in use"
+DEVIATIONS = (
+    (
+        "what is paged",
+        "the optimizer states",
+        "each state tensor of at least 100,000 elements; smaller ones stay on the device and count for nothing",
+        "bitsandbytes' rule, by the elements of the parameter; so the states of a LoRA matrix of 4096 x 24 are not paged",
+    ),
+    (
+        "who moves it",
+        "NVIDIA's unified memory, page by page, when the accelerator runs out",
+        "this program, parameter by parameter, when a given number of bytes is passed",
+        "the driver's choice is neither documented nor repeatable; the moves are counted here",
+    ),
+    (
+        "prefetch",
+        "silent",
+        "a parameter's states are brought in just before its update, none ahead of time",
+        "bitsandbytes asks for them just before the update too, and waits once, after the last",
+    ),
+    (
+        "on the CPU",
+        "silent",
+        "the same moves, from one buffer to another, so that they can be tested",
+        "bitsandbytes pages nothing there and warns",
+    ),
+)
+
+MIN_PAGED_ELEMENTS = 100_000
+
+
+def is_paged(numel: int) -> bool:
+    """Return whether a state of so many elements is paged."""
+    return numel >= MIN_PAGED_ELEMENTS
+
+
+def to_host(state: Tensor) -> Tensor:
+    """Return a copy of `state` on the host, pinned if it comes from CUDA; the original may be freed."""
+    page = torch.empty(state.shape, dtype=state.dtype, device="cpu", pin_memory=state.is_cuda)
+    return page.copy_(state)
+
+
+def to_device(page: Tensor, device: torch.device) -> Tensor:
+    """Return a copy of `page` on `device`."""
+    return torch.empty(page.shape, dtype=page.dtype, device=device).copy_(page)
+
+
+class Paged(torch.optim.Optimizer):
+    """Any optimizer that keeps its state per parameter, with its large states paged; takes the very same steps.
+
+    inner: the optimizer; its groups and its state are this one's too, and a learning rate schedule belongs on this one.
+    Its hooks run once per parameter. An optimizer that keeps anything in its groups, or that looks at several parameters
+    at once (LBFGS), cannot be paged so.
+    budget: bytes of paged states that may be on the device. The states of the one parameter that is updated are there
+    whatever the budget; so at most max(budget, the largest parameter's states) are, once every state exists.
+
+    bytes_in, bytes_out: moved to the device, to the host, so far. resident, peak: bytes of paged states on the device, now
+    and at most.
+    """
+
+    def __init__(self, inner: torch.optim.Optimizer, budget: int) -> None:
+        if budget < 0:
+            raise ValueError(f"a budget is a number of bytes, got {budget}")
+        super().__init__(inner.param_groups, inner.defaults)
+        self.inner, self.budget = inner, budget
+        self.bytes_in = self.bytes_out = self.resident = self.peak = 0
+        self._on_device: OrderedDict[Tensor, int] = OrderedDict()  # bytes; used least recently first
+        self._share()
+
+    def step(self, closure: Any = None) -> Any:
+        """Take one step of every parameter that has a gradient, one after the other; return the loss of `closure`."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        try:
+            for group in self.param_groups:
+                for p in (p for p in group["params"] if p.grad is not None):
+                    self._bring_in(p)
+                    self.inner.param_groups = [{**group, "params": [p]}]
+                    self.inner.step()
+                    self._admit(p)
+                    self.make_room(self.budget)
+        finally:
+            self.inner.param_groups = self.param_groups
+        return loss
+
+    def make_room(self, budget: int) -> None:
+        """Move states to the host until at most `budget` bytes are on the device.
+
+        The paper's use: a long sequence's activations need the memory in the backward pass, and the states give way.
+        """
+        while self.resident > budget and self._on_device:
+            p, size = self._on_device.popitem(last=False)
+            for name in self._names(p):
+                self.state[p][name] = to_host(self.state[p][name])
+            self.resident -= size
+            self.bytes_out += size
+
+    def where(self) -> dict[Tensor, str]:
+        """Map every parameter that has paged states to the place they are in: `device` or `host`."""
+        return {p: "device" if p in self._on_device else "host" for p in self.state if self._names(p)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, of this or of the inner optimizer; states that do not fit go to the host."""
+        self.inner.load_state_dict(state_dict)
+        self._share()
+
+    def _share(self) -> None:
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+        self._on_device.clear()
+        self.resident = 0
+        for p in self.state:
+            self._admit(p)
+        self.make_room(self.budget)
+
+    def _names(self, p: Tensor) -> list[str]:
+        return [n for n, t in self.state[p].items() if isinstance(t, Tensor) and is_paged(t.numel())]
+
+    def _size(self, p: Tensor) -> int:
+        return sum(self.state[p][name].nbytes for name in self._names(p))
+
+    def _bring_in(self, p: Tensor) -> None:
+        if p in self._on_device or p not in self.state:
+            return
+        size = self._size(p)
+        self.make_room(max(0, self.budget - size))
+        for name in self._names(p):
+            self.state[p][name] = to_device(self.state[p][name], p.device)
+        self.bytes_in += size
+        self._admit(p)
+
+    def _admit(self, p: Tensor) -> None:
+        """Count the states of `p` as on the device and used last."""
+        size = self._size(p)
+        self.resident += size - self._on_device.pop(p, 0)
+        self.peak = max(self.peak, self.resident)
+        if size:
+            self._on_device[p] = size
