@@ -59,13 +59,14 @@ class Config:
     """VeRA's knobs.
 
     rank: r. targets: last parts of the module paths to adapt, or whole paths. dropout: probability that an input feature
-    of the adapter branch is dropped in training. projection_key: what A and B are made from. d_initial: the start of d.
+    of the adapter branch is dropped in training. projection_key: what A and B are made from; PyTorch's generator looks at
+    32 bits of it, so greater keys would repeat these. d_initial: the start of d.
     """
 
     rank: int = field(default=256, metadata={"least": 1, "most": 16384})
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     dropout: float = field(default=0.0, metadata={"least": 0.0, "most": 0.99})
-    projection_key: int = field(default=0, metadata={"least": 0, "most": 9223372036854775807})
+    projection_key: int = field(default=0, metadata={"least": 0, "most": 4294967295})
     d_initial: float = field(default=0.1, metadata={"least": -1e3, "most": 1e3})
 
 
@@ -73,9 +74,10 @@ def projections(key: int, rank: int, in_features: int, out_features: int) -> tup
     """Return the shared pair A (R, D), B (E, R), float32 on the CPU, with D and E those of the largest target.
 
     A checkpoint needs no more of them than these four numbers. The draw of B depends on the size of A, and both bounds on
-    D and R: slices of a larger pair are not the pair of a smaller size.
+    D and R: slices of a larger pair are not the pair of a smaller size. Neither the global generator nor the default dtype
+    or device has any say.
     """
-    generator = torch.Generator().manual_seed(key)
+    generator = torch.Generator("cpu").manual_seed(key)
 
     def kaiming(rows: int, fan_in: int) -> Tensor:
         # Multiplied in HF peft's order: sqrt(6 / fan_in) may round otherwise.

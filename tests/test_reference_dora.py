@@ -198,6 +198,11 @@ def test_rows_of_zeros(per: str, dtype: str, detach: bool) -> None:
         assert not layer.B.grad[4].any()
     with torch.no_grad():
         layer.m.fill_(1)
+    layer.B.grad = None
+    layer(x).square().sum().backward()
+    assert layer.m.grad[4] == 0
+    if per == "output":
+        assert not layer.B.grad[4].any()  # a row without a direction: the smallest subgradient
     zeroed = layer.merged().weight
     assert not (zeroed if per == "output" else zeroed.T)[4].any()  # whatever m is
     with torch.no_grad():
