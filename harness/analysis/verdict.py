@@ -84,7 +84,8 @@ def _judge_comparison(comparison: Comparison, run: Run, latest: dict[str, Record
     cells = {cell.cell_id: cell for cell in run.manifest.cells}
     unknown = [i for i in (*comparison.left, *comparison.right) if i not in cells]
     if unknown:
-        return Judgement(comparison, Verdict(Word.NOT_RUN, f"not a Cell of this run: {', '.join(unknown)}"))
+        left_out = f"{_cells(len(unknown))} that it asks about not in this run, e.g. for --only: {', '.join(unknown)}"
+        return Judgement(comparison, Verdict(Word.NOT_RUN, left_out))
     if comparison.kind == "same-losses":
         losses = trajectories.judge(comparison, cells, latest)
         return Judgement(comparison, losses.verdict, losses)
