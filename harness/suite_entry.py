@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import tasks
+from harness.assets import model_folder
 from harness.assets.table import Source, resolve
 from harness.errors import HarnessError, Problem, SuiteError
 from harness.methods import MethodInfo
@@ -210,8 +211,11 @@ class _EntryReader:
         if source.kind == "data":
             models = ", ".join(s.name for s in sources.values() if s.kind != "data")
             self.reading.problem(way, f"`{name}` is a data set, not a model", f"models: {models}")
-        elif source.scheme == "folder" and not Path(source.address).is_dir():
-            self.reading.problem(way, f"no folder {source.address}", "a local model is a folder with a config.json")
+        elif source.scheme == "folder":
+            try:
+                model_folder.check(Path(source.address), source)
+            except HarnessError as error:
+                self.reading.problem(way, f"{error.what} ({error.where})", error.mend)
 
     def _task(self, name: str, way: Way) -> None:
         reading, items = self.reading, self.keys.evaluation.items

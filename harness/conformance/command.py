@@ -94,11 +94,9 @@ def judge(asked: Asked) -> Report:
 def _asked_for(implementation: Implementation, asked: Asked) -> bool:
     if asked.implementations and implementation.name not in asked.implementations:
         return False
-    if implementation.kind == "base":
-        return False  # judged by the gate of the Cells that stand on it
     if not asked.methods and not asked.operations:
         return True
-    return implementation.target in (asked.methods if implementation.kind == "method" else asked.operations)
+    return implementation.target in (asked.operations if implementation.kind == "operation" else asked.methods)
 
 
 def _tasks(wanted: Sequence[Implementation], asked: Asked) -> tuple[list[isolated.Task], dict[str, str]]:
@@ -116,12 +114,13 @@ def _tasks(wanted: Sequence[Implementation], asked: Asked) -> tuple[list[isolate
 def _known_names(asked: Asked, registry: Registry) -> None:
     """Raise one UsageError that names every name nobody knows."""
     operations = sorted({i.target for i in registry.implementations if i.kind == "operation"})
+    bases = sorted({i.target for i in registry.implementations if i.kind == "base"})
     names = sorted({i.name for i in registry.implementations} | registry.broken.keys())
     odd = [
         f"{what} {name!r}: {near(name, there, 'there are')}"
         for what, given, there in (
             ("implementation", asked.implementations, names),
-            ("method", asked.methods, list(methods())),
+            ("method", asked.methods, [*methods(), *bases]),
             ("operation", asked.operations, operations),
             ("dtype", asked.dtypes, DTYPES),
         )

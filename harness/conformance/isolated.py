@@ -16,11 +16,12 @@ from typing import Any
 
 from harness.conformance.tried import Tried
 from harness.records import CheckResult, Outcome
+from harness.registry import Kind
 
 SILENCE = 120.0
 """Seconds without a single result after which an implementation is said to hang. A check takes milliseconds."""
 
-Target = tuple[str, str]
+Target = tuple[Kind, str]
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,9 @@ def _how(code: int) -> str:
 
 
 def _died(task: Task, at: Target, case: str, how: str) -> Tried:
-    kind, target = at
+    target = at[1]
     result = CheckResult(check=f"{target}/alive/-/-", outcome=Outcome.FAIL, detail=how)
     return Tried(
-        implementation=task.implementation, kind="operation" if kind == "operation" else "method", target=target,
+        implementation=task.implementation, kind=at[0], target=target,
         dtype="-", case=case or "start-up", result=result,
     )  # fmt: skip

@@ -12,7 +12,17 @@ import torch
 from harness.conformance import checks, operations, suite
 from harness.conformance.case import Case
 from harness.conformance.parity_model import TARGETS, ParityModel, whole
-from harness.conformance.subject import DTYPES, Original, Subject, configure, linear_layers, warm
+from harness.conformance.subject import (
+    DTYPES,
+    ExpectedCodes,
+    Original,
+    Packed,
+    Subject,
+    attach_reference,
+    configure,
+    linear_layers,
+    warm,
+)
 from harness.conformance.tried import Tried
 from harness.records import CheckResult, Outcome
 from harness.registry import Implementation
@@ -42,7 +52,7 @@ def run(
         for result in tries():
             yield Tried(
                 implementation=implementation.name,
-                kind="operation" if implementation.kind == "operation" else "method",
+                kind=implementation.kind,
                 target=implementation.target,
                 dtype=dtype,
                 case=words,
@@ -91,9 +101,20 @@ def attach(implementation: Implementation, plan: suite.ParitySuite, of: suite.Me
         if hasattr(settled, "targets"):
             settled = dataclasses.replace(settled, targets=TARGETS)
         bases = _adaptable(model, settled)
+        packed: dict[str, Packed] = {}
+        expected: dict[str, ExpectedCodes] = {}
+        if plan.base:
+            expected = {path: ExpectedCodes.of(layer) for path, layer in bases.items()}
+            forms = implementation(model, list(bases), DTYPES[of.dtype])
+            packed = {path: Packed(*form) for path, form in forms.items()}
+            bases = _adaptable(model, settled)
         original, own = Original.of(model), list(model.parameters())
-        adapted = implementation(model, settled, torch.Generator().manual_seed(SEED))
-        return Subject(method, settled, of.dtype, model, adapted, bases, own, original)
+        generator = torch.Generator().manual_seed(SEED)
+        if plan.base:
+            adapted = attach_reference(method, model, settled, None, generator)
+        else:
+            adapted = implementation(model, settled, generator)
+        return Subject(method, settled, of.dtype, model, adapted, bases, own, original, packed, expected)
 
     subject = fresh()
     untouched: Any = subject.original.model

@@ -46,10 +46,12 @@ class Looser(Frozen):
 class ParitySuite(Frozen):
     """The cases of one Method: every config x kind of layer x shape x dtype, and the checks in every state.
 
+    base: the quantisation of the base weights that is judged, under the reference's adapter; empty where the Method is.
     follows: whose reading of the paper the cases follow where they differ. identity: how near the start is to the base.
     """
 
     method: str
+    base: str = ""
     follows: str = "the paper"
     checks: list[str] = Field(min_length=1)
     identity: Literal["exact", "noise-floor"] = "exact"
@@ -112,13 +114,17 @@ def path_of(name: str) -> Path:
 
 
 def load(method: str) -> ParitySuite:
-    """Read a Method's parity suite. Raises UsageError if there is none, SuiteError with every mistake in it."""
+    """Read the parity suite of a Method, or of a quantisation of the base.
+
+    Raises UsageError if there is none, SuiteError with every mistake in it.
+    """
     document = _document(method)
     plan, problems = _validated(document, ParitySuite)
     if plan is None:
         raise SuiteError(problems)
-    if plan.method != method:
-        problems.append(Problem(document.where("method"), f"`method` is {plan.method!r}", f"the file is for {method}"))
+    if (plan.base or plan.method) != method:
+        what = "base" if plan.base else "method"
+        problems.append(Problem(document.where(what), f"`{what}` is not {method!r}", "it must be the file's own name"))
     problems += [*_of_checks(document, plan), *_of_configs(document, plan)]
     if problems:
         raise SuiteError(problems)

@@ -22,7 +22,7 @@ class Tried(Frozen):
     """One check of one case. case: config and shape in words; defect: the id of the known defect that explains a failure."""
 
     implementation: str
-    kind: Literal["method", "operation"]
+    kind: Literal["method", "operation", "base"]
     target: str
     dtype: str
     case: str
