@@ -120,6 +120,49 @@ def test_other_dtypes_are_read_as_float32(dtype: torch.dtype) -> None:
         assert torch.equal(have, want)
 
 
+def test_float64_beyond_float32_is_infinite_or_zero() -> None:
+    W = torch.tensor([1e300, 1.0, 1e-300], dtype=torch.float64)
+    assert nf4.quantize(W)[1].tolist() == [float("inf")]
+    codes, absmax = nf4.quantize(W[2:])
+    assert (codes.tolist(), absmax.tolist()) == ([7], [0.0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_block_that_is_not_finite_does_not_come_back_as_numbers(value: float) -> None:
+    W = draw(3, 64)
+    W[1, 5] = value
+    codes, absmax = nf4.quantize(W)
+    values = nf4.dequantize(codes, absmax).view(3, 64)
+    assert not bool(values[1].isfinite().any())
+    assert torch.equal(values[[0, 2]].flatten(), nf4.dequantize(*nf4.quantize(W[[0, 2]])))
+
+
+@pytest.mark.parametrize("scale", [1e-39, 1e-44, 3e38])
+def test_tiny_and_huge_blocks_are_nearest_too(scale: float) -> None:
+    W = draw(64).clamp(-1, 1) * scale
+    codes, absmax = nf4.quantize(W)
+    scaled = W.double() / absmax.double()
+    best = (scaled - LEVELS[:, None].double()).abs().argmin(0)
+    assert torch.equal(codes.long(), best)
+
+
+@pytest.mark.parametrize("block", [0, -64])
+def test_a_block_holds_something(block: int) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        nf4.quantize(draw(8), block)
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 10**6])
+def test_any_block_size_and_nothing_at_all(block: int) -> None:
+    W = draw(100)
+    codes, absmax = nf4.quantize(W, block)
+    pieces = [nf4.quantize(piece, block) for piece in W.split(block)]
+    assert torch.equal(codes, torch.cat([c for c, _ in pieces]))
+    assert torch.equal(absmax, torch.cat([a for _, a in pieces]))
+    codes, absmax = nf4.quantize(W[:0], block)
+    assert (codes.numel(), absmax.numel(), nf4.dequantize(codes, absmax, block).numel()) == (0, 0, 0)
+
+
 def test_quantising_twice_changes_nothing() -> None:
     W = draw(64, 64)
     codes, absmax = nf4.quantize(W)
