@@ -82,7 +82,14 @@ BAD_SUITES = {
     "unknown model": ("tiny-llama", "tiny-lama", 4, "no model or data set named 'tiny-lama'", "did you mean 'tiny"),
     "data for a model": ("tiny-llama", "movie-reviews", 4, "`movie-reviews` is a data set", "models: minilm-l6"),
     "hub model that can move": ("tiny-llama", "org/name", 4, "hub name 'org/name' is not pinned", "40 hex digits"),
-    "local model that is not there": ("tiny-llama", "./nowhere", 4, "no folder", "a folder with a config.json"),
+    "local model that is not there": (
+        "tiny-llama",
+        "./nowhere",
+        4,
+        "no folder for model ./nowhere",
+        "correct its path",
+    ),
+    "local model that is no model": ("tiny-llama", "./", 4, "model ./ has no config.json", "save_pretrained(FOLDER)"),
     "unknown task": ("toy-sentiment", "toy-sentimnt", 5, "unknown task `toy-sentimnt`", "did you mean `toy-"),
     "unknown implementation": ("id: a", "id: a\n        implementation: fusd", 10, "`fusd` of lora", "`fused`"),
     "implementation of another method": (

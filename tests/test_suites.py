@@ -156,6 +156,8 @@ def test_dates_and_no_are_words(read) -> None:
 def test_own_sources_and_tasks_start_from_the_suites_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "mine"
     (folder / "model").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (folder / "model" / name).write_text("{}", encoding="utf-8")
     task = Path(suites.folder("suites") / "tasks" / "toy-sentiment.yaml").read_text(encoding="utf-8")
     (folder / "task.yaml").write_text(task.replace("data: toy-sentiment", "data: reviews"), encoding="utf-8")
     (folder / "suite.yaml").write_text(
