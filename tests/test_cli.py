@@ -145,12 +145,53 @@ def test_run_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, object] = {}
     monkeypatch.setattr(runner, "run_suite", lambda suite, **options: seen.update(options, suite=suite) or Exit.FAIL)
     argv = ["run", "smoke", "--out", "x", "--only", "lora", "--resume", "r", "--device", "cpu", "--timeout", "5"]
-    assert main(argv) == Exit.FAIL
+    assert main([*argv, "--strict"]) == Exit.FAIL
     expected = {"suite": "smoke", "out": Path("x"), "only": "lora", "resume": "r", "device": "cpu", "timeout": 5.0}
-    assert seen == expected
+    assert seen == {**expected, "strict": True}
     seen.clear()
     main(["run", "smoke"])
-    assert seen["timeout"] == runner.DEFAULT_TIMEOUT_S
+    assert (seen["timeout"], seen["strict"]) == (runner.DEFAULT_TIMEOUT_S, False)
+
+
+@pytest.mark.parametrize("timeout", ["nan", "inf", "-inf", "-1", "0", "1e400", "soon"])
+def test_a_time_out_that_no_clock_can_wait_for(timeout: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "smoke", "--timeout", timeout]) == Exit.USAGE
+    said = capsys.readouterr().err
+    assert said.startswith("peft-harness: run: Invalid value for '--timeout': ")
+    assert "mend: see `peft-harness run --help`" in said
+    assert said.count("\n") == 2
+
+
+_BUG = """
+import sys
+from harness import explain
+from harness.cli import main
+def explained(name):
+    raise {raised}
+explain.explain = explained
+sys.exit(main(["explain", "lora"]))
+"""
+
+
+def test_a_bug_of_the_harness_is_no_finding() -> None:
+    code = _BUG.format(raised="ZeroDivisionError('by nought')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == Exit.INFRASTRUCTURE
+    assert "Traceback" in done.stderr
+    assert "in explained" in done.stderr
+    message = done.stderr[done.stderr.index("peft-harness: ") :]
+    assert message.startswith("peft-harness: this is a bug of peft-harness, ")
+    assert "ZeroDivisionError: by nought\n  mend: report it with the lines above; no Record was written" in message
+    assert done.stderr.count("by nought") == 2
+
+
+@pytest.mark.parametrize("raised", ["KeyboardInterrupt", "SystemExit(9)"])
+def test_what_is_no_bug_is_not_called_one(raised: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _BUG.format(raised=raised)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == (9 if "9" in raised else Exit.INFRASTRUCTURE)
+    assert "bug" not in done.stderr
 
 
 @pytest.mark.parametrize(

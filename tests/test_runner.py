@@ -12,22 +12,24 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import recorded_run
 from conftest import PATIENCE_S, Bench, Finished, eventually, make_bench
 
 from harness import store, suites
 from harness.assets import fetch, table
 from harness.cli import main
 from harness.errors import Exit
-from harness.records import Outcome, Record, Status
+from harness.records import Outcome, Record, Status, TrainingMeasured
 from harness.report import html
-from harness.runner import worker
+from harness.runner import local, worker
+from harness.runner.progress import Progress
 from harness.runner.work import Work
 
 PHASES = ["start-up", "load", "data", "attach", "parity", "warm-up", "train", "evaluate", "latency"]
@@ -42,6 +44,12 @@ def _source(name: str) -> table.Source:
 
 def _cells(run: store.Run, method: str = "lora") -> list[Record]:
     return [r for r in run.latest().values() if r.cell.method == method]
+
+
+def _trained(record: Record) -> TrainingMeasured:
+    assert record.measurements is not None, record.because
+    assert record.measurements.training is not None
+    return record.measurements.training
 
 
 def test_smoke_passes(smoke: tuple[Finished, store.Run]) -> None:
@@ -96,8 +104,28 @@ def test_smoke_keeps_every_sample(smoke: tuple[Finished, store.Run]) -> None:
             assert padded % batch == 0
         assert sum(training.tokens) < sum(training.padded_tokens)
         assert sum(training.step_seconds) < next(p.seconds for p in record.phases if p.name == "train")
-    orders = {tuple(r.measurements.training.tokens) for r in _cells(smoke[1])}  # type: ignore[union-attr]
+    orders = {(*_trained(r).tokens, _trained(r).data_order_sha256) for r in _cells(smoke[1])}
     assert len(orders) == 1  # the same data, in the same order, for every implementation and dtype
+    starts: dict[str, set[str]] = {}
+    for record in _cells(smoke[1]):
+        starts.setdefault(record.cell.dtype, set()).add(_trained(record).initial_state_sha256)
+    assert sorted(map(len, starts.values())) == [1, 1]
+    assert all(re.fullmatch("[0-9a-f]{64}", one) for one in set.union(*starts.values()))
+
+
+def test_smoke_says_how_busy_the_machine_was(smoke: tuple[Finished, store.Run]) -> None:
+    for record in smoke[1].records:
+        assert all(p.load_start is not None and p.load_end is not None for p in record.phases[1:])
+        variables = record.environment.extra["variables"]
+        assert isinstance(variables, dict)
+        assert variables["OMP_WAIT_POLICY"] == os.environ.get("OMP_WAIT_POLICY", "passive")
+    for record in _cells(smoke[1]):
+        trained = _trained(record)
+        assert trained.cpu_seconds is not None
+        assert record.environment.threads is not None
+        # No thread can have run for longer than the clock; what other threads than torch's do is little.
+        assert 0 < trained.cpu_seconds < sum(trained.step_seconds) * (record.environment.threads + 1)
+        assert trained.optimizer["name"] == "AdamW"
 
 
 def _adapted_shapes(model: Path, targets: list[str]) -> list[tuple[int, int]]:
@@ -208,9 +236,7 @@ def _of(run: store.Run, implementation: str) -> Record:
 
 
 def _losses(record: Record) -> list[float]:
-    assert record.measurements is not None, record.because
-    assert record.measurements.training is not None
-    return record.measurements.training.losses
+    return _trained(record).losses
 
 
 @pytest.mark.parametrize(
@@ -277,8 +303,11 @@ def test_a_rerun_gives_the_same_losses_to_the_last_bit(
     assert (zero.cell.seed, one.cell.seed) == (0, 1)
     assert earlier.run != zero.run
     assert _losses(zero) == _losses(earlier)
-    assert zero.measurements.training.gradient_norms == earlier.measurements.training.gradient_norms  # type: ignore[union-attr]
+    assert _trained(zero).gradient_norms == _trained(earlier).gradient_norms
     assert _losses(one)[0] != _losses(zero)[0]
+    for what in ("data_order_sha256", "initial_state_sha256"):
+        seen = {run: getattr(_trained(r), what) for run, r in {"zero": zero, "earlier": earlier, "one": one}.items()}
+        assert seen["zero"] == seen["earlier"] != seen["one"]
 
 
 # --- time-out, kill, Ctrl-C, resume ----------------------------------------------------------------------------------
@@ -316,15 +345,24 @@ class Stage:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, Stage]:
-    """One run of two Cells, of which the second hangs: interrupted, resumed and killed, resumed and let finish."""
+    """One run of two Cells, of which the second hangs: ended in every way, resumed each time, in the end let finish."""
     bench = make_bench(tmp_path_factory.mktemp("story"), cache)
     suite = bench.suite("{implementation: reference}", "{implementation: hangs}")
     stages: dict[str, Stage] = {}
 
-    def stage(name: str, process: subprocess.Popen[str], blow: signal.Signals | None) -> None:
+    def stage(
+        name: str,
+        process: subprocess.Popen[str],
+        blow: signal.Signals | None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
         began = time.monotonic()
         pids = bench.hanging() if blow else []
+        if meanwhile:
+            meanwhile()
         if blow:
+            for pid in pids[:1] if blow is signal.SIGTERM else []:
+                os.kill(pid, blow)  # a batch system tells every process of a job, in any order
             process.send_signal(blow)
         finished = bench.finish(process, began)
         eventually(lambda: all(map(_gone, pids)), "the worker and its child are gone")
@@ -335,6 +373,12 @@ def story(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, St
     stage("interrupted", bench.start("run", suite, "--out", "run"), signal.SIGINT)
     stage("killed", bench.start("run", suite, "--resume", "run"), signal.SIGKILL)
     stage("reported", bench.start("report", "run"), None)
+    first = bench.start("run", suite, "--resume", "run")
+    stage(
+        "terminated", first, signal.SIGTERM, lambda: stage("second", bench.start("run", suite, "--resume", "run"), None)
+    )
+    (bench.run_folder / "footer.json").write_bytes(b"")
+    stage("torn", bench.start("report", "run"), None)
     (bench.folder / "behave").touch()
     stage("resumed", bench.start("run", suite, "--resume", "run"), None)
     return stages
@@ -373,15 +417,65 @@ def test_resume_measures_only_what_is_missing(story: dict[str, Stage]) -> None:
     first, second = stage.run.manifest.cells
     assert stage.finished.code == Exit.PASS, stage.finished.err
     assert "has an ok Record" in stage.finished.err
-    # Two attempts were cut off and left their logs; their numbers are used up.
+    # Three attempts were cut off and left their logs; their numbers are used up.
     assert [(r.cell_id, r.attempt, r.status) for r in stage.run.latest().values()] == [
         (first.cell_id, 1, Status.OK),
-        (second.cell_id, 3, Status.OK),
+        (second.cell_id, 4, Status.OK),
     ]
     assert len(stage.run.records) == 2
     assert stage.run.footer is not None
     assert (stage.run.footer.how, stage.run.footer.missing, stage.run.footer.counts) == ("finished", [], {"ok": 2})
     assert all(r.id.split(".")[0] in stage.page for r in stage.run.records)
+
+
+def test_the_times_of_a_resumed_run_are_its_own(story: dict[str, Stage]) -> None:
+    stage = story["resumed"]
+    kept, made = stage.run.latest().values()
+    footer = stage.run.footer
+    assert footer is not None
+    assert footer.kept == 1
+    assert made.duration_s <= footer.seconds_in_cells < made.duration_s + kept.duration_s
+    assert footer.seconds_total == pytest.approx(footer.seconds_in_cells + sum(footer.seconds_outside.values()))
+    assert (
+        f"this resumed part took {footer.seconds_total:.1f} s; the Cells of the whole run together "
+        f"{kept.duration_s + made.duration_s:.1f} s, 1 of them measured earlier"
+    ) in stage.finished.err
+    first = story["interrupted"]
+    assert first.run.footer is not None
+    assert first.run.footer.kept == 0
+    assert "resumed part" not in first.finished.err
+
+
+def test_sigterm_ends_a_run_as_ctrl_c_does(story: dict[str, Stage]) -> None:
+    stage = story["terminated"]
+    first, second = stage.run.manifest.cells
+    assert stage.finished.code == Exit.INFRASTRUCTURE
+    assert "interrupted by SIGTERM: what was finished is kept" in stage.finished.err
+    assert "Traceback" not in stage.finished.err
+    assert [(r.cell_id, r.status) for r in stage.run.records] == [(first.cell_id, Status.OK)]
+    assert stage.run.footer is not None
+    assert (stage.run.footer.how, stage.run.footer.missing) == ("interrupted", [second.cell_id])
+    assert first.cell_id in stage.page
+    assert "the run is interrupted" in stage.finished.out
+
+
+def test_a_second_runner_is_sent_away(story: dict[str, Stage]) -> None:
+    stage = story["second"]
+    assert stage.finished.code == Exit.USAGE
+    message = _one_message(stage.finished.err)
+    assert re.search(r"run: another peft-harness is writing to this run: process \d+ on ", message)
+    assert "mend: " in message
+    assert stage.finished.out == ""
+    assert stage.run.records == story["killed"].run.records
+
+
+def test_a_run_with_a_torn_footer_is_reported_and_resumed(story: dict[str, Stage]) -> None:
+    torn = story["torn"]
+    assert torn.finished.code == Exit.INFRASTRUCTURE
+    assert "the run is incomplete" in torn.finished.out
+    assert "unreadable: footer.json: not a whole Footer" in torn.finished.out
+    assert torn.run.manifest.cells[0].cell_id in torn.page
+    assert "is incomplete: its footer.json cannot be read" in story["resumed"].finished.err
 
 
 _HOLD = """
@@ -536,6 +630,14 @@ def test_a_run_folder_that_breaks(inside: Bench, capsys: pytest.CaptureFixture[s
     assert store.read_record(finished).status is Status.SKIPPED
 
 
+def test_a_tool_that_only_says_that_it_is_at_work_is_quoted_once(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(1)
+    for _ in range(3):
+        progress.fetching("tiny-llama: making", 0, None)
+    progress.fetching("toy-sentiment: making", 0, None)
+    assert capsys.readouterr().err.splitlines() == ["tiny-llama: making", "toy-sentiment: making"]
+
+
 def test_a_worker_that_cannot_be_started(
     inside: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -552,6 +654,56 @@ def test_a_worker_that_cannot_be_started(
     footer = inside.read().footer
     assert footer is not None
     assert footer.how == "failed"
+
+
+def test_a_bug_in_the_middle_of_a_run_says_what_is_kept(bench: Bench) -> None:
+    code = (
+        "import sys\nfrom harness import cli, store\n"
+        "def write_record(*_): raise KeyError('ours')\nstore.RunFolder.write_record = write_record\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", bench.suite("{implementation: leaves}"), "--out", "run"],
+        cwd=bench.folder, env=bench.environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == Exit.INFRASTRUCTURE
+    assert "Traceback" in done.stderr
+    message = done.stderr[done.stderr.index("peft-harness: ") :]
+    assert "this is a bug of peft-harness, not of what you asked: KeyError: 'ours'" in message
+    assert "what was finished is kept in run; `peft-harness report run` shows it" in message
+    footer = bench.read().footer
+    assert footer is not None
+    assert footer.how == "failed"
+
+
+@pytest.mark.parametrize(("options", "code"), [([], Exit.PASS), (["--strict"], Exit.INCONCLUSIVE)])
+def test_strict_does_not_pass_an_open_question(
+    inside: Bench, options: list[str], code: Exit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attempt(work: Work, folder: store.RunFolder, *_: object) -> Record:
+        record = recorded_run.record("reference", work.cell, work.run)
+        folder.write_record(record)
+        return record
+
+    monkeypatch.setattr(local, "attempt", attempt)
+    # The float64 run, which the others are to be compared with, is left out.
+    assert main(["run", "smoke", "--only", "method=lora,dtype=float32", "--out", "run", *options]) == code
+
+
+def test_sigterm_is_heard_only_while_a_run_goes_on(inside: Bench) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    main(["run", inside.suite("{implementation: missing}"), "--out", "run"])
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("given", "seen"), [(None, "passive"), ("active", "active")])
+def test_waiting_threads_do_not_spin_unless_asked_to(
+    given: str | None, seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    assert local._worker_environment()["OMP_WAIT_POLICY"] == seen
 
 
 def test_a_reader_of_the_progress_that_leaves(bench: Bench) -> None:
@@ -591,6 +743,28 @@ def test_what_cannot_be_written_is_refused_before_anything_is_fetched(
     assert main(["run", suite, "--out", f"{suite}/run"]) == Exit.USAGE  # below a file
     assert "cannot make the run folder" in _one_message(capsys.readouterr().err)
     assert sorted((p, p.stat().st_mtime_ns) for p in inside.run_folder.rglob("*")) == before
+
+
+def test_fetched_data_that_do_not_fit_are_refused_before_the_first_cell(
+    inside: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = fetch.ensure
+
+    def spoilt(source: table.Source, *show: Any) -> Path:
+        path = real(source, *show)
+        if source.rows is None or not show:  # without progress: by the suite's reader, which looks at local files
+            return path
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        bad = inside.folder / "bad.jsonl"
+        bad.write_text("".join([*lines[:3], '{"text": "so so", "label": 2}\n', *lines[3:]]), encoding="utf-8")
+        return bad
+
+    monkeypatch.setattr(fetch, "ensure", spoilt)
+    assert main(["run", inside.suite(QUICK), "--out", "run"]) == Exit.USAGE
+    message = _one_message(capsys.readouterr().err)
+    assert "bad.jsonl:4: label 2 of row" in message
+    assert "mend: " in message
+    assert not inside.run_folder.exists()
 
 
 def test_a_clock_that_is_set_back(inside: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

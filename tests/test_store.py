@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -172,6 +175,84 @@ def test_reopening_takes_the_footer_away(run: store.Run) -> None:
     again = store.read_run(run.path)
     assert again.footer is None
     assert again.records == run.records
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"schema": 1, "run": "x', b"[]", b"\xff\xfe", b'{"schema": 99}'])
+def test_a_run_with_an_unreadable_footer_is_incomplete(run: store.Run, torn: bytes) -> None:
+    (run.path / "footer.json").write_bytes(torn)
+    again = store.read_run(run.path)
+    assert (again.footer, again.records) == (None, run.records)
+    assert list(again.broken) == ["footer.json"]
+    assert "measure that Cell again" not in again.broken["footer.json"]  # which would mend nothing
+
+
+def test_a_torn_manifest_has_a_mend_of_its_own(run: store.Run) -> None:
+    (run.path / "run.json").write_bytes(b"{")
+    with pytest.raises(StoreError, match="not a whole Manifest") as caught:
+        store.read_run(run.path)
+    assert "start a new one" in caught.value.mend
+
+
+def test_a_run_has_one_writer_at_a_time(run: store.Run) -> None:
+    holder = store.RunFolder.take(run.path)
+    with pytest.raises(UsageError, match="another peft-harness is writing to this run") as caught:
+        store.RunFolder.take(run.path)
+    assert f"process {os.getpid()} on " in caught.value.what
+    assert caught.value.where == str(run.path)
+    assert caught.value.mend
+    holder.release()
+    store.RunFolder.take(run.path).release()
+
+
+def test_a_new_run_is_locked_from_its_first_moment(run: store.Run, tmp_path: Path) -> None:
+    folder = store.RunFolder.create(tmp_path / "new", run.manifest)
+    with pytest.raises(UsageError, match="another peft-harness"):
+        store.RunFolder.take(folder.path)
+
+
+def test_two_new_runs_into_one_folder(run: store.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The second looked before the first had written anything.
+    (tmp_path / "new").mkdir()
+    first = store.RunFolder.take(tmp_path / "new")
+    with pytest.raises(UsageError, match="another peft-harness"):
+        store.RunFolder.create(tmp_path / "new", run.manifest)
+    assert not (tmp_path / "new" / "run.json").exists()
+    first.release()
+    real = store.RunFolder.take
+
+    def late(path: Path) -> store.RunFolder:
+        (path / "run.json").write_text("the first one's")
+        return real(path)
+
+    monkeypatch.setattr(store.RunFolder, "take", late)
+    with pytest.raises(UsageError, match="holds a run already"):
+        store.RunFolder.create(tmp_path / "new", run.manifest)
+    assert (tmp_path / "new" / "run.json").read_text() == "the first one's"
+
+
+def test_a_killed_writer_leaves_no_lock(run: store.Run) -> None:
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom harness import store\n"
+        "folder = store.RunFolder.take(Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(run.path)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UsageError, match=f"process {holder.pid} on "):
+            store.RunFolder.take(run.path)
+        holder.kill()
+        holder.wait()
+    store.RunFolder.take(run.path).release()
+
+
+def test_a_file_system_without_locks_is_no_place_for_runs(run: store.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(StoreError, match="cannot lock this run") as caught:
+        store.RunFolder.take(run.path)
+    assert "--out" in caught.value.mend
 
 
 def test_runs_are_found_by_folder_id_prefix_and_latest(tmp_path: Path) -> None:

@@ -1,0 +1,88 @@
+"""The data of a Cell: what is tokenised, and in which order it is trained on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from harness import suites
+from harness.assets import fetch, made, rows, table
+from harness.expand import expand
+from harness.records import Cell
+from harness.runner import data
+from harness.runner.work import Work
+from harness.training.batches import Example, order
+
+TEXTS = [rows.Row(f"r{i}", "word " * (1 + i * 7 % 13), i % 2) for i in range(5000)]
+
+
+def _examples(some: Sequence[rows.Row]) -> list[Example]:
+    return [Example(row.id, tuple(range(row.text.count("word"))), row.label) for row in some]
+
+
+def test_only_what_is_looked_at_is_tokenised() -> None:
+    asked: list[str] = []
+
+    def tokenise(some: Sequence[rows.Row]) -> list[Example]:
+        asked.extend(row.id for row in some)
+        return _examples(some)
+
+    lazy = order(data._Tokenised(TEXTS, tokenise), 12, 8, seed=3)
+    assert lazy == order(_examples(TEXTS), 12, 8, seed=3)
+    # Twelve batches come from two pools of eight; each of their texts is tokenised once.
+    assert len(asked) == len(set(asked)) == 2 * 8 * 8
+    assert data._Tokenised(TEXTS, _examples)[1:3] == _examples(TEXTS[1:3])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made.tiny_llama(path := tmp_path_factory.mktemp("tiny-llama"))
+    return AutoTokenizer.from_pretrained(path)
+
+
+def _data(cell: Cell, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, read: list[rows.Row]) -> data.CellData:
+    task = suites.load("smoke").tasks[cell.task]
+    source = table.resolve(cell.model, suites.load("smoke").sources, Path())
+    monkeypatch.setattr(rows, "read", lambda *_: read)
+    use = {"name": "unused", "source": "unused"}
+    work = Work.model_validate(
+        {"run": "r", "folder": "f", "attempt": 1, "cell": cell, "device": "cpu", "launched": 0.0,
+         "model": {"path": "unused", "source": source, "use": use},
+         "data": {"path": "unused", "source": task.data, "use": fetch.use(task.data)},
+         "task": {"name": task.name, "spec": task.spec, "labels": task.labels, "test": 50, "shuffle_seed": 1, "use": use}}
+    )  # fmt: skip
+    loaded: Any = SimpleNamespace(tokenizer=tokenizer, model=None, head={})
+    return data.CellData(work, loaded, lambda *_, **__: None)
+
+
+def test_the_order_of_data_has_a_name(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(0)
+    texts = [
+        rows.Row(f"r{i}", " ".join(rng.choices(["good", "bad", "film"], k=5)) + f" {i}", i % 2) for i in range(500)
+    ]
+    cell = next(c for c in expand(suites.load("smoke")).cells if c.method == "lora")
+    seen = []
+    real = data.answer_examples
+
+    def watched(some: Sequence[rows.Row], *rest: Any) -> list[Example]:
+        seen.extend(row.id for row in some)
+        return real(some, *rest)
+
+    monkeypatch.setattr(data, "answer_examples", watched)
+    one = _data(cell, tokenizer, monkeypatch, texts)
+    steps, batch = cell.training.steps, cell.training.batch
+    assert len(one.batches) == steps
+    assert len(seen) <= -(-steps // 8) * 8 * batch + data._PROBED
+    assert one.order_sha256 == _data(cell, tokenizer, monkeypatch, texts).order_sha256
+    other = cell.model_copy(update={"seed": cell.seed + 1})
+    assert one.order_sha256 != _data(other, tokenizer, monkeypatch, texts).order_sha256
+    longer = cell.model_copy(update={"training": cell.training.model_copy(update={"steps": steps + 1})})
+    assert one.order_sha256 != _data(longer, tokenizer, monkeypatch, texts).order_sha256
+    (moved := list(texts)).reverse()
+    assert one.order_sha256 != _data(cell, tokenizer, monkeypatch, moved).order_sha256

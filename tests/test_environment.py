@@ -1,0 +1,66 @@
+"""The environment of a Record: how many cores there really are, and what steers the threads on them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness.measure import environment
+
+
+def _cgroup(folder: Path, own: str, limits: dict[str, str]) -> tuple[Path, Path]:
+    """Write a cgroup tree (path below the root: its cpu.max) and the file that names this process's own group."""
+    for path, limit in limits.items():
+        (folder / "fs" / path).mkdir(parents=True, exist_ok=True)
+        (folder / "fs" / path / "cpu.max").write_text(f"{limit}\n")
+    (folder / "self").write_text(f"1:cpu:/elsewhere\n0::{own}\n")
+    return folder / "fs", folder / "self"
+
+
+@pytest.mark.parametrize(
+    ("own", "limits", "cpus"),
+    [
+        ("/", {"": "150000 100000"}, 1.5),
+        ("/", {"": "max 100000"}, None),
+        ("/", {}, None),
+        ("/job/step", {"job/step": "400000 100000"}, 4.0),
+        ("/job/step", {"job": "200000 100000", "job/step": "max 100000"}, 2.0),
+        ("/job/step", {"job": "200000 100000", "job/step": "800000 100000"}, 2.0),
+        ("/job/step", {"": "100000 100000", "job/step": "800000 100000"}, 1.0),
+        ("/job/step", {"other": "100000 100000"}, None),
+    ],
+)
+def test_a_quota_holds_for_all_below_it(tmp_path: Path, own: str, limits: dict[str, str], cpus: float | None) -> None:
+    assert environment.cgroup_cpus(*_cgroup(tmp_path, own, limits)) == cpus
+
+
+def test_no_cgroup_is_no_limit(tmp_path: Path) -> None:
+    assert environment.cgroup_cpus(tmp_path, tmp_path / "nothing") is None
+    (tmp_path / "old").write_text("1:cpu:/job\n")
+    assert environment.cgroup_cpus(tmp_path, tmp_path / "old") is None
+
+
+@pytest.mark.parametrize(
+    ("affinity", "physical", "quota", "cores"),
+    [(8, 4, None, 4), (2, 4, None, 2), (8, 4, 3.9, 3), (8, 4, 0.5, 1), (8, None, None, 8), (8, 4, 64.0, 4)],
+)
+def test_threads_are_as_many_as_may_run(
+    monkeypatch: pytest.MonkeyPatch, affinity: int, physical: int | None, quota: float | None, cores: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(affinity)), raising=False)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: physical)
+    monkeypatch.setattr(environment, "cgroup_cpus", lambda: quota)
+    assert environment.physical_cores() == cores
+
+
+def test_what_steers_threads_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_")):
+            monkeypatch.delenv(name)
+    assert environment.thread_variables() == {}
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    monkeypatch.setenv("COMP_WORDS", "no")
+    assert environment.thread_variables() == {"OMP_WAIT_POLICY": "passive"}
