@@ -63,7 +63,7 @@ DEVIATIONS = (
         "budget as a whole number",
         "real-valued",
         "rounded down, in integers",
-        "the authors' code and HF peft round down in floating point: where the exact value is whole they may be one lower",
+        "the authors' code and HF peft round down in floating point, which gives the same at the sizes that are in use",
     ),
     (
         "equal scores",
