@@ -1,0 +1,113 @@
+"""hf-peft and loralib beside the reference: LoRA on every kind of layer that they have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_reference_lora_layers import (
+    CASES,
+    GEOMETRIES,
+    MADE,
+    assert_same,
+    attached,
+    config,
+    generator,
+    model,
+    run,
+    sample,
+    warmed,
+)
+
+from harness.conformance.subject import load
+from harness.conformance.tolerance import noise_floor
+from harness.implementations import hf_peft, loralib
+from reference import lora
+
+
+def beside(name: str, attach: Callable[..., Any], dtype: str, **keys: Any) -> None:
+    """Judge a library's layer: output and gradients, from the same random state, as the float64 reference has them."""
+    theirs, x = warmed(name, dtype, attach, **keys), sample(name, dtype)
+    truth = lora.attach(model(name, dtype).double(), config(**keys), generator())
+    rounded = attached(name, dtype, **keys)
+    for mine in (truth, rounded):
+        load(mine, theirs.tensors())
+    want = run(truth, x.double() if x.is_floating_point() else x)
+    torch.manual_seed(1)
+    judged = noise_floor(run(theirs, x), want, run(rounded, x), dtype)
+    assert judged.passed, judged
+    assert {n: t.shape for n, t in theirs.tensors().items()} == {n: t.shape for n, t in rounded.tensors().items()}
+
+
+# HF peft builds A without the base's dilation and padding mode; where there are any it is wrong, and is not asked here.
+PEFTS = [(n, d) for n, d in CASES if not {"dilation", "padding_mode"} & GEOMETRIES.get(n, {}).keys()]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*PEFTS, ("groups", "bfloat16")])
+def test_hf_peft_computes_the_same(name: str, dtype: str) -> None:
+    beside(name, hf_peft.lora, dtype, rslora=dtype == "float64")
+
+
+@pytest.mark.parametrize(("name", "dtype"), [(n, d) for n, d in CASES if n != "scaled"])
+def test_loralib_computes_the_same(name: str, dtype: str) -> None:
+    pytest.importorskip("loralib", reason="the extra `loralib` is not installed")
+    beside(name, loralib.lora, dtype, conv="loralib")
+
+
+@pytest.mark.parametrize("name", ["linear", "Conv1D", "embedding", "everything"])
+def test_loralib_merges_by_its_switch_and_gives_the_base_back(name: str) -> None:
+    pytest.importorskip("loralib", reason="the extra `loralib` is not installed")
+    adapted, x = warmed(name, attach=loralib.lora, conv="loralib"), sample(name)
+    before, weight = adapted.model(x), adapted.bases["layer"].weight.clone()
+    adapted.model.eval()
+    assert torch.equal(adapted.bases["layer"].weight, weight)  # no merge behind our back
+    adapted.merge()
+    adapted.merge()
+    assert_same({"y": adapted.model(x)}, {"y": before.detach()})
+    assert not torch.equal(adapted.bases["layer"].weight, weight)
+    adapted.model.train().eval()
+    adapted.unmerge()
+    adapted.unmerge()
+    assert_same({"W": adapted.bases["layer"].weight}, {"W": weight})
+    adapted.detach()
+    assert type(adapted.model.layer) is type(MADE[name]())
+    assert_same(adapted.model.state_dict(), model(name).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "says"),
+    [
+        ("linear", {"rslora": True}, "^loralib has no rslora"),
+        ("plain", {}, "^layer: loralib's LoRA of a convolution is conv=loralib, not conv=peft$"),
+        ("scaled", {}, "^layer: loralib has no layer that computes as Scaled does$"),
+    ],
+)
+def test_what_loralib_cannot_do_it_says(name: str, keys: dict[str, Any], says: str) -> None:
+    pytest.importorskip("loralib", reason="the extra `loralib` is not installed")
+    with pytest.raises(ValueError, match=says):
+        attached(name, attach=loralib.lora, **keys)
+
+
+def test_what_peft_cannot_do_it_says() -> None:
+    with pytest.raises(ValueError, match=r"^layer: peft's LoRA of a convolution is conv=peft, not conv=loralib$"):
+        attached("plain", attach=hf_peft.lora, conv="loralib")
+    attached("linear", attach=hf_peft.lora, conv="loralib")
+
+
+@pytest.mark.parametrize("name", ["linear", "Conv1D", "plain"])
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_every_implementation_drops_the_same_features_from_the_same_seed(name: str, dtype: str) -> None:
+    mine = warmed(name, dtype, dropout=0.3)
+    theirs = {"hf-peft": attached(name, dtype, hf_peft.lora, dropout=0.3)}
+    if name != "plain":  # loralib drops nothing before a convolution
+        pytest.importorskip("loralib", reason="the extra `loralib` is not installed")
+        theirs["loralib"] = attached(name, dtype, loralib.lora, dropout=0.3)
+    x = sample(name, dtype)
+    torch.manual_seed(11)
+    want = mine.model.train()(x).detach().double()
+    for other in theirs.values():
+        load(other, mine.tensors())
+        torch.manual_seed(11)
+        assert_same({"y": other.model.train()(x)}, {"y": want}, dtype)
