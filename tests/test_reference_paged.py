@@ -173,6 +173,7 @@ def test_a_saved_optimizer_goes_on_as_if_nothing_had_been(into: int) -> None:
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
     others, resumed = paged_adamw(into)
+    run(others, resumed, range(9, 10))  # what it held before is forgotten
     resumed.load_state_dict(torch.load(file, weights_only=True))
     assert resumed.resident == into
     for p, other in zip(params, others, strict=True):
