@@ -1,0 +1,106 @@
+"""The tolerance policies: what they let pass, what they refuse, and what they say about it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.conformance.subject import DTYPES
+from harness.conformance.tolerance import Judgement, exact, noise_floor, worst_of
+
+
+def judge(value: Tensor, truth: Tensor | None = None, dtype: str = "float32") -> Judgement:
+    truth = torch.arange(1.0, 7.0).double().view(2, 3) if truth is None else truth
+    return noise_floor({"y": value}, {"y": truth}, {"y": truth}, dtype)
+
+
+RIGHT = torch.arange(1.0, 7.0).view(2, 3)
+
+
+def test_the_right_values_pass() -> None:
+    assert judge(RIGHT).passed
+    assert judge(RIGHT).error == 0.0
+    assert exact({"y": RIGHT}, {"y": RIGHT}).passed
+    assert exact({"y": torch.tensor(-0.0)}, {"y": torch.tensor(0.0)}).passed
+
+
+@pytest.mark.parametrize("policy", ["exact", "noise-floor"])
+@pytest.mark.parametrize(
+    ("have", "named"),
+    [({}, "y"), ({"y": RIGHT, "z": RIGHT}, "z"), ({"z": RIGHT}, "y")],
+    ids=["missing", "surplus", "renamed"],
+)
+def test_a_missing_or_surplus_tensor_fails(policy: str, have: dict[str, Tensor], named: str) -> None:
+    want = {"y": RIGHT.double()}
+    judged = exact(have, want) if policy == "exact" else noise_floor(have, want, want, "float32")
+    assert not judged.passed
+    assert (judged.tensor, judged.worst) == (named, "present on one side only")
+    assert judged.ratio == float("inf")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_fails_and_is_counted(bad: float) -> None:
+    value = RIGHT.clone()
+    value[0, 1] = value[1, 2] = bad
+    for judged in (judge(value), exact({"y": value}, {"y": RIGHT})):
+        assert (judged.passed, judged.nonfinite, judged.error) == (False, 2, None)
+        assert judged.worst.startswith("[0, 1]")
+    everything = exact({"y": value, "z": value}, {"y": RIGHT, "z": RIGHT})
+    assert everything.nonfinite == 4
+
+
+def test_nan_where_nan_is_expected_fails_too() -> None:
+    value = torch.full((2,), float("nan"))
+    assert not exact({"y": value}, {"y": value}).passed
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (6,), (1, 2, 3)])
+def test_a_wrong_shape_fails_even_if_it_would_broadcast(shape: tuple[int, ...]) -> None:
+    for judged in (judge(RIGHT.reshape(shape)), exact({"y": RIGHT.reshape(shape)}, {"y": RIGHT})):
+        assert not judged.passed
+        assert judged.worst == f"shape {shape}, should be (2, 3)"
+
+
+def test_an_observation_of_nothing_fails() -> None:
+    for judged in (exact({}, {}), noise_floor({}, {}, {}, "float32"), worst_of([], "exact")):
+        assert (judged.passed, judged.worst) == (False, "nothing was observed")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_allowance_is_a_sharp_edge(dtype: str) -> None:
+    truth = torch.ones(4, dtype=torch.float64) / 3
+    rounded = {"y": truth.to(DTYPES[dtype])}
+    allowed = noise_floor(rounded, {"y": truth}, rounded, dtype).allowed
+    assert allowed > 0
+    for share, passes in ((0.9, True), (1.1, False)):
+        value = truth * (1 + share * allowed)
+        judged = noise_floor({"y": value}, {"y": truth}, rounded, dtype)
+        assert judged.passed == passes
+        assert (judged.ratio < 1) == passes
+
+
+def test_exact_means_every_bit() -> None:
+    judged = exact({"y": torch.nextafter(RIGHT, RIGHT + 1)}, {"y": RIGHT})
+    assert (judged.passed, judged.allowed) == (False, 0.0)
+    assert judged.ratio == float("inf")
+
+
+def test_the_worst_tensor_is_named_and_a_failure_outranks_a_close_call() -> None:
+    close = Judgement(True, 0.99, 1.0, "close", "", "p", 0)
+    wrong = Judgement(False, 2.0, 1.5, "wrong", "", "p", 3)
+    assert worst_of([close, wrong], "p").tensor == "wrong"
+    assert worst_of([close, wrong], "p").nonfinite == 3
+    value = {"x": RIGHT, "y": RIGHT.clone().index_put_((torch.tensor(1), torch.tensor(0)), torch.tensor(9.0))}
+    judged = exact(value, {"x": RIGHT, "y": RIGHT})
+    assert (judged.tensor, judged.worst) == ("y", "[1, 0]: 9, should be 4")
+
+
+def test_a_zero_truth_is_judged_by_absolute_error() -> None:
+    zero = torch.zeros(3, dtype=torch.float64)
+    assert judge(zero, zero).passed
+    assert not judge(zero + 1e-3, zero).passed
+
+
+def test_scalars_can_be_judged() -> None:
+    assert "[]: 2, should be 1" in exact({"y": torch.tensor(2.0)}, {"y": torch.tensor(1.0)}).worst
