@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from harness.methods import Adapted
 from reference import nf4
-from reference.layers import targets
+from reference.layers import KINDS, targets
 
 DTYPES = {
     "float64": torch.float64,
@@ -171,7 +171,7 @@ def attach_reference(
 def linear_layers(model: nn.Module, config: Any) -> dict[str, Any]:
     """Map path to layer: the config's targets, or every linear layer if the Method names none."""
     if hasattr(config, "targets"):
-        return targets(model, config.targets)
+        return targets(model, config.targets, KINDS)
     return {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 

@@ -26,6 +26,8 @@ def lora(model: Any, config: Any, generator: Any) -> Any:
             return lora_linear(self.base, x, self.A, self.B, self.scaling)
 
     adapted = attach(model, config, generator)
-    for layer in adapted.layers.values():
-        layer.__class__ = FusedLoraLinear  # type: ignore[assignment]  # the same layer, computed otherwise
+    for path, layer in adapted.layers.items():
+        if type(layer) is not LoraLinear or not isinstance(layer.base, nn.Linear):
+            raise NotImplementedError(f"{path} is a {type(layer.base).__name__}; only linear layers have a faster path")
+        layer.__class__ = FusedLoraLinear  # the same layer, computed otherwise
     return adapted
