@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,6 +90,48 @@ def test_no_room_to_decode_is_said_and_the_prompt_is_timed() -> None:
             "" if m.seconds else "the model has 8 positions, no room to decode 8 tokens after a prompt"
         )
     assert measured["base", "prefill"].tokens == 8
+
+
+class Remembering(nn.Module):
+    """A causal model that notes how many tokens it can see at each call; its cache is their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.saw = nn.Parameter(torch.zeros(1)), list[int]()
+
+    def answer(self, ids: torch.Tensor, before: int | None, name: str) -> Any:
+        self.saw.append(ids.shape[1] + (before or 0))
+        return SimpleNamespace(logits=torch.zeros(*ids.shape, VOCABULARY), **{name: self.saw[-1]})
+
+
+class Present(Remembering):
+    def forward(self, input_ids: Any, cache: Any = None, use_cache: bool = True) -> Any:
+        return self.answer(input_ids, cache, "cache")
+
+
+class Past(Remembering):
+    def forward(self, input_ids: Any, past_key_values: Any = None, use_cache: bool = True) -> Any:
+        return self.answer(input_ids, past_key_values, "past_key_values")
+
+
+class Forgetful(Remembering):
+    def forward(self, input_ids: Any, use_cache: bool = True) -> Any:
+        return self.answer(input_ids, None, "cache")
+
+
+@pytest.mark.parametrize("kind", [Present, Past])
+def test_decoding_goes_on_from_the_cache_whatever_it_is_called(kind: type[Remembering]) -> None:
+    model = kind()
+    decode = measure(SimpleNamespace(model=model, can_merge=False), blocks=1)["base", "decode"]
+    assert len(decode.seconds) == latency.DECODED - latency.WARMUP
+    assert model.saw[-latency.DECODED - 1 :] == list(range(latency.TOKENS, latency.TOKENS + latency.DECODED + 1))
+
+
+def test_a_model_without_a_cache_is_not_said_to_decode() -> None:
+    measured = measure(SimpleNamespace(model=Forgetful(), can_merge=False), blocks=1)
+    assert measured["base", "prefill"].seconds
+    assert not measured["base", "decode"].seconds
+    assert "takes no key-value cache" in measured["base", "decode"].because
 
 
 def standing(model: nn.Module) -> Callable[[], str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ TOKENS = 32
 WARMUP = 1
 PER_BLOCK = 4
 DECODED = 8
+CACHES = ("cache", "past_key_values", "cache_params")
+"""What a key-value cache is called: by transformers from 5.24 on, before, and before by state-space models."""
 
 
 def measure(
@@ -104,14 +107,20 @@ def positions(model: Any) -> int | None:
 
 def _prompt(model: Any, causal: bool) -> tuple[int, str]:
     """Return the length of the prompt, and why nothing can be decoded after it, or an empty string."""
-    most = positions(model)
-    if most is None:
-        return TOKENS, ""
+    most = positions(model) or TOKENS + DECODED
     if not causal:
         return min(TOKENS, most), ""
+    if not _cache(model):
+        return min(TOKENS, most), f"the model's forward takes no key-value cache ({', '.join(CACHES)})"
     if most > DECODED:
         return min(TOKENS, most - DECODED), ""
     return min(TOKENS, most), f"the model has {most} positions, no room to decode {DECODED} tokens after a prompt"
+
+
+def _cache(model: Any) -> str:
+    """Return the name by which a model takes its key-value cache and gives it back, or an empty string."""
+    takes = inspect.signature(model.forward).parameters
+    return next((name for name in CACHES if name in takes), "")
 
 
 class _Variants:
@@ -186,14 +195,14 @@ def _forward(model: Any, ids: Tensor, causal: bool) -> list[float]:
 @torch.inference_mode()
 def _decode(model: Any, ids: Tensor, causal: bool) -> list[float]:
     """Return seconds per token of greedy decoding, one after the other, with a key-value cache."""
-    seen = model(input_ids=ids, use_cache=True)
+    name, seen = _cache(model), model(input_ids=ids, use_cache=True)
     times = []
     for _ in range(DECODED):
-        token, cache = seen.logits[:, -1:].argmax(-1), seen.past_key_values
+        token, cache = seen.logits[:, -1:].argmax(-1), {name: getattr(seen, name)}
 
         def one(token: Tensor = token, cache: Any = cache) -> None:
             nonlocal seen
-            seen = model(input_ids=token, past_key_values=cache, use_cache=True)
+            seen = model(input_ids=token, **cache, use_cache=True)
 
         times.append(_timed(one, ids.device))
     return times[WARMUP:]
