@@ -19,13 +19,13 @@ def check_outputs(subject: OperationSubject, case: Case) -> CheckResult:
     """Every output of the Operation is the reference's: bit for bit where it is a code, else within the noise floor."""
     mine = subject.call()
     if subject.operation.judge is not None:
-        return judged(subject, case, "outputs", subject.operation.judge(mine, subject.arguments))
+        return judged(subject, case, "outputs", *subject.operation.judge(mine, subject.arguments))
     truth, rounded = (_reference(subject, dtype) for dtype in ("float64", subject.dtype))
     return judged(subject, case, "outputs", noise_floor(mine, truth, rounded, subject.dtype, case.factor("outputs")))
 
 
 def check_backward(subject: OperationSubject, case: Case) -> CheckResult:
-    """The gradients that reach the Operation's differentiable arguments are the reference's."""
+    """The gradients that reach the Operation's differentiable arguments are the reference's; none counts as zero."""
     if not subject.operation.differentiable:
         return skipped(subject, case, "backward", "this Operation has no gradient")
     mine = _gradients(subject, subject.function, DTYPES[subject.dtype], case)
@@ -48,18 +48,19 @@ def check_repeatable(subject: OperationSubject, case: Case) -> CheckResult:
 
 
 def _reference(subject: OperationSubject, dtype: str) -> dict[str, Tensor]:
-    return subject.operation.named(subject.operation.reference(**cloned(subject.arguments, DTYPES[dtype])))
+    become = {DTYPES[subject.dtype]: DTYPES[dtype]}
+    return subject.operation.named(subject.operation.reference(**cloned(subject.arguments, become)))
 
 
 def _gradients(subject: OperationSubject, function: Any, dtype: torch.dtype, case: Case) -> dict[str, Tensor]:
-    given = cloned(subject.arguments, dtype)
+    given = cloned(subject.arguments, {DTYPES[subject.dtype]: dtype})
     leaves = {n: t for n, t in _flat(given).items() if n.partition("[")[0] in subject.operation.differentiable}
     for leaf in leaves.values():
         leaf.requires_grad_(True)
     y = next(iter(subject.operation.named(function(**given)).values()))
     dy = torch.randn(y.shape, generator=case.generator(salt=3), dtype=torch.float64)
     y.backward(dy.to(y.device, y.dtype))
-    return {f"grad {n}": t.grad for n, t in leaves.items() if t.grad is not None}
+    return {f"grad {n}": torch.zeros_like(t) if t.grad is None else t.grad for n, t in leaves.items()}
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Tensor]:

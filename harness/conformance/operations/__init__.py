@@ -1,7 +1,7 @@
 """The Operations: kernel-level pieces, each with its arguments, its reference and how its outputs are judged.
 
-One file each; a file that defines `OPERATION` is one. An implementation of kind `operation` is a function of the same
-arguments that returns the outputs in order, one tensor or a tuple.
+One file each, called as the Operation is, with `OPERATION` in it. An implementation of kind `operation` is a function of
+the same arguments that returns the outputs in order, one tensor or a tuple.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Operation:
     """An Operation.
 
     outputs: their names, in order. arguments: (dtype, generator, **case) -> the keyword arguments of a call. reference:
-    the same call by the reference; what is floating in the arguments may come in float64. differentiable: the arguments
-    whose gradients are compared. judge: (outputs of the subject, arguments) -> Judgement, where the noise floor is not the
-    rule; None: every output within the noise floor of the reference in float64.
+    the same call by the reference; what has the case's dtype in the arguments, and that dtype itself, may come as float64.
+    differentiable: the arguments whose gradients are compared. judge: (outputs of the subject, arguments) -> Judgement and
+    a detail, where the noise floor is not the rule; None: every output within the noise floor of the reference in float64.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Operation:
     arguments: Callable[..., dict[str, Any]]
     reference: Callable[..., Any]
     differentiable: tuple[str, ...] = ()
-    judge: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Judgement] | None = None
+    judge: Callable[[Mapping[str, Tensor], Mapping[str, Any]], tuple[Judgement, str]] | None = None
 
     def named(self, returned: Any) -> dict[str, Tensor]:
         """Name what a call returned. Raises TypeError if it is not the Operation's outputs."""
@@ -65,24 +65,31 @@ class OperationSubject:
         return self.operation.named(self.function(**{**cloned(self.arguments), **changed}))
 
 
-def cloned(value: Any, dtype: torch.dtype | None = None) -> Any:
-    """Clone every tensor inside arguments; floating ones into `dtype`, if it is given."""
+def cloned(value: Any, dtypes: Mapping[torch.dtype, torch.dtype] | None = None) -> Any:
+    """Clone every tensor inside arguments. dtypes: what is of one of these dtypes, or is one, becomes of the other.
+
+    A float32 absmax in a bfloat16 case keeps its dtype: it is float32 by definition, and its rounding nobody's.
+    """
+    become = dtypes or {}
+    if isinstance(value, torch.dtype):
+        return become.get(value, value)
     if isinstance(value, Tensor):
         copy = value.detach().clone(memory_format=torch.preserve_format)
-        return copy.to(dtype) if dtype is not None and copy.is_floating_point() else copy
+        return copy.to(become.get(copy.dtype, copy.dtype))
     if isinstance(value, dict):
-        return {key: cloned(one, dtype) for key, one in value.items()}
+        return {key: cloned(one, dtypes) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(cloned(one, dtype) for one in value)
+        return type(value)(cloned(one, dtypes) for one in value)
     return value
+
+
+def draw(generator: torch.Generator, dtype: torch.dtype, *shape: int, spread: float = 1.0) -> Tensor:
+    """Return normal noise, drawn in float64 so that every dtype sees the same numbers."""
+    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * spread).to(dtype)
 
 
 @cache
 def every() -> dict[str, Operation]:
     """Map names to Operations."""
-    found = {}
-    for module in pkgutil.iter_modules(__path__):
-        operation = getattr(importlib.import_module(f"{__name__}.{module.name}"), "OPERATION", None)
-        if operation is not None:
-            found[operation.name] = operation
-    return found
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    return {name: importlib.import_module(f"{__name__}.{name}").OPERATION for name in names}
