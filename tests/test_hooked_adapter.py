@@ -1,0 +1,94 @@
+"""An adapter that replaces no module: LoRA by forward hooks conforms, and one whose hook forgets the scaling does not."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.conformance import matrix
+from harness.records import Outcome
+from harness.registry import Implementation, implements
+
+
+class Hooked:
+    """As little as an adapter can be: neither `state` nor `regularizer`, no module of its own."""
+
+    can_merge = True
+
+    def __init__(self, model: nn.Module, layers: dict[str, Any], config: Any, scaling: float) -> None:
+        self.model, self.layers, self.dropout, self.scaling = model, layers, config.dropout, scaling
+        self.factors: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        self.handles: list[Any] = []
+        self.weights: dict[str, Tensor] = {}
+
+    def hook(self) -> None:
+        for path, layer in self.layers.items():
+            self.handles.append(
+                layer.register_forward_hook(lambda m, args, out, path=path: self.add(m, args[0], out, path))
+            )
+
+    def add(self, layer: nn.Module, x: Tensor, out: Tensor, path: str) -> Tensor:
+        A, B = self.factors[path]
+        if self.dropout and layer.training:
+            x = nn.functional.dropout(x, self.dropout)
+        return out + self.scaling * ((x @ A.T) @ B.T)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"{path}.{name}": t for path, pair in self.factors.items() for name, t in zip("AB", pair, strict=True)}
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [t for pair in self.factors.values() for t in pair]
+
+    def optimizer(self, lr: float, weight_decay: float) -> None:
+        return None
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    def merge(self) -> None:
+        self.detach()
+        for path, layer in self.layers.items():
+            A, B = self.factors[path]
+            self.weights[path] = layer.weight.detach().clone()
+            layer.weight.data += self.scaling * (B @ A)
+
+    def unmerge(self) -> None:
+        for path, layer in self.layers.items():
+            layer.weight.data.copy_(self.weights[path])
+        self.hook()
+
+    def detach(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def by_hooks(wrong: float) -> Implementation:
+    @implements("lora", name="hooked", dtypes=["float32", "bfloat16"])
+    def attach(model: Any, config: Any, generator: torch.Generator) -> Any:
+        model.requires_grad_(False)
+        layers = {name: model.get_submodule(name) for name in config.targets}
+        adapted = Hooked(model, layers, config, wrong * config.alpha / config.rank)
+        for path, layer in layers.items():
+            bound, dtype = 1 / math.sqrt(layer.in_features), layer.weight.dtype
+            A = torch.empty(config.rank, layer.in_features).uniform_(-bound, bound, generator=generator)
+            B = torch.zeros(layer.out_features, config.rank)
+            adapted.factors[path] = (nn.Parameter(A.to(dtype)), nn.Parameter(B.to(dtype)))
+        adapted.hook()
+        return adapted
+
+    return attach
+
+
+def failed(implementation: Implementation, dtype: str) -> set[str]:
+    return {t.check for t in matrix.run(implementation, dtypes=(dtype,)) if t.result.outcome is Outcome.FAIL}
+
+
+def test_lora_by_hooks_conforms() -> None:
+    assert failed(by_hooks(1.0), "float32") == set()
+
+
+def test_a_hook_with_a_slightly_wrong_scaling_does_not_conform_even_in_bfloat16() -> None:
+    assert {"gradient", "step"} <= failed(by_hooks(1.01), "bfloat16")
