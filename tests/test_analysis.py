@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import recorded_run as recorded
 
-from harness.analysis import intervals, ranking, trajectories, verdict
+from harness.analysis import intervals, naming, ranking, trajectories, verdict
 from harness.analysis.words import Word, joint
 from harness.errors import Exit
 from harness.records import CheckResult, Comparison, Outcome, Record, Status
@@ -334,6 +334,26 @@ def test_a_nonconforming_cell_fails_before_anything_else(tmp_path: Path) -> None
     v = verdict.judge(_whole(tmp_path, change=change, footer=False))
     assert (v.verdict.word, v.exit) == (Word.FAIL, Exit.FAIL)
     assert v.nonconforming == (recorded.cells()["fused"].cell_id + ".1",)
+
+
+def test_divergence_is_not_called_another_method(tmp_path: Path) -> None:
+    reference = recorded.cells()["reference"]
+
+    def change(name: str, r: Record) -> Record | None:
+        if name not in ("fused", "reference"):
+            return r
+        red = recorded.failed(r, Status.NONCONFORMING, because="the gradient is exactly zero up to step 5")
+        assert red.failure is not None
+        kind = "Diverged" if name == "fused" else "Untrained"
+        return red.model_copy(update={"failure": red.failure.model_copy(update={"kind": kind})})
+
+    v = verdict.judge(_whole(tmp_path, change=change))
+    names = naming.full(recorded.cells().values())
+    assert (v.exit, len(v.nonconforming)) == (Exit.FAIL, 2)
+    assert v.verdict.reason.startswith(
+        f"1 Cell not computing what the Method says ({names[reference.cell_id]}: the gradient is exactly zero up to "
+        f"step 5); training of 1 Cell diverged ({names[recorded.cells()['fused'].cell_id]})"
+    )
 
 
 def test_a_failed_check_in_an_ok_record_fails(tmp_path: Path) -> None:

@@ -265,9 +265,22 @@ def test_divergence_says_what_came_before_and_what_to_do() -> None:
     assert "\n" not in said  # a Record keeps its first line
 
 
-def test_a_gradient_of_zero_stops_the_run() -> None:
-    with pytest.raises(loop.Diverged, match="exactly zero at step 1: nothing is being trained"):
-        loop.train(batches=batches(3), seed=0, report=nothing, **setting(Encoder(0.0)))
+@pytest.mark.parametrize(("steps", "stopped_at"), [(3, 3), (2 * loop.SILENT, loop.SILENT)])
+def test_a_gradient_of_zero_from_the_first_step_on_stops_the_run(steps: int, stopped_at: int) -> None:
+    with pytest.raises(loop.Untrained, match=f"exactly zero up to step {stopped_at}: nothing is being trained"):
+        loop.train(batches=batches(steps), seed=0, report=nothing, **setting(Encoder(0.0)))
+
+
+@pytest.mark.parametrize("speaks_at", [1, loop.SILENT])
+def test_one_batch_with_a_gradient_is_a_training(speaks_at: int) -> None:
+    model = Encoder(0.0)
+    model.register_forward_pre_hook(
+        lambda *_: calls.append(1) or setattr(model, "scale", float(len(calls) == speaks_at))
+    )
+    calls: list[int] = []
+    steps = 2 * loop.SILENT
+    norms = loop.train(batches=batches(steps), seed=0, report=nothing, **setting(model)).gradient_norms
+    assert [bool(norm) for norm in norms] == [step == speaks_at for step in range(1, steps + 1)]
 
 
 def test_no_gradient_at_all_stops_the_run() -> None:
@@ -275,7 +288,7 @@ def test_no_gradient_at_all_stops_the_run() -> None:
     trainable = s["adapted"].parameters()
     s["adapted"].detach()  # the model runs without what is being trained ...
     s["adapted"].model.embed.weight.requires_grad_(True)  # ... and something else has a gradient
-    with pytest.raises(loop.Diverged, match="exactly zero"):
+    with pytest.raises(loop.Untrained, match="exactly zero"):
         loop.train(batches=batches(3), seed=0, report=nothing, **s)
     assert all(p.grad is None for p in trainable)
 

@@ -19,6 +19,11 @@ def nonconforming(record: Record) -> bool:
     return record.status is Status.NONCONFORMING or bool(failed(record))
 
 
+def diverged(record: Record) -> bool:
+    """Say whether training went to NaN or infinity: a departure whose usual cause is the recipe, not the Method's code."""
+    return record.failure is not None and record.failure.kind == "Diverged"
+
+
 def no_speed(record: Record) -> str:
     """Say why no time of this Cell may be shown, or return an empty string."""
     return _because([c for c in failed(record) if not _of_merging(c)])

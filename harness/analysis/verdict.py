@@ -39,7 +39,7 @@ class Parity:
 class RunVerdict:
     """A run, judged.
 
-    counts: Cells per status (`missing` among them). nonconforming: ids of Records that compute something else.
+    counts: Cells per status (`missing` among them). nonconforming: ids of Records that compute something else, or diverged.
     how: `finished`, `interrupted`, `failed`, or `incomplete` for a run without its footer.
     """
 
@@ -152,10 +152,11 @@ def _whole(
     refuted = [j for j in judgements if j.verdict.word is Word.FAIL]
     if nonconforming or refuted:
         names = naming.full(run.manifest.cells)
-        named = "; ".join(_red(names[r.cell_id], r) for r in latest.values() if r.id in nonconforming)
-        reasons = (
-            [f"{_cells(len(nonconforming))} not computing what the Method says ({named})"] if nonconforming else []
-        )
+        departed = [r for r in latest.values() if r.id in nonconforming]
+        diverged = [names[r.cell_id] for r in departed if parity.diverged(r)]
+        others = [_red(names[r.cell_id], r) for r in departed if not parity.diverged(r)]
+        reasons = [f"{_cells(len(others))} not computing what the Method says ({'; '.join(others)})"] if others else []
+        reasons += [f"training of {_cells(len(diverged))} diverged ({'; '.join(diverged)})"] if diverged else []
         reasons += [f"refuted: “{j.comparison.says}”" for j in refuted]
         ids = (*nonconforming, *(i for j in refuted for i in j.verdict.records))
         return Verdict(Word.FAIL, "; ".join(reasons), tuple(dict.fromkeys(ids))), Exit.FAIL
@@ -186,7 +187,8 @@ def _whole(
 def _red(name: str, record: Record) -> str:
     red = [c.check for c in parity.failed(record)]
     more = f" and {len(red) - 2} more" if len(red) > 2 else ""
-    return f"{name}: {', '.join(red[:2])}{more} failed" if red else name
+    why = f"{', '.join(red[:2])}{more} failed" if red else record.because
+    return f"{name}: {why}" if why else name
 
 
 def _cells(n: int) -> str:

@@ -66,7 +66,7 @@ class Life:
     notes: list[str] = field(default_factory=list)
 
     def run(self) -> Measurements:
-        """Live it. Raises NonconformingError, loop.Diverged, and whatever goes wrong."""
+        """Live it. Raises NonconformingError, loop.Diverged, loop.Untrained, and whatever goes wrong."""
         work, cell = self.work, self.work.cell
         device, dtype = torch.device(work.device), DTYPES[cell.dtype]
         kind = work.model.source.kind

@@ -160,7 +160,7 @@ def _reproducibility(device: Any) -> list[str]:
 def _classify(error: Exception) -> tuple[Status, str]:
     kind, text = type(error).__name__, _plain(str(error))
     first = text.splitlines()[0] if text else kind
-    if kind in ("NonconformingError", "Diverged"):
+    if kind in ("NonconformingError", "Diverged", "Untrained"):
         return Status.NONCONFORMING, first
     if kind == "OutOfMemoryError" or _DEVICE_OOM.search(text):
         return Status.OOM, f"the device's memory ran out: {first}"

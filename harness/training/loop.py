@@ -18,6 +18,9 @@ from harness.training.batches import Batch
 from harness.training.master import HALVES, MasterAdamW
 
 MAX_STEP_SEED = 2**31
+SILENT = 5
+"""So many steps without any gradient, from the first on, are no training. Later ones can be honest: in 16 bits a batch
+that is already right has a loss of exactly zero, and so has every batch of a model that knows its data by heart."""
 BETAS, EPS = (0.9, 0.999), 1e-8
 """AdamW's, as in its paper and as torch's defaults; stated here so that no release of torch can change them unseen."""
 
@@ -38,7 +41,11 @@ class StepSamples:
 
 
 class Diverged(Exception):  # noqa: N818
-    """Training gave a NaN or infinite loss or gradient, or no gradient at all: an outcome, not a crash. One line."""
+    """Training gave a NaN or infinite loss or gradient: an outcome, not a crash. One line."""
+
+
+class Untrained(Exception):  # noqa: N818
+    """Training gave no gradient at all: an outcome, not a crash. One line."""
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -131,7 +138,8 @@ def train(
 
     The global random state is set from (seed, step) before every step, so that an implementation which draws more or
     fewer random numbers than another does not shift the next step's dropout masks. Where float16 gradients overflow, the
-    same batch is taken again with half the loss scale: no step is lost, and its time is the step's. Raises Diverged.
+    same batch is taken again with half the loss scale: no step is lost, and its time is the step's. Raises Diverged; and
+    Untrained if the first steps, at most `SILENT`, all have a gradient of exactly zero.
     """
     model, samples = adapted.model, StepSamples()
     trainable = [*adapted.parameters(), *head]
@@ -155,10 +163,10 @@ def train(
         norm = _norm(trainable, optimizer)
         if not math.isfinite(value) or not math.isfinite(norm):
             raise Diverged(_diverged(value, norm, samples, optimizer, model))
-        if norm == 0.0:
-            raise Diverged(f"the gradient is exactly zero at step {index + 1}: nothing is being trained")
         samples.losses.append(value)
         samples.gradient_norms.append(norm)
+        if index + 1 == min(SILENT, len(batches)) and not any(samples.gradient_norms):
+            raise Untrained(f"the gradient is exactly zero up to step {index + 1}: nothing is being trained")
         samples.tokens.append(batch.real_tokens)
         samples.padded_tokens.append(batch.padded_tokens)
         report(index + 1, value)
