@@ -38,13 +38,13 @@ def check_arguments(subject: OperationSubject, case: Case) -> CheckResult:
     """A call leaves its arguments as they were."""
     given = cloned(subject.arguments)
     subject.function(**given)
-    return judged(subject, case, "arguments", exact(_flat(given), _flat(subject.arguments)))
+    return judged(subject, case, "arguments", exact(_told(_flat(given)), _told(_flat(subject.arguments))))
 
 
 def check_repeatable(subject: OperationSubject, case: Case) -> CheckResult:
     """Two calls with the same arguments return the same, to the last bit."""
     first = {name: t.detach().clone() for name, t in subject.call().items()}
-    return judged(subject, case, "repeatable", exact(subject.call(), first))
+    return judged(subject, case, "repeatable", exact(_told(subject.call()), _told(first)))
 
 
 def _reference(subject: OperationSubject, dtype: str) -> dict[str, Tensor]:
@@ -61,6 +61,13 @@ def _gradients(subject: OperationSubject, function: Any, dtype: torch.dtype, cas
     dy = torch.randn(y.shape, generator=case.generator(salt=3), dtype=torch.float64)
     y.backward(dy.to(y.device, y.dtype))
     return {f"grad {n}": torch.zeros_like(t) if t.grad is None else t.grad for n, t in leaves.items()}
+
+
+def _told(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Say apart what is not finite and how, so that a NaN which stays where it was is no difference."""
+    finite = {name: t.detach().nan_to_num(0.0, 0.0, 0.0) for name, t in named.items()}
+    how = {f"{n}, NaN or infinite": t.isnan() + 2 * t.isposinf() + 3 * t.isneginf() for n, t in named.items()}
+    return finite | how
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Tensor]:

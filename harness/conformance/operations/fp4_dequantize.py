@@ -1,0 +1,16 @@
+"""fp4_dequantize: packed FP4 codes and the absmax of every block, back to a tensor."""
+
+from __future__ import annotations
+
+from harness.conformance.codes import FourBit
+from harness.conformance.operations import Operation
+from reference import fp4
+
+_FORM = FourBit(fp4)
+
+OPERATION = Operation(
+    name="fp4_dequantize",
+    outputs=("W",),
+    arguments=_FORM.packed_arguments,
+    reference=_FORM.dequantize,
+)

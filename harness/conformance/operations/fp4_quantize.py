@@ -1,0 +1,17 @@
+"""fp4_quantize: a tensor in blocks of FP4, two codes a byte, and the largest magnitude of every block."""
+
+from __future__ import annotations
+
+from harness.conformance.codes import FourBit
+from harness.conformance.operations import Operation
+from reference import fp4
+
+_FORM = FourBit(fp4)
+
+OPERATION = Operation(
+    name="fp4_quantize",
+    outputs=("packed", "absmax"),
+    arguments=_FORM.arguments,
+    reference=_FORM.quantize,
+    judge=_FORM.judge,
+)

@@ -1,0 +1,16 @@
+"""nf4_dequantize: packed NF4 codes and the absmax of every block, back to a tensor."""
+
+from __future__ import annotations
+
+from harness.conformance.codes import FourBit
+from harness.conformance.operations import Operation
+from reference import nf4
+
+_FORM = FourBit(nf4)
+
+OPERATION = Operation(
+    name="nf4_dequantize",
+    outputs=("W",),
+    arguments=_FORM.packed_arguments,
+    reference=_FORM.dequantize,
+)

@@ -1,0 +1,17 @@
+"""nf4_quantize: a tensor in blocks of NF4, two codes a byte, and the largest magnitude of every block."""
+
+from __future__ import annotations
+
+from harness.conformance.codes import FourBit
+from harness.conformance.operations import Operation
+from reference import nf4
+
+_FORM = FourBit(nf4)
+
+OPERATION = Operation(
+    name="nf4_quantize",
+    outputs=("packed", "absmax"),
+    arguments=_FORM.arguments,
+    reference=_FORM.quantize,
+    judge=_FORM.judge,
+)
