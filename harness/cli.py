@@ -98,11 +98,13 @@ def plan(suite: str, only: str | None, as_json: bool) -> Exit:
     Runs nothing. SUITE is a name or a .yaml file. Time and memory are those of the newest Record of the same Cell in
     results/runs; nothing is guessed.
     """
-    from harness import expand, planning, suites
+    from harness import expand, fitting, planning, suites
 
     read = suites.load(suite)
     cells = expand.expand(read)
-    document = planning.planning(read, expand.only(cells, only) if only is not None else cells)
+    cells = expand.only(cells, only) if only is not None else cells
+    fitting.refuse(read, cells)
+    document = planning.planning(read, cells)
     _print(json.dumps(document, indent=1) if as_json else planning.as_text(document))
     return Exit.PASS
 
@@ -167,6 +169,18 @@ def report(runs: tuple[str, ...], out: Path | None, strict: bool) -> Exit:
 @click.option("--dtype", "dtypes", multiple=True, metavar="D", help="Only this dtype; may be given again.")
 @click.option("--full", is_flag=True, help="Every config x shape x layer, instead of each at least once.")
 @click.option("--jobs", type=click.IntRange(1, 256), help="Processes at a time.  [the cores, at most 8]")
+@click.option(
+    "--patience",
+    callback=_finite,
+    default=120.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Without a result for so long, an implementation hangs.",
+)
+@click.option(
+    "--junit", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write a JUnit XML file."
+)
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write a page.")
 @_json
 def check(
     implementations: tuple[str, ...],
@@ -175,16 +189,21 @@ def check(
     dtypes: tuple[str, ...],
     full: bool,
     jobs: int | None,
+    patience: float,
+    junit: Path | None,
+    html: Path | None,
     as_json: bool,
 ) -> Exit:
     """Check implementations against the reference.
 
-    All of them on all that this machine can run, if nothing is named. The reference is computed in float64.
+    All of them on all that this machine can run, if nothing is named. The reference is computed in float64. Each
+    implementation runs in a process of its own; one that crashes or hangs is a failure, and the rest goes on. Ctrl-C or
+    SIGTERM prints what was found so far and exits with 4.
     """
     from harness.conformance import command
 
-    asked = command.Asked(implementations, methods, operations, dtypes, full, jobs)
-    return command.check(asked, as_json)
+    asked = command.Asked(implementations, methods, operations, dtypes, full, jobs, patience)
+    return command.check(asked, as_json, junit, html)
 
 
 @verbs.command()

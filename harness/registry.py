@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, get_args
@@ -25,7 +25,7 @@ class Implementation:
 
     name: what suites write, e.g. `hf-peft`. target: the method (`lora`), operation (`nf4_linear`) or quantisation
     (`nf4`) it claims to be. requires: modules that are imported at a Cell's start-up, so that no measured phase pays
-    for it; without them the Cell is skipped. distribution, version: filled in from the entry point.
+    for it; without them the Cell is skipped. distribution, version, point (its name): filled in from the entry point.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Implementation:
     requires: tuple[str, ...] = ()
     distribution: str = ""
     version: str = ""
+    point: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -108,11 +109,23 @@ class Registry:
         return ImplementationError(f"no implementation `{name}` of {target}", mend=mend)
 
 
-def discover() -> Registry:
-    """Load every entry point of the group. Ours first, so that nobody can take a name that we use."""
+def names_of_entry_points() -> list[str]:
+    """List the names of the group's entry points, none of which is loaded."""
+    return sorted({point.name for point in entry_points(group=GROUP)})
+
+
+def discover(only: Collection[str] | None = None, begin: Callable[[str], None] | None = None) -> Registry:
+    """Load every entry point of the group. Ours first, so that nobody can take a name that we use.
+
+    only: load those of these names and no other; begin: is told of each before it is loaded.
+    """
     found: dict[tuple[str, str, str], Implementation] = {}
     broken: dict[str, str] = {}
     for point in sorted(entry_points(group=GROUP), key=_order):
+        if only is not None and point.name not in only:
+            continue
+        if begin is not None:
+            begin(point.name)
         reasons = []
         try:
             # What a plug-in prints on import is talk, and stdout is data.
@@ -128,7 +141,7 @@ def discover() -> Registry:
                 reasons.append(f"{implementation} is offered twice, first by {found[key].distribution}")
             else:
                 distribution, version = _provider(point)
-                found[key] = replace(implementation, distribution=distribution, version=version)
+                found[key] = replace(implementation, distribution=distribution, version=version, point=point.name)
         if reasons:
             broken[point.name] = "; ".join([*filter(None, [broken.get(point.name)]), *reasons])
     return Registry(tuple(found.values()), broken)

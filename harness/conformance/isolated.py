@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import select
-import signal
-import subprocess
-import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.conformance.tried import Tried
+from harness.conformance.children import Children
+from harness.conformance.tried import Standing, Tried
+from harness.errors import HarnessError
 from harness.records import CheckResult, Outcome
-from harness.registry import Kind
+from harness.registry import Implementation, Kind, Registry, names_of_entry_points
 
-SILENCE = 120.0
+PATIENCE = 120.0
 """Seconds without a single result after which an implementation is said to hang. A check takes milliseconds."""
 
 Target = tuple[Kind, str]
@@ -26,116 +23,126 @@ Target = tuple[Kind, str]
 
 @dataclass(frozen=True)
 class Task:
-    """One implementation and what to try of it, as (kind, target)."""
+    """One implementation and what to try of it, as (kind, target). points: the entry points that offer it."""
 
     implementation: str
     targets: Sequence[Target]
     full: bool = False
     dtypes: tuple[str, ...] = ()
+    points: tuple[str, ...] = ()
 
 
 @dataclass
 class Findings:
-    """What came of a Task. missing: target -> what it needs that is not there."""
+    """What came of a Task. missing: target -> what it needs that is not there. left: what an interruption left untried."""
 
     tried: list[Tried] = field(default_factory=list)
     missing: dict[Target, str] = field(default_factory=dict)
+    left: list[Target] = field(default_factory=list)
 
 
-def run(tasks: Sequence[Task], jobs: int, said: Callable[[str], None], silence: float = SILENCE) -> list[Findings]:
-    """Try all tasks, `jobs` processes at a time, in the tasks' order."""
+def discover(patience: float = PATIENCE) -> Registry:
+    """Ask the installed distributions what they offer, in another process: a plug-in may hang or crash on import.
+
+    The functions of the Implementations returned are not there and cannot be called.
+    """
+    children, points = Children(), names_of_entry_points()
+    broken: dict[str, str] = {}
+    while True:
+        at, died, registry = "", "", None
+        for event in children.events("harness.conformance.scout", {"points": points}, patience):
+            at = event.get("begin", at)
+            died = event.get("died", "")
+            if "offered" in event:
+                at = ""  # whatever happens now cannot be laid at one door
+                registry = Registry(
+                    tuple(Implementation(**i, function=_elsewhere) for i in event["offered"]), event["broken"]
+                )
+        if registry is not None:
+            after = {"one of them": f"after importing them all {died}"} if died else {}
+            return Registry(registry.implementations, registry.broken | broken | after)
+        if not at:
+            raise HarnessError(f"asking the plug-ins what they offer: {died}", mend="what it said is above")
+        broken[at] = f"importing it: {died}"
+        points = [point for point in points if point != at]
+
+
+def _elsewhere(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("this Implementation was loaded in another process")
+
+
+def run(
+    tasks: Sequence[Task], jobs: int, said: Callable[[str], None], patience: float = PATIENCE
+) -> tuple[list[Findings], bool]:
+    """Try all tasks, `jobs` processes at a time; return what was found, in the tasks' order, and whether Ctrl-C came."""
+    children = Children()
+    found = [Findings(left=list(task.targets)) for task in tasks]
+    interrupted = False
     with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
-        return list(pool.map(lambda task: _all_of(task, said, silence), tasks))
+        try:
+            for future in [
+                pool.submit(_all_of, task, one, children, said, patience)
+                for task, one in zip(tasks, found, strict=True)
+            ]:
+                future.result()
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            if interrupted:
+                children.stop()
+            pool.shutdown(cancel_futures=interrupted)
+    return found, interrupted
 
 
-def _all_of(task: Task, said: Callable[[str], None], silence: float) -> Findings:
+def _all_of(task: Task, found: Findings, children: Children, said: Callable[[str], None], patience: float) -> None:
     """Try the targets; after a crash or a hang, those that were not yet begun in a new process."""
-    found, left = Findings(), list(task.targets)
-    while left:
-        left = _one_process(task, left, found, said, silence)
-    return found
+    left = list(task.targets)
+    while left and not children.stopped:
+        left = _one_process(task, left, found, children, said, patience)
 
 
 def _one_process(
-    task: Task, targets: list[Target], found: Findings, said: Callable[[str], None], silence: float
+    task: Task, targets: list[Target], found: Findings, children: Children, said: Callable[[str], None], patience: float
 ) -> list[Target]:
     """Try `targets` in one process; return those that it did not come to."""
-    reading, writing = os.pipe()
     words = {
         "implementation": task.implementation, "targets": targets, "full": task.full, "dtypes": list(task.dtypes),
+        "points": list(task.points),
     }  # fmt: skip
-    # The tensors are tiny, and threads that wait for each other would slow down whatever runs beside this.
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "harness.conformance.worker", str(writing), json.dumps(words)],
-        pass_fds=(writing,), stdin=subprocess.DEVNULL, env=environment, start_new_session=True,
-    )  # fmt: skip
-    os.close(writing)
-    left = list(targets)
-    at: Target | None = None
-    case, wrong = "", ""
-    try:
-        for event in _events(reading, silence):
-            if event is None:
-                wrong = f"no result for {silence:.0f} s; killed"
-                break
-            if "begin" in event:
-                at, case = (event["begin"][0], event["begin"][1]), ""
-                left.remove(at)
-                said(f"checking {at[1]} by {task.implementation} ...")
-            elif "case" in event:
-                case = event["case"]
-            elif "missing" in event and at is not None:
-                found.missing[at] = event["missing"]
-            elif "tried" in event:
-                found.tried.append(Tried.model_validate_json(json.dumps(event["tried"])))
-            elif "end" in event:
-                at = None
-    finally:
-        os.close(reading)
-        _kill(process)
-    if at is None and process.returncode != 0 and left:
-        at = left.pop(0)  # it died before it began: do not try for ever
-    if at is not None:
-        found.tried.append(_died(task, at, case, wrong or _how(process.returncode)))
+    left, at, case = list(targets), targets[0], "start-up"
+    began, before = time.monotonic(), len(found.tried)
+    for event in children.events("harness.conformance.worker", words, patience):
+        if "begin" in event:
+            at, case = (event["begin"][0], event["begin"][1]), "start-up"
+            left.remove(at)
+            began, before = time.monotonic(), len(found.tried)
+            said(f"checking {at[1]} by {task.implementation} ...")
+        elif "case" in event:
+            case = event["case"]
+        elif "missing" in event:
+            found.missing[at] = event["missing"]
+        elif "tried" in event:
+            found.tried.append(Tried.model_validate_json(json.dumps(event["tried"])))
+        elif "end" in event:
+            case = "afterwards"
+            found.left.remove(at)
+            said(_summary(task, at, found.tried[before:], time.monotonic() - began))
+        elif "died" in event:
+            found.tried.append(_died(task, at, case, event["died"]))
+            if at in found.left:
+                found.left.remove(at)
+            said(f"{at[1]} by {task.implementation}: {event['died']}")
+            left = [target for target in left if target != at]  # it may have died before it began: do not try for ever
     return left
 
 
-def _events(reading: int, silence: float) -> Any:
-    """Yield the worker's events; None once it was silent for too long."""
-    buffer = b""
-    while True:
-        if not select.select([reading], [], [], silence)[0]:
-            yield None
-            return
-        chunk = os.read(reading, 1 << 16)
-        if not chunk:
-            return
-        *lines, buffer = (buffer + chunk).split(b"\n")
-        for line in lines:
-            yield json.loads(line)
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End the worker with all its children; one that has closed its end of the pipe is given a moment to go by itself."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=5 if process.poll() is None else 0)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def _how(code: int) -> str:
-    if code < 0:
-        with contextlib.suppress(ValueError):
-            return f"the process died of {signal.Signals(-code).name}"
-    return f"the process ended with exit code {code} before it was done; what it said is on stderr"
+def _summary(task: Task, at: Target, tried: Sequence[Tried], seconds: float) -> str:
+    failed = sum(one.standing is Standing.FAIL for one in tried)
+    return f"checked {at[1]} by {task.implementation}: {len(tried)} checks, {failed} failed, {seconds:.1f} s"
 
 
 def _died(task: Task, at: Target, case: str, how: str) -> Tried:
-    target = at[1]
-    result = CheckResult(check=f"{target}/alive/-/-", outcome=Outcome.FAIL, detail=how)
+    result = CheckResult(check=f"{at[1]}/alive/-/-", outcome=Outcome.FAIL, detail=how)
     return Tried(
-        implementation=task.implementation, kind=at[0], target=target,
-        dtype="-", case=case or "start-up", result=result,
+        implementation=task.implementation, kind=at[0], target=at[1], dtype="-", case=case, result=result
     )  # fmt: skip

@@ -1,31 +1,29 @@
 """A process that takes implementations through their parity suites: `python -m harness.conformance.worker FD TASK`.
 
-Writes one JSON line per event to the file descriptor FD: `begin` and `end` of a target, `case`, `tried`, `missing`.
+Writes one JSON line per event to the file descriptor FD: `begin` and `end` of a target, `case`, `tried`, `missing`, `done`.
 What a plug-in prints to stdout goes to stderr.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from importlib import import_module
 from typing import Any
 
+from harness.conformance.speaking import speaker
+
 
 def main(fd: int, task: dict[str, Any]) -> None:
-    """Try the targets of one implementation. task: implementation, targets as [kind, target], full, dtypes."""
-    os.dup2(2, 1)  # also what a C library prints
-    from harness.conformance import matrix
-    from harness.registry import discover
+    """Try the targets of one implementation.
 
-    with os.fdopen(fd, "w", encoding="utf-8") as events:
+    task: implementation, targets as [kind, target], full, dtypes, points (the entry points that offer it).
+    """
+    with speaker(fd) as say:
+        from harness.conformance import matrix
+        from harness.registry import discover
 
-        def say(**event: Any) -> None:
-            events.write(json.dumps(event) + "\n")
-            events.flush()
-
-        registry = discover()
+        registry = discover(only=task["points"])
         for kind, target in task["targets"]:
             implementation = registry.find(kind, target, task["implementation"])
             say(begin=[kind, target])
@@ -43,6 +41,7 @@ def main(fd: int, task: dict[str, Any]) -> None:
                 ):
                     say(tried=tried.model_dump(mode="json"))
             say(end=[kind, target])
+        say(done=True)
 
 
 if __name__ == "__main__":

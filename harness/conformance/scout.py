@@ -1,0 +1,31 @@
+"""A process that loads plug-ins and says what they offer: `python -m harness.conformance.scout FD {"points": [..]}`.
+
+Writes one JSON line per event to the file descriptor FD: `begin` of an entry point, then `offered` and `broken`, `done`.
+What a plug-in prints to stdout goes to stderr. No torch, unless a plug-in imports it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+from harness.conformance.speaking import speaker
+from harness.registry import Implementation, discover
+
+
+def main(fd: int, words: dict[str, Any]) -> None:
+    """Load the entry points of these names."""
+    with speaker(fd) as say:
+        registry = discover(only=words["points"], begin=lambda point: say(begin=point))
+        say(offered=[_data(one) for one in registry.implementations], broken=registry.broken)
+        say(done=True)
+
+
+def _data(one: Implementation) -> dict[str, Any]:
+    return {f.name: getattr(one, f.name) for f in dataclasses.fields(one) if f.name != "function"}
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), json.loads(sys.argv[2]))

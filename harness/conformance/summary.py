@@ -1,0 +1,55 @@
+"""The matrix of `check`: what stands in each of its fields. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from harness.conformance.tried import Standing, Tried
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+_WORST_FIRST = (Standing.FAIL, Standing.KNOWN_DEFECT, Standing.PASS, Standing.UNSUPPORTED, Standing.SKIPPED)
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of the matrix: the worst standing in it, how many results have that, of how many that were compared.
+
+    share: the worst error of those that passed, as a share of what was allowed; None where nothing was measured.
+    """
+
+    standing: Standing
+    count: int
+    total: int
+    share: float | None
+
+
+def rows(tried: Iterable[Tried]) -> dict[tuple[str, str], list[Tried]]:
+    """Group results by (target, implementation), sorted."""
+    found: dict[tuple[str, str], list[Tried]] = {}
+    for one in tried:
+        found.setdefault((one.target, one.implementation), []).append(one)
+    return dict(sorted(found.items()))
+
+
+def dtypes(tried: Iterable[Tried]) -> list[str]:
+    """List the dtypes of the results, widest first; all of them if nothing got as far as a dtype."""
+    there = {one.dtype for one in tried}
+    return [dtype for dtype in DTYPES if dtype in there] or list(DTYPES)
+
+
+def of_dtype(tried: Iterable[Tried], dtype: str) -> list[Tried]:
+    """Return what was tried in a dtype, and what befell the whole implementation: a crash is in every field of its row."""
+    return [one for one in tried if one.dtype in (dtype, "-")]
+
+
+def field(tried: Sequence[Tried]) -> Field | None:
+    """Sum up one field; None if nothing was tried."""
+    standings = [one.standing for one in tried]
+    worst = next((standing for standing in _WORST_FIRST if standing in standings), None)
+    if worst is None:
+        return None
+    compared = (Standing.FAIL, Standing.KNOWN_DEFECT, Standing.PASS)
+    shares = [one.share for one in tried if one.standing is Standing.PASS and one.share is not None]
+    total = sum(s in compared for s in standings) or len(standings)
+    return Field(worst, standings.count(worst), total, max(shares, default=None))
