@@ -128,7 +128,8 @@ def split(
     U, S, Vt = found
     U, Vt = signed(U, Vt)
     root = (S / scaling).sqrt()
-    A, B = (root[:, None] * Vt).to(dtype), (U * root).to(dtype)
+    # LAPACK's U comes column by column. Laid out as any other B, so that its products round as any other's.
+    A, B = (root[:, None] * Vt).to(dtype).contiguous(), (U * root).to(dtype).contiguous()
     residual = W - scaling * (B.to(W.dtype) @ A.to(W.dtype))
     return A, B, residual.to(dtype)
 

@@ -1,0 +1,94 @@
+"""peft's LoraConfig: LoRA on every kind of layer, DoRA, and PiSSA, which is a start of LoRA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.implementations.hf_peft.adapted import ADAPTER, DTYPES, PeftAdapted, tuner
+from harness.registry import implements
+
+
+@implements("lora", name="hf-peft", dtypes=DTYPES, requires=["peft"])
+def lora(model: Any, config: Any, generator: Any) -> PeftAdapted:
+    """Attach peft's LoRA to linear layers, Conv1D, embeddings and convolutions; config as `reference.lora.Config`.
+
+    Raises NotImplementedError for a convolution with conv=loralib, a parametrisation that peft does not have.
+    """
+    from peft import LoraConfig
+
+    from reference.layers import KINDS, kind_of, targets
+
+    kinds = {path: kind_of(layer) for path, layer in targets(model, config.targets, KINDS).items()}
+    if config.conv != "peft" and "Conv2d" in kinds.values():
+        path = next(path for path, kind in kinds.items() if kind == "Conv2d")
+        raise NotImplementedError(f"{path}: peft's LoRA of a convolution is conv=peft, not conv={config.conv}")
+    peft_config = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(config.targets),
+        use_rslora=config.rslora,
+        # What a user of GPT-2 sets. peft sets it by itself otherwise, layer by layer, and warns of it.
+        fan_in_fan_out="Conv1D" in kinds.values(),
+    )
+    tuner(model, peft_config, generator)
+    return PeftAdapted(model, lora_tensors)
+
+
+@implements("dora", name="hf-peft", dtypes=DTYPES, requires=["peft"])
+def dora(model: Any, config: Any, generator: Any) -> PeftAdapted:
+    """Attach peft's DoRA to linear layers; config as `reference.dora.Config`.
+
+    Raises NotImplementedError for per=input and for a norm with a gradient: peft has one reading of the paper.
+    """
+    from peft import LoraConfig
+
+    from reference.layers import targets
+
+    targets(model, config.targets)  # refuses what is no linear layer
+    if config.per != "output":
+        raise NotImplementedError(f"peft's DoRA has one magnitude per output feature, not per {config.per}")
+    if not config.detach_norm:
+        raise NotImplementedError("peft's DoRA takes the norm for a constant in the backward pass")
+    peft_config = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(config.targets),
+        use_dora=True,
+    )
+    tuner(model, peft_config, generator)
+    return PeftAdapted(model, lambda layer: {**lora_tensors(layer), "m": layer.lora_magnitude_vector[ADAPTER].weight})
+
+
+# peft refuses to split a float64 weight.
+@implements("pissa", name="hf-peft", dtypes=("float32", "bfloat16", "float16"), requires=["peft"])
+def pissa(model: Any, config: Any, generator: Any) -> PeftAdapted:
+    """Attach LoRA that starts from the principal part; config as `reference.pissa.Config`.
+
+    peft writes the residual into the base weight and keeps no copy, so `detach` leaves a base without its principal part.
+    """
+    from peft import LoraConfig
+
+    from reference.layers import targets
+
+    targets(model, config.targets)  # refuses an embedding, on which peft would fall back to plain LoRA without a word
+    peft_config = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=list(config.targets),
+        init_lora_weights=f"pissa_niter_{config.niter}" if config.niter else "pissa",
+    )
+    tuner(model, peft_config, generator)
+    return PeftAdapted(model, lora_tensors, lambda layer: {"residual": layer.base_layer.weight.data})
+
+
+def lora_tensors(layer: Any) -> dict[str, Any]:
+    """Map A and B to peft's own parameters of a LoRA layer of any kind.
+
+    Linear and Conv1D: A (R, D), B (E, R). Embedding: A (R, num), B (dim, R). Conv2d: A (R, in, k, k), B (out, R/groups, 1,
+    1). The reference has the same layouts.
+    """
+    if ADAPTER in layer.lora_embedding_A:
+        return {"A": layer.lora_embedding_A[ADAPTER], "B": layer.lora_embedding_B[ADAPTER]}
+    return {"A": layer.lora_A[ADAPTER].weight, "B": layer.lora_B[ADAPTER].weight}
