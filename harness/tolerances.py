@@ -24,6 +24,10 @@ LARGEST_FACTOR = 2.0
 # roundings; a wrong factor does not. In a low-rank product as few as the fourth root's square are independent.
 BIAS_SIGMAS = 4.0
 
+# An 8-bit code of a moment may be its neighbour's where the moment is so many float32 units from the middle of the two: two
+# products, a sum and a division are four roundings, and correct programs order and fuse them differently.
+CODE_TIE_EPS = 4.0
+
 # Means over random draws may be off by this many standard errors: one false alarm in some hundred thousand.
 INITIAL_SIGMAS = 5.0
 DROPOUT_SIGMAS = 5.0

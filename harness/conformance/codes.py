@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from harness.conformance.tolerance import Judgement, exact, worst_of
+from harness.conformance.tolerance import Judgement, exact
 from reference import nf4
 
 Kind = Literal["normal", "levels", "ties", "zeros", "zero-blocks", "scales", "tiny", "huge", "nan", "infinity"]
-_UNCOMPARED = -1.0
+UNCOMPARED = -1.0
 """Stands on both sides where a value says nothing: absmax is never below 0."""
 
 
@@ -47,29 +47,29 @@ def values(
     return flat.view(drawn.shape).to(dtype)
 
 
-def four_bit(mine: dict[str, Tensor], want: tuple[Tensor, Tensor], near_tie: Tensor, block: int, levels: Tensor) -> Any:
-    """Judge codes and absmax of 4 bits against the reference's; return the judgement and how many codes were excused.
+def judge_codes(
+    mine: Mapping[str, Tensor], want: tuple[Tensor, Tensor], near_tie: Tensor, block: int, levels: Tensor
+) -> tuple[Judgement, str]:
+    """Judge `codes` and `absmax` against the reference's; return the judgement and how many codes were excused.
 
     A code may be that of the neighbouring value only where the element is near a tie. In a block of zeros any code with an
     absmax that makes it zero will do, and in one with a NaN or an infinity any with an absmax that is not finite:
     bitsandbytes' back ends differ there.
     """
     codes, absmax = want
-    zero, lost = absmax == 0, ~absmax.isfinite()
-    same = mine["codes"].shape == codes.shape and mine["absmax"].shape == absmax.shape
-    if not same:
-        return worst_of([exact(mine, {"codes": codes, "absmax": absmax})], "exact"), ""
+    if mine["codes"].shape != codes.shape or mine["absmax"].shape != absmax.shape:
+        return exact(mine, {"codes": codes, "absmax": absmax}), ""
     rank = torch.unique(levels, return_inverse=True)[1]
     apart = (rank[mine["codes"].long()] - rank[codes.long()]).abs()
     tied = near_tie & (apart == 1)
-    vanishes = zero & (mine["absmax"].abs() <= torch.finfo(torch.float32).tiny)
-    lost_too = lost & ~mine["absmax"].isfinite()
-    meaningless = (vanishes | lost_too).repeat_interleave(block)[: codes.numel()]
+    vanishes = (absmax == 0) & (mine["absmax"].abs() <= torch.finfo(torch.float32).tiny)
+    lost = ~absmax.isfinite() & ~mine["absmax"].isfinite()
+    meaningless = (vanishes | lost).repeat_interleave(block)[: codes.numel()]
     have = {
         "codes": torch.where(tied | meaningless, codes, mine["codes"]),
-        "absmax": torch.where(vanishes | lost_too, _UNCOMPARED, mine["absmax"]),
+        "absmax": torch.where(vanishes | lost, UNCOMPARED, mine["absmax"]),
     }
-    expected = {"codes": codes, "absmax": torch.where(vanishes | lost, _UNCOMPARED, absmax)}
+    expected = {"codes": codes, "absmax": torch.where(vanishes | ~absmax.isfinite(), UNCOMPARED, absmax)}
     return exact(have, expected), f"{int(tied.sum())} codes on the other side of a tie"
 
 
@@ -90,7 +90,7 @@ class FourBit:
         codes, absmax = self.form.quantize(W, block)
         return self.form.pack(codes), absmax
 
-    def judge(self, outputs: Any, arguments: Any) -> tuple[Judgement, str]:
+    def judge(self, outputs: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> tuple[Judgement, str]:
         """Judge packed codes and absmax."""
         W, block = arguments["W"], arguments["block"]
         packed, absmax = self.quantize(W, block)
@@ -99,8 +99,7 @@ class FourBit:
         codes = nf4.unpack(packed, W.numel())
         mine = {"codes": nf4.unpack(outputs["packed"], W.numel()), "absmax": outputs["absmax"]}
         near_tie = self.form.near_tie(W, block)
-        result: tuple[Judgement, str] = four_bit(mine, (codes, absmax), near_tie, block, self.form.codebook())
-        return result
+        return judge_codes(mine, (codes, absmax), near_tie, block, self.form.codebook())
 
     def packed_arguments(
         self, dtype: torch.dtype, generator: torch.Generator, *, shape: Sequence[int], block: int, kind: Kind = "normal"

@@ -1,0 +1,105 @@
+"""adamw8bit_step: one step of AdamW whose two moments are 8-bit codes with an absmax per block of 256."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from harness.conformance.codes import judge_codes
+from harness.conformance.operations import Operation, cloned, draw
+from harness.conformance.subject import DTYPES
+from harness.conformance.tolerance import Judgement, noise_floor, worst_of
+from harness.tolerances import CODE_TIE_EPS, EPSILON
+from reference import adamw8bit
+from reference.dynamic_map import dynamic_map, quantize_blockwise
+
+_CODES = ("m", "v")
+
+
+def arguments(
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    *,
+    shape: list[int],
+    step: int = 7,
+    weight_decay: float = 0.0,
+    gradient: Literal["dense", "sparse"] = "dense",
+) -> dict[str, Any]:
+    """Draw a parameter, its gradient and its state. step 1: the state is that before the first, all zero.
+
+    sparse: in every block half the elements, and every second block as a whole, never had a gradient. lr is so large that
+    the step is as large as the parameter.
+    """
+    p, g = (draw(generator, dtype, *shape) for _ in range(2))
+    m, v = (draw(generator, torch.float32, g.numel(), spread=0.1) for _ in range(2))
+    if gradient == "sparse":
+        number = torch.arange(g.numel())
+        seen = (number % 2 == 0) & (number // adamw8bit.BLOCK % 2 == 0)
+        g, m, v = g * seen.view(g.shape), m * seen, v * seen
+    state = adamw8bit.init_state(p, min_8bit_size=0)
+    if step > 1:
+        state["m"], state["m_absmax"] = quantize_blockwise(m, dynamic_map(signed=True))
+        state["v"], state["v_absmax"] = quantize_blockwise(v.square(), dynamic_map(signed=False))
+    how = {"step": step, "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay}
+    return {"p": p, "g": g, **state, **how}
+
+
+def reference(
+    p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor, v_absmax: Tensor, **how: Any
+) -> tuple[Tensor, ...]:
+    """Return p, m, m_absmax, v, v_absmax after the step; `how` is step, lr, betas, eps and weight_decay."""
+    state = {"m": m.clone(), "m_absmax": m_absmax.clone(), "v": v.clone(), "v_absmax": v_absmax.clone()}
+    p = p.clone()
+    adamw8bit.adamw8bit_step(p, g, state, **how)
+    return p, state["m"], state["m_absmax"], state["v"], state["v_absmax"]
+
+
+def judge(outputs: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[Judgement, str]:
+    """Judge p by the noise floor, every absmax by that of float32, and every code by what the moment is in float64.
+
+    A code may be the neighbour's only where the moment is within some roundings of the middle of the two.
+    """
+    dtype = given["p"].dtype
+    own = next(name for name, one in DTYPES.items() if one == dtype)
+    exactly, roundly = (OPERATION.named(reference(**cloned(given, {dtype: to}))) for to in (torch.float64, dtype))
+    judged = [noise_floor({"p": outputs["p"]}, {"p": exactly["p"]}, {"p": roundly["p"]}, own)]
+    ties = 0
+    for name, beta, signed, power in (("m", 0, True, 1), ("v", 1, False, 2)):
+        decayed, new = _parts(given, name, beta, power)
+        value, levels, constants = decayed + new, dynamic_map(signed), f"{name}_absmax"
+        codes, absmax = quantize_blockwise(value, levels)
+        truth = torch.stack([block.amax() for block in value.abs().split(adamw8bit.BLOCK)])
+        judged.append(noise_floor({constants: outputs[constants]}, {constants: truth}, {constants: absmax}, "float32"))
+        reach = CODE_TIE_EPS * EPSILON["float32"] * (decayed.abs() + new.abs())
+        near = near_middle(value, truth, reach, levels.double())
+        # The absmax is judged above; here it stands for the blocks that are zero.
+        mine = {"codes": outputs[name], "absmax": torch.where(absmax == 0, outputs[constants], absmax)}
+        one, detail = judge_codes(mine, (codes, absmax), near, adamw8bit.BLOCK, levels)
+        judged.append(replace(one, tensor=f"{name} {one.tensor}"))
+        ties += int(detail.split()[0]) if detail else 0
+    return worst_of(judged, "noise-floor, and exact codes"), f"{ties} codes on the other side of a tie"
+
+
+def near_middle(value: Tensor, absmax: Tensor, reach: Tensor, levels: Tensor) -> Tensor:
+    """Mask elements within `reach` of the middle of two levels times their block's absmax."""
+    scale = absmax.repeat_interleave(adamw8bit.BLOCK)[: value.numel()]
+    middles = (levels[:-1] + levels[1:]) / 2
+    scaled = torch.where(scale == 0, 0.0, value / scale)
+    above = torch.bucketize(scaled, middles).clamp(max=len(middles) - 1)
+    gap = torch.minimum((scaled - middles[above]).abs(), (scaled - middles[(above - 1).clamp(min=0)]).abs())
+    return gap * scale <= reach
+
+
+def _parts(given: Mapping[str, Any], name: str, beta: int, power: int) -> tuple[Tensor, Tensor]:
+    """Return beta x the moment and (1 - beta) x g or g^2, float64, flat."""
+    state = {key: given[key] for key in ("m", "m_absmax", "v", "v_absmax")}
+    old = adamw8bit.moments(state, torch.float64)[_CODES.index(name)]
+    weight = given["betas"][beta]
+    return weight * old, (1 - weight) * given["g"].double().flatten() ** power
+
+
+OPERATION = Operation("adamw8bit_step", ("p", "m", "m_absmax", "v", "v_absmax"), arguments, reference, judge=judge)

@@ -1,0 +1,27 @@
+"""double_dequantize: the absmax of 4-bit blocks, back from 8 bits and their mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from harness.conformance.operations import Operation, double_quantize
+from reference import double_quant
+
+
+def arguments(
+    dtype: torch.dtype, generator: torch.Generator, *, blocks: int, block: int = 256, spread: float = 1.0
+) -> dict[str, Any]:
+    """Draw constants in two levels."""
+    given = double_quantize.arguments(dtype, generator, blocks=blocks, block=block, spread=spread)
+    codes, absmax2, offset = double_quant.quantize(**given)
+    return {"codes": codes, "absmax2": absmax2, "offset": offset, "block": block}
+
+
+def reference(codes: Any, absmax2: Any, offset: Any, block: int) -> Any:
+    """Return the constants: dequant(c1, c2) of QLoRA's eq. 6, and the mean added back."""
+    return double_quant.dequantize(codes, absmax2, offset, block)
+
+
+OPERATION = Operation("double_dequantize", ("absmax",), arguments, reference)

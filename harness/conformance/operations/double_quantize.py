@@ -1,0 +1,43 @@
+"""double_quantize: the absmax of 4-bit blocks, less their mean, in 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.conformance.codes import judge_codes
+from harness.conformance.operations import Operation, draw
+from harness.conformance.tolerance import Judgement, noise_floor, worst_of
+from reference import double_quant, nf4
+from reference.dynamic_map import dynamic_map, quantize_blockwise
+
+
+def arguments(
+    dtype: torch.dtype, generator: torch.Generator, *, blocks: int, block: int = 256, spread: float = 1.0
+) -> dict[str, Any]:
+    """Draw the absmax of a weight whose blocks have sizes 10^(normal x spread)."""
+    return {"absmax": 10.0 ** draw(generator, dtype, blocks, spread=spread), "block": block}
+
+
+def judge(outputs: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[Judgement, str]:
+    """Judge the mean by the noise floor of a sum, and the codes by what that very mean makes of the constants."""
+    absmax, block, levels = given["absmax"], given["block"], dynamic_map(signed=True)
+    truth, rounded = {"offset": absmax.double().mean()}, {"offset": absmax.mean()}
+    mean = noise_floor({"offset": outputs["offset"]}, truth, rounded, "float32")
+    centred = absmax - outputs["offset"]
+    mine = {"codes": outputs["codes"], "absmax": outputs["absmax2"]}
+    want = quantize_blockwise(centred, levels, block)
+    codes, detail = judge_codes(mine, want, nf4.near_tie(centred, block, levels), block, levels)
+    return worst_of([mean, codes], "exact, given the offset"), detail
+
+
+OPERATION = Operation(
+    name="double_quantize",
+    outputs=("codes", "absmax2", "offset"),
+    arguments=arguments,
+    reference=double_quant.quantize,
+    judge=judge,
+)

@@ -1,0 +1,43 @@
+"""dynamic_quantize: a tensor in blocks of 8-bit codes of the dynamic map, as optimizer states and absmax are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.conformance.codes import Kind, judge_codes, values
+from harness.conformance.operations import Operation
+from harness.conformance.tolerance import Judgement
+from reference import nf4
+from reference.dynamic_map import dynamic_map, quantize_blockwise
+
+
+def arguments(
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    *,
+    numel: int,
+    block: int = 256,
+    signed: bool = True,
+    kind: Kind = "normal",
+) -> dict[str, Any]:
+    """Draw a tensor to quantise; squares if it is to be unsigned."""
+    x = values(kind, [numel], block, dynamic_map(signed), dtype, generator)
+    return {"x": x if signed else x.abs(), "block": block, "signed": signed}
+
+
+def reference(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
+    """Return (codes, absmax): uint8 and float32."""
+    return quantize_blockwise(x, dynamic_map(signed), block)
+
+
+def judge(outputs: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[Judgement, str]:
+    """Judge the codes: the nearest, but where rounding decides between two."""
+    x, block, levels = given["x"], given["block"], dynamic_map(given["signed"])
+    return judge_codes(outputs, reference(**given), nf4.near_tie(x, block, levels), block, levels)
+
+
+OPERATION = Operation("dynamic_quantize", ("codes", "absmax"), arguments, reference, judge=judge)

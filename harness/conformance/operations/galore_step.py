@@ -1,0 +1,82 @@
+"""galore_step: one step of GaLore in a given subspace, with moments of before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.conformance.operations import Operation, draw
+from reference import galore
+
+
+def arguments(
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    *,
+    shape: Sequence[int],
+    rank: int,
+    side: str = "std",
+    step: int = 7,
+    weight_decay: float = 0.0,
+    eps: float = 1e-6,
+) -> dict[str, Any]:
+    """Draw a weight, its gradient, orthonormal P (m, r) and/or Q (n, r) as the side says, and the moments of R's shape.
+
+    step: the number of this step, from 2. lr is so large that the step is as large as the weight.
+    """
+    m, n = shape
+    left, right = galore.sides(m, n, side)
+
+    def basis(rows: int) -> Tensor:
+        orthonormal: Tensor = torch.linalg.qr(draw(generator, torch.float64, rows, min(rank, m, n))).Q
+        return orthonormal.to(dtype)
+
+    r = min(rank, m, n)
+    low = (r if left else m, r if right else n)
+    return {
+        "W": draw(generator, dtype, m, n),
+        "G": draw(generator, dtype, m, n),
+        "P": basis(m) if left else None,
+        "Q": basis(n) if right else None,
+        "M": draw(generator, dtype, *low),
+        "V": draw(generator, dtype, *low).square(),
+        "side": side,
+        "step": step,
+        "lr": 4.0,
+        "scale": 0.25,
+        "betas": (0.9, 0.999),
+        "eps": eps,
+        "weight_decay": weight_decay,
+    }
+
+
+def reference(
+    W: Tensor,
+    G: Tensor,
+    P: Tensor | None,
+    Q: Tensor | None,
+    M: Tensor,
+    V: Tensor,
+    side: str,
+    step: int,
+    lr: float,
+    scale: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return W, M and V after step number `step`."""
+    bases = {name: t for name, t in (("P", P), ("Q", Q)) if t is not None}
+    state: dict[str, Any] = {"step": step - 1, "M": M.clone(), "V": V.clone(), **bases}
+    W = W.clone()
+    galore.galore_step(
+        W, G, state, lr=lr, rank=min(t.shape[1] for t in bases.values()), update_gap=1_000_000, scale=scale, side=side,
+        weight_decay=weight_decay, beta1=betas[0], beta2=betas[1], eps=eps,
+    )  # fmt: skip
+    return W, state["M"], state["V"]
+
+
+OPERATION = Operation("galore_step", ("W", "M", "V"), arguments, reference)

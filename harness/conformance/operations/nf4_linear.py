@@ -1,0 +1,53 @@
+"""nf4_linear: a linear layer whose frozen weight is packed NF4; the gradient reaches the input alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from harness.conformance.codes import FourBit
+from harness.conformance.operations import Operation, draw
+from reference import nf4
+
+_FORM = FourBit(nf4)
+
+
+def arguments(
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    *,
+    shape: Sequence[int],
+    rows: Sequence[int],
+    block: int = 64,
+    bias: bool = True,
+    training: bool = True,
+) -> dict[str, Any]:
+    """Draw the arguments of one call. shape: (E, D) of the weight; rows: the leading dimensions of x."""
+    packed = _FORM.packed_arguments(dtype, generator, shape=shape, block=block)
+    E, D = shape
+    return {
+        "x": draw(generator, dtype, *rows, D, spread=D**-0.5),
+        **{name: packed[name] for name in ("packed", "absmax", "block", "shape")},
+        "bias": draw(generator, dtype, E) if bias else None,
+        "training": training,
+    }
+
+
+def reference(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    block: int,
+    shape: Sequence[int],
+    bias: Tensor | None,
+    training: bool,
+) -> Tensor:
+    """Return x W^T + bias with W decoded and cast to the dtype of x; training and evaluating are the same."""
+    return linear(x, _FORM.dequantize(packed, absmax, block, shape, x.dtype), bias)
+
+
+OPERATION = Operation("nf4_linear", ("y",), arguments, reference, differentiable=("x",))

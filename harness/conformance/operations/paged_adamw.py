@@ -1,0 +1,44 @@
+"""paged_adamw: a few steps of AdamW whose large states are paged: no value changes by it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.conformance.operations import Operation, draw
+from reference import paged
+
+
+def arguments(
+    dtype: torch.dtype, generator: torch.Generator, *, sizes: Sequence[int], steps: int = 3, weight_decay: float = 0.0
+) -> dict[str, Any]:
+    """Draw two parameters of these sizes and their gradients of every step, which jump between three magnitudes.
+
+    eps is one that float16 can hold: torch keeps the states of a float16 parameter in it.
+    """
+    return {
+        "params": [draw(generator, dtype, size) for size in sizes],
+        "grads": [[draw(generator, dtype, size, spread=10.0 ** (i % 3 - 1)) for size in sizes] for i in range(steps)],
+        "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-4, "weight_decay": weight_decay,
+    }  # fmt: skip
+
+
+def steps(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]]) -> None:
+    """Take one step with each list of gradients."""
+    for several in grads:
+        for p, g in zip(params, several, strict=True):
+            p.grad = g
+        optimizer.step()
+
+
+def reference(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], **how: Any) -> tuple[Tensor, ...]:
+    """Return the parameters after the last step; nothing of the states may stay on the device between them."""
+    trained = [p.clone().requires_grad_(True) for p in params]
+    steps(paged.Paged(torch.optim.AdamW(trained, **how), budget=0), trained, grads)
+    return tuple(p.detach() for p in trained)
+
+
+OPERATION = Operation("paged_adamw", ("p0", "p1"), arguments, reference)

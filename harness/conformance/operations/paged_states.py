@@ -1,0 +1,28 @@
+"""paged_states: which states of a paged optimizer are paged, wherever the parameters are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.conformance.operations import Operation, draw, paged_adamw
+from reference import paged
+
+
+def arguments(dtype: torch.dtype, generator: torch.Generator, *, sizes: Sequence[int]) -> dict[str, Any]:
+    """Draw parameters of these sizes and one gradient each."""
+    return {"params": [draw(generator, dtype, n) for n in sizes], "grads": [draw(generator, dtype, n) for n in sizes]}
+
+
+def reference(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+    """Return for each parameter whether its states are paged, as 1 or 0."""
+    trained = [p.clone().requires_grad_(True) for p in params]
+    optimizer = paged.Paged(torch.optim.AdamW(trained), budget=0)
+    paged_adamw.steps(optimizer, trained, [grads])
+    return torch.tensor([float(p in optimizer.where()) for p in trained])
+
+
+OPERATION = Operation("paged_states", ("paged",), arguments, reference)
