@@ -93,5 +93,7 @@ for (const button of document.querySelectorAll("[data-csv]")) {
 }
 
 const json = document.getElementById("json");
-json.hidden = false;
-json.addEventListener("click", () => download("report.json", "application/json", document.getElementById("data").textContent));
+if (json) {
+  json.hidden = false;
+  json.addEventListener("click", () => download("report.json", "application/json", document.getElementById("data").textContent));
+}

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.conformance import defects, isolated, show
+from harness.conformance import defects, isolated, show, suite
 from harness.conformance.defects import Defect
-from harness.conformance.suite import path_of
+from harness.conformance.suite import Plan, path_of
 from harness.conformance.summary import DTYPES
 from harness.conformance.tried import Standing, Tried
-from harness.errors import Exit, UsageError
+from harness.errors import Exit, Problem, SuiteError, UsageError
 from harness.methods import methods
 from harness.registry import GROUP, Implementation, Registry
 from harness.runner.stop import on_sigterm
@@ -44,7 +44,7 @@ class Report:
     """What came of it.
 
     skipped: what was not tried, and why. complaints: known defects that did not show. broken: plug-ins that could not be
-    loaded. defects: those known, of whatever library. software: library -> version.
+    loaded. defects: those known, of whatever library. plans: target -> its parity suite. software: library -> version.
     """
 
     tried: list[Tried]
@@ -52,6 +52,7 @@ class Report:
     complaints: list[str] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     defects: Sequence[Defect] = ()
+    plans: dict[str, Plan] = field(default_factory=dict)
     software: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
 
@@ -119,10 +120,10 @@ def judge(asked: Asked) -> Report:
     """Try what was asked for, each implementation in a process of its own. Raises UsageError for unknown names."""
     from harness.measure.environment import describe
 
-    known = defects.known()
     registry = isolated.discover(asked.patience)
     _known_names(asked, registry)
     wanted = [i for i in registry.implementations if _asked_for(i, asked)]
+    plans, known = _read(wanted)
     tasks, skipped = _tasks(wanted, asked)
     jobs = asked.jobs or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
     findings, interrupted = isolated.run(tasks, jobs, lambda line: print(line, file=sys.stderr), asked.patience)
@@ -131,14 +132,29 @@ def judge(asked: Asked) -> Report:
         if interrupted:
             skipped |= {f"{task.implementation} {target}": "interrupted" for _, target in found.left}
     marked, complaints = defects.explained([one for found in findings for one in found.tried], known)
-    return Report(
-        marked, skipped, [] if interrupted else complaints, _broken(asked, registry), known, describe().software, interrupted
-    )  # fmt: skip
+    broken = {n: w for n, w in registry.broken.items() if not asked.implementations or n in asked.implementations}
+    # An interruption may have left out just the case in which a defect shows.
+    complaints = [] if interrupted else complaints
+    return Report(marked, skipped, complaints, broken, known, plans, describe().software, interrupted)
 
 
-def _broken(asked: Asked, registry: Registry) -> dict[str, str]:
-    """Return the plug-ins that could not be loaded and could have been meant."""
-    return {n: w for n, w in registry.broken.items() if not asked.implementations or n in asked.implementations}
+def _read(wanted: Sequence[Implementation]) -> tuple[dict[str, Plan], Sequence[Defect]]:
+    """Read the parity suites of what is to be tried, and the known defects; raises SuiteError with every mistake in them."""
+    plans: dict[str, Plan] = {}
+    known: Sequence[Defect] = ()
+    problems: list[Problem] = []
+    for kind, target in sorted({(i.kind, i.target) for i in wanted if path_of(i.target).is_file()}):
+        try:
+            plans[target] = suite.load_operation(target) if kind == "operation" else suite.load(target)
+        except SuiteError as error:
+            problems += error.problems
+    try:
+        known = defects.known()
+    except SuiteError as error:
+        problems += error.problems
+    if problems:
+        raise SuiteError(problems)
+    return plans, known
 
 
 def _asked_for(implementation: Implementation, asked: Asked) -> bool:

@@ -18,7 +18,7 @@ from harness.resources import folder
 from harness.spelling import near
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
-Kind = Literal["linear", "conv1d", "embedding", "conv2d"]
+Kind = Literal["linear", "conv1d", "embedding", "conv2d", "conv2d-dilated", "conv2d-reflect"]
 
 
 _Suite = TypeVar("_Suite", "ParitySuite", "OperationSuite")
@@ -106,6 +106,9 @@ class OperationSuite(Frozen):
     def factors(self) -> dict[str, float]:
         """Map checks to their own factor on the noise floor."""
         return {check: looser.factor for check, looser in self.tolerances.items()}
+
+
+Plan = ParitySuite | OperationSuite
 
 
 def path_of(name: str) -> Path:

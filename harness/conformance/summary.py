@@ -1,4 +1,4 @@
-"""The matrix of `check`: what stands in each of its fields. No torch."""
+"""The matrix of `check`: what stands in each of its fields, and how a failure is told. No torch."""
 
 from __future__ import annotations
 
@@ -34,8 +34,13 @@ def rows(tried: Iterable[Tried]) -> dict[tuple[str, str], list[Tried]]:
 
 def dtypes(tried: Iterable[Tried]) -> list[str]:
     """List the dtypes of the results, widest first; all of them if nothing got as far as a dtype."""
-    there = {one.dtype for one in tried}
-    return [dtype for dtype in DTYPES if dtype in there] or list(DTYPES)
+    return in_order(one.dtype for one in tried) or list(DTYPES)
+
+
+def in_order(there: Iterable[str]) -> list[str]:
+    """List each dtype of `there` once, widest first."""
+    found = set(there)
+    return [dtype for dtype in DTYPES if dtype in found]
 
 
 def of_dtype(tried: Iterable[Tried], dtype: str) -> list[Tried]:
@@ -53,3 +58,33 @@ def field(tried: Sequence[Tried]) -> Field | None:
     shares = [one.share for one in tried if one.standing is Standing.PASS and one.share is not None]
     total = sum(s in compared for s in standings) or len(standings)
     return Field(worst, standings.count(worst), total, max(shares, default=None))
+
+
+def words(field: Field | None) -> str:
+    """Say what stands in a field: the standing, and how much of what was allowed the worst error used."""
+    if field is None:
+        return "-"
+    if field.standing is Standing.FAIL:
+        return f"FAIL {field.count}/{field.total}"
+    if field.standing is Standing.KNOWN_DEFECT:
+        return f"defect {field.count}/{field.total}"
+    if field.standing is Standing.PASS:
+        return "ok" if field.share is None else f"ok {field.share:.2f}"
+    return field.standing.value
+
+
+def failure(one: Tried) -> str:
+    """Say in one line what failed, where, and by how much."""
+    # A quantisation of the base is checked under a Method, whose name the check's id has.
+    base = f" {one.target}" if one.kind == "base" else ""
+    return f"FAIL {one.implementation}{base} {one.result.check} ({one.case}): {' '.join(told(one).split())}"
+
+
+def told(one: Tried) -> str:
+    """Say by how much a check failed, in which tensor, and at which element."""
+    r = one.result
+    size = f"error {r.error:.3g}, allowed {r.allowed:.3g}" if r.error is not None and r.allowed is not None else ""
+    place = " ".join(filter(None, [r.tensor, r.worst]))
+    nonfinite = f"{r.nonfinite} elements not finite" if r.nonfinite else ""
+    policy = f" [{r.policy}]" if r.policy.startswith("noise-floor") else ""
+    return "; ".join(filter(None, [size, place, nonfinite, r.detail])) + policy

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from harness import resources, store
 from harness.report import view
@@ -15,7 +16,12 @@ TEMPLATE = "report.html.j2"
 
 
 def render(runs: Sequence[Run]) -> str:
-    """Return the page. Names and messages in Records come from strangers, so everything is escaped."""
+    """Return the page of one or several runs."""
+    return fill(TEMPLATE, view.build(runs))
+
+
+def fill(template: str, page: Mapping[str, Any]) -> str:
+    """Fill a template. Names and messages come from strangers, so everything is escaped."""
     # Here, so that `peft-harness --help` does not pay for it.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -30,8 +36,8 @@ def render(runs: Sequence[Run]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(TEMPLATE).render(
-        page=view.build(runs),
+    return environment.get_template(template).render(
+        page=page,
         # Our own two files, never data: the only text that enters the page unescaped.
         style=Markup(style),  # noqa: S704
         script=Markup(script),  # noqa: S704
