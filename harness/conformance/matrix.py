@@ -68,12 +68,13 @@ def _method(implementation: Implementation, full: bool) -> Iterator[tuple[str, s
     for case in plan.cases(full):
 
         def tries(case: suite.MethodCase = case) -> Iterator[CheckResult]:
-            yield from _one_case(implementation, plan, case)
+            yield from one_case(implementation, plan, case)
 
         yield str(case), case.dtype, tries
 
 
-def _one_case(implementation: Implementation, plan: suite.ParitySuite, of: suite.MethodCase) -> Iterator[CheckResult]:
+def one_case(implementation: Implementation, plan: suite.ParitySuite, of: suite.MethodCase) -> Iterator[CheckResult]:
+    """Yield every check of one case of a Method, or of a quantisation of the base."""
     try:
         subject, case = attach(implementation, plan, of)
     except NotImplementedError as error:
@@ -134,18 +135,25 @@ def _adaptable(model: ParityModel, config: Any) -> dict[str, Any]:
 
 def _operation(implementation: Implementation) -> Iterator[tuple[str, str, Tries]]:
     plan = suite.load_operation(implementation.target)
-    operation = operations.every()[implementation.target]
     for values in plan.cases:
         for dtype in plan.dtypes:
 
             def tries(values: dict[str, Any] = values, dtype: str = dtype) -> Iterator[CheckResult]:
-                arguments = operation.arguments(DTYPES[dtype], torch.Generator().manual_seed(SEED), **values)
-                subject = operations.OperationSubject(operation, implementation, dtype, arguments)
-                case = Case("call", seed=SEED, factors=plan.factors())
-                for name in plan.checks:
-                    yield tried(name, subject, case, f"{operation.name}/{name}/{dtype}/call")
+                yield from one_call(implementation, plan, values, dtype)
 
             yield " ".join(f"{k}={v}" for k, v in values.items()), dtype, tries
+
+
+def one_call(
+    implementation: Implementation, plan: suite.OperationSuite, values: dict[str, Any], dtype: str
+) -> Iterator[CheckResult]:
+    """Yield every check of one case of an Operation."""
+    operation = operations.every()[plan.operation]
+    arguments = operation.arguments(DTYPES[dtype], torch.Generator().manual_seed(SEED), **values)
+    subject = operations.OperationSubject(operation, implementation, dtype, arguments)
+    case = Case("call", seed=SEED, factors=plan.factors())
+    for name in plan.checks:
+        yield tried(name, subject, case, f"{operation.name}/{name}/{dtype}/call")
 
 
 def tried(name: str, subject: Any, case: Case, identifier: str) -> CheckResult:

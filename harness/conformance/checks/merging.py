@@ -16,7 +16,7 @@ from harness.records import CheckResult
 
 def check_merge(subject: Subject, case: Case) -> CheckResult:
     """The merged layers compute what the float64 reference computes, whatever then becomes of the adapter; so do the
-    layers after unmerging.
+    layers after unmerging, which follow their adapter again.
     """
     if not subject.adapted.can_merge:
         return skipped(subject, case, "merge", "this Method has nothing to merge")
@@ -38,17 +38,30 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
         subject.adapted.merge()
         for tensor in added.values():
             tensor.mul_(-3).add_(1)  # a merged layer no longer looks at its adapter
-        merged = {path: subject.model.get_submodule(path).eval()(x) for path, x in xs.items()}
+        for path in xs:
+            subject.model.get_submodule(path).eval()  # whose result not every library returns
+        merged = {path: subject.model.get_submodule(path)(x) for path, x in xs.items()}
         load(subject.adapted, held)
         subject.adapted.unmerge()
         after = {path: subject.model.get_submodule(path)(x) for path, x in xs.items()}
+        for tensor in added.values():
+            tensor.mul_(0.5)
+        moved = {path: subject.model.get_submodule(path)(x) for path, x in xs.items()}
+        moved_truth, moved_rounded = (
+            {path: subject.reference(path, dtype).layer.eval()(cast(x, dtype)) for path, x in xs.items()}
+            for dtype in ("float64", subject.dtype)
+        )
+        load(subject.adapted, held)
     for path, training in modes.items():
         subject.adapted.layers[path].train(training)
     verdict = noise_floor(merged, truth, rounded, subject.dtype, case.factor("merge"))
     if not verdict.passed:
         return judged(subject, case, "merge", verdict, "after merging")
     verdict = noise_floor(after, truth, rounded, subject.dtype, case.factor("merge"))
-    return judged(subject, case, "merge", verdict, "" if verdict.passed else "after unmerging")
+    if not verdict.passed:
+        return judged(subject, case, "merge", verdict, "after unmerging")
+    verdict = noise_floor(moved, moved_truth, moved_rounded, subject.dtype, case.factor("merge"))
+    return judged(subject, case, "merge", verdict, "" if verdict.passed else "unmerged, with another adapter")
 
 
 def check_detach(subject: Subject, case: Case) -> CheckResult:

@@ -1,0 +1,124 @@
+"""AdaLoRA's own: what it remembers of the gradients, what it prunes and when, and what it adds to the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.conformance.case import Case
+from harness.conformance.results import at, judged, listed, skipped
+from harness.conformance.subject import DTYPES, Subject, attach_reference, load, skeleton
+from harness.conformance.tolerance import noise_floor, worst_of
+from harness.methods import Adapted
+from harness.records import CheckResult
+
+# A whole life in two dozen steps: every kind of step is in it, and tfinal is no multiple of delta_t.
+_SHORT = {"total_steps": 24, "tinit": 4, "tfinal": 5, "delta_t": 3}
+
+
+def check_importance(subject: Subject, case: Case) -> CheckResult:
+    """After each step the averages of sensitivity and uncertainty are the reference's, for every weight:
+    I = |w dL/dw|; I_bar <- beta1 I_bar + (1 - beta1) I; U_bar <- beta2 U_bar + (1 - beta2) |I - I_bar|  (eqs. 8 to 10).
+
+    beta1 and beta2 differ here. Gradients are given, none is computed; nothing is pruned yet.
+    """
+    fresh = case.anew(beta1=0.85, beta2=0.7)
+    if fresh is None:
+        return skipped(subject, case, "importance", "the case cannot attach anew")
+    load(fresh.adapted, subject.adapted.tensors())
+    if not any(".exp_avg_ipt_" in name for name in fresh.state()):
+        return skipped(subject, case, "importance", "the implementation does not show its averages in state()")
+    truth, rounded = (_reference(fresh, dtype) for dtype in ("float64", subject.dtype))
+    found = []
+    for step in (1, 2, 3):
+        for adapted in (fresh.adapted, truth, rounded):
+            _give_gradients(adapted, case.generator(salt=10 + step))
+            adapted.after_step(step)
+        runs = [_averages(adapted) for adapted in (fresh.adapted, truth, rounded)]
+        found.append(at(f"step {step}", noise_floor(*runs, subject.dtype, case.factor("importance"))))  # type: ignore[misc]
+    return judged(subject, case, "importance", worst_of(found, found[0].policy))
+
+
+def check_budget(subject: Subject, case: Case) -> CheckResult:
+    """Over a whole short schedule as many lambdas are left as b(t) allows, and target_rank of each layer on average at the
+    end: b(t) = target + (start - target) (1 - (t - t_i) / (T - t_f - t_i))^3, rounded down (eq. 12).
+
+    Between two prunings lambdas may grow back, which is what happens here at each step. In float32 and float64 those that
+    are left are also the reference's, by the scores of eq. 7; in half precision two near ones may change places.
+    """
+    fresh = case.anew(**_SHORT)
+    if fresh is None:
+        return skipped(subject, case, "budget", "the case cannot attach anew")
+    truth = _reference(fresh, "float64")
+    odd = []
+    for step in range(1, _SHORT["total_steps"] + 1):
+        for adapted in (fresh.adapted, truth):
+            _set_tensors(adapted, DTYPES[subject.dtype], case.generator(salt=100 + step))
+            _give_gradients(adapted, case.generator(salt=200 + step), DTYPES[subject.dtype])
+            adapted.after_step(step)
+        mine, want = (_unmasked(adapted) for adapted in (fresh.adapted, truth))
+        if int(mine.sum()) != int(want.sum()):
+            odd.append(f"after step {step} {int(mine.sum())} of {len(mine)} lambdas are left, should be {int(want.sum())}")
+        elif subject.dtype in ("float32", "float64") and not torch.equal(mine, want):
+            odd.append(f"after step {step} {int((mine != want).sum())} lambdas are not those that the scores say")
+    return listed(subject, case, "budget", odd, f"{int(mine.sum())} of {len(mine)} lambdas left at the end")
+
+
+def check_regularizer(subject: Subject, case: Case) -> CheckResult:
+    """What is added to the loss is the reference's, with its gradients: gamma R(P, Q), where R is of
+    ||P^T P - I|| and ||Q Q^T - I|| over all layers (eq. 4).
+    """
+    runs = [_added(subject.adapted)] + [_added(_reference(subject, dtype)) for dtype in ("float64", subject.dtype)]
+    if not runs[1]:
+        return skipped(subject, case, "regularizer", "gamma is 0")
+    return judged(subject, case, "regularizer", noise_floor(*runs, subject.dtype, case.factor("regularizer")))  # type: ignore[misc]
+
+
+def _reference(subject: Subject, dtype: str) -> Adapted:
+    """Attach the reference to all layers together, as the budget is theirs together, in the subject's present state."""
+    model = skeleton({path: subject.dense_base(path, DTYPES[dtype]) for path in subject.bases})
+    adapted = attach_reference(subject.method, model, subject.config, list(subject.bases), torch.Generator())
+    places: dict[str, Any] = {**adapted.tensors(), **adapted.state()}
+    with torch.no_grad():
+        for name, value in {**subject.adapted.tensors(), **subject.state()}.items():
+            if name in places:
+                places[name].copy_(value)
+    return adapted
+
+
+def _averages(adapted: Adapted) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in adapted.state().items() if ".exp_avg_" in name}
+
+
+def _give_gradients(adapted: Adapted, generator: torch.Generator, rounded: torch.dtype | None = None) -> None:
+    """Give every tensor a random gradient, the same in every dtype, but for its rounding to `rounded`."""
+    for name, tensor in sorted(adapted.tensors().items()):
+        drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        tensor.grad = drawn.to(rounded or torch.float64).to(tensor.dtype)
+
+
+@torch.no_grad()
+def _set_tensors(adapted: Adapted, rounded: torch.dtype, generator: torch.Generator) -> None:
+    """Give every tensor a random value, none of them zero: what an optimizer might have left."""
+    for _, tensor in sorted(adapted.tensors().items()):
+        drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(rounded)
+        tensor.copy_(torch.where(drawn == 0, torch.ones_like(drawn), drawn))
+
+
+def _unmasked(adapted: Adapted) -> Tensor:
+    """Return which lambdas are not zero, layer after layer."""
+    named = sorted(adapted.tensors().items())
+    return torch.cat([tensor.detach().flatten() != 0 for name, tensor in named if name.endswith(".E")])
+
+
+def _added(adapted: Adapted) -> dict[str, Tensor]:
+    """Return the term and its gradients; empty without one."""
+    term = adapted.regularizer()
+    if term is None:
+        return {}
+    tensors = {name: t for name, t in adapted.tensors().items() if not name.endswith(".E")}
+    gradients = torch.autograd.grad(term, list(tensors.values()), allow_unused=True)
+    seen = {f"grad {name}": g for name, g in zip(tensors, gradients, strict=True) if g is not None}
+    return {"term": term.detach(), **seen}

@@ -1,0 +1,71 @@
+"""DoRA's own: magnitudes are norms, and a row without a direction does no harm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from harness.conformance.case import Case
+from harness.conformance.drawn import inputs
+from harness.conformance.observe import observe
+from harness.conformance.results import at, judged, listed, skipped
+from harness.conformance.subject import DTYPES, Subject, load
+from harness.conformance.tolerance import noise_floor, worst_of
+from harness.records import CheckResult
+from reference.dora import norms
+from reference.layers import dense_weight, floating_dtype
+
+
+def check_norm(subject: Subject, case: Case) -> CheckResult:
+    """Every row of the merged weight (every column, with one magnitude per input) is as long as its |m|, and m starts as
+    the lengths in the base: W' = m (W0 + s B A) / ||W0 + s B A||  (DoRA, eq. 5).
+    """
+    fresh = case.anew()
+    if fresh is None or not fresh.adapted.can_merge:
+        return skipped(subject, case, "norm", "the case cannot attach anew and merge")
+    per, found = subject.config.per, []
+    for path in fresh.adapted.layers:
+        W0 = dense_weight(fresh.original_base(path))  # type: ignore[arg-type]
+        start, truth, rounded = (
+            {"m at the start": m} for m in (fresh.tensors_of(path)["m"].detach(), norms(W0.double(), per), norms(W0, per))
+        )
+        found.append(at(path, noise_floor(start, truth, rounded, subject.dtype, case.factor("norm"))))
+    load(fresh.adapted, subject.adapted.tensors(), subject.state())
+    twins = {path: subject.reference(path, subject.dtype) for path in fresh.adapted.layers}
+    fresh.adapted.merge()
+    for path, twin in twins.items():
+        twin.adapted.merge()
+        mine = {"merged norm": norms(_matrix(fresh.model.get_submodule(path)).double(), per)}
+        rounded = {"merged norm": norms(_matrix(twin.adapted.model.get_submodule("layer")).double(), per)}
+        truth = {"merged norm": subject.tensors_of(path)["m"].detach().double().abs()}
+        found.append(at(path, noise_floor(mine, truth, rounded, subject.dtype, case.factor("norm"))))
+    return judged(subject, case, "norm", worst_of(found, found[0].policy))
+
+
+def check_zero_rows(subject: Subject, case: Case) -> CheckResult:
+    """A row of zeros in the base (a column, with one magnitude per input), as pruned models have them, has no direction:
+    at the start its length and its m are 0. Outputs and gradients are finite all the same.
+    """
+    fresh = case.anew()
+    if fresh is None:
+        return skipped(subject, case, "zero_rows", "the case cannot attach anew")
+    odd = []
+    for index, (path, layer) in enumerate(fresh.adapted.layers.items()):
+        with torch.no_grad():
+            weight: Tensor = fresh.bases[path].get_parameter("weight")
+            weight.select(0 if fresh.config.per == "output" else 1, 0).zero_()
+            fresh.tensors_of(path)["m"].flatten()[0] = 0
+        x, dy = inputs(fresh.original_base(path), case.tokens, DTYPES[fresh.dtype], case.generator(index))
+        seen = observe(layer, fresh.tensors_of(path), x, dy)
+        odd += [f"{path}: {name} is not finite" for name, t in seen.items() if not bool(t.isfinite().all())]
+    return listed(subject, case, "zero_rows", odd)
+
+
+@torch.no_grad()
+def _matrix(layer: nn.Module) -> Tensor:
+    """Return (E, D), whatever the layer is: its images of the unit vectors, less that of zero."""
+    layer.eval()
+    features = getattr(layer, "in_features", None) or layer.get_parameter("weight").shape[0]
+    unit = torch.eye(int(features), dtype=floating_dtype(layer))
+    images: Tensor = layer(unit) - layer(torch.zeros_like(unit[:1]))
+    return images.T

@@ -1,0 +1,119 @@
+"""GaLore's own: what its optimizer does across a refresh of the subspace."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.conformance.case import Case
+from harness.conformance.results import at, judged, skipped
+from harness.conformance.subject import DTYPES, Subject
+from harness.conformance.tolerance import Judgement, noise_floor, worst_of
+from harness.records import CheckResult
+from reference.galore import Projector, galore_step, projector
+
+_STEPS, _GAP, _RANK = 5, 2, 2
+_LR, _DECAY = 0.1, 0.1
+
+
+def check_refresh(subject: Subject, case: Case) -> CheckResult:
+    """Five steps of the Method's own optimizer on given gradients, with a new subspace at the third and the fifth, move the
+    weights as the reference does: M and V are carried on from the old subspace, and weight decay is not projected
+    (GaLore, algorithm 2). Before each step the weights are put back, so that no step inherits another's rounding.
+
+    The sign of a singular vector is arbitrary and, since M is carried on, shows after a refresh: any choice is right.
+    """
+    fresh = case.anew(rank=_RANK, update_gap=_GAP)
+    if fresh is None or fresh.adapted.optimizer(_LR, _DECAY) is None:
+        return skipped(subject, case, "refresh", "the case cannot attach anew, or the Method has no optimizer of its own")
+    found = []
+    for index, path in enumerate(fresh.adapted.layers):
+        tensors = fresh.tensors_of(path)
+        gradients = [
+            {name: _gradient(t, case.generator(salt=50 * index + step)) for name, t in tensors.items()}
+            for step in range(_STEPS)
+        ]
+        mine = _by_the_subject(fresh, tensors, gradients)
+        best = min(_against(fresh, case, tensors, gradients, mine), key=lambda j: (not j.passed, j.ratio))
+        found.append(at(path, best))
+    return judged(subject, case, "refresh", worst_of(found, found[0].policy))
+
+
+def _gradient(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a gradient in float64; a matrix's singular values halve one by one, so that its subspaces are well defined."""
+    drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+    if drawn.dim() != 2:
+        return drawn
+    U, S, Vt = torch.linalg.svd(drawn, full_matrices=False)
+    return (U * 0.5 ** torch.arange(len(S))) @ Vt
+
+
+def _by_the_subject(fresh: Subject, tensors: dict[str, Tensor], gradients: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    optimizer = fresh.adapted.optimizer(_LR, _DECAY)
+    start = {name: t.detach().clone() for name, t in tensors.items()}
+    seen = {}
+    for step, given in enumerate(gradients):
+        for name, tensor in tensors.items():
+            tensor.data.copy_(start[name])
+            tensor.grad = given[name].to(tensor.dtype)
+        optimizer.step()  # type: ignore[union-attr]
+        seen |= {f"step {step + 1} {name}": t.detach().clone() for name, t in tensors.items()}
+    for name, tensor in tensors.items():
+        tensor.data.copy_(start[name])
+        tensor.grad = None
+    return seen
+
+
+def _against(
+    fresh: Subject, case: Case, tensors: dict[str, Tensor], gradients: list[dict[str, Tensor]], mine: dict[str, Tensor]
+) -> Iterator[Judgement]:
+    """Judge by the reference, once for each choice of signs at the two refreshes."""
+    rank = min(_RANK, *next(t for t in tensors.values() if t.dim() == 2).shape)
+    columns = 2 * rank if fresh.config.side == "full" else rank
+    for signs in itertools.product((1.0, -1.0), repeat=2 * columns):
+        chosen = {2: signs[:columns], 4: signs[columns:]}
+        truth, rounded = (_by_the_reference(fresh, tensors, gradients, d, chosen) for d in ("float64", fresh.dtype))
+        judgement = noise_floor(mine, truth, rounded, fresh.dtype, case.factor("refresh"))
+        yield judgement
+        if judgement.passed:
+            return
+
+
+def _by_the_reference(
+    fresh: Subject, tensors: dict[str, Tensor], gradients: list[dict[str, Tensor]], dtype: str, signs: dict[int, Any]
+) -> dict[str, Tensor]:
+    config, seen = fresh.config, {}
+    for name, tensor in tensors.items():
+        low: dict[str, Any] = {"rank": 0}
+        if name == "weight":
+            low = {"rank": config.rank, "update_gap": config.update_gap, "scale": config.scale, "side": config.side}
+        state: dict[str, Any] = {}
+        for step, given in enumerate(gradients):
+            G = given[name].to(DTYPES[fresh.dtype]).to(DTYPES[dtype])
+            W = tensor.detach().to(DTYPES[dtype]).clone()
+            knobs = {"beta1": config.beta1, "beta2": config.beta2, "eps": config.eps, "weight_decay": _DECAY}
+            basis = None
+            if low["rank"] and step % config.update_gap == 0:
+                exactly = projector(G.double(), config.rank, config.side)
+                basis = _turned(projector(G, config.rank, config.side), exactly, signs.get(step))
+            galore_step(W, G, state, lr=_LR, given=basis, **low, **knobs)
+            seen[f"step {step + 1} {name}"] = W
+    return seen
+
+
+def _turned(basis: Projector, exactly: Projector, signs: tuple[float, ...] | None) -> Projector:
+    """Give the columns of `basis` the signs of `exactly`, and then those that are asked for."""
+    left = [] if signs is None else list(signs)
+
+    def of(mine: Tensor | None, want: Tensor | None) -> Tensor | None:
+        if mine is None or want is None:
+            return None
+        turned = mine * (mine.double() * want).sum(0).sign().to(mine.dtype)
+        asked, left[: mine.shape[1]] = left[: mine.shape[1]], []
+        return turned * torch.tensor(asked, dtype=mine.dtype) if asked else turned
+
+    return Projector(of(basis.P, exactly.P), of(basis.Q, exactly.Q))

@@ -1,0 +1,64 @@
+"""PiSSA's own: what trains begins as the principal part of the weight, what is frozen as the rest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from harness.conformance.case import Case
+from harness.conformance.results import at, judged, skipped
+from harness.conformance.subject import DTYPES, Subject, attach_reference, skeleton
+from harness.conformance.tolerance import noise_floor, worst_of
+from harness.methods import Adapted
+from harness.records import CheckResult
+from reference.layers import dense_weight
+from reference.pissa import exact_svd
+
+
+def check_residual(subject: Subject, case: Case) -> CheckResult:
+    """At the start W_res + s B A is the original weight, within what the reference's own split loses in this dtype: it is
+    W_res that takes up what A and B lost by being rounded  (PiSSA, eqs. 2 to 5).
+    """
+    fresh = case.anew()
+    if fresh is None or not all(f"{path}.residual" in fresh.state() for path in fresh.bases):
+        return skipped(subject, case, "residual", "the implementation does not show its residual in state()")
+    reference, found = _reference(fresh), []
+    for path in fresh.bases:
+        truth = {"residual + s B A": dense_weight(fresh.original_base(path)).double()}  # type: ignore[arg-type]
+        mine, rounded = (
+            {"residual + s B A": adapted.state()[f"{path}.residual"].detach().double() + _product(fresh, adapted, path)}
+            for adapted in (fresh.adapted, reference)
+        )
+        found.append(at(path, noise_floor(mine, truth, rounded, subject.dtype, case.factor("residual"))))
+    return judged(subject, case, "residual", worst_of(found, found[0].policy))
+
+
+def check_principal(subject: Subject, case: Case) -> CheckResult:
+    """At the start s B A is the best approximation of the weight that its rank allows: U_r S_r V_r^T, the r largest
+    singular values with their vectors  (PiSSA, eqs. 2 and 3).
+    """
+    fresh = case.anew()
+    if fresh is None:
+        return skipped(subject, case, "principal", "the case cannot attach anew")
+    if fresh.config.niter:
+        return skipped(subject, case, "principal", "a randomised SVD finds it only nearly")
+    reference, found = _reference(fresh), []
+    for path in fresh.bases:
+        W = dense_weight(fresh.original_base(path)).double()  # type: ignore[arg-type]
+        U, S, Vt = exact_svd(W, fresh.config.rank)
+        mine, rounded = ({"s B A": _product(fresh, adapted, path)} for adapted in (fresh.adapted, reference))
+        truth = {"s B A": (U * S) @ Vt}
+        found.append(at(path, noise_floor(mine, truth, rounded, subject.dtype, case.factor("principal"))))
+    return judged(subject, case, "principal", worst_of(found, found[0].policy))
+
+
+def _reference(subject: Subject) -> Adapted:
+    """Attach the reference in the subject's dtype, at its own start."""
+    model = skeleton({path: subject.dense_base(path, DTYPES[subject.dtype]) for path in subject.bases})
+    return attach_reference(subject.method, model, subject.config, list(subject.bases), torch.Generator().manual_seed(0))
+
+
+def _product(subject: Subject, adapted: Adapted, path: str) -> Tensor:
+    """Return s B A in float64."""
+    A, B = (adapted.tensors()[f"{path}.{letter}"].detach().double() for letter in "AB")
+    return subject.config.alpha / subject.config.rank * (B @ A)

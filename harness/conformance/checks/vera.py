@@ -1,0 +1,38 @@
+"""VeRA's own: the frozen projections are made from a key, and so can be made again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from harness.conformance.case import Case
+from harness.conformance.results import judged, listed, skipped
+from harness.conformance.subject import DTYPES, Subject, attach_reference, skeleton
+from harness.conformance.tolerance import exact
+from harness.records import CheckResult
+
+
+def check_projections(subject: Subject, case: Case) -> CheckResult:
+    """A and B are the reference's, to the last bit: drawn from the key alone and shared by all layers, so that a checkpoint
+    needs to hold the key only. Another key gives others  (VeRA, section 3.1).
+    """
+    again = case.anew()
+    other = None if again is None else case.anew(projection_key=subject.config.projection_key + 1)
+    if again is None or other is None:
+        return skipped(subject, case, "projections", "the case cannot attach anew")
+    mine, second, strange = (_projections(s.state()) for s in (subject, again, other))
+    if not mine:
+        return skipped(subject, case, "projections", "the implementation does not show its projections in state()")
+    same = sorted(name for name, tensor in mine.items() if name in strange and torch.equal(tensor, strange[name]))
+    if same:
+        return listed(subject, case, "projections", [f"{name} is the same for another key" for name in same])
+    verdict = exact(second, mine)
+    if not verdict.passed:
+        return judged(subject, case, "projections", verdict, "attached twice with one key")
+    model = skeleton({path: subject.dense_base(path, DTYPES[subject.dtype]) for path in subject.bases})
+    reference = attach_reference(subject.method, model, subject.config, list(subject.bases), torch.Generator())
+    return judged(subject, case, "projections", exact(mine, _projections(reference.state())))
+
+
+def _projections(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach() for name, t in state.items() if name.rpartition(".")[2] in ("A", "B")}

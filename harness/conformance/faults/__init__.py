@@ -1,0 +1,72 @@
+"""Planted faults: copies of the reference with one mistake each, to see whether the checks notice.
+
+One file per Method, Operation or base. A fault is a function that spoils a copy of the source:
+
+    @planted("dora", "gradient")
+    def does_not_detach_the_norm(its: Copy) -> None:
+        its.line("norm.detach() if self.detach_norm else norm", "norm")
+
+It names who it is a fault of and the checks that a reader would expect to catch it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from harness.conformance.faults.copied import Copy
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The one case of the parity suite in which a fault shows.
+
+    values: of the Method's config, or the arguments of an Operation's case. layer, tokens, inputs, outputs: the shape; the
+    small model's first layer maps inputs to outputs, its second maps back.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    layer: str = "linear"
+    tokens: int = 9
+    inputs: int = 40
+    outputs: int = 24
+
+    def __str__(self) -> str:
+        words = [f"{key}={value}" for key, value in self.values.items()]
+        return " ".join([*words, self.layer, f"{self.tokens}x{self.inputs}x{self.outputs}", self.dtype])
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A mistake: what it does to a copy, of what, where it shows, and the checks that should catch it."""
+
+    name: str
+    target: str
+    spoil: Callable[[Copy], None]
+    expected: tuple[str, ...]
+    where: Slice
+
+
+def planted(target: str, *expected: str, **where: Any) -> Callable[[Callable[[Copy], None]], Fault]:
+    """Make a fault of `target` of a function. where: of a Slice, where the usual one will not do."""
+
+    def wrap(spoil: Callable[[Copy], None]) -> Fault:
+        return Fault(spoil.__name__, target, spoil, expected, Slice(**where))
+
+    return wrap
+
+
+@cache
+def every() -> tuple[Fault, ...]:
+    """Return all faults, file by file."""
+    return tuple(
+        fault
+        for module in pkgutil.iter_modules(__path__)
+        for fault in vars(importlib.import_module(f"{__name__}.{module.name}")).values()
+        if isinstance(fault, Fault)
+    )

@@ -1,0 +1,70 @@
+"""Faults of GaLore."""
+
+from __future__ import annotations
+
+from harness.conformance.faults import planted
+from harness.conformance.faults.copied import Copy
+
+_USUAL = {"rank": 3}
+_LOW = '{"rank": c.rank, "update_gap": c.update_gap, "scale": c.scale, "side": c.side}'
+
+
+@planted("galore", "refresh", values=_USUAL)
+def projects_the_wrong_side(its: Copy) -> None:
+    its.line('"std": (m < n, m >= n)', '"std": (m >= n, m < n)')
+
+
+@planted("galore", "refresh", values=_USUAL)
+def forgets_its_moments_at_a_refresh(its: Copy) -> None:
+    its.line("        fresh = given or", '        state |= {"M": state["M"] * 0, "V": state["V"] * 0} if state else {}\n        fresh = given or')
+
+
+@planted("galore", "refresh", values=_USUAL)
+def starts_counting_anew_at_a_refresh(its: Copy) -> None:
+    its.line("    correction = math.sqrt(", '    state["step"] = (state["step"] - 1) % 2 + 1\n    correction = math.sqrt(')
+
+
+@planted("galore", "refresh", values=_USUAL)
+def refreshes_one_step_late(its: Copy) -> None:
+    its.line('state.get("step", 0) % update_gap == 0', 'state.get("step", 0) % update_gap == (1 if state else 0)')
+
+
+@planted("galore", "refresh", values=_USUAL)
+def never_refreshes(its: Copy) -> None:
+    its.line('state.get("step", 0) % update_gap == 0', "not state")
+
+
+@planted("galore", "step", "refresh", values=_USUAL)
+def forgets_the_scale(its: Copy) -> None:
+    its.line("alpha=lr * (scale if rank else 1.0)", "alpha=lr")
+
+
+@planted("galore", "step", "refresh", values=_USUAL)
+def scales_plain_adam_too(its: Copy) -> None:
+    its.line("alpha=lr * (scale if rank else 1.0)", "alpha=lr * scale")
+
+
+@planted("galore", "step", "refresh", values=_USUAL)
+def projects_the_weight_decay(its: Copy) -> None:
+    its.line("    basis = Projector(state.get", "    G, weight_decay = G + weight_decay * W, 0.0\n    basis = Projector(state.get")
+
+
+@planted("galore", "step", "refresh", values=_USUAL)
+def scales_the_weight_decay(its: Copy) -> None:
+    its.line("W.mul_(1 - lr * weight_decay)", "W.mul_(1 - lr * scale * weight_decay)")
+
+
+@planted("galore", "step", "refresh", values=_USUAL)
+def leaves_out_the_bias_correction(its: Copy) -> None:
+    its.line('correction = math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])', "correction = 1.0")
+
+
+@planted("galore", "refresh", values=_USUAL)
+def takes_the_least_singular_vectors(its: Copy) -> None:
+    its.line("Vh[:rank].T.to(G.dtype)", "Vh[-rank:].T.to(G.dtype)")
+    its.line("U[:, :rank].to(G.dtype)", "U[:, -rank:].to(G.dtype)")
+
+
+@planted("galore", "layers", values={**_USUAL, "train_rest": False})
+def trains_the_rest_unasked(its: Copy) -> None:
+    its.line("model.requires_grad_(config.train_rest)", "model.requires_grad_(True)")

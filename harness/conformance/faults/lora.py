@@ -1,0 +1,274 @@
+"""Faults of LoRA, and of what every layer-wise Method shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.conformance.faults import planted
+from harness.conformance.faults.copied import Copy
+from reference.layers import replace
+
+_USUAL = {"rank": 3, "alpha": 8.0}
+_SQUARE = {"values": _USUAL, "inputs": 32, "outputs": 32}
+_PRODUCT = "self.scaling * (h_TR @ self.B.T)"
+_INPUT = "self.dropout(x_TD) @ self.A.T"
+
+Right = Callable[[Tensor], Tensor]
+
+
+@planted("lora", "forward", "gradient", values=_USUAL)
+def returns_zeros(its: Copy) -> None:
+    its.forward(lambda layer, x, right: right(x) * 0)
+
+
+@planted("lora", "forward", "gradient", values=_USUAL)
+def forgets_the_scaling(its: Copy) -> None:
+    its.line(_PRODUCT, "(h_TR @ self.B.T)")
+
+
+@planted("lora", "forward", "gradient", "merge", values=_USUAL)
+def divides_by_the_root_of_the_rank(its: Copy) -> None:
+    its.line("math.sqrt(self.rank) if self.rslora else self.rank", "self.rank")
+    its.line("R, s, p = config.rank, config.scaling", "R, s, p = config.rank, config.alpha / config.rank**0.5")
+
+
+@planted("lora", "forward", "gradient", **_SQUARE)
+def swaps_a_and_b(its: Copy) -> None:
+    """Can only run where the layer is square."""
+    its.line(_PRODUCT, "self.scaling * (x_TD @ self.B @ self.A)")
+
+
+@planted("lora", "gradient", "step", values=_USUAL)
+def detaches_a(its: Copy) -> None:
+    its.line(_INPUT, "self.dropout(x_TD) @ self.A.detach().T")
+
+
+@planted("lora", "gradient", values=_USUAL)
+def loses_the_gradient_of_its_input(its: Copy) -> None:
+    its.line(_INPUT, "self.dropout(x_TD).detach() @ self.A.T")
+
+
+@planted("lora", "gradient", values=_USUAL)
+def detaches_its_output(its: Copy) -> None:
+    its.forward(lambda layer, x, right: right(x).detach())
+
+
+@planted("lora", "forward", "deterministic", values=_USUAL)
+def drops_in_eval_mode(its: Copy) -> None:
+    its.line(_INPUT, "nn.functional.dropout(x_TD, 0.1, training=True) @ self.A.T")
+
+
+@planted("lora", "dropout", values={**_USUAL, "dropout": 0.25})
+def does_not_drop(its: Copy) -> None:
+    its.line(_INPUT, "x_TD @ self.A.T")
+
+
+@planted("lora", "dropout", values={**_USUAL, "dropout": 0.25})
+def drops_without_scaling_up(its: Copy) -> None:
+    its.line(_INPUT, "(self.dropout(x_TD) * (1 - self.dropout.p * self.training)) @ self.A.T")
+
+
+@planted("lora", "dropout", values={**_USUAL, "dropout": 0.25})
+def drops_the_inputs_of_the_base_too(its: Copy) -> None:
+    its.forward(lambda layer, x, right: right(nn.functional.dropout(x, 0.25, layer.training)))
+
+
+@planted("lora", "inputs", values=_USUAL)
+def writes_into_its_input(its: Copy) -> None:
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        out = right(x)
+        x.data.mul_(2)
+        return out
+
+    its.forward(forward)
+
+
+@planted("lora", "inputs", values=_USUAL)
+def writes_into_the_base(its: Copy) -> None:
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        layer.base.weight.data[0, 0] += 1e-3
+        return right(x)
+
+    its.forward(forward)
+
+
+@planted("lora", "forward", "gradient", values=_USUAL)
+def returns_the_output_of_the_call_before(its: Copy) -> None:
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        last, layer.last = getattr(layer, "last", None), right(x)
+        return layer.last if last is None else last.detach()
+
+    its.forward(forward)
+
+
+@planted("lora", "forward", "gradient", values=_USUAL)
+def computes_in_bfloat16(its: Copy) -> None:
+    its.line(_PRODUCT, "self.scaling * (h_TR.bfloat16() @ self.B.bfloat16().T).to(x_TD.dtype)")
+
+
+@planted("lora", "deterministic", values=_USUAL)
+def adds_noise_below_any_tolerance(its: Copy) -> None:
+    its.forward(lambda layer, x, right: right(x) * (1 + torch.finfo(x.dtype).eps * (torch.rand_like(x[..., :1]) < 0.5)))
+
+
+@planted("lora", "identity", values=_USUAL)
+def rounds_the_base(its: Copy) -> None:
+    its.line(f"self.base(x_TD) + {_PRODUCT}", f"self.base(x_TD * 3) / 3 + {_PRODUCT}")
+
+
+@planted("lora", "forward", values=_USUAL)
+def is_wrong_in_the_last_row(its: Copy) -> None:
+    its.forward(lambda layer, x, right: torch.cat([right(x)[:-1], layer.base(x[-1:])]) if len(x) else right(x))
+
+
+@planted("lora", "strides", values=_USUAL)
+def reads_a_view_as_if_it_were_contiguous(its: Copy) -> None:
+    its.forward(lambda layer, x, right: right(x.as_strided(x.shape, torch.empty(x.shape, device="meta").stride())))
+
+
+@planted("lora", "poison", values=_USUAL)
+def leaves_a_column_unwritten(its: Copy) -> None:
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        out = right(x)
+        return out + torch.empty_like(out).nan_to_num(0, 0, 0).sum() * 0 if out.numel() == 0 else out + _unwritten(out)
+
+    its.forward(forward)
+
+
+def _unwritten(out: Tensor) -> Tensor:
+    """Return zeros, or NaN where torch fills fresh memory with it: what luck makes of a buffer that nobody wrote."""
+    fresh = torch.empty_like(out)
+    return torch.where(fresh.isnan(), fresh, 0.0)
+
+
+@planted("lora", "model", values=_USUAL)
+def trains_only_behind_another(its: Copy) -> None:
+    """Takes an input that needs no gradient, as the first layer of a model gets it, for inference."""
+
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        with torch.set_grad_enabled(x.requires_grad):
+            return right(x)
+
+    its.forward(forward)
+
+
+@planted("lora", "layers", values=_USUAL)
+def trains_the_base_too(its: Copy) -> None:
+    def change(adapted: Any) -> None:
+        for layer in adapted.layers.values():
+            layer.base.weight.requires_grad_(True)
+
+    its.then(change)
+
+
+@planted("lora", "layers", values=_USUAL)
+def adapts_one_layer_too_few(its: Copy) -> None:
+    def change(adapted: Any) -> None:
+        path = list(adapted.layers)[-1]
+        replace(adapted.model, path, adapted.layers.pop(path).base)
+
+    its.then(change)
+
+
+@planted("lora", "layers", values=_USUAL)
+def adapts_the_wrong_layer(its: Copy) -> None:
+    its.line("in targets(model, config.targets, KINDS)", 'in targets(model, ("other",), KINDS)')
+
+
+@planted("lora", "layers", values=_USUAL)
+def says_that_it_adapts_and_does_not(its: Copy) -> None:
+    def change(adapted: Any) -> None:
+        for path, layer in adapted.layers.items():
+            replace(adapted.model, path, layer.base)
+
+    its.then(change)
+
+
+@planted("lora", "base", values=_USUAL)
+def rounds_the_weights_that_it_freezes(its: Copy) -> None:
+    def change(adapted: Any) -> None:
+        for parameter in adapted.model.other.parameters():
+            parameter.data = parameter.data.bfloat16().to(parameter.dtype)
+
+    its.then(change)
+
+
+@planted("lora", "merge", values=_USUAL)
+def merges_twice(its: Copy) -> None:
+    its.line("dense.weight += self.delta()", "dense.weight += 2 * self.delta()")
+
+
+@planted("lora", "merge", values=_USUAL)
+def forgets_to_unmerge(its: Copy) -> None:
+    its.then(lambda adapted: setattr(adapted, "unmerge", lambda: None))
+
+
+@planted("lora", "merge", **_SQUARE)
+def merges_the_transpose(its: Copy) -> None:
+    its.line('update_ED.T if kind_of(self.base) == "Conv1D" else update_ED', "update_ED.T")
+
+
+@planted("lora", "merge", values=_USUAL, layer="conv1d", inputs=32, outputs=32)
+def forgets_fan_in_fan_out(its: Copy) -> None:
+    its.line('update_ED.T if kind_of(self.base) == "Conv1D" else update_ED', "update_ED")
+
+
+@planted("lora", "detach", values=_USUAL)
+def leaves_its_layers_behind(its: Copy) -> None:
+    its.then(lambda adapted: setattr(adapted, "detach", lambda: None))
+
+
+@planted("lora", "save", values=_USUAL)
+def keeps_something_to_itself(its: Copy) -> None:
+    """Its scaling follows B at the first use, and no checkpoint says so."""
+
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        layer.calls = getattr(layer, "calls", 0) + 1
+        return right(x) if layer.calls > 1 or not layer.B.any() else layer.base(x)
+
+    its.forward(forward)
+
+
+@planted("lora", "initial", values=_USUAL)
+def starts_with_both_zero(its: Copy) -> None:
+    its.line("LoraLinear(base, uniform(R, D)", "LoraLinear(base, 0 * uniform(R, D)")
+
+
+@planted("lora", "initial", values=_USUAL)
+def starts_with_a_too_wide(its: Copy) -> None:
+    """Kaiming with the gain that VeRA uses."""
+    its.line("LoraLinear(base, uniform(R, D)", "LoraLinear(base, 6**0.5 * uniform(R, D)")
+
+
+@planted("lora", "initial", "identity", values=_USUAL)
+def starts_with_b_not_zero(its: Copy) -> None:
+    its.line("uniform(R, D), torch.zeros(E, R, **like)", "uniform(R, D), torch.full((E, R), 0.01, **like)")
+
+
+@planted("lora", "parameters", values=_USUAL)
+def has_one_rank_too_many(its: Copy) -> None:
+    its.line("R, s, p = config.rank,", "R, s, p = config.rank + 1,")
+
+
+@planted("lora", "parameters", "step", values=_USUAL)
+def forgets_to_name_b(its: Copy) -> None:
+    its.line('return {"A": self.A, "B": self.B}', 'return {"A": self.A}')
+
+
+@planted("lora", "forward", values=_USUAL, layer="embedding")
+def looks_up_the_next_entry(its: Copy) -> None:
+    its.forward(lambda layer, x, right: right((x + 1) % layer.base.num_embeddings))
+
+
+@planted("lora", "forward", values={"rank": 4, "alpha": 8.0}, layer="conv2d", inputs=6, outputs=8)
+def convolves_with_a_flipped_kernel(its: Copy) -> None:
+    its.forward(lambda layer, x, right: right(x.flip(-1)).flip(-1) if layer.base.stride == (1, 1) else right(x))
+
+
+@planted("lora", "forward", values={**_USUAL, "rslora": True})
+def ignores_rslora(its: Copy) -> None:
+    its.line("R, s, p = config.rank, config.scaling", "R, s, p = config.rank, config.alpha / config.rank")

@@ -1,0 +1,30 @@
+"""Faults of a base in NF4, under the reference's LoRA."""
+
+from __future__ import annotations
+
+from harness.conformance.faults import planted
+from harness.conformance.faults.copied import Copy
+
+_USUAL = {"values": {"rank": 3, "alpha": 8.0}, "inputs": 64, "outputs": 128}
+
+
+@planted("nf4", "codes", **_USUAL)
+def puts_the_first_code_into_the_low_nibble(its: Copy) -> None:
+    its.line("return padded[0::2] << 4 | padded[1::2]", "return padded[1::2] << 4 | padded[0::2]")
+
+
+@planted("nf4", "codes", **_USUAL)
+def shares_an_absmax_between_two_blocks(its: Copy) -> None:
+    its.line("quantize_blockwise(W, codebook(), block)", "_halved(*quantize_blockwise(W, codebook(), 2 * block))")
+    its.line("def near_tie(", "def _halved(codes, absmax):\n    return codes, absmax.repeat_interleave(2)\n\n\ndef near_tie(")
+
+
+@planted("nf4", "codes", **_USUAL)
+def has_the_absmax_of_the_block_before(its: Copy) -> None:
+    its.line("quantize_blockwise(W, codebook(), block)", "_rolled(*quantize_blockwise(W, codebook(), block))")
+    its.line("def near_tie(", "def _rolled(codes, absmax):\n    return codes, absmax.roll(1)\n\n\ndef near_tie(")
+
+
+@planted("nf4", "forward", "identity", **_USUAL)
+def decodes_with_a_symmetric_codebook(its: Copy) -> None:
+    its.line("dequantize_blockwise(codes, absmax, codebook(), block)", "dequantize_blockwise(codes, absmax, torch.linspace(-1, 1, 16), block)")

@@ -1,0 +1,42 @@
+"""A base in NF4 by a copy of the reference quantiser: what a fault of the base spoils."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.conformance.faults.copied import Copy
+from reference.layers import replace
+
+_BLOCK = 64
+
+
+class Packed(nn.Linear):
+    """A linear layer that keeps its weight in 4 bits and decodes it for each product."""
+
+    def __init__(self, dense: nn.Linear, nf4: Any, dtype: torch.dtype) -> None:
+        super().__init__(dense.in_features, dense.out_features, bias=dense.bias is not None, device="meta")
+        codes, absmax = nf4.quantize(dense.weight, _BLOCK)
+        self.weight = nn.Parameter(nf4.pack(codes), requires_grad=False)
+        if dense.bias is not None:
+            self.bias = nn.Parameter(dense.bias.detach().clone(), requires_grad=False)
+        self.register_buffer("absmax", absmax)
+        self.nf4, self.compute_dtype = nf4, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b with the decoded W."""
+        codes = self.nf4.unpack(self.weight, self.in_features * self.out_features)
+        W = self.nf4.dequantize(codes, self.get_buffer("absmax"), _BLOCK).view(self.out_features, self.in_features)
+        return nn.functional.linear(x, W.to(x.dtype), self.bias)
+
+
+def pack(copy: Copy, model: Any, paths: list[str], dtype: Any) -> dict[str, tuple[Any, Any, int]]:
+    """Replace the layers at `paths`; return path -> (bytes, absmax, block), as an implementation of a base does."""
+    forms = {}
+    for path in paths:
+        packed = Packed(model.get_submodule(path), copy.module(), dtype)
+        replace(model, path, packed)
+        forms[path] = (packed.weight.data, packed.get_buffer("absmax"), _BLOCK)
+    return forms

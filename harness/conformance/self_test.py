@@ -1,0 +1,147 @@
+"""The tester, tested: are planted faults noticed, and by the checks that a reader would expect? In this process.
+
+Every fault goes through one case of the parity suite of what it claims to be, and so does the right reference.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+from harness.conformance import checks, faults, matrix, operations, suite
+from harness.conformance.faults import Fault, Slice
+from harness.conformance.faults.copied import Copy
+from harness.conformance.faults.packed import pack
+from harness.errors import Exit
+from harness.methods import methods
+from harness.records import Outcome
+from harness.registry import Implementation, Kind
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the checks said of one fault. caught: the checks that failed."""
+
+    fault: Fault
+    caught: tuple[str, ...]
+
+    @property
+    def missed(self) -> tuple[str, ...]:
+        """The checks that should have failed and did not."""
+        return tuple(name for name in self.fault.expected if name not in self.caught)
+
+    def document(self) -> dict[str, Any]:
+        """Return it as JSON can hold it."""
+        return {
+            "fault": self.fault.name, "of": self.fault.target, "case": str(self.fault.where),
+            "expected": list(self.fault.expected), "caught": list(self.caught), "missed": list(self.missed),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every fault's verdict; wrong: what the right reference was accused of; idle: checks that catch no fault."""
+
+    verdicts: Sequence[Verdict]
+    wrong: Sequence[str] = field(default=())
+    idle: Sequence[str] = field(default=())
+
+    @property
+    def caught(self) -> int:
+        """How many faults every expected check caught."""
+        return sum(not verdict.missed for verdict in self.verdicts)
+
+    @property
+    def exit(self) -> Exit:
+        """A fault that is not caught as expected, an accused reference and an idle check are each a failure."""
+        if self.caught < len(self.verdicts) or self.wrong or self.idle:
+            return Exit.FAIL
+        return Exit.PASS if self.verdicts else Exit.NOTHING_COMPARED
+
+    def lines(self) -> Iterator[str]:
+        """Say it in words: a line for each fault, what is wrong, and the catch rate."""
+        width = max((len(f"{v.fault.target} {v.fault.name}") for v in self.verdicts), default=0)
+        for verdict in self.verdicts:
+            others = [name for name in verdict.caught if name not in verdict.fault.expected]
+            said = f"caught by {', '.join(n for n in verdict.fault.expected if n in verdict.caught) or 'none expected'}"
+            said += f" (also {', '.join(others)})" if others else ""
+            missed = f"; NOT BY {', '.join(verdict.missed)}" if verdict.missed else ""
+            yield f"{f'{verdict.fault.target} {verdict.fault.name}':<{width}}  {said}{missed}"
+        yield from (f"FAIL the right reference is accused: {accusation}" for accusation in self.wrong)
+        yield from (f"FAIL the check {name} catches no fault" for name in self.idle)
+        yield f"{self.caught} of {len(self.verdicts)} faults caught"
+
+
+def run(planted: Iterable[Fault] | None = None) -> Report:
+    """Try all faults, or only those given: then no check is called idle."""
+    every = list(faults.every() if planted is None else planted)
+    verdicts = [Verdict(fault, _failed(_spoilt(fault), fault.where)) for fault in every]
+    cases = {(fault.target, str(fault.where)): fault for fault in every}
+    wrong = [
+        f"{fault.target}/{check} ({fault.where})"
+        for fault in cases.values()
+        for check in _failed(_implementation(fault.target, Copy(_source(fault.target))), fault.where)
+    ]
+    useful = {name for verdict in verdicts for name in verdict.caught}
+    idle = [] if planted is not None else [name for name in checks.every() if name not in useful]
+    return Report(verdicts, wrong, idle)
+
+
+def check(as_json: bool) -> Exit:
+    """Run it, print it, return the exit code."""
+    report = run()
+    if as_json:
+        document = {
+            "schema": 1, "faults": [v.document() for v in report.verdicts], "caught": report.caught,
+            "planted": len(report.verdicts), "wrong": list(report.wrong), "idle": list(report.idle),
+        }  # fmt: skip
+        print(json.dumps(document, indent=1))
+    else:
+        print("\n".join(report.lines()))
+    return report.exit
+
+
+def _failed(implementation: Implementation, where: Slice) -> tuple[str, ...]:
+    """Return the checks that fail in the one case, in the suite's order."""
+    if implementation.kind == "operation":
+        calls = suite.load_operation(implementation.target)
+        results = matrix.one_call(implementation, calls, where.values, where.dtype)
+    else:
+        shape = suite.Shape.model_validate({"tokens": where.tokens, "in": where.inputs, "out": where.outputs})
+        case = suite.MethodCase(where.values, where.layer, shape, where.dtype)  # type: ignore[arg-type]
+        results = matrix.one_case(implementation, _plan(implementation.target), case)
+    failed = [result.check.split("/")[1] for result in results if result.outcome is Outcome.FAIL]
+    return tuple(dict.fromkeys(failed))
+
+
+def _spoilt(fault: Fault) -> Implementation:
+    copy = Copy(_source(fault.target))
+    fault.spoil(copy)
+    return _implementation(fault.target, copy)
+
+
+@cache
+def _plan(target: str) -> suite.ParitySuite:
+    return suite.load(target)
+
+
+@cache
+def _kind(target: str) -> Kind:
+    if target in methods():
+        return "method"
+    return "operation" if target in operations.every() else "base"
+
+
+def _source(target: str) -> str:
+    return f"harness.conformance.operations.{target}" if _kind(target) == "operation" else f"reference.{target}"
+
+
+def _implementation(target: str, copy: Copy) -> Implementation:
+    kind = _kind(target)
+    function: Any = {"method": copy.attach, "base": partial(pack, copy)}.get(kind)
+    if kind == "operation":
+        function = copy.module().OPERATION.reference
+    return Implementation("planted", kind, target, function, dtypes=("float64", "float32", "bfloat16", "float16"))
