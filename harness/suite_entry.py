@@ -18,6 +18,7 @@ from harness.suite_file import BaseKeys, CellKeys
 from harness.tasks import Task
 from harness.yaml_lines import Document, Way
 
+_JUDGED_BY_MODEL = (("config", "targets"), ("training", "max_tokens"))
 _NEEDED = (("model",), ("task",), ("method",), ("training", "steps"), ("evaluation", "items"))
 
 
@@ -25,7 +26,8 @@ _NEEDED = (("model",), ("task",), ("method",), ("training", "steps"), ("evaluati
 class Entry:
     """One entry of a suite, every axis a list. `expand` multiplies it out.
 
-    config: for each method, the values of each of its fields, defaults filled in.
+    config: for each method, the values of each of its fields, defaults filled in. places: where in the file stands what
+    only a model can judge.
     """
 
     id: str
@@ -40,6 +42,7 @@ class Entry:
     seed: list[int]
     training: list[Training]
     evaluation: Evaluation
+    places: dict[str, str]
 
 
 @dataclass
@@ -94,7 +97,7 @@ class _EntryReader:
                 self._offer("method", method, implementation, self._way("implementation", i))
         for i, base in enumerate(keys.base):
             self._base(base, self._way("base", i))
-        training = self._training() if complete else []
+        training = self._training(config) if complete else []
         if not complete or len(self.reading.problems) > before:
             return None
         return Entry(
@@ -110,6 +113,7 @@ class _EntryReader:
             seed=keys.seed,
             training=training,
             evaluation=Evaluation(**keys.evaluation.model_dump(exclude_none=True)),
+            places={way[-1]: self.reading.document.where(*self._way(*way)) for way in _JUDGED_BY_MODEL},
         )
 
     def _way(self, *rest: str | int) -> Way:
@@ -255,7 +259,7 @@ class _EntryReader:
             what = f"base has an `implementation`, {base.implementation}, but no `quantization`"
             self.reading.problem(way, what, "add `quantization:`, or remove `base:`")
 
-    def _training(self) -> list[Training]:
+    def _training(self, config: dict[str, dict[str, list[Any]]]) -> list[Training]:
         written = self.keys.training.model_dump(exclude_none=True)
         rates = written.pop("lr", None)
         training = [Training(**written, lr=rate) for rate in rates] if rates else [Training(**written)]
@@ -263,7 +267,16 @@ class _EntryReader:
         if 0 < training[0].steps < training[0].warmup:
             what = f"`warmup` is {training[0].warmup}, longer than the {training[0].steps} steps"
             self.reading.problem(self._way("training", "warmup"), what, "shorten it, or train longer")
+        self._schedules(config, training[0].steps)
         return training
+
+    def _schedules(self, config: dict[str, dict[str, list[Any]]], steps: int) -> None:
+        """A Method that counts down over `total_steps` would not come to its end, or stand still before the training's."""
+        for name, fields in config.items():
+            for total in fields.get("total_steps", ()):
+                if steps and total != steps:
+                    what = f"`total_steps` of {name} is {total}, and the training has {steps} steps"
+                    self.reading.problem(self._way("config", "total_steps"), what, f"write `total_steps: {steps}`")
 
 
 def _merged(block: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any]:

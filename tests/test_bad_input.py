@@ -48,6 +48,20 @@ BAD_SUITES = {
     "unknown cell key": ("dtype:", "dtpye:", 14, "unknown key `dtpye`", "did you mean `dtype`?"),
     "unknown training key": ("lr:", "learning_rate:", 6, "unknown key `learning_rate`", "keys here: steps, batch, lr"),
     "unknown config key": ("4, alpha", "4, alpa", 11, "`lora` has no `alpa`", "did you mean `alpha`?"),
+    "schedule of another length": (
+        "method: lora\n        config: {rank",
+        "method: adalora\n        config: {total_steps: 5, rank",
+        11,
+        "`total_steps` of adalora is 5, and the training has 4 steps",
+        "write `total_steps: 4`",
+    ),
+    "schedule of the default length": (
+        "method: lora\n        config: {rank",
+        "method: adalora\n        config: {rank",
+        11,
+        "`total_steps` of adalora is 1000, and the training has 4 steps",
+        "write `total_steps: 4`",
+    ),
     "config of a method without knobs": (
         "id: a\n        method: lora",
         "id: a\n        method: full",

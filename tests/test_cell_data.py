@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from harness import suites
 from harness.assets import fetch, made, rows, table
+from harness.errors import UsageError
 from harness.expand import expand
 from harness.records import Cell
 from harness.runner import data
@@ -46,7 +47,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return AutoTokenizer.from_pretrained(path)
 
 
-def _data(cell: Cell, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, read: list[rows.Row]) -> data.CellData:
+def _data(
+    cell: Cell, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, read: list[rows.Row], model: Any = None
+) -> data.CellData:
     task = suites.load("smoke").tasks[cell.task]
     source = table.resolve(cell.model, suites.load("smoke").sources, Path())
     monkeypatch.setattr(rows, "read", lambda *_: read)
@@ -57,8 +60,22 @@ def _data(cell: Cell, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, read: lis
          "data": {"path": "unused", "source": task.data, "use": fetch.use(task.data)},
          "task": {"name": task.name, "spec": task.spec, "labels": task.labels, "test": 50, "shuffle_seed": 1, "use": use}}
     )  # fmt: skip
-    loaded: Any = SimpleNamespace(tokenizer=tokenizer, model=None, head={})
+    loaded: Any = SimpleNamespace(tokenizer=tokenizer, model=model, head={})
     return data.CellData(work, loaded, lambda *_, **__: None)
+
+
+def test_no_more_tokens_than_the_loaded_model_has_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    # RoBERTa's config says 25; two of them are taken, as only the model itself tells.
+    embeddings = SimpleNamespace(padding_idx=1)
+    model = SimpleNamespace(
+        config=SimpleNamespace(max_position_embeddings=25),
+        named_modules=lambda: [("roberta.embeddings.position_embeddings", embeddings)],
+    )
+    cell = next(c for c in expand(suites.load("smoke")).cells if c.method == "lora")
+    assert cell.training.max_tokens == 24
+    with pytest.raises(UsageError, match=r"`training\.max_tokens` is 24, and tiny-llama has 23 positions") as caught:
+        _data(cell, None, monkeypatch, TEXTS, model)
+    assert caught.value.mend == "write at most 23"
 
 
 def test_the_order_of_data_has_a_name(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

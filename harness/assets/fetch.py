@@ -56,6 +56,11 @@ def is_ready(source: Source) -> bool:
     return _place(source).is_dir()
 
 
+def at_hand(source: Source) -> Path | None:
+    """Return a model's folder if it is whole on this machine's disk, without network or conversion; else None."""
+    return ensure(source) if is_ready(source) else None
+
+
 def use(source: Source) -> AssetUse:
     """Say what a Cell used. The hash is the carrier's, or where there is none, that of the weights or the data file.
 

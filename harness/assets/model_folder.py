@@ -10,7 +10,10 @@ from harness.assets.carrier import sha256
 from harness.assets.table import Source
 from harness.errors import AssetError
 
+_LONGEST_HEADER = 100_000_000
+"""Bytes; safetensors itself reads no longer one."""
 _INDEX = "model.safetensors.index.json"
+_POSITIONS = ("max_position_embeddings", "n_positions")  # GPT-2's name is the second
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -51,6 +54,33 @@ def weights_sha256(folder: Path) -> str:
     if len(files) == 1:
         return sha256(files[0])
     return hashlib.sha256("".join(f"{path.name} {sha256(path)}\n" for path in files).encode()).hexdigest()
+
+
+def layers(folder: Path) -> set[str]:
+    """Return the paths of the modules that have weights in a model's folder, as the headers of the files tell them.
+
+    A file that cannot be read tells none: whoever loads it will say why.
+    """
+    paths = set()
+    for file in _weights(folder):
+        try:
+            with file.open("rb") as opened:
+                length = int.from_bytes(opened.read(8), "little")
+                header = json.loads(opened.read(length)) if length <= _LONGEST_HEADER else {}
+        except (OSError, ValueError):
+            continue
+        paths |= {name.rpartition(".")[0] for name in header if name != "__metadata__"}
+    return paths
+
+
+def positions(folder: Path) -> int | None:
+    """Return how many tokens a model's config lets it read at once, or None where it sets no limit."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        most = next((config[key] for key in _POSITIONS if key in config), None)
+    except (OSError, ValueError, TypeError):
+        return None
+    return most if isinstance(most, int) and most > 0 else None
 
 
 def _weights(folder: Path) -> list[Path]:

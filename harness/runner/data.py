@@ -13,7 +13,9 @@ from torch import Tensor
 
 from harness.analysis.intervals import wilson
 from harness.assets import rows
+from harness.errors import UsageError
 from harness.evaluation import classification
+from harness.measure.latency import positions
 from harness.records import Accuracy, Item
 from harness.runner.work import Work
 from harness.training import loop
@@ -36,6 +38,10 @@ class CellData:
         test_rows = test_rows[: cell.evaluation.items]
         wanted, batch = cell.training.steps, cell.training.batch
         tokenizer, limit = loaded.tokenizer, cell.training.max_tokens
+        most = positions(loaded.model)  # of the model itself: a config does not tell that RoBERTa keeps two for padding
+        if most is not None and limit > most:
+            what = f"`training.max_tokens` is {limit}, and {cell.model} has {most} positions"
+            raise UsageError(what, mend=f"write at most {most}")
         self.pad = int(tokenizer.pad_token_id)
         self._cell = cell
         self._progress = lambda done, of: emit("items", done=done, of=of)

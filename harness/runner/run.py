@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import harness
-from harness import store, suites
+from harness import fitting, store, suites
 from harness.analysis import verdict
 from harness.assets import fetch, rows
 from harness.assets.table import Source, resolve
@@ -74,6 +74,7 @@ def run_suite(
     plan = expand(suite)
     if only is not None:
         plan = keep_only(plan, only)
+    fitting.refuse(suite, plan)
     here = environment.describe(environment.physical_cores())
     chosen = _device(device)
     with contextlib.ExitStack() as held:
@@ -82,6 +83,7 @@ def run_suite(
         progress = Progress(len(plan.cells))
         held.callback(progress.close)
         works = _resolve(suite, plan, progress)
+        fitting.refuse(suite, plan)  # again: now every model is at hand
         times.lap("fetch")
         if old:
             folder, run_id, done = _reopen(old, here, works, chosen, progress)

@@ -1,0 +1,78 @@
+"""Whether Cells fit their models, as far as these are on this machine: the layers they name, the tokens they give them.
+
+Asked before anything runs, and again when models had to be fetched first. No torch: the names in the headers of the
+weight files answer at once. Only for a target that is not among them (a tied or new layer has no weights of its own) a
+child process builds the model without weights and looks; that takes seconds, and `plan` stays quick for what fits.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.assets import fetch, model_folder, process
+from harness.assets.table import resolve
+from harness.errors import Problem, SuiteError
+
+if TYPE_CHECKING:
+    from harness.expand import Plan
+    from harness.records import Cell
+    from harness.suites import Suite
+
+_TIMEOUT_S = 120.0
+
+
+def refuse(suite: Suite, plan: Plan) -> None:
+    """Raise SuiteError if Cells of the plan ask of a model at hand what it does not have."""
+    places = {entry.id: entry.places for entry in suite.entries}
+    of_model: dict[str, list[tuple[Cell, dict[str, str]]]] = {}
+    for cell in plan.cells:
+        of_model.setdefault(cell.model, []).append((cell, places[plan.ids[cell.cell_id]]))
+    found: list[Problem] = []
+    for model, cells in of_model.items():
+        source = resolve(model, suite.sources, suite.path.resolve().parent)
+        folder = fetch.at_hand(source)
+        if folder is not None:
+            found += [*_too_long(folder, cells), *_no_layers(folder, source.kind, cells)]
+    if found:
+        raise SuiteError(list(dict.fromkeys(found)))
+
+
+def _too_long(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[Problem]:
+    most = model_folder.positions(folder)
+    for cell, places in cells:
+        if most is not None and cell.training.max_tokens > most:
+            what = f"`max_tokens` is {cell.training.max_tokens}, and {cell.model} has {most} positions"
+            yield Problem(places["max_tokens"], what, f"write at most {most}")
+
+
+def _no_layers(folder: Path, kind: str, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[Problem]:
+    paths = model_folder.layers(folder)
+    wanted: dict[str, dict[str, str]] = {}
+    for cell, places in cells:
+        targets = cell.config.get("targets")
+        for name in targets if isinstance(targets, list) else ():
+            wanted.setdefault(name, {})[places["targets"]] = cell.model
+    unseen = tuple(name for name in wanted if not any(p == name or p.endswith(f".{name}") for p in paths))
+    for name, what in _looked_for(folder, kind, unseen).items() if unseen else ():
+        for where, model in wanted[name].items():
+            yield Problem(where, f"`targets`: {what}", f"name layers of {model}")
+
+
+@functools.cache
+def _looked_for(folder: Path, kind: str, names: tuple[str, ...]) -> dict[str, str]:
+    """Map those of `names` that fit no layer of the model to what is wrong with them.
+
+    Of a model that cannot be built here nothing is said: its Cells will report that, with the whole traceback.
+    """
+    arguments = ["-P", "-m", "harness.assets.structure", str(folder), kind, *names]
+    with process.python(arguments, {"HF_HUB_OFFLINE": "1"}) as child:
+        try:
+            code = child.process.wait(_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return {}
+    return dict(json.loads(child.said.splitlines()[-1])) if code == 0 else {}
