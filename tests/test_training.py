@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from trainee import EXAMPLES, Encoder, batches, nothing, setting
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness.assets import made
@@ -17,7 +17,6 @@ from harness.assets.rows import Row
 from harness.conformance.subject import configure
 from harness.conformance.tolerance import exact, noise_floor
 from harness.evaluation.likelihood import CausalScorer
-from harness.measure.memory import optimizer_tensors
 from harness.records import Training
 from harness.registry import discover
 from harness.training import loop
@@ -26,11 +25,8 @@ from harness.training.batches import (
     Example,
     answer_examples,
     collate,
-    order,
 )
 from harness.training.master import MasterAdamW
-
-EXAMPLES = [Example(f"e{i}", tuple(range(1, 2 + i * 7 % 13)), i % 2) for i in range(50)]
 
 
 @pytest.fixture(scope="module")
@@ -106,19 +102,6 @@ def test_a_model_without_logits_to_keep_gives_the_same_loss(model: Any, tokenize
     assert noise_floor({"loss": loop.loss_of(NoKeep(model), batch)}, want, want, "float64").passed
 
 
-class Encoder(nn.Module):
-    """Counts tokens; enough of an encoder to be trained."""
-
-    def __init__(self, scale: float = 1.0) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.head, self.scale = nn.Embedding(16, 4), nn.Linear(4, 2), scale
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        summed = (self.embed(input_ids) * attention_mask[..., None]).sum(1)
-        return SimpleNamespace(logits=self.head(torch.tanh(summed)) * self.scale)
-
-
 def test_the_encoders_loss_is_the_mean_cross_entropy() -> None:
     model, batch = Encoder().double(), collate(EXAMPLES[:6], 0, "right")
     log_p = [model(torch.tensor([e.tokens]), torch.ones(1, len(e.tokens))).logits.log_softmax(-1) for e in EXAMPLES[:6]]
@@ -128,24 +111,6 @@ def test_the_encoders_loss_is_the_mean_cross_entropy() -> None:
 
 
 # The optimizer and the loop
-
-
-def setting(model: nn.Module, method: str = "full", **recipe: Any) -> Any:
-    """Attach a method to a model; return train()'s arguments up to the schedule, by name."""
-    attach = discover().find("method", method, "reference")
-    config = {"rank": 2, "targets": ["head"]} if method == "lora" else {}
-    adapted = attach(model, configure(method, config), torch.Generator().manual_seed(0))
-    recipe = Training(**{"steps": 10, "warmup": 0, "lr": 1e-2, **recipe})
-    optimizer, schedule = loop.make_optimizer(adapted, [], recipe)
-    return {"adapted": adapted, "head": [], "optimizer": optimizer, "schedule": schedule}
-
-
-def batches(steps: int) -> list[Batch]:
-    return [collate(group, 0, "right") for group in order(EXAMPLES, steps, 4, seed=0)]
-
-
-def nothing(step: int, loss: float) -> None:
-    """Report to nobody."""
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 4])
@@ -315,87 +280,6 @@ def test_training_and_scoring_cut_a_prompt_at_the_same_place(model: Any, tokeniz
 
 
 # Sixteen bits
-
-WORDS = [Example(f"w{i}", (1 + i % 15,), int(i % 15 < 7)) for i in range(45)]  # one word decides
-ALIKE = [Example(f"w{i}", (1 + i % 15,), 1) for i in range(45)]
-
-
-def batches_of(examples: list[Example], steps: int) -> list[Batch]:
-    return [collate(group, 0, "right") for group in order(examples, steps, 4, seed=0)]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_sixteen_bits_train(method: str, dtype: torch.dtype) -> None:
-    s = setting(Encoder().to(dtype), method, steps=200)
-    losses = loop.train(batches=batches_of(WORDS, 40), seed=0, report=nothing, **s).losses
-    assert sum(losses[-8:]) < sum(losses[:8])
-    assert {p.dtype for p in s["adapted"].parameters()} == {dtype}
-
-
-def test_steps_too_small_for_sixteen_bits_add_up() -> None:
-    model = Encoder().bfloat16()
-    bias = model.head.bias
-    with torch.no_grad():
-        bias.fill_(1.0)  # its neighbours in bfloat16 are 1/128 and 1/256 away
-    loop.train(batches=batches_of(ALIKE, 1), seed=0, report=nothing, **setting(model, lr=1e-3, steps=1000))
-    assert bias.tolist() == [1.0, 1.0]
-    loop.train(batches=batches_of(ALIKE, 20), seed=0, report=nothing, **setting(model, lr=1e-3, steps=1000))
-    wrong, right = bias.tolist()
-    assert wrong < 1.0 < right
-
-
-def test_masters_step_as_float32_adamw_does() -> None:
-    model = Encoder().half()
-    s = setting(model, weight_decay=0.1)
-    optimizer = s["optimizer"]
-    plain = {n: p.detach().float().requires_grad_(True) for n, p in model.named_parameters()}
-    oracle = torch.optim.AdamW(plain.values(), lr=1e-2, weight_decay=0.1)
-    for batch in batches(3):
-        optimizer.zero_grad()
-        (loop.loss_of(model, batch) * optimizer.loss_scale).backward()
-        for name, p in model.named_parameters():
-            plain[name].grad = p.grad.float() / optimizer.loss_scale
-        optimizer.step()
-        oracle.step()
-    want = {n: p.detach().half() for n, p in plain.items()}
-    assert exact({n: p.detach() for n, p in model.named_parameters()}, want).passed
-    held = optimizer_tensors(optimizer)
-    assert sum(t.numel() for t in held if t.dim()) == 3 * sum(p.numel() for p in model.parameters())
-    assert {t.dtype for t in held} == {torch.float32}
-
-
-def test_what_a_method_writes_between_steps_stays() -> None:
-    model = Encoder().bfloat16()
-    s = setting(model)
-    with torch.no_grad():
-        model.embed.weight.zero_()
-    loop.train(batches=batches(1), seed=0, report=nothing, **s)
-    moved = model.embed.weight.detach().float().abs()
-    assert 0 < float(moved.max()) <= float(torch.tensor(1e-2).bfloat16())  # one step of AdamW from zero
-
-
-def test_overflow_takes_the_same_batch_again_with_half_the_scale() -> None:
-    runs = []
-    for scale in (2.0**10, 2.0**30):
-        s = setting(Encoder().half())
-        s["optimizer"].loss_scale = scale
-        runs.append(loop.train(batches=batches(4), seed=0, report=nothing, **s))
-        assert s["optimizer"].loss_scale < 2.0**30
-    assert len(runs[1].losses) == 4
-    assert runs[0].losses[0] == runs[1].losses[0]
-    assert max(runs[1].gradient_norms) < 10  # the scale is taken out again
-
-
-def test_float16_names_its_range_when_it_diverges() -> None:
-    with pytest.raises(loop.Diverged, match="beyond float16's 65504"):
-        loop.train(batches=batches(3), seed=0, report=nothing, **setting(Encoder(float("nan")).half()))
-
-
-def test_float32_keeps_torchs_own_adamw() -> None:
-    for kind in (torch.float32, torch.float64):
-        assert type(setting(Encoder().to(kind))["optimizer"]) is torch.optim.AdamW
-    assert loop.notes(setting(Encoder())["optimizer"]) == []
 
 
 def test_the_optimizer_is_described_whole() -> None:

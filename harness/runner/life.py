@@ -164,7 +164,7 @@ class Life:
         changed = [name for name in before if before[name] != after.get(name)]
         # In the first step a tensor may have no gradient by design (LoRA's A, since B is zero); from the second on it must.
         now = adapted.tensors() if len(batches) > 1 else {}
-        still = [name for name in now if name in start and torch.equal(start[name], now[name].detach())]
+        still = [name for name in now if name in start and _same(start[name], loop.held(now[name], optimizer))]
         self._pass([_found(cell, "frozen", changed, "changed"), _found(cell, "moved", still, "never moved")])
         measured = TrainingMeasured(
             losses=samples.losses,
@@ -246,6 +246,11 @@ def _state_sha256(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Compare the values of two tensors, of which one may be in a wider dtype."""
+    return torch.equal(one.double(), other.double())
 
 
 def _found(cell: Any, name: str, odd: list[str], what: str) -> CheckResult:

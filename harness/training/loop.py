@@ -117,10 +117,17 @@ def optimizer_facts(optimizer: torch.optim.Optimizer) -> dict[str, Json]:
     return {"name": name, "groups": groups, **of_halves}
 
 
+def held(parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Return a parameter as the optimizer keeps it: a master where there is one, or the parameter itself."""
+    return optimizer.held(parameter) if isinstance(optimizer, MasterAdamW) else parameter.detach()
+
+
 def notes(optimizer: torch.optim.Optimizer) -> list[str]:
     """Return sentences for the Record about arithmetic that its dtype alone does not tell; none in float32."""
     if not isinstance(optimizer, MasterAdamW):
-        return []
+        halves = {p.dtype for group in optimizer.param_groups for p in group["params"]} & {*HALVES}
+        name = type(optimizer).__name__
+        return [f"{name}, the Method's own, steps weights of 16 bits as they are: small steps are lost"] if halves else []
     scaled = f", and the loss was scaled by {optimizer.loss_scale:g} for its backward pass" if optimizer.scales else ""
     return [f"AdamW kept float32 master weights and moments for what trains in 16 bits{scaled}"]
 

@@ -37,6 +37,10 @@ class MasterAdamW(torch.optim.Optimizer):
         self.scales = any(p.dtype == torch.float16 for p, _ in self._pairs)
         self.loss_scale = FIRST_LOSS_SCALE if self.scales else 1.0
 
+    def held(self, parameter: Tensor) -> Tensor:
+        """Return a parameter as it is kept between steps: its master. A step may be too small to be seen in 16 bits."""
+        return next((m.detach() for p, m in self._pairs if p is parameter), parameter.detach())
+
     def relax(self) -> bool:
         """If a gradient is infinite or NaN, halve the loss scale and say so; at a scale of 1 it is not ours to mend."""
         if self.loss_scale == 1.0 or all(bool(p.grad.isfinite().all()) for p, _ in self._pairs if p.grad is not None):
