@@ -52,9 +52,9 @@ def judge_codes(
 ) -> tuple[Judgement, str]:
     """Judge `codes` and `absmax` against the reference's; return the judgement and how many codes were excused.
 
-    A code may be that of the neighbouring value only where the element is near a tie. In a block of zeros any code with an
-    absmax that makes it zero will do, and in one with a NaN or an infinity any with an absmax that is not finite:
-    bitsandbytes' back ends differ there.
+    What counts is a code's value: FP4's 0 and 8 are both zero. It may be the neighbouring one only where the element is near
+    a tie. In a block of zeros any code with an absmax that makes it zero will do, and in one with a NaN or an infinity any
+    with an absmax that is not finite: bitsandbytes' back ends differ there.
     """
     codes, absmax = want
     if mine["codes"].shape != codes.shape or mine["absmax"].shape != absmax.shape:
@@ -66,7 +66,7 @@ def judge_codes(
     lost = ~absmax.isfinite() & ~mine["absmax"].isfinite()
     meaningless = (vanishes | lost).repeat_interleave(block)[: codes.numel()]
     have = {
-        "codes": torch.where(tied | meaningless, codes, mine["codes"]),
+        "codes": torch.where((apart == 0) | tied | meaningless, codes, mine["codes"]),
         "absmax": torch.where(vanishes | lost, UNCOMPARED, mine["absmax"]),
     }
     expected = {"codes": codes, "absmax": torch.where(vanishes | ~absmax.isfinite(), UNCOMPARED, absmax)}

@@ -26,11 +26,15 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight in NF4 as its implementation stores it: bytes (two codes each), float32 absmax per block, block size."""
+    """A weight in NF4 as its implementation stores it: bytes (two codes each), float32 absmax per block, block size.
+
+    double: whether absmax was quantised too; it is then what it decodes to.
+    """
 
     data: Tensor
     absmax: Tensor
     block: int
+    double: bool = False
 
 
 @dataclass(frozen=True)

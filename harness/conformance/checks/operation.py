@@ -24,6 +24,13 @@ def check_outputs(subject: OperationSubject, case: Case) -> CheckResult:
     return judged(subject, case, "outputs", noise_floor(mine, truth, rounded, subject.dtype, case.factor("outputs")))
 
 
+def check_output_codes(subject: OperationSubject, case: Case) -> CheckResult:
+    """Every code that the Operation returns is that of the nearest value, but where rounding decides between two."""
+    if subject.operation.codes is None:
+        return skipped(subject, case, "output_codes", "this Operation returns no codes, or `outputs` judges them")
+    return judged(subject, case, "output_codes", *subject.operation.codes(subject.call(), subject.arguments))
+
+
 def check_backward(subject: OperationSubject, case: Case) -> CheckResult:
     """The gradients that reach the Operation's differentiable arguments are the reference's; none counts as zero."""
     if not subject.operation.differentiable:

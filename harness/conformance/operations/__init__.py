@@ -18,6 +18,8 @@ from torch import Tensor
 
 from harness.conformance.tolerance import Judgement
 
+Judge = Callable[[Mapping[str, Tensor], Mapping[str, Any]], tuple[Judgement, str]]
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -27,6 +29,7 @@ class Operation:
     the same call by the reference; what has the case's dtype in the arguments, and that dtype itself, may come as float64.
     differentiable: the arguments whose gradients are compared. judge: (outputs of the subject, arguments) -> Judgement and
     a detail, where the noise floor is not the rule; None: every output within the noise floor of the reference in float64.
+    codes: the same for outputs that are codes, which the check `output_codes` then judges apart.
     """
 
     name: str
@@ -34,7 +37,8 @@ class Operation:
     arguments: Callable[..., dict[str, Any]]
     reference: Callable[..., Any]
     differentiable: tuple[str, ...] = ()
-    judge: Callable[[Mapping[str, Tensor], Mapping[str, Any]], tuple[Judgement, str]] | None = None
+    judge: Judge | None = None
+    codes: Judge | None = None
 
     def named(self, returned: Any) -> dict[str, Tensor]:
         """Name what a call returned. Raises TypeError if it is not the Operation's outputs."""

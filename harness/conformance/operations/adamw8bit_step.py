@@ -59,29 +59,39 @@ def reference(
 
 
 def judge(outputs: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[Judgement, str]:
-    """Judge p by the noise floor, every absmax by that of float32, and every code by what the moment is in float64.
-
-    A code may be the neighbour's only where the moment is within some roundings of the middle of the two.
-    """
+    """Judge p by the noise floor, and every absmax by that of float32, in which the moments are."""
     dtype = given["p"].dtype
     own = next(name for name, one in DTYPES.items() if one == dtype)
     exactly, roundly = (OPERATION.named(reference(**cloned(given, {dtype: to}))) for to in (torch.float64, dtype))
     judged = [noise_floor({"p": outputs["p"]}, {"p": exactly["p"]}, {"p": roundly["p"]}, own)]
-    ties = 0
-    for name, beta, signed, power in (("m", 0, True, 1), ("v", 1, False, 2)):
-        decayed, new = _parts(given, name, beta, power)
-        value, levels, constants = decayed + new, dynamic_map(signed), f"{name}_absmax"
+    for name in _CODES:
+        constants, value = f"{name}_absmax", torch.stack(_parts(given, name)).sum(0)
+        rounded = quantize_blockwise(value, dynamic_map())[1]
+        have, truth = {constants: outputs[constants]}, {constants: _largest(value)}
+        judged.append(noise_floor(have, truth, {constants: rounded}, "float32"))
+    return worst_of(judged, "noise-floor"), ""
+
+
+def judge_both(outputs: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[Judgement, str]:
+    """Judge every code by what the moment is in float64, unless that is within some roundings of the middle of two."""
+    judged, details = [], []
+    for name, signed in (("m", True), ("v", False)):
+        decayed, new = _parts(given, name)
+        value, levels = decayed + new, dynamic_map(signed)
         codes, absmax = quantize_blockwise(value, levels)
-        truth = torch.stack([block.amax() for block in value.abs().split(adamw8bit.BLOCK)])
-        judged.append(noise_floor({constants: outputs[constants]}, {constants: truth}, {constants: absmax}, "float32"))
         reach = CODE_TIE_EPS * EPSILON["float32"] * (decayed.abs() + new.abs())
-        near = near_middle(value, truth, reach, levels.double())
-        # The absmax is judged above; here it stands for the blocks that are zero.
-        mine = {"codes": outputs[name], "absmax": torch.where(absmax == 0, outputs[constants], absmax)}
+        near = near_middle(value, _largest(value), reach, levels.double())
+        # The absmax is judged by `judge`; here it says which blocks are zero.
+        mine = {"codes": outputs[name], "absmax": torch.where(absmax == 0, outputs[f"{name}_absmax"], absmax)}
         one, detail = judge_codes(mine, (codes, absmax), near, adamw8bit.BLOCK, levels)
-        judged.append(replace(one, tensor=f"{name} {one.tensor}"))
-        ties += int(detail.split()[0]) if detail else 0
-    return worst_of(judged, "noise-floor, and exact codes"), f"{ties} codes on the other side of a tie"
+        judged.append(replace(one, tensor=f"{name}: {one.tensor}"))
+        details.append(f"{name}: {detail}")
+    return worst_of(judged, "exact"), "; ".join(details)
+
+
+def _largest(value: Tensor) -> Tensor:
+    """Return the largest magnitude of every block."""
+    return torch.stack([block.amax() for block in value.abs().split(adamw8bit.BLOCK)])
 
 
 def near_middle(value: Tensor, absmax: Tensor, reach: Tensor, levels: Tensor) -> Tensor:
@@ -94,12 +104,19 @@ def near_middle(value: Tensor, absmax: Tensor, reach: Tensor, levels: Tensor) ->
     return gap * scale <= reach
 
 
-def _parts(given: Mapping[str, Any], name: str, beta: int, power: int) -> tuple[Tensor, Tensor]:
-    """Return beta x the moment and (1 - beta) x g or g^2, float64, flat."""
+def _parts(given: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
+    """Return beta x the moment, and (1 - beta) x g or g^2, float64 and flat."""
+    which = _CODES.index(name)
     state = {key: given[key] for key in ("m", "m_absmax", "v", "v_absmax")}
-    old = adamw8bit.moments(state, torch.float64)[_CODES.index(name)]
-    weight = given["betas"][beta]
-    return weight * old, (1 - weight) * given["g"].double().flatten() ** power
+    beta, g = given["betas"][which], given["g"].double().flatten()
+    return beta * adamw8bit.moments(state, torch.float64)[which], (1 - beta) * g ** (which + 1)
 
 
-OPERATION = Operation("adamw8bit_step", ("p", "m", "m_absmax", "v", "v_absmax"), arguments, reference, judge=judge)
+OPERATION = Operation(
+    name="adamw8bit_step",
+    outputs=("p", "m", "m_absmax", "v", "v_absmax"),
+    arguments=arguments,
+    reference=reference,
+    judge=judge,
+    codes=judge_both,
+)

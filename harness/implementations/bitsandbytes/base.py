@@ -1,0 +1,73 @@
+"""`bitsandbytes` as a quantisation of the base weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.registry import implements
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@implements("nf4", name="bitsandbytes", kind="base", dtypes=DTYPES, requires=["bitsandbytes"])
+def nf4(model: Any, paths: list[str], dtype: Any) -> dict[str, tuple[Any, Any, int, bool]]:
+    """Replace the linear layers at `paths` by bitsandbytes' NF4 layers, in place; return path -> (bytes, absmax, block, whether double).
+
+    Blocks of 64, no double quantisation; matrix products in `dtype`, biases kept in it.
+    """
+    return _pack(model, paths, dtype, double=False)
+
+
+@implements("nf4-dq", name="bitsandbytes", kind="base", dtypes=DTYPES, requires=["bitsandbytes"])
+def nf4_dq(model: Any, paths: list[str], dtype: Any) -> dict[str, tuple[Any, Any, int, bool]]:
+    """Do as `nf4` with double quantisation, the default; the absmax that is returned is what it decodes to, float32."""
+    return _pack(model, paths, dtype, double=True)
+
+
+def _pack(model: Any, paths: list[str], dtype: Any, double: bool) -> dict[str, tuple[Any, Any, int, bool]]:
+    import bitsandbytes
+    import torch
+
+    from reference.layers import replace
+
+    forms = {}
+    for path in paths:
+        dense = model.get_submodule(path)
+        device = dense.weight.device
+        packed = bitsandbytes.nn.Linear4bit(
+            dense.in_features,
+            dense.out_features,
+            bias=dense.bias is not None,
+            compute_dtype=dtype,
+            compress_statistics=double,
+            quant_type="nf4",
+            device="meta",
+        )
+        packed.weight = bitsandbytes.nn.Params4bit(
+            dense.weight.detach().contiguous(),
+            requires_grad=False,
+            compress_statistics=double,
+            quant_type="nf4",
+            module=packed,
+        ).to(device)
+        if dense.bias is not None:
+            packed.bias = torch.nn.Parameter(dense.bias.detach().clone(), requires_grad=False)
+        # On CPUs with AVX512-BF16 its eval mode repacks the weight for good and computes in bfloat16 whatever compute_dtype
+        # says; a later backward pass then has no gradient for the layer's input. Operation nf4_linear shows it.
+        packed.support_avx512bf16_for_cpu = False
+        replace(model, path, packed.train(dense.training))
+        forms[path] = (packed.weight.data.flatten(), absmax_of(packed.weight.quant_state), _blocks(packed), double)
+    return forms
+
+
+def _blocks(packed: Any) -> int:
+    return int(packed.weight.quant_state.blocksize)
+
+
+def absmax_of(state: Any) -> Any:
+    """Return the absmax that a quantisation state means, decoded as `dequantize_4bit` does if it is in two levels."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    if not state.nested:
+        return state.absmax
+    return dequantize_blockwise(state.absmax, state.state2) + state.offset
