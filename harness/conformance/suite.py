@@ -116,6 +116,29 @@ def path_of(name: str) -> Path:
     return folder("suites") / "parity" / f"{name}.yaml"
 
 
+def names() -> list[str]:
+    """List what has a parity suite."""
+    return sorted(file.stem for file in path_of("any").parent.glob("*.yaml"))
+
+
+def kind_of(name: str) -> Literal["method", "operation", "base"]:
+    """Say what a parity suite is of."""
+    data = _document(name).data
+    if isinstance(data, dict) and "operation" in data:
+        return "operation"
+    return "base" if isinstance(data, dict) and data.get("base") else "method"
+
+
+def load_either(name: str) -> Plan:
+    """Read the parity suite of a Method, a base or an Operation. Raises as `load` does."""
+    return load_operation(name) if kind_of(name) == "operation" else load(name)
+
+
+def in_words(values: dict[str, Any]) -> str:
+    """Name a case of an Operation."""
+    return " ".join(f"{key}={value}" for key, value in values.items())
+
+
 def load(method: str) -> ParitySuite:
     """Read the parity suite of a Method, or of a quantisation of the base.
 

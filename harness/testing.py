@@ -1,0 +1,109 @@
+"""The third party's door for tests of their own: a decorator that makes pytest tests, and a helper for layers.
+
+    from harness.testing import conformance
+
+    @conformance("nf4_dequantize", dtypes=["float32", "bfloat16"])
+    def dequantize(packed, absmax, block, shape, dtype): ...
+
+Each case of the parity suite becomes a test; nothing need be registered. No torch until the tests are collected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from harness.conformance import suite
+from harness.conformance.summary import failure
+from harness.conformance.tried import Standing, Tried
+from harness.errors import UsageError
+from harness.registry import Implementation
+from harness.spelling import near
+
+if TYPE_CHECKING:
+    from reference.adapted import Adapted
+
+
+@dataclass(frozen=True)
+class Conforming:
+    """A function that claims to be a Method, an Operation or a quantisation of the base; its calls go to the function."""
+
+    implementation: Implementation
+    full: bool = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward to the function."""
+        return self.implementation(*args, **kwargs)
+
+    def cases(self) -> Iterator[tuple[str, Callable[[], list[Tried]]]]:
+        """Yield each case's name, and what tries it: every check of the suite."""
+        plan = suite.load_either(self.implementation.target)
+        found: Iterable[tuple[str, str, Any]]
+        if isinstance(plan, suite.OperationSuite):
+            found = ((suite.in_words(values), dtype, values) for values in plan.cases for dtype in plan.dtypes)
+        else:
+            found = ((str(case), case.dtype, case) for case in plan.cases(self.full))
+        for words, dtype, case in found:
+            if dtype in self.implementation.dtypes:
+                yield f"{words} {dtype}", partial(self._try, plan, words, dtype, case)
+
+    def _try(self, plan: suite.Plan, words: str, dtype: str, case: Any) -> list[Tried]:
+        from harness.conformance import matrix
+
+        it = self.implementation
+        if isinstance(plan, suite.OperationSuite):
+            results = matrix.one_call(it, plan, case, dtype)
+        else:
+            results = matrix.one_case(it, plan, case)
+        return [
+            Tried(implementation=it.name, kind=it.kind, target=it.target, dtype=dtype, case=words, result=result)
+            for result in results
+        ]
+
+
+def verdict(tried: Iterable[Tried]) -> tuple[str, str]:
+    """Return what failed, one line each, and if nothing was compared, why."""
+    every = list(tried)
+    failed = [failure(one) for one in every if one.standing is Standing.FAIL]
+    compared = any(one.standing is Standing.PASS for one in every)
+    reasons = sorted({one.result.detail for one in every})
+    return "\n".join(failed), "" if failed or compared else "; ".join(reasons)
+
+
+def conformance(
+    target: str, *, dtypes: Iterable[str] = ("float32", "bfloat16", "float16"), full: bool = False
+) -> Callable[[Callable[..., Any]], Conforming]:
+    """Make pytest tests of a function that claims to be `target`: a Method's `attach` or an Operation.
+
+    full: every config x shape x layer of the suite, instead of each at least once. Raises UsageError for an unknown name.
+    """
+    if not suite.path_of(target).is_file():
+        raise UsageError(f"nothing here is called {target!r}", where="@conformance", mend=near(target, suite.names()))
+    kind = suite.kind_of(target)
+
+    def wrap(function: Callable[..., Any]) -> Conforming:
+        name = getattr(function, "__name__", "function")
+        return Conforming(Implementation(name, kind, target, function, tuple(dtypes)), full)
+
+    return wrap
+
+
+def wrap_layers(
+    model: Any,
+    config: Any,
+    make_layer: Callable[[Any], Any],
+    *,
+    names: Mapping[str, str] | None = None,
+    delta: Callable[[Any], Any] | None = None,
+) -> Adapted:
+    """Do the part of `attach` that is not about a layer: freeze the model, put a layer at every target, name the tensors.
+
+    make_layer: takes the base nn.Linear and returns a module that stands in its place and holds its trainable Parameters
+    itself. names: the paper's letter -> the attribute (`{"A": "lora_A"}`); without it every Parameter by its own name.
+    delta: takes such a module and returns what is added to the base weight when merging; without it nothing merges.
+    """
+    from harness.wrapped_layers import wrap
+
+    return wrap(model, config, make_layer, names, delta)

@@ -1,0 +1,30 @@
+"""The door to peft-harness: `peft-harness check acme`."""
+
+from harness import implements
+
+
+@implements("lora", name="acme")
+def attach(model, config, generator):
+    from acme_kernels.layer import AcmeLinear
+    from harness.testing import wrap_layers
+
+    if config.dropout:
+        raise NotImplementedError("no dropout")
+    return wrap_layers(
+        model,
+        config,
+        lambda base: AcmeLinear(base, config.rank, config.scaling, generator),
+        names={"A": "down", "B": "up"},
+        delta=AcmeLinear.update,
+    )
+
+
+@implements("nf4_dequantize", name="acme", kind="operation")
+def dequantize(packed, absmax, block, shape, dtype):
+    from acme_kernels.nf4 import decode
+
+    return decode(packed, absmax, block, shape, dtype)
+
+
+def implementations():
+    return [attach, dequantize]

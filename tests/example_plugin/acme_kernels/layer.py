@@ -1,0 +1,23 @@
+"""A LoRA layer as its author wrote it, knowing nothing of peft-harness: the update is added in the product itself."""
+
+import torch
+from torch import nn
+
+
+class AcmeLinear(nn.Module):
+    def __init__(self, base, rank, scaling, generator):
+        super().__init__()
+        self.base, self.scaling = base, scaling
+        out_features, in_features = base.weight.shape
+        like = {"dtype": base.weight.dtype, "device": base.weight.device}
+        drawn = torch.rand(rank, in_features, generator=generator, dtype=torch.float64)
+        self.down = nn.Parameter(((2 * drawn - 1) * in_features**-0.5).to(**like))
+        self.up = nn.Parameter(torch.zeros(out_features, rank, **like))
+
+    def forward(self, x):
+        y = self.base(x)
+        low = nn.functional.linear(x, self.down).flatten(0, -2)
+        return torch.addmm(y.flatten(0, -2), low, self.up.T, alpha=self.scaling).view(y.shape)
+
+    def update(self):
+        return self.scaling * self.up @ self.down
