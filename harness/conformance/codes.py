@@ -53,7 +53,7 @@ def judge_codes(
     """Judge `codes` and `absmax` against the reference's; return the judgement and how many codes were excused.
 
     What counts is a code's value: FP4's 0 and 8 are both zero. It may be the neighbouring one only where the element is near
-    a tie. In a block of zeros any code with an absmax that makes it zero will do, and in one with a NaN or an infinity any
+    a tie. In a block of zeros any codes and absmax that come back as zeros will do, and in one with a NaN or an infinity any
     with an absmax that is not finite: bitsandbytes' back ends differ there.
     """
     codes, absmax = want
@@ -62,7 +62,9 @@ def judge_codes(
     rank = torch.unique(levels, return_inverse=True)[1]
     apart = (rank[mine["codes"].long()] - rank[codes.long()]).abs()
     tied = near_tie & (apart == 1)
-    vanishes = (absmax == 0) & (mine["absmax"].abs() <= torch.finfo(torch.float32).tiny)
+    decoded = levels[mine["codes"].long()] * mine["absmax"].repeat_interleave(block)[: codes.numel()]
+    largest = torch.nn.functional.pad(decoded.abs(), (0, -codes.numel() % block)).view(-1, block).amax(dim=1)
+    vanishes = (absmax == 0) & (largest <= torch.finfo(torch.float32).tiny)
     lost = ~absmax.isfinite() & ~mine["absmax"].isfinite()
     meaningless = (vanishes | lost).repeat_interleave(block)[: codes.numel()]
     have = {

@@ -10,8 +10,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @implements("nf4", name="bitsandbytes", kind="base", dtypes=DTYPES, requires=["bitsandbytes"])
-def nf4(model: Any, paths: list[str], dtype: Any) -> dict[str, tuple[Any, Any, int, bool]]:
-    """Replace the linear layers at `paths` by bitsandbytes' NF4 layers, in place; return path -> (bytes, absmax, block, whether double).
+def nf4(model: Any, paths: list[str], dtype: Any) -> dict[str, tuple[Any, Any, int]]:
+    """Replace the linear layers at `paths` by bitsandbytes' NF4 layers, in place; return path -> (bytes, absmax, block).
 
     Blocks of 64, no double quantisation; matrix products in `dtype`, biases kept in it.
     """
@@ -20,11 +20,11 @@ def nf4(model: Any, paths: list[str], dtype: Any) -> dict[str, tuple[Any, Any, i
 
 @implements("nf4-dq", name="bitsandbytes", kind="base", dtypes=DTYPES, requires=["bitsandbytes"])
 def nf4_dq(model: Any, paths: list[str], dtype: Any) -> dict[str, tuple[Any, Any, int, bool]]:
-    """Do as `nf4` with double quantisation, the default; the absmax that is returned is what it decodes to, float32."""
-    return _pack(model, paths, dtype, double=True)
+    """Do as `nf4` with double quantisation, the default. The absmax returned is what it decodes to; True says so."""
+    return {path: (*form, True) for path, form in _pack(model, paths, dtype, double=True).items()}
 
 
-def _pack(model: Any, paths: list[str], dtype: Any, double: bool) -> dict[str, tuple[Any, Any, int, bool]]:
+def _pack(model: Any, paths: list[str], dtype: Any, double: bool) -> dict[str, tuple[Any, Any, int]]:
     import bitsandbytes
     import torch
 
@@ -56,15 +56,12 @@ def _pack(model: Any, paths: list[str], dtype: Any, double: bool) -> dict[str, t
         # says; a later backward pass then has no gradient for the layer's input. Operation nf4_linear shows it.
         packed.support_avx512bf16_for_cpu = False
         replace(model, path, packed.train(dense.training))
-        forms[path] = (packed.weight.data.flatten(), absmax_of(packed.weight.quant_state), _blocks(packed), double)
+        state = packed.weight.quant_state
+        forms[path] = (packed.weight.data.flatten(), _absmax(state), int(state.blocksize))
     return forms
 
 
-def _blocks(packed: Any) -> int:
-    return int(packed.weight.quant_state.blocksize)
-
-
-def absmax_of(state: Any) -> Any:
+def _absmax(state: Any) -> Any:
     """Return the absmax that a quantisation state means, decoded as `dequantize_4bit` does if it is in two levels."""
     from bitsandbytes.functional import dequantize_blockwise
 

@@ -1,0 +1,68 @@
+"""`galore-torch`: GaLore by its authors' package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.registry import Implementation, implements
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+@implements("galore", name="galore-torch", dtypes=DTYPES, requires=["galore_torch"])
+def galore(model: Any, config: Any, generator: Any) -> Any:
+    """Train by GaLoreAdamW; config as `reference.galore.Config`. What is adapted, and which parts train, is the reference's.
+
+    Raises NotImplementedError for side=paper, which the package does not have.
+    """
+    from reference.galore import Adapted, attach
+
+    if config.side == "paper":
+        raise NotImplementedError("galore-torch has no rule that projects a square matrix on the left")
+
+    class ByGaloreTorch(Adapted):
+        def optimizer(self, lr: float, weight_decay: float) -> Any:
+            """Return GaLoreAdamW with the groups that its README shows."""
+            from galore_torch import GaLoreAdamW
+
+            c = self.config
+            projected = {id(layer.weight): layer.weight for layer in self.layers.values()}
+            rest = [p for p in self.parameters() if id(p) not in projected]
+            how = {"rank": c.rank, "update_proj_gap": c.update_gap, "scale": c.scale, "proj_type": c.side}
+            groups = [{"params": list(projected.values()), **how}, *([{"params": rest}] if rest else [])]
+            return GaLoreAdamW(
+                groups, lr=lr, betas=(c.beta1, c.beta2), eps=c.eps, weight_decay=weight_decay,
+                no_deprecation_warning=True,
+            )  # fmt: skip
+
+    adapted = attach(model, config, generator)
+    return ByGaloreTorch(adapted.model, adapted.layers, adapted.config)
+
+
+@implements("galore_step", name="galore-torch", kind="operation", dtypes=DTYPES, requires=["galore_torch"])
+def galore_step(
+    W: Any, G: Any, P: Any, Q: Any, M: Any, V: Any, side: str, step: int, lr: float, scale: float, **how: Any
+) -> tuple[Any, Any, Any]:
+    """Take one step of GaLoreAdamW whose projector and moments are given."""
+    import torch
+    from galore_torch import GaLoreAdamW
+    from galore_torch.galore_projector import GaLoreProjector
+
+    p = torch.nn.Parameter(W.clone())
+    p.grad = G.clone()
+    rank = min(t.shape[1] for t in (P, Q) if t is not None)
+    rarely = {"rank": rank, "update_proj_gap": 1_000_000, "scale": scale, "proj_type": side}
+    optimizer = GaLoreAdamW([{"params": [p], **rarely}], lr=lr, no_deprecation_warning=True, **how)
+    projector = GaLoreProjector(rank, update_proj_gap=1_000_000, scale=scale, proj_type=side)
+    # It keeps P as it is and Q transposed; a list of both for `full`.
+    both = [*([P] if P is not None else []), *([Q.T.contiguous()] if Q is not None else [])]
+    projector.ortho_matrix = both if side == "full" else both[0]
+    state = {"step": step - 1, "projector": projector, "exp_avg": M.clone(), "exp_avg_sq": V.clone()}
+    optimizer.state[p].update(state)
+    optimizer.step()
+    return p.detach(), optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]
+
+
+def implementations() -> list[Implementation]:
+    """Return all that this file offers."""
+    return [one for one in globals().values() if isinstance(one, Implementation)]
