@@ -5,15 +5,22 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harness import errors
 from harness.errors import Exit, HarnessError, UsageError
 from harness.methods import FieldInfo, MethodInfo, methods
 from harness.records import Status
+from harness.resources import folder
 from harness.spelling import near
 
+if TYPE_CHECKING:
+    from harness.conformance.defects import Defect
+
+Topic = tuple[str, Callable[[], str]]
 _CHECKS = Path(__file__).with_name("conformance") / "checks"
 
 EXITS = {
@@ -47,14 +54,17 @@ def checks() -> dict[str, str]:
 
 
 def explain(name: str) -> str:
-    """Explain a method, check, error code, exit code or status; raises UsageError for any other name.
+    """Explain a method, check, known defect, error code, exit code or status; raises UsageError for any other name.
 
     A check may be named as a Record names it, e.g. `lora/gradient/float32/warm`.
     """
-    topics = list(_topics())
     parts = name.split("/")
     wanted = parts[1] if len(parts) == 4 else name
-    found = [text for topic, text in topics if topic == wanted]
+    topics = list(_topics())
+    # Known defects are read only where nothing of ours has the name: a mistake in their file must not silence the rest.
+    if wanted not in {topic for topic, _ in topics}:
+        topics += _defects()
+    found = [text() for topic, text in topics if topic == wanted]
     if not found:
         raise UsageError(
             f"nothing is called `{name}`",
@@ -64,19 +74,70 @@ def explain(name: str) -> str:
     return "\n\n".join(found)
 
 
-def _topics() -> Iterator[tuple[str, str]]:
+def _topics() -> Iterator[Topic]:
     for info in methods().values():
-        yield info.name, _method(info)
+        yield info.name, partial(_method, info)
     for check, text in checks().items():
-        yield check, _titled(f"check {check}", text)
+        yield check, partial(_check, check, text)
     for kind in vars(errors).values():
         if inspect.isclass(kind) and issubclass(kind, HarnessError):
             text = f"{inspect.getdoc(kind)}\nExit code {kind.exit_code:d}: {EXITS[kind.exit_code]}."
-            yield kind.code, _titled(f"error {kind.code}", text)
+            yield kind.code, partial(_titled, f"error {kind.code}", text)
     for code, text in EXITS.items():
-        yield str(int(code)), _titled(f"exit code {code:d}", f"{text}.")
+        yield str(int(code)), partial(_titled, f"exit code {code:d}", f"{text}.")
     for status, text in STATUSES.items():
-        yield status.value, _titled(f"status {status.value}", f"{text}.")
+        yield status.value, partial(_titled, f"status {status.value}", f"{text}.")
+
+
+def _check(name: str, rule: str) -> str:
+    """Say a check's rule, and the command that tries it in the fewest cases."""
+    example = _example(name)
+    command = [f"to see it at work, on {example[0]} in one dtype:", f"  {example[1]}"] if example else []
+    return _titled(f"check {name}", "\n".join([rule, *(["", *command] if command else [])]))
+
+
+def _example(check: str) -> tuple[str, str] | None:
+    """Return what to try a check on, and the command; None for a check that no parity suite names."""
+    from harness import yaml_lines
+
+    for file in sorted((folder("suites") / "parity").glob("*.yaml"), key=lambda file: (file.stem != "lora", file.stem)):
+        data = yaml_lines.load(file).data
+        if isinstance(data, dict) and check in data.get("checks", ()):
+            option = "--op" if "operation" in data else "--method"
+            who = "" if data.get("base") else "reference "
+            return file.stem, f"peft-harness check {who}{option} {file.stem} --dtype float32"
+    return None
+
+
+def _defects() -> Iterator[Topic]:
+    from harness.conformance import defects  # which reads this module's checks
+
+    for defect in defects.known():
+        yield defect.id, partial(_defect, defect, defects.path().parent / defect.reproduction)
+
+
+def _defect(defect: Defect, reproduction: Path) -> str:
+    about = [
+        *textwrap.wrap(defect.summary, 100),
+        "",
+        f"library: {defect.library} {defect.versions}",
+        *([f"link: {defect.link}"] if defect.link else []),
+        *([f"shows sometimes: {defect.sometimes}"] if defect.sometimes else []),
+        f"found by: {', '.join(defect.checks)}, in cases {', '.join(defect.cases)}",
+        "to see it, with that library and torch alone:",
+        f"  python {reproduction}",
+        "to see the checks find it:",
+        f"  peft-harness check {defect.implementation}{_narrowed(defect.checks)}",
+    ]
+    return _titled(f"known defect {defect.id}", "\n".join(about))
+
+
+def _narrowed(patterns: Iterable[str]) -> str:
+    """Return the options that try no more than patterns of check ids need."""
+    targets = sorted({pattern.partition("/")[0] for pattern in patterns})
+    if any(set(target) & set("*?[") for target in targets):
+        return ""
+    return "".join(f" {'--method' if target in methods() else '--op'} {target}" for target in targets)
 
 
 def _titled(title: str, text: str) -> str:
