@@ -80,7 +80,7 @@ def _only(command: Any) -> Any:
     EXPR of --only: terms separated by commas.
       key=value  id, model, task, method, implementation, base, optimizer,
                  dtype, seed, lr, or a key of the config
-      word       the start of a cell_id, or a part of an id or label
+      word       the start of a cell_id, or a part of an id or name
     Terms of the same key are alternatives; different keys must all hold:
     `method=lora,implementation=fused,implementation=hf-peft`.
     """
@@ -124,8 +124,8 @@ def run(
 ) -> Exit:
     """Run a suite and report it.
 
-    SUITE is a name or a .yaml file. Each Cell runs in a process of its own. Ctrl-C or SIGTERM keeps what was finished,
-    reports it and exits with 4.
+    SUITE is a name or a .yaml file. Each Cell runs in a process of its own. Ctrl-C, SIGTERM or SIGHUP keeps what was
+    finished, reports it and exits with 4.
     """
     from harness.runner.run import run_suite
 
@@ -181,6 +181,7 @@ def report(runs: tuple[str, ...], out: Path | None, strict: bool) -> Exit:
     "--junit", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write a JUnit XML file."
 )
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write a page.")
+@click.option("--self-test", is_flag=True, help="Check the checks instead: does each planted fault show?")
 @_json
 def check(
     implementations: tuple[str, ...],
@@ -192,6 +193,7 @@ def check(
     patience: float,
     junit: Path | None,
     html: Path | None,
+    self_test: bool,
     as_json: bool,
 ) -> Exit:
     """Check implementations against the reference.
@@ -200,6 +202,16 @@ def check(
     implementation runs in a process of its own; one that crashes or hangs is a failure, and the rest goes on. Ctrl-C or
     SIGTERM prints what was found so far and exits with 4.
     """
+    if self_test:
+        if implementations or methods or operations or dtypes or full or junit or html:
+            raise UsageError(
+                "--self-test tries every planted fault and only prints",
+                where="--self-test",
+                mend="leave everything else out but --json",
+            )
+        from harness.conformance import self_test as planted
+
+        return planted.check(as_json)
     from harness.conformance import command
 
     asked = command.Asked(implementations, methods, operations, dtypes, full, jobs, patience)
@@ -220,7 +232,7 @@ def doctor(as_json: bool) -> Exit:
 def explain(name: str) -> Exit:
     """Explain a name.
 
-    A method, a check, an error, an exit code or a status.
+    A method, a check, a known defect, an error, an exit code or a status.
     """
     from harness.explain import explain as explained
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
+import torch
+
 from harness.conformance import checks, faults, matrix, operations, suite
 from harness.conformance.faults import Fault, Slice
 from harness.conformance.faults.copied import Copy
@@ -78,6 +80,15 @@ class Report:
 def run(planted: Iterable[Fault] | None = None) -> Report:
     """Try all faults, or only those given: then no check is called idle."""
     every = list(faults.every() if planted is None else planted)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are tiny, and threads would wait for each other
+    try:
+        return _run(every, complete=planted is None)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(every: Sequence[Fault], complete: bool) -> Report:
     verdicts = [Verdict(fault, _failed(_spoilt(fault), fault.where)) for fault in every]
     cases = {(fault.target, str(fault.where)): fault for fault in every}
     wrong = [
@@ -86,7 +97,7 @@ def run(planted: Iterable[Fault] | None = None) -> Report:
         for check in _failed(_implementation(fault.target, Copy(_source(fault.target))), fault.where)
     ]
     useful = {name for verdict in verdicts for name in verdict.caught}
-    idle = [] if planted is not None else [name for name in checks.every() if name not in useful]
+    idle = [] if not complete else [name for name in checks.every() if name not in useful]
     return Report(verdicts, wrong, idle)
 
 

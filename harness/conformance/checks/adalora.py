@@ -36,8 +36,9 @@ def check_importance(subject: Subject, case: Case) -> CheckResult:
         for adapted in (fresh.adapted, truth, rounded):
             _give_gradients(adapted, case.generator(salt=10 + step))
             adapted.after_step(step)
-        runs = [_averages(adapted) for adapted in (fresh.adapted, truth, rounded)]
-        found.append(at(f"step {step}", noise_floor(*runs, subject.dtype, case.factor("importance"))))  # type: ignore[misc]
+        mine, exactly, roundly = (_averages(adapted) for adapted in (fresh.adapted, truth, rounded))
+        verdict = noise_floor(mine, exactly, roundly, subject.dtype, case.factor("importance"))
+        found.append(at(f"step {step}", verdict))
     return judged(subject, case, "importance", worst_of(found, found[0].policy))
 
 
@@ -60,7 +61,9 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
             adapted.after_step(step)
         mine, want = (_unmasked(adapted) for adapted in (fresh.adapted, truth))
         if int(mine.sum()) != int(want.sum()):
-            odd.append(f"after step {step} {int(mine.sum())} of {len(mine)} lambdas are left, should be {int(want.sum())}")
+            odd.append(
+                f"after step {step} {int(mine.sum())} of {len(mine)} lambdas are left, should be {int(want.sum())}"
+            )
         elif subject.dtype in ("float32", "float64") and not torch.equal(mine, want):
             odd.append(f"after step {step} {int((mine != want).sum())} lambdas are not those that the scores say")
     return listed(subject, case, "budget", odd, f"{int(mine.sum())} of {len(mine)} lambdas left at the end")
@@ -70,10 +73,14 @@ def check_regularizer(subject: Subject, case: Case) -> CheckResult:
     """What is added to the loss is the reference's, with its gradients: gamma R(P, Q), where R is of
     ||P^T P - I|| and ||Q Q^T - I|| over all layers (eq. 4).
     """
-    runs = [_added(subject.adapted)] + [_added(_reference(subject, dtype)) for dtype in ("float64", subject.dtype)]
-    if not runs[1]:
+    mine, truth, rounded = (
+        _added(adapted)
+        for adapted in (subject.adapted, _reference(subject, "float64"), _reference(subject, subject.dtype))
+    )
+    if not truth:
         return skipped(subject, case, "regularizer", "gamma is 0")
-    return judged(subject, case, "regularizer", noise_floor(*runs, subject.dtype, case.factor("regularizer")))  # type: ignore[misc]
+    verdict = noise_floor(mine, truth, rounded, subject.dtype, case.factor("regularizer"))
+    return judged(subject, case, "regularizer", verdict)
 
 
 def _reference(subject: Subject, dtype: str) -> Adapted:
@@ -94,7 +101,7 @@ def _averages(adapted: Adapted) -> dict[str, Tensor]:
 
 def _give_gradients(adapted: Adapted, generator: torch.Generator, rounded: torch.dtype | None = None) -> None:
     """Give every tensor a random gradient, the same in every dtype, but for its rounding to `rounded`."""
-    for name, tensor in sorted(adapted.tensors().items()):
+    for _, tensor in sorted(adapted.tensors().items()):
         drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
         tensor.grad = drawn.to(rounded or torch.float64).to(tensor.dtype)
 

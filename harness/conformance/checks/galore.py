@@ -29,7 +29,9 @@ def check_refresh(subject: Subject, case: Case) -> CheckResult:
     """
     fresh = case.anew(rank=_RANK, update_gap=_GAP)
     if fresh is None or fresh.adapted.optimizer(_LR, _DECAY) is None:
-        return skipped(subject, case, "refresh", "the case cannot attach anew, or the Method has no optimizer of its own")
+        return skipped(
+            subject, case, "refresh", "the case cannot attach anew, or the Method has no optimizer of its own"
+        )
     found = []
     for index, path in enumerate(fresh.adapted.layers):
         tensors = fresh.tensors_of(path)
@@ -49,13 +51,16 @@ def _gradient(weight: Tensor, generator: torch.Generator) -> Tensor:
     if drawn.dim() != 2:
         return drawn
     U, S, Vt = torch.linalg.svd(drawn, full_matrices=False)
-    return (U * 0.5 ** torch.arange(len(S))) @ Vt
+    graded: Tensor = (U * 0.5 ** torch.arange(len(S))) @ Vt
+    return graded
 
 
-def _by_the_subject(fresh: Subject, tensors: dict[str, Tensor], gradients: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _by_the_subject(
+    fresh: Subject, tensors: dict[str, Tensor], gradients: list[dict[str, Tensor]]
+) -> dict[str, Tensor]:
     optimizer = fresh.adapted.optimizer(_LR, _DECAY)
     start = {name: t.detach().clone() for name, t in tensors.items()}
-    seen = {}
+    seen: dict[str, Tensor] = {}
     for step, given in enumerate(gradients):
         for name, tensor in tensors.items():
             tensor.data.copy_(start[name])

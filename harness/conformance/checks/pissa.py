@@ -34,8 +34,8 @@ def check_residual(subject: Subject, case: Case) -> CheckResult:
 
 
 def check_principal(subject: Subject, case: Case) -> CheckResult:
-    """At the start s B A is the best approximation of the weight that its rank allows: U_r S_r V_r^T, the r largest
-    singular values with their vectors  (PiSSA, eqs. 2 and 3).
+    """At the start s B A is the best approximation of the weight that its rank allows, U_r S_r V_r^T, and each factor has
+    half of every singular value: A A^T = B^T B = S_r / s  (PiSSA, eqs. 2 and 3).
     """
     fresh = case.anew()
     if fresh is None:
@@ -46,8 +46,9 @@ def check_principal(subject: Subject, case: Case) -> CheckResult:
     for path in fresh.bases:
         W = dense_weight(fresh.original_base(path)).double()  # type: ignore[arg-type]
         U, S, Vt = exact_svd(W, fresh.config.rank)
-        mine, rounded = ({"s B A": _product(fresh, adapted, path)} for adapted in (fresh.adapted, reference))
-        truth = {"s B A": (U * S) @ Vt}
+        share = torch.diag(S * fresh.config.rank / fresh.config.alpha)
+        mine, rounded = (_principal(fresh, adapted, path) for adapted in (fresh.adapted, reference))
+        truth = {"s B A": (U * S) @ Vt, "A A^T": share, "B^T B": share}
         found.append(at(path, noise_floor(mine, truth, rounded, subject.dtype, case.factor("principal"))))
     return judged(subject, case, "principal", worst_of(found, found[0].policy))
 
@@ -55,10 +56,18 @@ def check_principal(subject: Subject, case: Case) -> CheckResult:
 def _reference(subject: Subject) -> Adapted:
     """Attach the reference in the subject's dtype, at its own start."""
     model = skeleton({path: subject.dense_base(path, DTYPES[subject.dtype]) for path in subject.bases})
-    return attach_reference(subject.method, model, subject.config, list(subject.bases), torch.Generator().manual_seed(0))
+    return attach_reference(
+        subject.method, model, subject.config, list(subject.bases), torch.Generator().manual_seed(0)
+    )
+
+
+def _principal(subject: Subject, adapted: Adapted, path: str) -> dict[str, Tensor]:
+    A, B = (adapted.tensors()[f"{path}.{letter}"].detach().double() for letter in "AB")
+    return {"s B A": _product(subject, adapted, path), "A A^T": A @ A.T, "B^T B": B.T @ B}
 
 
 def _product(subject: Subject, adapted: Adapted, path: str) -> Tensor:
     """Return s B A in float64."""
     A, B = (adapted.tensors()[f"{path}.{letter}"].detach().double() for letter in "AB")
-    return subject.config.alpha / subject.config.rank * (B @ A)
+    product: Tensor = subject.config.alpha / subject.config.rank * (B @ A)
+    return product
