@@ -15,7 +15,10 @@ def lets_the_budget_fall_as_a_square(its: Copy) -> None:
 
 @planted("adalora", "budget", values=_USUAL)
 def forgets_the_final_steps_in_the_budget(its: Copy) -> None:
-    its.line("    end = config.total_steps - config.tfinal\n    if step <= config.tinit", "    end = config.total_steps\n    if step <= config.tinit")
+    its.line(
+        "    end = config.total_steps - config.tfinal\n    if step <= config.tinit",
+        "    end = config.total_steps\n    if step <= config.tinit",
+    )
 
 
 @planted("adalora", "budget", values=_USUAL)

@@ -27,14 +27,18 @@ class Copy:
         self._made: dict[str, ModuleType] = {}
 
     def line(self, right: str, wrong: str, file: str = "") -> None:
-        """Put `wrong` in the place of the one occurrence of `right`. file: `nf4` for reference/nf4.py; else the module itself.
+        """Put `wrong` in the place of the one occurrence of `right`.
+
+        file: `nf4` for reference/nf4.py; the module itself, if it is left out.
 
         Raises LookupError if there is not exactly one: the fault must then follow the reference, or it proves nothing.
         """
         name = f"reference.{file}" if file else self.name
         count = _source(name).count(right)
         if count != 1:
-            raise LookupError(f"{name} has {right!r} {count} times and not once: let the planted fault follow the reference")
+            raise LookupError(
+                f"{name} has {right!r} {count} times and not once: let the planted fault follow the reference"
+            )
         self._lines.setdefault(name, []).append((right, wrong))
 
     def then(self, change: Callable[[Any], None]) -> None:

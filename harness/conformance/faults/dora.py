@@ -18,7 +18,10 @@ def takes_the_norm_of_the_other_axis(its: Copy) -> None:
 
 @planted("dora", "parameters", values=_USUAL)
 def has_a_magnitude_for_each_input(its: Copy) -> None:
-    its.line("self.detach_norm, self.per = config.detach_norm, config.per", 'self.detach_norm, self.per = config.detach_norm, "input"')
+    its.line(
+        "self.detach_norm, self.per = config.detach_norm, config.per",
+        'self.detach_norm, self.per = config.detach_norm, "input"',
+    )
 
 
 @planted("dora", "gradient", "step", values=_USUAL)
@@ -58,7 +61,10 @@ def divides_by_zero_rows(its: Copy) -> None:
 
 @planted("dora", "norm", "identity", values=_USUAL)
 def starts_with_magnitudes_of_one(its: Copy) -> None:
-    its.line("nn.Parameter(norms(self.direction(dense_weight(base)), self.per).detach())", "nn.Parameter(torch.ones(base.out_features))")
+    its.line(
+        "nn.Parameter(norms(self.direction(dense_weight(base)), self.per).detach())",
+        "nn.Parameter(torch.ones(base.out_features))",
+    )
 
 
 @planted("dora", "norm", "merge", values=_USUAL)

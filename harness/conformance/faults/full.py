@@ -12,7 +12,10 @@ from harness.conformance.faults.copied import Copy
 
 @planted("full", "layers")
 def leaves_out_the_biases(its: Copy) -> None:
-    its.line("model.requires_grad_(True)", 'model.requires_grad_(True)\n    [p.requires_grad_("bias" not in n) for n, p in model.named_parameters()]')
+    its.line(
+        "model.requires_grad_(True)",
+        'model.requires_grad_(True)\n    [p.requires_grad_("bias" not in n) for n, p in model.named_parameters()]',
+    )
 
 
 @planted("full", "gradient", "step")

@@ -16,12 +16,17 @@ def projects_the_wrong_side(its: Copy) -> None:
 
 @planted("galore", "refresh", values=_USUAL)
 def forgets_its_moments_at_a_refresh(its: Copy) -> None:
-    its.line("        fresh = given or", '        state |= {"M": state["M"] * 0, "V": state["V"] * 0} if state else {}\n        fresh = given or')
+    its.line(
+        "        fresh = given or",
+        '        state |= {"M": state["M"] * 0, "V": state["V"] * 0} if state else {}\n        fresh = given or',
+    )
 
 
 @planted("galore", "refresh", values=_USUAL)
 def starts_counting_anew_at_a_refresh(its: Copy) -> None:
-    its.line("    correction = math.sqrt(", '    state["step"] = (state["step"] - 1) % 2 + 1\n    correction = math.sqrt(')
+    its.line(
+        "    correction = math.sqrt(", '    state["step"] = (state["step"] - 1) % 2 + 1\n    correction = math.sqrt('
+    )
 
 
 @planted("galore", "refresh", values=_USUAL)
@@ -46,7 +51,10 @@ def scales_plain_adam_too(its: Copy) -> None:
 
 @planted("galore", "step", "refresh", values=_USUAL)
 def projects_the_weight_decay(its: Copy) -> None:
-    its.line("    basis = Projector(state.get", "    G, weight_decay = G + weight_decay * W, 0.0\n    basis = Projector(state.get")
+    its.line(
+        "    basis = Projector(state.get",
+        "    G, weight_decay = G + weight_decay * W, 0.0\n    basis = Projector(state.get",
+    )
 
 
 @planted("galore", "step", "refresh", values=_USUAL)
@@ -65,6 +73,6 @@ def takes_the_least_singular_vectors(its: Copy) -> None:
     its.line("U[:, :rank].to(G.dtype)", "U[:, -rank:].to(G.dtype)")
 
 
-@planted("galore", "layers", values={**_USUAL, "train_rest": False})
+@planted("galore", "gradient", values={**_USUAL, "train_rest": False})
 def trains_the_rest_unasked(its: Copy) -> None:
     its.line("model.requires_grad_(config.train_rest)", "model.requires_grad_(True)")

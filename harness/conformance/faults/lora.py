@@ -22,7 +22,7 @@ Right = Callable[[Tensor], Tensor]
 
 @planted("lora", "forward", "gradient", values=_USUAL)
 def returns_zeros(its: Copy) -> None:
-    its.forward(lambda layer, x, right: right(x) * 0)
+    its.forward(lambda _, x, right: right(x) * 0)
 
 
 @planted("lora", "forward", "gradient", values=_USUAL)
@@ -54,7 +54,7 @@ def loses_the_gradient_of_its_input(its: Copy) -> None:
 
 @planted("lora", "gradient", values=_USUAL)
 def detaches_its_output(its: Copy) -> None:
-    its.forward(lambda layer, x, right: right(x).detach())
+    its.forward(lambda _, x, right: right(x).detach())
 
 
 @planted("lora", "forward", "deterministic", values=_USUAL)
@@ -99,8 +99,9 @@ def writes_into_the_base(its: Copy) -> None:
 @planted("lora", "forward", "gradient", values=_USUAL)
 def returns_the_output_of_the_call_before(its: Copy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
-        last, layer.last = getattr(layer, "last", None), right(x)
-        return layer.last if last is None else last.detach()
+        last: Tensor | None = getattr(layer, "last", None)
+        layer.last = out = right(x)
+        return out if last is None else last.detach()
 
     its.forward(forward)
 
@@ -112,7 +113,7 @@ def computes_in_bfloat16(its: Copy) -> None:
 
 @planted("lora", "deterministic", values=_USUAL)
 def adds_noise_below_any_tolerance(its: Copy) -> None:
-    its.forward(lambda layer, x, right: right(x) * (1 + torch.finfo(x.dtype).eps * (torch.rand_like(x[..., :1]) < 0.5)))
+    its.forward(lambda _, x, right: right(x) * (1 + torch.finfo(x.dtype).eps * (torch.rand_like(x[..., :1]) < 0.5)))
 
 
 @planted("lora", "identity", values=_USUAL)
@@ -127,7 +128,7 @@ def is_wrong_in_the_last_row(its: Copy) -> None:
 
 @planted("lora", "strides", values=_USUAL)
 def reads_a_view_as_if_it_were_contiguous(its: Copy) -> None:
-    its.forward(lambda layer, x, right: right(x.as_strided(x.shape, torch.empty(x.shape, device="meta").stride())))
+    its.forward(lambda _, x, right: right(x.as_strided(x.shape, torch.empty(x.shape, device="meta").stride())))
 
 
 @planted("lora", "poison", values=_USUAL)

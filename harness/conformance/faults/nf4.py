@@ -16,7 +16,9 @@ def puts_the_first_code_into_the_low_nibble(its: Copy) -> None:
 @planted("nf4", "codes", **_USUAL)
 def shares_an_absmax_between_two_blocks(its: Copy) -> None:
     its.line("quantize_blockwise(W, codebook(), block)", "_halved(*quantize_blockwise(W, codebook(), 2 * block))")
-    its.line("def near_tie(", "def _halved(codes, absmax):\n    return codes, absmax.repeat_interleave(2)\n\n\ndef near_tie(")
+    its.line(
+        "def near_tie(", "def _halved(codes, absmax):\n    return codes, absmax.repeat_interleave(2)\n\n\ndef near_tie("
+    )
 
 
 @planted("nf4", "codes", **_USUAL)
@@ -25,6 +27,9 @@ def has_the_absmax_of_the_block_before(its: Copy) -> None:
     its.line("def near_tie(", "def _rolled(codes, absmax):\n    return codes, absmax.roll(1)\n\n\ndef near_tie(")
 
 
-@planted("nf4", "forward", "identity", **_USUAL)
+@planted("nf4", "forward", **_USUAL)
 def decodes_with_a_symmetric_codebook(its: Copy) -> None:
-    its.line("dequantize_blockwise(codes, absmax, codebook(), block)", "dequantize_blockwise(codes, absmax, torch.linspace(-1, 1, 16), block)")
+    its.line(
+        "dequantize_blockwise(codes, absmax, codebook(), block)",
+        "dequantize_blockwise(codes, absmax, torch.linspace(-1, 1, 16), block)",
+    )

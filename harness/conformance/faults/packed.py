@@ -23,12 +23,12 @@ class Packed(nn.Linear):
         if dense.bias is not None:
             self.bias = nn.Parameter(dense.bias.detach().clone(), requires_grad=False)
         self.register_buffer("absmax", absmax)
-        self.nf4, self.compute_dtype = nf4, dtype
+        self.unpack, self.dequantize, self.compute_dtype = nf4.unpack, nf4.dequantize, dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b with the decoded W."""
-        codes = self.nf4.unpack(self.weight, self.in_features * self.out_features)
-        W = self.nf4.dequantize(codes, self.get_buffer("absmax"), _BLOCK).view(self.out_features, self.in_features)
+        codes = self.unpack(self.weight, self.in_features * self.out_features)
+        W = self.dequantize(codes, self.get_buffer("absmax"), _BLOCK).view(self.out_features, self.in_features)
         return nn.functional.linear(x, W.to(x.dtype), self.bias)
 
 

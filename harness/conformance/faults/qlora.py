@@ -15,7 +15,10 @@ def swaps_the_nibbles_when_decoding(its: Copy) -> None:
 
 @planted("qlora", "forward", values=_USUAL, inputs=64, outputs=48)
 def forgets_the_offset(its: Copy) -> None:
-    its.line("double_quant.dequantize(self.absmax, self.absmax2, self.offset)", "double_quant.dequantize(self.absmax, self.absmax2, 0 * self.offset)")
+    its.line(
+        "double_quant.dequantize(self.absmax, self.absmax2, self.offset)",
+        "double_quant.dequantize(self.absmax, self.absmax2, 0 * self.offset)",
+    )
 
 
 @planted("qlora", "forward", values={**_USUAL, "double_quant": False}, inputs=64, outputs=48)
@@ -24,8 +27,11 @@ def takes_the_absmax_of_the_next_block(its: Copy) -> None:
 
 
 @planted("qlora", "forward", values=_USUAL, inputs=64, outputs=48)
-def forgets_lora_s_scaling(its: Copy) -> None:
-    its.line("linear(x_TD, self.weight().to(x_TD.dtype), self.base.bias) + self.scaling * (", "linear(x_TD, self.weight().to(x_TD.dtype), self.base.bias) + (")
+def forgets_the_scaling(its: Copy) -> None:
+    its.line(
+        "linear(x_TD, self.weight().to(x_TD.dtype), self.base.bias) + self.scaling * (",
+        "linear(x_TD, self.weight().to(x_TD.dtype), self.base.bias) + (",
+    )
 
 
 @planted("qlora", "forward", values=_USUAL, inputs=64, outputs=48)
@@ -35,4 +41,7 @@ def runs_on_the_original_weight_in_full_precision(its: Copy) -> None:
 
 @planted("qlora", "merge", values=_USUAL, inputs=64, outputs=48)
 def merges_into_the_original(its: Copy) -> None:
-    its.line("dense.weight.copy_(self.weight().to(dense.weight.dtype) + self.delta()", "dense.weight.copy_(dense.weight + self.delta()")
+    its.line(
+        "dense.weight.copy_(self.weight().to(dense.weight.dtype) + self.delta()",
+        "dense.weight.copy_(dense.weight + self.delta()",
+    )

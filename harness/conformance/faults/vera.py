@@ -18,12 +18,18 @@ def ignores_the_key(its: Copy) -> None:
 
 @planted("vera", "projections", values=_USUAL)
 def draws_the_projections_anew_each_time(its: Copy) -> None:
-    its.line('generator = torch.Generator("cpu").manual_seed(key)', 'generator = torch.Generator("cpu")\n    generator.seed()')
+    its.line(
+        'generator = torch.Generator("cpu").manual_seed(key)',
+        'generator = torch.Generator("cpu")\n    generator.seed()',
+    )
 
 
 @planted("vera", "projections", values=_USUAL)
 def gives_each_layer_its_own_projections(its: Copy) -> None:
-    its.line("A, B = shared[device, dtype]", "A, B = (t.to(dtype) for t in projections(config.projection_key, config.rank, D, E))")
+    its.line(
+        "A, B = shared[device, dtype]",
+        "A, B = (t.to(dtype) for t in projections(config.projection_key, config.rank, D, E))",
+    )
 
 
 @planted("vera", "projections", values=_USUAL)
