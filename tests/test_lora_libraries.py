@@ -86,12 +86,12 @@ def test_loralib_merges_by_its_switch_and_gives_the_base_back(name: str) -> None
 )
 def test_what_loralib_cannot_do_it_says(name: str, keys: dict[str, Any], says: str) -> None:
     pytest.importorskip("loralib", reason="the extra `loralib` is not installed")
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(NotImplementedError, match=says):
         attached(name, attach=loralib.lora, **keys)
 
 
 def test_what_peft_cannot_do_it_says() -> None:
-    with pytest.raises(ValueError, match=r"^layer: peft's LoRA of a convolution is conv=peft, not conv=loralib$"):
+    with pytest.raises(NotImplementedError, match=r"^layer: peft's LoRA of a convolution is conv=peft, not conv=loralib$"):
         attached("plain", attach=hf_peft.lora, conv="loralib")
     attached("linear", attach=hf_peft.lora, conv="loralib")
 

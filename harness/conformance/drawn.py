@@ -9,14 +9,15 @@ from torch import Tensor, nn
 
 from harness.conformance.subject import DTYPES
 
-SIDE = 7
-"""Height and width of the images that a convolution gets."""
+SIDE = 5
+IMAGES = 2
+"""Height and width of the images that a convolution gets, and how many: each of their pixels is a token."""
 
 
 def inputs(base: nn.Module, tokens: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return x and dy for `base`, drawn in float64 so that every dtype sees the same numbers.
 
-    Linear: (T, D) and (T, E). Embedding: token numbers (T,) and (T, dim). Conv2d: `tokens` images (N, C, H, W).
+    Linear: (T, D) and (T, E). Embedding: token numbers (T,) and (T, dim). Conv2d: a few images (N, C, H, W).
     """
     layer: Any = base
     if isinstance(base, nn.Embedding):
@@ -24,10 +25,10 @@ def inputs(base: nn.Module, tokens: int, dtype: torch.dtype, generator: torch.Ge
         dy = torch.randn(tokens, layer.embedding_dim, generator=generator, dtype=torch.float64)
         return x.to(layer.weight.device), dy.to(layer.weight.device, dtype)
     if isinstance(base, nn.Conv2d):
-        x = torch.randn(tokens, layer.in_channels, SIDE, SIDE, generator=generator, dtype=torch.float64)
+        x = torch.randn(min(tokens, IMAGES), layer.in_channels, SIDE, SIDE, generator=generator, dtype=torch.float64)
         with torch.no_grad():
             shape = base(x[:1].to(layer.weight.device, layer.weight.dtype)).shape
-        dy = torch.randn(tokens, *shape[1:], generator=generator, dtype=torch.float64)
+        dy = torch.randn(len(x), *shape[1:], generator=generator, dtype=torch.float64)
     else:
         D, E = features(base)
         x = torch.randn(tokens, D, generator=generator, dtype=torch.float64)

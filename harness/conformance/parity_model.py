@@ -12,6 +12,12 @@ from harness.conformance.drawn import SIDE
 from harness.conformance.suite import Kind, Shape
 
 TARGETS = ("first", "second")
+_GEOMETRIES: dict[str, dict[str, Any]] = {
+    "conv2d": {"padding": 1},
+    "conv2d-dilated": {"padding": 2, "dilation": 2},
+    "conv2d-reflect": {"padding": 1, "padding_mode": "reflect"},
+}
+"""What a convolution may have beside its kernel, in both layers."""
 
 
 class ParityModel(nn.Module):
@@ -43,17 +49,24 @@ def _layers(kind: Kind, D: int, E: int) -> tuple[nn.Module, nn.Module, nn.Module
         return nn.Linear(D, E), nn.Linear(E, E), nn.Linear(E, D, bias=False)
     if kind == "embedding":
         return nn.Embedding(D, E), nn.Linear(E, E), nn.Embedding(D, E)
-    if kind == "conv2d":
-        return nn.Conv2d(D, E, 3, padding=1), nn.Conv2d(E, E, 1), nn.Conv2d(E, D, (3, 1), stride=2, bias=False)
+    if kind.startswith("conv2d"):
+        geometry = _GEOMETRIES[kind]
+        D, E = _channels(D), _channels(E)
+        return nn.Conv2d(D, E, 3, **geometry), nn.Conv2d(E, E, 1), nn.Conv2d(E, D, 3, stride=2, bias=False, **geometry)
     from transformers.pytorch_utils import Conv1D
 
     return Conv1D(E, D), Conv1D(E, E), Conv1D(D, E)
 
 
+def _channels(features: int) -> int:
+    """Return how many channels stand for so many features: with a kernel of 3 x 3, about as many numbers."""
+    return max(2, features // 9)
+
+
 def _input(kind: Kind, D: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     if kind == "embedding":
         return torch.randint(0, D, (2, 5), generator=generator)
-    shape = (2, D, SIDE, SIDE) if kind == "conv2d" else (2, 5, D)
+    shape = (2, _channels(D), SIDE, SIDE) if kind.startswith("conv2d") else (2, 5, D)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 

@@ -227,5 +227,5 @@ def warm(tensors: dict[str, Tensor], generator: torch.Generator) -> None:
     At LoRA's own start B is zero, so the gradient of A is zero whatever the code does: a check there is blind.
     """
     for tensor in tensors.values():
-        spread = tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else 1.0
+        spread = (tensor.numel() / tensor.shape[0]) ** -0.5 if tensor.dim() > 1 else 1.0  # 1 / sqrt(fan in)
         tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * spread)
