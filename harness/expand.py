@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from harness.analysis import naming
 from harness.errors import UsageError
 from harness.records import Cell, Comparison
 from harness.spelling import near
@@ -80,13 +81,14 @@ def only(plan: Plan, expr: str) -> Plan:
 
     Terms are separated by commas. `key=value` compares one key: id, model, task, method, implementation, base,
     optimizer, dtype, seed, lr, or a key of the config. A bare word is the start of a cell_id, or any part of the id or
-    of the label that `plan` prints. Terms of the same key are alternatives; different keys must all hold.
+    of the name that `plan` prints. Terms of the same key are alternatives; different keys must all hold.
     """
     wanted: dict[str, list[str]] = {}
     for term in filter(None, (part.strip() for part in expr.split(","))):
         key, equals, value = (part.strip() for part in term.partition("="))
         wanted.setdefault(key if equals else "", []).append(value if equals else key)
     facts = {cell.cell_id: _facts(cell, plan.ids[cell.cell_id]) for cell in plan.cells}
+    names = naming.full(plan.cells)
     known = sorted({key for of_cell in facts.values() for key in of_cell})
     for key in wanted:
         if key and key not in known:
@@ -95,13 +97,13 @@ def only(plan: Plan, expr: str) -> Plan:
     def fits(cell: Cell) -> bool:
         fact = facts[cell.cell_id]
         return all(
-            any(_is(fact.get(key), v) if key else _mentions(cell, fact["id"], v) for v in values)
+            any(_is(fact.get(key), v) if key else _mentions(cell, fact["id"], names[cell.cell_id], v) for v in values)
             for key, values in wanted.items()
         )
 
     kept = tuple(cell for cell in plan.cells if fits(cell))
     if not kept or not wanted:
-        there = [f"id={plan.ids[c.cell_id]}  {c.cell_id}  {c.label}" for c in plan.cells]
+        there = [f"id={plan.ids[c.cell_id]}  {c.cell_id}  {names[c.cell_id]}" for c in plan.cells]
         shown = [*there[:20], *([f"... and {len(there) - 20} more"] if len(there) > 20 else [])]
         raise UsageError("no Cell fits", where=f"--only {expr}", mend="\n    ".join(["name some of these:", *shown]))
     return replace(plan, cells=kept, ids={c.cell_id: plan.ids[c.cell_id] for c in kept})
@@ -127,5 +129,5 @@ def _is(fact: Any, value: str) -> bool:
     return str(fact).lower() == value.lower() if isinstance(fact, bool) else str(fact) == value
 
 
-def _mentions(cell: Cell, entry_id: str, word: str) -> bool:
-    return cell.cell_id.startswith(word) or word in entry_id or word in cell.label
+def _mentions(cell: Cell, entry_id: str, name: str, word: str) -> bool:
+    return cell.cell_id.startswith(word) or word in entry_id or word in name

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import store
+from harness.analysis import naming
 from harness.errors import StoreError
 from harness.expand import Plan
 from harness.listing import aligned
@@ -20,12 +21,14 @@ def planning(suite: Suite, plan: Plan, runs: Path = store.RUNS) -> dict[str, Any
 
     Nothing is guessed: a Cell without a finished Record in `runs` has no estimate.
     """
+    named = naming.full(plan.cells)
     newest = _newest({cell.cell_id for cell in plan.cells}, runs)
     cells: list[dict[str, Any]] = [
         {
             "cell_id": cell.cell_id,
             "id": plan.ids[cell.cell_id],
             "label": cell.label,
+            "name": named[cell.cell_id],
             "cell": cell.model_dump(mode="json"),
             "last": _last(newest.get(cell.cell_id)),
         }
@@ -51,7 +54,7 @@ def planning(suite: Suite, plan: Plan, runs: Path = store.RUNS) -> dict[str, Any
 
 def as_text(document: Mapping[str, Any]) -> str:
     """Lay the document of `planning` out for people."""
-    rows = [[c["cell_id"], c["id"], c["label"], _said(c["last"])] for c in document["cells"]]
+    rows = [[c["cell_id"], c["id"], c["name"], _said(c["last"])] for c in document["cells"]]
     questions = [f"  {c['kind']}: {c['says']}" for c in document["comparisons"]]
     return "\n".join(
         [

@@ -2,10 +2,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import recorded_run as recorded
 
+from harness import planning, suites
 from harness.analysis import naming, verdict
+from harness.errors import UsageError
+from harness.expand import Plan, expand, only
 from harness.records import Cell, Status
+from harness.runner.progress import Progress
 
 
 def _variants() -> list[Cell]:
@@ -46,6 +51,38 @@ def test_a_name_says_no_more_than_it_must() -> None:
     assert list(naming.in_group(seeds).values()) == ["lora r=8 [fused] seed=0", "lora r=8 [fused] seed=1"]
     quick = list(recorded.cells().values())
     assert naming.full(quick) == {c.cell_id: c.label for c in quick}
+
+
+def _two_seeds(tmp_path: Path) -> tuple[suites.Suite, Plan]:
+    path = tmp_path / "seeds.yaml"
+    text = suites.find("smoke").read_text(encoding="utf-8").partition("comparisons:")[0]
+    path.write_text(text.replace("    task:", "    seed: [1, 2]\n    task:"), encoding="utf-8")
+    suite = suites.load(path)
+    return suite, only(expand(suite), "id=lora,implementation=fused")
+
+
+def test_plan_and_only_call_no_two_cells_the_same(tmp_path: Path) -> None:
+    suite, plan = _two_seeds(tmp_path)
+    document = planning.planning(suite, plan, tmp_path)
+    names = [c["name"] for c in document["cells"]]
+    assert names == ["tiny-llama lora r=4 [fused] seed=1", "tiny-llama lora r=4 [fused] seed=2"]
+    assert all(name in planning.as_text(document) for name in names)
+    assert only(plan, "seed=2").cells == only(plan, " seed=2").cells == plan.cells[1:]
+    with pytest.raises(UsageError) as caught:
+        only(plan, "nothing")
+    assert all(name in caught.value.mend for name in names)
+
+
+def test_progress_calls_no_two_cells_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, plan = _two_seeds(tmp_path)
+    progress = Progress(plan.cells)
+    first, second = plan.cells
+    progress.resumed(1, first)
+    progress.begin(2, second)
+    progress.end(recorded.record("fused", second))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "1/2  resumed       tiny-llama lora r=4 [fused] seed=1  has an ok Record"
+    assert lines[1].startswith("2/2  ok            tiny-llama lora r=4 [fused] seed=2  accuracy ")
 
 
 def test_a_verdict_names_the_cell_it_means(tmp_path: Path) -> None:

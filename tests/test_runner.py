@@ -631,7 +631,7 @@ def test_a_run_folder_that_breaks(inside: Bench, capsys: pytest.CaptureFixture[s
 
 
 def test_a_tool_that_only_says_that_it_is_at_work_is_quoted_once(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(1)
+    progress = Progress([])
     for _ in range(3):
         progress.fetching("tiny-llama: making", 0, None)
     progress.fetching("toy-sentiment: making", 0, None)
@@ -690,10 +690,10 @@ def test_strict_does_not_pass_an_open_question(
     assert main(["run", "smoke", "--only", "method=lora,dtype=float32", "--out", "run", *options]) == code
 
 
-def test_sigterm_is_heard_only_while_a_run_goes_on(inside: Bench) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+def test_signals_are_heard_only_while_a_run_goes_on(inside: Bench) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)
     main(["run", inside.suite("{implementation: missing}"), "--out", "run"])
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)) == before
 
 
 @pytest.mark.parametrize(("given", "seen"), [(None, "passive"), ("active", "active")])

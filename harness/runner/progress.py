@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from harness.analysis import naming
 from harness.records import Cell, Record
 
 _REDRAW_S = 0.2
@@ -26,12 +28,13 @@ class _Console(Console):
 class Progress:
     """Shows one run. `event` takes what workers emit; every finished Cell leaves one line behind."""
 
-    def __init__(self, cells: int) -> None:
-        self.cells = cells
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        self.cells = len(cells)
         self.phase = ""
         self.console = _Console(stderr=True, highlight=False)
         self._live: Live | None = None
-        self._cell: Cell | None = None
+        self._names = naming.full(cells)
+        self._name = ""
         self._index = 0
         self._doing = self._said = ""
         self._seconds: list[float] = []
@@ -49,7 +52,7 @@ class Progress:
 
     def begin(self, index: int, cell: Cell) -> None:
         """Start showing Cell number `index`, counted from 1."""
-        self._index, self._cell, self._cell_began = index, cell, time.monotonic()
+        self._index, self._name, self._cell_began = index, self._names[cell.cell_id], time.monotonic()
         self.phase = self._doing = "start-up"
         self._draw(force=True)
 
@@ -75,9 +78,15 @@ class Progress:
             f"accuracy {accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]" if accuracy else record.because
         )
         first = result.splitlines()[0] if result else ""
-        self.say(
-            f"{self._index}/{self.cells}  {record.status.value:<13} {record.cell.label}  {first}  {record.duration_s:.1f} s"
-        )
+        self._leave(record.status.value, f"{first}  {record.duration_s:.1f} s")
+
+    def resumed(self, index: int, cell: Cell) -> None:
+        """Leave the line of a Cell behind that need not run again."""
+        self._index, self._name = index, self._names[cell.cell_id]
+        self._leave("resumed", "has an ok Record")
+
+    def _leave(self, how: str, result: str) -> None:
+        self.say(f"{self._index}/{self.cells}  {how:<13} {self._name}  {result}")
 
     def say(self, line: str) -> None:
         """Print one line above the live one."""
@@ -101,8 +110,8 @@ class Progress:
         if not force and now - self._drawn < _REDRAW_S:
             return
         self._drawn = now
-        if not what and self._cell is not None:
-            what = f"{self._index}/{self.cells}  {self._cell.label}  {self._doing}  {self._left(now)}"
+        if not what and self._name:
+            what = f"{self._index}/{self.cells}  {self._name}  {self._doing}  {self._left(now)}"
         self._live.update(Text(what, overflow="ellipsis", no_wrap=True), refresh=True)
 
     def _left(self, now: float) -> str:

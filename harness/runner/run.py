@@ -15,7 +15,7 @@ from typing import Literal
 
 import harness
 from harness import fitting, store, suites
-from harness.analysis import verdict
+from harness.analysis import naming, verdict
 from harness.assets import fetch, rows
 from harness.assets.table import Source, resolve
 from harness.errors import Exit, HarnessError, StoreError, SuiteError, UsageError
@@ -57,7 +57,7 @@ class _Times:
         return spent
 
 
-@stop.on_sigterm()
+@stop.on_request()
 def run_suite(
     suite_name: str,
     *,
@@ -80,7 +80,7 @@ def run_suite(
     with contextlib.ExitStack() as held:
         old = _old(plan, out, resume, held)
         times.lap("startup")
-        progress = Progress(len(plan.cells))
+        progress = Progress(plan.cells)
         held.callback(progress.close)
         works = _resolve(suite, plan, progress)
         fitting.refuse(suite, plan)  # again: now every model is at hand
@@ -115,7 +115,7 @@ def _measure(
     try:
         for index, cell in enumerate(plan.cells, 1):
             if cell.cell_id in done:
-                progress.say(f"{index}/{len(plan.cells)}  resumed       {cell.label}  has an ok Record")
+                progress.resumed(index, cell)
                 continue
             progress.begin(index, cell)
             attempt = folder.next_attempt(cell.cell_id)
@@ -132,7 +132,7 @@ def _measure(
     except KeyboardInterrupt as error:
         how = "interrupted"
         in_cells += times.skip()
-        by = " by SIGTERM" if isinstance(error, stop.Terminated) else ""
+        by = f" by {error}" if isinstance(error, stop.Terminated) else ""
         progress.say(f"interrupted{by}: what was finished is kept; the report shows it")
     except BaseException:
         in_cells += times.skip()
@@ -214,7 +214,8 @@ def _old(plan: Plan, out: Path | None, resume: str | None, held: contextlib.Exit
         raise UsageError("a resumed run stays in its folder", where=f"--out {out}", mend="leave out --out or --resume")
     old = store.read_run(store.find_run(resume))
     expected = {cell.cell_id for cell in old.manifest.cells}
-    if strange := [c.label for c in plan.cells if c.cell_id not in expected]:
+    named = naming.full(plan.cells)
+    if strange := [name for cell_id, name in named.items() if cell_id not in expected]:
         raise UsageError(
             f"{len(strange)} Cells of this suite are not in that run, e.g. {strange[0]}",
             where=f"--resume {old.manifest.run}",

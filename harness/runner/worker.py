@@ -23,7 +23,7 @@ from harness.errors import HarnessError
 from harness.measure import environment
 from harness.records import Failure, Phase, Provider, Record, Status
 from harness.registry import Implementation, discover
-from harness.runner import lifeline
+from harness.runner import lifeline, stop
 from harness.runner.work import Work
 
 # A spelling of "too much memory" for each allocator that does not raise MemoryError.
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     events, watched = int(argv[1]), int(argv[2])
     # An end that was asked for is the runner's to handle; it kills the whole group. A batch system tells every process of
     # a job, and a worker that went first would leave a `lost` Record behind.
-    for asked in (signal.SIGINT, signal.SIGTERM):
+    for asked in (signal.SIGINT, *stop.ASKING):
         signal.signal(asked, signal.SIG_IGN)
     lifeline.hold(watched, events)
     work = Work.model_validate_json(sys.stdin.buffer.read())
