@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import faults
 import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.conformance import checks, gate
+from harness.conformance import checks, faults, gate
 from harness.conformance.case import Case
+from harness.conformance.faults import Copy
 from harness.conformance.subject import (
     DTYPES,
     ExpectedCodes,
@@ -88,6 +88,13 @@ def through_the_gate(
     return subject, gate.gate(subject, SEED, run_model, base_output, forward=forward)
 
 
+def spoilt(name: str) -> Any:
+    """Return an `attach` of LoRA with a planted fault."""
+    copy = Copy("reference.lora")
+    next(f for f in faults.every() if (f.target, f.name) == ("lora", name)).spoil(copy)
+    return copy.attach
+
+
 def failed(results: list[CheckResult]) -> set[str]:
     return {r.check.split("/")[1] for r in results if r.outcome is Outcome.FAIL}
 
@@ -127,7 +134,7 @@ def test_merging_after_training_is_checked(name: str) -> None:
 
 
 def test_a_wrong_merge_is_noticed_after_training() -> None:
-    subject, _ = through_the_gate(faults.FAULTS["merges_the_transpose"], Square())
+    subject, _ = through_the_gate(spoilt("merges_the_transpose"), Square())
     warm(subject.added(), torch.Generator().manual_seed(SEED))
     assert failed(gate.after_training(subject, SEED)) == {"merge"}
 
@@ -184,7 +191,7 @@ def test_codes_allow_any_zero() -> None:
 
 
 def test_a_result_says_what_where_and_how_far() -> None:
-    _, results = through_the_gate(faults.FAULTS["ForgetsTheScaling"])
+    _, results = through_the_gate(spoilt("forgets_the_scaling"))
     (forward,) = (r for r in results if r.check == "lora/forward/float32/warm")
     assert forward.outcome is Outcome.FAIL
     assert forward.error > forward.allowed > 0

@@ -88,7 +88,7 @@ def broken(subject: object, case: object) -> None:
 
 
 def test_a_fault_follows_the_reference_or_says_that_it_does_not() -> None:
-    with pytest.raises(LookupError, match="reference.lora has 'a line that nobody wrote' 0 times"):
+    with pytest.raises(LookupError, match=r"reference\.lora has 'a line that nobody wrote' 0 times"):
         self_test.run([changes_what_is_no_longer_there])
 
 

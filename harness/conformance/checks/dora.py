@@ -27,7 +27,8 @@ def check_norm(subject: Subject, case: Case) -> CheckResult:
     for path in fresh.adapted.layers:
         W0 = dense_weight(fresh.original_base(path))  # type: ignore[arg-type]
         start, truth, rounded = (
-            {"m at the start": m} for m in (fresh.tensors_of(path)["m"].detach(), norms(W0.double(), per), norms(W0, per))
+            {"m at the start": m}
+            for m in (fresh.tensors_of(path)["m"].detach(), norms(W0.double(), per), norms(W0, per))
         )
         found.append(at(path, noise_floor(start, truth, rounded, subject.dtype, case.factor("norm"))))
     load(fresh.adapted, subject.adapted.tensors(), subject.state())

@@ -38,7 +38,13 @@ def fills_up_an_odd_length_before_its_end(its: Copy) -> None:
 
 
 @planted("nf4_quantize", "outputs", values={"shape": [6, 64], "block": 64, "kind": "zero-blocks"})
-def divides_a_block_of_zeros_by_one(its: Copy) -> None:
+def decodes_a_block_of_zeros_to_something(its: Copy) -> None:
+    """Code 7 with any absmax would do, and any code with an absmax of 0; this is the largest code with an absmax of 1."""
+    its.line(
+        "torch.where(absmax[:, None] == 0, torch.zeros_like",
+        "torch.where(absmax[:, None] == 0, torch.ones_like",
+        file="dynamic_map",
+    )
     its.line(
         "    midpoints =", "    absmax = torch.where(absmax == 0, 1.0, absmax)\n    midpoints =", file="dynamic_map"
     )
