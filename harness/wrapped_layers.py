@@ -23,7 +23,7 @@ def wrap(
     bases = targets(model, config.targets, KINDS)
     for path, base in bases.items():
         if kind_of(base) != "linear":
-            raise NotImplementedError(f"{path} is a {type(base).__name__}, not a linear layer")
+            raise NotImplementedError(f"{path}: {type(base).__name__} is not a linear layer")
     model.requires_grad_(False)
     layers = {path: make_layer(base) for path, base in bases.items()}
     for path, layer in layers.items():

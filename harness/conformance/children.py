@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 _TOKEN = "PEFT_HARNESS_CHILD"  # noqa: S105
+_START_S = 120.0  # until its first word a child imports torch, which is no fault of what it is to try
 _GRACE_S = 5.0
 _TICK_S = 0.5
 
@@ -93,20 +94,20 @@ def _start(module: str, words: Mapping[str, Any], writing: int, token: str) -> s
 
 def _lines(reading: int, process: subprocess.Popen[bytes], patience: float) -> Iterator[Any]:
     """Yield the child's events until it is gone; None once it was silent for too long."""
-    buffer, heard = b"", time.monotonic()
+    buffer, heard, allowed = b"", time.monotonic(), max(patience, _START_S)
     while True:
         gone = process.poll() is not None  # a child of it may hold the pipe open for ever
         if not select.select([reading], [], [], 0 if gone else min(_TICK_S, patience))[0]:
             if gone:
                 return
-            if time.monotonic() - heard >= patience:
+            if time.monotonic() - heard >= allowed:
                 yield None
                 return
             continue
         chunk = os.read(reading, 1 << 16)
         if not chunk:
             return
-        heard = time.monotonic()
+        heard, allowed = time.monotonic(), patience
         *lines, buffer = (buffer + chunk).split(b"\n")
         for line in lines:
             yield json.loads(line)

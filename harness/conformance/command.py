@@ -18,7 +18,7 @@ from harness.conformance.tried import Standing, Tried
 from harness.errors import Exit, Problem, SuiteError, UsageError
 from harness.methods import methods
 from harness.registry import GROUP, Implementation, Registry
-from harness.runner.stop import on_sigterm
+from harness.runner.stop import on_request
 from harness.spelling import near
 
 
@@ -89,7 +89,7 @@ class Report:
 def check(asked: Asked, as_json: bool, junit: Path | None = None, html: Path | None = None) -> Exit:
     """Check, print, write the files asked for, return the exit code."""
     _places(junit, html)
-    with on_sigterm():
+    with on_request():
         report = judge(asked)
     if junit is not None:
         from harness.report.junit import write_junit

@@ -25,7 +25,7 @@ def render(report: Report) -> bytes:
     """
     root = ET.Element("testsuites", name="peft-harness check")
     for (target, implementation), tried in summary.rows(report.tried).items():
-        suite = ET.SubElement(root, "testsuite", name=f"{target} by {implementation}")
+        suite = ET.SubElement(root, "testsuite", name=_clean(f"{target} by {implementation}"))
         for one in tried:
             _case(suite, f"{implementation}.{target}", f"{one.result.check} ({one.case})", *_outcome(one))
     rest = ET.SubElement(root, "testsuite", name="peft-harness")
