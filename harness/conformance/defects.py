@@ -27,8 +27,8 @@ from harness.spelling import near
 class Defect(Frozen):
     """One thing that a library is known to do otherwise.
 
-    library: its distribution; versions: a range, e.g. `>=0.19`. implementation: who shows it here. checks: patterns of
-    check ids (`dora/zero_rows/*/*`); cases: patterns of the case's words. reproduction: a script beside the file of
+    library: its distribution; versions: a range, e.g. `>=0.19`. implementation: who shows it here; target:
+    as what, if only as one of what it offers. checks: patterns of check ids (`dora/zero_rows/*/*`); cases: patterns of the case's words. reproduction: a script beside the file of
     defects that needs only that library and torch. sometimes: where the defect shows by chance or on some machines only,
     why (strictness then rests with the reproduction).
     """
@@ -37,6 +37,7 @@ class Defect(Frozen):
     library: str
     versions: str
     implementation: str
+    target: str = ""
     checks: list[str] = Field(min_length=1)
     cases: list[str] = Field(default=["*"], min_length=1)
     summary: str = Field(min_length=10)
@@ -57,6 +58,7 @@ class Defect(Frozen):
         """Whether this result is of a case in which the defect should show."""
         return (
             tried.implementation == self.implementation
+            and self.target in ("", tried.target)
             and any(fnmatchcase(tried.result.check, pattern) for pattern in self.checks)
             and any(fnmatchcase(f"{tried.case} {tried.dtype}", pattern) for pattern in self.cases)
         )

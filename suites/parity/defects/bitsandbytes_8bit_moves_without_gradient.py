@@ -1,0 +1,25 @@
+"""With bitsandbytes' AdamW8bit on the CPU a weight without any gradient moves, if its block of 256 has one that has some.
+
+A zero moment is stored as the code of about 2e-5 absmax, and the quotient of two such moments is not small.
+Seen in 0.50.2. torch's AdamW leaves the weight where it is.
+"""
+
+import bitsandbytes
+import torch
+
+for kind in (bitsandbytes.optim.AdamW8bit, torch.optim.AdamW):
+    p = torch.nn.Parameter(torch.zeros(4096))
+    optimizer = kind([p], lr=1e-3, weight_decay=0.0)
+    for _ in range(1000):
+        p.grad = torch.zeros(4096)
+        p.grad[0] = 1.0
+        optimizer.step()
+    print(
+        kind.__module__,
+        "p[0]",
+        float(p.detach()[0]),
+        "p[1], no gradient:",
+        float(p.detach()[1]),
+        "p[300], another block:",
+        float(p.detach()[300]),
+    )

@@ -1,0 +1,10 @@
+"""bitsandbytes' CPU 8-bit quantiser makes a finite number of NaN: -0.993 of its block's absmax, which ignores the NaN.
+
+Seen in 0.50.2. A NaN in a gradient so disappears in the moments of an 8-bit optimizer.
+"""
+
+import torch
+from bitsandbytes import functional
+
+codes, state = functional.quantize_blockwise(torch.tensor([float("nan"), 1.0, -2.0, 0.5]), blocksize=64)
+print("absmax", state.absmax.tolist(), "decoded", functional.dequantize_blockwise(codes, state).tolist())

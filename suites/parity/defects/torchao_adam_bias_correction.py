@@ -1,0 +1,17 @@
+"""torchao's AdamW8bit forms 1 - beta2^t from a float32 t: at small t only three or four digits of it are right.
+
+With beta2 = 0.999 the first correction is 0.001 of numbers near 1. The step is off by up to some 1e-5 of itself, where
+float32 has 1e-7. Seen in 0.18.0.
+"""
+
+import torch
+from torchao.optim import AdamW8bit
+
+p = torch.nn.Parameter(torch.zeros(4096))
+p.grad = torch.ones(4096)
+optimizer = AdamW8bit([p], lr=1.0)
+with torch.compiler.set_stance("force_eager"):
+    optimizer.step()
+print("a first step of Adam is lr exactly, up to eps; torchao's is off by", abs(float(p.detach()[0]) + 1.0))
+t = torch.tensor(1.0)
+print("1 - 0.999^t by float32:", float(1 - 0.999**t), "exactly: 0.001")
