@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import signal
@@ -19,7 +20,7 @@ from report_page import Page
 
 from harness import resources
 from harness.cli import main
-from harness.conformance import command, defects, summary
+from harness.conformance import command, defects, suite, summary
 from harness.conformance.command import Report
 from harness.conformance.defects import Defect
 from harness.conformance.tried import Tried
@@ -335,3 +336,37 @@ def test_help_is_quick_and_needs_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PATIENCE_S)
     assert done.stdout.splitlines()[-1] == "[]"
     assert COMMAND
+
+
+# ---- explain
+
+
+@pytest.mark.parametrize("check", ["gradient", "codes", "outputs"])
+def test_explain_gives_a_check_a_command_that_tries_it(check: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", check]) == Exit.PASS
+    said = capsys.readouterr().out
+    (line,) = [line.split() for line in said.splitlines() if line.strip().startswith("peft-harness check ")]
+    option, target = next((o, t) for o, t in itertools.pairwise(line) if o in ("--method", "--op"))
+    plan = suite.load_either(target)
+    assert check in plan.checks
+    assert isinstance(plan, suite.OperationSuite) == (option == "--op")
+    assert "float32" in plan.dtypes
+
+
+def test_explain_tells_a_known_defect(suites, capsys: pytest.CaptureFixture[str]) -> None:
+    known = NAMED.replace("forwards", "forward").replace("  - *one\n", "").replace("does it wrong", "does it all wrong")
+    file = suites("defects/known.yaml", known)
+    suites("defects/absent.py", SCRIPT)
+    assert main(["explain", "one"]) == Exit.PASS
+    said = capsys.readouterr().out
+    for part in (
+        "known defect one", "does it all wrong", "library: peft >=0.1", f"python {file.with_name('absent.py')}",
+        "peft-harness check hf-peft --method lora",
+    ):  # fmt: skip
+        assert part in said
+
+
+def test_a_mistake_among_the_defects_does_not_silence_the_rest(suites) -> None:
+    suites("defects/known.yaml", DEFECTS)
+    assert main(["explain", "gradient"]) == Exit.PASS
+    assert main(["explain", "acme-wrong"]) == Exit.USAGE
