@@ -96,14 +96,14 @@ def wrap_layers(
     make_layer: Callable[[Any], Any],
     *,
     names: Mapping[str, str] | None = None,
-    delta: Callable[[Any], Any] | None = None,
+    update: Callable[[Any], Any] | None = None,
 ) -> Adapted:
     """Do the part of `attach` that is not about a layer: freeze the model, put a layer at every target, name the tensors.
 
     make_layer: takes the base nn.Linear and returns a module that stands in its place and holds its trainable Parameters
     itself. names: the paper's letter -> the attribute (`{"A": "lora_A"}`); without it every Parameter by its own name.
-    delta: takes such a module and returns what is added to the base weight when merging; without it nothing merges.
+    update: takes such a module and returns what is added to the base weight when merging; without it nothing merges.
     """
     from harness.wrapped_layers import wrap
 
-    return wrap(model, config, make_layer, names, delta)
+    return wrap(model, config, make_layer, names, update)

@@ -17,7 +17,7 @@ def wrap(
     config: Any,
     make_layer: Callable[[nn.Linear], nn.Module],
     names: Mapping[str, str] | None,
-    delta: Callable[[Any], Tensor] | None,
+    update: Callable[[Any], Tensor] | None,
 ) -> Adapted:
     """Freeze `model` and put a layer around every target. Raises NotImplementedError for what is no linear layer."""
     bases = targets(model, config.targets, KINDS)
@@ -28,7 +28,7 @@ def wrap(
     layers = {path: make_layer(base) for path, base in bases.items()}
     for path, layer in layers.items():
         replace(model, path, layer.train(bases[path].training))
-    return WrappedLayers(model, bases, layers, names, delta)
+    return WrappedLayers(model, bases, layers, names, update)
 
 
 class WrappedLayers(Adapted):
@@ -40,11 +40,11 @@ class WrappedLayers(Adapted):
         bases: Mapping[str, nn.Linear],
         layers: Mapping[str, Any],
         names: Mapping[str, str] | None,
-        delta: Callable[[Any], Tensor] | None,
+        update: Callable[[Any], Tensor] | None,
     ) -> None:
         super().__init__(model, layers)
-        self.bases, self.names, self.delta = dict(bases), names, delta
-        self.can_merge = delta is not None
+        self.bases, self.names, self.update = dict(bases), names, update
+        self.can_merge = update is not None
 
     def tensors(self) -> dict[str, Tensor]:
         """Map canonical names to the layers' own Parameters."""
@@ -66,11 +66,11 @@ class WrappedLayers(Adapted):
     @torch.no_grad()
     def merge(self) -> None:
         """Put a plain layer with the updated weight in the place of each."""
-        if self.delta is None:
+        if self.update is None:
             raise NotImplementedError("these layers do not say what they add to the weight")
         for path, layer in self.layers.items():
             dense = dense_copy(self.bases[path])
-            dense.weight += self.delta(layer).to(dense.weight.dtype)
+            dense.weight += self.update(layer).to(dense.weight.dtype)
             replace(self.model, path, dense)
 
     def detach(self) -> None:

@@ -210,7 +210,7 @@ def small() -> tuple[torch.nn.Module, lora.Config]:
 def test_wrapped_layers_train_merge_and_go() -> None:
     model, config = small()
     base = model[0]
-    adapted = wrap_layers(model, config, Layer, delta=lambda layer: layer.B @ layer.A)
+    adapted = wrap_layers(model, config, Layer, update=lambda layer: layer.B @ layer.A)
     assert set(adapted.tensors()) == {"0.A", "0.B"}
     assert {id(p) for p in adapted.parameters()} == {id(p) for p in model.parameters() if p.requires_grad}
     assert type(model[0]) is Layer

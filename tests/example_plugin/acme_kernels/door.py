@@ -15,7 +15,7 @@ def attach(model, config, generator):
         config,
         lambda base: AcmeLinear(base, config.rank, config.scaling, generator),
         names={"A": "down", "B": "up"},
-        delta=AcmeLinear.update,
+        update=AcmeLinear.update,
     )
 
 
