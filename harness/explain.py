@@ -28,13 +28,14 @@ EXITS = {
     Exit.FAIL: "a finding: an implementation computes something else, or a comparison of the suite is refuted",
     Exit.USAGE: "wrong use: an option, a name, a path, or a mistake in a suite; nothing was run",
     Exit.INCONCLUSIVE: "a question could not be decided either way; only with --strict",
-    Exit.INFRASTRUCTURE: "Cells were not measured (out of memory, timeout, lost, Ctrl-C), or the machine failed: "
-    "no GPU, no network, a full disk",
+    Exit.INFRASTRUCTURE: "Cells were not measured (out of memory, timeout, lost, ended by Ctrl-C, SIGTERM or SIGHUP), or "
+    "the machine failed: no GPU, no network, a full disk",
     Exit.NOTHING_COMPARED: "nothing was measured or compared, so nothing can be green",
 }
 STATUSES = {
     Status.OK: "measured, and every check before and after the measurement passed",
-    Status.NONCONFORMING: "the implementation computes something else than the Method; nothing was measured",
+    Status.NONCONFORMING: "the implementation computes something else than the Method, or training diverged; nothing was "
+    "measured",
     Status.OOM: "the device or the machine ran out of memory; an outcome like any other, it stays in every table",
     Status.TIMEOUT: "stopped after --timeout seconds",
     Status.ERROR: "the worker ended with an exception; its traceback is in the Record",

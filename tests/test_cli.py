@@ -127,6 +127,7 @@ def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> Non
         ("suite", "All its mistakes are reported together"),
         ("oom", "ran out of memory"),
         ("4", "exit code 4"),
+        ("4", "SIGTERM"),
         ("error", "status error"),
     ],
 )

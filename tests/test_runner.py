@@ -62,6 +62,12 @@ def test_smoke_passes(smoke: tuple[Finished, store.Run]) -> None:
     assert finished.out.splitlines()[-1] == f"report: {Path('run', 'report.html')}"
 
 
+def test_smoke_report_says_how_torch_was_built(smoke: tuple[Finished, store.Run]) -> None:
+    _, run = smoke
+    page = (run.path / "report.html").read_text(encoding="utf-8")
+    assert "; CPU capability usage: " in page
+
+
 def test_smoke_report_shows_every_cell(smoke: tuple[Finished, store.Run]) -> None:
     _, run = smoke
     page = (run.path / "report.html").read_text(encoding="utf-8")
@@ -200,6 +206,10 @@ def test_smoke_names_code_data_and_checks(smoke: tuple[Finished, store.Run]) -> 
         assert record.environment.id == run.manifest.environment.id
         assert record.environment.code_version == run.manifest.environment.code_version
         assert record.environment.software["torch"]
+        build = record.environment.extra["torch_build"]
+        assert any(line.startswith("CPU capability usage: ") for line in build)
+        assert not any("settings" in line or line.endswith(":") for line in build)
+        assert len(record.environment.extra["torch_commit"]) == 40
         assert all(re.fullmatch("[0-9a-f]{64}", asset.sha256) for asset in record.assets)
         assert [asset.name for asset in record.assets] == ["tiny-llama", "toy-sentiment", "toy-sentiment"]
         assert record.provider is not None

@@ -201,6 +201,7 @@ def environment(facts: RunFacts) -> Section:
             {"title": "Software", "rows": _pairs(own.software)},
             {"title": "Code", "rows": _pairs(_code(facts, own))},
             {"title": "Implementations from", "rows": _pairs(providers)},
+            {"title": "Workers", "rows": _pairs(_workers(facts))},
         ],
         "assets": [
             {
@@ -230,8 +231,16 @@ def _code(facts: RunFacts, e: Environment) -> dict[str, str]:
         "suite": m.suite_file,
         "suite sha256": m.suite_sha256[:16],
         "environment id": e.id,
-        **dict(_flat(e.extra)),
     }
+
+
+def _workers(facts: RunFacts) -> dict[str, str]:
+    """What the workers said of themselves, beside what the runner knew; several values only where they differ."""
+    said: dict[str, dict[str, None]] = {}
+    for record in facts.latest.values():
+        for key, value in _flat(record.environment.extra):
+            said.setdefault(key, {})[value] = None
+    return {key: " | ".join(values) for key, values in said.items() if any(values)}
 
 
 def _flat(extra: dict[str, Json]) -> Iterator[tuple[str, str]]:
@@ -239,7 +248,7 @@ def _flat(extra: dict[str, Json]) -> Iterator[tuple[str, str]]:
         if isinstance(value, dict):
             yield from _flat(value)
         else:
-            yield key, str(value)
+            yield key, "; ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _readable(machine: dict[str, str]) -> dict[str, str]:

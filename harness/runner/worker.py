@@ -145,7 +145,14 @@ def _prepare(work: Work, registry: Any, emit: Any, threads: int) -> tuple[Any, d
     clock = PhaseClock(meter, lambda name: emit("phase", name=name))
     life = Life(work, registry, clock, meter, emit, baseline=meter.now())
     life.notes += _reproducibility(device)
-    return life, {"torch_build": torch.__config__.show().splitlines()[0], "cuda": torch.version.cuda or ""}
+    built = _build(torch.__config__.show())
+    return life, {"torch_build": built, "torch_commit": torch.version.git_version, "cuda": torch.version.cuda or ""}
+
+
+def _build(shown: str) -> list[str]:
+    """Return what torch says of its compiler, its libraries and the CPU's instructions in use; not all its flags."""
+    lines = [line.strip().removeprefix("- ") for line in shown.splitlines() if line.startswith("  - ")]
+    return [line for line in lines if not line.startswith("Build settings")]
 
 
 def _reproducibility(device: Any) -> list[str]:
