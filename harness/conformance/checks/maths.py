@@ -70,6 +70,20 @@ def check_strides(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "strides", worst_of(found, found[0].policy))
 
 
+def check_vector(subject: Subject, case: Case) -> CheckResult:
+    """For a single vector (D,) the output is the reference's, of shape (E,), and so are the gradients."""
+    found = []
+    for index, (path, layer) in enumerate(subject.adapted.layers.items()):
+        base = subject.original_base(path)
+        if takes_rows(base):
+            x, dy = inputs(base, 1, DTYPES[subject.dtype], case.generator(index))
+            runs = _three(subject, path, layer, x[0], dy[0])
+            found.append(at(path, noise_floor(*runs, subject.dtype, case.factor("vector"))))
+    if not found:
+        return skipped(subject, case, "vector", "the layers do not map rows to rows")
+    return judged(subject, case, "vector", worst_of(found, found[0].policy))
+
+
 def check_dropout(subject: Subject, case: Case) -> CheckResult:
     """In training mode each feature of the adapter's input is dropped with probability p, or scaled by 1/(1-p); the base
     sees all of it. In eval mode nothing is dropped.

@@ -131,6 +131,11 @@ def reads_a_view_as_if_it_were_contiguous(its: Copy) -> None:
     its.forward(lambda _, x, right: right(x.as_strided(x.shape, torch.empty(x.shape, device="meta").stride())))
 
 
+@planted("lora", "vector", values=_USUAL)
+def makes_a_matrix_of_a_vector(its: Copy) -> None:
+    its.forward(lambda _, x, right: right(torch.atleast_2d(x)))
+
+
 @planted("lora", "poison", values=_USUAL)
 def leaves_a_column_unwritten(its: Copy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:

@@ -1,0 +1,19 @@
+"""peft: AdaLoRA with target_r >= init_r is accepted, and fails at the first pruning: torch.kthvalue is asked for the 0th.
+
+As in the authors' code. Here on 0.21.2.
+"""
+
+import torch
+from peft import AdaLoraConfig, get_peft_model
+from torch import nn
+
+for init, target in ((4, 2), (4, 4), (2, 4)):
+    config = AdaLoraConfig(init_r=init, target_r=target, target_modules=["0"], total_step=10)
+    model = get_peft_model(nn.Sequential(nn.Linear(12, 10)), config)
+    model(torch.randn(4, 12)).square().mean().backward()
+    try:
+        model.base_model.update_and_allocate(1)
+    except RuntimeError as error:
+        print(f"init_r={init} target_r={target}: {error}")
+    else:
+        print(f"init_r={init} target_r={target}: ok")

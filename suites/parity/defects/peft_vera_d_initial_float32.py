@@ -1,0 +1,12 @@
+"""peft: VeRA's d starts as the float32 number next to d_initial, also in a float64 model: 1.5e-8 off.
+
+It is filled in torch's default dtype and cast afterwards. Here on 0.21.2.
+"""
+
+import torch
+from peft import VeraConfig, get_peft_model
+from torch import nn
+
+model = get_peft_model(nn.Sequential(nn.Linear(12, 10, dtype=torch.float64)), VeraConfig(r=3, target_modules=["0"]))
+d = model.base_model.model[0].vera_lambda_d["default"]
+print(f"{d.dtype}: d starts at {d[0].item()!r}, d_initial is 0.1")
