@@ -37,6 +37,24 @@ def test_a_quota_holds_for_all_below_it(tmp_path: Path, own: str, limits: dict[s
     assert environment.cgroup_cpus(*_cgroup(tmp_path, own, limits)) == cpus
 
 
+@pytest.mark.parametrize(
+    ("quotas", "cpus"),
+    [
+        ({"job/step": -1}, None),
+        ({"job/step": 250000}, 2.5),
+        ({"job/step": 400000, "job": 200000}, 2.0),
+        ({"": 100000, "job": -1}, 1.0),  # as in a container, whose own group is the root that it sees
+    ],
+)
+def test_a_quota_of_the_older_cgroups(tmp_path: Path, quotas: dict[str, int], cpus: float | None) -> None:
+    for path, quota in quotas.items():
+        (folder := tmp_path / "fs" / "cpu" / path).mkdir(parents=True, exist_ok=True)
+        (folder / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        (folder / "cpu.cfs_period_us").write_text("100000\n")
+    (tmp_path / "self").write_text("4:memory:/elsewhere\n3:cpu,cpuacct:/job/step\n0::/\n")
+    assert environment.cgroup_cpus(tmp_path / "fs", tmp_path / "self") == cpus
+
+
 def test_no_cgroup_is_no_limit(tmp_path: Path) -> None:
     assert environment.cgroup_cpus(tmp_path, tmp_path / "nothing") is None
     (tmp_path / "old").write_text("1:cpu:/job\n")

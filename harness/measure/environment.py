@@ -79,23 +79,36 @@ def physical_cores() -> int:
 
 
 def cgroup_cpus(root: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Return how many CPUs' time the kernel grants (cgroup v2), or None without a limit. Every parent's limit holds too."""
+    """Return how many CPUs' time the kernel grants, or None without a limit. Every parent's limit holds too.
+
+    Of cgroups v2, and of v1, where the controller of CPU time has a tree of its own.
+    """
     try:
-        lines = of.read_text().splitlines()
+        lines = [line.split(":", 2) for line in of.read_text().splitlines()]
     except OSError:
         return None
-    path = next((line[3:].strip("/") for line in lines if line.startswith("0::")), None)
-    if path is None:
-        return None
-    here, found = root / path, []
-    for folder in (here, *here.parents[: len(Path(path).parts)]):
-        try:
-            quota, period = (folder / "cpu.max").read_text().split()
-        except (OSError, ValueError):  # the root of all has none
+    found = []
+    for number, controllers, path in lines:
+        if number != "0" and "cpu" not in controllers.split(","):
             continue
-        if quota != "max":
-            found.append(int(quota) / int(period))
+        top = root if number == "0" else root / "cpu"
+        here = top / path.strip("/")
+        for folder in (here, *here.parents[: len(Path(path.strip("/")).parts)]):
+            quota, period = _quota(folder)
+            if quota > 0:
+                found.append(quota / period)
     return min(found, default=None)
+
+
+def _quota(folder: Path) -> tuple[int, int]:
+    """Return the quota and the period of a cgroup in microseconds; a quota below 0 is none. The root of all has no files."""
+    for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((folder / file).read_text() for file in files).split()
+        except (OSError, ValueError):
+            continue
+        return (-1 if quota == "max" else int(quota)), int(period)
+    return -1, 1
 
 
 def thread_variables() -> dict[str, str]:
