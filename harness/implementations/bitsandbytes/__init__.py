@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from harness.implementations.bitsandbytes.base import nf4, nf4_dq
 from harness.implementations.bitsandbytes.layer import nf4_linear
 from harness.implementations.bitsandbytes.optimizers import adamw8bit_step, paged_adamw, paged_states
 from harness.implementations.bitsandbytes.quantisers import (
@@ -14,6 +13,7 @@ from harness.implementations.bitsandbytes.quantisers import (
     nf4_dequantize,
     nf4_quantize,
 )
+from harness.implementations.bitsandbytes.weights import nf4, nf4_dq
 from harness.registry import Implementation
 
 

@@ -1,6 +1,6 @@
 """On CPUs with AVX512-BF16 Linear4bit in eval mode computes in bfloat16, whatever compute_dtype says; in training not.
 
-The weight is repacked for it, for good: going back to training, a backward pass silently leaves the layer's input without a gradient.
+The weight is repacked for it, for good: back in training, a backward pass silently leaves the input without a gradient.
 Seen in 0.50.2.
 """
 
