@@ -12,7 +12,7 @@ def lora(model: Any, config: Any, generator: Any) -> Any:
     """Replace what `config.targets` names by loralib's Linear, Embedding or Conv2d; config as `reference.lora.Config`.
 
     A Conv1D becomes a Linear with fan_in_fan_out. loralib draws from torch's global generator, seeded here. Raises
-    NotImplementedError for what loralib does not have: rslora, conv=peft, packed weights, subclasses with a forward of their own.
+    NotImplementedError for what loralib does not have: rslora, conv=peft, packed weights, subclasses that compute otherwise.
     """
     import torch
     from loralib import mark_only_lora_as_trainable
