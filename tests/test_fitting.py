@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast, LlamaConfig, LlamaForCausalLM
+from conftest import Bench
+from transformers import BertConfig, BertModel, BertTokenizerFast, LlamaConfig, LlamaForCausalLM
 
 from harness import fitting, suites
 from harness.assets import fetch, made, model_folder, process
 from harness.cli import main
 from harness.errors import Exit, SuiteError
 from harness.expand import expand, only
+from harness.records import Status
 from harness.runner import run
 
 SUITE = """\
@@ -52,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         old.unlink()
     tied = LlamaConfig(**small, max_position_embeddings=40, tie_word_embeddings=True)
     LlamaForCausalLM(tied).save_pretrained(here / "tied")
-    BertForSequenceClassification(BertConfig(**small, max_position_embeddings=24)).save_pretrained(here / "bert")
+    BertModel(BertConfig(**small, max_position_embeddings=24)).save_pretrained(here / "bert")
     (here / "bert" / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
     BertTokenizerFast(str(here / "bert" / "vocab.txt")).save_pretrained(here / "bert")
     return here
@@ -85,7 +87,7 @@ def refused(folder: Path, old: str = "", new: str = "", expr: str = "") -> list[
 @pytest.mark.usefixtures("no_child")
 def test_what_fits_is_told_by_the_names_of_the_weights(folder: Path) -> None:
     assert refused(folder) == []
-    assert refused(folder, "[query]", "[bert.encoder.layer.0.attention.self.query, dense]") == []
+    assert refused(folder, "[query]", "[encoder.layer.0.attention.self.query, dense]") == []
 
 
 @pytest.mark.usefixtures("no_child")
@@ -171,3 +173,13 @@ def test_a_model_that_was_fetched_is_asked_before_the_first_cell(
     assert main(["run", str(path), "--out", "run"]) == Exit.USAGE
     assert "bert has 24 positions" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_target_that_is_only_the_new_head_is_wrong_use(folder: Path, bench: Bench) -> None:
+    path = folder / "fit.yaml"
+    path.write_text(SUITE.replace("[query]", "[classifier]"), encoding="utf-8")
+    assert bench.command("run", str(path), "--only", "id=encoder", "--out", "run").code == Exit.INFRASTRUCTURE
+    (record,) = bench.read().records
+    assert record.status is Status.ERROR
+    assert "`targets` name nothing but the new head (classifier)" in record.because
+    assert "method: frozen" in record.because

@@ -23,6 +23,7 @@ from harness.conformance.subject import (
     initial_tensors,
     linear_layers,
 )
+from harness.errors import UsageError
 from harness.measure import latency
 from harness.measure.memory import PeakMeter, model_tensors, optimizer_tensors, tensor_bytes
 from harness.measure.phases import PhaseClock
@@ -81,6 +82,9 @@ class Life:
         bases = {p: m for p, m in matched.items() if not _is_head(p, loaded.head)}
         if hasattr(config, "targets") and len(bases) < len(matched):
             # A target's name also fits a layer of the new head, which trains as a whole: name the others by their paths.
+            if not bases:
+                what = f"`targets` name nothing but the new head ({', '.join(matched)}), which trains as a whole anyway"
+                raise UsageError(what, where=cell.model, mend="name layers of the model, or choose `method: frozen`")
             config = replace(config, targets=tuple(bases))
         packed, expected_codes = {}, {}
         if cell.base.quantization != "none":
