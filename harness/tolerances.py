@@ -33,8 +33,12 @@ INITIAL_SIGMAS = 5.0
 DROPOUT_SIGMAS = 5.0
 
 # A subject in float64 is judged by a reference in float64, whose own rounding cannot be seen: both may err by a sum's
-# worth of roundings, which for the layers here stays below a handful of eps.
-FLOAT64_FLOOR_EPS = 16.0
+# worth of roundings. Another order of summation over 1000 features was seen to give 20 eps, and 142 in the largest element.
+FLOAT64_FLOOR_EPS = 64.0
+
+# Through a whole model, as a multiple of the reference's own: over the 72 gradients of a six-layer encoder in 16 bits,
+# correct programs were seen to err up to 3.9 times as much in one tensor, and 1.5 times in the median.
+CARRIED_FACTOR = 4.0
 
 # The same for the losses of a training run, judged against the reference's largest error so far. Wider than one
 # operation's factor: both runs are single draws of a noise that each optimizer step carries on and amplifies.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ class Case:
     state: `init` (as attached) or `warm` (random adapter tensors; the subject is in it already). tokens: rows of a
     layer's input. inputs: runs the whole model on fixed inputs and returns its output; base_output: the same before
     attaching. forward: runs a given model on those inputs, differentiably. fresh: attaches the same implementation anew,
-    to the same weights, with some values of the config changed. identity: how near the adapted model is to its base at
-    the start. factors: check name -> a factor on the noise floor that is not the usual one.
+    to the same weights, with some values of the config changed. factors: check name -> a factor on the noise floor that is
+    not the usual one.
     """
 
     state: str
@@ -33,7 +33,6 @@ class Case:
     base_output: Tensor | None = None
     forward: Callable[[nn.Module], Tensor] | None = None
     fresh: Callable[..., Subject] | None = None
-    identity: Literal["exact", "noise-floor"] = "exact"
     factors: Mapping[str, float] = field(default_factory=dict)
 
     def generator(self, salt: int = 0) -> torch.Generator:

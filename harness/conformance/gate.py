@@ -31,14 +31,12 @@ def gate(
 
     run_model: runs the whole model on fixed inputs; base_output: what that gave before attaching; start: the state to
     begin from (None: the subject's own); forward: runs a given model on those inputs, differentiably. Which checks apply
-    and how closely the start must equal the base model stands in the Method's parity suite. If the layers or their tensors
-    are not the reference's, nothing further can be asked, and only that is returned.
+    stands in the Method's parity suite. If the layers or their tensors are not the reference's, nothing further can be
+    asked, and only that is returned.
     """
     plan = suite.load(subject.method)
-    case = Case(
-        "init", seed=seed, inputs=run_model, base_output=base_output, forward=forward, identity=plan.identity,
-        factors=plan.factors(),
-    )  # fmt: skip
+    factors = plan.factors()
+    case = Case("init", seed=seed, inputs=run_model, base_output=base_output, forward=forward, factors=factors)
 
     def tried(names: tuple[str, ...], at: Case) -> list[CheckResult]:
         return [checks.every()[name](subject, at) for name in names if name in (*plan.checks, "codes")]

@@ -122,7 +122,7 @@ def attach(implementation: Implementation, plan: suite.ParitySuite, of: suite.Me
     run_model, forward = whole(subject.model)  # type: ignore[arg-type]
     case = Case(
         "init", tokens=of.shape.tokens, seed=SEED, inputs=run_model, base_output=whole(untouched)[0](),
-        forward=forward, fresh=fresh, identity=plan.identity, factors=plan.factors(),
+        forward=forward, fresh=fresh, factors=plan.factors(),
     )  # fmt: skip
     return subject, case
 

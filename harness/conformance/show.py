@@ -14,6 +14,7 @@ from harness.conformance.tried import Standing
 if TYPE_CHECKING:
     from harness.conformance.command import Report
 
+_PIPE_WIDTH = 140
 _MOST_LINES = 40
 _STYLES = {Standing.FAIL: "bold red", Standing.KNOWN_DEFECT: "yellow", Standing.PASS: "green"}
 
@@ -21,12 +22,14 @@ _STYLES = {Standing.FAIL: "bold red", Standing.KNOWN_DEFECT: "yellow", Standing.
 def print_matrix(report: Report) -> None:
     """Print implementation x method or operation x dtype, then every failure, every defect, and the count."""
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, _PIPE_WIDTH)
     dtypes = summary.dtypes(report.tried)
     table = Table(box=None, pad_edge=False)
     for heading in ("method or operation", "implementation"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")  # a name is never cut
     for dtype in dtypes:
-        table.add_column(dtype, justify="right")
+        table.add_column(dtype, justify="right", overflow="fold")
     for (target, implementation), tried in summary.rows(report.tried).items():
         fields = [summary.field(summary.of_dtype(tried, dtype)) for dtype in dtypes]
         cells = [Text(summary.words(one), style=_STYLES.get(one.standing, "dim") if one else "dim") for one in fields]

@@ -47,14 +47,13 @@ class ParitySuite(Frozen):
     """The cases of one Method: every config x kind of layer x shape x dtype, and the checks in every state.
 
     base: the quantisation of the base weights that is judged, under the reference's adapter; empty where the Method is.
-    follows: whose reading of the paper the cases follow where they differ. identity: how near the start is to the base.
+    follows: whose reading of the paper the cases follow where they differ.
     """
 
     method: str
     base: str = ""
     follows: str = "the paper"
     checks: list[str] = Field(min_length=1)
-    identity: Literal["exact", "noise-floor"] = "exact"
     states: list[Literal["init", "warm"]] = Field(min_length=1)
     configs: list[dict[str, Any]] = Field(min_length=1)
     layers: list[Kind] = Field(default=["linear"], min_length=1)

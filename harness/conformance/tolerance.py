@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from statistics import median
 
 import torch
 from torch import Tensor
 
 from harness.tolerances import (
     BIAS_SIGMAS,
+    CARRIED_FACTOR,
     EPSILON,
     FLOAT64_FLOOR_EPS,
     LARGEST_EPS,
@@ -68,6 +70,43 @@ def noise_floor(
             (have.norm, factor * own.norm + floor * eps, ""),
             (have.largest, LARGEST_FACTOR * (factor * own.largest + LARGEST_EPS * floor * eps), ", largest element"),
             (have.share, bias if dtype != "float64" else bias + floor * eps, ", share of the truth"),
+        ):
+            worst = _worst(subject[name], expected)
+            judged.append(Judgement(error <= allowed, error, allowed, name, worst, policy + measure, 0))
+    return worst_of(judged, policy)
+
+
+def carried_noise(
+    subject: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    rounded: Mapping[str, Tensor],
+    dtype: str,
+    factor: float = CARRIED_FACTOR,
+) -> Judgement:
+    """Judge what came through many layers, as `noise_floor` judges what came through one.
+
+    The rounding of one layer is carried on and amplified by all after it, and a whole tensor grows or shrinks with it: so
+    the share of the truth says nothing, and of the reference's own noise one tensor is a single draw. The median over all
+    tensors counts where it is more.
+    """
+    policy = f"carried-noise: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS:g} eps"
+    if odd := sorted(set(subject) ^ set(truth)):
+        return Judgement(False, None, None, odd[0], "present on one side only", policy, 0)
+    own = {name: _Error.of(rounded[name], expected) for name, expected in truth.items()}
+    usual = [median([getattr(one, measure) for one in own.values()] or [0.0]) for measure in ("norm", "largest")]
+    judged = []
+    for name, expected in truth.items():
+        if (refused := _refused(name, subject[name], expected, policy)) is not None:
+            judged.append(refused)
+            continue
+        have, floor = _Error.of(subject[name], expected), NOISE_FLOOR_EPS * EPSILON[dtype]
+        for error, allowed, measure in (
+            (have.norm, factor * max(own[name].norm, usual[0]) + floor, ""),
+            (
+                have.largest,
+                LARGEST_FACTOR * (factor * max(own[name].largest, usual[1]) + LARGEST_EPS * floor),
+                ", largest element",
+            ),
         ):
             worst = _worst(subject[name], expected)
             judged.append(Judgement(error <= allowed, error, allowed, name, worst, policy + measure, 0))

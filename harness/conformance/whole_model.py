@@ -36,6 +36,19 @@ def reference(subject: Subject, dtype: str) -> tuple[nn.Module, dict[str, Tensor
     return model, tensors
 
 
+def base(subject: Subject, dtype: str) -> nn.Module:
+    """Return the model of before attaching in `dtype`, in eval mode; a packed base is what its codes say.
+
+    Raises ValueError if no copy of the original was kept.
+    """
+    if subject.original.model is None:
+        raise ValueError("the model was too large to be copied before attaching")
+    model = copy.deepcopy(subject.original.model)
+    for path in subject.packed:
+        replace(model, path, subject.dense_base(path, DTYPES[dtype]))
+    return model.to(DTYPES[dtype]).eval()
+
+
 def observe(
     model: nn.Module, tensors: Mapping[str, Tensor], subject: Subject, forward: Callable[[nn.Module], Tensor]
 ) -> dict[str, Tensor]:

@@ -52,7 +52,9 @@ def _layer(path: str, base: Any, config: Any) -> Any:
         layer = holder = loralib.Embedding(base.num_embeddings, base.embedding_dim, **ours, **options, **like)
     elif kind == "Conv2d":
         if config.conv != "loralib":
-            raise NotImplementedError(f"{path}: loralib's LoRA of a convolution is conv=loralib, not conv={config.conv}")
+            raise NotImplementedError(
+                f"{path}: loralib's LoRA of a convolution is conv=loralib, not conv={config.conv}"
+            )
         if base.kernel_size[0] != base.kernel_size[1]:
             raise NotImplementedError(f"{path}: loralib takes square kernels only, and this one is {base.kernel_size}")
         same = ("stride", "padding", "dilation", "groups", "padding_mode")

@@ -127,7 +127,9 @@ def notes(optimizer: torch.optim.Optimizer) -> list[str]:
     if not isinstance(optimizer, MasterAdamW):
         halves = {p.dtype for group in optimizer.param_groups for p in group["params"]} & {*HALVES}
         name = type(optimizer).__name__
-        return [f"{name}, the Method's own, steps weights of 16 bits as they are: small steps are lost"] if halves else []
+        return (
+            [f"{name}, the Method's own, steps weights of 16 bits as they are: small steps are lost"] if halves else []
+        )
     scaled = f", and the loss was scaled by {optimizer.loss_scale:g} for its backward pass" if optimizer.scales else ""
     return [f"AdamW kept float32 master weights and moments for what trains in 16 bits{scaled}"]
 

@@ -13,31 +13,32 @@ from harness.conformance.drawn import cast, inputs, takes_rows
 from harness.conformance.observe import observe
 from harness.conformance.results import at, judged, listed, skipped
 from harness.conformance.subject import DTYPES, LARGEST_COPY, Subject
-from harness.conformance.tolerance import Judgement, exact, noise_floor, rows_within, worst_of
+from harness.conformance.tolerance import Judgement, carried_noise, exact, noise_floor, rows_within, worst_of
 from harness.records import CheckResult
-from harness.tolerances import DROPOUT_SIGMAS
+from harness.tolerances import CARRIED_FACTOR, DROPOUT_SIGMAS
 
 
 def check_identity(subject: Subject, case: Case) -> CheckResult:
     """At its start the adapted model computes what the base model computes.
 
-    To the last bit where the update is exactly zero (LoRA: B = 0); within the noise floor where the start only cancels
-    in exact arithmetic (PiSSA: residual + s B A = W).
+    To the last bit, as where the update is exactly zero (LoRA: B = 0) and the base's own product is left alone; or within
+    the noise floor around the base model in float64, since a kernel may sum in another order, and some starts cancel in
+    exact arithmetic only (PiSSA: residual + s B A = W).
     """
     if case.inputs is None or case.base_output is None:
         return skipped(subject, case, "identity", "no whole-model input in this case")
-    mine = {"logits": case.inputs()}
-    if case.identity == "exact":
-        return judged(subject, case, "identity", exact(mine, {"logits": case.base_output}))
+    mine, base = {"logits": case.inputs()}, {"logits": case.base_output}
+    if (same := exact(mine, base)).passed:
+        return judged(subject, case, "identity", same, "to the last bit")
     if subject.original.model is None or case.forward is None:
-        return skipped(subject, case, "identity", "the model was too large to be copied before attaching")
-    with torch.no_grad():
-        truth, rounded = (
-            {"logits": case.forward(whole_model.reference(subject, dtype)[0].eval())}
-            for dtype in ("float64", subject.dtype)
+        return skipped(
+            subject, case, "identity", "not to the last bit, and the model was too large to be copied to float64"
         )
-        # The reference's own distance from the base model at its start is part of what a start in this dtype loses.
-        rounded["logits"] = rounded["logits"].double() + (truth["logits"] - case.base_output.double())
+    with torch.no_grad():
+        truth = {"logits": case.forward(whole_model.base(subject, "float64"))}
+        start = {"logits": case.forward(whole_model.reference(subject, subject.dtype)[0].eval())}
+    # A start in this dtype may lose what the base loses in it, or what the reference loses, whichever is more.
+    rounded = max(base, start, key=lambda seen: float((seen["logits"].double() - truth["logits"]).norm()))
     return judged(subject, case, "identity", noise_floor(mine, truth, rounded, subject.dtype, case.factor("identity")))
 
 
@@ -180,7 +181,8 @@ def check_model(subject: Subject, case: Case) -> CheckResult:
     mine = whole_model.observe(subject.model, subject.adapted.tensors(), subject, case.forward)
     truth = whole_model.observe(*whole_model.reference(subject, "float64"), subject, case.forward)
     rounded = whole_model.observe(*whole_model.reference(subject, subject.dtype), subject, case.forward)
-    return judged(subject, case, "model", noise_floor(mine, truth, rounded, subject.dtype, case.factor("model")))
+    factor = case.factors.get("model", CARRIED_FACTOR)
+    return judged(subject, case, "model", carried_noise(mine, truth, rounded, subject.dtype, factor))
 
 
 def _compare(subject: Subject, case: Case, check: str, wanted: Callable[[str], bool]) -> Judgement:

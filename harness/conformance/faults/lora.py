@@ -116,11 +116,6 @@ def adds_noise_below_any_tolerance(its: Copy) -> None:
     its.forward(lambda _, x, right: right(x) * (1 + torch.finfo(x.dtype).eps * (torch.rand_like(x[..., :1]) < 0.5)))
 
 
-@planted("lora", "identity", values=_USUAL)
-def rounds_the_base(its: Copy) -> None:
-    its.line(f"self.base(x_TD) + {_PRODUCT}", f"self.base(x_TD * 3) / 3 + {_PRODUCT}")
-
-
 @planted("lora", "forward", values=_USUAL)
 def is_wrong_in_the_last_row(its: Copy) -> None:
     its.forward(lambda layer, x, right: torch.cat([right(x)[:-1], layer.base(x[-1:])]) if len(x) else right(x))

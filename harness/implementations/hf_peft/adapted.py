@@ -79,4 +79,5 @@ class PeftAdapted:
 
         for path, layer in self.layers.items():
             replace(self.model, path, layer.base_layer)
-        del self.model.peft_config  # or peft would take the next adapter for a second one
+        # Or peft would take the next adapter for a second one. Who measures may put layers back and detach again.
+        self.model.__dict__.pop("peft_config", None)
