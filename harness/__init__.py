@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from harness.errors import Unsupported
     from harness.registry import Implementation, implements
 
     __version__: str
 
-__all__ = ["Implementation", "__version__", "implements"]
+__all__ = ["Implementation", "Unsupported", "__version__", "implements"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,6 +19,10 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("peft-harness")
+    if name == "Unsupported":
+        from harness.errors import Unsupported
+
+        return Unsupported
     if name in __all__:
         import harness.registry
 

@@ -67,6 +67,13 @@ class SuiteError(UsageError):
         self.problems = tuple(problems)
 
 
+class Unsupported(NotImplementedError):  # noqa: N818  # what an implementation says of a case, not an error of its
+    """Raised by an implementation for a case that it does not offer: shown as `unsupported`, not as a failure.
+
+    A plain NotImplementedError is a failure: torch raises it too, where a kernel or a gradient is missing.
+    """
+
+
 class AssetError(HarnessError):
     """A model or data set could not be fetched, verified or unpacked. The cache holds no half-written file."""
 

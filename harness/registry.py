@@ -6,17 +6,29 @@ Ours use the same door as yours. No torch here: an implementation imports what i
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from harness.errors import ImplementationError
+from harness.methods import methods
+from harness.resources import folder
 from harness.spelling import near
 
 GROUP = "harness.implementations"
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 Kind = Literal["method", "operation", "base"]
+
+_OPERATIONS = Path(__file__).with_name("conformance") / "operations"
+_WORD = re.compile(r"[\w.+-]+")
+_ADAPTED = (
+    "model", "layers", "can_merge", "tensors", "state", "parameters", "regularizer", "optimizer", "after_step", "merge",
+    "unmerge", "detach",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,14 +54,34 @@ class Implementation:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}; got {self.kind!r}")
+        for part in ("name", "target"):
+            if not _is_word(getattr(self, part)):
+                raise TypeError(f"{part} must be a word of letters, digits and ._+-, got {getattr(self, part)!r}")
         for part in ("dtypes", "devices", "requires"):
-            if isinstance(getattr(self, part), str):  # tuple("cuda") would be four devices
-                raise TypeError(f"{part} must be a list of words, got {getattr(self, part)!r}")
-            object.__setattr__(self, part, tuple(getattr(self, part)))
+            several = getattr(self, part)
+            # tuple("cuda") would be four devices
+            if isinstance(several, str) or not isinstance(several, Iterable):
+                raise TypeError(f"{part} must be a list of words, got {several!r}")
+            object.__setattr__(self, part, tuple(several))
+        for part in ("devices", "requires"):
+            if odd := [one for one in getattr(self, part) if not _is_word(one)]:
+                raise TypeError(f"{part} must be words, got {odd[0]!r}")
+        if not self.dtypes:
+            raise ValueError(f"dtypes is empty; there are: {', '.join(DTYPES)}")
+        if odd := [one for one in self.dtypes if one not in DTYPES]:
+            mend = near(str(odd[0]).removeprefix("torch."), DTYPES, "there are")
+            raise ValueError(f"dtypes has {odd[0]!r}, but a dtype is one of our words: {mend}")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Forward to the function."""
-        return self.function(*args, **kwargs)
+        """Forward to the function. Raises TypeError if it returns for a Method what is no Adapted."""
+        returned = self.function(*args, **kwargs)
+        if self.kind == "method" and (lacks := [name for name in _ADAPTED if not hasattr(returned, name)]):
+            without = f"an Adapted without {', '.join(lacks)}" if len(lacks) < len(_ADAPTED) else "no Adapted"
+            raise TypeError(
+                f"attach returned {_shortly(returned)}, which is {without} (harness/methods.py has the protocol; "
+                "harness.testing.wrap_layers makes one)"
+            )
+        return returned
 
     def __str__(self) -> str:
         return f"{self.kind} {self.target} by {self.name}"
@@ -59,24 +91,36 @@ def implements(
     target: str,
     *,
     name: str,
-    kind: Kind = "method",
+    kind: Kind | None = None,
     dtypes: Iterable[str] = ("float32", "bfloat16", "float16"),
     devices: Iterable[str] = ("cpu", "cuda"),
     requires: Iterable[str] = (),
 ) -> Callable[[Callable[..., Any]], Implementation]:
-    """Mark a function as an Implementation of `target`. Nothing is registered: the entry point does that."""
+    """Mark a function as an Implementation of `target`. Nothing is registered: the entry point does that.
+
+    kind: follows from the target, and need not be given.
+    """
 
     def wrap(function: Callable[..., Any]) -> Implementation:
-        return Implementation(name, kind, target, function, dtypes, devices, requires)  # type: ignore[arg-type]
+        guessed = kind or (targets().get(target, "method") if isinstance(target, str) else "method")
+        return Implementation(name, guessed, target, function, dtypes, devices, requires)  # type: ignore[arg-type]
 
     return wrap
+
+
+def targets() -> dict[str, Kind]:
+    """Map everything that can be implemented to its kind, by the names of files: nothing is imported or read."""
+    found: dict[str, Kind] = {file.stem: "base" for file in (folder("suites") / "parity").glob("*.yaml")}
+    found |= {file.stem: "operation" for file in _OPERATIONS.glob("*.py") if not file.stem.startswith("_")}
+    return found | dict.fromkeys(methods(), "method")
 
 
 @dataclass(frozen=True)
 class Registry:
     """What the installed distributions offer.
 
-    broken: entry points that could not be used, and why; they are shown, never silently dropped.
+    broken: entry points that could not be used, or not all of what they offer, by the names of `doors`, and why; they are
+    shown, never silently dropped.
     """
 
     implementations: tuple[Implementation, ...] = ()
@@ -109,23 +153,33 @@ class Registry:
         return ImplementationError(f"no implementation `{name}` of {target}", mend=mend)
 
 
-def names_of_entry_points() -> list[str]:
-    """List the names of the group's entry points, none of which is loaded."""
-    return sorted({point.name for point in entry_points(group=GROUP)})
+def doors() -> dict[str, EntryPoint]:
+    """Map the names of the group's entry points to them, ours first; none is loaded.
+
+    One that has a name which is taken already is called by its distribution too, so that nobody is taken for another.
+    """
+    found: dict[str, EntryPoint] = {}
+    for point in sorted(entry_points(group=GROUP), key=_order):
+        name = point.name if point.name not in found else f"{point.name} of {_provider(point)[0]}"
+        while name in found:  # twice in one distribution
+            name += " (again)"
+        found[name] = point
+    return found
 
 
 def discover(only: Collection[str] | None = None, begin: Callable[[str], None] | None = None) -> Registry:
     """Load every entry point of the group. Ours first, so that nobody can take a name that we use.
 
-    only: load those of these names and no other; begin: is told of each before it is loaded.
+    only: load those of these `doors` and no other; begin: is told of each before it is loaded.
     """
     found: dict[tuple[str, str, str], Implementation] = {}
     broken: dict[str, str] = {}
-    for point in sorted(entry_points(group=GROUP), key=_order):
-        if only is not None and point.name not in only:
+    there = targets()
+    for door, point in doors().items():
+        if only is not None and door not in only:
             continue
         if begin is not None:
-            begin(point.name)
+            begin(door)
         reasons = []
         try:
             # What a plug-in prints on import is talk, and stdout is data.
@@ -133,18 +187,48 @@ def discover(only: Collection[str] | None = None, begin: Callable[[str], None] |
                 offered = list(_offered(point.load()))
         # Anything may be wrong with somebody else's package, sys.exit on import included; it must not stop the rest.
         except (Exception, SystemExit) as error:  # noqa: BLE001
-            reasons.append(f"{type(error).__name__}: {error}")
+            reasons.append(_told(error))
             offered = []
         for implementation in offered:
             key = (implementation.kind, implementation.target, implementation.name)
-            if key in found:
+            if misfit := _misfit(implementation, there):
+                reasons.append(misfit)
+            elif key in found:
                 reasons.append(f"{implementation} is offered twice, first by {found[key].distribution}")
             else:
                 distribution, version = _provider(point)
-                found[key] = replace(implementation, distribution=distribution, version=version, point=point.name)
+                found[key] = replace(implementation, distribution=distribution, version=version, point=door)
         if reasons:
-            broken[point.name] = "; ".join([*filter(None, [broken.get(point.name)]), *reasons])
+            broken[door] = "; ".join(reasons)
     return Registry(tuple(found.values()), broken)
+
+
+def _misfit(implementation: Implementation, there: dict[str, Kind]) -> str:
+    """Say what is wrong with an Implementation of something that is not there, or is of another kind; nothing if nothing."""
+    target, kind = implementation.target, implementation.kind
+    if target not in there:
+        return f"{implementation}: nothing here is called {target!r}; {near(target, there, 'there are')}"
+    if there[target] != kind:
+        return f"{implementation}: {target} is of kind {there[target]!r}; leave `kind` out of @implements"
+    return ""
+
+
+def _is_word(value: object) -> bool:
+    return isinstance(value, str) and _WORD.fullmatch(value) is not None
+
+
+def _shortly(value: object) -> str:
+    return repr(value) if value is None or isinstance(value, (int, str)) else f"a {type(value).__name__}"
+
+
+def _told(error: BaseException) -> str:
+    """Say an error of somebody else's in one line that a terminal can show, also if it cannot say itself."""
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001  # somebody else's __str__
+        text = "(and what it says cannot be read)"
+    text = " ".join(text.split())
+    return f"{type(error).__name__}: {''.join(one if one.isprintable() else '?' for one in text)}"
 
 
 def _order(point: EntryPoint) -> tuple[bool, str, str]:
@@ -153,7 +237,8 @@ def _order(point: EntryPoint) -> tuple[bool, str, str]:
 
 
 def _provider(point: EntryPoint) -> tuple[str, str]:
-    return (point.dist.name, point.dist.version) if point.dist is not None else ("unknown", "")
+    """Return the distribution's name and version; either may be missing from its METADATA."""
+    return (point.dist.name or "unknown", point.dist.version or "") if point.dist is not None else ("unknown", "")
 
 
 def _offered(loaded: object) -> Iterator[Implementation]:

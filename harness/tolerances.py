@@ -9,6 +9,10 @@ EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloa
 # that sum in another order differ from float64 by independent rounding of like size: a factor of 1 is a coin toss.
 NOISE_FACTOR = 2.0
 
+# Besides the reference in the dtype, so many draws of its inputs moved within their last place: one draw of rounding alone
+# may by luck be almost none, and a correct program would then fail.
+PERTURBED_DRAWS = 2
+
 # Added to that, times eps: where the reference happens to be exact (one product, a copy), a factor times zero would
 # demand bitwise equality. The relative Frobenius error of one rounding is about 0.3 eps.
 NOISE_FLOOR_EPS = 0.5
@@ -35,6 +39,9 @@ DROPOUT_SIGMAS = 5.0
 # A subject in float64 is judged by a reference in float64, whose own rounding cannot be seen: both may err by a sum's
 # worth of roundings. Another order of summation over 1000 features was seen to give 20 eps, and 142 in the largest element.
 FLOAT64_FLOOR_EPS = 64.0
+
+# Where the reference in the subject's dtype may itself be off by more than this share of the value, nothing can be judged.
+CEILING = 0.5
 
 # Through a whole model, as a multiple of the reference's own: over the 72 gradients of a six-layer encoder in 16 bits,
 # correct programs were seen to err up to 3.9 times as much in one tensor, and 1.5 times in the median.

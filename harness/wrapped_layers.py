@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.errors import Unsupported
 from reference.adapted import Adapted
 from reference.layers import KINDS, dense_copy, kind_of, replace, targets
 
@@ -19,11 +20,11 @@ def wrap(
     names: Mapping[str, str] | None,
     update: Callable[[Any], Tensor] | None,
 ) -> Adapted:
-    """Freeze `model` and put a layer around every target. Raises NotImplementedError for what is no linear layer."""
+    """Freeze `model` and put a layer around every target. Raises Unsupported for what is no linear layer."""
     bases = targets(model, config.targets, KINDS)
     for path, base in bases.items():
         if kind_of(base) != "linear":
-            raise NotImplementedError(f"{path}: {type(base).__name__} is not a linear layer")
+            raise Unsupported(f"{path}: {type(base).__name__} is not a linear layer")
     model.requires_grad_(False)
     layers = {path: make_layer(base) for path, base in bases.items()}
     for path, layer in layers.items():
@@ -67,7 +68,7 @@ class WrappedLayers(Adapted):
     def merge(self) -> None:
         """Put a plain layer with the updated weight in the place of each."""
         if self.update is None:
-            raise NotImplementedError("these layers do not say what they add to the weight")
+            raise Unsupported("these layers do not say what they add to the weight")
         for path, layer in self.layers.items():
             dense = dense_copy(self.bases[path])
             dense.weight += self.update(layer).to(dense.weight.dtype)

@@ -13,11 +13,10 @@ from typing import Any
 from harness.conformance import defects, isolated, show, suite
 from harness.conformance.defects import Defect
 from harness.conformance.suite import Plan, path_of
-from harness.conformance.summary import DTYPES
 from harness.conformance.tried import Standing, Tried
 from harness.errors import Exit, Problem, SuiteError, UsageError
 from harness.methods import methods
-from harness.registry import GROUP, Implementation, Registry
+from harness.registry import DTYPES, GROUP, Implementation, Registry
 from harness.runner.stop import on_request
 from harness.spelling import near
 

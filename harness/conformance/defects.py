@@ -29,8 +29,8 @@ class Defect(Frozen):
 
     library: its distribution; versions: a range, e.g. `>=0.19`. implementation: who shows it here; target: as what, if
     only as one of what it offers. checks: patterns of check ids (`dora/zero_rows/*/*`); cases: patterns of the case's
-    words. reproduction: a script beside the file of defects that needs only that library and torch. sometimes: where the defect shows by chance or on some machines only,
-    why (strictness then rests with the reproduction).
+    words. reproduction: a script beside the file of defects that needs only that library and torch. sometimes: where the
+    defect shows by chance or on some machines only, why (strictness then rests with the reproduction).
     """
 
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")

@@ -24,6 +24,7 @@ from harness.conformance.subject import (
     warm,
 )
 from harness.conformance.tried import Tried
+from harness.errors import Unsupported
 from harness.records import CheckResult, Outcome
 from harness.registry import Implementation
 
@@ -41,7 +42,7 @@ def run(
     """Yield every check of every case; dtypes: only these, if any are given; begin: is told of each case before it.
 
     An exception inside a check or inside the implementation is a failure of that check or of `attach`; a
-    NotImplementedError of the implementation means that it does not offer the case.
+    harness.Unsupported from the implementation means that it does not offer the case.
     """
     cases = _operation(implementation) if implementation.kind == "operation" else _method(implementation, full)
     for words, dtype, tries in cases:
@@ -77,7 +78,7 @@ def one_case(implementation: Implementation, plan: suite.ParitySuite, of: suite.
     """Yield every check of one case of a Method, or of a quantisation of the base."""
     try:
         subject, case = attach(implementation, plan, of)
-    except NotImplementedError as error:
+    except Unsupported as error:
         yield _attach_result(plan.method, of.dtype, Outcome.SKIPPED, f"unsupported: {error}")
         return
     except Exception as error:  # noqa: BLE001  # somebody else's code: whatever it raises is a finding about it
@@ -162,7 +163,7 @@ def tried(name: str, subject: Any, case: Case, identifier: str) -> CheckResult:
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
             return checks.every()[name](subject, case)
-    except NotImplementedError as error:
+    except Unsupported as error:
         return CheckResult(check=identifier, outcome=Outcome.SKIPPED, detail=f"unsupported: {error}")
     except Exception as error:  # noqa: BLE001  # somebody else's code: whatever it raises is a finding about it
         return CheckResult(check=identifier, outcome=Outcome.FAIL, detail=_raised(error))

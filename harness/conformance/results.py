@@ -24,7 +24,9 @@ class Named(Protocol):
 
 
 def judged(subject: Named, case: Case, name: str, judgement: Judgement, detail: str = "") -> CheckResult:
-    """Return a judgement as the result of the check `name`."""
+    """Return a judgement as the result of the check `name`; one that could not decide as skipped, with the reason."""
+    if not judgement.decided:
+        return skipped(subject, case, name, judgement.worst)
     return CheckResult(
         check=identifier(subject, case, name),
         outcome=Outcome.PASS if judgement.passed else Outcome.FAIL,

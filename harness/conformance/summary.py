@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from harness.conformance.tried import Standing, Tried
+from harness.registry import DTYPES
 
-DTYPES = ("float64", "float32", "bfloat16", "float16")
 _WORST_FIRST = (Standing.FAIL, Standing.KNOWN_DEFECT, Standing.PASS, Standing.UNSUPPORTED, Standing.SKIPPED)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from harness.tolerances import (
     BIAS_SIGMAS,
     CARRIED_FACTOR,
+    CEILING,
     EPSILON,
     FLOAT64_FLOOR_EPS,
     LARGEST_EPS,
@@ -23,7 +24,10 @@ from harness.tolerances import (
 
 @dataclass(frozen=True)
 class Judgement:
-    """The worst tensor of an observation. error and allowed are in the norm that the policy names."""
+    """The worst tensor of an observation. error and allowed are in the norm that the policy names.
+
+    decided: False where the reference is itself too inaccurate to judge by; `worst` says so.
+    """
 
     passed: bool
     error: float | None
@@ -32,6 +36,7 @@ class Judgement:
     worst: str
     policy: str
     nonfinite: int
+    decided: bool = True
 
     @property
     def ratio(self) -> float:
@@ -44,27 +49,34 @@ class Judgement:
 def noise_floor(
     subject: Mapping[str, Tensor],
     truth: Mapping[str, Tensor],
-    rounded: Mapping[str, Tensor],
+    rounded: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]],
     dtype: str,
     factor: float = NOISE_FACTOR,
 ) -> Judgement:
     """Judge against what the reference itself loses in the subject's dtype.
 
-    truth: the reference in float64; rounded: the reference in `dtype`. Three errors of each tensor must each stay within a
+    truth: the reference in float64; rounded: the reference in `dtype`, or several draws of what it loses, of which the
+    largest counts. Three errors of each tensor must each stay within a
     multiple of the reference's own and a floor in units of eps: the relative Frobenius norm of the difference; its
     largest element, relative to the root mean square (one wrong element of many); and the share of the truth that the
-    difference holds (a slightly wrong factor, which rounding does not give). Missing or surplus tensors fail.
+    difference holds (a slightly wrong factor, which rounding does not give). Missing or surplus tensors fail. A tensor of
+    which the reference itself may lose more than CEILING is not judged.
     """
     floor = FLOAT64_FLOOR_EPS if dtype == "float64" else NOISE_FLOOR_EPS
     policy = f"noise-floor: {factor:g} x reference in {dtype} + {floor:g} eps"
     if odd := sorted(set(subject) ^ set(truth)):
         return Judgement(False, None, None, odd[0], "present on one side only", policy, 0)
-    judged = []
+    draws = [rounded] if isinstance(rounded, Mapping) else rounded
+    judged, lost = [], []
     for name, expected in truth.items():
         if (refused := _refused(name, subject[name], expected, policy)) is not None:
             judged.append(refused)
             continue
-        have, own, eps = _Error.of(subject[name], expected), _Error.of(rounded[name], expected), EPSILON[dtype]
+        have, eps = _Error.of(subject[name], expected), EPSILON[dtype]
+        own = _largest([_Error.of(draw[name], expected) for draw in draws])
+        if factor * own.norm + floor * eps > CEILING:
+            lost.append(name)
+            continue
         bias = factor * own.share + BIAS_SIGMAS * (own.norm + eps) / max(1, expected.numel()) ** 0.25
         for error, allowed, measure in (
             (have.norm, factor * own.norm + floor * eps, ""),
@@ -73,7 +85,7 @@ def noise_floor(
         ):
             worst = _worst(subject[name], expected)
             judged.append(Judgement(error <= allowed, error, allowed, name, worst, policy + measure, 0))
-    return worst_of(judged, policy)
+    return _cannot(lost, dtype, policy) if lost and not judged else worst_of(judged, policy)
 
 
 def carried_noise(
@@ -93,11 +105,14 @@ def carried_noise(
     if odd := sorted(set(subject) ^ set(truth)):
         return Judgement(False, None, None, odd[0], "present on one side only", policy, 0)
     own = {name: _Error.of(rounded[name], expected) for name, expected in truth.items()}
+    lost = [name for name, one in own.items() if factor * one.norm > CEILING]
     usual = [median([getattr(one, measure) for one in own.values()] or [0.0]) for measure in ("norm", "largest")]
     judged = []
     for name, expected in truth.items():
         if (refused := _refused(name, subject[name], expected, policy)) is not None:
             judged.append(refused)
+            continue
+        if name in lost:
             continue
         have, floor = _Error.of(subject[name], expected), NOISE_FLOOR_EPS * EPSILON[dtype]
         for error, allowed, measure in (
@@ -110,7 +125,7 @@ def carried_noise(
         ):
             worst = _worst(subject[name], expected)
             judged.append(Judgement(error <= allowed, error, allowed, name, worst, policy + measure, 0))
-    return worst_of(judged, policy)
+    return _cannot(lost, dtype, policy) if lost and not judged else worst_of(judged, policy)
 
 
 def exact(subject: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Judgement:
@@ -132,8 +147,16 @@ def worst_of(judged: list[Judgement], policy: str) -> Judgement:
     """Return the judgement that uses most of its allowance; an observation of nothing fails."""
     if not judged:
         return Judgement(False, None, None, "", "nothing was observed", policy, 0)
-    worst = max(judged, key=lambda j: (not j.passed, j.ratio))
+    worst = max([j for j in judged if j.decided] or judged, key=lambda j: (not j.passed, j.ratio))
     return replace(worst, nonfinite=sum(j.nonfinite for j in judged))
+
+
+def perturbed(value: Tensor, dtype: str, generator: torch.Generator) -> Tensor:
+    """Return `value` with each element moved by up to half a unit in the last place of `dtype`; whole numbers stay."""
+    if not value.is_floating_point():
+        return value
+    moves = torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value.device) - 0.5
+    return value * (1 + EPSILON[dtype] * moves.to(value.dtype))
 
 
 def rows_within(value: Tensor, truth: Tensor, rounded: Tensor, dtype: str) -> Tensor:
@@ -148,6 +171,15 @@ def rows_within(value: Tensor, truth: Tensor, rounded: Tensor, dtype: str) -> Te
     floor = FLOAT64_FLOOR_EPS if dtype == "float64" else LARGEST_EPS * NOISE_FLOOR_EPS
     within: Tensor = off(value) <= NOISE_FACTOR * own + floor * EPSILON[dtype] * length
     return within
+
+
+def _cannot(lost: Sequence[str], dtype: str, policy: str) -> Judgement:
+    why = f"the reference itself loses {', '.join(lost[:3])} in {dtype}"
+    return Judgement(False, None, None, "", why, policy, 0, decided=False)
+
+
+def _largest(errors: Sequence[_Error]) -> _Error:
+    return _Error(*(max(getattr(e, m) for e in errors) for m in ("norm", "largest", "share")))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.subject import DTYPES, Subject
+from harness.conformance.subject import DTYPES, Subject, attach_reference
 from reference.layers import replace
 
 
@@ -47,6 +47,13 @@ def base(subject: Subject, dtype: str) -> nn.Module:
     for path in subject.packed:
         replace(model, path, subject.dense_base(path, DTYPES[dtype]))
     return model.to(DTYPES[dtype]).eval()
+
+
+def start(subject: Subject, dtype: str) -> nn.Module:
+    """Return the model of before attaching in `dtype` with the reference attached, at the reference's own start."""
+    model = base(subject, dtype)
+    attach_reference(subject.method, model, subject.config, None, torch.Generator().manual_seed(0))
+    return model.eval()
 
 
 def observe(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from harness.errors import Unsupported
 from harness.registry import Implementation, implements
 
 _HOW: dict[str, Any] = {
@@ -20,13 +21,13 @@ MOST_BLOCKS = 64
 
 
 def _interpreted(blocks: int, values: Any = None) -> None:
-    """Raise NotImplementedError where the kernels cannot run, would take too long, or `values` would prove nothing."""
+    """Raise Unsupported where the kernels cannot run, would take too long, or `values` would prove nothing."""
     if os.environ.get("TRITON_INTERPRET") != "1":
-        raise NotImplementedError("set TRITON_INTERPRET=1: on the CPU Triton's kernels run in its interpreter only")
+        raise Unsupported("set TRITON_INTERPRET=1: on the CPU Triton's kernels run in its interpreter only")
     if blocks > MOST_BLOCKS:
-        raise NotImplementedError(f"{blocks} blocks would take the interpreter too long")
+        raise Unsupported(f"{blocks} blocks would take the interpreter too long")
     if values is not None and values.isnan().any():
-        raise NotImplementedError("what a maximum makes of NaN is the interpreter's business, and not that of a device")
+        raise Unsupported("what a maximum makes of NaN is the interpreter's business, and not that of a device")
 
 
 def _quantize(form: str) -> Implementation:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from harness.errors import Unsupported
 from harness.registry import implements
 
 
@@ -28,6 +29,6 @@ def lora(model: Any, config: Any, generator: Any) -> Any:
     adapted = attach(model, config, generator)
     for path, layer in adapted.layers.items():
         if type(layer) is not LoraLinear or not isinstance(layer.base, nn.Linear):
-            raise NotImplementedError(f"{path} is a {type(layer.base).__name__}; only linear layers have a faster path")
+            raise Unsupported(f"{path} is a {type(layer.base).__name__}; only linear layers have a faster path")
         layer.__class__ = FusedLoraLinear  # the same layer, computed otherwise
     return adapted

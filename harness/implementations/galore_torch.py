@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from harness.errors import Unsupported
 from harness.registry import Implementation, implements
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -13,12 +14,12 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 def galore(model: Any, config: Any, generator: Any) -> Any:
     """Train by GaLoreAdamW; config as `reference.galore.Config`. What is adapted, and which parts train, is the reference's.
 
-    Raises NotImplementedError for side=paper, which the package does not have.
+    Raises Unsupported for side=paper, which the package does not have.
     """
     from reference.galore import Adapted, attach
 
     if config.side == "paper":
-        raise NotImplementedError("galore-torch has no rule that projects a square matrix on the left")
+        raise Unsupported("galore-torch has no rule that projects a square matrix on the left")
 
     class ByGaloreTorch(Adapted):
         def optimizer(self, lr: float, weight_decay: float) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from harness.errors import Unsupported
 from harness.registry import implements
 
 
@@ -12,7 +13,7 @@ def lora(model: Any, config: Any, generator: Any) -> Any:
     """Replace what `config.targets` names by loralib's Linear, Embedding or Conv2d; config as `reference.lora.Config`.
 
     A Conv1D becomes a Linear with fan_in_fan_out. loralib draws from torch's global generator, seeded here. Raises
-    NotImplementedError for what loralib does not have: rslora, conv=peft, packed weights, subclasses that compute otherwise.
+    Unsupported for what loralib does not have: rslora, conv=peft, packed weights, subclasses that compute otherwise.
     """
     import torch
     from loralib import mark_only_lora_as_trainable
@@ -20,7 +21,7 @@ def lora(model: Any, config: Any, generator: Any) -> Any:
     from reference.layers import KINDS, replace, targets
 
     if config.rslora:
-        raise NotImplementedError("loralib has no rslora: its scaling is alpha / r")
+        raise Unsupported("loralib has no rslora: its scaling is alpha / r")
     bases = targets(model, config.targets, KINDS)
     with torch.random.fork_rng():
         torch.manual_seed(generator.initial_seed())
@@ -40,7 +41,7 @@ def _layer(path: str, base: Any, config: Any) -> Any:
 
     kind = kind_of(base)
     if kind != "Conv1D" and type(base) not in (nn.Linear, nn.Embedding, nn.Conv2d):
-        raise NotImplementedError(f"{path}: loralib has no layer that computes as {type(base).__name__} does")
+        raise Unsupported(f"{path}: loralib has no layer that computes as {type(base).__name__} does")
     like = {"device": base.weight.device, "dtype": base.weight.dtype}
     # loralib would merge at every eval() by default. The harness writes into A and B in eval mode too, and unmerging would
     # then subtract what was never added; so the switch is off but in `Loralib.merge` and `Loralib.unmerge`.
@@ -52,11 +53,9 @@ def _layer(path: str, base: Any, config: Any) -> Any:
         layer = holder = loralib.Embedding(base.num_embeddings, base.embedding_dim, **ours, **options, **like)
     elif kind == "Conv2d":
         if config.conv != "loralib":
-            raise NotImplementedError(
-                f"{path}: loralib's LoRA of a convolution is conv=loralib, not conv={config.conv}"
-            )
+            raise Unsupported(f"{path}: loralib's LoRA of a convolution is conv=loralib, not conv={config.conv}")
         if base.kernel_size[0] != base.kernel_size[1]:
-            raise NotImplementedError(f"{path}: loralib takes square kernels only, and this one is {base.kernel_size}")
+            raise Unsupported(f"{path}: loralib takes square kernels only, and this one is {base.kernel_size}")
         same = ("stride", "padding", "dilation", "groups", "padding_mode")
         options = {name: getattr(base, name) for name in same}
         ours |= {"lora_dropout": config.dropout, "bias": base.bias is not None}

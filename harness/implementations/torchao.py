@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from harness.errors import Unsupported
 from harness.registry import Implementation, implements
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -15,12 +16,12 @@ SCALER_BLOCK = 256
 def nf4_quantize(W: Any, block: int) -> tuple[Any, Any]:
     """Return the bytes of `to_nf4` and the absmax by which it divides, before it makes int8 of it in a way of its own.
 
-    Raises NotImplementedError for what it refuses by assertion: three dimensions, and sizes that its blocks do not divide.
+    Raises Unsupported for what it refuses by assertion: three dimensions, and sizes that its blocks do not divide.
     """
     from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor
 
     if W.dim() > 2 or W.numel() % (block * SCALER_BLOCK):
-        raise NotImplementedError(f"torchao takes matrices of whole blocks of {block} x {SCALER_BLOCK} elements only")
+        raise Unsupported(f"torchao takes matrices of whole blocks of {block} x {SCALER_BLOCK} elements only")
     packed = nf4_tensor.to_nf4(W, block, SCALER_BLOCK)
     return packed.quantized_data.flatten(), nf4_tensor.get_block_absmax(W.flatten(), block).float()
 
@@ -29,14 +30,14 @@ def nf4_quantize(W: Any, block: int) -> tuple[Any, Any]:
 def adamw8bit_step(p: Any, g: Any, step: int, **others: Any) -> tuple[Any, ...]:
     """Take one step of AdamW8bit from the state given. others: m, m_absmax, v, v_absmax and the optimizer's knobs.
 
-    Raises NotImplementedError for sizes at which torchao keeps 32-bit states.
+    Raises Unsupported for sizes at which torchao keeps 32-bit states.
     """
     import torch
     from torchao.optim import AdamW8bit
 
     given = {name: others.pop(name) for name in ("m", "m_absmax", "v", "v_absmax")}
     if p.numel() < 4096 or p.numel() % 256:
-        raise NotImplementedError("torchao keeps 32-bit states for fewer than 4096 elements, or no multiple of 256")
+        raise Unsupported("torchao keeps 32-bit states for fewer than 4096 elements, or no multiple of 256")
     p = torch.nn.Parameter(p.clone())
     p.grad = g.clone()
     optimizer = AdamW8bit([p], **others)

@@ -13,9 +13,12 @@ from harness.conformance.drawn import cast, inputs, takes_rows
 from harness.conformance.observe import observe
 from harness.conformance.results import at, judged, listed, skipped
 from harness.conformance.subject import DTYPES, LARGEST_COPY, Subject
-from harness.conformance.tolerance import Judgement, carried_noise, exact, noise_floor, rows_within, worst_of
+from harness.conformance.tolerance import Judgement, carried_noise, exact, noise_floor, perturbed, rows_within, worst_of
 from harness.records import CheckResult
-from harness.tolerances import CARRIED_FACTOR, DROPOUT_SIGMAS
+from harness.tolerances import CARRIED_FACTOR, DROPOUT_SIGMAS, PERTURBED_DRAWS
+
+FEATURES = 32
+"""Of so many features at least one is dropped and one kept in any token, but for one in some thousands."""
 
 
 def check_identity(subject: Subject, case: Case) -> CheckResult:
@@ -36,10 +39,10 @@ def check_identity(subject: Subject, case: Case) -> CheckResult:
         )
     with torch.no_grad():
         truth = {"logits": case.forward(whole_model.base(subject, "float64"))}
-        start = {"logits": case.forward(whole_model.reference(subject, subject.dtype)[0].eval())}
-    # A start in this dtype may lose what the base loses in it, or what the reference loses, whichever is more.
-    rounded = max(base, start, key=lambda seen: float((seen["logits"].double() - truth["logits"]).norm()))
-    return judged(subject, case, "identity", noise_floor(mine, truth, rounded, subject.dtype, case.factor("identity")))
+        # A start in this dtype may lose what the base loses in it, or what the reference's own start loses.
+        start = {"logits": case.forward(whole_model.start(subject, subject.dtype))}
+    verdict = noise_floor(mine, truth, [base, start], subject.dtype, case.factor("identity"))
+    return judged(subject, case, "identity", verdict)
 
 
 def check_forward(subject: Subject, case: Case) -> CheckResult:
@@ -87,10 +90,11 @@ def check_vector(subject: Subject, case: Case) -> CheckResult:
 
 def check_dropout(subject: Subject, case: Case) -> CheckResult:
     """In training mode each feature of the adapter's input is dropped with probability p, or scaled by 1/(1-p); the base
-    sees all of it. In eval mode nothing is dropped.
+    sees all of it, and the backward pass uses the forward pass's mask. In eval mode nothing is dropped.
 
     Every token has one feature only, so its output must be one of two: the reference's with that feature kept, or with it
-    dropped. How many are dropped is judged by the binomial distribution. No random numbers need agree.
+    dropped. That tells the mask, with which the reference's gradients are computed. How many are dropped is judged by the
+    binomial distribution. Tokens of many features must not be dropped whole. No random numbers need agree.
     """
     p = getattr(subject.config, "dropout", 0.0)
     if not p:
@@ -103,22 +107,26 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
             continue
         x, dy = inputs(base, max(case.tokens, 64), DTYPES[subject.dtype], case.generator(index))
         only = torch.zeros_like(x)
+        rows = torch.arange(len(x), device=x.device)
         where = torch.randint(0, x.shape[-1], (len(x),), generator=case.generator(index + 1)).to(x.device)
-        only[torch.arange(len(x)), where] = 1 + x.abs().amax(-1)
-        mine = observe(layer, {}, only, dy, training=True)["y"]
-        is_kept, is_dropped = (
-            rows_within(
-                mine,
-                _with_mask(subject, path, "float64", only, factor),
-                _with_mask(subject, path, subject.dtype, only, factor),
-                subject.dtype,
-            )
-            for factor in (1 / (1 - p), 0.0)
-        )
+        only[rows, where] = 1 + x.abs().amax(-1)
+        mine = observe(layer, subject.tensors_of(path), only, dy, training=True)
+        is_kept, is_dropped = (_rows_as(subject, path, mine["y"], only, mask) for mask in (1 / (1 - p), 0.0))
         if neither := int((~(is_kept | is_dropped)).sum()):
             odd.append(f"{path}: {neither} of {len(x)} outputs are those of neither a kept nor a dropped feature")
+            continue
         total += int((is_kept ^ is_dropped).sum())
         dropped += int((is_dropped & ~is_kept).sum())
+        if bool((is_kept ^ is_dropped).all()):
+            mask = is_kept.double()[:, None] / (1 - p)
+            truth, rounded = (_masked(subject, path, dtype, only, dy, mask) for dtype in ("float64", subject.dtype))
+            for seen in (mine, truth, rounded):
+                seen["grad x"] = seen["grad x"][rows, where]  # of the other features the mask is not known
+            verdict = noise_floor(mine, truth, rounded, subject.dtype, case.factor("gradient"))
+            if not verdict.passed:
+                odd.append(f"{path}: with the forward pass's mask {verdict.tensor} is off by {verdict.error}")
+            if x.shape[-1] >= FEATURES and (whole := _whole_tokens(subject, path, layer, x, dy, p)) > len(x) // 2:
+                odd.append(f"{path}: {whole} of {len(x)} tokens are kept or dropped as a whole, not by the feature")
         again = noise_floor(*_three(subject, path, layer, x, dy), subject.dtype, case.factor("forward"))
         if not again.passed:
             odd.append(f"{path}: in eval mode {again.tensor} is off by {again.error} of {again.allowed}")
@@ -193,41 +201,73 @@ def _compare(subject: Subject, case: Case, check: str, wanted: Callable[[str], b
         if takes_rows(base) and len(x) % 2 == 0:
             x, dy = (t.view(2, -1, t.shape[-1]) for t in (x, dy))  # a batch of sequences, as models send it
         runs = _three(subject, path, layer, x, dy, training=subject.trains_plainly)
-        mine, truth, rounded = ({name: t for name, t in run.items() if wanted(name)} for run in runs)
+        mine, truth, *draws = ({n: t for n, t in run.items() if wanted(n)} for run in (runs[0], runs[1], *runs[2]))
         if truth or mine:
-            found.append(at(path, noise_floor(mine, truth, rounded, subject.dtype, case.factor(check))))
+            found.append(at(path, noise_floor(mine, truth, draws, subject.dtype, case.factor(check))))
+            if "y" in mine and mine["y"].dtype != draws[0]["y"].dtype:
+                kinds = f"{mine['y'].dtype}, should be {draws[0]['y'].dtype}"
+                found.append(Judgement(False, None, None, f"{path}: y", kinds, found[-1].policy, 0))
     return worst_of(found, found[0].policy if found else "noise-floor")
 
 
 def _three(
     subject: Subject, path: str, layer: nn.Module, x: Tensor, dy: Tensor, *, training: bool = False
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Observe the subject's layer, the reference in float64, and the reference in the subject's dtype."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[dict[str, Tensor]]]:
+    """Observe the subject's layer, the reference in float64, and draws of what a program in the subject's dtype loses.
+
+    One draw is the reference in that dtype. It may happen to round to almost nothing, so there are others: the reference in
+    float64 with every number that goes in moved by up to half a unit in the last place of the dtype, as rounding might.
+    """
     mine = observe(layer, subject.tensors_of(path), x, dy, training=training)
-    seen = []
-    for dtype in ("float64", subject.dtype):
-        twin = subject.reference(path, dtype)
-        seen.append(observe(twin.layer, twin.tensors, cast(x, dtype), dy.to(DTYPES[dtype])))
-    return mine, seen[0], seen[1]
+    twin = subject.reference(path, "float64")
+    wide = cast(x, "float64"), dy.double()
+    truth = observe(twin.layer, twin.tensors, *wide)
+    own = subject.reference(path, subject.dtype)
+    draws = [observe(own.layer, own.tensors, x, dy)]
+    for seed in range(PERTURBED_DRAWS):
+        generator = torch.Generator().manual_seed(seed)
+        moved = subject.reference(path, "float64")
+        with torch.no_grad():
+            for tensor in [*moved.layer.parameters(), *moved.layer.buffers()]:
+                if tensor.is_floating_point():
+                    tensor.copy_(perturbed(tensor, subject.dtype, generator))
+        draws.append(observe(moved.layer, moved.tensors, *(perturbed(t, subject.dtype, generator) for t in wide)))
+    return mine, truth, draws
 
 
-def _with_mask(subject: Subject, path: str, dtype: str, x: Tensor, factor: float) -> Tensor:
-    """Return the reference's output in training mode with `factor` in the place of its dropout."""
-    layer = subject.reference(path, dtype).layer.train()
-    for name, child in list(layer.named_modules()):
+def _rows_as(subject: Subject, path: str, y: Tensor, x: Tensor, mask: float) -> Tensor:
+    """Return which rows of `y` are the reference's output with `mask` in the place of its dropout."""
+    truth, rounded = (_masked(subject, path, dtype, x, None, mask)["y"] for dtype in ("float64", subject.dtype))
+    return rows_within(y, truth, rounded, subject.dtype)
+
+
+def _whole_tokens(subject: Subject, path: str, layer: nn.Module, x: Tensor, dy: Tensor, p: float) -> int:
+    """Count the tokens of many features that training mode keeps or drops as a whole."""
+    y = observe(layer, {}, x, dy, training=True)["y"]
+    return int((_rows_as(subject, path, y, x, 1 / (1 - p)) | _rows_as(subject, path, y, x, 0.0)).sum())
+
+
+def _masked(
+    subject: Subject, path: str, dtype: str, x: Tensor, dy: Tensor | None, mask: Tensor | float
+) -> dict[str, Tensor]:
+    """Observe the reference in training mode with a product by `mask` (T, 1) in the place of its dropout."""
+    twin = subject.reference(path, dtype)
+    for name, child in list(twin.layer.named_modules()):
         if isinstance(child, nn.Dropout):
             parent, _, last = name.rpartition(".")
-            setattr(layer.get_submodule(parent), last, _Times(factor))
+            setattr(twin.layer.get_submodule(parent), last, _Times(mask))
+    if dy is not None:
+        return observe(twin.layer, twin.tensors, cast(x, dtype), dy.to(DTYPES[dtype]), training=True)
     with torch.no_grad():
-        return layer(cast(x, dtype))  # type: ignore[no-any-return]
+        return {"y": twin.layer.train()(cast(x, dtype))}
 
 
 class _Times(nn.Module):
-    """Multiply by a number: dropout of which the mask is known."""
+    """Multiply by a mask: dropout of which the mask is known."""
 
-    def __init__(self, factor: float) -> None:
+    def __init__(self, mask: Tensor | float) -> None:
         super().__init__()
-        self.p, self.factor = float(factor == 0), factor
+        self.p, self.mask = 0.5, mask
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.factor
+        return x * (self.mask.to(x.dtype) if isinstance(self.mask, Tensor) else self.mask)

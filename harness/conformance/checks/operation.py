@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,19 +11,16 @@ from torch import Tensor
 
 from harness.conformance.case import Case
 from harness.conformance.operations import OperationSubject, cloned
-from harness.conformance.results import judged, skipped
+from harness.conformance.poisoned import fresh_memory
+from harness.conformance.results import judged, listed, skipped
 from harness.conformance.subject import DTYPES
-from harness.conformance.tolerance import exact, noise_floor
+from harness.conformance.tolerance import Judgement, exact, noise_floor, worst_of
 from harness.records import CheckResult
 
 
 def check_outputs(subject: OperationSubject, case: Case) -> CheckResult:
     """Every output of the Operation is the reference's: bit for bit where it is a code, else within the noise floor."""
-    mine = subject.call()
-    if subject.operation.judge is not None:
-        return judged(subject, case, "outputs", *subject.operation.judge(mine, subject.arguments))
-    truth, rounded = (_reference(subject, dtype) for dtype in ("float64", subject.dtype))
-    return judged(subject, case, "outputs", noise_floor(mine, truth, rounded, subject.dtype, case.factor("outputs")))
+    return judged(subject, case, "outputs", *_judge(subject, subject.call(), case.factor("outputs")))
 
 
 def check_output_codes(subject: OperationSubject, case: Case) -> CheckResult:
@@ -52,6 +51,84 @@ def check_repeatable(subject: OperationSubject, case: Case) -> CheckResult:
     """Two calls with the same arguments return the same, to the last bit."""
     first = {name: t.detach().clone() for name, t in subject.call().items()}
     return judged(subject, case, "repeatable", exact(_told(subject.call()), _told(first)))
+
+
+def check_layouts(subject: OperationSubject, case: Case) -> CheckResult:
+    """The outputs are the same when every floating argument is a view with gaps between its elements, or is transposed in
+    memory: what a slice or a `.T` hands on.
+
+    The same to the last bit, or, since another layout may take another path, as right as `outputs` demands.
+    """
+    plain, found = subject.call(), []
+    for name, change in (("every second element", _gapped), ("transposed", _transposed)):
+        given = _changed(cloned(subject.arguments), change)
+        mine = subject.operation.named(subject.function(**given))
+        verdict = exact(_told(mine), _told(plain))
+        if not verdict.passed:
+            verdict = worst_of([one for one, _ in _judgements(subject, mine, case)], "as outputs")
+        found.append(replace(verdict, tensor=f"{name}: {verdict.tensor}"))
+    return judged(subject, case, "layouts", worst_of(found, "exact"))
+
+
+def check_written(subject: OperationSubject, case: Case) -> CheckResult:
+    """No output and no gradient holds memory that was never written: with every fresh buffer filled with NaN, or with the
+    largest integer, none of it shows.
+
+    Uses torch's own switch for it (`torch.utils.deterministic.fill_uninitialized_memory`).
+    """
+    dtype, differentiable = DTYPES[subject.dtype], bool(subject.operation.differentiable)
+
+    def seen() -> dict[str, Tensor]:
+        gradients = _gradients(subject, subject.function, dtype, case) if differentiable else {}
+        return {n: t.detach().clone() for n, t in subject.call().items()} | gradients
+
+    clean = seen()
+    with fresh_memory():
+        poisoned = seen()
+    odd = [
+        f"{name} holds what was never written"
+        for name, t in poisoned.items()
+        if bool((t.isnan() & ~clean[name].isnan()).any() if t.is_floating_point() else (t != clean[name]).any())
+    ]
+    return listed(subject, case, "written", odd)
+
+
+def _judge(subject: OperationSubject, mine: dict[str, Tensor], factor: float) -> tuple[Judgement, str]:
+    """Judge outputs by the Operation's own rule, or by the noise floor."""
+    if subject.operation.judge is not None:
+        return subject.operation.judge(mine, subject.arguments)
+    truth, rounded = (_reference(subject, dtype) for dtype in ("float64", subject.dtype))
+    return noise_floor(mine, truth, rounded, subject.dtype, factor), ""
+
+
+def _judgements(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> Iterator[tuple[Judgement, str]]:
+    """Judge outputs by all rules that there are for them."""
+    yield _judge(subject, mine, case.factor("outputs"))
+    if subject.operation.codes is not None:
+        yield subject.operation.codes(mine, subject.arguments)
+
+
+def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change every floating tensor inside arguments."""
+    if isinstance(value, Tensor):
+        return change(value) if value.is_floating_point() and value.dim() else value
+    if isinstance(value, dict):
+        return {key: _changed(one, change) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_changed(one, change) for one in value)
+    return value
+
+
+def _gapped(tensor: Tensor) -> Tensor:
+    """Return it as every second element of a buffer that is NaN between them."""
+    wide = tensor.new_full((*tensor.shape, 2), torch.nan)
+    wide[..., 0] = tensor
+    return wide[..., 0]
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    """Return it with its last dimension the slowest in memory; a vector stays what it is."""
+    return tensor.transpose(0, -1).contiguous().transpose(0, -1)
 
 
 def _reference(subject: OperationSubject, dtype: str) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from harness.conformance.case import Case
 from harness.conformance.drawn import inputs
 from harness.conformance.observe import observe
+from harness.conformance.poisoned import fresh_memory
 from harness.conformance.results import at, judged, listed, skipped
 from harness.conformance.subject import DTYPES, Subject, initial_tensors
 from harness.conformance.tolerance import exact, worst_of
@@ -110,17 +111,7 @@ def check_poison(subject: Subject, case: Case) -> CheckResult:
         x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
         tensors = subject.tensors_of(path)
         clean = observe(layer, tensors, x, dy)
-        was, warned = (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        )
-        filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-        try:
+        with fresh_memory():
             poisoned = observe(layer, tensors, x, dy)
-        finally:
-            torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
-            torch.use_deterministic_algorithms(was, warn_only=warned)
         odd += [f"{path}: {n} holds NaN" for n in clean if bool(poisoned[n].isnan().any() & ~clean[n].isnan().any())]
     return listed(subject, case, "poison", odd)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from harness.errors import Unsupported
 from harness.implementations.hf_peft.adapted import ADAPTER, DTYPES, PeftAdapted, tuner
 from harness.registry import implements
 
@@ -13,7 +14,7 @@ from harness.registry import implements
 def adalora(model: Any, config: Any, generator: Any) -> PeftAdapted:
     """Attach peft's AdaLoRA to linear layers; config as `reference.adalora.Config`.
 
-    Raises NotImplementedError for the paper's squared norms and for averages that carry all or nothing on.
+    Raises Unsupported for the paper's squared norms and for averages that carry all or nothing on.
     """
     from peft import AdaLoraConfig
 
@@ -21,9 +22,9 @@ def adalora(model: Any, config: Any, generator: Any) -> PeftAdapted:
 
     targets(model, config.targets)  # refuses what is no linear layer
     if config.regularization != "mean-norm":
-        raise NotImplementedError(f"peft's term is the mean of norms, not {config.regularization}")
+        raise Unsupported(f"peft's term is the mean of norms, not {config.regularization}")
     if not 0 < config.beta1 < 1 or not 0 < config.beta2 < 1:
-        raise NotImplementedError("peft takes no beta of 0 or 1")
+        raise Unsupported("peft takes no beta of 0 or 1")
     peft_config = AdaLoraConfig(
         init_r=config.rank,
         target_r=config.target_rank,

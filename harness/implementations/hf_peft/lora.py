@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from harness.errors import Unsupported
 from harness.implementations.hf_peft.adapted import ADAPTER, DTYPES, PeftAdapted, tuner
 from harness.registry import implements
 
@@ -12,7 +13,7 @@ from harness.registry import implements
 def lora(model: Any, config: Any, generator: Any) -> PeftAdapted:
     """Attach peft's LoRA to linear layers, Conv1D, embeddings and convolutions; config as `reference.lora.Config`.
 
-    Raises NotImplementedError for a convolution with conv=loralib, a parametrisation that peft does not have.
+    Raises Unsupported for a convolution with conv=loralib, a parametrisation that peft does not have.
     """
     from peft import LoraConfig
 
@@ -21,7 +22,7 @@ def lora(model: Any, config: Any, generator: Any) -> PeftAdapted:
     kinds = {path: kind_of(layer) for path, layer in targets(model, config.targets, KINDS).items()}
     if config.conv != "peft" and "Conv2d" in kinds.values():
         path = next(path for path, kind in kinds.items() if kind == "Conv2d")
-        raise NotImplementedError(f"{path}: peft's LoRA of a convolution is conv=peft, not conv={config.conv}")
+        raise Unsupported(f"{path}: peft's LoRA of a convolution is conv=peft, not conv={config.conv}")
     peft_config = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -39,7 +40,7 @@ def lora(model: Any, config: Any, generator: Any) -> PeftAdapted:
 def dora(model: Any, config: Any, generator: Any) -> PeftAdapted:
     """Attach peft's DoRA to linear layers; config as `reference.dora.Config`.
 
-    Raises NotImplementedError for per=input and for a norm with a gradient: peft has one reading of the paper.
+    Raises Unsupported for per=input and for a norm with a gradient: peft has one reading of the paper.
     """
     from peft import LoraConfig
 
@@ -47,9 +48,9 @@ def dora(model: Any, config: Any, generator: Any) -> PeftAdapted:
 
     targets(model, config.targets)  # refuses what is no linear layer
     if config.per != "output":
-        raise NotImplementedError(f"peft's DoRA has one magnitude per output feature, not per {config.per}")
+        raise Unsupported(f"peft's DoRA has one magnitude per output feature, not per {config.per}")
     if not config.detach_norm:
-        raise NotImplementedError("peft's DoRA takes the norm for a constant in the backward pass")
+        raise Unsupported("peft's DoRA takes the norm for a constant in the backward pass")
     peft_config = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,

@@ -1,6 +1,6 @@
 """The door to peft-harness: `peft-harness check acme`."""
 
-from harness import implements
+from harness import Unsupported, implements
 
 
 @implements("lora", name="acme")
@@ -9,7 +9,7 @@ def attach(model, config, generator):
     from harness.testing import wrap_layers
 
     if config.dropout:
-        raise NotImplementedError("no dropout")
+        raise Unsupported("no dropout")
     return wrap_layers(
         model,
         config,

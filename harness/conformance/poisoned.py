@@ -1,0 +1,25 @@
+"""Fresh memory that says so: what nobody wrote is NaN, or the largest integer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_SWITCH: Any = torch.utils.deterministic  # type: ignore[attr-defined]
+
+
+@contextmanager
+def fresh_memory() -> Iterator[None]:
+    """Let torch fill every buffer that it hands out unwritten, by its own switch for it; put the switch back after."""
+    was, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = _SWITCH.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    _SWITCH.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        _SWITCH.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(was, warn_only=warned)
