@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -108,6 +109,7 @@ def implements(
     return wrap
 
 
+@cache
 def targets() -> dict[str, Kind]:
     """Map everything that can be implemented to its kind, by the names of files: nothing is imported or read."""
     found: dict[str, Kind] = {file.stem: "base" for file in (folder("suites") / "parity").glob("*.yaml")}
@@ -153,6 +155,16 @@ class Registry:
         return ImplementationError(f"no implementation `{name}` of {target}", mend=mend)
 
 
+def told(error: BaseException) -> str:
+    """Say an error of somebody else's in one line that a terminal can show, also if it cannot say itself."""
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001  # somebody else's __str__
+        text = "(and what it says cannot be read)"
+    text = " ".join(text.split())
+    return f"{type(error).__name__}: {''.join(one if one.isprintable() else '?' for one in text)}"
+
+
 def doors() -> dict[str, EntryPoint]:
     """Map the names of the group's entry points to them, ours first; none is loaded.
 
@@ -187,7 +199,7 @@ def discover(only: Collection[str] | None = None, begin: Callable[[str], None] |
                 offered = list(_offered(point.load()))
         # Anything may be wrong with somebody else's package, sys.exit on import included; it must not stop the rest.
         except (Exception, SystemExit) as error:  # noqa: BLE001
-            reasons.append(_told(error))
+            reasons.append(told(error))
             offered = []
         for implementation in offered:
             key = (implementation.kind, implementation.target, implementation.name)
@@ -219,16 +231,6 @@ def _is_word(value: object) -> bool:
 
 def _shortly(value: object) -> str:
     return repr(value) if value is None or isinstance(value, (int, str)) else f"a {type(value).__name__}"
-
-
-def _told(error: BaseException) -> str:
-    """Say an error of somebody else's in one line that a terminal can show, also if it cannot say itself."""
-    try:
-        text = str(error)
-    except Exception:  # noqa: BLE001  # somebody else's __str__
-        text = "(and what it says cannot be read)"
-    text = " ".join(text.split())
-    return f"{type(error).__name__}: {''.join(one if one.isprintable() else '?' for one in text)}"
 
 
 def _order(point: EntryPoint) -> tuple[bool, str, str]:

@@ -35,7 +35,7 @@ class Conforming:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward to the function."""
-        return self.implementation(*args, **kwargs)
+        return self.implementation.function(*args, **kwargs)
 
     def cases(self) -> Iterator[tuple[str, Callable[[], list[Tried]]]]:
         """Yield each case's name, and what tries it: every check of the suite."""
@@ -77,15 +77,23 @@ def conformance(
 ) -> Callable[[Callable[..., Any]], Conforming]:
     """Make pytest tests of a function that claims to be `target`: a Method's `attach` or an Operation.
 
-    full: every config x shape x layer of the suite, instead of each at least once. Raises UsageError for an unknown name.
+    full: every config x shape x layer of the suite, instead of each at least once. Raises UsageError for an unknown name
+    or dtype, and where the suite has no case in these dtypes: no tests at all would be green.
     """
     if not suite.path_of(target).is_file():
         raise UsageError(f"nothing here is called {target!r}", where="@conformance", mend=near(target, suite.names()))
-    kind = suite.kind_of(target)
+    kind, there = suite.kind_of(target), suite.load_either(target).dtypes
 
     def wrap(function: Callable[..., Any]) -> Conforming:
-        name = getattr(function, "__name__", "function")
-        return Conforming(Implementation(name, kind, target, function, tuple(dtypes)), full)
+        name = getattr(function, "__name__", "function").strip("<>")  # a lambda's is in brackets
+        try:
+            implementation = Implementation(name, kind, target, function, dtypes)  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise UsageError(str(error), where="@conformance") from error
+        if not set(implementation.dtypes) & set(there):
+            what = f"the parity suite of {target} has no case in {', '.join(implementation.dtypes)}"
+            raise UsageError(what, where="@conformance", mend=f"its dtypes are {', '.join(there)}")
+        return Conforming(implementation, full)
 
     return wrap
 

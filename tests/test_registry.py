@@ -46,7 +46,7 @@ def test_a_third_party_comes_in(install) -> None:
     registry = discover()
     found = registry.find("method", "lora", "acme-lora")
     assert (found.distribution, found.version, found.dtypes, found.devices) == ("acme", "1.5", ("float32",), ("cuda",))
-    assert found(1, 2, 3) == (1, 2, 3)
+    assert found.function(1, 2, 3) == (1, 2, 3)
     assert registry.names("method", "lora") == sorted(registry.names("method", "lora"))
     assert registry.broken == {}
 

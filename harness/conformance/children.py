@@ -39,34 +39,41 @@ class Children:
                 _kill_group(process)
 
     def events(self, module: str, words: Mapping[str, Any], patience: float) -> Iterator[dict[str, Any]]:
-        """Run `python -m MODULE FD WORDS` and yield what it reports, until it reports `done`.
+        """Run `python -m MODULE FD LINE WORDS` and yield what it reports, until it reports `done`.
 
         If it does not end well the last event is `died`, which says how: after a crash, after `patience` seconds without
-        a word, or if it leaves a process behind. Nothing is left running.
+        a word, or if it leaves a process behind. Nothing is left running; if this process is killed, the pipe LINE closes
+        and the child ends too.
         """
         token = uuid.uuid4().hex
         reading, writing = os.pipe()
+        held, line = os.pipe()
         with self._lock:
-            process = None if self.stopped else _start(module, words, writing, token)
+            process = None if self.stopped else _start(module, words, writing, held, token)
             if process is not None:
                 self._alive.add(process)
         os.close(writing)
-        how, done = "", False
+        os.close(held)
+        how, watcher = "", 0
         try:
             for event in _lines(reading, process, patience) if process is not None else ():
                 if event is None:
                     how = f"no result for {patience:g} s; killed"
+                elif not isinstance(event, dict):
+                    how = f"wrote {event!r} where only results are written; killed"
+                    break
                 elif "done" in event:
-                    done = True
+                    watcher = event["done"]
                     break
                 else:
                     yield event
             if process is not None:
-                how = how or _ended(process, done)
-                left = _left_behind(process, token) if done and not how else []
+                how = how or _ended(process, watcher > 0)
+                left = _left_behind(process, watcher, token) if not how else []
                 how = how or (f"left a process behind: {', '.join(left)}; killed" if left else "")
         finally:
             os.close(reading)
+            os.close(line)
             if process is not None:
                 self._end(process, token)
         if how and not self.stopped:
@@ -82,13 +89,13 @@ class Children:
             self._alive.discard(process)
 
 
-def _start(module: str, words: Mapping[str, Any], writing: int, token: str) -> subprocess.Popen[bytes]:
+def _start(module: str, words: Mapping[str, Any], writing: int, held: int, token: str) -> subprocess.Popen[bytes]:
     # The tensors are tiny, and threads that wait for each other would slow down whatever runs beside this.
     environment = {"OMP_NUM_THREADS": "1", **os.environ, _TOKEN: token}
     return subprocess.Popen(
         # -P: a file in the user's folder must not stand in for a library's module of the same name.
-        [sys.executable, "-P", "-m", module, str(writing), json.dumps(words)],
-        pass_fds=(writing,), stdin=subprocess.DEVNULL, env=environment, start_new_session=True,
+        [sys.executable, "-P", "-m", module, str(writing), str(held), json.dumps(words)],
+        pass_fds=(writing, held), stdin=subprocess.DEVNULL, env=environment, start_new_session=True,
     )  # fmt: skip
 
 
@@ -110,7 +117,10 @@ def _lines(reading: int, process: subprocess.Popen[bytes], patience: float) -> I
         heard, allowed = time.monotonic(), patience
         *lines, buffer = (buffer + chunk).split(b"\n")
         for line in lines:
-            yield json.loads(line)
+            try:
+                yield json.loads(line)
+            except ValueError:  # a plug-in has found the pipe
+                yield line[:40]
 
 
 def _ended(process: subprocess.Popen[bytes], done: bool) -> str:
@@ -127,10 +137,10 @@ def _ended(process: subprocess.Popen[bytes], done: bool) -> str:
     return f"the process ended with exit code {code} before it was done; what it said is on stderr"
 
 
-def _left_behind(process: subprocess.Popen[bytes], token: str) -> list[str]:
+def _left_behind(process: subprocess.Popen[bytes], watcher: int, token: str) -> list[str]:
     """Name the processes that a child started and that do not end with it, though given a moment to."""
     deadline = time.monotonic() + _GRACE_S
-    while names := [name for one in _marked(token) if one.pid != process.pid for name in _name(one)]:
+    while names := [n for one in _marked(token) if one.pid not in (process.pid, watcher) for n in _name(one)]:
         if time.monotonic() > deadline:
             return names
         time.sleep(_TICK_S)

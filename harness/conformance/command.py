@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from harness.conformance import defects, isolated, show, suite
 from harness.conformance.defects import Defect
 from harness.conformance.suite import Plan, path_of
 from harness.conformance.tried import Standing, Tried
 from harness.errors import Exit, Problem, SuiteError, UsageError
-from harness.methods import methods
-from harness.registry import DTYPES, GROUP, Implementation, Registry
+from harness.registry import DTYPES, GROUP, Implementation, Kind, Registry, targets
 from harness.runner.stop import on_request
 from harness.spelling import near
 
@@ -44,6 +46,7 @@ class Report:
 
     skipped: what was not tried, and why. complaints: known defects that did not show. broken: plug-ins that could not be
     loaded. defects: those known, of whatever library. plans: target -> its parity suite. software: library -> version.
+    untried: implementations asked for by name, nothing of which could be tried.
     """
 
     tried: list[Tried]
@@ -54,6 +57,7 @@ class Report:
     plans: dict[str, Plan] = field(default_factory=dict)
     software: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
+    untried: Sequence[str] = ()
 
     def count(self, standing: Standing) -> int:
         """Count the results of one standing."""
@@ -66,12 +70,18 @@ class Report:
 
     @property
     def exit(self) -> Exit:
-        """Interrupted is 4; a failure, a broken plug-in or a defect that did not show is 1; nothing tried is 5."""
+        """Interrupted is 4; a failure, a broken plug-in or a defect that did not show is 1; nothing compared is 5.
+
+        What fails as its library is known to was compared. Who asks for an implementation by name and gets nothing of it
+        gets no 0 either, but 4.
+        """
         if self.interrupted:
             return Exit.INFRASTRUCTURE
         if self.count(Standing.FAIL) or self.complaints or self.broken:
             return Exit.FAIL
-        return Exit.PASS if self.count(Standing.PASS) else Exit.NOTHING_COMPARED
+        if not self.count(Standing.PASS) and not self.count(Standing.KNOWN_DEFECT):
+            return Exit.NOTHING_COMPARED
+        return Exit.INFRASTRUCTURE if self.untried else Exit.PASS
 
     def document(self) -> dict[str, Any]:
         """Return everything as JSON can hold it."""
@@ -80,39 +90,56 @@ class Report:
         ]
         return {
             "schema": 2, "exit": int(self.exit), "interrupted": self.interrupted, "software": self.software, "checks": rows,
-            "skipped": self.skipped, "complaints": self.complaints, "broken": self.broken,
+            "skipped": self.skipped, "complaints": self.complaints, "broken": self.broken, "untried": list(self.untried),
             "defects": [defect.model_dump(mode="json") for defect in self.shown_defects()],
         }  # fmt: skip
 
 
 def check(asked: Asked, as_json: bool, junit: Path | None = None, html: Path | None = None) -> Exit:
     """Check, print, write the files asked for, return the exit code."""
-    _places(junit, html)
+    _places({"--junit": junit, "--html": html})
     with on_request():
         report = judge(asked)
-    if junit is not None:
-        from harness.report.junit import write_junit
+    # What was found is printed and written whatever becomes of the other: a full disk, a reader of stdout that has left.
+    with contextlib.ExitStack() as afterwards:
+        if html is not None:
+            from harness.report.conformance_page import write_page
 
-        write_junit(report, junit)
-    if html is not None:
-        from harness.report.conformance_page import write_page
+            afterwards.callback(write_page, report, html)
+        if junit is not None:
+            from harness.report.junit import write_junit
 
-        write_page(report, html)
-    if as_json:
-        print(json.dumps(report.document(), indent=1))
-    else:
-        show.print_matrix(report)
+            afterwards.callback(write_junit, report, junit)
+        if as_json:
+            print(json.dumps(report.document(), indent=1))
+        else:
+            show.print_matrix(report)
     return report.exit
 
 
-def _places(*files: Path | None) -> None:
-    """Raise UsageError for a file that could not be written, before anything takes its minutes."""
-    given = [file for file in files if file is not None]
-    odd = [f"{file}: there is no folder {file.parent}" for file in given if not file.parent.is_dir()]
-    if len({file.absolute() for file in given}) < len(given):
-        odd.append(f"{given[0]} is to be two files at once")
+def _places(files: dict[str, Path | None]) -> None:
+    """Raise UsageError for files that could not be written, before anything takes its minutes."""
+    given = {option: file for option, file in files.items() if file is not None}
+    odd = {option: why for option, file in given.items() if (why := _unwritable(file))}
+    if len({file.absolute() for file in given.values()}) < len(given):
+        odd = {"--junit, --html": f"{given['--junit']} is to be two files at once"}
     if odd:
-        raise UsageError("; ".join(odd), where="--junit, --html", mend="name other files")
+        raise UsageError(
+            "; ".join(odd.values()), where=", ".join(odd), mend="name a file in a folder that can be written"
+        )
+
+
+def _unwritable(file: Path) -> str:
+    """Say why a file cannot be written; nothing if it can."""
+    if file.exists() and not file.is_file():  # it would be replaced, and /dev/null is everybody's
+        return f"{file} is no file that could be replaced"
+    if not file.parent.is_dir():
+        return f"{file}: there is no folder {file.parent}"
+    try:
+        with tempfile.TemporaryFile(dir=file.parent):
+            return ""
+    except OSError as error:
+        return f"{file}: cannot write in {file.parent}: {error.strerror}"
 
 
 def judge(asked: Asked) -> Report:
@@ -123,18 +150,50 @@ def judge(asked: Asked) -> Report:
     _known_names(asked, registry)
     wanted = [i for i in registry.implementations if _asked_for(i, asked)]
     plans, known = _read(wanted)
-    tasks, skipped = _tasks(wanted, asked)
+    tasks, skipped = _tasks(wanted, asked, plans)
     jobs = asked.jobs or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
     findings, interrupted = isolated.run(tasks, jobs, lambda line: print(line, file=sys.stderr), asked.patience)
     for task, found in zip(tasks, findings, strict=True):
         skipped |= {f"{task.implementation} {target}": why for (_, target), why in found.missing.items()}
         if interrupted:
             skipped |= {f"{task.implementation} {target}": "interrupted" for _, target in found.left}
-    marked, complaints = defects.explained([one for found in findings for one in found.tried], known)
-    broken = {n: w for n, w in registry.broken.items() if not asked.implementations or n in asked.implementations}
-    # An interruption may have left out just the case in which a defect shows.
-    complaints = [] if interrupted else complaints
-    return Report(marked, skipped, complaints, broken, known, plans, describe().software, interrupted)
+    # What was left out, by the user, an interruption or for want of a module, may be just where a defect shows.
+    left_out = {
+        (task.implementation, *target) for task, found in zip(tasks, findings, strict=True) for target in found.out
+    }
+    done = {(task.implementation, *target) for task in tasks for target in task.targets} - left_out
+    due = [defect for defect in known if _whole(defect, asked, registry, done)]
+    marked, _ = defects.explained([one for found in findings for one in found.tried], known)
+    complaints = defects.explained(marked, due)[1]
+    needed = {*asked.implementations, *(i.point for i in wanted)}
+    broken = {n: w for n, w in registry.broken.items() if not asked.implementations or n in needed}
+    compared = {one.implementation for one in marked if one.standing not in (Standing.UNSUPPORTED, Standing.SKIPPED)}
+    untried = [name for name in asked.implementations if name not in compared and name not in broken]
+    return Report(marked, skipped, complaints, broken, known, plans, describe().software, interrupted, untried)
+
+
+def _whole(defect: Defect, asked: Asked, registry: Registry, done: set[tuple[str, Kind, str]]) -> bool:
+    """Whether everything was tried in which a defect could show, so that one may complain if it did not."""
+    by_dtype = all(
+        dtype in asked.dtypes or not any(_may_be(pattern, 2, dtype) for pattern in defect.checks) for dtype in DTYPES
+    )
+    return (by_dtype or not asked.dtypes) and all(
+        (i.name, i.kind, i.target) in done
+        for i in registry.implementations
+        if i.name == defect.implementation and _may_show(defect, i) and path_of(i.target).is_file()
+    )
+
+
+def _may_show(defect: Defect, implementation: Implementation) -> bool:
+    """Whether a defect could show in this: the name of a base is not in the ids of its checks, those have the Method's."""
+    if defect.target or implementation.kind == "base":
+        return defect.target in ("", implementation.target)
+    return any(_may_be(pattern, 0, implementation.target) for pattern in defect.checks)
+
+
+def _may_be(pattern: str, part: int, word: str) -> bool:
+    """Whether the part of a check's id that a pattern allows may be this word."""
+    return fnmatchcase(word, pattern.split("/")[part])
 
 
 def _read(wanted: Sequence[Implementation]) -> tuple[dict[str, Plan], Sequence[Defect]]:
@@ -164,43 +223,62 @@ def _asked_for(implementation: Implementation, asked: Asked) -> bool:
     return implementation.target in (asked.operations if implementation.kind == "operation" else asked.methods)
 
 
-def _tasks(wanted: Sequence[Implementation], asked: Asked) -> tuple[list[isolated.Task], dict[str, str]]:
-    """Group by implementation, since each process pays for its imports once."""
-    grouped: dict[str, list[Implementation]] = {}
+def _tasks(
+    wanted: Sequence[Implementation], asked: Asked, plans: dict[str, Plan]
+) -> tuple[list[isolated.Task], dict[str, str]]:
+    """Group by implementation and by who offers it, since each process pays for its imports once, and for those alone."""
+    grouped: dict[tuple[str, str], list[Implementation]] = {}
     skipped = {}
     for one in wanted:
-        if path_of(one.target).is_file():
-            grouped.setdefault(one.name, []).append(one)
-        else:
+        if one.target not in plans:
             skipped[f"{one.name} {one.target}"] = f"there is no parity suite {path_of(one.target).name}"
+        elif not [d for d in one.dtypes if d in plans[one.target].dtypes and d in (asked.dtypes or DTYPES)]:
+            skipped[f"{one.name} {one.target}"] = (
+                f"offers {', '.join(one.dtypes)}; asked for were "
+                f"{', '.join(d for d in plans[one.target].dtypes if d in (asked.dtypes or DTYPES)) or 'others'}"
+            )
+        else:
+            grouped.setdefault((one.name, one.point), []).append(one)
     tasks = [
-        isolated.Task(
-            name, [(i.kind, i.target) for i in several], asked.full, tuple(asked.dtypes),
-            tuple(sorted({i.point for i in several})),
-        )
-        for name, several in grouped.items()
-    ]  # fmt: skip
+        isolated.Task(name, [(i.kind, i.target) for i in several], asked.full, tuple(asked.dtypes), point)
+        for (name, point), several in grouped.items()
+    ]
     return tasks, skipped
 
 
 def _known_names(asked: Asked, registry: Registry) -> None:
-    """Raise one UsageError that names every name nobody knows."""
-    if odd := list(_unknown(asked, registry)):
-        raise UsageError("unknown " + "; unknown ".join(odd), mend="`peft-harness list implementations` shows them all")
+    """Raise one UsageError that names everything that nobody knows or offers."""
+    odd = [f"unknown {one}" for one in _unknown(asked, registry)] or list(_not_offered(asked, registry))
+    if odd:
+        raise UsageError(
+            "; ".join(odd), mend="`peft-harness list implementations` shows who offers what, in which dtypes"
+        )
 
 
 def _unknown(asked: Asked, registry: Registry) -> Iterator[str]:
-    targets = {
-        kind: sorted({i.target for i in registry.implementations if i.kind == kind}) for kind in ("operation", "base")
-    }
+    kinds = targets()
+    there = {kind: sorted(name for name, of in kinds.items() if of == kind) for kind in get_args(Kind)}
     names = sorted({i.name for i in registry.implementations} | registry.broken.keys())
-    for what, given, there in (
+    yours = f"; yours? name it in an entry point of the group {GROUP}, and install it"
+    for what, given, known in (
         ("implementation", asked.implementations, names),
-        ("method", asked.methods, [*methods(), *targets["base"]]),
-        ("operation", asked.operations, targets["operation"]),
+        ("method", asked.methods, [*there["method"], *there["base"]]),
+        ("operation", asked.operations, there["operation"]),
         ("dtype", asked.dtypes, DTYPES),
     ):
         for name in given:
-            if name not in there:
-                yours = f"; yours? name it in an entry point of the group {GROUP}, and install it"
-                yield f"{what} {name!r}: {near(name, there, 'there are')}{yours if what == 'implementation' else ''}"
+            if name in known:
+                continue
+            mend = near(name, known, "there are")
+            if what in ("method", "operation") and name in kinds:
+                mend = f"that is of kind `{kinds[name]}`: {'--op' if what == 'method' else '--method'} {name}"
+            yield f"{what} {name!r}: {mend}{yours if what == 'implementation' else ''}"
+
+
+def _not_offered(asked: Asked, registry: Registry) -> Iterator[str]:
+    """Say which implementations that were named offer nothing of what was asked."""
+    for name in asked.implementations:
+        offers = [i for i in registry.implementations if i.name == name]
+        if offers and not any(_asked_for(i, asked) for i in offers):
+            wanted = ", ".join([*asked.methods, *asked.operations])
+            yield f"{name} does not offer {wanted}, only {', '.join(sorted({i.target for i in offers}))}"

@@ -13,7 +13,7 @@ from harness.conformance.children import Children
 from harness.conformance.tried import Standing, Tried
 from harness.errors import HarnessError
 from harness.records import CheckResult, Outcome
-from harness.registry import Implementation, Kind, Registry, names_of_entry_points
+from harness.registry import Implementation, Kind, Registry, doors
 
 PATIENCE = 120.0
 """Seconds without a single result after which an implementation is said to hang. A check takes milliseconds."""
@@ -23,13 +23,13 @@ Target = tuple[Kind, str]
 
 @dataclass(frozen=True)
 class Task:
-    """One implementation and what to try of it, as (kind, target). points: the entry points that offer it."""
+    """One implementation and what to try of it, as (kind, target). point: the entry point that offers it."""
 
     implementation: str
     targets: Sequence[Target]
     full: bool = False
     dtypes: tuple[str, ...] = ()
-    points: tuple[str, ...] = ()
+    point: str = ""
 
 
 @dataclass
@@ -40,13 +40,18 @@ class Findings:
     missing: dict[Target, str] = field(default_factory=dict)
     left: list[Target] = field(default_factory=list)
 
+    @property
+    def out(self) -> set[Target]:
+        """What was not tried."""
+        return {*self.missing, *self.left}
+
 
 def discover(patience: float = PATIENCE) -> Registry:
     """Ask the installed distributions what they offer, in another process: a plug-in may hang or crash on import.
 
     The functions of the Implementations returned are not there and cannot be called.
     """
-    children, points = Children(), names_of_entry_points()
+    children, points = Children(), list(doors())
     broken: dict[str, str] = {}
     while True:
         at, died, registry = "", "", None
@@ -107,7 +112,7 @@ def _one_process(
     """Try `targets` in one process; return those that it did not come to."""
     words = {
         "implementation": task.implementation, "targets": targets, "full": task.full, "dtypes": list(task.dtypes),
-        "points": list(task.points),
+        "point": task.point,
     }  # fmt: skip
     left, at, case = list(targets), targets[0], "start-up"
     began, before = time.monotonic(), len(found.tried)

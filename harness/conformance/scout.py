@@ -1,4 +1,4 @@
-"""A process that loads plug-ins and says what they offer: `python -m harness.conformance.scout FD {"points": [..]}`.
+"""A process that loads plug-ins and says what they offer: `python -m harness.conformance.scout FD LINE {"points": [..]}`.
 
 Writes one JSON line per event to the file descriptor FD: `begin` of an entry point, then `offered` and `broken`, `done`.
 What a plug-in prints to stdout goes to stderr. No torch, unless a plug-in imports it.
@@ -15,12 +15,11 @@ from harness.conformance.speaking import speaker
 from harness.registry import Implementation, discover
 
 
-def main(fd: int, words: dict[str, Any]) -> None:
+def main(fd: int, line: int, words: dict[str, Any]) -> None:
     """Load the entry points of these names."""
-    with speaker(fd) as say:
+    with speaker(fd, line) as say:
         registry = discover(only=words["points"], begin=lambda point: say(begin=point))
         say(offered=[_data(one) for one in registry.implementations], broken=registry.broken)
-        say(done=True)
 
 
 def _data(one: Implementation) -> dict[str, Any]:
@@ -28,4 +27,4 @@ def _data(one: Implementation) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), json.loads(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))

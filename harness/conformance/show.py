@@ -57,6 +57,8 @@ def lines(report: Report) -> list[str]:
     counts = {standing: report.count(standing) for standing in Standing}
     names = {Standing.PASS: "passed", Standing.FAIL: "failed", Standing.KNOWN_DEFECT: "known defects"}
     said.append(", ".join(f"{count} {names.get(s, s.value)}" for s, count in counts.items() if count or s in names))
+    if report.untried:
+        said.append(f"asked for, but could not be tried: {', '.join(report.untried)}")
     if report.interrupted:
         said.append("interrupted: this is what was found so far")
     return said

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from harness.runner import lifeline
+
 
 class Say(Protocol):
     """Reports one event."""
@@ -17,13 +19,16 @@ class Say(Protocol):
 
 
 @contextmanager
-def speaker(fd: int) -> Iterator[Say]:
+def speaker(fd: int, line: int) -> Iterator[Say]:
     """Send stdout to stderr, also what a C library prints, and give a function that reports on the descriptor `fd`.
 
-    A plug-in that forks inherits both; what its child then reports is not heard.
+    A plug-in that forks inherits both; what its child then reports is not heard. The process dies with the one that
+    holds the other end of the pipe `line`. The last event is `done`: the process that sees to that.
     """
+    watcher = lifeline.hold(line, fd)
     os.dup2(2, 1)
     os.set_inheritable(fd, False)
+    os.set_inheritable(line, False)
     mine = os.getpid()
     with os.fdopen(fd, "w", encoding="utf-8") as events:
 
@@ -33,3 +38,4 @@ def speaker(fd: int) -> Iterator[Say]:
                 events.flush()
 
         yield say
+        say(done=watcher)

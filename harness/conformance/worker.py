@@ -1,48 +1,82 @@
-"""A process that takes implementations through their parity suites: `python -m harness.conformance.worker FD TASK`.
+"""A process that takes implementations through their parity suites: `python -m harness.conformance.worker FD LINE TASK`.
 
 Writes one JSON line per event to the file descriptor FD: `begin` and `end` of a target, `case`, `tried`, `missing`, `done`.
-What a plug-in prints to stdout goes to stderr.
+What a plug-in prints to stdout goes to stderr. Dies when the other end of the pipe LINE is gone.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
-from harness.conformance.speaking import speaker
+from harness.conformance.speaking import Say, speaker
+from harness.conformance.tried import Tried
+from harness.records import CheckResult, Outcome
+from harness.registry import Implementation, discover, told
 
 
-def main(fd: int, task: dict[str, Any]) -> None:
+def main(fd: int, line: int, task: dict[str, Any]) -> None:
     """Try the targets of one implementation.
 
-    task: implementation, targets as [kind, target], full, dtypes, points (the entry points that offer it).
+    task: implementation, targets as [kind, target], full, dtypes, point (the entry point that offers it).
     """
-    with speaker(fd) as say:
-        from harness.conformance import matrix
-        from harness.registry import discover
-
-        registry = discover(only=task["points"])
+    with speaker(fd, line) as say:
+        registry = discover(only=[task["point"]])
         for kind, target in task["targets"]:
             implementation = registry.find(kind, target, task["implementation"])
             say(begin=[kind, target])
-            missing = ""
-            for module in implementation.requires:
-                try:
-                    import_module(module)
-                except ImportError as error:
-                    missing = f"needs {module}, which cannot be imported: {error}"
+            missing, broken = _required(implementation)
             if missing:
                 say(missing=missing)
+            elif broken:
+                say(tried=_lost(implementation, "start-up", broken).model_dump(mode="json"))
             else:
-                for tried in matrix.run(
-                    implementation, full=task["full"], dtypes=tuple(task["dtypes"]), begin=lambda case: say(case=case)
-                ):
+                for tried in _tried(implementation, task, say):
                     say(tried=tried.model_dump(mode="json"))
             say(end=[kind, target])
-        say(done=True)
+
+
+def _required(implementation: Implementation) -> tuple[str, str]:
+    """Import what it needs; say what is not installed, and what is but cannot be imported."""
+    for module in implementation.requires:
+        try:
+            import_module(module)
+        except Exception as error:  # noqa: BLE001  # somebody else's code: whatever it raises is a finding about it
+            # "a.b" is not installed if there is no a, or no a.b; but it is, if the c that it needs is not.
+            absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+            if absent:
+                return f"needs {module}, which is not installed", ""
+            return "", f"needs {module}, which is installed but cannot be imported: {told(error)}"
+    return "", ""
+
+
+def _tried(implementation: Implementation, task: dict[str, Any], say: Say) -> Iterator[Tried]:
+    """Yield what came of every check; whatever escapes them is one more failure, and ends only this target."""
+    from harness.conformance import matrix
+
+    at = "start-up"
+
+    def begin(case: str) -> None:
+        nonlocal at
+        at = case
+        say(case=case)
+
+    try:
+        yield from matrix.run(implementation, full=task["full"], dtypes=tuple(task["dtypes"]), begin=begin)
+    except Exception as error:  # noqa: BLE001  # as above
+        yield _lost(implementation, at, f"raised {told(error)}; the cases after this one were not tried")
+
+
+def _lost(implementation: Implementation, case: str, why: str) -> Tried:
+    result = CheckResult(check=f"{implementation.target}/alive/-/-", outcome=Outcome.FAIL, detail=why)
+    return Tried(
+        implementation=implementation.name, kind=implementation.kind, target=implementation.target, dtype="-", case=case,
+        result=result,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), json.loads(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TEMPLATE = "conformance.html.j2"
 _TONES = {Standing.FAIL: "bad", Standing.KNOWN_DEFECT: "open", Standing.PASS: "good"}
 _WORDS = {
-    Exit.PASS: ("pass", "good"), Exit.FAIL: ("fail", "bad"), Exit.INFRASTRUCTURE: ("interrupted", "open"),
+    Exit.PASS: ("pass", "good"), Exit.FAIL: ("fail", "bad"), Exit.INFRASTRUCTURE: ("not all tried", "open"),
     Exit.NOTHING_COMPARED: ("nothing compared", "open"),
 }  # fmt: skip
 _NAMES = {Standing.PASS: "passed", Standing.FAIL: "failed", Standing.KNOWN_DEFECT: "by known defects"}
@@ -41,7 +41,7 @@ def write_page(report: Report, out: Path) -> None:
 
 def build(report: Report) -> dict[str, Any]:
     """Return what the page shows as one plain dict."""
-    word, tone = _WORDS[report.exit]
+    word, tone = ("interrupted", "open") if report.interrupted else _WORDS[report.exit]
     return {
         "verdict": {"word": word, "tone": tone, "icon": ICONS[tone], "exit": f"exit code {int(report.exit)}"},
         "reason": EXITS[report.exit] if report.exit is Exit.NOTHING_COMPARED else _reason(report),
@@ -75,6 +75,8 @@ def _reason(report: Report) -> str:
     parts = [f"{failed} checks failed" if failed else "no check failed unexpectedly"]
     if shown:
         parts.append(f"{shown} known defects of libraries showed")
+    if report.untried:
+        parts.append(f"asked for, but could not be tried: {', '.join(report.untried)}")
     if report.interrupted:
         parts.append("interrupted: this is what was found so far")
     return "; ".join(parts)
