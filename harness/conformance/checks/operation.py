@@ -14,13 +14,14 @@ from harness.conformance.operations import OperationSubject, cloned
 from harness.conformance.poisoned import fresh_memory
 from harness.conformance.results import judged, listed, skipped
 from harness.conformance.subject import DTYPES
-from harness.conformance.tolerance import Judgement, exact, noise_floor, worst_of
+from harness.conformance.tolerance import Judgement, exact, noise_floor, perturbed, worst_of
 from harness.records import CheckResult
+from harness.tolerances import PERTURBED_DRAWS
 
 
 def check_outputs(subject: OperationSubject, case: Case) -> CheckResult:
     """Every output of the Operation is the reference's: bit for bit where it is a code, else within the noise floor."""
-    return judged(subject, case, "outputs", *_judge(subject, subject.call(), case.factor("outputs")))
+    return judged(subject, case, "outputs", *_judge(subject, subject.call(), case))
 
 
 def check_output_codes(subject: OperationSubject, case: Case) -> CheckResult:
@@ -93,17 +94,21 @@ def check_written(subject: OperationSubject, case: Case) -> CheckResult:
     return listed(subject, case, "written", odd)
 
 
-def _judge(subject: OperationSubject, mine: dict[str, Tensor], factor: float) -> tuple[Judgement, str]:
+def _judge(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> tuple[Judgement, str]:
     """Judge outputs by the Operation's own rule, or by the noise floor."""
     if subject.operation.judge is not None:
         return subject.operation.judge(mine, subject.arguments)
-    truth, rounded = (_reference(subject, dtype) for dtype in ("float64", subject.dtype))
-    return noise_floor(mine, truth, rounded, subject.dtype, factor), ""
+    draws = [_reference(subject, cloned(subject.arguments))]
+    exactly = cloned(subject.arguments, {DTYPES[subject.dtype]: torch.float64})
+    for salt in range(PERTURBED_DRAWS):
+        draws.append(_reference(subject, _moved(exactly, subject.dtype, case.generator(salt=70 + salt))))
+    truth = _reference(subject, exactly)
+    return noise_floor(mine, truth, draws, subject.dtype, case.factor("outputs")), ""
 
 
 def _judgements(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> Iterator[tuple[Judgement, str]]:
     """Judge outputs by all rules that there are for them."""
-    yield _judge(subject, mine, case.factor("outputs"))
+    yield _judge(subject, mine, case)
     if subject.operation.codes is not None:
         yield subject.operation.codes(mine, subject.arguments)
 
@@ -131,9 +136,13 @@ def _transposed(tensor: Tensor) -> Tensor:
     return tensor.transpose(0, -1).contiguous().transpose(0, -1)
 
 
-def _reference(subject: OperationSubject, dtype: str) -> dict[str, Tensor]:
-    become = {DTYPES[subject.dtype]: DTYPES[dtype]}
-    return subject.operation.named(subject.operation.reference(**cloned(subject.arguments, become)))
+def _moved(exactly: Any, dtype: str, generator: torch.Generator) -> Any:
+    """Return arguments in float64 whose elements are off by what rounding them to `dtype` may take."""
+    return _changed(exactly, lambda t: perturbed(t, dtype, generator) if t.dtype == torch.float64 else t)
+
+
+def _reference(subject: OperationSubject, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    return subject.operation.named(subject.operation.reference(**cloned(arguments)))
 
 
 def _gradients(subject: OperationSubject, function: Any, dtype: torch.dtype, case: Case) -> dict[str, Tensor]:
