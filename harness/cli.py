@@ -200,7 +200,7 @@ def check(
 
     All of them on all that this machine can run, if nothing is named. The reference is computed in float64. Each
     implementation runs in a process of its own; one that crashes or hangs is a failure, and the rest goes on. Ctrl-C or
-    SIGTERM prints what was found so far and exits with 4.
+    SIGTERM prints what was found so far and exits with 4, as does an implementation named here that cannot be tried.
     """
     if self_test:
         if implementations or methods or operations or dtypes or full or junit or html:
@@ -232,7 +232,7 @@ def doctor(as_json: bool) -> Exit:
 def explain(name: str) -> Exit:
     """Explain a name.
 
-    A method, a check, a known defect, an error, an exit code or a status.
+    A method, an operation, a check, a known defect, an error, an exit code or a status.
     """
     from harness.explain import explain as explained
 

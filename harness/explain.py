@@ -22,14 +22,17 @@ if TYPE_CHECKING:
 
 Topic = tuple[str, Callable[[], str]]
 _CHECKS = Path(__file__).with_name("conformance") / "checks"
+_OPERATIONS = _CHECKS.with_name("operations")
 
 EXITS = {
-    Exit.PASS: "everything that was asked passed, or there was nothing to judge (`list`, `plan`, `explain`)",
+    Exit.PASS: "everything that was asked passed, or failed as its library is known to, or there was nothing to judge (`list`, "
+    "`plan`, `explain`)",
     Exit.FAIL: "a finding: an implementation computes something else, or a comparison of the suite is refuted",
     Exit.USAGE: "wrong use: an option, a name, a path, or a mistake in a suite; nothing was run",
     Exit.INCONCLUSIVE: "a question could not be decided either way; only with --strict",
-    Exit.INFRASTRUCTURE: "Cells were not measured (out of memory, timeout, lost, ended by Ctrl-C, SIGTERM or SIGHUP), or "
-    "the machine failed: no GPU, no network, a full disk",
+    Exit.INFRASTRUCTURE: "Cells were not measured (out of memory, timeout, lost, ended by Ctrl-C, SIGTERM or SIGHUP), an "
+    "implementation that `check` was asked for by name could not be tried, or the machine failed: no GPU, no network, a "
+    "full disk",
     Exit.NOTHING_COMPARED: "nothing was measured or compared, so nothing can be green",
 }
 STATUSES = {
@@ -41,6 +44,14 @@ STATUSES = {
     Status.ERROR: "the worker ended with an exception; its traceback is in the Record",
     Status.SKIPPED: "could not run here, and the Record says why",
     Status.LOST: "the worker vanished without a word: killed from outside, or the machine went down",
+}
+# What `check` says besides the names of its checks.
+WORDS = {
+    "attach": "fails where an implementation raises when it is attached to a model, or returns what is no Adapted",
+    "alive": "fails where an implementation crashes, hangs (--patience), leaves a process behind, or cannot be imported "
+    "although it is installed; what it had not come to was not tried",
+    "unsupported": "a case that an implementation does not offer: it raised harness.Unsupported. A plain NotImplementedError "
+    "is a failure, since torch raises that too",
 }
 
 
@@ -55,12 +66,12 @@ def checks() -> dict[str, str]:
 
 
 def explain(name: str) -> str:
-    """Explain a method, check, known defect, error code, exit code or status; raises UsageError for any other name.
+    """Explain a method, operation, check, known defect, error, exit code or status; raises UsageError for any other name.
 
     A check may be named as a Record names it, e.g. `lora/gradient/float32/warm`.
     """
     parts = name.split("/")
-    wanted = parts[1] if len(parts) == 4 else name
+    wanted = (parts[1] if len(parts) == 4 else name).lower()
     topics = list(_topics())
     # Known defects are read only where nothing of ours has the name: a mistake in their file must not silence the rest.
     if wanted not in {topic for topic, _ in topics}:
@@ -80,6 +91,12 @@ def _topics() -> Iterator[Topic]:
         yield info.name, partial(_method, info)
     for check, text in checks().items():
         yield check, partial(_check, check, text)
+    for file in sorted(_OPERATIONS.glob("[!_]*.py")):
+        about = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        text = f"{about}\n\nto check who offers it:\n  peft-harness check --op {file.stem}"
+        yield file.stem, partial(_titled, f"operation {file.stem}", text)
+    for word, text in WORDS.items():
+        yield word, partial(_titled, word, f"{text}.")
     for kind in vars(errors).values():
         if inspect.isclass(kind) and issubclass(kind, HarnessError):
             text = f"{inspect.getdoc(kind)}\nExit code {kind.exit_code:d}: {EXITS[kind.exit_code]}."

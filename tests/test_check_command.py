@@ -159,6 +159,9 @@ def test_a_field_holds_the_worst_and_a_crash_is_in_all_of_them(report: Report) -
         ({"tried": [tried()], "broken": {}}, Exit.FAIL),
         ({"tried": [tried()], "broken": {}, "complaints": []}, Exit.PASS),
         ({"tried": [], "broken": {}, "complaints": []}, Exit.NOTHING_COMPARED),
+        ({"tried": [], "broken": {}, "complaints": [], "untried": ["absent"]}, Exit.NOTHING_COMPARED),
+        ({"tried": [tried()], "broken": {}, "complaints": [], "untried": ["absent"]}, Exit.INFRASTRUCTURE),
+        ({"tried": [tried(found=result(outcome=Outcome.FAIL), defect="x")], "broken": {}, "complaints": []}, Exit.PASS),
         ({"interrupted": True}, Exit.INFRASTRUCTURE),
     ],
 )
@@ -194,6 +197,19 @@ def test_every_unknown_name_is_said_at_once(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["fused", "--method", "dora"], "fused does not offer dora, only lora"),
+        (["--op", "lora"], "that is of kind `method`: --method lora"),
+        (["--method", "nf4_dequantize"], "that is of kind `operation`: --op nf4_dequantize"),
+    ],
+)
+def test_names_in_the_wrong_place_are_said(asked: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", *asked]) == Exit.USAGE
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "wrong",
     [
         ["--jobs", "0"],
@@ -220,6 +236,29 @@ def test_a_file_that_cannot_be_written_is_said_before_the_work(
     assert "there is no folder /nowhere" in said
     assert main(["check", "--junit", str(there), "--html", str(there)]) == Exit.USAGE
     assert "two files at once" in capsys.readouterr().err
+    assert main(["check", "--junit", "/dev/null"]) == Exit.USAGE
+    assert "--junit: /dev/null is no file that could be replaced" in capsys.readouterr().err
+    monkeypatch.setattr(command.tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(OSError(30, "Read-only")))
+    assert main(["check", "--html", str(there)]) == Exit.USAGE
+    assert f"--html: {there}: cannot write in {tmp_path}: Read-only" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_after_all_loses_neither_findings_nor_the_other_file(
+    report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, there = tmp_path / "gone" / "a.html", tmp_path / "a.xml"
+    page.parent.mkdir()
+
+    def judge(asked: command.Asked) -> Report:
+        page.parent.rmdir()
+        return report
+
+    monkeypatch.setattr(command, "judge", judge)
+    assert main(["check", "--junit", str(there), "--html", str(page)]) == Exit.INFRASTRUCTURE
+    captured = capsys.readouterr()
+    assert "lora/gradient/float32/warm" in captured.out
+    assert str(page) in captured.err
+    assert there.is_file()
 
 
 PARITY = """
@@ -325,6 +364,53 @@ def test_ctrl_c_prints_what_was_found_and_ends_the_workers(bench: Bench, asked: 
     assert {row["implementation"] for row in document["checks"] if row["standing"] == "pass"} == {"reference"}
     assert not [row for row in document["checks"] if row["standing"] == "fail"]
     assert document["skipped"] == {"hangs frozen": "interrupted"}
+    eventually(lambda: not any(child.is_running() for child in children), "the workers are gone")
+
+
+STALE = """
+defects:
+  - {id: narrow, library: torch, versions: ">=1", implementation: reference, checks: [frozen/layers/float32/*],
+     summary: does it all wrong, reproduction: absent.py}
+  - {id: every-dtype, library: torch, versions: ">=1", implementation: reference, checks: [frozen/layers/*/*],
+     summary: does it all wrong, reproduction: absent.py}
+  - {id: other-too, library: torch, versions: ">=1", implementation: reference, summary: does it all wrong,
+     checks: [frozen/layers/float32/*, full/layers/float32/*], reproduction: absent.py}
+"""
+
+
+@pytest.mark.parametrize(
+    ("asked", "complained"),
+    [
+        (["--method", "frozen"], {"narrow", "every-dtype"}),
+        (["--method", "frozen", "--dtype", "float32"], {"narrow"}),
+        (["--method", "frozen", "--method", "full", "--dtype", "float32"], {"narrow", "other-too"}),
+    ],
+)
+def test_a_defect_is_missed_only_where_all_its_cases_were_tried(
+    suites, asked: list[str], complained: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    suites("defects/absent.py", SCRIPT)
+    suites("defects/known.yaml", STALE)
+    assert main(["check", "reference", *asked, "--json"]) == Exit.FAIL
+    assert {line.split()[2] for line in json.loads(capsys.readouterr().out)["complaints"]} == complained
+
+
+def test_a_killed_check_takes_its_workers_along(bench: Bench) -> None:
+    site = Path(bench.environment["PYTHONPATH"].split(":")[0])
+    info = site / "slow-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: slow\nVersion: 1.0\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text(
+        "[harness.implementations]\nslow = slow_plugin:implementations\n", encoding="utf-8"
+    )
+    started = bench.folder / "started"
+    (site / "slow_plugin.py").write_text(_HANGS.format(started=str(started)), encoding="utf-8")
+    process = bench.start("check", "hangs", "--method", "frozen", "--jobs", "1")
+    eventually(started.exists, "the plug-in hangs")
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2  # the worker, and who watches over it
+    process.kill()
+    process.wait()
     eventually(lambda: not any(child.is_running() for child in children), "the workers are gone")
 
 

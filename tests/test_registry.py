@@ -78,6 +78,14 @@ def test_several_at_once_or_a_function_that_returns_them(install, code: str) -> 
         ("", "AttributeError"),
         (GOOD.replace('"float32"', "").replace("[]", "'float32'"), "TypeError: dtypes must be a list of words"),
         (GOOD.replace('name="acme-lora"', 'name="acme-lora", kind="layer"'), "ValueError: kind must be one of method"),
+        (GOOD.replace("acme-lora", "acme lora"), "TypeError: name must be a word"),
+        (GOOD.replace('"float32"', ""), "ValueError: dtypes is empty"),
+        (GOOD.replace('"cuda"', "7"), "TypeError: devices must be words, got 7"),
+        ("raise RuntimeError('two\\nlines \\x1b[31m')", "RuntimeError: two lines ?[31m"),
+        (
+            "class Odd(Exception):\n    __str__ = lambda self: 1 / 0\nraise Odd",
+            "Odd: (and what it says cannot be read)",
+        ),
     ],
 )
 def test_a_broken_one_is_named_and_takes_nobody_down(install, code: str, reason: str) -> None:

@@ -31,7 +31,11 @@ ON_IMPORT = {
     "aborts": ("import os; os.abort()", "importing it: the process died of SIGABRT"),
 }
 WHEN_CALLED = {
-    "garbage": ("return 7", "raised AttributeError: 'int' object has no attribute"),
+    "garbage": ("return 7", "raised TypeError: attach returned 7, which is no Adapted"),
+    "speaks": (
+        "[os.write(fd, b'oops\\n') for fd in range(3, 20) if is_pipe(fd)]; return right(*given)",
+        "wrote b'oops'",
+    ),
     "sleeper": ("import time; time.sleep(600)", "no result for 3 s; killed"),
     "segfaults": ("os.kill(os.getpid(), signal.SIGSEGV)", "the process died of SIGSEGV"),
     "leaves": ("os._exit(0)", "the process ended with exit code 0 before it was done"),
@@ -48,6 +52,13 @@ from harness import implements
 def right(model, config, generator):
     from reference.frozen import attach
     return attach(model, config, generator)
+
+def is_pipe(fd):
+    import fcntl
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_WRONLY
+    except OSError:
+        return False
 
 @implements("frozen", name="{name}")
 def implementations(*given):
@@ -178,6 +189,25 @@ def test_a_name_that_nobody_knows_is_said_at_once() -> None:
     assert caught.value.mend == "did you mean `nf4_dequantize`?"
 
 
+@pytest.mark.parametrize(
+    ("dtypes", "said"),
+    [
+        (["fp32"], "dtypes has 'fp32'"),
+        ("float32", "dtypes must be a list of words"),
+        ([torch.float32], "dtypes has torch.float32.* did you mean `float32`"),
+        ([], "dtypes is empty"),
+    ],
+)
+def test_dtypes_that_would_make_no_tests_are_refused(dtypes, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        conformance("nf4_dequantize", dtypes=dtypes)(lambda **given: None)
+
+
+def test_a_suite_without_a_case_in_the_dtype_is_said() -> None:
+    with pytest.raises(UsageError, match="the parity suite of paged_states has no case in float16"):
+        conformance("paged_states", dtypes=["float16"])(lambda **given: None)
+
+
 def test_a_decorated_function_is_still_the_function() -> None:
     assert conformance("lora")(lambda *given: given)(1, 2, 3) == (1, 2, 3)
 
@@ -293,3 +323,68 @@ def test_nothing_is_left_running(misbehaving) -> None:
 
 def test_what_a_plugin_prints_is_on_stderr(misbehaving) -> None:
     assert "hello" in misbehaving[0].stderr
+
+
+# ---- guests that are wrong
+
+MISTAKEN = """
+import torch
+from harness import implements
+
+@implements("nf4_dequantize", name="mistaken"{how})
+def implementations(*given, **named):
+    return 7
+"""
+# What @implements says -> what is said of the plug-in, and of no other.
+MISTAKES = {
+    "wordless": (", dtypes=[torch.float32]", "dtypes has torch.float32"),
+    "nameless": (", name=None", "name must be a word"),
+    "strange": (", dtypes=['fp32']", "dtypes has 'fp32'"),
+    "kindly": (", kind='method'", "nf4_dequantize is of kind 'operation'; leave `kind` out"),
+}
+
+
+@pytest.fixture(scope="module")
+def mistaken(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    """All of them at once, one that takes our name and crashes, one that forgets `kind`, and one whose need is broken."""
+    site, cwd = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("cwd")
+    for name, (how, _) in MISTAKES.items():
+        code = MISTAKEN.format(how=how).replace(*(('name="mistaken", ', "") if "name=" in how else ("", "")))
+        distribution(site, name, code)
+    distribution(site, "misspelt", MISTAKEN.format(how="").replace("nf4_dequantize", "nf4_dequantise"))
+    distribution(site, "forgets", MISTAKEN.format(how="").replace("mistaken", "forgets"))
+    distribution(site, "needs", MISTAKEN.format(how=", requires=['torn']").replace("mistaken", "needs"))
+    (site / "torn.py").write_text("raise OSError('no such symbol')", encoding="utf-8")
+    distribution(site, "thief", "import os; os._exit(3)")
+    points = site / "thief-1.0.dist-info" / "entry_points.txt"
+    points.write_text(points.read_text(encoding="utf-8").replace("thief =", "reference ="), encoding="utf-8")
+    return run([*COMMAND, "check", "--op", "nf4_dequantize", "--dtype", "float32", "--json", "--jobs", "2"], site, cwd)
+
+
+@pytest.mark.parametrize("name", [*MISTAKES, "misspelt"])
+def test_a_mistake_is_blamed_on_the_plugin_that_made_it(mistaken, name: str) -> None:
+    broken = json.loads(mistaken.stdout)["broken"]
+    assert {**{n: w for n, (_, w) in MISTAKES.items()}, "misspelt": "did you mean `nf4_dequantize`?"}[name] in broken[
+        name
+    ]
+    assert set(broken) == {*MISTAKES, "misspelt", "reference of thief"}
+
+
+def test_a_guest_with_our_name_does_not_take_ours_down(mistaken) -> None:
+    document = json.loads(mistaken.stdout)
+    assert "the process ended with exit code 3" in document["broken"]["reference of thief"]
+    ours = [row["standing"] for row in document["checks"] if row["implementation"] == "reference"]
+    assert "pass" in ours
+    assert "fail" not in ours
+
+
+def test_the_target_says_the_kind(mistaken) -> None:
+    rows = [row for row in json.loads(mistaken.stdout)["checks"] if row["implementation"] == "forgets"]
+    assert {row["kind"] for row in rows} == {"operation"}
+    assert any("got int" in row["result"]["detail"] for row in rows)
+
+
+def test_what_is_installed_and_broken_is_a_failure(mistaken) -> None:
+    (row,) = [row for row in json.loads(mistaken.stdout)["checks"] if row["implementation"] == "needs"]
+    assert row["standing"] == "fail"
+    assert "torn, which is installed but cannot be imported: OSError: no such symbol" in row["result"]["detail"]
