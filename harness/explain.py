@@ -25,8 +25,8 @@ _CHECKS = Path(__file__).with_name("conformance") / "checks"
 _OPERATIONS = _CHECKS.with_name("operations")
 
 EXITS = {
-    Exit.PASS: "everything that was asked passed, or failed as its library is known to, or there was nothing to judge (`list`, "
-    "`plan`, `explain`)",
+    Exit.PASS: "everything that was asked passed, or failed as its library is known to, or there was nothing to judge "
+    "(`list`, `plan`, `explain`)",
     Exit.FAIL: "a finding: an implementation computes something else, or a comparison of the suite is refuted",
     Exit.USAGE: "wrong use: an option, a name, a path, or a mistake in a suite; nothing was run",
     Exit.INCONCLUSIVE: "a question could not be decided either way; only with --strict",
@@ -50,8 +50,8 @@ WORDS = {
     "attach": "fails where an implementation raises when it is attached to a model, or returns what is no Adapted",
     "alive": "fails where an implementation crashes, hangs (--patience), leaves a process behind, or cannot be imported "
     "although it is installed; what it had not come to was not tried",
-    "unsupported": "a case that an implementation does not offer: it raised harness.Unsupported. A plain NotImplementedError "
-    "is a failure, since torch raises that too",
+    "unsupported": "a case that an implementation does not offer: it raised harness.Unsupported. A plain "
+    "NotImplementedError is a failure, since torch raises that too",
 }
 
 

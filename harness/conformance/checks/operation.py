@@ -100,8 +100,10 @@ def _judge(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> tu
         return subject.operation.judge(mine, subject.arguments)
     draws = [_reference(subject, cloned(subject.arguments))]
     exactly = cloned(subject.arguments, {DTYPES[subject.dtype]: torch.float64})
-    for salt in range(PERTURBED_DRAWS):
-        draws.append(_reference(subject, _moved(exactly, subject.dtype, case.generator(salt=70 + salt))))
+    draws += [
+        _reference(subject, _moved(exactly, subject.dtype, case.generator(salt=70 + salt)))
+        for salt in range(PERTURBED_DRAWS)
+    ]
     truth = _reference(subject, exactly)
     return noise_floor(mine, truth, draws, subject.dtype, case.factor("outputs")), ""
 
