@@ -148,7 +148,7 @@ def report(runs: tuple[str, ...], out: Path | None, strict: bool) -> Exit:
     from harness.report import html, repeats, text
 
     read = [store.read_run(store.find_run(name)) for name in runs]
-    page = out or read[0].path / "report.html"
+    page = html.page_path(out or read[0].path / "report.html")
     html.write_report(read, page)
     for one in read:
         _print("\n".join(text.summary(one)))

@@ -222,6 +222,17 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (tmp_path / "page.html").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("name", ["run.json", "notes.txt"])
+def test_a_report_is_not_written_over_what_is_no_page(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = recorded_run.write_run(tmp_path / "run")
+    before = (run.path / "run.json").read_bytes()
+    assert main(["report", str(run.path), "-o", str(run.path / name)]) == Exit.USAGE
+    assert f"{run.path / name} is not a page" in capsys.readouterr().err
+    assert (run.path / "run.json").read_bytes() == before
+
+
 def test_a_reader_that_leaves_is_no_error() -> None:
     writer = subprocess.Popen([*COMMAND, "list", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert writer.stdout is not None

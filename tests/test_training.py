@@ -16,6 +16,7 @@ from harness.assets import made
 from harness.assets.rows import Row
 from harness.conformance.subject import configure
 from harness.conformance.tolerance import exact, noise_floor
+from harness.errors import UsageError
 from harness.evaluation.likelihood import CausalScorer
 from harness.records import Training
 from harness.registry import discover
@@ -300,3 +301,10 @@ def test_the_optimizer_is_described_whole() -> None:
     assert "scaled by 1024" in note
     (note,) = loop.notes(setting(Encoder().bfloat16())["optimizer"])
     assert "scaled" not in note
+
+
+def test_training_nothing_is_refused_with_a_mend(model: Any) -> None:
+    adapted = discover().find("method", "frozen", "reference")(model, configure("frozen", {}), torch.Generator())
+    with pytest.raises(UsageError, match="nothing of this model trains") as refused:
+        loop.make_optimizer(adapted, [], Training(steps=1, warmup=0, lr=0.1))
+    assert "steps: 0" in refused.value.mend

@@ -1,11 +1,13 @@
 """The known defects of other people's libraries: data, strict both ways. No torch.
 
-A failure that an entry explains is a known defect, not a failure. An entry that explains nothing although its cases were
-tried with a version in its range is itself a failure: the library was mended, or the check went blind.
+A failure that an entry explains is a known defect, not a failure: it must be of the entry's checks and cases, and look as
+the entry says. An entry, or one of its checks, that shows in none of its cases although they were tried with a version in
+its range is itself a failure: the library was mended, or the check went blind.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
@@ -19,7 +21,7 @@ from harness import suite_file, yaml_lines
 from harness.conformance.tried import Tried
 from harness.errors import Problem, SuiteError
 from harness.explain import checks
-from harness.records import Frozen, Outcome
+from harness.records import CheckResult, Frozen, Outcome
 from harness.resources import folder
 from harness.spelling import near
 
@@ -29,8 +31,11 @@ class Defect(Frozen):
 
     library: its distribution; versions: a range, e.g. `>=0.19`. implementation: who shows it here; target: as what, if
     only as one of what it offers. checks: patterns of check ids (`dora/zero_rows/*/*`); cases: patterns of the case's
-    words. reproduction: a script beside the file of defects that needs only that library and torch. sometimes: where the
-    defect shows by chance or on some machines only, why (strictness then rests with the reproduction).
+    words. shows: how the failure looks, as regular expressions of which one is found in what the result says (`said`);
+    none: anyhow, but for an exception, which only an expression that begins with `raised` allows. at_most: the largest
+    error that is the defect's, where any number would look like it. reproduction: a script beside the file of defects
+    that needs only that library and torch. sometimes: where the defect shows by chance or on some machines only, why
+    (strictness then rests with the reproduction).
     """
 
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
@@ -40,6 +45,8 @@ class Defect(Frozen):
     target: str = ""
     checks: list[str] = Field(min_length=1)
     cases: list[str] = Field(default=["*"], min_length=1)
+    shows: list[str] = Field(default=[])
+    at_most: float | None = Field(default=None, gt=0)
     summary: str = Field(min_length=10)
     reproduction: str
     link: str = ""
@@ -54,14 +61,34 @@ class Defect(Frozen):
             raise ValueError(f"`versions` is {value!r}, not a range such as >=0.19,<0.22") from error
         return value
 
-    def matches(self, tried: Tried) -> bool:
-        """Whether this result is of a case in which the defect should show."""
+    @field_validator("shows")
+    @classmethod
+    def _are_expressions(cls, value: list[str]) -> list[str]:
+        for one in value:
+            try:
+                re.compile(one)
+            except re.error as error:
+                raise ValueError(f"`shows` holds {one!r}, which is no regular expression: {error}") from error
+        return value
+
+    def matches(self, tried: Tried, pattern: str = "") -> bool:
+        """Whether this result is of a case in which the defect should show; pattern: in this one of its checks."""
         return (
             tried.implementation == self.implementation
             and self.target in ("", tried.target)
-            and any(fnmatchcase(tried.result.check, pattern) for pattern in self.checks)
-            and any(fnmatchcase(f"{tried.case} {tried.dtype}", pattern) for pattern in self.cases)
+            and any(fnmatchcase(tried.result.check, one) for one in ([pattern] if pattern else self.checks))
+            and any(fnmatchcase(f"{tried.case} {tried.dtype}", one) for one in self.cases)
         )
+
+    def explains(self, tried: Tried) -> bool:
+        """Whether this result is a failure of such a case that looks like the defect."""
+        result, what = tried.result, said(tried.result)
+        if result.outcome is not Outcome.FAIL or not self.matches(tried):
+            return False
+        if what.startswith("raised "):
+            return any(one.startswith("raised") and re.match(one, what) for one in self.shows)
+        small = self.at_most is None or (result.error is not None and result.error <= self.at_most)
+        return small and (not self.shows or any(re.search(one, what) for one in self.shows))
 
     def applies(self) -> bool:
         """Whether the installed version is in the range."""
@@ -107,24 +134,36 @@ def known() -> tuple[Defect, ...]:
     return tuple(defects)
 
 
-def explained(tried: Iterable[Tried], defects: Sequence[Defect]) -> tuple[list[Tried], list[str]]:
-    """Return the results, failures that a known defect explains marked with it; and the complaints about the defects.
+def said(result: CheckResult) -> str:
+    """Return what a result says of a failure: the tensor, its worst element, the policy and the detail."""
+    return result.detail if result.detail.startswith("raised ") else "; ".join(
+        part for part in (result.tensor, result.worst, result.policy, result.detail) if part
+    )  # fmt: skip
 
-    A complaint is an entry in whose cases every check passed.
+
+def explained(tried: Iterable[Tried], defects: Sequence[Defect]) -> tuple[list[Tried], list[str]]:
+    """Return the results, failures that a known defect explains marked with the first that does; and the complaints.
+
+    A complaint is an entry, or some of its checks, of which no case that was tried failed as it says, whatever other entry
+    may explain what failed there.
     """
-    marked, shown, due = [], set(), set()
+    marked = []
+    due, shown = set[tuple[str, str]](), set[tuple[str, str]]()
     active = [d for d in defects if d.applies()]
     for one in tried:
-        of = next((d for d in active if d.matches(one)), None)
-        due |= {d.id for d in active if d.matches(one) and one.result.outcome is not Outcome.SKIPPED}
-        if of is not None and one.result.outcome is Outcome.FAIL:
-            shown |= {d.id for d in active if d.matches(one)}
-            marked.append(one.model_copy(update={"defect": of.id}))
-        else:
-            marked.append(one)
-    stale = [d for d in active if d.id in due - shown and not d.sometimes]
-    return marked, [
-        f"known defect {d.id} did not show with {d.library} {version(d.library)}: mended there, or the check went blind; "
-        f"narrow its `versions` in {path().name} once {d.reproduction} agrees"
-        for d in stale
-    ]
+        explaining = [d for d in active if d.explains(one)]
+        for d in active:
+            here = {(d.id, pattern) for pattern in d.checks if d.matches(one, pattern)}
+            due |= here if one.result.outcome is not Outcome.SKIPPED else set()
+            shown |= here if d in explaining else set()
+        marked.append(one.model_copy(update={"defect": explaining[0].id}) if explaining else one)
+    complaints = []
+    for d in active:
+        missing = [pattern for pattern in d.checks if (d.id, pattern) in due - shown]
+        if missing and not d.sometimes:
+            where = "" if not any((d.id, pattern) in shown for pattern in d.checks) else f" in {', '.join(missing)}"
+            complaints.append(
+                f"known defect {d.id} did not show{where} with {d.library} {version(d.library)}: mended there, or the check "
+                f"went blind; narrow it in {path().name} once {d.reproduction} agrees"
+            )
+    return marked, complaints

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import resources, store
+from harness.errors import UsageError
 from harness.report import view
 from harness.store import Run
 
@@ -51,6 +52,15 @@ def policy(style: str, script: str) -> str:
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:;"
         " base-uri 'none'; form-action 'none'"
     )
+
+
+def page_path(out: Path) -> Path:
+    """Return `out` if a page may be written there; raises UsageError for what might be somebody's other file or a device."""
+    if out.suffix.lower() not in (".html", ".htm") or (out.exists() and not out.is_file()):
+        raise UsageError(
+            f"{out} is not a page", where="--out", mend="name a file that ends in .html; it is written over"
+        )
+    return out
 
 
 def write_report(runs: Sequence[Run], out: Path) -> None:

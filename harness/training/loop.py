@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.errors import UsageError
 from harness.methods import Adapted
 from harness.records import Json, Training
 from harness.training.batches import Batch
@@ -81,6 +82,11 @@ def make_optimizer(
     head_lr = recipe.lr if recipe.head_lr is None else recipe.head_lr
     of_body: list[dict[str, Any]] = [{"params": body, "lr": recipe.lr}] if body else []
     of_head: list[dict[str, Any]] = [{"params": list(head), "lr": head_lr}] if head else []
+    if not body and not head:
+        raise UsageError(
+            "nothing of this model trains: the method adds no tensors, and a causal model gets no new head",
+            mend="write `training: {steps: 0}`, or choose a method that trains",
+        )
     optimizer = adapted.optimizer(recipe.lr, recipe.weight_decay)
     if optimizer is None:
         # In float32 and float64 nothing is gained by a second copy.

@@ -40,7 +40,9 @@ def check_parameters(subject: Subject, case: Case) -> CheckResult:
     bases = {path: subject.original_base(path) for path in subject.bases}
     reference = initial_tensors(subject.method, bases, subject.config, case.generator())
     want = {n: tuple(t.shape) for n, t in reference.items()}
-    of_the_model = {n: t for n, t in subject.adapted.tensors().items() if n in want}  # GaLore trains the weights themselves
+    of_the_model = {
+        n: t for n, t in subject.adapted.tensors().items() if n in want
+    }  # GaLore trains the weights themselves
     have = {n: tuple(t.shape) for n, t in (subject.added() | of_the_model).items()}
     named = {id(t) for t in subject.adapted.tensors().values()}
     counted = [id(p) for p in subject.adapted.parameters()]
