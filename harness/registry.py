@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -157,12 +158,8 @@ class Registry:
 
 def told(error: BaseException) -> str:
     """Say an error of somebody else's in one line that a terminal can show, also if it cannot say itself."""
-    try:
-        text = str(error)
-    except Exception:  # noqa: BLE001  # somebody else's __str__
-        text = "(and what it says cannot be read)"
-    text = " ".join(text.split())
-    return f"{type(error).__name__}: {''.join(one if one.isprintable() else '?' for one in text)}"
+    text = " ".join("".join(traceback.format_exception_only(error)).split())
+    return "".join(one if one.isprintable() else "?" for one in text)
 
 
 def doors() -> dict[str, EntryPoint]:

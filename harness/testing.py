@@ -80,6 +80,8 @@ def conformance(
     full: every config x shape x layer of the suite, instead of each at least once. Raises UsageError for an unknown name
     or dtype, and where the suite has no case in these dtypes: no tests at all would be green.
     """
+    if not isinstance(target, str):
+        raise UsageError("@conformance stands without a name", where="@conformance", mend='write @conformance("lora")')
     if not suite.path_of(target).is_file():
         raise UsageError(f"nothing here is called {target!r}", where="@conformance", mend=near(target, suite.names()))
     kind, there = suite.kind_of(target), suite.load_either(target).dtypes

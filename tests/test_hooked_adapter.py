@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.conformance import matrix
+from harness.conformance import matrix, suite
 from harness.records import Outcome
 from harness.registry import Implementation, implements
 
 
 class Hooked:
-    """As little as an adapter can be: neither `state` nor `regularizer`, no module of its own."""
+    """An adapter without a module of its own."""
 
     can_merge = True
 
@@ -38,6 +39,12 @@ class Hooked:
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"{path}.{name}": t for path, pair in self.factors.items() for name, t in zip("AB", pair, strict=True)}
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def regularizer(self) -> None:
+        return None
 
     def parameters(self) -> list[nn.Parameter]:
         return [t for pair in self.factors.values() for t in pair]
@@ -70,7 +77,7 @@ def by_hooks(wrong: float) -> Implementation:
     def attach(model: Any, config: Any, generator: torch.Generator) -> Any:
         model.requires_grad_(False)
         layers = {name: model.get_submodule(name) for name in config.targets}
-        adapted = Hooked(model, layers, config, wrong * config.alpha / config.rank)
+        adapted = Hooked(model, layers, config, wrong * config.scaling)
         for path, layer in layers.items():
             bound, dtype = 1 / math.sqrt(layer.in_features), layer.weight.dtype
             A = torch.empty(config.rank, layer.in_features).uniform_(-bound, bound, generator=generator)
@@ -80,6 +87,13 @@ def by_hooks(wrong: float) -> Implementation:
         return adapted
 
     return attach
+
+
+@pytest.fixture(autouse=True)
+def on_linear_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A hook for an embedding or a convolution would be another formula.
+    plan = suite.load("lora").model_copy(update={"layers": ["linear"]})
+    monkeypatch.setattr(suite, "load", lambda _: plan)
 
 
 def failed(implementation: Implementation, dtype: str) -> set[str]:

@@ -259,7 +259,7 @@ def both(dtype: torch.dtype, shape: tuple[int, int], side: str, steps: int) -> t
     W = nn.Parameter(draw(*shape, seed=2, dtype=dtype))
     group = {"params": [W], "rank": 2, "update_proj_gap": 3, "scale": 0.5, "proj_type": side}
     optimizer = theirs([group], lr=0.1, betas=(0.7, 0.9), eps=1e-2, weight_decay=0.3)
-    rounded, truth = W.detach().clone(), W.detach().double()
+    rounded, truth = W.detach().clone(), W.detach().clone().double()
     states: list[dict[str, Any]] = [{}, {}]
     for step in range(steps):
         W.grad = draw(*shape, seed=10 + step, dtype=dtype)

@@ -203,6 +203,11 @@ def test_dtypes_that_would_make_no_tests_are_refused(dtypes, said: str) -> None:
         conformance("nf4_dequantize", dtypes=dtypes)(lambda **given: None)
 
 
+def test_a_decorator_without_a_name_is_said() -> None:
+    with pytest.raises(UsageError, match="without a name"):
+        conformance(lambda **given: None)
+
+
 def test_a_suite_without_a_case_in_the_dtype_is_said() -> None:
     with pytest.raises(UsageError, match="the parity suite of paged_states has no case in float16"):
         conformance("paged_states", dtypes=["float16"])(lambda **given: None)
@@ -282,7 +287,7 @@ def misbehaving(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Co
     for name, (body, _) in WHEN_CALLED.items():
         distribution(site, name, CALLED.format(name=name, body=body))
     distribution(site, "chatty", CHATTY)
-    command = [*COMMAND, "check", "--method", "frozen", "--json", "--patience", "3", "--jobs", "2"]
+    command = [*COMMAND, "check", "--method", "frozen", "--json", "--patience", "20", "--jobs", "2"]
     before = {process.pid for process in psutil.process_iter()}
     done = run(command, site, cwd)
     return done, {process.pid for process in psutil.process_iter() if _sleeps(process)} - before
@@ -387,4 +392,5 @@ def test_the_target_says_the_kind(mistaken) -> None:
 def test_what_is_installed_and_broken_is_a_failure(mistaken) -> None:
     (row,) = [row for row in json.loads(mistaken.stdout)["checks"] if row["implementation"] == "needs"]
     assert row["standing"] == "fail"
-    assert "torn, which is installed but cannot be imported: OSError: no such symbol" in row["result"]["detail"]
+    assert row["case"] == "importing torn"
+    assert "raised OSError: no such symbol" in row["result"]["detail"]

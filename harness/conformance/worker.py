@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
@@ -28,35 +27,12 @@ def main(fd: int, line: int, task: dict[str, Any]) -> None:
         for kind, target in task["targets"]:
             implementation = registry.find(kind, target, task["implementation"])
             say(begin=[kind, target])
-            missing, broken = _required(implementation)
-            if missing:
-                say(missing=missing)
-            elif broken:
-                say(tried=_lost(implementation, "start-up", broken).model_dump(mode="json"))
-            else:
-                for tried in _tried(implementation, task, say):
-                    say(tried=tried.model_dump(mode="json"))
+            _try(implementation, task, say)
             say(end=[kind, target])
 
 
-def _required(implementation: Implementation) -> tuple[str, str]:
-    """Import what it needs; say what is not installed, and what is but cannot be imported."""
-    for module in implementation.requires:
-        try:
-            import_module(module)
-        except Exception as error:  # noqa: BLE001  # somebody else's code: whatever it raises is a finding about it
-            # "a.b" is not installed if there is no a, or no a.b; but it is, if the c that it needs is not.
-            absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
-            if absent:
-                return f"needs {module}, which is not installed", ""
-            return "", f"needs {module}, which is installed but cannot be imported: {told(error)}"
-    return "", ""
-
-
-def _tried(implementation: Implementation, task: dict[str, Any], say: Say) -> Iterator[Tried]:
-    """Yield what came of every check; whatever escapes them is one more failure, and ends only this target."""
-    from harness.conformance import matrix
-
+def _try(implementation: Implementation, task: dict[str, Any], say: Say) -> None:
+    """Say what came of every check; whatever escapes them is one more failure, and ends only this target."""
     at = "start-up"
 
     def begin(case: str) -> None:
@@ -65,9 +41,22 @@ def _tried(implementation: Implementation, task: dict[str, Any], say: Say) -> It
         say(case=case)
 
     try:
-        yield from matrix.run(implementation, full=task["full"], dtypes=tuple(task["dtypes"]), begin=begin)
-    except Exception as error:  # noqa: BLE001  # as above
-        yield _lost(implementation, at, f"raised {told(error)}; the cases after this one were not tried")
+        for module in implementation.requires:
+            begin(f"importing {module}")
+            try:
+                import_module(module)
+            except ModuleNotFoundError as error:
+                # "a.b" is not installed if there is no a, or no a.b; but it is, and broken, if the c that it needs is not.
+                if not f"{module}.".startswith(f"{error.name}."):
+                    raise
+                return say(missing=f"needs {module}, which is not installed")
+        from harness.conformance import matrix
+
+        for tried in matrix.run(implementation, full=task["full"], dtypes=tuple(task["dtypes"]), begin=begin):
+            say(tried=tried.model_dump(mode="json"))
+    except Exception as error:  # noqa: BLE001  # somebody else's code: whatever it raises is a finding about it
+        why = f"raised {told(error)}; what comes after this was not tried"
+        say(tried=_lost(implementation, at, why).model_dump(mode="json"))
 
 
 def _lost(implementation: Implementation, case: str, why: str) -> Tried:
