@@ -71,6 +71,16 @@ def scales_by_the_block_before(its: Copy) -> None:
     its.line("scale = absmax.float()", "scale = absmax.float().roll(1)", file="dynamic_map")
 
 
+@planted("nf4_dequantize", "written", values={"shape": [160, 96], "block": 64})
+def leaves_the_last_element_as_it_found_it(its: Copy) -> None:
+    its.line(
+        "return code.to(codes.device)[codes.flatten().long()] * scale",
+        "values = code.to(codes.device)[codes.flatten().long()] * scale; out = torch.empty_like(values); "
+        "out[:-1] = values[:-1]; return out",
+        file="dynamic_map",
+    )
+
+
 @planted("fp4_quantize", "outputs", values=_PLAIN)
 def drops_the_sign(its: Copy) -> None:
     its.line("negative = (flat < 0)", "negative = (flat < -torch.inf)", file="fp4")
