@@ -27,7 +27,7 @@ ON_IMPORT = {
     "raises": ("raise RuntimeError('no licence key')", "RuntimeError: no licence key"),
     "exits": ("import sys; sys.exit('bye')", "SystemExit: bye"),
     "garbage": ("implementations = [7]", "expected an Implementation, got 7"),
-    "hangs": ("import time; time.sleep(600)", "importing it: no result for 3 s; killed"),
+    "hangs": ("import time; time.sleep(600)", "importing it: no result for 10 s; killed"),
     "aborts": ("import os; os.abort()", "importing it: the process died of SIGABRT"),
 }
 WHEN_CALLED = {
@@ -36,7 +36,7 @@ WHEN_CALLED = {
         "[os.write(fd, b'oops\\n') for fd in range(3, 20) if is_pipe(fd)]; return right(*given)",
         "wrote b'oops'",
     ),
-    "sleeper": ("import time; time.sleep(600)", "no result for 3 s; killed"),
+    "sleeper": ("import time; time.sleep(600)", "no result for 10 s; killed"),
     "segfaults": ("os.kill(os.getpid(), signal.SIGSEGV)", "the process died of SIGSEGV"),
     "leaves": ("os._exit(0)", "the process ended with exit code 0 before it was done"),
     "quits": ("sys.exit(3)", "the process ended with exit code 3 before it was done"),
@@ -287,7 +287,7 @@ def misbehaving(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Co
     for name, (body, _) in WHEN_CALLED.items():
         distribution(site, name, CALLED.format(name=name, body=body))
     distribution(site, "chatty", CHATTY)
-    command = [*COMMAND, "check", "--method", "frozen", "--json", "--patience", "20", "--jobs", "2"]
+    command = [*COMMAND, "check", "--method", "frozen", "--json", "--patience", "10", "--jobs", "2"]
     before = {process.pid for process in psutil.process_iter()}
     done = run(command, site, cwd)
     return done, {process.pid for process in psutil.process_iter() if _sleeps(process)} - before
