@@ -21,6 +21,7 @@ from reference import lora
 
 EXAMPLE = Path(__file__).with_name("example_plugin")
 DOOR_LINES = 15
+WAITS_S = 20  # enough to import torch on a busy machine
 
 # How a plug-in misbehaves -> the line that says so.
 ON_IMPORT = {
