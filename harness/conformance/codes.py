@@ -39,7 +39,7 @@ def values(
     elif kind == "scales":
         flat = flat * 10.0 ** (number // block % 6 - 3)
     elif kind == "tiny":
-        flat = flat * 1e-39
+        flat = flat * 3e-40
     elif kind == "huge":
         flat = flat / flat.abs().max() * torch.finfo(dtype if dtype != torch.float64 else torch.float32).max
     elif kind in ("nan", "infinity"):

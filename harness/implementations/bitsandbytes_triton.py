@@ -76,7 +76,9 @@ def dynamic_quantize(x: Any, block: int, signed: bool) -> tuple[Any, Any]:
     from bitsandbytes.backends.triton import kernels_8bit_quant
     from bitsandbytes.functional import create_dynamic_map
 
-    codes, absmax = kernels_8bit_quant.quantize_blockwise_triton(x, create_dynamic_map(signed=signed), block)
+    codes, absmax = kernels_8bit_quant.quantize_blockwise_triton(
+        x.contiguous(), create_dynamic_map(signed=signed), block
+    )
     return codes, absmax.float()
 
 
@@ -86,14 +88,18 @@ def adamw8bit_step(
     weight_decay: float,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Take one step by the fused kernel."""
+    import torch
+
     _interpreted(len(m_absmax))
     from bitsandbytes.backends.triton import kernels_optim
     from bitsandbytes.functional import create_dynamic_map
 
+    # Its operators and its optimizer make contiguous what they hand to the kernels, and so does this.
     given = {"p": p, "state1": m, "absmax1": m_absmax, "state2": v, "absmax2": v_absmax}
-    after = {name: t.clone() for name, t in given.items()}
+    after = {name: t.clone(memory_format=torch.contiguous_format) for name, t in given.items()}
     kernels_optim.optimizer_update_8bit_blockwise_impl(
-        optimizer_name="adam", g=g, beta1=betas[0], beta2=betas[1], beta3=0.0, alpha=0.0, eps=eps, step=step, lr=lr,
+        optimizer_name="adam", g=g.contiguous(),
+        beta1=betas[0], beta2=betas[1], beta3=0.0, alpha=0.0, eps=eps, step=step, lr=lr,
         qmap1=create_dynamic_map(signed=True), qmap2=create_dynamic_map(signed=False), weight_decay=weight_decay,
         gnorm_scale=1.0, skip_zeros=False, **after,
     )  # fmt: skip
