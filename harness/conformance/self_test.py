@@ -147,12 +147,14 @@ def _kind(target: str) -> Kind:
 
 
 def _source(target: str) -> str:
+    if _kind(target) == "base":
+        return "reference.nf4"
     return f"harness.conformance.operations.{target}" if _kind(target) == "operation" else f"reference.{target}"
 
 
 def _implementation(target: str, copy: Copy) -> Implementation:
     kind = _kind(target)
-    function: Any = {"method": copy.attach, "base": partial(pack, copy)}.get(kind)
+    function: Any = {"method": copy.attach, "base": partial(pack, copy, target == "nf4-dq")}.get(kind)
     if kind == "operation":
         function = copy.module().OPERATION.reference
     return Implementation("planted", kind, target, function, dtypes=("float64", "float32", "bfloat16", "float16"))

@@ -6,14 +6,14 @@ One file per Method, Operation or base. A fault is a function that spoils a copy
     def does_not_detach_the_norm(its: Copy) -> None:
         its.line("norm.detach() if self.detach_norm else norm", "norm")
 
-It names who it is a fault of and the checks that a reader would expect to catch it.
+It names who it is a fault of and the checks that a reader would expect to catch it; `planted_in` names several.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -52,11 +52,23 @@ class Fault:
     where: Slice
 
 
+Faults = tuple[Fault, ...]
+
+
 def planted(target: str, *expected: str, **where: Any) -> Callable[[Callable[[Copy], None]], Fault]:
     """Make a fault of `target` of a function. where: of a Slice, where the usual one will not do."""
 
     def wrap(spoil: Callable[[Copy], None]) -> Fault:
         return Fault(spoil.__name__, target, spoil, expected, Slice(**where))
+
+    return wrap
+
+
+def planted_in(targets: Mapping[str, Mapping[str, Any]], *expected: str) -> Callable[[Callable[[Copy], None]], Faults]:
+    """Make one fault of each target; targets: name -> of its Slice, where the usual one will not do."""
+
+    def wrap(spoil: Callable[[Copy], None]) -> Faults:
+        return tuple(planted(target, *expected, **where)(spoil) for target, where in targets.items())
 
     return wrap
 
@@ -67,6 +79,7 @@ def every() -> tuple[Fault, ...]:
     return tuple(
         fault
         for module in pkgutil.iter_modules(__path__)
-        for fault in vars(importlib.import_module(f"{__name__}.{module.name}")).values()
+        for made in vars(importlib.import_module(f"{__name__}.{module.name}")).values()
+        for fault in (made if isinstance(made, tuple) else (made,))
         if isinstance(fault, Fault)
     )

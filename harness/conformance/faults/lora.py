@@ -121,42 +121,6 @@ def is_wrong_in_the_last_row(its: Copy) -> None:
     its.forward(lambda layer, x, right: torch.cat([right(x)[:-1], layer.base(x[-1:])]) if len(x) else right(x))
 
 
-@planted("lora", "strides", values=_USUAL)
-def reads_a_view_as_if_it_were_contiguous(its: Copy) -> None:
-    its.forward(lambda _, x, right: right(x.as_strided(x.shape, torch.empty(x.shape, device="meta").stride())))
-
-
-@planted("lora", "vector", values=_USUAL)
-def makes_a_matrix_of_a_vector(its: Copy) -> None:
-    its.forward(lambda _, x, right: right(torch.atleast_2d(x)))
-
-
-@planted("lora", "poison", values=_USUAL)
-def leaves_a_column_unwritten(its: Copy) -> None:
-    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
-        out = right(x)
-        return out + torch.empty_like(out).nan_to_num(0, 0, 0).sum() * 0 if out.numel() == 0 else out + _unwritten(out)
-
-    its.forward(forward)
-
-
-def _unwritten(out: Tensor) -> Tensor:
-    """Return zeros, or NaN where torch fills fresh memory with it: what luck makes of a buffer that nobody wrote."""
-    fresh = torch.empty_like(out)
-    return torch.where(fresh.isnan(), fresh, 0.0)
-
-
-@planted("lora", "model", values=_USUAL)
-def trains_only_behind_another(its: Copy) -> None:
-    """Takes an input that needs no gradient, as the first layer of a model gets it, for inference."""
-
-    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
-        with torch.set_grad_enabled(x.requires_grad):
-            return right(x)
-
-    its.forward(forward)
-
-
 @planted("lora", "layers", values=_USUAL)
 def trains_the_base_too(its: Copy) -> None:
     def change(adapted: Any) -> None:
@@ -189,15 +153,6 @@ def says_that_it_adapts_and_does_not(its: Copy) -> None:
     its.then(change)
 
 
-@planted("lora", "base", values=_USUAL)
-def rounds_the_weights_that_it_freezes(its: Copy) -> None:
-    def change(adapted: Any) -> None:
-        for parameter in adapted.model.other.parameters():
-            parameter.data = parameter.data.bfloat16().to(parameter.dtype)
-
-    its.then(change)
-
-
 @planted("lora", "merge", values=_USUAL)
 def merges_twice(its: Copy) -> None:
     its.line("dense.weight += self.delta()", "dense.weight += 2 * self.delta()")
@@ -216,11 +171,6 @@ def merges_the_transpose(its: Copy) -> None:
 @planted("lora", "merge", values=_USUAL, layer="conv1d", inputs=32, outputs=32)
 def forgets_fan_in_fan_out(its: Copy) -> None:
     its.line('update_ED.T if kind_of(self.base) == "Conv1D" else update_ED', "update_ED")
-
-
-@planted("lora", "detach", values=_USUAL)
-def leaves_its_layers_behind(its: Copy) -> None:
-    its.then(lambda adapted: setattr(adapted, "detach", lambda: None))
 
 
 @planted("lora", "save", values=_USUAL)

@@ -33,3 +33,29 @@ def decodes_with_a_symmetric_codebook(its: Copy) -> None:
         "dequantize_blockwise(codes, absmax, codebook(), block)",
         "dequantize_blockwise(codes, absmax, torch.linspace(-1, 1, 16), block)",
     )
+
+
+@planted("nf4-dq", "codes", **_USUAL)
+def quantises_the_constants_with_their_mean(its: Copy) -> None:
+    its.line("quantize_blockwise(flat - offset,", "quantize_blockwise(flat + 0 * offset,", file="double_quant")
+    its.line(" + offset.float()", "", file="double_quant")
+
+
+@planted("nf4-dq", "codes", **_USUAL)
+def decodes_the_constants_without_their_mean(its: Copy) -> None:
+    its.line(" + offset.float()", "", file="double_quant")
+
+
+@planted("nf4-dq", "codes", **_USUAL)
+def is_one_code_off_after_all(its: Copy) -> None:
+    its.line(
+        "return codes, constants, offset", "return (codes + 1).clamp(max=255), constants, offset", file="double_quant"
+    )
+
+
+@planted("nf4-dq", "forward", **_USUAL)
+def decodes_with_a_symmetric_codebook_too(its: Copy) -> None:
+    its.line(
+        "dequantize_blockwise(codes, absmax, codebook(), block)",
+        "dequantize_blockwise(codes, absmax, torch.linspace(-1, 1, 16), block)",
+    )

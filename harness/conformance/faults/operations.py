@@ -193,3 +193,50 @@ def loses_what_it_pages(its: Copy) -> None:
 @planted("paged_states", "outputs", values={"sizes": [1000, 99999, 100000, 200000]})
 def pages_everything(its: Copy) -> None:
     its.line("isinstance(t, Tensor) and is_paged(t.numel())", "isinstance(t, Tensor) and t.numel() > 1", file="paged")
+
+
+@planted("multi_lora_linear", "layouts", values=_BATCH)
+def reads_a_matrix_as_if_it_were_contiguous(its: Copy) -> None:
+    its.line("(x[rows] @ A.T @ B.T)", "(x[rows] @ A.as_strided(A.shape, (A.shape[1], 1)).T @ B.T)", file="multi_lora")
+
+
+@planted("nf4_dequantize", "layouts", values={"shape": [160, 96], "block": 64})
+def reads_constants_as_if_they_were_contiguous(its: Copy) -> None:
+    its.line("scale = absmax.float()", "scale = absmax.as_strided(absmax.shape, (1,)).float()", file="dynamic_map")
+
+
+@planted("nf4_linear", "written", values=_LAYER)
+def adds_a_buffer_that_nobody_wrote(its: Copy) -> None:
+    """Zeros by luck: NaN where fresh memory says so."""
+    its.line(
+        "return linear(x, ", "x = x + torch.where((e := torch.empty_like(x)).isnan(), e, 0.0)\n    return linear(x, "
+    )
+
+
+@planted("double_quantize", "written", values={"blocks": 257})
+def leaves_its_codes_unwritten(its: Copy) -> None:
+    """The right ones by luck: the largest integers where fresh memory says so."""
+    its.line(
+        "return codes, constants, offset",
+        "fresh = torch.empty_like(codes)\n    return torch.where(fresh.min() == 255, fresh, codes), constants, offset",
+        file="double_quant",
+    )
+
+
+@planted("adamw8bit_step", "arguments", values=_STEP)
+def moves_the_parameter_it_was_given(its: Copy) -> None:
+    its.line("    p = p.clone()\n", "")
+
+
+@planted("galore_step", "arguments", values=_GALORE)
+def moves_the_weight_it_was_given(its: Copy) -> None:
+    its.line("    W = W.clone()\n", "")
+
+
+@planted("multi_lora_linear", "repeatable", values=_BATCH)
+def rounds_at_random(its: Copy) -> None:
+    its.line(
+        "return multi_lora.multi_lora_linear(x, linear(x, W), As, Bs, scalings, ids)",
+        "y = multi_lora.multi_lora_linear(x, linear(x, W), As, Bs, scalings, ids)\n"
+        "    return y * (1 + torch.finfo(y.dtype).eps * (torch.rand_like(y) < 0.5))",
+    )

@@ -16,9 +16,11 @@ _BLOCK = 64
 class Packed(nn.Linear):
     """A linear layer that keeps its weight in 4 bits and decodes it for each product."""
 
-    def __init__(self, dense: nn.Linear, nf4: Any, dtype: torch.dtype) -> None:
+    def __init__(self, dense: nn.Linear, nf4: Any, double_quant: Any, dtype: torch.dtype) -> None:
         super().__init__(dense.in_features, dense.out_features, bias=dense.bias is not None, device="meta")
         codes, absmax = nf4.quantize(dense.weight, _BLOCK)
+        if double_quant is not None:
+            absmax = double_quant.dequantize(*double_quant.quantize(absmax))
         self.weight = nn.Parameter(nf4.pack(codes), requires_grad=False)
         if dense.bias is not None:
             self.bias = nn.Parameter(dense.bias.detach().clone(), requires_grad=False)
@@ -32,11 +34,15 @@ class Packed(nn.Linear):
         return nn.functional.linear(x, W.to(x.dtype), self.bias)
 
 
-def pack(copy: Copy, model: Any, paths: list[str], dtype: Any) -> dict[str, tuple[Any, Any, int]]:
-    """Replace the layers at `paths`; return path -> (bytes, absmax, block), as an implementation of a base does."""
+def pack(copy: Copy, double: bool, model: Any, paths: list[str], dtype: Any) -> dict[str, tuple[Any, Any, int, bool]]:
+    """Replace the layers at `paths`; return path -> (bytes, absmax, block, double), as an implementation of a base does.
+
+    double: quantise absmax as well.
+    """
     forms = {}
+    double_quant = copy.module("reference.double_quant") if double else None
     for path in paths:
-        packed = Packed(model.get_submodule(path), copy.module(), dtype)
+        packed = Packed(model.get_submodule(path), copy.module(), double_quant, dtype)
         replace(model, path, packed)
-        forms[path] = (packed.weight.data, packed.get_buffer("absmax"), _BLOCK)
+        forms[path] = (packed.weight.data, packed.get_buffer("absmax"), _BLOCK, double)
     return forms

@@ -1,0 +1,106 @@
+"""Faults that any Method with layers can have: each is planted in every Method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.conformance.faults import planted_in
+from harness.conformance.faults.copied import Copy
+
+_LOW = {"rank": 3, "alpha": 8.0}
+_ADDS: dict[str, dict[str, Any]] = {
+    "lora": {"values": _LOW},
+    "dora": {"values": _LOW},
+    "pissa": {"values": _LOW},
+    "vera": {"values": {"rank": 3, "projection_key": 7}},
+    "adalora": {"values": {"rank": 6, "target_rank": 2, "alpha": 8.0}},
+    "qlora": {"values": _LOW, "inputs": 64, "outputs": 48},
+}
+"""The Methods that add layers, and the case of each."""
+_ALL = {**_ADDS, "galore": {"values": {"rank": 3, "eps": 0.1}}, "full": {}}
+_DROP = {
+    method: {**where, "values": {**where["values"], "dropout": 0.25}}
+    for method, where in _ADDS.items()
+    if method != "pissa"  # which has no dropout
+}
+
+Right = Callable[[Tensor], Tensor]
+
+
+@planted_in(_ALL, "strides")
+def reads_a_view_as_if_it_were_contiguous(its: Copy) -> None:
+    its.forward(lambda _, x, right: right(x.as_strided(x.shape, torch.empty(x.shape, device="meta").stride())))
+
+
+@planted_in(_ALL, "vector")
+def makes_a_matrix_of_a_vector(its: Copy) -> None:
+    its.forward(lambda _, x, right: right(torch.atleast_2d(x)))
+
+
+@planted_in(_ALL, "poison")
+def leaves_a_column_unwritten(its: Copy) -> None:
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        out = right(x)
+        return out + unwritten(out) if out.numel() else out
+
+    its.forward(forward)
+
+
+def unwritten(like: Tensor) -> Tensor:
+    """Return zeros, or NaN where torch fills fresh memory with it: what luck makes of a buffer that nobody wrote."""
+    fresh = torch.empty_like(like)
+    return torch.where(fresh.isnan(), fresh, 0.0)
+
+
+@planted_in(_ALL, "model")
+def trains_only_behind_another(its: Copy) -> None:
+    """Takes an input that needs no gradient, as the first layer of a model gets it, for inference."""
+
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        with torch.set_grad_enabled(x.requires_grad):
+            return right(x)
+
+    its.forward(forward)
+
+
+@planted_in(_ALL, "save")
+def computes_otherwise_at_its_first_use(its: Copy) -> None:
+    """No checkpoint tells a layer that was used from one that was not."""
+
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        layer.used = getattr(layer, "used", 0) + 1
+        return right(x) * (1.5 if layer.used == 1 else 1.0)
+
+    its.forward(forward)
+
+
+@planted_in(_ADDS, "detach")
+def leaves_its_layers_behind(its: Copy) -> None:
+    its.then(lambda adapted: setattr(adapted, "detach", lambda: None))
+
+
+@planted_in(_DROP, "dropout")
+def drops_nothing(its: Copy) -> None:
+    def change(adapted: Any) -> None:
+        for layer in adapted.layers.values():
+            layer.dropout = nn.Identity()
+
+    its.then(change)
+
+
+@planted_in({"full": {}, "galore": _ALL["galore"]}, "base", "identity")
+def changes_a_weight_when_it_is_attached(its: Copy) -> None:
+    its.then(lambda adapted: adapted.layers["first"].weight.data.mul_(1.01))
+
+
+@planted_in({method: where for method, where in _ADDS.items() if method != "pissa"}, "base")
+def rounds_a_weight_that_it_does_not_adapt(its: Copy) -> None:
+    def change(adapted: Any) -> None:
+        weight = adapted.model.other.weight
+        weight.data = weight.data.bfloat16().to(weight.dtype)
+
+    its.then(change)
