@@ -57,6 +57,7 @@ def judge_codes(
     with an absmax that is not finite: bitsandbytes' back ends differ there.
     """
     codes, absmax = want
+    levels = levels.to(codes.device)
     if mine["codes"].shape != codes.shape or mine["absmax"].shape != absmax.shape:
         return exact(mine, {"codes": codes, "absmax": absmax}), ""
     rank = torch.unique(levels, return_inverse=True)[1]

@@ -74,7 +74,7 @@ def whole(model: ParityModel) -> tuple[Callable[[], Tensor], Callable[[Any], Ten
     """Return (run, forward): run the model itself with nothing requiring a gradient; run a given one, differentiably."""
 
     def forward(some: Any) -> Tensor:
-        x = model.x
+        x = model.x.to(some.other.weight.device)
         return some(x.to(some.other.weight.dtype) if x.is_floating_point() else x)  # type: ignore[no-any-return]
 
     def run() -> Tensor:

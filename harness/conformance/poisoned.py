@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-_SWITCH: Any = torch.utils.deterministic  # type: ignore[attr-defined]
+_SWITCH: Any = torch.utils.deterministic
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def _give_gradients(adapted: Adapted, generator: torch.Generator, rounded: torch
     """Give every tensor a random gradient, the same in every dtype, but for its rounding to `rounded`."""
     for _, tensor in sorted(adapted.tensors().items()):
         drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        tensor.grad = drawn.to(rounded or torch.float64).to(tensor.dtype)
+        tensor.grad = drawn.to(rounded or torch.float64).to(tensor.device, tensor.dtype)
 
 
 @torch.no_grad()

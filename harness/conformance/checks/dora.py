@@ -67,6 +67,6 @@ def _matrix(layer: nn.Module) -> Tensor:
     """Return (E, D), whatever the layer is: its images of the unit vectors, less that of zero."""
     layer.eval()
     features = getattr(layer, "in_features", None) or layer.get_parameter("weight").shape[0]
-    unit = torch.eye(int(features), dtype=floating_dtype(layer))
+    unit = torch.eye(int(features), dtype=floating_dtype(layer), device=next(layer.parameters()).device)
     images: Tensor = layer(unit) - layer(torch.zeros_like(unit[:1]))
     return images.T

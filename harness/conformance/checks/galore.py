@@ -49,10 +49,10 @@ def _gradient(weight: Tensor, generator: torch.Generator) -> Tensor:
     """Draw a gradient in float64; a matrix's singular values halve one by one, so that its subspaces are well defined."""
     drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
     if drawn.dim() != 2:
-        return drawn
+        return drawn.to(weight.device)
     U, S, Vt = torch.linalg.svd(drawn, full_matrices=False)
     graded: Tensor = (U * 0.5 ** torch.arange(len(S))) @ Vt
-    return graded
+    return graded.to(weight.device)
 
 
 def _by_the_subject(
@@ -119,6 +119,6 @@ def _turned(basis: Projector, exactly: Projector, signs: tuple[float, ...] | Non
             return None
         turned = mine * (mine.double() * want).sum(0).sign().to(mine.dtype)
         asked, left[: mine.shape[1]] = left[: mine.shape[1]], []
-        return turned * torch.tensor(asked, dtype=mine.dtype) if asked else turned
+        return turned * torch.tensor(asked, dtype=mine.dtype, device=mine.device) if asked else turned
 
     return Projector(of(basis.P, exactly.P), of(basis.Q, exactly.Q))

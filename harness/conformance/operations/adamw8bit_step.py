@@ -77,7 +77,7 @@ def judge_both(outputs: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple
     judged, details = [], []
     for name, signed in (("m", True), ("v", False)):
         decayed, new = _parts(given, name)
-        value, levels = decayed + new, dynamic_map(signed)
+        value, levels = decayed + new, dynamic_map(signed).to(new.device)
         codes, absmax = quantize_blockwise(value, levels)
         reach = CODE_TIE_EPS * EPSILON["float32"] * (decayed.abs() + new.abs())
         near = near_middle(value, _largest(value), reach, levels.double())

@@ -22,7 +22,7 @@ def reference(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
     trained = [p.clone().requires_grad_(True) for p in params]
     optimizer = paged.Paged(torch.optim.AdamW(trained), budget=0)
     paged_adamw.steps(optimizer, trained, [grads])
-    return torch.tensor([float(p in optimizer.where()) for p in trained])
+    return torch.tensor([float(p in optimizer.where()) for p in trained], device=trained[0].device)
 
 
 OPERATION = Operation("paged_states", ("paged",), arguments, reference)

@@ -1,0 +1,104 @@
+"""What a known defect may excuse, and when it is said to be gone; which cases are tried by default."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from harness.conformance import defects, suite
+from harness.conformance.defects import Defect
+from harness.conformance.device import device_of, placed
+from harness.conformance.tried import Tried
+from harness.errors import Unsupported
+from harness.records import CheckResult, Outcome
+
+
+def known(name: str = "one", **changed: Any) -> Defect:
+    values = {
+        "id": name, "library": "torch", "versions": ">=1", "implementation": "acme", "checks": ["lora/merge/*/*"],
+        "summary": "merges what it should not", "reproduction": "x.py",
+    }  # fmt: skip
+    return Defect.model_validate(values | changed)
+
+
+def failed(check: str = "merge", detail: str = "after merging", **result: Any) -> Tried:
+    found = CheckResult(check=f"lora/{check}/float32/warm", outcome=Outcome.FAIL, detail=detail, **result)
+    return Tried(implementation="acme", kind="method", target="lora", dtype="float32", case="rank=3", result=found)
+
+
+def test_an_exception_is_excused_only_by_an_entry_that_says_so() -> None:
+    raised = failed(detail="raised TypeError: anything (x.py:3)")
+    for entry, excused in (
+        (known(), ""),
+        (known(shows=["anything"]), ""),
+        (known(shows=["raised ValueError"]), ""),
+        (known(shows=["raised TypeError: any"]), "one"),
+    ):
+        marked, _ = defects.explained([raised], [entry])
+        assert marked[0].defect == excused
+
+
+def test_a_failure_that_looks_otherwise_or_is_larger_is_not_excused() -> None:
+    small, large = failed(error=0.01, tensor="codes"), failed(error=0.5, tensor="codes")
+    entry = known(shows=["^codes"], at_most=0.1)
+    assert [one.defect for one in defects.explained([small, large], [entry])[0]] == ["one", ""]
+    assert defects.explained([failed(error=0.01, tensor="absmax")], [entry])[0][0].defect == ""
+
+
+def test_an_entry_is_not_kept_alive_by_the_failure_of_another() -> None:
+    wide, narrow = known("wide"), known("narrow", shows=["^codes"])
+    marked, complaints = defects.explained([failed(tensor="absmax")], [wide, narrow])
+    assert marked[0].defect == "wide"
+    assert len(complaints) == 1
+    assert "narrow did not show with torch" in complaints[0]
+
+
+def test_an_entry_that_comes_second_is_alive_all_the_same() -> None:
+    assert defects.explained([failed(tensor="codes")], [known("wide"), known("narrow", shows=["^codes"])])[1] == []
+
+
+def test_a_check_of_an_entry_that_passes_is_said() -> None:
+    passed = failed("save").model_copy(
+        update={"result": CheckResult(check="lora/save/float32/warm", outcome=Outcome.PASS)}
+    )
+    entry = known(checks=["lora/merge/*/*", "lora/save/*/*"])
+    (complaint,) = defects.explained([failed(), passed], [entry])[1]
+    assert "did not show in lora/save/*/*" in complaint
+
+
+def test_every_implementation_of_linear_layers_meets_every_config_and_shape_in_every_dtype() -> None:
+    for name in (name for name in suite.names() if suite.kind_of(name) != "operation"):
+        plan = suite.load(name)
+        met = [case for case in plan.cases(full=False) if case.kind == plan.layers[0]]
+        for dtype, config in itertools.product(plan.dtypes, plan.configs):
+            assert any((case.dtype, case.config) == (dtype, config) for case in met)
+        for dtype, shape in itertools.product(plan.dtypes, plan.shapes):
+            assert any((case.dtype, case.shape) == (dtype, shape) for case in met)
+
+
+def test_lora_of_convolutions_meets_every_config_in_every_dtype() -> None:
+    plan = suite.load("lora")
+    for dtype in plan.dtypes:
+        cases = [case for case in plan.cases(full=False) if case.dtype == dtype and case.kind.startswith("conv2d")]
+        assert all(config in [case.config for case in cases] for config in plan.configs)
+
+
+def test_what_runs_nowhere_here_is_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_of(["cpu", "cuda"]).type == "cpu"
+    with pytest.raises(Unsupported, match="runs on cuda"):
+        device_of(["cuda"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device_of(["cpu", "cuda"]).type == "cuda"
+    assert device_of(["cpu"]).type == "cpu"
+
+
+def test_arguments_are_placed_however_deep_they_lie() -> None:
+    given = {"As": [torch.zeros(2)], "how": {"x": (torch.zeros(1), 3)}}
+    moved = placed(given, torch.device("meta"))
+    assert moved["As"][0].is_meta
+    assert moved["how"]["x"][0].is_meta
+    assert moved["how"]["x"][1] == 3
