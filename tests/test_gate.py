@@ -17,9 +17,9 @@ from harness.conformance.subject import (
     Original,
     Packed,
     Subject,
+    adaptable_layers,
     configure,
     initial_tensors,
-    linear_layers,
     warm,
 )
 from harness.conformance.tolerance import exact
@@ -58,7 +58,7 @@ def through_the_gate(
     """Do what a Cell does up to its gate."""
     model = model or Model(DTYPES[dtype])
     settled = configure("lora", {**CONFIG, **config})
-    layers = linear_layers(model, settled)
+    layers = adaptable_layers(model, settled)
     packed, expected = {}, {}
     if base is not None:
         expected = {path: ExpectedCodes.of(layer) for path, layer in layers.items()}
@@ -203,7 +203,7 @@ def test_a_result_says_what_where_and_how_far() -> None:
 def test_all_start_from_the_references_numbers() -> None:
     config = configure("lora", CONFIG)
     model = Model()
-    start = initial_tensors("lora", linear_layers(model, config), config, torch.Generator().manual_seed(SEED))
+    start = initial_tensors("lora", adaptable_layers(model, config), config, torch.Generator().manual_seed(SEED))
     adapted = method("reference")(model, config, torch.Generator().manual_seed(SEED))
     assert exact(adapted.tensors(), start).passed
 
@@ -229,7 +229,7 @@ def test_full_fine_tuning_of_tied_weights_conforms() -> None:
         with torch.no_grad():
             return model(ids).clone()
 
-    layers, own, original = linear_layers(model, settled), list(model.parameters()), Original.of(model)
+    layers, own, original = adaptable_layers(model, settled), list(model.parameters()), Original.of(model)
     adapted = method("reference", "full")(model, settled, torch.Generator())
     assert len(adapted.parameters()) == 1
     subject = Subject("full", settled, "float32", model, adapted, layers, own, original)

@@ -90,7 +90,7 @@ def by_hooks(wrong: float) -> Implementation:
 
 
 @pytest.fixture(autouse=True)
-def on_linear_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_adaptable_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     # A hook for an embedding or a convolution would be another formula.
     plan = suite.load("lora").model_copy(update={"layers": ["linear"]})
     monkeypatch.setattr(suite, "load", lambda _: plan)

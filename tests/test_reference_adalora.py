@@ -13,6 +13,7 @@ import torch
 from peft import AdaLoraConfig, get_peft_model
 from peft.tuners.adalora.layer import RankAllocator
 from torch import Tensor, nn
+from two_layers import Two, assert_same, draw, generator
 
 from harness.conformance.tolerance import exact, noise_floor
 from reference import adalora
@@ -20,27 +21,6 @@ from reference.adalora import Config, budget, keep
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
-
-
-class Two(nn.Module):
-    """q_proj 12 -> 10 with a bias, v_proj 10 -> 7 without."""
-
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.q_proj = nn.Linear(12, 10, dtype=dtype)
-        self.v_proj = nn.Linear(10, 7, bias=False, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.v_proj(torch.tanh(self.q_proj(x)))
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def draw(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
 
 
 def attached(dtype: str = "float64", **config: Any) -> adalora.AdaLoraAdapted:
@@ -54,11 +34,6 @@ def warmed(dtype: str = "float64", **config: Any) -> adalora.AdaLoraAdapted:
     for seed, tensor in enumerate(adapted.tensors().values(), start=20):
         tensor.copy_(draw(*tensor.shape, seed=seed))
     return adapted
-
-
-def assert_same(have: dict[str, Tensor], want: dict[str, Tensor], dtype: str = "float64") -> None:
-    judged = noise_floor(have, want, {n: t.to(DTYPES[dtype]) for n, t in want.items()}, dtype)
-    assert judged.passed, judged
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(1, 2.0), (4, 8.0), (12, 0.5)])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from two_layers import draw
 
 from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance import exact, noise_floor
@@ -24,11 +25,6 @@ KNOBS: dict[str, Any] = {"lr": 0.1, "betas": (0.7, 0.9), "eps": 1e-3, "weight_de
 
 # A moment is two products and a sum, then a division: 8 halves of an eps are more than all their roundings.
 ROUNDINGS = 4 * torch.finfo(torch.float32).eps
-
-
-def draw(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def warm(p: Tensor) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from two_layers import Two, draw, generator
 
 from harness.conformance.subject import DTYPES, configure, warm
 from harness.conformance.tolerance import exact, noise_floor
@@ -17,27 +18,6 @@ from reference.layers import dense_copy, dense_weight
 
 both_axes = pytest.mark.parametrize("per", ["output", "input"])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
-
-
-class Two(nn.Module):
-    """q_proj 12 -> 10 with a bias, v_proj 10 -> 7 without."""
-
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.q_proj = nn.Linear(12, 10, dtype=dtype)
-        self.v_proj = nn.Linear(10, 7, bias=False, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.v_proj(torch.tanh(self.q_proj(x)))
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def draw(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
 
 
 def attached(dtype: str = "float64", model: nn.Module | None = None, **config: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from two_layers import draw
 
 from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance import noise_floor
@@ -19,11 +20,6 @@ from reference.galore import Projector, galore_step, project, project_back, proj
 SHAPES = {"tall": (7, 4), "wide": (4, 7), "square": (5, 5)}
 SIDES = ("std", "reverse_std", "paper", "left", "right", "full")
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-
-
-def draw(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def assert_same(have: Tensor | dict[str, Tensor], want: Tensor | dict[str, Tensor], dtype: str = "float64") -> None:

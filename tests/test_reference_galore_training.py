@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from two_layers import draw
 
 from harness.conformance.subject import DTYPES, configure
 from harness.conformance.tolerance import exact, noise_floor
@@ -30,11 +31,6 @@ class Small(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.v_proj(self.norm(torch.tanh(self.q_proj(x)))))
-
-
-def draw(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def attached(model: nn.Module | None = None, **config: Any) -> Any:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from two_layers import Two, assert_same, draw, generator
 
 from harness.conformance.subject import DTYPES, configure, load, warm
 from harness.conformance.tolerance import exact, noise_floor
@@ -22,19 +23,6 @@ ATTACH: dict[str, Callable[..., Any]] = {"reference": lora.attach, "fused": fuse
 implementations = pytest.mark.parametrize("attach", ATTACH.values(), ids=ATTACH)
 
 
-class Two(nn.Module):
-    """q_proj 12 -> 10 with a bias, v_proj 10 -> 7 without."""
-
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.q_proj = nn.Linear(12, 10, dtype=dtype)
-        self.v_proj = nn.Linear(10, 7, bias=False, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.v_proj(torch.tanh(self.q_proj(x)))
-
-
 def attached(attach: Callable[..., Any], dtype: str = "float64", **config: Any) -> Any:
     return attach(Two(DTYPES[dtype]), configure("lora", {"rank": 3, "alpha": 8, **config}), generator(5))
 
@@ -43,14 +31,6 @@ def warmed(attach: Callable[..., Any], dtype: str = "float64", **config: Any) ->
     adapted = attached(attach, dtype, **config)
     warm(adapted.tensors(), generator(6))
     return adapted
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def draw(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
 
 
 def by_hand(W: Tensor, b: Tensor, A: Tensor, B: Tensor, x: Tensor, alpha: float, r: int) -> Tensor:
@@ -65,12 +45,6 @@ def by_hand(W: Tensor, b: Tensor, A: Tensor, B: Tensor, x: Tensor, alpha: float,
                 total += (float(W[e, d]) + alpha / r * update) * float(x[t, d])
             h[t, e] = total
     return h
-
-
-def assert_same(have: dict[str, Tensor], want: dict[str, Tensor], dtype: str = "float64") -> None:
-    """Judge by the policy; `want` is in float64, and what rounding it to `dtype` loses is the noise."""
-    judged = noise_floor(have, want, {n: t.to(DTYPES[dtype]) for n, t in want.items()}, dtype)
-    assert judged.passed, judged
 
 
 @implementations

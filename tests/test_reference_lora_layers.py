@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from two_layers import assert_same, generator
 
 from harness.conformance.subject import DTYPES, configure, load, warm
 from harness.conformance.tolerance import exact, noise_floor
@@ -57,10 +58,6 @@ CASES = [(n, d) for n in MADE for d in DTYPES if n not in COSTLY or d == "float6
 every_dtype = pytest.mark.parametrize(("name", "dtype"), CASES)
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def model(name: str, dtype: str = "float64") -> nn.Module:
     torch.manual_seed(3)
     made = nn.Sequential()
@@ -87,12 +84,6 @@ def warmed(name: str, dtype: str = "float64", attach: Callable[..., Any] = lora.
     adapted = attached(name, dtype, attach, **keys)
     warm(adapted.tensors(), generator(6))
     return adapted
-
-
-def assert_same(have: dict[str, Tensor], want: dict[str, Tensor], dtype: str = "float64") -> None:
-    """Judge by the policy; `want` is in float64, and what rounding it to `dtype` loses is the noise."""
-    judged = noise_floor(have, want, {n: t.to(DTYPES[dtype]) for n, t in want.items()}, dtype)
-    assert judged.passed, judged
 
 
 def run(adapted: Any, x: Tensor) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from two_layers import assert_same, draw
 
 from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance import noise_floor
@@ -19,19 +20,10 @@ RANKS, SCALINGS = (3, 1, 5), (8 / 3, 0.5, 2.0)
 IDS = [2, -1, 0, 0, -1, 2]
 
 
-def draw(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
 def adapters(dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], list[Tensor]]:
     As = [draw(r, D, seed=10 + i, dtype=dtype).requires_grad_(True) for i, r in enumerate(RANKS)]
     Bs = [draw(E, r, seed=20 + i, dtype=dtype).requires_grad_(True) for i, r in enumerate(RANKS)]
     return As, Bs
-
-
-def assert_same(have: dict[str, Tensor], want: dict[str, Tensor], dtype: str = "float64") -> None:
-    judged = noise_floor(have, want, {n: t.to(DTYPES[dtype]) for n, t in want.items()}, dtype)
-    assert judged.passed, judged
 
 
 @pytest.mark.parametrize("middle", [(), (4,), (2, 3)], ids=str)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from two_layers import Two, assert_same, draw, generator
 
 from harness.conformance.tolerance import exact, noise_floor
 from harness.implementations import bitsandbytes
@@ -20,27 +21,6 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 each_svd = pytest.mark.parametrize("niter", [0, 4])
 each_shape = pytest.mark.parametrize(("out", "inp"), [(10, 12), (12, 10), (9, 9)])
-
-
-class Two(nn.Module):
-    """q_proj 12 -> 10 with a bias, v_proj 10 -> 7 without."""
-
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.q_proj = nn.Linear(12, 10, dtype=dtype)
-        self.v_proj = nn.Linear(10, 7, bias=False, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.v_proj(torch.tanh(self.q_proj(x)))
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def draw(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
 
 
 def attached(dtype: str = "float64", **config: Any) -> Any:
@@ -61,11 +41,6 @@ def known(out: int, inp: int, decay: float = 2.0) -> tuple[Tensor, Tensor, Tenso
     U, V = torch.linalg.qr(draw(out, k, seed=7)).Q, torch.linalg.qr(draw(inp, k, seed=8)).Q
     S = 3 * decay ** -torch.arange(k, dtype=torch.float64)
     return (U * S) @ V.T, U, S, V.T
-
-
-def assert_same(have: dict[str, Tensor], want: dict[str, Tensor], dtype: str = "float64") -> None:
-    judged = noise_floor(have, want, {n: t.to(DTYPES[dtype]) for n, t in want.items()}, dtype)
-    assert judged.passed, judged
 
 
 def assert_near(have: Tensor, want: Tensor, S: Tensor, rank: int) -> None:

@@ -11,33 +11,13 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
+from two_layers import Two, assert_same, draw, generator
 
 from harness.conformance.subject import DTYPES, configure, warm
 from harness.conformance.tolerance import exact, noise_floor
 from reference import double_quant, lora, nf4, qlora
 
 DOUBLE = pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
-
-
-class Two(nn.Module):
-    """q_proj 12 -> 10 with a bias, v_proj 10 -> 7 without; 120 and 70 weights: blocks of 64 cross rows."""
-
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.q_proj = nn.Linear(12, 10, dtype=dtype)
-        self.v_proj = nn.Linear(10, 7, bias=False, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.v_proj(torch.tanh(self.q_proj(x)))
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def draw(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
 
 
 def attached(dtype: str = "float64", seed: int = 5, **config: Any) -> Any:
@@ -49,11 +29,6 @@ def warmed(dtype: str = "float64", **config: Any) -> Any:
     adapted = attached(dtype, **config)
     warm(adapted.tensors(), generator(6))
     return adapted
-
-
-def assert_same(have: dict[str, Tensor], want: dict[str, Tensor], dtype: str = "float64") -> None:
-    judged = noise_floor(have, want, {n: t.to(DTYPES[dtype]) for n, t in want.items()}, dtype)
-    assert judged.passed, judged
 
 
 def decoded_by_hand(layer: Any, block: int) -> Tensor:

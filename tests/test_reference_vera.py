@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+import two_layers
 from torch import Tensor, nn
+from two_layers import draw, generator
 
 from harness.conformance.subject import DTYPES, configure, warm
 from harness.conformance.tolerance import exact, noise_floor
@@ -21,25 +23,10 @@ from reference.layers import dense_copy
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
-class Two(nn.Module):
-    """q_proj 12 -> 10 with a bias, v_proj 10 -> 17 without: neither layer is the largest in both dimensions."""
+class Two(two_layers.Two):
+    """With v_proj 10 -> 17 neither layer is the largest in both dimensions."""
 
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.q_proj = nn.Linear(12, 10, dtype=dtype)
-        self.v_proj = nn.Linear(10, 17, bias=False, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.v_proj(torch.tanh(self.q_proj(x)))
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def draw(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+    LAST = 17
 
 
 def attached(dtype: str = "float64", model: nn.Module | None = None, **config: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,9 +18,9 @@ from harness.conformance.subject import (
     Original,
     Packed,
     Subject,
+    adaptable_layers,
     attach_reference,
     configure,
-    linear_layers,
     warm,
 )
 from harness.conformance.tried import Tried
@@ -29,6 +29,7 @@ from harness.records import CheckResult, Outcome
 from harness.registry import Implementation
 
 SEED = 20
+_T = TypeVar("_T")
 _AT_INIT_ONLY = ("base", "identity", "initial", "detach")
 
 
@@ -76,18 +77,23 @@ def _method(implementation: Implementation, full: bool) -> Iterator[tuple[str, s
 
 def one_case(implementation: Implementation, plan: suite.ParitySuite, of: suite.MethodCase) -> Iterator[CheckResult]:
     """Yield every check of one case of a Method, or of a quantisation of the base."""
-    try:
-        subject, case = attach(implementation, plan, of)
-    except Unsupported as error:
-        yield _attach_result(plan.method, of.dtype, Outcome.SKIPPED, f"unsupported: {error}")
+    start = f"{plan.method}/attach/{of.dtype}/init"
+    made = _guarded(start, lambda: attach(implementation, plan, of))
+    if isinstance(made, CheckResult):
+        yield made
         return
-    except Exception as error:  # noqa: BLE001  # somebody else's code: whatever it raises is a finding about it
-        yield _attach_result(plan.method, of.dtype, Outcome.FAIL, _raised(error))
-        return
+    subject, case = made
+
+    def warm_up() -> None:
+        warm(subject.added(), case.generator(salt=1))
+
     for state in plan.states:
         at = dataclasses.replace(case, state=state)
         if state == "warm":
-            warm(subject.added(), at.generator(salt=1))
+            odd = _guarded(start, warm_up)
+            if odd is not None:
+                yield odd
+                return
         for name in plan.checks:
             if state == "init" or name not in _AT_INIT_ONLY:
                 yield tried(name, subject, at, f"{plan.method}/{name}/{of.dtype}/{state}")
@@ -119,10 +125,9 @@ def attach(implementation: Implementation, plan: suite.ParitySuite, of: suite.Me
         return Subject(method, settled, of.dtype, model, adapted, bases, own, original, packed, expected)
 
     subject = fresh()
-    untouched: Any = subject.original.model
-    run_model, forward = whole(subject.model)  # type: ignore[arg-type]
+    run_model, forward = whole(subject.model)
     case = Case(
-        "init", tokens=of.shape.tokens, seed=SEED, inputs=run_model, base_output=whole(untouched)[0](),
+        "init", tokens=of.shape.tokens, seed=SEED, inputs=run_model, base_output=whole(subject.original.model)[0](),
         forward=forward, fresh=fresh, factors=plan.factors(),
     )  # fmt: skip
     return subject, case
@@ -131,7 +136,7 @@ def attach(implementation: Implementation, plan: suite.ParitySuite, of: suite.Me
 def _adaptable(model: ParityModel, config: Any) -> dict[str, Any]:
     if hasattr(config, "targets"):
         return {name: model.get_submodule(name) for name in TARGETS}
-    return linear_layers(model, config)
+    return adaptable_layers(model, config)
 
 
 def _operation(implementation: Implementation) -> Iterator[tuple[str, str, Tries]]:
@@ -142,7 +147,7 @@ def _operation(implementation: Implementation) -> Iterator[tuple[str, str, Tries
             def tries(values: dict[str, Any] = values, dtype: str = dtype) -> Iterator[CheckResult]:
                 yield from one_call(implementation, plan, values, dtype)
 
-            yield " ".join(f"{k}={v}" for k, v in values.items()), dtype, tries
+            yield suite.in_words(values), dtype, tries
 
 
 def one_call(
@@ -159,18 +164,23 @@ def one_call(
 
 def tried(name: str, subject: Any, case: Case, identifier: str) -> CheckResult:
     """Try one check; an exception in it is a failure that says what was raised and where."""
-    try:
+
+    def check() -> CheckResult:
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
             return checks.every()[name](subject, case)
+
+    return _guarded(identifier, check)
+
+
+def _guarded(identifier: str, act: Callable[[], _T]) -> _T | CheckResult:
+    """Return what `act` returns; or, if it raises, what that says of the implementation."""
+    try:
+        return act()
     except Unsupported as error:
         return CheckResult(check=identifier, outcome=Outcome.SKIPPED, detail=f"unsupported: {error}")
     except Exception as error:  # noqa: BLE001  # somebody else's code: whatever it raises is a finding about it
         return CheckResult(check=identifier, outcome=Outcome.FAIL, detail=_raised(error))
-
-
-def _attach_result(method: str, dtype: str, outcome: Outcome, detail: str) -> CheckResult:
-    return CheckResult(check=f"{method}/attach/{dtype}/init", outcome=outcome, detail=detail)
 
 
 def _raised(error: BaseException) -> str:

@@ -1,8 +1,9 @@
-"""What is compared: the output of one layer, and the gradients of its input and of its trainable tensors."""
+"""What is compared: a layer's output and gradients, and what a whole model says."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,3 +39,24 @@ def observe(
         layer.train(was_training)
         for name, tensor in tensors.items():
             tensor.grad = held[name]
+
+
+def inference(model: nn.Module, forward: Callable[[Any], Tensor]) -> Callable[[], Tensor]:
+    """Return a function that returns `forward(model)`, with nothing requiring a gradient meanwhile.
+
+    torch picks another, differently rounded matrix product where something does, even in inference mode, and that
+    difference is not the adapter's.
+    """
+
+    def run() -> Tensor:
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        try:
+            with torch.inference_mode():
+                return forward(model).clone()
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+
+    return run

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.drawn import SIDE
+from harness.conformance.observe import inference
 from harness.conformance.suite import Kind, Shape
 
 TARGETS = ("first", "second")
@@ -39,9 +40,12 @@ class ParityModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x through the three layers."""
+        y: Tensor
         if self.kind == "embedding":
-            return self.other(self.first(x) + self.second(x))  # type: ignore[no-any-return]
-        return self.second(torch.tanh(self.other(torch.tanh(self.first(x)))))  # type: ignore[no-any-return]
+            y = self.other(self.first(x) + self.second(x))
+        else:
+            y = self.second(torch.tanh(self.other(torch.tanh(self.first(x)))))
+        return y
 
 
 def _layers(kind: Kind, D: int, E: int) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -70,23 +74,12 @@ def _input(kind: Kind, D: int, generator: torch.Generator, dtype: torch.dtype) -
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def whole(model: ParityModel) -> tuple[Callable[[], Tensor], Callable[[Any], Tensor]]:
-    """Return (run, forward): run the model itself with nothing requiring a gradient; run a given one, differentiably."""
+def whole(model: Any) -> tuple[Callable[[], Tensor], Callable[[Any], Tensor]]:
+    """Return (run, forward): run the ParityModel itself in eval mode; run a given one, differentiably."""
 
     def forward(some: Any) -> Tensor:
         x = model.x.to(some.other.weight.device)
-        return some(x.to(some.other.weight.dtype) if x.is_floating_point() else x)  # type: ignore[no-any-return]
+        y: Tensor = some(x.to(some.other.weight.dtype) if x.is_floating_point() else x)
+        return y
 
-    def run() -> Tensor:
-        # torch picks another, differently rounded product where something requires a gradient, even in inference mode.
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        try:
-            with torch.inference_mode():
-                return forward(model.eval()).clone()
-        finally:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
-
-    return run, forward
+    return inference(model, lambda some: forward(some.eval())), forward

@@ -122,7 +122,7 @@ def _failed(implementation: Implementation, where: Slice) -> tuple[str, ...]:
         results = matrix.one_call(implementation, calls, where.values, where.dtype)
     else:
         shape = suite.Shape.model_validate({"tokens": where.tokens, "in": where.inputs, "out": where.outputs})
-        case = suite.MethodCase(where.values, where.layer, shape, where.dtype)  # type: ignore[arg-type]
+        case = suite.MethodCase(where.values, where.layer, shape, where.dtype)
         results = matrix.one_case(implementation, _plan(implementation.target), case)
     failed = [result.check.split("/")[1] for result in results if result.outcome is Outcome.FAIL]
     return tuple(dict.fromkeys(failed))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -97,8 +97,8 @@ class MethodCase:
     dtype: Dtype
 
     def __str__(self) -> str:
-        words = [f"{key}={value}" for key, value in self.config.items()]
-        return " ".join([*words, *([] if self.kind == "linear" else [self.kind]), str(self.shape)])
+        kind = "" if self.kind == "linear" else self.kind
+        return " ".join(filter(None, [in_words(self.config), kind, str(self.shape)]))
 
 
 class OperationSuite(Frozen):
@@ -142,8 +142,8 @@ def load_either(name: str) -> Plan:
     return load_operation(name) if kind_of(name) == "operation" else load(name)
 
 
-def in_words(values: dict[str, Any]) -> str:
-    """Name a case of an Operation."""
+def in_words(values: Mapping[str, Any]) -> str:
+    """Name what a case says: `rank=3 alpha=8`."""
     return " ".join(f"{key}={value}" for key, value in values.items())
 
 

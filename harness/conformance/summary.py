@@ -86,5 +86,5 @@ def told(one: Tried) -> str:
     size = f"error {r.error:.3g}, allowed {r.allowed:.3g}" if r.error is not None and r.allowed is not None else ""
     place = " ".join(filter(None, [r.tensor, r.worst]))
     nonfinite = f"{r.nonfinite} elements not finite" if r.nonfinite else ""
-    policy = f" [{r.policy}]" if r.policy.startswith("noise-floor") else ""
+    policy = f" [{r.policy}]" if r.policy not in ("", "exact") else ""
     return "; ".join(filter(None, [size, place, nonfinite, r.detail])) + policy

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from harness.conformance import gate
+from harness.conformance.observe import inference
 from harness.conformance.subject import (
     DTYPES,
     ExpectedCodes,
     Original,
     Packed,
     Subject,
+    adaptable_layers,
     configure,
     initial_tensors,
-    linear_layers,
 )
 from harness.errors import UsageError
 from harness.measure import latency
@@ -78,7 +79,7 @@ class Life:
         with self.clock.phase("data"):
             task = CellData(work, loaded, self.emit)
         config = configure(cell.method, cell.config)
-        matched = linear_layers(model, config)
+        matched = adaptable_layers(model, config)
         bases = {p: m for p, m in matched.items() if not _is_head(p, loaded.head)}
         if hasattr(config, "targets") and len(bases) < len(matched):
             # A target's name also fits a layer of the new head, which trains as a whole: name the others by their paths.
@@ -96,7 +97,7 @@ class Life:
 
         with self.clock.phase("attach"):
             model.eval()
-            run_model = _runner(model, task.logits)
+            run_model = inference(model, task.logits)
             base_output = run_model()
             own, original = list(model.parameters()), Original.of(model)
             implementation = self.registry.find("method", cell.method, cell.implementation)
@@ -195,27 +196,6 @@ class Life:
                 f"{r.check} failed: {r.error} of {r.allowed} at {r.tensor}" for r in merged if r.outcome is Outcome.FAIL
             )
         return latency.measure(subject.adapted, causal, vocabulary, refused, layers=layers)
-
-
-def _runner(model: Any, logits: Callable[[Any], Tensor]) -> Callable[[], Tensor]:
-    """Return a function that runs the whole model on fixed texts and returns its logits.
-
-    Nothing requires a gradient meanwhile: torch picks another, differently rounded matrix product where something does,
-    even in inference mode, and that difference is not the adapter's.
-    """
-
-    def run() -> Tensor:
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        try:
-            with torch.inference_mode():
-                return logits(model).clone()
-        finally:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
-
-    return run
 
 
 def _is_head(path: str, head: dict[str, Any]) -> bool:

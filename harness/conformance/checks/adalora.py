@@ -9,7 +9,7 @@ from torch import Tensor
 
 from harness.conformance.case import Case
 from harness.conformance.results import at, judged, listed, skipped
-from harness.conformance.subject import DTYPES, Subject, attach_reference, load, skeleton
+from harness.conformance.subject import DTYPES, Subject, load
 from harness.conformance.tolerance import noise_floor, worst_of
 from harness.methods import Adapted
 from harness.records import CheckResult
@@ -85,8 +85,7 @@ def check_regularizer(subject: Subject, case: Case) -> CheckResult:
 
 def _reference(subject: Subject, dtype: str) -> Adapted:
     """Attach the reference to all layers together, as the budget is theirs together, in the subject's present state."""
-    model = skeleton({path: subject.dense_base(path, DTYPES[dtype]) for path in subject.bases})
-    adapted = attach_reference(subject.method, model, subject.config, list(subject.bases), torch.Generator())
+    adapted = subject.fresh_reference(dtype)
     places: dict[str, Any] = {**adapted.tensors(), **adapted.state()}
     with torch.no_grad():
         for name, value in {**subject.adapted.tensors(), **subject.state()}.items():

@@ -13,7 +13,7 @@ from harness.conformance.subject import DTYPES, Subject, load
 from harness.conformance.tolerance import noise_floor, worst_of
 from harness.records import CheckResult
 from reference.dora import norms
-from reference.layers import dense_weight, floating_dtype
+from reference.layers import floating_dtype
 
 
 def check_norm(subject: Subject, case: Case) -> CheckResult:
@@ -25,7 +25,7 @@ def check_norm(subject: Subject, case: Case) -> CheckResult:
         return skipped(subject, case, "norm", "the case cannot attach anew and merge")
     per, found = subject.config.per, []
     for path in fresh.adapted.layers:
-        W0 = dense_weight(fresh.original_base(path))  # type: ignore[arg-type]
+        W0 = fresh.original_weight(path)
         start, truth, rounded = (
             {"m at the start": m}
             for m in (fresh.tensors_of(path)["m"].detach(), norms(W0.double(), per), norms(W0, per))

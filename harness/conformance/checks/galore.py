@@ -28,18 +28,19 @@ def check_refresh(subject: Subject, case: Case) -> CheckResult:
     The sign of a singular vector is arbitrary and, since M is carried on, shows after a refresh: any choice is right.
     """
     fresh = case.anew(rank=_RANK, update_gap=_GAP)
-    if fresh is None or fresh.adapted.optimizer(_LR, _DECAY) is None:
-        return skipped(
-            subject, case, "refresh", "the case cannot attach anew, or the Method has no optimizer of its own"
-        )
+    if fresh is None:
+        return skipped(subject, case, "refresh", "the case cannot attach anew")
     found = []
     for index, path in enumerate(fresh.adapted.layers):
+        optimizer = fresh.adapted.optimizer(_LR, _DECAY)
+        if optimizer is None:
+            return skipped(subject, case, "refresh", "the Method has no optimizer of its own")
         tensors = fresh.tensors_of(path)
         gradients = [
             {name: _gradient(t, case.generator(salt=50 * index + step)) for name, t in tensors.items()}
             for step in range(_STEPS)
         ]
-        mine = _by_the_subject(fresh, tensors, gradients)
+        mine = _by_the_subject(optimizer, tensors, gradients)
         best = min(_against(fresh, case, tensors, gradients, mine), key=lambda j: (not j.passed, j.ratio))
         found.append(at(path, best))
     return judged(subject, case, "refresh", worst_of(found, found[0].policy))
@@ -56,16 +57,15 @@ def _gradient(weight: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _by_the_subject(
-    fresh: Subject, tensors: dict[str, Tensor], gradients: list[dict[str, Tensor]]
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], gradients: list[dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    optimizer = fresh.adapted.optimizer(_LR, _DECAY)
     start = {name: t.detach().clone() for name, t in tensors.items()}
     seen: dict[str, Tensor] = {}
     for step, given in enumerate(gradients):
         for name, tensor in tensors.items():
             tensor.data.copy_(start[name])
             tensor.grad = given[name].to(tensor.dtype)
-        optimizer.step()  # type: ignore[union-attr]
+        optimizer.step()
         seen |= {f"step {step + 1} {name}": t.detach().clone() for name, t in tensors.items()}
     for name, tensor in tensors.items():
         tensor.data.copy_(start[name])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from harness.conformance.case import Case
-from harness.conformance.operations import OperationSubject, cloned
+from harness.conformance.operations import OperationSubject, cloned, mapped
 from harness.conformance.poisoned import fresh_memory
 from harness.conformance.results import judged, listed, skipped
 from harness.conformance.subject import DTYPES
@@ -116,14 +116,12 @@ def _judgements(subject: OperationSubject, mine: dict[str, Tensor], case: Case) 
 
 
 def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Change every floating tensor inside arguments."""
-    if isinstance(value, Tensor):
-        return change(value) if value.is_floating_point() and value.dim() else value
-    if isinstance(value, dict):
-        return {key: _changed(one, change) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_changed(one, change) for one in value)
-    return value
+    """Change every floating tensor inside arguments, but single numbers."""
+
+    def one(it: Any) -> Any:
+        return change(it) if isinstance(it, Tensor) and it.is_floating_point() and it.dim() else it
+
+    return mapped(value, one)
 
 
 def _gapped(tensor: Tensor) -> Tensor:

@@ -7,11 +7,10 @@ from torch import Tensor
 
 from harness.conformance.case import Case
 from harness.conformance.results import at, judged, skipped
-from harness.conformance.subject import DTYPES, Subject, attach_reference, skeleton
+from harness.conformance.subject import Subject
 from harness.conformance.tolerance import noise_floor, worst_of
 from harness.methods import Adapted
 from harness.records import CheckResult
-from reference.layers import dense_weight
 from reference.pissa import exact_svd
 
 
@@ -22,9 +21,9 @@ def check_residual(subject: Subject, case: Case) -> CheckResult:
     fresh = case.anew()
     if fresh is None or not all(f"{path}.residual" in fresh.state() for path in fresh.bases):
         return skipped(subject, case, "residual", "the implementation does not show its residual in state()")
-    reference, found = _reference(fresh), []
+    reference, found = fresh.fresh_reference(fresh.dtype), []
     for path in fresh.bases:
-        truth = {"residual + s B A": dense_weight(fresh.original_base(path)).double()}  # type: ignore[arg-type]
+        truth = {"residual + s B A": fresh.original_weight(path).double()}
         mine, rounded = (
             {"residual + s B A": adapted.state()[f"{path}.residual"].detach().double() + _product(fresh, adapted, path)}
             for adapted in (fresh.adapted, reference)
@@ -42,23 +41,15 @@ def check_principal(subject: Subject, case: Case) -> CheckResult:
         return skipped(subject, case, "principal", "the case cannot attach anew")
     if fresh.config.niter:
         return skipped(subject, case, "principal", "a randomised SVD finds it only nearly")
-    reference, found = _reference(fresh), []
+    reference, found = fresh.fresh_reference(fresh.dtype), []
     for path in fresh.bases:
-        W = dense_weight(fresh.original_base(path)).double()  # type: ignore[arg-type]
+        W = fresh.original_weight(path).double()
         U, S, Vt = exact_svd(W, fresh.config.rank)
         share = torch.diag(S * fresh.config.rank / fresh.config.alpha)
         mine, rounded = (_principal(fresh, adapted, path) for adapted in (fresh.adapted, reference))
         truth = {"s B A": (U * S) @ Vt, "A A^T": share, "B^T B": share}
         found.append(at(path, noise_floor(mine, truth, rounded, subject.dtype, case.factor("principal"))))
     return judged(subject, case, "principal", worst_of(found, found[0].policy))
-
-
-def _reference(subject: Subject) -> Adapted:
-    """Attach the reference in the subject's dtype, at its own start."""
-    model = skeleton({path: subject.dense_base(path, DTYPES[subject.dtype]) for path in subject.bases})
-    return attach_reference(
-        subject.method, model, subject.config, list(subject.bases), torch.Generator().manual_seed(0)
-    )
 
 
 def _principal(subject: Subject, adapted: Adapted, path: str) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from harness.conformance.case import Case
 from harness.conformance.results import judged, listed, skipped
-from harness.conformance.subject import DTYPES, Subject, attach_reference, skeleton
+from harness.conformance.subject import Subject
 from harness.conformance.tolerance import exact
 from harness.records import CheckResult
 
@@ -29,8 +29,7 @@ def check_projections(subject: Subject, case: Case) -> CheckResult:
     verdict = exact(second, mine)
     if not verdict.passed:
         return judged(subject, case, "projections", verdict, "attached twice with one key")
-    model = skeleton({path: subject.dense_base(path, DTYPES[subject.dtype]) for path in subject.bases})
-    reference = attach_reference(subject.method, model, subject.config, list(subject.bases), torch.Generator())
+    reference = subject.fresh_reference(subject.dtype)
     return judged(subject, case, "projections", exact(mine, _projections(reference.state())))
 
 

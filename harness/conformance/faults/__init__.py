@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from harness.conformance import suite
 from harness.conformance.faults.copied import Copy
 
 
@@ -30,15 +31,15 @@ class Slice:
     """
 
     values: dict[str, Any] = field(default_factory=dict)
-    dtype: str = "float32"
-    layer: str = "linear"
+    dtype: suite.Dtype = "float32"
+    layer: suite.Kind = "linear"
     tokens: int = 9
     inputs: int = 40
     outputs: int = 24
 
     def __str__(self) -> str:
-        words = [f"{key}={value}" for key, value in self.values.items()]
-        return " ".join([*words, self.layer, f"{self.tokens}x{self.inputs}x{self.outputs}", self.dtype])
+        shape = f"{self.tokens}x{self.inputs}x{self.outputs}"
+        return " ".join(filter(None, [suite.in_words(self.values), self.layer, shape, self.dtype]))
 
 
 @dataclass(frozen=True)

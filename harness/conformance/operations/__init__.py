@@ -75,16 +75,25 @@ def cloned(value: Any, dtypes: Mapping[torch.dtype, torch.dtype] | None = None) 
     A float32 absmax in a bfloat16 case keeps its dtype: it is float32 by definition, and its rounding nobody's.
     """
     become = dtypes or {}
-    if isinstance(value, torch.dtype):
-        return become.get(value, value)
-    if isinstance(value, Tensor):
-        copy = value.detach().clone(memory_format=torch.preserve_format)
+
+    def clone(one: Any) -> Any:
+        if isinstance(one, torch.dtype):
+            return become.get(one, one)
+        if not isinstance(one, Tensor):
+            return one
+        copy = one.detach().clone(memory_format=torch.preserve_format)
         return copy.to(become.get(copy.dtype, copy.dtype))
+
+    return mapped(value, clone)
+
+
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return arguments with `change` done to everything in them, however deep it lies in dicts, lists and tuples."""
     if isinstance(value, dict):
-        return {key: cloned(one, dtypes) for key, one in value.items()}
+        return {key: mapped(one, change) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(cloned(one, dtypes) for one in value)
-    return value
+        return type(value)(mapped(one, change) for one in value)
+    return change(value)
 
 
 def draw(generator: torch.Generator, dtype: torch.dtype, *shape: int, spread: float = 1.0) -> Tensor:

@@ -1,0 +1,38 @@
+"""What the tests of the references share: a model of two layers, seeded noise, and the judgement against float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from harness.conformance.subject import DTYPES
+from harness.conformance.tolerance import noise_floor
+
+
+class Two(nn.Module):
+    """q_proj 12 -> 10 with a bias, v_proj 10 -> 7 without; 120 and 70 weights: blocks of 64 cross rows."""
+
+    LAST = 7
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.q_proj = nn.Linear(12, 10, dtype=dtype)
+        self.v_proj = nn.Linear(10, self.LAST, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.v_proj(torch.tanh(self.q_proj(x)))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def draw(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+
+
+def assert_same(have: dict[str, Tensor], want: dict[str, Tensor], dtype: str = "float64") -> None:
+    """Judge by the policy; `want` is in float64, and what rounding it to `dtype` loses is the noise."""
+    judged = noise_floor(have, want, {n: t.to(DTYPES[dtype]) for n, t in want.items()}, dtype)
+    assert judged.passed, judged
