@@ -26,11 +26,12 @@ from harness import store, suites
 from harness.assets import fetch, table
 from harness.cli import main
 from harness.errors import Exit
-from harness.records import Outcome, Record, Status, TrainingMeasured
+from harness.records import Footer, Outcome, Record, Status, TrainingMeasured
 from harness.report import html
 from harness.runner import local, worker
 from harness.runner.progress import Progress
 from harness.runner.work import Work
+from harness.tolerances import EPSILON
 
 PHASES = ["start-up", "load", "data", "attach", "parity", "warm-up", "train", "evaluate", "latency"]
 
@@ -74,12 +75,19 @@ def test_smoke_report_shows_every_cell(smoke: tuple[Finished, store.Run]) -> Non
     assert [c.cell_id for c in run.manifest.cells if c.cell_id not in page] == []
 
 
+def adds_up(footer: Footer) -> bool:
+    """All times are differences of readings of one clock, each rounded in its last place."""
+    parts = [footer.seconds_in_cells, *footer.seconds_outside.values()]
+    readings = 2 * (len(parts) + sum(footer.counts.values()))
+    return abs(footer.seconds_total - sum(parts)) <= readings * EPSILON["float64"] * time.monotonic()
+
+
 def test_smoke_footer_adds_up(smoke: tuple[Finished, store.Run]) -> None:
     finished, run = smoke
     footer = run.footer
     assert footer is not None
     assert (footer.how, footer.counts, footer.missing) == ("finished", {"ok": len(run.records)}, [])
-    assert footer.seconds_total == pytest.approx(footer.seconds_in_cells + sum(footer.seconds_outside.values()))
+    assert adds_up(footer)
     assert footer.seconds_in_cells >= sum(r.duration_s for r in run.records)
     # Of the whole command, with its own imports and the report, but for the making of the tiny model, once a machine.
     outside = finished.seconds - footer.seconds_in_cells - footer.seconds_outside["fetch"]
@@ -124,7 +132,7 @@ def test_smoke_says_how_busy_the_machine_was(smoke: tuple[Finished, store.Run]) 
         assert all(p.load_start is not None and p.load_end is not None for p in record.phases[1:])
         variables = record.environment.extra["variables"]
         assert isinstance(variables, dict)
-        assert variables["OMP_WAIT_POLICY"] == os.environ.get("OMP_WAIT_POLICY", "passive")
+        assert variables.get("OMP_WAIT_POLICY") == os.environ.get("OMP_WAIT_POLICY")
     for record in _cells(smoke[1]):
         trained = _trained(record)
         assert trained.cpu_seconds is not None
@@ -445,7 +453,7 @@ def test_the_times_of_a_resumed_run_are_its_own(story: dict[str, Stage]) -> None
     assert footer is not None
     assert footer.kept == 1
     assert made.duration_s <= footer.seconds_in_cells < made.duration_s + kept.duration_s
-    assert footer.seconds_total == pytest.approx(footer.seconds_in_cells + sum(footer.seconds_outside.values()))
+    assert adds_up(footer)
     assert (
         f"this resumed part took {footer.seconds_total:.1f} s; the Cells of the whole run together "
         f"{kept.duration_s + made.duration_s:.1f} s, 1 of them measured earlier"
@@ -706,14 +714,13 @@ def test_signals_are_heard_only_while_a_run_goes_on(inside: Bench) -> None:
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)) == before
 
 
-@pytest.mark.parametrize(("given", "seen"), [(None, "passive"), ("active", "active")])
-def test_waiting_threads_do_not_spin_unless_asked_to(
-    given: str | None, seen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("given", [None, "active", "passive"])
+def test_how_threads_wait_is_left_to_the_user(given: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Passive threads would not hold up other jobs, but made training steps half as long again on an idle machine.
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if given:
         monkeypatch.setenv("OMP_WAIT_POLICY", given)
-    assert local._worker_environment()["OMP_WAIT_POLICY"] == seen
+    assert local._worker_environment().get("OMP_WAIT_POLICY") == given
 
 
 def test_a_reader_of_the_progress_that_leaves(bench: Bench) -> None:

@@ -7,14 +7,18 @@ import importlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from harness.methods import Adapted
 from reference import nf4
-from reference.layers import KINDS, targets
+from reference.layers import KINDS, dense_weight, targets
+
+if TYPE_CHECKING:
+    from harness.conformance.case import Case
+    from harness.conformance.tolerance import Judgement
 
 DTYPES = {
     "float64": torch.float64,
@@ -88,7 +92,8 @@ class Subject:
 
     bases: path -> the layer under the adapter, as it stood before attaching. own: the model's parameters of before
     attaching. original: a copy of that model. packed: path -> its 4-bit form, where quantised; expected_codes: path ->
-    what the reference quantiser makes of the original weight.
+    what the reference quantiser makes of the original weight. beside: what the check `forward` saw of the gradients, for
+    the check `gradient` of the same case.
     """
 
     method: str
@@ -101,14 +106,15 @@ class Subject:
     original: Original = field(default_factory=lambda: Original(None))
     packed: dict[str, Packed] = field(default_factory=dict)
     expected_codes: dict[str, ExpectedCodes] = field(default_factory=dict)
+    beside: tuple[Case, Judgement] | None = None
 
     def tensors_of(self, path: str) -> dict[str, Tensor]:
         """Map short names to the trainable tensors of the layer at `path`."""
         return _under(path, self.adapted.tensors())
 
     def state(self) -> dict[str, Tensor]:
-        """Map canonical names to the Method's own frozen tensors; an Adapted without `state` has none."""
-        return dict(getattr(self.adapted, "state", dict)())
+        """Map canonical names to the Method's own frozen tensors."""
+        return self.adapted.state()
 
     @property
     def trains_plainly(self) -> bool:
@@ -138,11 +144,20 @@ class Subject:
             dense.bias = nn.Parameter(base.bias.detach().to(dtype))
         return dense
 
-    def reference(self, path: str, dtype: str, config: Any = None) -> Twin:
+    def original_weight(self, path: str) -> Tensor:
+        """Return the weight (E, D) of the base layer as it was before attaching, in the dtype that it has."""
+        base: Any = self.original_base(path)
+        return dense_weight(base)
+
+    def fresh_reference(self, dtype: str) -> Adapted:
+        """Attach the reference to plain copies of all base layers together, in `dtype`, at its own start."""
+        model = skeleton({path: self.dense_base(path, DTYPES[dtype]) for path in self.bases})
+        return attach_reference(self.method, model, self.config, list(self.bases), torch.Generator().manual_seed(0))
+
+    def reference(self, path: str, dtype: str) -> Twin:
         """Build the reference's layer on this base weight in `dtype`, in the subject's present state."""
         alone = nn.Sequential(OrderedDict(layer=self.dense_base(path, DTYPES[dtype])))
-        settled = self.config if config is None else config
-        adapted = attach_reference(self.method, alone, settled, ("layer",), torch.Generator().manual_seed(0))
+        adapted = attach_reference(self.method, alone, self.config, ("layer",), torch.Generator().manual_seed(0))
         tensors = _under("layer", adapted.tensors())
         mine = self.tensors_of(path) | _under(path, self.state())
         with torch.no_grad():
@@ -172,7 +187,7 @@ def attach_reference(
     return importlib.import_module(f"reference.{method}").attach(model, config, generator)  # type: ignore[no-any-return]
 
 
-def linear_layers(model: nn.Module, config: Any) -> dict[str, Any]:
+def adaptable_layers(model: nn.Module, config: Any) -> dict[str, Any]:
     """Map path to layer: the config's targets, or every linear layer if the Method names none."""
     if hasattr(config, "targets"):
         return targets(model, config.targets, KINDS)
@@ -215,7 +230,7 @@ def load(adapted: Adapted, values: Mapping[str, Tensor], state: Mapping[str, Ten
     places = adapted.tensors()
     for name, value in values.items():
         places[name].copy_(value)
-    frozen: dict[str, Tensor] = getattr(adapted, "state", dict)() if state else {}
+    frozen = adapted.state()
     for name, value in (state or {}).items():
         frozen[name].copy_(value)
 

@@ -23,8 +23,6 @@ from harness.runner.work import Work
 
 _LAST_LINES = 15
 _GRACE_S = 5.0
-# OpenMP's threads spin while they wait: beside another job on the same cores they then hold up what they wait for.
-_UNLESS_SET = {"OMP_WAIT_POLICY": "passive"}
 
 
 def attempt(
@@ -150,7 +148,7 @@ def _worker_environment() -> dict[str, str]:
         "PYTHONHASHSEED": "0",  # the order of a plug-in's sets is part of a run that is to be repeated bit by bit
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
-    return _UNLESS_SET | os.environ | always
+    return os.environ | always
 
 
 def _oom_kills() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
 
 import torch
 from torch import Tensor, nn
@@ -47,12 +47,18 @@ def check_identity(subject: Subject, case: Case) -> CheckResult:
 
 def check_forward(subject: Subject, case: Case) -> CheckResult:
     """The output of every adapted layer is the reference's, on the layer's own weights and a random input."""
-    return judged(subject, case, "forward", _compare(subject, case, "forward", lambda name: name == "y"))
+    forward, gradient = _compare(subject, case)
+    subject.beside = (case, gradient)
+    return judged(subject, case, "forward", forward)
 
 
 def check_gradient(subject: Subject, case: Case) -> CheckResult:
     """The gradients of every adapted layer, of its input and of each of its trainable tensors, are the reference's."""
-    return judged(subject, case, "gradient", _compare(subject, case, "gradient", lambda name: name != "y"))
+    of, gradient = subject.beside or (None, None)
+    subject.beside = None
+    if gradient is None or of is not case:
+        gradient = _compare(subject, case)[1]
+    return judged(subject, case, "gradient", gradient)
 
 
 def check_strides(subject: Subject, case: Case) -> CheckResult:
@@ -193,21 +199,27 @@ def check_model(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "model", carried_noise(mine, truth, rounded, subject.dtype, factor))
 
 
-def _compare(subject: Subject, case: Case, check: str, wanted: Callable[[str], bool]) -> Judgement:
-    found = []
+def _compare(subject: Subject, case: Case) -> tuple[Judgement, Judgement]:
+    """Judge the outputs, and the gradients, of every layer; they are observed in one pass, as they are in training."""
+    outputs: list[Judgement] = []
+    gradients: list[Judgement] = []
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         base = subject.original_base(path)
         x, dy = inputs(base, case.tokens, DTYPES[subject.dtype], case.generator(index))
         if takes_rows(base) and len(x) % 2 == 0:
             x, dy = (t.view(2, -1, t.shape[-1]) for t in (x, dy))  # a batch of sequences, as models send it
         runs = _three(subject, path, layer, x, dy, training=subject.trains_plainly)
-        mine, truth, *draws = ({n: t for n, t in run.items() if wanted(n)} for run in (runs[0], runs[1], *runs[2]))
-        if truth or mine:
-            found.append(at(path, noise_floor(mine, truth, draws, subject.dtype, case.factor(check))))
-            if "y" in mine and mine["y"].dtype != draws[0]["y"].dtype:
-                kinds = f"{mine['y'].dtype}, should be {draws[0]['y'].dtype}"
-                found.append(Judgement(False, None, None, f"{path}: y", kinds, found[-1].policy, 0))
-    return worst_of(found, found[0].policy if found else "noise-floor")
+        for found, check, wanted in ((outputs, "forward", True), (gradients, "gradient", False)):
+            mine, truth, *draws = (
+                {n: t for n, t in run.items() if (n == "y") == wanted} for run in (runs[0], runs[1], *runs[2])
+            )
+            if truth or mine:
+                found.append(at(path, noise_floor(mine, truth, draws, subject.dtype, case.factor(check))))
+        if runs[0]["y"].dtype != runs[2][0]["y"].dtype:
+            kinds = f"{runs[0]['y'].dtype}, should be {runs[2][0]['y'].dtype}"
+            outputs.append(Judgement(False, None, None, f"{path}: y", kinds, outputs[-1].policy, 0))
+    forward, gradient = (worst_of(found, found[0].policy if found else "noise-floor") for found in (outputs, gradients))
+    return forward, gradient
 
 
 def _three(
@@ -226,12 +238,12 @@ def _three(
     draws = [observe(own.layer, own.tensors, x, dy)]
     for seed in range(PERTURBED_DRAWS):
         generator = torch.Generator().manual_seed(seed)
-        moved = subject.reference(path, "float64")
+        moved, tensors = copy.deepcopy((twin.layer, twin.tensors))
         with torch.no_grad():
-            for tensor in [*moved.layer.parameters(), *moved.layer.buffers()]:
+            for tensor in [*moved.parameters(), *moved.buffers()]:
                 if tensor.is_floating_point():
                     tensor.copy_(perturbed(tensor, subject.dtype, generator))
-        draws.append(observe(moved.layer, moved.tensors, *(perturbed(t, subject.dtype, generator) for t in wide)))
+        draws.append(observe(moved, tensors, *(perturbed(t, subject.dtype, generator) for t in wide)))
     return mine, truth, draws
 
 
