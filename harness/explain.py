@@ -78,11 +78,11 @@ def explain(name: str) -> str:
         topics += _defects()
     found = [text() for topic, text in topics if topic == wanted]
     if not found:
-        raise UsageError(
-            f"nothing is called `{name}`",
-            where="NAME",
-            mend=near(name, sorted({topic for topic, _ in topics}), "names"),
-        )
+        mend = near(name, sorted({topic for topic, _ in topics}))
+        if not mend.startswith("did you mean"):  # all names together would fill the screen
+            mend = "`peft-harness list methods` and `list checks` show names; operations, known defects, errors, exit codes"
+            mend += " (0 to 5) and statuses (ok, oom, ...) can be explained too"
+        raise UsageError(f"nothing is called `{name}`", where="explain", mend=mend)
     return "\n\n".join(found)
 
 

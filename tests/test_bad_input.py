@@ -301,8 +301,8 @@ def test_a_wrong_value_is_not_also_missing(tmp_path: Path) -> None:
         (["report"], "Missing argument 'RUN...'", "see `peft-harness report --help`"),
         (["report", "no-such-run"], "no run 'no-such-run'", "`peft-harness run quick` first"),
         (["list", "method"], "'method' is not one of 'methods'", "see `peft-harness list --help`"),
-        (["explain", "lorra"], "NAME: nothing is called `lorra`", "did you mean `lora`?"),
-        (["explain", "9"], "NAME: nothing is called `9`", "names: 0, 1"),
+        (["explain", "lorra"], "explain: nothing is called `lorra`", "did you mean `lora`?"),
+        (["explain", "9"], "explain: nothing is called `9`", "`list checks` show names"),
     ],
 )
 def test_bad_command_line(
