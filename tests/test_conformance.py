@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from harness.conformance.observe import observe
 from harness.conformance.subject import DTYPES, warm
 from harness.conformance.tolerance import exact
 from harness.conformance.tried import Standing, Tried
-from harness.registry import Implementation, discover
+from harness.records import Outcome
+from harness.registry import Implementation, discover, implements
 
 SEED = 4
 
@@ -75,3 +77,25 @@ def test_checks_leave_the_subject_as_they_found_it(state: str, small: suite.Pari
         checks.every()[name](subject, dataclasses.replace(case, state=state))
         assert exact(subject.model.state_dict(), before).passed, name
         assert all(p.grad is None for p in subject.model.parameters()), name
+
+
+def test_what_forward_saw_of_the_gradients_is_not_used_for_another_case() -> None:
+    plan = suite.load("lora")
+    subject, case = matrix.attach(method("reference"), plan, next(plan.cases(full=False)))
+    warm(subject.added(), case.generator(salt=1))
+    assert checks.every()["forward"](subject, case).outcome is Outcome.PASS
+    for layer in subject.adapted.layers.values():
+        layer.scaling *= 2
+    assert checks.every()["gradient"](subject, dataclasses.replace(case, state="warm")).outcome is Outcome.FAIL
+
+
+def test_tensors_that_cannot_be_listed_are_one_finding_in_each_case(small: suite.ParitySuite) -> None:
+    def attach(model: nn.Module, config: Any, generator: torch.Generator) -> Any:
+        adapted = method("reference")(model, config, generator)
+        adapted.tensors = lambda: 1 / 0
+        return adapted
+
+    broken = implements("lora", name="broken", dtypes=["float32"])(attach)
+    findings = [t.result for t in matrix.run(broken) if t.result.check == "lora/attach/float32/init"]
+    assert len(findings) == len(list(small.cases(full=False)))
+    assert all("ZeroDivisionError" in f.detail for f in findings)
