@@ -84,4 +84,11 @@ def test_time_outside_the_cells_is_small(run: store.Run) -> None:
 
 
 def test_the_run_stays_in_its_folder(run: store.Run) -> None:
-    assert {p.name for p in Path(run.path).iterdir()} == {"run.json", "cells", "logs", "footer.json", "report.html"}
+    assert {p.name for p in Path(run.path).iterdir()} == {
+        "run.json",
+        "cells",
+        "logs",
+        "footer.json",
+        "report.html",
+        "lock",
+    }

@@ -8,6 +8,7 @@ import pty
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import psutil
 import pytest
@@ -17,6 +18,16 @@ from harness.errors import Exit
 from harness.runner import stop
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Whoever runs the tests under nohup has SIGHUP ignored, and so have its children."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in stop.ASKING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize("asked", stop.ASKING)
 def test_a_signal_is_heard_only_while_a_run_goes_on(asked: signal.Signals) -> None:
     before = signal.getsignal(asked)
@@ -38,6 +49,7 @@ def test_what_nohup_ignores_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.usefixtures("heard")
 def test_a_lost_terminal_ends_a_run_cleanly(bench: Bench) -> None:
     suite = bench.suite("{implementation: missing}", "{implementation: hangs}")
     ours, theirs = pty.openpty()

@@ -155,8 +155,8 @@ def perturbed(value: Tensor, dtype: str, generator: torch.Generator) -> Tensor:
     """Return `value` with each element moved by up to half a unit in the last place of `dtype`; whole numbers stay."""
     if not value.is_floating_point():
         return value
-    moves = torch.rand(value.shape, generator=generator).sub_(0.5)
-    return torch.addcmul(value, value, moves.to(value), value=EPSILON[dtype])
+    moves = torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value.device) - 0.5
+    return value * (1 + EPSILON[dtype] * moves.to(value.dtype))
 
 
 def rows_within(value: Tensor, truth: Tensor, rounded: Tensor, dtype: str) -> Tensor:

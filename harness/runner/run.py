@@ -74,11 +74,11 @@ def run_suite(
     plan = expand(suite)
     if only is not None:
         plan = keep_only(plan, only)
-    fitting.refuse(suite, plan)
     here = environment.describe(environment.physical_cores())
     chosen = _device(device)
     with contextlib.ExitStack() as held:
         old = _old(plan, out, resume, held)
+        fitting.refuse(suite, plan)
         times.lap("startup")
         progress = Progress(plan.cells)
         held.callback(progress.close)
