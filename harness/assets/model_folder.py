@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from harness.assets.carrier import sha256
 from harness.assets.table import Source
@@ -16,6 +17,8 @@ _INDEX = "model.safetensors.index.json"
 _POSITIONS = ("max_position_embeddings", "n_positions")  # GPT-2's name is the second
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_TWO_SIDED = ("ForMaskedLM", "ForPreTraining")
+"""How the classes of transformers end that guess a token from those before it and after it."""
 
 
 def check(folder: Path, source: Source) -> Path:
@@ -45,6 +48,7 @@ def check(folder: Path, source: Source) -> Path:
             where=str(folder),
             mend="write it there with `tokenizer.save_pretrained(FOLDER)`",
         )
+    _refuse_architecture(folder, source)
     return folder
 
 
@@ -75,12 +79,33 @@ def layers(folder: Path) -> set[str]:
 
 def positions(folder: Path) -> int | None:
     """Return how many tokens a model's config lets it read at once, or None where it sets no limit."""
+    config = _config(folder)
+    most = next((config[key] for key in _POSITIONS if key in config), None)
+    return most if isinstance(most, int) and most > 0 else None
+
+
+def _refuse_architecture(folder: Path, source: Source) -> None:
+    """Raise AssetError for what no Cell can score. A config that tells nothing is left to the Cell, which probes."""
+    config = _config(folder)
+    names = config.get("architectures")
+    name = next((n for n in names if str(n).endswith(_TWO_SIDED)), None) if isinstance(names, list) else None
+    # The same weights may serve a decoder, if the config makes the attention look back only.
+    if source.kind == "causal" and name is not None and config.get("is_decoder") is not True:
+        raise AssetError(
+            f"model {source.name} is declared causal and is a masked language model ({name}): it sees the answer that it is "
+            "to predict, so that no score of it would mean anything",
+            where=str(folder / "config.json"),
+            mend="declare it in a row under `sources:` with `kind: encoder`",
+        )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Return a model's config; empty if it cannot be read: whoever loads it will say why."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
-        most = next((config[key] for key in _POSITIONS if key in config), None)
-    except (OSError, ValueError, TypeError):
-        return None
-    return most if isinstance(most, int) and most > 0 else None
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _weights(folder: Path) -> list[Path]:

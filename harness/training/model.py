@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from harness.errors import AssetError
+from harness.tolerances import FORESIGHT
+
+_PROBED_TOKENS = 4
+"""No suite lets a model read fewer."""
 
 
 @dataclass
@@ -35,6 +39,14 @@ def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.d
             where=str(path),
             mend="is it an encoder? then declare it with kind: encoder",
         )
+    model.to(device)
+    if kind == "causal" and (share := foresight(model)) > FORESIGHT:
+        raise AssetError(
+            f"{type(model).__name__} is no causal model as it is configured: its output depends on later tokens too "
+            f"({share:.2g} of its gradient), so it sees the answers, and no score of it would mean anything",
+            where=str(path),
+            mend="declare it with `kind: encoder`; a decoder of such a family has `is_decoder: true` in config.json",
+        )
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -49,4 +61,31 @@ def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.d
                 parameter.copy_(drawn)
             else:
                 parameter.zero_()
-    return Loaded(model.to(device), tokenizer, head)
+    return Loaded(model, tokenizer, head)
+
+
+def foresight(model: Any) -> float:
+    """Return how much of the logits at the first positions depends on the last token: 0 for a causal model.
+
+    It is the gradient that reaches the last token's embedding, as a share of that of all embeddings. Two runs with another
+    last token would tell less in 16 bits: what few layers see of one token may be less than the rounding, but a gradient
+    that has no way back is exactly zero in every dtype.
+    """
+    found: list[Tensor] = []
+
+    def watch(module: nn.Module, arguments: Any, embedded: Tensor) -> Tensor:
+        found.append(embedded.detach().requires_grad_(True))
+        return found[-1]
+
+    ids = torch.arange(_PROBED_TOKENS, device=model.device)[None] % model.config.vocab_size
+    hook = model.get_input_embeddings().register_forward_hook(watch)
+    try:
+        with torch.enable_grad():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, :-1]
+        dy = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+        (gradient,) = torch.autograd.grad(logits, found[0], dy.to(logits))
+    finally:
+        hook.remove()
+    of_tokens = gradient.double().flatten(0, -2)  # one text, whichever of batch and length comes first
+    every = of_tokens.norm()
+    return float(of_tokens[-1].norm() / every) if every > 0 else 0.0

@@ -1,0 +1,130 @@
+"""Models that a suite takes for what they are not: refused before anything runs where config.json tells, else by a probe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from harness import suites
+from harness.assets import made
+from harness.cli import main
+from harness.errors import AssetError, Exit
+from harness.training import model as models
+
+SUITE = """\
+suite: kinds
+title: Of what kind is it?
+sources:
+  - {name: mine, kind: KIND, source: folder:mine}
+matrix:
+  - model: mine
+    task: toy-sentiment
+    method: full
+    training: {steps: 2, batch: 2, lr: 1e-3, max_tokens: 16}
+    evaluation: {items: 4, batch: 2}
+"""
+SMALL = {"vocab_size": 60, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8, "intermediate_size": 8}
+
+
+def bert(kind: Any, **more: Any) -> Any:
+    return kind(BertConfig(**SMALL, **more))
+
+
+def gpt2() -> Any:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=8, n_layer=1, n_head=2))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made.tiny_llama(folder := tmp_path_factory.mktemp("tokenizer"))
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def saved(model: Any, tokenizer: Path, folder: Path) -> Path:
+    """Save a model with a tokenizer that is not its own; nothing here reads text."""
+    model.save_pretrained(folder)
+    for file in tokenizer.iterdir():
+        if not (folder / file.name).exists():
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def plan(folder: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    path = folder.parent / "kinds.yaml"
+    path.write_text(SUITE.replace("KIND", kind), encoding="utf-8")
+    capsys.readouterr()  # what saving the model has printed
+    code = main(["plan", str(path)])
+    return code, capsys.readouterr().err
+
+
+def test_a_masked_language_model_is_no_causal_one(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved(bert(BertForMaskedLM), tokenizer, tmp_path / "mine")
+    code, said = plan(folder, "causal", capsys)
+    assert code == Exit.USAGE
+    assert "kinds.yaml:6: model mine is declared causal and is a masked language model (BertForMaskedLM)" in said
+    assert str(folder / "config.json") in said
+    assert "`kind: encoder`" in said
+    assert plan(folder, "encoder", capsys) == (Exit.PASS, "")
+
+
+def test_a_masked_language_model_may_have_become_a_decoder(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved(bert(BertForMaskedLM), tokenizer, tmp_path / "mine")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "is_decoder": True}))
+    assert plan(folder, "causal", capsys) == (Exit.PASS, "")
+
+
+@pytest.mark.parametrize("config", ["[]", "{", '{"architectures": "BertForMaskedLM"}', '{"architectures": [null]}'])
+def test_a_config_that_tells_nothing_is_left_to_the_cell(config: str, tokenizer: Path, tmp_path: Path) -> None:
+    folder = saved(gpt2(), tokenizer, tmp_path / "mine")
+    (folder / "config.json").write_text(config)
+    (tmp_path / "kinds.yaml").write_text(SUITE.replace("KIND", "causal"), encoding="utf-8")
+    assert suites.load(tmp_path / "kinds.yaml").entries
+
+
+def load(folder: Path, dtype: torch.dtype) -> Any:
+    return models.load(folder, "causal", 2, dtype, torch.device("cpu"), seed=0).model
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_causal_class_that_looks_ahead_is_refused_as_it_is_loaded(
+    dtype: torch.dtype, tokenizer: Path, tmp_path: Path
+) -> None:
+    folder = saved(bert(BertLMHeadModel), tokenizer, tmp_path / "mine")
+    with pytest.raises(AssetError, match="BertLMHeadModel is no causal model as it is configured") as caught:
+        load(folder, dtype)
+    assert caught.value.where == str(folder)
+    assert "`kind: encoder`" in caught.value.mend
+    decoder = saved(bert(BertLMHeadModel, is_decoder=True), tokenizer, tmp_path / "decoder")
+    assert models.foresight(load(decoder, dtype)) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("make", [gpt2, lambda: LlamaForCausalLM(LlamaConfig(**SMALL))], ids=["gpt2", "llama"])
+def test_causal_models_are_loaded_and_left_as_they_were(
+    make: Any, dtype: torch.dtype, tokenizer: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = load(saved(make(), tokenizer, tmp_path / "mine"), dtype)
+    assert models.foresight(model) == 0
+    assert all(p.grad is None for p in model.parameters())
+    assert not model.get_input_embeddings()._forward_hooks
