@@ -16,6 +16,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from harness import suites
@@ -41,6 +43,10 @@ SMALL = {"vocab_size": 60, "num_hidden_layers": 1, "num_attention_heads": 2, "hi
 
 def bert(kind: Any, **more: Any) -> Any:
     return kind(BertConfig(**SMALL, **more))
+
+
+def t5() -> Any:
+    return T5ForConditionalGeneration(T5Config(vocab_size=60, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
 
 
 def gpt2() -> Any:
@@ -91,6 +97,16 @@ def test_a_masked_language_model_may_have_become_a_decoder(
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "is_decoder": True}))
     assert plan(folder, "causal", capsys) == (Exit.PASS, "")
+
+
+@pytest.mark.parametrize("kind", ["causal", "encoder"])
+def test_an_encoder_decoder_is_neither(
+    kind: str, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, said = plan(saved(t5(), tokenizer, tmp_path / "mine"), kind, capsys)
+    assert code == Exit.USAGE
+    assert "kinds.yaml:6: model mine is an encoder-decoder (t5)" in said
+    assert "mend: name an encoder" in said
 
 
 @pytest.mark.parametrize("config", ["[]", "{", '{"architectures": "BertForMaskedLM"}', '{"architectures": [null]}'])

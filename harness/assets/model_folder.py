@@ -87,6 +87,13 @@ def positions(folder: Path) -> int | None:
 def _refuse_architecture(folder: Path, source: Source) -> None:
     """Raise AssetError for what no Cell can score. A config that tells nothing is left to the Cell, which probes."""
     config = _config(folder)
+    if config.get("is_encoder_decoder") is True:
+        raise AssetError(
+            f"model {source.name} is an encoder-decoder ({config.get('model_type', 'of an unnamed type')}); only encoders "
+            "and causal models are trained and scored",
+            where=str(folder / "config.json"),
+            mend="name an encoder (a BERT) with `kind: encoder`, or a causal model (a Llama, a GPT)",
+        )
     names = config.get("architectures")
     name = next((n for n in names if str(n).endswith(_TWO_SIDED)), None) if isinstance(names, list) else None
     # The same weights may serve a decoder, if the config makes the attention look back only.
