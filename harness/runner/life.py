@@ -38,6 +38,7 @@ from harness.records import (
     TrainingMeasured,
 )
 from harness.registry import Registry
+from harness.runner import packing
 from harness.runner.data import CellData
 from harness.runner.work import Work
 from harness.training import loop
@@ -80,6 +81,9 @@ class Life:
             task = CellData(work, loaded, self.emit)
         config = configure(cell.method, cell.config)
         matched = adaptable_layers(model, config)
+        quantised = cell.base.quantization != "none"
+        if quantised:
+            matched = packing.packable(model, config, matched)
         bases = {p: m for p, m in matched.items() if not _is_head(p, loaded.head)}
         if hasattr(config, "targets") and len(bases) < len(matched):
             # A target's name also fits a layer of the new head, which trains as a whole: name the others by their paths.
@@ -87,13 +91,13 @@ class Life:
                 what = f"`targets` name nothing but the new head ({', '.join(matched)}), which trains as a whole anyway"
                 raise UsageError(what, where=cell.model, mend="name layers of the model, or choose `method: frozen`")
             config = replace(config, targets=tuple(bases))
-        packed, expected_codes = {}, {}
-        if cell.base.quantization != "none":
+        packed: dict[str, Packed] = {}
+        expected_codes: dict[str, ExpectedCodes] = {}
+        if quantised:
             with self.clock.phase("quantise"):
-                expected_codes = {p: ExpectedCodes.of(m) for p, m in bases.items()}
-                pack = self.registry.find("base", cell.base.quantization, cell.base.implementation)
-                packed = {p: Packed(*form) for p, form in pack(model, list(bases), dtype).items()}
+                packed, expected_codes, said = packing.pack(model, bases, cell.base, dtype, self.registry)
                 bases = {p: model.get_submodule(p) for p in bases}
+            self.notes.append(said)
 
         with self.clock.phase("attach"):
             model.eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from harness.errors import Unsupported
 from harness.registry import implements
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -13,7 +14,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 def nf4(model: Any, paths: list[str], dtype: Any) -> dict[str, tuple[Any, Any, int]]:
     """Replace the linear layers at `paths` by bitsandbytes' NF4 layers, in place; return path -> (bytes, absmax, block).
 
-    Blocks of 64, no double quantisation; matrix products in `dtype`, biases kept in it.
+    Blocks of 64, no double quantisation; matrix products in `dtype`, biases kept in it. Raises Unsupported for any other
+    layer.
     """
     return _pack(model, paths, dtype, double=False)
 
@@ -31,8 +33,11 @@ def _pack(model: Any, paths: list[str], dtype: Any, double: bool) -> dict[str, t
     from reference.layers import replace
 
     forms = {}
-    for path in paths:
-        dense = model.get_submodule(path)
+    layers = {path: model.get_submodule(path) for path in paths}
+    for path, dense in layers.items():
+        if not isinstance(dense, torch.nn.Linear):
+            raise Unsupported(f"{path} is a {type(dense).__name__}; bitsandbytes packs linear layers")
+    for path, dense in layers.items():
         device = dense.weight.device
         packed = bitsandbytes.nn.Linear4bit(
             dense.in_features,
