@@ -20,7 +20,7 @@ Bytes = Annotated[int, Field(ge=0)]
 Scalar = bool | int | float | str
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Optimizer = Literal["adamw"]
-Quantization = Literal["none", "nf4"]
+Quantization = Literal["none", "nf4", "nf4-dq"]
 Json = Scalar | None | list[Any] | dict[str, Any]
 
 
@@ -48,6 +48,7 @@ class Base(Frozen):
     """The frozen weights under an adapter."""
 
     quantization: Quantization = "none"
+    """`nf4-dq`: NF4 with double quantisation, that is, the constants of its blocks in 8 bits."""
     implementation: str = ""
     """Who quantises, e.g. `bitsandbytes`; empty when nothing is quantised."""
 

@@ -92,10 +92,15 @@ def model_tensors(model: torch.nn.Module) -> list[Tensor]:
     """List parameters and buffers, and the scales that quantised weights keep beside them."""
     found: list[Tensor] = [*model.parameters(), *model.buffers()]
     for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            found += [t for t in vars(state).values() if isinstance(t, Tensor)]
+        found += _scales(getattr(parameter, "quant_state", None))
     return found
+
+
+def _scales(state: object) -> list[Tensor]:
+    """List the tensors of bitsandbytes' state of a weight; with double quantisation it holds a second state."""
+    if state is None:
+        return []
+    return [t for t in vars(state).values() if isinstance(t, Tensor)] + _scales(getattr(state, "state2", None))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
