@@ -81,12 +81,14 @@ def floating_dtype(base: nn.Module) -> torch.dtype:
     return getattr(base, "compute_dtype", None) or torch.float32  # bitsandbytes' name for it
 
 
-def dense_weight(base: nn.Linear) -> torch.Tensor:
+def dense_weight(base: nn.Linear | nn.Embedding) -> torch.Tensor:
     """Return the matrix (out, in) that `base` multiplies by, whatever form it keeps it in.
 
-    A packed layer is asked for its columns: it is linear, so its images of the unit vectors are its matrix, exactly,
-    since each product is 1 w + 0 + 0 ...
+    An embedding multiplies one-hot rows by its table: the matrix is the table's transpose. A packed layer is asked for its
+    columns: it is linear, so its images of the unit vectors are its matrix, exactly, since each product is 1 w + 0 + 0 ...
     """
+    if isinstance(base, nn.Embedding):
+        return base.weight.detach().T.contiguous()
     if type(base) is nn.Linear:
         return base.weight.detach().clone()
     unit = torch.eye(base.in_features, dtype=floating_dtype(base), device=next(base.parameters()).device)

@@ -10,13 +10,15 @@ Shape letters: T tokens, D in, E out, R rank.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from reference.adapted import Adapted
-from reference.layers import dense_copy, dense_weight, floating_dtype, replace, targets
+from reference.adapted import Adapted, AdaptedLayer
+from reference.layers import dense_copy, dense_weight, floating_dtype, kind_of, replace, targets
+from reference.lora_layers import LoraEmbedding
 
 PAPER = "arXiv:2404.02948v4"
 DEVIATIONS = (
@@ -65,6 +67,13 @@ DEVIATIONS = (
         "none",
         "none, and no knob for it",
         "dropping inputs of the principal part would change the function before the first step",
+    ),
+    (
+        "embeddings",
+        "not treated",
+        "the table's transpose is W, as in LoRA: A (r, num) picks columns by id, B (dim, r)",
+        "what its equations say of the only other layer that multiplies by a matrix. HF peft takes them too, but begins "
+        "them as plain LoRA, without a word",
     ),
 )
 
@@ -184,23 +193,62 @@ class PissaLinear(nn.Module):
         return dense
 
 
-def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adapted:
-    """Freeze `model` and put a PissaLinear in the place of every target, in order of the paths.
+class PissaEmbedding(nn.Module):
+    """A table of embeddings (N, E) of which the principal part trains and the residual is frozen.
 
-    Raises ValueError if a target names no linear layer, or if rank exceeds a target's smaller side.
+    base: the original one, of which no product is taken. A (R, N), B (E, R), residual (E, N).
     """
-    found = targets(model, config.targets)
+
+    def __init__(self, base: nn.Embedding, A: Tensor, B: Tensor, residual: Tensor, scaling: float) -> None:
+        super().__init__()
+        self.base = base
+        rest: Any = dense_copy(base)
+        rest.weight = nn.Parameter(residual.T, requires_grad=False)
+        self.adapted = LoraEmbedding(rest, A, B, scaling)
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        """Return (W_res + scaling B A)^T[ids], shape (..., E) (eq. 5)."""
+        y_TE: Tensor = self.adapted(ids_T)
+        return y_TE
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """Map LoRA's letters to what trains."""
+        return self.adapted.tensors()
+
+    def state(self) -> dict[str, Tensor]:
+        """Map `residual` to W_res (E, N)."""
+        return {"residual": self.adapted.base.weight.data.T}
+
+    def merged(self) -> nn.Module:
+        """Return an embedding with (W_res + scaling B A)^T."""
+        return self.adapted.merged()
+
+
+def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adapted:
+    """Freeze `model` and put a PissaLinear or a PissaEmbedding in the place of every target, in order of the paths.
+
+    Raises ValueError if a target names no such layer, or if rank exceeds the smaller side of a target's weight.
+    """
+    found = targets(model, config.targets, ("linear", "embedding"))
     for path, base in found.items():
-        if config.rank > min(base.in_features, base.out_features):
+        D, E = _sides(base)
+        if config.rank > min(D, E):
             raise ValueError(
-                f"rank {config.rank}: {path} maps {base.in_features} to {base.out_features} features and has only "
-                f"{min(base.in_features, base.out_features)} singular values"
+                f"rank {config.rank}: {path} maps {D} to {E} features and has only {min(D, E)} singular values"
             )
     model.requires_grad_(False)
-    layers = {}
+    layers: dict[str, AdaptedLayer] = {}
     for path, base in found.items():
         with torch.no_grad():
             A, B, residual = split(dense_weight(base), config, floating_dtype(base), generator)
-        layers[path] = PissaLinear(base, A, B, residual, config.alpha / config.rank)
-        replace(model, path, layers[path])
+        kind = PissaEmbedding if kind_of(base) == "embedding" else PissaLinear
+        layers[path] = kind(base, A, B, residual, config.alpha / config.rank)
+        replace(model, path, layers[path])  # type: ignore[arg-type]  # the Protocol cannot say that it is a Module
     return Adapted(model, layers)
+
+
+def _sides(base: Any) -> tuple[int, int]:
+    """Return (D, E) of a layer's weight."""
+    if kind_of(base) == "embedding":
+        return base.num_embeddings, base.embedding_dim
+    return base.in_features, base.out_features

@@ -105,11 +105,14 @@ def test_what_peft_cannot_do_it_says_and_leaves_the_model(method: str, values: d
     assert type(model.first) is nn.Linear
 
 
-def test_pissa_on_an_embedding_is_refused_where_peft_would_fall_back_to_lora() -> None:
-    model = nn.Sequential(nn.Embedding(10, 8))
-    with pytest.raises(ValueError, match="0 is a Embedding, which this method does not support"):
-        attached("pissa", model=model, targets=["0"])
-    assert type(model[0]) is nn.Embedding
+def test_pissa_on_an_embedding_is_what_a_user_of_peft_gets_a_start_of_lora() -> None:
+    table = nn.Embedding(12, 8)
+    W = table.weight.detach().clone()
+    adapted = attached("pissa", model=nn.Sequential(table), targets=["0"])
+    assert not adapted.tensors()["0.A"].any()
+    assert torch.equal(adapted.state()["0.residual"], W.T)
+    with pytest.raises(ValueError, match="0 is a Conv2d, which this method does not support"):
+        attached("pissa", model=nn.Sequential(nn.Conv2d(4, 8, 3)), targets=["0"])
 
 
 def test_adalora_adds_what_pefts_forward_pass_adds() -> None:

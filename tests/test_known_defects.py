@@ -5,10 +5,14 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from harness.conformance import defects, suite
+import pytest
+
+from harness.conformance import defects, matrix, suite
+from harness.conformance.breadth import FEW
 from harness.conformance.defects import Defect
 from harness.conformance.tried import Tried
 from harness.records import CheckResult, Outcome
+from harness.registry import discover
 
 
 def known(name: str = "one", **changed: Any) -> Defect:
@@ -67,7 +71,7 @@ def test_a_check_of_an_entry_that_passes_is_said() -> None:
 def test_every_implementation_of_adaptable_layers_meets_every_config_and_shape_in_every_dtype() -> None:
     for name in (name for name in suite.names() if suite.kind_of(name) != "operation"):
         plan = suite.load(name)
-        met = [case for case in plan.cases(full=False) if case.kind == plan.layers[0]]
+        met = [case for case in plan.cases(FEW) if case.kind == plan.layers[0]]
         for dtype, config in itertools.product(plan.dtypes, plan.configs):
             assert any((case.dtype, case.config) == (dtype, config) for case in met)
         for dtype, shape in itertools.product(plan.dtypes, plan.shapes):
@@ -77,5 +81,27 @@ def test_every_implementation_of_adaptable_layers_meets_every_config_and_shape_i
 def test_lora_of_convolutions_meets_every_config_in_every_dtype() -> None:
     plan = suite.load("lora")
     for dtype in plan.dtypes:
-        cases = [case for case in plan.cases(full=False) if case.dtype == dtype and case.kind.startswith("conv2d")]
+        cases = [case for case in plan.cases(FEW) if case.dtype == dtype and case.kind.startswith("conv2d")]
         assert all(config in [case.config for case in cases] for config in plan.configs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "name"),
+    [
+        ("operation", "adamw8bit_step", "bitsandbytes-paged"),
+        ("operation", "paged_states", "bitsandbytes-paged"),
+        ("operation", "galore_step", "galore-torch"),
+        ("operation", "galore_step", "galore-torch-8bit"),
+        ("base", "nf4-dq", "torchao"),
+        ("method", "pissa", "hf-peft"),
+        ("method", "lora", "loralib-merging"),
+    ],
+)
+def test_what_a_library_does_otherwise_is_what_is_known_of_it(kind: str, target: str, name: str) -> None:
+    implementation = discover().find(kind, target, name)
+    for module in implementation.requires:
+        pytest.importorskip(module, reason=f"{module} comes with an extra")
+    marked, complaints = defects.explained(matrix.run(implementation, dtypes=("float32",)), defects.known())
+    assert [one for one in marked if one.result.outcome is Outcome.FAIL and not one.defect] == []
+    assert any(one.defect for one in marked)
+    assert complaints == []

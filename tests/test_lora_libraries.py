@@ -21,7 +21,7 @@ from test_reference_lora_layers import (
     warmed,
 )
 
-from harness.conformance.subject import load
+from harness.conformance.subject import load, warm
 from harness.conformance.tolerance import noise_floor
 from harness.implementations import hf_peft, loralib
 from reference import lora
@@ -74,6 +74,22 @@ def test_loralib_merges_by_its_switch_and_gives_the_base_back(name: str) -> None
     adapted.detach()
     assert type(adapted.model.layer) is type(MADE[name]())
     assert_same(adapted.model.state_dict(), model(name).state_dict())
+
+
+@pytest.mark.parametrize("name", ["linear", "Conv1D", "embedding", "everything"])
+def test_loralib_by_its_own_default_changes_the_weight_with_the_mode(name: str) -> None:
+    pytest.importorskip("loralib", reason="the extra `loralib` is not installed")
+    adapted = attached(name, attach=loralib.merging, conv="loralib")
+    weight = adapted.bases["layer"].weight
+    W, x = weight.clone(), sample(name)
+    adapted.model.train()
+    warm(adapted.tensors(), generator(6))
+    y = adapted.model(x).detach()
+    adapted.model.eval()
+    assert not torch.equal(weight, W)
+    assert_same({"y": adapted.model(x).detach()}, {"y": y})
+    adapted.model.train()
+    assert_same({"W": weight}, {"W": W})
 
 
 @pytest.mark.parametrize(

@@ -273,7 +273,7 @@ def test_conversion_of_what_has_not_trained_is_no_update(niter: int) -> None:
     ("config", "message"),
     [
         ({"rank": 8}, "rank 8: v_proj maps 10 to 7 features and has only 7 singular values"),
-        ({"targets": ("k_proj",)}, "no linear layer is named 'k_proj'"),
+        ({"targets": ("k_proj",)}, "no linear or embedding layer is named 'k_proj'"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_changes(config: dict[str, Any], message: str) -> None:
@@ -283,6 +283,29 @@ def test_what_cannot_be_is_refused_before_anything_changes(config: dict[str, Any
     assert type(model.q_proj) is nn.Linear
     assert all(p.requires_grad for p in model.parameters())
     pissa.attach(model, Config(rank=7), generator())  # all of v_proj: its residual is rounding
+
+
+def test_of_an_embedding_the_principal_part_of_the_table_trains() -> None:
+    table, ids = nn.Embedding(12, 10, padding_idx=3, dtype=torch.float64), torch.tensor([[0, 3, 11], [5, 5, 2]])
+    table.weight.data = known(12, 10, decay=8.0)[0]
+    W, y = table.weight.detach().clone(), table(ids).detach()
+    config = Config(rank=3, alpha=8.0, targets=("0",))
+    adapted = pissa.attach(nn.Sequential(table), config, generator())
+    layer, (A, B), residual = adapted.layers["0"], adapted.tensors().values(), adapted.state()["0.residual"]
+    for have, want in zip((A, B, residual), pissa.split(W.T, config, torch.float64, generator()), strict=True):
+        assert_near(have.detach(), want, torch.linalg.svdvals(W), 3)
+    assert_same({"y": layer(ids).detach()}, {"y": y})
+    with torch.no_grad():
+        A.mul_(-2).add_(0.5)
+        want = (residual + 8 / 3 * B @ A).T[ids]
+    assert_same({"y": layer(ids).detach()}, {"y": want})
+    layer(ids).sum().backward()
+    assert [int(i) for i in A.grad.abs().sum(0).nonzero()] == [0, 2, 5, 11]  # of the padding entry nothing trains
+    adapted.merge()
+    assert_same({"y": adapted.model(ids).detach()}, {"y": want})
+    adapted.detach()
+    assert adapted.model[0] is table
+    assert torch.equal(table.weight, W)
 
 
 def test_there_is_no_dropout() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from harness.errors import Unsupported
@@ -45,23 +46,63 @@ def galore_step(
     W: Any, G: Any, P: Any, Q: Any, M: Any, V: Any, side: str, step: int, lr: float, scale: float, **how: Any
 ) -> tuple[Any, Any, Any]:
     """Take one step of GaLoreAdamW whose projector and moments are given."""
-    import torch
     from galore_torch import GaLoreAdamW
+
+    p, group, projector = _given(W, G, P, Q, side, scale)
+    optimizer = GaLoreAdamW([group], lr=lr, no_deprecation_warning=True, **how)
+    state = {"step": step - 1, "projector": projector, "exp_avg": M.clone(), "exp_avg_sq": V.clone()}
+    optimizer.state[p].update(state)
+    optimizer.step()
+    return p.detach(), optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]
+
+
+@implements(
+    "galore_step", name="galore-torch-8bit", kind="operation", dtypes=("float32", "bfloat16", "float16"),
+    requires=["galore_torch", "bitsandbytes"],
+)  # fmt: skip
+def galore_step_8bit(
+    W: Any, G: Any, P: Any, Q: Any, M: Any, V: Any, side: str, step: int, lr: float, scale: float, **how: Any
+) -> tuple[Any, Any, Any]:
+    """Take the same step by GaLoreAdamW8bit, whose moments are in 32 bits where they are of fewer than 4096 elements.
+
+    Raises Unsupported for larger ones.
+    """
+    from unittest.mock import patch
+
+    import torch
+    from galore_torch import GaLoreAdamW8bit
+
+    if M.numel() >= 4096:
+        raise Unsupported("GaLoreAdamW8bit keeps moments of 4096 elements or more in 8 bits")
+    p, group, projector = _given(W, G, P, Q, side, scale)
+    optimizer = GaLoreAdamW8bit([group], lr=lr, **how)
+    p.data = torch.zeros_like(M)  # as its own step has it when it makes the state
+    optimizer.init_state(optimizer.param_groups[0], p, 0, 0)
+    p.data = W.clone()
+    state = optimizer.state[p]
+    state.update({"step": step - 1, "projector": projector})
+    state["state1"].copy_(M)
+    state["state2"].copy_(V)
+    # It waits for CUDA after every parameter, also for one on the CPU, and raises where there is no CUDA.
+    with patch("torch.cuda.synchronize") if not torch.cuda.is_available() else nullcontext():
+        optimizer.step()
+    return p.detach(), state["state1"], state["state2"]
+
+
+def _given(W: Any, G: Any, P: Any, Q: Any, side: str, scale: float) -> tuple[Any, dict[str, Any], Any]:
+    """Return the parameter with its gradient, its group, and a projector that is not due to be found anew."""
+    import torch
     from galore_torch.galore_projector import GaLoreProjector
 
     p = torch.nn.Parameter(W.clone())
     p.grad = G.clone()
     rank = min(t.shape[1] for t in (P, Q) if t is not None)
     rarely = {"rank": rank, "update_proj_gap": 1_000_000, "scale": scale, "proj_type": side}
-    optimizer = GaLoreAdamW([{"params": [p], **rarely}], lr=lr, no_deprecation_warning=True, **how)
     projector = GaLoreProjector(rank, update_proj_gap=1_000_000, scale=scale, proj_type=side)
     # It keeps P as it is and Q transposed; a list of both for `full`.
     both = [*([P] if P is not None else []), *([Q.T.contiguous()] if Q is not None else [])]
     projector.ortho_matrix = both if side == "full" else both[0]
-    state = {"step": step - 1, "projector": projector, "exp_avg": M.clone(), "exp_avg_sq": V.clone()}
-    optimizer.state[p].update(state)
-    optimizer.step()
-    return p.detach(), optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]
+    return p, {"params": [p], **rarely}, projector
 
 
 def implementations() -> list[Implementation]:

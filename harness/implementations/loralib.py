@@ -5,16 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 from harness.errors import Unsupported
-from harness.registry import implements
+from harness.registry import Implementation, implements
+
+_HOW: dict[str, Any] = {"dtypes": ("float64", "float32", "bfloat16", "float16"), "requires": ["loralib"]}
 
 
-@implements("lora", name="loralib", dtypes=("float64", "float32", "bfloat16", "float16"), requires=["loralib"])
+@implements("lora", name="loralib", **_HOW)
 def lora(model: Any, config: Any, generator: Any) -> Any:
     """Replace what `config.targets` names by loralib's Linear, Embedding or Conv2d; config as `reference.lora.Config`.
 
     A Conv1D becomes a Linear with fan_in_fan_out. loralib draws from torch's global generator, seeded here. Raises
     Unsupported for what loralib does not have: rslora, conv=peft, packed weights, subclasses that compute otherwise.
     """
+    return _attached(model, config, generator)
+
+
+@implements("lora", name="loralib-merging", **_HOW)
+def merging(model: Any, config: Any, generator: Any) -> Any:
+    """Do the same with merge_weights on, loralib's default: `eval()` merges into the weight and `train()` takes it out."""
+    adapted = _attached(model, config, generator)
+    for layer in adapted.layers.values():
+        layer.merge_weights = True
+        layer.train(layer.training)
+    return adapted
+
+
+def _attached(model: Any, config: Any, generator: Any) -> Loralib:
     import torch
     from loralib import mark_only_lora_as_trainable
 
@@ -118,10 +134,10 @@ class Loralib:
 
     def _switch(self, training: bool) -> None:
         for layer in self.layers.values():
-            was_training = layer.training
+            was_training, was_merging = layer.training, layer.merge_weights
             layer.merge_weights = True
             layer.train(training)
-            layer.merge_weights = False
+            layer.merge_weights = was_merging
             layer.train(was_training)
 
     def detach(self) -> None:
@@ -130,3 +146,8 @@ class Loralib:
 
         for path, base in self.bases.items():
             replace(self.model, path, base)
+
+
+def implementations() -> list[Implementation]:
+    """Return all that this file offers."""
+    return [one for one in globals().values() if isinstance(one, Implementation)]

@@ -1,4 +1,4 @@
-"""`torchao`: its NF4 tensor and its 8-bit AdamW."""
+"""`torchao`: its NF4 tensor, as an Operation and as a base, and its 8-bit AdamW."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from harness.registry import Implementation, implements
 
 DTYPES = ("float32", "bfloat16", "float16")
 _HOW: dict[str, Any] = {"name": "torchao", "kind": "operation", "dtypes": DTYPES, "requires": ["torchao"]}
-SCALER_BLOCK = 256
+BLOCK, SCALER_BLOCK = 64, 256
 
 
 @implements("nf4_quantize", **_HOW)
@@ -24,6 +24,46 @@ def nf4_quantize(W: Any, block: int) -> tuple[Any, Any]:
         raise Unsupported(f"torchao takes matrices of whole blocks of {block} x {SCALER_BLOCK} elements only")
     packed = nf4_tensor.to_nf4(W, block, SCALER_BLOCK)
     return packed.quantized_data.flatten(), nf4_tensor.get_block_absmax(W.flatten(), block).float()
+
+
+@implements("nf4-dq", **_HOW | {"kind": "base"})
+def nf4_dq(model: Any, paths: list[str], dtype: Any) -> dict[str, tuple[Any, Any, int, bool]]:
+    """Replace the linear layers at `paths` by ones on an NF4Tensor; return path -> (bytes, absmax, block, True).
+
+    The absmax returned is what it decodes to. Raises Unsupported for sizes that its blocks do not divide.
+    """
+    import torch
+    from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor
+
+    from reference.layers import replace
+
+    class Nf4Linear(torch.nn.Linear):
+        """A layer on an NF4Tensor, which takes part in no comparison of weights: `weight` is its bytes."""
+
+        def __init__(self, dense: torch.nn.Linear) -> None:
+            super().__init__(dense.in_features, dense.out_features, bias=False, device="meta")
+            self.packed = [
+                nf4_tensor.to_nf4(dense.weight.detach(), BLOCK, SCALER_BLOCK)
+            ]  # in a list, or it is a buffer
+            self.weight = torch.nn.Parameter(self.packed[0].quantized_data, requires_grad=False)
+            self.compute_dtype = dtype
+            if dense.bias is not None:
+                self.bias = torch.nn.Parameter(dense.bias.detach().clone(), requires_grad=False)
+
+        def forward(self, x: Any) -> Any:
+            return torch.nn.functional.linear(x, self.packed[0], self.bias)
+
+    forms = {}
+    for path in paths:
+        dense = model.get_submodule(path)
+        if dense.weight.numel() % (BLOCK * SCALER_BLOCK):
+            raise Unsupported(f"torchao takes matrices of whole blocks of {BLOCK} x {SCALER_BLOCK} elements only")
+        layer = Nf4Linear(dense)
+        replace(model, path, layer.train(dense.training))
+        packed = layer.packed[0]
+        absmax = packed.dequantize_scalers(packed.quantized_scalers, packed.quantization_factor, SCALER_BLOCK)
+        forms[path] = (packed.quantized_data, absmax.float(), BLOCK, True)
+    return forms
 
 
 @implements("adamw8bit_step", **_HOW)

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from harness.implementations.bitsandbytes.layer import nf4_linear
-from harness.implementations.bitsandbytes.optimizers import adamw8bit_step, paged_adamw, paged_states
+from harness.implementations.bitsandbytes.optimizers import (
+    adamw8bit_step,
+    paged_8bit_states,
+    paged_adamw,
+    paged_adamw8bit_step,
+    paged_states,
+)
 from harness.implementations.bitsandbytes.quantisers import (
     double_dequantize,
     double_quantize,
@@ -35,6 +41,8 @@ __all__ = [
     "nf4_dq",
     "nf4_linear",
     "nf4_quantize",
+    "paged_8bit_states",
     "paged_adamw",
+    "paged_adamw8bit_step",
     "paged_states",
 ]

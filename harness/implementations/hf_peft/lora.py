@@ -65,7 +65,7 @@ def dora(model: Any, config: Any, generator: Any) -> PeftAdapted:
 # peft refuses to split a float64 weight.
 @implements("pissa", name="hf-peft", dtypes=("float32", "bfloat16", "float16"), requires=["peft"])
 def pissa(model: Any, config: Any, generator: Any) -> PeftAdapted:
-    """Attach LoRA that starts from the principal part; config as `reference.pissa.Config`.
+    """Attach LoRA that starts from the principal part, to linear layers and embeddings; config as `reference.pissa.Config`.
 
     peft writes the residual into the base weight and keeps no copy, so `detach` leaves a base without its principal part.
     """
@@ -73,7 +73,7 @@ def pissa(model: Any, config: Any, generator: Any) -> PeftAdapted:
 
     from reference.layers import targets
 
-    targets(model, config.targets)  # refuses an embedding, on which peft would fall back to plain LoRA without a word
+    targets(model, config.targets, ("linear", "embedding"))  # refuses every other kind
     peft_config = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -81,7 +81,13 @@ def pissa(model: Any, config: Any, generator: Any) -> PeftAdapted:
         init_lora_weights=f"pissa_niter_{config.niter}" if config.niter else "pissa",
     )
     tuner(model, peft_config, generator)
-    return PeftAdapted(model, lora_tensors, lambda layer: {"residual": layer.base_layer.weight.data})
+    return PeftAdapted(model, lora_tensors, lambda layer: {"residual": _residual(layer)})
+
+
+def _residual(layer: Any) -> Any:
+    """Return what is left of the base weight as (out, in), which an embedding keeps the other way round."""
+    weight = layer.base_layer.weight.data
+    return weight.T if ADAPTER in layer.lora_embedding_A else weight
 
 
 def lora_tensors(layer: Any) -> dict[str, Any]:

@@ -1,0 +1,23 @@
+"""peft: AdaLoRA prunes every triplet whose score equals the threshold, so of equal scores none is left.
+
+The threshold is the k-th smallest score and the mask is score <= threshold. Scores are equal, and zero, where no gradient
+arrives: an expert that no token reached, or an average that forgets at once, as here. The budget is then undercut: down to
+rank 0 everywhere, from which the update cannot come back once the mask is final. As in the authors' code. Here on 0.21.2.
+"""
+
+import torch
+from peft import AdaLoraConfig, get_peft_model
+from torch import nn
+
+for beta1 in (0.85, 1e-300):
+    torch.manual_seed(0)
+    config = AdaLoraConfig(init_r=8, target_r=4, target_modules=["0"], total_step=20, tfinal=5, beta1=beta1)
+    tuner = get_peft_model(nn.Sequential(nn.Linear(32, 16)), config).base_model
+    left = []
+    for step in range(1, 20):
+        torch.nn.init.ones_(tuner.model[0].lora_E["default"])
+        tuner(torch.randn(4, 32)).square().mean().backward()
+        tuner.update_and_allocate(step)
+        tuner.zero_grad()
+        left.append(int(tuner.model[0].lora_E["default"].count_nonzero()))
+    print(f"beta1={beta1}: triplets left after each step {left}; should fall from 8 to 4")
