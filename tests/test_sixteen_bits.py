@@ -108,7 +108,35 @@ def test_a_step_that_is_lost_to_rounding_is_held() -> None:
     assert loop.held(parameter, plain["optimizer"]).data_ptr() == parameter.data_ptr()
 
 
-@pytest.mark.parametrize(("dtype", "said"), [(torch.bfloat16, True), (torch.float16, True), (torch.float32, False)])
-def test_an_optimizer_of_the_methods_own_without_masters_is_named(dtype: torch.dtype, said: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [
+        (torch.bfloat16, ["GaLore, the Method's own, steps weights of 16 bits as they are"]),
+        (
+            torch.float16,
+            ["GaLore kept float32 master weights and moments for what trains in 16 bits, and the loss was"],
+        ),
+        (torch.float32, []),
+    ],
+)
+def test_it_is_said_how_an_optimizer_of_the_methods_own_steps(dtype: torch.dtype, said: list[str]) -> None:
     notes = loop.notes(setting(Encoder().to(dtype), "galore")["optimizer"])
-    assert [note.partition(",")[0] for note in notes] == (["GaLore"] if said else [])
+    assert [note[: len(start)] for note, start in zip(notes, said, strict=True)] == said
+
+
+@pytest.mark.parametrize("name", ["reference", "galore-torch"])
+def test_galore_in_float16_steps_as_in_float32(name: str) -> None:
+    """Its second moments would vanish in float16, and its steps then be as large as their eps is small."""
+    models = Encoder().half(), Encoder().half().float()
+    half, wide = (setting(model, "galore", name, lr=1e-3) for model in models)
+    named = [dict(model.named_parameters()) for model in models]
+    for batch in batches(3):
+        half["optimizer"].zero_grad()
+        (loop.loss_of(models[0], batch) * half["optimizer"].loss_scale).backward()
+        for key, p in named[0].items():
+            named[1][key].grad = p.grad.float() / half["optimizer"].loss_scale
+        half["optimizer"].step()
+        wide["optimizer"].step()
+    want = {key: p.detach() for key, p in named[1].items()}
+    assert exact({key: loop.held(p, half["optimizer"]) for key, p in named[0].items()}, want).passed
+    assert loop.optimizer_facts(half["optimizer"])["name"] == type(wide["optimizer"]).__name__

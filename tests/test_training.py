@@ -27,7 +27,7 @@ from harness.training.batches import (
     answer_examples,
     collate,
 )
-from harness.training.master import MasterAdamW
+from harness.training.master import Masters
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +293,7 @@ def test_the_optimizer_is_described_whole() -> None:
         "lr": 2e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.5, "tensors": 3,
     }  # fmt: skip
     half = setting(Encoder().half())["optimizer"]
-    assert isinstance(half, MasterAdamW)
+    assert isinstance(half, Masters)
     assert loop.optimizer_facts(half)["master_weights"] == "float32"
     assert loop.optimizer_facts(half)["groups"][0]["eps"] == 1e-8
     (note,) = loop.notes(half)

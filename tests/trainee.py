@@ -30,9 +30,9 @@ class Encoder(nn.Module):
         return SimpleNamespace(logits=self.head(torch.tanh(summed)) * self.scale)
 
 
-def setting(model: nn.Module, method: str = "full", **recipe: Any) -> Any:
+def setting(model: nn.Module, method: str = "full", implementation: str = "reference", **recipe: Any) -> Any:
     """Attach a method to a model; return train()'s arguments up to the schedule, by name."""
-    attach = discover().find("method", method, "reference")
+    attach = discover().find("method", method, implementation)
     config = {} if method == "full" else {"rank": 2, "targets": ["head"]}
     adapted = attach(model, configure(method, config), torch.Generator().manual_seed(0))
     recipe = Training(**{"steps": 10, "warmup": 0, "lr": 1e-2, **recipe})

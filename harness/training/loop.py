@@ -16,7 +16,7 @@ from harness.errors import UsageError
 from harness.methods import Adapted
 from harness.records import Json, Training
 from harness.training.batches import Batch
-from harness.training.master import HALVES, MasterAdamW
+from harness.training.master import HALVES, Masters
 
 MAX_STEP_SEED = 2**31
 SILENT = 5
@@ -74,8 +74,9 @@ def make_optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Return the optimizer over adapter and head, and its schedule: linear warm-up, then linearly down to zero.
 
-    It is AdamW, with float32 master weights where something that trains is float16 or bfloat16; or the Method's own
-    with the head added, whose arithmetic is then the Method's matter.
+    It is AdamW, with float32 master weights where something that trains is float16 or bfloat16; or the Method's own with the
+    head added. That one steps bfloat16 weights as they are: GaLore's paper does, whose subject is memory. In float16, whose
+    range holds no second moments, it has float32 masters too.
     """
     heads = {id(p) for p in head}
     body = [p for p in adapted.parameters() if id(p) not in heads]
@@ -87,15 +88,17 @@ def make_optimizer(
             "nothing of this model trains: the method adds no tensors, and a causal model gets no new head",
             mend="write `training: {steps: 0}`, or choose a method that trains",
         )
-    optimizer = adapted.optimizer(recipe.lr, recipe.weight_decay)
+    optimizer, lacking = adapted.optimizer(recipe.lr, recipe.weight_decay), {torch.float16}
     if optimizer is None:
-        # In float32 and float64 nothing is gained by a second copy.
-        low = any(p.dtype in HALVES for p in (*body, *head))
-        kind: Any = MasterAdamW if low else torch.optim.AdamW
-        optimizer = kind(of_body + of_head, lr=recipe.lr, betas=BETAS, eps=EPS, weight_decay=recipe.weight_decay)
+        optimizer = torch.optim.AdamW(
+            of_body + of_head, lr=recipe.lr, betas=BETAS, eps=EPS, weight_decay=recipe.weight_decay
+        )
+        lacking = {*HALVES}  # in float32 and float64 nothing is gained by a second copy
     else:
         for group in of_head:  # a Method's own optimizer knows of its own tensors only
             optimizer.add_param_group(group)
+    if lacking & {p.dtype for p in (*body, *head)}:
+        optimizer = Masters(optimizer)
 
     def share(step: int) -> float:
         if step < recipe.warmup:
@@ -117,27 +120,28 @@ def optimizer_facts(optimizer: torch.optim.Optimizer) -> dict[str, Json]:
         facts["lr"] = facts.pop("initial_lr", facts["lr"])
         groups.append({**facts, "tensors": len(group["params"])})
     of_halves: dict[str, Json] = {}
-    if isinstance(optimizer, MasterAdamW):
+    if isinstance(optimizer, Masters):
         of_halves = {"master_weights": "float32", "loss_scale": optimizer.loss_scale}
-    name = "AdamW" if isinstance(optimizer, MasterAdamW) else type(optimizer).__name__
-    return {"name": name, "groups": groups, **of_halves}
+    return {"name": _name(optimizer), "groups": groups, **of_halves}
 
 
 def held(parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
     """Return a parameter as the optimizer keeps it: a master where there is one, or the parameter itself."""
-    return optimizer.held(parameter) if isinstance(optimizer, MasterAdamW) else parameter.detach()
+    return optimizer.held(parameter) if isinstance(optimizer, Masters) else parameter.detach()
 
 
 def notes(optimizer: torch.optim.Optimizer) -> list[str]:
     """Return sentences for the Record about arithmetic that its dtype alone does not tell; none in float32."""
-    if not isinstance(optimizer, MasterAdamW):
+    if not isinstance(optimizer, Masters):
         halves = {p.dtype for group in optimizer.param_groups for p in group["params"]} & {*HALVES}
-        name = type(optimizer).__name__
-        return (
-            [f"{name}, the Method's own, steps weights of 16 bits as they are: small steps are lost"] if halves else []
-        )
+        said = f"{_name(optimizer)}, the Method's own, steps weights of 16 bits as they are: small steps are lost"
+        return [said] if halves else []
     scaled = f", and the loss was scaled by {optimizer.loss_scale:g} for its backward pass" if optimizer.scales else ""
-    return [f"AdamW kept float32 master weights and moments for what trains in 16 bits{scaled}"]
+    return [f"{_name(optimizer)} kept float32 master weights and moments for what trains in 16 bits{scaled}"]
+
+
+def _name(optimizer: torch.optim.Optimizer) -> str:
+    return type(optimizer.inner if isinstance(optimizer, Masters) else optimizer).__name__
 
 
 def train(
@@ -165,7 +169,7 @@ def train(
         _settle(batch)
         started, cpu = time.perf_counter(), time.process_time()
         loss = _backward(adapted, batch, optimizer)
-        while isinstance(optimizer, MasterAdamW) and bool(loss.isfinite()) and optimizer.relax():
+        while isinstance(optimizer, Masters) and bool(loss.isfinite()) and optimizer.relax():
             torch.manual_seed(step_seed)
             loss = _backward(adapted, batch, optimizer)
         optimizer.step()
@@ -194,12 +198,12 @@ def _backward(adapted: Adapted, batch: Batch, optimizer: torch.optim.Optimizer) 
     loss = loss_of(adapted.model, batch)
     term = adapted.regularizer()
     total = loss if term is None else loss + term
-    (total * optimizer.loss_scale if isinstance(optimizer, MasterAdamW) else total).backward()
+    (total * optimizer.loss_scale if isinstance(optimizer, Masters) else total).backward()
     return loss
 
 
 def _norm(trainable: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> float:
-    of = optimizer.gradient if isinstance(optimizer, MasterAdamW) else _gradient
+    of = optimizer.gradient if isinstance(optimizer, Masters) else _gradient
     return float(nn.utils.get_total_norm([grad for p in trainable if (grad := of(p)) is not None]))
 
 

@@ -1,9 +1,8 @@
-"""AdamW for weights of 16 bits: it keeps weights and moments of its own in float32."""
+"""Optimizers for weights of 16 bits: weights and moments are kept in float32."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,27 +12,26 @@ FIRST_LOSS_SCALE = 2.0**10
 """A power of two, so that scaling rounds nothing; it lifts gradients from 6e-11 into what float16 can hold."""
 
 
-class MasterAdamW(torch.optim.Optimizer):
-    """AdamW over float32 copies (masters) of parameters; after each step the parameters are the rounded masters.
+class Masters(torch.optim.Optimizer):
+    """An optimizer over float32 copies (masters) of its parameters; after each step these are the rounded masters.
 
-    In float16 AdamW's eps of 1e-8 is 0, and in bfloat16 a step of a thousandth of a weight is lost to rounding; with
-    float32 masters, as in mixed-precision training, neither matters. What something else writes into a parameter between
-    two steps is taken over. `state` holds the masters too, so that the memory ledger counts them.
+    In float16 AdamW's eps of 1e-8 is 0, and so is the square of a small gradient; in bfloat16 a step of a thousandth of a
+    weight is lost to rounding. With float32 masters, as in mixed-precision training, none of that matters. What something
+    else writes into a parameter between two steps is taken over. `state` holds the masters too, so that the memory ledger
+    counts them.
 
-    loss_scale: what the loss is multiplied by before its backward pass and gradients are divided by, 1 where no
-    parameter is float16 (`scales` is False). `relax` halves it; it never grows, so that a run stays easy to follow.
+    inner: a new optimizer over the parameters; it steps the masters from now on. loss_scale: what the loss is multiplied by
+    before its backward pass and gradients are divided by, 1 where no parameter is float16 (`scales` is False). `relax`
+    halves it; it never grows, so that a run stays easy to follow.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], **knobs: Any) -> None:
-        super().__init__(groups, knobs)
-        self._inner = torch.optim.AdamW(
-            [{**group, "params": [_master(p) for p in group["params"]]} for group in self.param_groups], **knobs
-        )
-        self._pairs = [
-            (p, m)
-            for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True)
-            for p, m in zip(group["params"], inner["params"], strict=True)
-        ]
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__([dict(group) for group in inner.param_groups], dict(inner.defaults))
+        self.inner = inner
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        for group, of_masters in zip(self.param_groups, inner.param_groups, strict=True):
+            of_masters["params"] = [_master(p) for p in group["params"]]
+            self._pairs += zip(group["params"], of_masters["params"], strict=True)
         self.scales = any(p.dtype == torch.float16 for p, _ in self._pairs)
         self.loss_scale = FIRST_LOSS_SCALE if self.scales else 1.0
 
@@ -55,16 +53,16 @@ class MasterAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Take one step; `closure` is not used."""
-        for group, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
-            inner["lr"] = group["lr"]  # the schedule writes to the outer groups
+        for group, of_masters in zip(self.param_groups, self.inner.param_groups, strict=True):
+            of_masters["lr"] = group["lr"]  # the schedule writes to the outer groups
         for p, master in self._pairs:
             master.grad = self.gradient(p)
             master.copy_(torch.where(p == master.to(p.dtype), master, p))  # else p was written to since the last step
-        self._inner.step()
+        self.inner.step()
         for p, master in self._pairs:
             p.copy_(master)
             master.grad = None
-            self.state[p] = {"master": master, **self._inner.state[master]}
+            self.state[p] = {"master": master, **self.inner.state[master]}
 
 
 def _wide(tensor: Tensor) -> Tensor:
