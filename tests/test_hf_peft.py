@@ -14,7 +14,7 @@ from harness.conformance.tolerance import noise_floor
 from harness.implementations import hf_peft
 from harness.registry import Implementation
 
-METHODS = {one.target: one for one in hf_peft.implementations() if one.kind == "method"}
+METHODS = {one.target: one for one in hf_peft.implementations() if (one.kind, one.name) == ("method", "hf-peft")}
 CONFIGS: dict[str, dict[str, Any]] = {
     "adalora": {"rank": 4, "target_rank": 2, "total_steps": 20, "tinit": 2, "tfinal": 5, "delta_t": 3}
 }

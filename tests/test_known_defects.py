@@ -94,6 +94,7 @@ def test_lora_of_convolutions_meets_every_config_in_every_dtype() -> None:
         ("operation", "galore_step", "galore-torch-8bit"),
         ("base", "nf4-dq", "torchao"),
         ("method", "pissa", "hf-peft"),
+        ("method", "pissa", "hf-peft-reloaded"),
         ("method", "lora", "loralib-merging"),
     ],
 )

@@ -7,7 +7,7 @@ its input up and its output down. `inject_adapter_in_model`, which diffusers use
 from __future__ import annotations
 
 from harness.implementations.hf_peft.adalora import adalora
-from harness.implementations.hf_peft.lora import dora, lora, pissa
+from harness.implementations.hf_peft.lora import dora, lora, pissa, reloaded_pissa
 from harness.implementations.hf_peft.multi_lora import multi_lora_linear
 from harness.implementations.hf_peft.qlora import qlora
 from harness.implementations.hf_peft.vera import vera
@@ -19,4 +19,14 @@ def implementations() -> list[Implementation]:
     return [one for one in globals().values() if isinstance(one, Implementation)]
 
 
-__all__ = ["adalora", "dora", "implementations", "lora", "multi_lora_linear", "pissa", "qlora", "vera"]
+__all__ = [
+    "adalora",
+    "dora",
+    "implementations",
+    "lora",
+    "multi_lora_linear",
+    "pissa",
+    "qlora",
+    "reloaded_pissa",
+    "vera",
+]

@@ -14,7 +14,12 @@ Named = Callable[[Any], dict[str, Any]]
 
 
 def tuner(model: Any, peft_config: Any, generator: Any) -> Any:
-    """Put what `peft_config` describes into `model` and return peft's tuner, which holds it.
+    """Put what `peft_config` describes into `model` and return peft's tuner, which holds it."""
+    return peft_model(model, peft_config, generator).base_model
+
+
+def peft_model(model: Any, peft_config: Any, generator: Any) -> Any:
+    """Put what `peft_config` describes into `model` and return peft's model around it.
 
     peft draws from torch's global generator, which is seeded here and put back.
     """
@@ -23,7 +28,7 @@ def tuner(model: Any, peft_config: Any, generator: Any) -> Any:
 
     with torch.random.fork_rng():
         torch.manual_seed(generator.initial_seed())
-        return get_peft_model(model, peft_config, adapter_name=ADAPTER).base_model
+        return get_peft_model(model, peft_config, adapter_name=ADAPTER)
 
 
 class PeftAdapted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from harness.errors import Unsupported
-from harness.implementations.hf_peft.adapted import ADAPTER, DTYPES, PeftAdapted, tuner
+from harness.implementations.hf_peft.adapted import ADAPTER, DTYPES, PeftAdapted, peft_model, tuner
 from harness.registry import implements
 
 
@@ -69,19 +69,51 @@ def pissa(model: Any, config: Any, generator: Any) -> PeftAdapted:
 
     peft writes the residual into the base weight and keeps no copy, so `detach` leaves a base without its principal part.
     """
-    from peft import LoraConfig
-
     from reference.layers import targets
 
     targets(model, config.targets, ("linear", "embedding"))  # refuses every other kind
-    peft_config = LoraConfig(
+    tuner(model, _pissa(config), generator)
+    return PeftAdapted(model, lora_tensors, lambda layer: {"residual": _residual(layer)})
+
+
+@implements("pissa", name="hf-peft-reloaded", dtypes=("float32", "bfloat16", "float16"), requires=["peft"])
+def reloaded_pissa(model: Any, config: Any, generator: Any) -> PeftAdapted:
+    """Do the same, save the adapter, and load it into the model as it was, as another process would.
+
+    Raises Unsupported without `niter`, since the exact SVD is the same whenever it is taken, and for embeddings.
+    """
+    from tempfile import TemporaryDirectory
+
+    import torch
+    from peft import PeftModel
+
+    from reference.layers import kind_of, targets
+
+    bases = targets(model, config.targets, ("linear", "embedding"))
+    if not config.niter or any(kind_of(layer) == "embedding" for layer in bases.values()):
+        raise Unsupported("loading draws nothing here, so hf-peft is what is to be judged")
+    weights = {layer: layer.weight.detach().clone() for layer in bases.values()}
+    saved = peft_model(model, _pissa(config), generator)
+    with TemporaryDirectory() as folder, torch.random.fork_rng():
+        saved.save_pretrained(folder)
+        PeftAdapted(model, lora_tensors).detach()
+        for layer, weight in weights.items():
+            layer.weight.data = weight
+        torch.manual_seed(generator.initial_seed() + 1)
+        PeftModel.from_pretrained(model, folder, adapter_name=ADAPTER, is_trainable=True)
+    return PeftAdapted(model, lora_tensors, lambda layer: {"residual": _residual(layer)})
+
+
+def _pissa(config: Any) -> Any:
+    """Return peft's config for `reference.pissa.Config`."""
+    from peft import LoraConfig
+
+    return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         target_modules=list(config.targets),
         init_lora_weights=f"pissa_niter_{config.niter}" if config.niter else "pissa",
     )
-    tuner(model, peft_config, generator)
-    return PeftAdapted(model, lora_tensors, lambda layer: {"residual": _residual(layer)})
 
 
 def _residual(layer: Any) -> Any:
