@@ -9,7 +9,7 @@ import recorded_run as recorded
 from report_page import Page, row
 
 from harness import cli, store
-from harness.analysis import contention
+from harness.analysis import contention, divergence
 from harness.records import CheckResult, Outcome, Record
 from harness.report import display, html, text, view
 from harness.report.display import DASH
@@ -158,3 +158,34 @@ def test_an_unfinished_run_is_reported_with_a_banner(
     assert 0 < page.text.index(f"This run {says}") < page.text.index("Questions of the suite")
     assert "took an unknown time" in page.text
     assert "81.0 %" in page.text
+
+
+@pytest.mark.parametrize(
+    ("losses", "rising"),
+    [
+        ([0.7, 0.7, 0.8, 0.6, 0.7, 0.7, 2.0, 9.0, 12.0, 11.0, 10.0, 13.0], "the loss rose from 0.7 to 11 "),
+        ([4.5, 9.1], "the loss rose from 4.5 to 9.1 (of 2 steps)"),
+        ([4.5, 4.4, 4.6, 4.5, 12.0, 4.3, 4.5, 4.4, 4.6, 30.0], ""),  # single hard batches
+        ([5.0, 6.0], ""),
+        ([0.001, 0.01], ""),  # it knows its data by heart
+        ([0.7] * 5 + [0.1] * 5, ""),
+        ([9.0], ""),
+        ([], ""),
+    ],
+)
+def test_a_loss_that_ends_far_above_its_start(losses: list[float], rising: str) -> None:
+    said = divergence.rose(losses)
+    assert said.startswith(rising)
+    assert bool(said) == bool(rising)
+
+
+def test_a_finite_divergence_is_told_beside_what_was_measured(good: store.Run, tmp_path: Path) -> None:
+    away = [0.7 * 1.1**step for step in range(60)]
+    run = recorded.write_run(tmp_path / "r", change=lambda n, r: recorded.with_losses(r, away) if n == "fused" else r)
+    (alert,) = view.build([run])["runs"][0]["alerts"]
+    assert alert["text"].startswith("Measured, although training diverged (a lower `lr`, ")
+    (item,) = alert["items"]
+    assert item.startswith("minilm-l6 lora r=8 [fused]: the loss rose from 0.847 to ")
+    assert f"diverged: {item}" in text.summary(run)
+    assert item in Page(html.render([run])).text
+    assert not [line for line in text.summary(good) if line.startswith("diverged")]

@@ -303,6 +303,13 @@ def test_the_optimizer_is_described_whole() -> None:
     assert "scaled" not in note
 
 
+def test_a_loss_that_rises_is_noted() -> None:
+    optimizer = setting(Encoder())["optimizer"]
+    (note,) = loop.notes(optimizer, [0.7, 0.6, 8.0, 9.0])
+    assert note.startswith("the loss rose from 0.65 to 8.5 ")
+    assert loop.notes(optimizer, [0.7, 0.6, 0.5, 0.4]) == []
+
+
 def test_training_nothing_is_refused_with_a_mend(model: Any) -> None:
     adapted = discover().find("method", "frozen", "reference")(model, configure("frozen", {}), torch.Generator())
     with pytest.raises(UsageError, match="nothing of this model trains") as refused:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.analysis import parity
+from harness.analysis import divergence, parity
 from harness.report import facts, sections, tables
 from harness.report.display import Figure
 from harness.store import Run
@@ -28,6 +28,7 @@ def summary(run: Run) -> list[str]:
     p = f.verdict.parity
     lines.append(f"parity: {p.passed} checks passed, {p.failed} failed, {p.skipped} skipped")
     lines += [f"failed: {f.titles[r.cell_id]}: {sections.told(c)}" for r in f.latest.values() for c in parity.failed(r)]
+    lines += [f"diverged: {f.titles[r.cell_id]}: {why}" for r in f.latest.values() if (why := divergence.diverging(r))]
     if f.verdict.how != "finished":
         lines.append(f"incomplete: this run {f.unfinished()}")
     lines += [f"missing: {f.titles[i]} ({i})" for i in f.verdict.missing]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from harness import store
-from harness.analysis import measured, parity
+from harness.analysis import divergence, measured, parity
 from harness.analysis.ranking import Budget, Entry, Group
 from harness.analysis.verdict import Judgement
 from harness.records import Record, Status
@@ -89,6 +89,10 @@ def _alerts(f: RunFacts) -> list[dict[str, Any]]:
     if red:
         text = "Measured, although a check failed; speeds of what failed are not shown:"
         found.append({"text": text, "items": [f"{f.titles[r.cell_id]}: {sections.told(c)}" for r, c in red]})
+    rising = [(r, why) for r in f.latest.values() if (why := divergence.diverging(r))]
+    if rising:
+        text = "Measured, although training diverged (a lower `lr`, a longer `warmup` or a wider dtype may mend it):"
+        found.append({"text": text, "items": [f"{f.titles[r.cell_id]}: {why}" for r, why in rising]})
     if f.verdict.missing:
         n = len(f.verdict.missing)
         text = f"{n} expected Cell{'s have' if n > 1 else ' has'} no Record:"

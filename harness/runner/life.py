@@ -187,7 +187,7 @@ class Life:
             data_order_sha256=data.order_sha256,
             initial_state_sha256=began_from,
         )
-        self.notes += loop.notes(optimizer)
+        self.notes += loop.notes(optimizer, samples.losses)
         return measured, optimizer, gradients
 
     def _latency(self, subject: Subject, causal: bool, vocabulary: int) -> list[Latency]:

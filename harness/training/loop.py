@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.analysis import divergence
 from harness.errors import UsageError
 from harness.methods import Adapted
 from harness.records import Json, Training
@@ -130,14 +131,19 @@ def held(parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
     return optimizer.held(parameter) if isinstance(optimizer, Masters) else parameter.detach()
 
 
-def notes(optimizer: torch.optim.Optimizer) -> list[str]:
-    """Return sentences for the Record about arithmetic that its dtype alone does not tell; none in float32."""
+def notes(optimizer: torch.optim.Optimizer, losses: Sequence[float] = ()) -> list[str]:
+    """Return sentences for the Record that its numbers do not say themselves: of arithmetic in 16 bits, of a rising loss."""
+    said = [_of_halves(optimizer), divergence.rose(losses)]
+    return [sentence for sentence in said if sentence]
+
+
+def _of_halves(optimizer: torch.optim.Optimizer) -> str:
     if not isinstance(optimizer, Masters):
         halves = {p.dtype for group in optimizer.param_groups for p in group["params"]} & {*HALVES}
-        said = f"{_name(optimizer)}, the Method's own, steps weights of 16 bits as they are: small steps are lost"
-        return [said] if halves else []
+        own = f"{_name(optimizer)}, the Method's own, steps weights of 16 bits as they are: small steps are lost"
+        return own if halves else ""
     scaled = f", and the loss was scaled by {optimizer.loss_scale:g} for its backward pass" if optimizer.scales else ""
-    return [f"{_name(optimizer)} kept float32 master weights and moments for what trains in 16 bits{scaled}"]
+    return f"{_name(optimizer)} kept float32 master weights and moments for what trains in 16 bits{scaled}"
 
 
 def _name(optimizer: torch.optim.Optimizer) -> str:
