@@ -95,6 +95,7 @@ def test_lora_of_convolutions_meets_every_config_in_every_dtype() -> None:
         ("base", "nf4-dq", "torchao"),
         ("method", "pissa", "hf-peft"),
         ("method", "pissa", "hf-peft-reloaded"),
+        ("method", "vera", "hf-peft-second"),
         ("method", "lora", "loralib-merging"),
     ],
 )

@@ -10,7 +10,7 @@ from harness.implementations.hf_peft.adalora import adalora
 from harness.implementations.hf_peft.lora import dora, lora, pissa, reloaded_pissa
 from harness.implementations.hf_peft.multi_lora import multi_lora_linear
 from harness.implementations.hf_peft.qlora import qlora
-from harness.implementations.hf_peft.vera import vera
+from harness.implementations.hf_peft.vera import second_vera, vera
 from harness.registry import Implementation
 
 
@@ -28,5 +28,6 @@ __all__ = [
     "pissa",
     "qlora",
     "reloaded_pissa",
+    "second_vera",
     "vera",
 ]

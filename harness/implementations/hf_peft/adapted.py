@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 ADAPTER = "default"
-"""peft's name for the only adapter that we add; its parameters stand under it."""
+"""peft's name for the adapter that is judged; its parameters stand under it."""
 
 Named = Callable[[Any], dict[str, Any]]
 """Maps one of peft's layers to tensors by the paper's letters."""
@@ -18,7 +19,7 @@ def tuner(model: Any, peft_config: Any, generator: Any) -> Any:
     return peft_model(model, peft_config, generator).base_model
 
 
-def peft_model(model: Any, peft_config: Any, generator: Any) -> Any:
+def peft_model(model: Any, peft_config: Any, generator: Any, name: str = ADAPTER) -> Any:
     """Put what `peft_config` describes into `model` and return peft's model around it.
 
     peft draws from torch's global generator, which is seeded here and put back.
@@ -28,7 +29,20 @@ def peft_model(model: Any, peft_config: Any, generator: Any) -> Any:
 
     with torch.random.fork_rng():
         torch.manual_seed(generator.initial_seed())
-        return get_peft_model(model, peft_config, adapter_name=ADAPTER)
+        return get_peft_model(model, peft_config, adapter_name=name)
+
+
+def second(model: Any, peft_config: Any, generator: Any) -> None:
+    """Put an adapter of twice the rank into `model`, then what `peft_config` describes beside it, and activate that."""
+    import torch
+
+    other = copy.deepcopy(peft_config)
+    other.r *= 2
+    both = peft_model(model, other, generator, name="other")
+    with torch.random.fork_rng():
+        torch.manual_seed(generator.initial_seed())
+        both.add_adapter(ADAPTER, peft_config)
+    both.set_adapter(ADAPTER)
 
 
 class PeftAdapted:

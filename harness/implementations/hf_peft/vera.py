@@ -4,27 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.implementations.hf_peft.adapted import ADAPTER, DTYPES, PeftAdapted, tuner
+from harness.implementations.hf_peft.adapted import ADAPTER, DTYPES, PeftAdapted, second, tuner
 from harness.registry import implements
 
 
 @implements("vera", name="hf-peft", dtypes=DTYPES, requires=["peft"])
 def vera(model: Any, config: Any, generator: Any) -> PeftAdapted:
     """Attach peft's VeRA to linear layers; config as `reference.vera.Config`."""
+    tuner(model, _config(model, config), generator)
+    return PeftAdapted(model, _vectors, _projections)
+
+
+@implements("vera", name="hf-peft-second", dtypes=("float32", "bfloat16", "float16"), requires=["peft"])
+def second_vera(model: Any, config: Any, generator: Any) -> PeftAdapted:
+    """Do the same to a model that has another VeRA adapter already, of twice the rank: peft refuses a smaller one."""
+    second(model, _config(model, config), generator)
+    return PeftAdapted(model, _vectors, _projections)
+
+
+def _config(model: Any, config: Any) -> Any:
+    """Return peft's config; raises ValueError where a target is no linear layer."""
     from peft import VeraConfig
 
     from reference.layers import targets
 
-    targets(model, config.targets)  # refuses what is no linear layer
-    peft_config = VeraConfig(
+    targets(model, config.targets)
+    return VeraConfig(
         r=config.rank,
         vera_dropout=config.dropout,
         target_modules=list(config.targets),
         projection_prng_key=config.projection_key,
         d_initial=config.d_initial,
     )
-    tuner(model, peft_config, generator)
-    return PeftAdapted(model, _vectors, _projections)
 
 
 def _vectors(layer: Any) -> dict[str, Any]:
@@ -32,7 +43,7 @@ def _vectors(layer: Any) -> dict[str, Any]:
 
 
 def _projections(layer: Any) -> dict[str, Any]:
-    """Return the slices of the pair that all layers share, as peft's forward pass takes them."""
+    """Return the slices of the pair that all layers and adapters share, as peft's forward pass takes them."""
     return {
         "A": layer.vera_A[ADAPTER][:, : layer.in_features],
         "B": layer.vera_B[ADAPTER][: layer.out_features],
