@@ -168,6 +168,14 @@ def report(runs: tuple[str, ...], out: Path | None, strict: bool) -> Exit:
 @click.option("--op", "operations", multiple=True, metavar="O", help="Only this operation; may be given again.")
 @click.option("--dtype", "dtypes", multiple=True, metavar="D", help="Only this dtype; may be given again.")
 @click.option("--full", is_flag=True, help="Every config x shape x layer, instead of each at least once.")
+@click.option(
+    "--drawn",
+    type=click.IntRange(0, 100_000),
+    default=0,
+    metavar="N",
+    help="Besides, N cases of each suite with ranks and shapes drawn at random ...",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, metavar="S", help="... by this seed.  [0]")
 @click.option("--jobs", type=click.IntRange(1, 256), help="Processes at a time.  [the cores, at most 8]")
 @click.option(
     "--patience",
@@ -189,6 +197,8 @@ def check(
     operations: tuple[str, ...],
     dtypes: tuple[str, ...],
     full: bool,
+    drawn: int,
+    seed: int,
     jobs: int | None,
     patience: float,
     junit: Path | None,
@@ -203,7 +213,7 @@ def check(
     SIGTERM prints what was found so far and exits with 4, as does an implementation named here that cannot be tried.
     """
     if self_test:
-        if implementations or methods or operations or dtypes or full or junit or html:
+        if implementations or methods or operations or dtypes or full or drawn or junit or html:
             raise UsageError(
                 "--self-test tries every planted fault and only prints",
                 where="--self-test",
@@ -213,8 +223,10 @@ def check(
 
         return planted.check(as_json)
     from harness.conformance import command
+    from harness.conformance.breadth import Breadth
 
-    asked = command.Asked(implementations, methods, operations, dtypes, full, jobs, patience)
+    breadth = Breadth(full, drawn, seed)
+    asked = command.Asked(implementations, methods, operations, dtypes, breadth, jobs, patience)
     return command.check(asked, as_json, junit, html)
 
 

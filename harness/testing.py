@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from harness.conformance import suite
+from harness.conformance.breadth import FEW, Breadth
 from harness.conformance.summary import failure
 from harness.conformance.tried import Standing, Tried
 from harness.errors import UsageError
@@ -31,7 +32,7 @@ class Conforming:
     """A function that claims to be a Method, an Operation or a quantisation of the base; its calls go to the function."""
 
     implementation: Implementation
-    full: bool = False
+    breadth: Breadth = FEW
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward to the function."""
@@ -42,9 +43,9 @@ class Conforming:
         plan = suite.load_either(self.implementation.target)
         found: Iterable[tuple[str, str, Any]]
         if isinstance(plan, suite.OperationSuite):
-            found = ((suite.in_words(values), dtype, values) for values in plan.cases for dtype in plan.dtypes)
+            found = ((suite.in_words(values), dtype, values) for values, dtype in plan.calls(self.breadth))
         else:
-            found = ((str(case), case.dtype, case) for case in plan.cases(self.full))
+            found = ((str(case), case.dtype, case) for case in plan.cases(self.breadth))
         for words, dtype, case in found:
             if dtype in self.implementation.dtypes:
                 yield f"{words} {dtype}", partial(self._try, plan, words, dtype, case)
@@ -56,7 +57,7 @@ class Conforming:
         if isinstance(plan, suite.OperationSuite):
             results = matrix.one_call(it, plan, case, dtype)
         else:
-            results = matrix.one_case(it, plan, case)
+            results = matrix.one_case(it, plan, case, full=self.breadth.full)
         return [
             Tried(implementation=it.name, kind=it.kind, target=it.target, dtype=dtype, case=words, result=result)
             for result in results
@@ -73,11 +74,17 @@ def verdict(tried: Iterable[Tried]) -> tuple[str, str]:
 
 
 def conformance(
-    target: str, *, dtypes: Iterable[str] = ("float32", "bfloat16", "float16"), full: bool = False
+    target: str,
+    *,
+    dtypes: Iterable[str] = ("float32", "bfloat16", "float16"),
+    full: bool = False,
+    drawn: int = 0,
+    seed: int = 0,
 ) -> Callable[[Callable[..., Any]], Conforming]:
     """Make pytest tests of a function that claims to be `target`: a Method's `attach` or an Operation.
 
-    full: every config x shape x layer of the suite, instead of each at least once. Raises UsageError for an unknown name
+    full: every config x shape x layer of the suite, instead of each at least once. drawn: so many cases besides, whose
+    ranks and shapes are drawn at random by `seed`. Raises UsageError for an unknown name
     or dtype, and where the suite has no case in these dtypes: no tests at all would be green.
     """
     if not isinstance(target, str):
@@ -95,7 +102,7 @@ def conformance(
         if not set(implementation.dtypes) & set(there):
             what = f"the parity suite of {target} has no case in {', '.join(implementation.dtypes)}"
             raise UsageError(what, where="@conformance", mend=f"its dtypes are {', '.join(there)}")
-        return Conforming(implementation, full)
+        return Conforming(implementation, Breadth(full, drawn, seed))
 
     return wrap
 

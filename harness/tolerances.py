@@ -36,6 +36,9 @@ CODE_TIE_EPS = 4.0
 INITIAL_SIGMAS = 5.0
 DROPOUT_SIGMAS = 5.0
 
+# So many tokens are looked at that a right mask would treat all of them alike once in two to this power.
+DROPOUT_SURE_BITS = 30.0
+
 # A subject in float64 is judged by a reference in float64, whose own rounding cannot be seen: both may err by a sum's
 # worth of roundings. Another order of summation over 1000 features was seen to give 20 eps, and 142 in the largest element.
 FLOAT64_FLOOR_EPS = 64.0

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from harness.conformance import checks, matrix, suite
+from harness.conformance.breadth import FEW
 from harness.conformance.observe import observe
 from harness.conformance.subject import DTYPES, warm
 from harness.conformance.tolerance import exact
@@ -69,7 +70,7 @@ def test_observing_leaves_gradients_and_mode_as_they_were() -> None:
 
 @pytest.mark.parametrize("state", ["init", "warm"])
 def test_checks_leave_the_subject_as_they_found_it(state: str, small: suite.ParitySuite) -> None:
-    subject, case = matrix.attach(method("reference"), small, next(small.cases(full=False)))
+    subject, case = matrix.attach(method("reference"), small, next(small.cases(FEW)))
     if state == "warm":
         warm(subject.added(), torch.Generator().manual_seed(SEED))
     before = {n: t.clone() for n, t in subject.model.state_dict().items()}
@@ -81,7 +82,7 @@ def test_checks_leave_the_subject_as_they_found_it(state: str, small: suite.Pari
 
 def test_what_forward_saw_of_the_gradients_is_not_used_for_another_case() -> None:
     plan = suite.load("lora")
-    subject, case = matrix.attach(method("reference"), plan, next(plan.cases(full=False)))
+    subject, case = matrix.attach(method("reference"), plan, next(plan.cases(FEW)))
     warm(subject.added(), case.generator(salt=1))
     assert checks.every()["forward"](subject, case).outcome is Outcome.PASS
     for layer in subject.adapted.layers.values():
@@ -97,5 +98,5 @@ def test_tensors_that_cannot_be_listed_are_one_finding_in_each_case(small: suite
 
     broken = implements("lora", name="broken", dtypes=["float32"])(attach)
     findings = [t.result for t in matrix.run(broken) if t.result.check == "lora/attach/float32/init"]
-    assert len(findings) == len(list(small.cases(full=False)))
+    assert len(findings) == len(list(small.cases(FEW)))
     assert all("ZeroDivisionError" in f.detail for f in findings)

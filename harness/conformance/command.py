@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from harness.conformance import defects, isolated, show, suite
+from harness.conformance.breadth import FEW, Breadth
 from harness.conformance.defects import Defect
 from harness.conformance.suite import Plan, path_of
 from harness.conformance.tried import Standing, Tried
@@ -27,15 +28,15 @@ from harness.spelling import near
 class Asked:
     """What to check: everything, if nothing is named.
 
-    full: the whole product of every suite instead of its diagonal. patience: seconds without a result after which an
-    implementation is said to hang.
+    breadth: how many cases of every suite. patience: seconds without a result after which an implementation is said to
+    hang.
     """
 
     implementations: Sequence[str] = ()
     methods: Sequence[str] = ()
     operations: Sequence[str] = ()
     dtypes: Sequence[str] = ()
-    full: bool = False
+    breadth: Breadth = FEW
     jobs: int | None = None
     patience: float = isolated.PATIENCE
 
@@ -240,10 +241,17 @@ def _tasks(
         else:
             grouped.setdefault((one.name, one.point), []).append(one)
     tasks = [
-        isolated.Task(name, [(i.kind, i.target) for i in several], asked.full, tuple(asked.dtypes), point)
+        isolated.Task(name, [(i.kind, i.target) for i in several], asked.breadth, tuple(asked.dtypes), point)
         for (name, point), several in grouped.items()
     ]
-    return tasks, skipped
+    # The longest first, so that at the end no core waits long for another.
+    return sorted(tasks, key=lambda task: -sum(_size(plans[target]) for _, target in task.targets)), skipped
+
+
+def _size(plan: Plan) -> int:
+    """Return about how many checks a suite has."""
+    cases = plan.calls(FEW) if isinstance(plan, suite.OperationSuite) else plan.cases(FEW)
+    return len(list(cases)) * len(plan.checks)
 
 
 def _known_names(asked: Asked, registry: Registry) -> None:

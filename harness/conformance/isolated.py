@@ -6,9 +6,10 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from harness.conformance.breadth import FEW, Breadth
 from harness.conformance.children import Children
 from harness.conformance.tried import Standing, Tried
 from harness.errors import HarnessError
@@ -27,7 +28,7 @@ class Task:
 
     implementation: str
     targets: Sequence[Target]
-    full: bool = False
+    breadth: Breadth = FEW
     dtypes: tuple[str, ...] = ()
     point: str = ""
 
@@ -111,8 +112,8 @@ def _one_process(
 ) -> list[Target]:
     """Try `targets` in one process; return those that it did not come to."""
     words = {
-        "implementation": task.implementation, "targets": targets, "full": task.full, "dtypes": list(task.dtypes),
-        "point": task.point,
+        "implementation": task.implementation, "targets": targets, "breadth": asdict(task.breadth),
+        "dtypes": list(task.dtypes), "point": task.point,
     }  # fmt: skip
     left, at, case = list(targets), targets[0], "start-up"
     began, before = time.monotonic(), len(found.tried)

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from harness.conformance import checks, operations, suite
+from harness.conformance import checks, operations, settings, suite
+from harness.conformance.breadth import FEW, Breadth
 from harness.conformance.case import Case
 from harness.conformance.parity_model import TARGETS, ParityModel, whole
 from harness.conformance.subject import (
@@ -30,13 +31,14 @@ from harness.registry import Implementation
 
 SEED = 20
 _T = TypeVar("_T")
-_AT_INIT_ONLY = ("base", "identity", "initial", "detach")
+_AT_INIT_ONLY = ("base", "identity", "initial", "detach", "settings")
+_WARM_SHOWS = ("strides", "vector", "save", "deterministic", "poison", "inputs", "overlap")
 
 
 def run(
     implementation: Implementation,
     *,
-    full: bool = False,
+    breadth: Breadth = FEW,
     dtypes: tuple[str, ...] = (),
     begin: Callable[[str], None] | None = None,
 ) -> Iterator[Tried]:
@@ -45,7 +47,7 @@ def run(
     An exception inside a check or inside the implementation is a failure of that check or of `attach`; a
     harness.Unsupported from the implementation means that it does not offer the case.
     """
-    cases = _operation(implementation) if implementation.kind == "operation" else _method(implementation, full)
+    cases = (_operation if implementation.kind == "operation" else _method)(implementation, breadth)
     for words, dtype, tries in cases:
         if dtype not in implementation.dtypes or (dtypes and dtype not in dtypes):
             continue
@@ -65,24 +67,31 @@ def run(
 Tries = Callable[[], Iterator[CheckResult]]
 
 
-def _method(implementation: Implementation, full: bool) -> Iterator[tuple[str, str, Tries]]:
+def _method(implementation: Implementation, breadth: Breadth) -> Iterator[tuple[str, str, Tries]]:
     plan = suite.load(implementation.target)
-    for case in plan.cases(full):
+    for case in plan.cases(breadth):
 
         def tries(case: suite.MethodCase = case) -> Iterator[CheckResult]:
-            yield from one_case(implementation, plan, case)
+            yield from one_case(implementation, plan, case, full=breadth.full)
 
         yield str(case), case.dtype, tries
 
 
-def one_case(implementation: Implementation, plan: suite.ParitySuite, of: suite.MethodCase) -> Iterator[CheckResult]:
-    """Yield every check of one case of a Method, or of a quantisation of the base."""
+def one_case(
+    implementation: Implementation, plan: suite.ParitySuite, of: suite.MethodCase, *, full: bool = False
+) -> Iterator[CheckResult]:
+    """Yield the checks of one case of a Method, or of a quantisation of the base.
+
+    full: those too at the start that see no more there than when warm.
+    """
     start = f"{plan.method}/attach/{of.dtype}/init"
-    made = _guarded(start, lambda: attach(implementation, plan, of))
+    with settings.kept() as disturbed:  # by the imports, perhaps, that the first attaching does
+        made = _guarded(start, lambda: attach(implementation, plan, of))
     if isinstance(made, CheckResult):
         yield made
         return
     subject, case = made
+    subject.disturbed += disturbed
 
     def warm_up() -> None:
         warm(subject.added(), case.generator(salt=1))
@@ -95,7 +104,8 @@ def one_case(implementation: Implementation, plan: suite.ParitySuite, of: suite.
                 yield odd
                 return
         for name in plan.checks:
-            if state == "init" or name not in _AT_INIT_ONLY:
+            elsewhere = _AT_INIT_ONLY if state == "warm" else _WARM_SHOWS if "warm" in plan.states and not full else ()
+            if name not in elsewhere:
                 yield tried(name, subject, at, f"{plan.method}/{name}/{of.dtype}/{state}")
 
 
@@ -139,15 +149,14 @@ def _adaptable(model: ParityModel, config: Any) -> dict[str, Any]:
     return adaptable_layers(model, config)
 
 
-def _operation(implementation: Implementation) -> Iterator[tuple[str, str, Tries]]:
+def _operation(implementation: Implementation, breadth: Breadth) -> Iterator[tuple[str, str, Tries]]:
     plan = suite.load_operation(implementation.target)
-    for values in plan.cases:
-        for dtype in plan.dtypes:
+    for values, dtype in plan.calls(breadth):
 
-            def tries(values: dict[str, Any] = values, dtype: str = dtype) -> Iterator[CheckResult]:
-                yield from one_call(implementation, plan, values, dtype)
+        def tries(values: dict[str, Any] = values, dtype: str = dtype) -> Iterator[CheckResult]:
+            yield from one_call(implementation, plan, values, dtype)
 
-            yield suite.in_words(values), dtype, tries
+        yield suite.in_words(values), dtype, tries
 
 
 def one_call(
@@ -155,8 +164,11 @@ def one_call(
 ) -> Iterator[CheckResult]:
     """Yield every check of one case of an Operation."""
     operation = operations.every()[plan.operation]
-    arguments = operation.arguments(DTYPES[dtype], torch.Generator().manual_seed(SEED), **values)
-    subject = operations.OperationSubject(operation, implementation, dtype, arguments)
+
+    def drawn(seed: int) -> dict[str, Any]:
+        return operation.arguments(DTYPES[dtype], torch.Generator().manual_seed(seed), **values)
+
+    subject = operations.OperationSubject(operation, implementation, dtype, drawn(SEED), lambda: drawn(SEED + 1))
     case = Case("call", seed=SEED, factors=plan.factors())
     for name in plan.checks:
         yield tried(name, subject, case, f"{operation.name}/{name}/{dtype}/call")
@@ -166,7 +178,8 @@ def tried(name: str, subject: Any, case: Case, identifier: str) -> CheckResult:
     """Try one check; an exception in it is a failure that says what was raised and where."""
 
     def check() -> CheckResult:
-        with torch.random.fork_rng():
+        # What one check does to the process is a finding of `settings`, and no other's.
+        with torch.random.fork_rng(), settings.kept():
             torch.manual_seed(SEED)
             return checks.every()[name](subject, case)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,13 +19,8 @@ def observe(
     received no gradient is left out, so that a comparison notices: all of them, if y cannot take dy at all. The layer's
     gradients are put back afterwards.
     """
-    held = {name: t.grad for name, t in tensors.items()}
-    was_training = layer.training
-    layer.train(training)
     leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x.is_floating_point())
-    for tensor in tensors.values():
-        tensor.grad = None
-    try:
+    with given_back(layer, tensors, training):
         y = layer(leaf)
         if y.requires_grad and y.shape == dy.shape:
             y.backward(dy)
@@ -35,6 +31,17 @@ def observe(
             if tensor.grad is not None:
                 seen[f"grad {name}"] = tensor.grad.detach().clone()
         return seen
+
+
+@contextmanager
+def given_back(layer: nn.Module, tensors: Mapping[str, Tensor], training: bool) -> Iterator[None]:
+    """Put `layer` into training mode or not, its tensors without gradients; afterwards both are what they were."""
+    held, was_training = {name: t.grad for name, t in tensors.items()}, layer.training
+    layer.train(training)
+    for tensor in tensors.values():
+        tensor.grad = None
+    try:
+        yield
     finally:
         layer.train(was_training)
         for name, tensor in tensors.items():

@@ -93,7 +93,7 @@ class Subject:
     bases: path -> the layer under the adapter, as it stood before attaching. own: the model's parameters of before
     attaching. original: a copy of that model. packed: path -> its 4-bit form, where quantised; expected_codes: path ->
     what the reference quantiser makes of the original weight. beside: what the check `forward` saw of the gradients, for
-    the check `gradient` of the same case.
+    the check `gradient` of the same case. disturbed: settings of the whole process that attaching changed.
     """
 
     method: str
@@ -107,6 +107,7 @@ class Subject:
     packed: dict[str, Packed] = field(default_factory=dict)
     expected_codes: dict[str, ExpectedCodes] = field(default_factory=dict)
     beside: tuple[Case, Judgement] | None = None
+    disturbed: list[str] = field(default_factory=list)
 
     def tensors_of(self, path: str) -> dict[str, Tensor]:
         """Map short names to the trainable tensors of the layer at `path`."""

@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, ValidationError
 
 from harness import explain, suite_file, yaml_lines
+from harness.conformance import breadth
+from harness.conformance.breadth import Breadth
 from harness.errors import Problem, SuiteError, UsageError
 from harness.methods import methods
 from harness.records import Frozen
@@ -65,16 +67,27 @@ class ParitySuite(Frozen):
         """Map checks to their own factor on the noise floor."""
         return {check: looser.factor for check, looser in self.tolerances.items()}
 
-    def cases(self, full: bool) -> Iterator[MethodCase]:
-        """Yield the cases: all of the product, or few.
+    def cases(self, wanted: Breadth) -> Iterator[MethodCase]:
+        """Yield the cases: all of the product, or few; and those drawn at random.
 
         The few: in every dtype the first kind of layer meets every config and every shape, since many implementations
         offer no other; each other kind meets two configs, with several kinds other ones.
         """
-        if full:
+        if wanted.full:
             for config, kind, shape, dtype in itertools.product(self.configs, self.layers, self.shapes, self.dtypes):
                 yield MethodCase(config, kind, shape, dtype)
-            return
+        else:
+            yield from self._few()
+        dice = wanted.dice(self.base or self.method)
+        for _ in range(wanted.drawn):
+            sides = [breadth.between(dice, breadth.LEAST_FEATURES, breadth.LARGEST_FEATURES) for _ in range(2)]
+            config = breadth.config(dice, dice.choice(self.configs), min(sides))
+            tokens = breadth.between(dice, 1, breadth.LARGEST_TOKENS)
+            shape = Shape.model_validate({"tokens": tokens, "in": sides[0], "out": sides[1]})
+            kind = dice.choice([self.layers[0], dice.choice(self.layers)])  # half of them of the kind that all offer
+            yield MethodCase(config, kind, shape, dice.choice(self.dtypes))
+
+    def _few(self) -> Iterator[MethodCase]:
         some = min(2, len(self.configs))
         apart = -(-len(self.configs) // 2)
         for shift, dtype in enumerate(self.dtypes):
@@ -114,6 +127,13 @@ class OperationSuite(Frozen):
     def factors(self) -> dict[str, float]:
         """Map checks to their own factor on the noise floor."""
         return {check: looser.factor for check, looser in self.tolerances.items()}
+
+    def calls(self, wanted: Breadth) -> Iterator[tuple[dict[str, Any], Dtype]]:
+        """Yield what each case says, and a dtype: every case in every dtype, and those drawn at random."""
+        yield from itertools.product(self.cases, self.dtypes)
+        dice = wanted.dice(self.operation)
+        for _ in range(wanted.drawn):
+            yield breadth.call(dice, dice.choice(self.cases)), dice.choice(self.dtypes)
 
 
 Plan = ParitySuite | OperationSuite

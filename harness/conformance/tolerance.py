@@ -83,9 +83,8 @@ def noise_floor(
             (have.largest, LARGEST_FACTOR * (factor * own.largest + LARGEST_EPS * floor * eps), ", largest element"),
             (have.share, bias if dtype != "float64" else bias + floor * eps, ", share of the truth"),
         ):
-            worst = _worst(subject[name], expected)
-            judged.append(Judgement(error <= allowed, error, allowed, name, worst, policy + measure, 0))
-    return _cannot(lost, dtype, policy) if lost and not judged else worst_of(judged, policy)
+            judged.append(Judgement(error <= allowed, error, allowed, name, "", policy + measure, 0))
+    return _cannot(lost, dtype, policy) if lost and not judged else _shown(worst_of(judged, policy), subject, truth)
 
 
 def carried_noise(
@@ -123,9 +122,8 @@ def carried_noise(
                 ", largest element",
             ),
         ):
-            worst = _worst(subject[name], expected)
-            judged.append(Judgement(error <= allowed, error, allowed, name, worst, policy + measure, 0))
-    return _cannot(lost, dtype, policy) if lost and not judged else worst_of(judged, policy)
+            judged.append(Judgement(error <= allowed, error, allowed, name, "", policy + measure, 0))
+    return _cannot(lost, dtype, policy) if lost and not judged else _shown(worst_of(judged, policy), subject, truth)
 
 
 def exact(subject: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Judgement:
@@ -136,11 +134,10 @@ def exact(subject: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Judg
     for name, want in expected.items():
         refused = _refused(name, subject[name], want, "exact")
         error = 0.0 if refused else _Error.of(subject[name], want).norm
-        worst = _worst(subject[name], want) if not refused else ""
         # The norm of a tiny difference may underflow, and a dtype may differ where the values do not.
         same = refused is None and bool((subject[name].detach().double() == want.detach().double()).all())
-        judged.append(refused or Judgement(same, error, 0.0, name, worst, "exact", 0))
-    return worst_of(judged, "exact")
+        judged.append(refused or Judgement(same, error, 0.0, name, "", "exact", 0))
+    return _shown(worst_of(judged, "exact"), subject, expected)
 
 
 def worst_of(judged: list[Judgement], policy: str) -> Judgement:
@@ -213,6 +210,13 @@ def _refused(name: str, value: Tensor, truth: Tensor, policy: str) -> Judgement 
     if nonfinite:
         return Judgement(False, None, None, name, _worst(value, truth), policy, nonfinite)
     return None
+
+
+def _shown(judgement: Judgement, subject: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Judgement:
+    """Name the element that is furthest off, in the one tensor that is told of; in each would take longer than judging."""
+    if judgement.worst or judgement.tensor not in truth:
+        return judgement
+    return replace(judgement, worst=_worst(subject[judgement.tensor], truth[judgement.tensor]))
 
 
 def _worst(value: Tensor, truth: Tensor) -> str:

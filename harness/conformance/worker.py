@@ -11,6 +11,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
+from harness.conformance.breadth import Breadth
 from harness.conformance.speaking import Say, speaker
 from harness.conformance.tried import Tried
 from harness.records import CheckResult, Outcome
@@ -20,7 +21,7 @@ from harness.registry import Implementation, discover, told
 def main(fd: int, line: int, task: dict[str, Any]) -> None:
     """Try the targets of one implementation.
 
-    task: implementation, targets as [kind, target], full, dtypes, point (the entry point that offers it).
+    task: implementation, targets as [kind, target], breadth, dtypes, point (the entry point that offers it).
     """
     with speaker(fd, line) as say:
         registry = discover(only=[task["point"]])
@@ -52,7 +53,9 @@ def _try(implementation: Implementation, task: dict[str, Any], say: Say) -> None
                 return say(missing=f"needs {module}, which is not installed")
         from harness.conformance import matrix
 
-        for tried in matrix.run(implementation, full=task["full"], dtypes=tuple(task["dtypes"]), begin=begin):
+        for tried in matrix.run(
+            implementation, breadth=Breadth(**task["breadth"]), dtypes=tuple(task["dtypes"]), begin=begin
+        ):
             say(tried=tried.model_dump(mode="json"))
     except Exception as error:  # noqa: BLE001  # somebody else's code: whatever it raises is a finding about it
         why = f"raised {told(error)}; what comes after this was not tried"

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
-from torch import Tensor, nn
 
 from harness.conformance import whole_model
+from harness.conformance.beside import beside
 from harness.conformance.case import Case
 from harness.conformance.drawn import cast, inputs, takes_rows
 from harness.conformance.observe import observe
-from harness.conformance.results import at, judged, listed, skipped
+from harness.conformance.results import at, judged, skipped
 from harness.conformance.subject import DTYPES, LARGEST_COPY, Subject
-from harness.conformance.tolerance import Judgement, carried_noise, exact, noise_floor, perturbed, rows_within, worst_of
+from harness.conformance.tolerance import Judgement, carried_noise, exact, noise_floor, worst_of
 from harness.records import CheckResult
-from harness.tolerances import CARRIED_FACTOR, DROPOUT_SIGMAS, PERTURBED_DRAWS
-
-FEATURES = 32
-"""Of so many features at least one is dropped and one kept in any token, but for one in some thousands."""
+from harness.tolerances import CARRIED_FACTOR
 
 
 def check_identity(subject: Subject, case: Case) -> CheckResult:
@@ -73,7 +68,7 @@ def check_strides(subject: Subject, case: Case) -> CheckResult:
         x, dy = inputs(base, case.tokens, DTYPES[subject.dtype], case.generator(index))
         x, dy = x.T.contiguous().T, dy[:1].expand(dy.shape)
         for rows in (slice(None), slice(0, 0)):
-            runs = _three(subject, path, layer, x[rows], dy[rows])
+            runs = beside(subject, path, layer, x[rows], dy[rows])
             found.append(at(path, noise_floor(*runs, subject.dtype, case.factor("strides"))))
     if not found:
         return skipped(subject, case, "strides", "the layers do not map rows to rows")
@@ -87,61 +82,11 @@ def check_vector(subject: Subject, case: Case) -> CheckResult:
         base = subject.original_base(path)
         if takes_rows(base):
             x, dy = inputs(base, 1, DTYPES[subject.dtype], case.generator(index))
-            runs = _three(subject, path, layer, x[0], dy[0])
+            runs = beside(subject, path, layer, x[0], dy[0])
             found.append(at(path, noise_floor(*runs, subject.dtype, case.factor("vector"))))
     if not found:
         return skipped(subject, case, "vector", "the layers do not map rows to rows")
     return judged(subject, case, "vector", worst_of(found, found[0].policy))
-
-
-def check_dropout(subject: Subject, case: Case) -> CheckResult:
-    """In training mode each feature of the adapter's input is dropped with probability p, or scaled by 1/(1-p); the base
-    sees all of it, and the backward pass uses the forward pass's mask. In eval mode nothing is dropped.
-
-    Every token has one feature only, so its output must be one of two: the reference's with that feature kept, or with it
-    dropped. That tells the mask, with which the reference's gradients are computed. How many are dropped is judged by the
-    binomial distribution. Tokens of many features must not be dropped whole. No random numbers need agree.
-    """
-    p = getattr(subject.config, "dropout", 0.0)
-    if not p:
-        return skipped(subject, case, "dropout", "the config drops nothing")
-    odd: list[str] = []
-    dropped = total = 0
-    for index, (path, layer) in enumerate(subject.adapted.layers.items()):
-        base = subject.original_base(path)
-        if not takes_rows(base):
-            continue
-        x, dy = inputs(base, max(case.tokens, 64), DTYPES[subject.dtype], case.generator(index))
-        only = torch.zeros_like(x)
-        rows = torch.arange(len(x), device=x.device)
-        where = torch.randint(0, x.shape[-1], (len(x),), generator=case.generator(index + 1)).to(x.device)
-        only[rows, where] = 1 + x.abs().amax(-1)
-        mine = observe(layer, subject.tensors_of(path), only, dy, training=True)
-        is_kept, is_dropped = (_rows_as(subject, path, mine["y"], only, mask) for mask in (1 / (1 - p), 0.0))
-        if neither := int((~(is_kept | is_dropped)).sum()):
-            odd.append(f"{path}: {neither} of {len(x)} outputs are those of neither a kept nor a dropped feature")
-            continue
-        total += int((is_kept ^ is_dropped).sum())
-        dropped += int((is_dropped & ~is_kept).sum())
-        if bool((is_kept ^ is_dropped).all()):
-            mask = is_kept.double()[:, None] / (1 - p)
-            truth, rounded = (_masked(subject, path, dtype, only, dy, mask) for dtype in ("float64", subject.dtype))
-            for seen in (mine, truth, rounded):
-                seen["grad x"] = seen["grad x"][rows, where]  # of the other features the mask is not known
-            verdict = noise_floor(mine, truth, rounded, subject.dtype, case.factor("gradient"))
-            if not verdict.passed:
-                odd.append(f"{path}: with the forward pass's mask {verdict.tensor} is off by {verdict.error}")
-            if x.shape[-1] >= FEATURES and (whole := _whole_tokens(subject, path, layer, x, dy, p)) > len(x) // 2:
-                odd.append(f"{path}: {whole} of {len(x)} tokens are kept or dropped as a whole, not by the feature")
-        again = noise_floor(*_three(subject, path, layer, x, dy), subject.dtype, case.factor("forward"))
-        if not again.passed:
-            odd.append(f"{path}: in eval mode {again.tensor} is off by {again.error} of {again.allowed}")
-    spread = DROPOUT_SIGMAS * (total * p * (1 - p)) ** 0.5
-    if not total and not odd:
-        return skipped(subject, case, "dropout", "at this state the adapter adds nothing")
-    if not odd and abs(dropped - p * total) > spread + 1:
-        odd.append(f"{dropped} of {total} features were dropped, should be {p * total:.0f} +- {spread:.0f}")
-    return listed(subject, case, "dropout", odd, f"{dropped} of {total} features dropped at p = {p:g}")
 
 
 def check_step(subject: Subject, case: Case) -> CheckResult:
@@ -208,7 +153,7 @@ def _compare(subject: Subject, case: Case) -> tuple[Judgement, Judgement]:
         x, dy = inputs(base, case.tokens, DTYPES[subject.dtype], case.generator(index))
         if takes_rows(base) and len(x) % 2 == 0:
             x, dy = (t.view(2, -1, t.shape[-1]) for t in (x, dy))  # a batch of sequences, as models send it
-        runs = _three(subject, path, layer, x, dy, training=subject.trains_plainly)
+        runs = beside(subject, path, layer, x, dy, training=subject.trains_plainly)
         for found, check, wanted in ((outputs, "forward", True), (gradients, "gradient", False)):
             mine, truth, *draws = (
                 {n: t for n, t in run.items() if (n == "y") == wanted} for run in (runs[0], runs[1], *runs[2])
@@ -220,66 +165,3 @@ def _compare(subject: Subject, case: Case) -> tuple[Judgement, Judgement]:
             outputs.append(Judgement(False, None, None, f"{path}: y", kinds, outputs[-1].policy, 0))
     forward, gradient = (worst_of(found, found[0].policy if found else "noise-floor") for found in (outputs, gradients))
     return forward, gradient
-
-
-def _three(
-    subject: Subject, path: str, layer: nn.Module, x: Tensor, dy: Tensor, *, training: bool = False
-) -> tuple[dict[str, Tensor], dict[str, Tensor], list[dict[str, Tensor]]]:
-    """Observe the subject's layer, the reference in float64, and draws of what a program in the subject's dtype loses.
-
-    One draw is the reference in that dtype. It may happen to round to almost nothing, so there are others: the reference in
-    float64 with every number that goes in moved by up to half a unit in the last place of the dtype, as rounding might.
-    """
-    mine = observe(layer, subject.tensors_of(path), x, dy, training=training)
-    twin = subject.reference(path, "float64")
-    wide = cast(x, "float64"), dy.double()
-    truth = observe(twin.layer, twin.tensors, *wide)
-    own = subject.reference(path, subject.dtype)
-    draws = [observe(own.layer, own.tensors, x, dy)]
-    for seed in range(PERTURBED_DRAWS):
-        generator = torch.Generator().manual_seed(seed)
-        moved, tensors = copy.deepcopy((twin.layer, twin.tensors))
-        with torch.no_grad():
-            for tensor in [*moved.parameters(), *moved.buffers()]:
-                if tensor.is_floating_point():
-                    tensor.copy_(perturbed(tensor, subject.dtype, generator))
-        draws.append(observe(moved, tensors, *(perturbed(t, subject.dtype, generator) for t in wide)))
-    return mine, truth, draws
-
-
-def _rows_as(subject: Subject, path: str, y: Tensor, x: Tensor, mask: float) -> Tensor:
-    """Return which rows of `y` are the reference's output with `mask` in the place of its dropout."""
-    truth, rounded = (_masked(subject, path, dtype, x, None, mask)["y"] for dtype in ("float64", subject.dtype))
-    return rows_within(y, truth, rounded, subject.dtype)
-
-
-def _whole_tokens(subject: Subject, path: str, layer: nn.Module, x: Tensor, dy: Tensor, p: float) -> int:
-    """Count the tokens of many features that training mode keeps or drops as a whole."""
-    y = observe(layer, {}, x, dy, training=True)["y"]
-    return int((_rows_as(subject, path, y, x, 1 / (1 - p)) | _rows_as(subject, path, y, x, 0.0)).sum())
-
-
-def _masked(
-    subject: Subject, path: str, dtype: str, x: Tensor, dy: Tensor | None, mask: Tensor | float
-) -> dict[str, Tensor]:
-    """Observe the reference in training mode with a product by `mask` (T, 1) in the place of its dropout."""
-    twin = subject.reference(path, dtype)
-    for name, child in list(twin.layer.named_modules()):
-        if isinstance(child, nn.Dropout):
-            parent, _, last = name.rpartition(".")
-            setattr(twin.layer.get_submodule(parent), last, _Times(mask))
-    if dy is not None:
-        return observe(twin.layer, twin.tensors, cast(x, dtype), dy.to(DTYPES[dtype]), training=True)
-    with torch.no_grad():
-        return {"y": twin.layer.train()(cast(x, dtype))}
-
-
-class _Times(nn.Module):
-    """Multiply by a mask: dropout of which the mask is known."""
-
-    def __init__(self, mask: Tensor | float) -> None:
-        super().__init__()
-        self.p, self.mask = 0.5, mask
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * (self.mask.to(x.dtype) if isinstance(self.mask, Tensor) else self.mask)

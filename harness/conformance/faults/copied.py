@@ -23,7 +23,7 @@ class Copy:
     def __init__(self, name: str) -> None:
         self.name = name
         self._lines: dict[str, list[tuple[str, str]]] = {}
-        self._then: list[Callable[[Any], None]] = []
+        self._then: list[Callable[[Any], object]] = []
         self._made: dict[str, ModuleType] = {}
 
     def line(self, right: str, wrong: str, file: str = "") -> None:
@@ -41,7 +41,7 @@ class Copy:
             )
         self._lines.setdefault(name, []).append((right, wrong))
 
-    def then(self, change: Callable[[Any], None]) -> None:
+    def then(self, change: Callable[[Any], object]) -> None:
         """Do something to what `attach` has made."""
         self._then.append(change)
 

@@ -21,8 +21,8 @@ _ADDS: dict[str, dict[str, Any]] = {
     "qlora": {"values": _LOW, "inputs": 64, "outputs": 48},
 }
 """The Methods that add layers, and the case of each."""
-_ALL = {**_ADDS, "galore": {"values": {"rank": 3, "eps": 0.1}}, "full": {}}
-_DROP = {
+ALL = {**_ADDS, "galore": {"values": {"rank": 3, "eps": 0.1}}, "full": {}}
+DROP = {
     method: {**where, "values": {**where["values"], "dropout": 0.25}}
     for method, where in _ADDS.items()
     if method != "pissa"  # which has no dropout
@@ -31,17 +31,17 @@ _DROP = {
 Right = Callable[[Tensor], Tensor]
 
 
-@planted_in(_ALL, "strides")
+@planted_in(ALL, "strides")
 def reads_a_view_as_if_it_were_contiguous(its: Copy) -> None:
     its.forward(lambda _, x, right: right(x.as_strided(x.shape, torch.empty(x.shape, device="meta").stride())))
 
 
-@planted_in(_ALL, "vector")
+@planted_in(ALL, "vector")
 def makes_a_matrix_of_a_vector(its: Copy) -> None:
     its.forward(lambda _, x, right: right(torch.atleast_2d(x)))
 
 
-@planted_in(_ALL, "poison")
+@planted_in(ALL, "poison")
 def leaves_a_column_unwritten(its: Copy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         out = right(x)
@@ -56,7 +56,7 @@ def unwritten(like: Tensor) -> Tensor:
     return torch.where(fresh.isnan(), fresh, 0.0)
 
 
-@planted_in(_ALL, "model")
+@planted_in(ALL, "model")
 def trains_only_behind_another(its: Copy) -> None:
     """Takes an input that needs no gradient, as the first layer of a model gets it, for inference."""
 
@@ -67,7 +67,7 @@ def trains_only_behind_another(its: Copy) -> None:
     its.forward(forward)
 
 
-@planted_in(_ALL, "save")
+@planted_in(ALL, "save")
 def computes_otherwise_at_its_first_use(its: Copy) -> None:
     """No checkpoint tells a layer that was used from one that was not."""
 
@@ -83,7 +83,7 @@ def leaves_its_layers_behind(its: Copy) -> None:
     its.then(lambda adapted: setattr(adapted, "detach", lambda: None))
 
 
-@planted_in(_DROP, "dropout")
+@planted_in(DROP, "dropout")
 def drops_nothing(its: Copy) -> None:
     def change(adapted: Any) -> None:
         for layer in adapted.layers.values():
@@ -92,7 +92,7 @@ def drops_nothing(its: Copy) -> None:
     its.then(change)
 
 
-@planted_in({"full": {}, "galore": _ALL["galore"]}, "base", "identity")
+@planted_in({"full": {}, "galore": ALL["galore"]}, "base", "identity")
 def changes_a_weight_when_it_is_attached(its: Copy) -> None:
     its.then(lambda adapted: adapted.layers["first"].weight.data.mul_(1.01))
 

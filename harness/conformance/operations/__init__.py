@@ -52,12 +52,13 @@ class Operation:
 
 @dataclass(frozen=True)
 class OperationSubject:
-    """An implementation of an Operation, and the arguments of one case."""
+    """An implementation of an Operation, and the arguments of one case. another: draws others of the same shapes."""
 
     operation: Operation
     function: Callable[..., Any]
     dtype: str
     arguments: dict[str, Any]
+    another: Callable[[], dict[str, Any]]
 
     @property
     def method(self) -> str:

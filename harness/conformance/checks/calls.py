@@ -1,0 +1,79 @@
+"""Whether calls keep out of each other's way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from harness.conformance import passes
+from harness.conformance.beside import beside
+from harness.conformance.case import Case
+from harness.conformance.drawn import inputs
+from harness.conformance.observe import given_back
+from harness.conformance.operations import OperationSubject, cloned
+from harness.conformance.results import at, judged, skipped
+from harness.conformance.subject import DTYPES, Subject
+from harness.conformance.tolerance import Judgement, noise_floor, worst_of
+from harness.records import CheckResult
+
+
+def check_overlap(subject: Subject | OperationSubject, case: Case) -> CheckResult:
+    """Two calls with different inputs of one shape may be under way at once.
+
+    Forward, forward, backward, backward: each call gives what the reference gives for its own input, the second changes
+    nothing that the first returned or kept for its backward pass, and gradients of both are added up, as when gradients
+    are accumulated over batches. What is wrong already where the first call is alone is left to the checks that say so.
+    """
+    found = list(_of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
+    if not found:
+        return skipped(subject, case, "overlap", "a call alone is wrong already: other checks say so")
+    return judged(subject, case, "overlap", worst_of(found, found[0].policy))
+
+
+def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
+    for index, (path, layer) in enumerate(subject.adapted.layers.items()):
+        base, dtype, factor = subject.original_base(path), DTYPES[subject.dtype], case.factor("overlap")
+        two = [inputs(base, case.tokens, dtype, case.generator(salt)) for salt in (index, 500 + index)]
+        x, dy = (torch.stack(both) for both in zip(*two, strict=True))
+        training = subject.trains_plainly
+        verdict = noise_floor(
+            *beside(subject, path, layer, x, dy, training=training, look=_both), subject.dtype, factor
+        )
+        alone = beside(subject, path, layer, x[0], dy[0], training=training) if not verdict.passed else None
+        if alone is None or noise_floor(*alone, subject.dtype, factor).passed:
+            yield at(path, verdict)
+
+
+def _both(
+    layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor, *, training: bool = False
+) -> dict[str, Tensor]:
+    """Observe `layer` on x[0] and x[1] with both calls under way; gradients of its tensors are those of both."""
+    with given_back(layer, tensors, training):
+        leaves = [one.detach().clone().requires_grad_(one.is_floating_point()) for one in x]
+        ys = [layer(leaf) for leaf in leaves]
+        for y, one in zip(ys, dy, strict=True):
+            if y.requires_grad and y.shape == one.shape:
+                y.backward(one)
+        seen = {f"y of call {n}": y.detach().clone() for n, y in enumerate(ys, 1)}
+        seen |= {f"grad x of call {n}": leaf.grad for n, leaf in enumerate(leaves, 1) if leaf.grad is not None}
+        return seen | {f"grad {name}": t.grad for name, t in tensors.items() if t.grad is not None}
+
+
+def _of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
+    if not all(verdict.passed for verdict, _ in passes.judgements(subject, subject.call(), case)):
+        return
+    both = [subject, replace(subject, arguments=subject.another())]
+    outputs = [one.operation.named(one.function(**cloned(one.arguments))) for one in both]
+    for number, (one, mine) in enumerate(zip(both, outputs, strict=True), 1):
+        yield from (at(f"call {number}", verdict) for verdict, _ in passes.judgements(one, mine, case))
+    if not subject.operation.differentiable:
+        return
+    dtype = DTYPES[subject.dtype]
+    under_way = [passes.forward(one, subject.function, dtype) for one in both]
+    gradients = [passes.backward(y, leaves, case) for y, leaves in under_way]
+    for number, (one, mine) in enumerate(zip(both, gradients, strict=True), 1):
+        truth, rounded = (passes.gradients(one, subject.operation.reference, to, case) for to in (torch.float64, dtype))
+        yield at(f"call {number}", noise_floor(mine, truth, rounded, subject.dtype, case.factor("overlap")))

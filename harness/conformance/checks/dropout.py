@@ -1,0 +1,127 @@
+"""Whether features are dropped as the config says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from harness.conformance.beside import beside
+from harness.conformance.case import Case
+from harness.conformance.drawn import cast, inputs, takes_rows
+from harness.conformance.observe import observe
+from harness.conformance.results import listed, skipped
+from harness.conformance.subject import DTYPES, Subject
+from harness.conformance.tolerance import noise_floor, rows_within
+from harness.records import CheckResult
+from harness.tolerances import DROPOUT_SIGMAS, DROPOUT_SURE_BITS
+
+FEATURES = 32
+"""Of so many features at least one is dropped and one kept in any token, but for one in some thousands."""
+
+
+def check_dropout(subject: Subject, case: Case) -> CheckResult:
+    """In training mode each feature of the adapter's input is dropped with probability p, or scaled by 1/(1-p); the base
+    sees all of it, and the backward pass uses the forward pass's mask. In eval mode nothing is dropped.
+
+    Every token has one feature only, so its output must be one of two: the reference's with that feature kept, or with it
+    dropped. That tells the mask, with which the reference's gradients are computed. How many are dropped is judged by the
+    binomial distribution. Tokens of many features must not be dropped whole, a feature not in all tokens alike, nor the same
+    ones at every call. No random numbers need agree.
+    """
+    p = getattr(subject.config, "dropout", 0.0)
+    if not p:
+        return skipped(subject, case, "dropout", "the config drops nothing")
+    odd: list[str] = []
+    dropped = total = 0
+    for index, (path, layer) in enumerate(subject.adapted.layers.items()):
+        base = subject.original_base(path)
+        if not takes_rows(base):
+            continue
+        x, dy = inputs(base, max(case.tokens, 64), DTYPES[subject.dtype], case.generator(index))
+        only = torch.zeros_like(x)
+        rows = torch.arange(len(x), device=x.device)
+        where = torch.randint(0, x.shape[-1], (len(x),), generator=case.generator(index + 1)).to(x.device)
+        only[rows, where] = 1 + x.abs().amax(-1)
+        mine = observe(layer, subject.tensors_of(path), only, dy, training=True)
+        is_kept, is_dropped = (_rows_as(subject, path, mine["y"], only, mask) for mask in (1 / (1 - p), 0.0))
+        if neither := int((~(is_kept | is_dropped)).sum()):
+            odd.append(f"{path}: {neither} of {len(x)} outputs are those of neither a kept nor a dropped feature")
+            continue
+        total += int((is_kept ^ is_dropped).sum())
+        dropped += int((is_dropped & ~is_kept).sum())
+        if bool((is_kept ^ is_dropped).all()):
+            mask = is_kept.double()[:, None] / (1 - p)
+            truth, rounded = (_masked(subject, path, dtype, only, dy, mask) for dtype in ("float64", subject.dtype))
+            for seen in (mine, truth, rounded):
+                seen["grad x"] = seen["grad x"][rows, where]  # of the other features the mask is not known
+            verdict = noise_floor(mine, truth, rounded, subject.dtype, case.factor("gradient"))
+            if not verdict.passed:
+                odd.append(f"{path}: with the forward pass's mask {verdict.tensor} is off by {verdict.error}")
+            if x.shape[-1] >= FEATURES and (whole := _whole_tokens(subject, path, layer, x, dy, p)) > len(x) // 2:
+                odd.append(f"{path}: {whole} of {len(x)} tokens are kept or dropped as a whole, not by the feature")
+            odd += [f"{path}: {how}" for how in _repeats(subject, path, layer, p)]
+        again = noise_floor(*beside(subject, path, layer, x, dy), subject.dtype, case.factor("forward"))
+        if not again.passed:
+            odd.append(f"{path}: in eval mode {again.tensor} is off by {again.error} of {again.allowed}")
+    spread = DROPOUT_SIGMAS * (total * p * (1 - p)) ** 0.5
+    if not total and not odd:
+        return skipped(subject, case, "dropout", "at this state the adapter adds nothing")
+    if not odd and abs(dropped - p * total) > spread + 1:
+        odd.append(f"{dropped} of {total} features were dropped, should be {p * total:.0f} +- {spread:.0f}")
+    return listed(subject, case, "dropout", odd, f"{dropped} of {total} features dropped at p = {p:g}")
+
+
+def _rows_as(subject: Subject, path: str, y: Tensor, x: Tensor, mask: float) -> Tensor:
+    """Return which rows of `y` are the reference's output with `mask` in the place of its dropout."""
+    truth, rounded = (_masked(subject, path, dtype, x, None, mask)["y"] for dtype in ("float64", subject.dtype))
+    return rows_within(y, truth, rounded, subject.dtype)
+
+
+def _whole_tokens(subject: Subject, path: str, layer: nn.Module, x: Tensor, dy: Tensor, p: float) -> int:
+    """Count the tokens of many features that training mode keeps or drops as a whole."""
+    y = observe(layer, {}, x, dy, training=True)["y"]
+    return int((_rows_as(subject, path, y, x, 1 / (1 - p)) | _rows_as(subject, path, y, x, 0.0)).sum())
+
+
+def _repeats(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterator[str]:
+    """Say how one mask serves for several: for all tokens, or for two calls. All tokens have the same single feature."""
+    tokens = math.ceil(DROPOUT_SURE_BITS / -math.log2(max(p, 1 - p)))
+    x, dy = inputs(subject.original_base(path), tokens, DTYPES[subject.dtype], torch.Generator().manual_seed(0))
+    only = torch.zeros_like(x)
+    only[:, 0] = 1 + x.abs().amax()
+    kept = [
+        _rows_as(subject, path, observe(layer, {}, only, dy, training=True)["y"], only, 1 / (1 - p)) for _ in range(2)
+    ]
+    if bool(kept[0].all()) or not bool(kept[0].any()):
+        yield f"a feature is kept or dropped in all of {tokens} tokens alike"
+    elif bool((kept[0] == kept[1]).all()):
+        yield f"two calls drop the same of {tokens} features"
+
+
+def _masked(
+    subject: Subject, path: str, dtype: str, x: Tensor, dy: Tensor | None, mask: Tensor | float
+) -> dict[str, Tensor]:
+    """Observe the reference in training mode with a product by `mask` (T, 1) in the place of its dropout."""
+    twin = subject.reference(path, dtype)
+    for name, child in list(twin.layer.named_modules()):
+        if isinstance(child, nn.Dropout):
+            parent, _, last = name.rpartition(".")
+            setattr(twin.layer.get_submodule(parent), last, _Times(mask))
+    if dy is not None:
+        return observe(twin.layer, twin.tensors, cast(x, dtype), dy.to(DTYPES[dtype]), training=True)
+    with torch.no_grad():
+        return {"y": twin.layer.train()(cast(x, dtype))}
+
+
+class _Times(nn.Module):
+    """Multiply by a mask: dropout of which the mask is known."""
+
+    def __init__(self, mask: Tensor | float) -> None:
+        super().__init__()
+        self.p, self.mask = 0.5, mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.mask.to(x.dtype) if isinstance(self.mask, Tensor) else self.mask)

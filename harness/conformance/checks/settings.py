@@ -1,0 +1,42 @@
+"""Whether an implementation leaves the process as it found it."""
+
+from __future__ import annotations
+
+from harness.conformance import settings
+from harness.conformance.case import Case
+from harness.conformance.drawn import inputs
+from harness.conformance.observe import observe
+from harness.conformance.operations import OperationSubject
+from harness.conformance.results import listed, skipped
+from harness.conformance.subject import DTYPES, Subject
+from harness.records import CheckResult
+
+
+def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResult:
+    """Attaching and computing change nothing that holds for the whole process: torch's default dtype and device, its
+    gradient mode, threads, determinism, precision and autocast; and no seed of torch's, numpy's or Python's random numbers.
+
+    What others compute afterwards would depend on it. Drawing random numbers is allowed, seeding them is not.
+    """
+    if isinstance(subject, OperationSubject):
+        with settings.kept() as changed:
+            seeded = settings.seeded(subject.call)
+        return listed(subject, case, "settings", [*changed, *seeded])
+    if case.fresh is None:
+        return skipped(subject, case, "settings", "the case cannot attach anew")
+    with settings.kept() as changed:
+        seeded = settings.seeded(lambda: _use(case.anew(), case))
+    return listed(subject, case, "settings", [*subject.disturbed, *changed, *seeded])
+
+
+def _use(subject: Subject | None, case: Case) -> None:
+    """Do with a freshly attached subject what training does, and merge it."""
+    if subject is None:
+        return
+    for index, (path, layer) in enumerate(subject.adapted.layers.items()):
+        x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
+        for training in (True, False):
+            observe(layer, subject.tensors_of(path), x, dy, training=training)
+    if subject.adapted.can_merge:
+        subject.adapted.merge()
+        subject.adapted.unmerge()

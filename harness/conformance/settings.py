@@ -1,0 +1,105 @@
+"""What holds for the whole process: torch's settings, and the random numbers that others draw from too."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+_SWITCH: Any = torch.utils.deterministic
+_CUDNN: Any = torch.backends.cudnn
+_MATMUL: Any = torch.backends.cuda.matmul
+_SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "the default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+    "the default device": (torch.get_default_device, torch.set_default_device),
+    "whether gradients are recorded": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "the number of threads": (torch.get_num_threads, torch.set_num_threads),
+    "deterministic algorithms": (
+        lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
+        lambda it: torch.use_deterministic_algorithms(it[0], warn_only=it[1]),
+    ),
+    "filling of fresh memory": (
+        lambda: _SWITCH.fill_uninitialized_memory,
+        lambda it: setattr(_SWITCH, "fill_uninitialized_memory", it),
+    ),
+    "cudnn.benchmark": (lambda: _CUDNN.benchmark, lambda it: setattr(_CUDNN, "benchmark", it)),
+    "the precision of float32 products": (
+        lambda: (torch.get_float32_matmul_precision(), _MATMUL.allow_tf32),
+        lambda it: torch.set_float32_matmul_precision(it[0]),
+    ),
+    "autocast on the CPU": (
+        lambda: torch.is_autocast_enabled("cpu"),
+        lambda it: torch.set_autocast_enabled("cpu", it),
+    ),
+    "autocast on the GPU": (
+        lambda: torch.is_autocast_enabled("cuda"),
+        lambda it: torch.set_autocast_enabled("cuda", it),
+    ),
+}
+"""Name -> how a setting is read, and how it is put back."""
+
+
+def now() -> dict[str, Any]:
+    """Read all settings."""
+    return {name: read() for name, (read, _) in _SETTINGS.items()}
+
+
+def changed(before: dict[str, Any]) -> list[str]:
+    """Say which settings are no longer what they were."""
+    return [f"{name} is {have}, was {before[name]}" for name, have in now().items() if have != before[name]]
+
+
+@contextmanager
+def kept() -> Iterator[list[str]]:
+    """Put all settings back at the end; the list then says which were changed."""
+    before, found = now(), list[str]()
+    try:
+        yield found
+    finally:
+        found += changed(before)
+        for name, have in now().items():
+            if have != before[name]:
+                _SETTINGS[name][1](before[name])
+
+
+def seeded(act: Callable[[], object]) -> list[str]:
+    """Name the sources of random numbers that `act` seeds: after it they are alike, whatever they were before.
+
+    Drawing from them is everybody's right. They are put back.
+    """
+    held = _random_states()
+    try:
+        after = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)  # it is this one that old code draws from
+            act()
+            after.append(_random_states())
+        return [f"the random numbers of {name} were seeded" for name in held if _alike(after[0][name], after[1][name])]
+    finally:
+        torch.set_rng_state(held["torch"])
+        random.setstate(held["Python"])
+        np.random.set_state(held["numpy"])
+
+
+def _random_states() -> dict[str, Any]:
+    return {
+        "torch": torch.get_rng_state(),
+        "Python": random.getstate(),
+        "numpy": np.random.get_state(legacy=True),
+    }
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return bool(np.array_equal(one, other))
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    return bool(one == other)

@@ -1,0 +1,74 @@
+"""Cases drawn at random besides those of the suites: who is right at the suites' own sizes only is found out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from harness.cli import main
+from harness.conformance import matrix, suite
+from harness.conformance.breadth import FEW, Breadth
+from harness.errors import Exit
+from harness.registry import Implementation
+from reference import lora, multi_lora
+
+DRAWN = Breadth(drawn=16, seed=3)
+
+
+def beyond(target: str, breadth: Breadth) -> list[Any]:
+    """Return the cases that are drawn."""
+    plan = suite.load_either(target)
+    if isinstance(plan, suite.OperationSuite):
+        return list(plan.calls(breadth))[len(list(plan.calls(FEW))) :]
+    return list(plan.cases(breadth))[len(list(plan.cases(FEW))) :]
+
+
+@pytest.mark.parametrize("target", suite.names())
+def test_a_seed_always_draws_the_same_cases_and_another_seed_others(target: str) -> None:
+    first = beyond(target, DRAWN)
+    assert len(first) == DRAWN.drawn
+    assert first == beyond(target, DRAWN)
+    assert first != beyond(target, Breadth(drawn=16, seed=4))
+
+
+def wrong_beyond_rank_64(model: Any, config: lora.Config, generator: torch.Generator) -> Any:
+    adapted = lora.attach(model, config, generator)
+    for layer in adapted.layers.values():
+        layer.scaling *= 2.0 if config.rank > 64 else 1.0  # type: ignore[attr-defined]
+    return adapted
+
+
+def test_an_implementation_that_is_wrong_at_other_ranks_only_fails_a_drawn_case() -> None:
+    mine = Implementation("mine", "method", "lora", wrong_beyond_rank_64, dtypes=("float32",))
+    usual = {one.standing.value for one in matrix.run(mine)}
+    drawn = [one for one in matrix.run(mine, breadth=DRAWN) if one.standing.value == "fail"]
+    assert "fail" not in usual
+    assert {one.check for one in drawn} >= {"forward", "gradient"}
+    assert all(int(one.case.split("rank=")[1].split()[0]) > 64 for one in drawn)
+
+
+def test_an_operation_that_is_wrong_beyond_100_tokens_only_fails_a_drawn_case() -> None:
+    def tiled(x: torch.Tensor, W: torch.Tensor, **rest: Any) -> torch.Tensor:
+        y = multi_lora.multi_lora_linear(x, torch.nn.functional.linear(x, W), **rest)
+        return torch.cat([y[:, :100], 0 * y[:, 100:]], dim=1)
+
+    mine = Implementation("mine", "operation", "multi_lora_linear", tiled, dtypes=("float32",))
+    assert {one.standing.value for one in matrix.run(mine)} == {"pass"}
+    failed = [one for one in matrix.run(mine, breadth=DRAWN) if one.standing.value == "fail"]
+    assert {one.check for one in failed} >= {"outputs", "backward"}
+
+
+def test_check_draws_what_it_is_asked_to_and_names_the_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["check", "reference", "--op", "multi_lora_linear", "--dtype", "float32", "--drawn", "8", "--seed", "3"]
+    assert main([*asked, "--json"]) == Exit.PASS
+    cases = {row["case"] for row in json.loads(capsys.readouterr().out)["checks"]}
+    named = [suite.in_words(values) for values, dtype in beyond("multi_lora_linear", Breadth(drawn=8, seed=3))]
+    assert cases & set(named)
+
+
+def test_nothing_can_be_drawn_of_the_planted_faults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--self-test", "--drawn", "3"]) == Exit.USAGE
+    assert "--self-test" in capsys.readouterr().err
