@@ -382,6 +382,9 @@ class Footer(Frozen):
     seconds_in_cells: Seconds
     seconds_outside: dict[str, float]
     """Where the rest went: `startup`, `fetch`, `scheduling`. The page is made after the footer, in about half a second."""
+    sha256: dict[str, str] = {}
+    """Of run.json and of each Record, by their paths in the run's folder: what is changed afterwards is seen. Empty in runs
+    from before it was kept."""
 
 
 Manifest.model_rebuild()

@@ -1,6 +1,8 @@
 """Run folders on disk: `run.json` first, one file per attempt, `footer.json` last; each file whole or absent.
 
 results/runs/<run>/run.json  cells/<cell_id>.<attempt>.json  logs/  footer.json  report.html  lock
+
+The footer holds the hashes of the others. They are no signature: who writes the footer anew as well leaves no trace.
 """
 
 from __future__ import annotations
@@ -8,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +26,8 @@ from harness.errors import StoreError, UsageError
 from harness.records import SCHEMA, Footer, Manifest, Record
 
 RUNS = Path("results") / "runs"
+
+_FOOTER, _REOPENED = "footer.json", "footer.before.json"
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -96,7 +101,8 @@ def _read(path: Path, kind: type[_Model]) -> _Model:
 class Run:
     """A run as it stands on disk.
 
-    broken: files that could not be read, with the reason; they are shown, never silently dropped.
+    broken: files that could not be read, with the reason; they are shown, never silently dropped. changed: files that are
+    not as the run left them, by their paths in its folder, with what was done to them; a Record among them does not count.
     """
 
     path: Path
@@ -104,18 +110,31 @@ class Run:
     records: tuple[Record, ...]
     footer: Footer | None
     broken: dict[str, str] = field(default_factory=dict)
+    changed: dict[str, str] = field(default_factory=dict)
 
     def latest(self) -> dict[str, Record]:
-        """Map cell_id to its newest attempt, in the manifest's order; Cells without a Record are left out."""
-        newest: dict[str, Record] = {}
-        for record in sorted(self.records, key=lambda r: r.attempt):
-            newest[record.cell_id] = record
-        return {c.cell_id: newest[c.cell_id] for c in self.manifest.cells if c.cell_id in newest}
+        """Map cell_id to its newest attempt, in the manifest's order; Cells without one that counts are left out."""
+        newest, doubtful = self._newest(), self.doubtful()
+        ids = [cell.cell_id for cell in self.manifest.cells]
+        return {i: newest[i] for i in ids if i in newest and i not in doubtful}
+
+    def doubtful(self) -> dict[str, str]:
+        """Map each cell_id whose newest attempt is not as the run left it to what was done. No older one may stand in."""
+        newest = self._newest()
+        found = {}
+        for name, what in self.changed.items():
+            cell_id, _, attempt = Path(name).stem.partition(".")
+            if attempt.isdecimal() and (cell_id not in newest or newest[cell_id].attempt < int(attempt)):
+                found[cell_id] = f"{name} {what}"
+        return found
 
     def missing(self) -> list[str]:
         """List the expected cell_ids without any Record."""
-        have = {record.cell_id for record in self.records}
+        have = self._newest().keys() | self.doubtful().keys()
         return [cell.cell_id for cell in self.manifest.cells if cell.cell_id not in have]
+
+    def _newest(self) -> dict[str, Record]:
+        return {record.cell_id: record for record in sorted(self.records, key=lambda r: r.attempt)}
 
 
 class RunFolder:
@@ -182,16 +201,27 @@ class RunFolder:
         write(path, record)
 
     def reopen(self) -> None:
-        """Take the footer away: the run is being written to again."""
-        path = self.path / "footer.json"
+        """Take the footer away: the run is being written to again. Its hashes stay, or a resumed run would hide changes."""
+        path = self.path / _FOOTER
         try:
+            with contextlib.suppress(StoreError):
+                if _read(path, Footer).sha256:
+                    path.replace(self.path / _REOPENED)
             path.unlink(missing_ok=True)
         except OSError as error:
             raise StoreError(f"cannot write to this run: {error.strerror}", where=str(path)) from error
 
     def close(self, footer: Footer) -> None:
-        """Write footer.json: the run is complete."""
-        write(self.path / "footer.json", footer)
+        """Write footer.json with the hashes of run.json and of all Records: the run is complete.
+
+        What was hashed before keeps its hash. A Record that was moved away to measure its Cell again is forgotten.
+        """
+        run, known = read_run(self.path), _sealed(self.path)
+        names = ["run.json", *run.changed, *(f"cells/{record.id}.json" for record in run.records)]
+        there = {name: self.path / name for name in names if (self.path / name).is_file()}
+        sealed = {name: known.get(name) or _sha256(path) for name, path in there.items()}
+        write(self.path / _FOOTER, footer.model_copy(update={"sha256": sealed}))
+        (self.path / _REOPENED).unlink(missing_ok=True)
 
 
 def _lock(path: Path) -> int:
@@ -253,12 +283,43 @@ def read_run(path: Path) -> Run:
         else:
             broken[file.name] = f"a copy or a renamed file: it holds Record {record.id}"
     footer = None
-    if (path / "footer.json").is_file():
+    if (path / _FOOTER).is_file():
         try:
-            footer = _read(path / "footer.json", Footer)
+            footer = _read(path / _FOOTER, Footer)
         except StoreError as error:
-            broken["footer.json"] = f"{error.what}: {error.mend}"
-    return Run(path, manifest, tuple(records), footer, broken)
+            broken[_FOOTER] = f"{error.what}: {error.mend}"
+    changed = _changed(path, records, broken, complete=footer is not None)
+    whole = tuple(record for record in records if f"cells/{record.id}.json" not in changed)
+    return Run(path, manifest, whole, footer, broken, changed)
+
+
+def _changed(path: Path, records: Sequence[Record], broken: Mapping[str, str], *, complete: bool) -> dict[str, str]:
+    """Map what can be read and is not as the run left it to what was done to it; nothing of a run that kept no hashes."""
+    known = _sealed(path)
+    found = {}
+    for name, sha256 in known.items():
+        if not (path / name).is_file():
+            if complete:  # else it was moved away, and its Cell is being measured again
+                found[name] = "was removed after the run"
+        elif Path(name).name not in broken and _sha256(path / name) != sha256:
+            found[name] = "was changed after the run"
+    if known and complete:
+        names = (f"cells/{record.id}.json" for record in records)
+        found |= {name: "was added after the run" for name in names if name not in known}
+    return found
+
+
+def _sealed(path: Path) -> dict[str, str]:
+    """Return the hashes that a run's footer holds, or if it goes on, those of the footer before; empty without any."""
+    for name in (_FOOTER, _REOPENED):
+        with contextlib.suppress(StoreError):
+            return _read(path / name, Footer).sha256
+    return {}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_run(name: str, runs: Path = RUNS) -> Path:

@@ -103,6 +103,7 @@ def test_a_record_is_never_replaced(run: store.Run) -> None:
 
 def test_the_newest_attempt_counts_also_if_it_is_worse(run: store.Run) -> None:
     first = run.records[0]
+    store.RunFolder(run.path).reopen()
     for attempt in (2, 10):
         store.RunFolder(run.path).write_record(recorded_run.failed(first, Status.OOM, attempt=attempt))
     newest = store.read_run(run.path).latest()[first.cell_id]

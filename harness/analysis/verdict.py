@@ -39,7 +39,8 @@ class Parity:
 class RunVerdict:
     """A run, judged.
 
-    counts: Cells per status (`missing` among them). nonconforming: ids of Records that compute something else, or diverged.
+    counts: Cells per status (`missing` and `changed` among them). nonconforming: ids of Records that compute something
+    else, or diverged.
     how: `finished`, `interrupted`, `failed`, or `incomplete` for a run without its footer.
     """
 
@@ -56,9 +57,10 @@ class RunVerdict:
 def judge(run: Run, *, strict: bool = False) -> RunVerdict:
     """Judge every comparison of a run, then the run.
 
-    Precedence of the exit codes: a non-conformance or a refuted comparison is a finding, and no missing Cell can take
-    it back, so FAIL comes first, also before NOTHING_COMPARED (a run whose every Cell is nonconforming did compare
-    something). Then nothing measured, then Cells not measured, then (with `strict`) questions left open.
+    Precedence of the exit codes: a non-conformance, a refuted comparison or a file that was changed after the run is a
+    finding, and no missing Cell can take it back, so FAIL comes first, also before NOTHING_COMPARED (a run whose every Cell
+    is nonconforming did compare something). Then nothing measured, then Cells not measured, then (with `strict`) questions
+    left open.
     """
     latest = run.latest()
     missing = tuple(run.missing())
@@ -66,6 +68,8 @@ def judge(run: Run, *, strict: bool = False) -> RunVerdict:
     counts = Counter(record.status.value for record in latest.values())
     if missing:
         counts["missing"] = len(missing)
+    if doubtful := run.doubtful():
+        counts["changed"] = len(doubtful)
     nonconforming = tuple(r.id for r in latest.values() if parity.nonconforming(r))
     how = run.footer.how if run.footer else "incomplete"
     verdict, code = _whole(run, latest, judgements, nonconforming, how, strict)
@@ -150,12 +154,13 @@ def _whole(
     strict: bool,
 ) -> tuple[Verdict, Exit]:
     refuted = [j for j in judgements if j.verdict.word is Word.FAIL]
-    if nonconforming or refuted:
+    if nonconforming or refuted or run.changed:
         names = naming.full(run.manifest.cells)
         departed = [r for r in latest.values() if r.id in nonconforming]
         diverged = [names[r.cell_id] for r in departed if parity.diverged(r)]
         others = [_red(names[r.cell_id], r) for r in departed if not parity.diverged(r)]
-        reasons = [f"{_cells(len(others))} not computing what the Method says ({'; '.join(others)})"] if others else []
+        reasons = [f"not as the run left them: {', '.join(run.changed)}"] if run.changed else []
+        reasons += [f"{_cells(len(others))} not computing what the Method says ({'; '.join(others)})"] if others else []
         reasons += [f"training of {_cells(len(diverged))} diverged ({'; '.join(diverged)})"] if diverged else []
         reasons += [f"refuted: “{j.comparison.says}”" for j in refuted]
         ids = (*nonconforming, *(i for j in refuted for i in j.verdict.records))

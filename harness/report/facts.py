@@ -12,7 +12,7 @@ from harness.analysis.words import Word
 from harness.records import Cell, Record, Status
 from harness.store import Run
 
-MISSING = "missing"
+MISSING, CHANGED = "missing", "changed"
 FOOTER = "footer.json"
 
 TONES: dict[str, str] = {
@@ -23,6 +23,7 @@ TONES: dict[str, str] = {
     Status.OK: "good",
     Status.NONCONFORMING: "bad",
     Status.SKIPPED: "quiet",
+    CHANGED: "bad",
 }
 ICONS = {"good": "✓", "bad": "✗", "open": "?", "quiet": "–"}
 
@@ -58,14 +59,16 @@ class RunFacts:
         return f"{self.prefix}cell-{cell_id}"
 
     def status(self, cell: Cell) -> str:
-        """Return a Cell's status, or `missing`."""
+        """Return a Cell's status, `missing`, or `changed` where its Record is not as the run left it."""
         record = self.latest.get(cell.cell_id)
-        return record.status.value if record else MISSING
+        return record.status.value if record else CHANGED if cell.cell_id in self.run.doubtful() else MISSING
 
     def why_unmeasured(self, cell: Cell) -> str:
         """Say why a Cell has no measurements."""
         record = self.latest.get(cell.cell_id)
-        return f"{record.status.value}: {record.because}" if record else "there is no Record of this Cell"
+        if record is None:
+            return self.run.doubtful().get(cell.cell_id, "there is no Record of this Cell")
+        return f"{record.status.value}: {record.because}"
 
     def unfinished(self) -> str:
         """Say how a run that is not whole ended."""

@@ -64,7 +64,7 @@ def comparison(facts: RunFacts) -> Table:
                 figure(f"{record.cell_id[:6]}….{record.attempt}", record.id, why=record.id, tone="code"),
             ]
             if record
-            else [unmeasured("there is no Record"), unmeasured("there is no Record")]
+            else [unmeasured(facts.why_unmeasured(cell))] * 2
         )
         rows.append({"cell": cell, "figures": figures, "anchor": facts.anchor(cell.cell_id)})
     return _table(facts, "cells", "Every expected Cell", columns, rows, _busy_note(facts))
@@ -255,7 +255,7 @@ def _raw(facts: RunFacts, cell: Cell, record: Record | None) -> dict[str, Any]:
         "cell": cell.model_dump(mode="json"),
         "label": facts.titles[cell.cell_id],
         "status": facts.status(cell),
-        "because": record.because if record else "there is no Record of this Cell",
+        "because": record.because if record else facts.why_unmeasured(cell),
         "trainable": m.parameters.trainable if m else None,
         "accuracy": m.accuracy.value if m and m.accuracy else None,
         "accuracy_low": m.accuracy.low if m and m.accuracy else None,

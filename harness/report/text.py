@@ -31,6 +31,7 @@ def summary(run: Run) -> list[str]:
     lines += [f"diverged: {f.titles[r.cell_id]}: {why}" for r in f.latest.values() if (why := divergence.diverging(r))]
     if f.verdict.how != "finished":
         lines.append(f"incomplete: this run {f.unfinished()}")
+    lines += [f"changed: {name} {what}, and does not count" for name, what in run.changed.items()]
     lines += [f"missing: {f.titles[i]} ({i})" for i in f.verdict.missing]
     lines += [f"unreadable: {name}: {why}" for name, why in run.broken.items()]
     v = f.verdict.verdict

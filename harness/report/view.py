@@ -80,11 +80,14 @@ def _verdict(f: RunFacts) -> dict[str, Any]:
 
 
 def _alerts(f: RunFacts) -> list[dict[str, Any]]:
-    """Say at the top what is not whole: an unfinished run, missing Cells, torn files, Records from elsewhere."""
+    """Say at the top what is not whole: an unfinished run, missing Cells, changed or torn files, Records from elsewhere."""
     found: list[dict[str, Any]] = []
     if f.verdict.how != "finished":
         mend = f"peft-harness run SUITE --resume {f.run.manifest.run} measures the rest"
         found.append({"text": f"This run {f.unfinished()}. What it holds is shown below.", "items": [mend]})
+    if f.run.changed:
+        text = "Not as the run left it, and not counted (move a Record out of cells/, and --resume measures its Cell again):"
+        found.append({"text": text, "items": [f"{name} {what}" for name, what in f.run.changed.items()]})
     red = [(r, c) for r in f.latest.values() if r.status is Status.OK for c in parity.failed(r)]
     if red:
         text = "Measured, although a check failed; speeds of what failed are not shown:"

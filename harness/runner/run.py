@@ -238,10 +238,14 @@ def _reopen(
         why = "its footer.json cannot be read" if "footer.json" in old.broken else "it has no footer.json"
         progress.say(f"run {old.manifest.run} is incomplete: {why}; it goes on with what its Cells left")
     folder.reopen()
+    doubtful = old.doubtful()
+    for what in doubtful.values():
+        progress.say(f"{what}: it does not count, and its Cell is measured again")
     done = {
         record.cell_id
         for record in old.records
         if record.status is Status.OK
+        and record.cell_id not in doubtful
         and record.environment.id == here.id
         and record.environment.code_version == here.code_version
         and record.device == device
