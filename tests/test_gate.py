@@ -85,7 +85,7 @@ def through_the_gate(
     def forward(some: nn.Module) -> Tensor:
         return some(x.to(some.get_submodule("other").weight.dtype))
 
-    return subject, gate.gate(subject, SEED, run_model, base_output, forward=forward)
+    return subject, gate.gate(subject, SEED, run_model, base_output, forward=forward, base="nf4 by somebody")
 
 
 def spoilt(name: str) -> Any:
@@ -174,6 +174,31 @@ def test_the_gate_opens_for_rows_that_are_no_whole_blocks() -> None:
     model.a, model.other = nn.Linear(64, 160), nn.Linear(160, 160)
     model.b = nn.Linear(160, 64)
     assert failed(through_the_gate(method("reference"), model, bitsandbytes.nf4)[1]) == set()
+
+
+def slightly_wrong(model: nn.Module, paths: list[str], dtype: torch.dtype) -> Any:
+    """Pack as bitsandbytes does, into layers whose product is off by a hundredth while their bytes are right."""
+    forms = bitsandbytes.nf4(model, paths, dtype)
+    layer: Any = model.get_submodule(paths[-1])
+    forward = type(layer).forward
+    layer.__class__ = type("Wrong", (type(layer),), {"forward": lambda self, x: forward(self, x) * 1.01})
+    return forms
+
+
+@pytest.mark.parametrize("name", ["reference", "fused"])
+def test_a_wrong_base_is_not_blamed_on_the_method(name: str) -> None:
+    _, (result,) = through_the_gate(method(name), None, slightly_wrong)
+    assert (result.check, result.outcome) == ("base nf4 by somebody/forward/float32/init", Outcome.FAIL)
+    assert result.tensor.startswith("b: ")
+    assert "without an adapter" in result.detail
+    assert result.error > result.allowed
+
+
+def test_a_wrong_method_is_not_blamed_on_the_base() -> None:
+    _, results = through_the_gate(spoilt("forgets_the_scaling"), None, bitsandbytes.nf4)
+    assert results[0].check == "base nf4 by somebody/forward/float32/init"
+    assert results[0].outcome is Outcome.PASS
+    assert {r.check.split("/")[0] for r in results if r.outcome is Outcome.FAIL} == {"lora"}
 
 
 def test_codes_allow_any_zero() -> None:

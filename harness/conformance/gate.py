@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from harness.conformance import checks, suite
+from harness.conformance.beside import beside
 from harness.conformance.case import Case
-from harness.conformance.subject import Subject, load, warm
+from harness.conformance.drawn import inputs
+from harness.conformance.results import at, judged
+from harness.conformance.subject import DTYPES, Subject, attach_reference, configure, load, warm
+from harness.conformance.tolerance import noise_floor, worst_of
 from harness.records import CheckResult, Outcome
 
 FIRST = ("layers", "parameters")
 AT_THE_START = ("base", "identity", "codes")
 WHEN_WARM = ("forward", "gradient", "model")
+_ALONE = "frozen"
+"""The Method whose layers are the base's."""
 
 
 def gate(
@@ -26,13 +32,14 @@ def gate(
     *,
     start: Mapping[str, Tensor] | None = None,
     forward: Callable[[nn.Module], Tensor] | None = None,
+    base: str = "",
 ) -> list[CheckResult]:
     """Check a freshly attached subject at its start and at `warm`, then put it back to its start.
 
     run_model: runs the whole model on fixed inputs; base_output: what that gave before attaching; start: the state to
-    begin from (None: the subject's own); forward: runs a given model on those inputs, differentiably. Which checks apply
-    stands in the Method's parity suite. If the layers or their tensors are not the reference's, nothing further can be
-    asked, and only that is returned.
+    begin from (None: the subject's own); forward: runs a given model on those inputs, differentiably; base: what packed the
+    base, as in `nf4 by bitsandbytes`. Which checks apply stands in the Method's parity suite. If a packed base is wrong by
+    itself, or the layers or their tensors are not the reference's, nothing further can be asked, and only that is returned.
     """
     plan = suite.load(subject.method)
     factors = plan.factors()
@@ -41,7 +48,9 @@ def gate(
     def tried(names: tuple[str, ...], at: Case) -> list[CheckResult]:
         return [checks.every()[name](subject, at) for name in names if name in (*plan.checks, "codes")]
 
-    results = tried(FIRST, case)
+    results = [_packed_base(subject, case, base)] if subject.packed else []
+    if not any(result.outcome is Outcome.FAIL for result in results):
+        results += tried(FIRST, case)
     if any(result.outcome is Outcome.FAIL for result in results):
         return results
     if start is not None:
@@ -52,6 +61,29 @@ def gate(
     results += tried(WHEN_WARM, replace(case, state="warm" if began else "init"))
     load(subject.adapted, began)
     return results
+
+
+@dataclass(frozen=True)
+class _Base:
+    """Stands in a check's name where the Method else does, so that nobody looks for the mistake there."""
+
+    method: str
+    dtype: str
+
+
+def _packed_base(subject: Subject, case: Case, base: str) -> CheckResult:
+    """Judge every packed layer alone, without an adapter, by what its codes say: a wrong product spoils every Method."""
+    config = configure(_ALONE, {})
+    none = attach_reference(_ALONE, nn.Module(), config, None, case.generator())
+    alone = replace(subject, method=_ALONE, config=config, adapted=none)
+    found = []
+    for index, path in enumerate(subject.packed):
+        layer = subject.original_base(path)
+        x, dy = inputs(layer, case.tokens, DTYPES[subject.dtype], case.generator(index))
+        found.append(at(path, noise_floor(*beside(alone, path, layer, x, dy, training=True), subject.dtype)))
+    verdict = worst_of(found, found[0].policy)
+    why = "" if verdict.passed else "a packed layer alone, without an adapter, does not compute what its codes say"
+    return judged(_Base(f"base {base}".strip(), subject.dtype), case, "forward", verdict, why)
 
 
 def after_training(subject: Subject, seed: int) -> list[CheckResult]:

@@ -111,7 +111,10 @@ class Life:
                 del adapted.layers[path]
         subject = Subject(cell.method, config, cell.dtype, model, adapted, bases, own, original, packed, expected_codes)
         with self.clock.phase("parity"):
-            self._pass(gate.gate(subject, cell.seed, run_model, base_output, start=start, forward=task.logits))
+            who = f"{cell.base.quantization} by {cell.base.implementation}" if quantised else ""
+            self._pass(
+                gate.gate(subject, cell.seed, run_model, base_output, start=start, forward=task.logits, base=who)
+            )
         subject.original = Original(None)  # only the gate needed the copy, and memory is measured from here on
         for parameter in loaded.head.values():
             parameter.requires_grad_(True)
