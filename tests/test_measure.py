@@ -10,9 +10,11 @@ import sys
 import pytest
 import torch
 from torch import nn
+from trainee import Encoder, batches, nothing, setting
 
 from harness.measure.memory import PeakMeter, model_tensors, optimizer_tensors, tensor_bytes
 from harness.measure.phases import PhaseClock
+from harness.training import loop
 from harness.training.batches import Example, collate, order
 
 MIB = 2**20
@@ -143,3 +145,13 @@ def test_padding_is_no_token() -> None:
         assert batch.padded_tokens == len(examples) * max(len(e.tokens) for e in examples)
         for ids, mask, example in zip(batch.inputs["input_ids"], batch.inputs["attention_mask"], examples, strict=True):
             assert tuple(ids[mask.bool()].tolist()) == example.tokens
+
+
+def test_whoever_computes_galore_its_projectors_are_counted() -> None:
+    counted = []
+    for name in ("reference", "galore-torch"):
+        s = setting(Encoder(), "galore", name)
+        loop.train(batches=batches(2), seed=0, report=nothing, **s)
+        counted.append(tensor_bytes(optimizer_tensors(s["optimizer"])))
+    # Two moments of 16 x 4 embeddings and 2 biases; of the head, 2 x 4 in rank 2, two moments as large and P, 2 x 2.
+    assert counted == [4 * (2 * (64 + 2) + 2 * 8 + 4)] * 2
