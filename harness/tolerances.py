@@ -13,9 +13,12 @@ NOISE_FACTOR = 2.0
 # may by luck be almost none, and a correct program would then fail.
 PERTURBED_DRAWS = 2
 
-# Added to that, times eps: where the reference happens to be exact (one product, a copy), a factor times zero would
-# demand bitwise equality. The relative Frobenius error of one rounding is about 0.3 eps.
-NOISE_FLOOR_EPS = 0.5
+# Added to that, times eps. Where the reference happens to be exact (one product, a copy), a factor times zero would demand
+# bitwise equality: the relative Frobenius error of one rounding is about 0.3 eps. In float32 and float64 sums are rounded
+# at every term besides: of n terms, one after the other, by sqrt(n / 24) eps, where a library that sums in blocks loses a
+# tenth of it. 8 eps are 1500 terms. In 16 bits products are summed in float32, here and on every GPU. The float64 reference
+# has no wider one beside it that would show its own noise: 20 eps were seen of 1000 terms, and 142 in the largest element.
+NOISE_FLOOR_EPS = {"float64": 64.0, "float32": 8.0, "float16": 0.5, "bfloat16": 0.5}
 
 # The same for the largest element relative to the root mean square: of a few thousand normal numbers the largest is about
 # four times the root mean square, and its rounding as much larger.
@@ -38,10 +41,6 @@ DROPOUT_SIGMAS = 5.0
 
 # So many tokens are looked at that a right mask would treat all of them alike once in two to this power.
 DROPOUT_SURE_BITS = 30.0
-
-# A subject in float64 is judged by a reference in float64, whose own rounding cannot be seen: both may err by a sum's
-# worth of roundings. Another order of summation over 1000 features was seen to give 20 eps, and 142 in the largest element.
-FLOAT64_FLOOR_EPS = 64.0
 
 # Where the reference in the subject's dtype may itself be off by more than this share of the value, nothing can be judged.
 CEILING = 0.5

@@ -15,7 +15,7 @@ from harness.errors import Exit
 from harness.registry import Implementation
 from reference import lora, multi_lora
 
-DRAWN = Breadth(drawn=16, seed=3)
+DRAWN = Breadth(drawn=8, seed=11)  # among them a rank beyond 64, and more than 100 tokens
 
 
 def beyond(target: str, breadth: Breadth) -> list[Any]:
@@ -31,7 +31,7 @@ def test_a_seed_always_draws_the_same_cases_and_another_seed_others(target: str)
     first = beyond(target, DRAWN)
     assert len(first) == DRAWN.drawn
     assert first == beyond(target, DRAWN)
-    assert first != beyond(target, Breadth(drawn=16, seed=4))
+    assert first != beyond(target, Breadth(drawn=8, seed=12))
 
 
 def wrong_beyond_rank_64(model: Any, config: lora.Config, generator: torch.Generator) -> Any:

@@ -78,11 +78,13 @@ def test_every_implementation_of_adaptable_layers_meets_every_config_and_shape_i
             assert any((case.dtype, case.shape) == (dtype, shape) for case in met)
 
 
-def test_lora_of_convolutions_meets_every_config_in_every_dtype() -> None:
+def test_lora_of_convolutions_meets_every_config_and_every_kind_of_layer_every_dtype() -> None:
     plan = suite.load("lora")
-    for dtype in plan.dtypes:
-        cases = [case for case in plan.cases(FEW) if case.dtype == dtype and case.kind.startswith("conv2d")]
-        assert all(config in [case.config for case in cases] for config in plan.configs)
+    cases = list(plan.cases(FEW))
+    for config in plan.configs:
+        assert any(case.config == config and case.kind.startswith("conv2d") for case in cases)
+    for dtype, kind in itertools.product(plan.dtypes, plan.layers):
+        assert any((case.dtype, case.kind) == (dtype, kind) for case in cases)
 
 
 @pytest.mark.parametrize(

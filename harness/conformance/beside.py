@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -28,23 +27,29 @@ def beside(
     training: bool = False,
     look: Look = observe,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[dict[str, Tensor]]]:
-    """Observe the subject's layer, the reference in float64, and draws of what a program in the subject's dtype loses.
+    """Observe the subject's layer, and return that with `reference_runs` on the same input."""
+    mine = look(layer, subject.tensors_of(path), x, dy, training=training)
+    return mine, *reference_runs(subject, path, x, dy, look=look)
+
+
+def reference_runs(
+    subject: Subject, path: str, x: Tensor, dy: Tensor, *, look: Look = observe
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """Observe the reference in float64, and draws of what a program in the subject's dtype loses.
 
     One draw is the reference in that dtype. It may happen to round to almost nothing, so there are others: the reference in
     float64 with every number that goes in moved by up to half a unit in the last place of the dtype, as rounding might.
+    look: may change the layer that it is given.
     """
-    mine = look(layer, subject.tensors_of(path), x, dy, training=training)
-    twin = subject.reference(path, "float64")
+    twin, own = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
+    held = [(t, t.detach().clone()) for t in (*twin.layer.parameters(), *twin.layer.buffers()) if t.is_floating_point()]
     wide = cast(x, "float64"), dy.double()
     truth = look(twin.layer, twin.tensors, *wide)
-    own = subject.reference(path, subject.dtype)
     draws = [look(own.layer, own.tensors, x, dy)]
     for seed in range(PERTURBED_DRAWS):
         generator = torch.Generator().manual_seed(seed)
-        moved, tensors = copy.deepcopy((twin.layer, twin.tensors))
         with torch.no_grad():
-            for tensor in [*moved.parameters(), *moved.buffers()]:
-                if tensor.is_floating_point():
-                    tensor.copy_(perturbed(tensor, subject.dtype, generator))
-        draws.append(look(moved, tensors, *(perturbed(t, subject.dtype, generator) for t in wide)))
-    return mine, truth, draws
+            for tensor, value in held:
+                tensor.copy_(perturbed(value, subject.dtype, generator))
+        draws.append(look(twin.layer, twin.tensors, *(perturbed(t, subject.dtype, generator) for t in wide)))
+    return truth, draws

@@ -32,7 +32,7 @@ from harness.registry import Implementation
 SEED = 20
 _T = TypeVar("_T")
 _AT_INIT_ONLY = ("base", "identity", "initial", "detach", "settings")
-_WARM_SHOWS = ("strides", "vector", "save", "deterministic", "poison", "inputs", "overlap")
+_WARM_SHOWS = ("strides", "vector", "save", "deterministic", "poison", "inputs", "overlap", "trajectory")
 
 
 def run(

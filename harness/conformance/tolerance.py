@@ -14,12 +14,14 @@ from harness.tolerances import (
     CARRIED_FACTOR,
     CEILING,
     EPSILON,
-    FLOAT64_FLOOR_EPS,
     LARGEST_EPS,
     LARGEST_FACTOR,
     NOISE_FACTOR,
     NOISE_FLOOR_EPS,
 )
+
+_ROUNDED_SUMS = ("float32", "float64")
+"""Dtypes in which a sum is rounded at every term; those of 16 bits are summed in float32."""
 
 
 @dataclass(frozen=True)
@@ -62,26 +64,27 @@ def noise_floor(
     difference holds (a slightly wrong factor, which rounding does not give). Missing or surplus tensors fail. A tensor of
     which the reference itself may lose more than CEILING is not judged.
     """
-    floor = FLOAT64_FLOOR_EPS if dtype == "float64" else NOISE_FLOOR_EPS
+    floor = NOISE_FLOOR_EPS[dtype]
     policy = f"noise-floor: {factor:g} x reference in {dtype} + {floor:g} eps"
     if odd := sorted(set(subject) ^ set(truth)):
         return Judgement(False, None, None, odd[0], "present on one side only", policy, 0)
     draws = [rounded] if isinstance(rounded, Mapping) else rounded
     judged, lost = [], []
     for name, expected in truth.items():
-        if (refused := _refused(name, subject[name], expected, policy)) is not None:
+        own, eps = _largest([_Error.of(draw[name], expected) for draw in draws]), EPSILON[dtype]
+        undecided = not factor * own.norm + floor * eps <= CEILING  # also where the reference overflows
+        if (refused := _refused(name, subject[name], expected, policy, undecided)) is not None:
             judged.append(refused)
             continue
-        have, eps = _Error.of(subject[name], expected), EPSILON[dtype]
-        own = _largest([_Error.of(draw[name], expected) for draw in draws])
-        if factor * own.norm + floor * eps > CEILING:
+        if undecided:
             lost.append(name)
             continue
+        have = _Error.of(subject[name], expected)
         bias = factor * own.share + BIAS_SIGMAS * (own.norm + eps) / max(1, expected.numel()) ** 0.25
         for error, allowed, measure in (
             (have.norm, factor * own.norm + floor * eps, ""),
             (have.largest, LARGEST_FACTOR * (factor * own.largest + LARGEST_EPS * floor * eps), ", largest element"),
-            (have.share, bias if dtype != "float64" else bias + floor * eps, ", share of the truth"),
+            (have.share, bias + (floor * eps if dtype in _ROUNDED_SUMS else 0.0), ", share of the truth"),
         ):
             judged.append(Judgement(error <= allowed, error, allowed, name, "", policy + measure, 0))
     return _cannot(lost, dtype, policy) if lost and not judged else _shown(worst_of(judged, policy), subject, truth)
@@ -100,7 +103,7 @@ def carried_noise(
     the share of the truth says nothing, and of the reference's own noise one tensor is a single draw. The median over all
     tensors counts where it is more.
     """
-    policy = f"carried-noise: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS:g} eps"
+    policy = f"carried-noise: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS[dtype]:g} eps"
     if odd := sorted(set(subject) ^ set(truth)):
         return Judgement(False, None, None, odd[0], "present on one side only", policy, 0)
     own = {name: _Error.of(rounded[name], expected) for name, expected in truth.items()}
@@ -113,7 +116,7 @@ def carried_noise(
             continue
         if name in lost:
             continue
-        have, floor = _Error.of(subject[name], expected), NOISE_FLOOR_EPS * EPSILON[dtype]
+        have, floor = _Error.of(subject[name], expected), NOISE_FLOOR_EPS[dtype] * EPSILON[dtype]
         for error, allowed, measure in (
             (have.norm, factor * max(own[name].norm, usual[0]) + floor, ""),
             (
@@ -156,16 +159,16 @@ def perturbed(value: Tensor, dtype: str, generator: torch.Generator) -> Tensor:
     return value * (1 + EPSILON[dtype] * moves.to(value.dtype))
 
 
-def rows_within(value: Tensor, truth: Tensor, rounded: Tensor, dtype: str) -> Tensor:
-    """Return which rows of `value` (T, E) are within the noise floor of `truth`: a mask (T,)."""
+def rows_within(value: Tensor, truth: Tensor, draws: Sequence[Tensor], dtype: str) -> Tensor:
+    """Return which rows of `value` (T, E) are within the noise floor of `truth`: a mask (T,). draws: of what is lost."""
 
     def off(some: Tensor) -> Tensor:
         difference: Tensor = torch.linalg.vector_norm(some.detach().double() - truth.double(), dim=-1)
         return difference
 
     length = torch.linalg.vector_norm(truth.double(), dim=-1)
-    own = off(rounded).amax()  # a single row may happen to round to nothing
-    floor = FLOAT64_FLOOR_EPS if dtype == "float64" else LARGEST_EPS * NOISE_FLOOR_EPS
+    own = torch.stack([off(draw) for draw in draws]).amax()  # a single row may happen to round to nothing
+    floor = LARGEST_EPS * NOISE_FLOOR_EPS[dtype]
     within: Tensor = off(value) <= NOISE_FACTOR * own + floor * EPSILON[dtype] * length
     return within
 
@@ -201,13 +204,16 @@ class _Error:
         )
 
 
-def _refused(name: str, value: Tensor, truth: Tensor, policy: str) -> Judgement | None:
-    """Return a failure for a tensor that cannot be compared: of another shape, or not finite."""
+def _refused(name: str, value: Tensor, truth: Tensor, policy: str, undecided: bool = False) -> Judgement | None:
+    """Return a failure for a tensor that cannot be compared: of another shape, or not finite.
+
+    undecided: the reference in this dtype is itself too far off, and may be infinite where it overflows.
+    """
     if value.shape != truth.shape:
         shapes = f"shape {tuple(value.shape)}, should be {tuple(truth.shape)}"
         return Judgement(False, None, None, name, shapes, policy, 0)
     nonfinite = int((~torch.isfinite(value)).sum())
-    if nonfinite:
+    if nonfinite and not undecided:
         return Judgement(False, None, None, name, _worst(value, truth), policy, nonfinite)
     return None
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.beside import beside
+from harness.conformance.beside import beside, reference_runs
 from harness.conformance.case import Case
-from harness.conformance.drawn import cast, inputs, takes_rows
+from harness.conformance.drawn import inputs, takes_rows
 from harness.conformance.observe import observe
 from harness.conformance.results import listed, skipped
 from harness.conformance.subject import DTYPES, Subject
@@ -46,18 +47,18 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
         where = torch.randint(0, x.shape[-1], (len(x),), generator=case.generator(index + 1)).to(x.device)
         only[rows, where] = 1 + x.abs().amax(-1)
         mine = observe(layer, subject.tensors_of(path), only, dy, training=True)
-        is_kept, is_dropped = (_rows_as(subject, path, mine["y"], only, mask) for mask in (1 / (1 - p), 0.0))
+        is_kept, is_dropped = (_rows_as(subject, path, mine["y"], only, dy, mask) for mask in (1 / (1 - p), 0.0))
         if neither := int((~(is_kept | is_dropped)).sum()):
             odd.append(f"{path}: {neither} of {len(x)} outputs are those of neither a kept nor a dropped feature")
             continue
         total += int((is_kept ^ is_dropped).sum())
         dropped += int((is_dropped & ~is_kept).sum())
         if bool((is_kept ^ is_dropped).all()):
-            mask = is_kept.double()[:, None] / (1 - p)
-            truth, rounded = (_masked(subject, path, dtype, only, dy, mask) for dtype in ("float64", subject.dtype))
-            for seen in (mine, truth, rounded):
+            masked = partial(_masked, is_kept.double()[:, None] / (1 - p))
+            truth, draws = reference_runs(subject, path, only, dy, look=masked)
+            for seen in (mine, truth, *draws):
                 seen["grad x"] = seen["grad x"][rows, where]  # of the other features the mask is not known
-            verdict = noise_floor(mine, truth, rounded, subject.dtype, case.factor("gradient"))
+            verdict = noise_floor(mine, truth, draws, subject.dtype, case.factor("gradient"))
             if not verdict.passed:
                 odd.append(f"{path}: with the forward pass's mask {verdict.tensor} is off by {verdict.error}")
             if x.shape[-1] >= FEATURES and (whole := _whole_tokens(subject, path, layer, x, dy, p)) > len(x) // 2:
@@ -74,16 +75,17 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
     return listed(subject, case, "dropout", odd, f"{dropped} of {total} features dropped at p = {p:g}")
 
 
-def _rows_as(subject: Subject, path: str, y: Tensor, x: Tensor, mask: float) -> Tensor:
+def _rows_as(subject: Subject, path: str, y: Tensor, x: Tensor, dy: Tensor, mask: float) -> Tensor:
     """Return which rows of `y` are the reference's output with `mask` in the place of its dropout."""
-    truth, rounded = (_masked(subject, path, dtype, x, None, mask)["y"] for dtype in ("float64", subject.dtype))
-    return rows_within(y, truth, rounded, subject.dtype)
+    truth, draws = reference_runs(subject, path, x, dy, look=partial(_masked, mask))
+    return rows_within(y, truth["y"], [draw["y"] for draw in draws], subject.dtype)
 
 
 def _whole_tokens(subject: Subject, path: str, layer: nn.Module, x: Tensor, dy: Tensor, p: float) -> int:
     """Count the tokens of many features that training mode keeps or drops as a whole."""
     y = observe(layer, {}, x, dy, training=True)["y"]
-    return int((_rows_as(subject, path, y, x, 1 / (1 - p)) | _rows_as(subject, path, y, x, 0.0)).sum())
+    kept, dropped = (_rows_as(subject, path, y, x, dy, mask) for mask in (1 / (1 - p), 0.0))
+    return int((kept | dropped).sum())
 
 
 def _repeats(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterator[str]:
@@ -92,9 +94,8 @@ def _repeats(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterato
     x, dy = inputs(subject.original_base(path), tokens, DTYPES[subject.dtype], torch.Generator().manual_seed(0))
     only = torch.zeros_like(x)
     only[:, 0] = 1 + x.abs().amax()
-    kept = [
-        _rows_as(subject, path, observe(layer, {}, only, dy, training=True)["y"], only, 1 / (1 - p)) for _ in range(2)
-    ]
+    ys = [observe(layer, {}, only, dy, training=True)["y"] for _ in range(2)]
+    kept = [_rows_as(subject, path, y, only, dy, 1 / (1 - p)) for y in ys]
     if bool(kept[0].all()) or not bool(kept[0].any()):
         yield f"a feature is kept or dropped in all of {tokens} tokens alike"
     elif bool((kept[0] == kept[1]).all()):
@@ -102,18 +103,14 @@ def _repeats(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterato
 
 
 def _masked(
-    subject: Subject, path: str, dtype: str, x: Tensor, dy: Tensor | None, mask: Tensor | float
+    mask: Tensor | float, layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor
 ) -> dict[str, Tensor]:
-    """Observe the reference in training mode with a product by `mask` (T, 1) in the place of its dropout."""
-    twin = subject.reference(path, dtype)
-    for name, child in list(twin.layer.named_modules()):
+    """Observe the reference's layer in training mode with a product by `mask` (T, 1) in the place of its dropout."""
+    for name, child in list(layer.named_modules()):
         if isinstance(child, nn.Dropout):
             parent, _, last = name.rpartition(".")
-            setattr(twin.layer.get_submodule(parent), last, _Times(mask))
-    if dy is not None:
-        return observe(twin.layer, twin.tensors, cast(x, dtype), dy.to(DTYPES[dtype]), training=True)
-    with torch.no_grad():
-        return {"y": twin.layer.train()(cast(x, dtype))}
+            setattr(layer.get_submodule(parent), last, _Times(mask))
+    return observe(layer, tensors, x, dy, training=True)
 
 
 class _Times(nn.Module):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping
 
+import torch
+from torch import Tensor, nn
+
+from harness.conformance.beside import reference_runs
 from harness.conformance.case import Case
-from harness.conformance.drawn import cast, inputs
+from harness.conformance.drawn import inputs
 from harness.conformance.observe import observe
 from harness.conformance.results import at, judged, listed, skipped
 from harness.conformance.subject import DTYPES, Subject, load
@@ -31,10 +34,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
     with torch.no_grad():
         for layer in subject.adapted.layers.values():
             layer.eval()
-        truth, rounded = (
-            {path: subject.reference(path, dtype).layer.eval()(cast(x, dtype)) for path, x in xs.items()}
-            for dtype in ("float64", subject.dtype)
-        )
+        truth, draws = _expected(subject, xs)
         subject.adapted.merge()
         for tensor in added.values():
             tensor.mul_(-3).add_(1)  # a merged layer no longer looks at its adapter
@@ -47,20 +47,17 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
         for tensor in added.values():
             tensor.mul_(0.5)
         moved = {path: subject.model.get_submodule(path)(x) for path, x in xs.items()}
-        moved_truth, moved_rounded = (
-            {path: subject.reference(path, dtype).layer.eval()(cast(x, dtype)) for path, x in xs.items()}
-            for dtype in ("float64", subject.dtype)
-        )
+        moved_truth, moved_draws = _expected(subject, xs)
         load(subject.adapted, held)
     for path, training in modes.items():
         subject.adapted.layers[path].train(training)
-    verdict = noise_floor(merged, truth, rounded, subject.dtype, case.factor("merge"))
+    verdict = noise_floor(merged, truth, draws, subject.dtype, case.factor("merge"))
     if not verdict.passed:
         return judged(subject, case, "merge", verdict, "after merging")
-    verdict = noise_floor(after, truth, rounded, subject.dtype, case.factor("merge"))
+    verdict = noise_floor(after, truth, draws, subject.dtype, case.factor("merge"))
     if not verdict.passed:
         return judged(subject, case, "merge", verdict, "after unmerging")
-    verdict = noise_floor(moved, moved_truth, moved_rounded, subject.dtype, case.factor("merge"))
+    verdict = noise_floor(moved, moved_truth, moved_draws, subject.dtype, case.factor("merge"))
     return judged(subject, case, "merge", verdict, "" if verdict.passed else "unmerged, with another adapter")
 
 
@@ -97,6 +94,26 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
         mine = observe(layer, subject.tensors_of(path), x, dy)
         found.append(at(path, exact(observe(fresh.adapted.layers[path], fresh.tensors_of(path), x, dy), mine)))
     return judged(subject, case, "save", worst_of(found, "exact"))
+
+
+def _expected(subject: Subject, xs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """Return what the layers should compute, and draws of what a program in the subject's dtype loses.
+
+    One of them is the reference merged in that dtype: a weight that the update was added to is rounded once more.
+    """
+    runs = {path: reference_runs(subject, path, x, x.new_zeros(()), look=_output) for path, x in xs.items()}
+    each = zip(*(draws for _, draws in runs.values()), strict=True)
+    draws = [{path: draw["y"] for path, draw in zip(runs, several, strict=True)} for several in each]
+    merged = {}
+    for path, x in xs.items():
+        twin = subject.reference(path, subject.dtype)
+        twin.adapted.merge()
+        merged[path] = twin.adapted.model.get_submodule("layer").eval()(x)
+    return {path: truth["y"] for path, (truth, _) in runs.items()}, [*draws, merged]
+
+
+def _output(layer: nn.Module, _: Mapping[str, Tensor], x: Tensor, __: Tensor) -> dict[str, Tensor]:
+    return {"y": layer.eval()(x)}
 
 
 def _inputs(subject: Subject, case: Case) -> dict[str, Tensor]:

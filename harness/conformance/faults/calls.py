@@ -154,3 +154,24 @@ def _drop_by(its: Copy, mask: Callable[[Tensor, float], Tensor]) -> None:
             layer.dropout = _Drop(layer.dropout.p, mask)
 
     its.then(change)
+
+
+@planted_in({method: where for method, where in ALL.items() if method not in ("full", "galore")}, "trajectory")
+def shrinks_what_it_trains_between_steps(its: Copy) -> None:
+    def change(adapted: Any) -> None:
+        after = adapted.after_step
+
+        def after_step(step: int) -> None:
+            after(step)
+            with torch.no_grad():
+                for tensor in adapted.tensors().values():
+                    tensor.mul_(0.99)
+
+        adapted.after_step = after_step
+
+    its.then(change)
+
+
+@planted("galore", "trajectory", **ALL["galore"])
+def counts_only_its_first_step(its: Copy) -> None:
+    its.line('state["step"] += 1', 'state["step"] = 1', file="galore")

@@ -1,0 +1,74 @@
+"""Where a few steps of training lead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from harness.conformance import whole_model
+from harness.conformance.case import Case
+from harness.conformance.results import judged, skipped
+from harness.conformance.subject import Subject, attach_reference, load
+from harness.conformance.tolerance import carried_noise, noise_floor
+from harness.methods import Adapted
+from harness.records import CheckResult
+from harness.tolerances import TRAJECTORY_FACTOR
+
+STEPS = 3
+
+
+def check_trajectory(subject: Subject, case: Case) -> CheckResult:
+    """Three optimizer steps of the whole model, each on another gradient, with what the Method adds to the loss and does
+    between steps, leave every trainable tensor where the float64 reference leaves it.
+
+    The optimizer is the Method's own, or AdamW with weight decay; its moments are thereby compared too.
+    """
+    fresh = case.anew()
+    if fresh is None or case.forward is None:
+        return skipped(subject, case, "trajectory", "the case cannot attach anew")
+    start = {name: t.detach().clone() for name, t in subject.adapted.tensors().items()}
+    state = {name: t.detach().clone() for name, t in subject.state().items()}
+    runs = [(fresh.model, fresh.adapted)]
+    for dtype in ("float64", subject.dtype):
+        model = whole_model.base(fresh, dtype)
+        generator = torch.Generator().manual_seed(0)
+        runs.append((model, attach_reference(fresh.method, model, fresh.config, None, generator)))
+    ends = []
+    for model, adapted in runs:
+        load(adapted, start, state)
+        model.eval()
+        for path in adapted.layers:
+            model.get_submodule(path).train(subject.trains_plainly)
+        ends.append(_trained(model, adapted, case.forward, case))
+    mine, truth, rounded = ends
+    if not truth:
+        return skipped(subject, case, "trajectory", "nothing trains")
+    factor = case.factors.get("trajectory", TRAJECTORY_FACTOR)
+    policy = (
+        noise_floor if subject.dtype == "float64" else carried_noise
+    )  # in float64 the reference's noise is not seen
+    return judged(subject, case, "trajectory", policy(mine, truth, rounded, subject.dtype, factor))
+
+
+def _trained(
+    model: nn.Module, adapted: Adapted, forward: Callable[[nn.Module], Tensor], case: Case
+) -> dict[str, Tensor]:
+    """Return the trainable tensors after the last step."""
+    parameters = list(dict.fromkeys(adapted.parameters()))  # one listed twice is for the check `parameters`
+    if not parameters:
+        return {}
+    # A small eps makes a large step of any gradient, also of one that is mere rounding.
+    optimizer = adapted.optimizer(1e-2, 0.1) or torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1, eps=1.0)
+    for step in range(1, STEPS + 1):
+        optimizer.zero_grad()
+        y = forward(model)
+        dy = torch.randn(y.shape, generator=case.generator(salt=90 + step), dtype=torch.float64)
+        term = adapted.regularizer()
+        y.backward(dy.to(y.device, y.dtype))
+        if term is not None:
+            term.backward()
+        optimizer.step()
+        adapted.after_step(step)
+    return {name: t.detach().clone() for name, t in adapted.tensors().items()}
