@@ -30,7 +30,7 @@ DEVIATIONS = (
     ),
     (
         "scaling",
-        "none: eq. 3 adds P Lambda Q as it is",
+        "none in eq. 3; section 4 adds LoRA's, alpha / r",
         "alpha / (rank + 1e-5), with the initial rank also after pruning",
         "the authors' code and HF peft; the 1e-5 guards a division that cannot be by zero here, and is kept because it "
         "shows in float64",
@@ -55,7 +55,7 @@ DEVIATIONS = (
     ),
     (
         "denominator of the budget",
-        "eq. 12 prints t - t_i - t_f over T - t_i - t_f",
+        "eq. 12 (appendix A) prints t - t_i - t_f over T - t_i - t_f",
         "t - t_i over T - t_i - t_f",
         "as printed the budget would start above the initial one; the authors' code and HF peft have it so",
     ),

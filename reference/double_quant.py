@@ -16,7 +16,7 @@ DEVIATIONS = (
         "the 8-bit type",
         "8-bit floats (c2 is written FP8)",
         "the signed dynamic map, which is no FP8",
-        "bitsandbytes, the authors' own quantiser",
+        "bitsandbytes, the authors' own quantiser; torchao has int8 on a linear grid",
     ),
     (
         "the mean",

@@ -1,6 +1,6 @@
 """GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection. Zhao et al., ICML 2024, arXiv:2403.03507.
 
-    R_t = P_t^T G_t Q_t                        the gradient in a subspace   (the paper's definition of GaLore)
+    R_t = P_t^T G_t Q_t                        the gradient in a subspace             (definition 3.6, eq. 10)
     N_t = Adam(R_t)                            with moments of R's small shape                   (algorithm 2)
     W_t = W_{t-1} - lr alpha P_t N_t Q_t^T     algorithm 2's G is minus the gradient, ours the gradient itself
 
@@ -30,7 +30,7 @@ DEVIATIONS = (
     ),
     (
         "moments at a refresh",
-        "silent",
+        "section 4.1 says only that a change of subspace may impact their fidelity",
         "kept as they are, neither reset nor turned into the new basis",
         "as in the authors' code",
     ),
@@ -63,6 +63,12 @@ DEVIATIONS = (
         "silent",
         "computed in float32 at least and rounded to the gradient's dtype; float64 stays float64",
         "the authors' code computes those of a float64 gradient in float32",
+    ),
+    (
+        "8-bit moments",
+        "section 4.3 combines it with 8-bit Adam",
+        "not here",
+        "what the authors' GaLoreAdamW8bit does with its 32-bit moments is judged by the operation galore_step",
     ),
     (
         "refresh with per-layer updates",
@@ -120,7 +126,7 @@ def sides(m: int, n: int, side: str) -> tuple[bool, bool]:
 def projector(G: Tensor, rank: int, side: str = "std") -> Projector:
     """Return the first `rank` singular vectors of G on the side that the rule says, in G's dtype.
 
-    G = U S V^T; P = U[:, :r], Q = V[:, :r]  (algorithm 2). Exact, not randomised. The sign of a singular vector
+    G = U S V^T; P = U[:, :r], Q = V[:, :r]  (eqs. 12 and 13). Exact, not randomised. The sign of a singular vector
     is arbitrary and cancels: the update has P, or Q, twice.
     """
     wide = G.to(torch.promote_types(G.dtype, torch.float32))

@@ -25,7 +25,8 @@ DEVIATIONS = (
         "initialisation of A",
         "random Gaussian, no standard deviation given",
         "uniform in +-1/sqrt(in), which has variance 1/(3 in)",
-        "the authors' code (loralib) and HF peft both draw A so; the paper's sigma is not stated anywhere",
+        "the authors' code (loralib) and HF peft both draw A so; the paper's sigma is not stated anywhere. HF peft's "
+        "option `gaussian` has a standard deviation of 1/r, whatever `in` is",
     ),
     (
         "dropout",
@@ -64,6 +65,13 @@ DEVIATIONS = (
         "not treated",
         "conv=peft: A sees all channels, B has the groups; merged, the layer has no groups",
         "as in HF peft, which cannot merge it: the update joins channels that the base's groups keep apart",
+    ),
+    (
+        "merging",
+        "W = W0 + B A is computed and stored when the model is deployed (section 4.1)",
+        "when it is asked for; the base layer stays as it is, so that unmerging is exact",
+        "HF peft adds to the base weight and subtracts again. loralib does so whenever the mode changes, unless "
+        "merge_weights is off: in eval mode A and B have no part in the output",
     ),
     (
         "scaling",

@@ -19,7 +19,8 @@ DEVIATIONS = (
         "levels",
         "eq. 4: q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2",
         "quantiles from 0.9677083 down to 1/2: eight positive, seven negative, and zero",
-        "eq. 4 starts at Q(0), which is minus infinity, and its finite levels are not those of the published table",
+        "eq. 4 starts at Q(0), which is minus infinity, and its finite levels are not those of the published table. "
+        "torchao's have four decimals, and the weight's dtype",
     ),
     (
         "scaling",

@@ -46,7 +46,8 @@ DEVIATIONS = (
         "a randomised SVD (Halko et al.), with more or fewer iterations",
         "Halko's subspace iteration with exactly r columns, no oversampling; niter = 0 is the exact SVD",
         "HF peft's pissa_niter_N is torch.svd_lowrank with q = r; its niter_0 is a sketch without iterations, ours is not. "
-        "The sketch is drawn from the generator, not from global state",
+        "The sketch is drawn from the generator, not from global state, from which HF peft draws another when a saved "
+        "adapter is loaded, and so puts it beside another residual",
     ),
     (
         "precision",

@@ -53,6 +53,19 @@ DEVIATIONS = (
         "the head is never adapted or quantised, as in the authors' code",
     ),
     (
+        "what is not quantised",
+        "not said",
+        "stays as it is",
+        "the authors' script makes the norms float32; HF peft's prepare_model_for_kbit_training all that is in 16 bits, "
+        "embeddings and head too",
+    ),
+    (
+        "defaults",
+        "NF4, double quantisation, products in bfloat16",
+        "as the paper, and products in the dtype of the input",
+        "transformers' BitsAndBytesConfig has FP4, no double quantisation and float32 unless they are asked for",
+    ),
+    (
         "merging",
         "not mentioned",
         "into a dense layer of the decoded weight, in the dtype of the original one",

@@ -40,6 +40,12 @@ DEVIATIONS = (
         "the numbers of HF peft to the last bit; those of another version of PyTorch may differ",
     ),
     (
+        "what is saved",
+        "b, d and the seed",
+        "b and d; `state` shows A and B, which projection_key makes again",
+        "HF peft writes A and B too, which are most of its files, unless save_projection is false",
+    ),
+    (
         "scaling",
         "no alpha",
         "no alpha",
