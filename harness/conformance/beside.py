@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,19 @@ Look = Callable[..., dict[str, Tensor]]
 """`observe`, or another way of looking at a layer that takes the same."""
 
 
+class Draws:
+    """Draws of noise that are made when they are asked for, and kept: most judgements need the first only."""
+
+    def __init__(self, make: Iterator[dict[str, Tensor]]) -> None:
+        self._make, self._made = make, list[dict[str, Tensor]]()
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        yield from self._made
+        for draw in self._make:
+            self._made.append(draw)
+            yield draw
+
+
 def beside(
     subject: Subject,
     path: str,
@@ -26,7 +39,7 @@ def beside(
     *,
     training: bool = False,
     look: Look = observe,
-) -> tuple[dict[str, Tensor], dict[str, Tensor], list[dict[str, Tensor]]]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Draws]:
     """Observe the subject's layer, and return that with `reference_runs` on the same input."""
     mine = look(layer, subject.tensors_of(path), x, dy, training=training)
     return mine, *reference_runs(subject, path, x, dy, look=look)
@@ -34,7 +47,7 @@ def beside(
 
 def reference_runs(
     subject: Subject, path: str, x: Tensor, dy: Tensor, *, look: Look = observe
-) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+) -> tuple[dict[str, Tensor], Draws]:
     """Observe the reference in float64, and draws of what a program in the subject's dtype loses.
 
     One draw is the reference in that dtype. It may happen to round to almost nothing, so there are others: the reference in
@@ -45,11 +58,14 @@ def reference_runs(
     held = [(t, t.detach().clone()) for t in (*twin.layer.parameters(), *twin.layer.buffers()) if t.is_floating_point()]
     wide = cast(x, "float64"), dy.double()
     truth = look(twin.layer, twin.tensors, *wide)
-    draws = [look(own.layer, own.tensors, x, dy)]
-    for seed in range(PERTURBED_DRAWS):
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for tensor, value in held:
-                tensor.copy_(perturbed(value, subject.dtype, generator))
-        draws.append(look(twin.layer, twin.tensors, *(perturbed(t, subject.dtype, generator) for t in wide)))
-    return truth, draws
+
+    def drawn() -> Iterator[dict[str, Tensor]]:
+        yield look(own.layer, own.tensors, x, dy)
+        for seed in range(PERTURBED_DRAWS):
+            generator = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                for tensor, value in held:
+                    tensor.copy_(perturbed(value, subject.dtype, generator))
+            yield look(twin.layer, twin.tensors, *(perturbed(t, subject.dtype, generator) for t in wide))
+
+    return truth, Draws(drawn())

@@ -19,6 +19,7 @@ from harness.conformance.subject import (
     Original,
     Packed,
     Subject,
+    Twin,
     adaptable_layers,
     attach_reference,
     configure,
@@ -112,6 +113,7 @@ def one_case(
 def attach(implementation: Implementation, plan: suite.ParitySuite, of: suite.MethodCase) -> tuple[Subject, Case]:
     """Attach an implementation to a fresh parity model; return it and the case around it."""
     method = plan.method
+    twins: dict[tuple[str, str], Twin] = {}  # one weight, one config: one reference, of every subject made here
 
     def fresh(**changed: Any) -> Subject:
         model = ParityModel(of.kind, of.shape, DTYPES[of.dtype], SEED).eval()
@@ -132,7 +134,9 @@ def attach(implementation: Implementation, plan: suite.ParitySuite, of: suite.Me
             adapted = attach_reference(method, model, settled, None, generator)
         else:
             adapted = implementation(model, settled, generator)
-        return Subject(method, settled, of.dtype, model, adapted, bases, own, original, packed, expected)
+        # Not where the config is another, nor on a base of which somebody else might make something else each time.
+        shared = {} if changed or plan.base else twins
+        return Subject(method, settled, of.dtype, model, adapted, bases, own, original, packed, expected, twins=shared)
 
     subject = fresh()
     run_model, forward = whole(subject.model)

@@ -19,14 +19,14 @@ def judge(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> tup
     """Judge outputs by the Operation's own rule, or by the noise floor."""
     if subject.operation.judge is not None:
         return subject.operation.judge(mine, subject.arguments)
-    draws = [_reference(subject, cloned(subject.arguments))]
     exactly = cloned(subject.arguments, {DTYPES[subject.dtype]: torch.float64})
-    draws += [
-        _reference(subject, _moved(exactly, subject.dtype, case.generator(salt=70 + salt)))
-        for salt in range(PERTURBED_DRAWS)
-    ]
-    truth = _reference(subject, exactly)
-    return noise_floor(mine, truth, draws, subject.dtype, case.factor("outputs")), ""
+
+    def draws() -> Iterator[dict[str, Tensor]]:
+        yield _reference(subject, cloned(subject.arguments))
+        for salt in range(PERTURBED_DRAWS):
+            yield _reference(subject, _moved(exactly, subject.dtype, case.generator(salt=70 + salt)))
+
+    return noise_floor(mine, _reference(subject, exactly), draws(), subject.dtype, case.factor("outputs")), ""
 
 
 def judgements(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> Iterator[tuple[Judgement, str]]:

@@ -93,7 +93,8 @@ class Subject:
     bases: path -> the layer under the adapter, as it stood before attaching. own: the model's parameters of before
     attaching. original: a copy of that model. packed: path -> its 4-bit form, where quantised; expected_codes: path ->
     what the reference quantiser makes of the original weight. beside: what the check `forward` saw of the gradients, for
-    the check `gradient` of the same case. disturbed: settings of the whole process that attaching changed.
+    the check `gradient` of the same case. disturbed: settings of the whole process that attaching changed. twins: where the
+    reference's layers are kept as they were built, for small models: what an SVD or a quantiser makes of W stays the same.
     """
 
     method: str
@@ -108,6 +109,7 @@ class Subject:
     expected_codes: dict[str, ExpectedCodes] = field(default_factory=dict)
     beside: tuple[Case, Judgement] | None = None
     disturbed: list[str] = field(default_factory=list)
+    twins: dict[tuple[str, str], Twin] | None = None
 
     def tensors_of(self, path: str) -> dict[str, Tensor]:
         """Map short names to the trainable tensors of the layer at `path`."""
@@ -157,15 +159,23 @@ class Subject:
 
     def reference(self, path: str, dtype: str) -> Twin:
         """Build the reference's layer on this base weight in `dtype`, in the subject's present state."""
-        alone = nn.Sequential(OrderedDict(layer=self.dense_base(path, DTYPES[dtype])))
-        adapted = attach_reference(self.method, alone, self.config, ("layer",), torch.Generator().manual_seed(0))
-        tensors = _under("layer", adapted.tensors())
+        if self.twins is None:
+            twin = self._built(path, dtype)
+        else:
+            if (path, dtype) not in self.twins:
+                self.twins[path, dtype] = self._built(path, dtype)
+            twin = copy.deepcopy(self.twins[path, dtype])
         mine = self.tensors_of(path) | _under(path, self.state())
         with torch.no_grad():
-            for name, tensor in (tensors | _under("layer", adapted.state())).items():
+            for name, tensor in (twin.tensors | _under("layer", twin.adapted.state())).items():
                 if name in mine and mine[name].shape == tensor.shape:
                     tensor.copy_(mine[name])
-        return Twin(adapted.layers["layer"], tensors, adapted)
+        return twin
+
+    def _built(self, path: str, dtype: str) -> Twin:
+        alone = nn.Sequential(OrderedDict(layer=self.dense_base(path, DTYPES[dtype])))
+        adapted = attach_reference(self.method, alone, self.config, ("layer",), torch.Generator().manual_seed(0))
+        return Twin(adapted.layers["layer"], _under("layer", adapted.tensors()), adapted)
 
 
 def _under(path: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:

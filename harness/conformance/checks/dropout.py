@@ -56,9 +56,13 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
         if bool((is_kept ^ is_dropped).all()):
             masked = partial(_masked, is_kept.double()[:, None] / (1 - p))
             truth, draws = reference_runs(subject, path, only, dy, look=masked)
-            for seen in (mine, truth, *draws):
-                seen["grad x"] = seen["grad x"][rows, where]  # of the other features the mask is not known
-            verdict = noise_floor(mine, truth, draws, subject.dtype, case.factor("gradient"))
+
+            def known(seen: dict[str, Tensor], rows: Tensor = rows, where: Tensor = where) -> dict[str, Tensor]:
+                """Leave out the gradients of features of which the mask is not known."""
+                return {**seen, "grad x": seen["grad x"][rows, where]}
+
+            factor = case.factor("gradient")
+            verdict = noise_floor(known(mine), known(truth), map(known, draws), subject.dtype, factor)
             if not verdict.passed:
                 odd.append(f"{path}: with the forward pass's mask {verdict.tensor} is off by {verdict.error}")
             if x.shape[-1] >= FEATURES and (whole := _whole_tokens(subject, path, layer, x, dy, p)) > len(x) // 2:

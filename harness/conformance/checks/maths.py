@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from harness.conformance import whole_model
 from harness.conformance.beside import beside
@@ -144,6 +145,11 @@ def check_model(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "model", carried_noise(mine, truth, rounded, subject.dtype, factor))
 
 
+def _only(run: dict[str, Tensor], output: bool) -> dict[str, Tensor]:
+    """Return the output of a run, or all gradients."""
+    return {name: t for name, t in run.items() if (name == "y") == output}
+
+
 def _compare(subject: Subject, case: Case) -> tuple[Judgement, Judgement]:
     """Judge the outputs, and the gradients, of every layer; they are observed in one pass, as they are in training."""
     outputs: list[Judgement] = []
@@ -155,13 +161,13 @@ def _compare(subject: Subject, case: Case) -> tuple[Judgement, Judgement]:
             x, dy = (t.view(2, -1, t.shape[-1]) for t in (x, dy))  # a batch of sequences, as models send it
         runs = beside(subject, path, layer, x, dy, training=subject.trains_plainly)
         for found, check, wanted in ((outputs, "forward", True), (gradients, "gradient", False)):
-            mine, truth, *draws = (
-                {n: t for n, t in run.items() if (n == "y") == wanted} for run in (runs[0], runs[1], *runs[2])
-            )
+            mine, truth = (_only(run, wanted) for run in runs[:2])
+            draws = (_only(draw, wanted) for draw in runs[2])
             if truth or mine:
                 found.append(at(path, noise_floor(mine, truth, draws, subject.dtype, case.factor(check))))
-        if runs[0]["y"].dtype != runs[2][0]["y"].dtype:
-            kinds = f"{runs[0]['y'].dtype}, should be {runs[2][0]['y'].dtype}"
+        own = next(iter(runs[2]))["y"].dtype
+        if runs[0]["y"].dtype != own:
+            kinds = f"{runs[0]['y'].dtype}, should be {own}"
             outputs.append(Judgement(False, None, None, f"{path}: y", kinds, outputs[-1].policy, 0))
     forward, gradient = (worst_of(found, found[0].policy if found else "noise-floor") for found in (outputs, gradients))
     return forward, gradient
