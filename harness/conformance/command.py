@@ -144,7 +144,7 @@ def _unwritable(file: Path) -> str:
 
 
 def judge(asked: Asked) -> Report:
-    """Try what was asked for, each implementation in a process of its own. Raises UsageError for unknown names."""
+    """Try what was asked for, what each entry point offers in a process of its own. Raises UsageError for unknown names."""
     from harness.measure.environment import describe
 
     registry = isolated.discover(asked.patience)
@@ -154,15 +154,13 @@ def judge(asked: Asked) -> Report:
     tasks, skipped = _tasks(wanted, asked, plans)
     jobs = asked.jobs or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
     findings, interrupted = isolated.run(tasks, jobs, lambda line: print(line, file=sys.stderr), asked.patience)
-    for task, found in zip(tasks, findings, strict=True):
-        skipped |= {f"{task.implementation} {target}": why for (_, target), why in found.missing.items()}
+    for found in findings:
+        skipped |= {f"{name} {target}": why for (name, _, target), why in found.missing.items()}
         if interrupted:
-            skipped |= {f"{task.implementation} {target}": "interrupted" for _, target in found.left}
+            skipped |= {f"{name} {target}": "interrupted" for name, _, target in found.left}
     # What was left out, by the user, an interruption or for want of a module, may be just where a defect shows.
-    left_out = {
-        (task.implementation, *target) for task, found in zip(tasks, findings, strict=True) for target in found.out
-    }
-    done = {(task.implementation, *target) for task in tasks for target in task.targets} - left_out
+    left_out = {target for found in findings for target in found.out}
+    done = {target for task in tasks for target in task.targets} - left_out
     due = [defect for defect in known if _whole(defect, asked, registry, done)]
     marked, _ = defects.explained([one for found in findings for one in found.tried], known)
     complaints = defects.explained(marked, due)[1]
@@ -227,8 +225,8 @@ def _asked_for(implementation: Implementation, asked: Asked) -> bool:
 def _tasks(
     wanted: Sequence[Implementation], asked: Asked, plans: dict[str, Plan]
 ) -> tuple[list[isolated.Task], dict[str, str]]:
-    """Group by implementation and by who offers it, since each process pays for its imports once, and for those alone."""
-    grouped: dict[tuple[str, str], list[Implementation]] = {}
+    """Group by who offers it, since each process pays for its imports once, and for those alone."""
+    grouped: dict[str, list[Implementation]] = {}
     skipped = {}
     for one in wanted:
         if one.target not in plans:
@@ -239,13 +237,13 @@ def _tasks(
                 f"{', '.join(d for d in plans[one.target].dtypes if d in (asked.dtypes or DTYPES)) or 'others'}"
             )
         else:
-            grouped.setdefault((one.name, one.point), []).append(one)
+            grouped.setdefault(one.point, []).append(one)
     tasks = [
-        isolated.Task(name, [(i.kind, i.target) for i in several], asked.breadth, tuple(asked.dtypes), point)
-        for (name, point), several in grouped.items()
+        isolated.Task(point, [(i.name, i.kind, i.target) for i in several], asked.breadth, tuple(asked.dtypes))
+        for point, several in grouped.items()
     ]
     # The longest first, so that at the end no core waits long for another.
-    return sorted(tasks, key=lambda task: -sum(_size(plans[target]) for _, target in task.targets)), skipped
+    return sorted(tasks, key=lambda task: -sum(_size(plans[target]) for *_, target in task.targets)), skipped
 
 
 def _size(plan: Plan) -> int:

@@ -19,18 +19,18 @@ from harness.registry import Implementation, Kind, Registry, doors
 PATIENCE = 120.0
 """Seconds without a single result after which an implementation is said to hang. A check takes milliseconds."""
 
-Target = tuple[Kind, str]
+Target = tuple[str, Kind, str]
+"""An implementation's name, and the kind and name of what it claims to be."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One implementation and what to try of it, as (kind, target). point: the entry point that offers it."""
+    """An entry point, and what to try of what it offers: in one process, which pays for its imports once."""
 
-    implementation: str
+    point: str
     targets: Sequence[Target]
     breadth: Breadth = FEW
     dtypes: tuple[str, ...] = ()
-    point: str = ""
 
 
 @dataclass
@@ -112,17 +112,17 @@ def _one_process(
 ) -> list[Target]:
     """Try `targets` in one process; return those that it did not come to."""
     words = {
-        "implementation": task.implementation, "targets": targets, "breadth": asdict(task.breadth),
-        "dtypes": list(task.dtypes), "point": task.point,
+        "point": task.point, "targets": targets, "breadth": asdict(task.breadth), "dtypes": list(task.dtypes),
     }  # fmt: skip
     left, at, case = list(targets), targets[0], "start-up"
     began, before = time.monotonic(), len(found.tried)
     for event in children.events("harness.conformance.worker", words, patience):
         if "begin" in event:
-            at, case = (event["begin"][0], event["begin"][1]), "start-up"
+            name, kind, target = event["begin"]
+            at, case = (name, kind, target), "start-up"
             left.remove(at)
             began, before = time.monotonic(), len(found.tried)
-            said(f"checking {at[1]} by {task.implementation} ...")
+            said(f"checking {target} by {name} ...")
         elif "case" in event:
             case = event["case"]
         elif "missing" in event:
@@ -132,23 +132,23 @@ def _one_process(
         elif "end" in event:
             case = "afterwards"
             found.left.remove(at)
-            said(_summary(task, at, found.tried[before:], time.monotonic() - began))
+            said(_summary(at, found.tried[before:], time.monotonic() - began))
         elif "died" in event:
-            found.tried.append(_died(task, at, case, event["died"]))
+            found.tried.append(_died(at, case, event["died"]))
             if at in found.left:
                 found.left.remove(at)
-            said(f"{at[1]} by {task.implementation}: {event['died']}")
+            said(f"{at[2]} by {at[0]}: {event['died']}")
             left = [target for target in left if target != at]  # it may have died before it began: do not try for ever
     return left
 
 
-def _summary(task: Task, at: Target, tried: Sequence[Tried], seconds: float) -> str:
+def _summary(at: Target, tried: Sequence[Tried], seconds: float) -> str:
     failed = sum(one.standing is Standing.FAIL for one in tried)
-    return f"checked {at[1]} by {task.implementation}: {len(tried)} checks, {failed} failed, {seconds:.1f} s"
+    return f"checked {at[2]} by {at[0]}: {len(tried)} checks, {failed} failed, {seconds:.1f} s"
 
 
-def _died(task: Task, at: Target, case: str, how: str) -> Tried:
-    result = CheckResult(check=f"{at[1]}/alive/-/-", outcome=Outcome.FAIL, detail=how)
+def _died(at: Target, case: str, how: str) -> Tried:
+    result = CheckResult(check=f"{at[2]}/alive/-/-", outcome=Outcome.FAIL, detail=how)
     return Tried(
-        implementation=task.implementation, kind=at[0], target=at[1], dtype="-", case=case, result=result
+        implementation=at[0], kind=at[1], target=at[2], dtype="-", case=case, result=result
     )  # fmt: skip

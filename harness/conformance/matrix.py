@@ -33,7 +33,10 @@ from harness.registry import Implementation
 SEED = 20
 _T = TypeVar("_T")
 _AT_INIT_ONLY = ("base", "identity", "initial", "detach", "settings")
-_WARM_SHOWS = ("strides", "vector", "save", "deterministic", "poison", "inputs", "overlap", "trajectory")
+_WARM_SHOWS = (
+    "strides", "vector", "dropout", "step", "trajectory", "merge", "save", "deterministic", "poison", "inputs", "overlap",
+)  # fmt: skip
+"""Checks that at the start, where most updates are zero, see nothing that they do not see when warm."""
 
 
 def run(

@@ -70,8 +70,8 @@ class ParitySuite(Frozen):
     def cases(self, wanted: Breadth) -> Iterator[MethodCase]:
         """Yield the cases: all of the product, or few; and those drawn at random.
 
-        The few: the first kind of layer, since many implementations offer no other, meets every config in float32, half of
-        them in each other dtype, and every shape in every dtype; each other kind meets one config in every dtype.
+        The few: the first kind of layer, since many implementations offer no other, meets every config and every shape in
+        float32, and half of them in each other dtype; each other kind meets one config in every dtype.
         """
         if wanted.full:
             for config, kind, shape, dtype in itertools.product(self.configs, self.layers, self.shapes, self.dtypes):
@@ -89,10 +89,11 @@ class ParitySuite(Frozen):
 
     def _few(self) -> Iterator[MethodCase]:
         for shift, dtype in enumerate(self.dtypes):
-            some = self.configs if dtype == "float32" else self.configs[shift % 2 :: 2] or self.configs
-            for index in range(max(len(some), len(self.shapes))):
-                config, shape = some[index % len(some)], self.shapes[(index + shift) % len(self.shapes)]
-                yield MethodCase(config, self.layers[0], shape, dtype)
+            every = slice(None) if dtype == "float32" else slice(shift % 2, None, 2)
+            configs, shapes = self.configs[every] or self.configs, self.shapes[every] or self.shapes
+            for index in range(max(len(configs), len(shapes))):
+                shape = shapes[(index + shift) % len(shapes)]
+                yield MethodCase(configs[index % len(configs)], self.layers[0], shape, dtype)
             for number, kind in enumerate(self.layers[1:], start=1):
                 config = self.configs[(number + shift) % len(self.configs)]
                 yield MethodCase(config, kind, self.shapes[(number + shift) % len(self.shapes)], dtype)

@@ -19,17 +19,14 @@ from harness.registry import Implementation, discover, told
 
 
 def main(fd: int, line: int, task: dict[str, Any]) -> None:
-    """Try the targets of one implementation.
-
-    task: implementation, targets as [kind, target], breadth, dtypes, point (the entry point that offers it).
-    """
+    """Try what one entry point offers. task: point, its name; targets as [implementation, kind, target]; breadth; dtypes."""
     with speaker(fd, line) as say:
         registry = discover(only=[task["point"]])
-        for kind, target in task["targets"]:
-            implementation = registry.find(kind, target, task["implementation"])
-            say(begin=[kind, target])
+        for name, kind, target in task["targets"]:
+            implementation = registry.find(kind, target, name)
+            say(begin=[name, kind, target])
             _try(implementation, task, say)
-            say(end=[kind, target])
+            say(end=[name, kind, target])
 
 
 def _try(implementation: Implementation, task: dict[str, Any], say: Say) -> None:

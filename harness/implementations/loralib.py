@@ -20,7 +20,7 @@ def lora(model: Any, config: Any, generator: Any) -> Any:
     return _attached(model, config, generator)
 
 
-@implements("lora", name="loralib-merging", **_HOW)
+@implements("lora", name="loralib-merging", dtypes=["float32"], requires=["loralib"])
 def merging(model: Any, config: Any, generator: Any) -> Any:
     """Do the same with merge_weights on, loralib's default: `eval()` merges into the weight and `train()` takes it out."""
     adapted = _attached(model, config, generator)

@@ -76,7 +76,7 @@ def pissa(model: Any, config: Any, generator: Any) -> PeftAdapted:
     return PeftAdapted(model, lora_tensors, lambda layer: {"residual": _residual(layer)})
 
 
-@implements("pissa", name="hf-peft-reloaded", dtypes=("float32", "bfloat16", "float16"), requires=["peft"])
+@implements("pissa", name="hf-peft-reloaded", dtypes=["float32"], requires=["peft"])
 def reloaded_pissa(model: Any, config: Any, generator: Any) -> PeftAdapted:
     """Do the same, save the adapter, and load it into the model as it was, as another process would.
 

@@ -15,7 +15,7 @@ def vera(model: Any, config: Any, generator: Any) -> PeftAdapted:
     return PeftAdapted(model, _vectors, _projections)
 
 
-@implements("vera", name="hf-peft-second", dtypes=("float32", "bfloat16", "float16"), requires=["peft"])
+@implements("vera", name="hf-peft-second", dtypes=["float32"], requires=["peft"])
 def second_vera(model: Any, config: Any, generator: Any) -> PeftAdapted:
     """Do the same to a model that has another VeRA adapter already, of twice the rank: peft refuses a smaller one."""
     second(model, _config(model, config), generator)
