@@ -57,7 +57,7 @@ class Conforming:
         if isinstance(plan, suite.OperationSuite):
             results = matrix.one_call(it, plan, case, dtype)
         else:
-            results = matrix.one_case(it, plan, case, full=self.breadth.full)
+            results = matrix.one_case(it, plan, case)
         return [
             Tried(implementation=it.name, kind=it.kind, target=it.target, dtype=dtype, case=words, result=result)
             for result in results

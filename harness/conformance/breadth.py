@@ -22,7 +22,7 @@ LEAST_FEATURES = 8
 class Breadth:
     """Which cases of a parity suite are tried.
 
-    full: all configs x shapes x layers x dtypes, every check in every state; else each of them at least once. drawn: how
+    full: all configs x shapes x layers x dtypes; else each of them at least once. drawn: how
     many cases besides, their ranks and shapes drawn at random by `seed`, so that nobody can be right at the suite's own
     sizes only.
     """

@@ -76,18 +76,13 @@ def _method(implementation: Implementation, breadth: Breadth) -> Iterator[tuple[
     for case in plan.cases(breadth):
 
         def tries(case: suite.MethodCase = case) -> Iterator[CheckResult]:
-            yield from one_case(implementation, plan, case, full=breadth.full)
+            yield from one_case(implementation, plan, case)
 
         yield str(case), case.dtype, tries
 
 
-def one_case(
-    implementation: Implementation, plan: suite.ParitySuite, of: suite.MethodCase, *, full: bool = False
-) -> Iterator[CheckResult]:
-    """Yield the checks of one case of a Method, or of a quantisation of the base.
-
-    full: those too at the start that see no more there than when warm.
-    """
+def one_case(implementation: Implementation, plan: suite.ParitySuite, of: suite.MethodCase) -> Iterator[CheckResult]:
+    """Yield the checks of one case of a Method, or of a quantised base, each in the states in which it sees most."""
     start = f"{plan.method}/attach/{of.dtype}/init"
     with settings.kept() as disturbed:  # by the imports, perhaps, that the first attaching does
         made = _guarded(start, lambda: attach(implementation, plan, of))
@@ -108,7 +103,7 @@ def one_case(
                 yield odd
                 return
         for name in plan.checks:
-            elsewhere = _AT_INIT_ONLY if state == "warm" else _WARM_SHOWS if "warm" in plan.states and not full else ()
+            elsewhere = _AT_INIT_ONLY if state == "warm" else _WARM_SHOWS if "warm" in plan.states else ()
             if name not in elsewhere:
                 yield tried(name, subject, at, f"{plan.method}/{name}/{of.dtype}/{state}")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import store
-from harness.errors import HarnessError
+from harness.errors import HarnessError, Unsupported
 from harness.measure import environment
 from harness.records import Failure, Phase, Provider, Record, Status
 from harness.registry import Implementation, discover
@@ -80,6 +80,8 @@ def attempt(work: Work, emit: Any) -> Record:
             peak = life.meter.peak() if life.meter.source == "VmHWM" else None
             phases.append(Phase(name="start-up", seconds=age(), peak_memory_B=peak, end_memory_B=life.baseline))
             measurements = life.run()
+    except Unsupported as error:
+        status, because = Status.SKIPPED, f"{work.cell.implementation} or its base does not offer this: {error}"
     except HarnessError as error:
         status, because = Status.ERROR, str(error)
         failure = _failure(error, life)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -27,9 +28,23 @@ def peft_model(model: Any, peft_config: Any, generator: Any, name: str = ADAPTER
     import torch
     from peft import get_peft_model
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _marked(model):
         torch.manual_seed(generator.initial_seed())
         return get_peft_model(model, peft_config, adapter_name=name)
+
+
+@contextmanager
+def _marked(model: Any) -> Iterator[None]:
+    """Mark a model with 4-bit layers as transformers does; without, peft takes a Linear4bit for an nn.Linear."""
+    packed = any(type(module).__name__ == "Linear4bit" for module in model.modules())
+    if not packed or hasattr(model, "is_loaded_in_4bit"):
+        yield
+        return
+    model.is_loaded_in_4bit = True
+    try:
+        yield
+    finally:
+        del model.is_loaded_in_4bit
 
 
 def second(model: Any, peft_config: Any, generator: Any) -> None:

@@ -26,7 +26,6 @@ def qlora(model: Any, config: Any, generator: Any) -> PeftAdapted:
     peft_config = LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(config.targets)
     )
-    model.is_loaded_in_4bit = True  # as transformers marks it; without, peft takes Linear4bit for an nn.Linear
     tuner(model, peft_config, generator)
     return PeftQLora(model, bases)
 
@@ -72,6 +71,5 @@ class PeftQLora(PeftAdapted):
         from reference.layers import replace
 
         super().detach()
-        del self.model.is_loaded_in_4bit
         for path, base in self.bases.items():
             replace(self.model, path, base)
