@@ -175,7 +175,7 @@ def report(runs: tuple[str, ...], out: Path | None, strict: bool) -> Exit:
     metavar="N",
     help="Besides, N cases of each suite with ranks and shapes drawn at random ...",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, metavar="S", help="... by this seed.  [0]")
+@click.option("--seed", type=click.IntRange(0), metavar="S", help="... by this seed.  [0]")
 @click.option("--jobs", type=click.IntRange(1, 256), help="Processes at a time.  [the cores, at most 8]")
 @click.option(
     "--patience",
@@ -198,7 +198,7 @@ def check(
     dtypes: tuple[str, ...],
     full: bool,
     drawn: int,
-    seed: int,
+    seed: int | None,
     jobs: int | None,
     patience: float,
     junit: Path | None,
@@ -213,7 +213,7 @@ def check(
     SIGTERM prints what was found so far and exits with 4, as does an implementation named here that cannot be tried.
     """
     if self_test:
-        if implementations or methods or operations or dtypes or full or drawn or junit or html:
+        if implementations or methods or operations or dtypes or full or drawn or seed is not None or junit or html:
             raise UsageError(
                 "--self-test tries every planted fault and only prints",
                 where="--self-test",
@@ -225,7 +225,9 @@ def check(
     from harness.conformance import command
     from harness.conformance.breadth import Breadth
 
-    breadth = Breadth(full, drawn, seed)
+    if seed is not None and not drawn:
+        raise UsageError("--seed draws nothing", where="--seed", mend="say how many cases are to be drawn: --drawn 50")
+    breadth = Breadth(full, drawn, seed or 0)
     asked = command.Asked(implementations, methods, operations, dtypes, breadth, jobs, patience)
     return command.check(asked, as_json, junit, html)
 

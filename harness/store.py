@@ -187,8 +187,11 @@ class RunFolder:
         return self.path / "logs" / f"{cell_id}.{attempt}.txt"
 
     def next_attempt(self, cell_id: str) -> int:
-        """Return the number of the next attempt, counting from 1; a broken file still uses up its number."""
+        """Return the number of the next attempt, counting from 1; a broken file still uses up its number, and so does one
+        that is gone but was hashed.
+        """
         files = [*(self.path / "cells").glob(f"{cell_id}.*.json"), *(self.path / "logs").glob(f"{cell_id}.*.txt")]
+        files += [Path(name) for name in _sealed(self.path) if name.startswith(f"cells/{cell_id}.")]
         # Not everything is a number: a torn file may have been moved away as `.1.torn.json`.
         numbers = [p.stem.removeprefix(f"{cell_id}.").partition(".")[0] for p in files]
         return max((int(n) for n in numbers if n.isdecimal()), default=0) + 1

@@ -40,15 +40,14 @@ class Conforming:
 
     def cases(self) -> Iterator[tuple[str, Callable[[], list[Tried]]]]:
         """Yield each case's name, and what tries it: every check of the suite."""
-        plan = suite.load_either(self.implementation.target)
+        plan, dtypes = suite.load_either(self.implementation.target), self.implementation.dtypes
         found: Iterable[tuple[str, str, Any]]
         if isinstance(plan, suite.OperationSuite):
-            found = ((suite.in_words(values), dtype, values) for values, dtype in plan.calls(self.breadth))
+            found = ((suite.in_words(values), dtype, values) for values, dtype in plan.calls(self.breadth, dtypes))
         else:
-            found = ((str(case), case.dtype, case) for case in plan.cases(self.breadth))
+            found = ((str(case), case.dtype, case) for case in plan.cases(self.breadth, dtypes))
         for words, dtype, case in found:
-            if dtype in self.implementation.dtypes:
-                yield f"{words} {dtype}", partial(self._try, plan, words, dtype, case)
+            yield f"{words} {dtype}", partial(self._try, plan, words, dtype, case)
 
     def _try(self, plan: suite.Plan, words: str, dtype: str, case: Any) -> list[Tried]:
         from harness.conformance import matrix

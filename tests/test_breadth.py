@@ -15,7 +15,7 @@ from harness.errors import Exit
 from harness.registry import Implementation
 from reference import lora, multi_lora
 
-DRAWN = Breadth(drawn=8, seed=11)  # among them a rank beyond 64, and more than 100 tokens
+DRAWN = Breadth(drawn=8, seed=11)  # among them rank 101, and more than 130 tokens
 
 
 def beyond(target: str, breadth: Breadth) -> list[Any]:
@@ -34,26 +34,26 @@ def test_a_seed_always_draws_the_same_cases_and_another_seed_others(target: str)
     assert first != beyond(target, Breadth(drawn=8, seed=12))
 
 
-def wrong_beyond_rank_64(model: Any, config: lora.Config, generator: torch.Generator) -> Any:
+def wrong_at_other_ranks(model: Any, config: lora.Config, generator: torch.Generator) -> Any:
     adapted = lora.attach(model, config, generator)
     for layer in adapted.layers.values():
-        layer.scaling *= 2.0 if config.rank > 64 else 1.0  # type: ignore[attr-defined]
+        layer.scaling *= 2.0 if 17 < config.rank < 128 else 1.0  # type: ignore[attr-defined]
     return adapted
 
 
 def test_an_implementation_that_is_wrong_at_other_ranks_only_fails_a_drawn_case() -> None:
-    mine = Implementation("mine", "method", "lora", wrong_beyond_rank_64, dtypes=("float32",))
+    mine = Implementation("mine", "method", "lora", wrong_at_other_ranks, dtypes=("float32",))
     usual = {one.standing.value for one in matrix.run(mine)}
     drawn = [one for one in matrix.run(mine, breadth=DRAWN) if one.standing.value == "fail"]
     assert "fail" not in usual
     assert {one.check for one in drawn} >= {"forward", "gradient"}
-    assert all(int(one.case.split("rank=")[1].split()[0]) > 64 for one in drawn)
+    assert all(17 < int(one.case.split("rank=")[1].split()[0]) < 128 for one in drawn)
 
 
-def test_an_operation_that_is_wrong_beyond_100_tokens_only_fails_a_drawn_case() -> None:
+def test_an_operation_that_is_wrong_beyond_130_tokens_only_fails_a_drawn_case() -> None:
     def tiled(x: torch.Tensor, W: torch.Tensor, **rest: Any) -> torch.Tensor:
         y = multi_lora.multi_lora_linear(x, torch.nn.functional.linear(x, W), **rest)
-        return torch.cat([y[:, :100], 0 * y[:, 100:]], dim=1)
+        return torch.cat([y[:, :130], 0 * y[:, 130:]], dim=1)
 
     mine = Implementation("mine", "operation", "multi_lora_linear", tiled, dtypes=("float32",))
     assert {one.standing.value for one in matrix.run(mine)} == {"pass"}
@@ -72,3 +72,21 @@ def test_check_draws_what_it_is_asked_to_and_names_the_sizes(capsys: pytest.Capt
 def test_nothing_can_be_drawn_of_the_planted_faults(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--self-test", "--drawn", "3"]) == Exit.USAGE
     assert "--self-test" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_who_offers_one_dtype_only_meets_every_config_and_shape_in_it(dtype: str) -> None:
+    for name in (name for name in suite.names() if suite.kind_of(name) != "operation"):
+        plan = suite.load(name)
+        met = list(plan.cases(FEW, [dtype]))
+        if dtype in plan.dtypes:
+            assert {case.dtype for case in met} == {dtype}
+            assert all(any(case.config == config for case in met) for config in plan.configs)
+            assert {case.shape for case in met} == set(plan.shapes)
+        else:
+            assert met == []
+
+
+def test_a_seed_without_cases_to_draw_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "fused", "--seed", "3"]) == Exit.USAGE
+    assert "--drawn" in capsys.readouterr().err

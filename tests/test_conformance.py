@@ -46,7 +46,7 @@ def test_the_implementations_of_lora_conform(name: str, dtype: str, monkeypatch:
     tried = list(matrix.run(method(name), dtypes=(dtype,)))
     assert failed(tried) == set()
     assert len({t.case for t in tried}) == len(plan.configs)
-    by_its_nature = {"model"} if dtype == "float64" else set()  # which says why it is skipped
+    by_its_nature = {"model", "trajectory"} if dtype == "float64" else set()  # which says why it is skipped
     assert {t.check for t in tried if t.standing is Standing.PASS} == set(plan.checks) - by_its_nature
 
 

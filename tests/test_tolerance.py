@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from harness.conformance.subject import DTYPES
-from harness.conformance.tolerance import Judgement, exact, noise_floor, worst_of
+from harness.conformance.tolerance import Judgement, carried_noise, exact, noise_floor, worst_of
 
 
 def judge(value: Tensor, truth: Tensor | None = None, dtype: str = "float32") -> Judgement:
@@ -104,3 +106,21 @@ def test_a_zero_truth_is_judged_by_absolute_error() -> None:
 
 def test_scalars_can_be_judged() -> None:
     assert "[]: 2, should be 1" in exact({"y": torch.tensor(2.0)}, {"y": torch.tensor(1.0)}).worst
+
+
+@pytest.mark.parametrize("policy", [noise_floor, carried_noise])
+def test_where_the_reference_itself_overflows_nobody_is_accused_and_the_rest_is_judged(policy: Any) -> None:
+    truth = {"big": torch.tensor([70000.0]).double(), "small": torch.tensor([1.0, 2.0]).double()}
+    rounded = {name: t.half() for name, t in truth.items()}
+    assert policy(rounded, truth, rounded, "float16").passed
+    wrong = rounded | {"small": torch.tensor([1.0, 3.0]).half()}
+    judged = policy(wrong, truth, rounded, "float16")
+    assert not judged.passed
+    assert judged.tensor == "small"
+
+
+def test_a_later_draw_of_noise_lets_no_failing_tensor_off() -> None:
+    truth, near, far = torch.ones(4).double(), torch.ones(4) * 1.2, torch.ones(4) * 1.6
+    judged = noise_floor({"y": torch.ones(4) * 3}, {"y": truth}, [{"y": near}, {"y": far}], "float32")
+    assert judged.decided
+    assert not judged.passed

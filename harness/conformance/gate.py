@@ -12,9 +12,10 @@ from harness.conformance import checks, suite
 from harness.conformance.beside import beside
 from harness.conformance.case import Case
 from harness.conformance.drawn import inputs
-from harness.conformance.results import at, judged
+from harness.conformance.results import at, judged, skipped
 from harness.conformance.subject import DTYPES, Subject, attach_reference, configure, load, warm
 from harness.conformance.tolerance import noise_floor, worst_of
+from harness.errors import Unsupported
 from harness.records import CheckResult, Outcome
 
 FIRST = ("layers", "parameters")
@@ -90,4 +91,8 @@ def after_training(subject: Subject, seed: int) -> list[CheckResult]:
     """Check what may only be tried once training is over, because some libraries merge into the base weight itself."""
     factors = suite.load(subject.method).factors()
     with torch.random.fork_rng():
-        return [checks.every()["merge"](subject, Case("trained", seed=seed, factors=factors))]
+        case = Case("trained", seed=seed, factors=factors)
+        try:
+            return [checks.every()["merge"](subject, case)]
+        except Unsupported as error:
+            return [skipped(subject, case, "merge", f"unsupported: {error}")]

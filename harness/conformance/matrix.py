@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -51,10 +51,9 @@ def run(
     An exception inside a check or inside the implementation is a failure of that check or of `attach`; a
     harness.Unsupported from the implementation means that it does not offer the case.
     """
-    cases = (_operation if implementation.kind == "operation" else _method)(implementation, breadth)
+    wanted = [dtype for dtype in implementation.dtypes if dtype in (dtypes or implementation.dtypes)]
+    cases = (_operation if implementation.kind == "operation" else _method)(implementation, breadth, wanted)
     for words, dtype, tries in cases:
-        if dtype not in implementation.dtypes or (dtypes and dtype not in dtypes):
-            continue
         if begin is not None:
             begin(f"{words} {dtype}")
         for result in tries():
@@ -71,9 +70,11 @@ def run(
 Tries = Callable[[], Iterator[CheckResult]]
 
 
-def _method(implementation: Implementation, breadth: Breadth) -> Iterator[tuple[str, str, Tries]]:
+def _method(
+    implementation: Implementation, breadth: Breadth, dtypes: Collection[str]
+) -> Iterator[tuple[str, str, Tries]]:
     plan = suite.load(implementation.target)
-    for case in plan.cases(breadth):
+    for case in plan.cases(breadth, dtypes):
 
         def tries(case: suite.MethodCase = case) -> Iterator[CheckResult]:
             yield from one_case(implementation, plan, case)
@@ -151,9 +152,11 @@ def _adaptable(model: ParityModel, config: Any) -> dict[str, Any]:
     return adaptable_layers(model, config)
 
 
-def _operation(implementation: Implementation, breadth: Breadth) -> Iterator[tuple[str, str, Tries]]:
+def _operation(
+    implementation: Implementation, breadth: Breadth, dtypes: Collection[str]
+) -> Iterator[tuple[str, str, Tries]]:
     plan = suite.load_operation(implementation.target)
-    for values, dtype in plan.calls(breadth):
+    for values, dtype in plan.calls(breadth, dtypes):
 
         def tries(values: dict[str, Any] = values, dtype: str = dtype) -> Iterator[CheckResult]:
             yield from one_call(implementation, plan, values, dtype)

@@ -28,8 +28,10 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     ),
     "cudnn.benchmark": (lambda: _CUDNN.benchmark, lambda it: setattr(_CUDNN, "benchmark", it)),
     "the precision of float32 products": (
-        lambda: (torch.get_float32_matmul_precision(), _MATMUL.allow_tf32),
-        lambda it: torch.set_float32_matmul_precision(it[0]),
+        # Once the newer of torch's two ways of saying it was used, reading the older raises.
+        (lambda: _MATMUL.fp32_precision, lambda it: setattr(_MATMUL, "fp32_precision", it))
+        if hasattr(_MATMUL, "fp32_precision")
+        else (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision)
     ),
     "autocast on the CPU": (
         lambda: torch.is_autocast_enabled("cpu"),
@@ -61,9 +63,14 @@ def kept() -> Iterator[list[str]]:
         yield found
     finally:
         found += changed(before)
-        for name, have in now().items():
-            if have != before[name]:
-                _SETTINGS[name][1](before[name])
+        put_back(before)
+
+
+def put_back(before: dict[str, Any]) -> None:
+    """Set what is no longer what it was."""
+    for name, have in now().items():
+        if have != before[name]:
+            _SETTINGS[name][1](before[name])
 
 
 def seeded(act: Callable[[], object]) -> list[str]:
@@ -80,19 +87,23 @@ def seeded(act: Callable[[], object]) -> list[str]:
             np.random.seed(seed)  # it is this one that old code draws from
             act()
             after.append(_random_states())
-        return [f"the random numbers of {name} were seeded" for name in held if _alike(after[0][name], after[1][name])]
+        alike = [name for name, state in after[0].items() if _alike(state, after[1].get(name))]
+        return [f"the random numbers of {name} were seeded" for name in alike]
     finally:
         torch.set_rng_state(held["torch"])
         random.setstate(held["Python"])
         np.random.set_state(held["numpy"])
+        if "CUDA" in held:
+            torch.cuda.set_rng_state_all(held["CUDA"])
 
 
 def _random_states() -> dict[str, Any]:
-    return {
+    states = {
         "torch": torch.get_rng_state(),
         "Python": random.getstate(),
         "numpy": np.random.get_state(legacy=True),
     }
+    return states | ({"CUDA": torch.cuda.get_rng_state_all()} if torch.cuda.is_initialized() else {})
 
 
 def _alike(one: Any, other: Any) -> bool:
@@ -100,6 +111,6 @@ def _alike(one: Any, other: Any) -> bool:
         return torch.equal(one, other)
     if isinstance(one, np.ndarray):
         return bool(np.array_equal(one, other))
-    if isinstance(one, tuple):
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
         return len(one) == len(other) and all(map(_alike, one, other))
     return bool(one == other)

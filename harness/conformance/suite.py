@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,6 +16,7 @@ from harness.conformance.breadth import Breadth
 from harness.errors import Problem, SuiteError, UsageError
 from harness.methods import methods
 from harness.records import Frozen
+from harness.registry import DTYPES
 from harness.resources import folder
 from harness.spelling import near
 
@@ -67,17 +68,21 @@ class ParitySuite(Frozen):
         """Map checks to their own factor on the noise floor."""
         return {check: looser.factor for check, looser in self.tolerances.items()}
 
-    def cases(self, wanted: Breadth) -> Iterator[MethodCase]:
-        """Yield the cases: all of the product, or few; and those drawn at random.
+    def cases(self, wanted: Breadth, dtypes: Collection[str] = DTYPES) -> Iterator[MethodCase]:
+        """Yield the cases in those of `dtypes` that the suite has: all of the product, or few; and those drawn at random.
 
         The few: the first kind of layer, since many implementations offer no other, meets every config and every shape in
-        float32, and half of them in each other dtype; each other kind meets one config in every dtype.
+        float32, or where that is not wanted in the first dtype that is, and half of them in each other; each other kind
+        meets one config in every dtype.
         """
+        there = [dtype for dtype in self.dtypes if dtype in dtypes]
+        if not there:
+            return
         if wanted.full:
-            for config, kind, shape, dtype in itertools.product(self.configs, self.layers, self.shapes, self.dtypes):
+            for config, kind, shape, dtype in itertools.product(self.configs, self.layers, self.shapes, there):
                 yield MethodCase(config, kind, shape, dtype)
         else:
-            yield from self._few()
+            yield from self._few(there)
         dice = wanted.dice(self.base or self.method)
         for _ in range(wanted.drawn):
             sides = [breadth.between(dice, breadth.LEAST_FEATURES, breadth.LARGEST_FEATURES) for _ in range(2)]
@@ -85,11 +90,16 @@ class ParitySuite(Frozen):
             tokens = breadth.between(dice, 1, breadth.LARGEST_TOKENS)
             shape = Shape.model_validate({"tokens": tokens, "in": sides[0], "out": sides[1]})
             kind = dice.choice([self.layers[0], dice.choice(self.layers)])  # half of them of the kind that all offer
-            yield MethodCase(config, kind, shape, dice.choice(self.dtypes))
+            dtype = dice.choice(self.dtypes)
+            if dtype in there:  # a seed draws the same cases, whatever dtypes are asked for
+                yield MethodCase(config, kind, shape, dtype)
 
-    def _few(self) -> Iterator[MethodCase]:
+    def _few(self, dtypes: Sequence[Dtype]) -> Iterator[MethodCase]:
+        whole = "float32" if "float32" in dtypes else dtypes[0]
         for shift, dtype in enumerate(self.dtypes):
-            every = slice(None) if dtype == "float32" else slice(shift % 2, None, 2)
+            if dtype not in dtypes:
+                continue
+            every = slice(None) if dtype == whole else slice(shift % 2, None, 2)
             configs, shapes = self.configs[every] or self.configs, self.shapes[every] or self.shapes
             for index in range(max(len(configs), len(shapes))):
                 shape = shapes[(index + shift) % len(shapes)]
@@ -127,12 +137,17 @@ class OperationSuite(Frozen):
         """Map checks to their own factor on the noise floor."""
         return {check: looser.factor for check, looser in self.tolerances.items()}
 
-    def calls(self, wanted: Breadth) -> Iterator[tuple[dict[str, Any], Dtype]]:
-        """Yield what each case says, and a dtype: every case in every dtype, and those drawn at random."""
-        yield from itertools.product(self.cases, self.dtypes)
+    def calls(self, wanted: Breadth, dtypes: Collection[str] = DTYPES) -> Iterator[tuple[dict[str, Any], Dtype]]:
+        """Yield what each case says, and a dtype: every case in every dtype that is wanted, and those drawn at random."""
+        there = [dtype for dtype in self.dtypes if dtype in dtypes]
+        if not there:
+            return
+        yield from itertools.product(self.cases, there)
         dice = wanted.dice(self.operation)
         for _ in range(wanted.drawn):
-            yield breadth.call(dice, dice.choice(self.cases)), dice.choice(self.dtypes)
+            values, dtype = breadth.call(dice, dice.choice(self.cases)), dice.choice(self.dtypes)
+            if dtype in there:
+                yield values, dtype
 
 
 Plan = ParitySuite | OperationSuite

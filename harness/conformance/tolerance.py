@@ -88,8 +88,10 @@ def _within_noise(
     floor = NOISE_FLOOR_EPS[dtype]
     judged, lost = [], []
     for name, expected in truth.items():
-        own, eps = _largest([_Error.of(draw[name], expected) for draw in draws]), EPSILON[dtype]
-        undecided = not factor * own.norm + floor * eps <= CEILING  # also where the reference overflows
+        errors, eps = [_Error.of(draw[name], expected) for draw in draws], EPSILON[dtype]
+        own = _largest(errors)
+        # By the first draw alone, which is the reference's own, or a tensor that fails might be let off by a later one.
+        undecided = not factor * errors[0].norm + floor * eps <= CEILING  # also where the reference overflows
         if (refused := _refused(name, subject[name], expected, policy, undecided)) is not None:
             judged.append(refused)
             continue
@@ -99,7 +101,7 @@ def _within_noise(
         have = _Error.of(subject[name], expected)
         bias = factor * own.share + BIAS_SIGMAS * (own.norm + eps) / max(1, expected.numel()) ** 0.25
         for error, allowed, measure in (
-            (have.norm, factor * own.norm + floor * eps, ""),
+            (have.norm, min(factor * own.norm + floor * eps, CEILING), ""),
             (have.largest, LARGEST_FACTOR * (factor * own.largest + LARGEST_EPS * floor * eps), ", largest element"),
             (have.share, bias + (floor * eps if dtype in _ROUNDED_SUMS else 0.0), ", share of the truth"),
         ):
@@ -124,11 +126,12 @@ def carried_noise(
     if odd := sorted(set(subject) ^ set(truth)):
         return Judgement(False, None, None, odd[0], "present on one side only", policy, 0)
     own = {name: _Error.of(rounded[name], expected) for name, expected in truth.items()}
-    lost = [name for name, one in own.items() if factor * one.norm > CEILING]
-    usual = [median([getattr(one, measure) for one in own.values()] or [0.0]) for measure in ("norm", "largest")]
+    lost = [name for name, one in own.items() if not factor * one.norm <= CEILING]  # also where the reference overflows
+    kept = [one for name, one in own.items() if name not in lost]
+    usual = [median([getattr(one, measure) for one in kept] or [0.0]) for measure in ("norm", "largest")]
     judged = []
     for name, expected in truth.items():
-        if (refused := _refused(name, subject[name], expected, policy)) is not None:
+        if (refused := _refused(name, subject[name], expected, policy, name in lost)) is not None:
             judged.append(refused)
             continue
         if name in lost:

@@ -21,15 +21,18 @@ from harness.registry import Implementation, discover, told
 def main(fd: int, line: int, task: dict[str, Any]) -> None:
     """Try what one entry point offers. task: point, its name; targets as [implementation, kind, target]; breadth; dtypes."""
     with speaker(fd, line) as say:
+        from harness.conformance import settings
+
+        before = settings.now()
         registry = discover(only=[task["point"]])
         for name, kind, target in task["targets"]:
             implementation = registry.find(kind, target, name)
             say(begin=[name, kind, target])
-            _try(implementation, task, say)
+            _try(implementation, task, before, say)
             say(end=[name, kind, target])
 
 
-def _try(implementation: Implementation, task: dict[str, Any], say: Say) -> None:
+def _try(implementation: Implementation, task: dict[str, Any], before: dict[str, Any], say: Say) -> None:
     """Say what came of every check; whatever escapes them is one more failure, and ends only this target."""
     at = "start-up"
 
@@ -48,23 +51,26 @@ def _try(implementation: Implementation, task: dict[str, Any], say: Say) -> None
                 if not f"{module}.".startswith(f"{error.name}."):
                     raise
                 return say(missing=f"needs {module}, which is not installed")
-        from harness.conformance import matrix
+        from harness.conformance import matrix, settings
 
+        if changed := settings.changed(before):
+            settings.put_back(before)
+            say(tried=_failed(implementation, "settings", "import", f"importing it: {'; '.join(changed)}"))
         for tried in matrix.run(
             implementation, breadth=Breadth(**task["breadth"]), dtypes=tuple(task["dtypes"]), begin=begin
         ):
             say(tried=tried.model_dump(mode="json"))
     except Exception as error:  # noqa: BLE001  # somebody else's code: whatever it raises is a finding about it
         why = f"raised {told(error)}; what comes after this was not tried"
-        say(tried=_lost(implementation, at, why).model_dump(mode="json"))
+        say(tried=_failed(implementation, "alive", at, why))
 
 
-def _lost(implementation: Implementation, case: str, why: str) -> Tried:
-    result = CheckResult(check=f"{implementation.target}/alive/-/-", outcome=Outcome.FAIL, detail=why)
+def _failed(implementation: Implementation, check: str, case: str, why: str) -> dict[str, Any]:
+    result = CheckResult(check=f"{implementation.target}/{check}/-/-", outcome=Outcome.FAIL, detail=why)
     return Tried(
         implementation=implementation.name, kind=implementation.kind, target=implementation.target, dtype="-", case=case,
         result=result,
-    )  # fmt: skip
+    ).model_dump(mode="json")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -115,7 +115,9 @@ class Life:
             self._pass(
                 gate.gate(subject, cell.seed, run_model, base_output, start=start, forward=task.logits, base=who)
             )
-        subject.original = Original(None)  # only the gate needed the copy, and memory is measured from here on
+        # Only the gate needed the copy and the codes, and memory is measured from here on.
+        subject.original = Original(None)
+        subject.expected_codes.clear()
         for parameter in loaded.head.values():
             parameter.requires_grad_(True)
         counts = _count(adapted, loaded, model)
@@ -200,7 +202,9 @@ class Life:
             merged = gate.after_training(subject, self.work.cell.seed)
             self.checks += merged
             refused = "; ".join(
-                f"{r.check} failed: {r.error} of {r.allowed} at {r.tensor}" for r in merged if r.outcome is Outcome.FAIL
+                f"{r.check} failed: {r.error} of {r.allowed} at {r.tensor}" if r.outcome is Outcome.FAIL else r.detail
+                for r in merged
+                if r.outcome is not Outcome.PASS
             )
         return latency.measure(subject.adapted, causal, vocabulary, refused, layers=layers)
 

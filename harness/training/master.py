@@ -41,7 +41,8 @@ class Masters(torch.optim.Optimizer):
 
     def relax(self) -> bool:
         """If a gradient is infinite or NaN, halve the loss scale and say so; at a scale of 1 it is not ours to mend."""
-        if self.loss_scale == 1.0 or all(bool(p.grad.isfinite().all()) for p, _ in self._pairs if p.grad is not None):
+        finite = [p.grad.isfinite().all() for p, _ in self._pairs if p.grad is not None]
+        if self.loss_scale == 1.0 or not finite or bool(torch.stack(finite).all()):  # one wait for a GPU, not hundreds
             return False
         self.loss_scale /= 2
         return True

@@ -75,7 +75,7 @@ def foresight(model: Any) -> float:
 
     def watch(module: nn.Module, arguments: Any, embedded: Tensor) -> Tensor:
         found.append(embedded.detach().requires_grad_(True))
-        return found[-1]
+        return found[-1].clone()  # some models scale it in place
 
     ids = torch.arange(_PROBED_TOKENS, device=model.device)[None] % model.config.vocab_size
     hook = model.get_input_embeddings().register_forward_hook(watch)

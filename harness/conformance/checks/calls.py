@@ -71,9 +71,13 @@ def _of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
         yield from (at(f"call {number}", verdict) for verdict, _ in passes.judgements(one, mine, case))
     if not subject.operation.differentiable:
         return
-    dtype = DTYPES[subject.dtype]
+    dtype, factor = DTYPES[subject.dtype], case.factor("overlap")
+    alone = passes.gradients(subject, subject.function, dtype, case)
+    truth, rounded = (passes.gradients(subject, subject.operation.reference, to, case) for to in (torch.float64, dtype))
+    if not noise_floor(alone, truth, rounded, subject.dtype, factor).passed:
+        return
     under_way = [passes.forward(one, subject.function, dtype) for one in both]
     gradients = [passes.backward(y, leaves, case) for y, leaves in under_way]
     for number, (one, mine) in enumerate(zip(both, gradients, strict=True), 1):
         truth, rounded = (passes.gradients(one, subject.operation.reference, to, case) for to in (torch.float64, dtype))
-        yield at(f"call {number}", noise_floor(mine, truth, rounded, subject.dtype, case.factor("overlap")))
+        yield at(f"call {number}", noise_floor(mine, truth, rounded, subject.dtype, factor))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.beside import Draws, reference_runs
+from harness.conformance.beside import reference_runs
 from harness.conformance.case import Case
 from harness.conformance.drawn import inputs
 from harness.conformance.observe import observe
@@ -97,20 +96,20 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "save", worst_of(found, "exact"))
 
 
-def _expected(subject: Subject, xs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Draws]:
+def _expected(subject: Subject, xs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     """Return what the layers should compute, and draws of what a program in the subject's dtype loses.
 
     The first is the reference merged in that dtype: a weight that the update was added to is rounded once more.
     """
-    runs = {path: reference_runs(subject, path, x, x.new_zeros(()), look=_output) for path, x in xs.items()}
-    each = zip(*(draws for _, draws in runs.values()), strict=True)
-    draws = ({path: draw["y"] for path, draw in zip(runs, several, strict=True)} for several in each)
-    merged = {}
-    for path, x in xs.items():
+    truth, each, merged = {}, [], {}
+    for path, x in xs.items():  # layer by layer: of a large model no two float64 layers fit beside it
+        exactly, draws = reference_runs(subject, path, x, x.new_zeros(()), look=_output)
+        truth[path] = exactly["y"]
+        each.append([draw["y"] for draw in draws])
         twin = subject.reference(path, subject.dtype)
         twin.adapted.merge()
         merged[path] = twin.adapted.model.get_submodule("layer").eval()(x)
-    return {path: truth["y"] for path, (truth, _) in runs.items()}, Draws(chain([merged], draws))
+    return truth, [merged, *(dict(zip(xs, several, strict=True)) for several in zip(*each, strict=True))]
 
 
 def _output(layer: nn.Module, _: Mapping[str, Tensor], x: Tensor, __: Tensor) -> dict[str, Tensor]:
