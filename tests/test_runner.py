@@ -659,16 +659,19 @@ def test_a_tool_that_only_says_that_it_is_at_work_is_quoted_once(capsys: pytest.
 def test_a_worker_that_cannot_be_started(
     inside: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fetch.ensure(_source("tiny-llama"))  # by a child process, as long as there are any
+    for name in ("tiny-llama", "toy-sentiment"):
+        fetch.ensure(_source(name))  # by a child process, as long as there are any
 
     def refuse(*_: object, **__: object) -> None:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr(subprocess, "Popen", refuse)
-    before = psutil.Process().num_fds()
-    assert main(["run", inside.suite(QUICK), "--out", "run"]) == Exit.INFRASTRUCTURE
-    assert "cannot start a worker: Resource temporarily unavailable" in _one_message(capsys.readouterr().err)
-    assert psutil.Process().num_fds() == before
+    open_files = []
+    for folder in ("first", "run"):  # what is opened once and kept is no leak; what each run leaves open is
+        assert main(["run", inside.suite(QUICK), "--out", folder]) == Exit.INFRASTRUCTURE
+        assert "cannot start a worker: Resource temporarily unavailable" in _one_message(capsys.readouterr().err)
+        open_files.append(psutil.Process().num_fds())
+    assert open_files[1] <= open_files[0]
     footer = inside.read().footer
     assert footer is not None
     assert footer.how == "failed"

@@ -155,7 +155,11 @@ def _git() -> tuple[str, bool | None]:
         return "", None
 
     def ask(*words: str) -> str | None:
-        done = subprocess.run(["git", "-C", str(top), *words], capture_output=True, text=True, check=False, timeout=30)
+        command = ["git", "-C", str(top), *words]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        except OSError:  # no process can be started: what cannot be asked is unknown, and no reason to stop
+            return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     sha = ask("rev-parse", "HEAD")
