@@ -209,7 +209,7 @@ def check(
     """Check implementations against the reference.
 
     All of them on all that this machine can run, if nothing is named. The reference is computed in float64. Each
-    implementation runs in a process of its own; one that crashes or hangs is a failure, and the rest goes on. Ctrl-C or
+    plug-in runs in a process of its own; one that crashes or hangs is a failure, and the rest goes on. Ctrl-C or
     SIGTERM prints what was found so far and exits with 4, as does an implementation named here that cannot be tried.
     """
     if self_test:

@@ -22,9 +22,8 @@ LEAST_FEATURES = 8
 class Breadth:
     """Which cases of a parity suite are tried.
 
-    full: all configs x shapes x layers x dtypes; else each of them at least once. drawn: how
-    many cases besides, their ranks and shapes drawn at random by `seed`, so that nobody can be right at the suite's own
-    sizes only.
+    full: all configs x shapes x layers x dtypes; else each of them at least once. drawn: how many cases besides, their
+    ranks and shapes drawn at random by `seed`, so that nobody can be right at the suite's own sizes only.
     """
 
     full: bool = False

@@ -8,18 +8,15 @@ from typing import Any
 
 import torch
 
+from harness.conformance import settings
+
 _SWITCH: Any = torch.utils.deterministic
 
 
 @contextmanager
 def fresh_memory() -> Iterator[None]:
     """Let torch fill every buffer that it hands out unwritten, by its own switch for it; put the switch back after."""
-    was, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = _SWITCH.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    _SWITCH.fill_uninitialized_memory = True
-    try:
+    with settings.kept():
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        _SWITCH.fill_uninitialized_memory = True
         yield
-    finally:
-        _SWITCH.fill_uninitialized_memory = filled
-        torch.use_deterministic_algorithms(was, warn_only=warned)

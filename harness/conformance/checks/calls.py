@@ -72,12 +72,14 @@ def _of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     if not subject.operation.differentiable:
         return
     dtype, factor = DTYPES[subject.dtype], case.factor("overlap")
+    expected = []
+    for one in both:
+        truth, rounded = (passes.gradients(one, one.operation.reference, to, case) for to in (torch.float64, dtype))
+        expected.append((truth, rounded))
     alone = passes.gradients(subject, subject.function, dtype, case)
-    truth, rounded = (passes.gradients(subject, subject.operation.reference, to, case) for to in (torch.float64, dtype))
-    if not noise_floor(alone, truth, rounded, subject.dtype, factor).passed:
+    if not noise_floor(alone, *expected[0], subject.dtype, factor).passed:
         return
     under_way = [passes.forward(one, subject.function, dtype) for one in both]
     gradients = [passes.backward(y, leaves, case) for y, leaves in under_way]
-    for number, (one, mine) in enumerate(zip(both, gradients, strict=True), 1):
-        truth, rounded = (passes.gradients(one, subject.operation.reference, to, case) for to in (torch.float64, dtype))
-        yield at(f"call {number}", noise_floor(mine, truth, rounded, subject.dtype, factor))
+    for number, (mine, wanted) in enumerate(zip(gradients, expected, strict=True), 1):
+        yield at(f"call {number}", noise_floor(mine, *wanted, subject.dtype, factor))

@@ -11,6 +11,7 @@ from harness.conformance.case import Case
 from harness.conformance.drawn import cast, inputs, takes_rows
 from harness.conformance.observe import observe
 from harness.conformance.results import at, judged, skipped
+from harness.conformance.stepping import optimizer_of
 from harness.conformance.subject import DTYPES, LARGEST_COPY, Subject
 from harness.conformance.tolerance import Judgement, carried_noise, exact, noise_floor, worst_of
 from harness.records import CheckResult
@@ -109,12 +110,7 @@ def check_step(subject: Subject, case: Case) -> CheckResult:
             for name, tensor in tensors.items():
                 tensor.grad = gradients.get(f"grad {name}")
             if before:
-                # lr g / (|g| + eps): with a small eps the few elements whose gradient is near zero hold all of the
-                # error, and two right programs may differ by any factor. (And 1e-8, the usual, is zero in float16.)
-                optimizer = adapted.optimizer(1e-2, 0.1) or torch.optim.AdamW(
-                    list(tensors.values()), lr=1e-2, weight_decay=0.1, eps=1.0
-                )
-                optimizer.step()
+                optimizer_of(adapted, tensors.values()).step()
             moved.append({n: t.detach().clone() for n, t in tensors.items()})
             with torch.no_grad():
                 for name, tensor in tensors.items():

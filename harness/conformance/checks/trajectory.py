@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from harness.conformance import whole_model
 from harness.conformance.case import Case
 from harness.conformance.results import judged, skipped
+from harness.conformance.stepping import optimizer_of
 from harness.conformance.subject import Subject, attach_reference, load
 from harness.conformance.tolerance import carried_noise
 from harness.methods import Adapted
@@ -60,8 +61,7 @@ def _trained(
     parameters = list(dict.fromkeys(adapted.parameters()))  # one listed twice is for the check `parameters`
     if not parameters:
         return {}
-    # A small eps makes a large step of any gradient, also of one that is mere rounding.
-    optimizer = adapted.optimizer(1e-2, 0.1) or torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1, eps=1.0)
+    optimizer = optimizer_of(adapted, parameters)
     for step in range(1, STEPS + 1):
         optimizer.zero_grad()
         y = forward(model)
