@@ -276,8 +276,8 @@ def _unknown(asked: Asked, registry: Registry) -> Iterator[str]:
             if name in known:
                 continue
             mend = near(name, known, "there are")
-            if what in ("method", "operation") and name in kinds:
-                mend = f"that is of kind `{kinds[name]}`: {'--op' if what == 'method' else '--method'} {name}"
+            if what != "dtype" and name in kinds:
+                mend = f"that is of kind `{kinds[name]}`: {'--op' if kinds[name] == 'operation' else '--method'} {name}"
             yield f"{what} {name!r}: {mend}{yours if what == 'implementation' else ''}"
 
 
