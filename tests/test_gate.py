@@ -23,6 +23,7 @@ from harness.conformance.subject import (
     warm,
 )
 from harness.conformance.tolerance import exact
+from harness.errors import Unsupported
 from harness.implementations import bitsandbytes
 from harness.records import CheckResult, Outcome
 from harness.registry import Implementation, discover
@@ -131,6 +132,18 @@ def test_merging_after_training_is_checked(name: str) -> None:
     warm(subject.added(), torch.Generator().manual_seed(SEED))
     (result,) = gate.after_training(subject, SEED)
     assert (result.check, result.outcome) == ("lora/merge/float32/trained", Outcome.PASS)
+
+
+def test_a_merge_that_is_not_offered_is_said_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a Cell would lose what it has trained and scored."""
+    subject, _ = through_the_gate(method("reference"))
+
+    def merge() -> None:
+        raise Unsupported("not into what is packed")
+
+    monkeypatch.setattr(subject.adapted, "merge", merge)
+    (result,) = gate.after_training(subject, SEED)
+    assert (result.outcome, result.detail) == (Outcome.SKIPPED, "unsupported: not into what is packed")
 
 
 def test_a_wrong_merge_is_noticed_after_training() -> None:

@@ -65,6 +65,7 @@ def is_pipe(fd):
 def implementations(*given):
     {body}
 """
+PRESUMES = CALLED.format(name="presumes", body="return right(*given)") + "import torch; torch.set_num_threads(7)"
 CHATTY = CALLED.format(name="chatty", body="os.write(1, b'{ no json'); print('hello'); return right(*given)")
 
 
@@ -288,6 +289,7 @@ def misbehaving(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Co
     for name, (body, _) in WHEN_CALLED.items():
         distribution(site, name, CALLED.format(name=name, body=body))
     distribution(site, "chatty", CHATTY)
+    distribution(site, "presumes", PRESUMES)
     command = [*COMMAND, "check", "--method", "frozen", "--json", "--patience", "10", "--jobs", "2"]
     before = {process.pid for process in psutil.process_iter()}
     done = run(command, site, cwd)
@@ -321,6 +323,14 @@ def test_what_happens_on_import_is_said(misbehaving, name: str) -> None:
 def test_what_happens_in_a_call_is_said(misbehaving, name: str) -> None:
     rows = [row for row in json.loads(misbehaving[0].stdout)["checks"] if row["implementation"] == name]
     assert any(WHEN_CALLED[name][1] in row["result"]["detail"] for row in rows if row["standing"] == "fail"), rows
+
+
+def test_what_an_import_does_to_the_whole_process_is_said_and_undone(misbehaving) -> None:
+    rows = [row for row in json.loads(misbehaving[0].stdout)["checks"] if row["implementation"] == "presumes"]
+    (failed,) = [row for row in rows if row["standing"] == "fail"]
+    assert failed["result"]["check"] == "frozen/settings/-/-"
+    assert "importing it: the number of threads is 7, was " in failed["result"]["detail"]
+    assert any(row["standing"] == "pass" for row in rows)
 
 
 def test_nothing_is_left_running(misbehaving) -> None:
