@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import traceback
 from collections.abc import Callable, Collection, Iterator
@@ -112,10 +113,11 @@ def one_case(implementation: Implementation, plan: suite.ParitySuite, of: suite.
 def attach(implementation: Implementation, plan: suite.ParitySuite, of: suite.MethodCase) -> tuple[Subject, Case]:
     """Attach an implementation to a fresh parity model; return it and the case around it."""
     method = plan.method
+    pristine = ParityModel(of.kind, of.shape, DTYPES[of.dtype], SEED).eval()
     twins: dict[tuple[str, str], Twin] = {}  # one weight, one config: one reference, of every subject made here
 
     def fresh(**changed: Any) -> Subject:
-        model = ParityModel(of.kind, of.shape, DTYPES[of.dtype], SEED).eval()
+        model = copy.deepcopy(pristine)
         settled = configure(method, of.config | changed)
         if hasattr(settled, "targets"):
             settled = dataclasses.replace(settled, targets=TARGETS)
@@ -185,7 +187,7 @@ def tried(name: str, subject: Any, case: Case, identifier: str) -> CheckResult:
     def check() -> CheckResult:
         # What one check does to the process is a finding of `settings`, and no other's.
         with torch.random.fork_rng(), settings.kept():
-            torch.manual_seed(SEED)
+            settings.seed(SEED)
             return checks.every()[name](subject, case)
 
     return _guarded(identifier, check)

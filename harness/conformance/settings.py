@@ -73,6 +73,13 @@ def put_back(before: dict[str, Any]) -> None:
             _SETTINGS[name][1](before[name])
 
 
+def seed(value: int) -> None:
+    """Seed torch's random numbers, as torch.manual_seed does; but that writes down the whole call stack for a GPU to come."""
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(value)
+
+
 def seeded(act: Callable[[], object]) -> list[str]:
     """Name the sources of random numbers that `act` seeds: after it they are alike, whatever they were before.
 
@@ -81,10 +88,10 @@ def seeded(act: Callable[[], object]) -> list[str]:
     held = _random_states()
     try:
         after = []
-        for seed in (1, 2):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)  # it is this one that old code draws from
+        for value in (1, 2):
+            seed(value)
+            random.seed(value)
+            np.random.seed(value)  # it is this one that old code draws from
             act()
             after.append(_random_states())
         alike = [name for name, state in after[0].items() if _alike(state, after[1].get(name))]
