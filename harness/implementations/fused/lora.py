@@ -1,7 +1,4 @@
-"""`fused`: our own optimised paths from `harness/kernels`, attached to models.
-
-Only the computation is ours: which layers are adapted, their initial state, and merging are the reference's.
-"""
+"""LoRA: the low-rank term enters the memory of the base's output."""
 
 from __future__ import annotations
 

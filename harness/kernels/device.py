@@ -1,0 +1,33 @@
+"""Where an Operation runs: by Triton on a GPU, by Triton's interpreter if that is on, else vectorised in torch."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the kernels compute in; float64 goes the way of torch on every device."""
+
+
+@cache
+def interpreted() -> bool:
+    """Whether Triton's kernels are run on CPU tensors, which TRITON_INTERPRET=1 asks for before Triton is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
+
+
+@cache
+def _compiles() -> bool:
+    return find_spec("triton") is not None and not interpreted()
+
+
+def by_triton(*tensors: Tensor) -> bool:
+    """Return whether these tensors go to a Triton kernel: all on a GPU, or the interpreter is on, and in its dtypes.
+
+    Integer tensors (codes) have no say in the dtype.
+    """
+    where = interpreted() or (_compiles() and all(t.is_cuda for t in tensors))
+    return where and all(t.dtype in TRITON_DTYPES for t in tensors if t.is_floating_point())
