@@ -1,0 +1,83 @@
+"""adalora_importance: AdaLoRA's averages of sensitivity and uncertainty after one step, and the scores of the triplets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.conformance.applied import dense
+from harness.conformance.operations import Operation, cloned, draw
+from harness.conformance.passes import changed
+from harness.conformance.tolerance import Judgement, noise_floor, perturbed
+from harness.tolerances import PERTURBED_DRAWS
+from reference import adalora
+
+_AVERAGED = ("A", "E", "B")
+_AVERAGES = ("I_A", "U_A", "I_E", "U_E", "I_B", "U_B")
+_SEED = 70
+
+
+def arguments(
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    *,
+    shape: Sequence[int],
+    rank: int,
+    beta1: float = 0.85,
+    beta2: float = 0.7,
+) -> dict[str, Any]:
+    """Draw the arguments of one call. shape: (out, in) of the layer.
+
+    The averages of before are as large as what comes to them, and in at least float32; a score is a millionth, which
+    float16 does not hold.
+    """
+    shapes = {"A": (rank, shape[1]), "E": (rank, 1), "B": (shape[0], rank)}
+    given: dict[str, Any] = {"beta1": beta1, "beta2": beta2}
+    for name, size in shapes.items():
+        given[name] = draw(generator, dtype, *size, spread=0.1)
+        given[f"grad_{name}"] = draw(generator, dtype, *size, spread=0.01)
+        for average in ("I", "U"):
+            wide = torch.promote_types(dtype, torch.float32)
+            given[f"{average}_{name}"] = draw(generator, wide, *size, spread=0.001).abs()
+    return given
+
+
+def reference(A: Tensor, E: Tensor, B: Tensor, beta1: float, beta2: float, **given: Tensor) -> tuple[Tensor, ...]:
+    """Return I_A, U_A, I_E, U_E, I_B, U_B after the step, and the scores (R,) by them; all in at least float32.
+
+    A (R, D), E (R, 1), B (out, R). given: of each, grad_A and the averages of before, I_A of its sensitivity |w grad| and
+    U_A of its uncertainty, in the same shape (arXiv:2303.10512, eqs. 7 to 11).
+    """
+    layer = adalora.AdaLoraLinear(dense(A.new_zeros(len(B), A.shape[1]), None), A, E, B, scaling=1.0, dropout=0.0)
+    state = layer.state()
+    for name, w in layer.tensors().items():
+        w.grad = given[f"grad_{name}"]
+        state[f"exp_avg_ipt_{name}"].copy_(given[f"I_{name}"])
+        state[f"exp_avg_unc_{name}"].copy_(given[f"U_{name}"])
+    layer.observe(beta1, beta2)
+    averages = [state[f"exp_avg_{kind}_{name}"] for name in _AVERAGED for kind in ("ipt", "unc")]
+    return (*averages, layer.scores())
+
+
+def judge(outputs: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[Judgement, str]:
+    """Judge everything by the noise floor of the averages' own dtype: float32 where the weights have 16 bits."""
+    dtype = "float64" if given["A"].dtype == torch.float64 else "float32"
+    wide = {one: torch.float64 for one in (torch.float32, torch.bfloat16, torch.float16)}
+    exactly = cloned(dict(given), wide)
+
+    def of(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+        return OPERATION.named(reference(**cloned(dict(arguments))))
+
+    def draws() -> Iterator[dict[str, Tensor]]:
+        yield of(given)
+        generator = torch.Generator().manual_seed(_SEED)
+        for _ in range(PERTURBED_DRAWS):
+            yield of(changed(exactly, lambda t: perturbed(t, dtype, generator)))
+
+    return noise_floor(outputs, of(exactly), draws(), dtype), ""
+
+
+OPERATION = Operation("adalora_importance", (*_AVERAGES, "scores"), arguments, reference, judge=judge)

@@ -1,0 +1,65 @@
+"""dora_linear: DoRA's linear layer with one magnitude per output, and dropout by a mask that is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from harness.conformance.applied import applied, around, dense, low_rank
+from harness.conformance.operations import Operation, draw
+from reference import dora
+
+Kind = Literal["normal", "zero-rows", "cancelled"]
+_LEFT = 0.125
+"""What an update that cancels W almost leaves of it. Of less, rounding in 16 bits would leave no direction."""
+
+
+def arguments(
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    *,
+    shape: Sequence[int],
+    rows: Sequence[int],
+    rank: int,
+    scaling: float = 1.75,
+    bias: bool = True,
+    dropout: float = 0.0,
+    kind: Kind = "normal",
+) -> dict[str, Any]:
+    """Draw the arguments of one call. shape: (E, D); rows: the leading dimensions of x; dropout: 0 gives no mask.
+
+    kind: what every fourth row of V = W + scaling B A is: as the others; zero, since those of W and B are, as in published
+    weights; an eighth of what the update takes from it. m is noise, of either sign, and not the norm that it starts at.
+    """
+    W = draw(generator, torch.float64, *shape, spread=shape[1] ** -0.5)
+    A, B = low_rank(torch.float64, generator, shape, rank).values()
+    fourth = slice(1, None, 4)
+    if kind == "zero-rows":
+        W[fourth], B[fourth] = 0.0, 0.0
+    elif kind == "cancelled":
+        W[fourth] = (_LEFT - 1) * scaling * (B @ A)[fourth]
+    return {
+        "W": W.to(dtype),
+        "A": A.to(dtype),
+        "B": B.to(dtype),
+        "m": draw(generator, dtype, shape[0]),
+        **around(dtype, generator, shape, rows, bias=bias, dropout=dropout),
+        "scaling": scaling,
+    }
+
+
+def reference(
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, m: Tensor, scaling: float, mask: Tensor | None
+) -> Tensor:
+    """Return x W^T + bias + (g - 1) ((x mask) W^T) + g scaling ((x mask) A^T) B^T, shape (..., E), g = m / ||V||.
+
+    V = W + scaling B A, the norm is that of its rows and a constant in the backward pass; g is 0 where it is 0.
+    """
+    layer = dora.DoraLinear(dense(W, bias), A, B, dora.Config(rank=len(A), alpha=scaling * len(A)))
+    return applied(layer, x, mask, {"A": A, "B": B, "m": m})
+
+
+OPERATION = Operation("dora_linear", ("y",), arguments, reference, differentiable=("x", "A", "B", "m"))

@@ -1,0 +1,43 @@
+"""lora_linear: a frozen linear layer with LoRA's update, and dropout by a mask that is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.conformance.applied import applied, around, dense, low_rank
+from harness.conformance.operations import Operation, draw
+from reference import lora
+
+
+def arguments(
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    *,
+    shape: Sequence[int],
+    rows: Sequence[int],
+    rank: int,
+    scaling: float = 1.75,
+    bias: bool = True,
+    dropout: float = 0.0,
+) -> dict[str, Any]:
+    """Draw the arguments of one call. shape: (E, D); rows: the leading dimensions of x; dropout: 0 gives no mask."""
+    return {
+        "W": draw(generator, dtype, *shape, spread=shape[1] ** -0.5),
+        **low_rank(dtype, generator, shape, rank),
+        **around(dtype, generator, shape, rows, bias=bias, dropout=dropout),
+        "scaling": scaling,
+    }
+
+
+def reference(
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None
+) -> Tensor:
+    """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E)."""
+    return applied(lora.LoraLinear(dense(W, bias), A, B, scaling, dropout=0.0), x, mask, {"A": A, "B": B})
+
+
+OPERATION = Operation("lora_linear", ("y",), arguments, reference, differentiable=("x", "A", "B"))

@@ -1,0 +1,62 @@
+"""nf4_lora_linear: LoRA on a linear layer whose weight is packed NF4, as QLoRA's; dropout by a mask that is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.conformance.applied import applied, around, dense, low_rank
+from harness.conformance.codes import FourBit
+from harness.conformance.operations import Operation
+from reference import lora, nf4
+
+_FORM = FourBit(nf4)
+
+
+def arguments(
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    *,
+    shape: Sequence[int],
+    rows: Sequence[int],
+    rank: int,
+    block: int = 64,
+    scaling: float = 1.75,
+    bias: bool = True,
+    dropout: float = 0.0,
+) -> dict[str, Any]:
+    """Draw the arguments of one call. shape: (E, D); rows: the leading dimensions of x; dropout: 0 gives no mask."""
+    packed = _FORM.packed_arguments(dtype, generator, shape=shape, block=block)
+    return {
+        **{name: packed[name] for name in ("packed", "block", "shape")},
+        "absmax": packed["absmax"] * shape[1] ** -0.5,  # so that x W^T is no larger than the update
+        **low_rank(dtype, generator, shape, rank),
+        **around(dtype, generator, shape, rows, bias=bias, dropout=dropout),
+        "scaling": scaling,
+    }
+
+
+def reference(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    block: int,
+    shape: Sequence[int],
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    mask: Tensor | None,
+) -> Tensor:
+    """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E), with W decoded and cast to the dtype of x.
+
+    QLoRA's forward pass (arXiv:2305.14314, eq. 5) is LoRA's on the decoded weight; reference/qlora.py would encode one.
+    """
+    base = dense(_FORM.dequantize(packed, absmax, block, shape, x.dtype), bias)
+    return applied(lora.LoraLinear(base, A, B, scaling, dropout=0.0), x, mask, {"A": A, "B": B})
+
+
+OPERATION = Operation("nf4_lora_linear", ("y",), arguments, reference, differentiable=("x", "A", "B"))
