@@ -1,0 +1,143 @@
+"""GaLore (Zhao et al., arXiv:2403.03507): AdamW in a subspace of the gradient, with one temporary of the subspace's size.
+
+    R = P^T G Q                                   one product (two if both sides are projected)
+    -N = one step of AdamW from 0 with lr 1       torch's fused kernel: R, M and V are read once
+    W = (1 - lr decay) (W - lr scale P N Q^T)     one product that accumulates in W's memory
+
+Nothing of the size of W is made. The products are the BLAS's on every device; a kernel that fuses them with the rest was
+slower in others' measurements. Shape letters: W and G (m, n), P (m, r), Q (n, r), R, M and V as P^T G Q.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from harness.kernels.adamw8bit import adamw8bit_step_
+from harness.kernels.range_finder import leading_vectors, subspace_iteration
+
+Refresh = Literal["exact", "range"]
+OVERSAMPLE = 10
+TOLERANCE = 0.02
+MOST_ROUNDS = 6
+
+
+def sides(m: int, n: int, side: str) -> tuple[bool, bool]:
+    """Return whether an (m, n) matrix is projected (on the left, on the right). Raises ValueError for an unknown side."""
+    rules = {
+        "std": (m < n, m >= n),
+        "reverse_std": (m >= n, m < n),
+        "paper": (m <= n, m > n),
+        "left": (True, False),
+        "right": (False, True),
+        "full": (True, True),
+    }
+    if side not in rules:
+        raise ValueError(f"no side {side!r}; there are: {', '.join(rules)}")
+    return rules[side]
+
+
+def refreshed(
+    G: Tensor, rank: int, side: str, refresh: Refresh = "exact", P: Tensor | None = None, Q: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return (P, Q), the first `rank` singular vectors of G on the sides that the rule says, in G's dtype.
+
+    exact: those that an SVD in float32 (float64 of float64) finds. range: by subspace iteration that starts from the P or
+    Q given, those of before, and random vectors, the same in every call; to a residual of TOLERANCE of the largest singular
+    value. Where MOST_ROUNDS do not reach that (a flat spectrum), exact. Raises ValueError for an unknown one.
+    """
+    if refresh not in ("exact", "range"):
+        raise ValueError(f"no refresh {refresh!r}; there are: exact, range")
+    left, right = sides(G.shape[0], G.shape[1], side)
+    W, rank = G.to(torch.promote_types(G.dtype, torch.float32)), min(rank, *G.shape)
+    found: tuple[Tensor | None, Tensor | None] | None = None
+    if refresh == "range":
+        near = subspace_iteration(W, rank, _start(W, rank, P, Q), TOLERANCE, MOST_ROUNDS)
+        found = None if near is None else (near[0] if left else None, near[2] if right else None)
+    U, V = found or leading_vectors(W, rank, left, right)
+    return None if U is None else U.to(G.dtype), None if V is None else V.to(G.dtype)
+
+
+def _start(W: Tensor, rank: int, P: Tensor | None, Q: Tensor | None) -> Tensor:
+    """Return right vectors (n, rank + OVERSAMPLE at most) to begin from: the old ones, and random ones beside them."""
+    columns = min(rank + OVERSAMPLE, *W.shape)
+    old = Q.to(W.dtype) if Q is not None else W.T @ P.to(W.dtype) if P is not None else W[:0].T
+    random = torch.randn(W.shape[1], columns, generator=torch.Generator().manual_seed(0), dtype=W.dtype).to(W.device)
+    return torch.cat([old[:, :columns], random[:, old.shape[1] :]], dim=1)
+
+
+def galore_step(
+    W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, V: Tensor, **how: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return new W, M and V after a step; arguments as of `galore_step_`, in any layout."""
+    out = [t.detach().clone(memory_format=torch.contiguous_format) for t in (W, M, V)]
+    galore_step_(out[0], G, P, Q, out[1], out[2], **how)
+    return out[0], out[1], out[2]
+
+
+@torch.no_grad()
+def galore_step_(
+    W: Tensor,
+    G: Tensor,
+    P: Tensor | None,
+    Q: Tensor | None,
+    M: Tensor,
+    V: Tensor,
+    *,
+    step: int,
+    lr: float,
+    scale: float = 0.25,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-6,
+    weight_decay: float = 0.0,
+    M_absmax: Tensor | None = None,
+    V_absmax: Tensor | None = None,
+) -> None:
+    """Take step number `step`, from 1, in the subspace of P and/or Q; W, M and V change in place.
+
+    All of one floating dtype, M and V contiguous. With M_absmax and V_absmax, M and V are 8-bit codes as in
+    `adamw8bit_step_`, and so is the step. As the authors' code has it: eps is added to sqrt(V), the bias corrections are
+    in the step size, the decay comes last, by the full lr.
+    """
+    R = G if P is None else P.T @ G
+    R = R if Q is None else R @ Q
+    # torch's AdamW adds eps to sqrt(V / (1 - beta2^t)).
+    eps = eps / math.sqrt(1 - betas[1] ** step)
+    minus_N = torch.zeros_like(R, memory_format=torch.contiguous_format)
+    if M_absmax is None or V_absmax is None:
+        _adamw_(minus_N, R, M, V, step, betas, eps, lr=1.0)
+    else:
+        adamw8bit_step_(minus_N, R, M, M_absmax, V, V_absmax, step=step, lr=1.0, betas=betas, eps=eps)
+    kept = 1 - lr * weight_decay
+    low, high = (minus_N if P is None else P if Q is None else P @ minus_N), (minus_N if Q is None else Q.T)
+    W.addmm_(low, high, beta=kept, alpha=kept * lr * scale)
+
+
+@torch.no_grad()
+def adam_step_(
+    p: Tensor, g: Tensor, M: Tensor, V: Tensor, *, step: int, lr: float, betas: tuple[float, float], eps: float,
+    weight_decay: float,
+) -> None:  # fmt: skip
+    """Take the same step without a subspace, in place; any shape, M and V contiguous."""
+    kept, eps = 1 - lr * weight_decay, eps / math.sqrt(1 - betas[1] ** step)
+    if weight_decay:
+        p.mul_(kept)
+    # The fused kernel goes through memory in one order, whatever the strides are.
+    packed = p if p.is_contiguous() else p.contiguous()
+    _adamw_(packed, g, M, V, step, betas, eps, lr * kept)
+    if packed is not p:
+        p.copy_(packed)
+
+
+def _adamw_(
+    p: Tensor, g: Tensor, M: Tensor, V: Tensor, step: int, betas: tuple[float, float], eps: float, lr: float
+) -> None:
+    before = torch.full((), float(step - 1), device=p.device)
+    adamw(
+        [p], [g.contiguous()], [M], [V], [], [before], fused=True, amsgrad=False, beta1=betas[0], beta2=betas[1], lr=lr,
+        weight_decay=0.0, eps=eps, maximize=False,
+    )  # fmt: skip

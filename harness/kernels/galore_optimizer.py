@@ -1,0 +1,104 @@
+"""GaLore as an optimizer: AdamW in a subspace for groups with a rank, plain AdamW for others, moments in 32 or 8 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from harness.kernels.adamw8bit import MIN_8BIT_SIZE, init_state, restore_dtypes
+from harness.kernels.galore import adam_step_, galore_step_, refreshed
+
+
+class GaLore(torch.optim.Optimizer):
+    """GaLore, as `galore_step_` and `adam_step_` compute it. State of a parameter: step, M and V, P and/or Q; tensors and a count.
+
+    params: tensors or groups. A group may hold rank (0: no subspace), update_gap (steps between two refreshes), scale, side,
+    refresh (`exact` or `range`, see `refreshed`), beta1, beta2, eps, lr, weight_decay, and bits: with 8, projected moments of
+    at least 4096 elements are codes, with an M_absmax and V_absmax. M and V are carried over a refresh as they are.
+    """
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, eps: float = 1e-6) -> None:
+        low = {"rank": 0, "update_gap": 200, "scale": 0.25, "side": "std", "refresh": "exact", "bits": 32}
+        adam = {"lr": lr, "weight_decay": weight_decay, "beta1": 0.9, "beta2": 0.999, "eps": eps}
+        super().__init__(params, low | adam)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; what is in another group already moves over. Raises ValueError for bits other than 8 and 32."""
+        if param_group.get("bits", 32) not in (8, 32):
+            raise ValueError(f"moments have 8 or 32 bits, not {param_group['bits']}")
+        given = param_group["params"]
+        param_group["params"] = [given] if isinstance(given, Tensor) else list(given)
+        moving = {id(p) for p in param_group["params"]}
+        for group in self.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in moving]
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def update(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Take one step of one parameter, if it has a gradient."""
+        if p.grad is None:
+            return
+        state, G, rank = self.state[p], p.grad, group["rank"]
+        taken = state.get("step", 0)
+        if rank and taken % group["update_gap"] == 0:
+            P, Q = refreshed(G, rank, group["side"], group["refresh"], state.get("P"), state.get("Q"))
+            state |= {name: t for name, t in (("P", P), ("Q", Q)) if t is not None}
+        if "M" not in state:
+            state |= _zero_moments(G, state.get("P"), state.get("Q"), group["bits"] if rank else 32)
+        state["step"] = taken + 1
+        how = {name: group[name] for name in ("lr", "eps", "weight_decay")}
+        how |= {"step": state["step"], "betas": (group["beta1"], group["beta2"])}
+        if not rank:
+            adam_step_(p, G, state["M"], state["V"], **how)
+            return
+        absmax = {name: state.get(name) for name in ("M_absmax", "V_absmax")}
+        galore_step_(
+            p, G, state.get("P"), state.get("Q"), state["M"], state["V"], scale=group["scale"], **absmax, **how
+        )
+
+    def step(self, closure: Any = None) -> Any:
+        """Take one step of every parameter that has a gradient; return the loss of `closure`, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.update(p, group)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned; codes stay codes."""
+        super().load_state_dict(state_dict)
+        restore_dtypes(self, state_dict)
+
+
+def _zero_moments(G: Tensor, P: Tensor | None, Q: Tensor | None, bits: int) -> dict[str, Tensor]:
+    """Return M and V of the shape that P^T G Q has, or as codes with M_absmax and V_absmax."""
+    shape = list(G.shape)
+    for side, basis in enumerate((P, Q)):
+        if basis is not None:
+            shape[side] = basis.shape[1]
+    R = G.new_zeros(shape)
+    if bits == 8 and R.numel() >= MIN_8BIT_SIZE:
+        return {name[0].upper() + name[1:]: t for name, t in init_state(R, 0).items()}
+    return {"M": R, "V": torch.zeros_like(R)}
+
+
+def per_layer(optimizer: GaLore) -> list[RemovableHandle]:
+    """Let every parameter be updated within the backward pass, as soon as its gradient is whole, which is then freed.
+
+    The paper's per-layer weight updates (section 4.3): at no time do all gradients exist, and `optimizer.step()` has nothing
+    left to do. Clipping by the global norm and accumulating over backward passes are not possible. Returns the hooks;
+    removing them ends it.
+    """
+
+    def hook(p: Tensor) -> None:
+        # Looked up each time: loading a state and adding a group make other groups.
+        optimizer.update(p, next(g for g in optimizer.param_groups if any(p is q for q in g["params"])))
+        p.grad = None
+
+    return [p.register_post_accumulate_grad_hook(hook) for group in optimizer.param_groups for p in group["params"]]
