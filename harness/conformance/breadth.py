@@ -66,4 +66,6 @@ def _sized(dice: random.Random, key: str, value: Any) -> Any:
         return [between(dice, 1, LARGEST_STATE) for _ in value]
     if key == "numel":
         return between(dice, 1, LARGEST_VECTOR)
+    if key == "rank":
+        return between(dice, 1, LARGEST_RANK)
     return between(dice, 1, LARGEST_TOKENS) if key in ("tokens", "blocks") else value

@@ -65,7 +65,7 @@ def reference(A: Tensor, E: Tensor, B: Tensor, beta1: float, beta2: float, **giv
 def judge(outputs: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[Judgement, str]:
     """Judge everything by the noise floor of the averages' own dtype: float32 where the weights have 16 bits."""
     dtype = "float64" if given["A"].dtype == torch.float64 else "float32"
-    wide = {one: torch.float64 for one in (torch.float32, torch.bfloat16, torch.float16)}
+    wide = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float64)
     exactly = cloned(dict(given), wide)
 
     def of(arguments: Mapping[str, Any]) -> dict[str, Tensor]:

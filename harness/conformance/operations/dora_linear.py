@@ -13,8 +13,9 @@ from harness.conformance.operations import Operation, draw
 from reference import dora
 
 Kind = Literal["normal", "zero-rows", "cancelled"]
-_LEFT = 0.125
-"""What an update that cancels W almost leaves of it. Of less, rounding in 16 bits would leave no direction."""
+_LEFT = 1 / 16
+"""What W leaves of an update that it cancels almost: of less, rounding in 16 bits leaves no direction; of more, a norm that
+is made of the products of W, A and B, and not of V, would do."""
 
 
 def arguments(
@@ -32,10 +33,12 @@ def arguments(
     """Draw the arguments of one call. shape: (E, D); rows: the leading dimensions of x; dropout: 0 gives no mask.
 
     kind: what every fourth row of V = W + scaling B A is: as the others; zero, since those of W and B are, as in published
-    weights; an eighth of what the update takes from it. m is noise, of either sign, and not the norm that it starts at.
+    weights; a sixteenth of the update, which W cancels. m is noise, of either sign, and not the norm that it starts at.
     """
     W = draw(generator, torch.float64, *shape, spread=shape[1] ** -0.5)
     A, B = low_rank(torch.float64, generator, shape, rank).values()
+    # Where the two pull apart by chance, in a layer of few features, V may be as good as zero in any row.
+    B = torch.where(((B @ A) * W).sum(dim=1, keepdim=True) * scaling < 0, -B, B)
     fourth = slice(1, None, 4)
     if kind == "zero-rows":
         W[fourth], B[fourth] = 0.0, 0.0
