@@ -4,8 +4,7 @@
     -N = one step of AdamW from 0 with lr 1       torch's fused kernel: R, M and V are read once
     W = (1 - lr decay) (W - lr scale P N Q^T)     one product that accumulates in W's memory
 
-Nothing of the size of W is made. The products are the BLAS's on every device; a kernel that fuses them with the rest was
-slower in others' measurements. Shape letters: W and G (m, n), P (m, r), Q (n, r), R, M and V as P^T G Q.
+Nothing of the size of W is made. Shape letters: W and G (m, n), P (m, r), Q (n, r), R, M and V as P^T G Q.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from harness.kernels.adamw8bit import adamw8bit_step_
+from harness.kernels.device import by_triton
 from harness.kernels.range_finder import leading_vectors, subspace_iteration
 
 Refresh = Literal["exact", "range"]
@@ -103,6 +103,13 @@ def galore_step_(
     `adamw8bit_step_`, and so is the step. As the authors' code has it: eps is added to sqrt(V), the bias corrections are
     in the step size, the decay comes last, by the full lr.
     """
+    if M_absmax is None and W.is_contiguous() and by_triton(W, G):
+        from harness.kernels.gpu import galore_step as gpu
+
+        gpu.galore_step_(
+            W, G, P, Q, M, V, step=step, lr=lr, scale=scale, betas=betas, eps=eps, weight_decay=weight_decay
+        )
+        return
     R = G if P is None else P.T @ G
     R = R if Q is None else R @ Q
     # torch's AdamW adds eps to sqrt(V / (1 - beta2^t)).

@@ -13,11 +13,11 @@ from harness.kernels.galore import adam_step_, galore_step_, refreshed
 
 
 class GaLore(torch.optim.Optimizer):
-    """GaLore, as `galore_step_` and `adam_step_` compute it. State of a parameter: step, M and V, P and/or Q; tensors and a count.
+    """GaLore, as `galore_step_` and `adam_step_` compute it. State: step, M and V, P and/or Q; tensors and a count.
 
-    params: tensors or groups. A group may hold rank (0: no subspace), update_gap (steps between two refreshes), scale, side,
-    refresh (`exact` or `range`, see `refreshed`), beta1, beta2, eps, lr, weight_decay, and bits: with 8, projected moments of
-    at least 4096 elements are codes, with an M_absmax and V_absmax. M and V are carried over a refresh as they are.
+    params: tensors or groups. A group may hold rank (0: no subspace), update_gap (steps between two refreshes), scale,
+    side, refresh (`exact` or `range`, see `refreshed`), beta1, beta2, eps, lr, weight_decay, and bits: with 8, projected
+    moments of at least 4096 elements are codes, with an M_absmax and V_absmax. M and V are kept as they are at a refresh.
     """
 
     def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, eps: float = 1e-6) -> None:

@@ -24,7 +24,7 @@ DEVIATIONS = (
 
 @implements("galore", name="fused", dtypes=DTYPES)
 def galore(model: Any, config: Any, generator: Any) -> Any:
-    """Train by our GaLore; config as `reference.galore.Config`. What is adapted, and which parts train, is the reference's."""
+    """Train by our GaLore; config as `reference.galore.Config`. What is adapted, and what trains, is the reference's."""
     from harness.kernels.galore_optimizer import GaLore
     from reference.galore import Adapted, attach
 

@@ -23,3 +23,32 @@ def adamw8bit_step(p: Any, g: Any, **others: Any) -> tuple[Any, ...]:
     from harness.kernels.adamw8bit import adamw8bit_step
 
     return adamw8bit_step(p, g, **others)
+
+
+@implements("paged_adamw", **_HOW)
+def paged_adamw(params: Any, grads: Any, **how: Any) -> tuple[Any, ...]:
+    """Take the steps of torch's AdamW; no state of 100,000 elements stays on the device between two of them."""
+    return tuple(p.detach() for p in _paged_steps(params, grads, **how)[1])
+
+
+@implements("paged_states", **_HOW)
+def paged_states(params: Any, grads: Any) -> Any:
+    """Return for each parameter whether its states are paged, as 1 or 0."""
+    import torch
+
+    optimizer, trained = _paged_steps(params, [grads])
+    return torch.tensor([float(p in optimizer.where()) for p in trained], device=trained[0].device)
+
+
+def _paged_steps(params: Any, grads: Any, **how: Any) -> tuple[Any, list[Any]]:
+    import torch
+
+    from harness.kernels.paged import Paged
+
+    trained = [torch.nn.Parameter(p.clone()) for p in params]
+    optimizer = Paged(torch.optim.AdamW(trained, **how), budget=0)
+    for several in grads:
+        for p, g in zip(trained, several, strict=True):
+            p.grad = g
+        optimizer.step()
+    return optimizer, trained

@@ -1,0 +1,226 @@
+"""A paged optimizer without managed memory: large states live on the host and pass through a few slots on the device.
+
+Dettmers et al., QLoRA, arXiv:2305.14314, section 3, leave the moves to the driver, page by page, when memory is short; here
+they are planned. A page is the large states of one parameter. What fits in a given number of bytes stays on the device for
+good; of the rest the next parameter's page is copied in while this one is updated, and goes out behind it. On the CPU the
+same happens from one buffer to another, one after the other, so that it can be tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MIN_PAGED_ELEMENTS = 100_000
+MOST_SLOTS = 3
+_ALIGNMENT = 16
+
+
+def is_paged(state: Any) -> bool:
+    """Return whether this is a state that is paged: a tensor of at least 100,000 elements, bitsandbytes' rule."""
+    return isinstance(state, Tensor) and state.numel() >= MIN_PAGED_ELEMENTS
+
+
+class Lane:
+    """A queue of copies beside the computation: a stream on CUDA; elsewhere every copy is done when the call returns."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def after(self, event: torch.cuda.Event | None) -> AbstractContextManager[Any]:
+        """Return the context in which copies are queued behind `event`."""
+        if self.stream is None:
+            return nullcontext()
+        if event is not None:
+            self.stream.wait_event(event)
+        return torch.cuda.stream(self.stream)
+
+    def mark(self) -> torch.cuda.Event | None:
+        """Return an event that happens when all that is queued so far is done."""
+        return None if self.stream is None else self.stream.record_event()
+
+    def finish(self) -> None:
+        """Wait on the host until all of it is done."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
+
+def _now(device: torch.device) -> torch.cuda.Event | None:
+    """Return an event that happens when the computation queued so far is done."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
+class Slot:
+    """A buffer on the device that holds one page at a time. free: happens when what was in it is on the host."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        self.free = _now(device)
+
+    def views(self, page: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors in the buffer of the page's shapes and dtypes."""
+        views, at = {}, 0
+        for name, state in page.items():
+            views[name] = self.buffer[at : at + state.nbytes].view(state.dtype).view(state.shape)
+            at += _aligned(state.nbytes)
+        return views
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def bytes_of(page: dict[str, Tensor]) -> int:
+    """Return the bytes that a page takes in a slot."""
+    return sum(_aligned(state.nbytes) for state in page.values())
+
+
+def to_host(state: Tensor) -> Tensor:
+    """Return a contiguous copy on the host, pinned if it comes from CUDA."""
+    page = torch.empty(state.shape, dtype=state.dtype, device="cpu", pin_memory=state.is_cuda)
+    return page.copy_(state)
+
+
+class Paged(torch.optim.Optimizer):
+    """Any optimizer that keeps its state per parameter, with its large states paged; takes the very same steps.
+
+    inner: the optimizer; its groups and its state are this one's too. Its hooks run once per parameter. One that keeps anything
+    in its groups, or that looks at several parameters at once (LBFGS), cannot be paged so, nor one whose parameters are on
+    several devices. budget: bytes of paged states that may be on the device. At most max(budget, the largest page) are there,
+    slots and all, once every state exists; while a state is made or loaded, it is there besides. With a budget of less than
+    two pages there is one slot, and no copy overlaps an update.
+
+    Which pages stay is decided in the order of the parameters, after a step that made states. bytes_in, bytes_out: moved to
+    the device, to the host, so far. peak: the most bytes of pages and slots that were on the device.
+    """
+
+    def __init__(self, inner: torch.optim.Optimizer, budget: int) -> None:
+        if budget < 0:
+            raise ValueError(f"a budget is a number of bytes, got {budget}")
+        super().__init__(inner.param_groups, inner.defaults)
+        self.inner, self.budget = inner, budget
+        self.bytes_in = self.bytes_out = self.peak = 0
+        self._pages: dict[Tensor, dict[str, Tensor]] = {}  # on the host
+        self._resident: dict[Tensor, int] = {}  # bytes
+        self._slots: list[Slot] = []
+        self._lanes: list[Lane] = []  # in, out
+        self._share()
+
+    @property
+    def resident(self) -> int:
+        """Bytes of the device that pages and slots take now."""
+        return sum(self._resident.values()) + sum(slot.buffer.nbytes for slot in self._slots)
+
+    def where(self) -> dict[Tensor, str]:
+        """Map every parameter that has paged states to the place they are in: `device` or `host`."""
+        return dict.fromkeys(self._resident, "device") | dict.fromkeys(self._pages, "host")
+
+    def step(self, closure: Any = None) -> Any:
+        """Take one step of every parameter that has a gradient, one after the other; return the loss of `closure`."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        try:
+            made = self._steps([(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None])
+        finally:
+            self.inner.param_groups = self.param_groups
+        if made:
+            self._plan()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, of this or of the inner optimizer; states that do not fit go to the host."""
+        self.inner.load_state_dict(state_dict)
+        self._share()
+
+    def _steps(self, todo: list[tuple[dict[str, Any], Tensor]]) -> bool:
+        """Update each in turn; return whether paged states were made that nobody had planned for."""
+        made, ahead = False, self._staged([p for _, p in todo if p in self._pages])
+        try:
+            for group, p in todo:
+                slot = next(ahead) if p in self._pages else None
+                self.inner.param_groups = [{**group, "params": [p]}]
+                try:
+                    self.inner.step()
+                finally:
+                    if slot is not None:
+                        self._send_out(p, slot)
+                if slot is None and p not in self._resident and any(map(is_paged, self.state[p].values())):
+                    self._evict(p)
+                    made = True
+        finally:
+            for lane in self._lanes:
+                lane.finish()
+        return made
+
+    def _staged(self, several: list[Tensor]) -> Iterator[Slot]:
+        """Yield the slot with the page of each. It is asked for the next only when the one before is on its way out."""
+        queue: list[tuple[Slot, dict[str, Tensor], torch.cuda.Event | None]] = []
+        for k, p in enumerate(several):
+            for follower in several[k + len(queue) : k + len(self._slots)]:
+                slot = self._slots[(k + len(queue)) % len(self._slots)]
+                queue.append((slot, *self._send_in(self._pages[follower], slot)))
+            slot, views, ready = queue.pop(0)
+            if ready is not None:
+                torch.cuda.current_stream(p.device).wait_event(ready)
+            self.state[p].update(views)
+            yield slot
+
+    def _send_in(self, page: dict[str, Tensor], slot: Slot) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+        views, lane = slot.views(page), self._lanes[0]
+        with lane.after(slot.free):
+            for name, view in views.items():
+                view.copy_(page[name], non_blocking=True)
+        self.bytes_in += bytes_of(page)
+        return views, lane.mark()
+
+    def _send_out(self, p: Tensor, slot: Slot) -> None:
+        page, lane = self._pages[p], self._lanes[1]
+        with lane.after(_now(p.device)):
+            for name, host in page.items():
+                host.copy_(self.state[p][name], non_blocking=True)
+        self.state[p].update(page)
+        self.bytes_out += bytes_of(page)
+        slot.free = lane.mark()
+
+    def _evict(self, p: Tensor) -> None:
+        """Move states that are in memory of their own to the host."""
+        large = {name: state for name, state in self.state[p].items() if is_paged(state)}
+        self._resident.pop(p, None)
+        self.peak = max(self.peak, self.resident + bytes_of(large))
+        self._pages[p] = {name: to_host(state) for name, state in large.items()}
+        self.state[p].update(self._pages[p])
+        self.bytes_out += bytes_of(large)
+
+    def _plan(self) -> None:
+        """Decide which pages stay on the device, and how many slots the others pass through, within the budget."""
+        for p in list(self._resident):
+            self._evict(p)
+        self._slots = []
+        sizes = {p: bytes_of(page) for p, page in self._pages.items()}
+        left = self.budget
+        if sum(sizes.values()) > left:
+            device, largest = next(iter(sizes)).device, max(sizes.values())
+            count = min(MOST_SLOTS, len(sizes), max(1, left // largest))
+            self._slots = [Slot(largest, device) for _ in range(count)]
+            self._lanes = [Lane(device), Lane(device)]
+            left -= count * largest
+        for p, size in sizes.items():
+            if size <= left:
+                left -= size
+                self._resident[p] = size
+                self.state[p].update({n: host.to(p.device, copy=True) for n, host in self._pages.pop(p).items()})
+                self.bytes_in += size
+        self.peak = max(self.peak, self.resident)
+
+    def _share(self) -> None:
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+        self._pages, self._resident, self._slots = {}, {}, []
+        for p in [p for p, state in self.state.items() if any(map(is_paged, state.values()))]:
+            self._evict(p)
+        self._plan()
