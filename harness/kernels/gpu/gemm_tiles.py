@@ -1,0 +1,71 @@
+"""Which tile a program of a matrix product has: a small table, chosen from by shape, dtype and shared memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+
+from harness.kernels.device import interpreted
+
+_LARGE_SHARED = 150 * 1024
+"""Bytes that a program of an A100, an H100 or a B200 may have, and other cards do not."""
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    """A program's share: m x n of the output, k of the sum at a time; and how the kernel is compiled."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    def programs(self, M: int, N: int) -> int:
+        """Return how many such tiles cover an output of (M, N)."""
+        return triton.cdiv(M, self.m) * triton.cdiv(N, self.n)
+
+    def constants(self) -> dict[str, int]:
+        """Return the constants of a kernel that has such tiles."""
+        return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
+
+
+LARGEST = GemmTile(128, 256, 64, warps=8, stages=3)
+LARGE = GemmTile(128, 128, 64, warps=8, stages=3)
+EXACT = GemmTile(64, 64, 32, warps=8, stages=3)
+"""For float32, whose products are on no matrix unit."""
+_FEW_ROWS = (GemmTile(16, 32, 128, 4, 4), GemmTile(32, 64, 128, 4, 3), GemmTile(64, 64, 64, 4, 4))
+_INTERPRETED = GemmTile(128, 128, 128, 4, 1)
+"""A program costs the interpreter more than what it multiplies."""
+
+
+def gemm_tile(M: int, N: int, dtype: torch.dtype, device: torch.device, *, extra_operand: bool = False) -> GemmTile:
+    """Return the tile for an output (M, N). extra_operand: whether another tile is multiplied in on the way.
+
+    Not by trials on the card: the same call is to round alike on every one of them, and in every process.
+    """
+    if interpreted():
+        return _INTERPRETED
+    if dtype == torch.float32:
+        return EXACT
+    for tile in _FEW_ROWS:
+        if tile.m >= M:
+            return tile
+    # The largest tile reads least, but takes most registers, and few of them leave processors idle.
+    if not extra_operand and LARGEST.programs(M, N) >= 256 and _shared_memory(device) >= _LARGE_SHARED:
+        return LARGEST
+    return LARGE if LARGE.programs(M, N) >= 64 else _FEW_ROWS[-1]
+
+
+def rank_block(R: int) -> int:
+    """Return how much of a rank is multiplied at a time: all of a small one, filled up to what a matrix unit takes."""
+    return min(max(16, triton.next_power_of_2(R)), 64)
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    found: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return found
