@@ -88,11 +88,11 @@ def to_host(state: Tensor) -> Tensor:
 class Paged(torch.optim.Optimizer):
     """Any optimizer that keeps its state per parameter, with its large states paged; takes the very same steps.
 
-    inner: the optimizer; its groups and its state are this one's too. Its hooks run once per parameter. One that keeps anything
-    in its groups, or that looks at several parameters at once (LBFGS), cannot be paged so, nor one whose parameters are on
-    several devices. budget: bytes of paged states that may be on the device. At most max(budget, the largest page) are there,
-    slots and all, once every state exists; while a state is made or loaded, it is there besides. With a budget of less than
-    two pages there is one slot, and no copy overlaps an update.
+    inner: the optimizer; its groups and its state are this one's too. Its hooks run once per parameter. One that keeps
+    anything in its groups, or that looks at several parameters at once (LBFGS), cannot be paged so, nor one whose
+    parameters are on several devices. budget: bytes of paged states that may be on the device. At most max(budget, the
+    largest page) are there, slots and all, once every state exists; while one is made or loaded, it is there besides. With
+    a budget of less than two pages there is one slot, and no copy overlaps an update.
 
     Which pages stay is decided in the order of the parameters, after a step that made states. bytes_in, bytes_out: moved to
     the device, to the host, so far. peak: the most bytes of pages and slots that were on the device.
@@ -206,7 +206,8 @@ class Paged(torch.optim.Optimizer):
         left = self.budget
         if sum(sizes.values()) > left:
             device, largest = next(iter(sizes)).device, max(sizes.values())
-            count = min(MOST_SLOTS, len(sizes), max(1, left // largest))
+            # Two let copies overlap an update; a third, for both directions at once, is not worth half of the budget.
+            count = min(MOST_SLOTS, len(sizes), max(1, min(2, left // largest), left // (2 * largest)))
             self._slots = [Slot(largest, device) for _ in range(count)]
             self._lanes = [Lane(device), Lane(device)]
             left -= count * largest

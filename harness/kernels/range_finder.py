@@ -19,14 +19,15 @@ def orthonormal(Y: Tensor) -> Tensor:
     Of float32 by the Cholesky factor of Y^T Y in float64, an order of magnitude faster than Householder's reflections on
     a CPU; where the columns are too nearly dependent for that, and for float64, by those.
     """
-    if Y.dtype == torch.float64:
-        return torch.linalg.qr(Y).Q
-    wide = Y.double()
-    factor, failed = torch.linalg.cholesky_ex(wide.T @ wide, upper=True)
-    diagonal = factor.diagonal()
-    if failed or not diagonal.min() > SURE * diagonal.max():
-        return torch.linalg.qr(Y).Q
-    return torch.linalg.solve_triangular(factor, wide, upper=True, left=False).to(Y.dtype)
+    if Y.dtype != torch.float64:
+        wide = Y.double()
+        factor, failed = torch.linalg.cholesky_ex(wide.T @ wide, upper=True)
+        diagonal = factor.diagonal()
+        if not failed and diagonal.min() > SURE * diagonal.max():
+            solved: Tensor = torch.linalg.solve_triangular(factor, wide, upper=True, left=False)
+            return solved.to(Y.dtype)
+    Q: Tensor = torch.linalg.qr(Y).Q
+    return Q
 
 
 def range_finder(W: Tensor, sketch: Tensor, niter: int) -> Tensor:

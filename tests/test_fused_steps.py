@@ -1,0 +1,382 @@
+"""Our optimizers' steps and what they stand on, where the conformance engine does not look."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from harness.conformance.tolerance import noise_floor
+from harness.kernels import galore, range_finder
+from harness.kernels.adamw8bit import AdamW8bit
+from harness.kernels.dynamic_quantize import nearest, tables
+from harness.kernels.galore_optimizer import GaLore, per_layer
+from harness.kernels.multi_lora_linear import multi_lora_linear
+from harness.kernels.paged import Paged, bytes_of, is_paged
+from harness.kernels.range_finder import leading_svd, leading_vectors, orthonormal, subspace_iteration
+from reference import pissa
+from reference.galore import projector
+
+ROWS, COLUMNS, RANK = 96, 80, 8
+EVERY = torch.arange(1, COLUMNS + 1, dtype=torch.float64)
+SPECTRA = {"flat": 1 - EVERY / 1000, "slow": EVERY**-0.5, "fast": 0.5**EVERY}
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(7)
+
+
+def _basis(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    drawn = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    Q: Tensor = torch.linalg.qr(drawn).Q
+    return Q
+
+
+def _matrix(spectrum: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw (ROWS, COLUMNS) with these singular values, in float32."""
+    S = spectrum[:, None] * _basis(COLUMNS, len(spectrum), generator).T
+    return (_basis(ROWS, len(spectrum), generator) @ S).float()
+
+
+# Singular vectors
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
+@pytest.mark.parametrize("wide", [False, True], ids=["tall", "wide"])
+def test_leading_svd_is_as_exact_as_lapacks(spectrum: Tensor, wide: bool, generator: torch.Generator) -> None:
+    W = _matrix(spectrum, generator)
+    W = W.T.contiguous() if wide else W
+
+    def seen(U: Tensor, S: Tensor, V: Tensor) -> dict[str, Tensor]:
+        return {"S": S, "U U^T": U @ U.T, "V V^T": V @ V.T, "U S V^T": (U * S) @ V.T, "U^T U": U.T @ U}
+
+    truth, rounded = (seen(U, S, Vt.T) for U, S, Vt in (pissa.exact_svd(W.double(), RANK), pissa.exact_svd(W, RANK)))
+    judgement = noise_floor(seen(*leading_svd(W, RANK)), truth, rounded, "float32")
+    assert judgement.passed, judgement
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["shorter side", "longer side"])
+def test_a_singular_gradient_still_has_an_orthonormal_basis(left: bool, generator: torch.Generator) -> None:
+    W = _matrix(SPECTRA["fast"][:3], generator)
+    U, V = leading_vectors(W, RANK, left, not left)
+    vectors = U if left else V
+    assert vectors is not None
+    eye = {"gram": torch.eye(RANK, dtype=torch.float64)}
+    lapack = torch.linalg.svd(W, full_matrices=False)
+    other = lapack.U[:, :RANK] if left else lapack.Vh[:RANK].T
+    judgement = noise_floor({"gram": vectors.T @ vectors}, eye, {"gram": other.T @ other}, "float32")
+    assert judgement.passed, judgement
+
+
+def test_a_basis_of_columns_that_are_nearly_dependent_is_orthonormal(generator: torch.Generator) -> None:
+    Y = _matrix(SPECTRA["fast"][:30], generator)[:, :40]
+    Q, householder = orthonormal(Y), torch.linalg.qr(Y).Q
+    eye = {"gram": torch.eye(40, dtype=torch.float64)}
+    judgement = noise_floor({"gram": Q.T @ Q}, eye, {"gram": householder.T @ householder}, "float32")
+    assert judgement.passed, judgement
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
+@pytest.mark.parametrize("niter", [1, 4])
+def test_the_range_finder_finds_what_the_reference_finds_from_the_same_sketch(
+    spectrum: Tensor, niter: int, generator: torch.Generator
+) -> None:
+    W, sketch = _matrix(spectrum, generator), torch.randn(COLUMNS, RANK, generator=generator)
+
+    def reference(W: Tensor) -> dict[str, Tensor]:
+        # The same draw for both: `randomised_svd` draws its sketch itself.
+        U, S, Vt = pissa.randomised_svd(W, RANK, niter, torch.Generator().manual_seed(3))
+        return {"S": S, "U S V^T": (U * S) @ Vt}
+
+    sketch = torch.randn(COLUMNS, RANK, generator=torch.Generator().manual_seed(3), dtype=torch.float64).float()
+    U, S, V = range_finder.randomised_svd(W, sketch, niter)
+    truth, rounded = reference(W.double()), reference(W)
+    judgement = noise_floor({"S": S, "U S V^T": (U * S) @ V.T}, truth, rounded, "float32")
+    assert judgement.passed, judgement
+
+
+def test_power_iterations_bring_the_range_finder_nearer(generator: torch.Generator) -> None:
+    W, sketch = _matrix(SPECTRA["slow"], generator), torch.randn(COLUMNS, RANK, generator=generator)
+    missed = []
+    for niter in range(3):
+        Q = range_finder.range_finder(W, sketch, niter)
+        missed.append(float((W - Q @ (Q.T @ W)).norm()))
+    assert missed[0] > missed[1] > missed[2]
+
+
+# GaLore's refresh
+
+
+def test_subspace_iteration_keeps_its_word_or_says_that_it_cannot(generator: torch.Generator) -> None:
+    start = torch.randn(COLUMNS, RANK + galore.OVERSAMPLE, generator=generator)
+    W = _matrix(SPECTRA["fast"], generator)
+    found = subspace_iteration(W, RANK, start, galore.TOLERANCE, galore.MOST_ROUNDS)
+    assert found is not None
+    U, S, V = found
+    assert bool(((W @ V - U * S).norm(dim=0) <= galore.TOLERANCE * S[0]).all())
+    noise = torch.randn(400, 400, generator=generator)
+    assert subspace_iteration(noise, RANK, noise[:, : RANK + 1], galore.TOLERANCE, galore.MOST_ROUNDS) is None
+
+
+def test_a_flat_spectrum_falls_back_to_the_exact_vectors(generator: torch.Generator) -> None:
+    noise = torch.randn(400, 400, generator=generator)
+    by_range, exact = (galore.refreshed(noise, RANK, "std", how)[1] for how in ("range", "exact"))
+    assert by_range is not None
+    assert exact is not None
+    assert torch.equal(by_range, exact)
+
+
+def test_a_warm_start_needs_fewer_rounds_than_a_cold_one(generator: torch.Generator) -> None:
+    old = _matrix(SPECTRA["slow"], generator)
+    new = old + 0.001 * torch.randn(ROWS, COLUMNS, generator=generator) / COLUMNS
+    warm = galore._start(new, RANK, None, leading_svd(old, RANK)[2])
+    cold = galore._start(new, RANK, None, None)
+    rounds = {}
+    for name, start in (("warm", warm), ("cold", cold)):
+        within = range(1, 50)
+        rounds[name] = next(n for n in within if subspace_iteration(new, RANK, start, galore.TOLERANCE, n))
+    assert rounds["warm"] < rounds["cold"]
+
+
+@pytest.mark.parametrize("side", ["std", "reverse_std", "full"])
+def test_the_exact_refresh_spans_what_the_references_does(side: str, generator: torch.Generator) -> None:
+    G = _matrix(SPECTRA["slow"], generator)
+
+    def spans(P: Tensor | None, Q: Tensor | None) -> dict[str, Tensor]:
+        return {name: t @ t.T for name, t in (("P", P), ("Q", Q)) if t is not None}
+
+    truth, rounded = (spans(b.P, b.Q) for b in (projector(G.double(), RANK, side), projector(G, RANK, side)))
+    judgement = noise_floor(spans(*galore.refreshed(G, RANK, side)), truth, rounded, "float32")
+    assert judgement.passed, judgement
+
+
+def test_an_unknown_refresh_names_those_there_are() -> None:
+    with pytest.raises(ValueError, match="exact, range"):
+        galore.refreshed(torch.ones(4, 4), 2, "std", "fast")  # type: ignore[arg-type]
+
+
+# GaLore's optimizer
+
+
+def _network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(96, 256), nn.Tanh(), nn.Linear(256, 96))
+
+
+def _galore(model: nn.Sequential, **low: Any) -> GaLore:
+    weights = [p for p in model.parameters() if p.dim() == 2]
+    biases = [p for p in model.parameters() if p.dim() == 1]
+    return GaLore([{"params": weights, "rank": 16, "update_gap": 2, **low}, {"params": biases}], 0.01, weight_decay=0.1)
+
+
+def _train(model: nn.Module, step: Callable[[], Any], generator: torch.Generator, steps: int = 5) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        x = torch.randn(32, 96, generator=generator)
+        loss = (model(x) - x.flip(1)).square().mean()
+        loss.backward()
+        step()
+        model.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("low", [{}, {"refresh": "range"}, {"bits": 8}], ids=str)
+def test_galore_learns(low: dict[str, Any], generator: torch.Generator) -> None:
+    model = _network()
+    losses = _train(model, _galore(model, **low).step, generator, steps=25)
+    assert max(losses[-5:]) < min(losses[:5])
+
+
+def test_updates_within_the_backward_pass_are_those_of_the_step(generator: torch.Generator) -> None:
+    whole, layered = _network(), _network()
+    _train(whole, _galore(whole).step, torch.Generator().manual_seed(1))
+    freed: list[bool] = []
+    hooks = per_layer(_galore(layered))
+    _train(
+        layered,
+        lambda: freed.append(all(p.grad is None for p in layered.parameters())),
+        torch.Generator().manual_seed(1),
+    )
+    assert all(freed)
+    for mine, theirs in zip(layered.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    for hook in hooks:
+        hook.remove()
+
+
+def _eight_bit_galore(model: nn.Sequential) -> torch.optim.Optimizer:
+    return _galore(model, bits=8)
+
+
+def _adamw8bit(model: nn.Sequential) -> torch.optim.Optimizer:
+    return AdamW8bit(model.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("make", [_eight_bit_galore, _adamw8bit])
+def test_a_saved_8_bit_state_goes_on_as_if_nothing_had_been(
+    make: Callable[[nn.Sequential], torch.optim.Optimizer],
+) -> None:
+    model, other = _network(), _network()
+    optimizer = make(model)
+    _train(model, optimizer.step, torch.Generator().manual_seed(1), steps=3)
+    other.load_state_dict(model.state_dict())
+    resumed = make(other)
+    resumed.load_state_dict(optimizer.state_dict())
+    codes = [t for state in resumed.state.values() for t in state.values() if isinstance(t, Tensor)]
+    assert any(t.dtype == torch.uint8 for t in codes)
+    for one, by in ((model, optimizer), (other, resumed)):
+        _train(one, by.step, torch.Generator().manual_seed(2), steps=3)
+    for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+# 8-bit codes
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_two_look_ups_find_the_code_that_a_search_finds_next_to_every_edge(signed: bool) -> None:
+    of = tables(torch.device("cpu"), signed)
+    edges = (torch.arange(1 << 16, dtype=torch.int32) << 16).view(torch.float32)
+    edges = torch.cat([edges[edges.abs() <= 1], of.midpoints[:-1]])
+    if not signed:
+        edges = edges[edges >= 0]
+    up, down = (torch.nextafter(edges, torch.tensor(to)) for to in (2.0, -2.0))
+    x = torch.cat([edges, up, down if signed else down.clamp(min=0)])
+    assert torch.equal(nearest(x, of).long(), torch.bucketize(x, of.midpoints[:-1]))
+
+
+# Paged
+
+
+SIZES = (100_000, 300, 150_000, 120_000, 100_000)
+LARGEST = 2 * 4 * 150_000
+TOTAL = 2 * 4 * sum(n for n in SIZES if n >= 100_000)
+
+
+def _params() -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(5)
+    return [nn.Parameter(torch.randn(n, generator=generator)) for n in SIZES]
+
+
+def _steps(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], seed: int, steps: int = 3) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("budget", [0, LARGEST, 2 * LARGEST, 3 * LARGEST - 1, TOTAL - 1, TOTAL], ids=str)
+def test_a_budget_is_respected_and_changes_no_value(budget: int) -> None:
+    plain, paged = _params(), _params()
+    _steps(torch.optim.AdamW(plain, lr=0.1), plain, seed=1)
+    optimizer = Paged(torch.optim.AdamW(paged, lr=0.1), budget)
+    _steps(optimizer, paged, seed=1)
+    for mine, theirs in zip(paged, plain, strict=True):
+        assert torch.equal(mine, theirs)
+    assert optimizer.resident <= optimizer.peak <= max(budget, LARGEST)
+    places = optimizer.where()
+    assert set(places) == {p for p in paged if p.numel() >= 100_000}
+    moved = optimizer.bytes_in
+    _steps(optimizer, paged, seed=2, steps=1)
+    on_host = sum(
+        bytes_of({n: t for n, t in optimizer.state[p].items() if is_paged(t)}) for p in paged if places.get(p) == "host"
+    )
+    assert optimizer.bytes_in - moved == on_host
+    assert on_host == 0 if budget >= TOTAL else on_host > 0
+    if budget > 2 * LARGEST:
+        assert "device" in places.values()
+
+
+def test_a_paged_8_bit_optimizer_takes_the_steps_of_the_plain_one() -> None:
+    plain, paged = _params(), _params()
+    _steps(AdamW8bit(plain), plain, seed=1)
+    optimizer = Paged(AdamW8bit(paged), budget=0)
+    _steps(optimizer, paged, seed=1)
+    assert optimizer.peak == 2 * 150_000
+    for mine, theirs in zip(paged, plain, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_loaded_paged_state_goes_on_as_if_nothing_had_been() -> None:
+    first, second = _params(), _params()
+    optimizer = Paged(torch.optim.AdamW(first), budget=LARGEST)
+    _steps(optimizer, first, seed=1)
+    with torch.no_grad():
+        for to, p in zip(second, first, strict=True):
+            to.copy_(p)
+    resumed = Paged(torch.optim.AdamW(second), budget=0)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch itself would share `step`
+    assert set(resumed.where().values()) == {"host"}
+    _steps(optimizer, first, seed=2)
+    _steps(resumed, second, seed=2)
+    for mine, theirs in zip(second, first, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_step_that_fails_leaves_every_page_its_own() -> None:
+    class Failing(torch.optim.AdamW):
+        failing: nn.Parameter | None = None
+
+        def step(self, closure: Any = None) -> Any:
+            if self.param_groups[0]["params"][0] is self.failing:
+                raise RuntimeError("as asked")
+            return super().step(closure)
+
+    params = _params()
+    inner = Failing(params)
+    optimizer = Paged(inner, budget=2 * LARGEST)
+    _steps(optimizer, params, seed=1, steps=1)
+    before = [optimizer.state[p]["exp_avg"].clone() for p in params]
+    inner.failing = params[2]
+    with pytest.raises(RuntimeError, match="as asked"):
+        _steps(optimizer, params, seed=2, steps=1)
+    after = [optimizer.state[p]["exp_avg"] for p in params]
+    assert not torch.equal(after[0], before[0])  # was updated
+    for mine, theirs in zip(after[2:], before[2:], strict=True):
+        assert torch.equal(mine, theirs)
+    assert optimizer.param_groups[0]["params"] == params
+
+
+# Several adapters
+
+
+def _adapters(ranks: tuple[int, ...], generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
+    draw = {"generator": generator, "dtype": torch.float64, "requires_grad": True}
+    return [torch.randn(r, 6, **draw) for r in ranks], [torch.randn(4, r, **draw) for r in ranks]
+
+
+@pytest.mark.parametrize("ids", [[1, 1, 0, -1], [1, 0, -1, 1]], ids=["sorted", "mixed"])
+def test_several_adapters_may_be_differentiated_twice(ids: list[int], generator: torch.Generator) -> None:
+    As, Bs = _adapters((2, 3), generator)
+    x = torch.randn(4, 2, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    W = torch.randn(4, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    def call(x: Tensor, W: Tensor, *adapters: Tensor) -> Tensor:
+        return multi_lora_linear(x, W, adapters[:2], adapters[2:], [0.5, 2.0], ids)
+
+    assert torch.autograd.gradcheck(call, (x, W, *As, *Bs))
+    assert torch.autograd.gradgradcheck(call, (x, W, *As, *Bs))
+
+
+def test_an_adapter_that_is_broken_hurts_its_own_sequences_alone(generator: torch.Generator) -> None:
+    As, Bs = _adapters((2, 3), generator)
+    with torch.no_grad():
+        As[1].fill_(torch.nan)
+    x = torch.randn(3, 2, 6, generator=generator, dtype=torch.float64)
+    y = multi_lora_linear(x, torch.eye(4, 6, dtype=torch.float64), As, Bs, [1.0, 1.0], torch.tensor([0, 1, -1]))
+    assert [bool(one.isnan().any()) for one in y] == [False, True, False]
+    assert torch.equal(y[2], x[2, :, :4])
+
+
+@pytest.mark.parametrize("ids", [[0, 2], [0, -2]])
+def test_an_id_that_no_adapter_has_is_refused(ids: list[int], generator: torch.Generator) -> None:
+    As, Bs = _adapters((2, 3), generator)
+    with pytest.raises(ValueError, match="there are adapters 0 to 1"):
+        multi_lora_linear(torch.ones(2, 1, 6, dtype=torch.float64), torch.ones(4, 6).double(), As, Bs, [1.0, 1.0], ids)
