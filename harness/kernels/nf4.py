@@ -1,8 +1,8 @@
 """NF4 and double quantisation (arXiv:2305.14314), in torch by pieces that stay in the cache; on a GPU by Triton.
 
 Encoding looks up, by a coarse position on the axis, the one midpoint that can matter, and compares once. Decoding looks up
-both values of a byte as one 8-byte word. Measured against what inductor makes of the plain expressions, eager torch is as
-fast at decoding (one pass less pays for the calls), and encoding is not worth five seconds of compiling.
+both values of a byte as one 8-byte word. Nothing is compiled: what inductor makes of the plain expressions decodes no
+faster, and encodes faster only after seconds of compiling.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from torch.nn.functional import pad
 
 from harness.kernels.device import TRITON_DTYPES, by_triton
 from harness.kernels.fresh import empty
+from harness.kernels.pieces import VALUES, for_each
 
 BLOCK2 = 256
 """Constants that share one constant of double quantisation."""
 ZERO = 7
 """The code of 0, which also fills up an odd length."""
-_VALUES = 1 << 19
-"""How many values are worked on at a time: 2 MiB of float32, two cores' caches."""
 _CELLS = 32
 """Cells of the coarse axis for each unit, a power of two so that multiplying by it is exact."""
 
@@ -100,29 +99,27 @@ def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
     flat = W.detach().reshape(-1)
     packed = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8, device=W.device)
     absmax = torch.empty(-(-flat.numel() // block), dtype=torch.float32, device=W.device)
-    step = _step(block)
-    for first in range(0, flat.numel(), step):
-        piece = flat[first : first + step].float()
-        blocks = pad(piece, (0, -piece.numel() % (2 * block))).view(-1, block)
-        codes, largest = _encode(blocks)
-        of_bytes, of_blocks = packed[first // 2 : (first + step) // 2], absmax[first // block : (first + step) // block]
-        of_bytes.copy_(codes[: of_bytes.numel()])
-        of_blocks.copy_(largest[: of_blocks.numel()])
+    step = _step(block, W.device)
+    pieces = zip(flat.split(step), packed.split(step // 2), absmax.split(step // block), strict=True)
+    for_each(_encode, [(*piece, block) for piece in pieces], flat.numel())
     if flat.numel() % 2:
         packed[-1] = packed[-1] & 0xF0 | ZERO  # in a block with a NaN the padding is NaN too
     return packed, absmax
 
 
-def _encode(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return packed codes, flat, and absmax of float32 blocks (N, block) of an even number of values."""
-    absmax = blocks.abs().amax(dim=1)
-    scaled = (blocks / torch.where(absmax == 0, 1.0, absmax)[:, None]).flatten()
-    lower, border = _cells(blocks.device)
+def _encode(values: Tensor, packed: Tensor, absmax: Tensor, block: int) -> None:
+    """Write the packed codes of some whole blocks, of which the last may be short, and their absmax."""
+    rest = -values.numel() % (2 * block)
+    blocks = (pad(values, (0, rest)) if rest else values).float().view(-1, block)
+    largest = blocks.abs().amax(dim=1)
+    scaled = (blocks / torch.where(largest == 0, 1.0, largest)[:, None]).view(-1)
+    lower, border = _cells(values.device)
     cell = torch.add(_CELLS, scaled, alpha=_CELLS).nan_to_num_(nan=2.0 * _CELLS + 1).to(torch.int32)
     codes = lower.index_select(0, cell)
     codes += (scaled > border.index_select(0, cell)).view(torch.uint8)
     pairs = codes.view(torch.int16)  # the first code of each in the lower byte
-    return (pairs << 4 | pairs >> 8).to(torch.uint8), absmax
+    packed.copy_((pairs << 4 | pairs >> 8)[: packed.numel()])
+    absmax.copy_(largest[: absmax.numel()])
 
 
 def dequantize(
@@ -144,15 +141,17 @@ def dequantize(
 
         return gpu.dequantize(packed, absmax, block, shape, dtype, out)
     values = empty(shape, dtype, packed.device) if out is None else out.view(tuple(shape))
-    flat, bytes_, scale = values.view(-1), packed.reshape(-1), absmax.detach().float().reshape(-1)
-    table, step = _words(packed.device), _step(block)
-    pairs = torch.empty(min(bytes_.numel(), step // 2), dtype=torch.int64, device=packed.device)
-    for first in range(0, count, step):
-        index = bytes_[first // 2 : (first + step) // 2].to(torch.int32)
-        torch.index_select(table, 0, index, out=pairs[: index.numel()])
-        to = flat[first : first + step]
-        _times_absmax(pairs.view(torch.float32)[: to.numel()], scale[first // block :], block, to)
+    scale, step = absmax.detach().float().reshape(-1), _step(block, packed.device)
+    parts = packed.reshape(-1).split(step // 2), scale.split(step // block), values.view(-1).split(step)
+    table = _words(packed.device)
+    for_each(_decode, [(table, *piece, block) for piece in zip(*parts, strict=True)], count)
     return values
+
+
+def _decode(table: Tensor, packed: Tensor, absmax: Tensor, out: Tensor, block: int) -> None:
+    """Write the values of some whole blocks, of which the last may be short, to `out`."""
+    pairs = table.index_select(0, packed.to(torch.int32)).view(torch.float32)
+    _times_absmax(pairs[: out.numel()], absmax, block, out)
 
 
 def double_quantize(absmax: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,15 +211,17 @@ def dequantize_double(
 def _times_absmax(values: Tensor, absmax: Tensor, block: int, out: Tensor) -> None:
     """Write values x the absmax of their blocks, a product of float32 numbers, to `out`, whose dtype it is rounded to."""
     blocks, rest = divmod(values.numel(), block)
+    if not rest:
+        torch.mul(values.view(-1, block), absmax[:, None], out=out.view(-1, block))
+        return
     whole = blocks * block
     torch.mul(values[:whole].view(-1, block), absmax[:blocks, None], out=out[:whole].view(-1, block))
-    if rest:
-        torch.mul(values[whole:], absmax[blocks], out=out[whole:])
+    torch.mul(values[whole:], absmax[blocks], out=out[whole:])
 
 
-def _step(block: int) -> int:
-    """Return how many values to take at a time: an even number of blocks, so that no byte is split."""
-    return 2 * block * max(1, _VALUES // (2 * block))
+def _step(block: int, device: torch.device) -> int:
+    """Return how many values to take at a time: an even number of blocks, so that no byte is split; on a GPU, all."""
+    return 2 * block * max(1, (VALUES if device.type == "cpu" else 1 << 40) // (2 * block))
 
 
 def _on_gpu(block: int) -> bool:

@@ -69,8 +69,9 @@ def nf4_linear(
 class Nf4Linear(nn.Linear):
     """A linear layer that keeps its weight in NF4: `weight` is the packed bytes, and does not train.
 
-    compute_dtype: what products are formed in; inputs are cast to it, and outputs back. double: whether absmax is in 8 bits
-    too; the buffers absmax2 and offset are there then.
+    compute_dtype: what products are formed in; inputs are cast to it, and outputs back. Its constants are buffers of bytes, so
+    that `model.to(torch.bfloat16)`, which rounds whatever is floating, leaves them alone, and so that nobody takes their
+    dtype for the layer's: absmax (float32), or with `double` its 8-bit codes, absmax2 (float32) and offset (float32).
     """
 
     absmax: Tensor
@@ -81,13 +82,11 @@ class Nf4Linear(nn.Linear):
         """Pack the weight of `dense`; its bias is copied and does not train."""
         super().__init__(dense.in_features, dense.out_features, bias=False, device="meta")
         packed, absmax = nf4.quantize(dense.weight, block)
-        absmax2 = offset = None
-        if double:
-            absmax, absmax2, offset = nf4.double_quantize(absmax, nf4.BLOCK2)
+        constants = nf4.double_quantize(absmax, nf4.BLOCK2) if double else (absmax, None, None)
+        for name, constant in zip(("absmax", "absmax2", "offset"), constants, strict=True):
+            self.register_buffer(name, None if constant is None else constant.reshape(-1).view(torch.uint8))
         self.compute_dtype, self.block = compute_dtype, block
         self.weight = nn.Parameter(packed, requires_grad=False)
-        for name, tensor in (("absmax", absmax), ("absmax2", absmax2), ("offset", offset)):
-            self.register_buffer(name, tensor)
         if dense.bias is not None:
             self.bias = nn.Parameter(dense.bias.detach().clone(), requires_grad=False)
         self.train(dense.training)
@@ -96,13 +95,10 @@ class Nf4Linear(nn.Linear):
     def packed_weight(self) -> PackedWeight:
         """The weight, as products take it."""
         shape = self.out_features, self.in_features
-        return PackedWeight(self.weight, self.absmax, self.block, shape, self.absmax2, self.offset, nf4.BLOCK2)
-
-    def decoded_absmax(self) -> Tensor:
-        """Return the absmax of every block, float32."""
         if self.absmax2 is None or self.offset is None:
-            return self.absmax
-        return nf4.double_dequantize(self.absmax, self.absmax2, self.offset, nf4.BLOCK2)
+            return PackedWeight(self.weight, self.absmax.view(torch.float32), self.block, shape)
+        second = self.absmax2.view(torch.float32), self.offset.view(torch.float32)
+        return PackedWeight(self.weight, self.absmax, self.block, shape, *second, nf4.BLOCK2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + bias, shape (..., E), in the dtype of x."""

@@ -34,7 +34,7 @@ class PackedWeight:
     """A matrix (E, D) in NF4.
 
     packed: uint8 (ceil(E D / 2),). absmax: of blocks of `block`: float32, or, where absmax2 (float32, of blocks of `block2`
-    constants) and offset (float32, 0-d) are given, their 8-bit codes.
+    constants) and offset (float32, one number) are given, their 8-bit codes.
     """
 
     packed: Tensor
@@ -44,6 +44,12 @@ class PackedWeight:
     absmax2: Tensor | None = None
     offset: Tensor | None = None
     block2: int = 256
+
+    def constants(self) -> Tensor:
+        """Return the absmax of every block, float32."""
+        if self.absmax2 is None or self.offset is None:
+            return self.absmax
+        return nf4.double_dequantize(self.absmax, self.absmax2, self.offset, self.block2)
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """Return the matrix in memory of its own."""

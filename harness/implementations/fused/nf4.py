@@ -89,5 +89,5 @@ def _pack(model: Any, paths: list[str], dtype: Any, double: bool) -> dict[str, t
     for path, dense in layers.items():
         packed = Nf4Linear(dense, dtype, double=double)
         replace(model, path, packed)
-        forms[path] = (packed.weight.data, packed.decoded_absmax(), packed.block)
+        forms[path] = (packed.weight.data, packed.packed_weight.constants(), packed.block)
     return forms
