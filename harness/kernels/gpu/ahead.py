@@ -78,6 +78,8 @@ def faults(specimen: Specimen, found: MachineCode, limit: int | None) -> Iterato
             yield f"{found.narrow_loads} loads of one byte, where {specimen.narrow_loads} are expected"
     if specimen.kind == "gemm" and not found.matrix:
         yield "no matrix instruction"
+    if found.matrix and not any(kind in ("*bf16", "*fp16") for kind in specimen.signature.values()):
+        yield "matrix instructions where nothing has 16 bits: float32 is multiplied as TF32"
     if found.fused_multiply_adds and specimen.separate_roundings:
         yield f"{found.fused_multiply_adds} fused multiply-adds, where every rounding was promised"
 

@@ -1,0 +1,121 @@
+"""NF4 by Triton's kernels: every case of the parity suites, and bit for bit what the reference makes of odd values."""
+
+from __future__ import annotations
+
+from typing import get_args
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.conformance.codes import Kind, values
+from harness.kernels.gpu import nf4, nf4_linear
+from harness.testing import conformance
+from reference import double_quant
+from reference import nf4 as reference
+from reference.dynamic_map import dynamic_map
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN and overflow in the interpreter
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Around a program's tile (8192 values decoded, 4096 coded), a block, and the 32 values that share one mask.
+SHAPES = [
+    ((1,), 64),
+    ((63, 65), 64),
+    ((130, 64), 64),
+    ((3, 5, 7), 32),
+    ((3, 4097), 4096),
+    ((8193,), 256),
+    ((9,), 16384),
+]
+
+# One dtype: the others' bits are compared below, in a tenth of the time.
+quantize = conformance("nf4_quantize", dtypes=["bfloat16"])(nf4.quantize)
+dequantize = conformance("nf4_dequantize", dtypes=["bfloat16"])(nf4.dequantize)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Return the bits of numbers, those of every NaN alike."""
+    whole = tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+    return torch.where(tensor.isnan(), -1, whole)
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+@pytest.mark.parametrize(("shape", "block"), SHAPES)
+def test_codes_and_values_have_the_bits_of_the_reference(shape: tuple[int, ...], block: int, kind: Kind) -> None:
+    for dtype in DTYPES:
+        W = values(kind, shape, block, reference.codebook(), dtype, torch.Generator().manual_seed(1))
+        codes, absmax = reference.quantize(W, block)
+        packed, mine = nf4.quantize(W, block)
+        assert torch.equal(packed, reference.pack(codes))
+        assert torch.equal(bits(mine), bits(absmax))
+        want = reference.dequantize(codes, absmax, block).view(shape).to(dtype)
+        assert torch.equal(bits(nf4.dequantize(packed, absmax, block, shape, dtype)), bits(want))
+
+
+@pytest.mark.parametrize(
+    ("shape", "block", "second"), [(*SHAPES[0], 256), (*SHAPES[1], 8), (*SHAPES[2], 7), (*SHAPES[4], 256)]
+)
+def test_one_launch_decodes_what_is_quantised_twice(shape: tuple[int, ...], block: int, second: int) -> None:
+    for dtype in DTYPES:
+        W = values("scales", shape, block, reference.codebook(), dtype, torch.Generator().manual_seed(2))
+        codes, absmax = reference.quantize(W, block)
+        twice = double_quant.quantize(absmax, second)
+        want = reference.dequantize(codes, double_quant.dequantize(*twice, second), block).view(shape).to(dtype)
+        have = nf4.double_dequantize(reference.pack(codes), *twice, dynamic_map(), block, second, shape, dtype)
+        assert torch.equal(bits(have), bits(want))
+
+
+def test_nothing_past_the_end_is_written() -> None:
+    W = torch.randn(67)
+    packed, absmax = nf4.quantize(W, 64)
+    memory = torch.full((200,), 7.0)
+    nf4.dequantize(packed, absmax, 64, (67,), torch.float32, out=memory)
+    assert torch.equal(memory[:67], nf4.dequantize(packed, absmax, 64, (67,), torch.float32))
+    assert bool((memory[67:] == 7.0).all())
+
+
+def test_what_has_no_kernel_is_refused() -> None:
+    with pytest.raises(ValueError, match="power of two"):
+        nf4.quantize(torch.ones(96), 48)
+    with pytest.raises(ValueError, match="do not fill"):
+        nf4.dequantize(torch.zeros(8, dtype=torch.uint8), torch.ones(1), 64, (3, 6), torch.float32)
+    with pytest.raises(ValueError, match="no fused kernel"):  # a row that does not begin with a block
+        nf4_linear.fused(torch.ones(1, 96), torch.zeros(96, dtype=torch.uint8), torch.ones(3), 64, (2, 96), None)
+
+
+@conformance("nf4_linear", dtypes=["bfloat16"])
+def fused_for_any_number_of_tokens(**arguments: object) -> Tensor:
+    with mock.patch.object(nf4_linear, "few", return_value=True):
+        return nf4_linear.nf4_linear(**arguments)  # type: ignore[arg-type]
+
+
+def test_float16_is_fused_and_decoded_first_alike() -> None:
+    W, x = torch.randn(48, 128), torch.randn(2, 9, 128, dtype=torch.float16)
+    packed, absmax = nf4.quantize(W, 64)
+    few, many = (
+        _with_few(is_few, x, packed, absmax, 64, (48, 128), torch.ones(48, dtype=x.dtype)) for is_few in (True, False)
+    )
+    assert few.shape == (2, 9, 48)
+    torch.testing.assert_close(few, many)
+
+
+def _with_few(is_few: bool, *arguments: object) -> Tensor:
+    with mock.patch.object(nf4_linear, "few", return_value=is_few):
+        return nf4_linear.nf4_linear(*arguments)  # type: ignore[arg-type]
+
+
+def test_the_fused_product_leaves_the_rest_of_memory_alone() -> None:
+    """67 rows and 3 tokens: two tiles are computed beyond the last of either, and must not be seen."""
+    W, x = torch.randn(67, 128), torch.randn(3, 128, dtype=torch.float16)
+    packed, absmax = nf4.quantize(W, 64)
+    with mock.patch.object(torch, "empty", lambda *shape, **how: torch.full(shape, torch.nan, **how)):
+        y = nf4_linear.fused(x, packed, absmax, 64, (67, 128), None)
+    assert bool(y.isfinite().all())
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17, 64, 65, 4096])
+def test_more_rows_never_mean_fewer_tokens(tokens: int) -> None:
+    chosen = [nf4_linear.few(tokens, E) for E in (1, 4096, 8192, 16384, 100_000)]
+    assert chosen == sorted(chosen)
+    assert tokens <= 64 or not any(chosen)
