@@ -53,7 +53,7 @@ def _back(
         y = tl.load(right + k[:, None] * stride_yr, mask=(k < r)[:, None] & (column < n)[None, :], other=0.0)
         if _WIDE:
             x, y = to_float32(x), to_float32(y)
-        product = tl.dot(x, y, product, input_precision="tf32x3")
+        product = tl.dot(x, y, product, input_precision="ieee")
     at = row[:, None].to(tl.int64) * n + column[None, :]
     mask = (row < m)[:, None] & (column < n)[None, :]
     store_as(W_out + at, decay * (load_as_float32(W + at, mask=mask, other=0.0) - step_size * product), mask=mask)
@@ -73,8 +73,9 @@ def galore_step_(W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Te
     """Take step number `step`, from 1, in place.
 
     W, G (m, n). P (m, r) and/or Q (n, r): the bases of the subspace, None for the identity. M, V: the moments of
-    R = P^T G Q, in its shape. All in one dtype of float32, bfloat16 and float16. how: step, lr, scale (of the update, not of the decay),
-    betas, eps (added to sqrt(V), before the bias correction), weight_decay (after the update), side (which P and Q imply).
+    R = P^T G Q, in its shape. All in one dtype of float32, bfloat16 and float16. how: step, lr, scale (of the update, not of
+    the decay), betas, eps (added to sqrt(V), before the bias correction), weight_decay (after the update), side (which P
+    and Q imply).
     Raises ValueError unless W, M and V are contiguous and the shapes fit.
     """
     if not (W.is_contiguous() and M.is_contiguous() and V.is_contiguous()):
@@ -126,7 +127,8 @@ def _specimens(dtype: str) -> list[Specimen]:
             divisible=(*small, "n"),
         ),
         Specimen(
-            name=f"galore_back-{dtype}", kernel=_back, kind="gemm", fused_multiply_add=True, num_warps=8,
+            name=f"galore_back-{dtype}", kernel=_back, kind="other" if dtype == "fp32" else "gemm",
+            fused_multiply_add=True, num_warps=8,
             signature=large | sizes | dict.fromkeys(("step_size", "decay"), "fp32"),
             constants=unit | {"rows": _ROWS, "columns": _COLUMNS, "inner": _INNER}, divisible=(*large, *sizes),
         ),

@@ -1,0 +1,142 @@
+"""The kernels of optimizer steps, of AdaLoRA's importance and of mixed adapters, run by Triton's interpreter on the CPU.
+
+    TRITON_INTERPRET=1 python -m pytest tests/interpreted/test_steps.py
+
+The conformance engine judges, as it does every implementation; here the cases are small, since the interpreter is slow.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.conformance import matrix, operations, suite
+from harness.records import Outcome
+from harness.registry import implements
+
+pytest.importorskip("triton", reason="Triton is made for Linux only")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("run it with TRITON_INTERPRET=1: without, Triton compiles for a GPU", allow_module_level=True)
+
+from harness.kernels.gpu import adalora_importance, adamw8bit, dynamic_quantize, galore_step, multi_lora_linear
+from reference.dynamic_map import dynamic_map, quantize_blockwise
+
+DTYPES = ("float32", "bfloat16", "float16")
+CASES: list[tuple[Callable[..., Any], dict[str, Any]]] = [
+    (adamw8bit.adamw8bit_step, {"shape": [2048], "step": 1}),
+    (adamw8bit.adamw8bit_step, {"shape": [63, 33], "weight_decay": 0.1, "step": 2}),
+    (adamw8bit.adamw8bit_step, {"shape": [513], "gradient": "sparse", "step": 50}),
+    (dynamic_quantize.dynamic_quantize, {"numel": 1000, "block": 100}),
+    (dynamic_quantize.dynamic_quantize, {"numel": 1024, "kind": "ties", "signed": False}),
+    (dynamic_quantize.dynamic_quantize, {"numel": 512, "kind": "nan"}),
+    (dynamic_quantize.dynamic_quantize, {"numel": 512, "kind": "tiny"}),
+    (dynamic_quantize.dynamic_quantize, {"numel": 4100, "block": 4096}),
+    (adalora_importance.adalora_importance, {"shape": [20, 33], "rank": 3}),
+    (adalora_importance.adalora_importance, {"shape": [16, 32], "rank": 1, "beta1": 0.0, "beta2": 1.0}),
+    (galore_step.galore_step, {"shape": [33, 70], "rank": 4, "weight_decay": 0.1}),
+    (galore_step.galore_step, {"shape": [70, 33], "rank": 3, "step": 2}),
+    (galore_step.galore_step, {"shape": [24, 16], "rank": 4, "side": "full"}),
+    (multi_lora_linear.multi_lora_linear, {"ids": [1, -1, 1], "ranks": [3, 17], "shape": [35, 20], "tokens": 2}),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("function", "case"), CASES, ids=lambda one: getattr(one, "__name__", None) or str(one))
+def test_the_kernel_passes_every_check(function: Callable[..., Any], case: dict[str, Any], dtype: str) -> None:
+    offered = implements(function.__name__, name="kernel", kind="operation", dtypes=DTYPES)(function)
+    plan = suite.load_operation(function.__name__)
+    results = list(matrix.one_call(offered, plan, case, dtype))
+    assert results
+    assert [f"{r.check}: {r.detail}" for r in results if r.outcome is Outcome.FAIL] == []
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_next_to_every_midpoint_are_the_references_to_the_last_bit(signed: bool) -> None:
+    code = dynamic_map(signed)
+    middles = (code[1:] + code[:-1]) / 2
+    sides = [torch.nextafter(middles, torch.tensor(side)) for side in (9.0, -9.0)]
+    x = torch.cat([torch.ones(1), middles, *sides, code, torch.tensor([-0.0, 1e-30])])
+    for given, want in zip(
+        dynamic_quantize.dynamic_quantize(x, len(x), signed), quantize_blockwise(x, code, len(x)), strict=True
+    ):
+        assert torch.equal(given, want)
+
+
+def _drawn(name: str, dtype: torch.dtype, **case: Any) -> dict[str, Any]:
+    return operations.every()[name].arguments(dtype, torch.Generator().manual_seed(3), **case)
+
+
+def test_8_bit_steps_in_place_are_the_steps() -> None:
+    given = _drawn("adamw8bit_step", torch.bfloat16, shape=[5, 103])
+    want = adamw8bit.adamw8bit_step(**given)
+    adamw8bit.adamw8bit_step_(**given)
+    assert all(torch.equal(given[n], t) for n, t in zip(("p", "m", "m_absmax", "v", "v_absmax"), want, strict=True))
+
+
+def test_an_8_bit_step_keeps_moments_below_the_normal_numbers() -> None:
+    given = _drawn("adamw8bit_step", torch.float32, shape=[300], step=1)
+    given["g"] *= 1e-19  # its square is 1e-38, and a thousandth of that the second moment
+    _, m, _, v, v_absmax = adamw8bit.adamw8bit_step(**given)
+    _, m_want, _, v_want, v_absmax_want = operations.every()["adamw8bit_step"].reference(**given)
+    assert v_absmax.max() < torch.finfo(torch.float32).tiny
+    assert torch.allclose(v_absmax, v_absmax_want, rtol=0, atol=3e-45)
+    assert (m.int() - m_want.int()).abs().max() <= 1
+    assert ((v.int() - v_want.int()).abs() <= 1).all()
+
+
+def test_an_8_bit_step_in_place_refuses_a_view() -> None:
+    given = _drawn("adamw8bit_step", torch.float32, shape=[16, 32])
+    given["p"] = given["p"].T
+    given["g"] = given["g"].T
+    with pytest.raises(ValueError, match="contiguous"):
+        adamw8bit.adamw8bit_step_(**given)
+
+
+def test_galore_steps_in_place_are_the_steps() -> None:
+    given = _drawn("galore_step", torch.float16, shape=[20, 40], rank=3, weight_decay=0.1)
+    want = galore_step.galore_step(**given)
+    galore_step.galore_step_(**given)
+    assert all(torch.equal(given[name], t) for name, t in zip("WMV", want, strict=True))
+
+
+def test_importance_of_several_layers_is_that_of_each() -> None:
+    layers = [
+        _drawn("adalora_importance", dtype, shape=shape, rank=rank)
+        for dtype, shape, rank in (
+            (torch.float32, [20, 33], 3),
+            (torch.bfloat16, [16, 32], 4),
+            (torch.float32, [9, 64], 3),
+        )
+    ]
+    layers[2]["grad_B"] = None
+    want = [adalora_importance.adalora_importance(**layer) for layer in layers]
+    names = [name for name in layers[0] if not name.startswith("beta")]
+    scores = adalora_importance.adalora_importance_(
+        **{name: [layer[name] for layer in layers] for name in names}, beta1=0.85, beta2=0.7
+    )
+    for layer, mine, (*states, theirs) in zip(layers, scores, want, strict=True):
+        assert torch.equal(mine, theirs)
+        kept = (layer[f"{kind}_{name}"] for name in "AEB" for kind in "IU")
+        assert all(torch.equal(one, other) for one, other in zip(kept, states, strict=True))
+    assert torch.equal(
+        layers[2]["I_B"], 0.85 * _drawn("adalora_importance", torch.float32, shape=[9, 64], rank=3)["I_B"]
+    )
+
+
+def _with_gradients(function: Callable[..., Tensor], given: dict[str, Any]) -> list[Tensor]:
+    leaves = [given["x"], *given["As"], *given["Bs"]]
+    y = function(**given)
+    grads = torch.autograd.grad(y.square().sum(), [t.requires_grad_() for t in leaves], allow_unused=True)
+    return [y, *(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True))]
+
+
+def test_an_id_without_an_adapter_is_refused() -> None:
+    given = _drawn("multi_lora_linear", torch.float32, ids=[0], ranks=[2], shape=[16, 16])
+    for wrong in (-2, 1):
+        with pytest.raises(ValueError, match=f"id {wrong}"):
+            multi_lora_linear.multi_lora_linear(**given | {"ids": [wrong]})
