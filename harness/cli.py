@@ -233,6 +233,46 @@ def check(
 
 
 @verbs.command()
+@click.option("--op", "operations", multiple=True, metavar="O", help="Only this operation; may be given again.")
+@click.option("--step", "steps", multiple=True, metavar="S", help="A training step, e.g. `lora`, or `all`; again.")
+@click.option("--vs", multiple=True, metavar="IMPLEMENTATION", help="Whom to compare with; may be given again.")
+@click.option("--shapes", type=click.Choice(["small", "8b", "70b"]), default="small", show_default=True)
+@click.option("--dtype", "dtypes", multiple=True, metavar="D", help="[float32; bfloat16 on a GPU]; may be given again.")
+@click.option("--pairs", type=click.IntRange(5, 10_000), default=12, show_default=True, help="Of samples, in turn.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Write a JSON file per benchmark."
+)
+@click.option(
+    "--export-pytest-benchmark", "export", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="Write what `pytest-benchmark compare` reads.",
+)  # fmt: skip
+@_json
+def bench(
+    operations: tuple[str, ...],
+    steps: tuple[str, ...],
+    vs: tuple[str, ...],
+    shapes: str,
+    dtypes: tuple[str, ...],
+    pairs: int,
+    device: Any,
+    out: Path | None,
+    export: Path | None,
+    as_json: bool,
+) -> Exit:
+    """Time `fused` against the others.
+
+    Every operation that has sizes, if nothing is named; `--step` times whole training steps instead. Both programs must
+    first pass the checks on the very call that is timed, or no speed is printed. The shapes are the linear layers of
+    Llama-3-8B and 70B, or small ones.
+    """
+    from harness.bench import command
+    from harness.bench.planning import Asked
+
+    return command.bench(Asked(operations, vs, steps, shapes, dtypes, pairs, device), as_json, out, export)
+
+
+@verbs.command()
 @_json
 def doctor(as_json: bool) -> Exit:
     """Say what can run here, and why not."""

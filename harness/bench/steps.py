@@ -1,0 +1,57 @@
+"""The training steps that are timed: Methods and their configs, and the model around them. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+GALORE_GAP = 200
+"""GaLore's steps from one refresh of its projector to the next, as in its paper."""
+CYCLE = 11
+"""Steps from one refresh to the next while timing: one refresh and ten ordinary steps, from which `GALORE_GAP` follow."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A small Llama and its batch, trained in float32 by default. features: in and out of GaLore's one weight."""
+
+    layers: int = 10
+    width: int = 576
+    mlp: int = 1536
+    heads: int = 9
+    kv_heads: int = 3
+    vocabulary: int = 512
+    batch: int = 4
+    tokens: int = 128
+    features: int = 2048
+
+    def document(self) -> dict[str, Any]:
+        """Return it as JSON can hold it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step. method: as in `reference/`; config: of its Config; base: how the frozen weights are packed."""
+
+    method: str
+    config: dict[str, Any] = field(default_factory=dict)
+    base: str = ""
+
+
+_LORA: dict[str, Any] = {"rank": 16, "alpha": 32.0, "targets": LINEAR}
+STEPS: dict[str, Step] = {
+    "lora": Step("lora", _LORA),
+    "lora-dropout": Step("lora", _LORA | {"dropout": 0.1}),
+    "dora": Step("dora", _LORA),
+    # Pruning from the first step on, every step: the allocator is part of what is timed.
+    "adalora": Step(
+        "adalora",
+        {"rank": 12, "target_rank": 8, "targets": LINEAR, "total_steps": 1000, "tinit": 0, "tfinal": 10, "delta_t": 1},
+    ),
+    "vera": Step("vera", {"rank": 256, "targets": LINEAR}),
+    "lora-nf4": Step("lora", _LORA, base="nf4"),
+    "galore": Step("galore", {"rank": 128, "update_gap": CYCLE}),
+}
+"""Name, as in `--step NAME` -> step."""

@@ -1,0 +1,103 @@
+"""The table of a bench, as plain aligned text: a line per benchmark, and below it what its numbers do not say. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+from harness.bench.results import Row
+from harness.conformance.tried import Standing
+
+_HEAD = ("benchmark", "shape", "dtype", "on", "{0}", "other", "", "other/{0}", "limit", "memory", "parity")
+
+
+def as_text(rows: Sequence[Row]) -> str:
+    """Return the table, and its notes."""
+    ours = rows[0].ours if rows else "ours"
+    lines = [tuple(head.format(ours) for head in _HEAD), *(_fields(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEAD))]
+    shown = [
+        "  ".join(field.ljust(width) for field, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    ]
+    return "\n".join([*shown, "", *_notes(rows)]).rstrip()
+
+
+def _fields(row: Row) -> tuple[str, ...]:
+    start = (row.name, row.shape, row.dtype, row.device)
+    if row.samples is None:
+        said = {"refused": "refused: ", "failed": "failed: ", "not-run": "not-run: "}[row.outcome] + row.because
+        return (*start, "-", row.other, "-", "-", "-", "-", said.replace("not-run: no GPU", "not-run (no GPU)"))
+    ours, other = median(row.samples.ours), median(row.samples.other)
+    return (
+        *start, _time(ours) + _mark(row, "ours"), row.other, _time(other) + _mark(row, "other"), _ratio(row), _limit(row),
+        _memory(row), _parity(row),
+    )  # fmt: skip
+
+
+def _mark(row: Row, who: str) -> str:
+    return " *" if who in row.mostly_call else ""
+
+
+def _ratio(row: Row) -> str:
+    ratio = row.ratio
+    if ratio is None:
+        return "-"
+    if ratio.low is None or ratio.high is None:
+        return f"{ratio.value:.2f} [too few]"
+    return f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
+
+
+def _limit(row: Row) -> str:
+    if row.limit_ratio is not None:
+        return f"{row.limit_ratio:.2f} x frozen pass"
+    share = row.share(row.samples.ours) if row.samples is not None else None
+    return "-" if share is None else f"{share:.0%} of roofline"
+
+
+def _memory(row: Row) -> str:
+    peak, ratio = row.taken(row.ours), row.memory_ratio
+    return "-" if peak is None or ratio is None else f"{peak / 2**20:.0f} MiB, {ratio:.2f}"
+
+
+def _parity(row: Row) -> str:
+    """Name the checks that were passed, and the largest share of its allowance that any of them used."""
+    passed = [one for one in row.parity if one.standing is Standing.PASS]
+    ids = list(dict.fromkeys(one.result.check for one in passed))
+    shown = ids[-1] + (f" +{len(ids) - 1}" if len(ids) > 1 else "")
+    share = max((one.share for one in passed if one.share is not None), default=None)
+    defects = sorted({one.defect for one in row.parity if one.defect})
+    used = f" {share:.2f}" if share is not None else ""
+    return shown + used + (f" (known defect {', '.join(defects)})" if defects else "")
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    measured = [row for row in rows if row.samples is not None]
+    notes = []
+    if measured:
+        notes.append(
+            f"other/{measured[0].ours}: median over pairs taken in turn, with its 95 % interval; above 1 {measured[0].ours} "
+            "is faster. It holds within one process.\n"
+            "parity: the last check passed, how many more, and the largest share of what was allowed"
+        )
+    if any(row.ceilings for row in measured):
+        seen = {
+            (row.device, row.dtype, f"{row.ceilings.copy_B_per_s / 1e9:.3g} GB/s, {row.ceilings.gemm_FLOP_per_s / 1e12:.3g}")
+            for row in measured
+            if row.ceilings is not None
+        }  # fmt: skip
+        notes.append("roofline: of the copy and of the matrix product measured in the same process as the row:")
+        notes += [f"  {device} {dtype}: {rates} TFLOP/s" for device, dtype, rates in sorted(seen)]
+    if any(row.mostly_call for row in measured):
+        notes.append(
+            "*: much of this time any call takes, however small: as the Operation is called, this implementation makes an "
+            "optimizer or a layer at each call. Compare whole steps by --step"
+        )
+    judged = dict.fromkeys(f"  {row.name} {row.shape}: {row.judged}" for row in measured if row.judged)
+    return [*notes, *(["parity judged on less than was timed:", *judged] if judged else [])]
+
+
+def _time(seconds: float) -> str:
+    for factor, unit in ((1.0, "s"), (1e3, "ms")):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"

@@ -1,0 +1,102 @@
+"""Times of two programs taken in turn: A B, B A, A B ..., so that a slow spell of the machine meets both alike."""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+
+from harness.bench.results import Samples
+
+Run = Callable[[], object]
+
+WARMUP = 3
+LEAST_S = 0.005
+"""A sample on a CPU is the mean of so many calls that they take this long together."""
+MOST_CALLS = 1000
+FLUSH_B = 256 * 2**20
+"""More than any L2 cache holds. To overwrite it also gives Python time to queue what is timed behind it."""
+
+
+class Clock:
+    """Times calls on a device: by events on a GPU, each call alone and with a cold L2; by the wall clock on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.on_gpu = device.type == "cuda"
+        self._flush = torch.empty(FLUSH_B // 4, dtype=torch.int32, device=device) if self.on_gpu else None
+
+    def sample(self, run: Run, calls: int = 1) -> float:
+        """Return the seconds of one call: the mean of `calls`."""
+        if self._flush is not None:
+            return sum(self._event(run, self._flush) for _ in range(calls)) / calls
+        started = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - started) / calls
+
+    def calls(self, seconds: float) -> int:
+        """Return how many calls of this length make a sample that the clock can tell."""
+        return 1 if self.on_gpu else max(1, min(MOST_CALLS, math.ceil(LEAST_S / max(seconds, 1e-9))))
+
+    def _event(self, run: Run, flush: torch.Tensor) -> float:
+        begin: Any = torch.cuda.Event(enable_timing=True)
+        end: Any = torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return float(begin.elapsed_time(end)) / 1e3
+
+
+@contextmanager
+def no_collector() -> Iterator[None]:
+    """Keep Python's garbage collector out of the samples."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def pairs(
+    clock: Clock,
+    ours: Run,
+    other: Run,
+    count: int,
+    *,
+    limit: Run | None = None,
+    overhead: Mapping[str, float] | None = None,
+    alone: bool = False,
+) -> Samples:
+    """Return `count` pairs of samples in the order A B B A ..., begun by the one that chance picks.
+
+    limit: is timed once in every pair too, after both. overhead: is handed on. alone: a sample is one call, however short.
+    """
+    runs = {"ours": ours, "other": other} | ({"limit": limit} if limit is not None else {})
+    warmup = {who: [clock.sample(run) for _ in range(WARMUP)] for who, run in runs.items()}
+    calls = {who: 1 if alone else clock.calls(min(times)) for who, times in warmup.items()}
+    found: dict[str, list[float]] = {who: [] for who in runs}
+    first: list[Literal["ours", "other"]] = []
+    turned = random.random() < 0.5  # noqa: S311
+    with no_collector():
+        for _ in range(count):
+            first.append("other" if turned else "ours")
+            for who in (
+                *(("other", "ours") if turned else ("ours", "other")),
+                *(["limit"] if limit is not None else []),
+            ):
+                found[who].append(clock.sample(runs[who], calls[who]))
+            turned = not turned
+    return Samples(
+        ours=found["ours"], other=found["other"], limit=found.get("limit", []), first=first, warmup=warmup, calls=calls,
+        overhead=dict(overhead or {}),
+    )  # fmt: skip

@@ -1,0 +1,170 @@
+"""A training step benchmarked: both implementations take a Cell's parity gate, then steps in turn."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.bench import timing
+from harness.bench.results import Row, Samples
+from harness.bench.steps import CYCLE, GALORE_GAP, Backbone, Step
+from harness.bench.trainee import LR, SEED, WEIGHT_DECAY, Trainee, frozen_pass
+from harness.bench.verdict import standing
+from harness.conformance import matrix, suite
+from harness.conformance.subject import DTYPES, configure
+from harness.conformance.tried import Tried
+from harness.measure.memory import PeakMeter
+from harness.registry import Implementation, Registry
+
+JUDGED_FEATURES, JUDGED_RANK = 128, 16
+MEASURED_STEPS = 3
+
+
+def row(
+    name: str, step: Step, both: tuple[Implementation, Implementation], packers: tuple[str, str], shape: Backbone,
+    dtype: str, device: torch.device, pairs: int, registry: Registry, facts: dict[str, Any],
+) -> Row:  # fmt: skip
+    """Return the benchmark of one step by two implementations."""
+    if step.method == "galore":
+        return _galore(name, step, both, shape, dtype, device, pairs, facts)
+    trainees = [
+        Trainee(it, step, shape, dtype, device, registry, packer)
+        for it, packer in zip(both, packers, strict=True)
+    ]  # fmt: skip
+    case = f"{shape.layers} layers {shape.width}, {shape.batch}x{shape.tokens}"
+    parity = [
+        Tried(implementation=it.name, kind="method", target=step.method, dtype=dtype, case=case, result=result)
+        for it, trainee in zip(both, trainees, strict=True)
+        for result in trainee.parity()
+    ]
+    tried, outcome, because = standing(parity)
+    samples = None
+    if outcome == "measured":
+        for trainee in trainees:
+            trainee.settle()
+        limit = frozen_pass(shape, DTYPES[dtype], device)
+        samples = timing.pairs(timing.Clock(device), trainees[0].step, trainees[1].step, pairs, limit=limit, alone=True)
+    return Row(
+        name=f"step:{name}", shape=case, dtype=dtype, device=device.type, ours=both[0].name, other=both[1].name,
+        outcome=outcome, because=because, parity=tried, samples=samples,
+        losses={it.name: trainee.losses for it, trainee in zip(both, trainees, strict=True) if samples is not None},
+        facts=facts | {"packed by": list(packers)} if step.base else facts,
+    )  # fmt: skip
+
+
+def memory(
+    step: Step, implementation: Implementation, packer: str, shape: Backbone, dtype: str, device: torch.device,
+    registry: Registry,
+) -> dict[str, int]:  # fmt: skip
+    """Return in bytes the peak of a few steps in this process, what it held before them, and what before there was a model.
+
+    The last is what importing libraries takes, once their modules are all there.
+    """
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    meter = PeakMeter(device)
+    meter.reset()
+    bare = meter.now()
+    if step.method == "galore":
+        weight = torch.zeros(shape.features, shape.features, dtype=DTYPES[dtype], device=device)
+        take: Callable[[], object] = _Galore(step, implementation, weight).step
+    else:
+        trainee = Trainee(implementation, step, shape, dtype, device, registry, packer)
+        trainee.settle()
+        take = trainee.step
+    meter.reset()
+    rest = meter.now()
+    for _ in range(MEASURED_STEPS):
+        take()
+    return {"peak_B": meter.peak(), "rest_B": rest, "bare_B": bare}
+
+
+class _Galore:
+    """One weight under a Method's own optimizer, given the same gradients by whoever steps it."""
+
+    def __init__(self, step: Step, implementation: Implementation, weight: Tensor) -> None:
+        rows, columns = weight.shape
+        layer = nn.Linear(columns, rows, bias=False, device=weight.device, dtype=weight.dtype)
+        layer.weight.data.copy_(weight)
+        config = configure(step.method, {**step.config, "targets": ["weighted"]})
+        adapted = implementation(nn.ModuleDict({"weighted": layer}), config, torch.Generator().manual_seed(SEED))
+        self.weight, self.optimizer = layer.weight, adapted.optimizer(LR, WEIGHT_DECAY)
+        self.generator = torch.Generator().manual_seed(SEED)
+
+    def draw(self) -> None:
+        """Draw the next gradient, which no sample holds."""
+        shape = self.weight.shape
+        self.weight.grad = torch.randn(shape, generator=self.generator).to(self.weight.device, self.weight.dtype)
+
+    def step(self) -> None:
+        if self.weight.grad is None:
+            self.draw()
+        self.optimizer.step()
+
+
+def _galore(
+    name: str, step: Step, both: tuple[Implementation, Implementation], shape: Backbone, dtype: str,
+    device: torch.device, pairs: int, facts: dict[str, Any],
+) -> Row:  # fmt: skip
+    """Time whole cycles of one refresh and some ordinary steps; a sample is the mean over `GALORE_GAP` steps made of them.
+
+    Parity: the whole suite of the Method on two layers of fewer features.
+    """
+    plan = suite.load(step.method)
+    small = suite.Shape.model_validate({"tokens": 16, "in": JUDGED_FEATURES, "out": JUDGED_FEATURES})
+    of = suite.MethodCase({**step.config, "rank": JUDGED_RANK}, "linear", small, dtype)  # type: ignore[arg-type]
+    parity = [
+        Tried(implementation=it.name, kind="method", target=step.method, dtype=dtype, case=str(of), result=result)
+        for it in both
+        for result in matrix.one_case(it, plan, of)
+    ]
+    tried, outcome, because = standing(parity)
+    samples = None
+    if outcome == "measured":
+        weight = torch.randn(shape.features, shape.features, generator=torch.Generator().manual_seed(SEED))
+        samples = _cycles([_Galore(step, it, weight.to(device, DTYPES[dtype])) for it in both], pairs, device)
+    return Row(
+        name=f"step:{name}", shape=f"{shape.features}x{shape.features}, rank {step.config['rank']}", dtype=dtype,
+        device=device.type, ours=both[0].name, other=both[1].name, outcome=outcome, because=because,
+        judged=f"{JUDGED_FEATURES}x{JUDGED_FEATURES}, rank {JUDGED_RANK}, the whole suite of galore", parity=tried,
+        samples=samples, facts=facts | {"a refresh every": GALORE_GAP, "timed in cycles of": CYCLE},
+    )  # fmt: skip
+
+
+def _cycles(both: list[_Galore], pairs: int, device: torch.device) -> Samples:
+    clock, names = timing.Clock(device), ("ours", "other")
+    found: dict[str, list[float]] = {"ours": [], "other": []}
+    parts: dict[str, list[list[float]]] = {"ours": [], "other": []}
+    first: list[Any] = []
+
+    def cycle(one: _Galore) -> list[float]:
+        times = []
+        for _ in range(CYCLE):
+            one.draw()
+            times.append(clock.sample(one.step))
+        return times
+
+    warmup = {who: cycle(one) for who, one in zip(names, both, strict=True)}
+    turned = random.random() < 0.5  # noqa: S311
+    with timing.no_collector():
+        for _ in range(pairs):
+            order = names[::-1] if turned else names
+            first.append(order[0])
+            for who in order:
+                times = cycle(both[names.index(who)])
+                parts[who].append(times)
+                found[who].append(_per_step(times))
+            turned = not turned
+    return Samples(ours=found["ours"], other=found["other"], first=first, warmup=warmup, parts=parts)
+
+
+def _per_step(times: list[float]) -> float:
+    """Return the mean step where refreshes are `GALORE_GAP` steps apart, from a cycle with one refresh anywhere in it."""
+    ordinary = median(times)
+    refresh = max(sum(times) - (len(times) - 1) * ordinary, ordinary)
+    return ((GALORE_GAP - 1) * ordinary + refresh) / GALORE_GAP

@@ -1,0 +1,430 @@
+"""The verb `bench`: no speed without parity, raw samples, what is written and exported, who is compared with whom."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness.bench import calls, command, planning, pytest_benchmark, results, table, timing, training
+from harness.bench.operations import OPERATIONS
+from harness.bench.planning import Asked, Task
+from harness.bench.results import Ceilings, Row, Samples
+from harness.bench.sizes import MOST_PRODUCTS, MOST_WEIGHTS, SHAPES, Size, sizes
+from harness.bench.steps import STEPS, Backbone
+from harness.cli import main
+from harness.conformance import operations, suite
+from harness.conformance.tried import Tried
+from harness.errors import Exit, UsageError
+from harness.measure.environment import describe
+from harness.records import CheckResult, Outcome
+from harness.registry import Implementation, Registry, discover, implements
+
+CPU = torch.device("cpu")
+SMALL = Size("tiny", 32, 48, 5, 4)
+LITTLE = Backbone(layers=1, width=32, mlp=48, heads=2, kv_heads=1, vocabulary=64, batch=2, tokens=16, features=48)
+
+
+@pytest.fixture(scope="module")
+def registry() -> Registry:
+    return discover()
+
+
+@pytest.fixture(autouse=True)
+def low_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy and a product of sizes that take no time."""
+    monkeypatch.setattr("harness.bench.ceilings.COPIED_B", {"cpu": 2**16})
+    monkeypatch.setattr("harness.bench.ceilings.SIDE", {"cpu": 32})
+    monkeypatch.setattr(timing, "LEAST_S", 1e-4)
+
+
+def offered(name: str, target: str, function: Callable[..., Any], kind: Any = "operation") -> Implementation:
+    return implements(target, name=name, kind=kind, dtypes=["float32"])(function)
+
+
+def reference(target: str) -> Callable[..., Any]:
+    return operations.every()[target].reference
+
+
+def rows(other: Implementation, registry: Registry, target: str = "lora_linear", pairs: int = 6) -> list[Row]:
+    ours = registry.find("operation", target, "reference")
+    bench = calls.Bench(target, ours, other, "float32", CPU, pairs, {"threads": 1})
+    return list(bench.rows(SMALL))
+
+
+def row(**more: Any) -> Row:
+    check = CheckResult(check="lora_linear/outputs/float32/call", outcome=Outcome.PASS, error=0.1, allowed=0.4)
+    tried = Tried(implementation="acme", kind="operation", target="lora_linear", dtype="float32", case="", result=check)
+    given: dict[str, Any] = {
+        "name": "lora_linear", "shape": "square 8x8, 2 tokens", "dtype": "float32", "device": "cpu", "ours": "fused",
+        "other": "acme", "outcome": "measured", "parity": [tried], "bytes": 4e6, "flops": 1e6,
+        "samples": Samples(
+            ours=[0.001, 0.002, 0.001, 0.001, 0.004, 0.001], other=[0.002] * 6, first=["ours", "other"] * 3,
+            calls={"ours": 5, "other": 3},
+        ),
+        "ceilings": Ceilings(copy_B_per_s=8e9, gemm_FLOP_per_s=1e11),
+    }  # fmt: skip
+    return Row(**given | more)
+
+
+# ---- no speed without parity
+
+
+def test_what_agrees_is_timed_forward_and_backward_with_its_raw_samples(registry: Registry) -> None:
+    forward, backward = rows(offered("acme", "lora_linear", reference("lora_linear")), registry)
+    assert [forward.name, backward.name] == ["lora_linear", "lora_linear+backward"]
+    for one in (forward, backward):
+        assert one.outcome == "measured", one.because
+        assert one.samples is not None
+        assert len(one.samples.ours) == len(one.samples.other) == len(one.samples.first) == 6
+        assert min(one.samples.ours + one.samples.other) > 0
+        assert set(one.samples.warmup) == {"ours", "other"}
+        assert one.ratio is not None
+        assert one.share(one.samples.ours) is not None
+    checks = {(t.implementation, t.result.check) for t in backward.parity}
+    wanted = {f"lora_linear/{name}/float32/call" for name in ("outputs", "backward")}
+    assert checks == {(who, check) for who in ("reference", "acme") for check in wanted}
+
+
+def test_who_begins_alternates(registry: Registry) -> None:
+    forward, _ = rows(offered("acme", "lora_linear", reference("lora_linear")), registry)
+    assert forward.samples is not None
+    first = forward.samples.first
+    assert all(a != b for a, b in pairwise(first))
+
+
+def test_a_wrong_output_gets_no_speed(registry: Registry) -> None:
+    def wrong(**given: Any) -> Any:
+        return reference("lora_linear")(**given) * 1.001
+
+    for one in rows(offered("acme", "lora_linear", wrong), registry):
+        assert (one.outcome, one.samples, one.red) == ("refused", None, True)
+        assert "acme fails lora_linear/outputs/float32/call" in one.because
+        assert "refused: no parity" in table.as_text([one])
+
+
+def test_a_wrong_gradient_gets_no_speed_of_training_but_one_of_the_call(registry: Registry) -> None:
+    def wrong(**given: Any) -> Any:
+        return reference("lora_linear")(**given | {"A": given["A"].detach()})
+
+    forward, backward = rows(offered("acme", "lora_linear", wrong), registry)
+    assert forward.outcome == "measured"
+    assert (backward.outcome, backward.samples) == ("refused", None)
+    assert "lora_linear/backward" in backward.because
+
+
+def test_codes_that_were_never_written_get_no_speed(registry: Registry) -> None:
+    def lazy(**given: Any) -> Any:
+        p, m, m_absmax, v, v_absmax = reference("adamw8bit_step")(**given)
+        return p, torch.zeros_like(m), m_absmax, torch.zeros_like(v), v_absmax
+
+    (one,) = rows(offered("acme", "adamw8bit_step", lazy), registry, "adamw8bit_step")
+    assert (one.outcome, one.red) == ("refused", True)
+    assert "output_codes" in one.because
+
+
+def test_what_is_not_offered_is_not_run_and_no_failure(registry: Registry) -> None:
+    from harness.errors import Unsupported
+
+    def picky(**given: Any) -> Any:
+        raise Unsupported("only on Sundays")
+
+    for one in rows(offered("acme", "lora_linear", picky), registry):
+        assert (one.outcome, one.red) == ("not-run", False)
+        assert "only on Sundays" in one.because
+
+
+def test_a_step_whose_update_is_a_little_off_gets_no_speed(registry: Registry) -> None:
+    def wrong(model: Any, config: Any, generator: Any) -> Any:
+        from reference.lora import attach
+
+        adapted = attach(model, config, generator)
+        for layer in adapted.layers.values():
+            layer.scaling *= 1.01
+        return adapted
+
+    both = (registry.find("method", "lora", "reference"), offered("acme", "lora", wrong, "method"))
+    one = training.row("lora", STEPS["lora"], both, ("", ""), LITTLE, "float32", CPU, 5, registry, {})
+    assert (one.outcome, one.samples, one.red) == ("refused", None, True)
+    assert "no parity: acme fails lora/" in one.because
+
+
+# ---- training steps
+
+
+@pytest.mark.parametrize("name", ["lora-dropout", "adalora"])
+def test_a_step_is_timed_beside_the_frozen_pass(registry: Registry, name: str) -> None:
+    step = STEPS[name]
+    both = (registry.find("method", step.method, "reference"), registry.find("method", step.method, "hf-peft"))
+    one = training.row(name, step, both, ("", ""), LITTLE, "float32", CPU, 5, registry, {})
+    assert one.outcome == "measured", one.because
+    assert one.samples is not None
+    assert len(one.samples.limit) == 5
+    assert one.limit_ratio is not None
+    assert {len(losses) for losses in one.losses.values()} == {5 + timing.WARMUP}
+    first = [losses[0] for losses in one.losses.values()]
+    assert first[0] == pytest.approx(first[1])
+    assert f"{step.method}/loss/float32/warm" in {t.result.check for t in one.parity}
+    assert "x frozen pass" in table.as_text([one])
+
+
+def test_a_refresh_counts_once_in_two_hundred_steps() -> None:
+    ordinary, refresh = 0.01, 2.0
+    times = [ordinary] * 4 + [refresh] + [ordinary] * 6
+    assert training._per_step(times) == pytest.approx((199 * ordinary + refresh) / 200)
+
+
+def test_a_galore_step_is_made_of_whole_cycles(registry: Registry) -> None:
+    both = (registry.find("method", "galore", "reference"),) * 2
+    one = training.row("galore", STEPS["galore"], both, ("", ""), LITTLE, "float32", CPU, 5, registry, {})
+    assert one.outcome == "measured", one.because
+    assert one.samples is not None
+    assert [len(cycle) for cycle in one.samples.parts["ours"]] == [training.CYCLE] * 5
+    assert one.judged
+
+
+def test_memory_of_a_step_is_that_above_the_bare_process(registry: Registry) -> None:
+    it = registry.find("method", "lora", "reference")
+    taken = training.memory(STEPS["lora"], it, "", LITTLE, "float32", CPU, registry)
+    assert taken["peak_B"] >= taken["rest_B"] > 0
+    two = row(memory={"fused": {"peak_B": 300, "rest_B": 200, "bare_B": 100}, "acme": {"peak_B": 500, "bare_B": 100}})
+    assert two.memory_ratio == 2
+
+
+# ---- sizes and formulas
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_has_a_case_that_its_arguments_take_and_costs_that_grow(name: str) -> None:
+    how, it = OPERATIONS[name], operations.every()[name]
+    given = it.arguments(torch.float32, torch.Generator().manual_seed(0), **how.case(Size("t", 128, 128, 8, 4)))
+    assert given
+    assert (how.backward is not None) == bool(it.differentiable)
+    for cost in filter(None, (how.forward, how.backward)):
+        small, large = Size("s", 512, 512, 64), Size("l", 1024, 512, 64)
+        assert 0 < cost.bytes(small, 2) < cost.bytes(large, 2)
+        assert cost.bytes(small, 2) <= cost.bytes(small, 4)
+        assert 0 < cost.flops(small) < cost.flops(large)
+
+
+def test_the_bytes_of_a_call_are_those_of_its_arguments_and_outputs() -> None:
+    size, generator = Size("t", 96, 64, 8, 4), torch.Generator().manual_seed(0)
+    for name in ("nf4_dequantize", "lora_linear", "adamw8bit_step", "nf4_lora_linear", "galore_step"):
+        how, it = OPERATIONS[name], operations.every()[name]
+        given = it.arguments(torch.float32, generator, **how.case(size))
+        outputs = it.named(it.reference(**given)).values()
+        read = [one for one in given.values() if isinstance(one, torch.Tensor)]
+        moved = sum(t.numel() * t.element_size() for t in [*read, *outputs])
+        assert how.forward.bytes(size, 4) == pytest.approx(moved, rel=0.02), name
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_what_is_judged_is_never_more_than_the_reference_can_do(shapes: str, device: str) -> None:
+    for size in sizes(shapes, per_token=True):
+        judged = size.judged(device, per_token=True)
+        assert judged.weights <= max(MOST_WEIGHTS[device], judged.D**2)
+        assert judged.tokens * judged.weights <= max(MOST_PRODUCTS[device], judged.weights)
+        assert (judged.E >= judged.D) == (size.E >= size.D)
+    assert Size("s", 512, 512, 128).judged(device, True) == Size("s", 512, 512, 128)
+
+
+def test_judging_fewer_rows_is_said() -> None:
+    assert "judged on less than was timed:\n  lora_linear square 8x8, 2 tokens: square 8x8, 1 token" in table.as_text(
+        [row(judged="square 8x8, 1 token")]
+    )
+
+
+# ---- numbers
+
+
+def test_the_ratio_is_the_median_over_pairs() -> None:
+    one = row()
+    assert one.ratio is not None
+    assert one.ratio.value == 2
+    assert one.ratio.low == 0.5
+    assert one.share([0.001]) == pytest.approx(0.5)  # 4 MB at 8 GB/s
+    assert "2.00 [0.50, 2.00]" in table.as_text([one])
+    assert "50% of roofline" in table.as_text([one])
+
+
+def test_a_time_that_any_call_takes_is_marked() -> None:
+    samples = row().samples
+    assert samples is not None
+    one = row(samples=samples.model_copy(update={"overhead": {"ours": 1e-6, "other": 1e-3}}))
+    assert one.mostly_call == ["other"]
+    assert "2 ms *" in table.as_text([one])
+
+
+# ---- files
+
+
+def test_the_export_has_what_pytest_benchmark_reads(tmp_path: Path) -> None:
+    document = pytest_benchmark.document([row(), row(outcome="refused", samples=None)], describe())
+    assert {"machine_info", "commit_info", "benchmarks", "datetime", "version"} <= set(document)
+    ours, other = document["benchmarks"]
+    assert ours["group"] == other["group"]
+    assert ours["stats"]["data"] == row().samples.ours  # type: ignore[union-attr]
+    assert ours["stats"]["rounds"] == 6
+    stats = pytest.importorskip("pytest_benchmark.stats", reason="pytest-benchmark is not installed")
+    theirs = stats.Stats()
+    for one in ours["stats"]["data"]:
+        theirs.update(one)
+    assert set(theirs.as_dict()) <= set(ours["stats"])
+    for name in ("min", "max", "mean", "stddev", "median", "ops", "total", "rounds"):
+        assert ours["stats"][name] == pytest.approx(getattr(theirs, name)), name
+    file = tmp_path / "0001_bench.json"
+    file.write_text(json.dumps(document), encoding="utf-8")
+    compare = [sys.executable, "-m", "pytest_benchmark", "compare", str(file), f"--csv={tmp_path / 'out.csv'}"]
+    done = subprocess.run(compare, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "lora_linear[square 8x8, 2 tokens-float32-cpu-acme]" in (tmp_path / "out.csv").read_text()
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process, sizes that take no time."""
+    monkeypatch.setattr(planning, "sizes", lambda shapes, per_token: [Size("tiny", 64, 64, 4, 2)])
+
+
+def test_a_bench_leaves_a_file_per_benchmark_with_raw_samples(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "gpus", lambda: ())
+    asked = Asked(["galore_step"], ["galore-torch"], pairs=6, ours="reference")
+    out, export = tmp_path / "out", tmp_path / "export.json"
+    assert command.bench(asked, False, out, export) is Exit.PASS
+    shown = capsys.readouterr().out
+    assert "galore_step/outputs/float32/call" in shown
+    assert "not-run (no GPU)" in shown
+    measured, absent = (json.loads(file.read_text()) for file in sorted(out.iterdir()))
+    assert (measured["outcome"], absent["outcome"]) == ("measured", "not-run")
+    assert len(measured["samples"]["ours"]) == len(measured["samples"]["other"]) == 6
+    assert measured["environment"]["software"]["torch"]
+    assert measured["bytes"] > 0
+    assert measured["flops"] > 0
+    assert measured["ceilings"]["copy_B_per_s"] > 0
+    assert {one["result"]["outcome"] for one in measured["parity"]} == {"pass"}
+    assert len(json.loads(export.read_text())["benchmarks"]) == 2
+
+
+# ---- what is run, and what becomes of it
+
+
+def test_rivals_are_those_who_offer_it_without_variants_and_the_reference_only_if_nobody_else(
+    registry: Registry,
+) -> None:
+    def rivals(name: str, ours: str = "reference", **more: Any) -> list[str]:
+        tasks, later = planning.plan(Asked([name], device="cpu", ours=ours, **more), registry, gpu=False)
+        return [task.names[1] for task in tasks] + [f"-{one.because}" for one in later]
+
+    assert {"bitsandbytes", "torchao"} <= set(rivals("nf4_quantize"))
+    assert not {"bitsandbytes-paged", "bitsandbytes-triton"} & set(rivals("adamw8bit_step"))
+    assert rivals("adamw8bit_step", vs=["bitsandbytes-paged"]) == ["bitsandbytes-paged"]
+    assert rivals("nf4_quantize", vs=["galore-torch"]) == ["-galore-torch does not offer nf4_quantize"]
+    assert rivals("nf4_quantize", ours="galore-torch") == ["-galore-torch does not offer nf4_quantize"]
+    assert not {"galore-torch-8bit", "reference"} & set(rivals("galore_step", ours="galore-torch"))
+    assert rivals("paged_states")[0].startswith("-it has no sizes")
+
+
+@pytest.mark.parametrize(("there", "said"), [(["reference"], "reference"), ([], "nobody but acme offers galore_step")])
+def test_the_reference_is_a_rival_only_where_there_is_no_other(there: list[str], said: str) -> None:
+    offering = [offered(name, "galore_step", reference("galore_step")) for name in ("acme", *there)]
+    tasks, later = planning.plan(
+        Asked(["galore_step"], device="cpu", ours="acme"), Registry(tuple(offering)), gpu=False
+    )
+    assert [*(task.names[1] for task in tasks), *(one.because for one in later)] == [said]
+
+
+def test_without_a_gpu_only_the_cpu_is_timed_and_the_rest_is_told(registry: Registry) -> None:
+    asked = Asked(["galore_step"], ["galore-torch"], ours="reference")
+    tasks, later = planning.plan(asked, registry, gpu=False)
+    assert [task.device for task in tasks] == ["cpu"]
+    assert [(one.device, one.because) for one in later] == [("cuda", "no GPU")]
+    tasks, later = planning.plan(asked, registry, gpu=True)
+    assert ([task.device for task in tasks], later) == (["cuda"], [])
+
+
+def test_a_process_that_dies_is_one_row_and_the_other_sizes_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = tuple(Size(name, 8, 8) for name in ("one", "two", "three"))
+    task = Task("galore_step", "operation", "galore_step", ("fused", "acme"), (), "float32", "cpu", wanted)
+    fine = row().model_dump(mode="json")
+
+    class Children:
+        stopped = False
+
+        def events(self, module: str, words: dict[str, Any], patience: float) -> Any:
+            for number, size in enumerate(words["sizes"]):
+                yield {"begin": number}
+                if size["layer"] == "two":
+                    yield {"failed": "RuntimeError: out of memory"}
+                    yield {"died": "the process ended with exit code 1"}
+                    return
+                yield {"row": fine}
+                yield {"end": number}
+
+    found = list(command._operation(task, Asked(), 1, Children()))  # type: ignore[arg-type]
+    assert [one.outcome for one in found] == ["measured", "failed", "measured"]
+    assert "out of memory" in found[1].because
+    assert found[1].shape.startswith("two")
+
+
+@pytest.mark.parametrize(
+    ("found", "code"),
+    [
+        ([row()], Exit.PASS),
+        ([row(), row(outcome="failed", samples=None)], Exit.INFRASTRUCTURE),
+        ([row(outcome="not-run", samples=None, because="no GPU")], Exit.INFRASTRUCTURE),
+        ([row(outcome="not-run", samples=None, because="nobody")], Exit.NOTHING_COMPARED),
+        ([], Exit.NOTHING_COMPARED),
+    ],
+)
+def test_exit_codes(found: list[Row], code: Exit) -> None:
+    assert command.Report(describe(), found).exit is code
+    assert command.Report(describe(), found, interrupted=True).exit is Exit.INFRASTRUCTURE
+
+
+def test_a_red_parity_is_a_failure() -> None:
+    bad = row().parity[0]
+    result = bad.result.model_copy(update={"outcome": Outcome.FAIL})
+    red = row(outcome="refused", samples=None, parity=[bad.model_copy(update={"result": result})])
+    assert command.Report(describe(), [row(), red]).exit is Exit.FAIL
+
+
+def test_wrong_names_are_told_all_at_once(registry: Registry) -> None:
+    asked = Asked(["nf4_linea"], ["bitsandbites"], ["loro"], dtypes=["float31"])
+    with pytest.raises(UsageError, match=r"nf4_linear.*bitsandbytes.*lora.*float32"):
+        planning.plan(asked, registry, gpu=False)
+
+
+def test_the_interpreter_is_no_machine_to_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert main(["bench", "--op", "nf4_quantize"]) == Exit.USAGE
+    assert "TRITON_INTERPRET" in capsys.readouterr().err
+
+
+def test_what_reads_and_plans_imports_no_torch() -> None:
+    code = (
+        "import sys, harness.bench.command, harness.bench.table\n"
+        "from harness.cli import main\n"
+        "main(['bench', '--help'])\n"
+        "assert 'torch' not in sys.modules, 'torch'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--export-pytest-benchmark" in done.stdout
+
+
+def test_dtypes_and_names_of_the_table_are_those_of_the_suites() -> None:
+    for name in OPERATIONS:
+        assert suite.load_operation(name).dtypes
+    assert results.MOSTLY_CALL < 1
