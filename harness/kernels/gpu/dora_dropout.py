@@ -78,8 +78,8 @@ def dropped_forward(
     """
     y, q = (torch.empty((len(x), len(W)), dtype=x.dtype, device=x.device) for _ in range(2))
     if y.numel():
-        tile = gemm_tile(*y.shape, x.dtype, x.device, extra_operand=True)
-        given = {"product": q, "bias": bias, "scale": float(scaling)}
+        tile = gemm_tile(len(x), len(W), x.dtype, x.device, crowded=True).shallow()
+        given: dict[str, Tensor | float | None] = {"product": q, "bias": bias, "scale": float(scaling)}
         _launch(_forward, tile, y, x, W.T, mask, S, B.T, less, given).run()
     return y, q
 
@@ -88,7 +88,7 @@ def dropped_backward(dy: Tensor, W: Tensor, A: Tensor, dS: Tensor, mask: Tensor,
     """Return dy W + mask * ((dy * less) W + dS A), the gradient of x (T, D); dy (T, E), A (R, D), dS (T, R)."""
     dx = torch.empty((len(dy), W.shape[1]), dtype=dy.dtype, device=dy.device)
     if dx.numel():
-        tile = gemm_tile(*dx.shape, dy.dtype, dy.device, extra_operand=True)
+        tile = gemm_tile(len(dy), W.shape[1], dy.dtype, dy.device, crowded=True).shallow()
         _launch(_backward, tile, dx, dy, W, mask, dS, A, less, {}).run()
     return dx
 
@@ -124,19 +124,19 @@ def _specimens() -> list[Specimen]:
         def meta(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
-        less, mask, S, kind = torch.empty(E, device="meta"), meta(M, D), meta(M, R), "gemm"
+        less, mask, S = torch.empty(E, device="meta"), meta(M, D), meta(M, R)
         if forward:
-            given = {"product": meta(M, E), "bias": meta(E), "scale": 2.0}
+            given: dict[str, Tensor | float | None] = {"product": meta(M, E), "bias": meta(E), "scale": 2.0}
             launch = _launch(_forward, tile, meta(M, E), meta(M, D), meta(E, D).T, mask, S, meta(E, R).T, less, given)
         else:
             launch = _launch(_backward, tile, meta(M, D), meta(M, E), meta(E, D), mask, S, meta(R, D), less, {})
         return launch.specimen(f"dora_dropout.{name}", "other" if dtype == torch.float32 else "gemm")
 
     return [
-        of("forward-bf16", torch.bfloat16, LARGE, True),
-        of("backward-bf16", torch.bfloat16, LARGE, False),
-        of("forward-fp32", torch.float32, EXACT, True),
-        of("backward-fp32", torch.float32, EXACT, False),
+        of("forward-bf16", torch.bfloat16, LARGE.shallow(), True),
+        of("backward-bf16", torch.bfloat16, LARGE.shallow(), False),
+        of("forward-fp32", torch.float32, EXACT.shallow(), True),
+        of("backward-fp32", torch.float32, EXACT.shallow(), False),
     ]
 
 

@@ -1,9 +1,9 @@
 """What DoRA multiplies a row by: m / ||W + s B A||, in one pass over W that never writes the update B A.
 
-The norm is taken of the sum itself. Expanded, ||W||^2 + 2 s <B, W A^T> + s^2 <B, B (A A^T)>, it needs no B A either, but
-with n^2 the result and N^2 = (||W|| + ||s B A||)^2 its terms, it errs by eps N^2 / n^2 where the sum errs by eps N / n: where
-the update cancels W, nothing is left. It would save nothing: W A^T reads all of W and multiplies E D R times, and so does
-the sum, tile by tile, with B A in the accumulator.
+The norm n is taken of the sum itself. Expanded, n^2 = ||W||^2 + 2 s <B, W A^T> + s^2 <B, B (A A^T)>, it needs no B A
+either, but with N = ||W|| + ||s B A|| it errs by eps N^2 / n^2 where the sum errs by eps N / n: of a row that the update
+cancels nothing is left. And it would save nothing: W A^T reads all of W and multiplies E D R times, and so does the sum,
+tile by tile, with B A in the accumulator.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from harness.kernels.gpu.specimen import Specimen
 
 @triton.jit
 def _gain(
-    gain, reciprocal, W, A, B, m, scaling, E, D, R, W_e, W_d, A_r, A_d, B_e, B_r,
+    gain, norm, W, A, B, m, scaling, E, D, R, W_e, W_d, A_r, A_d, B_e, B_r,
     BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, WHOLE_RANK: tl.constexpr,
 ):  # fmt: skip
     """WHOLE_RANK: whether one block holds all ranks; B's rows are then read once and stay."""
@@ -46,30 +46,29 @@ def _gain(
                 update = product(some, a, update)
         row = load_as_float32(W + start * W_d, mask=(e[:, None] < E) & in_D, other=0.0) + scaling * update
         squares += tl.sum(row * row, axis=1)
-    # In the dtype of m, as the norm that m starts from was: g is then exactly 1 at the start.
-    norm = to_float32(to_dtype(tl.sqrt_rn(squares), m.dtype.element_ty))
-    some = norm > 0
-    divisor = tl.where(some, norm, 1.0)
+    rounded = to_dtype(tl.sqrt_rn(squares), m.dtype.element_ty)
+    tl.store(norm + e, rounded, mask=e < E)
+    divisor = to_float32(rounded)
     of_m = load_as_float32(m + e, mask=e < E, other=0.0)
-    tl.store(gain + e, tl.where(some, tl.div_rn(of_m, divisor), 0.0), mask=e < E)
-    tl.store(reciprocal + e, tl.where(some, tl.div_rn(1.0 + 0.0 * divisor, divisor), 0.0), mask=e < E)
+    tl.store(gain + e, tl.where(divisor > 0, tl.div_rn(of_m, tl.where(divisor > 0, divisor, 1.0)), 0.0), mask=e < E)
 
 
 def dora_gain(W: Tensor, A: Tensor, B: Tensor, m: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Return (m / norm, 1 / norm), float32 (E,), for the norms of the rows of W + scaling B A; both 0 where that is 0.
+    """Return (m / norm, float32, and norm, in the dtype of m), (E,): the norms of the rows of W + scaling B A.
 
-    W (E, D), A (R, D), B (E, R), any strides, m (E,) contiguous. The norm is rounded to the dtype of m, then divided by.
+    Where the norm is 0, so is the gain. W (E, D), A (R, D), B (E, R), any strides, m (E,) contiguous. The norm is rounded
+    before it divides: a layer whose m starts as what is returned here starts with a gain of exactly 1.
     """
-    gain, reciprocal = torch.empty((2, len(W)), dtype=torch.float32, device=W.device)
-    _launch(gain, reciprocal, W, A, B, m, scaling).run()
-    return gain, reciprocal
+    gain, norm = torch.empty(len(W), dtype=torch.float32, device=W.device), torch.empty_like(m)
+    _launch(gain, norm, W, A, B, m, scaling).run()
+    return gain, norm
 
 
-def _launch(gain: Tensor, reciprocal: Tensor, W: Tensor, A: Tensor, B: Tensor, m: Tensor, scaling: float) -> Launch:
+def _launch(gain: Tensor, norm: Tensor, W: Tensor, A: Tensor, B: Tensor, m: Tensor, scaling: float) -> Launch:
     (E, D), R = W.shape, len(A)
     block_e, block_d, block_r = 32, 128 if W.element_size() == 2 else 64, rank_block(R)
     arguments = {
-        "gain": gain, "reciprocal": reciprocal, "W": W, "A": A, "B": B, "m": m, "scaling": float(scaling),
+        "gain": gain, "norm": norm, "W": W, "A": A, "B": B, "m": m, "scaling": float(scaling),
         "E": E, "D": D, "R": R, **strides("W_e W_d", W), **strides("A_r A_d", A), **strides("B_e B_r", B),
     }  # fmt: skip
     constants = {"BLOCK_E": block_e, "BLOCK_D": block_d, "BLOCK_R": block_r, "WHOLE_RANK": block_r >= R}
@@ -81,9 +80,11 @@ def _specimens() -> list[Specimen]:
 
     def of(name: str, R: int, dtype: torch.dtype) -> Specimen:
         E, D = 14336, 4096
-        gain, reciprocal = torch.empty((2, E), device="meta")
-        tensors = [torch.empty(shape, dtype=dtype, device="meta") for shape in ((E, D), (R, D), (E, R), (E,))]
-        launch = _launch(gain, reciprocal, *tensors, 2.0)
+        gain = torch.empty(E, device="meta")
+        norm, W, A, B, m = (
+            torch.empty(shape, dtype=dtype, device="meta") for shape in ((E,), (E, D), (R, D), (E, R), (E,))
+        )
+        launch = _launch(gain, norm, W, A, B, m, 2.0)
         return launch.specimen(f"dora_gain.{name}", "gemm" if dtype != torch.float32 else "other")
 
     return [

@@ -31,21 +31,21 @@ class _DoraLinear(torch.autograd.Function):
         scaling: float,
         mask: Tensor | None,
     ) -> Tensor:
-        gain, reciprocal = dora_gain(W, A, B, m, scaling)
+        gain, norm = dora_gain(W, A, B, m, scaling)
         S = shrink(x, A.T, mask=mask)
         if mask is None:
             q = torch.empty((len(x), len(W)), dtype=x.dtype, device=x.device) if ctx.needs_input_grad[5] else None
             y = low_rank_gemm(x, W.T, S, B.T, scale=scaling, gain=gain, bias=bias, product=q)
         else:
             y, q = dropped_forward(x, W, bias, B, S, scaling, mask, gain - 1)
-        ctx.save_for_backward(x, W, A, B, S, q if ctx.needs_input_grad[5] else None, gain, reciprocal, mask)
+        ctx.save_for_backward(x, W, A, B, S, q if ctx.needs_input_grad[5] else None, gain, norm, mask)
         ctx.scaling = scaling
         return y
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, A, B, S, q, gain, reciprocal, mask = ctx.saved_tensors
+        x, W, A, B, S, q, gain, norm, mask = ctx.saved_tensors
         need_x, need_A, need_B, need_m = (ctx.needs_input_grad[at] for at in (0, 3, 4, 5))
         dx = dA = dB = dm = None
         if need_x or need_A:
@@ -58,7 +58,7 @@ class _DoraLinear(torch.autograd.Function):
         if need_B:
             dB = (ctx.scaling * gain[:, None] * outer_sum(dy, S)).to(B.dtype)
         if need_m:
-            dm = (product_sum(dy, q) * reciprocal).to(x.dtype)
+            dm = torch.where(norm > 0, product_sum(dy, q) / norm, 0.0).to(norm.dtype)
         return dx, None, None, dA, dB, dm, None, None
 
 
@@ -83,6 +83,3 @@ def dora_linear(
     dropped = None if mask is None else matrix(mask)
     y: Tensor = _DoraLinear.apply(matrix(x), W, contiguous(bias), A, B, m.contiguous(), scaling, dropped)
     return y.view(*x.shape[:-1], len(W))
-
-
-SPECIMENS: list[Any] = []  # its kernels are those of dora_gain, dora_dropout, low_rank_gemm, shrink and token_sums

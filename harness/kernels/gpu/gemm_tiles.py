@@ -1,17 +1,13 @@
-"""Which tile a program of a matrix product has: a small table, chosen from by shape, dtype and shared memory."""
+"""Which tile a program of a matrix product has: a small table, chosen from by shape, dtype and architecture."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
-import triton
 
 from harness.kernels.device import interpreted
-
-_LARGE_SHARED = 150 * 1024
-"""Bytes that a program of an A100, an H100 or a B200 may have, and other cards do not."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +20,13 @@ class GemmTile:
     warps: int
     stages: int
 
+    def shallow(self) -> GemmTile:
+        """Return it with half the k, and a stage more: for a kernel that holds more operands of a step than two."""
+        return replace(self, k=self.k // 2, stages=self.stages + 1)
+
     def programs(self, M: int, N: int) -> int:
         """Return how many such tiles cover an output of (M, N)."""
-        return triton.cdiv(M, self.m) * triton.cdiv(N, self.n)
+        return -(-M // self.m) * -(-N // self.n)
 
     def constants(self) -> dict[str, int]:
         """Return the constants of a kernel that has such tiles."""
@@ -42,8 +42,9 @@ _INTERPRETED = GemmTile(128, 128, 128, 4, 1)
 """A program costs the interpreter more than what it multiplies."""
 
 
-def gemm_tile(M: int, N: int, dtype: torch.dtype, device: torch.device, *, extra_operand: bool = False) -> GemmTile:
-    """Return the tile for an output (M, N). extra_operand: whether another tile is multiplied in on the way.
+def gemm_tile(M: int, N: int, dtype: torch.dtype, device: torch.device, *, crowded: bool = False) -> GemmTile:
+    """Return the tile for an output (M, N). crowded: whether another tile of the output's size passes through
+    registers: what multiplies the term, or a second output.
 
     Not by trials on the card: the same call is to round alike on every one of them, and in every process.
     """
@@ -55,17 +56,17 @@ def gemm_tile(M: int, N: int, dtype: torch.dtype, device: torch.device, *, extra
         if tile.m >= M:
             return tile
     # The largest tile reads least, but takes most registers, and few of them leave processors idle.
-    if not extra_operand and LARGEST.programs(M, N) >= 256 and _shared_memory(device) >= _LARGE_SHARED:
+    if not crowded and LARGEST.programs(M, N) >= 256 and _multiplies_from_shared_memory(device):
         return LARGEST
     return LARGE if LARGE.programs(M, N) >= 64 else _FEW_ROWS[-1]
 
 
 def rank_block(R: int) -> int:
     """Return how much of a rank is multiplied at a time: all of a small one, filled up to what a matrix unit takes."""
-    return min(max(16, triton.next_power_of_2(R)), 64)
+    return min(max(16, 1 << (R - 1).bit_length()), 64)
 
 
 @cache
-def _shared_memory(device: torch.device) -> int:
-    found: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return found
+def _multiplies_from_shared_memory(device: torch.device) -> bool:
+    """Return whether this is an H100, a B200 or the like: elsewhere operands take registers, too many for LARGEST."""
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)

@@ -34,7 +34,7 @@ class Launch:
                 num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True,
             )  # fmt: skip
 
-    def specimen(self, name: str, kind: Kind) -> Specimen:
+    def specimen(self, name: str, kind: Kind, *, oldest: int = 80) -> Specimen:
         """Return the instance that this launch would compile: Triton knows 1, None and what is a multiple of 16."""
         known = {n: one for n, one in self.arguments.items() if one is None or (type(one) is int and one == 1)}
         rest = {n: one for n, one in self.arguments.items() if n not in known}
@@ -45,6 +45,7 @@ class Launch:
             constants={**known, **self.constants},
             divisible=tuple(n for n, one in rest.items() if isinstance(one, Tensor) or one % 16 == 0),
             kind=kind,
+            oldest=oldest,
             num_warps=self.num_warps,
             num_stages=self.num_stages,
             fused_multiply_add=True,

@@ -86,6 +86,3 @@ def lora_linear(
     dropped = None if mask is None else matrix(mask)
     y: Tensor = _LoraLinear.apply(matrix(x), W, contiguous(bias), A, B, scaling, dropped)
     return y.view(*x.shape[:-1], len(W))
-
-
-SPECIMENS: list[Any] = []  # its kernels are those of low_rank_gemm, shrink and token_sums

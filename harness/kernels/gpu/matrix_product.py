@@ -21,7 +21,7 @@ def product(left, right, acc):
 
 @triton.jit
 def program_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return the rows (int64) and columns of this program: neighbours in time share rows and columns, which then are in L2."""
+    """Return the rows (int64) and columns of this program; neighbours in time share them, which keeps them in L2."""
     GROUP: tl.constexpr = 8
     down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)

@@ -71,6 +71,3 @@ def nf4_lora_linear(
         matrix(x), packed, absmax, block, tuple(shape), contiguous(bias), A, B, scaling, dropped
     )
     return y.view(*x.shape[:-1], shape[0])
-
-
-SPECIMENS: list[Any] = []  # its kernels are those of nf4 and of lora_linear

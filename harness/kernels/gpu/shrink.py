@@ -96,7 +96,7 @@ def _launch(
     (M, K), R = left.shape, right.shape[1]
     block_m, block_r = _rows(M), min(max(16, triton.next_power_of_2(R)), 128)
     block_k = (
-        128 if block_r <= 32 and left.element_size() == 2 or interpreted() else 64 if left.element_size() == 2 else 32
+        128 if interpreted() or (block_r <= 32 and left.element_size() == 2) else 64 if left.element_size() == 2 else 32
     )
     arguments = {
         "out": out, "left": left, "right": right, "mask": mask, "column_scale": column_scale, "unscaled": unscaled,

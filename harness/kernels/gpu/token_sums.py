@@ -11,7 +11,7 @@ from harness.kernels.device import interpreted
 from harness.kernels.gpu.launch import Launch, strides
 from harness.kernels.gpu.matrix_product import product
 from harness.kernels.gpu.rounding import load_as_float32, to_dtype, to_float32
-from harness.kernels.gpu.specimen import Specimen
+from harness.kernels.gpu.specimen import Kind, Specimen
 
 _PROGRAMS = 256
 """As many as keep a large card busy. Fixed, so that a sum is rounded alike on every card."""
@@ -137,7 +137,7 @@ def _specimens() -> list[Specimen]:
 
         mask = meta(8192, N) if "mask" in given else None
         against = meta(N, R) if "against" in given else None
-        kind = "gemm" if dtype != torch.float32 else "other"
+        kind: Kind = "gemm" if dtype != torch.float32 else "other"
         return _outer_launch(meta(8192, N), meta(8192, R), mask, against).specimen(f"token_sums.{name}", kind)
 
     a = torch.empty((8192, 14336), dtype=torch.bfloat16, device="meta")

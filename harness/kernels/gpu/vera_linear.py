@@ -71,6 +71,3 @@ def vera_linear(
     dropped = None if mask is None else matrix(mask)
     y: Tensor = _VeraLinear.apply(matrix(x), W, contiguous(bias), A, B, b.contiguous(), d.contiguous(), dropped)
     return y.view(*x.shape[:-1], len(W))
-
-
-SPECIMENS: list[Any] = []  # its kernels are those of low_rank_gemm, shrink and token_sums

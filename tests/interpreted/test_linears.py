@@ -1,0 +1,151 @@
+"""The layers with an adapter by Triton's kernels: outputs and every gradient, at sizes that no tile and no rank divides."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.conformance import matrix, suite
+from harness.kernels.gpu.dora_gain import dora_gain
+from harness.kernels.gpu.dora_linear import dora_linear
+from harness.kernels.gpu.lora_linear import lora_linear
+from harness.kernels.gpu.nf4_lora_linear import nf4_lora_linear
+from harness.kernels.gpu.shrink import shrink
+from harness.kernels.gpu.token_sums import outer_sum, product_sum
+from harness.kernels.gpu.vera_linear import vera_linear
+from harness.records import Outcome
+from harness.registry import Implementation
+
+NUMBERS = ("outputs", "backward")
+FLOATS = ("float32", "bfloat16", "float16")
+SMALL = {"shape": [48, 65], "rows": [2, 5], "rank": 3, "dropout": 0.25}
+SEVERAL_TILES = {"shape": [131, 140], "rows": [130], "rank": 17, "bias": False}
+ONE = {"shape": [64, 33], "rows": [1], "rank": 1}
+ABOVE_A_BLOCK = {"shape": [33, 48], "rows": [17], "rank": 70}
+
+CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+    ("lora_linear", SMALL, FLOATS),
+    ("lora_linear", SEVERAL_TILES, ("bfloat16",)),
+    ("lora_linear", ONE, ("float16",)),
+    ("lora_linear", ABOVE_A_BLOCK | {"dropout": 0.5, "scaling": -0.3}, ("float32",)),
+    ("nf4_lora_linear", SMALL, FLOATS),
+    ("nf4_lora_linear", SEVERAL_TILES, ("float16",)),
+    ("dora_linear", SMALL, FLOATS),
+    ("dora_linear", SEVERAL_TILES, ("bfloat16",)),
+    ("dora_linear", SEVERAL_TILES | {"dropout": 0.25}, ("float32",)),
+    ("dora_linear", ABOVE_A_BLOCK, ("float16",)),
+    ("dora_linear", {"shape": [63, 48], "rows": [17], "rank": 3, "kind": "zero-rows"}, ("bfloat16",)),
+    ("dora_linear", {"shape": [63, 48], "rows": [17], "rank": 3, "kind": "cancelled"}, ("float32", "float16")),
+    ("dora_linear", SMALL | {"kind": "cancelled"}, ("bfloat16",)),
+    ("vera_linear", SMALL, FLOATS),
+    ("vera_linear", SEVERAL_TILES | {"rank": 130}, ("bfloat16",)),
+    ("vera_linear", ONE, ("float16",)),
+]
+
+
+def failures(operation: str, values: dict[str, Any], dtype: str, checks: tuple[str, ...]) -> list[str]:
+    """Return what the conformance engine finds wrong with our kernels in one case."""
+    function = getattr(importlib.import_module(f"harness.kernels.gpu.{operation}"), operation)
+    plan = suite.load_operation(operation).model_copy(update={"checks": list(checks)})
+    subject = Implementation("triton", "operation", operation, function)
+    results = list(matrix.one_call(subject, plan, values, dtype))
+    assert len(results) == len(checks)
+    return [str(result) for result in results if result.outcome is not Outcome.PASS]
+
+
+@pytest.mark.parametrize(
+    ("operation", "values", "dtype"),
+    [(operation, values, dtype) for operation, values, dtypes in CASES for dtype in dtypes],
+)
+def test_outputs_and_gradients_are_those_of_the_reference(operation: str, values: dict[str, Any], dtype: str) -> None:
+    assert failures(operation, values, dtype, NUMBERS) == []
+
+
+@pytest.mark.parametrize("operation", ["lora_linear", "nf4_lora_linear", "dora_linear", "vera_linear"])
+def test_any_layout_any_subset_of_gradients_and_the_same_bits_again(operation: str) -> None:
+    others = tuple(check for check in suite.load_operation(operation).checks if check not in NUMBERS)
+    assert failures(operation, SMALL, "bfloat16", others) == []
+
+
+def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def whole(*shape: int, seed: int = 0) -> Tensor:
+    """Return integers of up to two digits, whose products and differences float32 holds."""
+    return torch.randint(-60, 60, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [5, 70])
+def test_dora_starts_as_its_layer_to_the_last_bit(dtype: torch.dtype, rank: int) -> None:
+    W, x, bias = noise(40, 64, dtype=dtype), noise(9, 64, dtype=dtype, seed=1), noise(40, dtype=dtype, seed=2)
+    A, B = noise(rank, 64, dtype=dtype, seed=3), torch.zeros(40, rank, dtype=dtype)
+    _, m = dora_gain(W, A, B, torch.ones(40, dtype=dtype), 2.0)
+    started = dora_linear(x, W, bias, A, B, m, 2.0, None)
+    assert torch.equal(started, lora_linear(x, W, bias, A, B, 2.0, None))
+    none_dropped = dora_linear(x, W, bias, A, B, m, 2.0, torch.ones_like(x))
+    assert torch.equal(none_dropped, started)
+
+
+def test_dora_of_a_row_that_the_update_cancels_is_not_lost() -> None:
+    A, B = whole(1, 64), whole(8, 1, seed=1)
+    W = -2.0 * B @ A
+    _, norm = dora_gain(W, A, B, torch.ones(8), 2.0)
+    assert not norm.any()
+    W[:, 0] += 4.0  # a sum of squares of which float32 holds no 16: it is below 2^-24 of most rows'
+    gain, norm = dora_gain(W, A, B, torch.ones(8), 2.0)
+    assert torch.equal(norm, torch.full((8,), 4.0))
+    assert torch.equal(gain, torch.full((8,), 0.25))
+
+
+def test_a_sum_over_many_tokens_is_made_of_parts() -> None:
+    wide, narrow, mask = whole(3000, 3), whole(3000, 2, seed=1), whole(3000, 3, seed=2).sign()
+    assert torch.equal(outer_sum(wide, narrow, mask=mask).double(), (wide * mask).double().T @ narrow.double())
+    assert torch.equal(product_sum(wide, mask).double(), (wide * mask).double().sum(0))
+
+
+def test_no_tokens_give_no_output_and_gradients_of_zero() -> None:
+    for layer in (
+        lambda x, A, B: lora_linear(x, noise(6, 8), None, A, B, 2.0, None),
+        lambda x, A, B: dora_linear(x, noise(6, 8), None, A, B, noise(6), 2.0, torch.ones_like(x)),
+    ):
+        x, A, B = (noise(*shape).requires_grad_() for shape in ((2, 0, 8), (3, 8), (6, 3)))
+        y = layer(x, A, B)
+        y.sum().backward()
+        assert y.shape == (2, 0, 6)
+        assert not A.grad.any()
+        assert not B.grad.any()
+        assert x.grad.shape == x.shape
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    x, W, A, B, m = noise(2, 8), noise(6, 8), noise(3, 8), noise(6, 3), noise(6)
+    with pytest.raises(ValueError, match=r"A should be \(3, 8\)"):
+        lora_linear(x, W, None, noise(3, 7), B, 1.0, None)
+    with pytest.raises(ValueError, match=r"B should be torch.float32, as x is"):
+        lora_linear(x, W, None, A, B.half(), 1.0, None)
+    with pytest.raises(ValueError, match=r"mask should be \(2, 8\)"):
+        dora_linear(x, W, None, A, B, m, 1.0, noise(1, 8))
+    with pytest.raises(ValueError, match=r"d should be \(3,\)"):
+        vera_linear(x, W, None, A, B, noise(6), noise(6), None)
+    with pytest.raises(ValueError, match="weight of the layer is frozen"):
+        dora_linear(x, W.requires_grad_(), None, A, B, m, 1.0, None)
+    with pytest.raises(ValueError, match="do not fill"):
+        nf4_lora_linear(x, torch.zeros(3, dtype=torch.uint8), noise(1), 64, (6, 8), None, A, B, 1.0, None)
+
+
+def test_a_second_derivative_is_refused_and_not_wrong() -> None:
+    x, A, B = noise(2, 8).requires_grad_(), noise(3, 8).requires_grad_(), noise(6, 3)
+    (dx,) = torch.autograd.grad(lora_linear(x, noise(6, 8), None, A, B, 1.0, None).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_a_masked_feature_has_no_part_in_the_update_whatever_it_holds() -> None:
+    x, mask = noise(3, 16), torch.zeros(3, 16)
+    assert not shrink(x, noise(16, 2), mask=mask).any()
