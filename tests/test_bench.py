@@ -255,6 +255,11 @@ def test_the_ratio_is_the_median_over_pairs() -> None:
     assert "50% of roofline" in table.as_text([one])
 
 
+def test_a_busy_machine_is_told_of() -> None:
+    assert "load up to 9.5" in table.as_text([row(facts={"threads": 2, "load": 9.5})])
+    assert "load" not in table.as_text([row(facts={"threads": 2, "load": 0.5})])
+
+
 def test_a_time_that_any_call_takes_is_marked() -> None:
     samples = row().samples
     assert samples is not None

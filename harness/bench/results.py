@@ -47,7 +47,8 @@ class Row(Frozen):
     because: why it is not measured. judged: on what its parity was judged, where that is less than what was timed. parity:
     every check that had to pass. bytes, flops: by formula. memory: implementation -> bytes of a process with it alone: at
     most during the steps (peak), before them (rest), before there was a model (bare). losses:
-    implementation -> the loss of each step. facts: threads, the GPU, who packed the base.
+    implementation -> the loss of each step. facts: threads, the machine's load before, the GPU,
+    who packed the base.
     """
 
     name: str

@@ -62,7 +62,9 @@ def _memory(row: Row) -> str:
 def _parity(row: Row) -> str:
     """Name the checks that were passed, and the largest share of its allowance that any of them used."""
     passed = [one for one in row.parity if one.standing is Standing.PASS]
-    ids = list(dict.fromkeys(one.result.check for one in passed))
+    ids = list(
+        dict.fromkeys(one.result.check for one in sorted(passed, key=lambda one: one.implementation == row.ours))
+    )
     shown = ids[-1] + (f" +{len(ids) - 1}" if len(ids) > 1 else "")
     share = max((one.share for one in passed if one.share is not None), default=None)
     defects = sorted({one.defect for one in row.parity if one.defect})
@@ -89,11 +91,20 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         notes += [f"  {device} {dtype}: {rates} TFLOP/s" for device, dtype, rates in sorted(seen)]
     if any(row.mostly_call for row in measured):
         notes.append(
-            "*: much of this time any call takes, however small: as the Operation is called, this implementation makes an "
-            "optimizer or a layer at each call. Compare whole steps by --step"
+            "*: a call of tiny size takes a fifth of this time or more: it is the call's and not the work's, as where an "
+            "implementation makes an optimizer or a layer at each call. Take larger --shapes, or whole steps by --step"
+        )
+    if busy := [load for row in measured if _number(load := row.facts.get("load")) > _number(row.facts.get("threads"))]:
+        notes.append(
+            f"the machine was busy with other things (load up to {max(map(_number, busy)):.1f} before a benchmark): these "
+            "times are theirs too"
         )
     judged = dict.fromkeys(f"  {row.name} {row.shape}: {row.judged}" for row in measured if row.judged)
     return [*notes, *(["parity judged on less than was timed:", *judged] if judged else [])]
+
+
+def _number(fact: object) -> float:
+    return float(fact) if isinstance(fact, int | float) else 0.0
 
 
 def _time(seconds: float) -> str:

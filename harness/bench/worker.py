@@ -8,6 +8,7 @@ LINE is gone.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from importlib import import_module
 from types import TracebackType
@@ -100,7 +101,9 @@ def _facts(task: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     on_gpu = task["device"] == "cuda"
-    return {"threads": torch.get_num_threads()} | ({"gpu": torch.cuda.get_device_name()} if on_gpu else {})
+    return {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]} | (
+        {"gpu": torch.cuda.get_device_name()} if on_gpu else {}
+    )
 
 
 if __name__ == "__main__":
