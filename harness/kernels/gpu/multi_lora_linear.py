@@ -239,7 +239,8 @@ class _MultiLora(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, ids, S, *_ = ctx.saved_tensors
         group, dy = ctx.group, dy.contiguous()
-        need_x, need_W, need_A, need_B = *ctx.needs_input_grad[:2], *_any_of_halves(ctx.needs_input_grad[4:])
+        (need_x, need_W), of_adapters = ctx.needs_input_grad[:2], ctx.needs_input_grad[4:]
+        need_A, need_B = any(of_adapters[: len(group.ranks)]), any(of_adapters[len(group.ranks) :])
         dx = dW = None
         dAs: list[Tensor] | list[None] = [None] * len(group.ranks)
         dBs: list[Tensor] | list[None] = [None] * len(group.ranks)
@@ -255,10 +256,6 @@ class _MultiLora(torch.autograd.Function):
         if need_B:
             dBs = group.outer(dy, S, ids, _B)
         return dx, dW, None, None, *dAs, *dBs
-
-
-def _any_of_halves(flags: Sequence[bool]) -> tuple[bool, bool]:
-    return any(flags[: len(flags) // 2]), any(flags[len(flags) // 2 :])
 
 
 def multi_lora_linear(
