@@ -264,8 +264,7 @@ class AdaLoraAdapted(Adapted):
         config, layers = self.config, list(self.adalora.values())
         end = config.total_steps - config.tfinal
         if step < end:
-            for layer in layers:
-                layer.observe(config.beta1, config.beta2)
+            self.observe()
         if step == end or (config.tinit < step < end and step % config.delta_t == 0):
             kept = keep(torch.cat([layer.scores() for layer in layers]), budget(step, config, len(layers)))
             for layer, mask in zip(layers, kept.split(config.rank), strict=True):
@@ -274,6 +273,11 @@ class AdaLoraAdapted(Adapted):
         elif step > end:
             for layer in layers:
                 layer.prune()
+
+    def observe(self) -> None:
+        """Carry the averages of all layers on by one step."""
+        for layer in self.adalora.values():
+            layer.observe(self.config.beta1, self.config.beta2)
 
     def ranks(self) -> dict[str, int]:
         """Map each layer's path to the number of triplets that the last pruning left it; the initial rank before any."""

@@ -1,8 +1,4 @@
-"""LoRA linear, vectorised in torch: y = base(x) + s (x A^T) B^T with no temporary of the size of y but y itself.
-
-Against the plain expression it saves, forward, the product (.., E) and its scaled copy, since the low-rank term is added
-into base(x) by one addmm; and backward, the scaled copy of dy. S = x A^T (tokens x rank) is kept for the backward pass.
-"""
+"""LoRA linear: y = x W^T + bias + s ((x mask) A^T) B^T, the low-rank terms added into the memory of the large products."""
 
 from __future__ import annotations
 
@@ -10,50 +6,84 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from harness.kernels.device import by_triton
 
 
-class _LowRankUpdate(torch.autograd.Function):
-    """base_out + s (x A^T) B^T, written into base_out's memory if `in_place`.
+class _LoraLinear(torch.autograd.Function):
+    """Forward, one product and one addmm into it; backward the same for x, and two thin products.
 
-    x (T, D), A (R, D), B (E, R), base_out (T, E); all of one dtype.
+    Beside x the product S = (x mask) A^T (T, R) is kept. Against the plain expression it saves, forward, the update (T, E)
+    and its scaled copy, and backward a scaled copy of dy and a sum of two gradients of x.
     """
 
     @staticmethod
-    def forward(ctx: Any, base_out: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, in_place: bool) -> Tensor:
-        S = x @ A.T
-        ctx.save_for_backward(x, A, B, S)
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None
+    ) -> Tensor:
+        S = (x if mask is None else x * mask) @ A.T
+        y = x @ W.T if bias is None else torch.addmm(bias, x, W.T)
+        ctx.save_for_backward(x, W, A, B, S, mask)
         ctx.scaling = scaling
-        if not in_place:
-            return torch.addmm(base_out, S, B.T, alpha=scaling)
-        ctx.mark_dirty(base_out)
-        return base_out.addmm_(S, B.T, alpha=scaling)
+        return y.addmm_(S, B.T, alpha=scaling)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, B, S = ctx.saved_tensors
-        need_x, need_A, need_B = ctx.needs_input_grad[1:4]
+        x, W, A, B, S, mask = ctx.saved_tensors
+        need_x, need_W, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
+        dropped = x if mask is None else x * mask if need_A or torch.is_grad_enabled() else None
         if torch.is_grad_enabled():  # a second derivative is wanted, and S was kept as a mere number
-            S = x @ A.T
+            S = dropped @ A.T
         dS = (dy @ B).mul_(ctx.scaling)
-        dx = dS @ A if need_x else None
-        dA = dS.T @ x if need_A else None
-        dB = (dy.T @ S).mul_(ctx.scaling) if need_B else None
-        return dy, dx, dA, dB, None, None
+        dx = None
+        if need_x:
+            dx = (dy @ W).addmm_(dS, A) if mask is None else (dy @ W).addcmul_(dS @ A, mask)
+        return (
+            dx,
+            dy.T @ x if need_W else None,
+            dy.sum(0) if need_bias else None,
+            dS.T @ dropped if need_A else None,
+            # The thin matrix first: on a CPU the same product the other way round takes half as long again.
+            ((S * ctx.scaling).T @ dy).T if need_B else None,
+            None,
+            None,
+        )
 
 
-def lora_linear(base: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """Return base(x) + scaling x A^T B^T, shape (..., E), for x (..., D), A (R, D), B (E, R), all of one dtype.
+def lora_linear(
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None = None
+) -> Tensor:
+    """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E) (arXiv:2106.09685, section 4.1).
 
-    Differentiable in x, A and B, and through `base`, twice too. The output of `base` is overwritten where nobody else
-    can hold it: `base` is an nn.Linear without forward hooks of its own. Any other base may return its input, something
-    it keeps, or (bitsandbytes) a view that autograd lets nobody write into, so its output is left alone. Under autocast
-    and torch.compile the plain expression is used.
+    x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), mask like x or None, all of one dtype. Differentiable in all but
+    the mask, twice too.
     """
-    base_out: Tensor = base(x)
-    if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
-        return base_out + scaling * ((x @ A.T) @ B.T)
-    in_place = type(base) is nn.Linear and not base._forward_hooks
-    shape = base_out.shape
-    rows = base_out.reshape(-1, shape[-1])
-    out: Tensor = _LowRankUpdate.apply(rows, x.reshape(-1, x.shape[-1]), A, B, scaling, in_place)
-    return out.view(shape)
+    if by_triton(x, W, A, B):
+        from harness.kernels.gpu import lora_linear as gpu
+
+        return gpu.lora_linear(x, W, bias, A, B, scaling, mask)
+    rows = None if mask is None else mask.reshape(-1, x.shape[-1])
+    y: Tensor = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), W, bias, A, B, scaling, rows)
+    return y.view(*x.shape[:-1], len(W))
+
+
+def is_plain(base: nn.Module) -> bool:
+    """Return whether `base` computes x W^T + bias and nothing else, so that its weight may be used without calling it."""
+    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__
+    return type(base) is nn.Linear and not hooked
+
+
+def lora_linear_over(
+    base: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None = None
+) -> Tensor:
+    """Return base(x) + scaling ((x mask) A^T) B^T, shape (..., E).
+
+    An nn.Linear without hooks is computed by `lora_linear`; any other base is called, and what it returns is left as it
+    is, for it may be its input, or something that it keeps. So it is under autocast, and where torch.compile fuses better.
+    """
+    if is_plain(base) and not (torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling()):
+        weight: Any = base.weight
+        return lora_linear(x, weight, base.bias, A, B, scaling, mask)  # type: ignore[arg-type]
+    out: Tensor = base(x)
+    return out + scaling * linear(linear(x if mask is None else x * mask, A), B)

@@ -72,7 +72,7 @@ def squares_the_sensitivity(its: Copy) -> None:
 
 @planted("adalora", "importance", values=_USUAL)
 def swaps_the_betas(its: Copy) -> None:
-    its.line("layer.observe(config.beta1, config.beta2)", "layer.observe(config.beta2, config.beta1)")
+    its.line("observe(self.config.beta1, self.config.beta2)", "observe(self.config.beta2, self.config.beta1)")
 
 
 @planted("adalora", "importance", values=_USUAL)

@@ -1,4 +1,4 @@
-"""LoRA: the low-rank term enters the memory of the base's output."""
+"""LoRA: the low-rank term enters the memory of the base's product."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from typing import Any
 from harness.errors import Unsupported
 from harness.registry import implements
 
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 
-@implements("lora", name="fused", dtypes=("float64", "float32", "bfloat16", "float16"))
+
+@implements("lora", name="fused", dtypes=DTYPES)
 def lora(model: Any, config: Any, generator: Any) -> Any:
     """Attach layers that compute by `lora_linear` to what `config.targets` names; config as `reference.lora.Config`."""
     from torch import nn
 
-    from harness.kernels.lora_linear import lora_linear
+    from harness.kernels.dropout import keep_mask
+    from harness.kernels.lora_linear import lora_linear_over
     from reference.lora import LoraLinear, attach
 
     class FusedLoraLinear(LoraLinear):
         def forward(self, x: Any) -> Any:
-            if self.dropout.p and self.training:
-                dropped = nn.functional.dropout(x, self.dropout.p)
-                return self.base(x) + self.scaling * ((dropped @ self.A.T) @ self.B.T)
-            return lora_linear(self.base, x, self.A, self.B, self.scaling)
+            mask, kept = keep_mask(x, self.dropout.p) if self.dropout.p and self.training else (None, 1.0)
+            return lora_linear_over(self.base, x, self.A, self.B, self.scaling / kept, mask)
 
     adapted = attach(model, config, generator)
     for path, layer in adapted.layers.items():

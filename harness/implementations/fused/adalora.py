@@ -1,0 +1,50 @@
+"""AdaLoRA: the layers compute as LoRA's do with A scaled by lambda, and the averages of all are carried on together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.registry import implements
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+@implements("adalora", name="fused", dtypes=DTYPES)
+def adalora(model: Any, config: Any, generator: Any) -> Any:
+    """Attach AdaLoRA to what `config.targets` names; config as `reference.adalora.Config`, whose budget and masks it keeps."""
+    import torch
+
+    from harness.kernels.adalora_importance import observe
+    from harness.kernels.dropout import keep_mask
+    from harness.kernels.lora_linear import lora_linear_over
+    from harness.kernels.orthogonality import orthogonality
+    from reference.adalora import AdaLoraAdapted, AdaLoraLinear, attach
+
+    class FusedAdaLoraLinear(AdaLoraLinear):
+        def forward(self, x: Any) -> Any:
+            mask, kept = keep_mask(x, self.dropout.p) if self.dropout.p and self.training else (None, 1.0)
+            return lora_linear_over(self.base, x, self.A * self.E, self.B, self.scaling / kept, mask)
+
+    class FusedAdaLora(AdaLoraAdapted):
+        def observe(self) -> None:
+            named = [(layer, name, w) for layer in self.adalora.values() for name, w in layer.tensors().items()]
+            observe(
+                [w.detach() for _, _, w in named],
+                [torch.zeros_like(w) if w.grad is None else w.grad for _, _, w in named],
+                [layer.get_buffer(f"exp_avg_ipt_{name}") for layer, name, _ in named],
+                [layer.get_buffer(f"exp_avg_unc_{name}") for layer, name, _ in named],
+                self.config.beta1,
+                self.config.beta2,
+            )
+
+        def regularizer(self) -> Any:
+            if self.config.orthogonality == 0:
+                return None
+            P, Q = [layer.B for layer in self.adalora.values()], [layer.A for layer in self.adalora.values()]
+            return self.config.orthogonality * orthogonality(P, Q, self.config.regularization)
+
+    adapted = attach(model, config, generator)
+    for layer in adapted.adalora.values():
+        layer.__class__ = FusedAdaLoraLinear
+    adapted.__class__ = FusedAdaLora
+    return adapted

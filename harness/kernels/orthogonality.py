@@ -1,0 +1,26 @@
+"""AdaLoRA's orthogonality term, with one batched product for all matrices of a shape instead of some operations for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def orthogonality(P: Iterable[Tensor], Q: Iterable[Tensor], form: str) -> Tensor:
+    """Return R(P, Q), a scalar with a graph (arXiv:2303.10512, eq. 4).
+
+    P: matrices (out, R) with columns to be orthonormal; Q: (R, in), with rows to be. form: `squared-sum`, the sum of the
+    squared Frobenius norms of P^T P - I and Q Q^T - I; `mean-norm`, the mean of the norms.
+    """
+    alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
+    for wide in (*(p.T for p in P), *Q):
+        alike.setdefault((wide.shape, wide.dtype, wide.device), []).append(wide)
+    squares = []
+    for same in alike.values():
+        rows = torch.stack(same)
+        gaps = rows @ rows.mT - torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+        squares.append(gaps.square().sum((1, 2)) if form == "squared-sum" else torch.linalg.matrix_norm(gaps))
+    each = torch.cat(squares)
+    return each.sum() if form == "squared-sum" else each.mean()
