@@ -96,9 +96,9 @@ def vera_linear(
 ) -> Tensor:  # fmt: skip
     """Return x W^T + bias + b ((d ((x mask) A^T)) B^T), shape (..., E) (arXiv:2310.11454, eq. 2).
 
-    x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), b (E,), d (R,), mask like x or None, all of one dtype. Differentiable
-    in x, bias, b and d. shared: where layers look for the product with A. Raises RuntimeError in the backward pass if W
-    requires a gradient.
+    x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), b (E,), d (R,), mask like x or None, all of one dtype.
+    Differentiable in x, bias, b and d. shared: where layers look for the product with A. Raises RuntimeError in the
+    backward pass if W requires a gradient.
     """
     if by_triton(x, W, A, B, b, d):
         from harness.kernels.gpu import vera_linear as gpu

@@ -11,10 +11,8 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 @implements("adalora", name="fused", dtypes=DTYPES)
 def adalora(model: Any, config: Any, generator: Any) -> Any:
-    """Attach AdaLoRA to what `config.targets` names; config as `reference.adalora.Config`, whose budget and masks it keeps."""
-    import torch
-
-    from harness.kernels.adalora_importance import observe
+    """Attach AdaLoRA to what `config.targets` names; config as `reference.adalora.Config`."""
+    from harness.kernels.adalora_importance import adalora_importance_
     from harness.kernels.dropout import keep_mask
     from harness.kernels.lora_linear import lora_linear_over
     from harness.kernels.orthogonality import orthogonality
@@ -27,15 +25,15 @@ def adalora(model: Any, config: Any, generator: Any) -> Any:
 
     class FusedAdaLora(AdaLoraAdapted):
         def observe(self) -> None:
-            named = [(layer, name, w) for layer in self.adalora.values() for name, w in layer.tensors().items()]
-            observe(
-                [w.detach() for _, _, w in named],
-                [torch.zeros_like(w) if w.grad is None else w.grad for _, _, w in named],
-                [layer.get_buffer(f"exp_avg_ipt_{name}") for layer, name, _ in named],
-                [layer.get_buffer(f"exp_avg_unc_{name}") for layer, name, _ in named],
-                self.config.beta1,
-                self.config.beta2,
-            )
+            given: dict[str, Any] = {}
+            for letter in ("A", "E", "B"):
+                given[letter] = [layer.tensors()[letter] for layer in self.adalora.values()]
+                given[f"grad_{letter}"] = [w.grad for w in given[letter]]
+                for average, name in (("I", "exp_avg_ipt"), ("U", "exp_avg_unc")):
+                    given[f"{average}_{letter}"] = [
+                        layer.get_buffer(f"{name}_{letter}") for layer in self.adalora.values()
+                    ]
+            adalora_importance_(**given, beta1=self.config.beta1, beta2=self.config.beta2)
 
         def regularizer(self) -> Any:
             if self.config.orthogonality == 0:

@@ -36,7 +36,7 @@ def vera(model: Any, config: Any, generator: Any) -> Any:
 
     adapted = attach(model, config, generator)
     shared = SharedProjection()
-    for layer in adapted.layers.values():
-        layer.__class__ = FusedVeraLinear
-        layer.shared = shared
+    for path in adapted.layers:
+        layer: Any = adapted.layers[path]
+        layer.__class__, layer.shared = FusedVeraLinear, shared
     return adapted
