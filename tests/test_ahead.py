@@ -1,4 +1,4 @@
-"""Kernels judged by their machine code, with no GPU: by the Triton of this environment, and by an older one if it is there."""
+"""Kernels judged by their machine code, with no GPU: by the Triton that is installed, and an older one if it is there."""
 
 from __future__ import annotations
 

@@ -1,31 +1,19 @@
-"""NF4's 16 levels as kernels want them: a tree of selections, a table in memory, and the middles between neighbours.
-
-Dettmers et al., arXiv:2305.14314, appendix E, with the numbers of the published table: quantiles of the normal
-distribution at probabilities spread evenly from 0.9677083 down to 1/2, eight above zero and seven below, over the largest.
-"""
+"""NF4's 16 levels as kernels want them: a tree of selections, a table in memory, and the middles between neighbours."""
 
 from __future__ import annotations
 
 from functools import cache
-from statistics import NormalDist
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from harness.kernels.nf4 import ZERO as ZERO_CODE
+from harness.kernels.nf4 import levels
 
-def _levels() -> Tensor:
-    def half(count: int) -> list[float]:
-        grid = torch.linspace(0.9677083, 0.5, count + 1, device="cpu", dtype=torch.float32)
-        return [NormalDist().inv_cdf(p) for p in grid[:-1].tolist()]
-
-    values = torch.tensor([-q for q in half(7)] + [0.0] + half(8)[::-1], device="cpu", dtype=torch.float32)
-    return values / values.max()
-
-
-_VALUES = _levels()
-ZERO = tl.constexpr(7)
+_VALUES = levels()
+ZERO = tl.constexpr(ZERO_CODE)
 _LEVEL = tl.constexpr(tuple(_VALUES.tolist()))
 _MIDDLE = tl.constexpr(tuple(((_VALUES[:-1] + _VALUES[1:]) / 2).tolist()))
 

@@ -119,7 +119,8 @@ class _Nf4Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         need_x, need_bias = ctx.needs_input_grad[:2]
-        dx = dy @ dequantize(*ctx.saved_tensors, ctx.block, ctx.shape, dy.dtype) if need_x else None
+        packed, absmax = ctx.saved_tensors
+        dx = dy @ dequantize(packed, absmax, ctx.block, ctx.shape, dy.dtype) if need_x else None
         return dx, dy.sum(dim=0) if need_bias else None, None, None, None, None
 
 
