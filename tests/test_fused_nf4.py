@@ -49,7 +49,8 @@ def test_every_number_near_a_midpoint_or_a_cell_s_end_gets_the_nearest_code() ->
     W = torch.stack([torch.ones_like(numbers), numbers], dim=1)  # absmax 1: every division is exact
     packed, absmax = nf4.quantize(W, 2)
     codes, _ = reference.quantize(W, 2)
-    assert torch.equal(packed, reference.pack(codes)) and bool((absmax == 1).all())
+    assert torch.equal(packed, reference.pack(codes))
+    assert bool((absmax == 1).all())
 
 
 @pytest.mark.parametrize("block", [64, 96, 4096])
@@ -59,7 +60,8 @@ def test_many_pieces_are_as_one(dtype: torch.dtype, block: int, threads: int) ->
     W[700, 3], W[20, 5], W[100:107] = torch.nan, torch.inf, 0
     packed, absmax = nf4.quantize(W, block)
     codes, largest = reference.quantize(W, block)
-    assert torch.equal(packed, reference.pack(codes)) and torch.equal(absmax.nan_to_num(), largest.nan_to_num())
+    assert torch.equal(packed, reference.pack(codes))
+    assert torch.equal(absmax.nan_to_num(), largest.nan_to_num())
     finite = absmax.nan_to_num(1.0, 1.0)
     assert torch.equal(
         nf4.dequantize(packed, finite, block, W.shape, dtype), decoded(packed, finite, block, W.shape).to(dtype)
@@ -74,7 +76,8 @@ def test_large_results_are_right_in_inference_mode_too(threads: int) -> None:
     with torch.inference_mode():
         packed, absmax = nf4.quantize(W, 64)
         got = nf4.dequantize(packed, absmax, 64, W.shape, torch.float32)
-    assert got.is_inference() and torch.equal(got, decoded(packed.clone(), absmax, 64, (2900, 2900)))
+    assert got.is_inference()
+    assert torch.equal(got, decoded(packed.clone(), absmax, 64, (2900, 2900)))
 
 
 def test_advice_on_pages_stays_inside_of_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +86,8 @@ def test_advice_on_pages_stays_inside_of_the_tensor(monkeypatch: pytest.MonkeyPa
     out = fresh.empty((2900, 2900), torch.float32, torch.device("cpu"))
     fresh.empty((100, 100), torch.float32, torch.device("cpu"))
     ((first, size),) = given
-    assert out.data_ptr() <= first and first + size <= out.data_ptr() + 2900 * 2900 * 4
+    assert out.data_ptr() <= first
+    assert first + size <= out.data_ptr() + 2900 * 2900 * 4
 
 
 def test_without_huge_pages_results_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +138,8 @@ def test_layers_that_share_a_buffer_have_each_its_own_gradient() -> None:
         want = nn.functional.linear(want, layer.packed_weight.decoded(torch.float32), layer.bias).tanh()
     y.sum().backward()
     want.sum().backward()
-    assert x.grad is not None and plain.grad is not None
+    assert x.grad is not None
+    assert plain.grad is not None
     torch.testing.assert_close(x.grad, plain.grad)
 
 
@@ -163,7 +168,8 @@ def test_the_buffer_is_used_again_grows_and_outlives_inference_mode() -> None:
     first = packed_weight._buffers.of[torch.float32].data_ptr()
     x = torch.randn(2, 64, requires_grad=True)
     made(8, 64, 1)(x).sum().backward()
-    assert x.grad is not None and packed_weight._buffers.of[torch.float32].data_ptr() == first
+    assert x.grad is not None
+    assert packed_weight._buffers.of[torch.float32].data_ptr() == first
     made(80, 64, 1)(x)
     assert packed_weight._buffers.of[torch.float32].numel() == 80 * 64
 
@@ -212,7 +218,8 @@ def test_gradients_are_right_twice_over() -> None:
     def plain(x: Tensor, bias: Tensor) -> Tensor:
         return nf4_linear(x, packed, absmax, 32, (6, 10), bias)
 
-    assert torch.autograd.gradcheck(plain, (x, bias)) and torch.autograd.gradgradcheck(plain, (x, bias))
+    assert torch.autograd.gradcheck(plain, (x, bias))
+    assert torch.autograd.gradgradcheck(plain, (x, bias))
     for of in (mask, None):
 
         def adapted(x: Tensor, A: Tensor, B: Tensor, bias: Tensor, of: Tensor | None = of) -> Tensor:

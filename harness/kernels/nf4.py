@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from harness.kernels.device import TRITON_DTYPES, by_triton
 from harness.kernels.fresh import empty
-from harness.kernels.pieces import VALUES, for_each
+from harness.kernels.pieces import for_each, size
 
 BLOCK2 = 256
 """Constants that share one constant of double quantisation."""
@@ -92,14 +92,14 @@ def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """
     if block < 1 or not W.is_floating_point():
         raise ValueError(f"needs a block of at least 1 and floating values, got {block} and {W.dtype}")
-    if by_triton(W) and _on_gpu(block):
+    if by_triton(W) and on_gpu(block):
         from harness.kernels.gpu import nf4 as gpu
 
         return gpu.quantize(W, block)
     flat = W.detach().reshape(-1)
     packed = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8, device=W.device)
     absmax = torch.empty(-(-flat.numel() // block), dtype=torch.float32, device=W.device)
-    step = _step(block, W.device)
+    step = _step(block, flat.numel(), W.device)
     pieces = zip(flat.split(step), packed.split(step // 2), absmax.split(step // block), strict=True)
     for_each(_encode, [(*piece, block) for piece in pieces], flat.numel())
     if flat.numel() % 2:
@@ -136,12 +136,12 @@ def dequantize(
             f"{tuple(shape)} in blocks of {block} takes {-(-count // 2)} bytes and {-(-count // max(block, 1))} constants, "
             f"got {packed.numel()} and {absmax.numel()}"
         )
-    if by_triton(packed, absmax) and dtype in TRITON_DTYPES and _on_gpu(block):
+    if by_triton(packed, absmax) and dtype in TRITON_DTYPES and on_gpu(block):
         from harness.kernels.gpu import nf4 as gpu
 
         return gpu.dequantize(packed, absmax, block, shape, dtype, out)
     values = empty(shape, dtype, packed.device) if out is None else out.view(tuple(shape))
-    scale, step = absmax.detach().float().reshape(-1), _step(block, packed.device)
+    scale, step = absmax.detach().float().reshape(-1), _step(block, count, packed.device)
     parts = packed.reshape(-1).split(step // 2), scale.split(step // block), values.view(-1).split(step)
     table = _words(packed.device)
     for_each(_decode, [(table, *piece, block) for piece in zip(*parts, strict=True)], count)
@@ -200,7 +200,7 @@ def dequantize_double(
 
     codes, absmax2, offset: as `double_quantize` returns them; block2: its block. Raises ValueError as the two do.
     """
-    if by_triton(packed, absmax2) and dtype in TRITON_DTYPES and _on_gpu(block):
+    if by_triton(packed, absmax2) and dtype in TRITON_DTYPES and on_gpu(block):
         from harness.kernels.gpu import nf4 as gpu
 
         code = dynamic_map(packed.device)
@@ -219,11 +219,11 @@ def _times_absmax(values: Tensor, absmax: Tensor, block: int, out: Tensor) -> No
     torch.mul(values[whole:], absmax[blocks], out=out[whole:])
 
 
-def _step(block: int, device: torch.device) -> int:
-    """Return how many values to take at a time: an even number of blocks, so that no byte is split; on a GPU, all."""
-    return 2 * block * max(1, (VALUES if device.type == "cpu" else 1 << 40) // (2 * block))
+def _step(block: int, values: int, device: torch.device) -> int:
+    """Return how many of the values to take at a time: an even number of blocks, so that no byte is split."""
+    return 2 * block * max(1, -(-size(values, device) // (2 * block)))
 
 
-def _on_gpu(block: int) -> bool:
+def on_gpu(block: int) -> bool:
     """Return whether Triton's kernels have blocks of this size."""
     return block >= 32 and block & (block - 1) == 0

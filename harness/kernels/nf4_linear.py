@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from harness.kernels import nf4
+from harness.kernels.device import by_triton
 from harness.kernels.packed_weight import PackedWeight
 
 
@@ -44,6 +45,10 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
     """
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         return linear(x, weight.decoded(x.dtype), bias)
+    if by_triton(x, weight.packed) and nf4.on_gpu(weight.block):
+        from harness.kernels.gpu import nf4_linear as gpu
+
+        return gpu.nf4_linear(x, weight.packed, weight.constants(), weight.block, weight.shape, bias)
     y = product(x.reshape(-1, x.shape[-1]), weight, bias)
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -69,7 +74,7 @@ def nf4_linear(
 class Nf4Linear(nn.Linear):
     """A linear layer that keeps its weight in NF4: `weight` is the packed bytes, and does not train.
 
-    compute_dtype: what products are formed in; inputs are cast to it, and outputs back. Its constants are buffers of bytes, so
+    compute_dtype: what products are formed in; inputs are cast to it, and outputs back. Constants are buffers of bytes, so
     that `model.to(torch.bfloat16)`, which rounds whatever is floating, leaves them alone, and so that nobody takes their
     dtype for the layer's: absmax (float32), or with `double` its 8-bit codes, absmax2 (float32) and offset (float32).
     """

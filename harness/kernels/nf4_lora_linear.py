@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from harness.kernels import nf4
+from harness.kernels.device import by_triton
 from harness.kernels.nf4_linear import product
 from harness.kernels.packed_weight import PackedWeight
 
@@ -69,6 +71,11 @@ def packed_lora_linear(
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         masked = x if mask is None else x * mask
         return linear(x, weight.decoded(x.dtype), bias) + scaling * ((masked @ A.T) @ B.T)
+    if by_triton(x, A, B, weight.packed) and nf4.on_gpu(weight.block):
+        from harness.kernels.gpu import nf4_lora_linear as gpu
+
+        packed = weight.packed, weight.constants(), weight.block, weight.shape
+        return gpu.nf4_lora_linear(x, *packed, bias, A, B, scaling, mask)
     rows, of_rows = x.reshape(-1, x.shape[-1]), None if mask is None else mask.reshape(-1, x.shape[-1])
     y: Tensor = _LoraProduct.apply(rows, A, B, bias, weight, scaling, of_rows)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -1,8 +1,4 @@
-"""Work on a large tensor by pieces that stay in the cache, each thread at its own.
-
-An operation of torch that it splits among threads ends when the slowest has: with a hundred such ends per call, another
-busy process on the machine makes the whole ten times slower. Pieces of fewer values than torch splits need no such ends.
-"""
+"""Work on a large tensor by pieces that stay in the cache, each thread at its own."""
 
 from __future__ import annotations
 
@@ -12,19 +8,29 @@ from typing import Any
 
 import torch
 
-VALUES = 3 << 13
-"""How many values are worked on at a time, fewer than the 32768 from which torch splits an operation."""
-_WORTH_A_THREAD = 1 << 20
-"""Values from which a thread earns more than its start."""
+_FEW, _MANY = 1 << 19, 3 << 13
+"""How many values to take at a time of a small tensor, in a few pieces that torch splits among its threads, and of a large
+one, in many that it does not, being fewer than 32768. An operation that is split ends when the slowest thread has: with a
+hundred such ends in a call, another busy process on the machine makes it ten times slower."""
+_LARGE = 1 << 21
+"""Values from which threads of our own earn more than their start."""
 _THREADS = 4
 """More would wait for Python's lock, which each holds for a third of the time."""
 
 
+def size(values: int, device: torch.device) -> int:
+    """Return how many of so many values to take at a time: on a GPU, all."""
+    if device.type != "cpu":
+        return max(values, 1)
+    return _MANY if values >= _LARGE else _FEW
+
+
 def for_each(work: Callable[..., None], pieces: Sequence[tuple[Any, ...]], values: int) -> None:
     """Call work(*piece) for each of `pieces`, which have `values` values in all, in order or at the same time."""
-    threads = min(torch.get_num_threads(), _THREADS, values // _WORTH_A_THREAD)
+    threads = min(torch.get_num_threads(), _THREADS, len(pieces)) if values >= _LARGE else 1
     if threads < 2:
-        return _one_by_one(work, pieces, torch.is_inference_mode_enabled())
+        _one_by_one(work, pieces, torch.is_inference_mode_enabled())
+        return
     share, inference = -(-len(pieces) // threads), torch.is_inference_mode_enabled()
     with ThreadPoolExecutor(threads) as pool:
         shares = [pieces[first : first + share] for first in range(0, len(pieces), share)]
