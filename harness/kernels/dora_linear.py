@@ -66,7 +66,7 @@ class _DoraLinear(torch.autograd.Function):
             None,
             dy.sum(0) if need_bias else None,
             dS.T @ dropped if need_A else None,
-            ((S * ctx.scaling).T @ dz).T if need_B else None,
+            ((S.T.contiguous() * ctx.scaling) @ dz).T if need_B else None,
             _over((dy * z).sum(0), norm) if need_m else None,
             None,
             None,

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from harness.kernels.device import by_triton
+from harness.kernels.nf4_linear import Nf4Linear
+from harness.kernels.nf4_lora_linear import packed_lora_linear
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -44,8 +46,8 @@ class _LoraLinear(torch.autograd.Function):
             dy.T @ x if need_W else None,
             dy.sum(0) if need_bias else None,
             dS.T @ dropped if need_A else None,
-            # The thin matrix first: on a CPU the same product the other way round takes half as long again.
-            ((S * ctx.scaling).T @ dy).T if need_B else None,
+            # The thin matrix first, and in rows: on a CPU the same product the other way round takes half as long again.
+            ((S.T.contiguous() * ctx.scaling) @ dy).T if need_B else None,
             None,
             None,
         )
@@ -68,10 +70,10 @@ def lora_linear(
     return y.view(*x.shape[:-1], len(W))
 
 
-def is_plain(base: nn.Module) -> bool:
-    """Return whether `base` computes x W^T + bias and nothing else, so that its weight may be used without calling it."""
+def is_plain(base: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Return whether `base` is of just this kind, with no hooks, so that its weight may be used without calling it."""
     hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__
-    return type(base) is nn.Linear and not hooked
+    return type(base) is kind and not hooked
 
 
 def lora_linear_over(
@@ -79,11 +81,16 @@ def lora_linear_over(
 ) -> Tensor:
     """Return base(x) + scaling ((x mask) A^T) B^T, shape (..., E).
 
-    An nn.Linear without hooks is computed by `lora_linear`; any other base is called, and what it returns is left as it
-    is, for it may be its input, or something that it keeps. So it is under autocast, and where torch.compile fuses better.
+    An nn.Linear without hooks is computed by `lora_linear`, our own layer on NF4 by `packed_lora_linear`; any other base is
+    called, and what it returns is left as it is, for it may be its input, or something that it keeps. So it is under
+    autocast, and where torch.compile fuses better.
     """
-    if is_plain(base) and not (torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling()):
-        weight: Any = base.weight
-        return lora_linear(x, weight, base.bias, A, B, scaling, mask)  # type: ignore[arg-type]
+    inner: Any = base
+    if not (torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling()):
+        if is_plain(base):
+            return lora_linear(x, inner.weight, inner.bias, A, B, scaling, mask)
+        if is_plain(base, Nf4Linear) and x.dtype == inner.compute_dtype:
+            bias = None if inner.bias is None else inner.bias.to(x.dtype)
+            return packed_lora_linear(x, inner.packed_weight, bias, A, B, scaling, mask)
     out: Tensor = base(x)
     return out + scaling * linear(linear(x if mask is None else x * mask, A), B)
