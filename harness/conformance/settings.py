@@ -74,7 +74,7 @@ def put_back(before: dict[str, Any]) -> None:
 
 
 def seed(value: int) -> None:
-    """Seed torch's random numbers, as torch.manual_seed does; but that writes down the whole call stack for a GPU to come."""
+    """Seed torch's random numbers like torch.manual_seed, which also writes down the call stack for a GPU to come: slow."""
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(value)

@@ -31,3 +31,8 @@ def by_triton(*tensors: Tensor) -> bool:
     """
     where = interpreted() or (_compiles() and all(t.is_cuda for t in tensors))
     return where and all(t.dtype in TRITON_DTYPES for t in tensors if t.is_floating_point())
+
+
+def frozen(*tensors: Tensor | None) -> bool:
+    """Return whether none of these is to be trained: the kernels of adapted layers have no gradient for the base's own."""
+    return not any(t is not None and t.requires_grad for t in tensors)

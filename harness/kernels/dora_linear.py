@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.kernels.device import by_triton
+from harness.kernels.device import by_triton, frozen
 
 
 def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -89,7 +89,7 @@ def dora_linear(
     mask like x or None, all of one dtype. Differentiable in x, bias, A, B and m, with the norm as a constant. Raises
     RuntimeError in the backward pass if W requires a gradient.
     """
-    if by_triton(x, W, A, B, m):
+    if by_triton(x, W, A, B, m) and frozen(W, bias):
         from harness.kernels.gpu import dora_linear as gpu
 
         return gpu.dora_linear(x, W, bias, A, B, m, scaling, mask)

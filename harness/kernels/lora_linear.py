@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from harness.kernels.device import by_triton
+from harness.kernels.device import by_triton, frozen
 from harness.kernels.nf4_linear import Nf4Linear
 from harness.kernels.nf4_lora_linear import packed_lora_linear
 
@@ -61,7 +61,7 @@ def lora_linear(
     x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), mask like x or None, all of one dtype. Differentiable in all but
     the mask, twice too.
     """
-    if by_triton(x, W, A, B):
+    if by_triton(x, W, A, B) and frozen(W, bias):
         from harness.kernels.gpu import lora_linear as gpu
 
         return gpu.lora_linear(x, W, bias, A, B, scaling, mask)

@@ -114,8 +114,8 @@ def adalora_importance(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return new I_A, U_A, I_E, U_E, I_B, U_B and the scores (R,), for one layer; see `adalora_importance_`."""
     states = [t.clone(memory_format=torch.contiguous_format) for t in (I_A, U_A, I_E, U_E, I_B, U_B)]
-    given = [[t] for t in (A, E, B, grad_A, grad_E, grad_B, *states)]
-    (scores,) = adalora_importance_(*given, beta1, beta2)  # type: ignore[arg-type]
+    averages = dict(zip(("I_A", "U_A", "I_E", "U_E", "I_B", "U_B"), ([t] for t in states), strict=True))
+    (scores,) = adalora_importance_([A], [E], [B], [grad_A], [grad_E], [grad_B], beta1=beta1, beta2=beta2, **averages)
     return (*states, scores)
 
 
