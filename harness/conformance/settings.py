@@ -5,15 +5,26 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
 
+_Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
+
 _SWITCH: Any = torch.utils.deterministic
 _CUDNN: Any = torch.backends.cudnn
-_MATMUL: Any = torch.backends.cuda.matmul
-_SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+_BACKENDS = ("mkldnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn", "cuda.matmul", "cudnn", "cudnn.conv", "cudnn.rnn")
+
+
+def _precision(path: str) -> _Setting:
+    place: Any = attrgetter(path)(torch.backends)
+    return lambda: place.fp32_precision, lambda it: setattr(place, "fp32_precision", it)
+
+
+# Name -> how a setting is read, and how it is put back.
+_SETTINGS: dict[str, _Setting] = {
     "the default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "the default device": (torch.get_default_device, torch.set_default_device),
     "whether gradients are recorded": (torch.is_grad_enabled, torch.set_grad_enabled),
@@ -27,12 +38,6 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         lambda it: setattr(_SWITCH, "fill_uninitialized_memory", it),
     ),
     "cudnn.benchmark": (lambda: _CUDNN.benchmark, lambda it: setattr(_CUDNN, "benchmark", it)),
-    "the precision of float32 products": (
-        # Once the newer of torch's two ways of saying it was used, reading the older raises.
-        (lambda: _MATMUL.fp32_precision, lambda it: setattr(_MATMUL, "fp32_precision", it))
-        if hasattr(_MATMUL, "fp32_precision")
-        else (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision)
-    ),
     "autocast on the CPU": (
         lambda: torch.is_autocast_enabled("cpu"),
         lambda it: torch.set_autocast_enabled("cpu", it),
@@ -42,7 +47,14 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         lambda it: torch.set_autocast_enabled("cuda", it),
     ),
 }
-"""Name -> how a setting is read, and how it is put back."""
+if hasattr(torch.backends, "fp32_precision"):
+    # `set_float32_matmul_precision` sets several of these, and reading it raises once this newer way was used.
+    _SETTINGS |= {f"the precision of float32 products by {path}": _precision(path) for path in _BACKENDS}
+else:
+    _SETTINGS["the precision of float32 products"] = (
+        torch.get_float32_matmul_precision,
+        torch.set_float32_matmul_precision,
+    )
 
 
 def now() -> dict[str, Any]:

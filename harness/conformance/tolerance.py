@@ -14,6 +14,7 @@ from harness.tolerances import (
     CARRIED_FACTOR,
     CEILING,
     EPSILON,
+    FEW_NUMBERS,
     LARGEST_EPS,
     LARGEST_FACTOR,
     NOISE_FACTOR,
@@ -85,20 +86,20 @@ def _within_noise(
     factor: float,
     policy: str,
 ) -> Judgement:
-    floor = NOISE_FLOOR_EPS[dtype]
+    floor, usual = NOISE_FLOOR_EPS[dtype], factor
     judged, lost = [], []
     for name, expected in truth.items():
         errors, eps = [_Error.of(draw[name], expected) for draw in draws], EPSILON[dtype]
         own = _largest(errors)
         # By the first draw alone, which is the reference's own, or a tensor that fails might be let off by a later one.
-        undecided = not factor * errors[0].norm + floor * eps <= CEILING  # also where the reference overflows
+        undecided = not usual * errors[0].norm + floor * eps <= CEILING  # also where the reference overflows
         if (refused := _refused(name, subject[name], expected, policy, undecided)) is not None:
             judged.append(refused)
             continue
         if undecided:
             lost.append(name)
             continue
-        have = _Error.of(subject[name], expected)
+        have, factor = _Error.of(subject[name], expected), _factor(usual, expected)
         bias = factor * own.share + BIAS_SIGMAS * (own.norm + eps) / max(1, expected.numel()) ** 0.25
         for error, allowed, measure in (
             (have.norm, min(factor * own.norm + floor * eps, CEILING), ""),
@@ -137,11 +138,12 @@ def carried_noise(
         if name in lost:
             continue
         have, floor = _Error.of(subject[name], expected), NOISE_FLOOR_EPS[dtype] * EPSILON[dtype]
+        wide = _factor(factor, expected)
         for error, allowed, measure in (
-            (have.norm, factor * max(own[name].norm, usual[0]) + floor, ""),
+            (have.norm, wide * max(own[name].norm, usual[0]) + floor, ""),
             (
                 have.largest,
-                LARGEST_FACTOR * (factor * max(own[name].largest, usual[1]) + LARGEST_EPS * floor),
+                LARGEST_FACTOR * (wide * max(own[name].largest, usual[1]) + LARGEST_EPS * floor),
                 ", largest element",
             ),
         ):
@@ -196,6 +198,11 @@ def rows_within(value: Tensor, truth: Tensor, draws: Iterable[Tensor], dtype: st
 def _cannot(lost: Sequence[str], dtype: str, policy: str) -> Judgement:
     why = f"the reference itself loses {', '.join(lost[:3])} in {dtype}"
     return Judgement(False, None, None, "", why, policy, 0, decided=False)
+
+
+def _factor(factor: float, tensor: Tensor) -> float:
+    """Return how often the reference's own error is allowed in a tensor of so many numbers."""
+    return factor * (1 + FEW_NUMBERS / max(1, tensor.numel()))
 
 
 def _largest(errors: Sequence[_Error]) -> _Error:
