@@ -199,7 +199,7 @@ def test_every_unknown_name_is_said_at_once(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (["fused", "--method", "dora"], "fused does not offer dora, only lora"),
+        (["loralib", "--method", "dora"], "loralib does not offer dora, only lora"),
         (["lora"], "that is of kind `method`: --method lora"),
         (["--op", "lora"], "that is of kind `method`: --method lora"),
         (["--method", "nf4_dequantize"], "that is of kind `operation`: --op nf4_dequantize"),

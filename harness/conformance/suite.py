@@ -72,7 +72,7 @@ class ParitySuite(Frozen):
         """Yield the cases in those of `dtypes` that the suite has: all of the product, or few; and those drawn at random.
 
         The few: the first kind of layer, since many implementations offer no other, meets every config and every shape in
-        float32, or where that is not wanted in the first dtype that is, and another third of them in each other; so does
+        float32, or where that is not wanted in the first dtype that is, and another share of them in each other; so does
         each other kind, with one config in a dtype.
         """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
@@ -95,17 +95,14 @@ class ParitySuite(Frozen):
                 yield MethodCase(config, kind, shape, dtype)
 
     def _few(self, dtypes: Sequence[Dtype]) -> Iterator[MethodCase]:
-        whole = "float32" if "float32" in dtypes else dtypes[0]
-        others = [dtype for dtype in self.dtypes if dtype != whole]
         for dtype in dtypes:
-            shift = others.index(dtype) if dtype != whole else len(others)
-            every = slice(None) if dtype == whole else slice(shift % 3, None, 3)
+            shift, every = _share(self.dtypes, dtypes, dtype)
             configs, shapes = self.configs[every] or self.configs, self.shapes[every] or self.shapes
             for index in range(max(len(configs), len(shapes))):
                 shape = shapes[(index + shift) % len(shapes)]
                 yield MethodCase(configs[index % len(configs)], self.layers[0], shape, dtype)
             for number, kind in enumerate(self.layers[1:], start=1):
-                if dtype != whole and (number + shift) % 3:
+                if every.step is not None and (number + shift) % every.step:
                     continue
                 config = self.configs[(number + shift) % len(self.configs)]
                 yield MethodCase(config, kind, self.shapes[(number + shift) % len(self.shapes)], dtype)
@@ -140,11 +137,17 @@ class OperationSuite(Frozen):
         return {check: looser.factor for check, looser in self.tolerances.items()}
 
     def calls(self, wanted: Breadth, dtypes: Collection[str] = DTYPES) -> Iterator[tuple[dict[str, Any], Dtype]]:
-        """Yield what each case says, and a dtype: every case in every dtype that is wanted, and those drawn at random."""
+        """Yield what each case says, and a dtype: all in every dtype that is wanted, or few; and those drawn at random.
+
+        The few: every case in float32, or where that is not wanted in the first dtype that is, and in the
+        others another share of them each.
+        """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         if not there:
             return
-        yield from itertools.product(self.cases, there)
+        for dtype in there:
+            every = slice(None) if wanted.full else _share(self.dtypes, there, dtype)[1]
+            yield from itertools.product(self.cases[every] or self.cases, [dtype])
         dice = wanted.dice(self.operation)
         for _ in range(wanted.drawn):
             values, dtype = breadth.call(dice, dice.choice(self.cases)), dice.choice(self.dtypes)
@@ -153,6 +156,15 @@ class OperationSuite(Frozen):
 
 
 Plan = ParitySuite | OperationSuite
+
+
+def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype) -> tuple[int, slice]:
+    """Return which of the other dtypes this is, and what of a list it meets: all, or of n others every n-th."""
+    whole = "float32" if "float32" in wanted else wanted[0]
+    others = [one for one in there if one != whole]
+    if dtype == whole:
+        return len(others), slice(None)
+    return others.index(dtype), slice(others.index(dtype), None, len(others))
 
 
 def path_of(name: str) -> Path:
