@@ -15,13 +15,26 @@ def adalora(model: Any, config: Any, generator: Any) -> Any:
     from harness.kernels.adalora_importance import adalora_importance_
     from harness.kernels.dropout import keep_mask
     from harness.kernels.lora_linear import lora_linear_over
+    from harness.kernels.lora_linears import factors_over
     from harness.kernels.orthogonality import orthogonality
+    from harness.kernels.siblings import meet
     from reference.adalora import AdaLoraAdapted, AdaLoraLinear, attach
 
     class FusedAdaLoraLinear(AdaLoraLinear):
         def forward(self, x: Any) -> Any:
-            mask, kept = keep_mask(x, self.dropout.p) if self.dropout.p and self.training else (None, 1.0)
-            return lora_linear_over(self.base, x, self.A * self.E, self.B, self.scaling / kept, mask)
+            if self.training and self.dropout.p:
+                mask, kept = keep_mask(x, self.dropout.p)
+                return lora_linear_over(self.base, x, self.A * self.E, self.B, self.scaling / kept, mask)
+            return self.family(self, x)  # type: ignore[operator]
+
+        def alone(self, x: Any) -> Any:
+            return lora_linear_over(self.base, x, self.A * self.E, self.B, self.scaling)
+
+        def factors(self, x: Any) -> Any:
+            return factors_over(self.base, x, self.A * self.E, self.B, self.scaling)
+
+        def held(self) -> Any:
+            return self.A, self.E, self.B, self.base.weight
 
     class FusedAdaLora(AdaLoraAdapted):
         def observe(self) -> None:
@@ -44,5 +57,6 @@ def adalora(model: Any, config: Any, generator: Any) -> Any:
     adapted = attach(model, config, generator)
     for layer in adapted.adalora.values():
         layer.__class__ = FusedAdaLoraLinear
+    meet(adapted.adalora)
     adapted.__class__ = FusedAdaLora
     return adapted
