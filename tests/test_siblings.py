@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -218,6 +219,21 @@ def test_checkpointing_from_the_first_step_on(reentrant: bool) -> None:
         assert are_those_of_the_reference(gradients(adapted, x, act), "lora", x, lambda m, x: m(x))
 
 
+def test_checkpointing_of_what_ceases_to_be_computed_in_advance() -> None:
+    """A recomputation that kept other tensors than the first pass would be refused."""
+    adapted = attached()
+    for _ in range(siblings.PATIENCE + 3):
+        gradients(adapted, given(), lambda m, x: checkpoint(_cross, m, x, use_reentrant=False))
+    for _ in range(siblings.PATIENCE + 3):
+        adapted.model(given(), ("q",))
+    gradients(adapted, given(), lambda m, x: checkpoint(_cross, m, x, use_reentrant=False))
+
+
+def _cross(model: Any, x: Tensor) -> Tensor:
+    """Return the queries of one tensor and the keys and values of another, as cross-attention takes them."""
+    return torch.cat([model(x, ("q",)), model(2 * x, ("k", "v"))], dim=-1)
+
+
 def test_a_second_derivative() -> None:
     adapted, reference, wide = attached(), attached(name="reference"), attached(name="reference", dtype=torch.float64)
 
@@ -261,9 +277,12 @@ def test_threads_get_each_their_own() -> None:
             if not torch.equal(adapted.model(inputs[index]), want[index]):
                 wrong.append(index)
 
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
     running = [threading.Thread(target=many, args=(index,)) for index in range(4)]
     for one in running:
         one.start()
     for one in running:
         one.join()
+    sys.setswitchinterval(interval)
     assert not wrong
