@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from harness.errors import Unsupported
@@ -14,12 +15,18 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 def dora(model: Any, config: Any, generator: Any) -> Any:
     """Attach layers that compute by `dora_linear` to what `config.targets` names; config as `reference.dora.Config`.
 
-    Raises Unsupported for a magnitude per input and for a norm with a gradient. A layer over a base that is no plain
-    nn.Linear computes as the reference does.
+    Raises Unsupported for a magnitude per input and for a norm with a gradient. A layer over a base that is neither a plain
+    nn.Linear nor our own in NF4 computes as the reference does; so does the latter with dropout.
     """
-    from harness.kernels.dora_linear import dora_linear
+    import torch
+
+    from harness.kernels.device import by_triton
+    from harness.kernels.dora_linear import dora_linear, gained, row_norms
     from harness.kernels.dropout import keep_mask
-    from harness.kernels.lora_linear import is_plain
+    from harness.kernels.lora_linear import is_plain, lora_linear
+    from harness.kernels.lora_linears import factors_over, lora_linears
+    from harness.kernels.nf4_linear import Nf4Linear
+    from harness.kernels.siblings import meet
     from reference.dora import DoraLinear, attach
 
     if config.per != "output" or not config.detach_norm:
@@ -27,15 +34,41 @@ def dora(model: Any, config: Any, generator: Any) -> Any:
 
     class FusedDoraLinear(DoraLinear):
         def forward(self, x: Any) -> Any:
-            if not is_plain(self.base):
+            plain, packed = is_plain(self.base), is_plain(self.base, Nf4Linear) and x.dtype == self.base.compute_dtype
+            if not (plain or packed) or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
                 return super().forward(x)
-            mask = None
-            if self.dropout.p and self.training:
+            if self.training and self.dropout.p:
+                if packed:
+                    return super().forward(x)
                 mask, kept = keep_mask(x, self.dropout.p)
-                mask = mask / kept
+                return self._by_itself(x, mask / kept)
+            if plain and by_triton(x, self.A, self.B):
+                return self._by_itself(x, None)
+            base: Any = self.base
+            W = base.packed_weight.lent(x.dtype) if packed else base.weight
+            norm = row_norms(W, self.A, self.B, self.scaling)  # at once: what is lent the next call overwrites
+            bias = None if self.base.bias is None else self.base.bias.to(x.dtype)
+            z = self.family(self, x)  # type: ignore[operator]
+            return gained(z, bias, self.m, norm)
+
+        def _by_itself(self, x: Any, mask: Any) -> Any:
             return dora_linear(x, self.base.weight, self.base.bias, self.A, self.B, self.m, self.scaling, mask)
+
+        def alone(self, x: Any) -> Any:
+            if (factors := self.factors(x)) is None:
+                return lora_linear(x, self.base.weight, None, self.A, self.B, self.scaling)
+            return lora_linears(x, [factors])[0]
+
+        def factors(self, x: Any) -> Any:
+            """Return what the product without gain and bias is made of."""
+            factors = factors_over(self.base, x, self.A, self.B, self.scaling)
+            return None if factors is None else replace(factors, bias=None)
+
+        def held(self) -> Any:
+            return self.A, self.B, self.base.weight
 
     adapted = attach(model, config, generator)
     for layer in adapted.layers.values():
         layer.__class__ = FusedDoraLinear
+    meet(adapted.layers)
     return adapted
