@@ -4,7 +4,7 @@ Compiling costs seconds, so it waits for the first call that is large, and happe
 sizes, the threads and the modes (inference, autocast, default device) of later calls; calls of other threads do without
 meanwhile. Measured for NF4 on two cores: 11 s for the first function and 1.6 s for each further one with inductor's cache on
 disk empty; 3.5 s, which is the import of inductor, and 0.2 s with it warm.
-PEFT_HARNESS_COMPILE=0 in the environment switches it off.
+PEFT_HARNESS_COMPILE=0 in the environment switches it off, and PEFT_HARNESS_COMPILE=1 compiles for smaller tensors too.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from torch import Tensor
 LARGE = 1 << 21
 """Values from which calls are compiled: who has one such tensor has more of them. With fewer, what is gained is less than
 what threads lose that wait for each other on a busy machine."""
+_SMALL = 1 << 16
+"""Values from which, if that is asked for: below, a call takes longer than eager torch."""
 
 _OPTIONS: dict[str, Any] = {
     # Otherwise the number of threads of the first call is part of the code.
@@ -69,9 +71,12 @@ class Compiled:
 
         They must be plain memory on a CPU with wide vectors, and nobody may look at what torch does with them.
         """
-        if values < LARGE or self._failed or torch.compiler.is_compiling() or _watched():
+        asked = os.environ.get("PEFT_HARNESS_COMPILE")
+        if asked == "0" or values < (_SMALL if asked == "1" else LARGE):
             return False
-        return os.environ.get("PEFT_HARNESS_COMPILE") != "0" and _vectors() and all(map(_plain, tensors))
+        if self._failed or torch.compiler.is_compiling() or _watched():
+            return False
+        return _vectors() and all(map(_plain, tensors))
 
     def __call__(self, *tensors: tuple[Tensor, torch.dtype, Sequence[int]], out: Sequence[Tensor]) -> bool:
         """Run the function on views of `tensors`, and return whether it ran; if not, `out` may hold anything.
