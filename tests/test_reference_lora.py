@@ -14,12 +14,13 @@ from two_layers import Two, assert_same, draw, generator
 
 from harness.conformance.subject import DTYPES, configure, load, warm
 from harness.conformance.tolerance import exact, noise_floor
-from harness.implementations import bitsandbytes, fused
+from harness.implementations import bitsandbytes
+from harness.implementations.fused.lora import lora as fused_lora
 from harness.kernels.lora_linear import lora_linear
 from reference import lora
 from reference.layers import dense_copy
 
-ATTACH: dict[str, Callable[..., Any]] = {"reference": lora.attach, "fused": fused.lora}
+ATTACH: dict[str, Callable[..., Any]] = {"reference": lora.attach, "fused": fused_lora}
 implementations = pytest.mark.parametrize("attach", ATTACH.values(), ids=ATTACH)
 
 
@@ -304,7 +305,7 @@ def test_the_kernel_on_a_base_of_four_bits() -> None:
 
 
 def test_a_later_in_place_write_is_noticed() -> None:
-    layer = warmed(fused.lora).layers["q_proj"]
+    layer = warmed(fused_lora).layers["q_proj"]
     x = draw(5, 12)
     out = layer(x)
     x.zero_()
@@ -313,7 +314,7 @@ def test_a_later_in_place_write_is_noticed() -> None:
 
 
 def test_the_kernel_under_checkpoint_compile_and_autocast() -> None:
-    layer = warmed(fused.lora).layers["q_proj"]
+    layer = warmed(fused_lora).layers["q_proj"]
     x = draw(2, 5, 12).requires_grad_(True)
 
     def run(function: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -324,7 +325,7 @@ def test_the_kernel_under_checkpoint_compile_and_autocast() -> None:
     plain = run(layer)
     assert exact(run(lambda t: checkpoint(layer, t, use_reentrant=False)), plain).passed
     assert_same(run(torch.compile(layer, backend="aot_eager", fullgraph=True)), plain)
-    pair = [warmed(each, "float32").layers["q_proj"] for each in (fused.lora, lora.attach)]
+    pair = [warmed(each, "float32").layers["q_proj"] for each in (fused_lora, lora.attach)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = [each(x.float()) for each in pair]
     assert outputs[0].dtype == torch.bfloat16
