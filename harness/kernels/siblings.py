@@ -58,8 +58,9 @@ class Family:
 
     def __call__(self, layer: Sibling, x: Tensor) -> Tensor:
         """Return the layer's output."""
-        # A tensor of inference mode does not say whether it was changed.
-        if len(self._members) < 2 or x.is_inference() or _hooked():
+        if len(self._members) < 2 or torch.compiler.is_compiling():
+            return layer.alone(x)
+        if x.is_inference() or _hooked():  # a tensor of inference mode does not say whether it was changed
             return layer.alone(x)
         last: _Call | None = getattr(self._last, "call", None)
         if last is not None and last.is_of(x):
