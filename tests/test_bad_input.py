@@ -110,7 +110,7 @@ BAD_SUITES = {
         "id: a\n        method: lora\n        config: {rank: 4, alpha: 8, targets: [q_proj]}",
         "id: a\n        method: full\n        implementation: fused",
         11,
-        "`fused` does not offer full, only lora",
+        "`fused` does not offer full, only adalora",
         "who offers full: reference",
     ),
     "dtype that nobody has": ("float64", "float63", 14, "`dtype` is 'float63'", "did you mean `float64`?"),

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
+# What inductor imports at its first use refuses to be imported after distutils, which other tests bring in.
+import torch.utils.cpp_extension
 from torch import Tensor
 
 from harness.conformance import settings
