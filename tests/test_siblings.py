@@ -169,6 +169,15 @@ def test_one_after_the_other_each_with_its_own_backward_pass() -> None:
             assert noise_floor(found, truth, gradients(reference, given(), lambda m, x: m(x)), "float32").passed
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
+def test_who_is_not_asked_gets_no_gradient(method: str) -> None:
+    """Neither zeros, which an optimizer would take for a step with weight decay."""
+    adapted = attached(method)
+    adapted.model(given(), ("q",)).sum().backward()
+    grads = {name: tensor.grad is not None for name, tensor in adapted.tensors().items()}
+    assert grads == {name: name.startswith("q.") for name in grads}
+
+
 class _Only:
     """One layer of an adapted model."""
 

@@ -86,24 +86,24 @@ def _within_noise(
     factor: float,
     policy: str,
 ) -> Judgement:
-    floor, usual = NOISE_FLOOR_EPS[dtype], factor
+    floor = NOISE_FLOOR_EPS[dtype]
     judged, lost = [], []
     for name, expected in truth.items():
         errors, eps = [_Error.of(draw[name], expected) for draw in draws], EPSILON[dtype]
         own = _largest(errors)
         # By the first draw alone, which is the reference's own, or a tensor that fails might be let off by a later one.
-        undecided = not usual * errors[0].norm + floor * eps <= CEILING  # also where the reference overflows
+        undecided = not factor * errors[0].norm + floor * eps <= CEILING  # also where the reference overflows
         if (refused := _refused(name, subject[name], expected, policy, undecided)) is not None:
             judged.append(refused)
             continue
         if undecided:
             lost.append(name)
             continue
-        have, factor = _Error.of(subject[name], expected), _factor(usual, expected)
-        bias = factor * own.share + BIAS_SIGMAS * (own.norm + eps) / max(1, expected.numel()) ** 0.25
+        have, wide = _Error.of(subject[name], expected), _factor(factor, expected)
+        bias = wide * own.share + BIAS_SIGMAS * (own.norm + eps) / max(1, expected.numel()) ** 0.25
         for error, allowed, measure in (
-            (have.norm, min(factor * own.norm + floor * eps, CEILING), ""),
-            (have.largest, LARGEST_FACTOR * (factor * own.largest + LARGEST_EPS * floor * eps), ", largest element"),
+            (have.norm, min(wide * own.norm + floor * eps, CEILING), ""),
+            (have.largest, LARGEST_FACTOR * (wide * own.largest + LARGEST_EPS * floor * eps), ", largest element"),
             (have.share, bias + (floor * eps if dtype in _ROUNDED_SUMS else 0.0), ", share of the truth"),
         ):
             judged.append(Judgement(error <= allowed, error, allowed, name, "", policy + measure, 0))

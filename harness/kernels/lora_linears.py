@@ -37,7 +37,8 @@ class _LoraLinears(torch.autograd.Function):
         ctx: Any, x: Tensor, layers: Sequence[LoraFactors], ahead: dict[Any, Any], *factors: Tensor | None
     ) -> tuple[Tensor, ...]:
         ctx.ahead = ahead
-        As = _scaled(layers, [one.A for one in layers])
+        ctx.set_materialize_grads(False)  # an output that nobody asked for gives no gradient, not zeros
+        As = _scaled(layers)
         S = x @ As.T
         ctx.layers = [(one.W if isinstance(one.W, PackedWeight) else None, one.scaling) for one in layers]
         ctx.save_for_backward(x, S, As, *factors)
@@ -50,7 +51,7 @@ class _LoraLinears(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
         ctx.ahead.clear()
         x, S, As, *factors = ctx.saved_tensors
         layers = [
@@ -58,36 +59,39 @@ class _LoraLinears(torch.autograd.Function):
             for at, (packed, scaling) in zip(range(0, len(factors), 4), ctx.layers, strict=True)
         ]
         if torch.is_grad_enabled():  # a second derivative is wanted, and these were kept as mere numbers
-            As = _scaled(layers, [one.A for one in layers])
+            As = _scaled(layers)
             S = x @ As.T
+        asked = {at: dy for at, dy in enumerate(dys) if dy is not None}
+        if not asked:
+            return (None,) * len(ctx.needs_input_grad)
         ranks = [len(one.A) for one in layers]
-        dS = torch.cat([dy @ one.B for dy, one in zip(dys, layers, strict=True)], dim=1)
+        if len(asked) < len(layers):
+            As = torch.cat([As.split(ranks)[at] for at in asked])
+        dS = torch.cat([dy @ layers[at].B for at, dy in asked.items()], dim=1)
         dx = None
         if ctx.needs_input_grad[0]:
-            for dy, one in zip(dys, layers, strict=True):
-                dx = _product(dy, one.W, transposed=True, onto=dx)
+            for at, dy in asked.items():
+                dx = _product(dy, layers[at].W, transposed=True, onto=dx)
             dx = dx.addmm_(dS, As) if dx is not None else None
         needed = ctx.needs_input_grad[3:]
-        dAs: Sequence[Tensor | None] = [None] * len(layers)
-        if any(needed[2::4]):
-            dAs = _scaled(layers, (dS.T @ x).split(ranks)).split(ranks)
+        found: list[Tensor | None] = [None] * len(factors)
+        dAs: Sequence[Any] = (dS.T @ x).split([ranks[at] for at in asked]) if any(needed[2::4]) else [None] * len(asked)
         # In rows: on a CPU the product the other way round takes half as long again.
         lows = S.T.contiguous().split(ranks)
-        found: list[Tensor | None] = []
-        for index, dy in enumerate(dys):
-            need_W, need_bias, need_A, need_B = needed[4 * index : 4 * index + 4]
-            found += [
+        for (at, dy), dA in zip(asked.items(), dAs, strict=True):
+            need_W, need_bias, need_A, need_B = needed[4 * at : 4 * at + 4]
+            found[4 * at : 4 * at + 4] = [
                 dy.T @ x if need_W else None,
                 dy.sum(0) if need_bias else None,
-                dAs[index] if need_A else None,
-                (lows[index] @ dy).T if need_B else None,
+                dA * layers[at].scaling if need_A else None,
+                (lows[at] @ dy).T if need_B else None,
             ]
         return dx, None, None, *found
 
 
-def _scaled(layers: Sequence[LoraFactors], each: Sequence[Tensor]) -> Tensor:
-    """Return what belongs to each layer's A, times its scaling, one below the other: (ranks, D)."""
-    return torch.cat([one if of.scaling == 1 else one * of.scaling for of, one in zip(layers, each, strict=True)])
+def _scaled(layers: Sequence[LoraFactors]) -> Tensor:
+    """Return each layer's s A, one below the other: (ranks, D)."""
+    return torch.cat([one.A if one.scaling == 1 else one.A * one.scaling for one in layers])
 
 
 def _product(x: Tensor, W: Tensor | PackedWeight, *, transposed: bool, onto: Tensor | None = None) -> Tensor:

@@ -74,13 +74,14 @@ class Family:
         for one in last.ahead if last is not None else ():
             self._vain[one] += 1
         self._last.call = call = _Call(x)
-        own = layer.factors(x)
+        if (own := layer.factors(x)) is None:
+            return layer.alone(x)
         joining = [
             (one, it)
             for one in self._members
             if one is not layer and self._vain[id(one)] < PATIENCE and (it := one.factors(x)) is not None
         ]
-        if own is None or not joining:
+        if not joining:
             return layer.alone(x)
         output, *others = lora_linears(x, [own, *(factors for _, factors in joining)], call.ahead)
         call.ahead |= {id(one): (_state(one), y) for (one, _), y in zip(joining, others, strict=True)}

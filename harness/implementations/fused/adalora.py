@@ -17,15 +17,17 @@ def adalora(model: Any, config: Any, generator: Any) -> Any:
     from harness.kernels.lora_linear import lora_linear_over
     from harness.kernels.lora_linears import factors_over
     from harness.kernels.orthogonality import orthogonality
-    from harness.kernels.siblings import meet
+    from harness.kernels.siblings import Family, meet
     from reference.adalora import AdaLoraAdapted, AdaLoraLinear, attach
 
     class FusedAdaLoraLinear(AdaLoraLinear):
+        family: Family
+
         def forward(self, x: Any) -> Any:
             if self.training and self.dropout.p:
                 mask, kept = keep_mask(x, self.dropout.p)
                 return lora_linear_over(self.base, x, self.A * self.E, self.B, self.scaling / kept, mask)
-            return self.family(self, x)  # type: ignore[operator]
+            return self.family(self, x)
 
         def alone(self, x: Any) -> Any:
             return lora_linear_over(self.base, x, self.A * self.E, self.B, self.scaling)

@@ -26,13 +26,15 @@ def dora(model: Any, config: Any, generator: Any) -> Any:
     from harness.kernels.lora_linear import is_plain, lora_linear
     from harness.kernels.lora_linears import factors_over, lora_linears
     from harness.kernels.nf4_linear import Nf4Linear
-    from harness.kernels.siblings import meet
+    from harness.kernels.siblings import Family, meet
     from reference.dora import DoraLinear, attach
 
     if config.per != "output" or not config.detach_norm:
         raise Unsupported("the fused DoRA has a magnitude per output, and takes the norm for a constant")
 
     class FusedDoraLinear(DoraLinear):
+        family: Family
+
         def forward(self, x: Any) -> Any:
             plain, packed = is_plain(self.base), is_plain(self.base, Nf4Linear) and x.dtype == self.base.compute_dtype
             if not (plain or packed) or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
@@ -48,7 +50,7 @@ def dora(model: Any, config: Any, generator: Any) -> Any:
             W = base.packed_weight.lent(x.dtype) if packed else base.weight
             norm = row_norms(W, self.A, self.B, self.scaling)  # at once: what is lent the next call overwrites
             bias = None if self.base.bias is None else self.base.bias.to(x.dtype)
-            z = self.family(self, x)  # type: ignore[operator]
+            z = self.family(self, x)
             return gained(z, bias, self.m, norm)
 
         def _by_itself(self, x: Any, mask: Any) -> Any:

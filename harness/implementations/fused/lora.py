@@ -18,15 +18,17 @@ def lora(model: Any, config: Any, generator: Any) -> Any:
     from harness.kernels.dropout import keep_mask
     from harness.kernels.lora_linear import lora_linear_over
     from harness.kernels.lora_linears import factors_over
-    from harness.kernels.siblings import meet
+    from harness.kernels.siblings import Family, meet
     from reference.lora import LoraLinear, attach
 
     class FusedLoraLinear(LoraLinear):
+        family: Family
+
         def forward(self, x: Any) -> Any:
             if self.training and self.dropout.p:
                 mask, kept = keep_mask(x, self.dropout.p)
                 return lora_linear_over(self.base, x, self.A, self.B, self.scaling / kept, mask)
-            return self.family(self, x)  # type: ignore[operator]
+            return self.family(self, x)
 
         def alone(self, x: Any) -> Any:
             return lora_linear_over(self.base, x, self.A, self.B, self.scaling)

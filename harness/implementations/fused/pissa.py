@@ -33,16 +33,18 @@ def pissa(model: Any, config: Any, generator: Any) -> Any:
     from harness.kernels.device import by_triton
     from harness.kernels.lora_linear import lora_linear
     from harness.kernels.lora_linears import LoraFactors
-    from harness.kernels.siblings import meet
+    from harness.kernels.siblings import Family, meet
     from reference.adapted import Adapted
     from reference.layers import dense_weight, floating_dtype, kind_of, replace, targets
     from reference.pissa import PissaEmbedding, PissaLinear
 
     class FusedPissaLinear(PissaLinear):
+        family: Family
+
         def forward(self, x: Any) -> Any:
             if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
                 return super().forward(x)
-            return self.family(self, x)  # type: ignore[operator]
+            return self.family(self, x)
 
         def alone(self, x: Any) -> Any:
             return lora_linear(x, self.get_buffer("residual"), self.base.bias, self.A, self.B, self.scaling)
