@@ -320,6 +320,15 @@ def test_a_bench_leaves_a_file_per_benchmark_with_raw_samples(
     assert len(json.loads(export.read_text())["benchmarks"]) == 2
 
 
+def test_a_step_that_somebody_has_no_layer_for_is_not_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "gpus", lambda: ())
+    asked = Asked(steps=["lora-nf4"], vs=["loralib"], pairs=5)
+    assert command.bench(asked, False, None, None) is Exit.NOTHING_COMPARED
+    assert "not-run: model.layers.0.self_attn.q_proj: loralib has no layer" in capsys.readouterr().out
+
+
 # ---- what is run, and what becomes of it
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from harness.bench.sizes import Size
 from harness.bench.steps import STEPS, Backbone
 from harness.conformance.speaking import Say, speaker
+from harness.errors import Unsupported
 from harness.registry import Implementation, discover, told
 
 
@@ -50,7 +51,10 @@ def main(fd: int, line: int, task: dict[str, Any]) -> None:
             say(missing="torch sees no GPU")
             return
         torch.set_num_threads(task["threads"])
-        _work(task, found, registry, say)
+        try:
+            _work(task, found, registry, say)
+        except Unsupported as error:
+            say(missing=str(error))
 
 
 def _work(task: dict[str, Any], found: list[Implementation], registry: Any, say: Say) -> None:
