@@ -19,8 +19,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from reference.layers import targets
+from reference.randomised_svd import randomised_svd
 
 PAPER = "arXiv:2403.03507v2"
+OVERSAMPLE = 10
+"""Columns of the randomised SVD's sketch beyond the rank."""
 DEVIATIONS = (
     (
         "side of a square matrix",
@@ -71,6 +74,14 @@ DEVIATIONS = (
         "what the authors' GaLoreAdamW8bit does with its 32-bit moments is judged by the operation galore_step",
     ),
     (
+        "randomised SVD",
+        "an SVD; its sequel, GaLore 2 (arXiv:2504.20437), a randomised one",
+        "exact by default; niter > 0 takes that many subspace iterations from the basis of before and "
+        "10 random vectors or, the first time, from random ones only",
+        "the exact SVD of a large layer takes longer than many steps. Random vectors are the same at every refresh, so that "
+        "a run that is resumed goes on as it would have",
+    ),
+    (
         "refresh with per-layer updates",
         "every T steps",
         "every T steps, as without",
@@ -86,7 +97,8 @@ class Config:
     rank: r; at most min(m, n) of a layer is used. update_gap: T, steps between two refreshes of the projector. scale:
     alpha, times the learning rate. side: std (the authors': right if m >= n), reverse_std (left if m >= n), paper (left
     if m <= n), left, right, full (both). targets: last parts of the module paths whose weights are projected, or whole
-    paths. train_rest: whether everything else trains too, by plain Adam. beta1, beta2, eps: Adam's.
+    paths. train_rest: whether everything else trains too, by plain Adam. beta1, beta2, eps: Adam's. niter: subspace
+    iterations of the randomised SVD; 0 is the exact SVD.
     """
 
     rank: int = field(default=128, metadata={"least": 1, "most": 65536})
@@ -98,6 +110,7 @@ class Config:
     beta1: float = field(default=0.9, metadata={"least": 0.0, "most": 0.9999999})
     beta2: float = field(default=0.999, metadata={"least": 0.0, "most": 0.9999999})
     eps: float = field(default=1e-6, metadata={"least": 0.0, "most": 1.0})
+    niter: int = field(default=0, metadata={"least": 0, "most": 100})
 
 
 @dataclass(frozen=True)
@@ -123,19 +136,33 @@ def sides(m: int, n: int, side: str) -> tuple[bool, bool]:
     return rules[side]
 
 
-def projector(G: Tensor, rank: int, side: str = "std") -> Projector:
+def projector(G: Tensor, rank: int, side: str = "std", niter: int = 0, old: Projector | None = None) -> Projector:
     """Return the first `rank` singular vectors of G on the side that the rule says, in G's dtype.
 
-    G = U S V^T; P = U[:, :r], Q = V[:, :r]  (eqs. 12 and 13). Exact, not randomised. The sign of a singular vector
-    is arbitrary and cancels: the update has P, or Q, twice.
+    G = U S V^T; P = U[:, :r], Q = V[:, :r]  (eqs. 12 and 13). The sign of a singular vector is arbitrary and cancels: the
+    update has P, or Q, twice. niter: 0 for the exact SVD, or subspace iterations of a randomised one that starts from `old`.
     """
     wide = G.to(torch.promote_types(G.dtype, torch.float32))
-    U, _, Vh = torch.linalg.svd(wide, full_matrices=False)
+    if niter:
+        U, _, Vh = randomised_svd(wide, sketch(wide, rank, old or Projector()), niter)
+    else:
+        U, _, Vh = torch.linalg.svd(wide, full_matrices=False)
     left, right = sides(G.shape[0], G.shape[1], side)
     return Projector(
         U[:, :rank].to(G.dtype) if left else None,
         Vh[:rank].T.to(G.dtype) if right else None,
     )
+
+
+def sketch(G: Tensor, rank: int, old: Projector) -> Tensor:
+    """Return (smaller side of G, rank + OVERSAMPLE at most): the old basis and, beside it, random vectors, ever the same."""
+    tall = G if G.shape[0] >= G.shape[1] else G.T
+    smaller, larger = (old.Q, old.P) if tall is G else (old.P, old.Q)
+    if smaller is None:
+        smaller = tall.T @ larger.to(G) if larger is not None else G.new_empty(tall.shape[1], 0)
+    columns = min(rank + OVERSAMPLE, tall.shape[1])
+    random = torch.randn(tall.shape[1], columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.cat([smaller.to(G), random[:, smaller.shape[1] :].to(G)], dim=1)
 
 
 def project(G: Tensor, basis: Projector) -> Tensor:
@@ -182,6 +209,7 @@ def galore_step(
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-6,
+    niter: int = 0,
     given: Projector | None = None,
 ) -> None:
     """Take one step: W and `state` change in place. An empty state is that before the first step.
@@ -191,7 +219,7 @@ def galore_step(
     programs can be compared in one subspace. The projector is found anew at steps 1, T + 1, 2 T + 1, ...
     """
     if rank and state.get("step", 0) % update_gap == 0:
-        fresh = given or projector(G, rank, side)
+        fresh = given or projector(G, rank, side, niter, Projector(state.get("P"), state.get("Q")))
         state |= {name: t for name, t in (("P", fresh.P), ("Q", fresh.Q)) if t is not None}
     basis = Projector(state.get("P"), state.get("Q"))
     N = adam(project(G, basis), state, beta1, beta2, eps)
@@ -210,12 +238,15 @@ def state_elements(m: int, n: int, rank: int, side: str = "std") -> int:
 class GaLore(torch.optim.Optimizer):
     """Adam in a subspace for groups with a `rank`, plain Adam for groups without; the state is tensors and a count only.
 
-    params: tensors or groups. A group may hold rank, update_gap, scale, side beside lr, weight_decay, beta1, beta2, eps.
+    params: tensors or groups. A group may hold rank, update_gap, scale, side and niter beside lr, weight_decay, beta1, beta2
+    and eps.
     """
 
     def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, eps: float = 1e-6) -> None:
-        knobs = {"rank": 0, "update_gap": 200, "scale": 0.25, "side": "std", "beta1": 0.9, "beta2": 0.999, "eps": eps}
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **knobs})
+        low = {"rank": 0, "update_gap": 200, "scale": 0.25, "side": "std", "niter": 0}
+        super().__init__(
+            params, {"lr": lr, "weight_decay": weight_decay, **low, "beta1": 0.9, "beta2": 0.999, "eps": eps}
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; what is in another group already moves over, so that a head may have its own learning rate."""
@@ -288,7 +319,7 @@ class Adapted:
         """Return GaLore over the targets' weights and, where it trains, Adam over the rest."""
         c = self.config
         betas = {"beta1": c.beta1, "beta2": c.beta2}
-        low = {"rank": c.rank, "update_gap": c.update_gap, "scale": c.scale, "side": c.side}
+        low = {"rank": c.rank, "update_gap": c.update_gap, "scale": c.scale, "side": c.side, "niter": c.niter}
         projected = list({id(layer.weight): layer.weight for layer in self.layers.values()}.values())
         taken = {id(p) for p in projected}
         rest = [p for p in self.parameters() if id(p) not in taken]

@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 from reference.adapted import Adapted, AdaptedLayer
 from reference.layers import dense_copy, dense_weight, floating_dtype, kind_of, replace, targets
 from reference.lora_layers import LoraEmbedding
+from reference.randomised_svd import randomised_svd
 
 PAPER = "arXiv:2404.02948v4"
 DEVIATIONS = (
@@ -100,22 +101,13 @@ def exact_svd(W_ED: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return U[:, :rank], S[:rank], Vt[:rank]
 
 
-def randomised_svd(W_ED: Tensor, rank: int, niter: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def fast_svd(W_ED: Tensor, rank: int, niter: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Return an approximate (U (E, R), S (R,), Vt (R, D)); signs as they come.
 
-    Halko, Martinsson and Tropp, arXiv:0909.4061, algorithms 4.4 (range finder) and 5.1, on the tall side of W; the sketch
-    (smaller side, R) is standard normal in float64 from `generator` (on the CPU), then cast.
+    The sketch (smaller side, R) is standard normal in float64 from `generator` (on the CPU), then cast.
     """
-    if W_ED.shape[0] < W_ED.shape[1]:
-        U, S, Vt = randomised_svd(W_ED.T, rank, niter, generator)
-        return Vt.T, S, U.T
-    sketch = torch.randn(W_ED.shape[1], rank, generator=generator, dtype=torch.float64).to(W_ED)
-    Q = torch.linalg.qr(W_ED @ sketch).Q
-    for _ in range(niter):
-        Q = torch.linalg.qr(W_ED.T @ Q).Q
-        Q = torch.linalg.qr(W_ED @ Q).Q
-    U, S, Vt = torch.linalg.svd(Q.T @ W_ED, full_matrices=False)
-    return Q @ U, S, Vt
+    sketch = torch.randn(min(W_ED.shape), rank, generator=generator, dtype=torch.float64).to(W_ED)
+    return randomised_svd(W_ED, sketch, niter)
 
 
 def signed(U_ER: Tensor, Vt_RD: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,7 +126,7 @@ def split(
     """
     W = W_ED.to(torch.promote_types(W_ED.dtype, torch.float32))
     scaling = config.alpha / config.rank
-    found = randomised_svd(W, config.rank, config.niter, generator) if config.niter else exact_svd(W, config.rank)
+    found = fast_svd(W, config.rank, config.niter, generator) if config.niter else exact_svd(W, config.rank)
     U, S, Vt = found
     U, Vt = signed(U, Vt)
     root = (S / scaling).sqrt()

@@ -48,6 +48,39 @@ def test_the_projector_spans_the_first_singular_vectors(shape: tuple[int, int], 
 
 
 @shapes
+@pytest.mark.parametrize("side", SIDES)
+def test_enough_iterations_of_a_randomised_svd_find_the_exact_projector(shape: tuple[int, int], side: str) -> None:
+    G = draw(10 * shape[0], 10 * shape[1])
+    exact, found = (projector(G, 2, side, niter) for niter in (0, 60))
+    for have, want in ((found.P, exact.P), (found.Q, exact.Q)):
+        assert (have is None) == (want is None)
+        if have is not None:
+            assert_same(have @ have.T, want @ want.T)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (40, 40)], ids=str)
+def test_more_iterations_and_a_start_from_before_lose_less(shape: tuple[int, int], side: str) -> None:
+    G = draw(*shape)
+    before = projector(G + 0.1 * draw(*shape, seed=2), 4, side)
+
+    def lost(niter: int, old: Projector | None = None) -> float:
+        basis = projector(G, 4, side, niter, old)
+        return float((G - project_back(project(G, basis), basis)).norm())
+
+    assert lost(1) > lost(2) > lost(8) >= lost(0) * (1 - torch.finfo(torch.float64).eps)
+    assert lost(1, before) < lost(1)
+
+
+def test_random_vectors_are_the_same_at_every_refresh_and_a_torch_seed_does_not_matter() -> None:
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(projector(draw(60, 40), 4, niter=1).Q)
+    assert torch.equal(*found)
+
+
+@shapes
 @pytest.mark.parametrize(
     ("side", "left"),
     [
@@ -149,6 +182,17 @@ def test_ten_steps_are_the_papers(shape: tuple[int, int], side: str) -> None:
     for G in gradients:
         galore_step(W, G, state, rank=2, update_gap=3, side=side, **KNOBS)
     assert_same(W, want)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_randomised_refresh_goes_on_from_the_projector_of_before(side: str) -> None:
+    W, gradients, state = draw(60, 40, seed=2), [draw(60, 40, seed=10 + i) for i in range(6)], {}
+    for G in gradients:
+        galore_step(W, G, state, rank=4, update_gap=3, side=side, niter=1, **KNOBS)
+    before = projector(gradients[0], 4, side, 1)
+    want = projector(gradients[3], 4, side, 1, before)
+    for have, basis in ((state.get("P"), want.P), (state.get("Q"), want.Q)):
+        assert (have is None and basis is None) or torch.equal(have, basis)
 
 
 @pytest.mark.parametrize("gap", [1, 3, 100])

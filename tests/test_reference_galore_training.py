@@ -78,7 +78,16 @@ def test_the_rest_may_be_frozen() -> None:
 
 
 def test_the_config_reaches_the_optimizer() -> None:
-    knobs = {"rank": 3, "update_gap": 5, "scale": 0.75, "side": "paper", "beta1": 0.5, "beta2": 0.25, "eps": 0.125}
+    knobs = {
+        "rank": 3,
+        "update_gap": 5,
+        "scale": 0.75,
+        "side": "paper",
+        "beta1": 0.5,
+        "beta2": 0.25,
+        "eps": 0.125,
+        "niter": 7,
+    }
     optimizer = attached(**knobs).optimizer(0.1, 0.3)
     assert {k: optimizer.param_groups[0][k] for k in knobs} == knobs
     assert {k: optimizer.param_groups[1][k] for k in ("beta1", "beta2", "eps")} == {

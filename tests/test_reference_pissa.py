@@ -204,7 +204,7 @@ def test_the_signs_do_not_hang_on_those_of_the_svd(niter: int) -> None:
 @pytest.mark.parametrize("niter", [1, 2, 5])
 def test_the_fast_svd_is_torchs_with_the_same_sketch(out: int, inp: int, niter: int) -> None:
     W, S = known(out, inp)[0], known(out, inp)[2]
-    U, found, Vt = pissa.randomised_svd(W, 3, niter, generator(9))
+    U, found, Vt = pissa.fast_svd(W, 3, niter, generator(9))
     torch.manual_seed(9)  # torch draws its sketch from global state
     U_torch, S_torch, V_torch = torch.svd_lowrank(W, 3, niter)
     assert_near(found, S_torch, S, 3)

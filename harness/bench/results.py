@@ -44,11 +44,11 @@ class Ceilings(Frozen):
 class Row(Frozen):
     """One benchmark: a name, a shape, a dtype, two implementations.
 
-    because: why it is not measured. judged: on what its parity was judged, where that is less than what was timed. parity:
-    every check that had to pass. bytes, flops: by formula. memory: implementation -> bytes of a process with it alone: at
-    most during the steps (peak), before them (rest), before there was a model (bare). losses:
-    implementation -> the loss of each step. facts: threads, the machine's load before, the GPU,
-    who packed the base.
+    because: why it is not measured. differs: how the two do not compute the same, where they do not. judged: on what its
+    parity was judged, where that is less than what was timed. parity: every check that had to pass. bytes, flops: by
+    formula. memory: implementation -> bytes of a process with it alone: at most during the steps (peak), before them (rest),
+    before there was a model (bare). losses: implementation -> the loss of each step. facts: threads, the machine's load
+    before, the GPU, who packed the base.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Row(Frozen):
     other: str
     outcome: Outcome
     because: str = ""
+    differs: str = ""
     judged: str = ""
     parity: list[Tried] = Field(default=[])
     samples: Samples | None = None

@@ -33,14 +33,19 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Step:
-    """A training step. method: as in `reference/`; config: of its Config; base: how the frozen weights are packed."""
+    """A training step. method: as in `reference/`; config: of its Config; base: how the frozen weights are packed.
+
+    theirs: a config for who does not support it; the row then says that the two differ.
+    """
 
     method: str
     config: dict[str, Any] = field(default_factory=dict)
     base: str = ""
+    theirs: dict[str, Any] | None = None
 
 
 _LORA: dict[str, Any] = {"rank": 16, "alpha": 32.0, "targets": LINEAR}
+_GALORE: dict[str, Any] = {"rank": 128, "update_gap": CYCLE}
 STEPS: dict[str, Step] = {
     "lora": Step("lora", _LORA),
     "lora-dropout": Step("lora", _LORA | {"dropout": 0.1}),
@@ -52,6 +57,7 @@ STEPS: dict[str, Step] = {
     ),
     "vera": Step("vera", {"rank": 256, "targets": LINEAR}),
     "lora-nf4": Step("lora", _LORA, base="nf4"),
-    "galore": Step("galore", {"rank": 128, "update_gap": CYCLE}),
+    "galore": Step("galore", _GALORE | {"niter": 2}, theirs=_GALORE),
+    "galore-exact": Step("galore", _GALORE),
 }
 """Name, as in `--step NAME` -> step."""

@@ -99,6 +99,8 @@ def _notes(rows: Sequence[Row]) -> list[str]:
             f"the machine was busy with other things (load up to {max(map(_number, busy)):.1f} before a benchmark): these "
             "times are theirs too"
         )
+    if differing := dict.fromkeys(f"  {row.name} {row.shape}: {row.differs}" for row in measured if row.differs):
+        notes += ["the two do not compute the same, each is judged by the reference of its own:", *differing]
     judged = dict.fromkeys(f"  {row.name} {row.shape}: {row.judged}" for row in measured if row.judged)
     return [*notes, *(["parity judged on less than was timed:", *judged] if judged else [])]
 

@@ -18,8 +18,10 @@ from harness.bench.verdict import standing
 from harness.conformance import matrix, suite
 from harness.conformance.subject import DTYPES, configure
 from harness.conformance.tried import Tried
+from harness.errors import Unsupported
 from harness.measure.memory import PeakMeter
 from harness.registry import Implementation, Registry
+from reference.galore import project, projector
 
 JUDGED_FEATURES, JUDGED_RANK = 128, 16
 MEASURED_STEPS = 3
@@ -91,10 +93,20 @@ class _Galore:
         rows, columns = weight.shape
         layer = nn.Linear(columns, rows, bias=False, device=weight.device, dtype=weight.dtype)
         layer.weight.data.copy_(weight)
-        config = configure(step.method, {**step.config, "targets": ["weighted"]})
-        adapted = implementation(nn.ModuleDict({"weighted": layer}), config, torch.Generator().manual_seed(SEED))
+        model, self.config = nn.ModuleDict({"weighted": layer}), step.config
+        try:
+            adapted = self._attach(model, step.method, implementation)
+        except Unsupported:
+            if step.theirs is None:
+                raise
+            self.config = step.theirs
+            adapted = self._attach(model, step.method, implementation)
         self.weight, self.optimizer = layer.weight, adapted.optimizer(LR, WEIGHT_DECAY)
         self.generator = torch.Generator().manual_seed(SEED)
+
+    def _attach(self, model: nn.Module, method: str, implementation: Implementation) -> Any:
+        knobs = configure(method, {**self.config, "targets": ["weighted"]})
+        return implementation(model, knobs, torch.Generator().manual_seed(SEED))
 
     def draw(self) -> None:
         """Draw the next gradient, which no sample holds."""
@@ -117,23 +129,42 @@ def _galore(
     """
     plan = suite.load(step.method)
     small = suite.Shape.model_validate({"tokens": 16, "in": JUDGED_FEATURES, "out": JUDGED_FEATURES})
-    of = suite.MethodCase({**step.config, "rank": JUDGED_RANK}, "linear", small, dtype)  # type: ignore[arg-type]
-    parity = [
-        Tried(implementation=it.name, kind="method", target=step.method, dtype=dtype, case=str(of), result=result)
-        for it in both
-        for result in matrix.one_case(it, plan, of)
-    ]
+    weight = torch.randn(shape.features, shape.features, generator=torch.Generator().manual_seed(SEED))
+    alone = [_Galore(step, it, weight.to(device, DTYPES[dtype])) for it in both]
+    parity = []
+    for it, one in zip(both, alone, strict=True):
+        of = suite.MethodCase({**one.config, "rank": JUDGED_RANK}, "linear", small, dtype)  # type: ignore[arg-type]
+        parity += [
+            Tried(implementation=it.name, kind="method", target=step.method, dtype=dtype, case=str(of), result=result)
+            for result in matrix.one_case(it, plan, of)
+        ]
     tried, outcome, because = standing(parity)
     samples = None
     if outcome == "measured":
-        weight = torch.randn(shape.features, shape.features, generator=torch.Generator().manual_seed(SEED))
-        samples = _cycles([_Galore(step, it, weight.to(device, DTYPES[dtype])) for it in both], pairs, device)
+        samples = _cycles(alone, pairs, device)
     return Row(
         name=f"step:{name}", shape=f"{shape.features}x{shape.features}, rank {step.config['rank']}", dtype=dtype,
         device=device.type, ours=both[0].name, other=both[1].name, outcome=outcome, because=because,
+        differs=_differs(both, alone),
         judged=f"{JUDGED_FEATURES}x{JUDGED_FEATURES}, rank {JUDGED_RANK}, the whole suite of galore", parity=tried,
         samples=samples, facts=facts | {"a refresh every": GALORE_GAP, "timed in cycles of": CYCLE},
     )  # fmt: skip
+
+
+def _differs(both: tuple[Implementation, Implementation], alone: list[_Galore]) -> str:
+    """Say whose refresh is randomised and how much of the gradient that keeps; nothing where both configs are one."""
+    niters = [one.config.get("niter", 0) for one in alone]
+    if niters[0] == niters[1]:
+        return ""
+    alone[0].draw()
+    G, rank = alone[0].weight.grad, alone[0].config["rank"]
+    assert G is not None  # noqa: S101  drawn above
+    kept = [float(project(G, projector(G, rank, niter=niter)).double().square().sum()) for niter in niters]
+    said = [f"a randomised SVD (niter {niter})" if niter else "the exact SVD" for niter in niters]
+    return (
+        f"{both[0].name} refreshes by {said[0]}, {both[1].name} by {said[1]}; of these gradients, white noise, a first "
+        f"refresh keeps {kept[0] / kept[1]:.1%} of the squares that the other keeps"
+    )
 
 
 def _cycles(both: list[_Galore], pairs: int, device: torch.device) -> Samples:

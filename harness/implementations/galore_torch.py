@@ -15,12 +15,14 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 def galore(model: Any, config: Any, generator: Any) -> Any:
     """Train by GaLoreAdamW; config as `reference.galore.Config`. What is adapted, and which parts train, is the reference's.
 
-    Raises Unsupported for side=paper, which the package does not have.
+    Raises Unsupported for side=paper and for niter > 0, which the package does not have.
     """
     from reference.galore import Adapted, attach
 
     if config.side == "paper":
         raise Unsupported("galore-torch has no rule that projects a square matrix on the left")
+    if config.niter:
+        raise Unsupported(f"galore-torch has no randomised SVD (niter={config.niter}): its refresh is the exact one")
 
     class ByGaloreTorch(Adapted):
         def optimizer(self, lr: float, weight_decay: float) -> Any:

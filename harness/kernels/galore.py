@@ -10,7 +10,7 @@ Nothing of the size of W is made. Shape letters: W and G (m, n), P (m, r), Q (n,
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +18,10 @@ from torch.optim.adamw import adamw
 
 from harness.kernels.adamw8bit import adamw8bit_step_
 from harness.kernels.device import by_triton
-from harness.kernels.range_finder import leading_vectors, subspace_iteration
+from harness.kernels.range_finder import leading_vectors, randomised_svd
 
-Refresh = Literal["exact", "range"]
 OVERSAMPLE = 10
-TOLERANCE = 0.02
-MOST_ROUNDS = 6
+"""Columns of the randomised SVD's sketch beyond the rank."""
 
 
 def sides(m: int, n: int, side: str) -> tuple[bool, bool]:
@@ -42,32 +40,35 @@ def sides(m: int, n: int, side: str) -> tuple[bool, bool]:
 
 
 def refreshed(
-    G: Tensor, rank: int, side: str, refresh: Refresh = "exact", P: Tensor | None = None, Q: Tensor | None = None
+    G: Tensor, rank: int, side: str, niter: int = 0, P: Tensor | None = None, Q: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return (P, Q), the first `rank` singular vectors of G on the sides that the rule says, in G's dtype.
 
-    exact: those that an SVD in float32 (float64 of float64) finds. range: by subspace iteration that starts from the P or
-    Q given, those of before, and random vectors, the same in every call; to a residual of TOLERANCE of the largest singular
-    value. Where MOST_ROUNDS do not reach that (a flat spectrum), exact. Raises ValueError for an unknown one.
+    niter: 0 for those that an SVD in float32 (float64 of float64) finds, or subspace iterations of a randomised SVD that
+    starts from the P or Q given, those of before, and from random vectors, the same in every call.
     """
-    if refresh not in ("exact", "range"):
-        raise ValueError(f"no refresh {refresh!r}; there are: exact, range")
     left, right = sides(G.shape[0], G.shape[1], side)
     W, rank = G.to(torch.promote_types(G.dtype, torch.float32)), min(rank, *G.shape)
-    found: tuple[Tensor | None, Tensor | None] | None = None
-    if refresh == "range":
-        near = subspace_iteration(W, rank, _start(W, rank, P, Q), TOLERANCE, MOST_ROUNDS)
-        found = None if near is None else (near[0] if left else None, near[2] if right else None)
-    U, V = found or leading_vectors(W, rank, left, right)
+    U: Tensor | None
+    V: Tensor | None
+    if niter:
+        U, _, V = randomised_svd(W, _sketch(W, rank, P, Q), niter)
+        U, V = U[:, :rank].contiguous() if left else None, V[:, :rank].contiguous() if right else None
+    else:
+        U, V = leading_vectors(W, rank, left, right)
     return None if U is None else U.to(G.dtype), None if V is None else V.to(G.dtype)
 
 
-def _start(W: Tensor, rank: int, P: Tensor | None, Q: Tensor | None) -> Tensor:
-    """Return right vectors (n, rank + OVERSAMPLE at most) to begin from: the old ones, and random ones beside them."""
-    columns = min(rank + OVERSAMPLE, *W.shape)
-    old = Q.to(W.dtype) if Q is not None else W.T @ P.to(W.dtype) if P is not None else W[:0].T
-    random = torch.randn(W.shape[1], columns, generator=torch.Generator().manual_seed(0), dtype=W.dtype).to(W.device)
-    return torch.cat([old[:, :columns], random[:, old.shape[1] :]], dim=1)
+def _sketch(W: Tensor, rank: int, P: Tensor | None, Q: Tensor | None) -> Tensor:
+    """Return (smaller side, rank + OVERSAMPLE at most) to begin from: the old vectors, and random ones beside them."""
+    m, n = W.shape
+    smaller, larger = (Q, P) if m >= n else (P, Q)
+    if smaller is None and larger is not None:
+        smaller = (W.T if m >= n else W) @ larger.to(W.dtype)
+    old = smaller.to(W.dtype) if smaller is not None else W.new_empty(min(m, n), 0)
+    columns = min(rank + OVERSAMPLE, m, n)
+    random = torch.randn(min(m, n), columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(W)
+    return torch.cat([old, random[:, old.shape[1] :]], dim=1)
 
 
 def galore_step(

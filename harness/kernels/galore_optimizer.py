@@ -16,12 +16,12 @@ class GaLore(torch.optim.Optimizer):
     """GaLore, as `galore_step_` and `adam_step_` compute it. State: step, M and V, P and/or Q; tensors and a count.
 
     params: tensors or groups. A group may hold rank (0: no subspace), update_gap (steps between two refreshes), scale,
-    side, refresh (`exact` or `range`, see `refreshed`), beta1, beta2, eps, lr, weight_decay, and bits: with 8, projected
+    side, niter (see `refreshed`), beta1, beta2, eps, lr, weight_decay, and bits: with 8, projected
     moments of at least 4096 elements are codes, with an M_absmax and V_absmax. M and V are kept as they are at a refresh.
     """
 
     def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, eps: float = 1e-6) -> None:
-        low = {"rank": 0, "update_gap": 200, "scale": 0.25, "side": "std", "refresh": "exact", "bits": 32}
+        low = {"rank": 0, "update_gap": 200, "scale": 0.25, "side": "std", "niter": 0, "bits": 32}
         adam = {"lr": lr, "weight_decay": weight_decay, "beta1": 0.9, "beta2": 0.999, "eps": eps}
         super().__init__(params, low | adam)
 
@@ -44,7 +44,7 @@ class GaLore(torch.optim.Optimizer):
         state, G, rank = self.state[p], p.grad, group["rank"]
         taken = state.get("step", 0)
         if rank and taken % group["update_gap"] == 0:
-            P, Q = refreshed(G, rank, group["side"], group["refresh"], state.get("P"), state.get("Q"))
+            P, Q = refreshed(G, rank, group["side"], group["niter"], state.get("P"), state.get("Q"))
             state |= {name: t for name, t in (("P", P), ("Q", Q)) if t is not None}
         if "M" not in state:
             state |= _zero_moments(G, state.get("P"), state.get("Q"), group["bits"] if rank else 32)

@@ -90,23 +90,3 @@ def _by_gram(tall: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return (S (R,), V (D, R)) of a tall float64 matrix, by W^T W = V S^2 V^T."""
     squares, V = torch.linalg.eigh(tall.T @ tall)
     return squares.flip(0)[:rank].clamp(min=0).sqrt(), V.flip(1)[:, :rank].contiguous()
-
-
-def subspace_iteration(
-    W: Tensor, rank: int, start: Tensor, tolerance: float, most: int
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return (U (E, R), S (R,), V (D, R)) with |W v - s u| <= tolerance S[0] for each triplet, or None after `most` rounds.
-
-    W: float32 or float64. start: (D, K), K >= R: vectors near the right singular ones, or random. W^T u = s v holds by
-    construction, so every s is a singular value of W within tolerance S[0]. Vectors of closer ones may be turned into one
-    another, and only chance forbids that a large one is missed to which every vector of `start` is orthogonal.
-    """
-    product = W @ start
-    for _ in range(most):
-        Z = orthonormal(product)
-        V, S, turn = leading_svd(W.T @ Z, Z.shape[1])
-        product, U = W @ V, Z @ turn
-        residual = torch.linalg.vector_norm(product[:, :rank] - U[:, :rank] * S[:rank], dim=0)
-        if bool((residual <= tolerance * S[0]).all()):
-            return U[:, :rank].contiguous(), S[:rank], V[:, :rank].contiguous()
-    return None

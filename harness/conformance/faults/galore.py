@@ -6,7 +6,8 @@ from harness.conformance.faults import planted
 from harness.conformance.faults.copied import Copy
 
 _USUAL = {"rank": 3}
-_LOW = '{"rank": c.rank, "update_gap": c.update_gap, "scale": c.scale, "side": c.side}'
+_WIDE = {"inputs": 40, "outputs": 36}  # wider than the sketch of a randomised SVD
+_LOW = '{"rank": c.rank, "update_gap": c.update_gap, "scale": c.scale, "side": c.side, "niter": c.niter}'
 
 
 @planted("galore", "refresh", values=_USUAL)
@@ -71,6 +72,21 @@ def leaves_out_the_bias_correction(its: Copy) -> None:
 def takes_the_least_singular_vectors(its: Copy) -> None:
     its.line("Vh[:rank].T.to(G.dtype)", "Vh[-rank:].T.to(G.dtype)")
     its.line("U[:, :rank].to(G.dtype)", "U[:, -rank:].to(G.dtype)")
+
+
+@planted("galore", "refresh", values={**_USUAL, "niter": 1}, **_WIDE)
+def takes_the_exact_vectors_where_random_ones_are_asked_for(its: Copy) -> None:
+    its.line("    if niter:", "    if False:")
+
+
+@planted("galore", "refresh", values={**_USUAL, "niter": 1}, **_WIDE)
+def iterates_once_more(its: Copy) -> None:
+    its.line("old or Projector()), niter)", "old or Projector()), niter + 1)")
+
+
+@planted("galore", "refresh", values={**_USUAL, "niter": 1}, **_WIDE)
+def starts_each_refresh_at_random(its: Copy) -> None:
+    its.line("old or Projector()", "Projector()")
 
 
 @planted("galore", "gradient", values={**_USUAL, "train_rest": False})
