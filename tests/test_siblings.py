@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,8 +52,8 @@ def attached(
             setattr(model, path, Nf4Linear(model.get_submodule(path), torch.float32))  # type: ignore[arg-type]
     model.to(dtype)
     (implementation,) = (one for one in discover([name]).implementations if (one.target, one.name) == (method, name))
-    knobs = {"adalora": {"target_rank": 2}}.get(method, {})
-    config = configure(method, {"rank": R, "alpha": 2.0, "targets": list(NAMES), **knobs})
+    knobs = {"adalora": {"alpha": 2.0, "target_rank": 2}, "vera": {}}.get(method, {"alpha": 2.0})
+    config = configure(method, {"rank": R, "targets": list(NAMES), **knobs})
     adapted = implementation(model, config, torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
     for tensor in adapted.tensors().values():
@@ -148,11 +150,11 @@ def test_who_is_never_asked_is_no_longer_computed(together: list[int]) -> None:
 
 
 def test_layers_beside_each_other_with_other_names_and_of_other_parents_are_strangers() -> None:
-    pair = [SimpleNamespace() for _ in range(5)]
-    paths = ("0.q_proj", "0.o_proj", "1.q_proj", "1.v_proj", "v_proj")
-    siblings.meet(dict(zip(paths, pair, strict=True)))
-    families = [one.family for one in pair]
-    assert families[2] is families[3]
+    paths = ("0.q_proj", "0.o_proj", "1.v_proj", "1.k_proj", "1.q_proj", "v_proj")  # OPT and BART have q last
+    layers = {path: siblings.Sibling() for path in paths}
+    siblings.meet(layers)
+    families = [one.family for one in layers.values()]
+    assert families[2] is families[3] is families[4]
     assert len({id(one) for one in families}) == 4
 
 
@@ -187,8 +189,11 @@ class _Only:
 
 
 def _writes_to_x(model: Any, x: Tensor) -> None:
-    x.data.mul_(2)
     x.detach().mul_(2)  # through an alias, which counts
+
+
+def _gives_x_other_memory(model: Any, x: Tensor) -> None:
+    x.data = 2 * x.data
 
 
 def _writes_to_b(model: Any, x: Tensor) -> None:
@@ -196,19 +201,70 @@ def _writes_to_b(model: Any, x: Tensor) -> None:
         model.k.B.mul_(2)
 
 
-def _replaces_the_base(model: Any, x: Tensor) -> None:
+def _writes_a_vector_to_the_factors(model: Any, x: Tensor) -> None:
+    factors = [model.k.A, model.k.B]
+    nn.utils.vector_to_parameters(2 * nn.utils.parameters_to_vector(factors), factors)
+
+
+def _replaces_a_factor(model: Any, x: Tensor) -> None:
+    """Often in the memory, and by the id, of the old one."""
+    doubled = 2 * model.k.B.detach()
+    del model.k.B
+    model.k.B = nn.Parameter(doubled)
+
+
+def _replaces_the_base_weight(model: Any, x: Tensor) -> None:
     model.k.base.weight = nn.Parameter(2 * model.k.base.weight, requires_grad=False)
 
 
-@pytest.mark.parametrize("change", [_writes_to_x, _writes_to_b, _replaces_the_base])
-def test_what_changed_in_between_is_seen(change: Callable[[Any, Tensor], None]) -> None:
+def _writes_to_the_bias(model: Any, x: Tensor) -> None:
+    with torch.no_grad():
+        model.k.base.bias.add_(1)
+
+
+def _switches_the_adapter_off(model: Any, x: Tensor) -> None:
+    model.k.scaling = 0.0
+
+
+CHANGES = [
+    _writes_to_x, _gives_x_other_memory, _writes_to_b, _writes_a_vector_to_the_factors, _replaces_a_factor,
+    _replaces_the_base_weight, _writes_to_the_bias, _switches_the_adapter_off,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "adalora"])
+def test_what_changed_in_between_is_seen(method: str, change: Callable[[Any, Tensor], None]) -> None:
+    for _ in range(10 if change is _replaces_a_factor else 1):
+        found = []
+        for name, dtype in (("fused", torch.float32), ("reference", torch.float64), ("reference", torch.float32)):
+            model, x = attached(method, name, dtype).model, given(dtype).detach()
+            model.q(x)
+            change(model, x)
+            found.append({"k": model.k(x).detach()})
+        assert noise_floor(*found, "float32").passed
+
+
+def test_a_hook_on_the_base_is_called_whenever_it_is_set() -> None:
+    model, x = attached().model, given()
+    model.q(x)
+    seen = []
+    model.k.base.register_forward_hook(lambda *_: seen.append("hook"))
+    model.k(x)
+    assert seen == ["hook"]
+    model.v.base.register_full_backward_pre_hook(lambda *_: seen.append("backward"))
+    model.v(x).sum().backward()
+    assert seen == ["hook", "backward"]
+
+
+def test_autocast_switched_on_in_between_is_seen() -> None:
     found = []
-    for name, dtype in (("fused", torch.float32), ("reference", torch.float64), ("reference", torch.float32)):
-        model, x = attached(name=name, dtype=dtype).model, given(dtype).detach()
+    for name in ("fused", "reference"):
+        model, x = attached(name=name).model, given()
         model.q(x)
-        change(model, x)
-        found.append({"k": model.k(x).detach()})
-    assert noise_floor(*found, "float32").passed
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(model.k(x).dtype)
+    assert found[0] == found[1]
 
 
 def test_gradients_switched_on_in_between_are_recorded() -> None:
@@ -259,6 +315,161 @@ def test_a_second_derivative() -> None:
         assert noise_floor(second(adapted, given()), truth, rounded, "float32").passed
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "adalora", "vera", "qlora"])
+def test_a_backward_pass_under_autocast_is_that_without(method: str) -> None:
+    adapted, x = attached(method), given()
+    without = gradients(adapted, x, lambda m, x: m(x))
+    y = adapted.model(x)
+    x.grad = None
+    adapted.model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        (y * torch.linspace(-1, 1, y.shape[-1])).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, without["x"])
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "adalora", "vera", "qlora"])
+def test_a_forward_pass_under_autocast_is_the_references(method: str) -> None:
+    found = []
+    for name, dtype in (("fused", torch.float32), ("reference", torch.float64), ("reference", torch.float32)):
+        adapted = attached(method, name, dtype)
+
+        def act(model: Any, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype == torch.float32):
+                return model(x).to(x.dtype)  # type: ignore[no-any-return]
+
+        found.append(gradients(adapted, given(dtype), act))
+    assert noise_floor(*found, "bfloat16").passed
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "adalora"])  # in DoRA the weight is a constant
+def test_a_base_that_trains_gets_its_gradient(method: str) -> None:
+    found = []
+    for name, dtype in (("fused", torch.float32), ("reference", torch.float64), ("reference", torch.float32)):
+        adapted = attached(method, name, dtype)
+        bases = {n: p for n, p in adapted.model.named_parameters() if ".base." in n}
+        for p in bases.values():
+            p.requires_grad_()
+        one = gradients(adapted, given(dtype), lambda m, x: m(x))
+        found.append(one | {n: p.grad for n, p in bases.items() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert noise_floor(*found, "float32").passed
+
+
+def test_who_does_not_train_takes_no_part_in_the_backward_pass_of_who_does() -> None:
+    adapted = attached()
+    for name in ("A", "B"):
+        getattr(adapted.model.q, name).requires_grad_(False)
+    x = given().detach()
+    assert not adapted.model.q(x).requires_grad
+    assert adapted.model.k(x).requires_grad
+
+
+def test_a_gradient_of_x_that_is_wanted_only_later_is_whole() -> None:
+    for method in ("lora", "vera"):
+        found = []
+        for name, dtype in (("fused", torch.float32), ("reference", torch.float64), ("reference", torch.float32)):
+            model, x = attached(method, name, dtype).model, given(dtype).detach()
+            kept = model.q(x)
+            x.requires_grad_()
+            model.k(x).sum().backward()
+            assert kept is not None
+            assert x.grad is not None
+            found.append({"x": x.grad})
+        assert noise_floor(*found, "float32").passed
+
+
+def test_a_second_backward_pass_says_what_to_do() -> None:
+    model, x = attached().model, given()
+    q, k = model.q(x), model.k(x)
+    q.sum().backward()
+    with pytest.raises(RuntimeError, match=r"q, k and v of one input.*retain_graph"):
+        k.sum().backward()
+
+
+def test_layers_of_another_width_are_left_alone() -> None:
+    """As in cross-attention over the states of another model."""
+    for method in ("lora", "dora", "pissa", "adalora"):
+        found = []
+        for name, dtype in (("fused", torch.float32), ("reference", torch.float64), ("reference", torch.float32)):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(f"{__name__}.Attention", _Cross)
+                model = attached(method, name, dtype).model
+            x, states = given(dtype), given(dtype)[..., :32]
+            found.append({"q": model.q(x), "k": model.k(states), "v": model.v(states)})
+        assert noise_floor(*({n: t.detach() for n, t in one.items()} for one in found), "float32").passed
+
+
+class _Cross(Attention):
+    """k and v read something narrower."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("k", "v"):
+            narrow = nn.Linear(32, 24)
+            for tensor in narrow.parameters():
+                tensor.data.normal_(generator=torch.Generator().manual_seed(3)).mul_(32**-0.5)
+            setattr(self, name, narrow)
+
+
+def test_weights_made_in_inference_mode() -> None:
+    for method in ("lora", "dora", "adalora", "vera"):
+        found = []
+        for name, dtype in (("fused", torch.float32), ("reference", torch.float64), ("reference", torch.float32)):
+            with torch.inference_mode():
+                model = attached(method, name, dtype).model
+            with torch.no_grad():
+                found.append({"y": model(given(dtype))})
+        assert noise_floor(*found, "float32").passed
+
+
+def test_nothing_waits_longer_than_its_input_or_the_next_call() -> None:
+    model, seen = attached().model, []
+    for _ in range(3):
+        x = given()
+        model.q(x)
+        seen.append(weakref.ref(x))
+        del x
+    gc.collect()
+    assert [one() is None for one in seen[:-1]] == [True, True]
+    with torch.no_grad():
+        x = given()
+        model.q(x)
+        ahead = model.q.family._last.call.ahead
+        assert len(ahead) == 2
+        del x
+        assert not ahead
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "adalora", "vera", "qlora"])
+def test_a_model_can_be_saved_whole(method: str, tmp_path: Path, together: list[int]) -> None:
+    adapted, x = attached(method), given()
+    want = adapted.model(x)
+    torch.save(adapted.model, tmp_path / "model.pt")
+    before = len(together)
+    read = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(read(x), want)
+    assert together[before:] == together[:before]
+
+
+def test_a_copy_of_one_layer_is_of_one_layer() -> None:
+    adapted = attached()
+    one = copy.deepcopy(adapted.model.q)
+    assert list(one.family._members) == [0]
+    assert torch.equal(one(given()), one.alone(given()))
+
+
+def test_a_layer_that_was_replaced_is_let_go() -> None:
+    adapted = attached()
+    adapted.model(given())
+    gone = weakref.ref(adapted.model.k)
+    adapted.layers.pop("k")
+    adapted.model.k = nn.Linear(D, 16)
+    gc.collect()
+    assert gone() is None
+    adapted.model(given())
+
+
 def test_a_copy_is_a_model_of_its_own(together: list[int]) -> None:
     adapted = attached()
     for _ in range(2):
@@ -278,7 +489,7 @@ def test_a_copy_is_a_model_of_its_own(together: list[int]) -> None:
         assert not torch.equal(other.k(x), adapted.model.k(x))
 
 
-def test_threads_get_each_their_own() -> None:
+def test_threads_get_each_their_own(together: list[int]) -> None:
     adapted = attached()
     inputs = [given(seed=seed).detach() for seed in range(4)]
     want, wrong = [adapted.model(x) for x in inputs], []
@@ -290,6 +501,7 @@ def test_threads_get_each_their_own() -> None:
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
+    before = len(together)
     running = [threading.Thread(target=many, args=(index,)) for index in range(4)]
     for one in running:
         one.start()
@@ -297,3 +509,4 @@ def test_threads_get_each_their_own() -> None:
         one.join()
     sys.setswitchinterval(interval)
     assert not wrong
+    assert together[before:] == [3] * 400  # nobody's call takes the place of another's

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from harness.kernels.autocast import outside_autocast
 from harness.kernels.device import by_triton, frozen
 from harness.kernels.lora_linear import lora_linear
 
@@ -34,6 +35,7 @@ class _Gained(torch.autograd.Function):
         return z * g if onto is None else torch.addcmul(onto, z, g)
 
     @staticmethod
+    @outside_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         z, m, norm = ctx.saved_tensors
         need_z, need_onto, need_m = ctx.needs_input_grad[:3]
@@ -77,5 +79,6 @@ def dora_linear(
     norm = row_norms(W, A, B, scaling)
     if mask is None:
         return gained(lora_linear(x, W, None, A, B, scaling), bias, m, norm)
-    dropped = x * mask  # what it spares of x no gain scales
+    # What the mask spares of x no gain scales. W dropped and its update are one product, in which what cancels does so.
+    dropped = x * mask
     return gained(lora_linear(dropped, W, None, A, B, scaling), linear(x - dropped, W, bias), m, norm)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.nn.modules.module import _has_any_global_hook
 
+from harness.kernels.autocast import outside_autocast
 from harness.kernels.device import by_triton, frozen
 from harness.kernels.nf4_linear import Nf4Linear
 from harness.kernels.nf4_lora_linear import packed_lora_linear
@@ -31,6 +33,7 @@ class _LoraLinear(torch.autograd.Function):
         return y.addmm_(S, B.T, alpha=scaling)
 
     @staticmethod
+    @outside_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, A, B, S, mask = ctx.saved_tensors
         need_x, need_W, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
@@ -72,7 +75,10 @@ def lora_linear(
 
 def is_plain(base: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     """Return whether `base` is of just this kind, with no hooks, so that its weight may be used without calling it."""
-    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or "forward" in base.__dict__
+    hooked = (
+        base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        or "forward" in base.__dict__ or _has_any_global_hook()
+    )  # fmt: skip
     return type(base) is kind and not hooked
 
 

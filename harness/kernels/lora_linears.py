@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.kernels.autocast import outside_autocast
 from harness.kernels.device import by_triton
 from harness.kernels.lora_linear import is_plain
 from harness.kernels.nf4_linear import Nf4Linear, product
@@ -51,9 +52,17 @@ class _LoraLinears(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
+    @outside_autocast
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
         ctx.ahead.clear()
-        x, S, As, *factors = ctx.saved_tensors
+        try:
+            x, S, As, *factors = ctx.saved_tensors
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"a second backward pass through {len(ctx.layers)} LoRA layers computed by one call, as q, k and v of one "
+                "input are, and the first has freed what it needs. Call backward once, on the sum of the losses, or with "
+                "retain_graph=True"
+            ) from error
         layers = [
             LoraFactors(factors[at] if packed is None else packed, None, factors[at + 2], factors[at + 3], scaling)
             for at, (packed, scaling) in zip(range(0, len(factors), 4), ctx.layers, strict=True)
@@ -127,11 +136,7 @@ def factors_over(base: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: floa
     inner: Any = base
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling() or by_triton(x, A, B):
         return None
-    if (
-        is_plain(base)
-        and inner.weight.shape[1:] == x.shape[-1:]
-        and {inner.weight.dtype, A.dtype, B.dtype} == {x.dtype}
-    ):
+    if is_plain(base) and {inner.weight.dtype, A.dtype, B.dtype} == {x.dtype}:
         return LoraFactors(inner.weight, inner.bias, A, B, scaling)
     if is_plain(base, Nf4Linear) and x.dtype == inner.compute_dtype == A.dtype == B.dtype:
         return LoraFactors(inner.packed_weight, None if inner.bias is None else inner.bias.to(x.dtype), A, B, scaling)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from harness.kernels.autocast import outside_autocast
 from harness.kernels.device import by_triton
 
 Rows = slice | Tensor
@@ -68,6 +69,7 @@ class _MultiLora(torch.autograd.Function):
         return y
 
     @staticmethod
+    @outside_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, *rest = ctx.saved_tensors
         k = len(ctx.members)

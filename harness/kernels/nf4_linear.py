@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from harness.kernels import nf4
+from harness.kernels.autocast import outside_autocast
 from harness.kernels.device import by_triton
 from harness.kernels.packed_weight import PackedWeight
 
@@ -26,6 +27,7 @@ class _Product(torch.autograd.Function):
         return x @ W.T if bias is None else torch.addmm(bias, x, W.T)
 
     @staticmethod
+    @outside_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         need_x, need_bias = ctx.needs_input_grad[:2]
         dx = _Product.apply(dy, None, ctx.weight, not ctx.transposed) if need_x else None

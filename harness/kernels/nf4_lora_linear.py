@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from harness.kernels import nf4
+from harness.kernels.autocast import outside_autocast
 from harness.kernels.device import by_triton
 from harness.kernels.nf4_linear import product
 from harness.kernels.packed_weight import PackedWeight
@@ -38,6 +39,7 @@ class _LoraProduct(torch.autograd.Function):
         return product(x, weight, bias).addmm_(S, B.T, alpha=scaling)
 
     @staticmethod
+    @outside_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, S, mask = ctx.saved_tensors
         need_x, need_A, need_B, need_bias = ctx.needs_input_grad[:4]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.kernels.autocast import outside_autocast
 from harness.kernels.device import by_triton, frozen
 
 
@@ -24,6 +25,7 @@ class _Projection(torch.autograd.Function):
         return (x if mask is None else x * mask) @ A.T
 
     @staticmethod
+    @outside_autocast
     def backward(ctx: Any, du: Tensor) -> tuple[Tensor | None, ...]:
         dx = du @ ctx.A if ctx.needs_input_grad[0] else None
         return dx if dx is None or ctx.mask is None else dx * ctx.mask, None, None
@@ -42,6 +44,7 @@ class _Scaled(torch.autograd.Function):
         return y.addcmul_(P, b)
 
     @staticmethod
+    @outside_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         u, P, W, B, b, d = ctx.saved_tensors
         need_x, need_u, need_W, need_bias, _, need_b, need_d = ctx.needs_input_grad
@@ -68,19 +71,25 @@ class SharedProjection:
     """
 
     def __init__(self) -> None:
-        self._of: tuple[Any, ...] = ()
-        self._u: Any = lambda: None
+        self._last: tuple[Any, tuple[Any, ...], Any] | None = None  # in one piece, for threads
+
+    def __reduce__(self) -> Any:
+        """Copy nothing of what is shared."""
+        return SharedProjection, ()
 
     def __call__(self, x: Tensor, A: Tensor) -> Tensor:
         """Return x A^T, shape (T, R), for x (..., D) and A (R, D)."""
         if x.is_inference() or A.is_inference():  # which do not say whether they were changed
             return _projection(x, A, None)
-        of = (A.data_ptr(), A.shape, A._version, x._version, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-        held = self._of and self._of[0]() is x and self._of[1:] == of
-        u: Tensor | None = self._u() if held else None
+        of = (
+            A.data_ptr(), A.shape, A._version, x.data_ptr(), x._version, x.requires_grad, torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+        )  # fmt: skip
+        last = self._last
+        u: Tensor | None = last[2]() if last is not None and last[0]() is x and last[1] == of else None
         if u is None:
             u = _projection(x, A, None)
-            self._of, self._u = (weakref.ref(x), *of), weakref.ref(u)
+            self._last = weakref.ref(x), of, weakref.ref(u)
         return u
 
 

@@ -13,5 +13,6 @@ from harness.registry import Implementation
 
 def implementations() -> list[Implementation]:
     """Return all that the files of this package offer; torch and the kernels are imported when one is first called."""
-    files = [importlib.import_module(f"{__name__}.{file.name}") for file in pkgutil.iter_modules(__path__)]
+    offering = [file.name for file in pkgutil.iter_modules(__path__) if not file.ispkg]  # the layers import torch
+    files = [importlib.import_module(f"{__name__}.{name}") for name in offering]
     return [one for file in files for one in vars(file).values() if isinstance(one, Implementation)]

@@ -30,32 +30,11 @@ def pissa(model: Any, config: Any, generator: Any) -> Any:
     """
     import torch
 
-    from harness.kernels.device import by_triton
-    from harness.kernels.lora_linear import lora_linear
-    from harness.kernels.lora_linears import LoraFactors
-    from harness.kernels.siblings import Family, meet
+    from harness.implementations.fused.layers.pissa import FusedPissaLinear
+    from harness.kernels.siblings import meet
     from reference.adapted import Adapted
     from reference.layers import dense_weight, floating_dtype, kind_of, replace, targets
-    from reference.pissa import PissaEmbedding, PissaLinear
-
-    class FusedPissaLinear(PissaLinear):
-        family: Family
-
-        def forward(self, x: Any) -> Any:
-            if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
-                return super().forward(x)
-            return self.family(self, x)
-
-        def alone(self, x: Any) -> Any:
-            return lora_linear(x, self.get_buffer("residual"), self.base.bias, self.A, self.B, self.scaling)
-
-        def factors(self, x: Any) -> Any:
-            if by_triton(x, self.A, self.B):
-                return None
-            return LoraFactors(self.get_buffer("residual"), self.base.bias, self.A, self.B, self.scaling)
-
-        def held(self) -> Any:
-            return self.A, self.B, self.get_buffer("residual")
+    from reference.pissa import PissaEmbedding
 
     found = targets(model, config.targets, ("linear", "embedding"))
     for path, base in found.items():

@@ -13,28 +13,8 @@ def qlora(model: Any, config: Any, generator: Any) -> Any:
 
     The original layers are kept for `detach`, so memory is to be measured with `lora` on a base in `nf4`, not here.
     """
-    import torch
-    from torch import nn
-
-    from harness.kernels.nf4 import BLOCK2
-    from harness.kernels.nf4_lora_linear import packed_lora_linear
-    from harness.kernels.packed_weight import PackedWeight
-    from reference.qlora import QloraLinear, attach
-
-    class FusedQloraLinear(QloraLinear):
-        def _packed(self) -> PackedWeight:
-            shape = self.base.out_features, self.base.in_features
-            second = (self.absmax2, self.offset, BLOCK2) if self.two_levels else ()
-            return PackedWeight(self.codes, self.absmax, self.block, shape, *second)
-
-        def weight(self) -> Any:
-            return self._packed().decoded(torch.float32)
-
-        def forward(self, x: Any) -> Any:
-            mask = None
-            if self.dropout.p and self.training:
-                mask = nn.functional.dropout(x.new_ones(x.shape), self.dropout.p)
-            return packed_lora_linear(x, self._packed(), self.base.bias, self.A, self.B, self.scaling, mask)
+    from harness.implementations.fused.layers.qlora import FusedQloraLinear
+    from reference.qlora import attach
 
     adapted = attach(model, config, generator)
     for layer in adapted.layers.values():

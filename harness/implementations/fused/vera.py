@@ -15,24 +15,9 @@ def vera(model: Any, config: Any, generator: Any) -> Any:
 
     A layer over a base that is no plain nn.Linear computes as the reference does.
     """
-    from harness.kernels.dropout import keep_mask
-    from harness.kernels.lora_linear import is_plain
-    from harness.kernels.vera_linear import SharedProjection, vera_linear
-    from reference.vera import VeraLinear, attach
-
-    class FusedVeraLinear(VeraLinear):
-        shared: SharedProjection
-
-        def forward(self, x: Any) -> Any:
-            if not is_plain(self.base):
-                return super().forward(x)
-            mask = None
-            if self.dropout.p and self.training:
-                mask, kept = keep_mask(x, self.dropout.p)
-                mask = mask / kept
-            return vera_linear(
-                x, self.base.weight, self.base.bias, self.A, self.B, self.b, self.d, mask, self.shared
-            )  # fmt: skip
+    from harness.implementations.fused.layers.vera import FusedVeraLinear
+    from harness.kernels.vera_linear import SharedProjection
+    from reference.vera import attach
 
     adapted = attach(model, config, generator)
     shared = SharedProjection()
