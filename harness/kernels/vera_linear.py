@@ -67,7 +67,8 @@ class _Scaled(torch.autograd.Function):
 class SharedProjection:
     """The last u = x A^T that was made, for the next layer that asks for the same x and the same A: q, k and v do.
 
-    Only without a mask, for every layer draws its own. Holds neither x nor u alive.
+    Only without a mask, for every layer draws its own. Holds neither x nor u alive: it is the graph of an output that keeps
+    u, so that without gradients nothing is shared.
     """
 
     def __init__(self) -> None:
@@ -81,10 +82,7 @@ class SharedProjection:
         """Return x A^T, shape (T, R), for x (..., D) and A (R, D)."""
         if x.is_inference() or A.is_inference():  # which do not say whether they were changed
             return _projection(x, A, None)
-        of = (
-            A.data_ptr(), A.shape, A._version, x.data_ptr(), x._version, x.requires_grad, torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-        )  # fmt: skip
+        of = A.data_ptr(), A.shape, A._version, x.data_ptr(), x._version, x.requires_grad
         last = self._last
         u: Tensor | None = last[2]() if last is not None and last[0]() is x and last[1] == of else None
         if u is None:
