@@ -268,6 +268,30 @@ def test_a_time_that_any_call_takes_is_marked() -> None:
     assert "2 ms *" in table.as_text([one])
 
 
+def test_too_few_pairs_for_an_interval_are_explained() -> None:
+    few = row(samples=Samples(ours=[0.001] * 5, other=[0.002] * 5, first=["ours"] * 5))
+    assert "2.00 [too few]" in (shown := table.as_text([few]))
+    assert f"fewer than {len(row().samples.ours)} pairs" in shown  # type: ignore[union-attr]
+    assert "too few" not in table.as_text([row()])
+
+
+def test_a_step_whose_memory_could_not_be_taken_is_shown_as_failed() -> None:
+    class Children:
+        def events(self, module: str, words: dict[str, Any], patience: float) -> Any:
+            yield {"begin": 0}
+            if len(words["names"]) == 1:
+                yield {"died": "the process died of SIGKILL"}
+                return
+            yield {"row": row().model_dump(mode="json")}
+            yield {"end": 0}
+
+    task = Task("step:lora", "method", "lora", ("fused", "acme"), (), "float32", "cpu", step="lora")
+    (one,) = command._rows(task, Asked(), 1, Children())  # type: ignore[arg-type]
+    assert one.samples is not None
+    assert "failed: timed, but the memory of fused: the process died of SIGKILL" in table.as_text([one])
+    assert not pytest_benchmark.document([one], describe())["benchmarks"]
+
+
 # ---- files
 
 
@@ -275,6 +299,9 @@ def test_the_export_has_what_pytest_benchmark_reads(tmp_path: Path) -> None:
     document = pytest_benchmark.document([row(), row(outcome="refused", samples=None)], describe())
     assert {"machine_info", "commit_info", "benchmarks", "datetime", "version"} <= set(document)
     ours, other = document["benchmarks"]
+    assert ours["options"]["timer"] == "perf_counter"
+    (on_gpu, _) = pytest_benchmark.document([row(device="cuda")], describe())["benchmarks"]
+    assert on_gpu["options"]["timer"] == "torch.cuda.Event"
     assert ours["group"] == other["group"]
     assert ours["stats"]["data"] == row().samples.ours  # type: ignore[union-attr]
     assert ours["stats"]["rounds"] == 6
@@ -346,6 +373,15 @@ def test_rivals_are_those_who_offer_it_without_variants_and_the_reference_only_i
     assert rivals("nf4_quantize", ours="galore-torch") == ["-galore-torch does not offer nf4_quantize"]
     assert not {"galore-torch-8bit", "reference"} & set(rivals("galore_step", ours="galore-torch"))
     assert rivals("paged_states")[0].startswith("-it has no sizes")
+
+
+def test_what_is_named_twice_is_run_once(registry: Registry) -> None:
+    twice = Asked(
+        ["lora_linear"] * 2, ["fused"] * 2, ["lora"] * 2, dtypes=["float32"] * 2, device="cpu", ours="reference"
+    )
+    tasks, later = planning.plan(twice, registry, gpu=False)
+    assert [task.name for task in tasks] == ["lora_linear", "step:lora"]
+    assert not later
 
 
 @pytest.mark.parametrize(("there", "said"), [(["reference"], "reference"), ([], "nobody but acme offers galore_step")])

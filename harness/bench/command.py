@@ -169,7 +169,8 @@ def _with_memory(row: Row, task: Task, asked: Asked, threads: int, children: Chi
             if kind == "memory":
                 found[name] = value
             elif kind == "row":
-                return row.model_copy(update={"outcome": "failed", "because": f"memory of {name}: {value.because}"})
+                because = f"timed, but the memory of {name}: {value.because}"
+                return row.model_copy(update={"outcome": "failed", "because": because})
     return row.model_copy(update={"memory": found})
 
 

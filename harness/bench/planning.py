@@ -119,7 +119,7 @@ def _operation(asked: Asked, registry: Registry, device: str, name: str) -> Iter
         return
     there = suite.load_operation(name).dtypes
     usual = _DTYPE[device]
-    wanted = list(asked.dtypes) or [usual if usual in there else there[0]]
+    wanted = list(dict.fromkeys(asked.dtypes)) or [usual if usual in there else there[0]]
     per_token = OPERATIONS[name].per_token
     for rival in _rivals(asked, registry, "operation", name):
         if isinstance(rival, Row):
@@ -153,7 +153,7 @@ def _step(asked: Asked, registry: Registry, device: str, name: str) -> Iterator[
                 continue
             packers = (asked.ours, rival if rival in others else others[0])
             points += _points(registry, "base", step.base, packers)
-        for dtype in asked.dtypes or [_STEP_DTYPE]:
+        for dtype in dict.fromkeys(asked.dtypes or [_STEP_DTYPE]):
             task = Task(
                 f"step:{name}", "method", step.method, both, tuple(dict.fromkeys(points)), dtype, device, step=name,
                 base=step.base, packers=packers,
@@ -170,7 +170,7 @@ def _rivals(asked: Asked, registry: Registry, kind: str, target: str, called: st
         yield _not_run(asked, called, "", "*", f"{asked.ours} does not offer {target}")
         return
     if asked.vs:
-        wanted = list(asked.vs)
+        wanted = list(dict.fromkeys(asked.vs))
     else:
         # A variant of a library (`bitsandbytes-paged`) is another of its front doors: to be had by --vs.
         wanted = [n for n in others if n != REFERENCE and not any(n.startswith(f"{o}-") for o in offering)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from harness.bench.results import Row
+from harness.bench.results import FEWEST, Row
 from harness.conformance.tried import Standing
 
 _HEAD = ("benchmark", "shape", "dtype", "on", "{0}", "other", "", "other/{0}", "limit", "memory", "parity")
@@ -24,7 +24,7 @@ def as_text(rows: Sequence[Row]) -> str:
 
 def _fields(row: Row) -> tuple[str, ...]:
     start = (row.name, row.shape, row.dtype, row.device)
-    if row.samples is None:
+    if row.outcome != "measured" or row.samples is None:  # one whose memory could not be taken has samples, and failed
         said = {"refused": "refused: ", "failed": "failed: ", "not-run": "not-run: "}[row.outcome] + row.because
         return (*start, "-", row.other, "-", "-", "-", "-", said.replace("not-run: no GPU", "not-run (no GPU)"))
     ours, other = median(row.samples.ours), median(row.samples.other)
@@ -73,7 +73,7 @@ def _parity(row: Row) -> str:
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
-    measured = [row for row in rows if row.samples is not None]
+    measured = [row for row in rows if row.outcome == "measured"]
     notes = []
     if measured:
         notes.append(
@@ -81,6 +81,8 @@ def _notes(rows: Sequence[Row]) -> list[str]:
             "is faster. It holds within one process.\n"
             "parity: the last check passed, how many more, and the largest share of what was allowed"
         )
+    if any(row.ratio.low is None for row in measured if row.ratio is not None):
+        notes.append(f"[too few]: there is no such interval of fewer than {FEWEST} pairs; ask for more by --pairs")
     if any(row.ceilings for row in measured):
         seen = {
             (row.device, row.dtype, f"{row.ceilings.copy_B_per_s / 1e9:.3g} GB/s, {row.ceilings.gemm_FLOP_per_s / 1e12:.3g}")
