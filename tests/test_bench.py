@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +21,7 @@ from harness.bench.planning import Asked, Task
 from harness.bench.results import Ceilings, Row, Samples
 from harness.bench.sizes import MOST_PRODUCTS, MOST_WEIGHTS, SHAPES, Size, sizes
 from harness.bench.steps import STEPS, Backbone
+from harness.bench.trainee import Trainee
 from harness.cli import main
 from harness.conformance import operations, suite
 from harness.conformance.tried import Tried
@@ -26,6 +29,7 @@ from harness.errors import Exit, UsageError
 from harness.measure.environment import describe
 from harness.records import CheckResult, Outcome
 from harness.registry import Implementation, Registry, discover, implements
+from reference.galore import attach
 
 CPU = torch.device("cpu")
 SMALL = Size("tiny", 32, 48, 5, 4)
@@ -196,6 +200,52 @@ def test_memory_of_a_step_is_that_above_the_bare_process(registry: Registry) -> 
     assert taken["peak_B"] >= taken["rest_B"] > 0
     two = row(memory={"fused": {"peak_B": 300, "rest_B": 200, "bare_B": 100}, "acme": {"peak_B": 500, "bare_B": 100}})
     assert two.memory_ratio == 2
+
+
+def test_a_galore_step_is_judged_on_the_device_that_is_timed(registry: Registry) -> None:
+    devices = []
+
+    def spying(model: Any, config: Any, generator: Any) -> Any:
+        devices.append({p.device.type for p in model.parameters()})
+        return attach(model, config, generator)
+
+    both = (offered("acme", "galore", spying, "method"),) * 2
+    # What computes nothing can pass nothing; where it was tried shows all the same.
+    meta = torch.device("meta")
+    one = training.row("galore-exact", STEPS["galore-exact"], both, ("", ""), LITTLE, "float32", meta, 5, registry, {})
+    assert one.outcome == "refused"
+    assert len(devices) > len(both)  # beside the layers that are timed, those of the parity suite
+    assert all(seen == {"meta"} for seen in devices)
+
+
+def test_a_galore_step_has_its_weight_once_while_its_memory_is_taken(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def step(_: object) -> None:
+        tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+        square = (LITTLE.features, LITTLE.features)
+        seen.append(len({t.data_ptr() for t in tensors if t.shape == square}))
+
+    monkeypatch.setattr(training._Galore, "step", step)
+    training.memory(
+        STEPS["galore"], registry.find("method", "galore", "reference"), "", LITTLE, "float32", CPU, registry
+    )
+    assert seen == [1] * training.MEASURED_STEPS
+
+
+def test_while_training_nothing_is_kept_that_only_the_parity_needed(registry: Registry) -> None:
+    trainee = Trainee(registry.find("method", "lora", "reference"), STEPS["lora"], LITTLE, "float32", CPU, registry)
+    trainee.parity()
+    assert trainee.subject.original.model is not None
+    kept = [*trainee.start.values(), trainee.base_output, *trainee.subject.original.model.parameters()]
+    gone = [weakref.ref(one) for one in kept]
+    del kept
+    trainee.settle()
+    gc.collect()
+    assert not [one for one in gone if one() is not None]
+    trainee.step()
 
 
 # ---- sizes and formulas
