@@ -305,6 +305,44 @@ def test_the_ratio_is_the_median_over_pairs() -> None:
     assert "50% of roofline" in table.as_text([one])
 
 
+def test_on_a_gpu_the_clock_starts_behind_a_wait_in_which_the_host_queues_the_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+
+    class Event:
+        def __init__(self, **_: Any) -> None: ...
+
+        def record(self) -> None:
+            seen.append("event")
+
+        def elapsed_time(self, other: object) -> float:
+            return 2.0
+
+    class Flush:
+        def zero_(self) -> None:
+            seen.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: seen.append("wait"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: seen.append("synchronize"))
+    clock = timing.Clock(CPU)
+    clock._flush = Flush()  # type: ignore[assignment]
+    assert clock.sample(lambda: seen.append("call")) == pytest.approx(0.002)
+    assert seen == ["flush", "wait", "event", "call", "event", "synchronize"]
+
+
+def test_a_step_on_a_gpu_may_be_all_launches_and_says_so() -> None:
+    def shown(name: str, device: str, **more: Any) -> str:
+        samples = row().samples
+        assert samples is not None
+        return table.as_text([row(name=name, device=device, samples=samples.model_copy(update=more))])
+
+    assert "the host's launches" in shown("step:lora", "cuda", limit=[0.001] * 6)
+    assert "the host's launches" not in shown("step:lora", "cpu", limit=[0.001] * 6)
+    assert "the host's launches" not in shown("lora_linear", "cuda")
+
+
 def test_a_busy_machine_is_told_of() -> None:
     assert "load up to 9.5" in table.as_text([row(facts={"threads": 2, "load": 9.5})])
     assert "load" not in table.as_text([row(facts={"threads": 2, "load": 0.5})])
@@ -450,6 +488,14 @@ def test_without_a_gpu_only_the_cpu_is_timed_and_the_rest_is_told(registry: Regi
     assert [(one.device, one.because) for one in later] == [("cuda", "no GPU")]
     tasks, later = planning.plan(asked, registry, gpu=True)
     assert ([task.device for task in tasks], later) == (["cuda"], [])
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16")])
+def test_steps_and_operations_are_timed_in_what_people_use_there(registry: Registry, device: Any, dtype: str) -> None:
+    asked = Asked(["lora_linear"], ["hf-peft", "torchao"], ["lora"], device=device)
+    tasks, later = planning.plan(asked, registry, gpu=True)
+    assert {task.dtype for task in tasks} == {dtype}, later
+    assert "step:lora" in {task.name for task in tasks}
 
 
 def test_a_process_that_dies_is_one_row_and_the_other_sizes_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,6 @@ OURS = "fused"
 REFERENCE = "reference"
 EVERY = "all"
 _DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
-_STEP_DTYPE = "float32"
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -153,7 +152,7 @@ def _step(asked: Asked, registry: Registry, device: str, name: str) -> Iterator[
                 continue
             packers = (asked.ours, rival if rival in others else others[0])
             points += _points(registry, "base", step.base, packers)
-        for dtype in dict.fromkeys(asked.dtypes or [_STEP_DTYPE]):
+        for dtype in dict.fromkeys(asked.dtypes or [_DTYPE[device]]):
             task = Task(
                 f"step:{name}", "method", step.method, both, tuple(dict.fromkeys(points)), dtype, device, step=name,
                 base=step.base, packers=packers,

@@ -96,6 +96,11 @@ def _notes(rows: Sequence[Row]) -> list[str]:
             "*: a call of tiny size takes a fifth of this time or more: it is the call's and not the work's, as where an "
             "implementation makes an optimizer or a layer at each call. Take larger --shapes, or whole steps by --step"
         )
+    if any(row.device == "cuda" and row.samples is not None and row.samples.limit for row in measured):
+        notes.append(
+            "step: on a large GPU a step of this small model, and its frozen pass, may be mostly the host's launches; what "
+            "larger models take is another question"
+        )
     if busy := [load for row in measured if _number(load := row.facts.get("load")) > _number(row.facts.get("threads"))]:
         notes.append(
             f"the machine was busy with other things (load up to {max(map(_number, busy)):.1f} before a benchmark): these "
