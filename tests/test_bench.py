@@ -25,7 +25,7 @@ from harness.bench.trainee import Trainee
 from harness.cli import main
 from harness.conformance import operations, suite
 from harness.conformance.tried import Tried
-from harness.errors import Exit, UsageError
+from harness.errors import Exit, StoreError, UsageError
 from harness.measure.environment import describe
 from harness.records import CheckResult, Outcome
 from harness.registry import Implementation, Registry, discover, implements
@@ -435,6 +435,152 @@ def test_a_bench_leaves_a_file_per_benchmark_with_raw_samples(
     assert len(json.loads(export.read_text())["benchmarks"]) == 2
 
 
+def test_a_folder_that_holds_a_bench_is_refused(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command.isolated, "discover", lambda: registry)
+    (tmp_path / "notes.json").touch()
+    words = ["bench", "--op", "galore_step", "--device", "cuda", "--out", str(tmp_path)]
+    monkeypatch.setattr(command, "gpus", lambda: ())
+    assert main(words) == Exit.INFRASTRUCTURE
+    there = sorted(tmp_path.iterdir())
+    capsys.readouterr()
+    assert main(words) == Exit.USAGE
+    assert f"--out {tmp_path}: holds a bench already\n  mend: name another folder" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == there
+
+
+@pytest.mark.parametrize(
+    ("option", "place"),
+    [
+        ("--out", "file/out"),
+        ("--export-pytest-benchmark", "nowhere/x.json"),
+        ("--export-pytest-benchmark", "file/x.json"),
+        ("--export-pytest-benchmark", "/dev/null"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, place: str
+) -> None:
+    def measure(*_: object) -> None:
+        pytest.fail("something runs")
+
+    monkeypatch.setattr(command, "measure", measure)
+    (tmp_path / "file").touch()
+    assert main(["bench", option, str(tmp_path / place)]) == Exit.USAGE
+    said = capsys.readouterr().err
+    assert f"{option} {tmp_path / place}: " in said
+    assert "mend: name a" in said
+
+
+class Fake:
+    """Stands in for the processes of an operation with two sizes: `after` is done once the first row was told."""
+
+    stopped = False
+    after: Callable[[], object]
+
+    def events(self, module: str, words: dict[str, Any], patience: float) -> Any:
+        for number in range(2):
+            yield {"begin": number}
+            yield {"row": row(ours="reference", other=words["names"][-1]).model_dump(mode="json")}
+            Fake.after()
+            yield {"end": number}
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+@pytest.fixture
+def two_rivals(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """Two processes of two rows each."""
+    monkeypatch.setattr(planning, "sizes", lambda shapes, per_token: [Size("one", 8, 8), Size("two", 8, 8)])
+    monkeypatch.setattr(command.isolated, "discover", lambda: registry)
+    monkeypatch.setattr(command, "Children", Fake)
+    monkeypatch.setattr(Fake, "after", lambda: None, raising=False)
+    return Asked(["nf4_quantize"], ["bitsandbytes", "torchao"], device="cpu", ours="reference")
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_ctrl_c_keeps_the_rows_there_are_and_says_what_is_missing(
+    two_rivals: Asked,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    as_json: bool,
+) -> None:
+    monkeypatch.setattr(Fake, "after", interrupt)
+    assert command.bench(two_rivals, as_json, tmp_path, None) is Exit.INFRASTRUCTURE
+    shown = capsys.readouterr().out
+    files = [json.loads(file.read_text()) for file in sorted(tmp_path.iterdir())]
+    assert [one["because"] for one in files] == ["", "interrupted after the row above", "interrupted"]
+    assert [one["other"] for one in files] == ["bitsandbytes", "bitsandbytes", "torchao"]
+    if as_json:
+        document = json.loads(shown)
+        assert document["interrupted"]
+        assert [one["outcome"] for one in document["benchmarks"]] == ["measured", "not-run", "not-run"]
+    else:
+        assert "2.00 [0.50, 2.00]" in shown
+        assert shown.splitlines()[-1].startswith("interrupted: 2 of these were not run, or not to the end")
+
+
+def test_a_row_is_written_as_soon_as_it_is_measured(
+    two_rivals: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = []
+    monkeypatch.setattr(Fake, "after", lambda: there.append(len(list(tmp_path.iterdir()))))
+    command.bench(two_rivals, False, tmp_path, None)
+    assert there == [1, 2, 3, 4]
+
+
+def test_ctrl_c_while_memory_is_taken_keeps_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Children(Fake):
+        def events(self, module: str, words: dict[str, Any], patience: float) -> Any:
+            if len(words["names"]) == 1:
+                interrupt()
+            yield {"row": row().model_dump(mode="json")}
+
+    task = Task("step:lora", "method", "lora", ("fused", "acme"), (), "float32", "cpu", step="lora")
+    found = command._rows(task, Asked(), 1, Children())  # type: ignore[arg-type]
+    assert next(found).samples is not None
+    with pytest.raises(KeyboardInterrupt):
+        next(found)
+
+
+def test_a_folder_that_goes_away_meanwhile_costs_neither_the_table_nor_the_rows_to_come(
+    two_rivals: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, export = tmp_path / "out", tmp_path / "export.json"
+
+    def gone() -> None:
+        for file in out.glob("*"):
+            file.unlink()
+        if out.exists():
+            out.rmdir()
+
+    monkeypatch.setattr(Fake, "after", gone)
+    with pytest.raises(StoreError, match=r"cannot write.*\n.*mend") as error:
+        command.bench(two_rivals, False, out, export)
+    assert error.value.exit_code is Exit.INFRASTRUCTURE
+    said = capsys.readouterr()
+    assert said.out.count("2.00 [0.50, 2.00]") == 4
+    assert said.err.count("it is tried again at the end") == 3
+    assert len(json.loads(export.read_text())["benchmarks"]) == 8
+
+
+def test_what_could_not_be_written_is_written_at_the_end(
+    two_rivals: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, away = tmp_path / "out", tmp_path / "away"
+    moves = iter([lambda: out.rename(away), lambda: None, lambda: away.rename(out), lambda: None])
+    monkeypatch.setattr(Fake, "after", lambda: next(moves)())
+    assert command.bench(two_rivals, False, out, None) is Exit.PASS
+    assert len(list(out.iterdir())) == 4
+
+
 def test_a_step_that_somebody_has_no_layer_for_is_not_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -451,7 +597,7 @@ def test_rivals_are_those_who_offer_it_without_variants_and_the_reference_only_i
     registry: Registry,
 ) -> None:
     def rivals(name: str, ours: str = "reference", **more: Any) -> list[str]:
-        tasks, later = planning.plan(Asked([name], device="cpu", ours=ours, **more), registry, gpu=False)
+        tasks, later = planning.plan(Asked([name], device="cpu", ours=ours, **more), registry, no_gpu="no GPU")
         return [task.names[1] for task in tasks] + [f"-{one.because}" for one in later]
 
     assert {"bitsandbytes", "torchao"} <= set(rivals("nf4_quantize"))
@@ -467,7 +613,7 @@ def test_what_is_named_twice_is_run_once(registry: Registry) -> None:
     twice = Asked(
         ["lora_linear"] * 2, ["fused"] * 2, ["lora"] * 2, dtypes=["float32"] * 2, device="cpu", ours="reference"
     )
-    tasks, later = planning.plan(twice, registry, gpu=False)
+    tasks, later = planning.plan(twice, registry, no_gpu="no GPU")
     assert [task.name for task in tasks] == ["lora_linear", "step:lora"]
     assert not later
 
@@ -476,26 +622,39 @@ def test_what_is_named_twice_is_run_once(registry: Registry) -> None:
 def test_the_reference_is_a_rival_only_where_there_is_no_other(there: list[str], said: str) -> None:
     offering = [offered(name, "galore_step", reference("galore_step")) for name in ("acme", *there)]
     tasks, later = planning.plan(
-        Asked(["galore_step"], device="cpu", ours="acme"), Registry(tuple(offering)), gpu=False
+        Asked(["galore_step"], device="cpu", ours="acme"), Registry(tuple(offering)), no_gpu="no GPU"
     )
     assert [*(task.names[1] for task in tasks), *(one.because for one in later)] == [said]
 
 
 def test_without_a_gpu_only_the_cpu_is_timed_and_the_rest_is_told(registry: Registry) -> None:
     asked = Asked(["galore_step"], ["galore-torch"], ours="reference")
-    tasks, later = planning.plan(asked, registry, gpu=False)
+    tasks, later = planning.plan(asked, registry, no_gpu="no GPU")
     assert [task.device for task in tasks] == ["cpu"]
     assert [(one.device, one.because) for one in later] == [("cuda", "no GPU")]
-    tasks, later = planning.plan(asked, registry, gpu=True)
+    tasks, later = planning.plan(asked, registry, no_gpu="")
     assert ([task.device for task in tasks], later) == (["cuda"], [])
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16")])
 def test_steps_and_operations_are_timed_in_what_people_use_there(registry: Registry, device: Any, dtype: str) -> None:
     asked = Asked(["lora_linear"], ["hf-peft", "torchao"], ["lora"], device=device)
-    tasks, later = planning.plan(asked, registry, gpu=True)
+    tasks, later = planning.plan(asked, registry, no_gpu="")
     assert {task.dtype for task in tasks} == {dtype}, later
     assert "step:lora" in {task.name for task in tasks}
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")
+def test_a_gpu_that_torch_cannot_use_is_none(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command.isolated, "discover", lambda: registry)
+    monkeypatch.setattr(command, "gpus", lambda: ("GPU-0, one that the driver shows",))
+    assert main(["bench", "--op", "nf4_quantize", "--device", "cuda"]) == Exit.INFRASTRUCTURE
+    why = f"nvidia-smi shows one, but torch {torch.__version__} is built without CUDA"
+    assert f"not-run (no GPU): {why}" in capsys.readouterr().out
+    asked = Asked(["galore_step"], ["galore-torch"], ours="reference")
+    assert [task.device for task in planning.plan(asked, registry, command.no_gpu())[0]] == ["cpu"]
 
 
 def test_a_process_that_dies_is_one_row_and_the_other_sizes_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -527,7 +686,22 @@ def test_a_process_that_dies_is_one_row_and_the_other_sizes_go_on(monkeypatch: p
     [
         ([row()], Exit.PASS),
         ([row(), row(outcome="failed", samples=None)], Exit.INFRASTRUCTURE),
-        ([row(outcome="not-run", samples=None, because="no GPU")], Exit.INFRASTRUCTURE),
+        ([row(outcome="not-run", samples=None, because="no GPU", device="cuda")], Exit.INFRASTRUCTURE),
+        (
+            [
+                row(outcome="not-run", samples=None, because=f"no GPU{why}", device="cuda")
+                for why in ("", ": of torch's")
+            ]
+            + [row(outcome="not-run", samples=None, because="nobody", device="cuda")],
+            Exit.INFRASTRUCTURE,
+        ),
+        (
+            [
+                row(outcome="not-run", samples=None, because="no GPU", device="cuda"),
+                row(outcome="not-run", samples=None, because="nobody"),
+            ],
+            Exit.NOTHING_COMPARED,
+        ),
         ([row(outcome="not-run", samples=None, because="nobody")], Exit.NOTHING_COMPARED),
         ([], Exit.NOTHING_COMPARED),
     ],
@@ -547,7 +721,7 @@ def test_a_red_parity_is_a_failure() -> None:
 def test_wrong_names_are_told_all_at_once(registry: Registry) -> None:
     asked = Asked(["nf4_linea"], ["bitsandbites"], ["loro"], dtypes=["float31"])
     with pytest.raises(UsageError, match=r"nf4_linear.*bitsandbytes.*lora.*float32"):
-        planning.plan(asked, registry, gpu=False)
+        planning.plan(asked, registry, no_gpu="no GPU")
 
 
 def test_the_interpreter_is_no_machine_to_time(

@@ -85,17 +85,20 @@ class Task:
         )  # fmt: skip
 
 
-def plan(asked: Asked, registry: Registry, gpu: bool) -> tuple[list[Task], list[Row]]:
-    """Return the tasks, and rows of what will not run and why. Raises UsageError for names that nobody knows."""
+def plan(asked: Asked, registry: Registry, no_gpu: str) -> tuple[list[Task], list[Row]]:
+    """Return the tasks, and rows of what will not run and why. Raises UsageError for names that nobody knows.
+
+    no_gpu: why nothing can run on a GPU; empty if something can.
+    """
     _known(asked, registry)
-    device = asked.device if asked.device != "auto" else "cuda" if gpu else "cpu"
+    device = asked.device if asked.device != "auto" else "cpu" if no_gpu else "cuda"
     found = list(_everything(asked, registry, device))
     tasks = [one for one in found if isinstance(one, Task)]
     rows = [one for one in found if isinstance(one, Row)]
-    if device == "cuda" and not gpu:
-        return [], [*rows, *(task.row("not-run", "no GPU") for task in tasks)]
-    if asked.device == "auto" and not gpu:
-        rows += [t.row("not-run", "no GPU") for t in _everything(asked, registry, "cuda") if isinstance(t, Task)]
+    if device == "cuda" and no_gpu:
+        return [], [*rows, *(task.row("not-run", no_gpu) for task in tasks)]
+    if asked.device == "auto" and no_gpu:
+        rows += [t.row("not-run", no_gpu) for t in _everything(asked, registry, "cuda") if isinstance(t, Task)]
     return tasks, rows
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from harness.bench.results import FEWEST, Row
+from harness.bench.results import FEWEST, INTERRUPTED, NO_GPU, Row
 from harness.conformance.tried import Standing
 
 _HEAD = ("benchmark", "shape", "dtype", "on", "{0}", "other", "", "other/{0}", "limit", "memory", "parity")
@@ -25,8 +25,8 @@ def as_text(rows: Sequence[Row]) -> str:
 def _fields(row: Row) -> tuple[str, ...]:
     start = (row.name, row.shape, row.dtype, row.device)
     if row.outcome != "measured" or row.samples is None:  # one whose memory could not be taken has samples, and failed
-        said = {"refused": "refused: ", "failed": "failed: ", "not-run": "not-run: "}[row.outcome] + row.because
-        return (*start, "-", row.other, "-", "-", "-", "-", said.replace("not-run: no GPU", "not-run (no GPU)"))
+        said = f"{row.outcome}: {row.because}".replace(f"not-run: {NO_GPU}", f"not-run ({NO_GPU})")
+        return (*start, "-", row.other, "-", "-", "-", "-", said)
     ours, other = median(row.samples.ours), median(row.samples.other)
     return (
         *start, _time(ours) + _mark(row, "ours"), row.other, _time(other) + _mark(row, "other"), _ratio(row), _limit(row),
@@ -109,7 +109,13 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     if differing := dict.fromkeys(f"  {row.name} {row.shape}: {row.differs}" for row in measured if row.differs):
         notes += ["the two do not compute the same, each is judged by the reference of its own:", *differing]
     judged = dict.fromkeys(f"  {row.name} {row.shape}: {row.judged}" for row in measured if row.judged)
-    return [*notes, *(["parity judged on less than was timed:", *judged] if judged else [])]
+    if judged:
+        notes += ["parity judged on less than was timed:", *judged]
+    if missing := sum(row.because.startswith(INTERRUPTED) for row in rows):
+        notes.append(
+            f"interrupted: {missing} of these were not run, or not to the end: they are `not-run: interrupted`"
+        )
+    return notes
 
 
 def _number(fact: object) -> float:
