@@ -39,7 +39,7 @@ def _try(folder: Path, where: str, make: bool) -> None:
             pass
     except OSError as error:
         what = f"cannot write in {folder}: {error.strerror}"
-        raise UsageError(what, where=where, mend="name a folder that is there and can be written") from error
+        raise UsageError(what, where=where, mend="name a place where files can be written") from error
 
 
 def write(path: Path, document: dict[str, Any]) -> None:
