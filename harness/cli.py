@@ -264,7 +264,7 @@ def bench(
 
     Every operation that has sizes, if nothing is named; `--step` times whole training steps instead. Both programs must
     first pass the checks on the very call that is timed, or no speed is printed. The shapes are the linear layers of
-    Llama-3-8B and 70B, or small ones.
+    Llama-3-8B and 70B, or small ones. Ctrl-C, SIGTERM or SIGHUP keeps and prints what was measured and exits with 4.
     """
     from harness.bench import command
     from harness.bench.planning import Asked

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -19,13 +21,15 @@ from harness.bench.planning import Asked, Task
 from harness.bench.results import Ceilings, Row, Samples
 from harness.bench.sizes import MOST_PRODUCTS, MOST_WEIGHTS, SHAPES, Size, sizes
 from harness.bench.steps import STEPS, Backbone
+from harness.bench.trainee import Trainee
 from harness.cli import main
 from harness.conformance import operations, suite
 from harness.conformance.tried import Tried
-from harness.errors import Exit, UsageError
+from harness.errors import Exit, StoreError, UsageError
 from harness.measure.environment import describe
 from harness.records import CheckResult, Outcome
 from harness.registry import Implementation, Registry, discover, implements
+from reference.galore import attach
 
 CPU = torch.device("cpu")
 SMALL = Size("tiny", 32, 48, 5, 4)
@@ -198,6 +202,52 @@ def test_memory_of_a_step_is_that_above_the_bare_process(registry: Registry) -> 
     assert two.memory_ratio == 2
 
 
+def test_a_galore_step_is_judged_on_the_device_that_is_timed(registry: Registry) -> None:
+    devices = []
+
+    def spying(model: Any, config: Any, generator: Any) -> Any:
+        devices.append({p.device.type for p in model.parameters()})
+        return attach(model, config, generator)
+
+    both = (offered("acme", "galore", spying, "method"),) * 2
+    # What computes nothing can pass nothing; where it was tried shows all the same.
+    meta = torch.device("meta")
+    one = training.row("galore-exact", STEPS["galore-exact"], both, ("", ""), LITTLE, "float32", meta, 5, registry, {})
+    assert one.outcome == "refused"
+    assert len(devices) > len(both)  # beside the layers that are timed, those of the parity suite
+    assert all(seen == {"meta"} for seen in devices)
+
+
+def test_a_galore_step_has_its_weight_once_while_its_memory_is_taken(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def step(_: object) -> None:
+        tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+        square = (LITTLE.features, LITTLE.features)
+        seen.append(len({t.data_ptr() for t in tensors if t.shape == square}))
+
+    monkeypatch.setattr(training._Galore, "step", step)
+    training.memory(
+        STEPS["galore"], registry.find("method", "galore", "reference"), "", LITTLE, "float32", CPU, registry
+    )
+    assert seen == [1] * training.MEASURED_STEPS
+
+
+def test_while_training_nothing_is_kept_that_only_the_parity_needed(registry: Registry) -> None:
+    trainee = Trainee(registry.find("method", "lora", "reference"), STEPS["lora"], LITTLE, "float32", CPU, registry)
+    trainee.parity()
+    assert trainee.subject.original.model is not None
+    kept = [*trainee.start.values(), trainee.base_output, *trainee.subject.original.model.parameters()]
+    gone = [weakref.ref(one) for one in kept]
+    del kept
+    trainee.settle()
+    gc.collect()
+    assert not [one for one in gone if one() is not None]
+    trainee.step()
+
+
 # ---- sizes and formulas
 
 
@@ -255,6 +305,44 @@ def test_the_ratio_is_the_median_over_pairs() -> None:
     assert "50% of roofline" in table.as_text([one])
 
 
+def test_on_a_gpu_the_clock_starts_behind_a_wait_in_which_the_host_queues_the_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+
+    class Event:
+        def __init__(self, **_: Any) -> None: ...
+
+        def record(self) -> None:
+            seen.append("event")
+
+        def elapsed_time(self, other: object) -> float:
+            return 2.0
+
+    class Flush:
+        def zero_(self) -> None:
+            seen.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: seen.append("wait"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: seen.append("synchronize"))
+    clock = timing.Clock(CPU)
+    clock._flush = Flush()  # type: ignore[assignment]
+    assert clock.sample(lambda: seen.append("call")) == pytest.approx(0.002)
+    assert seen == ["flush", "wait", "event", "call", "event", "synchronize"]
+
+
+def test_a_step_on_a_gpu_may_be_all_launches_and_says_so() -> None:
+    def shown(name: str, device: str, **more: Any) -> str:
+        samples = row().samples
+        assert samples is not None
+        return table.as_text([row(name=name, device=device, samples=samples.model_copy(update=more))])
+
+    assert "the host's launches" in shown("step:lora", "cuda", limit=[0.001] * 6)
+    assert "the host's launches" not in shown("step:lora", "cpu", limit=[0.001] * 6)
+    assert "the host's launches" not in shown("lora_linear", "cuda")
+
+
 def test_a_busy_machine_is_told_of() -> None:
     assert "load up to 9.5" in table.as_text([row(facts={"threads": 2, "load": 9.5})])
     assert "load" not in table.as_text([row(facts={"threads": 2, "load": 0.5})])
@@ -268,6 +356,30 @@ def test_a_time_that_any_call_takes_is_marked() -> None:
     assert "2 ms *" in table.as_text([one])
 
 
+def test_too_few_pairs_for_an_interval_are_explained() -> None:
+    few = row(samples=Samples(ours=[0.001] * 5, other=[0.002] * 5, first=["ours"] * 5))
+    assert "2.00 [too few]" in (shown := table.as_text([few]))
+    assert f"fewer than {len(row().samples.ours)} pairs" in shown  # type: ignore[union-attr]
+    assert "too few" not in table.as_text([row()])
+
+
+def test_a_step_whose_memory_could_not_be_taken_is_shown_as_failed() -> None:
+    class Children:
+        def events(self, module: str, words: dict[str, Any], patience: float) -> Any:
+            yield {"begin": 0}
+            if len(words["names"]) == 1:
+                yield {"died": "the process died of SIGKILL"}
+                return
+            yield {"row": row().model_dump(mode="json")}
+            yield {"end": 0}
+
+    task = Task("step:lora", "method", "lora", ("fused", "acme"), (), "float32", "cpu", step="lora")
+    (one,) = command._rows(task, Asked(), 1, Children())  # type: ignore[arg-type]
+    assert one.samples is not None
+    assert "failed: timed, but the memory of fused: the process died of SIGKILL" in table.as_text([one])
+    assert not pytest_benchmark.document([one], describe())["benchmarks"]
+
+
 # ---- files
 
 
@@ -275,6 +387,9 @@ def test_the_export_has_what_pytest_benchmark_reads(tmp_path: Path) -> None:
     document = pytest_benchmark.document([row(), row(outcome="refused", samples=None)], describe())
     assert {"machine_info", "commit_info", "benchmarks", "datetime", "version"} <= set(document)
     ours, other = document["benchmarks"]
+    assert ours["options"]["timer"] == "perf_counter"
+    (on_gpu, _) = pytest_benchmark.document([row(device="cuda")], describe())["benchmarks"]
+    assert on_gpu["options"]["timer"] == "torch.cuda.Event"
     assert ours["group"] == other["group"]
     assert ours["stats"]["data"] == row().samples.ours  # type: ignore[union-attr]
     assert ours["stats"]["rounds"] == 6
@@ -320,6 +435,152 @@ def test_a_bench_leaves_a_file_per_benchmark_with_raw_samples(
     assert len(json.loads(export.read_text())["benchmarks"]) == 2
 
 
+def test_a_folder_that_holds_a_bench_is_refused(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command.isolated, "discover", lambda: registry)
+    (tmp_path / "notes.json").touch()
+    words = ["bench", "--op", "galore_step", "--device", "cuda", "--out", str(tmp_path)]
+    monkeypatch.setattr(command, "gpus", lambda: ())
+    assert main(words) == Exit.INFRASTRUCTURE
+    there = sorted(tmp_path.iterdir())
+    capsys.readouterr()
+    assert main(words) == Exit.USAGE
+    assert f"--out {tmp_path}: holds a bench already\n  mend: name another folder" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == there
+
+
+@pytest.mark.parametrize(
+    ("option", "place"),
+    [
+        ("--out", "file/out"),
+        ("--export-pytest-benchmark", "nowhere/x.json"),
+        ("--export-pytest-benchmark", "file/x.json"),
+        ("--export-pytest-benchmark", "/dev/null"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, place: str
+) -> None:
+    def measure(*_: object) -> None:
+        pytest.fail("something runs")
+
+    monkeypatch.setattr(command, "measure", measure)
+    (tmp_path / "file").touch()
+    assert main(["bench", option, str(tmp_path / place)]) == Exit.USAGE
+    said = capsys.readouterr().err
+    assert f"{option} {tmp_path / place}: " in said
+    assert "mend: name a" in said
+
+
+class Fake:
+    """Stands in for the processes of an operation with two sizes: `after` is done once the first row was told."""
+
+    stopped = False
+    after: Callable[[], object]
+
+    def events(self, module: str, words: dict[str, Any], patience: float) -> Any:
+        for number in range(2):
+            yield {"begin": number}
+            yield {"row": row(ours="reference", other=words["names"][-1]).model_dump(mode="json")}
+            Fake.after()
+            yield {"end": number}
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+@pytest.fixture
+def two_rivals(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """Two processes of two rows each."""
+    monkeypatch.setattr(planning, "sizes", lambda shapes, per_token: [Size("one", 8, 8), Size("two", 8, 8)])
+    monkeypatch.setattr(command.isolated, "discover", lambda: registry)
+    monkeypatch.setattr(command, "Children", Fake)
+    monkeypatch.setattr(Fake, "after", lambda: None, raising=False)
+    return Asked(["nf4_quantize"], ["bitsandbytes", "torchao"], device="cpu", ours="reference")
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_ctrl_c_keeps_the_rows_there_are_and_says_what_is_missing(
+    two_rivals: Asked,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    as_json: bool,
+) -> None:
+    monkeypatch.setattr(Fake, "after", interrupt)
+    assert command.bench(two_rivals, as_json, tmp_path, None) is Exit.INFRASTRUCTURE
+    shown = capsys.readouterr().out
+    files = [json.loads(file.read_text()) for file in sorted(tmp_path.iterdir())]
+    assert [one["because"] for one in files] == ["", "interrupted after the row above", "interrupted"]
+    assert [one["other"] for one in files] == ["bitsandbytes", "bitsandbytes", "torchao"]
+    if as_json:
+        document = json.loads(shown)
+        assert document["interrupted"]
+        assert [one["outcome"] for one in document["benchmarks"]] == ["measured", "not-run", "not-run"]
+    else:
+        assert "2.00 [0.50, 2.00]" in shown
+        assert shown.splitlines()[-1].startswith("interrupted: 2 of these were not run, or not to the end")
+
+
+def test_a_row_is_written_as_soon_as_it_is_measured(
+    two_rivals: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = []
+    monkeypatch.setattr(Fake, "after", lambda: there.append(len(list(tmp_path.iterdir()))))
+    command.bench(two_rivals, False, tmp_path, None)
+    assert there == [1, 2, 3, 4]
+
+
+def test_ctrl_c_while_memory_is_taken_keeps_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Children(Fake):
+        def events(self, module: str, words: dict[str, Any], patience: float) -> Any:
+            if len(words["names"]) == 1:
+                interrupt()
+            yield {"row": row().model_dump(mode="json")}
+
+    task = Task("step:lora", "method", "lora", ("fused", "acme"), (), "float32", "cpu", step="lora")
+    found = command._rows(task, Asked(), 1, Children())  # type: ignore[arg-type]
+    assert next(found).samples is not None
+    with pytest.raises(KeyboardInterrupt):
+        next(found)
+
+
+def test_a_folder_that_goes_away_meanwhile_costs_neither_the_table_nor_the_rows_to_come(
+    two_rivals: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, export = tmp_path / "out", tmp_path / "export.json"
+
+    def gone() -> None:
+        for file in out.glob("*"):
+            file.unlink()
+        if out.exists():
+            out.rmdir()
+
+    monkeypatch.setattr(Fake, "after", gone)
+    with pytest.raises(StoreError, match=r"cannot write.*\n.*mend") as error:
+        command.bench(two_rivals, False, out, export)
+    assert error.value.exit_code is Exit.INFRASTRUCTURE
+    said = capsys.readouterr()
+    assert said.out.count("2.00 [0.50, 2.00]") == 4
+    assert said.err.count("it is tried again at the end") == 3
+    assert len(json.loads(export.read_text())["benchmarks"]) == 8
+
+
+def test_what_could_not_be_written_is_written_at_the_end(
+    two_rivals: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, away = tmp_path / "out", tmp_path / "away"
+    moves = iter([lambda: out.rename(away), lambda: None, lambda: away.rename(out), lambda: None])
+    monkeypatch.setattr(Fake, "after", lambda: next(moves)())
+    assert command.bench(two_rivals, False, out, None) is Exit.PASS
+    assert len(list(out.iterdir())) == 4
+
+
 def test_a_step_that_somebody_has_no_layer_for_is_not_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -336,7 +597,7 @@ def test_rivals_are_those_who_offer_it_without_variants_and_the_reference_only_i
     registry: Registry,
 ) -> None:
     def rivals(name: str, ours: str = "reference", **more: Any) -> list[str]:
-        tasks, later = planning.plan(Asked([name], device="cpu", ours=ours, **more), registry, gpu=False)
+        tasks, later = planning.plan(Asked([name], device="cpu", ours=ours, **more), registry, no_gpu="no GPU")
         return [task.names[1] for task in tasks] + [f"-{one.because}" for one in later]
 
     assert {"bitsandbytes", "torchao"} <= set(rivals("nf4_quantize"))
@@ -348,22 +609,52 @@ def test_rivals_are_those_who_offer_it_without_variants_and_the_reference_only_i
     assert rivals("paged_states")[0].startswith("-it has no sizes")
 
 
+def test_what_is_named_twice_is_run_once(registry: Registry) -> None:
+    twice = Asked(
+        ["lora_linear"] * 2, ["fused"] * 2, ["lora"] * 2, dtypes=["float32"] * 2, device="cpu", ours="reference"
+    )
+    tasks, later = planning.plan(twice, registry, no_gpu="no GPU")
+    assert [task.name for task in tasks] == ["lora_linear", "step:lora"]
+    assert not later
+
+
 @pytest.mark.parametrize(("there", "said"), [(["reference"], "reference"), ([], "nobody but acme offers galore_step")])
 def test_the_reference_is_a_rival_only_where_there_is_no_other(there: list[str], said: str) -> None:
     offering = [offered(name, "galore_step", reference("galore_step")) for name in ("acme", *there)]
     tasks, later = planning.plan(
-        Asked(["galore_step"], device="cpu", ours="acme"), Registry(tuple(offering)), gpu=False
+        Asked(["galore_step"], device="cpu", ours="acme"), Registry(tuple(offering)), no_gpu="no GPU"
     )
     assert [*(task.names[1] for task in tasks), *(one.because for one in later)] == [said]
 
 
 def test_without_a_gpu_only_the_cpu_is_timed_and_the_rest_is_told(registry: Registry) -> None:
     asked = Asked(["galore_step"], ["galore-torch"], ours="reference")
-    tasks, later = planning.plan(asked, registry, gpu=False)
+    tasks, later = planning.plan(asked, registry, no_gpu="no GPU")
     assert [task.device for task in tasks] == ["cpu"]
     assert [(one.device, one.because) for one in later] == [("cuda", "no GPU")]
-    tasks, later = planning.plan(asked, registry, gpu=True)
+    tasks, later = planning.plan(asked, registry, no_gpu="")
     assert ([task.device for task in tasks], later) == (["cuda"], [])
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16")])
+def test_steps_and_operations_are_timed_in_what_people_use_there(registry: Registry, device: Any, dtype: str) -> None:
+    asked = Asked(["lora_linear"], ["hf-peft", "torchao"], ["lora"], device=device)
+    tasks, later = planning.plan(asked, registry, no_gpu="")
+    assert {task.dtype for task in tasks} == {dtype}, later
+    assert "step:lora" in {task.name for task in tasks}
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")
+def test_a_gpu_that_torch_cannot_use_is_none(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command.isolated, "discover", lambda: registry)
+    monkeypatch.setattr(command, "gpus", lambda: ("GPU-0, one that the driver shows",))
+    assert main(["bench", "--op", "nf4_quantize", "--device", "cuda"]) == Exit.INFRASTRUCTURE
+    why = f"nvidia-smi shows one, but torch {torch.__version__} is built without CUDA"
+    assert f"not-run (no GPU): {why}" in capsys.readouterr().out
+    asked = Asked(["galore_step"], ["galore-torch"], ours="reference")
+    assert [task.device for task in planning.plan(asked, registry, command.no_gpu())[0]] == ["cpu"]
 
 
 def test_a_process_that_dies_is_one_row_and_the_other_sizes_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,7 +686,22 @@ def test_a_process_that_dies_is_one_row_and_the_other_sizes_go_on(monkeypatch: p
     [
         ([row()], Exit.PASS),
         ([row(), row(outcome="failed", samples=None)], Exit.INFRASTRUCTURE),
-        ([row(outcome="not-run", samples=None, because="no GPU")], Exit.INFRASTRUCTURE),
+        ([row(outcome="not-run", samples=None, because="no GPU", device="cuda")], Exit.INFRASTRUCTURE),
+        (
+            [
+                row(outcome="not-run", samples=None, because=f"no GPU{why}", device="cuda")
+                for why in ("", ": of torch's")
+            ]
+            + [row(outcome="not-run", samples=None, because="nobody", device="cuda")],
+            Exit.INFRASTRUCTURE,
+        ),
+        (
+            [
+                row(outcome="not-run", samples=None, because="no GPU", device="cuda"),
+                row(outcome="not-run", samples=None, because="nobody"),
+            ],
+            Exit.NOTHING_COMPARED,
+        ),
         ([row(outcome="not-run", samples=None, because="nobody")], Exit.NOTHING_COMPARED),
         ([], Exit.NOTHING_COMPARED),
     ],
@@ -415,7 +721,7 @@ def test_a_red_parity_is_a_failure() -> None:
 def test_wrong_names_are_told_all_at_once(registry: Registry) -> None:
     asked = Asked(["nf4_linea"], ["bitsandbites"], ["loro"], dtypes=["float31"])
     with pytest.raises(UsageError, match=r"nf4_linear.*bitsandbytes.*lora.*float32"):
-        planning.plan(asked, registry, gpu=False)
+        planning.plan(asked, registry, no_gpu="no GPU")
 
 
 def test_the_interpreter_is_no_machine_to_time(

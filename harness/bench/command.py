@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from harness.bench import planning, pytest_benchmark, table
+from harness.bench import files, planning, pytest_benchmark, table
 from harness.bench.planning import Asked, Task
-from harness.bench.results import Row
+from harness.bench.results import INTERRUPTED, NO_GPU, Row
 from harness.conformance import isolated
 from harness.conformance.children import Children
 from harness.errors import Exit, UsageError
@@ -22,7 +21,6 @@ from harness.measure.environment import describe, gpus, physical_cores
 from harness.records import Environment
 from harness.runner.stop import on_request
 
-SCHEMA = 1
 PATIENCE_S = 900.0
 """Without a word for so long, a benchmark hangs. The reference takes minutes of CPU at the largest sizes."""
 
@@ -38,7 +36,10 @@ class Report:
 
     @property
     def exit(self) -> Exit:
-        """Interrupted is 4; a check that failed is 1; a process that failed is 4; nothing measured is 5, or 4 for no GPU."""
+        """Interrupted is 4; a check that failed is 1; a process that failed is 4; nothing measured is 5.
+
+        Or 4, where only a GPU was asked for and there is none.
+        """
         if self.interrupted:
             return Exit.INFRASTRUCTURE
         if any(row.red for row in self.rows):
@@ -47,13 +48,14 @@ class Report:
             return Exit.INFRASTRUCTURE
         if any(row.outcome == "measured" for row in self.rows):
             return Exit.PASS
-        without = [row for row in self.rows if row.because == "no GPU"]
-        return Exit.INFRASTRUCTURE if without and len(without) == len(self.rows) else Exit.NOTHING_COMPARED
+        without = any(row.because.startswith(NO_GPU) for row in self.rows)
+        elsewhere = any(row.device != "cuda" for row in self.rows)
+        return Exit.INFRASTRUCTURE if without and not elsewhere else Exit.NOTHING_COMPARED
 
     def document(self) -> dict[str, Any]:
         """Return everything as JSON can hold it."""
         return {
-            "schema": SCHEMA, "exit": int(self.exit), "interrupted": self.interrupted,
+            "schema": files.SCHEMA, "exit": int(self.exit), "interrupted": self.interrupted,
             "environment": self.environment.model_dump(mode="json"), "broken": self.broken,
             "benchmarks": [row.document() for row in self.rows],
         }  # fmt: skip
@@ -65,54 +67,82 @@ def bench(asked: Asked, as_json: bool, out: Path | None = None, export: Path | N
         raise UsageError(
             "Triton's interpreter is on, and its speed is nobody's", where="TRITON_INTERPRET", mend="unset it"
         )
-    if export is not None and not export.absolute().parent.is_dir():
-        raise UsageError(f"there is no folder {export.parent}", where="--export-pytest-benchmark", mend="make it first")
-    if out is not None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(
-                f"cannot make {out}: {error.strerror}", where="--out", mend="name another folder"
-            ) from error
+    files.refuse(out, export)
+    threads = physical_cores()
+    report = Report(describe(threads))
+    folder = files.Folder(out, report.environment)
     with on_request():
-        report = measure(asked)
-    if out is not None:
-        for number, row in enumerate(report.rows):
-            whole = {"schema": SCHEMA, "environment": report.environment.model_dump(mode="json"), **row.document()}
-            _write(out / f"{number:03d}-{_slug(row)}.json", whole)
-    if export is not None:
-        _write(export, pytest_benchmark.document(report.rows, report.environment))
-    print(json.dumps(report.document(), indent=1) if as_json else table.as_text(report.rows))
+        measure(asked, threads, report, folder.keep)
+    # What was found is printed and written whatever becomes of the other: a full disk, a reader of stdout that has left.
+    with contextlib.ExitStack() as afterwards:
+        if export is not None:
+            document = pytest_benchmark.document(report.rows, report.environment)
+            afterwards.callback(files.write, export, document)
+        afterwards.callback(folder.finish)
+        print(json.dumps(report.document(), indent=1) if as_json else table.as_text(report.rows))
     return report.exit
 
 
-def measure(asked: Asked) -> Report:
-    """Run what was asked for. Raises UsageError for unknown names."""
-    threads = physical_cores()
-    report = Report(describe(threads))
+def measure(asked: Asked, threads: int, report: Report, keep: Callable[[Row], None]) -> None:
+    """Put the rows of what was asked for into `report`, each as it comes; after Ctrl-C, rows that say what is missing.
+
+    keep: is given each row too. Raises UsageError for unknown names.
+    """
+
+    def add(row: Row) -> None:
+        report.rows.append(row)
+        keep(row)
+
     registry = isolated.discover()
     report.broken = registry.broken
     for name, why in registry.broken.items():
         print(f"plug-in {name} could not be loaded: {why}", file=sys.stderr)
-    tasks, later = planning.plan(asked, registry, bool(gpus()))
-    children = Children()
+    tasks, later = planning.plan(asked, registry, no_gpu() if asked.device != "cpu" else NO_GPU)
+    children, left, done = Children(), list(tasks), 0
     try:
         with _threads(threads):
-            for number, task in enumerate(tasks, start=1):
-                print(f"[{number}/{len(tasks)}] {task.name} {task.dtype} vs {task.names[-1]} ...", file=sys.stderr)
-                report.rows += _rows(task, asked, threads, children)
+            while left:
+                task, done = left[0], 0
+                which = f"[{len(tasks) - len(left) + 1}/{len(tasks)}]"
+                print(f"{which} {task.name} {task.dtype} vs {task.names[-1]} ...", file=sys.stderr)
+                for row in _rows(task, asked, threads, children):
+                    add(row)
+                    done += 1
+                del left[0]
     except KeyboardInterrupt:
         children.stop()
         report.interrupted = True
-    report.rows += later
-    return report
+        for task in left:
+            after = f" after the {'row' if done == 1 else f'{done} rows'} above" if done and task is left[0] else ""
+            add(replace(task, sizes=()).row("not-run", INTERRUPTED + after))
+    for row in later:
+        add(row)
 
 
-def _rows(task: Task, asked: Asked, threads: int, children: Children) -> list[Row]:
+def no_gpu() -> str:
+    """Say why nothing can run on a GPU, or nothing if something can.
+
+    Torch has the last word, in another process: it may be built without CUDA where the driver shows a GPU.
+    """
+    if not gpus():
+        return NO_GPU
+    first, *_ = Children().events("harness.bench.sees_gpu", {}, PATIENCE_S)
+    why = first.get("unusable", first.get("died"))
+    return f"{NO_GPU}: nvidia-smi shows one, but {why}" if why else ""
+
+
+def _rows(task: Task, asked: Asked, threads: int, children: Children) -> Iterator[Row]:
     if task.kind == "operation":
-        return list(_operation(task, asked, threads, children))
-    rows = [row for kind, row in _events(task, asked, threads, children) if kind == "row"]
-    return [_with_memory(row, task, asked, threads, children) for row in rows]
+        yield from _operation(task, asked, threads, children)
+        return
+    found: list[Row] = []
+    try:
+        for kind, row in _events(task, asked, threads, children):
+            if kind == "row":
+                found.append(row)
+        found = [_with_memory(row, task, asked, threads, children) for row in found]
+    finally:  # a Ctrl-C while memory is taken does not lose the times
+        yield from found
 
 
 def _operation(task: Task, asked: Asked, threads: int, children: Children) -> Iterator[Row]:
@@ -169,11 +199,12 @@ def _with_memory(row: Row, task: Task, asked: Asked, threads: int, children: Chi
             if kind == "memory":
                 found[name] = value
             elif kind == "row":
-                return row.model_copy(update={"outcome": "failed", "because": f"memory of {name}: {value.because}"})
+                because = f"timed, but the memory of {name}: {value.because}"
+                return row.model_copy(update={"outcome": "failed", "because": because})
     return row.model_copy(update={"memory": found})
 
 
-@contextmanager
+@contextlib.contextmanager
 def _threads(count: int) -> Iterator[None]:
     """Let children use all cores, in libraries' own OpenMP too: torch.set_num_threads reaches torch's copy of it alone."""
     before = os.environ.get("OMP_NUM_THREADS")
@@ -185,18 +216,3 @@ def _threads(count: int) -> Iterator[None]:
             del os.environ["OMP_NUM_THREADS"]
         else:
             os.environ["OMP_NUM_THREADS"] = before
-
-
-def _slug(row: Row) -> str:
-    words: Sequence[str] = (row.name, row.shape, row.dtype, row.device, "vs", row.other)
-    return re.sub(r"[^\w.+]+", "-", "-".join(words)).strip("-")
-
-
-def _write(path: Path, document: dict[str, Any]) -> None:
-    text = json.dumps(document, indent=1, allow_nan=False)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        unfinished.write_text(text + "\n", encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}", mend="name another place") from error

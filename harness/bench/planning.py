@@ -22,7 +22,6 @@ OURS = "fused"
 REFERENCE = "reference"
 EVERY = "all"
 _DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
-_STEP_DTYPE = "float32"
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -86,17 +85,20 @@ class Task:
         )  # fmt: skip
 
 
-def plan(asked: Asked, registry: Registry, gpu: bool) -> tuple[list[Task], list[Row]]:
-    """Return the tasks, and rows of what will not run and why. Raises UsageError for names that nobody knows."""
+def plan(asked: Asked, registry: Registry, no_gpu: str) -> tuple[list[Task], list[Row]]:
+    """Return the tasks, and rows of what will not run and why. Raises UsageError for names that nobody knows.
+
+    no_gpu: why nothing can run on a GPU; empty if something can.
+    """
     _known(asked, registry)
-    device = asked.device if asked.device != "auto" else "cuda" if gpu else "cpu"
+    device = asked.device if asked.device != "auto" else "cpu" if no_gpu else "cuda"
     found = list(_everything(asked, registry, device))
     tasks = [one for one in found if isinstance(one, Task)]
     rows = [one for one in found if isinstance(one, Row)]
-    if device == "cuda" and not gpu:
-        return [], [*rows, *(task.row("not-run", "no GPU") for task in tasks)]
-    if asked.device == "auto" and not gpu:
-        rows += [t.row("not-run", "no GPU") for t in _everything(asked, registry, "cuda") if isinstance(t, Task)]
+    if device == "cuda" and no_gpu:
+        return [], [*rows, *(task.row("not-run", no_gpu) for task in tasks)]
+    if asked.device == "auto" and no_gpu:
+        rows += [t.row("not-run", no_gpu) for t in _everything(asked, registry, "cuda") if isinstance(t, Task)]
     return tasks, rows
 
 
@@ -119,7 +121,7 @@ def _operation(asked: Asked, registry: Registry, device: str, name: str) -> Iter
         return
     there = suite.load_operation(name).dtypes
     usual = _DTYPE[device]
-    wanted = list(asked.dtypes) or [usual if usual in there else there[0]]
+    wanted = list(dict.fromkeys(asked.dtypes)) or [usual if usual in there else there[0]]
     per_token = OPERATIONS[name].per_token
     for rival in _rivals(asked, registry, "operation", name):
         if isinstance(rival, Row):
@@ -153,7 +155,7 @@ def _step(asked: Asked, registry: Registry, device: str, name: str) -> Iterator[
                 continue
             packers = (asked.ours, rival if rival in others else others[0])
             points += _points(registry, "base", step.base, packers)
-        for dtype in asked.dtypes or [_STEP_DTYPE]:
+        for dtype in dict.fromkeys(asked.dtypes or [_DTYPE[device]]):
             task = Task(
                 f"step:{name}", "method", step.method, both, tuple(dict.fromkeys(points)), dtype, device, step=name,
                 base=step.base, packers=packers,
@@ -170,7 +172,7 @@ def _rivals(asked: Asked, registry: Registry, kind: str, target: str, called: st
         yield _not_run(asked, called, "", "*", f"{asked.ours} does not offer {target}")
         return
     if asked.vs:
-        wanted = list(asked.vs)
+        wanted = list(dict.fromkeys(asked.vs))
     else:
         # A variant of a library (`bitsandbytes-paged`) is another of its front doors: to be had by --vs.
         wanted = [n for n in others if n != REFERENCE and not any(n.startswith(f"{o}-") for o in offering)]

@@ -17,6 +17,7 @@ from harness.records import Environment
 
 VERSION = "5.0.0"
 """The version of pytest-benchmark whose form this is."""
+_TIMER = {"cpu": "perf_counter", "cuda": "torch.cuda.Event"}
 
 
 def document(rows: Sequence[Row], environment: Environment) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def document(rows: Sequence[Row], environment: Environment) -> dict[str, Any]:
             "id": environment.git_sha or "unknown", "time": None, "author_time": None, "dirty": bool(environment.git_dirty),
             "project": "peft-harness", "branch": "(unknown)",
         },
-        "benchmarks": [one for row in rows if row.samples is not None for one in _benchmarks(row)],
+        "benchmarks": [one for row in rows if row.outcome == "measured" for one in _benchmarks(row)],
         "datetime": datetime.now(UTC).isoformat(),
         "version": VERSION,
     }  # fmt: skip
@@ -62,8 +63,8 @@ def _benchmarks(row: Row) -> list[dict[str, Any]]:
                 "share_of_roofline": row.share(times), "memory": row.memory.get(name),
             },
             "options": {
-                "disable_gc": True, "timer": "perf_counter", "min_rounds": len(times), "max_time": 0.0, "min_time": 0.0,
-                "warmup": True,
+                "disable_gc": True, "timer": _TIMER[row.device], "min_rounds": len(times), "max_time": 0.0,
+                "min_time": 0.0, "warmup": True,
             },
             "stats": _stats(times, samples.calls.get(who, 1)),
         })  # fmt: skip

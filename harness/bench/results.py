@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from statistics import median
 from typing import Any, Literal
 
@@ -13,8 +14,12 @@ from harness.conformance.tried import Standing, Tried
 from harness.records import Frozen, Json, Seconds
 
 Outcome = Literal["measured", "refused", "not-run", "failed"]
+NO_GPU, INTERRUPTED = "no GPU", "interrupted"
+"""How the reason of a row that is not run may begin."""
 MOSTLY_CALL = 0.2
 """Where this share of a time is what a call of almost nothing takes, the ratio says more of the call than of the work."""
+FEWEST = next(n for n in count(1) if median_interval([0.0] * n).low is not None)
+"""Of pairs, for the ratio to have an interval."""
 
 
 class Samples(Frozen):

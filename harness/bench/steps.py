@@ -14,7 +14,7 @@ CYCLE = 11
 
 @dataclass(frozen=True)
 class Backbone:
-    """A small Llama and its batch, trained in float32 by default. features: in and out of GaLore's one weight."""
+    """A small Llama and its batch. features: in and out of GaLore's one weight."""
 
     layers: int = 10
     width: int = 576

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from harness.bench.results import Row
+from harness.bench.results import FEWEST, INTERRUPTED, NO_GPU, Row
 from harness.conformance.tried import Standing
 
 _HEAD = ("benchmark", "shape", "dtype", "on", "{0}", "other", "", "other/{0}", "limit", "memory", "parity")
@@ -24,9 +24,9 @@ def as_text(rows: Sequence[Row]) -> str:
 
 def _fields(row: Row) -> tuple[str, ...]:
     start = (row.name, row.shape, row.dtype, row.device)
-    if row.samples is None:
-        said = {"refused": "refused: ", "failed": "failed: ", "not-run": "not-run: "}[row.outcome] + row.because
-        return (*start, "-", row.other, "-", "-", "-", "-", said.replace("not-run: no GPU", "not-run (no GPU)"))
+    if row.outcome != "measured" or row.samples is None:  # one whose memory could not be taken has samples, and failed
+        said = f"{row.outcome}: {row.because}".replace(f"not-run: {NO_GPU}", f"not-run ({NO_GPU})")
+        return (*start, "-", row.other, "-", "-", "-", "-", said)
     ours, other = median(row.samples.ours), median(row.samples.other)
     return (
         *start, _time(ours) + _mark(row, "ours"), row.other, _time(other) + _mark(row, "other"), _ratio(row), _limit(row),
@@ -73,7 +73,7 @@ def _parity(row: Row) -> str:
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
-    measured = [row for row in rows if row.samples is not None]
+    measured = [row for row in rows if row.outcome == "measured"]
     notes = []
     if measured:
         notes.append(
@@ -81,6 +81,8 @@ def _notes(rows: Sequence[Row]) -> list[str]:
             "is faster. It holds within one process.\n"
             "parity: the last check passed, how many more, and the largest share of what was allowed"
         )
+    if any(row.ratio.low is None for row in measured if row.ratio is not None):
+        notes.append(f"[too few]: there is no such interval of fewer than {FEWEST} pairs; ask for more by --pairs")
     if any(row.ceilings for row in measured):
         seen = {
             (row.device, row.dtype, f"{row.ceilings.copy_B_per_s / 1e9:.3g} GB/s, {row.ceilings.gemm_FLOP_per_s / 1e12:.3g}")
@@ -94,6 +96,11 @@ def _notes(rows: Sequence[Row]) -> list[str]:
             "*: a call of tiny size takes a fifth of this time or more: it is the call's and not the work's, as where an "
             "implementation makes an optimizer or a layer at each call. Take larger --shapes, or whole steps by --step"
         )
+    if any(row.device == "cuda" and row.samples is not None and row.samples.limit for row in measured):
+        notes.append(
+            "step: on a large GPU a step of this small model, and its frozen pass, may be mostly the host's launches; what "
+            "larger models take is another question"
+        )
     if busy := [load for row in measured if _number(load := row.facts.get("load")) > _number(row.facts.get("threads"))]:
         notes.append(
             f"the machine was busy with other things (load up to {max(map(_number, busy)):.1f} before a benchmark): these "
@@ -102,7 +109,13 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     if differing := dict.fromkeys(f"  {row.name} {row.shape}: {row.differs}" for row in measured if row.differs):
         notes += ["the two do not compute the same, each is judged by the reference of its own:", *differing]
     judged = dict.fromkeys(f"  {row.name} {row.shape}: {row.judged}" for row in measured if row.judged)
-    return [*notes, *(["parity judged on less than was timed:", *judged] if judged else [])]
+    if judged:
+        notes += ["parity judged on less than was timed:", *judged]
+    if missing := sum(row.because.startswith(INTERRUPTED) for row in rows):
+        notes.append(
+            f"interrupted: {missing} of these were not run, or not to the end: they are `not-run: interrupted`"
+        )
+    return notes
 
 
 def _number(fact: object) -> float:

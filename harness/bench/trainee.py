@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -97,7 +96,7 @@ class Trainee:
 
     def settle(self) -> None:
         """Forget what only the parity needed, and make the optimizer: what is measured from here on is training."""
-        self.subject = replace(self.subject, original=Original(None), expected_codes={})
+        del self.subject, self.start, self.base_output
         self.optimizer = self.adapted.optimizer(LR, WEIGHT_DECAY) or torch.optim.AdamW(
             self.adapted.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY
         )

@@ -73,8 +73,9 @@ def memory(
     meter.reset()
     bare = meter.now()
     if step.method == "galore":
-        weight = torch.zeros(shape.features, shape.features, dtype=DTYPES[dtype], device=device)
-        take: Callable[[], object] = _Galore(step, implementation, weight).step
+        # Without a name for the weight, which the layer copies: it would stay beside that and count as the step's.
+        made = _Galore(step, implementation, torch.zeros((shape.features,) * 2, dtype=DTYPES[dtype], device=device))
+        take: Callable[[], object] = made.step
     else:
         trainee = Trainee(implementation, step, shape, dtype, device, registry, packer)
         trainee.settle()
@@ -125,7 +126,7 @@ def _galore(
 ) -> Row:  # fmt: skip
     """Time whole cycles of one refresh and some ordinary steps; a sample is the mean over `GALORE_GAP` steps made of them.
 
-    Parity: the whole suite of the Method on two layers of fewer features.
+    Parity: the whole suite of the Method on two layers of fewer features, on the device whose kernels are timed.
     """
     plan = suite.load(step.method)
     small = suite.Shape.model_validate({"tokens": 16, "in": JUDGED_FEATURES, "out": JUDGED_FEATURES})
@@ -136,7 +137,7 @@ def _galore(
         of = suite.MethodCase({**one.config, "rank": JUDGED_RANK}, "linear", small, dtype)  # type: ignore[arg-type]
         parity += [
             Tried(implementation=it.name, kind="method", target=step.method, dtype=dtype, case=str(of), result=result)
-            for result in matrix.one_case(it, plan, of)
+            for result in matrix.one_case(it, plan, of, device)
         ]
     tried, outcome, because = standing(parity)
     samples = None

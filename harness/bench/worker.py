@@ -47,9 +47,6 @@ def main(fd: int, line: int, task: dict[str, Any]) -> None:
             return
         import torch
 
-        if task["device"] == "cuda" and not torch.cuda.is_available():
-            say(missing="torch sees no GPU")
-            return
         torch.set_num_threads(task["threads"])
         try:
             _work(task, found, registry, say)

@@ -32,6 +32,7 @@ from harness.records import CheckResult, Outcome
 from harness.registry import Implementation
 
 SEED = 20
+CPU = torch.device("cpu")
 _T = TypeVar("_T")
 _AT_INIT_ONLY = ("base", "identity", "initial", "detach", "settings")
 _WARM_SHOWS = (
@@ -83,11 +84,13 @@ def _method(
         yield str(case), case.dtype, tries
 
 
-def one_case(implementation: Implementation, plan: suite.ParitySuite, of: suite.MethodCase) -> Iterator[CheckResult]:
+def one_case(
+    implementation: Implementation, plan: suite.ParitySuite, of: suite.MethodCase, device: torch.device = CPU
+) -> Iterator[CheckResult]:
     """Yield the checks of one case of a Method, or of a quantised base, each in the states in which it sees most."""
     start = f"{plan.method}/attach/{of.dtype}/init"
     with settings.kept() as disturbed:  # by the imports, perhaps, that the first attaching does
-        made = _guarded(start, lambda: attach(implementation, plan, of))
+        made = _guarded(start, lambda: attach(implementation, plan, of, device))
     if isinstance(made, CheckResult):
         yield made
         return
@@ -110,10 +113,12 @@ def one_case(implementation: Implementation, plan: suite.ParitySuite, of: suite.
                 yield tried(name, subject, at, f"{plan.method}/{name}/{of.dtype}/{state}")
 
 
-def attach(implementation: Implementation, plan: suite.ParitySuite, of: suite.MethodCase) -> tuple[Subject, Case]:
-    """Attach an implementation to a fresh parity model; return it and the case around it."""
+def attach(
+    implementation: Implementation, plan: suite.ParitySuite, of: suite.MethodCase, device: torch.device = CPU
+) -> tuple[Subject, Case]:
+    """Attach an implementation to a fresh parity model on `device`; return it and the case around it."""
     method = plan.method
-    pristine = ParityModel(of.kind, of.shape, DTYPES[of.dtype], SEED).eval()
+    pristine = ParityModel(of.kind, of.shape, DTYPES[of.dtype], SEED).eval().to(device)
     twins: dict[tuple[str, str], Twin] = {}  # one weight, one config: one reference, of every subject made here
 
     def fresh(**changed: Any) -> Subject:

@@ -1,0 +1,88 @@
+"""What a bench writes: places are tried before anything runs, and each row is written as soon as it is there. No torch."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from harness import store
+from harness.bench.results import Row
+from harness.errors import StoreError, UsageError
+from harness.records import Environment
+
+SCHEMA = 1
+
+
+def refuse(out: Path | None, export: Path | None) -> None:
+    """Raise UsageError for a folder that holds a bench, and for places where nothing can be written."""
+    if out is not None:
+        where = f"--out {out}"
+        if any(out.glob("[0-9][0-9][0-9]*-vs-*.json")):
+            raise UsageError("holds a bench already", where=where, mend="name another folder, or move that one away")
+        _try(out, where, make=True)
+    if export is not None:
+        where = f"--export-pytest-benchmark {export}"
+        if export.exists() and not export.is_file():  # it would be replaced, and /dev/null is everybody's
+            raise UsageError("is no file that could be replaced", where=where, mend="name a file")
+        _try(export.absolute().parent, where, make=False)
+
+
+def _try(folder: Path, where: str, make: bool) -> None:
+    try:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        what = f"cannot write in {folder}: {error.strerror}"
+        raise UsageError(what, where=where, mend="name a place where files can be written") from error
+
+
+def write(path: Path, document: dict[str, Any]) -> None:
+    """Write a document, whole or not at all."""
+    try:
+        store.write_atomic(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+    except StoreError as error:
+        mend = "what was printed has its numbers; for its samples make room or name another place, and run it again"
+        raise StoreError(error.what, where=error.where, mend=mend) from error
+
+
+class Folder:
+    """The folder of `--out`, or none. What cannot be written is tried once more at the end, by `finish`."""
+
+    def __init__(self, path: Path | None, environment: Environment) -> None:
+        self.path, self.environment = path, environment
+        self._count = 0
+        self._left: dict[Path, dict[str, Any]] = {}
+
+    def keep(self, row: Row) -> None:
+        """Write the file of the next row; say so if that fails, which is no reason to lose what is still to be measured."""
+        if self.path is None:
+            return
+        file = self.path / f"{self._count:03d}-{_slug(row)}.json"
+        self._left[file] = {
+            "schema": SCHEMA, "environment": self.environment.model_dump(mode="json"), **row.document()
+        }  # fmt: skip
+        self._count += 1
+        try:
+            self._write(file)
+        except StoreError as error:
+            print(f"{file}: {error.what}; it is tried again at the end", file=sys.stderr)
+
+    def finish(self) -> None:
+        """Write what is left; raises StoreError if that still fails."""
+        for file in list(self._left):
+            self._write(file)
+
+    def _write(self, file: Path) -> None:
+        write(file, self._left[file])
+        del self._left[file]
+
+
+def _slug(row: Row) -> str:
+    words = (row.name, row.shape, row.dtype, row.device, "vs", row.other)
+    return re.sub(r"[^\w.+]+", "-", "-".join(words)).strip("-")
