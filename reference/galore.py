@@ -161,7 +161,8 @@ def sketch(G: Tensor, rank: int, old: Projector) -> Tensor:
     if smaller is None:
         smaller = tall.T @ larger.to(G) if larger is not None else G.new_empty(tall.shape[1], 0)
     columns = min(rank + OVERSAMPLE, tall.shape[1])
-    random = torch.randn(tall.shape[1], columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ever = torch.Generator().manual_seed(0)
+    random = torch.randn(tall.shape[1], columns, generator=ever, dtype=torch.float64, device="cpu")
     return torch.cat([smaller.to(G), random[:, smaller.shape[1] :].to(G)], dim=1)
 
 

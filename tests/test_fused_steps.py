@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from harness.conformance.tolerance import noise_floor
 from harness.kernels import galore, range_finder
 from harness.kernels.adamw8bit import AdamW8bit
-from harness.kernels.dynamic_quantize import nearest, tables
+from harness.kernels.dynamic_quantize import dynamic_map, dynamic_quantize, nearest, tables
 from harness.kernels.galore_optimizer import GaLore, per_layer
 from harness.kernels.multi_lora_linear import multi_lora_linear
 from harness.kernels.paged import Paged, bytes_of, is_paged
 from harness.kernels.range_finder import leading_svd, leading_vectors, orthonormal
 from reference import pissa
+from reference.dynamic_map import dynamic_map as reference_map
+from reference.dynamic_map import quantize_blockwise
 from reference.galore import Projector, projector
 
 ROWS, COLUMNS, RANK = 96, 80, 8
@@ -243,6 +245,62 @@ def test_two_look_ups_find_the_code_that_a_search_finds_next_to_every_edge(signe
     up, down = (torch.nextafter(edges, torch.tensor(to)) for to in (2.0, -2.0))
     x = torch.cat([edges, up, down if signed else down.clamp(min=0)])
     assert torch.equal(nearest(x, of).long(), torch.bucketize(x, of.midpoints[:-1]))
+
+
+@pytest.fixture
+def other_defaults() -> Iterator[Callable[[], None]]:
+    """Yield what sets torch's defaults to what nobody expects, where no table is made yet."""
+
+    def change() -> None:
+        for made in (tables, dynamic_map):
+            made.cache_clear()
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_device("meta")
+
+    yield change
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    for made in (tables, dynamic_map):
+        made.cache_clear()
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_do_not_depend_on_torch_s_defaults(
+    signed: bool, other_defaults: Callable[[], None], generator: torch.Generator
+) -> None:
+    x = torch.randn(3000, generator=generator)
+    x = x if signed else x.abs()
+    want = quantize_blockwise(x, reference_map(signed))
+    other_defaults()
+    codes, absmax = dynamic_quantize(x, 256, signed)
+    assert torch.equal(codes, want[0])
+    assert torch.equal(absmax, want[1])
+
+
+@pytest.mark.parametrize("make", [_eight_bit_galore, _adamw8bit])
+def test_steps_do_not_depend_on_torch_s_defaults(
+    make: Callable[[nn.Sequential], torch.optim.Optimizer],
+    other_defaults: Callable[[], None],
+    generator: torch.Generator,
+) -> None:
+    model, other = _network(), _network()
+    gradients = [torch.randn(p.shape, generator=generator) for p in model.parameters()]
+
+    def steps(one: nn.Sequential) -> None:
+        optimizer = make(one)
+        for p, g in zip(one.parameters(), gradients, strict=True):
+            p.grad = g
+        optimizer.step()
+        for state in optimizer.state.values():
+            state["step"] = 256  # from here on bfloat16 does not count
+        optimizer.step()
+        optimizer.step()
+
+    steps(model)
+    other_defaults()
+    steps(other)
+    for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 # Paged

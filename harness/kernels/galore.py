@@ -67,7 +67,8 @@ def _sketch(W: Tensor, rank: int, P: Tensor | None, Q: Tensor | None) -> Tensor:
         smaller = (W.T if m >= n else W) @ larger.to(W.dtype)
     old = smaller.to(W.dtype) if smaller is not None else W.new_empty(min(m, n), 0)
     columns = min(rank + OVERSAMPLE, m, n)
-    random = torch.randn(min(m, n), columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(W)
+    ever = torch.Generator().manual_seed(0)
+    random = torch.randn(min(m, n), columns, generator=ever, dtype=torch.float64, device="cpu").to(W)
     return torch.cat([old, random[:, old.shape[1] :]], dim=1)
 
 
@@ -144,7 +145,7 @@ def adam_step_(
 def _adamw_(
     p: Tensor, g: Tensor, M: Tensor, V: Tensor, step: int, betas: tuple[float, float], eps: float, lr: float
 ) -> None:
-    before = torch.full((), float(step - 1), device=p.device)
+    before = torch.full((), float(step - 1), dtype=torch.float32, device=p.device)
     adamw(
         [p], [g.contiguous()], [M], [V], [], [before], fused=True, amsgrad=False, beta1=betas[0], beta2=betas[1], lr=lr,
         weight_decay=0.0, eps=eps, maximize=False,
