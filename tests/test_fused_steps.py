@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from harness.conformance.tolerance import noise_floor
 from harness.kernels import galore, range_finder
 from harness.kernels.adamw8bit import AdamW8bit
+from harness.kernels.dropout import keep_mask
 from harness.kernels.dynamic_quantize import dynamic_map, dynamic_quantize, nearest, tables
 from harness.kernels.galore_optimizer import GaLore, per_layer
 from harness.kernels.multi_lora_linear import multi_lora_linear
@@ -22,6 +24,7 @@ from reference import pissa
 from reference.dynamic_map import dynamic_map as reference_map
 from reference.dynamic_map import quantize_blockwise
 from reference.galore import Projector, projector
+from reference.multi_lora import multi_lora_linear as multi_lora_reference
 
 ROWS, COLUMNS, RANK = 96, 80, 8
 EVERY = torch.arange(1, COLUMNS + 1, dtype=torch.float64)
@@ -372,6 +375,58 @@ def test_a_loaded_paged_state_goes_on_as_if_nothing_had_been() -> None:
         assert torch.equal(mine, theirs)
 
 
+class Watched(AdamW8bit):
+    """Knows the most bytes of large states that it held at the end of one load, all of them on the device."""
+
+    most = 0
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        held = sum(bytes_of({n: t for n, t in s.items() if is_paged(t)}) for s in self.state.values())
+        self.most = max(self.most, held)
+
+
+@pytest.mark.parametrize("budget", [0, 250_000], ids=str)
+def test_the_budget_holds_while_states_are_loaded(budget: int) -> None:
+    first, second = _params(), _params()
+    saved = AdamW8bit(first)
+    _steps(saved, first, seed=1)
+    inner = Watched(second)
+    optimizer = Paged(inner, budget)
+    _steps(optimizer, second, seed=3, steps=1)  # states of its own, which give way
+    optimizer.load_state_dict(saved.state_dict())
+    largest = LARGEST // 4
+    assert inner.most == largest
+    assert optimizer.resident <= optimizer.peak == max(budget // largest, 1) * largest
+    assert optimizer.state_dict()["state"].keys() == saved.state_dict()["state"].keys()
+    for mine, theirs in zip(second, first, strict=True):
+        assert optimizer.state[mine].keys() == saved.state[theirs].keys()
+        for name, value in saved.state[theirs].items():
+            assert torch.equal(torch.as_tensor(optimizer.state[mine][name]), torch.as_tensor(value))
+            assert not isinstance(value, Tensor) or optimizer.state[mine][name].dtype == value.dtype
+
+
+def test_a_state_that_does_not_fit_the_groups_changes_nothing() -> None:
+    params = _params()
+    optimizer = Paged(torch.optim.AdamW(params), budget=LARGEST)
+    _steps(optimizer, params, seed=1, steps=1)
+    before, places = copy.deepcopy(list(optimizer.state.values())), optimizer.where()
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        optimizer.load_state_dict(torch.optim.AdamW(params[:2]).state_dict())
+    assert optimizer.where() == places
+    for now, then in zip(optimizer.state.values(), before, strict=True):
+        assert all(torch.equal(now[name], then[name]) for name in then)
+
+
+def test_states_from_before_it_was_paged_count_for_the_peak() -> None:
+    params = _params()
+    inner = torch.optim.AdamW(params)
+    _steps(inner, params, seed=1, steps=1)
+    optimizer = Paged(inner, budget=0)
+    assert set(optimizer.where().values()) == {"host"}
+    assert optimizer.peak == TOTAL
+
+
 def test_a_step_that_fails_leaves_every_page_its_own() -> None:
     class Failing(torch.optim.AdamW):
         failing: nn.Parameter | None = None
@@ -394,6 +449,25 @@ def test_a_step_that_fails_leaves_every_page_its_own() -> None:
     for mine, theirs in zip(after[2:], before[2:], strict=True):
         assert torch.equal(mine, theirs)
     assert optimizer.param_groups[0]["params"] == params
+
+
+# Dropout
+
+
+def test_dropout_of_nothing_and_of_all_are_torch_s(generator: torch.Generator) -> None:
+    x = torch.randn(33, 7, generator=generator)
+    for p in (0.0, 1.0):
+        mask, kept = keep_mask(x, p)
+        assert torch.equal(x * mask / kept, nn.functional.dropout(x, p))
+
+
+@pytest.mark.parametrize("p", [0.999, 0.99999, 1 - 1e-9, 1 - 1e-12])
+def test_dropout_of_almost_all_drops_and_can_be_divided_by(p: float, generator: torch.Generator) -> None:
+    torch.manual_seed(0)
+    mask, kept = keep_mask(torch.empty(1000), p)
+    assert 0 < kept < 1
+    assert mask.count_nonzero() < 500
+    assert (mask / kept).isfinite().all()
 
 
 # Several adapters
@@ -425,6 +499,37 @@ def test_an_adapter_that_is_broken_hurts_its_own_sequences_alone(generator: torc
     y = multi_lora_linear(x, torch.eye(4, 6, dtype=torch.float64), As, Bs, [1.0, 1.0], torch.tensor([0, 1, -1]))
     assert [bool(one.isnan().any()) for one in y] == [False, True, False]
     assert torch.equal(y[2], x[2, :, :4])
+
+
+def test_no_sequences_have_an_output_of_none_and_gradients_of_zero(generator: torch.Generator) -> None:
+    As, Bs = _adapters((2, 3), generator)
+    x, W = torch.empty(0, 3, 6, dtype=torch.float64, requires_grad=True), torch.ones(4, 6).double().requires_grad_()
+    y = multi_lora_linear(x, W, As, Bs, [1.0, 1.0], [])
+    assert y.shape == multi_lora_reference(x, linear(x, W), As, Bs, [1.0, 1.0], []).shape == (0, 3, 4)
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+    assert torch.equal(W.grad, torch.zeros_like(W))
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        (torch.zeros(2, 1, dtype=torch.long), r"2 sequences need as many ids, got shape \(2, 1\)"),
+        ([[0], [1]], r"2 sequences need as many ids, got shape \(2, 1\)"),
+        ([0, 1, 1], r"2 sequences need as many ids, got shape \(3,\)"),
+        ([0, 0.5], r"an id is a whole number, .* got torch.float32; .long\(\) makes it one"),
+        (torch.tensor([0.0, torch.nan]), r"an id is a whole number"),
+    ],
+    ids=str,
+)
+def test_ids_that_are_none_are_refused_as_the_reference_does(ids: Any, words: str, generator: torch.Generator) -> None:
+    As, Bs = _adapters((2, 3), generator)
+    x, W = torch.ones(2, 3, 6).double(), torch.ones(4, 6).double()
+    with pytest.raises(ValueError, match=words):
+        multi_lora_linear(x, W, As, Bs, [1.0, 1.0], ids)
+    with pytest.raises(ValueError, match=words):
+        multi_lora_reference(x, linear(x, W), As, Bs, [1.0, 1.0], ids)
 
 
 @pytest.mark.parametrize("ids", [[0, 2], [0, -2]])
