@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ from harness.kernels.range_finder import leading_svd, leading_vectors, orthonorm
 from reference import pissa
 from reference.dynamic_map import dynamic_map as reference_map
 from reference.dynamic_map import quantize_blockwise
+from reference.galore import GaLore as ReferenceGaLore
 from reference.galore import Projector, projector
 from reference.multi_lora import multi_lora_linear as multi_lora_reference
 
@@ -159,7 +161,87 @@ def _spans(basis: Projector) -> dict[str, Tensor]:
     return {name: t @ t.T for name, t in (("P", basis.P), ("Q", basis.Q)) if t is not None}
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("shape", [(96, 80), (80, 96), (5, 3)], ids=str)
+@pytest.mark.parametrize("wide", [False, True], ids=["float32", "float64"])
+def test_a_matrix_that_is_not_finite_has_no_singular_vectors(bad: float, shape: tuple[int, int], wide: bool) -> None:
+    W = torch.randn(shape, dtype=torch.float64 if wide else torch.float32)
+    W[1, 2] = bad
+    for find in (lambda: leading_svd(W, 2), *(lambda at=at: leading_vectors(W, 2, at, not at) for at in (True, False))):
+        with pytest.raises(ValueError, match="a NaN or an infinity has no singular vectors"):
+            find()
+
+
 # GaLore's optimizer
+
+
+@pytest.fixture(params=[GaLore, ReferenceGaLore], ids=["fused", "reference"])
+def either(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("knob", "words"),
+    [
+        ({"rank": -1}, "rank is a whole number of at least 0, got -1"),
+        ({"rank": 2.5}, "rank is a whole number of at least 0, got 2.5"),
+        ({"update_gap": 0}, "update_gap is a whole number of at least 1, got 0"),
+        ({"niter": -1}, "niter is a whole number of at least 0, got -1"),
+        ({"niter": 1.0}, "niter is a whole number of at least 0, got 1.0"),
+        ({"lr": -0.1}, "lr is a number of at least 0, got -0.1"),
+        ({"lr": torch.nan}, "lr is a number of at least 0, got nan"),
+        ({"weight_decay": -1}, "weight_decay is a number of at least 0, got -1"),
+        ({"scale": torch.inf}, "scale is a number of at least 0, got inf"),
+        ({"eps": -1e-8}, "eps is a number of at least 0, got -1e-08"),
+        ({"beta2": 1.0}, "beta2 is at least 0 and below 1, got 1.0"),
+        ({"side": "top"}, "no side 'top'; there are: std"),
+    ],
+    ids=str,
+)
+def test_a_knob_out_of_its_range_is_refused_at_once(either: Any, knob: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        either([{"params": [nn.Parameter(torch.ones(3, 3))], **knob}], 0.1)
+    if "lr" in knob:
+        with pytest.raises(ValueError, match=words):
+            either([nn.Parameter(torch.ones(3, 3))], **knob)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4)], ids=str)
+def test_what_is_no_matrix_is_refused_in_a_group_with_a_rank_only(either: Any, shape: tuple[int, ...]) -> None:
+    p = nn.Parameter(torch.ones(shape))
+    with pytest.raises(
+        ValueError, match=rf"rank 2 has a parameter of shape {re.escape(str(shape))}; put it in a group"
+    ):
+        either([{"params": [p], "rank": 2}], 0.1)
+    either([p], 0.1)
+
+
+def test_a_group_that_is_refused_takes_nothing_from_the_others(either: Any) -> None:
+    first, second = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
+    optimizer = either([first, second], 0.1)
+    for wrong in ({"params": [first, second * 2]}, {"params": [first], "rank": -1}, {"params": [first, "second"]}):
+        with pytest.raises((ValueError, TypeError)):
+            optimizer.add_param_group(wrong)
+        assert [[id(p) for p in group["params"]] for group in optimizer.param_groups] == [[id(first), id(second)]]
+    groups = optimizer.param_groups
+    optimizer.add_param_group({"params": first, "rank": 2})
+    assert [[id(p) for p in group["params"]] for group in groups] == [[id(second)], [id(first)]]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("shape", [(96, 80), (5, 3)], ids=str)
+@pytest.mark.parametrize("niter", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_gradient_that_is_not_finite_is_named_and_moves_nothing(
+    either: Any, bad: float, shape: tuple[int, int], niter: int, dtype: torch.dtype
+) -> None:
+    p = nn.Parameter(torch.ones(shape, dtype=dtype))
+    p.grad = torch.ones_like(p)
+    p.grad[1, 2] = bad
+    words = rf"gradient of a parameter of shape {re.escape(str(shape))} has a NaN or an infinity.*skip the step"
+    with pytest.raises(ValueError, match=words):
+        either([{"params": [p], "rank": 2, "niter": niter}], 0.1).step()
+    assert torch.equal(p, torch.ones_like(p))
 
 
 def _network() -> nn.Sequential:

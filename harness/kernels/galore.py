@@ -45,8 +45,14 @@ def refreshed(
     """Return (P, Q), the first `rank` singular vectors of G on the sides that the rule says, in G's dtype.
 
     niter: 0 for those that an SVD in float32 (float64 of float64) finds, or subspace iterations of a randomised SVD that
-    starts from the P or Q given, those of before, and from random vectors, the same in every call.
+    starts from the P or Q given, those of before, and from random vectors, the same in every call. Raises ValueError
+    if G is not finite.
     """
+    if not G.isfinite().all():
+        raise ValueError(
+            f"GaLore: the gradient of a parameter of shape {tuple(G.shape)} has a NaN or an infinity, and so no singular "
+            "vectors; skip the step, or lower the learning rate or the loss's scale"
+        )
     left, right = sides(G.shape[0], G.shape[1], side)
     W, rank = G.to(torch.promote_types(G.dtype, torch.float32)), min(rank, *G.shape)
     U: Tensor | None
