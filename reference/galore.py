@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -141,7 +142,13 @@ def projector(G: Tensor, rank: int, side: str = "std", niter: int = 0, old: Proj
 
     G = U S V^T; P = U[:, :r], Q = V[:, :r]  (eqs. 12 and 13). The sign of a singular vector is arbitrary and cancels: the
     update has P, or Q, twice. niter: 0 for the exact SVD, or subspace iterations of a randomised one that starts from `old`.
+    Raises ValueError if G is not finite.
     """
+    if not G.isfinite().all():
+        raise ValueError(
+            f"GaLore: the gradient of a parameter of shape {tuple(G.shape)} has a NaN or an infinity, and so no singular "
+            "vectors; skip the step, or lower the learning rate or the loss's scale"
+        )
     wide = G.to(torch.promote_types(G.dtype, torch.float32))
     if niter:
         U, _, Vh = randomised_svd(wide, sketch(wide, rank, old or Projector()), niter)
@@ -161,7 +168,8 @@ def sketch(G: Tensor, rank: int, old: Projector) -> Tensor:
     if smaller is None:
         smaller = tall.T @ larger.to(G) if larger is not None else G.new_empty(tall.shape[1], 0)
     columns = min(rank + OVERSAMPLE, tall.shape[1])
-    random = torch.randn(tall.shape[1], columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ever = torch.Generator().manual_seed(0)
+    random = torch.randn(tall.shape[1], columns, generator=ever, dtype=torch.float64, device="cpu")
     return torch.cat([smaller.to(G), random[:, smaller.shape[1] :].to(G)], dim=1)
 
 
@@ -235,6 +243,26 @@ def state_elements(m: int, n: int, rank: int, side: str = "std") -> int:
     return r * (m * left + n * right) + 2 * (r if left else m) * (r if right else n)
 
 
+def check_group(group: dict[str, Any]) -> None:
+    """Raise ValueError, which names the knob and its range, for a group of parameters that no step can be taken with."""
+    for name, least in (("rank", 0), ("update_gap", 1), ("niter", 0)):
+        if not isinstance(group[name], Integral) or group[name] < least:
+            raise ValueError(f"GaLore's {name} is a whole number of at least {least}, got {group[name]!r}")
+    for name in ("lr", "weight_decay", "scale", "eps"):
+        if not 0 <= group[name] < math.inf:
+            raise ValueError(f"GaLore's {name} is a number of at least 0, got {group[name]!r}")
+    for name in ("beta1", "beta2"):
+        if not 0 <= group[name] < 1:
+            raise ValueError(f"GaLore's {name} is at least 0 and below 1, got {group[name]!r}")
+    sides(1, 1, group["side"])
+    for p in group["params"] if group["rank"] else ():
+        if isinstance(p, Tensor) and p.dim() != 2:
+            raise ValueError(
+                f"GaLore projects matrices, and a group of rank {group['rank']} has a parameter of shape {tuple(p.shape)}; "
+                "put it in a group without a rank, which is plain Adam"
+            )
+
+
 class GaLore(torch.optim.Optimizer):
     """Adam in a subspace for groups with a `rank`, plain Adam for groups without; the state is tensors and a count only.
 
@@ -249,13 +277,23 @@ class GaLore(torch.optim.Optimizer):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; what is in another group already moves over, so that a head may have its own learning rate."""
-        params = param_group["params"]
-        param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
+        """Add a group; what is in another group already moves over, so that a head may have its own learning rate.
+
+        Raises ValueError for a knob out of its range, or a parameter that is no matrix in a group with a rank; then nothing
+        is changed.
+        """
+        given = param_group["params"]
+        param_group["params"] = [given] if isinstance(given, Tensor) else list(given)
+        check_group(self.defaults | param_group)
         moving = {id(p) for p in param_group["params"]}
-        for group in self.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) not in moving]
-        super().add_param_group(param_group)
+        groups, self.param_groups = self.param_groups, []  # torch refuses what is in another group
+        try:
+            super().add_param_group(param_group)
+            for group in groups:
+                group["params"] = [p for p in group["params"] if id(p) not in moving]
+            groups += self.param_groups
+        finally:
+            self.param_groups = groups
 
     def update(self, p: Tensor, group: dict[str, Any]) -> None:
         """Take one step of one parameter, by its gradient."""

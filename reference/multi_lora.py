@@ -55,13 +55,16 @@ def multi_lora_linear(
 
     x: (N, ..., D). base_out: W0 x and the bias, (N, ..., E). As[i]: (R_i, D). Bs[i]: (E, R_i). ids: for each of the N
     sequences an index into them, or -1. Autograd passes through x, base_out and every A and B that is used; of one that
-    is not, the gradient is None. Raises ValueError if the lists differ in length, or an id is neither -1 nor an adapter.
+    is not, the gradient is None. Raises ValueError if the lists differ in length, or an id is no whole number, or neither
+    -1 nor an adapter.
     """
-    chosen = torch.as_tensor(ids, dtype=torch.long, device=x.device)
+    chosen = torch.as_tensor(ids, device=x.device)
     if not len(As) == len(Bs) == len(scalings):
         raise ValueError(f"{len(As)} As, {len(Bs)} Bs and {len(scalings)} scalings: each adapter has one of each")
     if chosen.shape != x.shape[:1]:
         raise ValueError(f"{len(x)} sequences need as many ids, got shape {tuple(chosen.shape)}")
+    if chosen.is_floating_point() and len(chosen):  # torch takes an empty list for floats
+        raise ValueError(f"an id is a whole number, an adapter's or {NONE}, got {chosen.dtype}; .long() makes it one")
     for wrong in chosen[(chosen < NONE) | (chosen >= len(As))].tolist():
         raise ValueError(f"id {wrong}: there are adapters 0 to {len(As) - 1}, and {NONE} for none")
     y = base_out

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from harness.conformance import settings
 from harness.kernels import compiled, nf4, nf4_compiled
 from reference import nf4 as reference
 
+PATIENCE = 120
+"""Seconds after which a thread that waits for another is taken to wait for good."""
 COUNT = compiled.LARGE + 4096 + 5
 """One large piece, and an odd rest."""
 
@@ -41,7 +44,7 @@ def fresh() -> Iterator[None]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each call of something compiled ran."""
+    """Whether each call of something compiled ran, in the order in which they ended."""
     ran: list[bool] = []
     call = compiled.Compiled.__call__
     monkeypatch.setattr(compiled.Compiled, "__call__", lambda *a, **k: ran.append(call(*a, **k)) or ran[-1])
@@ -79,6 +82,20 @@ def agrees(W: Tensor, block: int) -> None:
     nf4.dequantize(packed, absmax, block, W.shape, W.dtype, out)
     assert same(out, reference.dequantize(codes, largest, block).to(W.dtype))
     assert same(nf4.dequantize(packed, absmax, block, W.shape, W.dtype), out)
+
+
+def twice(W: Tensor) -> None:
+    agrees(W, 64)
+    agrees(W, 64)
+
+
+def together(work: Callable[[Tensor], object], weights: list[Tensor]) -> None:
+    """Work on each in a thread of its own."""
+    threads = [threading.Thread(target=work, args=(W,)) for W in weights]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -136,15 +153,69 @@ def test_threads_compile_once_and_do_not_meet(fresh: None, calls: list[bool]) ->
         right.append(W)
 
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    running = [threading.Thread(target=work, args=(W,)) for W in weights]
-    for one in running:
-        one.start()
-    for one in running:
-        one.join()
+    together(work, weights)
     assert len(right) == 3
-    assert calls
-    assert all(calls)  # while one compiles, another is not to wait, and may do without
+    assert True in calls  # while one compiles, another does without
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 2
+
+
+class Stopped:
+    """torch.compile, which goes on when it may; `began` says that a thread is in it."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.began, self.may, self.entered, self._compile = threading.Event(), threading.Event(), 0, torch.compile
+        patch.setattr(torch, "compile", self)
+
+    def __call__(self, *a: Any, **k: Any) -> Any:
+        self.entered += 1
+        self.began.set()
+        assert self.may.wait(PATIENCE)
+        return self._compile(*a, **k)
+
+
+def test_while_one_thread_compiles_another_does_not_wait(
+    monkeypatch: pytest.MonkeyPatch, fresh: None, calls: list[bool]
+) -> None:
+    W, stopped, done = special(torch.float32), Stopped(monkeypatch), threading.Event()
+
+    def other() -> None:
+        agrees(W, 64)
+        done.set()
+
+    first, second = threading.Thread(target=nf4.quantize, args=(W, 64)), threading.Thread(target=other)
+    first.start()
+    assert stopped.began.wait(PATIENCE)
+    second.start()
+    in_time = done.wait(PATIENCE / 2)
+    during = list(calls)
+    stopped.may.set()
+    first.join()
+    second.join()
+    assert in_time
+    assert during == [False, False, False]
+    assert calls[3:] == [True]
+
+
+def test_a_thread_that_comes_after_the_failure_tries_nothing_and_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, fresh: None
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no working C++ compiler")
+
+    stopped, W, looked = Stopped(monkeypatch), special(torch.float32), threading.Barrier(2)
+    monkeypatch.setattr(stopped, "_compile", fail)
+    stopped.may.set()
+    wanted = compiled.Compiled.wanted
+
+    def both(*a: Any) -> bool:  # neither knows of the other's failure when it decides
+        answer = wanted(*a)
+        looked.wait(PATIENCE)
+        return answer
+
+    monkeypatch.setattr(compiled.Compiled, "wanted", both)
+    with pytest.warns(RuntimeWarning, match="nf4_encode did not compile") as seen:
+        together(lambda W: nf4.quantize(W, 64), [W, W])
+    assert len(seen) == stopped.entered == 1
 
 
 def test_a_compiler_that_fails_is_one_warning_and_the_same_result(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
@@ -153,15 +224,22 @@ def test_a_compiler_that_fails_is_one_warning_and_the_same_result(monkeypatch: p
 
     monkeypatch.setattr(torch._inductor, "compile", fail)
     W = special(torch.float32)
-
-    def twice() -> None:
-        agrees(W, 64)
-        agrees(W, 64)
-
     with pytest.warns(RuntimeWarning, match=r"no working C\+\+ compiler[\s\S]*PEFT_HARNESS_COMPILE=0") as seen:
-        twice()
+        twice(W)
     assert sum(str(one.message).startswith("harness.kernels.compiled: nf4_encode") for one in seen) == 1
     assert sum(str(one.message).startswith("harness.kernels.compiled: nf4_decode") for one in seen) == 1
+
+
+def test_what_fails_when_it_runs_is_not_blamed_on_the_compiler(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch._inductor, "compile", lambda *_, **__: fail)
+    W = special(torch.float32)
+    with pytest.warns(RuntimeWarning, match="compiled, and then failed.*allocate memory") as seen:
+        twice(W)
+    assert [str(one.message).split()[1] for one in seen] == ["nf4_encode", "nf4_decode"]
+    assert not any("C++" in str(one.message) for one in seen)
 
 
 def test_the_environment_switches_it_off(monkeypatch: pytest.MonkeyPatch, fresh: None, calls: list[bool]) -> None:
@@ -170,13 +248,21 @@ def test_the_environment_switches_it_off(monkeypatch: pytest.MonkeyPatch, fresh:
     assert calls == []
 
 
-def test_it_steps_aside(fresh: None, calls: list[bool]) -> None:
+def test_small_tensors_and_odd_blocks_are_not_for_the_compiler(fresh: None, calls: list[bool]) -> None:
     agrees(torch.randn(compiled.LARGE - 64), 64)
     agrees(special(torch.float32), 96)
     assert calls == []
-    W = torch.cat([torch.zeros(1), special(torch.float32)])[1:]
-    agrees(W, 64)
+
+
+def test_values_that_are_no_whole_words_are_encoded_uncompiled(calls: list[bool]) -> None:
+    agrees(torch.cat([torch.zeros(1), special(torch.float32)])[1:], 64)
+    assert calls == [False, True, True]
+
+
+def test_where_torch_is_to_compile_nothing_it_steps_aside_and_no_longer(fresh: None, calls: list[bool]) -> None:
+    W = special(torch.float32)
     with torch.compiler.set_stance("force_eager"):
-        nf4_compiled._encoder.cache_clear()
-        agrees(special(torch.float32), 64)
-    assert False in calls
+        agrees(W, 64)
+    assert calls == [False, False, False]
+    agrees(W, 64)
+    assert calls[3:] == [True, True, True]

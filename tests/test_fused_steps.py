@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from harness.conformance.tolerance import noise_floor
 from harness.kernels import galore, range_finder
 from harness.kernels.adamw8bit import AdamW8bit
-from harness.kernels.dynamic_quantize import nearest, tables
+from harness.kernels.dropout import keep_mask
+from harness.kernels.dynamic_quantize import dynamic_map, dynamic_quantize, nearest, tables
 from harness.kernels.galore_optimizer import GaLore, per_layer
 from harness.kernels.multi_lora_linear import multi_lora_linear
 from harness.kernels.paged import Paged, bytes_of, is_paged
 from harness.kernels.range_finder import leading_svd, leading_vectors, orthonormal
 from reference import pissa
+from reference.dynamic_map import dynamic_map as reference_map
+from reference.dynamic_map import quantize_blockwise
+from reference.galore import GaLore as ReferenceGaLore
 from reference.galore import Projector, projector
+from reference.multi_lora import multi_lora_linear as multi_lora_reference
 
 ROWS, COLUMNS, RANK = 96, 80, 8
 EVERY = torch.arange(1, COLUMNS + 1, dtype=torch.float64)
@@ -154,7 +161,87 @@ def _spans(basis: Projector) -> dict[str, Tensor]:
     return {name: t @ t.T for name, t in (("P", basis.P), ("Q", basis.Q)) if t is not None}
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("shape", [(96, 80), (80, 96), (5, 3)], ids=str)
+@pytest.mark.parametrize("wide", [False, True], ids=["float32", "float64"])
+def test_a_matrix_that_is_not_finite_has_no_singular_vectors(bad: float, shape: tuple[int, int], wide: bool) -> None:
+    W = torch.randn(shape, dtype=torch.float64 if wide else torch.float32)
+    W[1, 2] = bad
+    for find in (lambda: leading_svd(W, 2), *(lambda at=at: leading_vectors(W, 2, at, not at) for at in (True, False))):
+        with pytest.raises(ValueError, match="a NaN or an infinity has no singular vectors"):
+            find()
+
+
 # GaLore's optimizer
+
+
+@pytest.fixture(params=[GaLore, ReferenceGaLore], ids=["fused", "reference"])
+def either(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("knob", "words"),
+    [
+        ({"rank": -1}, "rank is a whole number of at least 0, got -1"),
+        ({"rank": 2.5}, "rank is a whole number of at least 0, got 2.5"),
+        ({"update_gap": 0}, "update_gap is a whole number of at least 1, got 0"),
+        ({"niter": -1}, "niter is a whole number of at least 0, got -1"),
+        ({"niter": 1.0}, "niter is a whole number of at least 0, got 1.0"),
+        ({"lr": -0.1}, "lr is a number of at least 0, got -0.1"),
+        ({"lr": torch.nan}, "lr is a number of at least 0, got nan"),
+        ({"weight_decay": -1}, "weight_decay is a number of at least 0, got -1"),
+        ({"scale": torch.inf}, "scale is a number of at least 0, got inf"),
+        ({"eps": -1e-8}, "eps is a number of at least 0, got -1e-08"),
+        ({"beta2": 1.0}, "beta2 is at least 0 and below 1, got 1.0"),
+        ({"side": "top"}, "no side 'top'; there are: std"),
+    ],
+    ids=str,
+)
+def test_a_knob_out_of_its_range_is_refused_at_once(either: Any, knob: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        either([{"params": [nn.Parameter(torch.ones(3, 3))], **knob}], 0.1)
+    if "lr" in knob:
+        with pytest.raises(ValueError, match=words):
+            either([nn.Parameter(torch.ones(3, 3))], **knob)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4)], ids=str)
+def test_what_is_no_matrix_is_refused_in_a_group_with_a_rank_only(either: Any, shape: tuple[int, ...]) -> None:
+    p = nn.Parameter(torch.ones(shape))
+    with pytest.raises(
+        ValueError, match=rf"rank 2 has a parameter of shape {re.escape(str(shape))}; put it in a group"
+    ):
+        either([{"params": [p], "rank": 2}], 0.1)
+    either([p], 0.1)
+
+
+def test_a_group_that_is_refused_takes_nothing_from_the_others(either: Any) -> None:
+    first, second = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
+    optimizer = either([first, second], 0.1)
+    for wrong in ({"params": [first, second * 2]}, {"params": [first], "rank": -1}, {"params": [first, "second"]}):
+        with pytest.raises((ValueError, TypeError)):
+            optimizer.add_param_group(wrong)
+        assert [[id(p) for p in group["params"]] for group in optimizer.param_groups] == [[id(first), id(second)]]
+    groups = optimizer.param_groups
+    optimizer.add_param_group({"params": first, "rank": 2})
+    assert [[id(p) for p in group["params"]] for group in groups] == [[id(second)], [id(first)]]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("shape", [(96, 80), (5, 3)], ids=str)
+@pytest.mark.parametrize("niter", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_gradient_that_is_not_finite_is_named_and_moves_nothing(
+    either: Any, bad: float, shape: tuple[int, int], niter: int, dtype: torch.dtype
+) -> None:
+    p = nn.Parameter(torch.ones(shape, dtype=dtype))
+    p.grad = torch.ones_like(p)
+    p.grad[1, 2] = bad
+    words = rf"gradient of a parameter of shape {re.escape(str(shape))} has a NaN or an infinity.*skip the step"
+    with pytest.raises(ValueError, match=words):
+        either([{"params": [p], "rank": 2, "niter": niter}], 0.1).step()
+    assert torch.equal(p, torch.ones_like(p))
 
 
 def _network() -> nn.Sequential:
@@ -245,6 +332,62 @@ def test_two_look_ups_find_the_code_that_a_search_finds_next_to_every_edge(signe
     assert torch.equal(nearest(x, of).long(), torch.bucketize(x, of.midpoints[:-1]))
 
 
+@pytest.fixture
+def other_defaults() -> Iterator[Callable[[], None]]:
+    """Yield what sets torch's defaults to what nobody expects, where no table is made yet."""
+
+    def change() -> None:
+        for made in (tables, dynamic_map):
+            made.cache_clear()
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_device("meta")
+
+    yield change
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    for made in (tables, dynamic_map):
+        made.cache_clear()
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_do_not_depend_on_torch_s_defaults(
+    signed: bool, other_defaults: Callable[[], None], generator: torch.Generator
+) -> None:
+    x = torch.randn(3000, generator=generator)
+    x = x if signed else x.abs()
+    want = quantize_blockwise(x, reference_map(signed))
+    other_defaults()
+    codes, absmax = dynamic_quantize(x, 256, signed)
+    assert torch.equal(codes, want[0])
+    assert torch.equal(absmax, want[1])
+
+
+@pytest.mark.parametrize("make", [_eight_bit_galore, _adamw8bit])
+def test_steps_do_not_depend_on_torch_s_defaults(
+    make: Callable[[nn.Sequential], torch.optim.Optimizer],
+    other_defaults: Callable[[], None],
+    generator: torch.Generator,
+) -> None:
+    model, other = _network(), _network()
+    gradients = [torch.randn(p.shape, generator=generator) for p in model.parameters()]
+
+    def steps(one: nn.Sequential) -> None:
+        optimizer = make(one)
+        for p, g in zip(one.parameters(), gradients, strict=True):
+            p.grad = g
+        optimizer.step()
+        for state in optimizer.state.values():
+            state["step"] = 256  # from here on bfloat16 does not count
+        optimizer.step()
+        optimizer.step()
+
+    steps(model)
+    other_defaults()
+    steps(other)
+    for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 # Paged
 
 
@@ -314,6 +457,58 @@ def test_a_loaded_paged_state_goes_on_as_if_nothing_had_been() -> None:
         assert torch.equal(mine, theirs)
 
 
+class Watched(AdamW8bit):
+    """Knows the most bytes of large states that it held at the end of one load, all of them on the device."""
+
+    most = 0
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        held = sum(bytes_of({n: t for n, t in s.items() if is_paged(t)}) for s in self.state.values())
+        self.most = max(self.most, held)
+
+
+@pytest.mark.parametrize("budget", [0, 250_000], ids=str)
+def test_the_budget_holds_while_states_are_loaded(budget: int) -> None:
+    first, second = _params(), _params()
+    saved = AdamW8bit(first)
+    _steps(saved, first, seed=1)
+    inner = Watched(second)
+    optimizer = Paged(inner, budget)
+    _steps(optimizer, second, seed=3, steps=1)  # states of its own, which give way
+    optimizer.load_state_dict(saved.state_dict())
+    largest = LARGEST // 4
+    assert inner.most == largest
+    assert optimizer.resident <= optimizer.peak == max(budget // largest, 1) * largest
+    assert optimizer.state_dict()["state"].keys() == saved.state_dict()["state"].keys()
+    for mine, theirs in zip(second, first, strict=True):
+        assert optimizer.state[mine].keys() == saved.state[theirs].keys()
+        for name, value in saved.state[theirs].items():
+            assert torch.equal(torch.as_tensor(optimizer.state[mine][name]), torch.as_tensor(value))
+            assert not isinstance(value, Tensor) or optimizer.state[mine][name].dtype == value.dtype
+
+
+def test_a_state_that_does_not_fit_the_groups_changes_nothing() -> None:
+    params = _params()
+    optimizer = Paged(torch.optim.AdamW(params), budget=LARGEST)
+    _steps(optimizer, params, seed=1, steps=1)
+    before, places = copy.deepcopy(list(optimizer.state.values())), optimizer.where()
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        optimizer.load_state_dict(torch.optim.AdamW(params[:2]).state_dict())
+    assert optimizer.where() == places
+    for now, then in zip(optimizer.state.values(), before, strict=True):
+        assert all(torch.equal(now[name], then[name]) for name in then)
+
+
+def test_states_from_before_it_was_paged_count_for_the_peak() -> None:
+    params = _params()
+    inner = torch.optim.AdamW(params)
+    _steps(inner, params, seed=1, steps=1)
+    optimizer = Paged(inner, budget=0)
+    assert set(optimizer.where().values()) == {"host"}
+    assert optimizer.peak == TOTAL
+
+
 def test_a_step_that_fails_leaves_every_page_its_own() -> None:
     class Failing(torch.optim.AdamW):
         failing: nn.Parameter | None = None
@@ -336,6 +531,25 @@ def test_a_step_that_fails_leaves_every_page_its_own() -> None:
     for mine, theirs in zip(after[2:], before[2:], strict=True):
         assert torch.equal(mine, theirs)
     assert optimizer.param_groups[0]["params"] == params
+
+
+# Dropout
+
+
+def test_dropout_of_nothing_and_of_all_are_torch_s(generator: torch.Generator) -> None:
+    x = torch.randn(33, 7, generator=generator)
+    for p in (0.0, 1.0):
+        mask, kept = keep_mask(x, p)
+        assert torch.equal(x * mask / kept, nn.functional.dropout(x, p))
+
+
+@pytest.mark.parametrize("p", [0.999, 0.99999, 1 - 1e-9, 1 - 1e-12])
+def test_dropout_of_almost_all_drops_and_can_be_divided_by(p: float, generator: torch.Generator) -> None:
+    torch.manual_seed(0)
+    mask, kept = keep_mask(torch.empty(1000), p)
+    assert 0 < kept < 1
+    assert mask.count_nonzero() < 500
+    assert (mask / kept).isfinite().all()
 
 
 # Several adapters
@@ -367,6 +581,37 @@ def test_an_adapter_that_is_broken_hurts_its_own_sequences_alone(generator: torc
     y = multi_lora_linear(x, torch.eye(4, 6, dtype=torch.float64), As, Bs, [1.0, 1.0], torch.tensor([0, 1, -1]))
     assert [bool(one.isnan().any()) for one in y] == [False, True, False]
     assert torch.equal(y[2], x[2, :, :4])
+
+
+def test_no_sequences_have_an_output_of_none_and_gradients_of_zero(generator: torch.Generator) -> None:
+    As, Bs = _adapters((2, 3), generator)
+    x, W = torch.empty(0, 3, 6, dtype=torch.float64, requires_grad=True), torch.ones(4, 6).double().requires_grad_()
+    y = multi_lora_linear(x, W, As, Bs, [1.0, 1.0], [])
+    assert y.shape == multi_lora_reference(x, linear(x, W), As, Bs, [1.0, 1.0], []).shape == (0, 3, 4)
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+    assert torch.equal(W.grad, torch.zeros_like(W))
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        (torch.zeros(2, 1, dtype=torch.long), r"2 sequences need as many ids, got shape \(2, 1\)"),
+        ([[0], [1]], r"2 sequences need as many ids, got shape \(2, 1\)"),
+        ([0, 1, 1], r"2 sequences need as many ids, got shape \(3,\)"),
+        ([0, 0.5], r"an id is a whole number, .* got torch.float32; .long\(\) makes it one"),
+        (torch.tensor([0.0, torch.nan]), r"an id is a whole number"),
+    ],
+    ids=str,
+)
+def test_ids_that_are_none_are_refused_as_the_reference_does(ids: Any, words: str, generator: torch.Generator) -> None:
+    As, Bs = _adapters((2, 3), generator)
+    x, W = torch.ones(2, 3, 6).double(), torch.ones(4, 6).double()
+    with pytest.raises(ValueError, match=words):
+        multi_lora_linear(x, W, As, Bs, [1.0, 1.0], ids)
+    with pytest.raises(ValueError, match=words):
+        multi_lora_reference(x, linear(x, W), As, Bs, [1.0, 1.0], ids)
 
 
 @pytest.mark.parametrize("ids", [[0, 2], [0, -2]])

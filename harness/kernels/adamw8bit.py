@@ -29,7 +29,7 @@ def init_state(p: Tensor, min_8bit_size: int = MIN_8BIT_SIZE) -> dict[str, Tenso
         return {name: torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format) for name in ("m", "v")}
     state = {name: torch.zeros(p.numel(), dtype=torch.uint8, device=p.device) for name in ("m", "v")}
     blocks = -(-p.numel() // BLOCK)
-    return state | {f"{name}_absmax": torch.zeros(blocks, device=p.device) for name in ("m", "v")}
+    return state | {f"{name}_absmax": torch.zeros(blocks, dtype=torch.float32, device=p.device) for name in ("m", "v")}
 
 
 def adamw8bit_step(

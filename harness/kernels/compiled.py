@@ -1,9 +1,9 @@
 """Functions of CPU tensors by torch.compile: the one place that decides when to compile, when to run, and what if it fails.
 
 Compiling costs seconds, so it waits for the first call that is large, and happens once for each `Compiled`, whatever the
-sizes, the threads and the modes (inference, autocast, default device) of later calls; calls of other threads do without
-meanwhile. Measured for NF4 on two cores: 11 s for the first function and 1.6 s for each further one with inductor's cache on
-disk empty; 3.5 s, which is the import of inductor, and 0.2 s with it warm.
+sizes, the threads and the modes (inference, autocast, default device) of later calls. One thread compiles; what others call
+meanwhile, or would compile too, runs uncompiled. Measured for NF4 on two cores: 11 s for the first function and 1.6 s for
+each further one with inductor's cache on disk empty; 3.5 s, which is the import of inductor, and 0.2 s with it warm.
 PEFT_HARNESS_COMPILE=0 in the environment switches it off, and PEFT_HARNESS_COMPILE=1 compiles for smaller tensors too.
 """
 
@@ -27,6 +27,9 @@ LARGE = 1 << 21
 what threads lose that wait for each other on a busy machine."""
 _SMALL = 1 << 16
 """Values from which, if that is asked for: below, a call takes longer than eager torch."""
+
+_COMPILING = Lock()
+"""Held by who compiles. One for all functions, since dynamo has one, too, for which a thread would wait."""
 
 _OPTIONS: dict[str, Any] = {
     # Otherwise the number of threads of the first call is part of the code.
@@ -64,7 +67,7 @@ class Compiled:
         code = function.__code__.replace()
         self._function = FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
         self._run: Callable[[Sequence[Tensor]], object] | None = None
-        self._failed, self._lock = False, Lock()
+        self._failed = False
 
     def wanted(self, values: int, *tensors: Tensor) -> bool:
         """Return whether to call this for so many values, which `tensors` hold.
@@ -82,20 +85,23 @@ class Compiled:
         """Run the function on views of `tensors`, and return whether it ran; if not, `out` may hold anything.
 
         tensors: each with the dtype and the shape to view the beginning of its memory in. out: those that are written to.
-        Whatever happens in the compiler is one warning, no error.
+        Whatever happens in the compiler, or in what it made, is one warning, no error.
         """
+        failure, mend = "did not compile", "A C++ compiler with OpenMP (g++) mends it; "
         try:
             with torch.inference_mode(False), torch.no_grad():
                 views = [_view(*tensor) for tensor in tensors]
                 torch.get_num_threads()  # tells OpenMP, too, in a thread that is new
-                (self._run or self._compile(views))(views)
+                run = self._run or self._compile(views)
+                failure, mend = "compiled, and then failed", ""
+                run(views)
         except NotCompiled:
             return False
         except Exception as error:  # noqa: BLE001 - a compiler fails in many ways, and there is another way for each
             self._failed = True
             warnings.warn(
-                f"harness.kernels.compiled: {self._function.__name__} did not compile, and runs uncompiled, several times "
-                f"slower: {type(error).__name__}: {str(error).strip()[:300]}. A C++ compiler with OpenMP (g++) mends it; "
+                f"harness.kernels.compiled: {self._function.__name__} {failure}; from now on it runs uncompiled, several "
+                f"times slower: {type(error).__name__}: {str(error).strip()[:300]}. {mend}"
                 "PEFT_HARNESS_COMPILE=0 compiles nothing and says nothing",
                 RuntimeWarning,
                 stacklevel=3,
@@ -123,16 +129,27 @@ class Compiled:
                 for place, example in zip(places, examples, strict=True)
             ]
             self._run = lambda given: made(*(given[0].shape[0] if i is None else given[i] for i in which))
-            return made
+            return lambda *_: ()  # dynamo would run it here, where what fails looks like the compiler's fault
 
-        with self._lock, torch._C.DisableTorchFunction():
-            if self._run is None:
+        if not _COMPILING.acquire(blocking=False):
+            raise NotCompiled
+        try:
+            # Another thread may have been here since this one looked.
+            if self._run is None and not self._failed:
                 for view in views:
                     torch._dynamo.mark_dynamic(view, 0)
-                torch.compile(self._function, backend=keep, fullgraph=True, dynamic=False)(*views)
-            if self._run is None:
-                raise NotCompiled
-            return self._run
+                with torch._C.DisableTorchFunction():
+                    torch.compile(self._function, backend=keep, fullgraph=True, dynamic=False)(*views)
+        except NotCompiled:
+            raise
+        except Exception:
+            self._failed = True  # before another thread has its turn
+            raise
+        finally:
+            _COMPILING.release()
+        if self._run is None:
+            raise NotCompiled
+        return self._run
 
 
 def _plain(tensor: Tensor) -> bool:

@@ -7,7 +7,7 @@ comparison with the next one decides. A binary search takes eight dependent step
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -27,28 +27,34 @@ class Tables(NamedTuple):
     below: Tensor
 
 
-def dynamic_map(signed: bool) -> Tensor:
-    """Return the 256 values, ascending, float32: -0.993 .. 1 if signed, else 0 .. 1.
+@cache
+def dynamic_map(device: torch.device, signed: bool = True) -> Tensor:
+    """Return the 256 values, ascending, float32: -0.993 .. 1 if signed, else 0 .. 1. Never to be written to.
 
-    Each of seven decades is cut in 2^i equal cells, or 2^(i + 1) without a sign, of which the middles are values.
+    Decade i of seven, from 10^(i - 6) down to a tenth of it, is cut in 2^i equal cells, or 2^(i + 1) without a sign, whose
+    middles are values; 0 and 1 are values of their own. Made once, and so whatever torch's default dtype, device and
+    mode are at the first call.
     """
-    edges = [torch.linspace(0.1, 1, 2 ** (i + (not signed)) + 1) for i in range(7)]
-    above = torch.cat([10.0 ** (i - 6) * ((e[:-1] + e[1:]) / 2) for i, e in enumerate(edges)])
-    below = -above.flip(0) if signed else above[:0]
-    return torch.cat([below, torch.zeros(1), above, torch.ones(1)])
+    with torch.inference_mode(False):
+        sizes = [2 ** (i + (not signed)) for i in range(7)]
+        edges = [torch.linspace(0.1, 1, size + 1, dtype=torch.float32, device="cpu") for size in sizes]
+        above = torch.cat([10.0 ** (i - 6) * ((e[:-1] + e[1:]) / 2) for i, e in enumerate(edges)])
+        zero, one = torch.tensor([[0.0], [1.0]], dtype=torch.float32, device="cpu")
+        return torch.cat([-above.flip(0) if signed else above[:0], zero, above, one]).to(device)
 
 
-@lru_cache(maxsize=32)
+@cache
 def tables(device: torch.device, signed: bool) -> Tables:
     """Return the tables on a device, where they stay."""
-    values = dynamic_map(signed)
-    midpoints = (values[:-1] + values[1:]) / 2
-    upper = torch.arange(1 << 16, dtype=torch.int32) << 16
-    # The lowest number of a negative bucket is the one of largest magnitude.
-    lowest = torch.where(upper < 0, upper | 0xFFFF, upper).view(torch.float32)
-    below = torch.bucketize(lowest, midpoints).to(torch.uint8)
-    padded = torch.cat([midpoints, torch.tensor([torch.inf])])
-    return Tables(values.to(device), padded.to(device), below.to(device))
+    with torch.inference_mode(False):
+        values = dynamic_map(torch.device("cpu"), signed)
+        midpoints = (values[:-1] + values[1:]) / 2
+        upper = torch.arange(1 << 16, dtype=torch.int32, device="cpu") << 16
+        # The lowest number of a negative bucket is the one of largest magnitude.
+        lowest = torch.where(upper < 0, upper | 0xFFFF, upper).view(torch.float32)
+        below = torch.bucketize(lowest, midpoints).to(torch.uint8)
+        padded = torch.nn.functional.pad(midpoints, (0, 1), value=torch.inf)
+        return Tables(values.to(device), padded.to(device), below.to(device))
 
 
 def nearest(relative: Tensor, of: Tables) -> Tensor:
@@ -90,7 +96,7 @@ def dynamic_quantize(x: Tensor, block: int = 256, signed: bool = True) -> tuple[
         return gpu.dynamic_quantize(x, block, signed)
     flat, of = x.detach().flatten(), tables(x.device, signed)
     codes = torch.empty(flat.numel(), dtype=torch.uint8, device=x.device)
-    absmax = torch.empty(-(-flat.numel() // block), device=x.device)
+    absmax = torch.empty(-(-flat.numel() // block), dtype=torch.float32, device=x.device)
     step = max(1, CHUNK // block) * block if x.device.type == "cpu" else max(1, flat.numel())
     for first in range(0, flat.numel(), step):
         part = slice(first, first + step)

@@ -45,8 +45,14 @@ def refreshed(
     """Return (P, Q), the first `rank` singular vectors of G on the sides that the rule says, in G's dtype.
 
     niter: 0 for those that an SVD in float32 (float64 of float64) finds, or subspace iterations of a randomised SVD that
-    starts from the P or Q given, those of before, and from random vectors, the same in every call.
+    starts from the P or Q given, those of before, and from random vectors, the same in every call. Raises ValueError
+    if G is not finite.
     """
+    if not G.isfinite().all():
+        raise ValueError(
+            f"GaLore: the gradient of a parameter of shape {tuple(G.shape)} has a NaN or an infinity, and so no singular "
+            "vectors; skip the step, or lower the learning rate or the loss's scale"
+        )
     left, right = sides(G.shape[0], G.shape[1], side)
     W, rank = G.to(torch.promote_types(G.dtype, torch.float32)), min(rank, *G.shape)
     U: Tensor | None
@@ -67,7 +73,8 @@ def _sketch(W: Tensor, rank: int, P: Tensor | None, Q: Tensor | None) -> Tensor:
         smaller = (W.T if m >= n else W) @ larger.to(W.dtype)
     old = smaller.to(W.dtype) if smaller is not None else W.new_empty(min(m, n), 0)
     columns = min(rank + OVERSAMPLE, m, n)
-    random = torch.randn(min(m, n), columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(W)
+    ever = torch.Generator().manual_seed(0)
+    random = torch.randn(min(m, n), columns, generator=ever, dtype=torch.float64, device="cpu").to(W)
     return torch.cat([old, random[:, old.shape[1] :]], dim=1)
 
 
@@ -144,7 +151,7 @@ def adam_step_(
 def _adamw_(
     p: Tensor, g: Tensor, M: Tensor, V: Tensor, step: int, betas: tuple[float, float], eps: float, lr: float
 ) -> None:
-    before = torch.full((), float(step - 1), device=p.device)
+    before = torch.full((), float(step - 1), dtype=torch.float32, device=p.device)
     adamw(
         [p], [g.contiguous()], [M], [V], [], [before], fused=True, amsgrad=False, beta1=betas[0], beta2=betas[1], lr=lr,
         weight_decay=0.0, eps=eps, maximize=False,

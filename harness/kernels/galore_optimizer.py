@@ -1,7 +1,9 @@
-"""GaLore as an optimizer: AdamW in a subspace for groups with a rank, plain AdamW for others, moments in 32 or 8 bits."""
+"""GaLore as an optimizer: AdamW in a subspace for groups with a rank, plain AdamW for others; moments may have 8 bits."""
 
 from __future__ import annotations
 
+import math
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -9,15 +11,38 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from harness.kernels.adamw8bit import MIN_8BIT_SIZE, init_state, restore_dtypes
-from harness.kernels.galore import adam_step_, galore_step_, refreshed
+from harness.kernels.galore import adam_step_, galore_step_, refreshed, sides
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raise ValueError, which names the knob and its range, for a group of parameters that no step can be taken with."""
+    for name, least in (("rank", 0), ("update_gap", 1), ("niter", 0)):
+        if not isinstance(group[name], Integral) or group[name] < least:
+            raise ValueError(f"GaLore's {name} is a whole number of at least {least}, got {group[name]!r}")
+    for name in ("lr", "weight_decay", "scale", "eps"):
+        if not 0 <= group[name] < math.inf:
+            raise ValueError(f"GaLore's {name} is a number of at least 0, got {group[name]!r}")
+    for name in ("beta1", "beta2"):
+        if not 0 <= group[name] < 1:
+            raise ValueError(f"GaLore's {name} is at least 0 and below 1, got {group[name]!r}")
+    if group["bits"] not in (8, 32):
+        raise ValueError(f"moments have 8 or 32 bits, not {group['bits']!r}")
+    sides(1, 1, group["side"])
+    for p in group["params"] if group["rank"] else ():
+        if isinstance(p, Tensor) and p.dim() != 2:
+            raise ValueError(
+                f"GaLore projects matrices, and a group of rank {group['rank']} has a parameter of shape {tuple(p.shape)}; "
+                "put it in a group without a rank, which is plain Adam"
+            )
 
 
 class GaLore(torch.optim.Optimizer):
     """GaLore, as `galore_step_` and `adam_step_` compute it. State: step, M and V, P and/or Q; tensors and a count.
 
     params: tensors or groups. A group may hold rank (0: no subspace), update_gap (steps between two refreshes), scale,
-    side, niter (see `refreshed`), beta1, beta2, eps, lr, weight_decay, and bits: with 8, projected
-    moments of at least 4096 elements are codes, with an M_absmax and V_absmax. M and V are kept as they are at a refresh.
+    side, niter (see `refreshed`), beta1, beta2, eps, lr, weight_decay, and bits: with 8, projected moments of at least 4096
+    elements are codes, with an M_absmax and V_absmax; else, and with 32, M and V have the gradient's dtype, so of bfloat16
+    16 bits. They are kept as they are at a refresh.
     """
 
     def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, eps: float = 1e-6) -> None:
@@ -26,15 +51,23 @@ class GaLore(torch.optim.Optimizer):
         super().__init__(params, low | adam)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; what is in another group already moves over. Raises ValueError for bits other than 8 and 32."""
-        if param_group.get("bits", 32) not in (8, 32):
-            raise ValueError(f"moments have 8 or 32 bits, not {param_group['bits']}")
+        """Add a group; what is in another group already moves over.
+
+        Raises ValueError for a knob out of its range, or a parameter that is no matrix in a group with a rank; then nothing
+        is changed.
+        """
         given = param_group["params"]
         param_group["params"] = [given] if isinstance(given, Tensor) else list(given)
+        check_group(self.defaults | param_group)
         moving = {id(p) for p in param_group["params"]}
-        for group in self.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) not in moving]
-        super().add_param_group(param_group)
+        groups, self.param_groups = self.param_groups, []  # torch refuses what is in another group
+        try:
+            super().add_param_group(param_group)
+            for group in groups:
+                group["params"] = [p for p in group["params"] if id(p) not in moving]
+            groups += self.param_groups
+        finally:
+            self.param_groups = groups
 
     @torch.no_grad()
     def update(self, p: Tensor, group: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ gets, no token is copied and the update is added in y's own memory. Shape letter
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -21,14 +22,14 @@ from harness.kernels.device import by_triton
 Rows = slice | Tensor
 
 
-def groups(ids: Sequence[int] | Tensor, adapters: int) -> dict[int, list[int]]:
+def groups(ids: Tensor, adapters: int) -> dict[int, list[int]]:
     """Map every adapter that is used to its sequences, ascending. Raises ValueError for an id that is none, nor -1."""
     members: dict[int, list[int]] = {}
-    for n, i in enumerate(ids.tolist() if isinstance(ids, Tensor) else ids):
+    for n, i in enumerate(ids.tolist()):
         if not -1 <= i < adapters:
             raise ValueError(f"id {i}: there are adapters 0 to {adapters - 1}, and -1 for none")
         if i >= 0:
-            members.setdefault(int(i), []).append(n)
+            members.setdefault(i, []).append(n)
     return members
 
 
@@ -106,18 +107,21 @@ def multi_lora_linear(
 
     x (N, ..., D), W (E, D), As[i] (R_i, D), Bs[i] (E, R_i), all of one floating dtype; ids: N of them. Gradients reach x, W,
     and the As and Bs that are used; on the CPU twice, too. Raises ValueError if the lists differ in length, or an id is
-    neither -1 nor an adapter's. In torch alone, ids on an accelerator make the host wait for them.
+    no whole number, or neither -1 nor an adapter's. In torch alone, ids on an accelerator make the host wait for them.
     """
     if not len(As) == len(Bs) == len(scalings):
         raise ValueError(f"{len(As)} As, {len(Bs)} Bs and {len(scalings)} scalings: each adapter has one of each")
-    if len(ids) != len(x):
-        raise ValueError(f"{len(x)} sequences need as many ids, got {len(ids)}")
+    chosen = torch.as_tensor(ids)
+    if chosen.shape != x.shape[:1]:
+        raise ValueError(f"{len(x)} sequences need as many ids, got shape {tuple(chosen.shape)}")
+    if chosen.is_floating_point() and len(chosen):  # torch takes an empty list for floats
+        raise ValueError(f"an id is a whole number, an adapter's or -1, got {chosen.dtype}; .long() makes it one")
     if by_triton(x, W, *As, *Bs):
         from harness.kernels.gpu import multi_lora_linear as gpu
 
-        return gpu.multi_lora_linear(x, W, As, Bs, scalings, ids)
-    used = groups(ids, len(As))
-    tokens = x.reshape(len(x), -1, x.shape[-1])
+        return gpu.multi_lora_linear(x, W, As, Bs, scalings, chosen)
+    used = groups(chosen, len(As))
+    tokens = x.reshape(len(x), prod(x.shape[1:-1]), x.shape[-1])
     rows, taken = [_rows(own, x.device) for own in used.values()], [float(scalings[i]) for i in used]
     y: Tensor = _MultiLora.apply(tokens, W, rows, taken, *(As[i] for i in used), *(Bs[i] for i in used))
     return y.view(*x.shape[:-1], len(W))

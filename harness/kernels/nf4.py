@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from harness.kernels import nf4_compiled
 from harness.kernels.device import TRITON_DTYPES, by_triton
+from harness.kernels.dynamic_quantize import dynamic_map
 from harness.kernels.fresh import empty
 from harness.kernels.pieces import for_each, size
 
@@ -73,20 +74,6 @@ def _cells(device: torch.device) -> tuple[Tensor, Tensor]:
         lower = torch.bucketize(ends, midpoints)
         border = torch.cat([midpoints, torch.tensor([torch.inf], device="cpu")])[lower]
         return lower.to(device, torch.uint8), border.to(device)
-
-
-@cache
-def dynamic_map(device: torch.device) -> Tensor:
-    """Return the 256 values of the signed dynamic map (arXiv:2110.02861), ascending, float32: -0.993 .. 1.
-
-    Decade i of seven, from 10^(i - 6) down to a tenth of it, has the middles of 2^i equal cells, of either sign; 0 and 1 are
-    values of their own. Made once, and never to be written to.
-    """
-    with torch.inference_mode(False):
-        ends = [torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu") for i in range(7)]
-        positive = torch.cat([10.0 ** (i - 6) * ((end[1:] + end[:-1]) / 2) for i, end in enumerate(ends)])
-        own = torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")
-        return torch.cat([-positive, positive, own]).sort().values.to(device)
 
 
 def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:

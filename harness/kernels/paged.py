@@ -25,6 +25,10 @@ def is_paged(state: Any) -> bool:
     return isinstance(state, Tensor) and state.numel() >= MIN_PAGED_ELEMENTS
 
 
+def _large(state: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if is_paged(value)}
+
+
 class Lane:
     """A queue of copies beside the computation: a stream on CUDA; elsewhere every copy is done when the call returns."""
 
@@ -91,8 +95,9 @@ class Paged(torch.optim.Optimizer):
     inner: the optimizer; its groups and its state are this one's too. Its hooks run once per parameter. One that keeps
     anything in its groups, or that looks at several parameters at once (LBFGS), cannot be paged so, nor one whose
     parameters are on several devices. budget: bytes of paged states that may be on the device. At most max(budget, the
-    largest page) are there, slots and all, once every state exists; while one is made or loaded, it is there besides. With
-    a budget of less than two pages there is one slot, and no copy overlaps an update.
+    largest page) are there, slots and all, once every state exists; while one is made or loaded, it is there besides; what
+    `inner` holds already is all there until it is taken over. With a budget of less than two pages there is one slot, and
+    no copy overlaps an update.
 
     Which pages stay is decided in the order of the parameters, after a step that made states. bytes_in, bytes_out: moved to
     the device, to the host, so far. peak: the most bytes of pages and slots that were on the device.
@@ -108,7 +113,12 @@ class Paged(torch.optim.Optimizer):
         self._resident: dict[Tensor, int] = {}  # bytes
         self._slots: list[Slot] = []
         self._lanes: list[Lane] = []  # in, out
-        self._share()
+        self.state = inner.state
+        here = {p: bytes_of(large) for p, state in self.state.items() if (large := _large(state))}
+        self.peak = sum(here.values())
+        for p in here:
+            self._evict(p)
+        self._plan()
 
     @property
     def resident(self) -> int:
@@ -135,8 +145,21 @@ class Paged(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, of this or of the inner optimizer; states that do not fit go to the host."""
-        self.inner.load_state_dict(state_dict)
-        self._share()
+        states = state_dict["state"]
+        pages = {key: state for key, state in states.items() if _large(state)}
+        self.inner.load_state_dict({**state_dict, "state": {k: s for k, s in states.items() if k not in pages}})
+        self.state, self._pages, self._resident, self._slots = self.inner.state, {}, {}, []
+        try:
+            # The inner optimizer puts on the device whatever it loads: so one page at a time.
+            for key, state in pages.items():
+                self.inner.load_state_dict({**state_dict, "state": {key: state}})
+                for p, loaded in self.inner.state.items():
+                    if _large(loaded):
+                        self.state[p] = loaded
+                        self._evict(p)
+        finally:
+            self.inner.state, self.param_groups = self.state, self.inner.param_groups
+        self._plan()
 
     def _steps(self, todo: list[tuple[dict[str, Any], Tensor]]) -> bool:
         """Update each in turn; return whether paged states were made that nobody had planned for."""
@@ -150,7 +173,7 @@ class Paged(torch.optim.Optimizer):
                 finally:
                     if slot is not None:
                         self._send_out(p, slot)
-                if slot is None and p not in self._resident and any(map(is_paged, self.state[p].values())):
+                if slot is None and p not in self._resident and _large(self.state[p]):
                     self._evict(p)
                     made = True
         finally:
@@ -190,7 +213,7 @@ class Paged(torch.optim.Optimizer):
 
     def _evict(self, p: Tensor) -> None:
         """Move states that are in memory of their own to the host."""
-        large = {name: state for name, state in self.state[p].items() if is_paged(state)}
+        large = _large(self.state[p])
         self._resident.pop(p, None)
         self.peak = max(self.peak, self.resident + bytes_of(large))
         self._pages[p] = {name: to_host(state) for name, state in large.items()}
@@ -218,10 +241,3 @@ class Paged(torch.optim.Optimizer):
                 self.state[p].update({n: host.to(p.device, copy=True) for n, host in self._pages.pop(p).items()})
                 self.bytes_in += size
         self.peak = max(self.peak, self.resident)
-
-    def _share(self) -> None:
-        self.param_groups, self.state = self.inner.param_groups, self.inner.state
-        self._pages, self._resident, self._slots = {}, {}, []
-        for p in [p for p, state in self.state.items() if any(map(is_paged, state.values()))]:
-            self._evict(p)
-        self._plan()

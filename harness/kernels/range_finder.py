@@ -60,11 +60,12 @@ def leading_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
     W: float32 or float64. Of float32 by the eigenvectors of the smaller Gram matrix in float64, in which its products are
     exact. The other side's are W's products with them, divided by S; where S spans more than that bears, or W is float64,
-    it is LAPACK's SVD. Raises torch.linalg.LinAlgError if W is not finite.
+    it is LAPACK's SVD. Raises ValueError if W is not finite.
     """
     if W.shape[0] < W.shape[1]:
         V, S, U = leading_svd(W.T, rank)
         return U, S, V
+    _refuse_infinite(W)
     if W.dtype != torch.float64:
         S, V = _by_gram(W.double(), rank)
         if S[-1] > SURE * S[0]:
@@ -76,14 +77,23 @@ def leading_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def leading_vectors(W: Tensor, rank: int, left: bool, right: bool) -> tuple[Tensor | None, Tensor | None]:
     """Return (U (E, R) if `left` else None, V (D, R) if `right` else None) as `leading_svd`; contiguous.
 
-    Only the shorter side's needs no division, and holds for a singular matrix as well.
+    Only the shorter side's needs no division, and holds for a singular matrix as well. Raises as it does.
     """
     shorter = right if W.shape[0] >= W.shape[1] else left
     if W.dtype != torch.float64 and shorter and left != right:
+        _refuse_infinite(W)
         vectors = _by_gram((W if right else W.T).double(), rank)[1].to(W.dtype)
         return (None, vectors) if right else (vectors, None)
     U, _, V = leading_svd(W, rank)
     return U.contiguous() if left else None, V.contiguous() if right else None
+
+
+def _refuse_infinite(W: Tensor) -> None:
+    """LAPACK calls such a matrix ill-conditioned, or returns NaN without a word."""
+    if not W.isfinite().all():
+        raise ValueError(
+            "a matrix with a NaN or an infinity has no singular vectors; mend the weight or the gradient that it is"
+        )
 
 
 def _by_gram(tall: Tensor, rank: int) -> tuple[Tensor, Tensor]:
