@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness.bench import calls, command, planning, pytest_benchmark, results, table, timing, training
+from harness.bench import calls, command, planning, products, pytest_benchmark, results, table, timing, training
 from harness.bench.operations import OPERATIONS
 from harness.bench.planning import Asked, Task
 from harness.bench.results import Ceilings, Row, Samples
@@ -177,6 +177,16 @@ def test_a_step_is_timed_beside_the_frozen_pass(registry: Registry, name: str) -
     assert first[0] == pytest.approx(first[1])
     assert f"{step.method}/loss/float32/warm" in {t.result.check for t in one.parity}
     assert "x frozen pass" in table.as_text([one])
+    assert one.products is not None
+    # Forward and backward, r (D + E) products beside D E, and another for the gradient of the factors.
+    assert one.products.other >= one.products.ours > one.products.frozen
+    assert f"{one.products.ours / one.products.frozen:.2f} by FLOPs" in table.as_text([one])
+
+
+def test_products_are_counted_in_every_form() -> None:
+    left, right, into = torch.randn(8, 4), torch.randn(4, 6), torch.zeros(8, 6)
+    calls = (lambda: left @ right, lambda: torch.addmm(into, left, right), lambda: into.addmm_(left, right))
+    assert [products.flops(call) for call in calls] == [2 * 8 * 4 * 6] * 3
 
 
 def test_a_refresh_counts_once_in_two_hundred_steps() -> None:

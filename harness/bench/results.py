@@ -46,12 +46,20 @@ class Ceilings(Frozen):
     gemm_FLOP_per_s: float
 
 
+class Products(Frozen):
+    """The FLOPs of the matrix products of a training step, and of the frozen pass, as torch counts them."""
+
+    ours: int
+    other: int
+    frozen: int
+
+
 class Row(Frozen):
     """One benchmark: a name, a shape, a dtype, two implementations.
 
     because: why it is not measured. differs: how the two do not compute the same, where they do not. judged: on what its
     parity was judged, where that is less than what was timed. parity: every check that had to pass. bytes, flops: by
-    formula. memory: implementation -> bytes of a process with it alone: at most during the steps (peak), before them (rest),
+    formula. products: of a training step; where Triton ran they are not counted. memory: implementation -> bytes of a process with it alone: at most during the steps (peak), before them (rest),
     before there was a model (bare). losses: implementation -> the loss of each step. facts: threads, the machine's load
     before, the GPU, who packed the base.
     """
@@ -71,6 +79,7 @@ class Row(Frozen):
     ceilings: Ceilings | None = None
     bytes: float | None = None
     flops: float | None = None
+    products: Products | None = None
     memory: dict[str, dict[str, int]] = Field(default={})
     losses: dict[str, list[float]] = Field(default={})
     facts: dict[str, Json] = Field(default={})
@@ -93,6 +102,11 @@ class Row(Frozen):
         if self.samples is None or not self.samples.limit:
             return None
         return median(a / least for a, least in zip(self.samples.ours, self.samples.limit, strict=True))
+
+    @property
+    def products_ratio(self) -> float | None:
+        """Our products' FLOPs over those of the frozen pass: what `limit_ratio` would be if all else took no time."""
+        return None if self.products is None else self.products.ours / self.products.frozen
 
     @property
     def least_s(self) -> float | None:
@@ -134,6 +148,6 @@ class Row(Frozen):
                 "ours_s": median(self.samples.ours), "other_s": median(self.samples.other),
                 "ratio": None if ratio is None else {"value": ratio.value, "low": ratio.low, "high": ratio.high},
                 "share_ours": self.share(self.samples.ours), "share_other": self.share(self.samples.other),
-                "limit_ratio": self.limit_ratio, "memory_ratio": self.memory_ratio, "mostly_call": self.mostly_call,
+                "limit_ratio": self.limit_ratio, "products_ratio": self.products_ratio, "memory_ratio": self.memory_ratio, "mostly_call": self.mostly_call,
             }  # fmt: skip
         return {**self.model_dump(mode="json"), "made": made}

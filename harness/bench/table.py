@@ -49,7 +49,8 @@ def _ratio(row: Row) -> str:
 
 def _limit(row: Row) -> str:
     if row.limit_ratio is not None:
-        return f"{row.limit_ratio:.2f} x frozen pass"
+        by_flops = "" if row.products_ratio is None else f", {row.products_ratio:.2f} by FLOPs"
+        return f"{row.limit_ratio:.2f} x frozen pass{by_flops}"
     share = row.share(row.samples.ours) if row.samples is not None else None
     return "-" if share is None else f"{share:.0%} of roofline"
 
@@ -83,6 +84,16 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         )
     if any(row.ratio.low is None for row in measured if row.ratio is not None):
         notes.append(f"[too few]: there is no such interval of fewer than {FEWEST} pairs; ask for more by --pairs")
+    if counted := [row for row in measured if row.products is not None]:
+        notes.append(
+            "frozen pass: the dense model forward, and backward to its embeddings, with nothing trained. By FLOPs: what the "
+            "step's own products come to beside it, if they ran at its rate and nothing else took time; and so the other's:"
+        )
+        notes += [
+            f"  {row.name} {row.other}: {row.products.other / row.products.frozen:.2f}"
+            for row in counted
+            if row.products
+        ]
     if any(row.ceilings for row in measured):
         seen = {
             (row.device, row.dtype, f"{row.ceilings.copy_B_per_s / 1e9:.3g} GB/s, {row.ceilings.gemm_FLOP_per_s / 1e12:.3g}")

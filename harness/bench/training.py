@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.bench import timing
-from harness.bench.results import Row, Samples
+from harness.bench.products import flops
+from harness.bench.results import Products, Row, Samples
 from harness.bench.steps import CYCLE, GALORE_GAP, Backbone, Step
 from harness.bench.trainee import LR, SEED, WEIGHT_DECAY, Trainee, frozen_pass
 from harness.bench.verdict import standing
@@ -45,17 +46,23 @@ def row(
         for result in trainee.parity()
     ]
     tried, outcome, because = standing(parity)
-    samples = None
+    samples = products = None
+    losses: dict[str, list[float]] = {}
     if outcome == "measured":
         for trainee in trainees:
             trainee.settle()
         limit = frozen_pass(shape, DTYPES[dtype], device)
         samples = timing.pairs(timing.Clock(device), trainees[0].step, trainees[1].step, pairs, limit=limit, alone=True)
+        losses = {it.name: list(trainee.losses) for it, trainee in zip(both, trainees, strict=True)}
+        if (
+            device.type == "cpu" and not step.base
+        ):  # torch counts neither Triton's products nor those of a library on NF4
+            ours, other = (flops(trainee.step) for trainee in trainees)
+            products = Products(ours=ours, other=other, frozen=flops(limit))
     return Row(
         name=f"step:{name}", shape=case, dtype=dtype, device=device.type, ours=both[0].name, other=both[1].name,
-        outcome=outcome, because=because, parity=tried, samples=samples,
-        losses={it.name: trainee.losses for it, trainee in zip(both, trainees, strict=True) if samples is not None},
-        facts=facts | {"packed by": list(packers)} if step.base else facts,
+        outcome=outcome, because=because, parity=tried, samples=samples, products=products,
+        losses=losses, facts=facts | {"packed by": list(packers)} if step.base else facts,
     )  # fmt: skip
 
 

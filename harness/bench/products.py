@@ -1,0 +1,34 @@
+"""How many FLOPs the matrix products of a training step take, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up what torch's own formulas say. Not torch's counter: its hooks on all modules would change what is computed."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        # The one that accumulates in place has no formula of its own.
+        op = torch.ops.aten.addmm if func._overloadpacket is torch.ops.aten.addmm_ else func._overloadpacket
+        if op in flop_registry:
+            self.total += flop_registry[op](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def flops(step: Callable[[], Any]) -> int:
+    """Return the FLOPs of all products that torch runs in one call of `step`, two for a multiplication and an addition.
+
+    Those of Triton's kernels are not among them.
+    """
+    with _Counter() as counter:
+        step()
+    return counter.total
