@@ -13,7 +13,9 @@ from torch.utils.flop_counter import flop_registry
 class _Counter(TorchDispatchMode):
     """Adds up what torch's own formulas say. Not torch's counter: its hooks on all modules would change what is computed."""
 
-    total = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -29,6 +31,7 @@ def flops(step: Callable[[], Any]) -> int:
 
     Those of Triton's kernels are not among them.
     """
-    with _Counter() as counter:
+    counter = _Counter()
+    with counter:
         step()
     return counter.total

@@ -59,9 +59,10 @@ class Row(Frozen):
 
     because: why it is not measured. differs: how the two do not compute the same, where they do not. judged: on what its
     parity was judged, where that is less than what was timed. parity: every check that had to pass. bytes, flops: by
-    formula. products: of a training step; where Triton ran they are not counted. memory: implementation -> bytes of a process with it alone: at most during the steps (peak), before them (rest),
-    before there was a model (bare). losses: implementation -> the loss of each step. facts: threads, the machine's load
-    before, the GPU, who packed the base.
+    formula. products: of a training step; where Triton ran, or a library on NF4, they are not counted. memory:
+    implementation -> bytes of a process with it alone: at most during the steps (peak), before them (rest), before there was
+    a model (bare). losses: implementation -> the loss of each step. facts: threads, the machine's load before, the GPU, who
+    packed the base.
     """
 
     name: str
@@ -148,6 +149,7 @@ class Row(Frozen):
                 "ours_s": median(self.samples.ours), "other_s": median(self.samples.other),
                 "ratio": None if ratio is None else {"value": ratio.value, "low": ratio.low, "high": ratio.high},
                 "share_ours": self.share(self.samples.ours), "share_other": self.share(self.samples.other),
-                "limit_ratio": self.limit_ratio, "products_ratio": self.products_ratio, "memory_ratio": self.memory_ratio, "mostly_call": self.mostly_call,
+                "limit_ratio": self.limit_ratio, "products_ratio": self.products_ratio, "memory_ratio": self.memory_ratio,
+                "mostly_call": self.mostly_call,
             }  # fmt: skip
         return {**self.model_dump(mode="json"), "made": made}
