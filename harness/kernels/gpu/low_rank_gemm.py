@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from harness.kernels.gpu.gemm_tiles import EXACT, LARGE, LARGEST, GemmTile, gemm_tile, rank_block
+from harness.kernels.gpu.gemm_tiles import EXACT, FEW_ROWS, LARGE, LARGEST, GemmTile, gemm_tile, rank_block
 from harness.kernels.gpu.launch import Launch, strides
 from harness.kernels.gpu.matrix_product import accumulate, is_wide, program_tile
 from harness.kernels.gpu.rounding import load_as_float32, store_as
@@ -131,7 +131,10 @@ def _specimens() -> list[Specimen]:
         of("forward-bf16-largest", LARGEST, bf16, E, D, False, "bias"),
         of("forward-bf16-large", LARGE, bf16, E, D, False, "bias"),
         of("forward-fp16-largest", LARGEST, fp16, E, D, False),
-        of("forward-bf16-few-rows", GemmTile(16, 32, 128, 4, 4), bf16, E, D, False, "bias"),
+        of("forward-bf16-few-rows", FEW_ROWS[0], bf16, E, D, False, "bias"),
+        of("forward-bf16-32-rows", FEW_ROWS[1], bf16, E, D, False),
+        of("backward-mask-bf16-32-rows", FEW_ROWS[1], bf16, D, E, True, "term_mask"),
+        of("forward-bf16-wide", LARGE, bf16, 1 << 20, D, False, "bias"),
         of("forward-fp32", EXACT, fp32, E, D, False, "bias"),
         of("vera-forward-bf16-largest", LARGEST, bf16, E, D, False, "bias", "term_scale"),
         of("dora-forward-bf16-large", LARGE, bf16, E, D, False, "bias", "gain", "product"),
