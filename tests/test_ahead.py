@@ -63,6 +63,13 @@ def test_a_module_that_is_not_there_is_named_with_those_that_are() -> None:
     assert "nf4" in done.stderr
 
 
+@pytest.mark.parametrize("arch", ["91", "12"])
+def test_an_architecture_that_is_not_known_is_refused_with_those_that_are(arch: str) -> None:
+    done = command("--arch", arch, "--module", "dora_gain")
+    assert done.returncode == 2
+    assert f"invalid choice: {arch} (choose from 80, 90, 100)" in done.stderr
+
+
 def test_a_module_that_does_not_import_hides_no_other() -> None:
     verdict, *rest = ahead.judged("half_written", 90, {})
     assert not rest
@@ -74,6 +81,8 @@ def test_a_module_that_does_not_import_hides_no_other() -> None:
     [
         ({}, {}, 40, None),
         ({"stack": 16}, {}, 40, "spilled"),
+        ({"shared": ahead.SHARED[80]}, {}, 40, None),
+        ({"shared": ahead.SHARED[80] + 1}, {}, 40, "of shared memory, sm_80 has"),
         ({}, {}, 39, "allows 39"),
         ({}, {}, None, "--write"),
         ({"wide_loads": 0}, {}, 40, "no load of 128"),
@@ -88,7 +97,7 @@ def test_a_module_that_does_not_import_hides_no_other() -> None:
     ],
 )
 def test_each_gate(found: dict[str, Any], changed: dict[str, Any], limit: int | None, says: str | None) -> None:
-    faults: Iterator[str] = ahead.faults(replace(STREAMING, **changed), replace(GOOD, **found), limit)
+    faults: Iterator[str] = ahead.faults(replace(STREAMING, **changed), replace(GOOD, **found), 80, limit)
     wrong = list(faults)
     assert len(wrong) == (says is not None)
     assert not says or says in wrong[0]

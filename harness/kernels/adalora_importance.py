@@ -49,6 +49,11 @@ def adalora_importance(
 
     What is given stays as it is; shapes and dtypes as in `adalora_importance_`.
     """
+    if by_triton(A, E, B, I_A, I_E, I_B):
+        from harness.kernels.gpu import adalora_importance as gpu
+
+        given = A, E, B, grad_A, grad_E, grad_B, I_A, U_A, I_E, U_E, I_B, U_B
+        return gpu.adalora_importance(*given, beta1, beta2)
     before = {"I_A": I_A, "U_A": U_A, "I_E": I_E, "U_E": U_E, "I_B": I_B, "U_B": U_B}
     after = {name: t.clone(memory_format=torch.contiguous_format) for name, t in before.items()}
     adalora_importance_(

@@ -36,6 +36,10 @@ def adamw8bit_step(
     p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor, v_absmax: Tensor, **how: Any
 ) -> tuple[Tensor, ...]:
     """Return new p, m, m_absmax, v, v_absmax after a step; arguments as of `adamw8bit_step_`, in any layout."""
+    if by_triton(p, g):
+        from harness.kernels.gpu import adamw8bit as gpu
+
+        return gpu.adamw8bit_step(p, g, m, m_absmax, v, v_absmax, **how)
     # Not clone(), which keeps a layout with gaps or a transposed one.
     out = [t.detach().clone(memory_format=torch.contiguous_format) for t in (p, m, m_absmax, v, v_absmax)]
     adamw8bit_step_(out[0], g, *out[1:], **how)

@@ -33,6 +33,15 @@ def by_triton(*tensors: Tensor) -> bool:
     return where and all(t.dtype in TRITON_DTYPES for t in tensors if t.is_floating_point())
 
 
+def multiplied_by_triton(*tensors: Tensor) -> bool:
+    """Return whether the layer of these goes to Triton's matrix products: as `by_triton` says, but on a GPU not in float32.
+
+    Without TF32 no matrix unit multiplies that, and cuBLAS is ahead; and whether TF32 is allowed only torch looks up. By
+    the interpreter it goes all the same, which is how these kernels are tested in every dtype.
+    """
+    return by_triton(*tensors) and (interpreted() or not any(t.dtype == torch.float32 for t in tensors))
+
+
 def frozen(*tensors: Tensor | None) -> bool:
     """Return whether none of these is to be trained: the kernels of adapted layers have no gradient for the base's own."""
     return not any(t is not None and t.requires_grad for t in tensors)

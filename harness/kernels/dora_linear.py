@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from harness.kernels.autocast import outside_autocast
-from harness.kernels.device import by_triton, frozen
+from harness.kernels.device import frozen, multiplied_by_triton
 from harness.kernels.lora_linear import lora_linear
 
 
@@ -70,9 +70,10 @@ def dora_linear(
     """Return x W^T + bias + (g - 1) (x mask) W^T + g scaling ((x mask) A^T) B^T, shape (..., E) (eq. 5 with dropout).
 
     g = m / ||W + scaling B A|| of each row, 0 where that is 0. x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), m (E,),
-    mask like x or None, all of one dtype. Differentiable in all but the mask, twice too, with the norm as a constant.
+    mask like x or None, all of one dtype. Differentiable in all but the mask, twice too, with the norm as a constant;
+    by Triton once, and a second derivative raises RuntimeError.
     """
-    if by_triton(x, W, A, B, m) and frozen(W, bias):
+    if multiplied_by_triton(x, W, A, B, m) and frozen(W, bias):
         from harness.kernels.gpu import dora_linear as gpu
 
         return gpu.dora_linear(x, W, bias, A, B, m, scaling, mask)

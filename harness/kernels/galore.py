@@ -82,6 +82,10 @@ def galore_step(
     W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, V: Tensor, **how: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return new W, M and V after a step; arguments as of `galore_step_`, in any layout."""
+    if how.get("M_absmax") is None and by_triton(W, G):
+        from harness.kernels.gpu import galore_step as gpu
+
+        return gpu.galore_step(W, G, P, Q, M, V, **how)
     out = [t.detach().clone(memory_format=torch.contiguous_format) for t in (W, M, V)]
     galore_step_(out[0], G, P, Q, out[1], out[2], **how)
     return out[0], out[1], out[2]

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from torch.nn.modules.module import _has_any_global_hook
 
 from harness.kernels.autocast import outside_autocast
-from harness.kernels.device import by_triton, frozen
+from harness.kernels.device import frozen, multiplied_by_triton
 from harness.kernels.nf4_linear import Nf4Linear
 from harness.kernels.nf4_lora_linear import packed_lora_linear
 
@@ -62,9 +62,9 @@ def lora_linear(
     """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E) (arXiv:2106.09685, section 4.1).
 
     x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), mask like x or None, all of one dtype. Differentiable in all but
-    the mask, twice too.
+    the mask, twice too; by Triton once, and a second derivative raises RuntimeError.
     """
-    if by_triton(x, W, A, B) and frozen(W, bias):
+    if multiplied_by_triton(x, W, A, B) and frozen(W, bias):
         from harness.kernels.gpu import lora_linear as gpu
 
         return gpu.lora_linear(x, W, bias, A, B, scaling, mask)

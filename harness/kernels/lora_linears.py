@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.kernels.autocast import outside_autocast
-from harness.kernels.device import by_triton
+from harness.kernels.device import multiplied_by_triton
 from harness.kernels.lora_linear import is_plain
 from harness.kernels.nf4_linear import Nf4Linear, product
 from harness.kernels.packed_weight import PackedWeight
@@ -134,7 +134,7 @@ def factors_over(base: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: floa
     On a GPU a kernel of its own has the low-rank term in the accumulator of the base's product already.
     """
     inner: Any = base
-    if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling() or by_triton(x, A, B):
+    if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling() or multiplied_by_triton(x, A, B):
         return None
     if is_plain(base) and {inner.weight.dtype, A.dtype, B.dtype} == {x.dtype}:
         return LoraFactors(inner.weight, inner.bias, A, B, scaling)

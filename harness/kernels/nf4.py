@@ -124,17 +124,13 @@ def dequantize(
     packed, absmax: as `quantize` returns them. out: contiguous memory of that many values and that dtype to write into.
     Raises ValueError where packed or absmax are not as long as `shape` asks for.
     """
-    count = prod(shape)
-    if block < 1 or packed.numel() != -(-count // 2) or absmax.numel() != -(-count // block):
-        raise ValueError(
-            f"{tuple(shape)} in blocks of {block} takes {-(-count // 2)} bytes and {-(-count // max(block, 1))} constants, "
-            f"got {packed.numel()} and {absmax.numel()}"
-        )
+    check_sizes(packed, absmax, block, shape)
     if by_triton(packed, absmax) and dtype in TRITON_DTYPES and on_gpu(block):
         from harness.kernels.gpu import nf4 as gpu
 
         return gpu.dequantize(packed, absmax, block, shape, dtype, out)
     values = empty(shape, dtype, packed.device) if out is None else out.view(tuple(shape))
+    count = prod(shape)
     flat, scale, out = packed.detach().reshape(-1), absmax.detach().float().reshape(-1), values.view(-1)
     done = nf4_compiled.decode(flat, scale, out, block, _numbers())
     rest, step = out[done:], _step(block, count - done, packed.device)
@@ -142,6 +138,25 @@ def dequantize(
     table = _words(packed.device)
     for_each(_decode, [(table, *piece, block) for piece in zip(*parts, strict=True)], rest.numel())
     return values
+
+
+def check_sizes(packed: Tensor, constants: Tensor, block: int, shape: Sequence[int]) -> None:
+    """Raise ValueError unless these are the bytes of a tensor of `shape` and one constant for each of its blocks."""
+    count = prod(shape)
+    if block < 1 or packed.numel() != -(-count // 2) or constants.numel() != -(-count // block):
+        raise ValueError(
+            f"{tuple(shape)} in blocks of {block} takes {-(-count // 2)} bytes and {-(-count // max(block, 1))} constants, "
+            f"got {packed.numel()} and {constants.numel()}"
+        )
+
+
+def check_second_sizes(codes: Tensor, absmax2: Tensor, offset: Tensor, block: int) -> None:
+    """Raise ValueError unless absmax2 has one constant for each block of `codes`, and offset is one number."""
+    if block < 1 or absmax2.numel() != -(-codes.numel() // block) or offset.numel() != 1:
+        raise ValueError(
+            f"{codes.numel()} codes in blocks of {block} do not go with {absmax2.numel()} constants and "
+            f"{offset.numel()} offsets; they take {-(-codes.numel() // max(block, 1))} and 1"
+        )
 
 
 def _decode(table: Tensor, packed: Tensor, absmax: Tensor, out: Tensor, block: int) -> None:
@@ -172,10 +187,9 @@ def double_quantize(absmax: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]
 def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor, block: int) -> Tensor:
     """Return the constants that `double_quantize` coded, float32, as long as `codes`: value x absmax2 + offset.
 
-    Raises ValueError where absmax2 is not as long as `codes` asks for.
+    Raises ValueError where absmax2 is not as long as `codes` asks for, or offset not one number.
     """
-    if block < 1 or absmax2.numel() != -(-codes.numel() // block):
-        raise ValueError(f"{codes.numel()} codes in blocks of {block} do not go with {absmax2.numel()} constants")
+    check_second_sizes(codes, absmax2, offset, block)
     absmax = dynamic_map(codes.device).index_select(0, codes.reshape(-1).to(torch.int32))
     _times_absmax(absmax, absmax2.detach().float().reshape(-1), block, absmax)
     return absmax.add_(offset.float())

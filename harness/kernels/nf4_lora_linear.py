@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from harness.kernels import nf4
 from harness.kernels.autocast import outside_autocast
-from harness.kernels.device import by_triton
+from harness.kernels.device import frozen, multiplied_by_triton
 from harness.kernels.nf4_linear import product
 from harness.kernels.packed_weight import PackedWeight
 
@@ -68,12 +68,13 @@ def packed_lora_linear(
     """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E), with W decoded and cast to the dtype of x.
 
     x (..., D); A (R, D) and B (E, R) of its dtype; mask: dropout's, 0 or 1 / (1 - p), of the shape and dtype of x, or None.
-    Differentiable in x, A, B and bias, twice too. Under autocast and torch.compile the plain expression is used.
+    Differentiable in x, A, B and bias, twice too; by Triton once, and a second derivative raises RuntimeError. Under
+    autocast and torch.compile the plain expression is used.
     """
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         masked = x if mask is None else x * mask
         return linear(x, weight.decoded(x.dtype), bias) + scaling * ((masked @ A.T) @ B.T)
-    if by_triton(x, A, B, weight.packed) and nf4.on_gpu(weight.block):
+    if multiplied_by_triton(x, A, B, weight.packed) and nf4.on_gpu(weight.block) and frozen(bias):
         from harness.kernels.gpu import nf4_lora_linear as gpu
 
         packed = weight.packed, weight.constants(), weight.block, weight.shape

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from harness.kernels.autocast import outside_autocast
-from harness.kernels.device import by_triton, frozen
+from harness.kernels.device import frozen, multiplied_by_triton
 
 
 class _Projection(torch.autograd.Function):
@@ -107,7 +107,7 @@ def vera_linear(
     Differentiable in x, bias, b and d. shared: where layers look for the product with A. Raises RuntimeError in the
     backward pass if W requires a gradient.
     """
-    if by_triton(x, W, A, B, b, d) and frozen(W, bias):
+    if multiplied_by_triton(x, W, A, B, b, d) and frozen(W, bias):
         from harness.kernels.gpu import vera_linear as gpu
 
         return gpu.vera_linear(x, W, bias, A, B, b, d, mask)

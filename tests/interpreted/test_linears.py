@@ -15,7 +15,7 @@ from harness.kernels.gpu.dora_linear import dora_linear
 from harness.kernels.gpu.lora_linear import lora_linear
 from harness.kernels.gpu.nf4_lora_linear import nf4_lora_linear
 from harness.kernels.gpu.shrink import shrink
-from harness.kernels.gpu.token_sums import outer_sum, product_sum
+from harness.kernels.gpu.token_sums import outer_sum, outer_sum_against, product_sum
 from harness.kernels.gpu.vera_linear import vera_linear
 from harness.records import Outcome
 from harness.registry import Implementation
@@ -123,6 +123,40 @@ def test_no_tokens_give_no_output_and_gradients_of_zero() -> None:
         assert x.grad.shape == x.shape
 
 
+def test_rank_0_is_the_frozen_layer() -> None:
+    x, A, B = noise(5, 8).requires_grad_(), noise(0, 8).requires_grad_(), noise(6, 0).requires_grad_()
+    W = noise(6, 8, seed=1)
+    y = lora_linear(x, W, None, A, B, 2.0, None)
+    y.sum().backward()
+    torch.testing.assert_close(y, x @ W.T)
+    assert A.grad.shape == A.shape
+    assert B.grad.shape == B.shape
+    assert not outer_sum_against(noise(5, 6), noise(5, 0), B.detach()).any()
+    assert product_sum(noise(5, 0), noise(5, 0)).shape == (0,)
+
+
+def far_apart(rows: int, columns: int, *strides: int) -> Tensor:
+    """Return bfloat16 whose last element is beyond int32, in memory of which the system gives only what is touched."""
+    last = (rows - 1) * strides[0] + (columns - 1) * strides[1]
+    assert last >= 2**31
+    return torch.empty(last + 1, dtype=torch.bfloat16).as_strided((rows, columns), strides)
+
+
+def test_elements_beyond_what_int32_counts_are_found() -> None:
+    W, A, B = (noise(*shape, dtype=torch.bfloat16, seed=s) for s, shape in enumerate(((3, 257), (2, 257), (3, 2))))
+    x, m, mask = noise(4, 257, dtype=torch.bfloat16), torch.ones(3).bfloat16(), torch.ones(4, 257).bfloat16()
+    rows_apart, columns_apart = far_apart(3, 257, 2**30, 1).copy_(W), far_apart(3, 257, 1, 2**23).copy_(W)
+    assert torch.equal(lora_linear(x, rows_apart, None, A, B, 2.0, None), lora_linear(x, W, None, A, B, 2.0, None))
+    assert torch.equal(
+        dora_linear(x, rows_apart, None, A, B, m, 2.0, mask), dora_linear(x, W, None, A, B, m, 2.0, mask)
+    )
+    assert torch.equal(dora_gain(columns_apart, A, B, m, 2.0)[0], dora_gain(W, A, B, m, 2.0)[0])
+    wide, narrow = noise(2, 3, dtype=torch.bfloat16), noise(2, 2, dtype=torch.bfloat16)
+    apart = far_apart(2, 3, 1, 2**30).copy_(wide)
+    assert torch.equal(outer_sum(apart, narrow), outer_sum(wide, narrow))
+    assert torch.equal(product_sum(apart, wide), product_sum(wide, wide))
+
+
 def test_what_does_not_fit_is_refused() -> None:
     x, W, A, B, m = noise(2, 8), noise(6, 8), noise(3, 8), noise(6, 3), noise(6)
     with pytest.raises(ValueError, match=r"A should be \(3, 8\)"):
@@ -135,7 +169,7 @@ def test_what_does_not_fit_is_refused() -> None:
         vera_linear(x, W, None, A, B, noise(6), noise(6), None)
     with pytest.raises(ValueError, match="weight of the layer is frozen"):
         dora_linear(x, W.requires_grad_(), None, A, B, m, 1.0, None)
-    with pytest.raises(ValueError, match="do not fill"):
+    with pytest.raises(ValueError, match="takes 24 bytes"):
         nf4_lora_linear(x, torch.zeros(3, dtype=torch.uint8), noise(1), 64, (6, 8), None, A, B, 1.0, None)
 
 

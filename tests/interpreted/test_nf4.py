@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from harness.conformance.codes import Kind, values
+from harness.kernels import nf4 as dispatched
+from harness.kernels import nf4_linear as linear_module
+from harness.kernels import nf4_lora_linear as lora_module
 from harness.kernels.gpu import nf4, nf4_linear
+from harness.kernels.packed_weight import PackedWeight
 from harness.testing import conformance
 from reference import double_quant
 from reference import nf4 as reference
@@ -78,10 +82,55 @@ def test_nothing_past_the_end_is_written() -> None:
 def test_what_has_no_kernel_is_refused() -> None:
     with pytest.raises(ValueError, match="power of two"):
         nf4.quantize(torch.ones(96), 48)
-    with pytest.raises(ValueError, match="do not fill"):
+    with pytest.raises(ValueError, match="takes 9 bytes and 1 constants, got 8 and 1"):
         nf4.dequantize(torch.zeros(8, dtype=torch.uint8), torch.ones(1), 64, (3, 6), torch.float32)
     with pytest.raises(ValueError, match="no fused kernel"):  # a row that does not begin with a block
         nf4_linear.fused(torch.ones(1, 96), torch.zeros(96, dtype=torch.uint8), torch.ones(3), 64, (2, 96), None)
+
+
+def _sizes(**changed: tuple[int, ...]) -> dict[str, Tensor]:
+    """Return what a (64, 64) matrix is in blocks of 64 and 8, or something that is not it."""
+    right = {"packed": (2048,), "codes": (64,), "absmax2": (8,), "offset": ()} | changed
+    return {
+        n: torch.zeros(s, dtype=torch.uint8 if n in ("packed", "codes") else torch.float32) for n, s in right.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"packed": (2047,)}, {"packed": (2049,)}, {"codes": (63,)}, {"codes": (65,)},
+     {"absmax2": (1,)}, {"absmax2": (9,)}, {"offset": (0,)}, {"offset": (64,)}],
+    ids=str,
+)  # fmt: skip
+def test_sizes_that_do_not_fit_are_refused_alike_by_triton_and_by_torch(wrong: dict[str, tuple[int, ...]]) -> None:
+    said = []
+    for by in (True, False):
+        with (
+            mock.patch.object(dispatched, "by_triton", return_value=by),
+            pytest.raises(ValueError, match=r"; they take|, got") as error,
+        ):
+            dispatched.dequantize_double(**_sizes(**wrong), block=64, block2=8, shape=(64, 64), dtype=torch.bfloat16)
+        said.append(str(error.value))
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"packed": (2047,)}, {"packed": (2049,)}, {"codes": (63,)}, {"codes": (65,)}], ids=str
+)
+def test_a_layer_refuses_them_alike_too(wrong: dict[str, tuple[int, ...]]) -> None:
+    given, said = _sizes(**wrong), []
+    weight = PackedWeight(given["packed"], given["codes"].float(), 64, (64, 64))
+    A, B = torch.zeros(2, 64), torch.zeros(64, 2)
+    for by in (True, False):
+        for layer, name, others in (
+            (linear_module, "by_triton", (None,)),
+            (lora_module, "multiplied_by_triton", (None, A, B, 1.0, None)),
+        ):
+            call = getattr(layer, f"packed_{layer.__name__.rpartition('nf4_')[2]}")
+            with mock.patch.object(layer, name, return_value=by), pytest.raises(ValueError, match="got") as error:
+                call(torch.ones(2, 64), weight, *others)
+            said.append(str(error.value))
+    assert len(set(said)) == 1
 
 
 @conformance("nf4_linear", dtypes=["bfloat16"])
@@ -119,3 +168,8 @@ def test_more_rows_never_mean_fewer_tokens(tokens: int) -> None:
     chosen = [nf4_linear.few(tokens, E) for E in (1, 4096, 8192, 16384, 100_000)]
     assert chosen == sorted(chosen)
     assert tokens <= 64 or not any(chosen)
+
+
+def test_fused_is_what_outweighs_decoding_first_by_the_instructions_of_the_kernel() -> None:
+    assert not any(nf4_linear.few(1, E) for E in (1024, 4096, 8192))
+    assert nf4_linear.few(32, 14336)

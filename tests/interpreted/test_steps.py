@@ -1,28 +1,21 @@
 """The kernels of optimizer steps, of AdaLoRA's importance and of mixed adapters, run by Triton's interpreter on the CPU.
 
-    TRITON_INTERPRET=1 python -m pytest tests/interpreted/test_steps.py
-
 The conformance engine judges, as it does every implementation; here the cases are small, since the interpreter is slow.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from harness.conformance import matrix, operations, suite
+from harness.kernels.gpu import adalora_importance, adamw8bit, dynamic_quantize, galore_step, multi_lora_linear
 from harness.records import Outcome
 from harness.registry import implements
-
-pytest.importorskip("triton", reason="Triton is made for Linux only")
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("run it with TRITON_INTERPRET=1: without, Triton compiles for a GPU", allow_module_level=True)
-
-from harness.kernels.gpu import adalora_importance, adamw8bit, dynamic_quantize, galore_step, multi_lora_linear
 from reference.dynamic_map import dynamic_map, quantize_blockwise
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -136,6 +129,24 @@ def test_importance_of_several_layers_is_that_of_each() -> None:
     assert torch.equal(
         layers[2]["I_B"], 0.85 * _drawn("adalora_importance", torch.float32, shape=[9, 64], rank=3)["I_B"]
     )
+
+
+def test_a_gradient_of_another_dtype_is_read_as_what_it_says() -> None:
+    given = _drawn("adalora_importance", torch.bfloat16, shape=[16, 32], rank=4)
+    want = adalora_importance.adalora_importance(**given)
+    wider = {name: given[name].float() for name in ("grad_A", "grad_E", "grad_B")}
+    assert all(map(torch.equal, adalora_importance.adalora_importance(**given | wider), want))
+
+
+def test_layers_of_two_devices_share_no_launch() -> None:
+    layer = _drawn("adalora_importance", torch.float32, shape=[9, 64], rank=3)
+    layers = {n: [t, t.to("meta"), t] for n, t in layer.items() if not n.startswith("beta")}
+    with mock.patch.object(adalora_importance, "_group", side_effect=lambda group, *_: group) as launched:
+        adalora_importance.adalora_importance_(**layers, beta1=0.85, beta2=0.7)
+    assert [[one[0].device.type for one in call.args[0]] for call in launched.call_args_list] == [
+        ["cpu", "cpu"],
+        ["meta"],
+    ]
 
 
 def test_ranks_and_sums_in_several_pieces_are_added_up() -> None:

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from harness.kernels.device import interpreted
+from harness.kernels.gpu.launch import launch
 from harness.kernels.gpu.rounding import load_as_float32
 from harness.kernels.gpu.specimen import Specimen
 
@@ -24,6 +25,7 @@ _TILE = 1 << 14 if interpreted() else 2048  # weights a program
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _COLUMNS = tl.constexpr(14)  # of a layer's row in the table: the addresses of A, E and B, then D and E's length
 _A, _E, _B, _D, _OUT = (tl.constexpr(at) for at in (0, 4, 8, 12, 13))
+_GRADIENTS = (1, 5, 9)
 
 
 @triton.jit
@@ -129,7 +131,7 @@ def adalora_importance_(
 
     Of each layer A (R, D), E (R, 1), B (out, R) in one dtype of float32, bfloat16 and float16, their gradients (None counts
     as zeros), and of each its average sensitivity I and uncertainty U, contiguous float32 whatever the dtype of the weight.
-    Layers of one rank and dtype share the launches. Raises ValueError for states that are not so.
+    Layers of one rank, dtype and device share the launches. Raises ValueError for states that are not so.
     """
     layers = list(
         zip(A, grad_A, I_A, U_A, E, grad_E, I_E, U_E, B, grad_B, I_B, U_B, strict=True)
@@ -138,13 +140,13 @@ def adalora_importance_(
         states = [layer[at] for at in (2, 3, 6, 7, 10, 11)]
         if not all(t is not None and t.dtype == torch.float32 and t.is_contiguous() for t in states):
             raise ValueError("the averages must be contiguous float32 tensors: they are carried on in place")
-    groups: dict[tuple[int, torch.dtype], list[int]] = defaultdict(list)
+    groups: dict[tuple[int, torch.dtype, torch.device], list[int]] = defaultdict(list)
     for index, (a, e, b) in enumerate(zip(A, E, B, strict=True)):
         if not a.dtype == e.dtype == b.dtype or not len(a) == len(e) == b.shape[1]:
             raise ValueError(f"layer {index}: A {tuple(a.shape)}, E and B share neither a rank nor a dtype")
-        groups[len(a), a.dtype].append(index)
+        groups[len(a), a.dtype, a.device].append(index)
     found: dict[int, Tensor] = {}
-    for (rank, dtype), members in groups.items():
+    for (rank, dtype, _), members in groups.items():
         scores = _group([layers[index] for index in members], rank, dtype, beta1, beta2)
         found |= zip(members, scores, strict=True)
     return [found[index] for index in range(len(layers))]
@@ -153,7 +155,13 @@ def adalora_importance_(
 def _group(
     layers: list[tuple[Tensor | None, ...]], rank: int, dtype: torch.dtype, beta1: float, beta2: float
 ) -> Sequence[Tensor]:
-    kept = [[None if t is None else t.detach().to(t.dtype).contiguous() for t in layer] for layer in layers]
+    kept = [
+        [
+            None if t is None else (t.to(dtype) if at in _GRADIENTS else t).detach().contiguous()
+            for at, t in enumerate(layer)
+        ]
+        for layer in layers
+    ]
     shapes = tuple((layer[0].shape[1], layer[8].shape[0]) for layer in kept)  # type: ignore[union-attr]
     rows = [
         [0 if t is None else t.data_ptr() for t in layer] + list(shape)
@@ -169,8 +177,8 @@ def _group(
     betas, how = (beta1, 1 - beta1, beta2, 1 - beta2), {"num_warps": 4, "enable_fp_fusion": True}
     aligned = all(address % 16 == 0 for row in rows for address in row[:12]) and all(D % 16 == 0 for D, _ in shapes)
     of = {"dtype": _TYPES[dtype], "rank": rank, "columns": columns}
-    _weights[(len(jobs),)](table, jobs, sums, *betas, **of, tile=tile, aligned=aligned, **how)
-    _scores[(len(layers),)](table, places, sums, scores, *betas, **of, **how)
+    launch(_weights, (len(jobs),), table, jobs, sums, *betas, **of, tile=tile, aligned=aligned, **how)
+    launch(_scores, (len(layers),), table, places, sums, scores, *betas, **of, **how)
     return scores.unbind()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from harness.kernels.device import interpreted
 from harness.kernels.gpu.dynamic_map import largest_magnitude, nearest, nearly_relative, tables
+from harness.kernels.gpu.launch import launch
 from harness.kernels.gpu.rounding import load_as_float32, store_as
 from harness.kernels.gpu.specimen import Specimen
 
@@ -56,6 +57,7 @@ def _step(
             tl.store(v_absmax_out + row, v_largest, mask=has_row)
 
 
+@torch.no_grad()
 def adamw8bit_step(
     p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor, v_absmax: Tensor, **how: Any
 ) -> tuple[Tensor, ...]:
@@ -82,7 +84,7 @@ def adamw8bit_step_(p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor
 
 def _launch(
     given: list[Tensor], g: Tensor, out: list[Tensor], *,
-    step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+    step: int, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
 ) -> None:  # fmt: skip
     p, m, m_absmax, v, v_absmax = given
     blocks = -(-p.numel() // BLOCK)
@@ -94,7 +96,8 @@ def _launch(
     if blocks == 0:
         return
     (beta1, beta2), how = betas, {"num_warps": 4, "enable_fp_fusion": True}
-    _step[(triton.cdiv(blocks, _ROWS),)](
+    launch(
+        _step, (triton.cdiv(blocks, _ROWS),),
         p, g.contiguous(), m, m_absmax, v, v_absmax, *out, *tables(p.device, True), *tables(p.device, False),
         p.numel(), 1 - lr * weight_decay, lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), eps,
         beta1, 1 - beta1, beta2, 1 - beta2, rows=_ROWS, block=BLOCK, **how,

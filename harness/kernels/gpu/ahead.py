@@ -4,8 +4,8 @@
 
 Every module of this package may have a list SPECIMENS. No kernel may spill registers, nor need more of them than
 `registers.json` has for this specimen, architecture and minor version of Triton (`--write` enters what was found);
-streaming kernels must move 128 bits at a time, and products use the matrix instructions. One line for each; the exit code
-is 1 if any fails, and 2 if there is nothing to judge.
+streaming kernels must move 128 bits at a time, and products use the matrix instructions; a program must find the shared
+memory it wants. One line for each; the exit code is 1 if any fails, and 2 if there is nothing to judge.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from harness.kernels.gpu.specimen import Specimen
 
 REGISTERS = Path(__file__).with_name("registers.json")
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+"""Architecture -> bytes of shared memory that one program can have (CUDA C++ programming guide, compute capabilities)."""
 Table = dict[str, dict[str, dict[str, int]]]
 """Version of Triton -> architecture -> specimen -> registers."""
 
@@ -61,10 +63,12 @@ def modules() -> list[str]:
     return [one.name for one in pkgutil.iter_modules([str(Path(__file__).parent)]) if one.name != "ahead"]
 
 
-def faults(specimen: Specimen, found: MachineCode, limit: int | None) -> Iterator[str]:
+def faults(specimen: Specimen, found: MachineCode, architecture: int, limit: int | None) -> Iterator[str]:
     """Yield what is wrong. limit: the registers that the table allows."""
     if found.stack:
         yield f"{found.stack} B of stack: registers are spilled"
+    if found.shared > SHARED[architecture]:
+        yield f"{found.shared} B of shared memory, sm_{architecture} has {SHARED[architecture]} for a program"
     if limit is None:
         yield f"{REGISTERS.name} does not have it; once you have looked at it, --write enters it"
     elif found.registers > limit:
@@ -101,7 +105,7 @@ def judged(module: str, architecture: int, limits: dict[str, int]) -> list[Verdi
         except Exception as error:  # noqa: BLE001 - Triton raises many types, and each is this specimen's verdict
             verdicts.append(Verdict(one.name, architecture, None, (f"does not compile: {_short(error)}",)))
         else:
-            wrong = tuple(faults(one, found, limits.get(one.name)))
+            wrong = tuple(faults(one, found, architecture, limits.get(one.name)))
             verdicts.append(Verdict(one.name, architecture, found, wrong))
     return verdicts
 
@@ -144,7 +148,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=f"python -m {__package__}.ahead", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--arch", type=int, action="append", required=True, help="compute capability, such as 90")
+    parser.add_argument(
+        "--arch",
+        type=int,
+        action="append",
+        required=True,
+        choices=sorted(SHARED),
+        help="compute capability, such as 90",
+    )
     parser.add_argument("--module", action="append", help="a module of this package, such as nf4; all by default")
     parser.add_argument("--json", action="store_true", help="what was found, as JSON")
     parser.add_argument("--write", action="store_true", help=f"enter the registers that were found in {REGISTERS.name}")

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from harness.kernels.gpu.gemm_tiles import EXACT, LARGE, GemmTile, gemm_tile, rank_block
+from harness.kernels.gpu.gemm_tiles import EXACT, LARGE, GemmTile, gemm_tile
 from harness.kernels.gpu.launch import Launch, strides
-from harness.kernels.gpu.matrix_product import accumulate, program_tile
+from harness.kernels.gpu.matrix_product import accumulate, is_wide, program_tile
 from harness.kernels.gpu.rounding import load_as_float32, store_as
 from harness.kernels.gpu.specimen import Specimen
 
@@ -19,10 +19,10 @@ def _forward(
     out, product, left, right, mask, S, T, less, bias, scale, M, N, K, R,
     left_m, left_k, right_k, right_n, mask_m, mask_n, S_m, S_r, T_r, T_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    EVEN_K: tl.constexpr, EVEN_R: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """left @ right + less * product + term + bias, with term = scale S @ T, product = (left * mask) @ right + term."""
-    rows, columns = program_tile(M, N, BLOCK_M, BLOCK_N)
+    rows, columns = program_tile(M, N, BLOCK_M, BLOCK_N, WIDE)
     inside = (rows[:, None] < M) & (columns[None, :] < N)
     at = rows[:, None] * N + columns[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -50,10 +50,10 @@ def _backward(
     out, left, right, mask, S, T, less, M, N, K, R,
     left_m, left_k, right_k, right_n, mask_m, mask_n, S_m, S_r, T_r, T_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    EVEN_K: tl.constexpr, EVEN_R: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """left @ right + mask * ((left * less) @ right + S @ T)."""
-    rows, columns = program_tile(M, N, BLOCK_M, BLOCK_N)
+    rows, columns = program_tile(M, N, BLOCK_M, BLOCK_N, WIDE)
     inside = (rows[:, None] < M) & (columns[None, :] < N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = accumulate(acc, S, T, None, None, rows, columns, M, N, R, S_m, S_r, T_r, T_n, 0, 0, BLOCK_R, EVEN_R)
@@ -111,16 +111,19 @@ def _launch(
         "M": M, "N": N, "K": K, "R": R, **strides("left_m left_k", left), **strides("right_k right_n", right),
         **strides("mask_m mask_n", mask), **strides("S_m S_r", S), **strides("T_r T_n", T),
     }  # fmt: skip
-    block_r = rank_block(R)
-    constants = {**tile.constants(), "BLOCK_R": block_r, "EVEN_K": K % tile.k == 0, "EVEN_R": R % block_r == 0}
+    block_r = 16  # beside two accumulators, more ranks at a time would spill registers
+    constants = {
+        **tile.constants(), "BLOCK_R": block_r, "EVEN_K": K % tile.k == 0, "EVEN_R": R % block_r == 0,
+        "WIDE": is_wide(N, right.stride(1), T.stride(1), mask.stride(1)),
+    }  # fmt: skip
     return Launch(kernel, (tile.programs(M, N),), arguments, constants, tile.warps, tile.stages)
 
 
 def _specimens() -> list[Specimen]:
     """Return both products of a layer 4096 -> 14336 for 8192 tokens."""
-    M, D, E, R = 8192, 4096, 14336, 16
+    M, D, E = 8192, 4096, 14336
 
-    def of(name: str, dtype: torch.dtype, tile: GemmTile, forward: bool) -> Specimen:
+    def of(name: str, dtype: torch.dtype, tile: GemmTile, forward: bool, R: int = 16) -> Specimen:
         def meta(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -134,6 +137,8 @@ def _specimens() -> list[Specimen]:
 
     return [
         of("forward-bf16", torch.bfloat16, LARGE.shallow(), True),
+        of("forward-bf16-rank-64", torch.bfloat16, LARGE.shallow(), True, 64),
+        of("forward-bf16-rank-40", torch.bfloat16, LARGE.shallow(), True, 40),
         of("backward-bf16", torch.bfloat16, LARGE.shallow(), False),
         of("forward-fp32", torch.float32, EXACT.shallow(), True),
         of("backward-fp32", torch.float32, EXACT.shallow(), False),

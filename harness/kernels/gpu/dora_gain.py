@@ -44,8 +44,9 @@ def _gain(
                 some = tl.load(of_B + first * B_r, mask=(e[:, None] < E) & (first + r[None, :] < R), other=0.0)
                 a = tl.load(of_A + start * A_d + first * A_r, mask=(first + r[:, None] < R) & in_D, other=0.0)
                 update = product(some, a, update)
-        row = load_as_float32(W + start * W_d, mask=(e[:, None] < E) & in_D, other=0.0) + scaling * update
+        row = load_as_float32(W, mask=(e[:, None] < E) & in_D, other=0.0) + scaling * update
         squares += tl.sum(row * row, axis=1)
+        W += BLOCK_D * W_d
     rounded = to_dtype(tl.sqrt_rn(squares), m.dtype.element_ty)
     tl.store(norm + e, rounded, mask=e < E)
     divisor = to_float32(rounded)

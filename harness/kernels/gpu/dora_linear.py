@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from harness.kernels.autocast import outside_autocast
 from harness.kernels.gpu.dora_dropout import dropped_backward, dropped_forward
 from harness.kernels.gpu.dora_gain import dora_gain
 from harness.kernels.gpu.low_rank_arguments import checked, contiguous, matrix
@@ -43,6 +44,7 @@ class _DoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @outside_autocast
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, A, B, S, q, gain, norm, mask = ctx.saved_tensors

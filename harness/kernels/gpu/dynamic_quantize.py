@@ -9,6 +9,7 @@ from torch import Tensor
 
 from harness.kernels.device import interpreted
 from harness.kernels.gpu.dynamic_map import largest_magnitude, nearest, relative, tables
+from harness.kernels.gpu.launch import launch
 from harness.kernels.gpu.rounding import load_as_float32
 from harness.kernels.gpu.specimen import Specimen
 
@@ -56,7 +57,8 @@ def dynamic_quantize(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tenso
         columns = min(triton.next_power_of_2(block), _COLUMNS)
         rows = min(_TILE // columns, triton.next_power_of_2(blocks))
         _, midpoints, buckets = tables(x.device, signed)
-        _quantize[(triton.cdiv(blocks, rows),)](
+        launch(
+            _quantize, (triton.cdiv(blocks, rows),),
             x, codes, absmax, midpoints, buckets, x.numel(),
             block=block, rows=rows, columns=columns, signed=signed, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from harness.kernels.device import interpreted
+from harness.kernels.gpu.launch import launch
 from harness.kernels.gpu.rounding import load_as_float32, store_as, to_float32
 from harness.kernels.gpu.specimen import Specimen
 
@@ -59,6 +60,7 @@ def _back(
     store_as(W_out + at, decay * (load_as_float32(W + at, mask=mask, other=0.0) - step_size * product), mask=mask)
 
 
+@torch.no_grad()
 def galore_step(
     W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, V: Tensor, **how: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +87,8 @@ def galore_step_(W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Te
 
 def _launch(
     W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, V: Tensor, out: tuple[Tensor, Tensor, Tensor], *,
-    step: int, lr: float, scale: float, betas: tuple[float, float], eps: float, weight_decay: float, side: str = "",
+    step: int, lr: float, scale: float = 0.25, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6,
+    weight_decay: float = 0.0, side: str = "",
 ) -> None:  # fmt: skip
     if P is None and Q is None:
         raise ValueError("GaLore needs a basis on one side at least: P, Q or both")
@@ -99,14 +102,16 @@ def _launch(
         )
     N, (beta1, beta2) = torch.empty_like(R), betas
     correction = math.sqrt(1 - beta2**step) / (1 - beta1**step)
-    _adam[(triton.cdiv(R.numel(), _CHUNK),)](
+    launch(
+        _adam, (triton.cdiv(R.numel(), _CHUNK),),
         R, M, V, N, out[1], out[2], R.numel(), beta1, 1 - beta1, beta2, 1 - beta2, correction, eps,
         chunk=_CHUNK, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     X = N if P is None else P if Q is None else P @ N
     Y = N if Q is None else Q.T
     (m, n), r = W.shape, X.shape[1]
-    _back[(triton.cdiv(m, _ROWS) * triton.cdiv(n, _COLUMNS),)](
+    launch(
+        _back, (triton.cdiv(m, _ROWS) * triton.cdiv(n, _COLUMNS),),
         W, X, Y, out[0], m, n, r, *X.stride(), *Y.stride(), lr * scale, 1 - lr * weight_decay,
         rows=_ROWS, columns=_COLUMNS, inner=_INNER, num_warps=8, num_stages=3, enable_fp_fusion=True,
     )  # fmt: skip

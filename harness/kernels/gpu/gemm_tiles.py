@@ -37,7 +37,7 @@ LARGEST = GemmTile(128, 256, 64, warps=8, stages=3)
 LARGE = GemmTile(128, 128, 64, warps=8, stages=3)
 EXACT = GemmTile(64, 64, 32, warps=8, stages=3)
 """For float32, whose products are on no matrix unit."""
-_FEW_ROWS = (GemmTile(16, 32, 128, 4, 4), GemmTile(32, 64, 128, 4, 3), GemmTile(64, 64, 64, 4, 4))
+FEW_ROWS = (GemmTile(16, 32, 128, 4, 4), GemmTile(32, 64, 64, 4, 4), GemmTile(64, 64, 64, 4, 4))
 _INTERPRETED = GemmTile(128, 128, 128, 4, 1)
 """A program costs the interpreter more than what it multiplies."""
 
@@ -52,13 +52,13 @@ def gemm_tile(M: int, N: int, dtype: torch.dtype, device: torch.device, *, crowd
         return _INTERPRETED
     if dtype == torch.float32:
         return EXACT
-    for tile in _FEW_ROWS:
+    for tile in FEW_ROWS:
         if tile.m >= M:
             return tile
     # The largest tile reads least, but takes most registers, and few of them leave processors idle.
     if not crowded and LARGEST.programs(M, N) >= 256 and _multiplies_from_shared_memory(device):
         return LARGEST
-    return LARGE if LARGE.programs(M, N) >= 64 else _FEW_ROWS[-1]
+    return LARGE if LARGE.programs(M, N) >= 64 else FEW_ROWS[-1]
 
 
 def rank_block(R: int) -> int:

@@ -1,4 +1,7 @@
-"""One launch of a kernel: run on its tensors, or described so that it can be compiled ahead of time as it would be run."""
+"""Launches of kernels: run on their tensors, or described so that they can be compiled ahead of time as they would be run.
+
+Every launch of this package goes through `launch`: Triton takes the current device, wherever the tensors are.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,13 @@ from harness.kernels.gpu.specimen import Kind, Specimen
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8"}
 
 
+def launch(kernel: Any, grid: tuple[int, ...], /, *positional: Any, **named: Any) -> None:
+    """Launch on the device of the first tensor among the arguments, which need not be the current one."""
+    first = next(one for one in (*positional, *named.values()) if isinstance(one, Tensor))
+    with torch.cuda.device_of(first):
+        kernel[grid](*positional, **named)
+
+
 @dataclass(frozen=True)
 class Launch:
     """A launch. arguments: by name, tensors, integers, floats or None; constants: the kernel's constexprs, by name."""
@@ -26,13 +36,11 @@ class Launch:
     num_stages: int = 3
 
     def run(self) -> None:
-        """Launch on the device of the first tensor, which need not be the current one."""
-        first = next(one for one in self.arguments.values() if isinstance(one, Tensor))
-        with torch.cuda.device_of(first):
-            self.kernel[self.grid](
-                **self.arguments, **self.constants,
-                num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True,
-            )  # fmt: skip
+        """Launch it."""
+        launch(
+            self.kernel, self.grid, **self.arguments, **self.constants,
+            num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
 
     def specimen(self, name: str, kind: Kind, *, oldest: int = 80) -> Specimen:
         """Return the instance that this launch would compile: Triton knows 1, None and what is a multiple of 16."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from harness.kernels.autocast import outside_autocast
 from harness.kernels.gpu.low_rank_arguments import checked, contiguous, matrix
 from harness.kernels.gpu.low_rank_gemm import low_rank_gemm
 from harness.kernels.gpu.shrink import shrink
@@ -65,6 +66,7 @@ class _LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @outside_autocast
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, A, B, S, mask = ctx.saved_tensors

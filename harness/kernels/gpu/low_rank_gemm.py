@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from harness.kernels.gpu.gemm_tiles import EXACT, LARGE, LARGEST, GemmTile, gemm_tile, rank_block
+from harness.kernels.gpu.gemm_tiles import EXACT, FEW_ROWS, LARGE, LARGEST, GemmTile, gemm_tile, rank_block
 from harness.kernels.gpu.launch import Launch, strides
-from harness.kernels.gpu.matrix_product import accumulate, program_tile
+from harness.kernels.gpu.matrix_product import accumulate, is_wide, program_tile
 from harness.kernels.gpu.rounding import load_as_float32, store_as
 from harness.kernels.gpu.specimen import Kind, Specimen
 
@@ -19,10 +19,10 @@ def _low_rank_gemm(
     out, left, right, S, T, term_scale, term_mask, left_scale, gain, bias, product, scale, M, N, K, R,
     left_m, left_k, right_k, right_n, S_m, S_r, T_r, T_n, mask_m, mask_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    EVEN_K: tl.constexpr, EVEN_R: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The term comes first: then the long loop adds to it and there is but one accumulator. What is None is left out."""
-    rows, columns = program_tile(M, N, BLOCK_M, BLOCK_N)
+    rows, columns = program_tile(M, N, BLOCK_M, BLOCK_N, WIDE)
     inside = (rows[:, None] < M) & (columns[None, :] < N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = accumulate(acc, S, T, None, None, rows, columns, M, N, R, S_m, S_r, T_r, T_n, 0, 0, BLOCK_R, EVEN_R)
@@ -98,7 +98,10 @@ def _launch(
         **strides("T_r T_n", T), **strides("mask_m mask_n", term_mask),
     }  # fmt: skip
     block_r = rank_block(R)
-    constants = {**tile.constants(), "BLOCK_R": block_r, "EVEN_K": K % tile.k == 0, "EVEN_R": R % block_r == 0}
+    constants = {
+        **tile.constants(), "BLOCK_R": block_r, "EVEN_K": K % tile.k == 0, "EVEN_R": R % block_r == 0,
+        "WIDE": is_wide(N, right.stride(1), T.stride(1), 1 if term_mask is None else term_mask.stride(1)),
+    }  # fmt: skip
     return Launch(_low_rank_gemm, (tile.programs(M, N),), arguments, constants, tile.warps, tile.stages)
 
 
@@ -128,7 +131,10 @@ def _specimens() -> list[Specimen]:
         of("forward-bf16-largest", LARGEST, bf16, E, D, False, "bias"),
         of("forward-bf16-large", LARGE, bf16, E, D, False, "bias"),
         of("forward-fp16-largest", LARGEST, fp16, E, D, False),
-        of("forward-bf16-few-rows", GemmTile(16, 32, 128, 4, 4), bf16, E, D, False, "bias"),
+        of("forward-bf16-few-rows", FEW_ROWS[0], bf16, E, D, False, "bias"),
+        of("forward-bf16-32-rows", FEW_ROWS[1], bf16, E, D, False),
+        of("backward-mask-bf16-32-rows", FEW_ROWS[1], bf16, D, E, True, "term_mask"),
+        of("forward-bf16-wide", LARGE, bf16, 1 << 20, D, False, "bias"),
         of("forward-fp32", EXACT, fp32, E, D, False, "bias"),
         of("vera-forward-bf16-largest", LARGEST, bf16, E, D, False, "bias", "term_scale"),
         of("dora-forward-bf16-large", LARGE, bf16, E, D, False, "bias", "gain", "product"),

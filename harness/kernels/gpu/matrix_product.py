@@ -20,8 +20,11 @@ def product(left, right, acc):
 
 
 @triton.jit
-def program_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return the rows (int64) and columns of this program; neighbours in time share them, which keeps them in L2."""
+def program_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
+    """Return the rows (int64) and columns of this program; neighbours in time share them, which keeps them in L2.
+
+    WIDE: whether columns are int64 too, which costs registers; see `is_wide`.
+    """
     GROUP: tl.constexpr = 8
     down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
@@ -29,7 +32,13 @@ def program_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     height = tl.minimum(down - first, GROUP)
     inside = program % (GROUP * across)
     rows = (first + inside % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    return rows.to(tl.int64), inside // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = inside // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    return rows.to(tl.int64), columns.to(tl.int64) if WIDE else columns
+
+
+def is_wide(N: int, *strides: int) -> bool:
+    """Return whether the last of N columns lies beyond what int32 holds, at one of these strides."""
+    return N * max(strides) >= 2**31
 
 
 @triton.jit

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from harness.kernels.autocast import outside_autocast
 from harness.kernels.gpu.grouped_lora import INNER, MOST_REGISTERS, expand, outer, shrink, tile
+from harness.kernels.gpu.launch import launch
 
 _BUSY = 128  # programs that keep a GPU busy; with fewer, `shrink` cuts its sum into up to _MOST_SPLITS
 _MOST_SPLITS = 8
@@ -45,7 +47,8 @@ class _Group:
         wanted = min(_MOST_SPLITS, triton.cdiv(_BUSY, self.programs), triton.cdiv(features, 2 * INNER))
         span = triton.cdiv(triton.cdiv(features, wanted), INNER) * INNER
         S = torch.empty(triton.cdiv(features, span), self.plane, device=x.device)
-        shrink[(self.programs, len(S), self.rank_tiles)](
+        launch(
+            shrink, (self.programs, len(S), self.rank_tiles),
             x, self.table, self.scalings, ids, S, self.tokens, features, span, self.plane, self.width,
             which=which, inner=INNER, num_stages=3, **self.how,
         )  # fmt: skip
@@ -54,7 +57,8 @@ class _Group:
     def expand(self, out: Tensor, S: Tensor, ids: Tensor, which: int) -> None:
         """Add S B^T, or S A, to `out` (N, T, features)."""
         features = out.shape[-1]
-        expand[(self.programs, triton.cdiv(features, self.columns))](
+        launch(
+            expand, (self.programs, triton.cdiv(features, self.columns)),
             out, S, self.table, ids, self.tokens, features, self.plane, self.width, len(S),
             which=which, columns=self.columns, maxnreg=MOST_REGISTERS, **self.how,
         )  # fmt: skip
@@ -63,7 +67,8 @@ class _Group:
         """Return the gradient of every A (of x and s dy B) or B (of dy and s x A^T); zeros where nobody has it."""
         features = x.shape[-1]
         flat = torch.empty(sum(self.ranks) * features, dtype=x.dtype, device=x.device)
-        outer[(len(self.ranks), triton.cdiv(features, self.columns), self.rank_tiles)](
+        launch(
+            outer, (len(self.ranks), triton.cdiv(features, self.columns), self.rank_tiles),
             x, S, self.table, ids, flat, self.sequences, self.tokens, features, self.plane, self.width, len(S),
             which=which, columns=self.columns, maxnreg=MOST_REGISTERS, **self.how,
         )  # fmt: skip
@@ -99,6 +104,7 @@ class _MultiLora(torch.autograd.Function):
         return y
 
     @staticmethod
+    @outside_autocast
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, ids, S, *_ = ctx.saved_tensors

@@ -15,9 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from harness.kernels.gpu.launch import launch
 from harness.kernels.gpu.nf4_levels import ZERO, nearest_code, table
 from harness.kernels.gpu.rounding import load_as_float32, store_as
 from harness.kernels.gpu.specimen import Specimen
+from harness.kernels.nf4 import check_second_sizes, check_sizes
 
 _THREADS = 128
 _TILE, _QUANTIZED_TILE = 64 * _THREADS, 32 * _THREADS
@@ -113,10 +115,10 @@ def _launch(kernel: Any, tile: int, count: int, block: int, *arguments: Any, **c
     tile, ragged = max(tile, block), count % _GRAIN.value != 0
     if not count:
         return
-    with torch.cuda.device_of(arguments[0]):
-        kernel[triton.cdiv(count, tile),](
-            *arguments, count, BLOCK=block, TILE=tile, RAGGED=ragged, **constants, enable_fp_fusion=False
-        )
+    launch(
+        kernel, (triton.cdiv(count, tile),),
+        *arguments, count, BLOCK=block, TILE=tile, RAGGED=ragged, **constants, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -140,12 +142,11 @@ def dequantize(
     """Return level x absmax, formed in float32 and rounded once, as a tensor of `shape` and `dtype`.
 
     packed, absmax: as `quantize` returns them. out: contiguous memory of that many values to write to. Raises ValueError
-    for a block that is not a power of two from 32 on, and for fewer bytes or constants than `shape` needs.
+    for a block that is not a power of two from 32 on, and where packed or absmax are not as long as `shape` asks for.
     """
-    count = prod(shape)
-    values = _room(out, packed, absmax, count, block, shape, dtype)
-    levels = table(packed.device)
-    _launch(_dequantize, _TILE, count, block, packed.contiguous(), levels, absmax.float().contiguous(), values)
+    check_sizes(packed, absmax, block, shape)
+    values, levels = _room(out, packed, shape, dtype), table(packed.device)
+    _launch(_dequantize, _TILE, prod(shape), block, packed.contiguous(), levels, absmax.float().contiguous(), values)
     return values
 
 
@@ -166,30 +167,19 @@ def double_dequantize(
     codes: uint8, one for each block. absmax2: float32, one for each `second_block` of codes. offset: float32, one number.
     code: float32 (256,), the values of the 8-bit type. QLoRA section 3, arXiv:2305.14314. Raises as `dequantize`.
     """
-    count = prod(shape)
-    values = _room(out, packed, codes, count, block, shape, dtype)
+    check_second_sizes(codes, absmax2, offset, second_block)
+    check_sizes(packed, codes, block, shape)
+    values = _room(out, packed, shape, dtype)
     constants = [one.contiguous() for one in (codes, absmax2, offset, code)]
     pointers = (packed.contiguous(), table(packed.device), *constants, values)
-    _launch(_double_dequantize, _TILE, count, block, *pointers, SECOND=second_block)
+    _launch(_double_dequantize, _TILE, prod(shape), block, *pointers, SECOND=second_block)
     return values
 
 
-def _room(
-    out: Tensor | None,
-    packed: Tensor,
-    constants: Tensor,
-    count: int,
-    block: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    if packed.numel() * 2 < count or constants.numel() * block < count:
-        raise ValueError(
-            f"{packed.numel()} bytes and {constants.numel()} constants of blocks of {block} do not fill {tuple(shape)}"
-        )
+def _room(out: Tensor | None, packed: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if out is None:
         return torch.empty(tuple(shape), dtype=dtype, device=packed.device)
-    return out[:count].view(tuple(shape))
+    return out[: prod(shape)].view(tuple(shape))
 
 
 _BYTES, _FLOATS = "*u8", "*fp32"

@@ -20,11 +20,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 
+from harness.kernels.autocast import outside_autocast
+from harness.kernels.gpu.launch import launch
 from harness.kernels.gpu.matrix_product import product
 from harness.kernels.gpu.nf4 import dequantize
 from harness.kernels.gpu.nf4_levels import level_by_selection
 from harness.kernels.gpu.rounding import load_as_float32, store_as, to_dtype
 from harness.kernels.gpu.specimen import Specimen
+from harness.kernels.nf4 import check_sizes
 
 _ROWS, _LARGEST_CHUNK, _WARPS, _STAGES = 64, 128, 4, 5
 
@@ -70,11 +73,10 @@ def fused(x: Tensor, packed: Tensor, absmax: Tensor, block: int, shape: Sequence
         pointers = [one if one is None else one.detach().contiguous() for one in (x, packed, absmax.float(), bias)]
         constants = _tile(tokens, block)
         grid = triton.cdiv(E, constants["ROWS"]), triton.cdiv(tokens, constants["TOKENS"])
-        with torch.cuda.device_of(x):
-            _fused[grid](
-                *pointers, y, tokens, E, D, D // 2, **constants, num_warps=_WARPS, num_stages=_STAGES,
-                enable_fp_fusion=False,
-            )  # fmt: skip
+        launch(
+            _fused, grid, *pointers, y, tokens, E, D, D // 2, **constants, num_warps=_WARPS, num_stages=_STAGES,
+            enable_fp_fusion=False,
+        )  # fmt: skip
     return y
 
 
@@ -117,6 +119,7 @@ class _Nf4Linear(torch.autograd.Function):
         return linear(x, dequantize(packed, absmax, block, shape, x.dtype), bias)
 
     @staticmethod
+    @outside_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         need_x, need_bias = ctx.needs_input_grad[:2]
         packed, absmax = ctx.saved_tensors
@@ -138,14 +141,11 @@ def nf4_linear(
     Sums are float32. Differentiable in x and bias, twice too; the weight is decoded anew in the backward pass. The memory
     that it is decoded into is fresh each time: torch's allocator hands out what it has, knows which stream uses it, and in
     the capture of a CUDA graph gives memory that stays the graph's, as a buffer kept here would not. training: changes
-    nothing. Raises ValueError for a block that is not a power of two from 32 on, and for fewer bytes or constants than
-    `shape` needs.
+    nothing. Raises ValueError for a block that is not a power of two from 32 on, and where packed or absmax are not as long
+    as `shape` asks for.
     """
+    check_sizes(packed, absmax, block, shape)
     E, D = shape
-    if packed.numel() * 2 < E * D or absmax.numel() * block < E * D:
-        raise ValueError(
-            f"{packed.numel()} bytes and {absmax.numel()} constants of blocks of {block} do not fill {E} x {D}"
-        )
     y: Tensor = _Nf4Linear.apply(x.reshape(-1, D), bias, packed, absmax, block, (E, D))
     return y.view(*x.shape[:-1], E)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from harness.kernels.autocast import outside_autocast
 from harness.kernels.gpu import lora_linear, nf4
 from harness.kernels.gpu.low_rank_arguments import checked, contiguous, matrix
 
@@ -39,6 +40,7 @@ class _Nf4LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @outside_autocast
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, packed, absmax, A, B, S, mask = ctx.saved_tensors

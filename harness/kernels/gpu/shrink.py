@@ -75,6 +75,10 @@ def shrink_and_sum(left: Tensor, right: Tensor, column_scale: Tensor, times: Ten
     return out, sums.sum(0)
 
 
+_K_OF_RANKS = {16: 128, 32: 64, 64: 64, 128: 32}
+"""Features at a time, in 16 bits; with more, registers are spilled under a mask."""
+
+
 def _rows(M: int) -> int:
     """Return how many rows a program has: enough programs come before enough rows for each."""
     if interpreted():
@@ -95,9 +99,7 @@ def _launch(
 ) -> Launch:
     (M, K), R = left.shape, right.shape[1]
     block_m, block_r = _rows(M), min(max(16, triton.next_power_of_2(R)), 128)
-    block_k = (
-        128 if interpreted() or (block_r <= 32 and left.element_size() == 2) else 64 if left.element_size() == 2 else 32
-    )
+    block_k = 128 if interpreted() else _K_OF_RANKS[block_r] if left.element_size() == 2 else 32
     arguments = {
         "out": out, "left": left, "right": right, "mask": mask, "column_scale": column_scale, "unscaled": unscaled,
         "times": times, "sums": sums, "scale": float(scale), "M": M, "K": K, "R": R,
@@ -131,6 +133,8 @@ def _specimens() -> list[Specimen]:
         of("forward-mask-bf16", 8192, 4096, 16, torch.bfloat16, True),
         of("backward-bf16", 8192, 14336, 16, torch.bfloat16, False),
         of("backward-bf16-few-rows", 512, 14336, 16, torch.bfloat16, False),
+        of("forward-mask-bf16-rank-32", 2048, 4096, 32, torch.bfloat16, True),
+        of("forward-mask-bf16-rank-128", 2048, 4096, 128, torch.bfloat16, True),
         of("forward-mask-fp32", 8192, 4096, 16, torch.float32, True),
         of("vera-forward-bf16", 8192, 4096, 256, torch.bfloat16, True, vera=True),
         of("vera-backward-bf16", 8192, 14336, 256, torch.bfloat16, False, vera=True),

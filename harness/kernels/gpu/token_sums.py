@@ -25,7 +25,7 @@ def _outer_sum(
 ):  # fmt: skip
     """One part of the tokens: out[part] (N, R); with `against` (N, R), out[part, block of R] (N,)."""
     part, block = tl.program_id(2).to(tl.int64), tl.program_id(1)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     r = block * BLOCK_R + tl.arange(0, BLOCK_R)
     m = part * per_part + tl.arange(0, BLOCK_M)
     end = tl.minimum((part + 1) * per_part, M)
@@ -58,7 +58,7 @@ def _product_sum(
 ):  # fmt: skip
     """One part of the tokens: out[part] (N,)."""
     part = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     end = tl.minimum((part + 1) * per_part, M)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, per_part, BLOCK_M):
@@ -71,16 +71,22 @@ def _product_sum(
 
 def outer_sum(wide: Tensor, narrow: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Return (wide * mask)^T @ narrow, float32 (N, R), for wide, mask (M, N), narrow (M, R) of one dtype, any strides."""
+    if not wide.shape[1] * narrow.shape[1]:
+        return wide.new_zeros((wide.shape[1], narrow.shape[1]), dtype=torch.float32)
     return _outer(wide, narrow, mask, None).sum(0)
 
 
 def outer_sum_against(wide: Tensor, narrow: Tensor, against: Tensor) -> Tensor:
     """Return the sums over R of (wide^T @ narrow) * against, float32 (N,), for against (N, R), and no (N, R) between."""
+    if not against.numel():
+        return wide.new_zeros(wide.shape[1], dtype=torch.float32)
     return _outer(wide, narrow, None, against).sum((0, 1))
 
 
 def product_sum(a: Tensor, b: Tensor) -> Tensor:
     """Return the sums over the tokens of a * b, float32 (N,), for a, b (M, N)."""
+    if not a.shape[1]:
+        return a.new_zeros(0, dtype=torch.float32)
     parts, per_part = _parts(len(a), triton.cdiv(a.shape[1], 64), 32)
     out = torch.empty((parts, a.shape[1]), dtype=torch.float32, device=a.device)
     _product_launch(out, a, b, per_part).run()

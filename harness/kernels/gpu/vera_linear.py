@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from harness.kernels.autocast import outside_autocast
 from harness.kernels.gpu.low_rank_arguments import checked, contiguous, matrix
 from harness.kernels.gpu.low_rank_gemm import low_rank_gemm
 from harness.kernels.gpu.shrink import shrink, shrink_and_sum
@@ -37,6 +38,7 @@ class _VeraLinear(torch.autograd.Function):
         return low_rank_gemm(x, W.T, h, B.T, term_scale=b, bias=bias)
 
     @staticmethod
+    @outside_autocast
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         W, A, B, b, d, mask, u, h = ctx.saved_tensors

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.kernels.device import by_triton
+from harness.kernels.device import multiplied_by_triton
 from harness.kernels.dora_linear import dora_linear, gained, row_norms
 from harness.kernels.dropout import keep_mask
 from harness.kernels.lora_linear import is_plain, lora_linear_over
@@ -33,7 +33,7 @@ class FusedDoraLinear(Sibling, DoraLinear):
                 return super().forward(x)
             mask, kept = keep_mask(x, self.dropout.p)
             return self._by_itself(x, mask / kept)
-        if plain and by_triton(x, self.A, self.B):
+        if plain and multiplied_by_triton(x, self.A, self.B):
             return self._by_itself(x, None)
         W = base.packed_weight.lent(x.dtype) if packed else base.weight
         norm = row_norms(W, self.A, self.B, self.scaling)  # at once: what is lent the next call overwrites

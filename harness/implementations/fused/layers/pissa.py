@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.kernels.device import by_triton
+from harness.kernels.device import multiplied_by_triton
 from harness.kernels.lora_linear import lora_linear
 from harness.kernels.lora_linears import LoraFactors
 from harness.kernels.siblings import Sibling
@@ -27,6 +27,6 @@ class FusedPissaLinear(Sibling, PissaLinear):
 
     def factors(self, x: Tensor) -> LoraFactors | None:
         """Return what the output is made of; None on a GPU, where a kernel has the low-rank term in its accumulator."""
-        if by_triton(x, self.A, self.B):
+        if multiplied_by_triton(x, self.A, self.B):
             return None
         return LoraFactors(self.get_buffer("residual"), self.base.bias, self.A, self.B, self.scaling)
