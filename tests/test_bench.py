@@ -201,6 +201,8 @@ def test_a_galore_step_is_made_of_whole_cycles(registry: Registry) -> None:
     assert one.outcome == "measured", one.because
     assert one.samples is not None
     assert [len(cycle) for cycle in one.samples.parts["ours"]] == [training.CYCLE] * 5
+    assert len(one.samples.limit) == 5
+    assert "x its two products" in table.as_text([one])
     assert one.judged
 
 

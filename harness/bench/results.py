@@ -59,10 +59,10 @@ class Row(Frozen):
 
     because: why it is not measured. differs: how the two do not compute the same, where they do not. judged: on what its
     parity was judged, where that is less than what was timed. parity: every check that had to pass. bytes, flops: by
-    formula. products: of a training step; where Triton ran, or a library on NF4, they are not counted. memory:
-    implementation -> bytes of a process with it alone: at most during the steps (peak), before them (rest), before there was
-    a model (bare). losses: implementation -> the loss of each step. facts: threads, the machine's load before, the GPU, who
-    packed the base.
+    formula. limit: what the samples of the limit are of. products: of a training step; where Triton ran, or a library on
+    NF4, they are not counted. memory: implementation -> bytes of a process with it alone: at most during the steps (peak),
+    before them (rest), before there was a model (bare). losses: implementation -> the loss of each step. facts: threads, the
+    machine's load before, the GPU, who packed the base.
     """
 
     name: str
@@ -80,6 +80,7 @@ class Row(Frozen):
     ceilings: Ceilings | None = None
     bytes: float | None = None
     flops: float | None = None
+    limit: str = "frozen pass"
     products: Products | None = None
     memory: dict[str, dict[str, int]] = Field(default={})
     losses: dict[str, list[float]] = Field(default={})

@@ -8,6 +8,8 @@ from typing import Any
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GALORE_GAP = 200
 """GaLore's steps from one refresh of its projector to the next, as in its paper."""
+PRODUCTS = "its two products"
+"""What limits GaLore's step: all else is of the size of its subspace, but for the refresh."""
 CYCLE = 11
 """Steps from one refresh to the next while timing: one refresh and ten ordinary steps, from which `GALORE_GAP` follow."""
 

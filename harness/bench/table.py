@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from harness.bench.results import FEWEST, INTERRUPTED, NO_GPU, Row
+from harness.bench.steps import PRODUCTS
 from harness.conformance.tried import Standing
 
 _HEAD = ("benchmark", "shape", "dtype", "on", "{0}", "other", "", "other/{0}", "limit", "memory", "parity")
@@ -50,7 +51,7 @@ def _ratio(row: Row) -> str:
 def _limit(row: Row) -> str:
     if row.limit_ratio is not None:
         by_flops = "" if row.products_ratio is None else f", {row.products_ratio:.2f} by FLOPs"
-        return f"{row.limit_ratio:.2f} x frozen pass{by_flops}"
+        return f"{row.limit_ratio:.2f} x {row.limit}{by_flops}"
     share = row.share(row.samples.ours) if row.samples is not None else None
     return "-" if share is None else f"{share:.0%} of roofline"
 
@@ -94,6 +95,10 @@ def _notes(rows: Sequence[Row]) -> list[str]:
             for row in counted
             if row.products
         ]
+    if any(row.limit == PRODUCTS and row.samples.limit for row in measured if row.samples is not None):
+        notes.append(
+            f"{PRODUCTS}: the gradient into the subspace, the update out of it, alone, into memory that is there"
+        )
     if any(row.ceilings for row in measured):
         seen = {
             (row.device, row.dtype, f"{row.ceilings.copy_B_per_s / 1e9:.3g} GB/s, {row.ceilings.gemm_FLOP_per_s / 1e12:.3g}")

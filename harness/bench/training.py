@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from harness.bench import timing
 from harness.bench.products import flops
 from harness.bench.results import Products, Row, Samples
-from harness.bench.steps import CYCLE, GALORE_GAP, Backbone, Step
+from harness.bench.steps import CYCLE, GALORE_GAP, PRODUCTS, Backbone, Step
 from harness.bench.trainee import LR, SEED, WEIGHT_DECAY, Trainee, frozen_pass
 from harness.bench.verdict import standing
 from harness.conformance import matrix, suite
@@ -127,6 +127,23 @@ class _Galore:
         self.optimizer.step()
 
 
+class _Products:
+    """What no step of GaLore on a square weight can avoid, given the same gradients."""
+
+    def __init__(self, like: _Galore) -> None:
+        self.weight, self.like = like.weight.detach().clone(), like
+        self.basis = torch.randn(len(self.weight), like.config["rank"]).to(self.weight)
+        self.low = torch.empty_like(self.basis)
+
+    def draw(self) -> None:
+        self.like.draw()
+
+    def step(self) -> None:
+        assert self.like.weight.grad is not None  # noqa: S101  drawn
+        torch.mm(self.like.weight.grad, self.basis, out=self.low)
+        self.weight.addmm_(self.low, self.basis.T, alpha=LR)
+
+
 def _galore(
     name: str, step: Step, both: tuple[Implementation, Implementation], shape: Backbone, dtype: str,
     device: torch.device, pairs: int, facts: dict[str, Any],
@@ -155,7 +172,7 @@ def _galore(
         device=device.type, ours=both[0].name, other=both[1].name, outcome=outcome, because=because,
         differs=_differs(both, alone),
         judged=f"{JUDGED_FEATURES}x{JUDGED_FEATURES}, rank {JUDGED_RANK}, the whole suite of galore", parity=tried,
-        samples=samples, facts=facts | {"a refresh every": GALORE_GAP, "timed in cycles of": CYCLE},
+        samples=samples, limit=PRODUCTS, facts=facts | {"a refresh every": GALORE_GAP, "timed in cycles of": CYCLE},
     )  # fmt: skip
 
 
@@ -176,12 +193,13 @@ def _differs(both: tuple[Implementation, Implementation], alone: list[_Galore]) 
 
 
 def _cycles(both: list[_Galore], pairs: int, device: torch.device) -> Samples:
-    clock, names = timing.Clock(device), ("ours", "other")
+    clock, names, least = timing.Clock(device), ("ours", "other"), _Products(both[0])
     found: dict[str, list[float]] = {"ours": [], "other": []}
     parts: dict[str, list[list[float]]] = {"ours": [], "other": []}
+    limit: list[float] = []
     first: list[Any] = []
 
-    def cycle(one: _Galore) -> list[float]:
+    def cycle(one: _Galore | _Products) -> list[float]:
         times = []
         for _ in range(CYCLE):
             one.draw()
@@ -198,8 +216,9 @@ def _cycles(both: list[_Galore], pairs: int, device: torch.device) -> Samples:
                 times = cycle(both[names.index(who)])
                 parts[who].append(times)
                 found[who].append(_per_step(times))
+            limit.append(median(cycle(least)))
             turned = not turned
-    return Samples(ours=found["ours"], other=found["other"], first=first, warmup=warmup, parts=parts)
+    return Samples(ours=found["ours"], other=found["other"], limit=limit, first=first, warmup=warmup, parts=parts)
 
 
 def _per_step(times: list[float]) -> float:
