@@ -39,10 +39,14 @@ class _Gained(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         z, m, norm = ctx.saved_tensors
         need_z, need_onto, need_m = ctx.needs_input_grad[:3]
+        product = dy * z if need_m else None
+        dm = None if product is None else _over(product.sum(0), norm)
+        # Into memory that is there: fresh memory of this size costs as much as the product.
+        room = None if torch.is_grad_enabled() else product
         return (
-            dy * _over(m, norm) if need_z else None,
+            torch.mul(dy, _over(m, norm), out=room) if need_z else None,
             (dy.sum(0) if ctx.summed else dy) if need_onto else None,
-            _over((dy * z).sum(0), norm) if need_m else None,
+            dm,
             None,
         )
 

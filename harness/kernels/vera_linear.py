@@ -52,14 +52,18 @@ class _Scaled(torch.autograd.Function):
             raise RuntimeError("vera_linear: the base weight is frozen in VeRA, and it requires a gradient here")
         if torch.is_grad_enabled():  # a second derivative is wanted, and P was kept as mere numbers
             P = (u * d) @ B.T
-        dh = (dy * b) @ B if need_u or need_d else None
+        scaled = dy * b if need_u or need_d else None
+        dh = None if scaled is None else scaled @ B
+        # Into memory that is there: fresh memory of this size costs as much as the product.
+        room = None if torch.is_grad_enabled() else scaled
+        db = torch.mul(dy, P, out=room).sum(0) if need_b else None
         return (
             dy @ W if need_x else None,
             dh * d if need_u and dh is not None else None,
             None,
             dy.sum(0) if need_bias else None,
             None,
-            (dy * P).sum(0) if need_b else None,
+            db,
             (dh * u).sum(0) if need_d and dh is not None else None,
         )
 
