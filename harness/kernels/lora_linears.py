@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.kernels.autocast import outside_autocast
-from harness.kernels.device import multiplied_by_triton
+from harness.kernels.device import frozen, multiplied_by_triton
 from harness.kernels.lora_linear import is_plain
 from harness.kernels.nf4_linear import Nf4Linear, product
 from harness.kernels.packed_weight import PackedWeight
@@ -117,10 +117,16 @@ def _product(x: Tensor, W: Tensor | PackedWeight, *, transposed: bool, onto: Ten
 def lora_linears(x: Tensor, layers: Sequence[LoraFactors], ahead: dict[Any, Any] | None = None) -> list[Tensor]:
     """Return for each layer x W^T + bias + scaling (x A^T) B^T, shape (..., E).
 
-    x (..., D); all of one dtype. Differentiable in x and every W that is dense, bias, A and B, twice too. All outputs are
-    of one node of the graph: what a backward pass through one of them frees, it frees for the others. ahead: where outputs
-    wait to be asked for; a backward pass empties it.
+    x (..., D); all of one dtype. Differentiable in x and every W that is dense, bias, A and B, twice too, by Triton once.
+    All outputs are of one node of the graph: what a backward pass through one of them frees, it frees for the others. ahead:
+    where outputs wait to be asked for; a backward pass empties it.
     """
+    dense = [(one.W, one.bias, one.A, one.B, one.scaling) for one in layers if isinstance(one.W, Tensor)]
+    tensors = [t for W, _, A, B, _ in dense for t in (W, A, B)]
+    if len(dense) == len(layers) and multiplied_by_triton(x, *tensors) and all(frozen(*one[:2]) for one in dense):
+        from harness.kernels.gpu import lora_linears as gpu
+
+        return gpu.lora_linears(x, dense, {} if ahead is None else ahead)
     factors: list[Tensor | None] = []
     for one in layers:
         factors += [None if isinstance(one.W, PackedWeight) else one.W, one.bias, one.A, one.B]
@@ -129,15 +135,17 @@ def lora_linears(x: Tensor, layers: Sequence[LoraFactors], ahead: dict[Any, Any]
 
 
 def factors_over(base: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> LoraFactors | None:
-    """Return what LoRA over this base is made of, or None where x has to go through the base itself, or on a GPU.
+    """Return what LoRA over this base is made of, or None where x has to go through the base itself.
 
-    On a GPU a kernel of its own has the low-rank term in the accumulator of the base's product already.
+    Also over NF4 by Triton, where a kernel of its own decodes, multiplies and adds.
     """
     inner: Any = base
-    if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling() or multiplied_by_triton(x, A, B):
+    if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         return None
     if is_plain(base) and {inner.weight.dtype, A.dtype, B.dtype} == {x.dtype}:
         return LoraFactors(inner.weight, inner.bias, A, B, scaling)
+    if multiplied_by_triton(x, A, B):
+        return None
     if is_plain(base, Nf4Linear) and x.dtype == inner.compute_dtype == A.dtype == B.dtype:
         return LoraFactors(inner.packed_weight, None if inner.bias is None else inner.bias.to(x.dtype), A, B, scaling)
     return None

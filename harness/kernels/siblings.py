@@ -136,9 +136,10 @@ def meet(layers: Mapping[str, Any]) -> None:
 
 
 def _how(x: Tensor) -> tuple[Any, ...]:
+    stream = torch.cuda.current_stream(x.device) if x.is_cuda else None  # another would not wait for what was computed
     return (
         x._version, x.data_ptr(), x.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled(x.device.type),
+        torch.is_autocast_enabled(x.device.type), stream,
     )  # fmt: skip
 
 
