@@ -40,11 +40,12 @@ def dynamic_map(signed: bool = True) -> Tensor:
     """Return the 256 values, ascending, float32: -0.993 .. 1 if signed, else 0 .. 1. Constructed, not pasted."""
     decades = []
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
+        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float32)
         decades.append(10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2))
     above = torch.cat(decades)
     below = -above if signed else above[:0]
-    return torch.cat([below, torch.zeros(1), above, torch.ones(1)]).sort().values
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float32)
+    return torch.cat([below, above, ends]).sort().values
 
 
 def quantize_blockwise(x: Tensor, code: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:

@@ -14,26 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from harness.kernels.dynamic_quantize import dynamic_map
+
 _SHIFT = tl.constexpr(16)  # seven bits of the fraction are left
 _FIRST = tl.constexpr((127 - 23) << 7)  # the bucket of 2^-23, below which there is no midpoint
 _BUCKETS = tl.constexpr((23 << 7) + 1)  # up to that of 1
 
 
-def values(signed: bool) -> Tensor:
-    """Return the 256 values, ascending, float32: the middles of 2^i equal cells of each decade, seven decades; and 0, 1."""
-    decades = []
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
-        decades.append(10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2))
-    above = torch.cat(decades)
-    return torch.cat([-above.flip(0), torch.zeros(1), above, torch.ones(1)] if signed else
-                     [torch.zeros(1), above, torch.ones(1)])  # fmt: skip
-
-
 def midpoints(signed: bool) -> Tensor:
     """Return the 255 middles of neighbouring values, and infinity, which nothing is above."""
-    ascending = values(signed)
-    return torch.cat([(ascending[:-1] + ascending[1:]) / 2, torch.tensor([torch.inf])])
+    ascending = dynamic_map(torch.device("cpu"), signed)
+    return torch.cat([(ascending[:-1] + ascending[1:]) / 2, torch.tensor([torch.inf], dtype=torch.float32)])
 
 
 def buckets(signed: bool) -> Tensor:
@@ -55,7 +46,7 @@ def buckets(signed: bool) -> Tensor:
 @lru_cache(maxsize=32)
 def tables(device: torch.device, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return values, midpoints and buckets on a device, where they stay."""
-    return values(signed).to(device), midpoints(signed).to(device), buckets(signed).to(device)
+    return dynamic_map(device, signed), midpoints(signed).to(device), buckets(signed).to(device)
 
 
 @triton.jit
