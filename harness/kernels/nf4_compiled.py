@@ -7,12 +7,15 @@ by 15 selections, not by a look-up, which inductor does one by one.
 from __future__ import annotations
 
 from functools import cache
+from threading import Lock
 
 import torch
 from torch import Tensor
 
 from harness.kernels.compiled import Compiled, only_compiled
 
+_MAKING = Lock()
+"""Held while a function is looked up: two threads that come first at once are to have one, and not to compile two."""
 _BLOCKS = tuple(1 << i for i in range(5, 13))
 """Blocks that are in use, 32 to 4096; each is compiled for itself, so that its loops have known ends."""
 
@@ -26,7 +29,11 @@ def encode(values: Tensor, packed: Tensor, absmax: Tensor, block: int, levels: t
     """
     blocks = values.numel() // block
     count = blocks * block
-    if block not in _BLOCKS or not (run := _encoder(block, levels)).wanted(count, values, packed, absmax):
+    if block not in _BLOCKS:
+        return 0
+    with _MAKING:
+        run = _encoder(block, levels)
+    if not run.wanted(count, values, packed, absmax):
         return 0
     done = run(
         (values[:count].float(), torch.int64, (blocks, block // 2)),
@@ -47,7 +54,9 @@ def decode(packed: Tensor, absmax: Tensor, out: Tensor, block: int, levels: tupl
     count = blocks * block
     if block not in _BLOCKS or out.dtype != torch.float32:
         return 0
-    if not (run := _decoder(block, levels)).wanted(count, packed, absmax, out):
+    with _MAKING:
+        run = _decoder(block, levels)
+    if not run.wanted(count, packed, absmax, out):
         return 0
     done = run(
         (packed, torch.uint8, (blocks, block // 2)),
