@@ -21,8 +21,6 @@ from harness.records import Record
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-_INT64 = range(-(2**63), 2**63)
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Numbers:
@@ -131,7 +129,7 @@ def _array(values: list[Value], dtype: str) -> Any:
     if dtype == TIME:
         return pd.to_datetime(pd.Series(given, dtype=TEXT), utc=True, errors="coerce", format="ISO8601").astype(TIME)
     dtype = dtype or _kind(given)
-    if dtype == INTEGER and not all(value is None or value in _INT64 for value in given):
+    if dtype == INTEGER and any(isinstance(value, int) and value.bit_length() > 63 for value in given):
         dtype = TEXT  # a number that 64 bits cannot hold, e.g. a seed: as text it is still exact
     if dtype == TEXT:
         given = [value if value is None or isinstance(value, str) else json.dumps(value) for value in given]
