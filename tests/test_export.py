@@ -92,7 +92,11 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
 
 _WITHOUT_PYARROW = """
 import sys
-sys.modules["pyarrow"] = None
+class Absent:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "pyarrow":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
 from harness.cli import main
 sys.exit(main(["export", sys.argv[1], "--format", sys.argv[2], "--out", sys.argv[3]]))
 """
