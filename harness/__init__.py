@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from harness.errors import Unsupported
+    from harness.export.frames import load
     from harness.registry import Implementation, implements
 
     __version__: str
 
-__all__ = ["Implementation", "Unsupported", "__version__", "implements"]
+__all__ = ["Implementation", "Unsupported", "__version__", "implements", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,6 +24,10 @@ def __getattr__(name: str) -> Any:
         from harness.errors import Unsupported
 
         return Unsupported
+    if name == "load":
+        from harness.export.frames import load
+
+        return load
     if name in __all__:
         import harness.registry
 

@@ -163,6 +163,22 @@ def report(runs: tuple[str, ...], out: Path | None, strict: bool) -> Exit:
 
 
 @verbs.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--format", "form", type=click.Choice(["parquet", "csv"]), required=True)
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="[export-FORMAT in the first run]")
+def export(runs: tuple[str, ...], form: Any, out: Path | None) -> Exit:
+    """Write the numbers of runs as tables.
+
+    RUN is what `report` takes. The tables are cells, samples, items and checks, a file each, and columns, which says what
+    theirs mean. DIR must be empty or new. Names what had to be left out, and then exits with 1 (changed after its run) or
+    4 (unreadable, missing); with 5 where there is nothing to export. `harness.load` gives the same tables to a notebook.
+    """
+    from harness.export import command
+
+    return command.export(runs, form, out)
+
+
+@verbs.command()
 @click.argument("implementations", nargs=-1)
 @click.option("--method", "methods", multiple=True, metavar="M", help="Only this method; may be given again.")
 @click.option("--op", "operations", multiple=True, metavar="O", help="Only this operation; may be given again.")

@@ -33,7 +33,7 @@ EXITS = {
     Exit.INFRASTRUCTURE: "Cells were not measured (out of memory, timeout, lost, ended by Ctrl-C, SIGTERM or SIGHUP), an "
     "implementation that `check` was asked for by name could not be tried, or the machine failed: no GPU, no network, a "
     "full disk",
-    Exit.NOTHING_COMPARED: "nothing was measured or compared, so nothing can be green",
+    Exit.NOTHING_COMPARED: "nothing was measured or compared, so nothing can be green; or nothing is there to export",
 }
 STATUSES = {
     Status.OK: "measured, and every check before and after the measurement passed",

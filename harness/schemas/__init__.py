@@ -11,6 +11,9 @@ from harness.records import Footer, Manifest, Record
 
 FOLDER = Path(__file__).resolve().parent
 
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+"""Which rules a validator is to read them by: it would take its own newest otherwise."""
+
 
 def current() -> dict[str, str]:
     """Map file name to the schema text of the models as they are now."""
@@ -19,4 +22,7 @@ def current() -> dict[str, str]:
         "record.schema.json": Record,
         "footer.schema.json": Footer,
     }
-    return {name: json.dumps(kind.model_json_schema(), indent=1) + "\n" for name, kind in kinds.items()}
+    return {
+        name: json.dumps({"$schema": _DIALECT, **kind.model_json_schema()}, indent=1) + "\n"
+        for name, kind in kinds.items()
+    }
