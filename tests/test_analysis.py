@@ -10,7 +10,8 @@ import recorded_run as recorded
 from harness.analysis import intervals, naming, ranking, trajectories, verdict
 from harness.analysis.words import Word, joint
 from harness.errors import Exit
-from harness.records import CheckResult, Comparison, Outcome, Record, Status
+from harness.manifest import Comparison
+from harness.records import CheckResult, Outcome, Record, Status
 from harness.store import Run
 
 # ---- intervals
@@ -226,6 +227,34 @@ def test_cells_are_ranked_within_equal_budgets_only(tmp_path: Path) -> None:
     assert found[2].basis == "all"
     assert found[0].detectable is not None
     assert found[1].detectable is None
+
+
+def test_how_a_batch_is_gone_through_is_no_budget_and_the_optimizer_is_named(tmp_path: Path) -> None:
+    def changed(record: Record) -> Record:
+        if record.cell.implementation == "fused":
+            how = {"training": record.cell.training.model_copy(update={"accumulate": 4, "checkpointing": True})}
+        elif record.cell.implementation == "hf-peft":
+            how = {"optimizer": "adamw-8bit"}
+        else:
+            return record
+        cell = record.cell.model_copy(update=how)
+        return record.model_copy(update={"cell": cell, "cell_id": cell.cell_id})
+
+    records = [changed(recorded.record(name, cell)) for name, cell in recorded.cells().items()]
+    run = recorded.write_run(
+        tmp_path / "r", only=["head"], cells=[r.cell for r in records], change=lambda *_: None, extra=records
+    )
+    (group, *_) = ranking.groups(run)
+    assert {e.record.cell.implementation for e in group.ranked} == {"reference", "fused", "hf-peft"}
+    assert set(group.optimizers) == {"adamw", "adamw-8bit"}
+    by = {cell.implementation: cell for cell in run.manifest.cells if cell.config.get("rank") == 8}
+    assert ranking.why_not_comparable(by["fused"], by["hf-peft"]) == ""
+    assert {
+        name: naming.full(run.manifest.cells)[by[name].cell_id].partition("] ")[2] for name in ("fused", "hf-peft")
+    } == {
+        "fused": "accumulate=4 checkpointing",
+        "hf-peft": "adamw-8bit",
+    }
 
 
 def test_other_items_are_compared_by_their_intervals(tmp_path: Path) -> None:
