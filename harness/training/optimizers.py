@@ -132,12 +132,11 @@ def notes(optimizer: torch.optim.Optimizer) -> list[str]:
         some = f"{narrow} of {len(states)} tensors that train"
         said.append(f"{some} have moments in 8 bits; those of fewer than 4096 elements keep theirs in 32")
     if (paging := _paging(optimizer)) is not None and states:
-        some = f"states of {len(paging.where())} of {len(states)} tensors that train were paged"
-        where = {p.device.type for group in optimizer.param_groups for p in group["params"]}
-        vain = (
-            "; on a CPU they move from memory to memory, which takes time and saves nothing" if where == {"cpu"} else ""
-        )
-        said.append(f"{some}, those of at least 100,000 elements{vain}")
+        count = len(paging.where())
+        vain = "; on a CPU they move from memory to memory, which takes time and saves nothing"
+        on_cpu = all(p.device.type == "cpu" for group in optimizer.param_groups for p in group["params"])
+        some = f"states of {count} of {len(states)} tensors that train were paged, those of at least 100,000 elements"
+        said.append(some + (vain if count and on_cpu else ""))
     return [sentence for sentence in said if sentence]
 
 
