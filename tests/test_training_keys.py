@@ -19,7 +19,7 @@ matrix:
     training: {steps: 6, batch: 8, warmup: 2, max_tokens: 24, lr: 5e-3}
     evaluation: {items: 32, batch: 16}
     cells:
-      - {id: full, method: full, optimizer: [adamw, adamw-8bit]}
+      - {id: full, method: full, optimizer: adamw-8bit}
       - id: plus
         method: lora
         implementation: fused
@@ -52,12 +52,12 @@ def test_a_suite_with_optimizers_and_parts_runs_end_to_end(bench: Bench) -> None
     (judgement,) = verdict.judge(run).judgements
     assert (judgement.verdict.word, len(judgement.verdict.records)) == (Word.PASS, 4)
 
-    full = {r.cell.optimizer: r for r in run.records if r.cell.method == "full"}
-    classes = {name: trained(r).optimizer["class"] for name, r in full.items()}
-    assert classes == {"adamw": "torch.optim.adamw.AdamW", "adamw-8bit": "reference.adamw8bit.AdamW8bit"}
-    states = {name: r.measurements.memory.optimizer_B for name, r in full.items() if r.measurements}
-    assert states["adamw-8bit"] < states["adamw"] / 2
-    assert any("have moments in 8 bits" in note for note in full["adamw-8bit"].notes)
+    (full,) = (r for r in run.records if r.cell.method == "full")
+    assert trained(full).optimizer["class"] == "reference.adamw8bit.AdamW8bit"
+    assert full.measurements is not None
+    in_32_bits = 2 * 4 * full.measurements.parameters.trainable
+    assert full.measurements.memory.optimizer_B < in_32_bits / 2  # most of this model is in tensors of 4096 and more
+    assert any("have moments in 8 bits" in note for note in full.notes)
 
     (plus,) = (r for r in run.records if r.cell.training.lr_ratio != 1)
     facts = trained(plus).optimizer
@@ -70,6 +70,6 @@ def test_a_suite_with_optimizers_and_parts_runs_end_to_end(bench: Bench) -> None
     for said in (
         "paged-adamw-8bit lr_ratio=4",
         "accumulate=4 checkpointing",
-        "The optimizers differ (adamw, adamw-8bit",
+        "The optimizers differ (",
     ):
         assert said in page
