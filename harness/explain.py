@@ -118,6 +118,11 @@ def _topics() -> Iterator[Topic]:
             yield kind.code, partial(_titled, f"error {kind.code}", text)
     for code, text in EXITS.items():
         yield str(int(code)), partial(_titled, f"exit code {code:d}", f"{text}.")
+    names = ", ".join(OPTIMIZERS)
+    yield (
+        "optimizer",
+        partial(_titled, "optimizer", f"an axis of a suite's matrix: one of {names}; `explain` tells of each"),
+    )
     for optimizer, text in OPTIMIZERS.items():
         yield optimizer, partial(_titled, f"optimizer {optimizer}", "\n".join(textwrap.wrap(f"{text}.", 100)))
     for key, field in Training.model_fields.items():

@@ -130,6 +130,7 @@ def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> Non
         ("4", "exit code 4"),
         ("4", "SIGTERM"),
         ("error", "status error"),
+        ("optimizer", "one of adamw, adamw-8bit, paged-adamw, paged-adamw-8bit"),
         ("paged-adamw", "arXiv:2305.14314"),
         ("accumulate", "Micro-batches per optimizer step"),
         ("checkpointing", "default: false"),
