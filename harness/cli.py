@@ -79,7 +79,8 @@ def _only(command: Any) -> Any:
     \b
     EXPR of --only: terms separated by commas.
       key=value  id, model, task, method, implementation, base, optimizer,
-                 dtype, seed, lr, or a key of the config
+                 dtype, seed, lr, accumulate, checkpointing, lr_ratio,
+                 or a key of the config
       word       the start of a cell_id, or a part of an id or name
     Terms of the same key are alternatives; different keys must all hold:
     `method=lora,implementation=fused,implementation=hf-peft`.

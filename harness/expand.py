@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from harness.analysis import naming
 from harness.errors import UsageError
-from harness.records import Cell, Comparison
+from harness.manifest import Comparison
+from harness.records import LATER, Cell
 from harness.spelling import near
 
 if TYPE_CHECKING:
@@ -80,8 +81,9 @@ def only(plan: Plan, expr: str) -> Plan:
     """Keep the Cells that `expr` names; raises UsageError if there are none.
 
     Terms are separated by commas. `key=value` compares one key: id, model, task, method, implementation, base,
-    optimizer, dtype, seed, lr, or a key of the config. A bare word is the start of a cell_id, or any part of the id or
-    of the name that `plan` prints. Terms of the same key are alternatives; different keys must all hold.
+    optimizer, dtype, seed, lr, accumulate, checkpointing, lr_ratio, or a key of the config. A bare word is the start of a
+    cell_id, or any part of the id or of the name that `plan` prints. Terms of the same key are alternatives; different
+    keys must all hold.
     """
     wanted: dict[str, list[str]] = {}
     for term in filter(None, (part.strip() for part in expr.split(","))):
@@ -116,7 +118,7 @@ def _facts(cell: Cell, entry_id: str) -> dict[str, Any]:
         **{key: getattr(cell, key) for key in plain},
         "id": entry_id,
         "base": cell.base.quantization,
-        "lr": cell.training.lr,
+        **{key: getattr(cell.training, key) for key in ("lr", *LATER)},
     }
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from harness import errors
 from harness.errors import Exit, HarnessError, UsageError
 from harness.methods import FieldInfo, MethodInfo, methods
-from harness.records import Status
+from harness.records import Optimizer, Status, Training
 from harness.resources import folder
 from harness.spelling import near
 
@@ -45,6 +45,17 @@ STATUSES = {
     Status.SKIPPED: "could not run here, and the Record says why",
     Status.LOST: "the worker vanished without a word: killed from outside, or the machine went down",
 }
+OPTIMIZERS: dict[Optimizer, str] = {
+    "adamw": "torch's AdamW, for every Cell but those of a method that brings its own (galore). What trains in 16 bits has "
+    "float32 master weights, with this optimizer and with those below",
+    "adamw-8bit": "AdamW with moments of 8 bits and one float32 absmax per 256 of them (arXiv:2110.02861): a quarter of the "
+    "bytes of the moments. A tensor of fewer than 4096 elements keeps 32 bits, and factors of a low rank often are so "
+    "small: the Record says of how many. By the reference for Cells of `reference`, by harness/kernels for all others",
+    "paged-adamw": "adamw whose states of at least 100,000 elements live in the host's memory and come to the GPU for their "
+    "own update (QLoRA, arXiv:2305.14314, section 3); the steps are the same bits. None stays on the GPU between two steps. "
+    "On a CPU it takes time and saves nothing. By the reference for Cells of `reference`, by harness/kernels for all others",
+    "paged-adamw-8bit": "adamw-8bit, its states paged as those of paged-adamw",
+}
 # What `check` says besides the names of its checks.
 WORDS = {
     "attach": "fails where an implementation raises when it is attached to a model, or returns what is no Adapted",
@@ -66,7 +77,9 @@ def checks() -> dict[str, str]:
 
 
 def explain(name: str) -> str:
-    """Explain a method, operation, check, known defect, error, exit code or status; raises UsageError for any other name.
+    """Explain a method, operation, check, known defect, optimizer, key of `training:`, error, exit code or status.
+
+    Raises UsageError for any other name.
 
     A check may be named as a Record names it, e.g. `lora/gradient/float32/warm`.
     """
@@ -80,8 +93,10 @@ def explain(name: str) -> str:
     if not found:
         mend = near(name, sorted({topic for topic, _ in topics}))
         if not mend.startswith("did you mean"):  # all names together would fill the screen
-            mend = "`peft-harness list methods` and `list checks` show names; operations, known defects, errors, exit codes"
-            mend += " (0 to 5) and statuses (ok, oom, ...) can be explained too"
+            mend = (
+                "`peft-harness list methods` and `list checks` show names; operations, known defects, optimizers, keys"
+            )
+            mend += " of `training:`, errors, exit codes (0 to 5) and statuses (ok, oom, ...) can be explained too"
         raise UsageError(f"nothing is called `{name}`", where="explain", mend=mend)
     return "\n\n".join(found)
 
@@ -103,6 +118,16 @@ def _topics() -> Iterator[Topic]:
             yield kind.code, partial(_titled, f"error {kind.code}", text)
     for code, text in EXITS.items():
         yield str(int(code)), partial(_titled, f"exit code {code:d}", f"{text}.")
+    names = ", ".join(OPTIMIZERS)
+    yield (
+        "optimizer",
+        partial(_titled, "optimizer", f"an axis of a suite's matrix: one of {names}; `explain` tells of each"),
+    )
+    for optimizer, text in OPTIMIZERS.items():
+        yield optimizer, partial(_titled, f"optimizer {optimizer}", "\n".join(textwrap.wrap(f"{text}.", 100)))
+    for key, field in Training.model_fields.items():
+        default = "" if field.is_required() else f"\ndefault: {str(field.default).lower()}"
+        yield key, partial(_titled, f"training.{key}", f"{field.description or ''}{default}".strip())
     for status, text in STATUSES.items():
         yield status.value, partial(_titled, f"status {status.value}", f"{text}.")
 

@@ -124,7 +124,8 @@ class FieldInfo:
 class MethodInfo:
     """A Method as its file in `reference/` describes it.
 
-    deviations: (topic, what the paper says, what we do, why), as in the file. about_fields: what each knob means.
+    deviations: (topic, what the paper says, what we do, why), as in the file. about_fields: what each knob means. factors:
+    the letters of its trained low-rank factors. optimizer: the name of an optimizer of its own; empty if it has none.
     """
 
     name: str
@@ -134,6 +135,8 @@ class MethodInfo:
     fields: dict[str, FieldInfo]
     about_fields: str
     path: Path
+    factors: tuple[str, ...] = ()
+    optimizer: str = ""
 
 
 def methods(folder: Path = _REFERENCE) -> dict[str, MethodInfo]:
@@ -162,6 +165,8 @@ def _method(path: Path) -> MethodInfo | None:
         fields=dict(map(_field, _annotated(config))) if config else {},
         about_fields=(ast.get_docstring(config) or "").partition("\n")[2].strip() if config else "",
         path=path,
+        factors=ast.literal_eval(constants["FACTORS"]) if "FACTORS" in constants else (),
+        optimizer=ast.literal_eval(constants["OPTIMIZER"]) if "OPTIMIZER" in constants else "",
     )
 
 

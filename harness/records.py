@@ -1,4 +1,4 @@
-"""What the harness writes down: Cells, Records, run manifests. No torch here, and nothing computed.
+"""What the harness writes down of a Cell: what was asked and what was found. No torch here, and nothing computed.
 
 Units are base units (seconds, bytes, 1); every number is finite. Fields are only ever added (`SCHEMA` counts removals
 and changes of meaning, so that an old reader refuses what it would misread).
@@ -19,7 +19,7 @@ Seconds = Annotated[float, Field(ge=0)]
 Bytes = Annotated[int, Field(ge=0)]
 Scalar = bool | int | float | str
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
-Optimizer = Literal["adamw"]
+Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"]
 Quantization = Literal["none", "nf4", "nf4-dq"]
 Json = Scalar | None | list[Any] | dict[str, Any]
 
@@ -56,8 +56,13 @@ class Base(Frozen):
         return self.quantization if not self.implementation else f"{self.quantization} ({self.implementation})"
 
 
+LATER = ("accumulate", "checkpointing", "lr_ratio")
+"""Fields of Training that came after the first published Records."""
+
+
 class Training(Frozen):
-    """The training budget and its recipe: equal for Cells that are to be compared, but for the learning rate."""
+    """The training budget and its recipe: equal for Cells that are to be compared, but for learning rates, and for what
+    changes only the cost (`accumulate`, `checkpointing`)."""
 
     steps: int
     """Optimizer steps; 0 means evaluation only (zero-shot)."""
@@ -70,8 +75,22 @@ class Training(Frozen):
     warmup: int = 0
     """Steps of linear learning-rate warm-up."""
     weight_decay: float = 0.0
+    """AdamW's decoupled weight decay: of each step the weight loses this times the learning rate."""
     max_tokens: int = 64
     """Longer texts are truncated, in training and in evaluation."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step: the `batch` examples go through the model in so many equal parts. Their gradients
+    are summed, each weighted by its labels (a causal model's: the tokens of its answers), so that loss and gradient are
+    those of the whole batch up to rounding. Only the activations of one part are in memory at a time."""
+    checkpointing: bool = False
+    """Gradient checkpointing, by transformers: each block of the model keeps only its input, and is computed again in the
+    backward pass. It takes time and saves memory; losses are the same up to rounding."""
+    lr_ratio: float = 1.0
+    """LoRA+ (arXiv:2402.12354): every factor B has so many times the learning rate `lr`, which A and all else have."""
+
+    def later(self) -> dict[str, Scalar]:
+        """Return those of the fields that came after the first published Records which are not at their default."""
+        return {n: value for n in LATER if (value := getattr(self, n)) != type(self).model_fields[n].default}
 
 
 class Evaluation(Frozen):
@@ -99,8 +118,12 @@ class Cell(Frozen):
 
     @property
     def cell_id(self) -> str:
-        """First 16 hex digits of the SHA-256 of the canonical JSON of this Cell."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """First 16 hex digits of the SHA-256 of the canonical JSON of this Cell.
+
+        A later field of Training is in it only where it is not at its default: an old Cell keeps its id.
+        """
+        values = self.model_dump(mode="json", exclude={"training": {*LATER} - self.training.later().keys()})
+        text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
@@ -110,7 +133,10 @@ class Cell(Frozen):
         method = "zero-shot" if self.method == "frozen" and self.training.steps == 0 else self.method
         base = "" if self.base.quantization == "none" else f" on {self.base}"
         dtype = "" if self.dtype == "float32" else f" {self.dtype}"
-        return f"{self.model} {method}{rank} [{self.implementation}]{base}{dtype}"
+        optimizer = "" if self.optimizer == "adamw" else f" {self.optimizer}"
+        told = self.training.later() if self.training.steps else {}
+        later = "".join(f" {name}" if value is True else f" {name}={value:g}" for name, value in told.items())
+        return f"{self.model} {method}{rank} [{self.implementation}]{base}{dtype}{optimizer}{later}"
 
 
 class Outcome(StrEnum):
@@ -170,7 +196,7 @@ class TrainingMeasured(Frozen):
     """CPU time of the whole process, all its threads, over the time of all `step_seconds`: far less than that time times
     the threads means that they waited, e.g. for other processes."""
     optimizer: dict[str, Json] = {}
-    """The optimizer as it was: its class and the numbers of each of its groups."""
+    """The optimizer as it was: its class, what paged its states, and the numbers of each of its groups."""
     data_order_sha256: str = ""
     """Over the ids of the examples of every batch, in order: equal for two Records that were trained on the same."""
     initial_state_sha256: str = ""
@@ -188,6 +214,8 @@ class Memory(Frozen):
     adapter_B: Bytes
     gradients_B: Bytes
     optimizer_B: Bytes
+    optimizer_host_B: Bytes = 0
+    """Of a run on a GPU: optimizer states in the host's memory, e.g. paged ones; not in `optimizer_B`."""
 
 
 class Latency(Frozen):
@@ -332,59 +360,3 @@ class Record(Frozen):
     def id(self) -> str:
         """The name other files use for this Record: `cell_id.attempt`."""
         return f"{self.cell_id}.{self.attempt}"
-
-
-class Manifest(Frozen):
-    """run.json: written before anything runs. Says which Cells are expected, so that a missing one is visible."""
-
-    schema_: int = Field(default=SCHEMA, alias="schema")
-    run: str
-    suite: str
-    title: str = ""
-    about: str = ""
-    suite_file: str
-    suite_sha256: str
-    comparisons: list[Comparison] = []
-    cells: list[Cell]
-    environment: Environment
-    argv: list[str]
-    started: str
-    harness_version: str
-
-
-class Comparison(Frozen):
-    """A question that the suite asks of its Records; `analysis` decides it."""
-
-    kind: Literal["better", "same-losses"]
-    """`better`: the accuracy interval of `left` lies above that of `right`. `same-losses`: every Cell of `left` follows
-    the float64 trajectory of `right` as closely as the noise floor allows."""
-    left: list[str]
-    """cell_ids."""
-    right: list[str]
-    says: str
-    """The sentence that is judged."""
-
-
-class Footer(Frozen):
-    """footer.json: written last. A run without it is incomplete."""
-
-    schema_: int = Field(default=SCHEMA, alias="schema")
-    run: str
-    ended: str
-    how: Literal["finished", "interrupted", "failed"]
-    counts: dict[str, int]
-    """Records per status, of the last attempt of each Cell."""
-    missing: list[str]
-    """Expected Cells without any Record."""
-    kept: int = 0
-    """Cells whose Record an earlier invocation made. The seconds below are those of the last invocation alone."""
-    seconds_total: Seconds
-    seconds_in_cells: Seconds
-    seconds_outside: dict[str, float]
-    """Where the rest went: `startup`, `fetch`, `scheduling`. The page is made after the footer, in about half a second."""
-    sha256: dict[str, str] = {}
-    """Of run.json and of each Record, by their paths in the run's folder: what is changed afterwards is seen. Empty in runs
-    from before it was kept."""
-
-
-Manifest.model_rebuild()

@@ -23,7 +23,8 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from harness.errors import StoreError, UsageError
-from harness.records import SCHEMA, Footer, Manifest, Record
+from harness.manifest import Footer, Manifest
+from harness.records import SCHEMA, Record
 
 RUNS = Path("results") / "runs"
 

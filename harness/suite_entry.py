@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from harness.suite_file import BaseKeys, CellKeys
 from harness.tasks import Task
 from harness.yaml_lines import Document, Way
 
+MOST_CELLS = 10_000
+"""More is a slip of the pen: at a minute each, ten thousand Cells are a week."""
 _JUDGED_BY_MODEL = (("config", "targets"), ("training", "max_tokens"))
 _NEEDED = (("model",), ("task",), ("method",), ("training", "steps"), ("evaluation", "items"))
 
@@ -261,14 +265,49 @@ class _EntryReader:
 
     def _training(self, config: dict[str, dict[str, list[Any]]]) -> list[Training]:
         written = self.keys.training.model_dump(exclude_none=True)
-        rates = written.pop("lr", None)
-        training = [Training(**written, lr=rate) for rate in rates] if rates else [Training(**written)]
+        axes = {key: _listed(value) for key, value in written.items()}
+        if (count := math.prod(map(len, axes.values()))) > MOST_CELLS:
+            way = self._way("training")
+            self.reading.problem(way, f"{count} Cells; the most is {MOST_CELLS}", "shorten a list, or split the suite")
+            return []
+        training = [Training(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
         # With no steps a block's warm-up means nothing, and is no mistake.
         if 0 < training[0].steps < training[0].warmup:
             what = f"`warmup` is {training[0].warmup}, longer than the {training[0].steps} steps"
             self.reading.problem(self._way("training", "warmup"), what, "shorten it, or train longer")
         self._schedules(config, training[0].steps)
+        self._optimizers(config, training[0].steps)
+        for i, ratio in enumerate(_listed(written.get("lr_ratio"))):
+            self._ratio(config, ratio, self._way("training", "lr_ratio", i))
+        for i, parts in enumerate(_listed(written.get("accumulate"))):
+            if (batch := training[0].batch) % parts:
+                what = f"`accumulate` is {parts}, which does not divide the batch of {batch} examples"
+                mend = f"write one of {', '.join(str(n) for n in range(1, batch + 1) if batch % n == 0)}"
+                self.reading.problem(self._way("training", "accumulate", i), what, mend)
         return training
+
+    def _optimizers(self, config: dict[str, dict[str, list[Any]]], steps: int) -> None:
+        """An optimizer can only be chosen for what trains, by Methods that leave the choice."""
+        for i, optimizer in enumerate(self.keys.optimizer):
+            if optimizer == "adamw":
+                continue
+            way = self._way("optimizer", i)
+            if not steps:
+                what = f"`optimizer` is {optimizer}, and nothing is trained in 0 steps"
+                self.reading.problem(way, what, "write `optimizer: adamw` for what is not trained")
+            for name in config:
+                if own := self.reading.methods[name].optimizer:
+                    what = f"`optimizer` is {optimizer}, and {name} steps by its own, {own}"
+                    self.reading.problem(way, what, f"give {name} an entry with `optimizer: adamw`")
+
+    def _ratio(self, config: dict[str, dict[str, list[Any]]], ratio: float, way: Way) -> None:
+        """LoRA+ is about two factors, of which B is the second."""
+        for name in config:
+            factors = self.reading.methods[name].factors
+            if ratio != 1 and "B" not in factors:
+                having = ", ".join(n for n, info in self.reading.methods.items() if "B" in info.factors)
+                what = f"`lr_ratio` is {ratio:g}, and {name} trains no factor B"
+                self.reading.problem(way, what, f"write `lr_ratio: 1` for {name}; those that do: {having}")
 
     def _schedules(self, config: dict[str, dict[str, list[Any]]], steps: int) -> None:
         """A Method that counts down over `total_steps` would not come to its end, or stand still before the training's."""

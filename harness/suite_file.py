@@ -48,6 +48,9 @@ class TrainingKeys(Keys):
     weight_decay: Annotated[float, Field(ge=0, le=1)] | None = None
     # Two special tokens of an encoder and two of text, or a prompt of some tokens and its answer.
     max_tokens: Annotated[int, Field(ge=4, le=1_000_000)] | None = None
+    accumulate: OneOrMany[Positive] | None = None
+    checkpointing: OneOrMany[bool] | None = None
+    lr_ratio: OneOrMany[Annotated[float, Field(gt=0, le=10_000)]] | None = None
 
 
 class EvaluationKeys(Keys):
@@ -165,6 +168,7 @@ _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less tha
 _FORMS = {
     "int_type": "write a whole number, without quotes",
     "int_from_float": "write a whole number",
+    "bool_type": "write true or false, without quotes",
     "float_type": "write a number, without quotes",
     "finite_number": "write a finite number",
     "string_type": "write a word; put it in quotes if it looks like a number",

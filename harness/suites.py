@@ -16,13 +16,10 @@ from harness.methods import methods
 from harness.registry import Registry, discover
 from harness.resources import folder
 from harness.spelling import near
-from harness.suite_entry import Entry, Reading, read_entry
+from harness.suite_entry import MOST_CELLS, Entry, Reading, read_entry
 from harness.suite_file import ComparisonKeys, SuiteKeys
 from harness.tasks import Task
 from harness.yaml_lines import Way
-
-MOST_CELLS = 10_000
-"""More is a slip of the pen: at a minute each, ten thousand Cells are a week."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from reference.adapted import Adapted
 from reference.layers import dense_copy, floating_dtype, replace, targets
 
 PAPER = "arXiv:2303.10512v2"
+FACTORS = ("A", "B")
 DEVIATIONS = (
     (
         "names of the tensors",

@@ -18,6 +18,7 @@ from reference.adapted import Adapted
 from reference.layers import dense_copy, dense_weight, floating_dtype, replace, targets
 
 PAPER = "arXiv:2402.09353v6"
+FACTORS = ("A", "B")
 DEVIATIONS = (
     (
         "axis of the norm",

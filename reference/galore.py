@@ -25,6 +25,7 @@ from reference.randomised_svd import randomised_svd
 PAPER = "arXiv:2403.03507v2"
 OVERSAMPLE = 10
 """Columns of the randomised SVD's sketch beyond the rank."""
+OPTIMIZER = "GaLore"
 DEVIATIONS = (
     (
         "side of a square matrix",

@@ -20,6 +20,7 @@ from reference.layers import KINDS, dense_copy, floating_dtype, kind_of, replace
 from reference.lora_layers import LoraConv2d, LoraConv2dKernel, LoraEmbedding
 
 PAPER = "arXiv:2106.09685v2"
+FACTORS = ("A", "B")
 DEVIATIONS = (
     (
         "initialisation of A",

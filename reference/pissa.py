@@ -22,6 +22,7 @@ from reference.lora_layers import LoraEmbedding
 from reference.randomised_svd import randomised_svd
 
 PAPER = "arXiv:2404.02948v4"
+FACTORS = ("A", "B")
 DEVIATIONS = (
     (
         "shapes of A and B",

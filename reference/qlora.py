@@ -21,6 +21,7 @@ from reference.adapted import Adapted
 from reference.layers import dense_copy, dense_weight, floating_dtype, replace, targets
 
 PAPER = "arXiv:2305.14314v1"
+FACTORS = ("A", "B")
 DEVIATIONS = (
     (
         "NF4, double quantisation",

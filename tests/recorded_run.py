@@ -9,20 +9,18 @@ from typing import Any
 
 from harness import store
 from harness.analysis.intervals import wilson
+from harness.manifest import Comparison, Footer, Manifest
 from harness.records import (
     Accuracy,
     AssetUse,
     Base,
     Cell,
     CheckResult,
-    Comparison,
     Environment,
     Evaluation,
     Failure,
-    Footer,
     Item,
     Latency,
-    Manifest,
     Measurements,
     Memory,
     Outcome,

@@ -10,7 +10,8 @@ import recorded_run as recorded
 from harness.analysis import intervals, naming, ranking, trajectories, verdict
 from harness.analysis.words import Word, joint
 from harness.errors import Exit
-from harness.records import CheckResult, Comparison, Outcome, Record, Status
+from harness.manifest import Comparison
+from harness.records import CheckResult, Outcome, Record, Status
 from harness.store import Run
 
 # ---- intervals
@@ -173,6 +174,32 @@ def test_another_seed_is_refused() -> None:
     assert "seed 1 against 0" in result.subjects[1].verdict.reason
 
 
+def with_cell(record: Record, **changes: object) -> Record:
+    cell = record.cell.model_copy(update=changes)
+    return record.model_copy(update={"cell": cell, "cell_id": cell.cell_id})
+
+
+def in_parts(record: Record) -> Record:
+    how = {"accumulate": 4, "checkpointing": True}
+    return with_cell(record, training=record.cell.training.model_copy(update=how))
+
+
+def test_a_batch_in_parts_is_judged_by_the_losses_of_the_whole() -> None:
+    records = _records()
+    records["fused"] = in_parts(records["fused"])
+    result = _same_losses(records)
+    assert result.verdict.word is Word.PASS
+    assert [s.by for s in result.subjects] == ["growth", "noise", "noise"]
+
+
+def test_another_optimizer_is_refused_and_named() -> None:
+    records = _records()
+    records["fused"] = with_cell(records["fused"], optimizer="adamw-8bit")
+    subject = _same_losses(records).subjects[1]
+    assert subject.verdict.word is Word.NOT_RUN
+    assert "optimizer adamw-8bit against adamw" in subject.verdict.reason
+
+
 def test_another_data_order_is_refused() -> None:
     records = _records()
     m = records["fused"].measurements
@@ -226,6 +253,25 @@ def test_cells_are_ranked_within_equal_budgets_only(tmp_path: Path) -> None:
     assert found[2].basis == "all"
     assert found[0].detectable is not None
     assert found[1].detectable is None
+
+
+def test_how_a_batch_is_gone_through_is_no_budget_and_the_optimizer_is_named(tmp_path: Path) -> None:
+    records = _records()
+    records["fused"] = in_parts(records["fused"])
+    records["hf-peft"] = with_cell(records["hf-peft"], optimizer="adamw-8bit")
+    cells = [record.cell for record in records.values()]
+    # One Cell is asked for, so that no comparison of the suite's is in the way; all are in the manifest.
+    run = recorded.write_run(
+        tmp_path / "r", only=["head"], cells=cells, change=lambda *_: None, extra=list(records.values())
+    )
+    group = ranking.groups(run)[0]
+    assert {e.record.cell.implementation for e in group.ranked} == {"reference", "fused", "hf-peft"}
+    assert set(group.optimizers) == {"adamw", "adamw-8bit"}
+    parts, narrow = records["fused"].cell, records["hf-peft"].cell
+    assert ranking.why_not_comparable(parts, narrow) == ""
+    names = naming.full(cells)
+    assert names[parts.cell_id].endswith("lora r=8 [fused] accumulate=4 checkpointing")
+    assert names[narrow.cell_id].endswith("lora r=8 [hf-peft] adamw-8bit")
 
 
 def test_other_items_are_compared_by_their_intervals(tmp_path: Path) -> None:

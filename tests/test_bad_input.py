@@ -140,6 +140,45 @@ BAD_SUITES = {
     "batch of zero": ("batch: 2", "batch: 0", 6, "`batch` is 0", "write at least 1"),
     "texts of one token": ("lr: 1e-3", "lr: 1e-3, max_tokens: 1", 6, "`max_tokens` is 1", "write at least 4"),
     "longer warm-up than training": ("steps: 4", "steps: 4, warmup: 5", 6, "`warmup` is 5", "shorten it"),
+    "optimizer that nobody has": ("id: a", "id: a\n        optimizer: adam-8bit", 10, "is 'adam-8bit'", "`adamw-8bit`"),
+    "optimizer axis with one wrong": (
+        "id: a",
+        "id: a\n        optimizer: [adamw, sgd]",
+        10,
+        "an entry of `optimizer` is 'sgd'",
+        "paged-adamw-8bit",
+    ),
+    "optimizer for a method with its own": (
+        "method: lora\n        config: {rank: 4, alpha: 8,",
+        "method: galore\n        optimizer: [adamw, adamw-8bit]\n        config: {rank: 4,",
+        11,
+        "`optimizer` is adamw-8bit, and galore steps by its own, GaLore",
+        "give galore an entry with `optimizer: adamw`",
+    ),
+    "optimizer for what is not trained": (
+        "method: lora\n        config: {rank: 4, alpha: 8, targets: [q_proj]}",
+        "method: frozen\n        optimizer: paged-adamw\n        training: {steps: 0}",
+        11,
+        "`optimizer` is paged-adamw, and nothing is trained in 0 steps",
+        "write `optimizer: adamw`",
+    ),
+    "parts that do not divide the batch": (
+        "batch: 2,",
+        "batch: 6, accumulate: [2, 4],",
+        6,
+        "`accumulate` is 4, which does not divide the batch of 6 examples",
+        "write one of 1, 2, 3, 6",
+    ),
+    "no parts": ("batch: 2,", "batch: 2, accumulate: 0,", 6, "`accumulate` is 0", "write at least 1"),
+    "checkpointing in words": ("batch: 2,", "batch: 2, checkpointing: 'yes',", 6, "is 'yes'", "write true or false"),
+    "ratio of learning rates without a factor B": (
+        "method: lora\n        config: {rank: 4, alpha: 8,",
+        "method: vera\n        training: {lr_ratio: [1, 16]}\n        config: {rank: 4,",
+        11,
+        "`lr_ratio` is 16, and vera trains no factor B",
+        "write `lr_ratio: 1` for vera; those that do: adalora, dora, lora, pissa, qlora",
+    ),
+    "ratio of zero": ("lr: 1e-3", "lr: 1e-3, lr_ratio: 0", 6, "`lr_ratio` is 0", "write more than 0"),
     "more items than there are": ("items: 8", "items: 65", 7, "`items` is 65, but toy-sentiment has 64", "at most 64"),
     "yes for a number": ("items: 8", "items: true", 7, "`items` is True", "write a whole number"),
     "negative seed": ("id: a", "id: a\n        seed: -1", 10, "`seed` is -1", "write at least 0"),
@@ -153,6 +192,13 @@ BAD_SUITES = {
         3,
         "10002 Cells; the most is 10000",
         "split the suite",
+    ),
+    "too many ways to train": (
+        "lr: 1e-3",
+        f"lr: [{', '.join(['1e-3'] * 200)}], lr_ratio: [{', '.join(map(str, range(1, 201)))}]",
+        6,
+        "40000 Cells; the most is 10000",
+        "shorten a list",
     ),
     "comparison of nobody": ("as: exact", "as: exakt", 17, "`as` names no id: `exakt`", "did you mean `exact`?"),
     "comparison with itself": ("as: exact", "as: a", 17, "a comparison of a thing with itself", "different ids"),
@@ -263,6 +309,21 @@ def test_every_mistake_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
     with pytest.raises(SuiteError) as caught:
         suites.load(path)
     assert [int(p.where.rpartition(":")[2]) for p in caught.value.problems] == [2, 4, 6, 7, 10, 12, 18]
+
+
+def test_mistakes_of_how_it_is_trained_come_all_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    text = SUITE.replace("batch: 2,", "batch: 6, accumulate: 4, lr_ratio: 8,", 1)
+    text = text.replace("id: a", "id: a\n        optimizer: adamw-8bit", 1).replace("method: lora", "method: galore", 1)
+    path.write_text(text.replace("{rank: 4, alpha: 8,", "{rank: 4,", 1), encoding="utf-8")
+    with pytest.raises(SuiteError) as caught:
+        suites.load(path)
+    assert [(int(p.where.rpartition(":")[2]), p.what.partition(",")[0]) for p in caught.value.problems] == [
+        (6, "`accumulate` is 4"),
+        (6, "`lr_ratio` is 8"),
+        (10, "`optimizer` is adamw-8bit"),
+    ]
+    assert all(p.mend for p in caught.value.problems)
 
 
 def test_a_mistake_in_a_block_is_told_once(tmp_path: Path) -> None:

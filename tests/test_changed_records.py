@@ -14,7 +14,8 @@ from harness import store
 from harness.analysis import verdict
 from harness.cli import main
 from harness.errors import Exit
-from harness.records import Footer, Status
+from harness.manifest import Footer
+from harness.records import Status
 from harness.report import html, text, view
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"

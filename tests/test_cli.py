@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import click
 import pytest
@@ -16,9 +17,9 @@ from harness import cli, listing, planning, store, suites
 from harness.cli import main
 from harness.errors import Exit, HarnessError
 from harness.expand import expand
-from harness.explain import EXITS, STATUSES
+from harness.explain import EXITS, OPTIMIZERS, STATUSES
 from harness.methods import methods
-from harness.records import Record, Status
+from harness.records import Optimizer, Record, Status, Training
 
 COMMAND = (sys.executable, "-m", "harness.cli")
 
@@ -129,11 +130,23 @@ def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> Non
         ("4", "exit code 4"),
         ("4", "SIGTERM"),
         ("error", "status error"),
+        ("optimizer", "one of adamw, adamw-8bit, paged-adamw, paged-adamw-8bit"),
+        ("paged-adamw", "arXiv:2305.14314"),
+        ("accumulate", "Micro-batches per optimizer step"),
+        ("checkpointing", "default: false"),
+        ("lr_ratio", "arXiv:2402.12354"),
     ],
 )
 def test_explain(name: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", name]) == Exit.PASS
     assert says in capsys.readouterr().out
+
+
+def test_every_optimizer_and_every_key_of_training_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(OPTIMIZERS) == set(get_args(Optimizer))
+    for key in (*OPTIMIZERS, *Training.model_fields):
+        assert main(["explain", key]) == Exit.PASS
+        assert len(capsys.readouterr().out.splitlines()) > 1, key
 
 
 def test_every_exit_code_and_status_is_explained() -> None:

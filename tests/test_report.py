@@ -221,6 +221,17 @@ def test_the_ranking_says_what_it_cannot_see(good: store.Run) -> None:
     assert "without training: zero-shot" in " ".join(second["sentences"])
 
 
+def test_a_ranking_of_two_optimizers_says_so(good: store.Run, tmp_path: Path) -> None:
+    cell = recorded.cells()["fused"].model_copy(update={"optimizer": "adamw-8bit"})
+    other = recorded.record("fused", cell)
+    cells = [*recorded.cells().values(), cell]
+    run = recorded.write_run(tmp_path / "run", cells=cells, extra=[other])
+    said, before = (" ".join(view.build([one])["runs"][0]["groups"][0]["sentences"]) for one in (run, good))
+    assert "The optimizers differ (adamw, adamw-8bit)" in said.replace("adamw-8bit, adamw", "adamw, adamw-8bit")
+    assert "lora r=8 [fused] adamw-8bit" in said
+    assert "optimizers" not in before
+
+
 def test_the_same_losses_are_reported_step_by_step(good: store.Run) -> None:
     (section,) = view.build([good])["runs"][0]["same_losses"]
     assert section["word"] == "pass"

@@ -26,7 +26,8 @@ from harness import store, suites
 from harness.assets import fetch, table
 from harness.cli import main
 from harness.errors import Exit
-from harness.records import Footer, Outcome, Record, Status, TrainingMeasured
+from harness.manifest import Footer
+from harness.records import Outcome, Record, Status, TrainingMeasured
 from harness.report import html
 from harness.runner import local, worker
 from harness.runner.progress import Progress

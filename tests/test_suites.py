@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -12,7 +13,7 @@ from harness import suite_entry, suite_file, suites
 from harness.errors import UsageError
 from harness.expand import Plan, expand, only
 from harness.methods import methods
-from harness.records import Base, Cell, Evaluation, Training
+from harness.records import Base, Cell, Evaluation, Optimizer, Training
 
 SUITE = """
 suite: small
@@ -75,12 +76,47 @@ def test_golden_cell_id() -> None:
     assert cell.cell_id == "bfaf85e3181f2479"
 
 
+PUBLISHED = """{"model": "minilm-l6", "task": "movie-sentiment", "method": "lora", "implementation": "reference", "config":
+{"rank": 8, "alpha": 16.0, "targets": ["query", "key", "value", "dense"], "dropout": 0.0}, "base": {"quantization": "none",
+"implementation": ""}, "optimizer": "adamw", "dtype": "float32", "seed": 0, "training": {"steps": 72, "batch": 16, "lr":
+0.001, "head_lr": 0.001, "warmup": 8, "weight_decay": 0.0, "max_tokens": 32}, "evaluation": {"items": 1000, "batch": 50}}"""
+"""A Cell as a published Record of 2026-11-24 holds it."""
+
+
+def test_a_published_cell_keeps_its_id_and_only_a_new_value_changes_it() -> None:
+    cell = Cell.model_validate_json(PUBLISHED)
+    assert cell.cell_id == "605c5559d5be74fc"
+    changes = [{"accumulate": 2}, {"checkpointing": True}, {"lr_ratio": 16.0}, {"accumulate": 2, "lr_ratio": 16.0}]
+    several = [cell.model_copy(update={"training": cell.training.model_copy(update=change)}) for change in changes]
+    several += [cell.model_copy(update={"optimizer": name}) for name in get_args(Optimizer)]
+    assert len({one.cell_id for one in (cell, *several)}) == len(several)  # `adamw` is what it had
+    assert len({one.label for one in (cell, *several)}) == len(several)
+    for one in several:
+        assert Cell.model_validate_json(one.model_dump_json()).cell_id == one.cell_id
+
+
+def test_an_optimizer_and_how_a_batch_is_gone_through_are_axes(read) -> None:
+    text = "optimizer: [adamw, paged-adamw-8bit], training: {accumulate: [1, 2], checkpointing: [false, true]}"
+    plan = read(f"      - {{method: lora, {text}}}")
+    assert [(c.optimizer, c.training.accumulate, c.training.checkpointing) for c in plan.cells] == [
+        (optimizer, parts, again)
+        for optimizer in ("adamw", "paged-adamw-8bit")
+        for parts in (1, 2)
+        for again in (False, True)
+    ]
+    assert [cell.label.partition("] ")[2] for cell in only(plan, "accumulate=2,checkpointing=true").cells] == [
+        "accumulate=2 checkpointing",
+        "paged-adamw-8bit accumulate=2 checkpointing",
+    ]
+
+
 def test_cell_id_ignores_key_order_and_written_defaults(read) -> None:
     (short,) = read("      - {method: lora, config: {rank: 8, targets: [q_proj, v_proj]}}").cells
     (long,) = read(
         "      - dtype: float32\n        seed: [0]\n        optimizer: adamw\n        base: {quantization: none}\n"
         "        config: {targets: [q_proj, v_proj], dropout: 0, alpha: 16, rank: 8}\n        method: [lora]\n"
-        "        training: {weight_decay: 0, lr: 0.001}\n        implementation: reference\n"
+        "        training: {weight_decay: 0, lr: 0.001, accumulate: 1, checkpointing: false, lr_ratio: 1}\n"
+        "        implementation: reference\n"
     ).cells
     assert short == long
     assert short.cell_id == long.cell_id
@@ -101,6 +137,10 @@ def test_every_field_of_a_cell_changes_its_id(read) -> None:
         "dtype: bfloat16",
         "seed: 1",
         "training: {lr: 2e-3}",
+        "training: {accumulate: 2}",
+        "training: {checkpointing: true}",
+        "training: {lr_ratio: 4}",
+        "optimizer: adamw-8bit",
         "evaluation: {items: 9}",
     ]
     text = "".join(f"      - {{method: lora, id: c{n}, {v}}}\n" for n, v in enumerate(variants))

@@ -20,7 +20,7 @@ from harness.errors import UsageError
 from harness.evaluation.likelihood import CausalScorer
 from harness.records import Training
 from harness.registry import discover
-from harness.training import loop
+from harness.training import loop, optimizers
 from harness.training.batches import (
     Batch,
     Example,
@@ -135,7 +135,7 @@ def test_the_head_has_a_learning_rate_of_its_own_and_is_stepped_once() -> None:
     adapted = attach(model, configure("full", {}), torch.Generator())
     head = list(model.head.parameters())
     for head_lr, want in ((0.5, 0.5), (None, 0.1)):
-        optimizer, _ = loop.make_optimizer(adapted, head, Training(steps=1, warmup=0, lr=0.1, head_lr=head_lr))
+        optimizer, _ = optimizers.make(adapted, head, Training(steps=1, warmup=0, lr=0.1, head_lr=head_lr))
         groups = {id(p): g["initial_lr"] for g in optimizer.param_groups for p in g["params"]}
         assert groups == {id(model.embed.weight): 0.1} | {id(p): want for p in head}
         assert sum(len(g["params"]) for g in optimizer.param_groups) == 3
@@ -148,7 +148,7 @@ def test_a_methods_own_optimizer_is_given_the_head_too() -> None:
     head = list(model.head.parameters())
     own = torch.optim.SGD([model.embed.weight], lr=0.1)
     adapted.optimizer = lambda lr, weight_decay: own  # type: ignore[method-assign]
-    optimizer, _ = loop.make_optimizer(adapted, head, Training(steps=1, warmup=0, lr=0.1, head_lr=0.5))
+    optimizer, _ = optimizers.make(adapted, head, Training(steps=1, warmup=0, lr=0.1, head_lr=0.5))
     assert optimizer is own
     groups = {id(p): g["initial_lr"] for g in own.param_groups for p in g["params"]}
     assert groups == {id(model.embed.weight): 0.1} | {id(p): 0.5 for p in head}
@@ -285,7 +285,7 @@ def test_training_and_scoring_cut_a_prompt_at_the_same_place(model: Any, tokeniz
 
 def test_the_optimizer_is_described_whole() -> None:
     s = setting(Encoder(), lr=2e-3, weight_decay=0.5, warmup=4)
-    facts = loop.optimizer_facts(s["optimizer"])
+    facts = optimizers.facts(s["optimizer"])
     json.dumps(facts, allow_nan=False)
     (group,) = facts["groups"]
     assert facts["name"] == "AdamW"
@@ -294,8 +294,8 @@ def test_the_optimizer_is_described_whole() -> None:
     }  # fmt: skip
     half = setting(Encoder().half())["optimizer"]
     assert isinstance(half, Masters)
-    assert loop.optimizer_facts(half)["master_weights"] == "float32"
-    assert loop.optimizer_facts(half)["groups"][0]["eps"] == 1e-8
+    assert optimizers.facts(half)["master_weights"] == "float32"
+    assert optimizers.facts(half)["groups"][0]["eps"] == 1e-8
     (note,) = loop.notes(half)
     assert "float32 master weights" in note
     assert "scaled by 1024" in note
@@ -313,5 +313,5 @@ def test_a_loss_that_rises_is_noted() -> None:
 def test_training_nothing_is_refused_with_a_mend(model: Any) -> None:
     adapted = discover().find("method", "frozen", "reference")(model, configure("frozen", {}), torch.Generator())
     with pytest.raises(UsageError, match="nothing of this model trains") as refused:
-        loop.make_optimizer(adapted, [], Training(steps=1, warmup=0, lr=0.1))
+        optimizers.make(adapted, [], Training(steps=1, warmup=0, lr=0.1))
     assert "steps: 0" in refused.value.mend

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from harness.conformance.subject import configure
 from harness.records import Training
 from harness.registry import discover
-from harness.training import loop
+from harness.training import optimizers
 from harness.training.batches import Batch, Example, collate, order
 
 EXAMPLES = [Example(f"e{i}", tuple(range(1, 2 + i * 7 % 13)), i % 2) for i in range(50)]
@@ -36,7 +36,7 @@ def setting(model: nn.Module, method: str = "full", implementation: str = "refer
     config = {} if method == "full" else {"rank": 2, "targets": ["head"]}
     adapted = attach(model, configure(method, config), torch.Generator().manual_seed(0))
     recipe = Training(**{"steps": 10, "warmup": 0, "lr": 1e-2, **recipe})
-    optimizer, schedule = loop.make_optimizer(adapted, [], recipe)
+    optimizer, schedule = optimizers.make(adapted, [], recipe)
     return {"adapted": adapted, "head": [], "optimizer": optimizer, "schedule": schedule}
 
 

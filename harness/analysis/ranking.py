@@ -16,7 +16,11 @@ Basis = Literal["tied", "all", "independent"]
 
 @dataclass(frozen=True)
 class Budget:
-    """What must be equal before two accuracies may be ranked. The learning rate is each method's own to choose."""
+    """What must be equal before two accuracies may be ranked.
+
+    The learning rates are each method's own to choose. `accumulate` and `checkpointing` change what a step costs and not
+    what it learns. The optimizer may differ, which every name says and the report besides: see `Group.optimizers`.
+    """
 
     model: str
     task: str
@@ -85,6 +89,11 @@ class Group:
     def entries(self) -> tuple[Entry, ...]:
         """All entries, ranked ones first."""
         return self.ranked + self.untrained
+
+    @property
+    def optimizers(self) -> tuple[str, ...]:
+        """The optimizers that its trained Cells were stepped by, as suites call them."""
+        return tuple(dict.fromkeys(e.record.cell.optimizer for e in self.ranked))
 
     @property
     def is_ranking(self) -> bool:

@@ -17,7 +17,8 @@ from itertools import accumulate
 from harness import tolerances
 from harness.analysis import naming
 from harness.analysis.words import Verdict, Word, joint
-from harness.records import Cell, Comparison, Record, Status
+from harness.manifest import Comparison
+from harness.records import Cell, Record, Status
 
 REFERENCE = "reference"
 EXACT = "float64"
@@ -163,9 +164,11 @@ def _other_batches(left: Record, right: Record) -> str:
 
 
 def _what_is_trained(cell: Cell) -> dict[str, object]:
-    """Return the fields that decide the losses: what is scored afterwards does not."""
-    apart = ("implementation", "dtype", "evaluation")
-    return {k: v for k, v in cell.model_dump(mode="json").items() if k not in apart}
+    """Return the fields that decide the losses: what is scored afterwards does not, nor how a batch is gone through."""
+    how = {"accumulate", "checkpointing"}
+    return cell.model_dump(
+        mode="json", exclude={"implementation": True, "dtype": True, "evaluation": True, "training": how}
+    )
 
 
 def _differences(left: Cell, right: Cell) -> list[str]:

@@ -9,7 +9,8 @@ from harness.analysis import naming, parity, trajectories
 from harness.analysis.ranking import why_not_comparable
 from harness.analysis.words import Verdict, Word
 from harness.errors import Exit
-from harness.records import Accuracy, Comparison, Outcome, Record, Status
+from harness.manifest import Comparison
+from harness.records import Accuracy, Outcome, Record, Status
 from harness.store import Run
 
 _SO = (Word.FAIL, Word.INCONCLUSIVE)

@@ -29,7 +29,7 @@ from harness.conformance.tolerance import carried_noise
 from harness.records import Base, CheckResult
 from harness.registry import Implementation, Registry
 from harness.runner import packing
-from harness.training.loop import BETAS, EPS
+from harness.training.optimizers import BETAS, EPS
 
 SEED = 20
 LR, WEIGHT_DECAY = 1e-4, 0.0

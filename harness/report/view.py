@@ -176,6 +176,9 @@ def _sentences(f: RunFacts, g: Group) -> list[str]:
         )
     elif g.ranked:
         sentences.append(f"One trained Cell: {f.names[best.record.cell_id]}, {display.accuracy(best.accuracy)}.")
+    if len(g.optimizers) > 1:
+        differ = f"The optimizers differ ({', '.join(g.optimizers)})"
+        sentences.append(f"{differ}: where two Cells do, their difference in accuracy may be the optimizer's.")
     if g.untrained and g.ranked:
         sentences.append(f"For orientation, without training: {listed(g.untrained)}.")
     runs = f"One training run per Cell (seed {', '.join(map(str, g.seeds))})"

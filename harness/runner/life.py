@@ -41,7 +41,7 @@ from harness.registry import Registry
 from harness.runner import packing
 from harness.runner.data import CellData
 from harness.runner.work import Work
-from harness.training import loop
+from harness.training import loop, optimizers
 from harness.training import model as models
 
 # The optimizer makes its state in step 1, and allocators settle: the first steps are marked as not steady.
@@ -126,19 +126,22 @@ class Life:
         optimizer: torch.optim.Optimizer | None = None
         gradients = 0
         if cell.training.steps:
-            trained, optimizer, gradients = self._train(adapted, loaded, task, start)
+            with models.checkpointing(model, cell.training.checkpointing):
+                trained, optimizer, gradients = self._train(adapted, loaded, task, start)
         weights = tensor_bytes(
             [*(t for t in model_tensors(model) if id(t) not in {id(a) for a in subject.added().values()})]
         )
+        states = optimizer_tensors(optimizer) if optimizer else []
         memory = Memory(
             source=self.meter.source,
             baseline_B=self.baseline,
             weights_B=weights,
             adapter_B=tensor_bytes(subject.added().values()),
             gradients_B=gradients,
-            optimizer_B=tensor_bytes(optimizer_tensors(optimizer)) if optimizer else 0,
+            optimizer_B=tensor_bytes(t for t in states if t.device.type == device.type),
+            optimizer_host_B=tensor_bytes(t for t in states if t.device.type != device.type),
         )
-        del optimizer
+        del optimizer, states
         model.zero_grad(set_to_none=True)
         with self.clock.phase("evaluate"):
             accuracy = task.evaluate(model)
@@ -161,16 +164,17 @@ class Life:
         head = list(loaded.head.values())
         began_from = _state_sha256(adapted.tensors() | loaded.head)
         before = _fingerprints(model)
-        optimizer, schedule = loop.make_optimizer(adapted, head, cell.training)
+        optimizer, schedule = optimizers.make(adapted, head, cell.training, cell.optimizer, cell.implementation)
         with self.clock.phase("warm-up"):
             model.train()
             for batch in batches[:WARMUP_PASSES]:
-                loop.loss_of(model, batch).backward()
+                for part in batch.parts(cell.training.accumulate):
+                    loop.loss_of(model, part).backward()
                 optimizer.zero_grad(set_to_none=True)
         with self.clock.phase("train"):
             samples = loop.train(
                 adapted, head, batches, optimizer, schedule, cell.seed,
-                lambda step, loss: self.emit("step", step=step, of=len(batches), loss=loss),
+                lambda step, loss: self.emit("step", step=step, of=len(batches), loss=loss), cell.training.accumulate,
             )  # fmt: skip
         trainable = [*adapted.parameters(), *head]
         gradients = tensor_bytes({id(p): p.grad for p in trainable if p.grad is not None}.values())
@@ -178,7 +182,7 @@ class Life:
         changed = [name for name in before if before[name] != after.get(name)]
         # In the first step a tensor may have no gradient by design (LoRA's A, since B is zero); from the second on it must.
         now = adapted.tensors() if len(batches) > 1 else {}
-        still = [name for name in now if name in start and _same(start[name], loop.held(now[name], optimizer))]
+        still = [name for name in now if name in start and _same(start[name], optimizers.held(now[name], optimizer))]
         self._pass([_found(cell, "frozen", changed, "changed"), _found(cell, "moved", still, "never moved")])
         measured = TrainingMeasured(
             losses=samples.losses,
@@ -188,7 +192,7 @@ class Life:
             gradient_norms=samples.gradient_norms,
             timing_warmup=min(TIMING_WARMUP, len(samples.losses) - 1),
             cpu_seconds=samples.cpu_seconds,
-            optimizer=loop.optimizer_facts(optimizer),
+            optimizer=optimizers.facts(optimizer),
             data_order_sha256=data.order_sha256,
             initial_state_sha256=began_from,
         )

@@ -21,8 +21,9 @@ from harness.assets.table import Source, resolve
 from harness.errors import Exit, HarnessError, StoreError, SuiteError, UsageError
 from harness.expand import Plan, expand
 from harness.expand import only as keep_only
+from harness.manifest import Footer, Manifest
 from harness.measure import environment
-from harness.records import AssetUse, Environment, Footer, Manifest, Status
+from harness.records import AssetUse, Environment, Status
 from harness.report import html, text
 from harness.runner import local, stop
 from harness.runner.progress import Progress

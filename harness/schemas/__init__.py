@@ -7,7 +7,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from harness.records import Footer, Manifest, Record
+from harness.manifest import Footer, Manifest
+from harness.records import Record
 
 FOLDER = Path(__file__).resolve().parent
 

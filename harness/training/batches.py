@@ -38,6 +38,24 @@ class Batch:
         moved = {name: t.to(device) for name, t in self.inputs.items()}
         return Batch(moved, self.labels.to(device), self.answers, self.real_tokens, self.padded_tokens)
 
+    @property
+    def scored(self) -> int:
+        """What its mean loss is the mean of: tokens of answers, or texts."""
+        return sum(self.answers) or len(self.answers)
+
+    def parts(self, count: int) -> list[Batch]:
+        """Return `count` batches of neighbouring texts, without the padding that only longer texts of the whole needed."""
+        if count == 1:
+            return [self]
+        size = -(-len(self.answers) // count)
+        return [self._rows(slice(first, first + size)) for first in range(0, len(self.answers), size)]
+
+    def _rows(self, rows: slice) -> Batch:
+        used = self.inputs["attention_mask"][rows].any(0)
+        inputs = {name: t[rows][:, used] for name, t in self.inputs.items()}
+        mask = inputs["attention_mask"]
+        return Batch(inputs, self.labels[rows], self.answers[rows], int(mask.sum()), mask.numel())
+
 
 def order(examples: Sequence[Example], steps: int, batch: int, seed: int) -> list[list[Example]]:
     """Return `steps` lists of `batch` examples: `order_indices`, looked up."""

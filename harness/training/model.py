@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.errors import AssetError
+from harness.errors import AssetError, UsageError
 from harness.tolerances import FORESIGHT
 
 _PROBED_TOKENS = 4
@@ -62,6 +64,28 @@ def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.d
             else:
                 parameter.zero_()
     return Loaded(model, tokenizer, head)
+
+
+@contextmanager
+def checkpointing(model: Any, wanted: bool) -> Iterator[None]:
+    """If `wanted`, let each block of a model of transformers keep only its input for the backward pass, inside the context.
+
+    Without reentrance, or no adapter in the first block would have a gradient. Raises UsageError for a model that cannot.
+    """
+    if not wanted:
+        yield
+        return
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UsageError(
+            f"{type(model).__name__} cannot do gradient checkpointing", mend="write `checkpointing: false`"
+        )
+    # Its name in transformers 5.0, and that from which this one warns.
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(model, f"{name}_checkpointing_disable")()
 
 
 def foresight(model: Any) -> float:

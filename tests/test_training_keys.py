@@ -1,0 +1,75 @@
+"""Suites that choose an optimizer and how a batch is gone through, run as their users run them."""
+
+from __future__ import annotations
+
+from conftest import Bench
+from report_page import Page
+
+from harness.analysis import verdict
+from harness.analysis.words import Word
+from harness.errors import Exit
+from harness.records import Record, Status, TrainingMeasured
+from harness.report import html
+
+SUITE = """
+suite: recipes
+matrix:
+  - model: tiny-llama
+    task: toy-sentiment
+    training: {steps: 6, batch: 8, warmup: 2, max_tokens: 24, lr: 5e-3}
+    evaluation: {items: 32, batch: 16}
+    cells:
+      - {id: full, method: full, optimizer: adamw-8bit}
+      - id: plus
+        method: lora
+        implementation: fused
+        optimizer: paged-adamw-8bit
+        training: {lr_ratio: 4}
+        config: &lora {rank: 4, alpha: 8, targets: [q_proj, v_proj, down_proj]}
+      - {id: exact, method: lora, dtype: float64, config: *lora}
+      - {id: whole, method: lora, config: *lora}
+      - {id: parts, method: lora, config: *lora, training: {accumulate: 4, checkpointing: true}}
+      - {id: fused, method: lora, config: *lora, implementation: fused, training: {accumulate: 4, checkpointing: true}}
+comparisons:
+  - {same-losses: [whole, parts, fused], as: exact, says: a batch in parts is the same training run}
+"""
+
+
+def trained(record: Record) -> TrainingMeasured:
+    assert record.measurements is not None, record.because
+    assert record.measurements.training is not None
+    return record.measurements.training
+
+
+def test_a_suite_with_optimizers_and_parts_runs_end_to_end(bench: Bench) -> None:
+    path = bench.folder / "recipes.yaml"
+    path.write_text(SUITE, encoding="utf-8")
+    finished = bench.command("run", str(path), "--out", "run")
+    assert finished.code == Exit.PASS, finished.err + finished.out
+    assert "pass: a batch in parts is the same training run" in finished.out
+    run = bench.read()
+    assert {record.status for record in run.records} == {Status.OK}
+    (judgement,) = verdict.judge(run).judgements
+    assert (judgement.verdict.word, len(judgement.verdict.records)) == (Word.PASS, 4)
+
+    (full,) = (r for r in run.records if r.cell.method == "full")
+    assert trained(full).optimizer["class"] == "reference.adamw8bit.AdamW8bit"
+    assert full.measurements is not None
+    in_32_bits = 2 * 4 * full.measurements.parameters.trainable
+    assert full.measurements.memory.optimizer_B < in_32_bits / 2  # most of this model is in tensors of 4096 and more
+    assert any("have moments in 8 bits" in note for note in full.notes)
+
+    (plus,) = (r for r in run.records if r.cell.training.lr_ratio != 1)
+    facts = trained(plus).optimizer
+    assert facts["class"] == "harness.kernels.adamw8bit.AdamW8bit"
+    assert (facts["paged_by"], facts["page_budget_B"]) == ("harness.kernels.paged.Paged", 0)
+    assert [group["lr"] for group in facts["groups"]] == [5e-3, 4 * 5e-3]  # type: ignore[union-attr, index, call-overload]
+    assert any("states of 0 of" in note for note in plus.notes)  # nothing of the tiny model is large enough
+
+    page = Page(html.render([run])).text
+    for said in (
+        "paged-adamw-8bit lr_ratio=4",
+        "accumulate=4 checkpointing",
+        "The optimizers differ (",
+    ):
+        assert said in page
