@@ -122,7 +122,7 @@ def plan(suite: str, only: str | None, as_json: bool) -> Exit:
     "--target", "targets", multiple=True, metavar="LAYER", help="[every linear layer but the output's]; again."
 )
 @click.option("--rank", "ranks", multiple=True, type=int, metavar="R", help="[1, 2, 4 ... 256]; may be given again.")
-@click.option("--tokens", type=int, default=512, show_default=True, metavar="N", help="Of each text.")
+@click.option("--tokens", type=int, metavar="N", help="Of each text.  [512, or what the model reads]")
 @click.option("--dtype", default="bfloat16", show_default=True, metavar="D", help="Of weights and adapter.")
 @click.option("--checkpointing", is_flag=True, help="Keep only the inputs of blocks, and compute them again.")
 @_json
@@ -134,7 +134,7 @@ def fit(
     optimizers: tuple[str, ...],
     targets: tuple[str, ...],
     ranks: tuple[int, ...],
-    tokens: int,
+    tokens: int | None,
     dtype: str,
     checkpointing: bool,
     as_json: bool,

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from harness import store
 from harness.conformance.subject import DTYPES, adaptable_layers, configure
 from harness.footprint import counting, kept
+from harness.footprint.choices import OWN
 from harness.measure.memory import model_tensors, optimizer_tensors, tensor_bytes
 from harness.records import Base, Record, Training
 from harness.registry import discover
@@ -151,8 +152,8 @@ def test_a_method_that_keeps_the_weight_in_another_form_needs_it_once() -> None:
     adds = {id(t) for t in adapted.tensors().values()}
     one = predicted("pissa", "float32")
     measured = tensor_bytes(t for t in model_tensors(model) if id(t) not in adds)
-    assert set(one["weights"]) == {"none"}
-    assert off(one["weights"]["none"], measured) <= FOOTPRINT_LEDGER
+    assert set(one["weights"]) == {OWN}
+    assert off(one["weights"][OWN], measured) <= FOOTPRINT_LEDGER
 
 
 def test_optimizers_in_8_bits_and_paged() -> None:

@@ -10,4 +10,4 @@ BASES = get_args(Quantization)
 DTYPES = get_args(Dtype)
 OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit")
 OWN = "its own"
-"""The optimizer of a Method that brings one."""
+"""The optimizer of a Method that brings one (GaLore); the base of one that makes it (QLoRA's codes, PiSSA's residual)."""

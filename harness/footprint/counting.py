@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from harness.conformance.subject import DTYPES, attach_reference, configure
 from harness.footprint import activations, kept, states
-from harness.footprint.choices import BASES
+from harness.footprint.choices import BASES, OWN
 from harness.measure.memory import model_tensors
 from reference.layers import kind_of
 
@@ -161,9 +161,12 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 def _weights(every: int, frozen: list[Tensor], calls: bool, dtype: torch.dtype) -> dict[str, int]:
-    """Map each base that the Method can stand on to the bytes of all that is no adapter. frozen: weights under adapters."""
+    """Map each base that the Method can stand on to the bytes of all that is no adapter. frozen: weights under adapters.
+
+    calls: whether the adapted layers call those under them; else the Method keeps the weights in a form of its own.
+    """
     if not calls:
-        return {"none": every - bytes_of(frozen)}
+        return {OWN: every - bytes_of(frozen)}
     sizes = Counter(weight.numel() for weight in frozen)
     packed = {base: sum(number * (n * dtype.itemsize - states.packed(n, base)) for n, number in sizes.items())
               for base in BASES if base != "none" and sizes}  # fmt: skip

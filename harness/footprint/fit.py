@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,13 +23,18 @@ from harness.spelling import near
 
 RANKS = tuple(2**n for n in range(9))
 """The ranks that are tried, where none is given: 1 to 256, the range that the Methods' papers look at."""
+TOKENS = 512
+"""Of each text, where no number is given and the model reads so many."""
 _TIMEOUT_S = 600.0
 _LAST_LINES = 5
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The question, checked. methods: by name, each with the ranks to try; (None,) for one without a rank."""
+    """The question, checked. methods: by name, each with the ranks to try; (None,) for one without a rank.
+
+    tokens: of each text; None for `TOKENS`, or fewer if the model reads no more.
+    """
 
     model: Model
     memory: sizes.Size
@@ -36,7 +42,7 @@ class Asked:
     bases: tuple[str, ...]
     optimizers: tuple[str, ...]
     targets: tuple[str, ...]
-    tokens: int
+    tokens: int | None
     dtype: str
     checkpointing: bool
 
@@ -68,7 +74,7 @@ def ask(
     optimizers: Sequence[str] = (),
     targets: Sequence[str] = (),
     ranks: Sequence[int] = (),
-    tokens: int = 512,
+    tokens: int | None = None,
     dtype: str = "bfloat16",
     checkpointing: bool = False,
 ) -> Asked:
@@ -94,7 +100,7 @@ def ask(
     of_base = known("--base", bases, choices.BASES, "base") or choices.BASES
     of_optimizer = known("--optimizer", optimizers, choices.OPTIMIZERS, "optimizer") or choices.OPTIMIZERS[:1]
     known("--dtype", [dtype], choices.DTYPES, "dtype")
-    for option, values in (("--tokens", [tokens]), ("--rank", ranks)):
+    for option, values in (("--tokens", [] if tokens is None else [tokens]), ("--rank", ranks)):
         problems += [Problem(option, f"{n} is not at least 1", "write a whole number above 0") for n in values if n < 1]
     if problems or found is None or size is None:
         count = f"{len(problems)} mistake{'s' if len(problems) != 1 else ''}, nothing was predicted"
@@ -110,10 +116,11 @@ def answer(asked: Asked) -> dict[str, Any]:
     """
     counted = counts(asked)
     most = counted["positions"]
-    if most is not None and asked.tokens > most:
-        what = f"{asked.model.name} reads {most} tokens at once, and {asked.tokens} are asked for"
+    tokens = asked.tokens or min(TOKENS, most or TOKENS)
+    if most is not None and tokens > most:
+        what = f"{asked.model.name} reads {most} tokens at once, and {tokens} are asked for"
         raise UsageError(what, where="--tokens", mend=f"write at most {most}")
-    rows = [row for method in asked.methods for row in _rows(asked, counted, method)]
+    rows = [row for method in asked.methods for row in _rows(asked, counted, method, tokens)]
     return {
         "model": asked.model.name,
         "source": asked.model.source,
@@ -121,7 +128,7 @@ def answer(asked: Asked) -> dict[str, Any]:
         "memory_B": asked.memory.number_B,
         "unit": asked.memory.unit,
         "dtype": asked.dtype,
-        "tokens": asked.tokens,
+        "tokens": tokens,
         "targets": counted["targets"],
         "gradient_checkpointing": asked.checkpointing,
         "activations_known": counted["logits"] is not None,
@@ -136,6 +143,7 @@ def counts(asked: Asked) -> dict[str, Any]:
         "config": asked.model.config, "kind": asked.model.kind, "dtype": asked.dtype, "methods": configs,
         "targets": list(asked.targets),
     }  # fmt: skip
+    print(f"counting {asked.model.name} without its weights ...", file=sys.stderr)
     arguments = ["-P", "-m", "harness.footprint.counting", json.dumps(words)]
     with process.python(arguments, {"HF_HUB_OFFLINE": "1"}) as child:
         try:
@@ -158,7 +166,7 @@ def _config(info: MethodInfo, rank: int | None) -> dict[str, Any]:
     return {"rank": rank, **others}
 
 
-def _rows(asked: Asked, counted: Mapping[str, Any], method: str) -> Iterator[Row]:
+def _rows(asked: Asked, counted: Mapping[str, Any], method: str, tokens: int) -> Iterator[Row]:
     of_ranks = [one for one in counted["methods"][method] if not one["error"]]
     if not of_ranks:
         yield Row(method, "-", "-", because=counted["methods"][method][0]["error"])
@@ -168,28 +176,34 @@ def _rows(asked: Asked, counted: Mapping[str, Any], method: str) -> Iterator[Row
         return
     own = list(of_ranks[0]["optimizer"])
     wanted = [name for name in asked.optimizers if name in own] or own
-    bases = [base for base in asked.bases if base in of_ranks[0]["weights"]]
+    bases = [base for base in of_ranks[0]["weights"] if base in (*asked.bases, choices.OWN)]
     if not bases:
-        yield Row(method, "-", "-", because=f"it stands on no base but {', '.join(of_ranks[0]['weights'])}")
+        yield Row(method, "-", "-", because="it trains the weights themselves, which a packed base does not let it")
     for base in bases:
         for optimizer in wanted:
-            yield _best(asked, counted, method, base, optimizer, of_ranks)
+            yield _best(asked, counted, tokens, of_ranks, method, base, optimizer)
 
 
 def _best(
-    asked: Asked, counted: Mapping[str, Any], method: str, base: str, optimizer: str, of_ranks: list[dict[str, Any]]
+    asked: Asked,
+    counted: Mapping[str, Any],
+    tokens: int,
+    of_ranks: list[dict[str, Any]],
+    method: str,
+    base: str,
+    optimizer: str,
 ) -> Row:
     """Return the row of the largest rank x batch that fits; without activations, of the largest rank whose rest fits."""
     found: tuple[int, Row] | None = None
     room, known, most = asked.memory.number_B, counted["logits"] is not None, counted["positions"]
     for one in of_ranks:
         a_token = one["activations"][asked.checkpointing] + counted["logits"] if known else 0
-        smallest = ledger(one, base, optimizer, counted["logits"], asked.tokens, asked.checkpointing)
+        smallest = ledger(one, base, optimizer, counted["logits"], tokens, asked.checkpointing)
         if smallest.total > room:
             continue
-        batch = (room - smallest.lasting) // (a_token * asked.tokens) if known else None
+        batch = (room - smallest.lasting) // (a_token * tokens) if known else None
         longest = (room - smallest.lasting) // a_token if known else None
-        largest = ledger(one, base, optimizer, counted["logits"], asked.tokens * (batch or 1), asked.checkpointing)
+        largest = ledger(one, base, optimizer, counted["logits"], tokens * (batch or 1), asked.checkpointing)
         row = Row(
             method, base, optimizer, rank=one["rank"], trainable=one["trainable"], batch=batch, ledger=largest,
             longest=min(longest, most) if longest is not None and most else longest, left=room - largest.total,
@@ -199,7 +213,7 @@ def _best(
             found = value, row
     if found is not None:
         return found[1]
-    least = ledger(of_ranks[0], base, optimizer, counted["logits"], asked.tokens, asked.checkpointing)
+    least = ledger(of_ranks[0], base, optimizer, counted["logits"], tokens, asked.checkpointing)
     return Row(
         method, base, optimizer, "does not fit", of_ranks[0]["rank"], of_ranks[0]["trainable"], 1 if known else None,
         ledger=least, left=room - least.total,
