@@ -65,11 +65,23 @@ def test_each_row_is_the_largest_that_fits(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.usefixtures("counted")
+def test_no_other_rank_has_a_larger_product(of_llama_7b: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    found = row(document(capsys, "--memory", "24GiB"), "lora", "nf4")
+    for one in of_llama_7b["methods"]["lora"]:
+        more = found["rank"] * found["batch"] // one["rank"] + 1
+        needed = fit.ledger(one, "nf4", "adamw", of_llama_7b["logits"], 512 * more, checkpointing=False)
+        assert needed.total > 24 * 2**30
+
+
+@pytest.mark.usefixtures("counted")
 def test_what_does_not_fit_says_what_it_would_take(capsys: pytest.CaptureFixture[str]) -> None:
     found = document(capsys, "--memory", "24GiB")
     full = row(found, "full")
     assert full["because"] == "does not fit"
     assert full["ledger"]["left_B"] < 0
+    without_room = row(document(capsys, "--memory", "13GiB"), "lora")  # the weights alone would fit, one text does not
+    assert (without_room["because"], without_room["batch"]) == ("does not fit", 1)
+    assert without_room["ledger"]["left_B"] < 0
     (frozen,) = (one for one in found["rows"] if one["method"] == "frozen")
     assert (frozen["because"], frozen["ledger"]) == ("nothing of this model trains", None)
 
