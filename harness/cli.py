@@ -127,18 +127,9 @@ def plan(suite: str, only: str | None, as_json: bool) -> Exit:
 @click.option("--checkpointing", is_flag=True, help="Keep only the inputs of blocks, and compute them again.")
 @_json
 def fit(
-    model: str,
-    memory: str,
-    methods: tuple[str, ...],
-    bases: tuple[str, ...],
-    optimizers: tuple[str, ...],
-    targets: tuple[str, ...],
-    ranks: tuple[int, ...],
-    tokens: int | None,
-    dtype: str,
-    checkpointing: bool,
-    as_json: bool,
-) -> Exit:
+    model: str, memory: str, methods: tuple[str, ...], bases: tuple[str, ...], optimizers: tuple[str, ...],
+    targets: tuple[str, ...], ranks: tuple[int, ...], tokens: int | None, dtype: str, checkpointing: bool, as_json: bool,
+) -> Exit:  # fmt: skip
     """Predict what fits into a memory.
 
     For each method and base, the largest rank x batch, and what its memory is made of. Nothing is trained or fetched.

@@ -181,6 +181,19 @@ def test_all_mistakes_come_at_once(capsys: pytest.CaptureFixture[str]) -> None:
         assert said in printed.err
 
 
+def test_a_target_that_fits_no_layer_and_a_rank_that_no_method_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made.tiny_llama(tmp_path)
+    wrong = ["--target", "q_projj", "--target", "query", "--method", "lora"]
+    assert main(["fit", str(tmp_path), "--memory", "64MiB", *wrong]) == Exit.USAGE
+    said = capsys.readouterr().err
+    assert "named 'q_projj'; this model has: " in said
+    assert "named 'query'" in said
+    assert main(["fit", str(tmp_path), "--memory", "64MiB", "--rank", "5000", "--method", "lora"]) == Exit.USAGE
+    assert "--rank: lora: must be at most 4096, got 5000" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("folder", ["none", "empty", "torn", "untyped", "unknown"])
 def test_a_config_that_says_nothing(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = {"empty": None, "torn": "{", "untyped": "{}", "unknown": '{"model_type": "lama"}'}.get(folder)

@@ -22,7 +22,7 @@ from harness.conformance.subject import DTYPES, attach_reference, configure
 from harness.footprint import activations, kept, states
 from harness.footprint.choices import BASES, OWN
 from harness.measure.memory import model_tensors
-from reference.layers import kind_of
+from reference.layers import KINDS, kind_of, targets
 
 
 @dataclass
@@ -59,11 +59,14 @@ def count(
 ) -> dict[str, Any]:
     """Count a model of this config.json in a dtype, for every config of each Method.
 
-    targets: what a config without its own adapts; empty: every linear layer but those of the output.
+    targets: what a config without its own adapts; empty: every linear layer but those of the output. Where one fits no layer
+    that any Method adapts, only `misfits` comes back: the name, and what is wrong with it.
     Raises ValueError for a model that transformers does not know.
     """
     model = build(config, kind, DTYPES[dtype])
     head = new_head(model, kind)
+    if misfits := _misfits(model, targets):
+        return {"misfits": misfits}
     names = targets or default_targets(model, head)
     total = sum(p.numel() for p in model.parameters())
     shape = kept.llama_shape(model, DTYPES[dtype])
@@ -177,6 +180,16 @@ def _frozen(layers: Mapping[str, Any]) -> list[Tensor]:
     """List the weights of linear layers that a packed base would keep in 4 bits: those that do not train."""
     under = [getattr(layer, "base", layer) for layer in layers.values()]
     return [layer.weight for layer in under if kind_of(layer) in kept.LINEAR and not layer.weight.requires_grad]
+
+
+def _misfits(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        try:
+            targets(model, (name,), KINDS)
+        except ValueError as error:
+            found[name] = str(error)
+    return found
 
 
 def _holds(path: str, head: Mapping[str, nn.Parameter]) -> bool:

@@ -100,8 +100,12 @@ def ask(
     of_base = known("--base", bases, choices.BASES, "base") or choices.BASES
     of_optimizer = known("--optimizer", optimizers, choices.OPTIMIZERS, "optimizer") or choices.OPTIMIZERS[:1]
     known("--dtype", [dtype], choices.DTYPES, "dtype")
-    for option, values in (("--tokens", [] if tokens is None else [tokens]), ("--rank", ranks)):
-        problems += [Problem(option, f"{n} is not at least 1", "write a whole number above 0") for n in values if n < 1]
+    if tokens is not None and tokens < 1:
+        problems.append(Problem("--tokens", f"{tokens} is not at least 1", "write a whole number above 0"))
+    of_rank = {name: there[name].fields["rank"] for name in chosen if name in there and "rank" in there[name].fields}
+    problems += [
+        Problem("--rank", f"{n}: {p}") for n, field in of_rank.items() for r in ranks if (p := field.problem(r))
+    ]
     if problems or found is None or size is None:
         count = f"{len(problems)} mistake{'s' if len(problems) != 1 else ''}, nothing was predicted"
         raise UsageError("\n".join([count, *(f"  {problem}" for problem in problems)]), where="fit")
@@ -112,9 +116,12 @@ def ask(
 def answer(asked: Asked) -> dict[str, Any]:
     """Return the answer as one document, ready for JSON; sizes in bytes.
 
-    Raises UsageError for a model that cannot be built, and for texts longer than it reads.
+    Raises UsageError for a model that cannot be built, targets that it does not have, and texts longer than it reads.
     """
     counted = counts(asked)
+    if misfits := counted.get("misfits"):
+        mend = f"name layers of {asked.model.name}"
+        raise UsageError("; ".join(misfits.values()), where="--target", mend=mend)
     most = counted["positions"]
     tokens = asked.tokens or min(TOKENS, most or TOKENS)
     if most is not None and tokens > most:
