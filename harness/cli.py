@@ -110,6 +110,45 @@ def plan(suite: str, only: str | None, as_json: bool) -> Exit:
     return Exit.PASS
 
 
+@verbs.command()
+@click.argument("model")
+@click.option("--memory", required=True, metavar="SIZE", help="Of the device, e.g. 24GiB or 24GB: these are two sizes.")
+@click.option("--method", "methods", multiple=True, metavar="M", help="Only this method; may be given again.")
+@click.option("--base", "bases", multiple=True, metavar="B", help="none, nf4 or nf4-dq; may be given again.  [all]")
+@click.option(
+    "--optimizer", "optimizers", multiple=True, metavar="O",
+    help="adamw, adamw-8bit, paged-adamw or paged-adamw-8bit; may be given again.  [adamw]",
+)  # fmt: skip
+@click.option(
+    "--target", "targets", multiple=True, metavar="LAYER", help="[every linear layer but the output's]; again."
+)
+@click.option("--rank", "ranks", multiple=True, type=int, metavar="R", help="[1, 2, 4 ... 256]; may be given again.")
+@click.option("--tokens", type=int, metavar="N", help="Of each text.  [512, or what the model reads]")
+@click.option("--dtype", default="bfloat16", show_default=True, metavar="D", help="Of weights and adapter.")
+@click.option("--checkpointing", is_flag=True, help="Keep only the inputs of blocks, and compute them again.")
+@_json
+def fit(
+    model: str, memory: str, methods: tuple[str, ...], bases: tuple[str, ...], optimizers: tuple[str, ...],
+    targets: tuple[str, ...], ranks: tuple[int, ...], tokens: int | None, dtype: str, checkpointing: bool, as_json: bool,
+) -> Exit:  # fmt: skip
+    """Predict what fits into a memory.
+
+    For each method and base, the largest rank x batch, and what its memory is made of. Nothing is trained or fetched.
+    MODEL is a shape of the papers (llama-7b ... llama-65b, llama-3-8b, llama-3-70b, gpt-3-175b-shape), a name that
+    `peft-harness list models` shows, a folder with config.json, or a repository in the hub's cache.
+    """
+    from harness.footprint import fit as fitted
+    from harness.footprint import table
+
+    asked = fitted.ask(
+        model, memory, methods, bases=bases, optimizers=optimizers, targets=targets, ranks=ranks, tokens=tokens,
+        dtype=dtype, checkpointing=checkpointing,
+    )  # fmt: skip
+    document = fitted.answer(asked)
+    _print(json.dumps(document, indent=1) if as_json else table.as_text(document))
+    return Exit.PASS
+
+
 @_only
 @verbs.command()
 @click.argument("suite")
@@ -303,7 +342,7 @@ def doctor(as_json: bool) -> Exit:
 def explain(name: str) -> Exit:
     """Explain a name.
 
-    A method, an operation, a check, a known defect, an error, an exit code or a status.
+    A method, an operation, a check, a known defect, an error, an exit code, a status, or a part of what `fit` predicts.
     """
     from harness.explain import explain as explained
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from harness import errors
 from harness.errors import Exit, HarnessError, UsageError
+from harness.footprint import activations, fit
+from harness.footprint.ledger import PARTS
 from harness.methods import FieldInfo, MethodInfo, methods
 from harness.records import Optimizer, Status, Training
 from harness.resources import folder
@@ -77,11 +79,10 @@ def checks() -> dict[str, str]:
 
 
 def explain(name: str) -> str:
-    """Explain a method, operation, check, known defect, optimizer, key of `training:`, error, exit code or status.
+    """Explain a method, operation, check, known defect, optimizer, key of `training:`, error, exit code, status, or a part
+    of what `fit` predicts.
 
-    Raises UsageError for any other name.
-
-    A check may be named as a Record names it, e.g. `lora/gradient/float32/warm`.
+    A check may be named as a Record names it, e.g. `lora/gradient/float32/warm`. Raises UsageError for any other name.
     """
     parts = name.split("/")
     wanted = (parts[1] if len(parts) == 4 else name).lower()
@@ -110,6 +111,10 @@ def _topics() -> Iterator[Topic]:
         about = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
         text = f"{about}\n\nto check who offers it:\n  peft-harness check --op {file.stem}"
         yield file.stem, partial(_titled, f"operation {file.stem}", text)
+    yield "fit", partial(_titled, "fit", inspect.getdoc(fit) or "")
+    for part, text in PARTS.items():
+        more = inspect.getdoc(activations) if part == "activations" else ""
+        yield part, partial(_titled, f"{part}, of what `fit` predicts", f"{text}.\n\n{more}".strip())
     for word, text in WORDS.items():
         yield word, partial(_titled, word, f"{text}.")
     for kind in vars(errors).values():

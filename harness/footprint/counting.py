@@ -1,0 +1,200 @@
+"""The bytes of everything that a training step keeps, counted on a model that is built on the meta device: no weights.
+
+What trains is counted by attaching the reference of each Method, and what an adapted layer keeps for its backward pass by
+calling it; nothing is drawn and nothing computed. Run as `python -m harness.footprint.counting JSON`; the last line printed
+is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from harness.conformance.subject import DTYPES, attach_reference, configure
+from harness.footprint import activations, kept, states
+from harness.footprint.choices import BASES, OWN
+from harness.measure.memory import model_tensors
+from reference.layers import KINDS, kind_of, targets
+
+
+@dataclass
+class Counted:
+    """What one Method keeps at one rank, in bytes. error: why it cannot be attached; then the rest is empty.
+
+    weights: by base. optimizer: by its name, (on the device, in host memory). step: by optimizer, what exists only while it
+    steps. activations: a token, (without, with) gradient checkpointing; None where there is no formula for the model.
+    """
+
+    rank: int | None
+    error: str = ""
+    trainable: int = 0
+    weights: dict[str, int] = field(default_factory=dict)
+    adapter: int = 0
+    gradients: int = 0
+    optimizer: dict[str, tuple[int, int]] = field(default_factory=dict)
+    step: dict[str, int] = field(default_factory=dict)
+    activations: tuple[int, int] | None = None
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leave out what is drawn from a generator: here no number is looked at, and of a large model draws take minutes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.pop("generator", None) is None:
+            return func(*args, **kwargs)
+        return torch.empty(*args, **kwargs) if func is torch.randn else args[0]
+
+
+def count(
+    config: Mapping[str, Any], kind: str, dtype: str, methods: Mapping[str, list[dict[str, Any]]], targets: list[str]
+) -> dict[str, Any]:
+    """Count a model of this config.json in a dtype, for every config of each Method.
+
+    targets: what a config without its own adapts; empty: every linear layer but those of the output. Where one fits no layer
+    that any Method adapts, only `misfits` comes back: the name, and what is wrong with it.
+    Raises ValueError for a model that transformers does not know.
+    """
+    model = build(config, kind, DTYPES[dtype])
+    head = new_head(model, kind)
+    if misfits := _misfits(model, targets):
+        return {"misfits": misfits}
+    names = targets or default_targets(model, head)
+    total = sum(p.numel() for p in model.parameters())
+    shape = kept.llama_shape(model, DTYPES[dtype])
+    found = {
+        method: [asdict(of_method(model, method, one, names, head, DTYPES[dtype])) for one in configs]
+        for method, configs in methods.items()
+    }
+    return {
+        "parameters": total,
+        "targets": names,
+        "positions": getattr(model.config, "max_position_embeddings", None),
+        "logits": activations.logits_per_token(shape) if shape else None,
+        "methods": found,
+    }
+
+
+def build(config: Mapping[str, Any], kind: str, dtype: torch.dtype) -> Any:
+    """Return the model on the meta device, in training mode. Raises ValueError for a type that is not transformers'."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    facts = dict(config)
+    name = facts.pop("model_type", None)
+    if name not in CONFIG_MAPPING:
+        raise ValueError(f"transformers has no model of the type {name!r}")
+    factory: Any = AutoModelForSequenceClassification if kind == "encoder" else AutoModelForCausalLM
+    with torch.device("meta"):
+        return factory.from_config(CONFIG_MAPPING[name].from_dict(facts), dtype=dtype).train()
+
+
+def new_head(model: Any, kind: str) -> dict[str, nn.Parameter]:
+    """Return the parameters of an encoder's new head: those outside the encoder itself, which no checkpoint has."""
+    start = f"{model.base_model_prefix}."
+    return {n: p for n, p in model.named_parameters() if kind == "encoder" and not n.startswith(start)}
+
+
+def default_targets(model: Any, head: Mapping[str, nn.Parameter]) -> list[str]:
+    """Return the names of all linear layers but those of the output: last parts where these fit no other layer."""
+    output = model.get_output_embeddings()
+    linear = {path: layer for path, layer in model.named_modules() if kind_of(layer) in kept.LINEAR}
+    inner = [path for path, layer in linear.items() if layer is not output and not _holds(path, head)]
+    outside = {path.rpartition(".")[-1] for path, _ in model.named_modules() if path not in set(inner)}
+    return list(dict.fromkeys(path if (last := path.rpartition(".")[-1]) in outside else last for path in inner))
+
+
+def of_method(
+    model: Any,
+    method: str,
+    config: Mapping[str, Any],
+    names: list[str],
+    head: Mapping[str, nn.Parameter],
+    dtype: torch.dtype,
+) -> Counted:
+    """Attach the reference of a Method, count, and detach it. `names` are the targets where the config has none."""
+    rank = config.get("rank")
+    own, shape = {id(p) for p in model.parameters()}, kept.llama_shape(model, dtype)
+    knobs = configure(method, {})
+    chosen = configure(method, ({"targets": names} if hasattr(knobs, "targets") else {}) | dict(config))
+    try:
+        with _Undrawn():
+            adapted = attach_reference(method, model, chosen, None, torch.Generator())
+    except ValueError as error:
+        return Counted(rank, error=str(error))
+    layers = {path: layer for path, layer in adapted.layers.items() if not _holds(path, head)}
+    added = [t for t in adapted.tensors().values() if id(t) not in own]
+    for parameter in head.values():
+        parameter.requires_grad_(True)
+    trains = list({id(p): p for p in (*adapted.parameters(), *head.values())}.values())
+    of_layers, calls = kept.of_layers(layers, dtype)
+    every = bytes_of(model_tensors(model)) - bytes_of(added)
+    optimizer = states.optimizers(adapted, trains, dtype)
+    found = Counted(
+        rank=rank,
+        trainable=sum(p.numel() for p in trains),
+        weights=_weights(every, _frozen(layers), calls, dtype),
+        adapter=bytes_of(added),
+        gradients=bytes_of(trains),
+        optimizer=optimizer,
+        step={name: states.in_step(name, trains, dtype) for name in optimizer},
+    )
+    if shape is not None:
+        inside = kept.in_llama(model, of_layers, layers.keys())
+        found.activations = (
+            activations.per_token(shape, inside),
+            activations.per_token(shape, inside, checkpointing=True),
+        )
+    adapted.detach()
+    model.requires_grad_(False)
+    return found
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of the distinct storages under `tensors`, on the meta device too."""
+    storages = [t.untyped_storage() for t in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def _weights(every: int, frozen: list[Tensor], calls: bool, dtype: torch.dtype) -> dict[str, int]:
+    """Map each base that the Method can stand on to the bytes of all that is no adapter. frozen: weights under adapters.
+
+    calls: whether the adapted layers call those under them; else the Method keeps the weights in a form of its own.
+    """
+    if not calls:
+        return {OWN: every - bytes_of(frozen)}
+    sizes = Counter(weight.numel() for weight in frozen)
+    packed = {base: sum(number * (n * dtype.itemsize - states.packed(n, base)) for n, number in sizes.items())
+              for base in BASES if base != "none" and sizes}  # fmt: skip
+    return {"none": every} | {base: every - saved for base, saved in packed.items()}
+
+
+def _frozen(layers: Mapping[str, Any]) -> list[Tensor]:
+    """List the weights of linear layers that a packed base would keep in 4 bits: those that do not train."""
+    under = [getattr(layer, "base", layer) for layer in layers.values()]
+    return [layer.weight for layer in under if kind_of(layer) in kept.LINEAR and not layer.weight.requires_grad]
+
+
+def _misfits(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        try:
+            targets(model, (name,), KINDS)
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+def _holds(path: str, head: Mapping[str, nn.Parameter]) -> bool:
+    return any(name.startswith(f"{path}.") for name in head)
+
+
+if __name__ == "__main__":
+    print(json.dumps(count(**json.loads(sys.argv[1]))))

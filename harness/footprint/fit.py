@@ -1,0 +1,251 @@
+"""The largest training that fits into a memory, for each Method, base and optimizer: asked of a child process. No torch.
+
+The child counts (`harness.footprint.counting`); what is searched here is only arithmetic. Of all rank x batch with the given
+tokens the largest product is taken, and of equals the smallest rank.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from harness.assets import process
+from harness.errors import HarnessError, Problem, UsageError
+from harness.footprint import choices, models, sizes
+from harness.footprint.ledger import Ledger
+from harness.footprint.models import Model
+from harness.methods import MethodInfo, methods
+from harness.spelling import near
+
+RANKS = tuple(2**n for n in range(9))
+"""The ranks that are tried, where none is given: 1 to 256, the range that the Methods' papers look at."""
+TOKENS = 512
+"""Of each text, where no number is given and the model reads so many."""
+_TIMEOUT_S = 600.0
+_LAST_LINES = 5
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The question, checked. methods: by name, each with the ranks to try; (None,) for one without a rank.
+
+    tokens: of each text; None for `TOKENS`, or fewer if the model reads no more.
+    """
+
+    model: Model
+    memory: sizes.Size
+    methods: dict[str, tuple[int | None, ...]]
+    bases: tuple[str, ...]
+    optimizers: tuple[str, ...]
+    targets: tuple[str, ...]
+    tokens: int | None
+    dtype: str
+    checkpointing: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """One answer. because: why nothing fits. batch: None where nothing is known of activations. longest: tokens of the
+    longest text that fits alone, at this rank. left: bytes of the memory that stay free.
+    """
+
+    method: str
+    base: str
+    optimizer: str
+    because: str = ""
+    rank: int | None = None
+    trainable: int = 0
+    batch: int | None = None
+    longest: int | None = None
+    ledger: Ledger | None = None
+    left: int = 0
+
+
+def ask(
+    model: str,
+    memory: str,
+    names: Sequence[str] = (),
+    *,
+    bases: Sequence[str] = (),
+    optimizers: Sequence[str] = (),
+    targets: Sequence[str] = (),
+    ranks: Sequence[int] = (),
+    tokens: int | None = None,
+    dtype: str = "bfloat16",
+    checkpointing: bool = False,
+) -> Asked:
+    """Check a question. Raises UsageError with everything that is wrong with it."""
+    problems: list[Problem] = []
+
+    def known(option: str, given: Sequence[str], there: Sequence[str], what: str) -> tuple[str, ...]:
+        problems.extend(Problem(option, f"no {what} is called `{n}`", near(n, there)) for n in given if n not in there)
+        return tuple(dict.fromkeys(given))
+
+    found, size = None, None
+    try:
+        found = models.find(model)
+    except HarnessError as error:
+        problems.append(Problem(error.where, error.what, error.mend))
+    try:
+        size = sizes.parse(memory)
+    except ValueError as error:
+        what, _, mend = str(error).partition("; ")
+        problems.append(Problem("--memory", what, mend))
+    there = methods()
+    chosen = known("--method", names, list(there), "method") or tuple(there)
+    of_base = known("--base", bases, choices.BASES, "base") or choices.BASES
+    of_optimizer = known("--optimizer", optimizers, choices.OPTIMIZERS, "optimizer") or choices.OPTIMIZERS[:1]
+    known("--dtype", [dtype], choices.DTYPES, "dtype")
+    if tokens is not None and tokens < 1:
+        problems.append(Problem("--tokens", f"{tokens} is not at least 1", "write a whole number above 0"))
+    of_rank = {name: there[name].fields["rank"] for name in chosen if name in there and "rank" in there[name].fields}
+    problems += [
+        Problem("--rank", f"{n}: {p}") for n, field in of_rank.items() for r in ranks if (p := field.problem(r))
+    ]
+    if problems or found is None or size is None:
+        count = f"{len(problems)} mistake{'s' if len(problems) != 1 else ''}, nothing was predicted"
+        raise UsageError("\n".join([count, *(f"  {problem}" for problem in problems)]), where="fit")
+    tried = {n: tuple(ranks or RANKS) if "rank" in there[n].fields else (None,) for n in chosen}
+    return Asked(found, size, tried, of_base, of_optimizer, tuple(targets), tokens, dtype, checkpointing)
+
+
+def answer(asked: Asked) -> dict[str, Any]:
+    """Return the answer as one document, ready for JSON; sizes in bytes.
+
+    Raises UsageError for a model that cannot be built, targets that it does not have, and texts longer than it reads.
+    """
+    counted = counts(asked)
+    if misfits := counted.get("misfits"):
+        mend = f"name layers of {asked.model.name}"
+        raise UsageError("; ".join(misfits.values()), where="--target", mend=mend)
+    most = counted["positions"]
+    tokens = asked.tokens or min(TOKENS, most or TOKENS)
+    if most is not None and tokens > most:
+        what = f"{asked.model.name} reads {most} tokens at once, and {tokens} are asked for"
+        raise UsageError(what, where="--tokens", mend=f"write at most {most}")
+    rows = [row for method in asked.methods for row in _rows(asked, counted, method, tokens)]
+    return {
+        "model": asked.model.name,
+        "source": asked.model.source,
+        "parameters": counted["parameters"],
+        "memory_B": asked.memory.number_B,
+        "unit": asked.memory.unit,
+        "dtype": asked.dtype,
+        "tokens": tokens,
+        "targets": counted["targets"],
+        "gradient_checkpointing": asked.checkpointing,
+        "activations_known": counted["logits"] is not None,
+        "rows": [_document(row) for row in rows],
+    }
+
+
+def counts(asked: Asked) -> dict[str, Any]:
+    """Let a child process build the model without weights, and count. Raises UsageError with what it said if it cannot."""
+    configs = {name: [_config(methods()[name], rank) for rank in ranks] for name, ranks in asked.methods.items()}
+    words = {
+        "config": asked.model.config, "kind": asked.model.kind, "dtype": asked.dtype, "methods": configs,
+        "targets": list(asked.targets),
+    }  # fmt: skip
+    print(f"counting {asked.model.name} without its weights ...", file=sys.stderr)
+    arguments = ["-P", "-m", "harness.footprint.counting", json.dumps(words)]
+    with process.python(arguments, {"HF_HUB_OFFLINE": "1"}) as child:
+        try:
+            code = child.process.wait(_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            code = None
+    if code != 0:
+        ended = f"took more than {_TIMEOUT_S:.0f} s" if code is None else f"ended with {code}"
+        last = "\n    ".join(child.said.strip().splitlines()[-_LAST_LINES:])
+        what = f"{asked.model.name} cannot be built from its config; the process {ended} and said last:\n    {last}"
+        raise UsageError(what, where=asked.model.source, mend="look at config.json and at the version of transformers")
+    return dict(json.loads(child.said.splitlines()[-1]))
+
+
+def _config(info: MethodInfo, rank: int | None) -> dict[str, Any]:
+    """Return a Method's config at a rank: its defaults, and none of its other ranks (AdaLoRA's target) above that."""
+    if rank is None:
+        return {}
+    others = {k: min(f.default, rank) for k, f in info.fields.items() if k.endswith("_rank")}
+    return {"rank": rank, **others}
+
+
+def _rows(asked: Asked, counted: Mapping[str, Any], method: str, tokens: int) -> Iterator[Row]:
+    of_ranks = [one for one in counted["methods"][method] if not one["error"]]
+    if not of_ranks:
+        yield Row(method, "-", "-", because=counted["methods"][method][0]["error"])
+        return
+    if not of_ranks[0]["trainable"]:
+        yield Row(method, "-", "-", because="nothing of this model trains")
+        return
+    own = list(of_ranks[0]["optimizer"])
+    wanted = [name for name in asked.optimizers if name in own] or own
+    bases = [base for base in of_ranks[0]["weights"] if base in (*asked.bases, choices.OWN)]
+    if not bases:
+        yield Row(method, "-", "-", because="it trains the weights themselves, which a packed base does not let it")
+    for base in bases:
+        for optimizer in wanted:
+            yield _best(asked, counted, tokens, of_ranks, method, base, optimizer)
+
+
+def _best(
+    asked: Asked,
+    counted: Mapping[str, Any],
+    tokens: int,
+    of_ranks: list[dict[str, Any]],
+    method: str,
+    base: str,
+    optimizer: str,
+) -> Row:
+    """Return the row of the largest rank x batch that fits; without activations, of the largest rank whose rest fits."""
+    found: tuple[int, Row] | None = None
+    room, known, most = asked.memory.number_B, counted["logits"] is not None, counted["positions"]
+    for one in of_ranks:
+        a_token = one["activations"][asked.checkpointing] + counted["logits"] if known else 0
+        smallest = ledger(one, base, optimizer, counted["logits"], tokens, asked.checkpointing)
+        if smallest.total > room:
+            continue
+        batch = (room - smallest.lasting) // (a_token * tokens) if known else None
+        longest = (room - smallest.lasting) // a_token if known else None
+        largest = ledger(one, base, optimizer, counted["logits"], tokens * (batch or 1), asked.checkpointing)
+        row = Row(
+            method, base, optimizer, rank=one["rank"], trainable=one["trainable"], batch=batch, ledger=largest,
+            longest=min(longest, most) if longest is not None and most else longest, left=room - largest.total,
+        )  # fmt: skip
+        value = (one["rank"] or 1) * (batch or 1)
+        if found is None or value > found[0]:
+            found = value, row
+    if found is not None:
+        return found[1]
+    least = ledger(of_ranks[0], base, optimizer, counted["logits"], tokens, asked.checkpointing)
+    return Row(
+        method, base, optimizer, "does not fit", of_ranks[0]["rank"], of_ranks[0]["trainable"], 1 if known else None,
+        ledger=least, left=room - least.total,
+    )  # fmt: skip
+
+
+def ledger(
+    one: Mapping[str, Any], base: str, optimizer: str, logits: int | None, tokens: int, checkpointing: bool
+) -> Ledger:
+    """Return the ledger of what was counted of a Method, with `tokens` in all texts of a batch together."""
+    device, host = one["optimizer"][optimizer]
+    return Ledger(
+        weights=one["weights"][base],
+        adapter=one["adapter"],
+        gradients=one["gradients"],
+        optimizer=device,
+        host=host,
+        activations=one["activations"][checkpointing] * tokens if one["activations"] else 0,
+        logits=logits * tokens if logits is not None else 0,
+        step=one["step"][optimizer],
+    )
+
+
+def _document(row: Row) -> dict[str, Any]:
+    parts = {f"{part}_B": size for part, size in asdict(row.ledger).items()} if row.ledger else None
+    total = {"total_B": row.ledger.total, "left_B": row.left} if row.ledger else {}
+    facts = {k: v for k, v in asdict(row).items() if k not in ("ledger", "left")}
+    return facts | {"ledger": parts and parts | total}

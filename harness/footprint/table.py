@@ -1,0 +1,105 @@
+"""What `fit` prints for people: one row for each Method, base and optimizer, and what the prediction is worth."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from harness.footprint.choices import OWN
+from harness.footprint.sizes import UNITS, Size
+from harness.listing import aligned
+from harness.report.display import short_count
+from harness.tolerances import FOOTPRINT_ACTIVATIONS, FOOTPRINT_LEDGER
+
+_PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "total", "left")
+_WIDTH = 110
+_WHOLE = "LoRA on SmolLM2-135M, 512 tokens on a CPU, took 1,577 MiB where 1,139 are predicted"
+"""From results/published/2026-11-24-quick-cpu: the peak of `train` less the baseline; its loss is of few tokens."""
+
+
+def as_text(document: Mapping[str, Any]) -> str:
+    """Lay the document of `fit.answer` out."""
+    size = Size(document["memory_B"], document["unit"])
+    known = document["activations_known"]
+    shown = [part for part in _PARTS if known or part not in ("activations", "logits")]
+    shown += ["host"] if any(row["ledger"] and row["ledger"]["host_B"] for row in document["rows"]) else []
+    several = len({row["optimizer"] for row in document["rows"]} - {"-", OWN}) > 1
+    head = [
+        "method",
+        "base",
+        *(["optimizer"] if several else []),
+        "rank",
+        *(["batch", "longest"] if known else []),
+        "trains",
+        *shown,
+    ]
+    rows, refused = [head], []
+    for row in document["rows"]:
+        name = [row["method"], row["base"], *([row["optimizer"]] if several else [])]
+        if row["ledger"] is None:
+            refused.append(f"  {row['method']}: {row['because']}")
+            continue
+        fits = not row["because"]
+        at = [
+            str(row["rank"] or "-"),
+            *([str(row["batch"]), _tokens(row["longest"]) if fits else "-"] if known else []),
+        ]
+        sizes = [
+            _left(size, row["ledger"]["left_B"]) if p == "left" else size.shown(row["ledger"][f"{p}_B"]) for p in shown
+        ]
+        rows.append([*name, *at, short_count(row["trainable"]), *sizes])
+    lines = [
+        *_question(document, size, several),
+        "",
+        *aligned(rows),
+        *(["", "not possible:", *refused] if refused else []),
+    ]
+    return "\n".join([*lines, "", *_worth(document, size)])
+
+
+def _question(document: Mapping[str, Any], size: Size, several: bool) -> list[str]:
+    one = next((row["optimizer"] for row in document["rows"] if row["optimizer"] not in ("-", OWN)), OWN)
+    keeps = ", gradient checkpointing" if document["gradient_checkpointing"] else ""
+    by = f", {one}" if one and not several else ""
+    return [
+        f"{document['model']} ({document['source']}): {document['parameters']:,} weights in {document['dtype']}",
+        f"memory: {size.shown(size.number_B)} {size.unit} = {size.number_B:,} bytes; "
+        f"texts of {document['tokens']} tokens{by}{keeps}",
+        f"adapted: {', '.join(document['targets'])}",
+    ]
+
+
+def _worth(document: Mapping[str, Any], size: Size) -> list[str]:
+    """Say how to read the table, that it is a prediction, what is left out, and how far off it was."""
+    known = document["activations_known"]
+    largest = "the largest rank x batch that fits" if known else "the largest rank that fits"
+    said = [
+        f"Sizes in {size.unit} ({UNITS[size.unit]:,} bytes). Each row is {largest}; a row with a negative `left` does not "
+        "fit, and shows the least that it takes."
+        + (" longest: tokens of one text alone, at that rank, no more than the model reads." if known else ""),
+        "This is a prediction from shapes: nothing was run. It leaves out what the allocator keeps and wastes, the "
+        "workspace of kernels, temporary tensors, the CUDA context (hundreds of MiB) and other programs: leave them room.",
+    ]
+    if known:
+        said.append(
+            f"How far off it was: weights, adapter, gradients and optimizer within {FOOTPRINT_LEDGER:.0%} of the ledgers of "
+            f"real Cells, activations within {FOOTPRINT_ACTIVATIONS:.0%} of what autograd saved in small Llamas for the "
+            "references (both are tests). hf-peft in 16 bits casts what adapters read to float32, and kept up to 2.6 times "
+            f"as much. A whole process is larger: {_WHOLE}. On a GPU nothing has been measured. "
+            "`peft-harness explain activations` tells what is counted."
+        )
+    else:
+        said.append(
+            "Activations are not predicted: there is a formula for Llama-like models only. `left` is what they may take. "
+            f"The rest was within {FOOTPRINT_LEDGER:.0%} of the ledgers of real Cells (a test)."
+        )
+    return [line for text in said for line in textwrap.wrap(text, _WIDTH)]
+
+
+def _tokens(number: int) -> str:
+    return f"{number:,}"
+
+
+def _left(size: Size, number_B: int) -> str:
+    return f"-{size.shown(-number_B)}" if number_B < 0 else size.shown(number_B)

@@ -1,0 +1,264 @@
+"""The verb `fit`: what it answers, how it asks back, and what it says of itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.assets import made
+from harness.cli import main
+from harness.errors import Exit, UsageError
+from harness.footprint import fit, models, sizes
+from harness.footprint.choices import OPTIMIZERS, OWN
+from harness.tolerances import FOOTPRINT_LEDGER
+
+# Weights as the papers print them, in thousand millions: tables 2, 3 and 2.1.
+PRINTED = {
+    "llama-7b": 6.7, "llama-13b": 13.0, "llama-33b": 32.5, "llama-65b": 65.2, "llama-3-8b": 8, "llama-3-70b": 70,
+    "gpt-3-175b-shape": 175,
+}  # fmt: skip
+ASKED = ("lora", "qlora", "full", "galore", "frozen")
+
+
+@pytest.fixture(scope="module")
+def of_llama_7b() -> dict[str, Any]:
+    """What the child process counts for Llama-7B; once for all tests."""
+    return fit.counts(fit.ask("llama-7b", "24GiB", ASKED, optimizers=OPTIMIZERS))
+
+
+@pytest.fixture
+def counted(of_llama_7b: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "counts", lambda asked: of_llama_7b)
+
+
+def document(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    methods = [word for name in ASKED for word in ("--method", name)] if "--method" not in words else []
+    assert main(["fit", "llama-7b", *words, *methods, "--json"]) == Exit.PASS
+    return dict(json.loads(capsys.readouterr().out))
+
+
+def row(found: dict[str, Any], method: str, base: str = "none") -> dict[str, Any]:
+    (one,) = (row for row in found["rows"] if (row["method"], row["base"]) == (method, base))
+    return dict(one)
+
+
+@pytest.mark.usefixtures("counted")
+def test_each_row_is_the_largest_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(capsys, "--memory", "24GiB")
+    fits = [one for one in found["rows"] if one["ledger"] and not one["because"]]
+    assert {(one["method"], one["base"]) for one in fits} >= {("lora", "none"), ("lora", "nf4"), ("qlora", OWN)}
+    for one in fits:
+        ledger = one["ledger"]
+        a_text = (ledger["activations_B"] + ledger["logits_B"]) // one["batch"]
+        assert 0 <= ledger["left_B"] < a_text
+        assert ledger["total_B"] + ledger["left_B"] == found["memory_B"] == 24 * 2**30
+        parts = ("weights_B", "adapter_B", "gradients_B", "optimizer_B", "activations_B", "logits_B")
+        assert ledger["total_B"] == sum(ledger[part] for part in parts)
+    assert row(found, "lora", "nf4")["batch"] > row(found, "lora")["batch"]
+
+
+@pytest.mark.usefixtures("counted")
+def test_no_other_rank_has_a_larger_product(of_llama_7b: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    found = row(document(capsys, "--memory", "24GiB"), "lora", "nf4")
+    for one in of_llama_7b["methods"]["lora"]:
+        more = found["rank"] * found["batch"] // one["rank"] + 1
+        needed = fit.ledger(one, "nf4", "adamw", of_llama_7b["logits"], 512 * more, checkpointing=False)
+        assert needed.total > 24 * 2**30
+
+
+@pytest.mark.usefixtures("counted")
+def test_what_does_not_fit_says_what_it_would_take(capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(capsys, "--memory", "24GiB")
+    full = row(found, "full")
+    assert full["because"] == "does not fit"
+    assert full["ledger"]["left_B"] < 0
+    without_room = row(document(capsys, "--memory", "13GiB"), "lora")  # the weights alone would fit, one text does not
+    assert (without_room["because"], without_room["batch"]) == ("does not fit", 1)
+    assert without_room["ledger"]["left_B"] < 0
+    (frozen,) = (one for one in found["rows"] if one["method"] == "frozen")
+    assert (frozen["because"], frozen["ledger"]) == ("nothing of this model trains", None)
+
+
+@pytest.mark.usefixtures("counted")
+def test_the_memory_that_papers_print(capsys: pytest.CaptureFixture[str]) -> None:
+    # Full fine-tuning in bfloat16 with float32 masters: 2 + 2 + 4 + 8 bytes a weight. ZeRO, arXiv:1910.02054, section 3.1.
+    found = document(capsys, "--memory", "1TB")
+    ledger = row(found, "full")["ledger"]
+    lasting = sum(ledger[part] for part in ("weights_B", "adapter_B", "gradients_B", "optimizer_B"))
+    assert abs(lasting / (16 * found["parameters"]) - 1) <= FOOTPRINT_LEDGER
+    # Llama-7B in NF4 with double quantisation: 4.127 bits a packed weight (QLoRA, section 3).
+    outside = 2 * (2 * 32000 * 4096 + 65 * 4096)
+    packed = row(found, "lora", "nf4-dq")["ledger"]["weights_B"] - outside
+    assert abs(packed / ((found["parameters"] - outside / 2) * 4.127 / 8) - 1) <= FOOTPRINT_LEDGER
+
+
+@pytest.mark.usefixtures("counted")
+def test_paged_states_are_counted_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    apart = row(document(capsys, "--memory", "1TB", "--optimizer", "paged-adamw"), "full")["ledger"]
+    together = row(document(capsys, "--memory", "1TB", "--optimizer", "adamw"), "full")["ledger"]
+    assert apart["host_B"] > apart["optimizer_B"]
+    assert together["host_B"] == 0
+    assert main(["fit", "llama-7b", "--memory", "1TB", "--method", "full", "--optimizer", "paged-adamw"]) == Exit.PASS
+    assert "  host" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("counted")
+def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "llama-7b", "--memory", "24 GB", *(w for n in ASKED for w in ("--method", n))]) == Exit.PASS
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "memory: 24.00 GB = 24,000,000,000 bytes; texts of 512 tokens, adamw" in printed.out
+    assert re.search(r"^  full +none +- +1 +- .* -\d", printed.out, re.MULTILINE)
+    assert "  frozen: nothing of this model trains" in printed.out
+    assert "This is a prediction" in printed.out
+    for left_out in ("allocator", "workspace", "CUDA context"):
+        assert left_out in printed.out
+    assert "Sizes in GB (1,000,000,000 bytes)" in printed.out
+    assert "within 3% of the ledgers" in " ".join(printed.out.split())
+    assert max(map(len, printed.out.splitlines())) <= 140
+
+
+@pytest.mark.usefixtures("counted")
+def test_more_tokens_leave_room_for_fewer_texts(capsys: pytest.CaptureFixture[str]) -> None:
+    short, long = (row(document(capsys, "--memory", "40GiB", "--tokens", n), "lora", "nf4") for n in ("256", "2048"))
+    assert short["batch"] > long["batch"]
+    again = row(document(capsys, "--memory", "40GiB", "--tokens", "2048", "--checkpointing"), "lora", "nf4")
+    assert again["batch"] > long["batch"]
+
+
+def test_the_answer_comes_from_a_child_process_and_the_command_imports_no_torch() -> None:
+    code = (
+        "import sys\nfrom harness.cli import main\n"
+        "words = ['fit', 'gpt-3-175b-shape', '--memory', '2TiB', '--method', 'lora', '--method', 'dora', '--rank', '4']\n"
+        "code = main(words)\n"
+        "sys.exit('imports torch' if 'torch' in sys.modules else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "counting gpt-3-175b-shape without its weights ...\n")
+    assert "174,604," in done.stdout
+    assert "Activations are not predicted" in done.stdout
+    assert "dora: " in done.stdout
+    assert "does not support" in done.stdout
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_a_shape_has_the_weights_that_its_paper_prints(name: str) -> None:
+    found = fit.counts(fit.ask(name, "1GiB", ["frozen"]))
+    assert abs(found["parameters"] / (PRINTED[name] * 1e9) - 1) <= FOOTPRINT_LEDGER
+    assert found["positions"] in (2048, 8192)
+
+
+def test_a_folder_with_a_config_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made.tiny_llama(tmp_path)
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()
+    words = ["--memory", "64MiB", "--method", "lora", "--rank", "4", "--json"]
+    assert main(["fit", str(tmp_path), *words]) == Exit.PASS
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens"] == 256
+    assert len(found["rows"]) == 3
+    assert found["rows"][0]["longest"] == 256
+    assert main(["fit", str(tmp_path), "--memory", "64MiB", "--tokens", "257"]) == Exit.USAGE
+    assert "reads 256 tokens at once, and 257 are asked for" in capsys.readouterr().err
+
+
+def test_all_mistakes_come_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = ["--memory", "24G", "--method", "lorra", "--base", "nf5", "--dtype", "float8", "--tokens", "0"]
+    assert main(["fit", "lama-7b", *wrong, "--optimizer", "sgd"]) == Exit.USAGE
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    for said in (
+        "7 mistakes", "did you mean `llama-7b`?", "did you mean `lora`?", "did you mean `nf4`?", "`float8`", "`sgd`",
+        "--tokens: 0 is not at least 1", "24GiB (25,769,803,776 bytes)", "24GB (24,000,000,000 bytes)",
+    ):  # fmt: skip
+        assert said in printed.err
+
+
+def test_a_target_that_fits_no_layer_and_a_rank_that_no_method_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made.tiny_llama(tmp_path)
+    wrong = ["--target", "q_projj", "--target", "query", "--method", "lora"]
+    assert main(["fit", str(tmp_path), "--memory", "64MiB", *wrong]) == Exit.USAGE
+    said = capsys.readouterr().err
+    assert "named 'q_projj'; this model has: " in said
+    assert "named 'query'" in said
+    assert main(["fit", str(tmp_path), "--memory", "64MiB", "--rank", "5000", "--method", "lora"]) == Exit.USAGE
+    assert "--rank: lora: must be at most 4096, got 5000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["none", "empty", "torn", "untyped", "unknown"])
+def test_a_config_that_says_nothing(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = {"empty": None, "torn": "{", "untyped": "{}", "unknown": '{"model_type": "lama"}'}.get(folder)
+    if folder != "none":
+        (tmp_path / folder).mkdir()
+    if text is not None:
+        (tmp_path / folder / "config.json").write_text(text)
+    assert main(["fit", str(tmp_path / folder), "--memory", "1GiB", "--method", "full"]) == Exit.USAGE
+    said = capsys.readouterr().err
+    assert folder in said
+    assert "mend: " in said
+    assert "Traceback" not in said
+
+
+def test_a_repository_is_looked_for_in_the_cache_alone(tmp_path: Path) -> None:
+    code = (
+        "import sys, socket\nfrom harness.cli import main\n"
+        "def refuse(*_): raise AssertionError('the network was asked')\n"
+        "socket.socket.connect = refuse\n"
+        "sys.exit(main(['fit', 'some/model', '--memory', '1GiB']))"
+    )
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == Exit.USAGE
+    assert "some/model is not in the hub's cache, and `fit` fetches nothing" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "number_B"),
+    [
+        ("24GiB", 24 * 2**30),
+        ("24 GB", 24 * 10**9),
+        ("1.5TiB", 3 * 2**39),
+        ("2TB", 2 * 10**12),
+        ("512MiB", 2**29),
+        (".5kB", 500),
+    ],
+)
+def test_sizes(text: str, number_B: int) -> None:
+    assert sizes.parse(text).number_B == number_B
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("24G", "`24G` may be 24GiB"), ("24", "`24` may be 24GiB"), ("24gb", "`24gb` may be 24GiB"), ("24m", "24MiB"),
+        ("24Gb", "may be"), ("24XB", "no unit of memory"), ("-1GiB", "no size"), ("0GiB", "no size that a machine"),
+        ("nan", "no size"), ("1e9GiB", "no size"), ("9999999999TiB", "no size that a machine"), ("", "no size"),
+    ],
+)  # fmt: skip
+def test_what_is_no_size(text: str, says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        sizes.parse(text)
+
+
+def test_models_of_the_table_are_not_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PEFT_HARNESS_CACHE", str(tmp_path))
+    with pytest.raises(UsageError, match="minilm-l6 is not on this machine yet, and `fit` fetches nothing"):
+        models.find("minilm-l6")
+
+
+@pytest.mark.parametrize("topic", ["fit", "weights", "activations", "logits", "host"])
+def test_explain(topic: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", topic]) == Exit.PASS
+    said = capsys.readouterr().out
+    assert said.startswith(topic)
+    assert ("2 (4 D + 4)" in said) == (topic == "activations")

@@ -1,0 +1,239 @@
+"""The prediction of memory, against the ledgers of Cells that ran and against what autograd saves."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from harness import store
+from harness.conformance.subject import DTYPES, adaptable_layers, configure
+from harness.footprint import counting, kept
+from harness.footprint.choices import OWN
+from harness.measure.memory import model_tensors, optimizer_tensors, tensor_bytes
+from harness.records import Base, Record, Training
+from harness.registry import discover
+from harness.runner import packing
+from harness.tolerances import FOOTPRINT_ACTIVATIONS, FOOTPRINT_LEDGER
+from harness.training import optimizers
+from reference.adamw8bit import AdamW8bit
+from reference.paged import Paged
+
+PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published" / "2026-11-24-quick-cpu" / "cells"
+# What config.json of the two models says; their weights need not be here.
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "minilm-l6": (
+        "encoder",
+        {
+            "model_type": "bert", "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6,
+            "num_attention_heads": 12, "vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2,
+        },
+    ),
+    "smollm2-135m-instruct": (
+        "causal",
+        {
+            "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "head_dim": 64,
+            "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+            "max_position_embeddings": 8192,
+        },
+    ),
+}  # fmt: skip
+SMALL = {
+    "model_type": "llama", "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 1024, "max_position_embeddings": 128,
+}  # fmt: skip
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 8, "targets": LINEAR},
+    "dora": {"rank": 8, "targets": ["q_proj", "v_proj", "up_proj"]},
+    "adalora": {"rank": 8, "target_rank": 4, "targets": LINEAR},
+    "vera": {"rank": 32, "targets": LINEAR},
+    "pissa": {"rank": 8, "targets": ["q_proj", "down_proj"]},
+    "galore": {"rank": 16, "targets": LINEAR},
+    "full": {},
+}
+
+
+def records() -> list[Record]:
+    found = [store.read_record(path) for path in sorted(PUBLISHED.glob("*.json"))]
+    return [record for record in found if record.measurements is not None]
+
+
+def off(predicted: int, measured: int) -> float:
+    """Return how far a prediction is from what was measured, as a share of that."""
+    return abs(predicted - measured) / measured if measured else float(predicted > 0)
+
+
+def llama(dtype: str) -> Any:
+    torch.manual_seed(0)
+    facts = {k: v for k, v in SMALL.items() if k != "model_type"}
+    return LlamaForCausalLM._from_config(LlamaConfig(**facts), dtype=DTYPES[dtype]).train()
+
+
+def attached(method: str, dtype: str, implementation: str = "reference", base: str = "none") -> tuple[Any, Any]:
+    """Return a small Llama with a Method attached, and what attaching returned; weights are real."""
+    model, config = llama(dtype), configure(method, METHODS[method])
+    if base != "none":
+        paths = list(adaptable_layers(model, config))
+        of = Base(quantization=base, implementation="bitsandbytes")  # type: ignore[arg-type]
+        packing.pack(model, paths, of, DTYPES[dtype], discover())
+    attach = discover().find("method", method, implementation)
+    return model, attach(model, config, torch.Generator().manual_seed(0))
+
+
+def predicted(method: str, dtype: str) -> dict[str, Any]:
+    found = counting.count(SMALL, "causal", dtype, {method: [METHODS[method]]}, [])
+    (one,) = found["methods"][method]
+    assert not one["error"]
+    return dict(one) | {"logits": found["logits"]}
+
+
+def stepped(model: Any, adapted: Any, optimizer: Any) -> None:
+    """Take one training step."""
+    ids = torch.arange(32)[None]
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    term = adapted.regularizer()
+    (loss if term is None else loss + term).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("record", records(), ids=lambda r: r.cell.label)
+def test_the_ledger_of_a_published_record(record: Record) -> None:
+    cell, measured = record.cell, record.measurements
+    assert measured is not None
+    kind, config = CONFIGS[cell.model]
+    (one,) = counting.count(config, kind, cell.dtype, {cell.method: [cell.config]}, [])["methods"][cell.method]
+    assert one["trainable"] == measured.parameters.trainable
+    ledger = measured.memory
+    trained = cell.training.steps > 0
+    assert off(one["weights"][cell.base.quantization], ledger.weights_B) <= FOOTPRINT_LEDGER
+    assert off(one["adapter"], ledger.adapter_B) <= FOOTPRINT_LEDGER
+    assert off(one["gradients"] if trained else 0, ledger.gradients_B) <= FOOTPRINT_LEDGER
+    assert off(one["optimizer"]["adamw"][0] if trained else 0, ledger.optimizer_B) <= FOOTPRINT_LEDGER
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "pissa"])
+def test_the_ledger_of_a_small_llama(method: str, dtype: str) -> None:
+    # GaLore's reference keeps all singular vectors, of which its projector is a view.
+    model, adapted = attached(method, dtype, "fused" if method == "galore" else "reference")
+    own = {id(p) for p in llama(dtype).parameters()} | {
+        id(p) for p in model.parameters() if not any(p is t for t in adapted.tensors().values())
+    }
+    optimizer, _ = optimizers.make(adapted, [], Training(steps=1))
+    stepped(model, adapted, optimizer)
+    whole = method in ("full", "galore")
+    added = [] if whole else [t for t in adapted.tensors().values() if id(t) not in own]
+    weights = [t for t in model_tensors(model) if not any(t is a for a in added)]
+    one = predicted(method, dtype)
+    (device, host), *_ = one["optimizer"].values()
+    assert one["trainable"] == sum(p.numel() for p in adapted.parameters())
+    assert off(one["weights"]["none"], tensor_bytes(weights)) <= FOOTPRINT_LEDGER
+    assert off(one["adapter"], tensor_bytes(added)) <= FOOTPRINT_LEDGER
+    assert off(one["gradients"], tensor_bytes([p.grad for p in adapted.parameters()])) <= FOOTPRINT_LEDGER
+    assert off(device, tensor_bytes(optimizer_tensors(optimizer))) <= FOOTPRINT_LEDGER
+    assert host == 0
+
+
+@pytest.mark.parametrize("base", ["nf4", "nf4-dq"])
+def test_a_packed_base(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Wide enough that a table of levels, which is not predicted, is little beside the codes; dense weights are left out.
+    wide = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 1}
+    monkeypatch.setattr(sys.modules[__name__], "SMALL", SMALL | wide)
+    model, adapted = attached("lora", "float32", base=base)
+    adds = {id(t) for t in adapted.tensors().values()}
+    measured = tensor_bytes(t for t in model_tensors(model) if id(t) not in adds)
+    one = predicted("lora", "float32")["weights"]
+    dense = one["none"] - 4 * sum(layer.base.in_features * layer.base.out_features for layer in adapted.layers.values())
+    assert off(one[base] - dense, measured - dense) <= FOOTPRINT_LEDGER
+
+
+def test_a_method_that_keeps_the_weight_in_another_form_needs_it_once() -> None:
+    # hf-peft puts PiSSA's residual into the base's weight; the reference keeps both, for `detach`.
+    model, adapted = attached("pissa", "float32", "hf-peft")
+    adds = {id(t) for t in adapted.tensors().values()}
+    one = predicted("pissa", "float32")
+    measured = tensor_bytes(t for t in model_tensors(model) if id(t) not in adds)
+    assert set(one["weights"]) == {OWN}
+    assert off(one["weights"][OWN], measured) <= FOOTPRINT_LEDGER
+
+
+def test_optimizers_in_8_bits_and_paged() -> None:
+    model, adapted = attached("full", "float32")
+    narrow = AdamW8bit(adapted.parameters())
+    stepped(model, adapted, narrow)
+    one = predicted("full", "float32")["optimizer"]
+    assert off(one["adamw-8bit"][0], tensor_bytes(optimizer_tensors(narrow))) <= FOOTPRINT_LEDGER
+    paged = Paged(torch.optim.AdamW(adapted.parameters()), budget=0)
+    paged.step()
+    away = [t for p in paged.state for t in paged.state[p].values() if paged.where().get(p) == "host" and t.dim()]
+    assert away
+    assert off(one["paged-adamw"][1], tensor_bytes(away)) <= FOOTPRINT_LEDGER
+    assert sum(one["paged-adamw"]) == sum(one["adamw"])
+    assert sum(one["paged-adamw-8bit"]) == sum(one["adamw-8bit"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_activations_are_what_autograd_saves(method: str, dtype: str) -> None:
+    model, _ = attached(method, dtype)
+    assert off(predicted(method, dtype)["activations"][0], saved(model)) <= FOOTPRINT_ACTIVATIONS
+
+
+@pytest.mark.parametrize("implementation", ["hf-peft", "fused"])
+def test_activations_of_other_implementations(implementation: str) -> None:
+    model, _ = attached("lora", "float32", implementation)
+    assert off(predicted("lora", "float32")["activations"][0], saved(model)) <= FOOTPRINT_ACTIVATIONS
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["down_proj"], ["gate_proj", "up_proj"]], ids=" ".join)
+def test_activations_of_few_adapted_layers(targets: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # A layer that is not adapted keeps no input: which ones are must be seen.
+    monkeypatch.setitem(METHODS, "lora", {"rank": 4, "targets": targets})
+    model, _ = attached("lora", "float32")
+    assert off(predicted("lora", "float32")["activations"][0], saved(model)) <= FOOTPRINT_ACTIVATIONS
+
+
+def saved(model: Any) -> float:
+    """Return the bytes a token that a real forward pass saves: what grows from 32 tokens to 96, in two texts."""
+
+    def at(tokens: int) -> int:
+        ids = torch.arange(2 * tokens).view(2, tokens)
+        return sum(kept.saved_by(model, input_ids=ids, use_cache=False).values())
+
+    return (at(96) - at(32)) / (2 * 64)
+
+
+def test_with_checkpointing_a_block_keeps_its_input_alone() -> None:
+    plain, kept_again = predicted("lora", "float32")["activations"]
+    (deeper,) = counting.count(SMALL | {"num_hidden_layers": 30}, "causal", "float32", {"lora": [METHODS["lora"]]}, [])[
+        "methods"
+    ]["lora"]
+    of_block = (deeper["activations"][1] - kept_again) / 27
+    assert off(int(of_block), SMALL["hidden_size"] * 4) <= FOOTPRINT_ACTIVATIONS
+    assert kept_again < plain
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_logits(dtype: str) -> None:
+    model = llama(dtype)
+    tokens, found = 16, predicted("lora", dtype)["logits"]
+    logits = torch.randn(tokens, SMALL["vocab_size"], dtype=DTYPES[dtype], requires_grad=True)
+    wide = logits if dtype == "float64" else logits.float()
+    logs = torch.nn.functional.log_softmax(wide, -1)
+    (gradient,) = torch.autograd.grad(logs[:, 0].sum(), wide)
+    assert model.config.vocab_size == SMALL["vocab_size"]
+    assert found * tokens == logits.nbytes + logs.nbytes + gradient.nbytes
+
+
+def test_all_linear_layers_but_those_of_the_output_are_adapted() -> None:
+    for kind, config in CONFIGS.values():
+        model = counting.build(config, kind, torch.float32)
+        names = counting.default_targets(model, counting.new_head(model, kind))
+        adapted = adaptable_layers(model, configure("lora", {"targets": names}))
+        linear = {path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        assert linear - set(adapted) == {"classifier" if kind == "encoder" else "lm_head"}
