@@ -1,6 +1,6 @@
 """The command `peft-harness`: verbs and options only. stdout is data, stderr is talk.
 
-Imports are inside the verbs, so that `--help` answers at once. This is the one place that prints errors.
+Imports are inside the verbs, so that `--help` answers at once. Errors come out here, by `last_words`.
 """
 
 from __future__ import annotations
@@ -8,17 +8,15 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import click
 
 from harness.errors import Exit, HarnessError, UsageError
+from harness.last_words import bug, fail, say, silence
 
 _KINDS = ("methods", "implementations", "suites", "models", "tasks", "checks")
 _ONLY = "Cells to keep, e.g. `method=lora,rank=8`; see below."
@@ -38,7 +36,7 @@ class _Verbs(click.Group):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            _silence()
+            silence()
             return Exit.INFRASTRUCTURE
 
 
@@ -68,7 +66,7 @@ def list_(kinds: tuple[str, ...], as_json: bool) -> Exit:
     from harness.listing import as_text, listing
 
     document = listing(kinds)
-    _print(json.dumps(document, indent=1) if as_json else as_text(document))
+    say(json.dumps(document, indent=1) if as_json else as_text(document))
     return Exit.PASS
 
 
@@ -106,7 +104,7 @@ def plan(suite: str, only: str | None, as_json: bool) -> Exit:
     cells = expand.only(cells, only) if only is not None else cells
     fitting.refuse(read, cells)
     document = planning.planning(read, cells)
-    _print(json.dumps(document, indent=1) if as_json else planning.as_text(document))
+    say(json.dumps(document, indent=1) if as_json else planning.as_text(document))
     return Exit.PASS
 
 
@@ -145,7 +143,7 @@ def fit(
         dtype=dtype, checkpointing=checkpointing,
     )  # fmt: skip
     document = fitted.answer(asked)
-    _print(json.dumps(document, indent=1) if as_json else table.as_text(document))
+    say(json.dumps(document, indent=1) if as_json else table.as_text(document))
     return Exit.PASS
 
 
@@ -191,14 +189,14 @@ def report(runs: tuple[str, ...], out: Path | None, strict: bool) -> Exit:
     page = html.page_path(out or read[0].path / "report.html")
     html.write_report(read, page)
     for one in read:
-        _print("\n".join(text.summary(one)))
+        say("\n".join(text.summary(one)))
     codes = [verdict.judge(one, strict=strict).exit for one in read]
     if repeats.asked(read):
-        _print("\n".join(repeats.lines(read)))
+        say("\n".join(repeats.lines(read)))
     again = reproducibility.reruns(read)
     if again or len(read) > 1:
         codes.append(reproducibility.judge(again, strict=strict))
-    _print(f"report: {page}")
+    say(f"report: {page}")
     return min(codes, key=_SERIOUS.index)
 
 
@@ -346,7 +344,7 @@ def explain(name: str) -> Exit:
     """
     from harness.explain import explain as explained
 
-    _print(explained(name))
+    say(explained(name))
     return Exit.PASS
 
 
@@ -356,7 +354,7 @@ _SERIOUS = (Exit.FAIL, Exit.NOTHING_COMPARED, Exit.INFRASTRUCTURE, Exit.INCONCLU
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    sys.excepthook = _bug  # Python's own would exit with 1, which says that something was found
+    sys.excepthook = bug  # Python's own would exit with 1, which says that something was found
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an ASCII terminal is no reason to crash
@@ -366,45 +364,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         error.show()
         code = Exit.USAGE
     except click.Abort:  # Ctrl-C
-        code = _fail(HarnessError("interrupted", mend="what was finished is kept"))
+        code = fail(HarnessError("interrupted", mend="what was finished is kept"))
     except click.UsageError as error:
         verb = error.ctx.info_name if error.ctx and error.ctx.parent else ""
         mend = f"see `{' '.join(['peft-harness', *filter(None, [verb]), '--help'])}`"
-        code = _fail(UsageError(error.format_message(), where=verb or "", mend=mend))
+        code = fail(UsageError(error.format_message(), where=verb or "", mend=mend))
     except HarnessError as error:
-        code = _fail(error)
+        code = fail(error)
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        _silence()
+        silence()
     return code
-
-
-def _print(text: str) -> None:
-    try:
-        click.echo(text)
-    except BrokenPipeError:  # `| head` has seen enough; the exit code still counts
-        _silence()
-
-
-def _silence() -> None:
-    """Send what is still to be written to stdout nowhere, or Python complains at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """End the process after an error that nobody foresaw: it is ours, and no finding about what was measured."""
-    if issubclass(kind, KeyboardInterrupt):
-        return sys.__excepthook__(kind, error, trace)
-    traceback.print_exception(kind, error, trace)
-    what = f"this is a bug of peft-harness, not of what you asked: {kind.__name__}: {error}"
-    kept = "; ".join(getattr(error, "__notes__", ())) or "no Record was written, and none was touched"
-    sys.exit(_fail(HarnessError(what, mend=f"report it with the lines above; {kept}")))
-
-
-def _fail(error: HarnessError) -> Exit:
-    click.echo(f"peft-harness: {error}", err=True)
-    return error.exit_code
 
 
 if __name__ == "__main__":

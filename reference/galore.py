@@ -157,8 +157,9 @@ def projector(G: Tensor, rank: int, side: str = "std", niter: int = 0, old: Proj
         U, _, Vh = torch.linalg.svd(wide, full_matrices=False)
     left, right = sides(G.shape[0], G.shape[1], side)
     return Projector(
-        U[:, :rank].to(G.dtype) if left else None,
-        Vh[:rank].T.to(G.dtype) if right else None,
+        # Copies: views would keep all singular vectors in memory.
+        U[:, :rank].to(G.dtype, copy=True) if left else None,
+        Vh[:rank].T.to(G.dtype, copy=True) if right else None,
     )
 
 

@@ -1,0 +1,41 @@
+"""What a command says last: to a reader that may have left, and of errors, those that nobody foresaw among them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from types import TracebackType
+
+import click
+
+from harness.errors import Exit, HarnessError
+
+
+def say(text: str) -> None:
+    """Print a line of data."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:  # `| head` has seen enough; the exit code still counts
+        silence()
+
+
+def silence() -> None:
+    """Send what is still to be written to stdout nowhere, or Python complains at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """End the process after an error that nobody foresaw: it is ours, and no finding about what was measured."""
+    if issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, trace)
+    traceback.print_exception(kind, error, trace)
+    what = f"this is a bug of peft-harness, not of what you asked: {kind.__name__}: {error}"
+    kept = "; ".join(getattr(error, "__notes__", ())) or "no Record was written, and none was touched"
+    sys.exit(fail(HarnessError(what, mend=f"report it with the lines above; {kept}")))
+
+
+def fail(error: HarnessError) -> Exit:
+    """Print an error, and return its exit code."""
+    click.echo(f"peft-harness: {error}", err=True)
+    return error.exit_code
