@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,19 @@ _TORN: dict[type[BaseModel], str] = {
 def now() -> str:
     """Return the time in UTC, ISO 8601 to the second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def unwritable(file: Path) -> str:
+    """Say why a file cannot be written; nothing if it can."""
+    if file.exists() and not file.is_file():  # it would be replaced, and /dev/null is everybody's
+        return f"{file} is no file that could be replaced"
+    if not file.parent.is_dir():
+        return f"{file}: there is no folder {file.parent}"
+    try:
+        with tempfile.TemporaryFile(dir=file.parent):
+            return ""
+    except OSError as error:
+        return f"{file}: cannot write in {file.parent}: {error.strerror}"
 
 
 def write_atomic(path: Path, data: bytes) -> None:

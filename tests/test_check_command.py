@@ -18,7 +18,7 @@ import pytest
 from conftest import COMMAND, PATIENCE_S, Bench, eventually
 from report_page import Page
 
-from harness import resources
+from harness import resources, store
 from harness.cli import main
 from harness.conformance import command, defects, suite, summary
 from harness.conformance.command import Report
@@ -239,7 +239,7 @@ def test_a_file_that_cannot_be_written_is_said_before_the_work(
     assert "two files at once" in capsys.readouterr().err
     assert main(["check", "--junit", "/dev/null"]) == Exit.USAGE
     assert "--junit: /dev/null is no file that could be replaced" in capsys.readouterr().err
-    monkeypatch.setattr(command.tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(OSError(30, "Read-only")))
+    monkeypatch.setattr(store.tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(OSError(30, "Read-only")))
     assert main(["check", "--html", str(there)]) == Exit.USAGE
     assert f"--html: {there}: cannot write in {tmp_path}: Read-only" in capsys.readouterr().err
 

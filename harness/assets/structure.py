@@ -16,11 +16,16 @@ def misfits(folder: str, kind: str, names: Sequence[str]) -> dict[str, str]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from reference.layers import KINDS, targets
-
     factory: Any = AutoModelForSequenceClassification if kind == "encoder" else AutoModelForCausalLM
     with torch.device("meta"):
         model = factory.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    return of_model(model, names)
+
+
+def of_model(model: Any, names: Sequence[str]) -> dict[str, str]:
+    """Return the same of a model that is built already."""
+    from reference.layers import KINDS, targets
+
     found = {}
     for name in names:
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +22,20 @@ def refuse(out: Path | None, export: Path | None) -> None:
         where = f"--out {out}"
         if any(out.glob("[0-9][0-9][0-9]*-vs-*.json")):
             raise UsageError("holds a bench already", where=where, mend="name another folder, or move that one away")
-        _try(out, where, make=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"cannot make the folder: {error.strerror}", where=where, mend="name a place where files can be written"
+            ) from error
+        _try(out / "row.json", where)
     if export is not None:
-        where = f"--export-pytest-benchmark {export}"
-        if export.exists() and not export.is_file():  # it would be replaced, and /dev/null is everybody's
-            raise UsageError("is no file that could be replaced", where=where, mend="name a file")
-        _try(export.absolute().parent, where, make=False)
+        _try(export, f"--export-pytest-benchmark {export}")
 
 
-def _try(folder: Path, where: str, make: bool) -> None:
-    try:
-        if make:
-            folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        what = f"cannot write in {folder}: {error.strerror}"
-        raise UsageError(what, where=where, mend="name a place where files can be written") from error
+def _try(file: Path, where: str) -> None:
+    if why := store.unwritable(file):
+        raise UsageError(why, where=where, mend="name a place where files can be written")
 
 
 def write(path: Path, document: dict[str, Any]) -> None:

@@ -6,13 +6,13 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_args
 
+from harness import store
 from harness.conformance import defects, isolated, show, suite
 from harness.conformance.breadth import FEW, Breadth
 from harness.conformance.defects import Defect
@@ -121,26 +121,13 @@ def check(asked: Asked, as_json: bool, junit: Path | None = None, html: Path | N
 def _places(files: dict[str, Path | None]) -> None:
     """Raise UsageError for files that could not be written, before anything takes its minutes."""
     given = {option: file for option, file in files.items() if file is not None}
-    odd = {option: why for option, file in given.items() if (why := _unwritable(file))}
+    odd = {option: why for option, file in given.items() if (why := store.unwritable(file))}
     if len({file.absolute() for file in given.values()}) < len(given):
         odd = {"--junit, --html": f"{given['--junit']} is to be two files at once"}
     if odd:
         raise UsageError(
             "; ".join(odd.values()), where=", ".join(odd), mend="name a file in a folder that can be written"
         )
-
-
-def _unwritable(file: Path) -> str:
-    """Say why a file cannot be written; nothing if it can."""
-    if file.exists() and not file.is_file():  # it would be replaced, and /dev/null is everybody's
-        return f"{file} is no file that could be replaced"
-    if not file.parent.is_dir():
-        return f"{file}: there is no folder {file.parent}"
-    try:
-        with tempfile.TemporaryFile(dir=file.parent):
-            return ""
-    except OSError as error:
-        return f"{file}: cannot write in {file.parent}: {error.strerror}"
 
 
 def judge(asked: Asked) -> Report:

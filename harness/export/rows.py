@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 
 from harness.analysis import contention, measured, parity
-from harness.records import Environment, Json, Measurements, Record
+from harness.records import Environment, Json, Measurements, Memory, Record
 
 Value = bool | int | float | str | None
 Row = dict[str, Value]
@@ -108,7 +108,7 @@ def _measured(m: Measurements | None) -> Row:
     }
     for name in ("adapter", "head", "trainable", "total"):
         found[f"parameters.{name}"] = getattr(m.parameters, name) if m else None
-    for name in ("source", "baseline_B", "weights_B", "adapter_B", "gradients_B", "optimizer_B"):
+    for name in Memory.model_fields:
         found[f"memory.{name}"] = getattr(m.memory, name) if m else None
     return found
 

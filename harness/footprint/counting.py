@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from harness.assets import structure
 from harness.conformance.subject import DTYPES, attach_reference, configure
 from harness.footprint import activations, kept, states
 from harness.footprint.choices import BASES, OWN
 from harness.measure.memory import model_tensors
-from reference.layers import KINDS, kind_of, targets
+from reference.layers import kind_of
 
 
 @dataclass
@@ -65,7 +66,7 @@ def count(
     """
     model = build(config, kind, DTYPES[dtype])
     head = new_head(model, kind)
-    if misfits := _misfits(model, targets):
+    if misfits := structure.of_model(model, targets):
         return {"misfits": misfits}
     names = targets or default_targets(model, head)
     total = sum(p.numel() for p in model.parameters())
@@ -180,16 +181,6 @@ def _frozen(layers: Mapping[str, Any]) -> list[Tensor]:
     """List the weights of linear layers that a packed base would keep in 4 bits: those that do not train."""
     under = [getattr(layer, "base", layer) for layer in layers.values()]
     return [layer.weight for layer in under if kind_of(layer) in kept.LINEAR and not layer.weight.requires_grad]
-
-
-def _misfits(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    found = {}
-    for name in names:
-        try:
-            targets(model, (name,), KINDS)
-        except ValueError as error:
-            found[name] = str(error)
-    return found
 
 
 def _holds(path: str, head: Mapping[str, nn.Parameter]) -> bool:

@@ -9,8 +9,8 @@ PARTS = {
     "train (VeRA's projections, AdaLoRA's averages, PiSSA's residual in the place of the weight)",
     "adapter": "the tensors that the Method adds and trains",
     "gradients": "one number for each that trains, in the model's dtype",
-    "optimizer": "the optimizer's state on the device: moments, and in 16 bits the float32 masters of `adamw`, which is the "
-    "harness's; the 8-bit and the paged ones are bitsandbytes', which step weights of 16 bits as they are",
+    "optimizer": "the optimizer's state on the device: moments, and for what trains in 16 bits its float32 masters, as "
+    "Cells of a suite have them; a library that steps 16 bits as they are keeps less",
     "host": "the optimizer's state in host memory: paged optimizers only; not part of the total",
     "activations": "what is kept for the backward pass, by formula and for Llama-like models only: an estimate",
     "logits": "the logits of every token, their logarithms in at least float32, and the gradient of these: an estimate",

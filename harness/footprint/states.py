@@ -29,13 +29,13 @@ def packed(numel: int, base: str) -> int:
 def adamw(numels: Iterable[int], name: str, dtype: torch.dtype) -> tuple[int, int]:
     """Return the bytes of an optimizer's state (on the device, in host memory) for tensors of so many numbers each.
 
-    adamw is the harness's: in 16 bits with masters and moments in float32. The others step 16-bit weights as they are, with
-    moments in float32 or in 8 bits (arXiv:2110.02861); a paged one keeps those of tensors of at least 100,000 numbers in
-    host memory (arXiv:2305.14314, section 3).
+    As Cells have it, see `harness.training.optimizers`: for weights of 16 bits with masters in float32; moments in float32
+    or in 8 bits (arXiv:2110.02861). A paged one keeps the moments of tensors of at least 100,000 numbers in host memory
+    (arXiv:2305.14314, section 3).
     """
     device = host = 0
     for n in numels:
-        masters = 4 * n if name == "adamw" and dtype in HALVES else 0
+        masters = 4 * n if dtype in HALVES else 0
         moments = adamw8bit.state_bytes(n) if name.endswith("8bit") else 2 * n * max(4, dtype.itemsize)
         away = moments if name.startswith("paged") and paged.is_paged(n) else 0
         device += masters + moments - away + _STEP_B
@@ -55,7 +55,7 @@ def optimizers(adapted: Any, trains: Sequence[nn.Parameter], dtype: torch.dtype)
         raise TypeError(f"nothing is known of the states of {type(optimizer).__name__}")
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     numbers = sum(_galore(p, groups.get(id(p), optimizer.defaults)) for p in trains)
-    if dtype == torch.float16:  # with masters; bfloat16 is stepped as it is, see harness/training/loop.py
+    if dtype == torch.float16:  # with masters; bfloat16 is stepped as it is
         return {OWN: (4 * (numbers + sum(p.numel() for p in trains)), 0)}
     return {OWN: (numbers * dtype.itemsize, 0)}
 
@@ -70,5 +70,5 @@ def _galore(p: nn.Parameter, group: dict[str, Any]) -> int:
 
 def in_step(name: str, trains: Sequence[nn.Parameter], dtype: torch.dtype) -> int:
     """Return the bytes that exist only while an optimizer steps: float32 gradients of its masters."""
-    masters = (name == "adamw" and dtype in HALVES) or (name == OWN and dtype == torch.float16)
+    masters = dtype == torch.float16 if name == OWN else dtype in HALVES
     return 4 * sum(p.numel() for p in trains) if masters else 0

@@ -14,8 +14,6 @@ from harness.tolerances import FOOTPRINT_ACTIVATIONS, FOOTPRINT_LEDGER
 
 _PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "total", "left")
 _WIDTH = 110
-_WHOLE = "LoRA on SmolLM2-135M, 512 tokens on a CPU, took 1,577 MiB where 1,139 are predicted"
-"""From results/published/2026-11-24-quick-cpu: the peak of `train` less the baseline; its loss is of few tokens."""
 
 
 def as_text(document: Mapping[str, Any]) -> str:
@@ -85,9 +83,9 @@ def _worth(document: Mapping[str, Any], size: Size) -> list[str]:
         said.append(
             f"How far off it was: weights, adapter, gradients and optimizer within {FOOTPRINT_LEDGER:.0%} of the ledgers of "
             f"real Cells, activations within {FOOTPRINT_ACTIVATIONS:.0%} of what autograd saved in small Llamas for the "
-            "references (both are tests). hf-peft in 16 bits casts what adapters read to float32, and kept up to 2.6 times "
-            f"as much. A whole process is larger: {_WHOLE}. On a GPU nothing has been measured. "
-            "`peft-harness explain activations` tells what is counted."
+            "references (both are tests). Libraries may keep more: hf-peft in 16 bits casts what adapters read to float32. "
+            "A whole process is larger, by what is left out. On a GPU nothing has been measured. `peft-harness explain "
+            "activations` tells what is counted."
         )
     else:
         said.append(
