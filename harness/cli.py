@@ -368,7 +368,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.UsageError as error:
         verb = error.ctx.info_name if error.ctx and error.ctx.parent else ""
         mend = f"see `{' '.join(['peft-harness', *filter(None, [verb]), '--help'])}`"
-        code = fail(UsageError(error.format_message(), where=verb or "", mend=mend))
+        said = " ".join(error.format_message().split())  # click lists choices on lines of their own
+        code = fail(UsageError(said, where=verb or "", mend=mend))
     except HarnessError as error:
         code = fail(error)
     try:

@@ -186,3 +186,10 @@ def test_what_the_readme_shows_is_so(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     words = [str(tmp_path / "out") if word == "numbers/" else word for word in command.split()]
     assert main(words) == Exit.PASS
     assert len(list((tmp_path / "out").iterdir())) == len(FILES)
+
+
+def test_a_format_that_is_left_out_is_asked_for_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(REAL)]) == Exit.USAGE
+    said = capsys.readouterr().err.splitlines()
+    assert [line.strip().partition(":")[0] for line in said] == ["peft-harness", "mend"]
+    assert "parquet, csv" in said[0]
