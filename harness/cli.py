@@ -157,17 +157,22 @@ def fit(
     "--timeout", callback=_finite, default=3600.0, show_default=True, metavar="SECONDS", help="For each Cell."
 )
 @click.option("--strict", is_flag=True, help="Exit with 3 if a question stays open.")
-def run(
-    suite: str, out: Path | None, only: str | None, resume: str | None, device: Any, timeout: float, strict: bool
-) -> Exit:
+@click.option("--executor", type=click.Choice(["local", "ray", "slurm"]), default="local", show_default=True)
+@click.option(
+    "--jobs", type=click.IntRange(1, 10_000), metavar="N", help="Cells at a time.  [local: 1; else: what there is]"
+)
+@click.option("--slurm", multiple=True, metavar="KEY=VALUE", help="An option of sbatch, e.g. gres=gpu:1; again.")
+def run(suite: str, only: str | None, executor: str, jobs: int | None, slurm: tuple[str, ...], **asked: Any) -> Exit:
     """Run a suite and report it.
 
-    SUITE is a name or a .yaml file. Each Cell runs in a process of its own. Ctrl-C, SIGTERM or SIGHUP keeps what was
-    finished, reports it and exits with 4.
+    SUITE is a name or a .yaml file. Each Cell runs in a process of its own; of several at a time (--jobs), each has its
+    share of the cores, or a GPU for itself. Ray is found by RAY_ADDRESS; without it one is started here. Ctrl-C, SIGTERM
+    or SIGHUP keeps what was finished, reports it and exits with 4.
     """
+    from harness.runner import executors
     from harness.runner.run import run_suite
 
-    return run_suite(suite, out=out, only=only, resume=resume, device=device, timeout=timeout, strict=strict)
+    return run_suite(suite, only=only, executor=executors.choose(executor, jobs, slurm), **asked)
 
 
 @verbs.command()

@@ -77,8 +77,8 @@ def test_progress_calls_no_two_cells_the_same(tmp_path: Path, capsys: pytest.Cap
     _, plan = _two_seeds(tmp_path)
     progress = Progress(plan.cells)
     first, second = plan.cells
-    progress.resumed(1, first)
-    progress.begin(2, second)
+    progress.resumed(first)
+    progress.begin(second)
     progress.end(recorded.record("fused", second))
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "1/2  resumed       tiny-llama lora r=4 [fused] seed=1  has an ok Record"

@@ -29,7 +29,8 @@ from harness.errors import Exit
 from harness.manifest import Footer
 from harness.records import Outcome, Record, Status, TrainingMeasured
 from harness.report import html
-from harness.runner import local, worker
+from harness.runner import attempt, worker
+from harness.runner.executors.local import Local
 from harness.runner.progress import Progress
 from harness.runner.work import Work
 from harness.tolerances import EPSILON
@@ -702,12 +703,13 @@ def test_a_bug_in_the_middle_of_a_run_says_what_is_kept(bench: Bench) -> None:
 def test_strict_does_not_pass_an_open_question(
     inside: Bench, options: list[str], code: Exit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def attempt(work: Work, folder: store.RunFolder, *_: object) -> Record:
-        record = recorded_run.record("reference", work.cell, work.run)
-        folder.write_record(record)
-        return record
+    def run(_: Local, works: Iterator[Work], terms: attempt.Terms, __: object) -> Iterator[Record]:
+        for work in works:
+            record = recorded_run.record("reference", work.cell, work.run)
+            terms.folder.write_record(record)
+            yield record
 
-    monkeypatch.setattr(local, "attempt", attempt)
+    monkeypatch.setattr(Local, "run", run)
     # The float64 run, which the others are to be compared with, is left out.
     assert main(["run", "smoke", "--only", "method=lora,dtype=float32", "--out", "run", *options]) == code
 
@@ -724,7 +726,7 @@ def test_how_threads_wait_is_left_to_the_user(given: str | None, monkeypatch: py
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if given:
         monkeypatch.setenv("OMP_WAIT_POLICY", given)
-    assert local._worker_environment().get("OMP_WAIT_POLICY") == given
+    assert attempt._worker_environment().get("OMP_WAIT_POLICY") == given
 
 
 def test_a_reader_of_the_progress_that_leaves(bench: Bench) -> None:

@@ -168,7 +168,8 @@ def _whole(
         return Verdict(Word.FAIL, "; ".join(reasons), tuple(dict.fromkeys(ids))), Exit.FAIL
 
     ok = [r for r in latest.values() if r.status is Status.OK]
-    bad = [r for r in latest.values() if r.status in UNMEASURED]
+    # A Cell that was kept from running, unlike one that never can here, is a fault of the machine.
+    bad = [r for r in latest.values() if r.status in UNMEASURED or (r.status is Status.SKIPPED and r.failure)]
     if not ok and not bad:
         nothing = Verdict(Word.NOT_RUN, "no Cell was measured", tuple(r.id for r in latest.values()))
         return nothing, Exit.NOTHING_COMPARED

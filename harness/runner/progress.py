@@ -1,4 +1,4 @@
-"""Progress on stderr: Cell k of n, phase, step, loss, time left; plain lines where stderr is no terminal."""
+"""Progress on stderr: each Cell at work with its phase, step, loss; time left; plain lines where stderr is no terminal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from harness.analysis import naming
 from harness.records import Cell, Record
 
 _REDRAW_S = 0.2
+_MOST_LINES = 8
 
 
 class _Console(Console):
@@ -25,20 +27,25 @@ class _Console(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
+@dataclass
+class _AtWork:
+    began: float
+    doing: str = "start-up"
+
+
 class Progress:
     """Shows one run. `event` takes what workers emit; every finished Cell leaves one line behind."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:
-        self.cells = len(cells)
-        self.phase = ""
         self.console = _Console(stderr=True, highlight=False)
         self._live: Live | None = None
         self._names = naming.full(cells)
-        self._name = ""
-        self._index = 0
-        self._doing = self._said = ""
+        self._numbers = {cell.cell_id: number for number, cell in enumerate(cells, 1)}
+        self._at_work: dict[str, _AtWork] = {}
+        self._said = ""
         self._seconds: list[float] = []
-        self._cell_began = self._drawn = 0.0
+        self._over = 0
+        self._drawn = 0.0
         if self.console.is_terminal:
             self._live = Live(console=self.console, auto_refresh=False, transient=True)
             self._live.start()
@@ -50,20 +57,22 @@ class Progress:
         )
         self._draw(f"{what} {size}".strip(), force=done in (0, total))
 
-    def begin(self, index: int, cell: Cell) -> None:
-        """Start showing Cell number `index`, counted from 1."""
-        self._index, self._name, self._cell_began = index, self._names[cell.cell_id], time.monotonic()
-        self.phase = self._doing = "start-up"
+    def begin(self, cell: Cell) -> None:
+        """Start showing a Cell."""
+        self._at_work[cell.cell_id] = _AtWork(time.monotonic())
         self._draw(force=True)
 
-    def event(self, event: dict[str, Any]) -> None:
-        """Take one event of the worker."""
+    def event(self, cell: Cell, event: dict[str, Any]) -> None:
+        """Take one event of a Cell's worker."""
         if event.get("event") == "phase":
-            self.phase = self._doing = str(event["name"])
+            doing = str(event["name"])
         elif event.get("event") == "step":
-            self._doing = f"train, step {event['step']} of {event['of']}, loss {event['loss']:.4f}"
+            doing = f"train, step {event['step']} of {event['of']}, loss {event['loss']:.4f}"
         elif event.get("event") == "items":
-            self._doing = f"evaluate, {event['done']} of {event['of']}"
+            doing = f"evaluate, {event['done']} of {event['of']}"
+        else:
+            return
+        self._at_work[cell.cell_id].doing = doing
         self._draw()
 
     def tick(self) -> None:
@@ -72,21 +81,25 @@ class Progress:
 
     def end(self, record: Record) -> None:
         """Leave the Cell's line behind."""
+        self._at_work.pop(record.cell_id, None)
         self._seconds.append(record.duration_s)
         accuracy = record.measurements.accuracy if record.measurements else None
         result = (
             f"accuracy {accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]" if accuracy else record.because
         )
         first = result.splitlines()[0] if result else ""
-        self._leave(record.status.value, f"{first}  {record.duration_s:.1f} s")
+        self._leave(record.cell_id, record.status.value, f"{first}  {record.duration_s:.1f} s")
 
-    def resumed(self, index: int, cell: Cell) -> None:
+    def resumed(self, cell: Cell) -> None:
         """Leave the line of a Cell behind that need not run again."""
-        self._index, self._name = index, self._names[cell.cell_id]
-        self._leave("resumed", "has an ok Record")
+        self._leave(cell.cell_id, "resumed", "has an ok Record")
 
-    def _leave(self, how: str, result: str) -> None:
-        self.say(f"{self._index}/{self.cells}  {how:<13} {self._name}  {result}")
+    def _leave(self, cell_id: str, how: str, result: str) -> None:
+        self._over += 1
+        self.say(f"{self._place(cell_id)}  {how:<13} {self._names[cell_id]}  {result}")
+
+    def _place(self, cell_id: str) -> str:
+        return f"{self._numbers[cell_id]}/{len(self._numbers)}"
 
     def say(self, line: str) -> None:
         """Print one line above the live one."""
@@ -110,16 +123,24 @@ class Progress:
         if not force and now - self._drawn < _REDRAW_S:
             return
         self._drawn = now
-        if not what and self._name:
-            what = f"{self._index}/{self.cells}  {self._name}  {self._doing}  {self._left(now)}"
-        self._live.update(Text(what, overflow="ellipsis", no_wrap=True), refresh=True)
+        lines = [what] if what else self._lines(now)
+        self._live.update(Text("\n".join(lines), overflow="ellipsis", no_wrap=True), refresh=True)
+
+    def _lines(self, now: float) -> list[str]:
+        shown = list(self._at_work.items())[:_MOST_LINES]
+        lines = [
+            f"{self._place(cell_id)}  {self._names[cell_id]}  {one.doing}  {now - one.began:.0f} s"
+            for cell_id, one in shown
+        ]
+        if len(self._at_work) > len(shown):
+            lines.append(f"and {len(self._at_work) - len(shown)} more at work")
+        if lines and self._seconds:
+            lines[-1] += f", {self._left(now)}"
+        return lines
 
     def _left(self, now: float) -> str:
-        spent = now - self._cell_began
-        if not self._seconds:
-            return f"{spent:.0f} s"
+        """Guess how long the rest takes: every Cell as long as those so far, as many at a time as now."""
         mean = sum(self._seconds) / len(self._seconds)
-        left = max(0.0, mean - spent) + mean * (self.cells - self._index)
-        return (
-            f"{spent:.0f} s, about {left / 60:.0f} min left" if left > 90 else f"{spent:.0f} s, about {left:.0f} s left"
-        )
+        spent = sum(min(mean, now - one.began) for one in self._at_work.values())
+        left = (mean * (len(self._numbers) - self._over) - spent) / max(1, len(self._at_work))
+        return f"about {left / 60:.0f} min left" if left > 90 else f"about {left:.0f} s left"

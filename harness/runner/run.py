@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +26,10 @@ from harness.manifest import Footer, Manifest
 from harness.measure import environment
 from harness.records import AssetUse, Environment, Status
 from harness.report import html, text
-from harness.runner import local, stop
+from harness.runner import stop
+from harness.runner.attempt import Terms
+from harness.runner.executors import Device, Executor
+from harness.runner.executors.local import Local
 from harness.runner.progress import Progress
 from harness.runner.work import Asset, TaskWork, Work
 
@@ -68,18 +72,23 @@ def run_suite(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     timeout: float = DEFAULT_TIMEOUT_S,
     strict: bool = False,
+    executor: Executor | None = None,
 ) -> Exit:
-    """Run a suite and report it. Prints the summary on stdout and returns the exit code."""
+    """Run a suite and report it. Prints the summary on stdout and returns the exit code.
+
+    executor: where its Cells run; None for one at a time, here.
+    """
     times = _Times()
     suite = suites.load(suite_name)
     plan = expand(suite)
     if only is not None:
         plan = keep_only(plan, only)
     here = environment.describe(environment.physical_cores())
-    chosen = _device(device)
     with contextlib.ExitStack() as held:
         old = _old(plan, out, resume, held)
         fitting.refuse(suite, plan)
+        place = held.enter_context(executor or Local())
+        chosen = place.device(device)
         times.lap("startup")
         progress = Progress(plan.cells)
         held.callback(progress.close)
@@ -87,60 +96,78 @@ def run_suite(
         fitting.refuse(suite, plan)  # again: now every model is at hand
         times.lap("fetch")
         if old:
-            folder, run_id, done = _reopen(old, here, works, chosen, progress)
+            folder, run_id, done = _reopen(old, here, works, chosen, progress, elsewhere=place.elsewhere)
         else:
             folder, run_id, done = _open(suite, plan, here, out, progress, held)
         times.lap("scheduling")
         with _saying_what_is_kept(folder):
-            how = _measure(plan, works, done, folder, run_id, here, chosen, timeout, times, progress)
+            todo = _Todo(plan, works, done, folder, run_id, chosen, times, progress)
+            how = _measure(todo, place, Terms(folder, here, timeout))
             progress.close()
             return _report(folder, interrupted=how == "interrupted", strict=strict)
 
 
-def _measure(
-    plan: Plan,
-    works: dict[str, tuple[Asset, Asset, TaskWork]],
-    done: set[str],
-    folder: store.RunFolder,
-    run_id: str,
-    here: Environment,
-    device: Literal["cpu", "cuda"],
-    timeout: float,
-    times: _Times,
-    progress: Progress,
-) -> _How:
-    """Run the Cells that are not done, one after the other, and write the footer whatever ends it."""
+@dataclass
+class _Todo:
+    """What is to be measured, and the account of the time."""
+
+    plan: Plan
+    works: dict[str, tuple[Asset, Asset, TaskWork]]
+    done: set[str]
+    folder: store.RunFolder
+    run_id: str
+    device: Device
+    times: _Times
+    progress: Progress
+    in_cells: float = 0.0
+    """Seconds in which a Cell was at work."""
+
+    def each(self) -> Iterator[Work]:
+        """Give the attempts that are to be made, as an executor has room for them."""
+        for cell in self.plan.cells:
+            self.rest()
+            if cell.cell_id in self.done:
+                self.progress.resumed(cell)
+                self.times.lap("scheduling")
+                continue
+            attempt = self.folder.next_attempt(cell.cell_id)
+            model, data, task = self.works[cell.cell_id]
+            work = Work(
+                run=self.run_id, folder=str(self.folder.path.resolve()), attempt=attempt, cell=cell,
+                model=model, data=data, task=task, device=self.device,
+            )  # fmt: skip
+            self.times.lap("scheduling")
+            yield work
+
+    def rest(self) -> None:
+        """Book the time since the last lap on the Cells."""
+        self.in_cells += self.times.skip()
+
+
+def _measure(todo: _Todo, place: Executor, terms: Terms) -> _How:
+    """Run the Cells that are not done, and write the footer whatever ends it."""
+    folder, run_id, times, progress = todo.folder, todo.run_id, todo.times, todo.progress
     how: _How = "finished"
     made: set[str] = set()
-    in_cells = 0.0
     try:
-        for index, cell in enumerate(plan.cells, 1):
-            if cell.cell_id in done:
-                progress.resumed(index, cell)
-                continue
-            progress.begin(index, cell)
-            attempt = folder.next_attempt(cell.cell_id)
-            model, data, task = works[cell.cell_id]
-            work = Work(
-                run=run_id, folder=str(folder.path.resolve()), attempt=attempt, cell=cell,
-                model=model, data=data, task=task, device=device, launched=time.time(),
-            )  # fmt: skip
-            times.lap("scheduling")
-            record = local.attempt(work, folder, here, timeout, progress)
-            in_cells += times.skip()
-            made.add(cell.cell_id)
-            progress.end(record)
+        with contextlib.closing(place.run(todo.each(), terms, progress)) as records:
+            for record in records:
+                made.add(record.cell_id)
+                todo.rest()
+                progress.end(record)
+                times.lap("scheduling")
+        todo.rest()
     except KeyboardInterrupt as error:
         how = "interrupted"
-        in_cells += times.skip()
+        todo.rest()
         by = f" by {error}" if isinstance(error, stop.Terminated) else ""
         progress.say(f"interrupted{by}: what was finished is kept; the report shows it")
     except BaseException:
-        in_cells += times.skip()
+        todo.rest()
         with contextlib.suppress(StoreError):  # what ended the run is what its user must read
-            _finish(folder, run_id, "failed", times, in_cells, made)
+            _finish(folder, run_id, "failed", times, todo.in_cells, made)
         raise
-    footer = _finish(folder, run_id, how, times, in_cells, made)
+    footer = _finish(folder, run_id, how, times, todo.in_cells, made)
     if footer.kept:
         everything = sum(record.duration_s for record in store.read_run(folder.path).latest().values())
         progress.say(
@@ -160,14 +187,6 @@ def _saying_what_is_kept(folder: store.RunFolder) -> Iterator[None]:
         raise
 
 
-def _device(wanted: str) -> Literal["cpu", "cuda"]:
-    if wanted == "cuda" and not environment.gpus():
-        raise HarnessError(
-            "no NVIDIA GPU was found", where="--device cuda", mend="run with --device cpu, or see `peft-harness doctor`"
-        )
-    return "cuda" if wanted == "cuda" or (wanted == "auto" and environment.gpus()) else "cpu"
-
-
 def _resolve(suite: suites.Suite, plan: Plan, progress: Progress) -> dict[str, tuple[Asset, Asset, TaskWork]]:
     """Fetch every model and data set the plan names, before anything runs. Raises SuiteError for data that do not fit."""
     base = suite.path.resolve().parent
@@ -177,7 +196,7 @@ def _resolve(suite: suites.Suite, plan: Plan, progress: Progress) -> dict[str, t
     def asset(source: Source) -> Asset:
         if source.name not in ready:
             path = fetch.ensure(source, progress.fetching)
-            ready[source.name] = Asset(path=str(path), source=source, use=fetch.use(source))
+            ready[source.name] = Asset(path=str(path.absolute()), source=source, use=fetch.use(source))
         return ready[source.name]
 
     works = {}
@@ -231,9 +250,18 @@ def _sha256(value: object) -> str:
 
 
 def _reopen(
-    old: store.Run, here: Environment, works: dict[str, tuple[Asset, Asset, TaskWork]], device: str, progress: Progress
+    old: store.Run,
+    here: Environment,
+    works: dict[str, tuple[Asset, Asset, TaskWork]],
+    device: str,
+    progress: Progress,
+    *,
+    elsewhere: bool,
 ) -> tuple[store.RunFolder, str, set[str]]:
-    """Return an old run's folder, its id, and the Cells that need not run again: same machine, code, device, assets."""
+    """Return an old run's folder, its id, and the Cells that need not run again: same machine, code, device, assets.
+
+    elsewhere: Cells run on many machines, of which the runner's may be none: the same software has to do.
+    """
     folder = store.RunFolder(old.path)
     if old.footer is None:
         why = "its footer.json cannot be read" if "footer.json" in old.broken else "it has no footer.json"
@@ -247,7 +275,7 @@ def _reopen(
         for record in old.records
         if record.status is Status.OK
         and record.cell_id not in doubtful
-        and record.environment.id == here.id
+        and (record.environment.software == here.software if elsewhere else record.environment.id == here.id)
         and record.environment.code_version == here.code_version
         and record.device == device
         and record.cell_id in works

@@ -38,8 +38,19 @@ class Work(Frozen):
     data: Asset
     task: TaskWork
     device: Literal["cpu", "cuda"]
-    launched: float
+    launched: float = 0.0
     """time.time() when the process was started: its start-up is counted from here."""
+    threads: int | None = None
+    """How many it computes with; None means all cores that it may use."""
+    at_once: int = 1
+    """So many Cells, this one among them, may run on the same machine at the same time."""
+    gpu: str = ""
+    """The UUID of the GPU that it has for itself; empty where the place that started it decides, and on a CPU."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What the Record will say of where it ran."""
+        return [f"up to {self.at_once} Cells ran at once: its times share the machine"] if self.at_once > 1 else []
 
     @property
     def assets(self) -> list[AssetUse]:

@@ -66,7 +66,7 @@ def attempt(work: Work, emit: Any) -> Record:
     status, because, failure, life, measurements = Status.OK, "", None, None, None
     phases: list[Phase] = []
     provider = None
-    threads = environment.physical_cores()
+    threads = work.threads or environment.physical_cores()
     versions: dict[str, object] = {}
     try:
         implementation = registry.find("method", work.cell.method, work.cell.implementation)
@@ -98,7 +98,7 @@ def attempt(work: Work, emit: Any) -> Record:
         because=because,
         cell=work.cell,
         provider=provider,
-        environment=environment.describe(threads, {**versions, "variables": environment.thread_variables()}),
+        environment=environment.describe(threads, {**versions, **_where(work), "variables": environment.thread_variables()}),
         device=work.device,
         assets=work.assets,
         started=started,
@@ -107,7 +107,7 @@ def attempt(work: Work, emit: Any) -> Record:
         checks=life.checks if life else [],
         measurements=measurements if status is Status.OK else None,
         failure=failure,
-        notes=life.notes if life else [],
+        notes=[*work.notes, *(life.notes if life else [])],
     )  # fmt: skip
 
 
@@ -149,6 +149,11 @@ def _prepare(work: Work, registry: Any, emit: Any, threads: int) -> tuple[Any, d
     life.notes += _reproducibility(device)
     built = _build(torch.__config__.show())
     return life, {"torch_build": built, "torch_commit": torch.version.git_version, "cuda": torch.version.cuda or ""}
+
+
+def _where(work: Work) -> dict[str, object]:
+    """Return which of the machine's GPUs it is."""
+    return {"gpu": work.gpu} if work.gpu else {}
 
 
 def _build(shown: str) -> list[str]:

@@ -1,0 +1,128 @@
+"""On this machine: up to `jobs` Cells at a time, each in a process of its own; on GPUs, each with one for itself."""
+
+from __future__ import annotations
+
+import selectors
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Literal
+
+from harness import store
+from harness.errors import HarnessError
+from harness.measure import environment
+from harness.records import Record, Status
+from harness.runner import gpus
+from harness.runner.attempt import WORKER, Attempt, Ending, Terms, record_of
+from harness.runner.executors import Device, Listener
+from harness.runner.work import Work
+
+GPU_PATIENCE_S = 60.0
+_LOOK_S = 2.0  # nvidia-smi takes a third of a second itself
+
+
+class Local:
+    """jobs: Cells at a time. command: the worker's, to which two file descriptors are added. look: what GPUs there are.
+
+    patience: seconds that a Cell waits for a GPU that others use, before it is given up.
+    """
+
+    elsewhere = False
+
+    def __init__(
+        self,
+        jobs: int = 1,
+        command: Sequence[str] = WORKER,
+        look: Callable[[], list[gpus.Gpu]] = gpus.look,
+        patience: float = GPU_PATIENCE_S,
+    ) -> None:
+        self.jobs, self.command, self._look, self._patience = jobs, command, look, patience
+
+    def __enter__(self) -> Local:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def device(self, wanted: Literal["auto", "cpu", "cuda"]) -> Device:
+        """Return `cuda` if there is a GPU, unless something else is wanted."""
+        there = environment.gpus() if wanted != "cpu" else ()
+        if wanted == "cuda" and not there:
+            raise HarnessError(
+                "no NVIDIA GPU was found",
+                where="--device cuda",
+                mend="run with --device cpu, or see `peft-harness doctor`",
+            )
+        if there and (cards := self._look()) and self.jobs > len(cards):
+            raise HarnessError(
+                f"{self.jobs} Cells at a time want a GPU each, and there are {len(cards)}",
+                where=f"--jobs {self.jobs}",
+                mend=f"--jobs {len(cards)}, or --device cpu",
+            )
+        return "cuda" if there else "cpu"
+
+    def run(self, works: Iterator[Work], terms: Terms, listener: Listener) -> Generator[Record, None, None]:
+        """Run them; see Executor.run."""
+        at_work: list[Attempt] = []
+        waiting: Work | None = None
+        since = looked = 0.0
+        with selectors.DefaultSelector() as selector:
+            try:
+                while True:
+                    while len(at_work) < self.jobs:
+                        if waiting is None:
+                            waiting, since, looked = next(works, None), time.monotonic(), 0.0
+                            if waiting is None:
+                                break
+                            listener.begin(waiting.cell)
+                        if time.monotonic() - looked < _LOOK_S:
+                            break
+                        looked = time.monotonic()
+                        placed, busy = self._placed(waiting, [one.work.gpu for one in at_work])
+                        if placed is not None:
+                            at_work.append(one := Attempt(placed, terms, self.command))
+                            selector.register(one.events, selectors.EVENT_READ, one)
+                        elif looked - since >= self._patience:
+                            because = f"{busy}; it was waited for {self._patience:g} s"
+                            yield record_of(
+                                waiting, terms, Ending(Status.SKIPPED, "busy GPU", because), store.now(), since
+                            )
+                        else:
+                            listener.event(waiting.cell, {"event": "phase", "name": "waiting for a GPU"})
+                            break
+                        waiting = None
+                    if waiting is None and not at_work:
+                        return
+                    yield from self._follow(selector, at_work, listener)
+            finally:
+                for one in at_work:
+                    one.kill()
+
+    def _follow(self, selector: selectors.BaseSelector, at_work: list[Attempt], listener: Listener) -> Iterator[Record]:
+        """Pass on what the workers say, for at most a second, and give the Records of those that have ended."""
+        now = time.monotonic()
+        left = min((one.deadline - now for one in at_work), default=1.0)
+        if at_work:
+            for key, _ in selector.select(max(0.0, min(left, 1.0))):
+                for event in key.data.read():
+                    listener.event(key.data.work.cell, event)
+        else:
+            time.sleep(1.0)
+        listener.tick()
+        for one in [one for one in at_work if one.over]:
+            selector.unregister(one.events)
+            at_work.remove(one)  # from here on it kills itself, whatever happens
+            yield one.end()
+
+    def _placed(self, work: Work, taken: Sequence[str]) -> tuple[Work | None, str]:
+        """Return `work` with its share of this machine; or None, and who keeps it from it."""
+        share: dict[str, object] = {}
+        if self.jobs > 1:
+            share = {"threads": max(1, environment.physical_cores() // self.jobs), "at_once": self.jobs}
+        cards = self._look() if work.device == "cuda" else []
+        if not cards:
+            return work.model_copy(update=share), ""
+        ours = [card for card in cards if card.uuid not in taken]
+        for card in ours:
+            if not card.busy:
+                return work.model_copy(update={**share, "gpu": card.uuid}), ""
+        return None, "; ".join(card.busy for card in ours)

@@ -1,0 +1,65 @@
+"""What a machine of a cluster does: its share of the Cells, one after the other, as `local` does them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness import store
+from harness.errors import HarnessError, StoreError
+from harness.measure import environment
+from harness.records import Cell
+from harness.runner.attempt import WORKER, Terms
+from harness.runner.executors.local import Local
+from harness.runner.work import Work
+
+
+class UnwantedError(HarnessError):
+    """The runner has called its Cells back."""
+
+
+class _Listener:
+    """Tells nobody, and ends when the file that says so goes away."""
+
+    def __init__(self, wanted: Path | None) -> None:
+        self._wanted = wanted
+
+    def begin(self, cell: Cell) -> None:
+        self.tick()
+
+    def event(self, cell: Cell, event: dict[str, Any]) -> None:
+        pass
+
+    def tick(self) -> None:
+        if self._wanted is not None and not self._wanted.exists():
+            raise UnwantedError("the run was ended or resumed elsewhere", where=str(self._wanted))
+
+
+def measure(
+    works: Sequence[str], timeout: float, command: Sequence[str] | None = None, wanted: str | None = None
+) -> None:
+    """Run attempts (each a Work as JSON) on this machine, until done or until the file `wanted` is gone.
+
+    Every attempt leaves its Record in the run's folder. Raises StoreError where that folder is not the runner's.
+    """
+    told = [Work.model_validate_json(work) for work in works]
+    folder = store.RunFolder(Path(told[0].folder))
+    for needed in {told[0].folder, *(path for work in told for path in (work.model.path, work.data.path))}:
+        if not Path(needed).exists():
+            raise StoreError(
+                f"is not there on {os.uname().nodename}",
+                where=needed,
+                mend="keep the run (--out) and the cache (PEFT_HARNESS_CACHE) on a file system that every machine sees",
+            )
+    terms = Terms(folder, environment.describe(environment.physical_cores()), timeout)
+    listener = _Listener(Path(wanted) if wanted else None)
+    with contextlib.closing(Local(command=command or WORKER).run(_each(told), terms, listener)) as records:
+        for _ in records:
+            pass
+
+
+def _each(works: Sequence[Work]) -> Iterator[Work]:
+    yield from works

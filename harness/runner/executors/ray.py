@@ -1,0 +1,194 @@
+"""On a Ray cluster: each Cell is a task. RAY_ADDRESS names the cluster; without it a Ray of this machine's own is started.
+
+A task starts the same worker command as `local` does, and the worker dies with it. Nothing is retried: what Ray loses
+(a worker, a node) is a `lost` Record, and `--resume` makes a new attempt. Progress shows Cells, not their phases.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, Literal
+
+from harness import store
+from harness.errors import HarnessError, StoreError
+from harness.measure import environment
+from harness.records import Record, Status
+from harness.runner.attempt import Ending, Terms, record_of
+from harness.runner.executors import Device, Listener, node
+from harness.runner.work import Work
+
+JOIN_PATIENCE_S = 120.0
+_SEEN_S = 60.0
+_STORE_B = 80 * 2**20  # the least that Ray takes: nothing goes through its object store
+
+
+class Ray:
+    """jobs: Cells at a time, None for as many as the cluster holds. command: the worker's, instead of the usual one.
+
+    patience: seconds that a cluster is given to bring what one Cell needs, at the start and when nodes have gone.
+    """
+
+    elsewhere = True
+
+    def __init__(
+        self, jobs: int | None = None, command: Sequence[str] | None = None, patience: float = JOIN_PATIENCE_S
+    ) -> None:
+        self.jobs, self._command, self._patience = jobs, command, patience
+        self._device: Device = "cpu"
+        self._ray: Any = None
+        self._cpus = 1
+
+    def __enter__(self) -> Ray:
+        address = os.environ.get("RAY_ADDRESS", "")
+        # A task that is run again would be an attempt that nobody numbered. Ray reads these when it is imported.
+        os.environ.update(RAY_task_oom_retries="0", RAY_USAGE_STATS_ENABLED="0")
+        try:
+            # Ray takes SIGTERM for itself, which asks a run to end.
+            heard = signal.getsignal(signal.SIGTERM)
+            import ray
+        except ImportError as error:
+            raise HarnessError(
+                f"Ray cannot be imported ({error})", where="--executor ray", mend="pip install 'peft-harness[ray]'"
+            ) from error
+        told: dict[str, Any] = {"address": address or "local", "log_to_driver": False, "logging_level": "ERROR"}
+        if not address:
+            cores = environment.physical_cores()
+            told |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": _STORE_B}
+        try:
+            ray.init(**told)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            raise HarnessError(
+                f"no Ray answers: {str(error).strip().splitlines()[0]}",
+                where=f"RAY_ADDRESS={address}" if address else "a Ray of this machine's own",
+                mend="set RAY_ADDRESS to the head's host:6379, or unset it to start a Ray here",
+            ) from error
+        finally:
+            signal.signal(signal.SIGTERM, heard)
+        self._ray = ray
+        if not address:
+            self._patience = 0.0  # nobody else knows of it, so nobody joins
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ray.shutdown()
+
+    def device(self, wanted: Literal["auto", "cpu", "cuda"]) -> Device:
+        """Return `cuda` if the cluster has a GPU, unless something else is wanted."""
+        self._device = "cuda" if wanted == "cuda" or (wanted == "auto" and self._gpus() > 0) else "cpu"
+        self._enough()
+        self._cpus = self._share()
+        return self._device
+
+    def run(self, works: Iterator[Work], terms: Terms, listener: Listener) -> Generator[Record, None, None]:
+        """Run them; see Executor.run."""
+        ray = self._ray
+        task = ray.remote(
+            num_cpus=self._cpus, num_gpus=int(self._device == "cuda"), max_retries=0, max_calls=1
+        )(node.measure)  # fmt: skip
+        at_work: dict[Any, tuple[Work, str, float]] = {}
+        more = True
+        try:
+            while True:
+                while more and len(at_work) < self._at_once():
+                    work = next(works, None)
+                    if work is None:
+                        more = False
+                        break
+                    work = work.model_copy(update={"threads": self._cpus, "at_once": self._neighbours()})
+                    terms.folder.log_path(work.cell.cell_id, work.attempt).touch()
+                    listener.begin(work.cell)
+                    reference = task.remote([work.model_dump_json(by_alias=True)], terms.timeout, self._command)
+                    at_work[reference] = work, store.now(), time.monotonic()
+                if not at_work:
+                    if not more:
+                        return
+                    self._enough()  # every node has gone
+                    continue
+                ready, _ = ray.wait(list(at_work), num_returns=1, timeout=1.0)
+                listener.tick()
+                for reference in ready:
+                    work, started, begun = at_work.pop(reference)
+                    ending = self._ending(reference, work, terms)
+                    yield record_of(work, terms, ending, started, begun)
+        finally:
+            for reference in at_work:
+                with contextlib.suppress(ray.exceptions.RayError):
+                    ray.cancel(reference, force=True)
+
+    def _ending(self, reference: Any, work: Work, terms: Terms) -> Ending:
+        """Return how a task ended, for the case that it left no Record."""
+        errors = self._ray.exceptions
+        try:
+            self._ray.get(reference)
+        except errors.RayTaskError as error:
+            raise error.cause from error  # ours: what is wrong with one machine's folders is wrong with the run
+        except errors.OutOfMemoryError as error:
+            return Ending(Status.OOM, type(error).__name__, "Ray killed the worker: its machine's memory ran out")
+        except errors.RayError as error:
+            kind = type(error).__name__
+            return Ending(Status.LOST, kind, f"Ray lost the worker or its machine: {_first_sentence(error, kind)}")
+        path, deadline = terms.folder.record_path(work.cell.cell_id, work.attempt), time.monotonic() + _SEEN_S
+        while not path.exists():  # a network file system may show it late
+            if time.monotonic() >= deadline:
+                raise StoreError(
+                    "a machine of the cluster wrote this Record, and it is not seen here",
+                    where=str(path),
+                    mend="keep the run (--out) on a file system that every machine sees",
+                )
+            time.sleep(0.2)
+        return Ending(Status.LOST, "no Record", "its Record vanished")
+
+    def _nodes(self) -> list[dict[str, float]]:
+        """Return what each living node has."""
+        return [one["Resources"] for one in self._ray.nodes() if one["Alive"]]
+
+    def _gpus(self) -> int:
+        return sum(int(one.get("GPU", 0)) for one in self._nodes())
+
+    def _places(self) -> list[int]:
+        """Return how many Cells fit on each node."""
+        if self._device == "cuda":
+            return [min(int(one.get("GPU", 0)), int(one.get("CPU", 0)) // self._cpus) for one in self._nodes()]
+        return [int(one.get("CPU", 0)) // self._cpus for one in self._nodes()]
+
+    def _at_once(self) -> int:
+        return min(sum(self._places()), self.jobs or sum(self._places()))
+
+    def _neighbours(self) -> int:
+        """Return how many Cells may be on the same node at a time."""
+        most = max(self._places(), default=1)
+        return max(1, min(most, self.jobs or most))
+
+    def _share(self) -> int:
+        """Return the cores of a Cell: a node's, divided by its GPUs, or by what `jobs` puts on it; at least one."""
+        nodes = [one for one in self._nodes() if self._device == "cpu" or one.get("GPU")]
+        if self._device == "cuda":
+            return max(1, int(min(one.get("CPU", 0) // int(one["GPU"]) for one in nodes)))
+        cores = [int(one["CPU"]) for one in nodes if one.get("CPU")]
+        return max(1, min(min(cores), sum(cores) // (self.jobs or 1)))
+
+    def _enough(self) -> None:
+        """Wait until one Cell fits somewhere; raises HarnessError if that does not happen in time."""
+        deadline = time.monotonic() + self._patience
+        while not any(self._places()):
+            if time.monotonic() >= deadline:
+                needs = f"{self._cpus} CPU" + (" and 1 GPU" if self._device == "cuda" else "")
+                nodes = self._nodes()
+                has = f"{len(nodes)} nodes, {sum(one.get('CPU', 0) for one in nodes):g} CPUs and {self._gpus()} GPUs"
+                raise HarnessError(
+                    f"a Cell needs {needs} on one node, and the cluster has {has}"
+                    + (f" (waited {self._patience:g} s for more)" if self._patience else ""),
+                    where="--executor ray",
+                    mend="start nodes that have it (`ray start --address=HEAD:6379`), or choose --device cpu; "
+                    "what was finished is kept",
+                )
+            time.sleep(min(1.0, self._patience))
+
+
+def _first_sentence(error: Exception, otherwise: str) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else otherwise

@@ -1,0 +1,76 @@
+"""The NVIDIA GPUs of this machine, and whether somebody else is at work on one. By nvidia-smi: no library is needed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from harness.errors import HarnessError
+
+# What the driver itself may hold on an idle card.
+_IDLE_MIB = 512
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A card: its number, its UUID, and what runs on it (`process 12 (python, 300 MiB)`), of whomever."""
+
+    index: int
+    uuid: str
+    used_mib: int
+    processes: tuple[str, ...] = ()
+
+    @property
+    def busy(self) -> str:
+        """Say who uses it; empty if nobody does. In a container processes of others may not be seen, their memory is."""
+        if self.processes:
+            return f"GPU {self.index} ({self.uuid}) is in use by {', '.join(self.processes)}"
+        if self.used_mib > _IDLE_MIB:
+            return f"GPU {self.index} ({self.uuid}) has {self.used_mib} MiB in use, by no process that can be seen"
+        return ""
+
+
+def look() -> list[Gpu]:
+    """Return the GPUs that this process may use, in the order of CUDA_VISIBLE_DEVICES where that is set.
+
+    A part of a card (MIG) is not seen: then the list is empty and the place that started this process has chosen.
+    """
+    processes: dict[str, list[str]] = {}
+    for uuid, pid, name, used in _ask("compute-apps=gpu_uuid,pid,name,used_memory"):
+        processes.setdefault(uuid, []).append(f"process {pid} ({name.rsplit('/', 1)[-1]}, {used} MiB)")
+    there = [
+        Gpu(int(index), uuid, int(used) if used.isdecimal() else 0, tuple(processes.get(uuid, ())))
+        for index, uuid, used in _ask("gpu=index,uuid,memory.used")
+    ]
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return there if asked is None else _chosen(there, asked)
+
+
+def _chosen(there: Sequence[Gpu], asked: str) -> list[Gpu]:
+    found = []
+    for word in filter(None, (word.strip() for word in asked.split(","))):
+        found += [
+            gpu for gpu in there if word == str(gpu.index) or (word.startswith("GPU-") and gpu.uuid.startswith(word))
+        ]
+    return found
+
+
+def _ask(query: str) -> list[list[str]]:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    command = [tool, f"--query-{query}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise HarnessError(
+            f"nvidia-smi does not answer: {error}",
+            where="the GPUs",
+            mend="see whether `nvidia-smi` works, or --device cpu",
+        ) from error
+    width = query.count(",") + 1
+    rows = ([field.strip() for field in line.split(",")] for line in done.stdout.splitlines())
+    return [row for row in rows if len(row) == width]
