@@ -1,0 +1,188 @@
+"""Several Cells at a time on one machine: their share of it, a GPU each, and what the runner itself takes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import recorded_run
+import stubbed
+from conftest import Bench, eventually
+
+from harness import store
+from harness.analysis import verdict
+from harness.errors import Exit, HarnessError
+from harness.manifest import Footer
+from harness.measure import environment
+from harness.records import Status
+from harness.runner import gpus
+from harness.runner.executors.local import Local
+from harness.runner.progress import Progress
+
+CARDS = [gpus.Gpu(0, "GPU-aa", 4), gpus.Gpu(1, "GPU-bb", 4)]
+BUSY = gpus.Gpu(0, "GPU-aa", 30_000, ("process 7 (python, 29996 MiB)",))
+
+
+def test_cells_at_a_time_share_the_cores_and_say_so(bench: Bench) -> None:
+    finished = bench.command(
+        "run", bench.suite("{implementation: missing, seed: [0, 1]}"), "--out", "run", "--jobs", "2"
+    )
+    run = bench.read()
+    assert len(run.records) == 2, finished.err
+    for record in run.records:
+        assert record.environment.threads == max(1, environment.physical_cores() // 2)
+        assert record.notes == ["up to 2 Cells ran at once: its times share the machine"]
+    lines = [line.split("/")[0] for line in finished.err.splitlines() if " skipped " in line]
+    assert sorted(lines) == ["1", "2"]
+
+
+def test_as_many_cells_are_at_work_as_were_asked_for(tmp_path: Path) -> None:
+    run = stubbed.Stubbed(tmp_path, 8)
+    share = str(max(1, environment.physical_cores() // 3))
+    at_work = []
+    for ended, record in enumerate(Local(3, run.command()).run(run.works(), run.terms, run.nobody)):
+        at_work.append(sum(what == "begin" for _, what in run.nobody.heard) - ended)
+        assert record.notes[0] == share
+    assert at_work == [3, 3, 3, 3, 3, 3, 2, 1]
+
+
+def test_one_that_hangs_and_one_that_dies_hold_nobody_up(tmp_path: Path) -> None:
+    run = stubbed.Stubbed(tmp_path, 5, timeout=3.0)
+    began = time.monotonic()
+    records = run.run(Local(2, run.command({0: "hang", 2: "die"})))
+    assert time.monotonic() - began >= 3
+    assert {seed: r.status for seed, r in records.items()} == {
+        0: Status.TIMEOUT, 1: Status.OK, 2: Status.LOST, 3: Status.OK, 4: Status.OK,
+    }  # fmt: skip
+    assert list(records)[-1] == 0  # the others had ended long before
+    assert records[0].because == "not done after 3 s, in phase pretending"
+    assert records[2].because == "the worker was killed by SIGKILL in phase pretending"
+    assert psutil.Process().children() == []
+
+
+def test_what_ends_a_run_ends_all_that_is_at_work(tmp_path: Path) -> None:
+    run = stubbed.Stubbed(tmp_path, 4)
+    with contextlib.closing(
+        Local(2, run.command({1: "hang", 2: "hang"})).run(run.works(), run.terms, run.nobody)
+    ) as records:
+        assert next(records).cell.seed == 0
+        eventually((run.folder.path / "pid").exists, "a worker hangs")
+    assert psutil.Process().children(recursive=True) == []
+
+
+# --- GPUs ------------------------------------------------------------------------------------------------------------
+
+
+def test_each_cell_has_a_gpu_for_itself(tmp_path: Path) -> None:
+    run = stubbed.Stubbed(tmp_path, 6)
+    records = run.run(Local(2, run.command(), look=lambda: CARDS), device="cuda")
+    assert {r.notes[1] for r in records.values()} == {"GPU-aa", "GPU-bb"}
+    lone = stubbed.Stubbed(tmp_path / "lone", 2)
+    records = lone.run(Local(1, lone.command(), look=lambda: [BUSY, CARDS[1]]), device="cuda")
+    assert {r.notes[1] for r in records.values()} == {"GPU-bb"}  # the one that nobody uses
+
+
+def test_a_gpu_that_others_use_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.runner.executors.local._LOOK_S", 0.01)
+    run = stubbed.Stubbed(tmp_path, 1)
+    looks = iter([BUSY, BUSY, CARDS[0]])
+    records = run.run(Local(1, run.command(), look=lambda: [next(looks)]), device="cuda")
+    assert records[0].status is Status.OK
+    assert (0, {"event": "phase", "name": "waiting for a GPU"}) in run.nobody.heard
+
+
+def test_a_gpu_that_stays_busy_is_said_and_is_no_success(tmp_path: Path) -> None:
+    run = stubbed.Stubbed(tmp_path, 1)
+    record = run.run(Local(1, run.command(), look=lambda: [BUSY], patience=0.0), device="cuda")[0]
+    assert record.status is Status.SKIPPED
+    assert record.because == "GPU 0 (GPU-aa) is in use by process 7 (python, 29996 MiB); it was waited for 0 s"
+    run.folder.close(Footer(
+        run="stubbed", ended=store.now(), how="finished", counts={"skipped": 1}, missing=[], seconds_total=1.0,
+        seconds_in_cells=1.0, seconds_outside={},
+    ))  # fmt: skip
+    assert verdict.judge(store.read_run(run.folder.path)).exit is Exit.INFRASTRUCTURE
+
+
+def test_more_cells_at_a_time_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "gpus", lambda: ("a", "b"))
+    assert Local(2, look=lambda: CARDS).device("auto") == "cuda"
+    with pytest.raises(HarnessError, match="3 Cells at a time want a GPU each, and there are 2") as caught:
+        Local(3, look=lambda: CARDS).device("auto")
+    assert "--jobs 2" in caught.value.mend
+    assert Local(3, look=lambda: CARDS).device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen"), [(None, [0, 1, 2]), ("", []), ("2,0", [2, 0]), ("GPU-b", [1]), ("MIG-1", [])]
+)
+def test_what_nvidia_smi_says(
+    visible: str | None, seen: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        '#!/bin/sh\ncase "$1" in\n'
+        "*compute-apps*) echo 'GPU-aa, 41, /usr/bin/python3, 2048'; echo 'GPU-aa, 42, [Not Found], [N/A]';;\n"
+        "*) echo '0, GPU-aa, 2100'; echo '1, GPU-bb, 700'; echo '2, GPU-cc, 3';;\nesac\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = gpus.look()
+    assert [card.index for card in found] == seen
+    says = {card.index: card.busy for card in found}
+    expected = {
+        0: "GPU 0 (GPU-aa) is in use by process 41 (python3, 2048 MiB), process 42 ([Not Found], [N/A] MiB)",
+        1: "GPU 1 (GPU-bb) has 700 MiB in use, by no process that can be seen",
+        2: "",
+    }
+    assert says == {index: expected[index] for index in seen}
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    with pytest.raises(HarnessError, match="nvidia-smi does not answer"):
+        gpus.look()
+
+
+# --- the runner itself -----------------------------------------------------------------------------------------------
+
+
+def test_two_hundred_cells_cost_the_runner_little(tmp_path: Path) -> None:
+    """Overhead per Cell, by the runner's own CPU time, which a busy machine does not change; and its memory."""
+    run = stubbed.Stubbed(tmp_path, 200)
+    executor, here = Local(2, run.command()), psutil.Process()
+    before, resident = resource.getrusage(resource.RUSAGE_SELF), []
+    for _ in executor.run(run.works(), run.terms, run.nobody):
+        resident.append(here.memory_info().rss)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert len(resident) == 200
+    assert spent / 200 < 0.150
+    assert resident[-1] - resident[50] < 8 * 2**20  # what was allocated for 150 Records is given back
+
+
+def test_progress_of_several_cells(capsys: pytest.CaptureFixture[str]) -> None:
+    cells = [recorded_run.cells(seed)["reference"] for seed in range(12)]
+    progress = Progress(cells)
+    for cell in cells[:11]:
+        progress.begin(cell)
+    progress.event(cells[1], {"event": "step", "step": 3, "of": 60, "loss": 0.5})
+    progress.end(recorded_run.record("reference", cells[0]))
+    lines = progress._lines(time.monotonic())
+    assert len(lines) == 9
+    assert lines[0].startswith("2/12  ")
+    assert "seed=1  train, step 3 of 60, loss 0.5000" in lines[0]
+    assert lines[-1].startswith("and 2 more at work, about ")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("1/12  ok ")
+
+
+def test_attempts_are_numbered_on(tmp_path: Path) -> None:
+    run = stubbed.Stubbed(tmp_path, 2)
+    first, second = (run.run(Local(2, run.command())) for _ in range(2))
+    assert [{r.attempt for r in records.values()} for records in (first, second)] == [{1}, {2}]
+    assert sorted(r.attempt for r in store.read_run(run.folder.path).records) == [1, 1, 2, 2]
