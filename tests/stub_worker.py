@@ -2,7 +2,7 @@
 
 It leaves RECORDS/<seed>.json, a Record without its run and attempt, as that of its Cell, with the cores and the GPU that it
 was given as notes. ACTS maps seeds to what a Cell does instead: `hang` (its process id is in the run's folder then), `die`
-(by SIGKILL), `orphan` (kill its parent, and hang).
+(by SIGKILL), `orphan` (kill its parent, and hang), or before it does: `slow` (wait a twentieth of a second).
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ def main() -> None:
         if act == "orphan":
             os.kill(os.getppid(), signal.SIGKILL)
         time.sleep(600)
+    if act == "slow":
+        time.sleep(0.05)
     if act == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     record = json.loads((Path(records) / f"{seed}.json").read_text(encoding="utf-8"))

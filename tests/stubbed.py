@@ -21,15 +21,15 @@ from harness.runner.work import Asset, TaskWork, Work
 SOURCE = table.Source(name="tiny-llama", kind="causal", source="made:tiny-llama")
 
 
-def command(folder: Path, cells: Sequence[Cell], here: Environment, acts: Mapping[int, str] | None = None) -> list[str]:
+def stub(folder: Path, cells: Sequence[Cell], here: Environment, acts: Mapping[int, str] | None = None) -> list[str]:
     """Return the worker's command. acts: what a Cell of that seed does instead of leaving its Record."""
     records = folder / "records"
     records.mkdir(exist_ok=True)
     for cell in cells:
-        record = recorded_run.record("reference", cell, environment=here, duration_s=0.01)
+        record = recorded_run.record("reference", cell, environment=here, duration_s=0.01, device="cpu")
         (records / f"{cell.seed}.json").write_text(record.model_dump_json(by_alias=True), encoding="utf-8")
-    stub = Path(__file__).with_name("stub_worker.py")
-    return [sys.executable, "-S", str(stub), str(records), json.dumps(acts or {})]
+    program = Path(__file__).with_name("stub_worker.py")
+    return [sys.executable, "-S", str(program), str(records), json.dumps(acts or {})]
 
 
 class Nobody:
@@ -65,7 +65,7 @@ class Stubbed:
         self.nobody = Nobody()
 
     def command(self, acts: Mapping[int, str] | None = None) -> list[str]:
-        return command(self.path, self.cells, self.here, acts)
+        return stub(self.path, self.cells, self.here, acts)
 
     def works(self, device: str = "cpu") -> Iterator[Work]:
         use = recorded_run.assets()[0]

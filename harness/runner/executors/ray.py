@@ -101,6 +101,7 @@ class Ray:
                     work = work.model_copy(update={"threads": self._cpus, "at_once": self._neighbours()})
                     terms.folder.log_path(work.cell.cell_id, work.attempt).touch()
                     listener.begin(work.cell)
+                    listener.event(work.cell, {"event": "phase", "name": "with Ray"})
                     reference = task.remote([work.model_dump_json(by_alias=True)], terms.timeout, self._command)
                     at_work[reference] = work, store.now(), time.monotonic()
                 if not at_work:

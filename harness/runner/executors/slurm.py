@@ -78,15 +78,10 @@ class Slurm:
 
     def device(self, wanted: Literal["auto", "cpu", "cuda"]) -> Device:
         """Return `cuda` if GPUs are asked of Slurm, unless something else is wanted."""
-        asked = any(
-            key.startswith("gpus") or "gpu" in (value if key == "gres" else "") for key, value in self._options.items()
-        )
+        asked = "gpu" in self._options.get("gres", "") or any(key.startswith("gpus") for key in self._options)
         if wanted == "cuda" and not asked and not self._here:
-            raise HarnessError(
-                "Slurm is not asked for a GPU",
-                where="--device cuda",
-                mend="add --slurm gres=gpu:1, or --slurm gpus-per-node=1",
-            )
+            mend = "add --slurm gres=gpu:1, or --slurm gpus-per-node=1"
+            raise UsageError("Slurm is not asked for a GPU", where="--device cuda", mend=mend)
         return "cuda" if wanted == "cuda" or (wanted == "auto" and asked) else "cpu"
 
     def run(self, works: Iterator[Work], terms: Terms, listener: Listener) -> Generator[Record, None, None]:
@@ -105,13 +100,14 @@ class Slurm:
         for work in told:
             terms.folder.log_path(work.cell.cell_id, work.attempt).touch()
             listener.begin(work.cell)
+            listener.event(work.cell, {"event": "phase", "name": "with Slurm"})
         wanted = exchange / f"wanted-{uuid.uuid4().hex[:8]}"
         wanted.touch()
         shards = [told[index::elements] for index in range(elements)]
         jobs: list[Any] = []
         try:
             jobs = self._submit(exchange, shards, terms, wanted)
-            yield from _gather(dict(zip(jobs, shards, strict=True)), terms, listener)
+            yield from _gather(dict(zip(jobs, shards, strict=True)), terms, listener, _LOOK_S if self._here else _ASK_S)
         except BaseException:
             wanted.unlink(missing_ok=True)  # an element at work sees that within seconds; one that waits need not start
             for job in [] if self._here else jobs:
@@ -137,8 +133,13 @@ class Slurm:
         ))  # fmt: skip
 
 
-def _gather(shards: dict[Any, list[Work]], terms: Terms, listener: Listener) -> Generator[Record, None, None]:
-    """Give each Record as it appears; for what an element leaves without one, the Record that says so."""
+def _gather(
+    shards: dict[Any, list[Work]], terms: Terms, listener: Listener, ask_s: float
+) -> Generator[Record, None, None]:
+    """Give each Record as it appears; for what an element leaves without one, the Record that says so.
+
+    ask_s: seconds between two questions after what became of the elements.
+    """
     left = {work.cell.cell_id: work for shard in shards.values() for work in shard}
     submitted, begun = store.now(), time.monotonic()
     asked = 0.0
@@ -148,7 +149,7 @@ def _gather(shards: dict[Any, list[Work]], terms: Terms, listener: Listener) -> 
         for work in seen:
             del left[work.cell.cell_id]
             yield store.read_record(terms.folder.record_path(work.cell.cell_id, work.attempt))
-        if not seen and time.monotonic() - asked >= (_ASK_S if asked else _LOOK_S):
+        if not seen and time.monotonic() - asked >= ask_s:
             asked = time.monotonic()
             waited = [(job, shard) for job, shard in shards.items() if any(work.cell.cell_id in left for work in shard)]
             # One question to Slurm answers for all.

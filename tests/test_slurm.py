@@ -1,0 +1,171 @@
+"""Cells as an array of Slurm: submitit's local mode, and a stand-in for Slurm's commands that starts what it is given."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import stubbed
+from conftest import eventually
+
+from harness.cli import main
+from harness.errors import Exit, UsageError
+from harness.measure import environment
+from harness.records import Status
+from harness.runner.executors import node, slurm
+from harness.runner.executors.slurm import LOCAL, Slurm
+
+pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
+
+# What Slurm's commands do, as far as submitit calls them. State of element n is in state.n; its process group in group.n.
+_SBATCH = """#!{python}
+import os, re, subprocess, sys
+here = os.path.dirname(__file__)
+text = open(sys.argv[1]).read()
+open(here + "/submitted.sh", "w").write(text)
+array = re.search(r"--array=0-(\\d+)", text)
+for n in range(int(array[1]) + 1):
+    names = dict(SLURM_JOB_ID=str(71 + n), SLURM_ARRAY_JOB_ID="71", SLURM_ARRAY_TASK_ID=str(n), SLURM_NTASKS="1",
+        SLURM_JOB_NUM_NODES="1", SLURM_NODEID="0", SLURM_PROCID="0", SLURM_LOCALID="0")
+    script = f"bash {{sys.argv[1]}} && echo COMPLETED > {{here}}/state.{{n}} || echo FAILED > {{here}}/state.{{n}}"
+    element = subprocess.Popen(["sh", "-c", script], env={{**os.environ, **names}}, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    open(f"{{here}}/group.{{n}}", "w").write(str(element.pid))
+print("Submitted batch job 71")
+"""
+_SRUN = """#!/bin/sh
+while :; do case "$1" in --unbuffered) shift;; --output|--error) shift 2;; *) break;; esac; done
+exec "$@"
+"""
+_SACCT = """#!/bin/sh
+cd "$(dirname "$0")"
+echo "JobID|State|NodeList"
+for group in group.*; do n=${group#group.}; echo "71_$n|$(cat state.$n 2>/dev/null || echo RUNNING)|n$n"; done
+"""
+_SCANCEL = """#!/bin/sh
+cd "$(dirname "$0")"
+echo "$@" >> cancelled
+kill -9 -"$(cat group.${1#71_})"
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on the PATH with Slurm's commands."""
+    folder = tmp_path / "slurm-commands"
+    folder.mkdir()
+    commands = {"sbatch": _SBATCH.format(python=sys.executable), "srun": _SRUN, "sacct": _SACCT, "scancel": _SCANCEL}
+    for name, text in commands.items():
+        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    monkeypatch.delenv(LOCAL, raising=False)
+    monkeypatch.setattr(slurm, "_ASK_S", 0.3)
+    return folder
+
+
+@pytest.fixture
+def locally(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LOCAL, "local")
+
+
+def _gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+class _Ends(stubbed.Nobody):
+    """Ends element 1 as Slurm does at a time limit: it notes the state and kills it, once its Cell hangs."""
+
+    def __init__(self, run: stubbed.Stubbed, cluster: Path) -> None:
+        super().__init__()
+        self._run, self._cluster = run, cluster
+
+    def tick(self) -> None:
+        if (self._run.folder.path / "pid").exists() and not (self._cluster / "state.1").exists():
+            (self._cluster / "state.1").write_text("TIMEOUT\n")
+            os.killpg(int((self._cluster / "group.1").read_text()), signal.SIGKILL)
+
+
+def test_an_array_of_slurm(tmp_path: Path, cluster: Path) -> None:
+    run = stubbed.Stubbed(tmp_path, 3, timeout=1200)
+    run.nobody = _Ends(run, cluster)
+    options = ("partition=gpu", "--gres=gpu:1", "mem_per_cpu=4G")
+    with Slurm(2, options, run.command({1: "hang"})) as executor:
+        assert executor.device("auto") == "cuda"
+        records = run.run(executor)
+    assert {seed: r.status for seed, r in records.items()} == {0: Status.OK, 1: Status.TIMEOUT, 2: Status.OK}
+    assert records[1].because.startswith("its Slurm job 71_1 ended (TIMEOUT) and left no Record")
+    eventually(lambda: _gone(int((run.folder.path / "pid").read_text())), "the worker went with its element")
+    told = set(re.findall(r"^#SBATCH --(.*)", (cluster / "submitted.sh").read_text(), re.MULTILINE))
+    assert {"array=0-2%2", "no-requeue", "partition=gpu", "gres=gpu:1", "mem-per-cpu=4G", "time=25"} < told
+    assert not (cluster / "cancelled").exists()
+
+
+def test_ending_a_run_cancels_its_array(tmp_path: Path, cluster: Path) -> None:
+    run = stubbed.Stubbed(tmp_path, 2)
+    with Slurm(None, (), run.command({1: "hang"})) as executor:
+        executor.device("cpu")
+        with contextlib.closing(executor.run(run.works(), run.terms, run.nobody)) as records:
+            assert next(records).cell.seed == 0
+            eventually((run.folder.path / "pid").exists, "a worker hangs")
+    assert "71_1" in (cluster / "cancelled").read_text()
+    eventually(lambda: _gone(int((run.folder.path / "pid").read_text())), "the worker is gone")
+
+
+@pytest.mark.usefixtures("locally")
+def test_elements_that_share_a_machine(tmp_path: Path) -> None:
+    run = stubbed.Stubbed(tmp_path, 5)
+    with Slurm(2, (), run.command({3: "orphan"})) as executor:  # which kills its element, of 1 and 3
+        executor.device("cpu")
+        records = run.run(executor)
+    assert {seed: r.status for seed, r in records.items()} == dict.fromkeys((0, 1, 2, 4), Status.OK) | {3: Status.LOST}
+    assert re.match(r"its Slurm job \d+ ended \(\w+\) and left no Record", records[3].because)
+    assert {r.notes[0] for seed, r in records.items() if seed != 3} == {str(max(1, environment.physical_cores() // 2))}
+    assert records[3].notes == ["up to 2 Cells ran at once: its times share the machine"]
+    assert sorted(path.name for path in (run.folder.path / "slurm").glob("wanted-*")) == []
+
+
+def test_cells_that_are_called_back(tmp_path: Path) -> None:
+    run = stubbed.Stubbed(tmp_path, 1)
+    (wanted := tmp_path / "wanted").touch()
+    works = [work.model_dump_json(by_alias=True) for work in run.works()]
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(node.UnwantedError):
+            node.measure(works, 600.0, run.command({0: "hang"}), str(wanted))
+            os._exit(1)
+        os._exit(0)
+    eventually((run.folder.path / "pid").exists, "a worker hangs")
+    began = time.monotonic()
+    wanted.unlink()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert time.monotonic() - began < 60
+    assert _gone(int((run.folder.path / "pid").read_text()))
+
+
+def test_where_there_is_no_slurm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv(LOCAL, raising=False)
+    assert main(["run", "smoke", "--out", str(tmp_path / "run"), "--executor", "slurm"]) == Exit.INFRASTRUCTURE
+    message = capsys.readouterr().err
+    assert "there is no Slurm here: no `sbatch` on the PATH" in message
+    assert "mend: run it on a login node" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_of_sbatch(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "smoke", "--executor", "slurm", "--slurm", "partition"]) == Exit.USAGE
+    assert "--slurm partition: is not KEY=VALUE" in capsys.readouterr().err
+    assert main(["run", "smoke", "--slurm", "partition=gpu"]) == Exit.USAGE
+    assert "is for --executor slurm" in capsys.readouterr().err
+    with Slurm(None, ["partition=x"]) as executor, pytest.raises(UsageError, match="not asked for a GPU"):
+        executor.device("cuda")
