@@ -16,7 +16,7 @@ from harness import store, suites
 from harness.assets import fetch, table
 from harness.records import Status
 
-KILLS, CELLS = 20, 60
+KILLS, CELLS = 20, 50
 
 # Lives are forked from one process: each would spend a second on imports otherwise, and the test would be about these.
 _LIVES = """
@@ -40,19 +40,26 @@ def live():
         run.run_suite(suite, out=None if there else Path("run"), resume="run" if there else None, device="cpu",
             executor=Local(2, command))
 
+def records():
+    return len(list(Path("run/cells").glob("[!.]*.json")))
+
 moments, found = random.Random(20), []
 for _ in range(kills):
+    more, soon = moments.randint(0, 4), moments.uniform(0.0, 0.06)
+    enough = records() + more
     child = os.fork()
     if not child:
         try:
             live()
         finally:
             os._exit(0)
-    time.sleep(moments.uniform(0.0, 0.6))
+    # After some more Records and a bit; or, of none, at any time from the start on.
+    while records() < enough and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        time.sleep(0.002)
+    time.sleep(soon if more else 5 * soon)
     os.kill(child, signal.SIGKILL)
     killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    records = len(list(Path("run/cells").glob("[!.]*.json")))
-    found.append([killed, records, Path("run/footer.json").exists()])
+    found.append([killed, records(), Path("run/footer.json").exists()])
 live()
 print(json.dumps(found))
 """
