@@ -292,6 +292,8 @@ class _EntryReader:
 
     def _tune(self, tune: TuneKeys, config: dict[str, Any], training: list[Training]) -> Tune | None:
         keys, reading = self.keys, self.reading
+        if any((*start, "tune") == way[: len(start) + 1] for way in reading.cut for start in (self.block, self.cell)):
+            return None  # what was taken out as wrong is not also missing
 
         def problem(place: tuple[str, ...], what: str, mend: str) -> None:
             reading.problem(self._way("tune", *place), what, mend)
