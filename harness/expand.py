@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.analysis import naming
 from harness.errors import UsageError
-from harness.manifest import Comparison
+from harness.manifest import Comparison, Tuning
 from harness.records import LATER, Cell
 from harness.spelling import near
 
@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 class Plan:
     """What is to run.
 
-    ids: cell_id to the suite's `id` of its entry. comparisons: of the whole suite, also where `only` took Cells away,
-    so that a question whose Cells did not run is seen as not answered.
+    cells: those that are ranked, then those that search for learning rates. ids: cell_id to the suite's `id` of its entry.
+    comparisons, tuning: of the whole suite, also where `only` took Cells away, so that a question whose Cells did not run
+    is seen as not answered.
     """
 
     cells: tuple[Cell, ...]
     ids: dict[str, str]
     comparisons: tuple[Comparison, ...]
+    tuning: tuple[Tuning, ...] = ()
 
 
 def expand(suite: Suite) -> Plan:
@@ -38,19 +40,29 @@ def expand(suite: Suite) -> Plan:
     ids = {cell_id: entry_id for cell_id, (_, entry_id) in found.items()}
 
     def named(entries: tuple[str, ...]) -> list[str]:
-        return [cell_id for cell_id, entry_id in ids.items() if entry_id in entries]
+        return [cell_id for cell_id, (_, entry_id) in found.items() if entry_id in entries]
 
     comparisons = (
         Comparison(kind=c.kind, left=named(c.left), right=named(c.right), says=c.says) for c in suite.comparisons
     )
-    return Plan(tuple(cell for cell, _ in found.values()), ids, tuple(comparisons))
+    tuning: list[Tuning] = []
+    tried: dict[str, Cell] = {}
+    for entry in suite.entries:
+        for tuned, sweep in _searches(entry):
+            tuning.append(Tuning(entry=entry.id, cells=tuned, sweep=[cell.cell_id for cell in sweep]))
+            for cell in sweep:
+                tried.setdefault(cell.cell_id, cell)
+                ids.setdefault(cell.cell_id, entry.id)
+    every = (*(cell for cell, _ in found.values()), *tried.values())
+    return Plan(every, ids, tuple(comparisons), tuple(tuning))
 
 
 def count(entry: Entry) -> int:
-    """Return how many Cells an entry stands for, without making them."""
+    """Return how many Cells an entry stands for at most, without making them."""
     axes = (entry.model, entry.task, entry.base, entry.implementation, entry.optimizer, entry.dtype)
     configs = sum(math.prod(len(values) for values in fields.values()) for fields in entry.config.values())
-    return math.prod(len(axis) for axis in axes) * configs * len(entry.training) * len(entry.seed)
+    searched = len(entry.tune.lr) if entry.tune else 0
+    return math.prod(len(axis) for axis in axes) * configs * len(entry.training) * (len(entry.seed) + searched)
 
 
 def cells(entry: Entry) -> Iterator[Cell]:
@@ -72,6 +84,24 @@ def cells(entry: Entry) -> Iterator[Cell]:
         )  # fmt: skip
 
 
+def _searches(entry: Entry) -> list[tuple[list[str], list[Cell]]]:
+    """Return (cell_ids, the Cells that search for their learning rate); Cells that differ in what `tune` sets share them."""
+    tune = entry.tune
+    if tune is None:
+        return []
+    found: dict[tuple[str, ...], tuple[list[str], list[Cell]]] = {}
+    evaluation = entry.evaluation.model_copy(update={"items": tune.items, "skip": entry.evaluation.items})
+    for cell in cells(entry):
+        own = {key: value for key, value in tune.config.items() if key in cell.config}
+        fixed = {"config": {**cell.config, **own}, "seed": tune.seed, "evaluation": evaluation}
+        sweep = [
+            cell.model_copy(update={**fixed, "training": cell.training.model_copy(update={"lr": lr})}) for lr in tune.lr
+        ]
+        tuned, _ = found.setdefault(tuple(c.cell_id for c in sweep), ([], sweep))
+        tuned.append(cell.cell_id)
+    return list(found.values())
+
+
 def _configs(fields: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
     for values in itertools.product(*fields.values()):
         yield dict(zip(fields, values, strict=True))
@@ -81,7 +111,8 @@ def only(plan: Plan, expr: str) -> Plan:
     """Keep the Cells that `expr` names; raises UsageError if there are none.
 
     Terms are separated by commas. `key=value` compares one key: id, model, task, method, implementation, base,
-    optimizer, dtype, seed, lr, accumulate, checkpointing, lr_ratio, or a key of the config. A bare word is the start of a
+    optimizer, dtype, seed, lr, accumulate, checkpointing, lr_ratio, tune (true for a search's Cells), or a key of the
+    config. A bare word is the start of a
     cell_id, or any part of the id or of the name that `plan` prints. Terms of the same key are alternatives; different
     keys must all hold.
     """
@@ -89,7 +120,10 @@ def only(plan: Plan, expr: str) -> Plan:
     for term in filter(None, (part.strip() for part in expr.split(","))):
         key, equals, value = (part.strip() for part in term.partition("="))
         wanted.setdefault(key if equals else "", []).append(value if equals else key)
-    facts = {cell.cell_id: _facts(cell, plan.ids[cell.cell_id]) for cell in plan.cells}
+    swept = {cell_id for tuning in plan.tuning for cell_id in tuning.sweep}
+    facts = {
+        cell.cell_id: {**_facts(cell, plan.ids[cell.cell_id]), "tune": cell.cell_id in swept} for cell in plan.cells
+    }
     names = naming.full(plan.cells)
     known = sorted({key for of_cell in facts.values() for key in of_cell})
     for key in wanted:

@@ -22,6 +22,18 @@ class Comparison(Frozen):
     """The sentence that is judged."""
 
 
+class Tuning(Frozen):
+    """A declared search: the Cells of `sweep` differ from those of `cells` in the learning rate, the seed and the test
+    items, and are not ranked; they show how much the choice of `cells` matters."""
+
+    entry: str
+    """The suite's id of the entry."""
+    cells: list[str]
+    """cell_ids of what was tuned."""
+    sweep: list[str]
+    """cell_ids, a Cell per learning rate that was tried."""
+
+
 class Manifest(Frozen):
     """run.json: written before anything runs. Says which Cells are expected, so that a missing one is visible."""
 
@@ -33,6 +45,7 @@ class Manifest(Frozen):
     suite_file: str
     suite_sha256: str
     comparisons: list[Comparison] = Field(default=[])
+    tuning: list[Tuning] = Field(default=[])
     cells: list[Cell]
     environment: Environment
     argv: list[str]

@@ -97,8 +97,10 @@ class Evaluation(Frozen):
     """What is scored."""
 
     items: int
-    """The first `items` of the task's test split, the same for every Cell."""
+    """The first `items` of the task's test split (after `skip`), the same for every Cell."""
     batch: int = 32
+    skip: int = 0
+    """Test items passed over before the first that is scored: what chooses a learning rate must not be what ranks it."""
 
 
 class Cell(Frozen):
@@ -120,11 +122,20 @@ class Cell(Frozen):
     def cell_id(self) -> str:
         """First 16 hex digits of the SHA-256 of the canonical JSON of this Cell.
 
-        A later field of Training is in it only where it is not at its default: an old Cell keeps its id.
+        A later field of Training or Evaluation is in it only where it is not at its default: an old Cell keeps its id.
         """
-        values = self.model_dump(mode="json", exclude={"training": {*LATER} - self.training.later().keys()})
+        absent = {
+            "training": {*LATER} - self.training.later().keys(),
+            "evaluation": {"skip"} if not self.evaluation.skip else set(),
+        }
+        values = self.model_dump(mode="json", exclude=absent)
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def recipe_id(self) -> str:
+        """The cell_id with seed 0: equal for Cells that differ in the seed alone."""
+        return self.model_copy(update={"seed": 0}).cell_id
 
     @property
     def label(self) -> str:
@@ -136,7 +147,9 @@ class Cell(Frozen):
         optimizer = "" if self.optimizer == "adamw" else f" {self.optimizer}"
         told = self.training.later() if self.training.steps else {}
         later = "".join(f" {name}" if value is True else f" {name}={value:g}" for name, value in told.items())
-        return f"{self.model} {method}{rank} [{self.implementation}]{base}{dtype}{optimizer}{later}"
+        # Only what searches for a learning rate passes test items over.
+        tried = f" tried with lr={self.training.lr:g}" if self.evaluation.skip else ""
+        return f"{self.model} {method}{rank} [{self.implementation}]{base}{dtype}{optimizer}{later}{tried}"
 
 
 class Outcome(StrEnum):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness import tasks
+from harness import suite_tuning, tasks
 from harness.assets import model_folder
 from harness.assets.table import Source, resolve
 from harness.errors import HarnessError, Problem, SuiteError
@@ -16,7 +16,8 @@ from harness.methods import MethodInfo
 from harness.records import Base, Dtype, Evaluation, Optimizer, Training
 from harness.registry import Registry
 from harness.spelling import near
-from harness.suite_file import BaseKeys, CellKeys
+from harness.suite_file import BaseKeys, CellKeys, TuneKeys
+from harness.suite_tuning import Tune
 from harness.tasks import Task
 from harness.yaml_lines import Document, Way
 
@@ -46,6 +47,7 @@ class Entry:
     seed: list[int]
     training: list[Training]
     evaluation: Evaluation
+    tune: Tune | None
     places: dict[str, str]
 
 
@@ -102,6 +104,7 @@ class _EntryReader:
         for i, base in enumerate(keys.base):
             self._base(base, self._way("base", i))
         training = self._training(config) if complete else []
+        tune = self._tune(keys.tune, config, training) if training and keys.tune else None
         if not complete or len(self.reading.problems) > before:
             return None
         return Entry(
@@ -117,6 +120,7 @@ class _EntryReader:
             seed=keys.seed,
             training=training,
             evaluation=Evaluation(**keys.evaluation.model_dump(exclude_none=True)),
+            tune=tune,
             places={way[-1]: self.reading.document.where(*self._way(*way)) for way in _JUDGED_BY_MODEL},
         )
 
@@ -285,6 +289,18 @@ class _EntryReader:
                 mend = f"write one of {', '.join(str(n) for n in range(1, batch + 1) if batch % n == 0)}"
                 self.reading.problem(self._way("training", "accumulate", i), what, mend)
         return training
+
+    def _tune(self, tune: TuneKeys, config: dict[str, Any], training: list[Training]) -> Tune | None:
+        keys, reading = self.keys, self.reading
+        if any((*start, "tune") == way[: len(start) + 1] for way in reading.cut for start in (self.block, self.cell)):
+            return None  # what was taken out as wrong is not also missing
+
+        def problem(place: tuple[str, ...], what: str, mend: str) -> None:
+            reading.problem(self._way("tune", *place), what, mend)
+
+        infos = [reading.methods[name] for name in config]
+        tasks = [reading.tasks[name] for name in keys.task or () if name in reading.tasks]
+        return suite_tuning.read(tune, infos, training, keys.seed, keys.evaluation.items or 0, tasks, problem)
 
     def _optimizers(self, config: dict[str, dict[str, list[Any]]], steps: int) -> None:
         """An optimizer can only be chosen for what trains, by Methods that leave the choice."""

@@ -60,6 +60,15 @@ class EvaluationKeys(Keys):
     batch: Positive | None = None
 
 
+class TuneKeys(Keys):
+    """`tune:` of a Cell; see suite_tuning."""
+
+    lr: OneOrMany[Rate] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 100
+    items: Positive | None = None
+    config: dict[str, Any] = {}
+
+
 class CellKeys(Keys):
     """One entry of `cells:`, or a block that has none. Lists are axes: every combination is a Cell."""
 
@@ -75,6 +84,7 @@ class CellKeys(Keys):
     seed: OneOrMany[Annotated[int, Field(ge=0, lt=2**32)]] = [0]
     training: TrainingKeys = TrainingKeys()
     evaluation: EvaluationKeys = EvaluationKeys()
+    tune: TuneKeys | None = None
 
 
 class BlockKeys(CellKeys):

@@ -260,8 +260,8 @@ def test_golden_keys_of_the_view(good: store.Run) -> None:
     assert sorted(built) == ["data", "generated", "reproducibility", "runs", "title"]
     assert sorted(built["runs"][0]) == [
         "about", "alerts", "alone", "comparison", "counts", "curves", "duration", "ended", "environment", "failures",
-        "groups", "id", "latency", "memory", "notes", "parity", "parity_summary", "prefix", "questions", "rerun",
-        "same_losses", "started", "suite", "time", "title", "verdict",
+        "groups", "id", "latency", "memory", "notes", "over_seeds", "parity", "parity_summary", "prefix", "questions",
+        "rerun", "same_losses", "started", "suite", "time", "title", "tuning", "verdict",
     ]  # fmt: skip
     json.dumps(built, allow_nan=False)
 

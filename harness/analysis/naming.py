@@ -20,6 +20,15 @@ def in_group(cells: Iterable[Cell]) -> dict[str, str]:
     return _named(cells, short, lambda cell: (cell.model, cell.task, short(cell)))
 
 
+def recipes(cells: Iterable[Cell], *, inside: bool = False) -> dict[str, str]:
+    """Map each recipe_id to a name: what Cells that differ in the seed alone are called together.
+
+    inside: as by `in_group`, where model and task are named already.
+    """
+    seedless = [cell.model_copy(update={"seed": 0}) for cell in cells]
+    return in_group(seedless) if inside else full(seedless)
+
+
 def short(cell: Cell) -> str:
     """Return a Cell's label without its model."""
     return cell.label.removeprefix(f"{cell.model} ")

@@ -1,4 +1,4 @@
-"""Which Cell scores best, among Cells with the same budget only, with ties drawn as ties."""
+"""Which recipe scores best, among those with the same budget only, with ties drawn as ties."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from harness.analysis import over_seeds
 from harness.analysis.intervals import LEVEL, detectable, holm, mcnemar
 from harness.records import Accuracy, Cell, Record
 from harness.store import Run
 
 Standing = Literal["best", "tied", "below", "untrained"]
-Basis = Literal["tied", "all", "independent"]
+Basis = Literal["tied", "all", "independent", "seeds"]
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,19 @@ class Budget:
     batch: int
     max_tokens: int
     items: int
+    skip: int
 
     @classmethod
     def of(cls, cell: Cell) -> Budget:
         """Return the budget of a Cell."""
         t = cell.training
-        return cls(cell.model, cell.task, cell.dtype, t.steps, t.batch, t.max_tokens, cell.evaluation.items)
+        e = cell.evaluation
+        return cls(cell.model, cell.task, cell.dtype, t.steps, t.batch, t.max_tokens, e.items, e.skip)
 
     def same_test(self, other: Budget) -> bool:
         """Say whether both score the same items in the same way, however they were trained."""
-        mine = (self.model, self.task, self.dtype, self.max_tokens, self.items)
-        return mine == (other.model, other.task, other.dtype, other.max_tokens, other.items)
+        mine, its = ((b.model, b.task, b.dtype, b.max_tokens, b.items, b.skip) for b in (self, other))
+        return mine == its
 
 
 def why_not_comparable(left: Cell, right: Cell) -> str:
@@ -54,33 +57,51 @@ def why_not_comparable(left: Cell, right: Cell) -> str:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One Cell's place in its group.
+class Score:
+    """An accuracy, or the mean of one run's per seed, with its interval; `means`: how the interval was made."""
 
-    difference: its accuracy minus the best one's. p: of the exact paired test against the best, adjusted for the number
-    of tests in the group; None where the items differ, so that only the intervals could be compared.
+    value: float
+    low: float
+    high: float
+    means: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One recipe's place in its group: Cells that differ in the seed alone, often only one.
+
+    difference: its accuracy minus the best one's. p: of the paired test against the best, adjusted for the number of tests
+    in the group; None where the items differ, so that only the intervals could be compared.
     """
 
-    record: Record
-    accuracy: Accuracy
+    records: tuple[Record, ...]
+    score: Score
     standing: Standing
     difference: float = 0.0
     p: float | None = None
 
+    @property
+    def record(self) -> Record:
+        """The Record of the first seed, which stands for all where they are the same but for chance."""
+        return self.records[0]
+
 
 @dataclass(frozen=True)
 class Group:
-    """Cells with one budget, best first, then what was not trained at all.
+    """Recipes with one budget, best first, then what was not trained at all.
 
-    detectable: the smallest difference that one comparison in this group can find; None with nothing to compare.
-    disagreement: the share of items it was computed from: observed between the best and the Cell that differs from it
-    most, among those `tied` with it or among `all`, or assumed for `independent` answers.
+    seeds: of each trained recipe. tries: learning rates that were tried for each before. detectable: the smallest
+    difference that one comparison in this group can find; None with nothing to compare.
+    disagreement: the share of items it was computed from: observed between the best and the one that differs from it most,
+    among those `tied` with it or among `all`, or assumed for `independent` answers. With several seeds the basis is `seeds`:
+    the largest standard error of a difference from the best.
     """
 
     budget: Budget
     ranked: tuple[Entry, ...]
     untrained: tuple[Entry, ...]
     seeds: tuple[int, ...]
+    tries: int
     detectable: float | None
     disagreement: float
     basis: Basis
@@ -97,79 +118,161 @@ class Group:
 
     @property
     def is_ranking(self) -> bool:
-        """Say whether there is more than one trained Cell to rank."""
+        """Say whether there is more than one trained recipe to rank."""
         return len(self.ranked) > 1
+
+    @property
+    def data_differ(self) -> bool:
+        """Say whether two runs of one seed were trained on other examples, or on the same in another order."""
+        orders: dict[int, set[str]] = {}
+        for record in (r for e in self.ranked for r in e.records):
+            training = record.measurements.training if record.measurements else None
+            if training and training.data_order_sha256:
+                orders.setdefault(record.cell.seed, set()).add(training.data_order_sha256)
+        return any(len(found) > 1 for found in orders.values())
+
+
+_Scored = tuple[Record, ...]
+_Place = tuple[Budget, tuple[int, ...], int]
 
 
 def groups(run: Run) -> tuple[Group, ...]:
-    """Sort a run's accuracies into groups of equal budget, in the order of the manifest."""
-    trained: dict[Budget, list[tuple[Record, Accuracy]]] = {}
-    untrained: list[tuple[Record, Accuracy]] = []
+    """Sort a run's accuracies into groups of equal budget, in the order of the manifest.
+
+    A recipe that lacks a seed which others have is in a group of its own: the seeds that worked would speak for those
+    that did not. What a search for learning rates tried is not ranked.
+    """
+    swept = {cell_id for tuning in run.manifest.tuning for cell_id in tuning.sweep}
+    tries = {cell_id: len(tuning.sweep) for tuning in run.manifest.tuning for cell_id in tuning.cells}
+    recipes: dict[str, list[Record]] = {}
     for record in run.latest().values():
-        if record.measurements is None or record.measurements.accuracy is None:
-            continue
-        scored = (record, record.measurements.accuracy)
-        if record.cell.training.steps:
-            trained.setdefault(Budget.of(record.cell), []).append(scored)
+        if record.cell_id not in swept and _scored(record) is not None:
+            recipes.setdefault(record.cell.recipe_id, []).append(record)
+    trained: dict[_Place, list[_Scored]] = {}
+    untrained: list[_Scored] = []
+    for found in recipes.values():
+        records = tuple(sorted(found, key=lambda record: record.cell.seed))
+        cell = records[0].cell
+        if cell.training.steps:
+            seeds = tuple(record.cell.seed for record in records)
+            place = (Budget.of(cell), seeds if len(seeds) > 1 else (), tries.get(cell.cell_id, 0))
+            trained.setdefault(place, []).append(records)
         else:
-            untrained.append(scored)
-    found = [
-        _group(budget, scored, [u for u in untrained if Budget.of(u[0].cell).same_test(budget)])
-        for budget, scored in trained.items()
-    ]
-    alone: dict[Budget, list[tuple[Record, Accuracy]]] = {}
-    for item in untrained:
-        if not any(Budget.of(item[0].cell).same_test(budget) for budget in trained):
-            alone.setdefault(Budget.of(item[0].cell), []).append(item)
-    return tuple(found + [_group(budget, [], scored) for budget, scored in alone.items()])
+            untrained.append(records)
+
+    def beside(budget: Budget) -> list[_Scored]:
+        return [u for u in untrained if Budget.of(u[0].cell).same_test(budget)]
+
+    of_trained = [_group(budget, tried, scored, beside(budget)) for (budget, _, tried), scored in trained.items()]
+    alone: dict[Budget, list[_Scored]] = {}
+    for records in untrained:
+        budget = Budget.of(records[0].cell)
+        if not any(budget.same_test(other) for other, _, _ in trained):
+            alone.setdefault(budget, []).append(records)
+    return tuple(of_trained + [_group(budget, 0, [], scored) for budget, scored in alone.items()])
 
 
-def _group(
-    budget: Budget, scored: Sequence[tuple[Record, Accuracy]], untrained: Sequence[tuple[Record, Accuracy]]
-) -> Group:
-    ordered = sorted(scored, key=lambda pair: -pair[1].value)
-    everyone = [*ordered, *sorted(untrained, key=lambda pair: -pair[1].value)]
-    best_record, best = everyone[0]
-    tables = {record.id: _discordant(best, accuracy) for record, accuracy in everyone if record is not best_record}
-    # Which Cell is best was read off the same items, so every pair was looked at, not only those with the best one.
+def score(records: Sequence[Record]) -> Score:
+    """Return the accuracy of one Record with its own interval, or the mean of several with one over seeds and items."""
+    scored = accuracies(records)
+    if len(scored) == 1:
+        (only,) = scored
+        return Score(only.value, only.low, only.high, only.interval)
+    found = over_seeds.mean(scored)
+    low, high = found.interval
+    return Score(found.value, max(0.0, low), min(1.0, high), over_seeds.INTERVAL)
+
+
+def accuracies(records: Sequence[Record]) -> list[Accuracy]:
+    """Return what each of `records` scored, of those that were."""
+    return [a for r in records if (a := _scored(r)) is not None]
+
+
+def _scored(record: Record) -> Accuracy | None:
+    return record.measurements.accuracy if record.measurements else None
+
+
+def _group(budget: Budget, tries: int, scored: Sequence[_Scored], untrained: Sequence[_Scored]) -> Group:
+    scores = {records[0].id: score(records) for records in (*scored, *untrained)}
+
+    def highest_first(some: Sequence[_Scored]) -> list[_Scored]:
+        return sorted(some, key=lambda records: -scores[records[0].id].value)
+
+    everyone = [*highest_first(scored), *highest_first(untrained)]
+    best = everyone[0]
+    found = {r[0].id: Pair.of(best, r) for r in everyone if r is not best}
+    # Which is best was read off the same items, so every pair was looked at, not only those with the best one.
     pairs = len(everyone) * (len(everyone) - 1) // 2
-    p = holm({i: mcnemar(*table) for i, table in tables.items() if table is not None}, pairs)
+    p = holm({i: pair.p for i, pair in found.items() if pair is not None}, pairs)
+    top = scores[best[0].id]
 
-    def entry(record: Record, accuracy: Accuracy, standing: Standing | None) -> Entry:
-        own = p.get(record.id)
-        if standing is None:
-            apart = own <= 1 - LEVEL if own is not None else accuracy.high < best.low
-            standing = "best" if record is best_record else "below" if apart else "tied"
-        return Entry(record, accuracy, standing, accuracy.value - best.value, own)
+    def entry(records: _Scored, *, trained: bool) -> Entry:
+        own, mine = p.get(records[0].id), scores[records[0].id]
+        apart = own <= 1 - LEVEL if own is not None else mine.high < top.low
+        ranked: Standing = "best" if records is best else "below" if apart else "tied"
+        return Entry(records, mine, ranked if trained else "untrained", mine.value - top.value, own)
 
-    ranked = tuple(entry(r, a, None) for r, a in ordered)
-    rivals = ordered[1:] or [pair for pair in everyone if pair[0] is not best_record]
-    tied = [e.record for e in ranked if e.standing == "tied"]
-    basis, disagreement = _disagreement([tables[r.id] for r in tied], [tables[r.id] for r, _ in rivals], best)
+    ranked = tuple(entry(records, trained=True) for records in everyone[: len(scored)])
+    rivals = everyone[1 : len(scored)] or everyone[1:]
+    tied = [found[e.record.id] for e in ranked if e.standing == "tied"]
+    detects, basis, disagreement = _resolution(tied, [found[r[0].id] for r in rivals], best, top)
     return Group(
         budget=budget,
         ranked=ranked,
-        untrained=tuple(entry(r, a, "untrained") for r, a in everyone[len(ordered) :]),
-        seeds=tuple(sorted({r.cell.seed for r, _ in everyone})),
-        detectable=detectable(len(best.items), disagreement) if rivals and best.items else None,
+        untrained=tuple(entry(records, trained=False) for records in everyone[len(scored) :]),
+        seeds=tuple(sorted({r.cell.seed for records in (scored or untrained) for r in records})),
+        tries=tries,
+        detectable=detects if rivals else None,
         disagreement=disagreement,
         basis=basis,
     )
 
 
-def _disagreement(
-    tied: Sequence[tuple[int, int] | None], rivals: Sequence[tuple[int, int] | None], best: Accuracy
-) -> tuple[Basis, float]:
-    """Return the share of items that tells how small a difference can be found.
+@dataclass(frozen=True)
+class Pair:
+    """Two recipes on the same items. p: that they are equal; detectable: the smallest difference that this pair can show.
 
-    The pair that disagrees most is the hardest to tell apart, so it speaks for the group. Ties come first: a Cell that
-    lies far below says nothing of how well close ones are told apart.
+    disagreement: the share of items that exactly one of two runs got right; None over several seeds.
     """
-    if most := max((sum(table) for table in tied if table), default=0):
-        return "tied", most / len(best.items)
-    if most := max((sum(table) for table in rivals if table), default=0):
-        return "all", most / len(best.items)
-    return "independent", 2 * best.value * (1 - best.value)
+
+    difference: float
+    p: float
+    detectable: float
+    disagreement: float | None
+
+    @classmethod
+    def of(cls, left: Sequence[Record], right: Sequence[Record]) -> Pair | None:
+        """Compare; None where the items are not the same, or one side has one run and the other several."""
+        a, b = accuracies(left), accuracies(right)
+        if (len(a) > 1) != (len(b) > 1):
+            return None
+        if len(a) > 1:
+            spread = over_seeds.difference(a, b)
+            return Pair(spread.value, spread.p, spread.detectable, None) if spread else None
+        table = _discordant(a[0], b[0])
+        if table is None:
+            return None
+        n, differ = len(a[0].items), sum(table)
+        return Pair((table[0] - table[1]) / n, mcnemar(*table), detectable(n, differ / n), differ / n)
+
+
+def _resolution(
+    tied: Sequence[Pair | None], rivals: Sequence[Pair | None], best: _Scored, top: Score
+) -> tuple[float | None, Basis, float]:
+    """Return how small a difference can be found, and the share of items that tells it.
+
+    The pair that disagrees most is the hardest to tell apart, so it speaks for the group. Ties come first: one that lies
+    far below says nothing of how well close ones are told apart.
+    """
+    for basis, pairs in (("tied", tied), ("all", rivals)):
+        known = [pair for pair in pairs if pair and pair.detectable > 0]
+        if known:
+            hardest = max(known, key=lambda pair: pair.detectable)
+            if hardest.disagreement is None:
+                return hardest.detectable, "seeds", 0.0
+            return hardest.detectable, "tied" if basis == "tied" else "all", hardest.disagreement
+    share, first = 2 * top.value * (1 - top.value), _scored(best[0])
+    return (detectable(len(first.items), share) if first and first.items else None), "independent", share
 
 
 def _discordant(left: Accuracy, right: Accuracy) -> tuple[int, int] | None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from harness.analysis import naming, parity, trajectories
-from harness.analysis.ranking import why_not_comparable
+from harness.analysis import naming, over_seeds, parity, trajectories
+from harness.analysis.ranking import Score, accuracies, score, why_not_comparable
 from harness.analysis.words import Verdict, Word
 from harness.errors import Exit
 from harness.manifest import Comparison
-from harness.records import Accuracy, Outcome, Record, Status
+from harness.records import Cell, Outcome, Record, Status
 from harness.store import Run
 
+_SHOWN = 4
+"""Reasons for not judging that a sentence gives; a matrix may have hundreds."""
 _SO = (Word.FAIL, Word.INCONCLUSIVE)
 UNMEASURED = (Status.OOM, Status.TIMEOUT, Status.ERROR, Status.LOST)
 
@@ -99,50 +102,80 @@ def _judge_comparison(comparison: Comparison, run: Run, latest: dict[str, Record
 
 def _better(comparison: Comparison, run: Run, latest: dict[str, Record]) -> Verdict:
     cells = {cell.cell_id: cell for cell in run.manifest.cells}
-    named = naming.full(cells.values())
-    pairs = [(left, right) for left in comparison.left for right in comparison.right]
+    left_sides, right_sides = (_recipes(ids, cells) for ids in (comparison.left, comparison.right))
+    pairs = [(left, right) for left in left_sides for right in right_sides]
+    named = naming.full(cells.values()) | naming.recipes(cells.values())
     ids = tuple(latest[i].id for i in dict.fromkeys(comparison.left + comparison.right) if i in latest)
-    # Per word: how far each pair's intervals lie apart, and the sentence about it.
+    # Per word: how far each pair lies apart, and the sentence about it.
     found: dict[Word, list[tuple[float, str]]] = {word: [] for word in Word}
     for left, right in pairs:
-        names = f"{named[left]} and {named[right]}"
-        refusal = why_not_comparable(cells[left], cells[right])
+        names = [named[side[0] if len(side) == 1 else cells[side[0]].recipe_id] for side in (left, right)]
+        refusal = why_not_comparable(cells[left[0]], cells[right[0]])
         if refusal:
-            found[Word.NOT_RUN].append((0.0, f"{names} are not comparable: {refusal}"))
+            found[Word.NOT_RUN].append((0.0, f"{names[0]} and {names[1]} are not comparable: {refusal}"))
             continue
-        a, b = _accuracy(latest.get(left)), _accuracy(latest.get(right))
-        if isinstance(a, str) or isinstance(b, str):
-            scores = ((left, a), (right, b))
-            found[Word.NOT_RUN] += [(0.0, f"{named[i]} {why}") for i, why in scores if isinstance(why, str)]
+        lacking = [(0.0, f"{named[i]} {why}") for i in (*left, *right) if (why := _why_no_accuracy(latest.get(i)))]
+        if lacking:
+            found[Word.NOT_RUN] += lacking
             continue
-        sentence = f"{named[left]} {_interval(a)} against {named[right]} {_interval(b)}"
-        word = Word.PASS if a.low > b.high else Word.FAIL if a.high < b.low else Word.INCONCLUSIVE
-        found[word].append((a.low - b.high, sentence))
+        word, gap, sentence = _apart([latest[i] for i in left], [latest[i] for i in right], names)
+        found[word].append((gap, sentence))
+    several = any(len(side) > 1 for side in (*left_sides, *right_sides))
     for word, says in (
         (Word.FAIL, "the opposite holds"),
         (Word.NOT_RUN, "not judged"),
-        (Word.INCONCLUSIVE, "the intervals overlap"),
-        (Word.PASS, "the intervals lie apart"),
+        (Word.INCONCLUSIVE, "the interval of the difference holds 0" if several else "the intervals overlap"),
+        (Word.PASS, "the interval of the difference lies above 0" if several else "the intervals lie apart"),
     ):
         if found[word]:
             sentences = list(dict.fromkeys(sentence for _, sentence in sorted(found[word])))
             # The pair that stands worst tells of the others; reasons for not judging are each their own.
-            shown = sentences if word is Word.NOT_RUN else sentences[:1]
+            shown = sentences[:_SHOWN] if word is Word.NOT_RUN else sentences[:1]
+            if word is Word.NOT_RUN and len(sentences) > _SHOWN:
+                shown.append(f"and {len(sentences) - _SHOWN} more")
             more = f" (the closest of {len(pairs)} pairs)" if word is Word.PASS and len(pairs) > 1 else ""
             more = f" ({len(sentences)} of {len(pairs)} pairs so)" if word in _SO and len(pairs) > 1 else more
             return Verdict(word, f"{says}: {'; '.join(shown)}{more}", ids)
     return Verdict(Word.NOT_RUN, "it names no Cells", ids)
 
 
-def _accuracy(record: Record | None) -> Accuracy | str:
+def _recipes(ids: list[str], cells: Mapping[str, Cell]) -> list[list[str]]:
+    """Put the Cells together that differ in the seed alone, in the order of their seeds."""
+    found: dict[str, list[str]] = {}
+    for cell_id in sorted(ids, key=lambda i: cells[i].seed):
+        found.setdefault(cells[cell_id].recipe_id, []).append(cell_id)
+    order = list(dict.fromkeys(cells[i].recipe_id for i in ids))
+    return [found[recipe] for recipe in order]
+
+
+def _apart(left: list[Record], right: list[Record], names: list[str]) -> tuple[Word, float, str]:
+    """Judge one pair: by the interval of its difference over seeds, or with one run each by their own intervals."""
+    a, b = score(left), score(right)
+    sentence = f"{names[0]} {_interval(a)} against {names[1]} {_interval(b)}"
+    if len(left) == len(right) == 1:
+        word = Word.PASS if a.low > b.high else Word.FAIL if a.high < b.low else Word.INCONCLUSIVE
+        return word, a.low - b.high, sentence
+    seeds = [[record.cell.seed for record in side] for side in (left, right)]
+    if seeds[0] != seeds[1]:
+        return Word.NOT_RUN, 0.0, f"{sentence}: their seeds are not the same, {seeds[0]} against {seeds[1]}"
+    found = over_seeds.difference(accuracies(left), accuracies(right))
+    if found is None:
+        return Word.NOT_RUN, 0.0, f"{sentence}: they were not scored on the same items"
+    low, high = found.interval
+    word = Word.PASS if low > 0 else Word.FAIL if high < 0 else Word.INCONCLUSIVE
+    apart = f"{100 * found.value:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return word, low, f"{sentence}: {apart} over {len(left)} seeds"
+
+
+def _why_no_accuracy(record: Record | None) -> str:
     if record is None:
         return "is missing"
     if record.measurements is None:
         return f"is {record.status.value}: {record.because}"
-    return record.measurements.accuracy or "was not scored"
+    return "" if record.measurements.accuracy else "was not scored"
 
 
-def _interval(a: Accuracy) -> str:
+def _interval(a: Score) -> str:
     return f"{100 * a.value:.1f} % [{100 * a.low:.1f}, {100 * a.high:.1f}]"
 
 

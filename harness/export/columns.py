@@ -63,6 +63,9 @@ _CELLS = (
     Column("training.lr_ratio", FLOAT, "1", "LoRA+: learning rate of factors B over training.lr"),
     Column("evaluation.items", INTEGER, "1", "test items asked for"),
     Column("evaluation.batch", INTEGER, "1", "test items per forward pass"),
+    Column(
+        "evaluation.skip", INTEGER, "1", "test items passed over first; not 0: a try of a search for a learning rate"
+    ),
     Column("parameters.adapter", INTEGER, "1", "scalars that the method trains"),
     Column("parameters.head", INTEGER, "1", "scalars of a new task head, trained too"),
     Column("parameters.trainable", INTEGER, "1", "what the optimizer updates: the two above"),

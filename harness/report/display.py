@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from harness.analysis.intervals import Median
+from harness.analysis.ranking import Score
 from harness.records import Accuracy
 
 DASH = "—"
@@ -79,12 +80,12 @@ def scientific(x: float | None, missing: str = DASH) -> str:
     return f"{x:.3g}" if x == 0 or 1e-3 <= abs(x) < 1000 else f"{x:.2e}"
 
 
-def accuracy(a: Accuracy) -> str:
+def accuracy(a: Accuracy | Score) -> str:
     """Write an accuracy with its interval, in per cent."""
     return f"{percent(a.value)} {interval(a)}"
 
 
-def interval(a: Accuracy) -> str:
+def interval(a: Accuracy | Score) -> str:
     """Write the interval of an accuracy, in per cent."""
     return f"[{100 * a.low:.1f}, {100 * a.high:.1f}]"
 

@@ -42,7 +42,8 @@ def icon(word: str) -> str:
 class RunFacts:
     """A run with its verdict, its rankings, and for each of its Cells two names and an anchor.
 
-    names: within their model and task; titles: everywhere else.
+    names: within their model and task; titles: everywhere else; recipes: by recipe_id, what the seeds of one recipe are
+    called together, within their model and task.
     """
 
     run: Run
@@ -51,6 +52,7 @@ class RunFacts:
     groups: tuple[Group, ...]
     names: dict[str, str]
     titles: dict[str, str]
+    recipes: dict[str, str]
     entries: dict[str, Entry]
     prefix: str
 
@@ -88,6 +90,11 @@ class RunFacts:
             "title": self.titles[cell.cell_id],
         }
 
+    def called(self, entry: Entry) -> str:
+        """Return what an entry of a ranking is called within its model and task."""
+        first = entry.record
+        return self.names[first.cell_id] if len(entry.records) == 1 else self.recipes[first.cell.recipe_id]
+
     def sources(self, record_ids: Sequence[str]) -> list[dict[str, str]]:
         """Return links to the rows of Records."""
         return [{"id": i, "href": f"#{self.anchor(i.split('.')[0])}"} for i in record_ids]
@@ -103,6 +110,7 @@ def gather(run: Run, prefix: str = "") -> RunFacts:
         groups=found,
         names=naming.in_group(run.manifest.cells),
         titles=naming.full(run.manifest.cells),
-        entries={e.record.cell_id: e for g in found for e in g.entries},
+        recipes=naming.recipes(run.manifest.cells, inside=True),
+        entries={r.cell_id: e for g in found for e in g.entries for r in e.records},
         prefix=prefix,
     )

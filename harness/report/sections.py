@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from statistics import fmean
 from typing import Any
 
 from harness.analysis import measured, parity
@@ -23,18 +24,27 @@ OUTSIDE_TARGET = 0.10
 
 
 def curves(facts: RunFacts) -> list[Section]:
-    """Draw the training losses, a chart per model and task."""
-    series: dict[str, list[charts.Series]] = {}
+    """Draw the training losses, a chart per model and task; of several seeds their mean."""
+    titled: dict[str, dict[str, list[Record]]] = {}
     for record in facts.latest.values():
-        training = record.measurements.training if record.measurements else None
-        if training and training.losses:
+        if record.measurements and record.measurements.training and record.measurements.training.losses:
             title = f"{record.cell.model} · {record.cell.task}"
-            series.setdefault(title, []).append(charts.Series(facts.names[record.cell_id], training.losses))
+            titled.setdefault(title, {}).setdefault(record.cell.recipe_id, []).append(record)
+    series = {title: [_curve(facts, records) for records in found.values()] for title, found in titled.items()}
     return [
         charts.learning(title, lines[i : i + _CURVES_IN_A_CHART])
         for title, lines in series.items()
         for i in range(0, len(lines), _CURVES_IN_A_CHART)
     ]
+
+
+def _curve(facts: RunFacts, records: Sequence[Record]) -> charts.Series:
+    """Return the mean loss of each step over runs that differ in the seed alone."""
+    losses = [r.measurements.training.losses for r in records if r.measurements and r.measurements.training]
+    if len(losses) == 1:
+        return charts.Series(facts.names[records[0].cell_id], losses[0])
+    name = f"{facts.recipes[records[0].cell.recipe_id]}, {len(losses)} seeds"
+    return charts.Series(name, [fmean(step) for step in zip(*losses, strict=True)])
 
 
 def losses(facts: RunFacts, judgement: Judgement) -> Section | None:

@@ -15,6 +15,9 @@ from harness.report.facts import RunFacts, icon, tone
 
 Table = dict[str, Any]
 
+_NAMED = 3
+"""Busy Cells that the note names; each is flagged in its row, and a whole run on a busy machine may be so."""
+
 
 def _column(label: str, title: str = "", *, number: bool = True) -> dict[str, Any]:
     return {"label": label, "title": title, "number": number}
@@ -73,7 +76,8 @@ def comparison(facts: RunFacts) -> Table:
 def _busy_note(facts: RunFacts) -> list[str]:
     """State the rule of the flag, where it is shown."""
     found = [f"{facts.titles[r.cell_id]}, {why}" for r in facts.latest.values() if (why := contention.busy(r))]
-    return [f"{contention.RULE}: {'; '.join(found)}."] if found else []
+    more = f"; and {len(found) - _NAMED} more Cells" if len(found) > _NAMED else ""
+    return [f"{contention.RULE}: {'; '.join(found[:_NAMED])}{more}."] if found else []
 
 
 def _status(facts: RunFacts, cell: Cell) -> Figure:
@@ -129,7 +133,8 @@ def _speed(record: Record, m: Measurements) -> list[Figure]:
 def _standing(facts: RunFacts, cell: Cell) -> Figure:
     entry = facts.entries.get(cell.cell_id)
     if entry is None:
-        return unmeasured("not scored")
+        swept = any(cell.cell_id in tuning.sweep for tuning in facts.run.manifest.tuning)
+        return unmeasured("a try of the search for a learning rate: not ranked" if swept else "not scored")
     group = next(g for g in facts.groups if entry in g.entries)
     if len(group.entries) == 1:
         return unmeasured("no other Cell has this budget, so there is nothing to rank it with")
@@ -141,7 +146,10 @@ def _standing(facts: RunFacts, cell: Cell) -> Figure:
         )
     why = "judged by the intervals: the test items are not the same"
     if entry.p is not None:
-        why = f"{display.probability(entry.p)}, exact McNemar test of these two checkpoints, Holm-adjusted"
+        test = "exact McNemar test of these two checkpoints"
+        if len(entry.records) > 1:
+            test = f"t test of the means over {len(entry.records)} seeds"
+        why = f"{display.probability(entry.p)}, {test}, Holm-adjusted"
     return figure(entry.standing, entry.difference, small=display.points(entry.difference), why=why)
 
 

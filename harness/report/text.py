@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from harness.analysis import divergence, parity
-from harness.report import facts, sections, tables
+from harness.report import facts, recipes, sections, tables
 from harness.report.display import Figure
 from harness.store import Run
 
@@ -21,6 +21,8 @@ def summary(run: Run) -> list[str]:
     for group in table["groups"]:
         rows = [[row["name"], *(_text(row["figures"][i]) for i in _COLUMNS.values())] for row in group["rows"]]
         lines += [*_aligned([[group["title"], *_COLUMNS], *rows]), ""]
+    if means := recipes.lines(f):
+        lines += [*_aligned(means), ""]
     for j in f.verdict.judgements:
         lines.append(f"{facts.icon(j.verdict.word)} {j.verdict.word.value}: {j.comparison.says}")
         lines.append(f"    {j.verdict.reason}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 from harness import store
@@ -10,7 +11,7 @@ from harness.analysis import divergence, measured, parity
 from harness.analysis.ranking import Budget, Entry, Group
 from harness.analysis.verdict import Judgement
 from harness.records import Record, Status
-from harness.report import charts, display, facts, repeats, sections, tables
+from harness.report import charts, display, facts, recipes, repeats, sections, tables
 from harness.report.facts import RunFacts, icon, tone
 from harness.store import Run
 
@@ -54,6 +55,8 @@ def _run(f: RunFacts) -> dict[str, Any]:
         "parity_summary": _parity_summary(f),
         "groups": groups,
         "alone": [_alone(f, g) for g in f.groups if len(g.entries) == 1],
+        "over_seeds": recipes.over_seeds(f),
+        "tuning": recipes.searched(f),
         "comparison": tables.comparison(f),
         "latency": tables.latency(f),
         "memory": tables.memory(f),
@@ -132,15 +135,13 @@ def _parity_summary(f: RunFacts) -> dict[str, Any]:
 
 
 def _group(f: RunFacts, g: Group) -> dict[str, Any]:
-    levels = [
-        charts.Level(f.names[e.record.cell_id], e.accuracy.value, e.accuracy.low, e.accuracy.high) for e in g.untrained
-    ]
+    levels = [charts.Level(f.called(e), e.score.value, e.score.low, e.score.high) for e in g.untrained]
     drawings = []
     if g.ranked:
         drawings = [d for d in (_memory_chart(f, g, levels), _size_chart(f, g, levels)) if d]
     return {
         "title": f"{g.budget.model} · {g.budget.task}",
-        "budget": _budget(g.budget),
+        "budget": _budget(g),
         "sentences": _sentences(f, g),
         "charts": drawings,
         "undrawn": _undrawn(f, g) if drawings else [],
@@ -148,21 +149,28 @@ def _group(f: RunFacts, g: Group) -> dict[str, Any]:
 
 
 def _alone(f: RunFacts, g: Group) -> dict[str, Any]:
-    """Show a Cell that no other shares its budget with."""
+    """Show what no other shares its budget with."""
     (entry,) = g.entries
-    return {**f.row(entry.record.cell), "accuracy": display.accuracy(entry.accuracy), "budget": _budget(g.budget)}
+    title = f"{entry.record.cell.model} {f.called(entry)}"
+    return {
+        **f.row(entry.record.cell), "title": title, "accuracy": display.accuracy(entry.score), "budget": _budget(g)
+    }  # fmt: skip
 
 
-def _budget(b: Budget) -> str:
+def _budget(g: Group) -> str:
+    b = g.budget
     training = f"{b.steps} steps × {b.batch} examples" if b.steps else "no training"
-    return f"{training}, at most {b.max_tokens} tokens, {b.items:,} test items, {b.dtype}"
+    items = f"{b.items:,} test items" + (f" after the first {b.skip:,}" if b.skip else "")
+    seeds = f", seeds {', '.join(map(str, g.seeds))}" if len(g.seeds) > 1 else ""
+    tries = f", {g.tries} learning rates tried for each" if g.tries else ""
+    return f"{training}, at most {b.max_tokens} tokens, {items}, {b.dtype}{seeds}{tries}"
 
 
 def _sentences(f: RunFacts, g: Group) -> list[str]:
     """Say who is best, who is tied with it, what the comparison cannot see."""
 
     def listed(entries: Sequence[Entry]) -> str:
-        return ", ".join(f"{f.names[e.record.cell_id]} ({_gap(e)})" for e in entries)
+        return ", ".join(f"{f.called(e)} ({_gap(e)})" for e in entries)
 
     sentences = []
     best = g.entries[0]
@@ -170,34 +178,48 @@ def _sentences(f: RunFacts, g: Group) -> list[str]:
         tied = [e for e in g.ranked if e.standing == "tied"]
         below = [e for e in g.ranked if e.standing == "below"]
         sentences.append(
-            f"Highest accuracy: {f.names[best.record.cell_id]}, {display.accuracy(best.accuracy)}. "
+            f"Highest accuracy: {f.called(best)}, {display.accuracy(best.score)}. "
             + (f"Tied with it: {listed(tied)}. " if tied else "Nothing is tied with it. ")
             + (f"Below it: {listed(below)}." if below else "Nothing is below it for certain.")
         )
     elif g.ranked:
-        sentences.append(f"One trained Cell: {f.names[best.record.cell_id]}, {display.accuracy(best.accuracy)}.")
+        sentences.append(f"One trained Cell: {f.called(best)}, {display.accuracy(best.score)}.")
     if len(g.optimizers) > 1:
         differ = f"The optimizers differ ({', '.join(g.optimizers)})"
         sentences.append(f"{differ}: where two Cells do, their difference in accuracy may be the optimizer's.")
     if g.untrained and g.ranked:
         sentences.append(f"For orientation, without training: {listed(g.untrained)}.")
-    runs = f"One training run per Cell (seed {', '.join(map(str, g.seeds))})"
-    sentences.append(
-        f"{runs}: intervals, ties and p values (exact McNemar, Holm-adjusted) speak of these checkpoints on"
-        " a new sample of test items, not of another seed."
+    if g.data_differ:
+        sentences.append("Not on the same data: of one seed, some were trained on other examples or in another order.")
+    return [*sentences, *_what_it_sees(g)]
+
+
+def _what_it_sees(g: Group) -> list[str]:
+    """Say what the tests of a group are about, and how small a difference they find."""
+    finds = (
+        f"Smallest difference that one comparison here finds with 80 % power: {100 * (g.detectable or 0):.1f} points"
     )
-    if g.detectable is not None:
-        observed = {
-            "tied": "the best and the most different of those tied with it do",
-            "all": "the best and the most different other do",
-            "independent": "independent answers would",
-        }[g.basis]
-        share = f"if two Cells disagree on {display.percent(g.disagreement)} of the items, as {observed}"
-        sentences.append(
-            f"Smallest difference that one comparison here finds with 80 % power: {100 * g.detectable:.1f} points"
-            f" ({g.budget.items:,} items; {share})."
+    if len(g.ranked[0].records if g.ranked else ()) > 1:
+        about = (
+            f"Each is the mean of {len(g.seeds)} training runs (seeds {', '.join(map(str, g.seeds))}). Intervals, ties and"
+            " p values (t test of paired items plus the spread over seeds, Holm-adjusted) speak of new seeds and new test"
+            " items, on the same training data."
         )
-    return sentences
+        return (
+            [about] if g.detectable is None else [about, f"{finds} ({g.budget.items:,} items, {len(g.seeds)} seeds)."]
+        )
+    about = (
+        f"One training run per Cell (seed {', '.join(map(str, g.seeds))}): intervals, ties and p values (exact McNemar,"
+        " Holm-adjusted) speak of these checkpoints on a new sample of test items, not of another seed."
+    )
+    if g.detectable is None:
+        return [about]
+    observed = {
+        "tied": "the best and the most different of those tied with it do",
+        "all": "the best and the most different other do",
+    }.get(g.basis, "independent answers would")
+    share = f"if two Cells disagree on {display.percent(g.disagreement)} of the items, as {observed}"
+    return [about, f"{finds} ({g.budget.items:,} items; {share})."]
 
 
 def _gap(e: Entry) -> str:
@@ -207,25 +229,33 @@ def _gap(e: Entry) -> str:
 def _points(f: RunFacts, entries: Sequence[tuple[Entry, float]], cost: str) -> list[charts.Point]:
     return [
         charts.Point(
-            label=f.names[e.record.cell_id],
+            label=f.called(e),
             cost=value,
-            value=e.accuracy.value,
-            low=e.accuracy.low,
-            high=e.accuracy.high,
+            value=e.score.value,
+            low=e.score.low,
+            high=e.score.high,
             tied=e.standing in ("best", "tied"),
-            tip=f"{f.titles[e.record.cell_id]}: {display.accuracy(e.accuracy)}, {cost.format(value)}; Record {e.record.id}",
+            tip=f"{f.called(e)}: {display.accuracy(e.score)}, {cost.format(value)}; {_records(e)}",
             href=f"#{f.anchor(e.record.cell_id)}",
         )
         for e, value in entries
     ]
 
 
+def _records(e: Entry) -> str:
+    several = len(e.records) > 1
+    return f"Record{'s' * several} {', '.join(r.id for r in e.records)}"
+
+
+def _peak(e: Entry) -> float | None:
+    """Return the peak of training above the imports, in MiB; of several seeds the median."""
+    peaks = [(r, measured.training_peak(r)) for r in e.records]
+    above = [measured.above_imports(r, peak) / display.MIB for r, peak in peaks if peak is not None]
+    return median(above) if above else None
+
+
 def _memory_chart(f: RunFacts, g: Group, levels: Sequence[charts.Level]) -> dict[str, Any] | None:
-    with_peak = [
-        (e, measured.above_imports(e.record, peak) / display.MIB)
-        for e in g.ranked
-        if (peak := measured.training_peak(e.record)) is not None
-    ]
+    with_peak = [(e, peak) for e in g.ranked if (peak := _peak(e)) is not None]
     if not with_peak:
         return None
     points = _points(f, with_peak, "{:,.0f} MiB")
@@ -267,5 +297,5 @@ def _undrawn(f: RunFacts, g: Group) -> list[dict[str, str]]:
         peak = record.failure.last_peak_B if record and record.failure and out_of_memory else None
         at = f", last peak {display.mebibytes(peak)} MiB" if peak is not None else ""
         found.append({**f.row(cell), "why": f.why_unmeasured(cell) + at})
-    no_peak = [e for e in g.ranked if measured.training_peak(e.record) is None]
+    no_peak = [e for e in g.ranked if _peak(e) is None]
     return found + [{**f.row(e.record.cell), "why": "no memory peak was recorded"} for e in no_peak]

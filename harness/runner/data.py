@@ -35,7 +35,8 @@ class CellData:
         device = torch.device(work.device)
         everything = rows.read(work.data.source, Path(work.data.path))
         train_rows, test_rows = rows.split(everything, task.test, task.shuffle_seed)
-        test_rows = test_rows[: cell.evaluation.items]
+        first = cell.evaluation.skip
+        test_rows = test_rows[first : first + cell.evaluation.items]
         wanted, batch = cell.training.steps, cell.training.batch
         tokenizer, limit = loaded.tokenizer, cell.training.max_tokens
         most = positions(loaded.model)  # of the model itself: a config does not tell that RoBERTa keeps two for padding

@@ -304,6 +304,7 @@ def _open(
         suite_file=suite.path.name,
         suite_sha256=suite.sha256,
         comparisons=list(plan.comparisons),
+        tuning=list(plan.tuning),
         cells=list(plan.cells),
         environment=here,
         argv=["peft-harness", *sys.argv[1:]],

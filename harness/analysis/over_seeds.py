@@ -1,0 +1,97 @@
+"""Accuracy over several training runs that differ in the seed alone: intervals and tests for new seeds and new items.
+
+Two things would be drawn anew if somebody repeated a comparison: the test items and the training runs. The squared
+standard error is the sum of what each of them adds, so a method's luck with its seeds is not taken for its merit, as it is
+by a test over items alone. Items are paired, since every run scores the same ones (Miller, arXiv:2411.00640).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist, fmean, variance
+
+from harness.analysis.intervals import LEVEL, POWER
+from harness.records import Accuracy
+
+INTERVAL = f"{100 * LEVEL:g} % for new items and new seeds (t, Satterthwaite)"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """An estimate and its standard error; `df`: the degrees of freedom of its t distribution."""
+
+    value: float
+    error: float
+    df: float
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The interval at LEVEL."""
+        half = _quantile(0.5 + LEVEL / 2, self.df) * self.error
+        return self.value - half, self.value + half
+
+    @property
+    def p(self) -> float:
+        """Two-sided p of a true value of 0."""
+        if not self.error:
+            return 1.0 if not self.value else 0.0
+        from scipy.special import stdtr  # takes a fifth of a second, and runs of one seed do without
+
+        return float(2 * stdtr(self.df, -abs(self.value) / self.error))
+
+    @property
+    def detectable(self) -> float:
+        """The smallest true value that the test finds with 80 % power."""
+        return (_quantile(0.5 + LEVEL / 2, self.df) + NormalDist().inv_cdf(POWER)) * self.error
+
+
+def mean(runs: Sequence[Accuracy]) -> Spread:
+    """Return the mean accuracy of two or more runs on the same items."""
+    items = _means(runs)
+    return _spread(fmean(items), [_of_items(items), _of_seeds(runs)])
+
+
+def difference(left: Sequence[Accuracy], right: Sequence[Accuracy]) -> Spread | None:
+    """Return mean(left) - mean(right); None unless all of them scored the same items.
+
+    Its squared error is var(per-item difference of the runs' means) / items + var(accuracies) / runs, of each side.
+    """
+    if len({frozenset(_by_id(run)) for run in (*left, *right)}) > 1:
+        return None
+    apart = [a - b for a, b in zip(_means(left), _means(right), strict=True)]
+    return _spread(fmean(apart), [_of_items(apart), _of_seeds(left), _of_seeds(right)])
+
+
+def _spread(value: float, parts: Sequence[tuple[float, float]]) -> Spread:
+    """Add squared errors, each with its degrees of freedom, up (Satterthwaite 1946)."""
+    total = sum(square for square, _ in parts)
+    if math.isinf(total):
+        return Spread(value, math.inf, 1)
+    weight = sum(square * square / df for square, df in parts)
+    return Spread(value, math.sqrt(total), total * total / weight if weight else math.inf)
+
+
+def _of_items(values: Sequence[float]) -> tuple[float, float]:
+    return (variance(values) / len(values), len(values) - 1) if len(values) > 1 else (math.inf, 1)
+
+
+def _of_seeds(runs: Sequence[Accuracy]) -> tuple[float, float]:
+    return variance([run.value for run in runs]) / len(runs), len(runs) - 1
+
+
+def _means(runs: Sequence[Accuracy]) -> list[float]:
+    """Return each item's mean over the runs, in the order of the items' ids."""
+    tables = [_by_id(run) for run in runs]
+    return [fmean(table[i] for table in tables) for i in sorted(tables[0])]
+
+
+def _by_id(run: Accuracy) -> Mapping[str, int]:
+    return {item.id: item.correct for item in run.items}
+
+
+def _quantile(share: float, df: float) -> float:
+    from scipy.special import stdtrit
+
+    return NormalDist().inv_cdf(share) if math.isinf(df) else float(stdtrit(df, share))

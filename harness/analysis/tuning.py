@@ -1,0 +1,81 @@
+"""Declared searches for learning rates: what each try scored, and whether the suite's choice was the best of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harness.analysis.ranking import Score
+from harness.manifest import Tuning
+from harness.records import Cell, Record
+from harness.store import Run
+
+
+@dataclass(frozen=True)
+class Try:
+    """One learning rate that was tried; score: None where the Cell has no accuracy, for the reason in `because`."""
+
+    cell: Cell
+    lr: float
+    score: Score | None
+    because: str
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Search:
+    """The tries of one entry, by rising learning rate. cells: what they speak for."""
+
+    tuning: Tuning
+    cells: tuple[Cell, ...]
+    tries: tuple[Try, ...]
+
+    @property
+    def scored(self) -> tuple[tuple[float, Score], ...]:
+        """Learning rate and score of every try that has one."""
+        return tuple((t.lr, t.score) for t in self.tries if t.score)
+
+    @property
+    def band(self) -> tuple[float, float] | None:
+        """The lowest and the highest accuracy over the learning rates; None where fewer than two were scored."""
+        values = [score.value for _, score in self.scored]
+        return (min(values), max(values)) if len(values) > 1 else None
+
+    @property
+    def best(self) -> tuple[float, ...]:
+        """The learning rates with the highest accuracy."""
+        top = max((score.value for _, score in self.scored), default=None)
+        return tuple(lr for lr, score in self.scored if score.value == top)
+
+    @property
+    def better(self) -> tuple[float, ...]:
+        """The learning rates whose whole interval lies above that of the chosen one: the choice was a poor one."""
+        chosen = [t.score for t in self.tries if t.chosen and t.score]
+        return tuple(lr for lr, score in self.scored if chosen and score.low > max(c.high for c in chosen))
+
+    @property
+    def at_edge(self) -> bool:
+        """Say whether the best one is the lowest or the highest that was tried: a better one may lie beyond."""
+        ends = {self.tries[0].lr, self.tries[-1].lr}
+        return bool(self.best) and set(self.best) <= ends
+
+
+def searches(run: Run) -> tuple[Search, ...]:
+    """Return the searches of a run, in the order of its suite."""
+    cells = {cell.cell_id: cell for cell in run.manifest.cells}
+    latest = run.latest()
+    found = []
+    for tuning in run.manifest.tuning:
+        tuned = tuple(cells[i] for i in tuning.cells if i in cells)
+        tried = [cells[i] for i in tuning.sweep if i in cells]
+        if tuned and tried:
+            chosen = {cell.training.lr for cell in tuned}
+            tries = sorted((_try(cell, latest.get(cell.cell_id), chosen) for cell in tried), key=lambda t: t.lr)
+            found.append(Search(tuning, tuned, tuple(tries)))
+    return tuple(found)
+
+
+def _try(cell: Cell, record: Record | None, chosen: set[float]) -> Try:
+    accuracy = record.measurements.accuracy if record and record.measurements else None
+    because = "there is no Record of it" if record is None else record.because or "it was not scored"
+    score = Score(accuracy.value, accuracy.low, accuracy.high, accuracy.interval) if accuracy else None
+    return Try(cell, cell.training.lr, score, because, cell.training.lr in chosen)

@@ -1,0 +1,176 @@
+"""Several runs of one recipe: a table of means over seeds, and the searches for learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import median, stdev
+from typing import Any
+
+from harness.analysis import measured, parity, ranking, tuning
+from harness.analysis.over_seeds import INTERVAL
+from harness.analysis.ranking import Entry, Group
+from harness.records import Record
+from harness.report import display
+from harness.report.display import Figure, figure, unmeasured
+from harness.report.facts import RunFacts
+
+Table = dict[str, Any]
+
+
+def over_seeds(facts: RunFacts) -> Table | None:
+    """Tabulate recipes that ran with several seeds, best first within an equal budget; None without any."""
+    groups = [
+        {"title": f"{g.budget.model} · {g.budget.task}", "rows": rows}
+        for g in facts.groups
+        if (rows := [_recipe(facts, g, e) for e in g.entries if len(e.records) > 1])
+    ]
+    if not groups:
+        return None
+    columns = [
+        _column("Seeds", "training runs that were scored"),
+        _column("Accuracy", f"mean over the seeds; brackets: {INTERVAL}"),
+        _column("Between seeds", "standard deviation of the runs' accuracies, in points"),
+        _column("Each run", "in the order of the seeds", number=False),
+        _column(
+            "Against the best", "among recipes with an equal budget; t test of paired items plus seeds, Holm-adjusted"
+        ),
+        _column("Trainable", "parameters that the optimizer updates"),
+        _column("Peak, MiB", "highest memory in the training phase, median over the seeds"),
+        _column("Tokens/s", "real tokens over the steady steps, median over the seeds"),
+        _column("Step, ms", "median over the seeds of each run's median steady step; brackets: lowest and highest"),
+    ]
+    return _table(facts, "recipes", "Means over seeds", columns, groups)
+
+
+def _recipe(facts: RunFacts, g: Group, e: Entry) -> Table:
+    runs = ranking.accuracies(e.records)
+    found = [r.measurements for r in e.records if r.measurements]
+    peaks = [p for r in e.records if (p := measured.training_peak(r)) is not None]
+    refused = next((why for r in e.records if (why := parity.no_speed(r))), "")
+    figures = [
+        figure(str(len(runs)), len(runs), why=f"seeds {', '.join(str(r.cell.seed) for r in e.records)}"),
+        figure(display.percent(e.score.value), e.score.value, small=display.interval(e.score), why=e.score.means),
+        figure(f"{100 * stdev(a.value for a in runs):.1f}", stdev(a.value for a in runs)),
+        figure(" ".join(f"{100 * a.value:.1f}" for a in runs), None),
+        _standing(g, e),
+        figure(f"{found[0].parameters.trainable:,}", found[0].parameters.trainable),
+        figure(display.mebibytes(round(median(peaks))), median(peaks)) if peaks else unmeasured("no peak of training"),
+        _over(e.records, _rate, lambda x: f"{x:,.0f}", refused),
+        _over(e.records, _step, display.milliseconds, refused, ends=True),
+    ]
+    first = e.record
+    return {
+        "name": facts.called(e), "title": facts.called(e), "record": first.id, "anchor": "",
+        "href": f"#{facts.anchor(first.cell_id)}", "figures": figures,
+    }  # fmt: skip
+
+
+def _over(
+    records: Sequence[Record],
+    value: Callable[[Record], float | None],
+    write: Callable[[float], str],
+    refused: str,
+    *,
+    ends: bool = False,
+) -> Figure:
+    if refused:
+        return unmeasured(refused)
+    values = [x for r in records if (x := value(r)) is not None]
+    if not values:
+        return unmeasured("not trained, or not timed")
+    small = f"[{write(min(values))}, {write(max(values))}]" if ends else ""
+    return figure(write(median(values)), median(values), small=small)
+
+
+def _rate(record: Record) -> float | None:
+    training = record.measurements.training if record.measurements else None
+    return measured.throughput(training) if training and training.step_seconds else None
+
+
+def _step(record: Record) -> float | None:
+    training = record.measurements.training if record.measurements else None
+    return measured.step_time(training).value if training and training.step_seconds else None
+
+
+def _standing(g: Group, e: Entry) -> Figure:
+    if not g.is_ranking:
+        return unmeasured("no other recipe has this budget and these seeds")
+    if e.standing == "best":
+        return figure("best", 0.0, tone="good")
+    why = display.probability(e.p) if e.p is not None else "the test items are not the same: judged by the intervals"
+    return figure(e.standing, e.difference, small=display.points(e.difference), why=why)
+
+
+def searched(facts: RunFacts) -> Table | None:
+    """Tabulate what each learning rate of a declared search scored; None without any search."""
+    found = tuning.searches(facts.run)
+    if not found:
+        return None
+    rates = sorted({t.lr for search in found for t in search.tries})
+    columns = [
+        _column("Chosen", "the learning rate of the Cells that are ranked"),
+        *(_column(f"{rate:g}", "accuracy with this learning rate, on test items that rank nothing") for rate in rates),
+        _column("Band, points", "highest minus lowest accuracy over what was tried: how much the choice matters"),
+        _column("The choice", "beside the other learning rates that were tried", number=False),
+    ]
+    groups: dict[str, list[Table]] = {}
+    for search in found:
+        by_rate = {t.lr: t for t in search.tries}
+        first = search.cells[0]
+        figures = [
+            figure(" ".join(f"{t.lr:g}" for t in search.tries if t.chosen), None),
+            *(_tried(by_rate.get(rate)) for rate in rates),
+            figure(f"{100 * (search.band[1] - search.band[0]):.1f}", search.band[1] - search.band[0])
+            if search.band
+            else unmeasured("fewer than two were scored"),
+            figure(_choice(search), None, tone="bad" if search.better else ""),
+        ]
+        row = {
+            "name": facts.recipes[first.recipe_id] if len(search.cells) == 1 else search.tuning.entry,
+            "title": f"{len(search.cells)} ranked Cells of {search.tuning.entry}", "figures": figures, "anchor": "",
+            "record": search.tries[0].cell.cell_id, "href": f"#{facts.anchor(search.tries[0].cell.cell_id)}",
+        }  # fmt: skip
+        groups.setdefault(f"{first.model} · {first.task}", []).append(row)
+    shown = [{"title": title, "rows": rows} for title, rows in groups.items()]
+    return _table(facts, "tuning", "Accuracy by learning rate", columns, shown)
+
+
+def _tried(t: tuning.Try | None) -> Figure:
+    if t is None:
+        return unmeasured("not tried")
+    if t.score is None:
+        return unmeasured(t.because)
+    return figure(display.percent(t.score.value), t.score.value, small=display.interval(t.score))
+
+
+def _choice(search: tuning.Search) -> str:
+    if search.better:
+        return f"worse than {', '.join(f'{x:g}' for x in search.better)}"
+    chosen = {t.lr for t in search.tries if t.chosen}
+    if not search.best:
+        return "unknown: nothing was scored"
+    said = "the best tried" if chosen & set(search.best) else f"not told apart from the best, {search.best[0]:g}"
+    return said + ("; the best lies at an end of what was tried" if search.at_edge else "")
+
+
+def lines(facts: RunFacts) -> list[list[str]]:
+    """Return the means over seeds as rows for a terminal, each group begun by a row of headings; empty without any."""
+    table = over_seeds(facts)
+    rows: list[list[str]] = []
+    for group in table["groups"] if table else ():
+        rows.append([f"{group['title']}, over seeds", "seeds", "accuracy", "against the best"])
+        for row in group["rows"]:
+            told = [row["figures"][i] for i in (0, 1, 4)]
+            rows.append([row["name"], *(" ".join(filter(None, [f["text"], f["small"]])) for f in told)])
+    return rows
+
+
+def _column(label: str, title: str = "", *, number: bool = True) -> dict[str, Any]:
+    return {"label": label, "title": title, "number": number}
+
+
+def _table(facts: RunFacts, key: str, caption: str, columns: list[dict[str, Any]], groups: list[Table]) -> Table:
+    return {
+        "id": f"{facts.prefix}{key}", "caption": caption, "first": "Recipe", "columns": columns, "notes": [],
+        "groups": groups,
+    }  # fmt: skip
