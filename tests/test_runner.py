@@ -34,7 +34,7 @@ from harness.runner.progress import Progress
 from harness.runner.work import Work
 from harness.tolerances import EPSILON
 
-PHASES = ["start-up", "load", "data", "attach", "parity", "warm-up", "train", "evaluate", "latency"]
+PHASES = ["start-up", "load", "data", "attach", "parity", "warm-up", "train", "save", "evaluate", "latency"]
 
 
 # --- the smoke suite -------------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def model_head_size(model: Path) -> int:
 def test_smoke_times_base_unmerged_and_merged(smoke: tuple[Finished, store.Run]) -> None:
     for record in smoke[1].records:
         assert record.measurements is not None
-        found = {(m.variant, m.kind): m for m in record.measurements.latency}
+        found = {(m.variant, m.kind): m for m in record.measurements.latency if m.batch == 1}
         assert set(found) == {(v, k) for v in ("base", "unmerged", "merged") for k in ("prefill", "decode")}
         for (variant, _), latency in found.items():
             if record.cell.method == "frozen" and variant != "base":

@@ -130,6 +130,7 @@ def _prepare(work: Work, registry: Any, emit: Any, threads: int) -> tuple[Any, d
     import torch
     import transformers
 
+    from harness.measure import energy, gpu
     from harness.measure.memory import PeakMeter
     from harness.measure.phases import PhaseClock
     from harness.runner.life import Life
@@ -144,7 +145,12 @@ def _prepare(work: Work, registry: Any, emit: Any, threads: int) -> tuple[Any, d
     gc.freeze()
     device = torch.device(work.device)
     meter = PeakMeter(device)
-    clock = PhaseClock(meter, lambda name: emit("phase", name=name))
+    cuda = device.type == "cuda"
+    driver, because = gpu.find(device) if cuda else (None, "")
+    watch = gpu.GpuWatch(device, driver) if cuda else None
+    clock = PhaseClock(
+        meter, lambda name: emit("phase", name=name), energy.meter(driver, because, cuda=cuda), watch
+    )  # fmt: skip
     life = Life(work, registry, clock, meter, emit, baseline=meter.now())
     life.notes += _reproducibility(device)
     built = _build(torch.__config__.show())
