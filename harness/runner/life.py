@@ -1,4 +1,4 @@
-"""The life of a Cell: load, quantise, attach, parity gate, warm-up, train, evaluate, latency."""
+"""The life of a Cell: load, quantise, attach, parity gate, warm-up, train, save, evaluate, latency."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def attempt(
         assets=work.assets,
         started=started,
         duration_s=seconds,
-        failure=Failure(kind=kind, message=_tail(log), phase=progress.phase),
+        failure=Failure(kind=kind, message=_tail(log), phase=progress.phase, last_peak_B=progress.peak_B),
     )
     folder.write_record(record)
     return record

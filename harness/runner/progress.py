@@ -31,6 +31,8 @@ class Progress:
     def __init__(self, cells: Sequence[Cell]) -> None:
         self.cells = len(cells)
         self.phase = ""
+        self.peak_B: int | None = None
+        """Highest memory of the Cell's finished phases, as far as its worker has told."""
         self.console = _Console(stderr=True, highlight=False)
         self._live: Live | None = None
         self._names = naming.full(cells)
@@ -54,12 +56,14 @@ class Progress:
         """Start showing Cell number `index`, counted from 1."""
         self._index, self._name, self._cell_began = index, self._names[cell.cell_id], time.monotonic()
         self.phase = self._doing = "start-up"
+        self.peak_B = None
         self._draw(force=True)
 
     def event(self, event: dict[str, Any]) -> None:
         """Take one event of the worker."""
         if event.get("event") == "phase":
             self.phase = self._doing = str(event["name"])
+            self.peak_B = event.get("peak_B")
         elif event.get("event") == "step":
             self._doing = f"train, step {event['step']} of {event['of']}, loss {event['loss']:.4f}"
         elif event.get("event") == "items":
