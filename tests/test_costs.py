@@ -29,14 +29,14 @@ from harness.report import view
 UUID = "GPU-8a3c"
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """Stands for NVMLError."""
 
 
 class Driver(ModuleType):
     """Stands for the module `pynvml`: one GPU, which can be told what to say. What is None is not supported."""
 
-    NVMLError = Refused
+    NVMLError = RefusedError
     NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Driver(ModuleType):
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802 - NVML's name
         if uuid != UUID:
-            raise Refused("Not Found")
+            raise RefusedError("Not Found")
         return "handle"
 
     def __getattr__(self, name: str) -> Any:
@@ -62,7 +62,7 @@ class Driver(ModuleType):
         def ask(handle: str, *_: int) -> Any:
             assert handle == "handle"
             if self.says[what] is None:
-                raise Refused("Not Supported")
+                raise RefusedError("Not Supported")
             return self.says[what]
 
         return ask
@@ -179,10 +179,14 @@ def test_a_phase_on_a_gpu_has_its_peaks_and_its_edges(driver: Driver, monkeypatc
     monkeypatch.setattr(gpu, "_SAMPLE_S", 3600)  # the edges alone look
     watch = GpuWatch(device, gpu.find(device)[0])
     phases = PhaseClock(PeakMeter(torch.device("cpu")), lambda _: None, gpu=watch)
-    with pytest.raises(ZeroDivisionError), phases.phase("train"):
+
+    def work() -> None:
         driver.says.update(Temperature=80, MemoryInfo=SimpleNamespace(used=9000))
         stats.update(num_alloc_retries=5)
-        _ = 1 / 0
+        raise RuntimeError("a phase that fails is told of too")
+
+    with pytest.raises(RuntimeError, match="fails"), phases.phase("train"):
+        work()
     (phase,) = phases.done
     seen = phase.gpu
     assert seen is not None

@@ -215,6 +215,9 @@ class Life:
         return measured, optimizer, gradients
 
     def _latency(self, subject: Subject, causal: bool, vocabulary: int) -> list[Latency]:
+        # Before anything is merged: some libraries merge into the base weight, and lose a little of it.
+        mixed, checks = serving.measure(subject, self.work.cell, causal, vocabulary, self.registry)
+        self.checks += checks
         refused = ""
         layers = dict(subject.adapted.layers)  # the check below detaches, which may empty it
         if subject.adapted.can_merge:
@@ -225,10 +228,7 @@ class Life:
                 for r in merged
                 if r.outcome is not Outcome.PASS
             )
-        measured = latency.measure(subject.adapted, causal, vocabulary, refused, layers=layers)
-        mixed, checks = serving.measure(subject, self.work.cell, causal, vocabulary, self.registry)
-        self.checks += checks
-        return measured + mixed
+        return latency.measure(subject.adapted, causal, vocabulary, refused, layers=layers) + mixed
 
 
 def _is_head(path: str, head: dict[str, Any]) -> bool:
