@@ -9,27 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from harness.cost_records import Checkpoint, Energy, GpuPhase
+from harness.frozen import Bytes as Bytes
+from harness.frozen import Frozen as Frozen
+from harness.frozen import Joules
+from harness.frozen import Json as Json
+from harness.frozen import Scalar as Scalar
+from harness.frozen import Seconds as Seconds
 
 SCHEMA = 1
 
-Seconds = Annotated[float, Field(ge=0)]
-Bytes = Annotated[int, Field(ge=0)]
-Scalar = bool | int | float | str
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"]
 Quantization = Literal["none", "nf4", "nf4-dq"]
-Json = Scalar | None | list[Any] | dict[str, Any]
-
-
-class Frozen(BaseModel):
-    """Immutable, strict, no unknown keys, no NaN or infinity."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class Status(StrEnum):
@@ -191,6 +187,10 @@ class Phase(Frozen):
     load_start: float | None = None
     """The machine's load average over one minute, as the phase began; None where the system does not say."""
     load_end: float | None = None
+    energy_J: Joules | None = None
+    """Of what `Energy.source` counts; None where nothing does, and for a phase of under 2 s, which no counter resolves."""
+    gpu: GpuPhase | None = None
+    """Of a run on a GPU."""
 
 
 class TrainingMeasured(Frozen):
@@ -234,7 +234,8 @@ class Memory(Frozen):
 class Latency(Frozen):
     """Raw forward times of one variant of the model."""
 
-    variant: Literal["base", "unmerged", "merged"]
+    variant: Literal["base", "unmerged", "merged", "multi-adapter"]
+    """`multi-adapter`: every row of the batch goes through an adapter of its own."""
     kind: Literal["forward", "prefill", "decode"]
     """`decode` is seconds per generated token, with a key-value cache."""
     batch: int
@@ -242,6 +243,8 @@ class Latency(Frozen):
     seconds: list[float]
     because: str = ""
     """Why there are no samples, if there are none."""
+    adapters: int | None = None
+    """Of `multi-adapter`: how many adapters the batch mixes."""
 
 
 class Item(Frozen):
@@ -286,6 +289,8 @@ class Measurements(Frozen):
     memory: Memory
     latency: list[Latency]
     accuracy: Accuracy | None
+    checkpoint: Checkpoint | None = None
+    energy: Energy | None = None
 
 
 class Failure(Frozen):

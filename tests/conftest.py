@@ -37,8 +37,14 @@ def raises(model, config, generator):
 
 @implements("lora", name="greedy")
 def greedy(model, config, generator):
-    import torch
-    return torch.empty(2**50, dtype=torch.uint8)
+    # Takes memory piece by piece until the system, which is told to give 512 MiB more and nothing beyond, has no more.
+    import resource, torch
+    with open("/proc/self/statm") as pages:
+        held = int(pages.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + 2**29, resource.RLIM_INFINITY))
+    pieces = []
+    while True:
+        pieces.append(torch.ones(2**26, dtype=torch.uint8))
 
 @implements("lora", name="wrong")
 def wrong(model, config, generator):
@@ -59,7 +65,7 @@ def nan(model, config, generator):
 
 BY_IMPORT = {
     name: implements("lora", name=name, requires=[f"misbehaving_{name}"])(plain)
-    for name in ("killed", "exits", "leaves", "starved", "missing", "hangs", "vandal")
+    for name in ("killed", "crashes", "exits", "leaves", "starved", "missing", "hangs", "vandal")
 }
 
 def implementations():
@@ -71,6 +77,7 @@ _ON_IMPORT = {
     "killed": "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
     "exits": "import sys\nsys.exit('no licence for this library')",
     "leaves": "import os\nprint('last words', flush=True)\nos._exit(7)",
+    "crashes": "import ctypes\nctypes.string_at(0)",
     "starved": "raise MemoryError('nothing left')",
     # Holds the interpreter, so that no thread of the worker can run, and has a child.
     "hangs": (

@@ -259,9 +259,10 @@ def test_golden_keys_of_the_view(good: store.Run) -> None:
     built = view.build([good])
     assert sorted(built) == ["data", "generated", "reproducibility", "runs", "title"]
     assert sorted(built["runs"][0]) == [
-        "about", "alerts", "alone", "comparison", "counts", "curves", "duration", "ended", "environment", "failures",
-        "groups", "id", "latency", "memory", "notes", "over_seeds", "parity", "parity_summary", "prefix", "questions",
-        "rerun", "same_losses", "started", "suite", "time", "title", "tuning", "verdict",
+        "about", "alerts", "alone", "comparison", "costs", "counts", "curves", "duration", "ended", "environment",
+        "failures", "gpus", "groups", "id", "latency", "memory", "mixed", "notes", "over_seeds", "parity",
+        "parity_summary", "prefix", "questions", "rerun", "same_losses", "started", "suite", "time", "title", "tuning",
+        "verdict",
     ]  # fmt: skip
     json.dumps(built, allow_nan=False)
 

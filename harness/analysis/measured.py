@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from harness.analysis.intervals import Median, median_interval
+from harness.cost_records import GpuPhase
 from harness.records import Record, TrainingMeasured
 
 STARTUP = "start-up"
@@ -30,6 +31,17 @@ def training_peak(record: Record) -> int | None:
     """Return the highest memory inside the training phase; None if it was not trained or not measured."""
     peaks = [p.peak_memory_B for p in record.phases if p.name == TRAIN]
     return max((peak for peak in peaks if peak is not None), default=None)
+
+
+def training_energy(record: Record) -> float | None:
+    """Return the joules of the training phase; None if it was not trained or not measured."""
+    found = [p.energy_J for p in record.phases if p.name == TRAIN and p.energy_J is not None]
+    return sum(found) if found else None
+
+
+def training_gpu(record: Record) -> GpuPhase | None:
+    """Return what was seen of the GPU in the training phase; None without a GPU or training."""
+    return next((p.gpu for p in record.phases if p.name == TRAIN and p.gpu), None)
 
 
 def above_imports(record: Record, memory: int) -> int:

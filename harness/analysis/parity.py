@@ -26,12 +26,21 @@ def diverged(record: Record) -> bool:
 
 def no_speed(record: Record) -> str:
     """Say why no time of this Cell may be shown, or return an empty string."""
-    return _because([c for c in failed(record) if not _of_merging(c)])
+    return _because([c for c in failed(record) if not _of_merging(c) and not _of_mixing(c)])
 
 
 def no_merged_speed(record: Record) -> str:
     """Say why no time of this Cell's merged model may be shown, or return an empty string."""
     return no_speed(record) or _because([c for c in failed(record) if _of_merging(c)])
+
+
+def no_mixed_speed(record: Record) -> str:
+    """Say why no time of several adapters in one batch may be shown, or return an empty string."""
+    return no_speed(record) or _because([c for c in failed(record) if _of_mixing(c)])
+
+
+def _of_mixing(check: CheckResult) -> bool:
+    return check.check.split("/")[1:2] == ["multi-adapter"]
 
 
 def _of_merging(check: CheckResult) -> bool:

@@ -1,7 +1,7 @@
 """What each column of the tables is: its dtype, its unit, its meaning. The one place that documents them.
 
-Units are base units: `s`, `B` (bytes), `1` (a number, a share, a count); empty where a column is no quantity. A missing
-value is NA, never 0 and never an empty text.
+Units are base units: `s`, `B` (bytes), `J`, `W`, `Hz`, `°C`, `1` (a number, a share, a count); empty where a column is no
+quantity. A missing value is NA, never 0 and never an empty text.
 """
 
 from __future__ import annotations
@@ -27,6 +27,34 @@ _KEY = (
     Column("run", TEXT, "", "id of the run"),
     Column("cell_id", TEXT, "", "the Cell: equal in every run that asks the same of it"),
     Column("attempt", INTEGER, "1", "which attempt at the Cell, from 1; with run and cell_id the key of all tables"),
+)
+
+GPU_EDGES = ("start", "end")
+GPU_PHASE = {
+    "reserved_B": Column("", INTEGER, "B", "of the training phase: highest memory that torch's allocator held"),
+    "driver_B": Column(
+        "", INTEGER, "B", "the same: highest in use on the device by its driver, looked at ten times a second"
+    ),
+    "alloc_retries": Column(
+        "", INTEGER, "1", "the same: how often the allocator gave back what it held and asked again"
+    ),
+    "ooms": Column("", INTEGER, "1", "the same: allocations that failed"),
+}
+GPU_STATE = {
+    "uuid": Column("", TEXT, "", "which GPU"),
+    "sm_clock_Hz": Column("", INTEGER, "Hz", "clock of its processors"),
+    "memory_clock_Hz": Column("", INTEGER, "Hz", "clock of its memory"),
+    "power_W": Column("", FLOAT, "W", "what it drew"),
+    "temperature_C": Column("", FLOAT, "°C", "its temperature"),
+    "throttle": Column("", TEXT, "", "why its clocks were not higher, several with commas"),
+}
+_GPU = (
+    *(replace(column, name=f"gpu.{name}") for name, column in GPU_PHASE.items()),
+    *(
+        replace(column, name=f"gpu.{edge}.{name}", meaning=f"{column.meaning}, as training {edge}ed")
+        for edge in GPU_EDGES
+        for name, column in GPU_STATE.items()
+    ),
 )
 
 _CELLS = (
@@ -81,6 +109,17 @@ _CELLS = (
         "training_peak_B", INTEGER, "B", "highest memory in the training phase: resident on a CPU, allocated on a GPU"
     ),
     Column("training_peak_above_imports_B", INTEGER, "B", "the same, less what the process took before the model"),
+    Column("training_energy_J", FLOAT, "J", "energy of the training phase; NA where nothing counts it, or under 2 s"),
+    Column("energy.source", TEXT, "", "who counts it: nvml (the GPU), rapl (all CPU packages)"),
+    Column("energy.because", TEXT, "", "why nobody does"),
+    Column(
+        "checkpoint.adapter_file_B", INTEGER, "B", "size of a safetensors file with adapter and new head, as written"
+    ),
+    Column("checkpoint.head_B", INTEGER, "B", "of that, the head's tensors"),
+    Column(
+        "checkpoint.model_B", INTEGER, "B", "the whole model as saved when merged or fully trained, summed over tensors"
+    ),
+    Column("checkpoint.because", TEXT, "", "why there is no adapter's file"),
     Column("memory.source", TEXT, "", "how the peaks were taken"),
     Column("memory.baseline_B", INTEGER, "B", "resident after the imports, before the model"),
     Column("memory.weights_B", INTEGER, "B", "frozen weights, summed over tensors"),
@@ -104,6 +143,8 @@ _CELLS = (
     Column("duration_s", FLOAT, "s", "wall time of the whole attempt, start-up and all"),
     Column("phase_s.*", FLOAT, "s", "wall time of a phase of the attempt"),
     Column("phase_peak_B.*", INTEGER, "B", "highest memory inside the phase"),
+    Column("phase_energy_J.*", FLOAT, "J", "energy of a phase; NA as training_energy_J"),
+    *_GPU,
     Column("failure.kind", TEXT, "", "exception class, signal, or the runner's own word"),
     Column("failure.message", TEXT, "", "its message"),
     Column("failure.phase", TEXT, "", "where it happened"),
@@ -128,9 +169,10 @@ _SAMPLES = (
     *_KEY,
     Column("kind", TEXT, "", "step_seconds, losses, gradient_norms, tokens, padded_tokens (one per optimizer step); "
            "latency_forward, latency_prefill (per call), latency_decode (per generated token)"),
-    Column("variant", TEXT, "", "of a latency: base, unmerged, merged"),
+    Column("variant", TEXT, "", "of a latency: base, unmerged, merged, multi-adapter"),
     Column("latency_batch", INTEGER, "1", "of a latency: its batch"),
     Column("latency_tokens", INTEGER, "1", "of a latency: tokens of the prompt, or for decode tokens generated"),
+    Column("latency_adapters", INTEGER, "1", "of multi-adapter: adapters in the batch, a row each"),
     Column("index", INTEGER, "1", "which sample of its kind and variant, in the order taken, from 0"),
     Column("value", FLOAT, "", "the sample, in the unit beside it"),
     Column("unit", TEXT, "", "s, or 1: losses are in nats, tokens are counts"),

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 
 from harness.analysis import contention, measured, parity
+from harness.cost_records import Checkpoint, Energy
+from harness.export.columns import GPU_EDGES, GPU_PHASE, GPU_STATE
 from harness.records import Environment, Json, Measurements, Memory, Record
 
 Value = bool | int | float | str | None
@@ -43,6 +45,7 @@ def cell(record: Record, *, latest: bool) -> Row:
         "started": record.started,
         "duration_s": record.duration_s,
         **_phases(record),
+        **_gpu(record),
         "failure.kind": failure.kind if failure else None,
         "failure.message": failure.message if failure else None,
         "failure.phase": failure.phase if failure else None,
@@ -65,16 +68,19 @@ def samples(record: Record) -> Iterator[Row]:
             for index, value in enumerate(getattr(t, kind)):
                 yield {
                     **key(record), "kind": kind, "variant": None, "latency_batch": None, "latency_tokens": None,
-                    "index": index, "value": value, "unit": "s" if timed else "1", "warmup": index < steady,
-                    "no_speed": no_speed if timed else None,
+                    "latency_adapters": None, "index": index, "value": value, "unit": "s" if timed else "1",
+                    "warmup": index < steady, "no_speed": no_speed if timed else None,
                 }  # fmt: skip
-    refused = {"base": "", "unmerged": no_speed, "merged": parity.no_merged_speed(record)}
+    refused = {
+        "base": "", "unmerged": no_speed, "merged": parity.no_merged_speed(record),
+        "multi-adapter": parity.no_mixed_speed(record),
+    }  # fmt: skip
     for latency in m.latency:
         for index, value in enumerate(latency.seconds):
             yield {
                 **key(record), "kind": f"latency_{latency.kind}", "variant": latency.variant,
-                "latency_batch": latency.batch, "latency_tokens": latency.tokens, "index": index, "value": value,
-                "unit": "s", "warmup": False, "no_speed": refused[latency.variant],
+                "latency_batch": latency.batch, "latency_tokens": latency.tokens, "latency_adapters": latency.adapters,
+                "index": index, "value": value, "unit": "s", "warmup": False, "no_speed": refused[latency.variant],
             }  # fmt: skip
 
 
@@ -108,8 +114,10 @@ def _measured(m: Measurements | None) -> Row:
     }
     for name in ("adapter", "head", "trainable", "total"):
         found[f"parameters.{name}"] = getattr(m.parameters, name) if m else None
-    for name in Memory.model_fields:
-        found[f"memory.{name}"] = getattr(m.memory, name) if m else None
+    for part, model in (("memory", Memory), ("checkpoint", Checkpoint), ("energy", Energy)):
+        has = getattr(m, part) if m else None
+        for name in model.model_fields:
+            found[f"{part}.{name}"] = getattr(has, name) if has else None
     return found
 
 
@@ -123,6 +131,7 @@ def _of_training(record: Record) -> Row:
     return {
         "training_peak_B": peak,
         "training_peak_above_imports_B": None if peak is None else measured.above_imports(record, peak),
+        "training_energy_J": measured.training_energy(record),
         "step_s": step.value if step else None,
         "step_low_s": step.low if step else None,
         "step_high_s": step.high if step else None,
@@ -142,7 +151,22 @@ def _phases(record: Record) -> Row:
         if phase.peak_memory_B is not None:
             name = f"phase_peak_B.{phase.name}"
             found[name] = max(found.get(name, 0), phase.peak_memory_B)
+        if phase.energy_J is not None:
+            name = f"phase_energy_J.{phase.name}"
+            found[name] = found.get(name, 0.0) + phase.energy_J
     return dict(found)
+
+
+def _gpu(record: Record) -> Row:
+    """Return the GPU's side of the training phase."""
+    gpu = measured.training_gpu(record)
+    found: Row = {f"gpu.{name}": getattr(gpu, name, None) for name in GPU_PHASE}
+    for edge in GPU_EDGES:
+        state = getattr(gpu, edge, None)
+        for name in GPU_STATE:
+            value = getattr(state, name, None)
+            found[f"gpu.{edge}.{name}"] = ", ".join(value) if isinstance(value, list) else value
+    return found
 
 
 def _environment(e: Environment) -> Row:

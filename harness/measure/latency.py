@@ -16,7 +16,8 @@ from harness.methods import Adapted
 from harness.records import Latency
 from reference.layers import replace
 
-Variant = Literal["base", "unmerged", "merged"]
+Variant = Literal["base", "unmerged", "merged", "multi-adapter"]
+Kind = Literal["forward", "prefill", "decode"]
 TOKENS = 32
 WARMUP = 1
 PER_BLOCK = 4
@@ -43,23 +44,8 @@ def measure(
     merged_refused: why merging is not to be tried, or empty. layers: the adapted layers by path as they were before
     anybody called `detach`, which may forget them; None if nobody has.
     """
-    model: Any = adapted.model
-    model.eval()
-    generator = torch.Generator().manual_seed(0)
-    device = next(model.parameters()).device
-    length, no_decoding = _prompt(model, causal)
-    ids = torch.randint(0, vocabulary, (1, length), generator=generator).to(device)
-    kinds: Sequence[Literal["forward", "prefill", "decode"]] = ("prefill", "decode") if causal else ("forward",)
-    samples: dict[tuple[Variant, str], list[float]] = {}
-
-    def block(variant: Variant) -> None:
-        for kind in kinds:
-            if kind == "decode" and no_decoding:
-                continue
-            run = _decode if kind == "decode" else _forward
-            times = run(model, ids, causal)
-            samples.setdefault((variant, kind), []).extend(times)
-
+    timed = Prompt(adapted.model, causal, vocabulary)
+    block = timed.block
     refused: dict[Variant, str] = {}
     if not adapted.can_merge:
         because = "there is no adapter: the trained model is shaped like its base"
@@ -79,18 +65,42 @@ def measure(
             block("base")
             variants.attach()
     order: tuple[Variant, ...] = ("base", "unmerged", "merged")
-    return [
-        Latency(
-            variant=variant,
-            kind=kind,
-            batch=1,
-            tokens=DECODED if kind == "decode" else length,
-            seconds=samples.get((variant, kind), []),
-            because=refused.get(variant) or (no_decoding if kind == "decode" else ""),
-        )
-        for variant in order
-        for kind in kinds
-    ]
+    return [found for variant in order for found in timed.latencies(variant, refused.get(variant, ""))]
+
+
+class Prompt:
+    """A batch of prompts of equal length for one model, and the times that were taken with it so far."""
+
+    def __init__(self, model: Any, causal: bool, vocabulary: int, batch: int = 1) -> None:
+        self.model, self.causal = model.eval(), causal
+        self.length, self.no_decoding = _prompt(model, causal)
+        generator, device = torch.Generator().manual_seed(0), next(model.parameters()).device
+        self.ids = torch.randint(0, vocabulary, (batch, self.length), generator=generator).to(device)
+        self.kinds: Sequence[Kind] = ("prefill", "decode") if causal else ("forward",)
+        self.samples: dict[tuple[Variant, Kind], list[float]] = {}
+
+    def block(self, variant: Variant) -> None:
+        """Take a block of times of the model as it stands."""
+        for kind in self.kinds:
+            if kind == "decode" and self.no_decoding:
+                continue
+            run = _decode if kind == "decode" else _forward
+            self.samples.setdefault((variant, kind), []).extend(run(self.model, self.ids, self.causal))
+
+    def latencies(self, variant: Variant, because: str = "", adapters: int | None = None) -> list[Latency]:
+        """Return what was taken of a variant, for each kind. because: why nothing was, if so."""
+        return [
+            Latency(
+                variant=variant,
+                kind=kind,
+                batch=len(self.ids),
+                tokens=DECODED if kind == "decode" else self.length,
+                seconds=self.samples.get((variant, kind), []),
+                because=because or (self.no_decoding if kind == "decode" else ""),
+                adapters=adapters,
+            )
+            for kind in self.kinds
+        ]
 
 
 def positions(model: Any) -> int | None:

@@ -48,6 +48,11 @@ class PeakMeter:
         else:
             self._sampled = self.now()
 
+    def settle(self) -> None:
+        """Wait for what a GPU still has to do: it belongs to the phase that asked for it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def peak(self) -> int:
         """Return the peak since `reset`."""
         if self.source == "cuda allocated":

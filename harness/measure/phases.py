@@ -7,15 +7,27 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from harness.measure.energy import EnergyMeter
+from harness.measure.gpu import GpuWatch
 from harness.measure.memory import PeakMeter
 from harness.records import Phase
 
 
 class PhaseClock:
-    """Times phases one after the other; `done` lists them, the running one included if it fails."""
+    """Times phases one after the other; `done` lists them, the running one included if it fails.
 
-    def __init__(self, meter: PeakMeter, announce: Callable[[str], None]) -> None:
+    energy, gpu: None where there is nothing to ask.
+    """
+
+    def __init__(
+        self,
+        meter: PeakMeter,
+        announce: Callable[[str], None],
+        energy: EnergyMeter | None = None,
+        gpu: GpuWatch | None = None,
+    ) -> None:
         self.meter, self.announce = meter, announce
+        self.energy, self.gpu = energy or EnergyMeter(None, "nobody asked for it"), gpu
         self.done: list[Phase] = []
         self.current = ""
 
@@ -26,11 +38,16 @@ class PhaseClock:
         self.announce(name)
         self.meter.reset()
         load = _load()
+        if self.gpu:
+            self.gpu.begin()
+        self.energy.start()
         started = time.perf_counter()
         try:
             yield
+            self.meter.settle()
         finally:
             seconds = time.perf_counter() - started
+            energy = self.energy.joules()
             self.done.append(
                 Phase(
                     name=name,
@@ -39,6 +56,8 @@ class PhaseClock:
                     end_memory_B=self.meter.now(),
                     load_start=load,
                     load_end=_load(),
+                    energy_J=energy,
+                    gpu=self.gpu.end() if self.gpu else None,
                 )
             )
 

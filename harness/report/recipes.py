@@ -13,8 +13,7 @@ from harness.records import Record
 from harness.report import display
 from harness.report.display import Figure, figure, unmeasured
 from harness.report.facts import RunFacts
-
-Table = dict[str, Any]
+from harness.report.grouped import Table, column
 
 
 def over_seeds(facts: RunFacts) -> Table | None:
@@ -27,17 +26,17 @@ def over_seeds(facts: RunFacts) -> Table | None:
     if not groups:
         return None
     columns = [
-        _column("Seeds", "training runs that were scored"),
-        _column("Accuracy", f"mean over the seeds; brackets: {INTERVAL}"),
-        _column("Between seeds", "standard deviation of the runs' accuracies, in points"),
-        _column("Each run", "in the order of the seeds", number=False),
-        _column(
+        column("Seeds", "training runs that were scored"),
+        column("Accuracy", f"mean over the seeds; brackets: {INTERVAL}"),
+        column("Between seeds", "standard deviation of the runs' accuracies, in points"),
+        column("Each run", "in the order of the seeds", number=False),
+        column(
             "Against the best", "among recipes with an equal budget; t test of paired items plus seeds, Holm-adjusted"
         ),
-        _column("Trainable", "parameters that the optimizer updates"),
-        _column("Peak, MiB", "highest memory in the training phase, median over the seeds"),
-        _column("Tokens/s", "real tokens over the steady steps, median over the seeds"),
-        _column("Step, ms", "median over the seeds of each run's median steady step; brackets: lowest and highest"),
+        column("Trainable", "parameters that the optimizer updates"),
+        column("Peak, MiB", "highest memory in the training phase, median over the seeds"),
+        column("Tokens/s", "real tokens over the steady steps, median over the seeds"),
+        column("Step, ms", "median over the seeds of each run's median steady step; brackets: lowest and highest"),
     ]
     return _table(facts, "recipes", "Means over seeds", columns, groups)
 
@@ -108,10 +107,10 @@ def searched(facts: RunFacts) -> Table | None:
         return None
     rates = sorted({t.lr for search in found for t in search.tries})
     columns = [
-        _column("Chosen", "the learning rate of the Cells that are ranked"),
-        *(_column(f"{rate:g}", "accuracy with this learning rate, on test items that rank nothing") for rate in rates),
-        _column("Band, points", "highest minus lowest accuracy over what was tried: how much the choice matters"),
-        _column("The choice", "beside the other learning rates that were tried", number=False),
+        column("Chosen", "the learning rate of the Cells that are ranked"),
+        *(column(f"{rate:g}", "accuracy with this learning rate, on test items that rank nothing") for rate in rates),
+        column("Band, points", "highest minus lowest accuracy over what was tried: how much the choice matters"),
+        column("The choice", "beside the other learning rates that were tried", number=False),
     ]
     groups: dict[str, list[Table]] = {}
     for search in found:
@@ -163,10 +162,6 @@ def lines(facts: RunFacts) -> list[list[str]]:
             told = [row["figures"][i] for i in (0, 1, 4)]
             rows.append([row["name"], *(" ".join(filter(None, [f["text"], f["small"]])) for f in told)])
     return rows
-
-
-def _column(label: str, title: str = "", *, number: bool = True) -> dict[str, Any]:
-    return {"label": label, "title": title, "number": number}
 
 
 def _table(facts: RunFacts, key: str, caption: str, columns: list[dict[str, Any]], groups: list[Table]) -> Table:

@@ -2,43 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from statistics import median
 from typing import Any
 
 from harness.analysis import contention, measured, parity
-from harness.analysis.intervals import median_interval
-from harness.records import Cell, Latency, Measurements, Record
-from harness.report import display
+from harness.records import Cell, Measurements, Record
+from harness.report import display, latencies
 from harness.report.display import Figure, figure, unmeasured
 from harness.report.facts import RunFacts, icon, tone
-
-Table = dict[str, Any]
+from harness.report.grouped import Table
+from harness.report.grouped import column as _column
+from harness.report.grouped import measurements as _measurements
+from harness.report.grouped import table as _table
 
 _NAMED = 3
 """Busy Cells that the note names; each is flagged in its row, and a whole run on a busy machine may be so."""
-
-
-def _column(label: str, title: str = "", *, number: bool = True) -> dict[str, Any]:
-    return {"label": label, "title": title, "number": number}
-
-
-def _table(
-    facts: RunFacts, key: str, caption: str, columns: list[dict[str, Any]], rows: list[Table], notes: Sequence[str] = ()
-) -> Table:
-    """Group rows by model and task, in the manifest's order: sorting never mixes groups."""
-    groups: dict[tuple[str, str], list[Table]] = {}
-    for row in rows:
-        groups.setdefault((row["cell"].model, row["cell"].task), []).append(
-            {**facts.row(row["cell"]), "figures": row["figures"], "anchor": row.get("anchor", "")}
-        )
-    return {
-        "id": f"{facts.prefix}{key}",
-        "caption": caption,
-        "columns": columns,
-        "notes": list(notes),
-        "groups": [{"title": f"{model} · {task}", "rows": members} for (model, task), members in groups.items()],
-    }
 
 
 def comparison(facts: RunFacts) -> Table:
@@ -157,13 +134,14 @@ def latency(facts: RunFacts) -> Table:
     """Tabulate forward times of base, unmerged and merged model, and their ratios."""
     columns = [
         _column("What", "kind of forward pass, batch x tokens", number=False),
-        *(_column(f"{v}, ms", "median, with its 95 % interval") for v in ("Base", "Unmerged", "Merged")),
+        *(_column(f"{v}, ms", latencies.TITLE) for v in ("Base", "Unmerged", "Merged")),
         _column("Unmerged / base", "ratio of medians: what an adapter costs at inference"),
         _column("Merged / base", "ratio of medians: 1 if merging takes that cost away"),
     ]
     rows = []
     for cell, m in _measurements(facts):
-        workloads = dict.fromkeys((x.kind, x.batch, x.tokens) for x in m.latency)
+        mixed = {x.batch for x in m.latency if x.adapters is not None}  # in a table of their own
+        workloads = dict.fromkeys((x.kind, x.batch, x.tokens) for x in m.latency if x.batch not in mixed)
         for kind, batch, tokens in workloads:
             found = {x.variant: x for x in m.latency if (x.kind, x.batch, x.tokens) == (kind, batch, tokens)}
             base, unmerged, merged = (found.get(v) for v in ("base", "unmerged", "merged"))
@@ -171,34 +149,14 @@ def latency(facts: RunFacts) -> Table:
             refused, merged_refused = parity.no_speed(record), parity.no_merged_speed(record)
             figures = [
                 figure(f"{kind} {batch} × {tokens}", f"{kind} {batch:06} {tokens:06}"),
-                _forward(base),
-                _forward(unmerged, refused),
-                _forward(merged, merged_refused),
-                _ratio(unmerged, base, refused),
-                _ratio(merged, base, merged_refused),
+                latencies.shown(base),
+                latencies.shown(unmerged, refused),
+                latencies.shown(merged, merged_refused),
+                latencies.ratio(unmerged, base, refused),
+                latencies.ratio(merged, base, merged_refused),
             ]
             rows.append({"cell": cell, "figures": figures})
     return _table(facts, "latency", "Latency of inference", columns, rows)
-
-
-def _forward(latency: Latency | None, refused: str = "") -> Figure:
-    if refused:
-        return unmeasured(refused)
-    if latency is None:
-        return unmeasured("not asked for")
-    if not latency.seconds:
-        return unmeasured(latency.because or "no samples, and the Record does not say why")
-    m = median_interval(latency.seconds)
-    return figure(display.milliseconds(m.value), m.value, small=display.median_ms(m), why=f"{m.count} samples")
-
-
-def _ratio(latency: Latency | None, base: Latency | None, refused: str) -> Figure:
-    if refused:
-        return unmeasured(refused)
-    if not latency or not base or not latency.seconds or not base.seconds or not median(base.seconds):
-        return unmeasured("one of the two was not measured")
-    ratio = median(latency.seconds) / median(base.seconds)
-    return figure(f"{ratio:.2f}", ratio)
 
 
 def memory(facts: RunFacts) -> Table:
@@ -243,10 +201,6 @@ def _bytes(size: int) -> Figure:
         why = "less than the tensors add up to: some of them were never resident, or lie in shared pages"
         return figure(f"{display.MINUS}{display.mebibytes(-size)}", size, why=why)
     return figure(display.mebibytes(size), size)
-
-
-def _measurements(facts: RunFacts) -> Sequence[tuple[Cell, Measurements]]:
-    return [(r.cell, r.measurements) for r in facts.latest.values() if r.measurements]
 
 
 def raw(facts: RunFacts) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from harness.analysis import divergence, measured, parity
 from harness.analysis.ranking import Budget, Entry, Group
 from harness.analysis.verdict import Judgement
 from harness.records import Record, Status
-from harness.report import charts, display, facts, recipes, repeats, sections, tables
+from harness.report import charts, costs, display, facts, latencies, recipes, repeats, sections, tables
 from harness.report.facts import RunFacts, icon, tone
 from harness.store import Run
 
@@ -59,7 +59,10 @@ def _run(f: RunFacts) -> dict[str, Any]:
         "tuning": recipes.searched(f),
         "comparison": tables.comparison(f),
         "latency": tables.latency(f),
+        "mixed": latencies.several(f),
         "memory": tables.memory(f),
+        "costs": costs.costs(f),
+        "gpus": costs.gpus(f),
         "curves": curves,
         "same_losses": same_losses,
         "parity": sections.checks(f),

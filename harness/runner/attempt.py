@@ -39,11 +39,16 @@ class Terms:
 
 @dataclass(frozen=True)
 class Ending:
-    """How an attempt ended that left no Record. `kind` is a word for `Failure.kind`, `because` a sentence."""
+    """How an attempt ended that left no Record. `kind` is a word for `Failure.kind`, `because` a sentence.
+
+    peak_B: highest memory of the phases before `phase`, as far as the worker had told.
+    """
 
     status: Status
     kind: str
     because: str
+    phase: str = ""
+    peak_B: int | None = None
 
 
 class Attempt:
@@ -55,6 +60,7 @@ class Attempt:
     def __init__(self, work: Work, terms: Terms, command: Sequence[str] = WORKER) -> None:
         self.work = work.model_copy(update={"launched": time.time()})
         self.phase = "start-up"
+        self._peak_B: int | None = None
         self._terms = terms
         self._started, self._begun = store.now(), time.monotonic()
         self.deadline = self._begun + terms.timeout
@@ -79,7 +85,7 @@ class Attempt:
             with contextlib.suppress(ValueError):  # a line torn by a crash tells nothing
                 event = json.loads(line)
                 if event.get("event") == "phase":
-                    self.phase = str(event["name"])
+                    self.phase, self._peak_B = str(event["name"]), event.get("peak_B")
                 yield event
 
     @property
@@ -99,7 +105,7 @@ class Attempt:
                     self._worker.wait(_GRACE_S)
         finally:
             self.kill()
-        return record_of(self.work, self._terms, self._ending(late), self._started, self._begun, self.phase)
+        return record_of(self.work, self._terms, self._ending(late), self._started, self._begun)
 
     def kill(self) -> None:
         """Kill the worker's whole process group, also the children of a worker that has ended."""
@@ -113,19 +119,22 @@ class Attempt:
         os.close(self._lifeline)
 
     def _ending(self, late: bool) -> Ending:
+        def ending(status: Status, kind: str, because: str) -> Ending:
+            return Ending(status, kind, because, self.phase, self._peak_B)
+
         if late:
-            return Ending(Status.TIMEOUT, "timeout", f"not done after {self._terms.timeout:g} s, in phase {self.phase}")
+            return ending(Status.TIMEOUT, "timeout", f"not done after {self._terms.timeout:g} s, in phase {self.phase}")
         code = self._worker.returncode
         if code >= 0:
             because = f"the worker ended with exit code {code} and left no Record; see its log"
-            return Ending(Status.LOST, f"exit {code}", because)
+            return ending(Status.LOST, f"exit {code}", because)
         name = signal.Signals(-code).name
         if code == -signal.SIGKILL and _oom_kills() > self._killed_before:
-            return Ending(Status.OOM, name, "the kernel killed the worker: the host's memory ran out")
-        return Ending(Status.LOST, name, f"the worker was killed by {name} in phase {self.phase}")
+            return ending(Status.OOM, name, "the kernel killed the worker: the host's memory ran out")
+        return ending(Status.LOST, name, f"the worker was killed by {name} in phase {self.phase}")
 
 
-def record_of(work: Work, terms: Terms, ending: Ending, started: str, begun: float, phase: str = "") -> Record:
+def record_of(work: Work, terms: Terms, ending: Ending, started: str, begun: float) -> Record:
     """Return the Record of an attempt that is over; if its worker left none, write one that says how it ended.
 
     started: UTC; begun: of time.monotonic(), in this process.
@@ -146,7 +155,10 @@ def record_of(work: Work, terms: Terms, ending: Ending, started: str, begun: flo
         started=started,
         duration_s=time.monotonic() - begun,
         failure=Failure(
-            kind=ending.kind, message=_tail(terms.folder.log_path(work.cell.cell_id, work.attempt)), phase=phase
+            kind=ending.kind,
+            message=_tail(terms.folder.log_path(work.cell.cell_id, work.attempt)),
+            phase=ending.phase,
+            last_peak_B=ending.peak_B,
         ),
         notes=work.notes,
     )

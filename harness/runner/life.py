@@ -1,4 +1,4 @@
-"""The life of a Cell: load, quantise, attach, parity gate, warm-up, train, evaluate, latency."""
+"""The life of a Cell: load, quantise, attach, parity gate, warm-up, train, save, evaluate, latency."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from harness.conformance.subject import (
     configure,
     initial_tensors,
 )
+from harness.cost_records import Energy
 from harness.errors import UsageError
-from harness.measure import latency
+from harness.measure import checkpoint, latency
 from harness.measure.memory import PeakMeter, model_tensors, optimizer_tensors, tensor_bytes
 from harness.measure.phases import PhaseClock
 from harness.records import (
@@ -38,7 +39,7 @@ from harness.records import (
     TrainingMeasured,
 )
 from harness.registry import Registry
-from harness.runner import packing
+from harness.runner import packing, serving
 from harness.runner.data import CellData
 from harness.runner.work import Work
 from harness.training import loop, optimizers
@@ -77,6 +78,7 @@ class Life:
         with self.clock.phase("load"):
             loaded = models.load(Path(work.model.path), kind, work.task.labels, dtype, device, cell.seed)
         model: Any = loaded.model
+        model_B = checkpoint.whole(model)  # before it is packed
         with self.clock.phase("data"):
             task = CellData(work, loaded, self.emit)
         config = configure(cell.method, cell.config)
@@ -143,11 +145,24 @@ class Life:
         )
         del optimizer, states
         model.zero_grad(set_to_none=True)
+        with self.clock.phase("save"):
+            added = subject.added()
+            trains_base = bool(adapted.tensors().keys() - added.keys())
+            saved = checkpoint.measure(added, loaded.head, model_B, Path(work.folder), trains_base=trains_base)
+            del added
         with self.clock.phase("evaluate"):
             accuracy = task.evaluate(model)
         with self.clock.phase("latency"):
             measured = self._latency(subject, kind == "causal", int(model.config.vocab_size))
-        return Measurements(parameters=counts, training=trained, memory=memory, latency=measured, accuracy=accuracy)
+        return Measurements(
+            parameters=counts,
+            training=trained,
+            memory=memory,
+            latency=measured,
+            accuracy=accuracy,
+            checkpoint=saved,
+            energy=Energy(source=self.clock.energy.source, because=self.clock.energy.because),
+        )
 
     def _pass(self, results: list[CheckResult]) -> None:
         self.checks += results
@@ -200,6 +215,9 @@ class Life:
         return measured, optimizer, gradients
 
     def _latency(self, subject: Subject, causal: bool, vocabulary: int) -> list[Latency]:
+        # Before anything is merged: some libraries merge into the base weight, and lose a little of it.
+        mixed, checks = serving.measure(subject, self.work.cell, causal, vocabulary, self.registry)
+        self.checks += checks
         refused = ""
         layers = dict(subject.adapted.layers)  # the check below detaches, which may empty it
         if subject.adapted.can_merge:
@@ -210,7 +228,7 @@ class Life:
                 for r in merged
                 if r.outcome is not Outcome.PASS
             )
-        return latency.measure(subject.adapted, causal, vocabulary, refused, layers=layers)
+        return latency.measure(subject.adapted, causal, vocabulary, refused, layers=layers) + mixed
 
 
 def _is_head(path: str, head: dict[str, Any]) -> bool:

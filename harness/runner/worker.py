@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -21,15 +20,12 @@ from typing import Any
 from harness import store
 from harness.errors import HarnessError, Unsupported
 from harness.measure import environment
+from harness.out_of_memory import shortage
 from harness.records import Failure, Phase, Provider, Record, Status
 from harness.registry import Implementation, discover
 from harness.runner import lifeline, stop
 from harness.runner.work import Work
 
-# A spelling of "too much memory" for each allocator that does not raise MemoryError.
-_HOST_OOM = re.compile(r"DefaultCPUAllocator: .*?tried to allocate (\d+) bytes|std::bad_alloc", re.DOTALL)
-_DEVICE_OOM = re.compile(r"Tried to allocate ([\d.]+) ([KMGT]i?B)")
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _LOUD_LINES = 40
 
 
@@ -85,8 +81,6 @@ def attempt(work: Work, emit: Any) -> Record:
     except HarnessError as error:
         status, because = Status.ERROR, str(error)
         failure = _failure(error, life)
-    except MemoryError as error:
-        status, because, failure = Status.OOM, "the host's memory ran out", _failure(error, life)
     except Exception as error:  # noqa: BLE001 - the one place where a crash becomes data
         status, because = _classify(error)
         failure = _failure(error, life)
@@ -130,6 +124,7 @@ def _prepare(work: Work, registry: Any, emit: Any, threads: int) -> tuple[Any, d
     import torch
     import transformers
 
+    from harness.measure import energy, gpu
     from harness.measure.memory import PeakMeter
     from harness.measure.phases import PhaseClock
     from harness.runner.life import Life
@@ -144,7 +139,17 @@ def _prepare(work: Work, registry: Any, emit: Any, threads: int) -> tuple[Any, d
     gc.freeze()
     device = torch.device(work.device)
     meter = PeakMeter(device)
-    clock = PhaseClock(meter, lambda name: emit("phase", name=name))
+    cuda = device.type == "cuda"
+    driver, because = gpu.find(device) if cuda else (None, "")
+    watch = gpu.GpuWatch(device, driver) if cuda else None
+
+    def announce(name: str) -> None:
+        peaks = [
+            phase.peak_memory_B for phase in clock.done
+        ]  # for whoever has to tell the end of a worker that is killed
+        emit("phase", name=name, peak_B=max((p for p in peaks if p is not None), default=None))
+
+    clock = PhaseClock(meter, announce, energy.meter(driver, because, cuda=cuda), watch)
     life = Life(work, registry, clock, meter, emit, baseline=meter.now())
     life.notes += _reproducibility(device)
     built = _build(torch.__config__.show())
@@ -176,21 +181,14 @@ def _classify(error: Exception) -> tuple[Status, str]:
     first = text.splitlines()[0] if text else kind
     if kind in ("NonconformingError", "Diverged", "Untrained"):
         return Status.NONCONFORMING, first
-    if kind == "OutOfMemoryError" or _DEVICE_OOM.search(text):
-        return Status.OOM, f"the device's memory ran out: {first}"
-    if _HOST_OOM.search(text):
-        return Status.OOM, f"the host's memory ran out: {first}"
+    if short := shortage(error):
+        return Status.OOM, f"the {short.whose}'s memory ran out: {first}"
     return Status.ERROR, f"{kind}: {first}"
 
 
 def _failure(error: BaseException, life: Any) -> Failure:
     text = _plain(str(error))
-    host, device = _HOST_OOM.search(text), _DEVICE_OOM.search(text)
-    requested = None
-    if host and host.group(1):
-        requested = int(host.group(1))
-    elif device:
-        requested = int(float(device.group(1)) * _UNITS[device.group(2)[0]])
+    short = shortage(error)
     peaks = [p.peak_memory_B for p in life.clock.done if p.peak_memory_B is not None] if life else []
     lines = _plain("".join(traceback.format_exception(error))).splitlines()
     return Failure(
@@ -198,7 +196,7 @@ def _failure(error: BaseException, life: Any) -> Failure:
         message=text[:4000],
         traceback="\n".join(lines[-_LOUD_LINES:]),
         phase=life.clock.current if life else "start-up",
-        requested_B=requested,
+        requested_B=short.requested_B if short else None,
         last_peak_B=peaks[-1] if peaks else None,
     )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.errors import AssetError, UsageError
+from harness.out_of_memory import shortage
 from harness.tolerances import FORESIGHT
 
 _PROBED_TOKENS = 4
@@ -29,11 +30,24 @@ class Loaded:
 
 def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.device, seed: int) -> Loaded:
     """Load an encoder with a classification head of `labels` classes, or a causal model, from a local folder."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     factory: Any = AutoModelForSequenceClassification if kind == "encoder" else AutoModelForCausalLM
     options = {"num_labels": labels} if kind == "encoder" else {}
-    model, info = factory.from_pretrained(path, dtype=dtype, local_files_only=True, output_loading_info=True, **options)
+    try:
+        model, info = factory.from_pretrained(
+            path, dtype=dtype, local_files_only=True, output_loading_info=True, **options
+        )
+    except (SafetensorError, OSError, ValueError) as error:
+        if shortage(error):
+            raise
+        said = (str(error).splitlines() or [""])[0]
+        raise AssetError(
+            f"the model cannot be read: {type(error).__name__}: {said}",
+            where=str(path),
+            mend="copy or fetch its folder again, or take one that this release of transformers knows",
+        ) from error
     missing = sorted(info["missing_keys"])
     if kind == "causal" and missing:
         raise AssetError(

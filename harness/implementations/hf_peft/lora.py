@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from harness.errors import Unsupported
@@ -32,8 +34,46 @@ def lora(model: Any, config: Any, generator: Any) -> PeftAdapted:
         # What a user of GPT-2 sets. peft sets it by itself otherwise, layer by layer, and warns of it.
         fan_in_fan_out="Conv1D" in kinds.values(),
     )
-    tuner(model, peft_config, generator)
-    return PeftAdapted(model, lora_tensors)
+    return PeftLora(peft_model(model, peft_config, generator), peft_config)
+
+
+class PeftLora(PeftAdapted):
+    """A model with peft's LoRA, which can hold several adapters at once and mix them in one batch."""
+
+    def __init__(self, peft_model: Any, peft_config: Any) -> None:
+        super().__init__(peft_model.get_base_model(), lora_tensors)
+        self.peft_model, self.peft_config = peft_model, peft_config
+
+    @contextmanager
+    def mixed(self, adapters: Any) -> Iterator[None]:
+        """Within, row n of each batch goes through adapter n (as `tensors()`): peft's `adapter_names` in the forward pass.
+
+        peft hands the names to its layers by hooks that it sets at every call of its own model; here they stay set, since
+        it is the model inside that is called.
+        """
+        import torch
+
+        names = [f"row{n}" for n in range(len(adapters))]
+        hooks = []
+        try:
+            for name, adapter in zip(names, adapters, strict=True):
+                with torch.random.fork_rng():
+                    self.peft_model.add_adapter(name, self.peft_config)
+                for path, layer in self.layers.items():
+                    for letter, tensor in lora_tensors(layer, name).items():
+                        tensor.data.copy_(adapter[f"{path}.{letter}"])
+
+            def named(_: Any, given: Any, options: Any) -> Any:
+                return given, options | {"adapter_names": names}
+
+            hooks = [layer.register_forward_pre_hook(named, with_kwargs=True) for layer in self.layers.values()]
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for name in names:
+                if name in self.peft_model.peft_config:
+                    self.peft_model.delete_adapter(name)
 
 
 @implements("dora", name="hf-peft", dtypes=DTYPES, requires=["peft"])
@@ -122,12 +162,12 @@ def _residual(layer: Any) -> Any:
     return weight.T if ADAPTER in layer.lora_embedding_A else weight
 
 
-def lora_tensors(layer: Any) -> dict[str, Any]:
+def lora_tensors(layer: Any, name: str = ADAPTER) -> dict[str, Any]:
     """Map A and B to peft's own parameters of a LoRA layer of any kind.
 
     Linear and Conv1D: A (R, D), B (E, R). Embedding: A (R, num), B (dim, R). Conv2d: A (R, in, k, k), B (out, R/groups, 1,
     1). The reference has the same layouts.
     """
-    if ADAPTER in layer.lora_embedding_A:
-        return {"A": layer.lora_embedding_A[ADAPTER], "B": layer.lora_embedding_B[ADAPTER]}
-    return {"A": layer.lora_A[ADAPTER].weight, "B": layer.lora_B[ADAPTER].weight}
+    if name in layer.lora_embedding_A:
+        return {"A": layer.lora_embedding_A[name], "B": layer.lora_embedding_B[name]}
+    return {"A": layer.lora_A[name].weight, "B": layer.lora_B[name].weight}

@@ -1,0 +1,21 @@
+"""Percentiles of raw samples; none where the samples are too few for one to be beyond it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+SHARES = (0.50, 0.95, 0.99)
+
+
+def needed(share: float) -> int:
+    """Return from how many samples on a percentile is told: as many as leave one sample in what is beyond it."""
+    return math.ceil(1 / (1 - Fraction(str(share))))
+
+
+def percentile(samples: Sequence[float], share: float) -> float | None:
+    """Return the smallest sample that `share` of all do not exceed; None of fewer samples than are needed."""
+    if len(samples) < needed(share):
+        return None
+    return sorted(samples)[math.ceil(Fraction(str(share)) * len(samples)) - 1]

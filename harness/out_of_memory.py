@@ -1,0 +1,49 @@
+"""Every spelling of "too much memory": whose it was, and how much was asked for. No torch: its classes are known by name."""
+
+from __future__ import annotations
+
+import errno
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50, "E": 2**60}
+_SIZE = r"([\d.]+) ?(?:bytes|([KMGTPE]?)i?B)"
+_DEVICE = re.compile(
+    rf"(?:CUDA|HIP) out of memory(?:\. Tried to allocate {_SIZE})?|(?:CUDA|HIP) error: out of memory"
+    rf"|Tried to allocate {_SIZE}|C?UBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
+)
+_HOST = re.compile(
+    # torch; numpy; C++; the system's own words, from mmap and from Rust
+    rf"DefaultCPUAllocator: .*?tried to allocate {_SIZE}|Unable to allocate {_SIZE} for an array"
+    r"|std::bad_alloc|Cannot allocate memory|\(os error 12\)",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """Memory that there was not. requested_B: None where the error does not say how much."""
+
+    whose: Literal["host", "device"]
+    requested_B: int | None = None
+
+
+def shortage(error: BaseException) -> Shortage | None:
+    """Return what an error says of memory that ran out, or None if it is of something else."""
+    text = str(error)
+    if device := _DEVICE.search(text):
+        return Shortage("device", _size(device))
+    if type(error).__name__ == "OutOfMemoryError":
+        return Shortage("device")
+    if host := _HOST.search(text):
+        return Shortage("host", _size(host))
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return Shortage("host")
+    return None
+
+
+def _size(found: re.Match[str]) -> int | None:
+    """Return the bytes of the one pair of groups that matched, if any did."""
+    pairs = zip(found.groups()[::2], found.groups()[1::2], strict=True)
+    return next((int(float(number) * _UNITS[unit or ""]) for number, unit in pairs if number), None)

@@ -1,0 +1,79 @@
+"""How latencies are shown: median, interval, percentiles, ratios; and the table of several adapters in one batch."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from harness.analysis import parity
+from harness.analysis.intervals import median_interval
+from harness.analysis.percentiles import SHARES, needed, percentile
+from harness.records import Latency
+from harness.report import display
+from harness.report.display import Figure, figure, unmeasured
+from harness.report.facts import RunFacts
+from harness.report.grouped import Table, column, measurements, table
+
+TITLE = "median with its 95 % interval, and the 95th percentile of 20 samples or more; the tooltip has all percentiles"
+
+
+def shown(latency: Latency | None, refused: str = "") -> Figure:
+    """Show a median with what else its samples say. refused: why they may not be shown."""
+    if refused:
+        return unmeasured(refused)
+    if latency is None:
+        return unmeasured("not asked for")
+    if not latency.seconds:
+        return unmeasured(latency.because or "no samples, and the Record does not say why")
+    m = median_interval(latency.seconds)
+    tail = percentile(latency.seconds, 0.95)
+    small = display.median_ms(m) + (f" p95 {display.milliseconds(tail)}" if tail is not None else "")
+    return figure(display.milliseconds(m.value), m.value, small=small, why=f"{m.count} samples; {_told(latency)}")
+
+
+def _told(latency: Latency) -> str:
+    said = []
+    for share in SHARES:
+        value, name = percentile(latency.seconds, share), f"p{100 * share:.0f}"
+        said.append(
+            f"{name} {display.milliseconds(value)} ms" if value is not None else f"no {name} under {needed(share)}"
+        )
+    return ", ".join(said)
+
+
+def ratio(latency: Latency | None, base: Latency | None, refused: str) -> Figure:
+    """Show a ratio of two medians."""
+    if refused:
+        return unmeasured(refused)
+    if not latency or not base or not latency.seconds or not base.seconds or not median(base.seconds):
+        return unmeasured("one of the two was not measured")
+    quotient = median(latency.seconds) / median(base.seconds)
+    return figure(f"{quotient:.2f}", quotient)
+
+
+def several(facts: RunFacts) -> Table:
+    """Tabulate batches whose rows have adapters of their own, beside the same batch with one adapter for all."""
+    columns = [
+        column("What", "kind of forward pass, batch x tokens", number=False),
+        column("Adapters", "each row of the batch goes through another"),
+        column("One for all, ms", f"the same batch through one unmerged adapter: {TITLE}"),
+        column("One each, ms", TITLE),
+        column("Each / all", "ratio of medians: what mixing costs"),
+    ]
+    rows = []
+    for cell, m in measurements(facts):
+        record = facts.latest[cell.cell_id]
+        refused, one_refused = parity.no_mixed_speed(record), parity.no_speed(record)
+        for x in m.latency:
+            if x.adapters is None:
+                continue
+            same = [y for y in m.latency if (y.kind, y.batch, y.tokens) == (x.kind, x.batch, x.tokens)]
+            one = next((y for y in same if y.variant == "unmerged"), None)
+            figures = [
+                figure(f"{x.kind} {x.batch} × {x.tokens}", f"{x.kind} {x.batch:06} {x.tokens:06}"),
+                figure(str(x.adapters), x.adapters),
+                shown(one, one_refused or ("" if one else x.because)),
+                shown(x, refused),
+                ratio(x, one, refused or x.because),
+            ]
+            rows.append({"cell": cell, "figures": figures})
+    return table(facts, "mixed", "Several adapters in one batch", columns, rows)
