@@ -63,6 +63,7 @@ def torch_error() -> Exception:
         (MemoryError(), Shortage("host")),
         (RuntimeError("std::bad_alloc"), Shortage("host")),
         (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), Shortage("host")),
+        (RuntimeError("unable to mmap 7 bytes from file <w>: Cannot allocate memory (12)"), Shortage("host")),
         (RuntimeError("Error while mapping: Cannot allocate memory (os error 12)"), Shortage("host")),
         (RuntimeError("shape '[2, 3]' is invalid for input of size 5"), None),
         (OSError(errno.ENOENT, os.strerror(errno.ENOENT)), None),

@@ -118,7 +118,7 @@ def meter(gpu: Gpu | None, because: str = "", *, cuda: bool = False, root: Path 
 def _is_package(zone: Path) -> bool:
     """Tell a package from its parts (`intel-rapl:0:0`), which it counts too, and from the whole platform (`psys`)."""
     try:
-        return zone.name.count(":") == 1 and (zone / "name").read_text().startswith("package")
+        return (zone / "name").read_text().startswith("package")
     except OSError:
         return False
 
