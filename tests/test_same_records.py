@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from harness import store
 from harness.records import Record
 from harness.runner.executors.slurm import LOCAL
 
-pytest.importorskip("ray", reason="the extra `ray` is not installed")
-pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
+pytestmark = pytest.mark.skipif(
+    not (find_spec("ray") and find_spec("submitit")), reason="the extras `ray` and `slurm` are not installed"
+)
 
 
 def _but_for_times(record: Record) -> dict[str, Any]:
