@@ -147,9 +147,12 @@ def test_cells_that_are_called_back(tmp_path: Path) -> None:
     element.stdin.write(json.dumps(told))
     element.stdin.close()
     element.stdin = None
-    eventually((run.folder.path / "pid").exists, "a worker hangs")
-    wanted.unlink()
-    _, said = element.communicate(timeout=PATIENCE_S)
+    try:
+        eventually((run.folder.path / "pid").exists, "a worker hangs")
+        wanted.unlink()
+        _, said = element.communicate(timeout=PATIENCE_S)
+    finally:
+        element.kill()  # and so what it had started; nothing to do where it has ended
     assert "UnwantedError" in said
     assert _gone(int((run.folder.path / "pid").read_text()))
 
