@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from conftest import Finished, make_bench
 
 from harness import store
+from harness.errors import Exit
 from harness.records import Record
 from harness.runner.executors.slurm import LOCAL
 
@@ -54,3 +57,19 @@ def test_local_ray_and_slurm_leave_the_same_records(
         (record,) = bench.read().records
         assert " ok " in finished[name].err
         assert _but_for_times(record) == _but_for_times(here[record.cell_id]), name
+
+
+def test_a_cluster_resumes_what_another_machine_measured(
+    smoke: tuple[Finished, store.Run], cache: Path, tmp_path: Path
+) -> None:
+    bench = make_bench(tmp_path, cache)
+    bench.environment[LOCAL] = "local"
+    shutil.copytree(smoke[1].path, bench.run_folder)
+    (bench.run_folder / "footer.json").unlink()  # with its hashes of what is changed here
+    for path in bench.run_folder.glob("cells/*.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["environment"] |= {"id": "0" * 12, "machine": {"cpu": "of another node"}}
+        path.write_text(json.dumps(record), encoding="utf-8")
+    finished = bench.command("run", "smoke", "--resume", "run", "--executor", "slurm")
+    assert finished.err.count("has an ok Record") == len(smoke[1].records), finished.err
+    assert finished.code == Exit.PASS
