@@ -42,7 +42,7 @@ STATUSES = {
     Status.NONCONFORMING: "the implementation computes something else than the Method, or training diverged; nothing was "
     "measured",
     Status.OOM: "the device or the machine ran out of memory; an outcome like any other, it stays in every table",
-    Status.TIMEOUT: "stopped after --timeout seconds",
+    Status.TIMEOUT: "stopped after --timeout seconds, or at the time limit that Slurm had set",
     Status.ERROR: "the worker ended with an exception; its traceback is in the Record",
     Status.SKIPPED: "could not run here, and the Record says why",
     Status.LOST: "the worker vanished without a word: killed from outside, or the machine went down",

@@ -24,6 +24,8 @@ def main() -> None:
     lifeline.hold(int(watched), int(events))
     seed, folder = str(work["cell"]["seed"]), Path(work["folder"])
     os.write(int(events), b'{"event": "phase", "name": "pretending"}\n')
+    with (folder / "started").open("a") as started:
+        started.write(f"{seed}\n")
     act = json.loads(acts).get(seed)
     if act in ("hang", "orphan"):
         (folder / "pid.tmp").write_text(str(os.getpid()))

@@ -52,7 +52,7 @@ def test_as_many_cells_are_at_work_as_were_asked_for(tmp_path: Path) -> None:
 
 
 def test_one_that_hangs_and_one_that_dies_hold_nobody_up(tmp_path: Path) -> None:
-    run = stubbed.Stubbed(tmp_path, 5, timeout=3.0)
+    run, before = stubbed.Stubbed(tmp_path, 5, timeout=3.0), psutil.Process().children(recursive=True)
     began = time.monotonic()
     records = run.run(Local(2, run.command({0: "hang", 2: "die"})))
     assert time.monotonic() - began >= 3
@@ -62,17 +62,17 @@ def test_one_that_hangs_and_one_that_dies_hold_nobody_up(tmp_path: Path) -> None
     assert list(records)[-1] == 0  # the others had ended long before
     assert records[0].because == "not done after 3 s, in phase pretending"
     assert records[2].because == "the worker was killed by SIGKILL in phase pretending"
-    assert psutil.Process().children() == []
+    assert psutil.Process().children(recursive=True) == before
 
 
 def test_what_ends_a_run_ends_all_that_is_at_work(tmp_path: Path) -> None:
-    run = stubbed.Stubbed(tmp_path, 4)
+    run, before = stubbed.Stubbed(tmp_path, 4), psutil.Process().children(recursive=True)
     with contextlib.closing(
         Local(2, run.command({1: "hang", 2: "hang"})).run(run.works(), run.terms, run.nobody)
     ) as records:
         assert next(records).cell.seed == 0
         eventually((run.folder.path / "pid").exists, "a worker hangs")
-    assert psutil.Process().children(recursive=True) == []
+    assert psutil.Process().children(recursive=True) == before
 
 
 # --- GPUs ------------------------------------------------------------------------------------------------------------

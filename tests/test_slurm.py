@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
+import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 import stubbed
-from conftest import eventually
+from conftest import PATIENCE_S, eventually
 
 from harness.cli import main
 from harness.errors import Exit, UsageError
 from harness.measure import environment
 from harness.records import Status
-from harness.runner.executors import node, slurm
+from harness.runner.executors import slurm
 from harness.runner.executors.slurm import LOCAL, Slurm
 
 pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
@@ -136,17 +137,23 @@ def test_cells_that_are_called_back(tmp_path: Path) -> None:
     run = stubbed.Stubbed(tmp_path, 1)
     (wanted := tmp_path / "wanted").touch()
     works = [work.model_dump_json(by_alias=True) for work in run.works()]
-    child = os.fork()
-    if child == 0:
-        with contextlib.suppress(node.UnwantedError):
-            node.measure(works, 600.0, run.command({0: "hang"}), str(wanted))
-            os._exit(1)
-        os._exit(0)
-    eventually((run.folder.path / "pid").exists, "a worker hangs")
-    began = time.monotonic()
-    wanted.unlink()
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert time.monotonic() - began < 60
+    code = "import json, sys; from harness.runner.executors import node; node.measure(**json.load(sys.stdin))"
+    told = {"works": works, "timeout": 600.0, "command": run.command({0: "hang"}), "wanted": str(wanted)}
+    element = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )  # fmt: skip
+    assert element.stdin is not None
+    element.stdin.write(json.dumps(told))
+    element.stdin.close()
+    element.stdin = None
+    try:
+        eventually((run.folder.path / "pid").exists, "a worker hangs")
+        wanted.unlink()
+        _, said = element.communicate(timeout=PATIENCE_S)
+    finally:
+        element.kill()  # and so what it had started; nothing to do where it has ended
+    assert "UnwantedError" in said
     assert _gone(int((run.folder.path / "pid").read_text()))
 
 

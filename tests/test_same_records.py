@@ -1,0 +1,75 @@
+"""The same Cell on this machine, as a task of Ray and as an element of submitit's array: the same Record but for times."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Finished, make_bench
+
+from harness import store
+from harness.errors import Exit
+from harness.records import Record
+from harness.runner.executors.slurm import LOCAL
+
+pytestmark = pytest.mark.skipif(
+    not (find_spec("ray") and find_spec("submitit")), reason="the extras `ray` and `slurm` are not installed"
+)
+
+
+def _but_for_times(record: Record) -> dict[str, Any]:
+    """Return all of a Record that does not say when, how fast, in how much memory and under which variables."""
+    found = record.model_dump(mode="json", exclude={"run", "started", "duration_s"})
+    assert found["measurements"] is not None, record.because
+    found["environment"]["extra"].pop("variables")  # Ray's number of threads is one of them, and means the same
+    found["phases"] = [phase["name"] for phase in found["phases"]]
+    for times in ("step_seconds", "cpu_seconds"):
+        found["measurements"]["training"].pop(times)
+    found["measurements"]["memory"].pop("baseline_B")
+    for latency in found["measurements"]["latency"]:
+        latency["seconds"] = len(latency["seconds"])
+    return found
+
+
+def test_local_ray_and_slurm_leave_the_same_records(
+    smoke: tuple[Finished, store.Run], cache: Path, tmp_path: Path
+) -> None:
+    benches = {}
+    for name in ("ray", "slurm"):
+        benches[name] = bench = make_bench(tmp_path / name, cache)
+        bench.environment[LOCAL] = "local"
+        # What Ray or this test's own surroundings say of threads must not decide.
+        bench.environment.pop("OMP_NUM_THREADS", None)
+    only = "id=lora,implementation=fused"
+    begun = time.monotonic()
+    running = {
+        name: bench.start("run", "smoke", "--only", only, "--out", "run", "--executor", name, "--jobs", "1")
+        for name, bench in benches.items()
+    }
+    finished = {name: benches[name].finish(process, begun) for name, process in running.items()}
+    here = smoke[1].latest()
+    for name, bench in benches.items():
+        (record,) = bench.read().records
+        assert " ok " in finished[name].err
+        assert _but_for_times(record) == _but_for_times(here[record.cell_id]), name
+
+
+def test_a_cluster_resumes_what_another_machine_measured(
+    smoke: tuple[Finished, store.Run], cache: Path, tmp_path: Path
+) -> None:
+    bench = make_bench(tmp_path, cache)
+    bench.environment[LOCAL] = "local"
+    shutil.copytree(smoke[1].path, bench.run_folder)
+    (bench.run_folder / "footer.json").unlink()  # with its hashes of what is changed here
+    for path in bench.run_folder.glob("cells/*.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["environment"] |= {"id": "0" * 12, "machine": {"cpu": "of another node"}}
+        path.write_text(json.dumps(record), encoding="utf-8")
+    finished = bench.command("run", "smoke", "--resume", "run", "--executor", "slurm")
+    assert finished.err.count("has an ok Record") == len(smoke[1].records), finished.err
+    assert finished.code == Exit.PASS
