@@ -27,11 +27,13 @@ from harness.records import AssetUse, Environment, Status
 from harness.report import html, text
 from harness.runner import local, stop
 from harness.runner.progress import Progress
-from harness.runner.work import Asset, TaskWork, Work
+from harness.runner.work import Asset, TaskWork, Work, used
 
 DEFAULT_TIMEOUT_S = 3600.0
 
 _How = Literal["finished", "interrupted", "failed"]
+Works = dict[str, tuple[Asset, Asset | None, TaskWork]]
+"""By cell_id: the model, the data and the task, at hand."""
 
 
 class _Times:
@@ -99,7 +101,7 @@ def run_suite(
 
 def _measure(
     plan: Plan,
-    works: dict[str, tuple[Asset, Asset, TaskWork]],
+    works: Works,
     done: set[str],
     folder: store.RunFolder,
     run_id: str,
@@ -168,11 +170,11 @@ def _device(wanted: str) -> Literal["cpu", "cuda"]:
     return "cuda" if wanted == "cuda" or (wanted == "auto" and environment.gpus()) else "cpu"
 
 
-def _resolve(suite: suites.Suite, plan: Plan, progress: Progress) -> dict[str, tuple[Asset, Asset, TaskWork]]:
+def _resolve(suite: suites.Suite, plan: Plan, progress: Progress) -> Works:
     """Fetch every model and data set the plan names, before anything runs. Raises SuiteError for data that do not fit."""
     base = suite.path.resolve().parent
     ready: dict[str, Asset] = {}
-    data: dict[str, Asset] = {}
+    data: dict[str, Asset | None] = {}
 
     def asset(source: Source) -> Asset:
         if source.name not in ready:
@@ -184,8 +186,8 @@ def _resolve(suite: suites.Suite, plan: Plan, progress: Progress) -> dict[str, t
     for cell in plan.cells:
         task = suite.tasks[cell.task]
         if task.name not in data:
-            data[task.name] = asset(task.data)
-            if found := rows.problems(task.data, Path(data[task.name].path), task.labels, task.test):
+            data[task.name] = there = asset(task.data) if task.data else None
+            if there and (found := rows.problems(there.source, Path(there.path), task.labels, task.test)):
                 raise SuiteError(found)
         works[cell.cell_id] = (
             asset(resolve(cell.model, suite.sources, base)),
@@ -231,7 +233,7 @@ def _sha256(value: object) -> str:
 
 
 def _reopen(
-    old: store.Run, here: Environment, works: dict[str, tuple[Asset, Asset, TaskWork]], device: str, progress: Progress
+    old: store.Run, here: Environment, works: Works, device: str, progress: Progress
 ) -> tuple[store.RunFolder, str, set[str]]:
     """Return an old run's folder, its id, and the Cells that need not run again: same machine, code, device, assets."""
     folder = store.RunFolder(old.path)
@@ -251,7 +253,7 @@ def _reopen(
         and record.environment.code_version == here.code_version
         and record.device == device
         and record.cell_id in works
-        and record.assets == [asset.use for asset in works[record.cell_id]]
+        and record.assets == used(*works[record.cell_id])
     }
     return folder, old.manifest.run, done
 
