@@ -34,7 +34,7 @@ from harness.runner.progress import Progress
 from harness.runner.work import Work
 from harness.tolerances import EPSILON
 
-PHASES = ["start-up", "load", "data", "attach", "parity", "warm-up", "train", "evaluate", "latency"]
+PHASES = ["start-up", "predict", "load", "data", "attach", "parity", "warm-up", "train", "evaluate", "latency"]
 
 
 # --- the smoke suite -------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 
 from harness.analysis import contention, measured, parity
-from harness.records import Environment, Json, Measurements, Memory, Record
+from harness.records import Environment, Json, Measurements, Memory, Predicted, Record
 
 Value = bool | int | float | str | None
 Row = dict[str, Value]
@@ -109,7 +109,11 @@ def _measured(m: Measurements | None) -> Row:
     for name in ("adapter", "head", "trainable", "total"):
         found[f"parameters.{name}"] = getattr(m.parameters, name) if m else None
     for name in Memory.model_fields:
-        found[f"memory.{name}"] = getattr(m.memory, name) if m else None
+        if name != "predicted":
+            found[f"memory.{name}"] = getattr(m.memory, name) if m else None
+    predicted = m.memory.predicted if m else None
+    for name in Predicted.model_fields:
+        found[f"memory.predicted.{name}"] = getattr(predicted, name) if predicted else None
     return found
 
 

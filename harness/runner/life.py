@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.assets import shapes
 from harness.conformance import fingerprint, gate
 from harness.conformance.observe import inference
 from harness.conformance.subject import (
@@ -23,6 +24,7 @@ from harness.conformance.subject import (
     sampled,
 )
 from harness.errors import UsageError
+from harness.footprint import cells, counting
 from harness.measure import latency
 from harness.measure.memory import PeakMeter, model_tensors, optimizer_tensors, tensor_bytes
 from harness.measure.phases import PhaseClock
@@ -33,6 +35,7 @@ from harness.records import (
     Memory,
     Outcome,
     Parameters,
+    Predicted,
     TrainingMeasured,
 )
 from harness.registry import Registry
@@ -74,6 +77,8 @@ class Life:
         kind = work.model.source.kind
         quantised = cell.base.quantization != "none"
 
+        with self.clock.phase("predict"):
+            expected = self._predict()
         with self.clock.phase("load"):
             loaded = self._load(dtype, device, whole=not quantised)
         model: Any = loaded.model
@@ -144,6 +149,8 @@ class Life:
             gradients_B=gradients,
             optimizer_B=tensor_bytes(t for t in states if t.device.type == device.type),
             optimizer_host_B=tensor_bytes(t for t in states if t.device.type != device.type),
+            predicted=None if isinstance(expected, str) else expected,
+            not_predicted=expected if isinstance(expected, str) else "",
         )
         del optimizer, states
         model.zero_grad(set_to_none=True)
@@ -152,6 +159,17 @@ class Life:
         with self.clock.phase("latency"):
             measured = self._latency(subject, kind == "causal", int(model.config.vocab_size))
         return Measurements(parameters=counts, training=trained, memory=memory, latency=measured, accuracy=accuracy)
+
+    def _predict(self) -> Predicted | str:
+        """Predict the ledger from the model's shape alone; or say why not."""
+        work = self.work
+        try:
+            config = shapes.read(Path(work.model.path) / "config.json", work.model.source.name)
+        except UsageError as error:
+            return error.what
+        with torch.random.fork_rng():
+            counted = counting.answer(cells.request(work.cell, config, work.model.source.kind, work.task.labels))
+        return cells.predicted(work.cell, counted, on_cpu=work.device == "cpu")
 
     def _load(self, dtype: torch.dtype, device: torch.device, whole: bool) -> models.Loaded:
         """Load the model; of a shape, draw the weights now if `whole`, else as its layers are packed."""
