@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def is_meant(keys: CellKeys) -> bool:
-    """Say whether an entry has this task alone."""
-    return keys.task == [SYNTHETIC]
+    """Say whether an entry has this task, so that it need not say how many items are scored."""
+    return SYNTHETIC in (keys.task or [])
 
 
 def problems(keys: CellKeys, models: Mapping[int, Source]) -> Iterator[tuple[Way, str, str]]:
