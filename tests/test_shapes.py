@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -130,12 +131,14 @@ def test_a_packed_shape_never_exists_in_its_first_form(tmp_path: Path) -> None:
     model, registry = shape.build(folder_of(deep, tmp_path), torch.bfloat16), discover()
     paths = [p for p, m in model.named_modules() if type(m) is torch.nn.Linear and p != "lm_head"]
     block = sum(m.weight.numel() for p, m in model.named_modules() if p in paths) // 6
-    most, pack = [], registry.find("base", "nf4", "fused")
+    most, alive, held, pack = [], [], list[Any](), registry.find("base", "nf4", "fused")
 
     class Watched:
         def find(self, *_: str) -> Any:
             def packs(model: Any, here: list[str], dtype: torch.dtype) -> Any:
                 most.append(dense(model))
+                alive.append(sum(one() is not None for one in held))
+                held.append(weakref.ref(model.get_submodule(here[0]).weight))
                 return pack(model, here, dtype)
 
             return packs
@@ -144,6 +147,7 @@ def test_a_packed_shape_never_exists_in_its_first_form(tmp_path: Path) -> None:
     found = packing.pack(model, paths, base, torch.bfloat16, Watched(), shape.drawn(model, CPU))  # type: ignore[arg-type]
     assert set(found.forms) == set(paths)
     assert max(most) == block
+    assert max(alive) <= 1  # nobody else keeps what was packed: at most the one just replaced is still to be freed
     assert not any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers()))
     # The same numbers as without a base: a Cell's base must not be another model.
     whole = shape.build(tmp_path, torch.bfloat16)

@@ -192,7 +192,7 @@ def answer(asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `count` gives for these arguments, or {"error": why} for a model that cannot be built or counted."""
     try:
         return count(**asked)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         return {"error": f"its shape cannot be counted: {type(error).__name__}: {error}"}
 
 

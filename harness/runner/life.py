@@ -167,7 +167,7 @@ class Life:
             config = shapes.read(Path(work.model.path) / "config.json", work.model.source.name)
         except UsageError as error:
             return error.what
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             counted = counting.answer(cells.request(work.cell, config, work.model.source.kind, work.task.labels))
         return cells.predicted(work.cell, counted, on_cpu=work.device == "cpu")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,12 @@ def drawn(model: Any, device: torch.device) -> Iterator[set[str]]:
     for path, module in model.named_modules():
         block = next((b for b in blocks if path == b or path.startswith(f"{b}.")), _REST)
         parts.setdefault(block, {})[path] = module
-    homes: dict[int, nn.Parameter] = {}
+    # Only what several modules share is kept here: anything else must be free to go once it is packed.
+    uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    homes: dict[int, nn.Parameter | None] = {key: None for key, count in uses.items() if count > 1}
     for part, modules in parts.items():
         _draw(model, part, modules, device, homes)
         yield set(modules)
-    model.tie_weights()
 
 
 def draw(model: Any, device: torch.device) -> None:
@@ -74,15 +76,17 @@ def draw(model: Any, device: torch.device) -> None:
 
 @torch.no_grad()
 def _draw(
-    model: Any, part: str, modules: dict[str, nn.Module], device: torch.device, homes: dict[int, nn.Parameter]
+    model: Any, part: str, modules: dict[str, nn.Module], device: torch.device, homes: dict[int, nn.Parameter | None]
 ) -> None:
-    """Draw the modules of one part. homes: by the id of what it was on meta, the parameter that it became (tied weights)."""
+    """Draw the modules of one part. homes: of a tied weight, by the id of what it was on meta, what it became."""
     for module in modules.values():
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in homes:
-                empty = _unset(parameter, device)
-                homes[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-            setattr(module, name, homes[id(parameter)])
+            home = homes.get(id(parameter))
+            if home is None:
+                home = nn.Parameter(_unset(parameter, device), requires_grad=parameter.requires_grad)
+            if id(parameter) in homes:
+                homes[id(parameter)] = home
+            setattr(module, name, home)
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = _unset(buffer, device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
