@@ -63,9 +63,9 @@ def drawn(model: Any, device: torch.device) -> Iterator[set[str]]:
     # Only what several modules share is kept here: anything else must be free to go once it is packed.
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     homes: dict[int, nn.Parameter | None] = {key: None for key, count in uses.items() if count > 1}
-    for part, modules in parts.items():
-        _draw(model, part, modules, device, homes)
-        yield set(modules)
+    for part in list(parts):
+        _draw(model, part, parts[part], device, homes)
+        yield set(parts.pop(part))  # the layers themselves are not kept: they are packed next
 
 
 def draw(model: Any, device: torch.device) -> None:
