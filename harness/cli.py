@@ -94,8 +94,8 @@ def _only(command: Any) -> Any:
 def plan(suite: str, only: str | None, as_json: bool) -> Exit:
     """Check a suite and print its Cells.
 
-    Runs nothing. SUITE is a name or a .yaml file. Time and memory are those of the newest Record of the same Cell in
-    results/runs; nothing is guessed.
+    Trains nothing. SUITE is a name or a .yaml file. Memory is predicted from the models' shapes, where these are here.
+    Times are those of the newest Record of the same Cell in results/runs; nothing is guessed.
     """
     from harness import expand, fitting, planning, suites
 
@@ -103,7 +103,7 @@ def plan(suite: str, only: str | None, as_json: bool) -> Exit:
     cells = expand.expand(read)
     cells = expand.only(cells, only) if only is not None else cells
     fitting.refuse(read, cells)
-    document = planning.planning(read, cells)
+    document = planning.planning(read, cells, predicted=planning.predictions(read, cells))
     say(json.dumps(document, indent=1) if as_json else planning.as_text(document))
     return Exit.PASS
 

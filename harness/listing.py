@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from harness import explain, suites, tasks, yaml_lines
+from harness.assets import shapes
 from harness.assets.table import Source, load_table
 from harness.methods import methods
 from harness.records import SCHEMA
@@ -87,17 +88,26 @@ def _suites(_: Registry) -> list[Row]:
 
 
 def _models(_: Registry) -> list[Row]:
+    whole = [s for s in _sources().values() if s.kind != "data"]
     return [
-        {"name": s.name, "kind": s.kind, "source": s.source, "licence": s.licence}
-        for s in _sources().values()
-        if s.kind != "data"
+        *({"name": s.name, "kind": s.kind, "source": s.source, "licence": s.licence} for s in whole),
+        *(
+            {"name": f"{shapes.PREFIX}{p.name}", "kind": "causal", "source": p.source, "licence": "none: no weights"}
+            for p in shapes.presets().values()
+        ),
     ]
 
 
 def _tasks(_: Registry) -> list[Row]:
     found = [tasks.load(name, folder("suites"), _sources()) for name in tasks.names()]
     return [
-        {"name": t.name, "data": t.data.name, "labels": t.labels, "test": t.test, "licence": t.data.licence}
+        {
+            "name": t.name,
+            "data": t.data.name if t.data else "random tokens",
+            "labels": t.labels,
+            "test": t.test,
+            "licence": t.data.licence if t.data else "none needed",
+        }
         for t in found
     ]
 

@@ -1,4 +1,4 @@
-"""What `plan` prints: the Cells of a suite, and what the newest Record of each says about time and memory."""
+"""What `plan` prints: the Cells of a suite, what memory their shapes let expect, and what their newest Records say."""
 
 from __future__ import annotations
 
@@ -8,22 +8,34 @@ from typing import Any
 
 from harness import store
 from harness.analysis import naming
+from harness.assets.table import resolve
 from harness.errors import StoreError
 from harness.expand import Plan
+from harness.footprint import cells
 from harness.listing import aligned
-from harness.records import SCHEMA, Record, Status
+from harness.records import SCHEMA, Predicted, Record, Status
 from harness.report.display import mebibytes, seconds
 from harness.suites import Suite
 
 
-def planning(suite: Suite, plan: Plan, runs: Path = store.RUNS) -> dict[str, Any]:
+def predictions(suite: Suite, plan: Plan) -> dict[str, Predicted | str]:
+    """Predict the memory of every Cell of the plan from its model's shape, in one child process; see `footprint.cells`."""
+    base = suite.path.resolve().parent
+    sources = {cell.model: resolve(cell.model, suite.sources, base) for cell in plan.cells}
+    return cells.predictions(plan.cells, sources, {name: task.labels for name, task in suite.tasks.items()})
+
+
+def planning(
+    suite: Suite, plan: Plan, runs: Path = store.RUNS, predicted: Mapping[str, Predicted | str] | None = None
+) -> dict[str, Any]:
     """Return the plan as one document, ready for JSON.
 
-    Nothing is guessed: a Cell without a finished Record in `runs` has no estimate.
+    Nothing is guessed: a Cell without a finished Record in `runs` has no estimate of time, and one that is not in
+    `predicted` none of memory.
     """
     named = naming.full(plan.cells)
     newest = _newest({cell.cell_id for cell in plan.cells}, runs)
-    cells: list[dict[str, Any]] = [
+    rows: list[dict[str, Any]] = [
         {
             "cell_id": cell.cell_id,
             "id": plan.ids[cell.cell_id],
@@ -31,21 +43,24 @@ def planning(suite: Suite, plan: Plan, runs: Path = store.RUNS) -> dict[str, Any
             "name": named[cell.cell_id],
             "cell": cell.model_dump(mode="json"),
             "last": _last(newest.get(cell.cell_id)),
+            **_predicted((predicted or {}).get(cell.cell_id)),
         }
         for cell in plan.cells
     ]
-    known = [c["last"] for c in cells if c["last"] is not None and c["last"]["status"] == Status.OK]
+    sizes = [row["predicted"]["total_B"] for row in rows if row["predicted"]]
+    known = [c["last"] for c in rows if c["last"] is not None and c["last"]["status"] == Status.OK]
     return {
         "schema": SCHEMA,
         "suite": suite.name,
         "title": suite.title,
         "path": str(suite.path),
         "sha256": suite.sha256,
-        "cells": cells,
+        "cells": rows,
         "comparisons": [c.model_dump(mode="json") for c in plan.comparisons],
         "estimate": {
             "cells": len(known),
-            "of": len(cells),
+            "of": len(rows),
+            "predicted_B": max(sizes, default=None),
             "seconds": sum(last["duration_s"] for last in known) if known else None,
             "peak_memory_B": max((last["peak_memory_B"] or 0 for last in known), default=None),
         },
@@ -54,7 +69,7 @@ def planning(suite: Suite, plan: Plan, runs: Path = store.RUNS) -> dict[str, Any
 
 def as_text(document: Mapping[str, Any]) -> str:
     """Lay the document of `planning` out for people."""
-    rows = [[c["cell_id"], c["id"], c["name"], _said(c["last"])] for c in document["cells"]]
+    rows = [[c["cell_id"], c["id"], c["name"], _expected(c), _said(c["last"])] for c in document["cells"]]
     questions = [f"  {c['kind']}: {c['says']}" for c in document["comparisons"]]
     return "\n".join(
         [
@@ -62,8 +77,43 @@ def as_text(document: Mapping[str, Any]) -> str:
             *aligned(rows),
             *(["asks:", *questions] if questions else []),
             _summary(document["estimate"]),
+            *_worth(document),
         ]
     )
+
+
+def _predicted(found: Predicted | str | None) -> dict[str, Any]:
+    """Return the keys of a Cell's prediction. total_B: all that is on the device, activations and logits too where known."""
+    if not isinstance(found, Predicted):
+        return {"predicted": None, "not_predicted": found or ""}
+    parts = found.model_dump()
+    total = sum(size or 0 for name, size in parts.items() if name != "optimizer_host_B")
+    return {"predicted": {**parts, "total_B": total}, "not_predicted": ""}
+
+
+def _expected(row: Mapping[str, Any]) -> str:
+    parts = row["predicted"]
+    if parts is None:
+        return "no prediction" if row["not_predicted"] else ""
+    passing = parts["activations_B"]
+    with_what = "" if passing is None else f", activations {mebibytes(passing + (parts['logits_B'] or 0))}"
+    host = f", {mebibytes(parts['optimizer_host_B'])} on the host" if parts["optimizer_host_B"] else ""
+    return f"{mebibytes(parts['total_B'])} MiB: weights {mebibytes(parts['weights_B'])}{with_what}{host}"
+
+
+def _worth(document: Mapping[str, Any]) -> list[str]:
+    """Say what the predictions are, and why some Cells have none."""
+    said = []
+    if any(row["predicted"] for row in document["cells"]):
+        said.append(
+            "memory is predicted from shapes, at the longest texts: tensors of weights, training and activations, without "
+            "what an allocator wastes; activations only for models like Llama. `peft-harness fit` tells more"
+        )
+    reasons: dict[str, int] = {}
+    for row in document["cells"]:
+        if row["not_predicted"]:
+            reasons[row["not_predicted"]] = reasons.get(row["not_predicted"], 0) + 1
+    return said + [f"no prediction for {n} Cell{'s' if n != 1 else ''}: {why}" for why, n in reasons.items()]
 
 
 def _newest(wanted: set[str], runs: Path) -> dict[str, Record]:
@@ -104,9 +154,11 @@ def _said(last: Mapping[str, Any] | None) -> str:
 
 def _summary(estimate: Mapping[str, Any]) -> str:
     count, known = estimate["of"], estimate["cells"]
-    cells = f"{count} Cell{'s' if count != 1 else ''}"
+    counted = f"{count} Cell{'s' if count != 1 else ''}"
+    largest = estimate["predicted_B"]
+    counted += f"; the largest is predicted to take {mebibytes(largest)} MiB" if largest is not None else ""
     if not known:
-        return f"{cells}; no estimate of time and memory without a finished run here"
+        return f"{counted}; no estimate of time without a finished run here"
     rest = f"; no estimate for the other {count - known}" if known < count else ""
     peak = f", peak {mebibytes(estimate['peak_memory_B'])} MiB" if estimate["peak_memory_B"] else ""
-    return f"{cells}; {known} took {seconds(estimate['seconds'])} last time{peak}{rest}"
+    return f"{counted}; {known} took {seconds(estimate['seconds'])} last time{peak}{rest}"

@@ -216,6 +216,20 @@ class TrainingMeasured(Frozen):
     """Over names, dtypes, shapes and bytes of all that trains, as training began."""
 
 
+class Predicted(Frozen):
+    """What the analytic memory model (`harness.footprint`) says of a Cell from its model's shape alone, before it trains."""
+
+    weights_B: Bytes
+    adapter_B: Bytes
+    gradients_B: Bytes
+    optimizer_B: Bytes
+    optimizer_host_B: Bytes = 0
+    activations_B: Bytes | None = None
+    """Of one pass with texts as long as `max_tokens` allows; None without training, or where no formula is known."""
+    logits_B: Bytes | None = None
+    """Of the same; None too where only answers have logits."""
+
+
 class Memory(Frozen):
     """The ledger: bytes of tensors counted one by one, and what the process took. Peaks per phase are in `phases`."""
 
@@ -229,6 +243,9 @@ class Memory(Frozen):
     optimizer_B: Bytes
     optimizer_host_B: Bytes = 0
     """Of a run on a GPU: optimizer states in the host's memory, e.g. paged ones; not in `optimizer_B`."""
+    predicted: Predicted | None = None
+    not_predicted: str = ""
+    """Why there is no prediction, where one was asked for."""
 
 
 class Latency(Frozen):

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness import suite_tuning, tasks
-from harness.assets import model_folder
+from harness import suite_tuning, tasks, unscored
+from harness.assets import model_folder, shapes
 from harness.assets.table import Source, resolve
 from harness.errors import HarnessError, Problem, SuiteError
 from harness.methods import MethodInfo
@@ -94,10 +94,11 @@ class _EntryReader:
         name = self._id()
         complete = self._is_complete()
         config = self._configs()
-        for i, model in enumerate(keys.model or []):
-            self._model(model, self._way("model", i))
+        models = {i: self._model(model, self._way("model", i)) for i, model in enumerate(keys.model or [])}
         for i, task in enumerate(keys.task or []):
             self._task(task, self._way("task", i))
+        for way, what, mend in unscored.problems(keys, {i: source for i, source in models.items() if source}):
+            self.reading.problem(self._way(*way), what, mend)
         for i, implementation in enumerate(keys.implementation):
             for method in config:
                 self._offer("method", method, implementation, self._way("implementation", i))
@@ -119,7 +120,7 @@ class _EntryReader:
             dtype=keys.dtype,
             seed=keys.seed,
             training=training,
-            evaluation=Evaluation(**keys.evaluation.model_dump(exclude_none=True)),
+            evaluation=Evaluation(**{"items": 0} | keys.evaluation.model_dump(exclude_none=True)),
             tune=tune,
             places={way[-1]: self.reading.document.where(*self._way(*way)) for way in _JUDGED_BY_MODEL},
         )
@@ -149,7 +150,7 @@ class _EntryReader:
             value: Any = self.keys
             for part in need:
                 value = getattr(value, part)
-            if value is None:
+            if value is None and not (need == ("evaluation", "items") and unscored.is_meant(self.keys)):
                 complete = False
                 written = {(*start, *need[:n]) for start in (self.block, self.cell) for n in (1, 2)}
                 if not written & self.reading.cut:
@@ -213,21 +214,25 @@ class _EntryReader:
                     values.setdefault(key, []).append(knob.canonical(one))
         return values
 
-    def _model(self, name: str, way: Way) -> None:
+    def _model(self, name: str, way: Way) -> Source | None:
         sources = self.reading.sources
         try:
             source = resolve(name, sources, self.reading.base)
         except HarnessError as error:
             self.reading.problem(way, error.what, error.mend)
-            return
+            return None
         if source.kind == "data":
             models = ", ".join(s.name for s in sources.values() if s.kind != "data")
             self.reading.problem(way, f"`{name}` is a data set, not a model", f"models: {models}")
-        elif source.scheme == "folder":
-            try:
+            return None
+        try:
+            if source.scheme == "folder":
                 model_folder.check(Path(source.address), source)
-            except HarnessError as error:
-                self.reading.problem(way, f"{error.what} ({error.where})", error.mend)
+            elif source.scheme == "shape":
+                shapes.config_of(source.address)
+        except HarnessError as error:
+            self.reading.problem(way, f"{error.what} ({error.where})", error.mend)
+        return source
 
     def _task(self, name: str, way: Way) -> None:
         reading, items = self.reading, self.keys.evaluation.items
@@ -240,7 +245,7 @@ class _EntryReader:
             reading.problem(way, error.what, error.mend)
             return
         reading.tasks[name] = task
-        if items is not None and items > task.test:
+        if items is not None and items > task.test and task.data is not None:
             what = f"`items` is {items}, but {name} has {task.test} test items"
             reading.problem(self._way("evaluation", "items"), what, f"write at most {task.test}")
 

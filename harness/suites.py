@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from harness import expand, suite_file, yaml_lines
+from harness import expand, suite_file, tasks, yaml_lines
 from harness.assets.table import Source, load_table, parse_source
 from harness.errors import Problem, SuiteError, UsageError
 from harness.methods import methods
@@ -180,6 +180,10 @@ def _comparison(reading: Reading, index: int, keys: ComparisonKeys, entries: lis
 def _comparable(reading: Reading, way: Way, keys: ComparisonKeys, left: list[Entry], right: list[Entry]) -> None:
     if keys.better and len({(*e.task, e.evaluation.items) for e in (*left, *right)}) > 1:
         reading.problem(way, "the two sides are not scored on the same items", "give them one task and one `items`")
+    for entry in (*left, *right) if keys.better else ():
+        if tasks.SYNTHETIC in entry.task:
+            what = f"`better` compares accuracies, and `{entry.id}` scores nothing: its task is {tasks.SYNTHETIC}"
+            reading.problem(way, what, "compare Cells that are scored, or ask for `same-losses`")
     for entry in right if keys.same_losses else ():
         if set(entry.dtype) != {"float64"}:
             reading.problem(way, f"`as` names `{entry.id}`, which is not float64", "compare with a float64 Cell")

@@ -17,6 +17,9 @@ from harness.resources import folder
 from harness.spelling import near
 from harness.suite_file import explain
 
+SYNTHETIC = "synthetic"
+"""The task without texts: see `harness.unscored`."""
+
 
 class Metadata(BaseModel):
     """What peft-harness reads from a task's `metadata`; lm-eval keeps its own keys there too."""
@@ -36,12 +39,13 @@ class Task:
 
     spec: the whole lm-eval mapping, as read. data: the Source that `metadata.data` names. labels: how many classes.
     test: the first rows after one shuffle with `shuffle_seed`; the rest train. text: the column that encoders read.
+    Of `synthetic` all but the name is empty, and data is None.
     """
 
     name: str
     path: Path
     spec: dict[str, Any]
-    data: Source
+    data: Source | None
     labels: int
     test: int
     shuffle_seed: int
@@ -50,7 +54,7 @@ class Task:
 
 def names() -> list[str]:
     """List the tasks that come with the harness."""
-    return sorted(path.stem for path in (folder("suites") / "tasks").glob("*.yaml"))
+    return sorted([*(path.stem for path in (folder("suites") / "tasks").glob("*.yaml")), SYNTHETIC])
 
 
 def load(name: str, base: Path, sources: Mapping[str, Source]) -> Task:
@@ -58,6 +62,8 @@ def load(name: str, base: Path, sources: Mapping[str, Source]) -> Task:
 
     Data that are a local file are read too: what is wrong with them is found before anything runs.
     """
+    if name == SYNTHETIC:
+        return Task(name, Path(name), {}, None, labels=0, test=0, shuffle_seed=0, text="")
     document = yaml_lines.load(_find(name, base))
     metadata, problems = _metadata(document)
     problems += task_keys.problems(document, metadata.labels if metadata else None)

@@ -74,6 +74,9 @@ FORESIGHT = 2.0**-16
 # packed weight's table of 16 levels and its like are not predicted, and weigh only in small layers.
 FOOTPRINT_LEDGER = 0.03
 
+# Bytes: a report does not warn of a smaller difference from the prediction, as tables of 16 levels and counters make it.
+FOOTPRINT_SHOWN_B = 2**20
+
 # Activations by formula against the storages that autograd saves for the references: what is not in the formula (the sines
 # and cosines of positions) was half a per cent of them in a Llama of 128 features and 3 blocks, and is less in a larger one.
 FOOTPRINT_ACTIVATIONS = 0.02

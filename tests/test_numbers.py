@@ -21,7 +21,7 @@ from harness.analysis.parity import no_merged_speed
 from harness.errors import UsageError
 from harness.export.columns import COLUMNS, TABLES
 from harness.export.frames import Numbers
-from harness.records import Failure, Memory, Outcome, Record, Status
+from harness.records import Failure, Memory, Outcome, Predicted, Record, Status
 
 TOP = Path(__file__).resolve().parents[1]
 REAL = TOP / "results" / "published" / "2026-11-24-quick-cpu"
@@ -69,6 +69,8 @@ def test_a_row_per_attempt_says_what_its_record_says(numbers: Numbers, said: lis
         assert row["started"] == pd.Timestamp(record["started"])
         # Every part of the ledger, those that this old Record leaves at their default too.
         ledger = Memory.model_validate(m["memory"]).model_dump()
+        assert ledger.pop("predicted") is None
+        assert all(pd.isna(row[f"memory.predicted.{name}"]) for name in Predicted.model_fields)
         assert {name: row[f"memory.{name}"] for name in ledger} == ledger
         phases = {phase["name"]: phase for phase in record["phases"]}
         assert {n: row[f"phase_s.{n}"] for n in phases} == {n: p["seconds"] for n, p in phases.items()}

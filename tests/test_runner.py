@@ -35,7 +35,9 @@ from harness.runner.progress import Progress
 from harness.runner.work import Work
 from harness.tolerances import EPSILON
 
-PHASES = ["start-up", "load", "data", "attach", "parity", "warm-up", "train", "save", "evaluate", "latency"]
+PHASES = [
+    "start-up", "predict", "load", "data", "attach", "parity", "warm-up", "train", "save", "evaluate", "latency",
+]  # fmt: skip
 
 
 # --- the smoke suite -------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def test_code_suites_and_templates_are_inside_and_nothing_else(wheel: Path) -> N
         want = {f"{inside}/{p.relative_to(TOP / top).as_posix()}" for p in (TOP / top).rglob("*") if p.is_file()}
         assert len(want) > 3
         assert want == {n for n in names if n.startswith(f"{inside}/")}
-    assert {"harness/cli.py", "harness/footprint/shapes.yaml", "reference/lora.py"} <= names
+    assert {"harness/cli.py", "harness/assets/shapes.yaml", "reference/lora.py"} <= names
     tops = {n.partition("/")[0] for n in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"harness", "reference"}
     assert not [n for n in names if n.endswith(".pyc")]

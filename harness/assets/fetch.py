@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from pathlib import Path
 
-from harness.assets import cache, carrier, hub, model_folder, process, unpack
+from harness.assets import cache, carrier, hub, model_folder, process, shapes, unpack
 from harness.assets.carrier import Progress
 from harness.assets.table import Source
 from harness.errors import AssetError
@@ -24,6 +26,7 @@ def quiet(what: str, done: int, total: int | None) -> None:
 def ensure(source: Source, progress: Progress = quiet) -> Path:
     """Return a local path ready to load: a model's folder (config, safetensors, tokenizer) or a data file.
 
+    The folder of a shape holds its config.json alone: a Cell draws the weights.
     Fetches at most once; raises AssetError with what, where and mend, and then leaves the cache as it was.
     """
     if source.scheme == "folder":
@@ -53,7 +56,7 @@ def is_ready(source: Source) -> bool:
         except AssetError:
             return False
         return True
-    return _place(source).is_dir()
+    return source.scheme == "shape" or _place(source).is_dir()
 
 
 def at_hand(source: Source) -> Path | None:
@@ -62,13 +65,16 @@ def at_hand(source: Source) -> Path | None:
 
 
 def use(source: Source) -> AssetUse:
-    """Say what a Cell used. The hash is the carrier's, or where there is none, that of the weights or the data file.
+    """Say what a Cell used. The hash is the carrier's, or where there is none, that of the weights, of a shape's
+    config, or of the data file.
 
     Hashing a local folder reads all of it.
     """
     sha256 = source.sha256
     if not sha256 and source.scheme != "hub":
         path = ensure(source)
+        if source.scheme == "shape":
+            path /= "config.json"
         sha256 = model_folder.weights_sha256(path) if path.is_dir() else carrier.sha256(path)
     return AssetUse(
         name=source.name, source=source.source, sha256=sha256, revision=source.revision, licence=source.licence
@@ -76,14 +82,24 @@ def use(source: Source) -> AssetUse:
 
 
 def _place(source: Source) -> Path:
-    # What the harness makes itself depends on the code that makes it.
-    return cache.place(source, carrier.sha256(_MAKER) if source.scheme == "made" else "")
+    fingerprint = ""
+    if source.scheme == "made":  # what the harness makes itself depends on the code that makes it
+        fingerprint = carrier.sha256(_MAKER)
+    elif source.scheme == "shape":
+        fingerprint = hashlib.sha256(_config(source)).hexdigest()
+    return cache.place(source, fingerprint)
+
+
+def _config(source: Source) -> bytes:
+    return json.dumps(shapes.config_of(source.address), indent=1, sort_keys=True).encode()
 
 
 def _fill(made: Path, source: Source, staging: Path, progress: Progress) -> None:
     """Fill the folder `made` with what `ensure` promises."""
     if source.scheme == "made":
         _in_child(_MAKER, source.address, str(made), label=f"{source.name}: making", progress=progress)
+    elif source.scheme == "shape":
+        (made / "config.json").write_bytes(_config(source))
     elif source.scheme == "hub":
         hub.write_rows(source, made / "rows.jsonl", progress)
     else:

@@ -1,4 +1,4 @@
-"""What a model's folder must hold so that transformers loads it: config, safetensors, tokenizer."""
+"""What a model's folder must hold so that transformers loads it: config, safetensors, tokenizer; of a shape, the config."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ def check(folder: Path, source: Source) -> Path:
             where=str(folder),
             mend="name the folder that `model.save_pretrained(FOLDER)` wrote",
         )
+    if source.scheme == "shape":
+        _refuse_architecture(folder, source)
+        return folder
     absent = [path.name for path in _weights(folder) if not path.is_file()]
     if absent:
         pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))

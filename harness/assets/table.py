@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from harness import yaml_lines
-from harness.assets import made
+from harness.assets import made, shapes
 from harness.errors import Problem, SuiteError, UsageError
 from harness.records import Bytes, Frozen
 
@@ -25,12 +25,14 @@ _SHAPES = {
     "folder": re.compile(r".+"),
     "file": re.compile(r".+"),
     "made": re.compile(r"[\w-]+", re.ASCII),
+    "shape": re.compile(r".+"),
 }
-_FORMS = "pip:NAME==VERSION, sdist:NAME==VERSION, hub:ORG/NAME, folder:PATH, file:PATH, made:NAME"
+_FORMS = (
+    "pip:NAME==VERSION, sdist:NAME==VERSION, hub:ORG/NAME, folder:PATH, file:PATH, made:NAME, shape:NAME, shape:PATH"
+)
 _HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>.*))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_PATH_STARTS = ("./", "../", "/", "~")
 
 
 class Rows(Frozen):
@@ -91,6 +93,10 @@ class Source(Frozen):
         if self.scheme == "made" and self.address not in makers:
             what = "data set" if self.kind == "data" else "model"
             raise ValueError(f"the harness makes no {what} {self.address!r}; it makes {', '.join(makers)}")
+        if self.scheme == "shape" and self.kind != "causal":
+            raise ValueError(f"{self.source} is a causal model without weights: write kind: causal")
+        if self.scheme == "shape" and (wrong := shapes.unknown(self.address)):
+            raise ValueError(wrong)
         if self.kind == "data":
             if self.rows is None:
                 raise ValueError(f"data {self.name} needs rows: how the file becomes {{id, text, label}}")
@@ -148,13 +154,20 @@ def load_table(path: Path) -> dict[str, Source]:
 
 
 def resolve(name: str, table: Mapping[str, Source], base: Path, kind: Kind = "causal") -> Source:
-    """Find what `name` in a suite stands for: a row of the table, `org/name@revision`, or a path from `base`.
+    """Find what `name` in a suite stands for: a row of the table, `org/name@revision`, `shape:NAME`, or a path from `base`.
 
-    `kind` is taken for the two that stand in no table. A path is a model's folder, so data always need a row.
+    `kind` is taken for those that stand in no table. A path is a model's folder, so data always need a row.
     """
     if name in table:
         return _placed(table[name], base)
-    if name.startswith(_PATH_STARTS):
+    if name.startswith(shapes.PREFIX):
+        if kind == "data":
+            raise UsageError(f"data set {name!r} is the shape of a model", mend="name a source of kind data")
+        if wrong := shapes.unknown(name.removeprefix(shapes.PREFIX)):
+            what, _, mend = wrong.partition("; ")
+            raise UsageError(what, mend=mend)
+        return _placed(Source(name=name, kind="causal", source=name), base)
+    if name.startswith(shapes.PATH_STARTS):
         if kind == "data":
             raise UsageError(
                 f"data set {name!r} is a path, and nothing says how its file becomes rows",
@@ -177,13 +190,13 @@ def resolve(name: str, table: Mapping[str, Source], base: Path, kind: Kind = "ca
         mend=f"did you mean {near[0]!r}?"
         if near
         else f"named in the table: {', '.join(sorted(table)) or 'nothing'}; "
-        "or write org/name@revision for a hub repository, ./path for a local folder",
+        "or write org/name@revision for a hub repository, ./path for a local folder, shape:NAME for a model without weights",
     )
 
 
 def _placed(source: Source, base: Path) -> Source:
     """Make the path of a local source absolute."""
-    if source.scheme not in ("folder", "file"):
+    if source.scheme not in ("folder", "file", "shape") or source.address in shapes.presets():
         return source
     path = (base / Path(source.address).expanduser()).resolve()
     return source.model_copy(update={"source": f"{source.scheme}:{path}"})

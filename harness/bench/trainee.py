@@ -15,9 +15,7 @@ from harness.conformance.observe import inference
 from harness.conformance.results import judged
 from harness.conformance.subject import (
     DTYPES,
-    ExpectedCodes,
     Original,
-    Packed,
     Subject,
     adaptable_layers,
     configure,
@@ -78,11 +76,10 @@ class Trainee:
         self.model.requires_grad_(False)
         config = configure(step.method, step.config)
         bases = adaptable_layers(self.model, config)
-        packed: dict[str, Packed] = {}
-        codes: dict[str, ExpectedCodes] = {}
+        packed = packing.PackedBase()
         if step.base:
             base = Base(quantization=step.base, implementation=packer)  # type: ignore[arg-type]
-            packed, codes, _ = packing.pack(self.model, bases, base, DTYPES[dtype], registry)
+            packed = packing.pack(self.model, bases, base, DTYPES[dtype], registry)
             bases = {path: self.model.get_submodule(path) for path in bases}
         self.model.eval()
         self.base_output = inference(self.model, self._logits)()
@@ -91,7 +88,10 @@ class Trainee:
         adapted = implementation(self.model, config, torch.Generator().manual_seed(SEED))
         load(adapted, self.start)
         self.adapted = adapted
-        self.subject = Subject(step.method, config, dtype, self.model, adapted, bases, own, original, packed, codes)
+        self.subject = Subject(
+            step.method, config, dtype, self.model, adapted, bases, own, original, packed.forms, packed.expected,
+            packed.judged,
+        )  # fmt: skip
         self.optimizer: torch.optim.Optimizer | None = None
 
     def settle(self) -> None:

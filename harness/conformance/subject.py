@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from harness.conformance import fingerprint
 from harness.methods import Adapted
 from reference import nf4
 from reference.layers import KINDS, dense_weight, targets
@@ -61,20 +62,29 @@ LARGEST_COPY = 300_000_000
 """Parameters; a second and a float64 copy of more would not fit beside the model on a small machine."""
 
 
+def is_small(model: nn.Module) -> bool:
+    """Say whether a second and a float64 copy of a model may be made."""
+    return sum(p.numel() for p in model.parameters()) <= LARGEST_COPY
+
+
 @dataclass(frozen=True)
 class Original:
     """The model as it was before attaching: a copy, since an implementation may write into the weights it adapts.
 
-    model: None if it is too large to be copied; then the subject's own base layers are taken at their word.
+    model: None if it is too large to be copied; then the subject's own base layers are taken at their word, once `prints`,
+    checksums of every parameter, of what it keeps beside its codes, and of every buffer, show that none has changed.
     """
 
     model: nn.Module | None
+    prints: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> Original:
-        """Copy `model`, if it is not too large."""
-        small = sum(p.numel() for p in model.parameters()) <= LARGEST_COPY
-        return cls(copy.deepcopy(model) if small else None)
+        """Copy `model`, or if it is too large take its checksums."""
+        if is_small(model):
+            return cls(copy.deepcopy(model))
+        named = dict(model.named_parameters())
+        return cls(None, fingerprint.of_all({**named, **fingerprint.beside(named), **dict(model.named_buffers())}))
 
 
 @dataclass
@@ -92,9 +102,11 @@ class Subject:
 
     bases: path -> the layer under the adapter, as it stood before attaching. own: the model's parameters of before
     attaching. original: a copy of that model. packed: path -> its 4-bit form, where quantised; expected_codes: path ->
-    what the reference quantiser makes of the original weight. beside: what the check `forward` saw of the gradients, for
-    the check `gradient` of the same case. disturbed: settings of the whole process that attaching changed. twins: where the
-    reference's layers are kept as they were built, for small models: what an SVD or a quantiser makes of W stays the same.
+    what the reference quantiser makes of the original weight; judged_codes: path -> how its codes were judged as it was
+    packed, and how many were ties, where all expected codes together would be too large. beside: what the check `forward`
+    saw of the gradients, for the check `gradient` of the same case. disturbed: settings of the whole process that attaching
+    changed. twins: where the reference's layers are kept as they were built, for small models: what an SVD or a quantiser
+    makes of W stays the same.
     """
 
     method: str
@@ -107,6 +119,7 @@ class Subject:
     original: Original = field(default_factory=lambda: Original(None))
     packed: dict[str, Packed] = field(default_factory=dict)
     expected_codes: dict[str, ExpectedCodes] = field(default_factory=dict)
+    judged_codes: dict[str, tuple[Judgement, int]] = field(default_factory=dict)
     beside: tuple[Case, Judgement] | None = None
     disturbed: list[str] = field(default_factory=list)
     twins: dict[tuple[str, str], Twin] | None = None
@@ -224,12 +237,36 @@ def initial_tensors(
 ) -> dict[str, Tensor]:
     """Return the reference's initial adapter tensors over `bases`, drawn from `generator`; empty without an adapter.
 
-    Every implementation starts from these, so that their training runs can be compared step by step.
+    Every implementation starts from these, so that their training runs can be compared step by step. Where weights of the
+    bases themselves train (GaLore), they start as they are: those of a large model are left out, for want of room.
     """
+    started = _started(method, bases, config, generator)
+    own = {id(p) for base in bases.values() for p in base.parameters()}
+    large = sum(t.numel() for t in started.values()) > LARGEST_COPY
+    return {name: t.detach().clone() for name, t in started.items() if not (large and id(t) in own)}
+
+
+def initial_shapes(
+    method: str, bases: Mapping[str, nn.Module], config: Any, generator: torch.Generator
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what trains when the reference is attached to `bases`, by name; empty without an adapter."""
+    return {name: tuple(t.shape) for name, t in _started(method, bases, config, generator).items()}
+
+
+def _started(
+    method: str, bases: Mapping[str, nn.Module], config: Any, generator: torch.Generator
+) -> Mapping[str, Tensor]:
     if not hasattr(config, "targets"):
         return {}
-    adapted = attach_reference(method, skeleton(bases), config, None, generator)
-    return {name: t.detach().clone() for name, t in adapted.tensors().items()}
+    return attach_reference(method, skeleton(bases), config, None, generator).tensors()
+
+
+_SAMPLE = 4096
+
+
+def sampled(tensor: Tensor) -> Tensor:
+    """Return at most 4096 elements of a tensor, evenly spread, flat: enough to see whether training moved it."""
+    return tensor.detach().flatten()[:: -(-tensor.numel() // _SAMPLE)].clone()
 
 
 @torch.no_grad()

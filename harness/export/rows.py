@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from harness.analysis import contention, measured, parity
 from harness.cost_records import Checkpoint, Energy
 from harness.export.columns import GPU_EDGES, GPU_PHASE, GPU_STATE
-from harness.records import Environment, Json, Measurements, Memory, Record
+from harness.records import Environment, Json, Measurements, Memory, Predicted, Record
 
 Value = bool | int | float | str | None
 Row = dict[str, Value]
@@ -117,7 +117,11 @@ def _measured(m: Measurements | None) -> Row:
     for part, model in (("memory", Memory), ("checkpoint", Checkpoint), ("energy", Energy)):
         has = getattr(m, part) if m else None
         for name in model.model_fields:
-            found[f"{part}.{name}"] = getattr(has, name) if has else None
+            if name != "predicted":
+                found[f"{part}.{name}"] = getattr(has, name) if has else None
+    predicted = m.memory.predicted if m else None
+    for name in Predicted.model_fields:
+        found[f"memory.predicted.{name}"] = getattr(predicted, name) if predicted else None
     return found
 
 

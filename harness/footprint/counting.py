@@ -1,8 +1,8 @@
 """The bytes of everything that a training step keeps, counted on a model that is built on the meta device: no weights.
 
 What trains is counted by attaching the reference of each Method, and what an adapted layer keeps for its backward pass by
-calling it; nothing is drawn and nothing computed. Run as `python -m harness.footprint.counting JSON`; the last line printed
-is JSON.
+calling it; nothing is drawn and nothing computed. Run as `python -m harness.footprint.counting JSON`, or with @FILE, which
+holds a list of questions; the last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -187,5 +188,16 @@ def _holds(path: str, head: Mapping[str, nn.Parameter]) -> bool:
     return any(name.startswith(f"{path}.") for name in head)
 
 
+def answer(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `count` gives for these arguments, or {"error": why} for a model that cannot be built or counted."""
+    try:
+        return count(**asked)
+    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        return {"error": f"its shape cannot be counted: {type(error).__name__}: {error}"}
+
+
 if __name__ == "__main__":
-    print(json.dumps(count(**json.loads(sys.argv[1]))))
+    if sys.argv[1].startswith("@"):
+        print(json.dumps([answer(asked) for asked in json.loads(Path(sys.argv[1][1:]).read_bytes())]))
+    else:
+        print(json.dumps(count(**json.loads(sys.argv[1]))))

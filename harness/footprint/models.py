@@ -5,19 +5,16 @@ Nothing is fetched: a shape needs no weights, and a model that is not here is on
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import yaml_lines
-from harness.assets import fetch
+from harness.assets import fetch, shapes
 from harness.assets.table import Source, load_table
 from harness.errors import UsageError
 from harness.resources import folder
 from harness.spelling import near
 
-_SHAPES = Path(__file__).with_name("shapes.yaml")
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 """How the classes of transformers end that predict the next token."""
 
@@ -34,8 +31,8 @@ class Model:
 
 def find(name: str) -> Model:
     """Return the model that `name` stands for. Raises UsageError for a name that nobody knows, or without a config here."""
-    if name in (shapes := _shapes()):
-        return shapes[name]
+    if (shape := name.removeprefix(shapes.PREFIX)) in (presets := shapes.presets()):
+        return Model(shape, presets[shape].config, "causal", f"shape of {presets[shape].source}")
     table = {s.name: s for s in load_table(folder("suites") / "sources.yaml").values() if s.kind != "data"}
     if name in table:
         return _of_table(table[name])
@@ -46,13 +43,8 @@ def find(name: str) -> Model:
     raise UsageError(
         f"no model is named `{name}`",
         where="MODEL",
-        mend=f"{near(name, [*shapes, *table])}; or a folder (./path), or a repository in the hub's cache (org/name)",
+        mend=f"{near(name, [*presets, *table])}; or a folder (./path), or a repository in the hub's cache (org/name)",
     )
-
-
-def _shapes() -> dict[str, Model]:
-    rows = yaml_lines.load(_SHAPES).data["shapes"]
-    return {row["name"]: Model(row["name"], row["config"], "causal", f"shape of {row['source']}") for row in rows}
 
 
 def _of_table(source: Source) -> Model:
@@ -61,11 +53,11 @@ def _of_table(source: Source) -> Model:
     if here is None:
         what = f"{source.name} is not on this machine yet, and `fit` fetches nothing"
         raise UsageError(what, where="MODEL", mend="a run of a suite with it does, e.g. `peft-harness run quick`")
-    return Model(source.name, _read(source.name, here / "config.json"), source.kind, source.source)
+    return Model(source.name, shapes.read(here / "config.json", source.name), source.kind, source.source)
 
 
 def _in_folder(name: str, path: Path) -> Model:
-    config = _read(name, path / "config.json")
+    config = shapes.read(path / "config.json", name)
     return Model(name, config, _kind(config), str(path))
 
 
@@ -84,24 +76,8 @@ def _of_hub(name: str) -> Model:
             where="MODEL",
             mend=f"`hf download {repository} config.json`, or write ./{name} if it is a folder here",
         )
-    config = _read(name, Path(found))
+    config = shapes.read(Path(found), name)
     return Model(name, config, _kind(config), f"hub:{repository}")
-
-
-def _read(name: str, path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_bytes())
-    except OSError as error:
-        what = f"model {name}: cannot read its config.json: {error.strerror}"
-        raise UsageError(
-            what, where=str(path), mend="name the folder that `model.save_pretrained(FOLDER)` wrote"
-        ) from error
-    except ValueError as error:
-        raise UsageError(f"model {name}: no JSON: {error}", where=str(path), mend="copy the file again") from error
-    if not isinstance(config, dict) or "model_type" not in config:
-        what = f"model {name}: its config.json names no `model_type`"
-        raise UsageError(what, where=str(path), mend="name a model that transformers saved")
-    return config
 
 
 def _kind(config: dict[str, Any]) -> str:

@@ -97,21 +97,21 @@ def model_tensors(model: torch.nn.Module) -> list[Tensor]:
     """List parameters and buffers, and the scales that quantised weights keep beside them."""
     found: list[Tensor] = [*model.parameters(), *model.buffers()]
     for parameter in model.parameters():
-        found += _inside(getattr(parameter, "quant_state", None))
+        found += inside(getattr(parameter, "quant_state", None))
     return found
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """List the tensors of an optimizer's state, and of the objects in it: galore-torch keeps its projectors in some."""
-    return [t for state in optimizer.state.values() for value in state.values() for t in _inside(value)]
+    return [t for state in optimizer.state.values() for value in state.values() for t in inside(value)]
 
 
-def _inside(value: object, depth: int = 3) -> list[Tensor]:
+def inside(value: object, depth: int = 3) -> list[Tensor]:
     """List the tensors that `value` is or holds: bitsandbytes' state of a weight may hold a second one."""
     if isinstance(value, Tensor):
         return [value]
     parts = value if isinstance(value, list | tuple) else getattr(value, "__dict__", {}).values()
-    return [t for part in parts for t in _inside(part, depth - 1)] if depth else []  # an object may hold itself
+    return [t for part in parts for t in inside(part, depth - 1)] if depth else []  # an object may hold itself
 
 
 def _status_bytes(key: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from harness.analysis import contention, measured, parity
-from harness.records import Cell, Measurements, Record
+from harness.records import Cell, Measurements, Memory, Predicted, Record
 from harness.report import display, latencies
 from harness.report.display import Figure, figure, unmeasured
 from harness.report.facts import RunFacts, icon, tone
@@ -13,7 +13,12 @@ from harness.report.grouped import Table
 from harness.report.grouped import column as _column
 from harness.report.grouped import measurements as _measurements
 from harness.report.grouped import table as _table
+from harness.tolerances import FOOTPRINT_LEDGER, FOOTPRINT_SHOWN_B
 
+_EXPECTED = (
+    f"after ≈ what the model's shape alone lets expect, flagged where they part by more than {FOOTPRINT_LEDGER:.0%} and "
+    f"{FOOTPRINT_SHOWN_B // display.MIB} MiB"
+)
 _NAMED = 3
 """Busy Cells that the note names; each is flagged in its row, and a whole run on a busy machine may be so."""
 
@@ -164,9 +169,11 @@ def memory(facts: RunFacts) -> Table:
     names = list(dict.fromkeys(p.name for r in facts.latest.values() for p in r.phases))
     columns = [
         _column("After imports", "the process before the model was loaded"),
-        *(_column(name, "sum over tensors") for name in ("Weights", "Adapter", "Gradients", "Optimizer")),
+        *(_column(name, f"sum over tensors; {_EXPECTED}") for name in ("Weights", "Adapter", "Gradients", "Optimizer")),
         _column(
-            "Other in training", "training peak minus all to the left: activations, buffers, the allocator's slack"
+            "Other in training",
+            "training peak minus all to the left: activations, buffers, the allocator's slack; after ≈ what the shape lets "
+            "expect of activations and logits, at the longest texts",
         ),
         *(_column(f"Peak: {name}", f"highest memory inside the phase “{name}”") for name in names),
         _column("Source", "how the peaks were taken", number=False),
@@ -174,18 +181,16 @@ def memory(facts: RunFacts) -> Table:
     rows = []
     for cell, m in _measurements(facts):
         record = facts.latest[cell.cell_id]
-        parts = (
-            m.memory.baseline_B,
-            m.memory.weights_B,
-            m.memory.adapter_B,
-            m.memory.gradients_B,
-            m.memory.optimizer_B,
-        )
+        parts = {name: getattr(m.memory, f"{name}_B") for name in ("weights", "adapter", "gradients", "optimizer")}
+        taken = m.memory.baseline_B + sum(parts.values())
         peak = measured.training_peak(record)
         peaks = {p.name: p.peak_memory_B for p in record.phases}
         figures = [
-            *(_bytes(b) for b in parts),
-            _bytes(peak - sum(parts)) if peak is not None else unmeasured("no peak of a training phase"),
+            _bytes(m.memory.baseline_B),
+            *(_beside(size, name, m.memory) for name, size in parts.items()),
+            _bytes(peak - taken) | _rest(m.memory.predicted)
+            if peak is not None
+            else unmeasured("no peak of a training phase"),
             *(
                 _bytes(size) if (size := peaks.get(name)) is not None else unmeasured("no such phase, or no peak of it")
                 for name in names
@@ -194,6 +199,27 @@ def memory(facts: RunFacts) -> Table:
         ]
         rows.append({"cell": cell, "figures": figures})
     return _table(facts, "memory", "Memory, MiB", columns, rows)
+
+
+def _beside(size: int, part: str, memory: Memory) -> Figure:
+    """Show what was counted of one part of the ledger, and beside it what was predicted."""
+    if memory.predicted is None:
+        return _bytes(size) | {"why": f"not predicted: {memory.not_predicted}" if memory.not_predicted else ""}
+    expected = getattr(memory.predicted, f"{part}_B")
+    apart = abs(expected - size)
+    off = apart > FOOTPRINT_LEDGER * size and apart > FOOTPRINT_SHOWN_B
+    why = f"predicted {expected:,} B, counted {size:,} B"
+    return _bytes(size) | {
+        "small": f"≈ {display.mebibytes(expected)}",
+        "why": why,
+        "flag": "not as predicted" if off else "",
+    }
+
+
+def _rest(predicted: Predicted | None) -> Figure:
+    if predicted is None or predicted.activations_B is None:
+        return {}
+    return {"small": f"≈ {display.mebibytes(predicted.activations_B + (predicted.logits_B or 0))}"}
 
 
 def _bytes(size: int) -> Figure:

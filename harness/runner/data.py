@@ -16,7 +16,7 @@ from harness.assets import rows
 from harness.errors import UsageError
 from harness.evaluation import classification
 from harness.measure.latency import positions
-from harness.records import Accuracy, Item
+from harness.records import Accuracy, Cell, Item
 from harness.runner.work import Work
 from harness.training import loop
 from harness.training import model as models
@@ -32,6 +32,8 @@ class CellData:
 
     def __init__(self, work: Work, loaded: models.Loaded, emit: Emit) -> None:
         cell, task = work.cell, work.task
+        if work.data is None:
+            raise UsageError(f"task {task.name} has no data", mend="name one that has")
         device = torch.device(work.device)
         everything = rows.read(work.data.source, Path(work.data.path))
         train_rows, test_rows = rows.split(everything, task.test, task.shuffle_seed)
@@ -39,10 +41,7 @@ class CellData:
         test_rows = test_rows[first : first + cell.evaluation.items]
         wanted, batch = cell.training.steps, cell.training.batch
         tokenizer, limit = loaded.tokenizer, cell.training.max_tokens
-        most = positions(loaded.model)  # of the model itself: a config does not tell that RoBERTa keeps two for padding
-        if most is not None and limit > most:
-            what = f"`training.max_tokens` is {limit}, and {cell.model} has {most} positions"
-            raise UsageError(what, mend=f"write at most {most}")
+        refuse_long(loaded.model, cell)
         self.pad = int(tokenizer.pad_token_id)
         self._cell = cell
         self._progress = lambda done, of: emit("items", done=done, of=of)
@@ -92,6 +91,14 @@ class CellData:
             metric="accuracy", scored_by=scored_by, value=right / len(items), low=low, high=high,
             interval="Wilson 95 %", items=_listed(items),
         )  # fmt: skip
+
+
+def refuse_long(model: Any, cell: Cell) -> None:
+    """Raise UsageError if a Cell's texts are longer than its model reads."""
+    most = positions(model)  # of the model itself: a config does not tell that RoBERTa keeps two for padding
+    if most is not None and cell.training.max_tokens > most:
+        what = f"`training.max_tokens` is {cell.training.max_tokens}, and {cell.model} has {most} positions"
+        raise UsageError(what, mend=f"write at most {most}")
 
 
 class _Tokenised(Sequence[Example]):

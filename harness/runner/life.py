@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,20 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.conformance import gate
+from harness.assets import shapes
+from harness.conformance import fingerprint, gate
 from harness.conformance.observe import inference
 from harness.conformance.subject import (
     DTYPES,
-    ExpectedCodes,
     Original,
-    Packed,
     Subject,
     adaptable_layers,
     configure,
     initial_tensors,
+    sampled,
 )
 from harness.cost_records import Energy
 from harness.errors import UsageError
+from harness.footprint import cells, counting
 from harness.measure import checkpoint, latency
 from harness.measure.memory import PeakMeter, model_tensors, optimizer_tensors, tensor_bytes
 from harness.measure.phases import PhaseClock
@@ -36,13 +36,15 @@ from harness.records import (
     Memory,
     Outcome,
     Parameters,
+    Predicted,
     TrainingMeasured,
 )
 from harness.registry import Registry
 from harness.runner import packing, serving
 from harness.runner.data import CellData
+from harness.runner.random_data import RandomData
 from harness.runner.work import Work
-from harness.training import loop, optimizers
+from harness.training import loop, optimizers, shape
 from harness.training import model as models
 
 # The optimizer makes its state in step 1, and allocators settle: the first steps are marked as not steady.
@@ -74,16 +76,18 @@ class Life:
         work, cell = self.work, self.work.cell
         device, dtype = torch.device(work.device), DTYPES[cell.dtype]
         kind = work.model.source.kind
+        quantised = cell.base.quantization != "none"
 
+        with self.clock.phase("predict"):
+            expected = self._predict()
         with self.clock.phase("load"):
-            loaded = models.load(Path(work.model.path), kind, work.task.labels, dtype, device, cell.seed)
+            loaded = self._load(dtype, device, whole=not quantised)
         model: Any = loaded.model
         model_B = checkpoint.whole(model)  # before it is packed
         with self.clock.phase("data"):
-            task = CellData(work, loaded, self.emit)
+            task = CellData(work, loaded, self.emit) if work.data else RandomData(work, loaded)
         config = configure(cell.method, cell.config)
         matched = adaptable_layers(model, config)
-        quantised = cell.base.quantization != "none"
         if quantised:
             matched = packing.packable(model, config, matched)
         bases = {p: m for p, m in matched.items() if not _is_head(p, loaded.head)}
@@ -93,13 +97,15 @@ class Life:
                 what = f"`targets` name nothing but the new head ({', '.join(matched)}), which trains as a whole anyway"
                 raise UsageError(what, where=cell.model, mend="name layers of the model, or choose `method: frozen`")
             config = replace(config, targets=tuple(bases))
-        packed: dict[str, Packed] = {}
-        expected_codes: dict[str, ExpectedCodes] = {}
+        packed = packing.PackedBase()
         if quantised:
+            paths = list(bases)
+            del bases, matched  # they would keep every weight in its first form
             with self.clock.phase("quantise"):
-                packed, expected_codes, said = packing.pack(model, bases, cell.base, dtype, self.registry)
-                bases = {p: model.get_submodule(p) for p in bases}
-            self.notes.append(said)
+                ready = shape.drawn(model, device) if work.model.source.scheme == "shape" else None
+                packed = packing.pack(model, paths, cell.base, dtype, self.registry, ready)
+                bases = {p: model.get_submodule(p) for p in paths}
+            self.notes.append(packed.said)
 
         with self.clock.phase("attach"):
             model.eval()
@@ -111,7 +117,10 @@ class Life:
             adapted = implementation(model, config, torch.Generator().manual_seed(cell.seed))
             for path in [p for p in adapted.layers if _is_head(p, loaded.head)]:
                 del adapted.layers[path]
-        subject = Subject(cell.method, config, cell.dtype, model, adapted, bases, own, original, packed, expected_codes)
+        subject = Subject(
+            cell.method, config, cell.dtype, model, adapted, bases, own, original, packed.forms, packed.expected,
+            packed.judged,
+        )  # fmt: skip
         with self.clock.phase("parity"):
             who = f"{cell.base.quantization} by {cell.base.implementation}" if quantised else ""
             self._pass(
@@ -129,7 +138,7 @@ class Life:
         gradients = 0
         if cell.training.steps:
             with models.checkpointing(model, cell.training.checkpointing):
-                trained, optimizer, gradients = self._train(adapted, loaded, task, start)
+                trained, optimizer, gradients = self._train(subject, loaded, task, start)
         weights = tensor_bytes(
             [*(t for t in model_tensors(model) if id(t) not in {id(a) for a in subject.added().values()})]
         )
@@ -142,6 +151,8 @@ class Life:
             gradients_B=gradients,
             optimizer_B=tensor_bytes(t for t in states if t.device.type == device.type),
             optimizer_host_B=tensor_bytes(t for t in states if t.device.type != device.type),
+            predicted=None if isinstance(expected, str) else expected,
+            not_predicted=expected if isinstance(expected, str) else "",
         )
         del optimizer, states
         model.zero_grad(set_to_none=True)
@@ -164,6 +175,28 @@ class Life:
             energy=Energy(source=self.clock.energy.source, because=self.clock.energy.because),
         )
 
+    def _predict(self) -> Predicted | str:
+        """Predict the ledger from the model's shape alone; or say why not."""
+        work = self.work
+        try:
+            config = shapes.read(Path(work.model.path) / "config.json", work.model.source.name)
+        except UsageError as error:
+            return error.what
+        with torch.random.fork_rng(devices=[]):
+            counted = counting.answer(cells.request(work.cell, config, work.model.source.kind, work.task.labels))
+        return cells.predicted(work.cell, counted, on_cpu=work.device == "cpu")
+
+    def _load(self, dtype: torch.dtype, device: torch.device, whole: bool) -> models.Loaded:
+        """Load the model; of a shape, draw the weights now if `whole`, else as its layers are packed."""
+        work, path = self.work, Path(self.work.model.path)
+        if work.model.source.scheme != "shape":
+            return models.load(path, work.model.source.kind, work.task.labels, dtype, device, work.cell.seed)
+        model = shape.build(path, dtype)
+        self.notes.append(shape.NOTE)
+        if whole:
+            shape.draw(model, device)
+        return models.Loaded(model, None, {})
+
     def _pass(self, results: list[CheckResult]) -> None:
         self.checks += results
         red = [r for r in results if r.outcome is Outcome.FAIL]
@@ -173,12 +206,18 @@ class Life:
             raise NonconformingError(f"{first.check} failed at {first.tensor or first.detail}: {size}")
 
     def _train(
-        self, adapted: Any, loaded: models.Loaded, data: CellData, start: dict[str, Tensor]
+        self, subject: Subject, loaded: models.Loaded, data: CellData | RandomData, start: dict[str, Tensor]
     ) -> tuple[TrainingMeasured, torch.optim.Optimizer, int]:
-        cell, model, batches = self.work.cell, loaded.model, data.batches
+        cell, model, batches, adapted = self.work.cell, loaded.model, data.batches, subject.adapted
         head = list(loaded.head.values())
         began_from = _state_sha256(adapted.tensors() | loaded.head)
         before = _fingerprints(model)
+        # What trains of a large base has no copy in `start`: samples show whether it moved.
+        spots = {
+            n: sampled(t)
+            for n, t in _of_bases(subject).items()
+            if n not in start and hasattr(subject.config, "targets")
+        }
         optimizer, schedule = optimizers.make(adapted, head, cell.training, cell.optimizer, cell.implementation)
         with self.clock.phase("warm-up"):
             model.train()
@@ -198,6 +237,7 @@ class Life:
         # In the first step a tensor may have no gradient by design (LoRA's A, since B is zero); from the second on it must.
         now = adapted.tensors() if len(batches) > 1 else {}
         still = [name for name in now if name in start and _same(start[name], optimizers.held(now[name], optimizer))]
+        still += [n for n in now if n in spots and _same(spots[n], sampled(optimizers.held(now[n], optimizer)))]
         self._pass([_found(cell, "frozen", changed, "changed"), _found(cell, "moved", still, "never moved")])
         measured = TrainingMeasured(
             losses=samples.losses,
@@ -249,11 +289,13 @@ def _count(adapted: Any, loaded: models.Loaded, model: Any) -> Parameters:
 
 def _fingerprints(model: Any) -> dict[str, int]:
     """Return a checksum of every frozen parameter."""
-    return {
-        name: zlib.crc32(p.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
-        for name, p in model.named_parameters()
-        if not p.requires_grad
-    }
+    return fingerprint.of_all({name: p for name, p in model.named_parameters() if not p.requires_grad})
+
+
+def _of_bases(subject: Subject) -> dict[str, Tensor]:
+    """Return those of the trained tensors that are the adapted layers' own weights."""
+    own = {id(p) for base in subject.bases.values() for p in base.parameters()}
+    return {name: t for name, t in subject.adapted.tensors().items() if id(t) in own}
 
 
 def _state_sha256(tensors: Mapping[str, Tensor]) -> str:

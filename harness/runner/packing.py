@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from harness.conformance.subject import ExpectedCodes, Packed
+from harness.conformance.packed_codes import judge_in_pieces
+from harness.conformance.subject import ExpectedCodes, Packed, is_small
+from harness.conformance.tolerance import Judgement
 from harness.errors import UsageError
 from harness.records import Base
 from harness.registry import Registry
@@ -29,32 +32,59 @@ def packable(model: nn.Module, config: Any, matched: Mapping[str, nn.Module]) ->
     return found
 
 
-def pack(
-    model: Any, paths: Iterable[str], base: Base, dtype: torch.dtype, registry: Registry
-) -> tuple[dict[str, Packed], dict[str, ExpectedCodes], str]:
-    """Pack the layers at `paths` in place; return what they hold, what they should hold, and a sentence for the Record.
+@dataclass
+class PackedBase:
+    """What the packed layers hold, by path, and what shows that it is right.
 
-    Raises UsageError for a layer that is not linear, before anything is packed.
+    expected: the codes that the reference quantiser makes; or of a large model, for which these would take half as much
+    memory as its weights, judged: how each layer's codes were judged as it was packed. said: a sentence for the Record.
     """
-    layers = {path: model.get_submodule(path) for path in paths}
-    for path, layer in layers.items():
+
+    forms: dict[str, Packed] = field(default_factory=dict)
+    expected: dict[str, ExpectedCodes] = field(default_factory=dict)
+    judged: dict[str, tuple[Judgement, int]] = field(default_factory=dict)
+    said: str = ""
+
+
+def pack(
+    model: Any,
+    paths: Iterable[str],
+    base: Base,
+    dtype: torch.dtype,
+    registry: Registry,
+    ready: Iterable[Collection[str]] | None = None,
+) -> PackedBase:
+    """Pack the layers at `paths` in place, one by one: no more than one is there in both forms.
+
+    ready: yields paths of modules as soon as they have their weights, for a model that gets them meanwhile (None: all have
+    them). Raises UsageError for a layer that is not linear, before anything is packed.
+    """
+    paths = list(paths)
+    for path in paths:
+        layer = model.get_submodule(path)
         if kind_of(layer) not in ("linear", _CONV1D):
             raise UsageError(
                 f"`targets` name {path} ({type(layer).__name__}); a base in {base.quantization} packs linear layers only",
                 mend="name linear layers, or leave out `base:`",
             )
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    for path, layer in layers.items():
-        if kind_of(layer) == _CONV1D:
-            replace(model, path, _linear(layer))
-    expected = {path: ExpectedCodes.of(model.get_submodule(path)) for path in layers}
-    forms = registry.find("base", base.quantization, base.implementation)(model, list(layers), dtype)
-    packed = {path: Packed(*form) for path, form in forms.items()}
-    count = sum(codes.codes.numel() for codes in expected.values())
-    said = (
-        f"base {base.quantization}: {len(layers)} layers with {count:,} of the model's {weights:,} weights are packed"
+    weights, small = sum(parameter.numel() for parameter in model.parameters()), is_small(model)
+    packs = registry.find("base", base.quantization, base.implementation)
+    found, count = PackedBase(), 0
+    for here in ready or [paths]:
+        for path in (path for path in paths if path in here):
+            if kind_of(layer := model.get_submodule(path)) == _CONV1D:
+                replace(model, path, layer := _linear(layer))
+            if small:
+                found.expected[path] = ExpectedCodes.of(layer)
+            found.forms[path] = Packed(*packs(model, [path], dtype)[path])
+            if not small:
+                found.judged[path] = judge_in_pieces(found.forms[path], layer, model.get_submodule(path).bias)
+            count += layer.weight.numel()
+            del layer
+    found.said = (
+        f"base {base.quantization}: {len(paths)} layers with {count:,} of the model's {weights:,} weights are packed"
     )
-    return packed, expected, said
+    return found
 
 
 def _linear(layer: Any) -> nn.Linear:

@@ -31,11 +31,13 @@ from harness.runner.attempt import Terms
 from harness.runner.executors import Device, Executor
 from harness.runner.executors.local import Local
 from harness.runner.progress import Progress
-from harness.runner.work import Asset, TaskWork, Work
+from harness.runner.work import Asset, TaskWork, Work, used
 
 DEFAULT_TIMEOUT_S = 3600.0
 
 _How = Literal["finished", "interrupted", "failed"]
+Works = dict[str, tuple[Asset, Asset | None, TaskWork]]
+"""By cell_id: the model, the data and the task, at hand."""
 
 
 class _Times:
@@ -112,7 +114,7 @@ class _Todo:
     """What is to be measured, and the account of the time."""
 
     plan: Plan
-    works: dict[str, tuple[Asset, Asset, TaskWork]]
+    works: Works
     done: set[str]
     folder: store.RunFolder
     run_id: str
@@ -187,11 +189,11 @@ def _saying_what_is_kept(folder: store.RunFolder) -> Iterator[None]:
         raise
 
 
-def _resolve(suite: suites.Suite, plan: Plan, progress: Progress) -> dict[str, tuple[Asset, Asset, TaskWork]]:
+def _resolve(suite: suites.Suite, plan: Plan, progress: Progress) -> Works:
     """Fetch every model and data set the plan names, before anything runs. Raises SuiteError for data that do not fit."""
     base = suite.path.resolve().parent
     ready: dict[str, Asset] = {}
-    data: dict[str, Asset] = {}
+    data: dict[str, Asset | None] = {}
 
     def asset(source: Source) -> Asset:
         if source.name not in ready:
@@ -203,8 +205,8 @@ def _resolve(suite: suites.Suite, plan: Plan, progress: Progress) -> dict[str, t
     for cell in plan.cells:
         task = suite.tasks[cell.task]
         if task.name not in data:
-            data[task.name] = asset(task.data)
-            if found := rows.problems(task.data, Path(data[task.name].path), task.labels, task.test):
+            data[task.name] = there = asset(task.data) if task.data else None
+            if there and (found := rows.problems(there.source, Path(there.path), task.labels, task.test)):
                 raise SuiteError(found)
         works[cell.cell_id] = (
             asset(resolve(cell.model, suite.sources, base)),
@@ -252,7 +254,7 @@ def _sha256(value: object) -> str:
 def _reopen(
     old: store.Run,
     here: Environment,
-    works: dict[str, tuple[Asset, Asset, TaskWork]],
+    works: Works,
     device: str,
     progress: Progress,
     *,
@@ -279,7 +281,7 @@ def _reopen(
         and record.environment.code_version == here.code_version
         and record.device == device
         and record.cell_id in works
-        and record.assets == [asset.use for asset in works[record.cell_id]]
+        and record.assets == used(*works[record.cell_id])
     }
     return folder, old.manifest.run, done
 

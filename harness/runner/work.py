@@ -35,7 +35,8 @@ class Work(Frozen):
     attempt: int
     cell: Cell
     model: Asset
-    data: Asset
+    data: Asset | None
+    """None for the task `synthetic`."""
     task: TaskWork
     device: Literal["cpu", "cuda"]
     launched: float = 0.0
@@ -55,4 +56,9 @@ class Work(Frozen):
     @property
     def assets(self) -> list[AssetUse]:
         """What the Record will say it used."""
-        return [self.model.use, self.data.use, self.task.use]
+        return used(self.model, self.data, self.task)
+
+
+def used(model: Asset, data: Asset | None, task: TaskWork) -> list[AssetUse]:
+    """List what a Cell uses, as its Record has it."""
+    return [model.use, *([data.use] if data else []), task.use]

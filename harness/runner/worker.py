@@ -111,7 +111,7 @@ def _import_all(implementation: Implementation, work: Work, registry: Any) -> st
     if work.cell.base.quantization != "none":
         needed += registry.find("base", work.cell.base.quantization, work.cell.base.implementation).requires
     needed += ["transformers.modeling_utils"]  # not `transformers`, which puts its own imports off to the first model
-    needed += [] if work.model.source.kind == "encoder" else ["lm_eval.evaluator"]
+    needed += ["lm_eval.evaluator"] if work.model.source.kind == "causal" and work.data else []
     for module in needed:
         try:
             import_module(module)

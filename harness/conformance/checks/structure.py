@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from harness.conformance import fingerprint
 from harness.conformance.case import Case
 from harness.conformance.drawn import inputs
 from harness.conformance.observe import observe
 from harness.conformance.poisoned import fresh_memory
 from harness.conformance.results import at, judged, listed, skipped
-from harness.conformance.subject import DTYPES, Subject, initial_tensors
+from harness.conformance.subject import DTYPES, Subject, initial_shapes
 from harness.conformance.tolerance import exact, worst_of
 from harness.records import CheckResult
 
@@ -38,8 +39,7 @@ def check_layers(subject: Subject, case: Case) -> CheckResult:
 def check_parameters(subject: Subject, case: Case) -> CheckResult:
     """The trainable tensors have the reference's names and shapes, and `parameters()` lists them and nothing else."""
     bases = {path: subject.original_base(path) for path in subject.bases}
-    reference = initial_tensors(subject.method, bases, subject.config, case.generator())
-    want = {n: tuple(t.shape) for n, t in reference.items()}
+    want = initial_shapes(subject.method, bases, subject.config, case.generator())
     of_the_model = {
         n: t for n, t in subject.adapted.tensors().items() if n in want
     }  # GaLore trains the weights themselves
@@ -61,12 +61,14 @@ def check_parameters(subject: Subject, case: Case) -> CheckResult:
 
 def check_base(subject: Subject, case: Case) -> CheckResult:
     """Attaching changed no weight of the model: every parameter and buffer of before is there, bit for bit."""
-    if subject.original.model is None:
-        return skipped(subject, case, "base", "the model was too large to be copied before attaching")
-    original = subject.original.model
-    before: dict[str, Tensor] = {**dict(original.named_parameters()), **dict(original.named_buffers())}
+    if subject.original.model is None and not subject.original.prints:
+        return skipped(subject, case, "base", "nothing is kept of the model before attaching")
+    original, prints = subject.original.model, subject.original.prints
+    named = dict(original.named_parameters() if original else zip(prints, subject.own, strict=False))
+    before = [*named, *dict(original.named_buffers())] if original else [*prints]
     # Parameters by identity: an adapter may move them to other names. Buffers of the adapted layers likewise.
-    now: dict[str, Tensor] = dict(zip(dict(original.named_parameters()), subject.own, strict=True))
+    now: dict[str, Tensor] = dict(zip(named, subject.own, strict=True))
+    now |= fingerprint.beside(now) if original is None else {}
     for path, base in subject.bases.items():
         now |= {f"{path}.{name}": buffer for name, buffer in base.named_buffers()}
     buffers = dict(subject.model.named_buffers())
@@ -74,7 +76,11 @@ def check_base(subject: Subject, case: Case) -> CheckResult:
     missing = [f"{name} is gone" for name in before if name not in now]
     if missing:
         return listed(subject, case, "base", missing)
-    return judged(subject, case, "base", exact({n: now[n].detach() for n in before}, before))
+    if original is None:
+        changed = [f"{n} has changed" for n in before if fingerprint.of(now[n]) != prints[n]]
+        return listed(subject, case, "base", changed, f"{len(before)} tensors, by their checksums")
+    then: dict[str, Tensor] = {**dict(original.named_parameters()), **dict(original.named_buffers())}
+    return judged(subject, case, "base", exact({n: now[n].detach() for n in before}, then))
 
 
 def check_inputs(subject: Subject, case: Case) -> CheckResult:

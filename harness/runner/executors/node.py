@@ -47,7 +47,7 @@ def measure(
     """
     told = [Work.model_validate_json(work) for work in works]
     folder = store.RunFolder(Path(told[0].folder))
-    for needed in {told[0].folder, *(path for work in told for path in (work.model.path, work.data.path))}:
+    for needed in {told[0].folder, *(a.path for work in told for a in (work.model, work.data) if a)}:
         if not Path(needed).exists():
             raise StoreError(
                 f"is not there on {os.uname().nodename}",

@@ -1,0 +1,63 @@
+"""Models by shape alone: a configuration without weights, a preset of `shapes.yaml` or a config.json. No torch."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import yaml_lines
+from harness.errors import UsageError
+from harness.spelling import near
+
+PREFIX = "shape:"
+"""How a suite writes one: `shape:llama-7b`, `shape:./config.json`."""
+PATH_STARTS = ("./", "../", "/", "~")
+_PRESETS = Path(__file__).with_name("shapes.yaml")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A shape that comes with the harness. config: as config.json has it; source: where its numbers are printed."""
+
+    name: str
+    config: dict[str, Any]
+    source: str
+
+
+@functools.cache
+def presets() -> dict[str, Preset]:
+    """Return the shapes of `shapes.yaml` by name."""
+    rows = yaml_lines.load(_PRESETS).data["shapes"]
+    return {row["name"]: Preset(row["name"], row["config"], row["source"]) for row in rows}
+
+
+def unknown(address: str) -> str:
+    """Say what is wrong with an address that is no path and no preset, and the mend; empty for one that is."""
+    if address.startswith(PATH_STARTS) or address in presets():
+        return ""
+    return f"no shape is called `{address}`; {near(address, [*presets()])}, or shape:./config.json"
+
+
+def config_of(address: str) -> dict[str, Any]:
+    """Return the configuration that an address stands for: of a preset, or of a file. Raises UsageError as `read` does."""
+    return presets()[address].config if address in presets() else read(Path(address).expanduser())
+
+
+def read(path: Path, name: str = "") -> dict[str, Any]:
+    """Read a model's config.json. Raises UsageError for one that cannot be read, is no JSON or names no model type."""
+    who = f"model {name}: " if name else ""
+    try:
+        config = json.loads(path.read_bytes())
+    except OSError as error:
+        what = f"{who}cannot read its config.json: {error.strerror}"
+        mend = "name the folder that `model.save_pretrained(FOLDER)` wrote, or its config.json"
+        raise UsageError(what, where=str(path), mend=mend) from error
+    except ValueError as error:
+        raise UsageError(f"{who}no JSON: {error}", where=str(path), mend="copy the file again") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        what = f"{who}its config.json names no `model_type`"
+        raise UsageError(what, where=str(path), mend="name a model that transformers saved")
+    return config

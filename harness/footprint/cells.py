@@ -1,0 +1,130 @@
+"""The memory that Cells are predicted to take, from shapes alone. No torch: a child process counts for all of them at once.
+
+What the child counts is what a Cell's own worker counts before it loads its model (`harness.footprint.counting`).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.assets import fetch, process, shapes
+from harness.errors import HarnessError
+from harness.footprint import choices
+from harness.footprint.fit import ledger
+from harness.records import Cell, Predicted
+
+if TYPE_CHECKING:
+    from harness.assets.table import Source
+
+_TIMEOUT_S = 600.0
+
+
+def request(cell: Cell, config: Mapping[str, Any], kind: str, labels: int) -> dict[str, Any]:
+    """Return what `counting.answer` is asked for one Cell. config: the model's config.json; labels: of an encoder's head."""
+    named = {"num_labels": labels} if kind == "encoder" else {}
+    facts = {k: v for k, v in config.items() if not named or k not in ("id2label", "label2id")} | named
+    return {"config": facts, "kind": kind, "dtype": cell.dtype, "methods": {cell.method: [cell.config]}, "targets": []}
+
+
+def predicted(cell: Cell, counted: Mapping[str, Any], *, on_cpu: bool = False) -> Predicted | str:
+    """Return the ledger of a Cell from what was counted for it, or a sentence that says why there is none.
+
+    on_cpu: host memory is the device's own, so that paged states are counted with the others.
+
+    Activations and logits are those of one pass in which every text is as long as `max_tokens` allows: an upper bound, and
+    exact for the task `synthetic`. Of other tasks the logits are not predicted: only answers have any.
+    """
+    if error := counted.get("error"):
+        return str(error)
+    (one,) = counted["methods"][cell.method]
+    if one["error"]:
+        return str(one["error"])
+    base = choices.OWN if choices.OWN in one["weights"] else cell.base.quantization
+    if base not in one["weights"]:
+        return f"there is no count of a {cell.method} on a base in {cell.base.quantization}"
+    optimizer = choices.OWN if choices.OWN in one["optimizer"] else cell.optimizer
+    tokens = -(-cell.training.batch // cell.training.accumulate) * cell.training.max_tokens
+    found = ledger(one, base, optimizer, counted["logits"], tokens, cell.training.checkpointing)
+    trains, known = cell.training.steps > 0, bool(one["activations"])
+    return Predicted(
+        weights_B=found.weights,
+        adapter_B=found.adapter,
+        gradients_B=found.gradients if trains else 0,
+        optimizer_B=(found.optimizer + found.host * on_cpu) if trains else 0,
+        optimizer_host_B=found.host if trains and not on_cpu else 0,
+        activations_B=found.activations if trains and known else None,
+        logits_B=found.logits if trains and known and cell.evaluation.items == 0 else None,
+    )
+
+
+def predictions(
+    cells: Iterable[Cell], sources: Mapping[str, Source], labels: Mapping[str, int]
+) -> dict[str, Predicted | str]:
+    """Map cell_ids to predictions, or to sentences that say why there are none.
+
+    sources: of every Cell's model, by its name; labels: of every task. Nothing is fetched: a model that is not on this
+    machine is not predicted.
+    """
+    found: dict[str, Predicted | str] = {}
+    asked: dict[str, tuple[Cell, dict[str, Any]]] = {}
+    configs: dict[str, dict[str, Any] | str] = {name: _config(source) for name, source in sources.items()}
+    for cell in cells:
+        config = configs[cell.model]
+        if isinstance(config, str):
+            found[cell.cell_id] = config
+        else:
+            asked[cell.cell_id] = cell, request(cell, config, sources[cell.model].kind, labels[cell.task])
+    of_models: dict[str, dict[str, Any]] = {}
+    for cell, one in asked.values():
+        # A model is built once for all its Cells; those that differ in what is not counted (a seed, a batch) share a count.
+        methods = of_models.setdefault(_model_of(one), one | {"methods": {}})["methods"]
+        configs_of = methods.setdefault(cell.method, [])
+        configs_of += [cell.config] if cell.config not in configs_of else []
+    counts = _counted(list(of_models.values()))
+    for cell_id, (cell, one) in asked.items():
+        if isinstance(counts, str):
+            found[cell_id] = counts
+            continue
+        at, counted = list(of_models).index(_model_of(one)), of_models[_model_of(one)]["methods"][cell.method]
+        here = counts[at]
+        if "error" not in here:
+            here = here | {"methods": {cell.method: [here["methods"][cell.method][counted.index(cell.config)]]}}
+        found[cell_id] = predicted(cell, here)
+    return found
+
+
+def _model_of(asked: Mapping[str, Any]) -> str:
+    return json.dumps({key: value for key, value in asked.items() if key != "methods"}, sort_keys=True)
+
+
+def _config(source: Source) -> dict[str, Any] | str:
+    """Return the config.json of a model on this machine, or why there is none."""
+    try:
+        if (here := fetch.at_hand(source)) is None:
+            return f"{source.name} is not on this machine yet"
+        return shapes.read(here / "config.json", source.name)
+    except HarnessError as error:
+        return error.what
+
+
+def _counted(requests: list[dict[str, Any]]) -> list[dict[str, Any]] | str:
+    """Let one child process count for all; return its answers in their order, or why there are none."""
+    if not requests:
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "requests.json"  # the command line would hold few of them
+        file.write_text(json.dumps(requests), encoding="utf-8")
+        with process.python(["-P", "-m", "harness.footprint.counting", f"@{file}"], {"HF_HUB_OFFLINE": "1"}) as child:
+            try:
+                code = child.process.wait(_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                return f"counting took more than {_TIMEOUT_S:.0f} s"
+    if code != 0:
+        last = child.said.strip().splitlines()
+        return f"the process that counts ended with {code}: {last[-1] if last else 'it said nothing'}"
+    return list(json.loads(child.said.splitlines()[-1]))

@@ -1,0 +1,48 @@
+"""The data of the task `synthetic`: random tokens, as many in every sequence as the Cell reads at once; nothing to score."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.runner.data import refuse_long
+from harness.runner.work import Work
+from harness.training import loop
+from harness.training import model as models
+from harness.training.batches import Batch, Example, collate
+
+_PROBED, _PROBED_TOKENS = 2, 32
+
+
+class RandomData:
+    """A Cell's batches of random tokens: the same for every method of one seed, all of `max_tokens`, no padding.
+
+    The loss is over every token that has one before it. Raises UsageError where the model reads fewer tokens.
+    """
+
+    def __init__(self, work: Work, loaded: models.Loaded) -> None:
+        cell, device = work.cell, torch.device(work.device)
+        refuse_long(loaded.model, cell)
+        training, vocabulary = cell.training, int(loaded.model.config.vocab_size)
+        generator = torch.Generator().manual_seed(cell.seed)
+
+        def sequences(count: int, tokens: int, name: str) -> Batch:
+            ids = torch.randint(0, vocabulary, (count, tokens), generator=generator).tolist()
+            examples = [Example(f"{name}-{row}", tuple(one), 0, tokens - 1) for row, one in enumerate(ids)]
+            return collate(examples, 0, "left").to(device)
+
+        self.probe = sequences(_PROBED, min(training.max_tokens, _PROBED_TOKENS), "probe")
+        names = [f"random-{cell.seed}-{step}" for step in range(training.steps)]
+        self.order_sha256 = hashlib.sha256(json.dumps([vocabulary, names]).encode()).hexdigest()
+        self.batches = [sequences(training.batch, training.max_tokens, name) for name in names]
+
+    def logits(self, model: Any) -> Tensor:
+        """Return the logits of two sequences at their last position, differentiably."""
+        return loop.last_logits(model, self.probe.inputs, 1)
+
+    def evaluate(self, model: Any) -> None:
+        """Score nothing: whether a random token was foreseen says nothing of a model."""

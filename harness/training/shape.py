@@ -1,0 +1,115 @@
+"""A causal model of random weights from its config.json alone: built without weights, which it gets block by block.
+
+A block (an entry of the model's list of decoder layers) has all its weights before the next one has any, so that whoever
+packs it in between never holds the whole model in 16 bits.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.errors import AssetError
+
+SEED = 0
+"""Of the weights, whatever the Cell's seed: as with a checkpoint, all Cells of one shape start from the same numbers."""
+NOTE = (
+    f"the weights are random (seed {SEED}, the spread of the model's own initialiser), for only a shape was named: "
+    "memory and speed are those of the shape, losses and texts mean nothing, and no accuracy was measured"
+)
+_REST = "the rest"
+
+
+def build(folder: Path, dtype: torch.dtype) -> Any:
+    """Return the model of `folder`/config.json on the meta device: every layer, no weights.
+
+    Raises AssetError for a config that transformers makes no causal model of.
+    """
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    facts = json.loads((folder / "config.json").read_bytes())
+    name = facts.pop("model_type")
+    try:
+        config = CONFIG_MAPPING[name].from_dict(facts)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (KeyError, ValueError) as error:
+        raise AssetError(
+            f"transformers makes no causal model of the type {name!r}: {error}",
+            where=str(folder / "config.json"),
+            mend="correct `model_type`, or look at the version of transformers",
+        ) from error
+
+
+def drawn(model: Any, device: torch.device) -> Iterator[set[str]]:
+    """Give a model on the meta device its weights, part by part; yield the paths of the modules that just got theirs.
+
+    First what stands outside the blocks, then one block after the other. Each part is drawn on `device` from a seed of its
+    own, by the initialiser that the model itself trains from scratch with: with its spread nothing overflows in 16 bits.
+    Raises AssetError for a weight that the initialiser leaves unset.
+    """
+    parts: dict[str, dict[str, nn.Module]] = {_REST: {}}
+    blocks = _blocks(model)
+    for path, module in model.named_modules():
+        block = next((b for b in blocks if path == b or path.startswith(f"{b}.")), _REST)
+        parts.setdefault(block, {})[path] = module
+    # Only what several modules share is kept here: anything else must be free to go once it is packed.
+    uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    homes: dict[int, nn.Parameter | None] = {key: None for key, count in uses.items() if count > 1}
+    for part in list(parts):
+        _draw(model, part, parts[part], device, homes)
+        yield set(parts.pop(part))  # the layers themselves are not kept: they are packed next
+
+
+def draw(model: Any, device: torch.device) -> None:
+    """Give a model on the meta device all its weights. Raises AssetError as `drawn` does."""
+    for _ in drawn(model, device):
+        pass
+
+
+@torch.no_grad()
+def _draw(
+    model: Any, part: str, modules: dict[str, nn.Module], device: torch.device, homes: dict[int, nn.Parameter | None]
+) -> None:
+    """Draw the modules of one part. homes: of a tied weight, by the id of what it was on meta, what it became."""
+    for module in modules.values():
+        for name, parameter in module.named_parameters(recurse=False):
+            home = homes.get(id(parameter))
+            if home is None:
+                home = nn.Parameter(_unset(parameter, device), requires_grad=parameter.requires_grad)
+            if id(parameter) in homes:
+                homes[id(parameter)] = home
+            setattr(module, name, home)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = _unset(buffer, device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(SEED + zlib.crc32(part.encode()))
+        for module in reversed(list(modules.values())):  # children first: some parents scale what is inside them
+            model._init_weights(module)
+    for path, module in modules.items():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if tensor.is_floating_point() and bool(tensor.isnan().any()):
+                raise AssetError(
+                    f"{type(model).__name__} has no initialiser for {path}.{name}, so its shape cannot be filled",
+                    where="phase load",
+                    mend="name a model with weights",
+                )
+
+
+def _unset(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor of this shape in which one that is never set shows: NaN, or where there is none, zero."""
+    return torch.full_like(tensor, torch.nan if tensor.is_floating_point() else 0, device=device)
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    """List the paths of the entries of the model's outermost lists of modules."""
+    lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outer = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
+    return [f"{path}.{name}" for path in outer for name, _ in model.get_submodule(path).named_children()]

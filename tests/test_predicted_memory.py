@@ -1,0 +1,78 @@
+"""Predicted memory: in a plan without a run, and in the report beside what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import recorded_run as recorded
+from report_page import row
+
+from harness import planning, suites
+from harness.expand import expand
+from harness.records import Predicted, Record
+from harness.report import facts, tables
+
+
+def test_the_headline_suite_is_predicted_and_fits() -> None:
+    suite = suites.load("headline-gpu")
+    plan = expand(suite)
+    predicted = planning.predictions(suite, plan)
+    document = planning.planning(suite, plan, Path("nowhere"), predicted)
+    sizes = {row["id"]: row["predicted"]["total_B"] for row in document["cells"]}
+    assert sizes["qlora-65b"] < 48 * 2**30
+    assert sizes["qlora-33b"] < 24 * 2**30
+    assert sizes["lora-7b"] < sizes["galore-7b"] < sizes["full-7b"] < 80 * 2**30
+    assert "9 Cells; the largest is predicted to take" in planning.as_text(document)
+
+
+def test_a_model_that_is_not_here_is_not_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFT_HARNESS_CACHE", str(tmp_path))
+    suite = suites.load("smoke")
+    plan = expand(suite)
+    found = planning.predictions(suite, plan)
+    assert set(found.values()) == {"tiny-llama is not on this machine yet"}
+    said = planning.as_text(planning.planning(suite, plan, tmp_path, found))
+    assert f"no prediction for {len(plan.cells)} Cells: tiny-llama is not on this machine yet" in said
+
+
+def beside(change: int, why: str = "") -> Record:
+    """Return a Record whose weights were predicted with so many bytes more than were counted; or not at all, and why."""
+    good = recorded.record("fused", recorded.cells()["fused"])
+    assert good.measurements is not None
+    memory = good.measurements.memory
+    parts = {name: getattr(memory, name) for name in ("weights_B", "adapter_B", "gradients_B", "optimizer_B")}
+    parts["weights_B"] += change
+    predicted = None if why else Predicted(**parts, activations_B=3 * recorded.MIB)
+    memory = memory.model_copy(update={"predicted": predicted, "not_predicted": why})
+    return good.model_copy(update={"measurements": good.measurements.model_copy(update={"memory": memory})})
+
+
+def ledger(record: Record, folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the record's row of the report's memory table, by the names of its columns."""
+    run = recorded.write_run(folder / "run", change=lambda _, old: record, only=["fused"])
+    return row(tables.memory(facts.gather(run)), record)
+
+
+@pytest.mark.parametrize(
+    ("change", "flag"),
+    [
+        (0, ""),
+        (recorded.MIB // 2, ""),
+        (2 * recorded.MIB, ""),
+        (9 * recorded.MIB, "not as predicted"),
+        (-9 * recorded.MIB, "not as predicted"),
+    ],
+)
+def test_the_ledger_warns_where_prediction_and_count_part(change: int, flag: str, tmp_path: Path) -> None:
+    figures = ledger(beside(change), tmp_path)
+    assert figures["Weights"]["flag"] == flag
+    assert figures["Weights"]["small"].startswith("≈ ")
+    assert [figures[name]["flag"] for name in ("Adapter", "Gradients", "Optimizer")] == [""] * 3
+    assert figures["Other in training"]["small"] == "≈ 3.00"
+
+
+def test_the_ledger_says_why_nothing_was_predicted(tmp_path: Path) -> None:
+    figures = ledger(beside(0, "nobody counted"), tmp_path)
+    assert (figures["Weights"]["small"], figures["Weights"]["why"]) == ("", "not predicted: nobody counted")
