@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.assets import fetch, model_folder, process
 from harness.assets.table import resolve
 from harness.errors import Problem, SuiteError
+from harness.methods import TARGET_WORDS
 
 if TYPE_CHECKING:
     from harness.expand import Plan
@@ -57,10 +58,17 @@ def _no_layers(folder: Path, kind: str, cells: list[tuple[Cell, dict[str, str]]]
         targets = cell.config.get("targets")
         for name in targets if isinstance(targets, list) else ():
             wanted.setdefault(name, {})[places["targets"]] = cell.model
-    unseen = tuple(name for name in wanted if not any(p == name or p.endswith(f".{name}") for p in paths))
+    unseen = tuple(name for name in wanted if not _seen(name, paths))
     for name, what in _looked_for(folder, kind, unseen).items() if unseen else ():
         for where, model in wanted[name].items():
             yield Problem(where, f"`targets`: {what}", f"name layers of {model}")
+
+
+def _seen(name: str, paths: Collection[str]) -> bool:
+    """Say whether a name surely fits a layer; of a word it is enough that names look like it: its Cell asks the model."""
+    if name in TARGET_WORDS:
+        return name != "attention" or any("attn" in path or "attention" in path.lower() for path in paths)
+    return any(path == name or path.endswith(f".{name}") for path in paths)
 
 
 @functools.cache

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _REFERENCE = Path(__file__).resolve().parent.parent / "reference"
 _TYPES = {"int": int, "float": float, "bool": bool, "str": str, "tuple[str, ...]": tuple}
+TARGET_WORDS = frozenset({"attention", "all-linear"})
+"""What a suite may write for a list of layers; `reference.layers.WORDS` says what they stand for."""
 _CALLED = {
     "int": "a whole number",
     "float": "a number",
@@ -68,7 +70,8 @@ class Adapted(Protocol):
 class FieldInfo:
     """One knob of a Method's Config.
 
-    type: `int`, `float`, `bool`, `str` or `tuple[str, ...]`. least, most, choices: None where there is no bound.
+    type: `int`, `float`, `bool`, `str` or `tuple[str, ...]`. least, most, choices: None where there is no bound. later: it
+    came after the first published Records, so at its default it stands in no Cell, and an old Cell keeps its id.
     """
 
     type: str
@@ -76,6 +79,7 @@ class FieldInfo:
     least: float | None = None
     most: float | None = None
     choices: tuple[Any, ...] | None = None
+    later: bool = False
 
     @property
     def is_list(self) -> bool:
@@ -95,15 +99,21 @@ class FieldInfo:
         return str(self.default).lower() if self.type == "bool" else str(self.default)
 
     def canonical(self, value: Any) -> Any:
-        """Return the one spelling of a valid value (`16` for a float becomes 16.0), as JSON can hold it."""
+        """Return the one spelling of a valid value (`16` for a float becomes 16.0), as JSON can hold it.
+
+        None stands for the default of a later knob, which stands in no Cell.
+        """
+        if self.later and value == self.default:
+            return None
         if self.is_list:
-            return list(value)
+            return [value] if isinstance(value, str) else list(value)
         return float(value) if self.type == "float" else value
 
     def problem(self, value: Any) -> str:
         """Say what is wrong with a value, or return an empty string."""
         if self.is_list:
             words = isinstance(value, (list, tuple)) and value and all(isinstance(v, str) and v for v in value)
+            words = words or (isinstance(value, str) and value in TARGET_WORDS)
             return "" if words else f"must be {self.called}, got {value!r}"
         wanted: Any = (int, float) if self.type == "float" else _TYPES[self.type]
         # bool is an int in Python, but not in anybody's suite.
@@ -186,5 +196,10 @@ def _field(node: ast.AnnAssign) -> tuple[str, FieldInfo]:
     limits = given.get("metadata", {})
     choices = limits.get("choices")
     return name, FieldInfo(
-        kind, given["default"], limits.get("least"), limits.get("most"), tuple(choices) if choices is not None else None
+        kind,
+        given["default"],
+        limits.get("least"),
+        limits.get("most"),
+        tuple(choices) if choices is not None else None,
+        limits.get("later", False),
     )

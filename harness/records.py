@@ -336,6 +336,9 @@ class Record(Frozen):
     """`cpu` or `cuda`."""
     assets: list[AssetUse] = []
     """The model, the data and the task, as they were: what a name alone does not say."""
+    layers: list[str] = []
+    """Paths of the layers of this model that the Cell's targets stand for (or of every linear layer, for a Method without
+    targets); empty where it was not got so far."""
     started: str
     """UTC, ISO 8601."""
     duration_s: Seconds

@@ -28,6 +28,7 @@ from harness.errors import UsageError
 from harness.measure import latency
 from harness.measure.memory import PeakMeter, model_tensors, optimizer_tensors, tensor_bytes
 from harness.measure.phases import PhaseClock
+from harness.methods import TARGET_WORDS
 from harness.records import (
     CheckResult,
     Latency,
@@ -67,6 +68,7 @@ class Life:
     baseline: int
     checks: list[CheckResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    layers: list[str] = field(default_factory=list)
 
     def run(self) -> Measurements:
         """Live it. Raises NonconformingError, loop.Diverged, loop.Untrained, and whatever goes wrong."""
@@ -85,12 +87,14 @@ class Life:
         if quantised:
             matched = packing.packable(model, config, matched)
         bases = {p: m for p, m in matched.items() if not _is_head(p, loaded.head)}
-        if hasattr(config, "targets") and len(bases) < len(matched):
-            # A target's name also fits a layer of the new head, which trains as a whole: name the others by their paths.
+        if hasattr(config, "targets") and (len(bases) < len(matched) or TARGET_WORDS & set(config.targets)):
+            # A target's name also fits a layer of the new head, which trains as a whole, or it is a word for layers of which
+            # only the model can tell the names: name them by their paths.
             if not bases:
                 what = f"`targets` name nothing but the new head ({', '.join(matched)}), which trains as a whole anyway"
                 raise UsageError(what, where=cell.model, mend="name layers of the model, or choose `method: frozen`")
             config = replace(config, targets=tuple(bases))
+        self.layers = list(bases)
         packed: dict[str, Packed] = {}
         expected_codes: dict[str, ExpectedCodes] = {}
         if quantised:

@@ -108,6 +108,7 @@ def attempt(work: Work, emit: Any) -> Record:
         measurements=measurements if status is Status.OK else None,
         failure=failure,
         notes=life.notes if life else [],
+        layers=life.layers if life else [],
     )  # fmt: skip
 
 
