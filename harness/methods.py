@@ -98,6 +98,10 @@ class FieldInfo:
             return f"[{', '.join(self.default)}]"
         return str(self.default).lower() if self.type == "bool" else str(self.default)
 
+    def resolved(self, value: Any, folder: Path) -> Any:
+        """Return the value that a suite in `folder` means: here the value itself."""
+        return value
+
     def canonical(self, value: Any) -> Any:
         """Return the one spelling of a valid value (`16` for a float becomes 16.0), as JSON can hold it.
 

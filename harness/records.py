@@ -131,6 +131,8 @@ class Cell(Frozen):
         """A short name for tables and progress lines; unique inside most suites, `cell_id` always is."""
         rank = f" r={self.config['rank']}" if "rank" in self.config else ""
         method = "zero-shot" if self.method == "frozen" and self.training.steps == 0 else self.method
+        if isinstance(any_method := self.config.get("adapter_config"), dict):  # `method: peft` says only whose it is
+            method = f"{method} {str(any_method.get('peft_type', '')).lower()}"
         base = "" if self.base.quantization == "none" else f" on {self.base}"
         dtype = "" if self.dtype == "float32" else f" {self.dtype}"
         optimizer = "" if self.optimizer == "adamw" else f" {self.optimizer}"

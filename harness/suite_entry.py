@@ -199,14 +199,19 @@ class _EntryReader:
                     self._way("config", key), f"`{key}` is an empty list", "leave it out for its default"
                 )
             for one in value if is_axis else [value]:
-                if what := knob.problem(one):
+                try:
+                    meant = knob.resolved(one, self.reading.base)
+                except HarnessError as error:
+                    self.reading.problem(self._way("config", key), f"`{key}` of {info.name}: {error.what}", error.mend)
+                    continue
+                if what := knob.problem(meant):
                     self.reading.problem(
                         self._way("config", key),
                         f"`{key}` of {info.name} {what}",
                         f"the default is {knob.shown_default}",
                     )
                 else:
-                    values.setdefault(key, []).append(knob.canonical(one))
+                    values.setdefault(key, []).append(knob.canonical(meant))
         return values
 
     def _model(self, name: str, way: Way) -> None:

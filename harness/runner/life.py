@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.adapter_config import UNREFERENCED
 from harness.conformance import gate
 from harness.conformance.observe import inference
 from harness.conformance.subject import (
@@ -39,7 +40,7 @@ from harness.records import (
     TrainingMeasured,
 )
 from harness.registry import Registry
-from harness.runner import packing
+from harness.runner import packing, unreferenced
 from harness.runner.data import CellData
 from harness.runner.work import Work
 from harness.training import loop, optimizers
@@ -111,6 +112,9 @@ class Life:
             implementation = self.registry.find("method", cell.method, cell.implementation)
             start = initial_tensors(cell.method, bases, config, torch.Generator().manual_seed(cell.seed))
             adapted = implementation(model, config, torch.Generator().manual_seed(cell.seed))
+            if cell.method in UNREFERENCED:
+                bases, start = unreferenced.taken(adapted, loaded.head)
+                self.layers, self.notes = list(bases), [*self.notes, *unreferenced.notes(adapted)]
             for path in [p for p in adapted.layers if _is_head(p, loaded.head)]:
                 del adapted.layers[path]
         subject = Subject(cell.method, config, cell.dtype, model, adapted, bases, own, original, packed, expected_codes)
@@ -150,7 +154,7 @@ class Life:
         with self.clock.phase("evaluate"):
             accuracy = task.evaluate(model)
         with self.clock.phase("latency"):
-            measured = self._latency(subject, kind == "causal", int(model.config.vocab_size))
+            measured = self._latency(subject, kind == "causal", int(model.config.vocab_size), task.logits)
         return Measurements(parameters=counts, training=trained, memory=memory, latency=measured, accuracy=accuracy)
 
     def _pass(self, results: list[CheckResult]) -> None:
@@ -203,11 +207,13 @@ class Life:
         self.notes += loop.notes(optimizer, samples.losses)
         return measured, optimizer, gradients
 
-    def _latency(self, subject: Subject, causal: bool, vocabulary: int) -> list[Latency]:
+    def _latency(
+        self, subject: Subject, causal: bool, vocabulary: int, forward: Callable[..., Tensor]
+    ) -> list[Latency]:
         refused = ""
         layers = dict(subject.adapted.layers)  # the check below detaches, which may empty it
         if subject.adapted.can_merge:
-            merged = gate.after_training(subject, self.work.cell.seed)
+            merged = gate.after_training(subject, self.work.cell.seed, forward)
             self.checks += merged
             refused = "; ".join(
                 f"{r.check} failed: {r.error} of {r.allowed} at {r.tensor}" if r.outcome is Outcome.FAIL else r.detail
