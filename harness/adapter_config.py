@@ -59,7 +59,12 @@ class AdapterConfigField(FieldInfo):
     @property
     def shown_default(self) -> str:
         """What a suite would write."""
-        return f"none; write `{KEY}: ./my-adapter/{FILE}`"
+        return "none"
+
+    @property
+    def mend(self) -> str:
+        """What to write instead of a value that is wrong."""
+        return f"write `{KEY}: ./my-adapter/{FILE}`, as peft's `save_pretrained` makes it"
 
     def resolved(self, value: Any, folder: Path) -> Any:
         """Read the file that a suite in `folder` names. Raises UsageError where it cannot be read."""
@@ -84,7 +89,9 @@ class AdapterConfigField(FieldInfo):
 
     def problem(self, value: Any) -> str:
         """Say what is wrong with the keys of a config, or return an empty string."""
-        if not isinstance(value, dict) or not value:
+        if value == {}:
+            return "is missing"
+        if not isinstance(value, dict):
             return f"must be {self.called}, got {value!r}"
         kind, known = value.get("peft_type"), peft_types()
         if not isinstance(kind, str):

@@ -38,7 +38,7 @@ def refuse(suite: Suite, plan: Plan) -> None:
         source = resolve(model, suite.sources, suite.path.resolve().parent)
         folder = fetch.at_hand(source)
         if folder is not None:
-            found += [*_too_long(folder, cells), *_no_layers(folder, source.kind, cells)]
+            found += [*_too_long(folder, cells), *_no_layers(folder, source.kind, cells), *_none_of_them(folder, cells)]
     if found:
         raise SuiteError(list(dict.fromkeys(found)))
 
@@ -62,6 +62,18 @@ def _no_layers(folder: Path, kind: str, cells: list[tuple[Cell, dict[str, str]]]
     for name, what in _looked_for(folder, kind, unseen).items() if unseen else ():
         for where, model in wanted[name].items():
             yield Problem(where, f"`targets`: {what}", f"name layers of {model}")
+
+
+def _none_of_them(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[Problem]:
+    """Of the names in an adapter_config peft takes those that fit; only where none does it refuses the model."""
+    paths = model_folder.layers(folder)
+    for cell, places in cells:
+        config = cell.config.get("adapter_config")
+        names = config.get("target_modules") if isinstance(config, dict) else None
+        if paths and isinstance(names, list) and names and not any(_seen(str(name), paths) for name in names):
+            what = f"`adapter_config`: none of its target_modules ({', '.join(map(str, names))}) is a layer of {cell.model}"
+            ends = sorted({path.rpartition(".")[2] for path in paths})
+            yield Problem(places["adapter_config"], what, f"it has {', '.join(ends)}")
 
 
 def _seen(name: str, paths: Collection[str]) -> bool:

@@ -92,6 +92,12 @@ class FieldInfo:
         return _CALLED[self.type]
 
     @property
+    def mend(self) -> str:
+        """What to write instead of a value that is wrong."""
+        words = f"; a word for layers is {' or '.join(sorted(TARGET_WORDS))}" if self.is_list else ""
+        return f"the default is {self.shown_default}{words}"
+
+    @property
     def shown_default(self) -> str:
         """The default as a suite would write it."""
         if self.is_list:
@@ -101,6 +107,10 @@ class FieldInfo:
     def resolved(self, value: Any, folder: Path) -> Any:
         """Return the value that a suite in `folder` means: here the value itself."""
         return value
+
+    def misfit(self, value: Any, kind: str) -> str:
+        """Say why a valid value is not for a model of this kind (`causal`, `encoder`), or return an empty string."""
+        return ""
 
     def canonical(self, value: Any) -> Any:
         """Return the one spelling of a valid value (`16` for a float becomes 16.0), as JSON can hold it.
@@ -140,6 +150,7 @@ class MethodInfo:
 
     deviations: (topic, what the paper says, what we do, why), as in the file. about_fields: what each knob means. factors:
     the letters of its trained low-rank factors. optimizer: the name of an optimizer of its own; empty if it has none.
+    trains_weights: whether it trains the model's own weights, which a quantised base cannot have.
     """
 
     name: str
@@ -151,6 +162,7 @@ class MethodInfo:
     path: Path
     factors: tuple[str, ...] = ()
     optimizer: str = ""
+    trains_weights: bool = False
 
 
 def methods(folder: Path = _REFERENCE) -> dict[str, MethodInfo]:
@@ -181,6 +193,7 @@ def _method(path: Path) -> MethodInfo | None:
         path=path,
         factors=ast.literal_eval(constants["FACTORS"]) if "FACTORS" in constants else (),
         optimizer=ast.literal_eval(constants["OPTIMIZER"]) if "OPTIMIZER" in constants else "",
+        trains_weights="TRAINS_WEIGHTS" in constants,
     )
 
 

@@ -95,7 +95,7 @@ class Life:
                 what = f"`targets` name nothing but the new head ({', '.join(matched)}), which trains as a whole anyway"
                 raise UsageError(what, where=cell.model, mend="name layers of the model, or choose `method: frozen`")
             config = replace(config, targets=tuple(bases))
-        self.layers = list(bases)
+        self.layers = [] if cell.method in UNREFERENCED else list(bases)
         packed: dict[str, Packed] = {}
         expected_codes: dict[str, ExpectedCodes] = {}
         if quantised:

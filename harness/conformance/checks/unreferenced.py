@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from harness.adapter_config import NO_REFERENCE
 from harness.conformance.case import Case
 from harness.conformance.results import judged, listed, skipped
-from harness.conformance.subject import DTYPES, LARGEST_COPY, Subject
-from harness.conformance.tolerance import exact, noise_floor
+from harness.conformance.subject import LARGEST_COPY, Subject
+from harness.conformance.tolerance import exact, noise_floor, perturbed
 from harness.records import CheckResult
 
 _NUDGE = 0.05
@@ -96,29 +96,59 @@ def check_reload(subject: Subject, case: Case) -> CheckResult:
 
 
 def check_merge_itself(subject: Subject, case: Case) -> CheckResult:
-    """Merged, the model computes what it computed unmerged, and after unmerging again: within twice what is lost by the
-    same model, merged in float64 and then rounded, or left unmerged. Tried on a copy.
+    """Merged, the model computes what it computed unmerged, whatever then becomes of the adapter; unmerged again it follows
+    its adapter: within twice what the model loses in its dtype, or by weights that are rounded once more. On a copy.
     """
     if not small(subject):
         return skipped(subject, case, "merge_itself", _TOO_LARGE)
-    wide, mine = copy.deepcopy(subject.adapted), copy.deepcopy(subject.adapted)
-    wide.model.double().eval()
-    truth = {"logits": _run(case, wide.model)}
+    wide, near, mine = (copy.deepcopy(subject.adapted) for _ in range(3))
+    wide.model.double()
+    _round_once_more(near, subject.dtype, case.generator(salt=4))
+    truth, draws = _logits(case, wide), [_logits(case, subject.adapted), _logits(case, near)]
     try:
         mine.merge()
-        merged = {"logits": _run(case, mine.model)}
+        held = [(t, t.detach().clone()) for t in _beside_the_base(mine)]
+        _scale([t for t, _ in held], -3)
+        merged = _logits(case, mine)
+        with torch.no_grad():
+            for tensor, value in held:
+                tensor.copy_(value)
         mine.unmerge()
     except (NotImplementedError, ValueError, AttributeError) as error:
         return skipped(subject, case, "merge_itself", f"the library does not merge it: {error}")
-    after = {"logits": _run(case, mine.model)}
-    wide.merge()
-    rounded = {"logits": _run(case, wide.model.to(DTYPES[subject.dtype]))}
-    draws = [{"logits": _run(case, subject.model)}, rounded]
     verdict = noise_floor(merged, truth, draws, subject.dtype, case.factor("merge_itself"))
     if not verdict.passed:
         return judged(subject, case, "merge_itself", verdict, "after merging")
-    verdict = noise_floor(after, truth, draws, subject.dtype, case.factor("merge_itself"))
+    for adapted in (wide, near, mine):
+        _scale(adapted.tensors().values(), 0.75)
+    verdict = noise_floor(_logits(case, mine), _logits(case, wide), [_logits(case, near)], subject.dtype)
     return judged(subject, case, "merge_itself", verdict, "" if verdict.passed else "after unmerging")
+
+
+def _logits(case: Case, adapted: Any) -> dict[str, Tensor]:
+    return {"logits": _run(case, adapted.model)}
+
+
+@torch.no_grad()
+def _scale(tensors: Iterable[Tensor], factor: float) -> None:
+    for tensor in tensors:
+        tensor.mul_(factor)
+
+
+@torch.no_grad()
+def _round_once_more(adapted: Any, dtype: str, generator: torch.Generator) -> None:
+    """Move every weight under the adapter by up to half a unit in the last place: so much is lost by writing into it."""
+    trains = {id(t) for t in adapted.tensors().values()}
+    for layer in adapted.layers.values():
+        for weight in layer.get_base_layer().parameters():
+            if id(weight) not in trains:
+                weight.copy_(perturbed(weight.double(), dtype, generator))
+
+
+def _beside_the_base(adapted: Any) -> list[Tensor]:
+    """List what trains and is not, once merged, the base's own: merging LayerNorm tuning puts it in the base's place."""
+    own = {id(p) for layer in adapted.layers.values() for p in layer.get_base_layer().parameters()}
+    return [t for t in adapted.tensors().values() if id(t) not in own]
 
 
 def _run(case: Case, model: nn.Module) -> Tensor:
