@@ -104,7 +104,7 @@ def _searches(entry: Entry) -> list[tuple[list[str], list[Cell]]]:
 
 def _configs(fields: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
     for values in itertools.product(*fields.values()):
-        yield dict(zip(fields, values, strict=True))
+        yield {name: value for name, value in zip(fields, values, strict=True) if value is not None}
 
 
 def only(plan: Plan, expr: str) -> Plan:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness import errors
+from harness.adapter_config import UNREFERENCED
 from harness.errors import Exit, HarnessError, UsageError
 from harness.footprint import activations, fit
 from harness.footprint.ledger import PARTS
@@ -103,7 +104,7 @@ def explain(name: str) -> str:
 
 
 def _topics() -> Iterator[Topic]:
-    for info in methods().values():
+    for info in (methods() | UNREFERENCED).values():
         yield info.name, partial(_method, info)
     for check, text in checks().items():
         yield check, partial(_check, check, text)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.assets import fetch, model_folder, process
 from harness.assets.table import resolve
 from harness.errors import Problem, SuiteError
+from harness.methods import TARGET_WORDS
 
 if TYPE_CHECKING:
     from harness.expand import Plan
@@ -37,7 +38,7 @@ def refuse(suite: Suite, plan: Plan) -> None:
         source = resolve(model, suite.sources, suite.path.resolve().parent)
         folder = fetch.at_hand(source)
         if folder is not None:
-            found += [*_too_long(folder, cells), *_no_layers(folder, source.kind, cells)]
+            found += [*_too_long(folder, cells), *_no_layers(folder, source.kind, cells), *_none_of_them(folder, cells)]
     if found:
         raise SuiteError(list(dict.fromkeys(found)))
 
@@ -57,10 +58,29 @@ def _no_layers(folder: Path, kind: str, cells: list[tuple[Cell, dict[str, str]]]
         targets = cell.config.get("targets")
         for name in targets if isinstance(targets, list) else ():
             wanted.setdefault(name, {})[places["targets"]] = cell.model
-    unseen = tuple(name for name in wanted if not any(p == name or p.endswith(f".{name}") for p in paths))
+    unseen = tuple(name for name in wanted if not _seen(name, paths))
     for name, what in _looked_for(folder, kind, unseen).items() if unseen else ():
         for where, model in wanted[name].items():
             yield Problem(where, f"`targets`: {what}", f"name layers of {model}")
+
+
+def _none_of_them(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[Problem]:
+    """Of the names in an adapter_config peft takes those that fit; only where none does it refuses the model."""
+    paths = model_folder.layers(folder)
+    for cell, places in cells:
+        config = cell.config.get("adapter_config")
+        names = config.get("target_modules") if isinstance(config, dict) else None
+        if paths and isinstance(names, list) and names and not any(_seen(str(name), paths) for name in names):
+            what = f"`adapter_config`: none of its target_modules ({', '.join(map(str, names))}) is a layer of {cell.model}"
+            ends = sorted({path.rpartition(".")[2] for path in paths})
+            yield Problem(places["adapter_config"], what, f"it has {', '.join(ends)}")
+
+
+def _seen(name: str, paths: Collection[str]) -> bool:
+    """Say whether a name surely fits a layer; of a word it is enough that names look like it: its Cell asks the model."""
+    if name in TARGET_WORDS:
+        return name != "attention" or any("attn" in path or "attention" in path.lower() for path in paths)
+    return any(path == name or path.endswith(f".{name}") for path in paths)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from harness import explain, suites, tasks, yaml_lines
+from harness.adapter_config import UNREFERENCED
 from harness.assets import shapes
 from harness.assets.table import Source, load_table
 from harness.methods import methods
@@ -61,7 +62,7 @@ def _methods(registry: Registry) -> list[Row]:
                 for key, f in info.fields.items()
             },
         }
-        for info in methods().values()
+        for info in (methods() | UNREFERENCED).values()
     ]
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _REFERENCE = Path(__file__).resolve().parent.parent / "reference"
 _TYPES = {"int": int, "float": float, "bool": bool, "str": str, "tuple[str, ...]": tuple}
+TARGET_WORDS = frozenset({"attention", "all-linear"})
+"""What a suite may write for a list of layers; `reference.layers.WORDS` says what they stand for."""
 _CALLED = {
     "int": "a whole number",
     "float": "a number",
@@ -68,7 +70,8 @@ class Adapted(Protocol):
 class FieldInfo:
     """One knob of a Method's Config.
 
-    type: `int`, `float`, `bool`, `str` or `tuple[str, ...]`. least, most, choices: None where there is no bound.
+    type: `int`, `float`, `bool`, `str` or `tuple[str, ...]`. least, most, choices: None where there is no bound. later: it
+    came after the first published Records, so at its default it stands in no Cell, and an old Cell keeps its id.
     """
 
     type: str
@@ -76,6 +79,7 @@ class FieldInfo:
     least: float | None = None
     most: float | None = None
     choices: tuple[Any, ...] | None = None
+    later: bool = False
 
     @property
     def is_list(self) -> bool:
@@ -88,22 +92,42 @@ class FieldInfo:
         return _CALLED[self.type]
 
     @property
+    def mend(self) -> str:
+        """What to write instead of a value that is wrong."""
+        words = f"; a word for layers is {' or '.join(sorted(TARGET_WORDS))}" if self.is_list else ""
+        return f"the default is {self.shown_default}{words}"
+
+    @property
     def shown_default(self) -> str:
         """The default as a suite would write it."""
         if self.is_list:
             return f"[{', '.join(self.default)}]"
         return str(self.default).lower() if self.type == "bool" else str(self.default)
 
+    def resolved(self, value: Any, folder: Path) -> Any:
+        """Return the value that a suite in `folder` means: here the value itself."""
+        return value
+
+    def misfit(self, value: Any, kind: str) -> str:
+        """Say why a valid value is not for a model of this kind (`causal`, `encoder`), or return an empty string."""
+        return ""
+
     def canonical(self, value: Any) -> Any:
-        """Return the one spelling of a valid value (`16` for a float becomes 16.0), as JSON can hold it."""
+        """Return the one spelling of a valid value (`16` for a float becomes 16.0), as JSON can hold it.
+
+        None stands for the default of a later knob, which stands in no Cell.
+        """
+        if self.later and value == self.default:
+            return None
         if self.is_list:
-            return list(value)
+            return [value] if isinstance(value, str) else list(value)
         return float(value) if self.type == "float" else value
 
     def problem(self, value: Any) -> str:
         """Say what is wrong with a value, or return an empty string."""
         if self.is_list:
             words = isinstance(value, (list, tuple)) and value and all(isinstance(v, str) and v for v in value)
+            words = words or (isinstance(value, str) and value in TARGET_WORDS)
             return "" if words else f"must be {self.called}, got {value!r}"
         wanted: Any = (int, float) if self.type == "float" else _TYPES[self.type]
         # bool is an int in Python, but not in anybody's suite.
@@ -126,6 +150,7 @@ class MethodInfo:
 
     deviations: (topic, what the paper says, what we do, why), as in the file. about_fields: what each knob means. factors:
     the letters of its trained low-rank factors. optimizer: the name of an optimizer of its own; empty if it has none.
+    trains_weights: whether it trains the model's own weights, which a quantised base cannot have.
     """
 
     name: str
@@ -137,6 +162,7 @@ class MethodInfo:
     path: Path
     factors: tuple[str, ...] = ()
     optimizer: str = ""
+    trains_weights: bool = False
 
 
 def methods(folder: Path = _REFERENCE) -> dict[str, MethodInfo]:
@@ -167,6 +193,7 @@ def _method(path: Path) -> MethodInfo | None:
         path=path,
         factors=ast.literal_eval(constants["FACTORS"]) if "FACTORS" in constants else (),
         optimizer=ast.literal_eval(constants["OPTIMIZER"]) if "OPTIMIZER" in constants else "",
+        trains_weights="TRAINS_WEIGHTS" in constants,
     )
 
 
@@ -186,5 +213,10 @@ def _field(node: ast.AnnAssign) -> tuple[str, FieldInfo]:
     limits = given.get("metadata", {})
     choices = limits.get("choices")
     return name, FieldInfo(
-        kind, given["default"], limits.get("least"), limits.get("most"), tuple(choices) if choices is not None else None
+        kind,
+        given["default"],
+        limits.get("least"),
+        limits.get("most"),
+        tuple(choices) if choices is not None else None,
+        limits.get("later", False),
     )

@@ -20,6 +20,8 @@ from harness.frozen import Joules
 from harness.frozen import Json as Json
 from harness.frozen import Scalar as Scalar
 from harness.frozen import Seconds as Seconds
+from harness.memory_records import Memory as Memory
+from harness.memory_records import Predicted as Predicted
 
 SCHEMA = 1
 
@@ -138,6 +140,8 @@ class Cell(Frozen):
         """A short name for tables and progress lines; unique inside most suites, `cell_id` always is."""
         rank = f" r={self.config['rank']}" if "rank" in self.config else ""
         method = "zero-shot" if self.method == "frozen" and self.training.steps == 0 else self.method
+        if isinstance(any_method := self.config.get("adapter_config"), dict):  # `method: peft` says only whose it is
+            method = f"{method} {str(any_method.get('peft_type', '')).lower()}"
         base = "" if self.base.quantization == "none" else f" on {self.base}"
         dtype = "" if self.dtype == "float32" else f" {self.dtype}"
         optimizer = "" if self.optimizer == "adamw" else f" {self.optimizer}"
@@ -214,38 +218,6 @@ class TrainingMeasured(Frozen):
     """Over the ids of the examples of every batch, in order: equal for two Records that were trained on the same."""
     initial_state_sha256: str = ""
     """Over names, dtypes, shapes and bytes of all that trains, as training began."""
-
-
-class Predicted(Frozen):
-    """What the analytic memory model (`harness.footprint`) says of a Cell from its model's shape alone, before it trains."""
-
-    weights_B: Bytes
-    adapter_B: Bytes
-    gradients_B: Bytes
-    optimizer_B: Bytes
-    optimizer_host_B: Bytes = 0
-    activations_B: Bytes | None = None
-    """Of one pass with texts as long as `max_tokens` allows; None without training, or where no formula is known."""
-    logits_B: Bytes | None = None
-    """Of the same; None too where only answers have logits."""
-
-
-class Memory(Frozen):
-    """The ledger: bytes of tensors counted one by one, and what the process took. Peaks per phase are in `phases`."""
-
-    source: str
-    """How peaks were taken: `VmHWM`, `cuda allocated`, or `sampled`."""
-    baseline_B: Bytes
-    """Resident memory of the process after its imports, before the model was loaded."""
-    weights_B: Bytes
-    adapter_B: Bytes
-    gradients_B: Bytes
-    optimizer_B: Bytes
-    optimizer_host_B: Bytes = 0
-    """Of a run on a GPU: optimizer states in the host's memory, e.g. paged ones; not in `optimizer_B`."""
-    predicted: Predicted | None = None
-    not_predicted: str = ""
-    """Why there is no prediction, where one was asked for."""
 
 
 class Latency(Frozen):
@@ -371,6 +343,9 @@ class Record(Frozen):
     """`cpu` or `cuda`."""
     assets: list[AssetUse] = []
     """The model, the data and the task, as they were: what a name alone does not say."""
+    layers: list[str] = []
+    """Paths of the layers of this model that the Cell's targets stand for (or of every linear layer, for a Method without
+    targets); empty where it was not got so far."""
     started: str
     """UTC, ISO 8601."""
     duration_s: Seconds

@@ -16,6 +16,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from harness.adapter_config import UNREFERENCED
 from harness.errors import ImplementationError
 from harness.methods import methods
 from harness.resources import folder
@@ -115,7 +116,7 @@ def targets() -> dict[str, Kind]:
     """Map everything that can be implemented to its kind, by the names of files: nothing is imported or read."""
     found: dict[str, Kind] = {file.stem: "base" for file in (folder("suites") / "parity").glob("*.yaml")}
     found |= {file.stem: "operation" for file in _OPERATIONS.glob("*.py") if not file.stem.startswith("_")}
-    return found | dict.fromkeys(methods(), "method")
+    return found | dict.fromkeys([*methods(), *UNREFERENCED], "method")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from harness.methods import MethodInfo
 from harness.records import Base, Dtype, Evaluation, Optimizer, Training
 from harness.registry import Registry
 from harness.spelling import near
+from harness.suite_combinations import impossible
 from harness.suite_file import BaseKeys, CellKeys, TuneKeys
 from harness.suite_tuning import Tune
 from harness.tasks import Task
@@ -23,7 +24,7 @@ from harness.yaml_lines import Document, Way
 
 MOST_CELLS = 10_000
 """More is a slip of the pen: at a minute each, ten thousand Cells are a week."""
-_JUDGED_BY_MODEL = (("config", "targets"), ("training", "max_tokens"))
+_JUDGED_BY_MODEL = (("config", "targets"), ("config", "adapter_config"), ("training", "max_tokens"))
 _NEEDED = (("model",), ("task",), ("method",), ("training", "steps"), ("evaluation", "items"))
 
 
@@ -104,6 +105,8 @@ class _EntryReader:
                 self._offer("method", method, implementation, self._way("implementation", i))
         for i, base in enumerate(keys.base):
             self._base(base, self._way("base", i))
+        for where, what, mend in impossible(config, self.reading.methods, keys.base, self._kinds()):
+            self.reading.problem(self._way(*where), what, mend)
         training = self._training(config) if complete else []
         tune = self._tune(keys.tune, config, training) if training and keys.tune else None
         if not complete or len(self.reading.problems) > before:
@@ -204,14 +207,19 @@ class _EntryReader:
                     self._way("config", key), f"`{key}` is an empty list", "leave it out for its default"
                 )
             for one in value if is_axis else [value]:
-                if what := knob.problem(one):
+                try:
+                    meant = knob.resolved(one, self.reading.base)
+                except HarnessError as error:
+                    self.reading.problem(self._way("config", key), f"`{key}` of {info.name}: {error.what}", error.mend)
+                    continue
+                if what := knob.problem(meant):
                     self.reading.problem(
                         self._way("config", key),
                         f"`{key}` of {info.name} {what}",
-                        f"the default is {knob.shown_default}",
+                        knob.mend,
                     )
                 else:
-                    values.setdefault(key, []).append(knob.canonical(one))
+                    values.setdefault(key, []).append(knob.canonical(meant))
         return values
 
     def _model(self, name: str, way: Way) -> Source | None:
@@ -233,6 +241,10 @@ class _EntryReader:
         except HarnessError as error:
             self.reading.problem(way, f"{error.what} ({error.where})", error.mend)
         return source
+
+    def _kinds(self) -> dict[str, str]:
+        """Map those of the models that are in the table to their kind; others have been reported."""
+        return {name: self.reading.sources[name].kind for name in self.keys.model or [] if name in self.reading.sources}
 
     def _task(self, name: str, way: Way) -> None:
         reading, items = self.reading, self.keys.evaluation.items

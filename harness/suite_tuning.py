@@ -78,8 +78,7 @@ def _config(written: Mapping[str, Any], methods: Sequence[MethodInfo], wrong: Ca
         for info in having:
             knob = info.fields[key]
             if what := knob.problem(value):
-                mend = f"the default is {knob.shown_default}"
-                wrong(("config", key), f"`{key}` of {info.name} {what}", mend)
+                wrong(("config", key), f"`{key}` of {info.name} {what}", knob.mend)
             else:
                 config[key] = knob.canonical(value)
     return config

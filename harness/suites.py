@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from harness import expand, suite_file, tasks, yaml_lines
+from harness.adapter_config import UNREFERENCED
 from harness.assets.table import Source, load_table, parse_source
 from harness.errors import Problem, SuiteError, UsageError
 from harness.methods import methods
@@ -71,7 +72,7 @@ def load(name_or_path: str | Path, *, registry: Registry | None = None) -> Suite
     """Read and check a suite; raises SuiteError with all its mistakes. `registry` defaults to what is installed."""
     document = yaml_lines.load(find(name_or_path))
     keys, problems, cut = suite_file.read(document)
-    reading = Reading(document, cut, problems, registry or discover(), methods())
+    reading = Reading(document, cut, problems, registry or discover(), methods() | UNREFERENCED)
     suite = _suite(reading, keys)
     if problems:
         # A mistake in a block is met once in each of its cells.

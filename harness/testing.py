@@ -119,6 +119,7 @@ def wrap_layers(
     make_layer: takes the base nn.Linear and returns a module that stands in its place and holds its trainable Parameters
     itself. names: the paper's letter -> the attribute (`{"A": "lora_A"}`); without it every Parameter by its own name.
     update: takes such a module and returns what is added to the base weight when merging; without it nothing merges.
+    Where LoRA's config asks for another start than the usual one (`init`), it is written into A and B afterwards.
     """
     from harness.wrapped_layers import wrap
 

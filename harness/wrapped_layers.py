@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from harness.errors import Unsupported
 from reference.adapted import Adapted
 from reference.layers import KINDS, dense_copy, kind_of, replace, targets
+from reference.lora_start import put
 
 
 def wrap(
@@ -29,7 +30,13 @@ def wrap(
     layers = {path: make_layer(base) for path, base in bases.items()}
     for path, layer in layers.items():
         replace(model, path, layer.train(bases[path].training))
-    return WrappedLayers(model, bases, layers, names, update)
+    wrapped = WrappedLayers(model, bases, layers, names, update)
+    if getattr(config, "init", "kaiming") != "kaiming":  # LoRA's usual start is the layers' own; they know of no other
+        tensors, generator = wrapped.tensors(), torch.Generator().manual_seed(0)
+        for path in bases:
+            if {f"{path}.A", f"{path}.B"} <= tensors.keys():  # otherwise `parameters` says so
+                put(config.init, tensors[f"{path}.A"], tensors[f"{path}.B"], generator)
+    return wrapped
 
 
 class WrappedLayers(Adapted):

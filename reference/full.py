@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 PAPER = "no paper: the upper baseline that adapters are measured against"
+TRAINS_WEIGHTS = True
 DEVIATIONS = ()
 
 

@@ -23,6 +23,7 @@ from reference.layers import targets
 from reference.randomised_svd import randomised_svd
 
 PAPER = "arXiv:2403.03507v2"
+TRAINS_WEIGHTS = True
 OVERSAMPLE = 10
 """Columns of the randomised SVD's sketch beyond the rank."""
 OPTIMIZER = "GaLore"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -43,11 +43,15 @@ def targets(model: nn.Module, names: Sequence[str], kinds: Sequence[str]) -> dic
 def targets(model: nn.Module, names: Sequence[str], kinds: Sequence[str] = LINEAR) -> dict[str, Any]:
     """Map path to layer for every layer whose path is, or ends in, one of `names`, in the model's order.
 
-    kinds: those of `KINDS` that the method adapts. Raises ValueError for a name that fits no layer, and for one that
-    also fits a layer of another kind: a layer that is silently left out is a layer that somebody believes adapted.
+    A name may also be one of `WORDS`. kinds: those of `KINDS` that the method adapts. Raises ValueError for a name that fits
+    no layer, and for one that also fits a layer of another kind: a layer that is silently left out is a layer that somebody
+    believes adapted.
     """
     found: dict[str, Any] = {}
     for name in names:
+        if name in WORDS:
+            found |= _meant(model, name, kinds)
+            continue
         fits = {path: module for path, module in model.named_modules() if path == name or path.endswith(f".{name}")}
         mine = {path: module for path, module in fits.items() if kind_of(module) in kinds}
         other = {path: module for path, module in fits.items() if path not in mine and (kind_of(module) or not mine)}
@@ -60,6 +64,49 @@ def targets(model: nn.Module, names: Sequence[str], kinds: Sequence[str] = LINEA
             raise ValueError(f"no {_listed(kinds)} layer is named {name!r}; this model has: {', '.join(ends)}")
         found |= mine
     return {path: found[path] for path, _ in model.named_modules() if path in found}
+
+
+def _attention(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the products inside the model's attention blocks: q, k, v and output, fused or not, and what else is there.
+
+    A block is a module whose class's name ends in `Attention`, as the classes of transformers do.
+    """
+    blocks = [path for path, module in model.named_modules() if type(module).__name__.endswith("Attention")]
+    return {path: m for path, m in _products(model).items() if any(path.startswith(f"{block}.") for block in blocks)}
+
+
+def _all_linear(model: nn.Module) -> dict[str, nn.Module]:
+    """Return all products but the model's output: what is outside its trunk, or gives its logits.
+
+    As HF peft's word of that name, but for heads of several layers, of which peft leaves out the last.
+    """
+    tell: Any = getattr(model, "get_output_embeddings", lambda: None)
+    output, trunk = tell(), getattr(model, "base_model_prefix", "")
+    start = f"{trunk}." if trunk and hasattr(model, trunk) else ""
+    return {path: m for path, m in _products(model).items() if m is not output and path.startswith(start)}
+
+
+def _products(model: nn.Module) -> dict[str, nn.Module]:
+    return {path: module for path, module in model.named_modules() if kind_of(module) in ("linear", "Conv1D")}
+
+
+WORDS: Mapping[str, Callable[[nn.Module], dict[str, nn.Module]]] = {"attention": _attention, "all-linear": _all_linear}
+"""What `targets` may say instead of names."""
+
+
+def _meant(model: nn.Module, word: str, kinds: Sequence[str]) -> dict[str, nn.Module]:
+    """Return the layers that `word` stands for on this model. Raises ValueError as `targets` does."""
+    found = WORDS[word](model)
+    for path, module in found.items():
+        if kind_of(module) not in kinds:
+            kind = type(module).__name__
+            raise ValueError(f"{word!r} stands for {path} too, a {kind}, which this method does not support")
+    if not found:
+        kind, where = type(model).__name__, "beside its output"
+        if word == "attention":
+            where = "in a module whose class is called ...Attention"
+        raise ValueError(f"{word!r} stands for no layer of this {kind}: it has no linear layer {where}")
+    return found
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from reference.adapted import Adapted, AdaptedLayer
 from reference.layers import KINDS, dense_copy, floating_dtype, kind_of, replace, targets
 from reference.lora_layers import LoraConv2d, LoraConv2dKernel, LoraEmbedding
+from reference.lora_start import start
 
 PAPER = "arXiv:2106.09685v2"
 FACTORS = ("A", "B")
@@ -26,8 +27,8 @@ DEVIATIONS = (
         "initialisation of A",
         "random Gaussian, no standard deviation given",
         "uniform in +-1/sqrt(in), which has variance 1/(3 in)",
-        "the authors' code (loralib) and HF peft both draw A so; the paper's sigma is not stated anywhere. HF peft's "
-        "option `gaussian` has a standard deviation of 1/r, whatever `in` is",
+        "the authors' code (loralib) and HF peft both draw A so; the paper's sigma is not stated anywhere. With "
+        "init=gaussian it is HF peft's, 1/r, whatever `in` is; init=orthogonal is of neither the paper nor loralib",
     ),
     (
         "dropout",
@@ -45,7 +46,8 @@ DEVIATIONS = (
         "embeddings",
         "not treated; A is random and B zero",
         "A (r, num) is zero and B (dim, r) standard normal; no dropout",
-        "as in loralib and HF peft: an id picks a column of A, so this start gives every entry seen a gradient of its own. "
+        "as in loralib and HF peft: an id picks a column of A, so this start gives every entry seen a gradient of its own; "
+        "init changes nothing here, as in HF peft. "
         "HF peft accepts a dropout there and ignores it, loralib has none",
     ),
     (
@@ -90,6 +92,7 @@ class Config:
     rank: r. alpha: the numerator of the scaling alpha / r. targets: last parts of the module paths to adapt, or whole
     paths. dropout: probability that an input feature of the adapter branch is dropped in training; embeddings have none.
     rslora: whether the scaling is alpha / sqrt(r). conv: what A and B of a convolution are, `peft` or `loralib`.
+    init: where A and B start, `kaiming`, `gaussian` or `orthogonal` (see `lora_start.py`); `orthogonal` wants an even rank.
     """
 
     rank: int = field(default=8, metadata={"least": 1, "most": 4096})
@@ -98,6 +101,7 @@ class Config:
     dropout: float = field(default=0.0, metadata={"least": 0.0, "most": 0.99})
     rslora: bool = False
     conv: str = field(default="peft", metadata={"choices": ("peft", "loralib")})
+    init: str = field(default="kaiming", metadata={"choices": ("kaiming", "gaussian", "orthogonal"), "later": True})
 
     @property
     def scaling(self) -> float:
@@ -167,10 +171,9 @@ def _adapted(base: Any, config: Config, generator: torch.Generator) -> AdaptedLa
     like, kind = {"dtype": floating_dtype(base), "device": next(base.parameters()).device}, kind_of(base)
     R, s, p = config.rank, config.scaling, config.dropout
 
-    def uniform(*shape: int) -> Tensor:
-        """Draw within +-1/sqrt(in): in float64, so that every dtype starts from the same numbers."""
-        bound = 1 / math.sqrt(math.prod(shape[1:]))
-        return torch.empty(shape, dtype=torch.float64).uniform_(-bound, bound, generator=generator).to(**like)
+    def factors(rank: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
+        A, B = start(config.init, rank, inputs, outputs, generator)
+        return A.to(**like), B.to(**like)
 
     if kind == "embedding":
         B = torch.randn(base.embedding_dim, R, dtype=torch.float64, generator=generator).to(**like)
@@ -180,10 +183,12 @@ def _adapted(base: Any, config: Config, generator: torch.Generator) -> AdaptedLa
         if config.conv == "peft":
             if R % G:
                 raise ValueError(f"rank {R} is no multiple of the convolution's {G} groups")
-            return LoraConv2d(base, uniform(R, C, *K), torch.zeros(E, R // G, 1, 1, **like), s, p)
+            if G > 1 and config.init == "orthogonal":
+                raise ValueError(f"init=orthogonal cancels over the whole rank, and {G} groups see a part of it each")
+            A, B = factors(R, math.prod((C, *K)), E)
+            return LoraConv2d(base, A.view(R, C, *K), B[:, : R // G, None, None].contiguous(), s, p)
         if K[0] != K[1]:
             raise ValueError(f"conv=loralib is defined for square kernels, and this one is {K[0]} x {K[1]}")
-        A, B = uniform(R * K[0], C * K[0]), torch.zeros(E // G * K[0], R * K[0], **like)
-        return LoraConv2dKernel(base, A, B, s, p)
+        return LoraConv2dKernel(base, *factors(R * K[0], C * K[0], E // G * K[0]), s, p)
     D, E = (base.nx, base.nf) if kind == "Conv1D" else (base.in_features, base.out_features)
-    return LoraLinear(base, uniform(R, D), torch.zeros(E, R, **like), s, p)
+    return LoraLinear(base, *factors(R, D, E), s, p)

@@ -14,6 +14,7 @@ import pytest
 import recorded_run
 
 from harness import cli, listing, planning, store, suites
+from harness.adapter_config import UNREFERENCED
 from harness.cli import main
 from harness.errors import Exit, HarnessError
 from harness.expand import expand
@@ -67,7 +68,7 @@ def test_list_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "methods", "implementations", "--json"]) == Exit.PASS
     document = json.loads(capsys.readouterr().out)
     assert list(document) == ["schema", "methods", "implementations", "broken"]
-    assert [row["name"] for row in document["methods"]] == list(methods())
+    assert [row["name"] for row in document["methods"]] == [*methods(), *UNREFERENCED]
     lora = next(row for row in document["methods"] if row["name"] == "lora")
     assert lora["config"]["rank"]["default"] == methods()["lora"].fields["rank"].default
     assert "reference" in lora["implementations"]

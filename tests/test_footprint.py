@@ -236,7 +236,7 @@ def test_logits(dtype: str) -> None:
 def test_all_linear_layers_but_those_of_the_output_are_adapted() -> None:
     for kind, config in CONFIGS.values():
         model = counting.build(config, kind, torch.float32)
-        names = counting.default_targets(model, counting.new_head(model, kind))
+        names = counting.default_targets(model)
         adapted = adaptable_layers(model, configure("lora", {"targets": names}))
         linear = {path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         assert linear - set(adapted) == {"classifier" if kind == "encoder" else "lm_head"}

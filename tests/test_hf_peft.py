@@ -9,12 +9,17 @@ import pytest
 import torch
 from torch import nn
 
+from harness.adapter_config import UNREFERENCED
 from harness.conformance.subject import DTYPES, configure
 from harness.conformance.tolerance import noise_floor
 from harness.implementations import hf_peft
 from harness.registry import Implementation
 
-METHODS = {one.target: one for one in hf_peft.implementations() if (one.kind, one.name) == ("method", "hf-peft")}
+METHODS = {
+    one.target: one
+    for one in hf_peft.implementations()
+    if (one.kind, one.name) == ("method", "hf-peft") and one.target not in UNREFERENCED
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "adalora": {"rank": 4, "target_rank": 2, "total_steps": 20, "tinit": 2, "tfinal": 5, "delta_t": 3}
 }

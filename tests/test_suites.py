@@ -273,7 +273,7 @@ def test_methods_are_read_as_python_would_import_them(name: str) -> None:
     for key, field in fields.items():
         read = info.fields[key]
         assert (read.type, read.default) == (field.type, field.default)
-        limits = {"least": read.least, "most": read.most, "choices": read.choices}
+        limits = {"least": read.least, "most": read.most, "choices": read.choices, "later": read.later or None}
         assert {k: v for k, v in limits.items() if v is not None} == {
             k: tuple(v) if k == "choices" else v for k, v in field.metadata.items()
         }

@@ -24,9 +24,15 @@ def diverged(record: Record) -> bool:
     return record.failure is not None and record.failure.kind == "Diverged"
 
 
+def unreferenced(record: Record) -> str:
+    """Say that there was no reference to compare with, where there was none; else return an empty string."""
+    alone = (c for c in record.checks if c.check.split("/")[1:2] == ["reference"] and c.outcome is Outcome.SKIPPED)
+    return next((f"no speed without parity: {check.detail}" for check in alone), "")
+
+
 def no_speed(record: Record) -> str:
     """Say why no time of this Cell may be shown, or return an empty string."""
-    return _because([c for c in failed(record) if not _of_merging(c) and not _of_mixing(c)])
+    return _because([c for c in failed(record) if not _of_merging(c) and not _of_mixing(c)]) or unreferenced(record)
 
 
 def no_merged_speed(record: Record) -> str:

@@ -217,11 +217,19 @@ def _whole(
 
     undecided = [j for j in judgements if j.verdict.word is not Word.PASS]
     if undecided:
-        reason = f"{len(undecided)} of {len(judgements)} questions left open; all {len(ok)} measured Cells conform"
+        reason = f"{len(undecided)} of {len(judgements)} questions left open; {_conform(ok)}"
         ids = tuple(dict.fromkeys(i for j in undecided for i in j.verdict.records))
         return Verdict(Word.INCONCLUSIVE, reason, ids), Exit.INCONCLUSIVE if strict else Exit.PASS
     questions = f" and all {len(judgements)} questions of the suite are answered yes" if judgements else ""
-    return Verdict(Word.PASS, f"all {len(ok)} measured Cells conform{questions}", tuple(r.id for r in ok)), Exit.PASS
+    return Verdict(Word.PASS, f"{_conform(ok)}{questions}", tuple(r.id for r in ok)), Exit.PASS
+
+
+def _conform(ok: list[Record]) -> str:
+    """Say that nothing was found against the measured Cells, and of how many nothing could be compared."""
+    alone = sum(bool(parity.unreferenced(r)) for r in ok)
+    return f"all {len(ok)} measured Cells conform" + (
+        f", {alone} of them without a reference to compare with" if alone else ""
+    )
 
 
 def _red(name: str, record: Record) -> str:

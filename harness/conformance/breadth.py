@@ -48,7 +48,9 @@ def config(dice: random.Random, given: Mapping[str, Any], features: int) -> dict
     if "rank" not in given:
         return dict(given)
     least = int(given.get("target_rank", 1))
-    return {**given, "rank": between(dice, least, max(least, min(LARGEST_RANK, features)))}
+    rank = between(dice, least, max(least, min(LARGEST_RANK, features)))
+    # LoRA's orthogonal start is there for even ranks only.
+    return {**given, "rank": rank + rank % 2 if given.get("init") == "orthogonal" else rank}
 
 
 def call(dice: random.Random, given: Mapping[str, Any]) -> dict[str, Any]:

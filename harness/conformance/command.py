@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from harness import store
+from harness.adapter_config import NO_REFERENCE, UNREFERENCED
 from harness.conformance import defects, isolated, show, suite
 from harness.conformance.breadth import FEW, Breadth
 from harness.conformance.defects import Defect
@@ -217,7 +218,8 @@ def _tasks(
     skipped = {}
     for one in wanted:
         if one.target not in plans:
-            skipped[f"{one.name} {one.target}"] = f"there is no parity suite {path_of(one.target).name}"
+            none = f"there is no parity suite {path_of(one.target).name}"
+            skipped[f"{one.name} {one.target}"] = NO_REFERENCE if one.target in UNREFERENCED else none
         elif not [d for d in one.dtypes if d in plans[one.target].dtypes and d in (asked.dtypes or DTYPES)]:
             skipped[f"{one.name} {one.target}"] = (
                 f"offers {', '.join(one.dtypes)}; asked for were "

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from harness.adapter_config import UNREFERENCED
 from harness.conformance import checks, suite
 from harness.conformance.beside import beside
 from harness.conformance.case import Case
+from harness.conformance.checks.unreferenced import nudged
 from harness.conformance.drawn import inputs
 from harness.conformance.results import at, judged, skipped
 from harness.conformance.subject import DTYPES, Subject, attach_reference, configure, load, warm
@@ -21,6 +23,8 @@ from harness.records import CheckResult, Outcome
 FIRST = ("layers", "parameters")
 AT_THE_START = ("base", "identity", "codes")
 WHEN_WARM = ("forward", "gradient", "model")
+ALONE_AT_THE_START = ("reference", "base", "start", "repeats")
+ALONE_WHEN_WARM = ("repeats", "untouched", "reached", "reload", "merge_itself")
 _ALONE = "frozen"
 """The Method whose layers are the base's."""
 
@@ -42,6 +46,8 @@ def gate(
     base, as in `nf4 by bitsandbytes`. Which checks apply stands in the Method's parity suite. If a packed base is wrong by
     itself, or the layers or their tensors are not the reference's, nothing further can be asked, and only that is returned.
     """
+    if subject.method in UNREFERENCED:
+        return _alone(subject, Case("init", seed=seed, inputs=run_model, base_output=base_output, forward=forward))
     plan = suite.load(subject.method)
     factors = plan.factors()
     case = Case("init", seed=seed, inputs=run_model, base_output=base_output, forward=forward, factors=factors)
@@ -62,6 +68,15 @@ def gate(
     results += tried(WHEN_WARM, replace(case, state="warm" if began else "init"))
     load(subject.adapted, began)
     return results
+
+
+def _alone(subject: Subject, case: Case) -> list[CheckResult]:
+    """Check what needs no reference, and leave the subject at its start."""
+    found, adapted = checks.every(), subject.adapted
+    at_start = [name for name in ALONE_AT_THE_START if name != "base" or not getattr(adapted, "rewrites_base", False)]
+    results = [found[name](subject, case) for name in at_start]
+    warmed, at = nudged(subject, case.generator(salt=1)), replace(case, state="warm")
+    return results + [found[name](warmed, at) for name in ALONE_WHEN_WARM]
 
 
 @dataclass(frozen=True)
@@ -87,8 +102,15 @@ def _packed_base(subject: Subject, case: Case, base: str) -> CheckResult:
     return judged(_Base(f"base {base}".strip(), subject.dtype), case, "forward", verdict, why)
 
 
-def after_training(subject: Subject, seed: int) -> list[CheckResult]:
-    """Check what may only be tried once training is over, because some libraries merge into the base weight itself."""
+def after_training(
+    subject: Subject, seed: int, forward: Callable[[nn.Module], Tensor] | None = None
+) -> list[CheckResult]:
+    """Check what may only be tried once training is over, because some libraries merge into the base weight itself.
+
+    forward: as of `gate`; only where there is no reference the whole model is run.
+    """
+    if subject.method in UNREFERENCED:
+        return [checks.every()["merge_itself"](subject, Case("trained", seed=seed, forward=forward))]
     factors = suite.load(subject.method).factors()
     with torch.random.fork_rng():
         case = Case("trained", seed=seed, factors=factors)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from harness.adapter_config import UNREFERENCED, AdapterConfig
 from harness.conformance import fingerprint
 from harness.methods import Adapted
 from reference import nf4
@@ -198,6 +199,8 @@ def _under(path: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def configure(method: str, config: dict[str, Any]) -> Any:
     """Return the Method's Config with `config`'s values; lists become tuples. Raises TypeError for an unknown key."""
+    if method in UNREFERENCED:
+        return AdapterConfig(**config)
     kind = importlib.import_module(f"reference.{method}").Config
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
 

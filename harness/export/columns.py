@@ -145,7 +145,7 @@ _CELLS = (
     Column("step_high_s", FLOAT, "s", "the same"),
     Column("step_n", INTEGER, "1", "steady steps it was taken from"),
     Column("tokens_per_s", FLOAT, "1/s", "real tokens, padding not counted, over the steady steps; NA as step_s"),
-    Column("no_speed", TEXT, "", "why no speed of this Cell may be told: a check failed"),
+    Column("no_speed", TEXT, "", "why no speed of this Cell may be told: a check failed, or there is no reference"),
     Column("busy", TEXT, "", "in numbers, that the steps waited for a CPU that others were using"),
     Column("started", TIME, "", "when the attempt began"),
     Column("duration_s", FLOAT, "s", "wall time of the whole attempt, start-up and all"),
@@ -185,7 +185,7 @@ _SAMPLES = (
     Column("value", FLOAT, "", "the sample, in the unit beside it"),
     Column("unit", TEXT, "", "s, or 1: losses are in nats, tokens are counts"),
     Column("warmup", BOOLEAN, "", "a real step, but not counted as steady in step_s and tokens_per_s"),
-    Column("no_speed", TEXT, "", "of times: why no speed may be told from them: a check failed"),
+    Column("no_speed", TEXT, "", "of times: why no speed may be told from them: a check failed, or there is no reference"),
 )  # fmt: skip
 
 _ITEMS = (

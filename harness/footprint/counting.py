@@ -24,6 +24,7 @@ from harness.conformance.subject import DTYPES, attach_reference, configure
 from harness.footprint import activations, kept, states
 from harness.footprint.choices import BASES, OWN
 from harness.measure.memory import model_tensors
+from reference import layers as surgery
 from reference.layers import kind_of
 
 
@@ -69,7 +70,7 @@ def count(
     head = new_head(model, kind)
     if misfits := structure.of_model(model, targets):
         return {"misfits": misfits}
-    names = targets or default_targets(model, head)
+    names = targets or default_targets(model)
     total = sum(p.numel() for p in model.parameters())
     shape = kept.llama_shape(model, DTYPES[dtype])
     found = {
@@ -104,11 +105,9 @@ def new_head(model: Any, kind: str) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if kind == "encoder" and not n.startswith(start)}
 
 
-def default_targets(model: Any, head: Mapping[str, nn.Parameter]) -> list[str]:
+def default_targets(model: Any) -> list[str]:
     """Return the names of all linear layers but those of the output: last parts where these fit no other layer."""
-    output = model.get_output_embeddings()
-    linear = {path: layer for path, layer in model.named_modules() if kind_of(layer) in kept.LINEAR}
-    inner = [path for path, layer in linear.items() if layer is not output and not _holds(path, head)]
+    inner = list(surgery.targets(model, ("all-linear",), kept.LINEAR))
     outside = {path.rpartition(".")[-1] for path, _ in model.named_modules() if path not in set(inner)}
     return list(dict.fromkeys(path if (last := path.rpartition(".")[-1]) in outside else last for path in inner))
 

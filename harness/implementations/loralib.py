@@ -34,7 +34,8 @@ def _attached(model: Any, config: Any, generator: Any) -> Loralib:
     import torch
     from loralib import mark_only_lora_as_trainable
 
-    from reference.layers import KINDS, replace, targets
+    from reference.layers import KINDS, kind_of, replace, targets
+    from reference.lora_start import put
 
     if config.rslora:
         raise Unsupported("loralib has no rslora: its scaling is alpha / r")
@@ -42,6 +43,11 @@ def _attached(model: Any, config: Any, generator: Any) -> Loralib:
     with torch.random.fork_rng():
         torch.manual_seed(generator.initial_seed())
         layers = {path: _layer(path, base, config) for path, base in bases.items()}
+    for path, layer in layers.items():
+        if config.init != "kaiming":  # loralib has this one; another is its user's to put in
+            if kind_of(bases[path]) not in ("linear", "Conv1D"):
+                raise Unsupported(f"{path}: another start than loralib's own is of linear layers only")
+            put(config.init, layer.lora_A, layer.lora_B, generator)
     for path, layer in layers.items():
         replace(model, path, layer)
     mark_only_lora_as_trainable(model)

@@ -52,7 +52,16 @@ def comparison(facts: RunFacts) -> Table:
             else [unmeasured(facts.why_unmeasured(cell))] * 2
         )
         rows.append({"cell": cell, "figures": figures, "anchor": facts.anchor(cell.cell_id)})
-    return _table(facts, "cells", "Every expected Cell", columns, rows, _busy_note(facts))
+    return _table(
+        facts, "cells", "Every expected Cell", columns, rows, [*_unreferenced_note(facts), *_busy_note(facts)]
+    )
+
+
+def _unreferenced_note(facts: RunFacts) -> list[str]:
+    """Say which Cells nothing could be compared with, so that nobody misses their times or takes them for checked."""
+    found = [(facts.titles[r.cell_id], why) for r in facts.latest.values() if (why := parity.unreferenced(r))]
+    names = ", ".join(title for title, _ in found)
+    return [f"{found[0][1]}, nor for what their papers say: {names}."] if found else []
 
 
 def _busy_note(facts: RunFacts) -> list[str]:
@@ -69,6 +78,8 @@ def _status(facts: RunFacts, cell: Cell) -> Figure:
     if red and status == "ok":
         count = f"{len(red)} failed check{'s' * (len(red) != 1)}"
         return figure(f"{icon('fail')} ok, {count}", status, why=", ".join(c.check for c in red), tone=tone("fail"))
+    if status == "ok" and record and (alone := parity.unreferenced(record)):
+        return figure(f"{icon(status)} ok, no reference", status, why=alone, tone=tone(status))
     why = "" if status == "ok" else facts.why_unmeasured(cell)
     return figure(f"{icon(status)} {status}", status, why=why, tone=tone(status))
 

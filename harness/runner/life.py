@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.adapter_config import UNREFERENCED
 from harness.assets import shapes
 from harness.conformance import fingerprint, gate
 from harness.conformance.observe import inference
@@ -29,6 +30,7 @@ from harness.footprint import cells, counting
 from harness.measure import checkpoint, latency
 from harness.measure.memory import PeakMeter, model_tensors, optimizer_tensors, tensor_bytes
 from harness.measure.phases import PhaseClock
+from harness.methods import TARGET_WORDS
 from harness.records import (
     CheckResult,
     Latency,
@@ -40,7 +42,7 @@ from harness.records import (
     TrainingMeasured,
 )
 from harness.registry import Registry
-from harness.runner import packing, serving
+from harness.runner import packing, serving, unreferenced
 from harness.runner.data import CellData
 from harness.runner.random_data import RandomData
 from harness.runner.work import Work
@@ -70,6 +72,7 @@ class Life:
     baseline: int
     checks: list[CheckResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    layers: list[str] = field(default_factory=list)
 
     def run(self) -> Measurements:
         """Live it. Raises NonconformingError, loop.Diverged, loop.Untrained, and whatever goes wrong."""
@@ -91,12 +94,14 @@ class Life:
         if quantised:
             matched = packing.packable(model, config, matched)
         bases = {p: m for p, m in matched.items() if not _is_head(p, loaded.head)}
-        if hasattr(config, "targets") and len(bases) < len(matched):
-            # A target's name also fits a layer of the new head, which trains as a whole: name the others by their paths.
+        if hasattr(config, "targets") and (len(bases) < len(matched) or TARGET_WORDS & set(config.targets)):
+            # A target's name also fits a layer of the new head, which trains as a whole, or it is a word for layers of which
+            # only the model can tell the names: name them by their paths.
             if not bases:
                 what = f"`targets` name nothing but the new head ({', '.join(matched)}), which trains as a whole anyway"
                 raise UsageError(what, where=cell.model, mend="name layers of the model, or choose `method: frozen`")
             config = replace(config, targets=tuple(bases))
+        self.layers = [] if cell.method in UNREFERENCED else list(bases)
         packed = packing.PackedBase()
         if quantised:
             paths = list(bases)
@@ -115,6 +120,9 @@ class Life:
             implementation = self.registry.find("method", cell.method, cell.implementation)
             start = initial_tensors(cell.method, bases, config, torch.Generator().manual_seed(cell.seed))
             adapted = implementation(model, config, torch.Generator().manual_seed(cell.seed))
+            if cell.method in UNREFERENCED:
+                bases, start = unreferenced.taken(adapted, loaded.head)
+                self.layers, self.notes = list(bases), [*self.notes, *unreferenced.notes(adapted)]
             for path in [p for p in adapted.layers if _is_head(p, loaded.head)]:
                 del adapted.layers[path]
         subject = Subject(
@@ -164,7 +172,7 @@ class Life:
         with self.clock.phase("evaluate"):
             accuracy = task.evaluate(model)
         with self.clock.phase("latency"):
-            measured = self._latency(subject, kind == "causal", int(model.config.vocab_size))
+            measured = self._latency(subject, kind == "causal", int(model.config.vocab_size), task.logits)
         return Measurements(
             parameters=counts,
             training=trained,
@@ -254,14 +262,16 @@ class Life:
         self.notes += loop.notes(optimizer, samples.losses)
         return measured, optimizer, gradients
 
-    def _latency(self, subject: Subject, causal: bool, vocabulary: int) -> list[Latency]:
+    def _latency(
+        self, subject: Subject, causal: bool, vocabulary: int, forward: Callable[..., Tensor]
+    ) -> list[Latency]:
         # Before anything is merged: some libraries merge into the base weight, and lose a little of it.
         mixed, checks = serving.measure(subject, self.work.cell, causal, vocabulary, self.registry)
         self.checks += checks
         refused = ""
         layers = dict(subject.adapted.layers)  # the check below detaches, which may empty it
         if subject.adapted.can_merge:
-            merged = gate.after_training(subject, self.work.cell.seed)
+            merged = gate.after_training(subject, self.work.cell.seed, forward)
             self.checks += merged
             refused = "; ".join(
                 f"{r.check} failed: {r.error} of {r.allowed} at {r.tensor}" if r.outcome is Outcome.FAIL else r.detail

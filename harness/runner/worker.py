@@ -102,6 +102,7 @@ def attempt(work: Work, emit: Any) -> Record:
         measurements=measurements if status is Status.OK else None,
         failure=failure,
         notes=[*work.notes, *(life.notes if life else [])],
+        layers=life.layers if life else [],
     )  # fmt: skip
 
 

@@ -186,18 +186,34 @@ def keeps_something_to_itself(its: Copy) -> None:
 
 @planted("lora", "initial", values=_USUAL)
 def starts_with_both_zero(its: Copy) -> None:
-    its.line("LoraLinear(base, uniform(R, D)", "LoraLinear(base, 0 * uniform(R, D)")
+    its.line("A.uniform_(-bound, bound, generator=generator)", "A.zero_()", file="lora_start")
 
 
 @planted("lora", "initial", values=_USUAL)
 def starts_with_a_too_wide(its: Copy) -> None:
     """Kaiming with the gain that VeRA uses."""
-    its.line("LoraLinear(base, uniform(R, D)", "LoraLinear(base, 6**0.5 * uniform(R, D)")
+    its.line("bound = 1 / math.sqrt(inputs)", "bound = math.sqrt(6 / inputs)", file="lora_start")
 
 
 @planted("lora", "initial", "identity", values=_USUAL)
 def starts_with_b_not_zero(its: Copy) -> None:
-    its.line("uniform(R, D), torch.zeros(E, R, **like)", "uniform(R, D), torch.full((E, R), 0.01, **like)")
+    its.line("torch.zeros(outputs, rank, dtype", "torch.full((outputs, rank), 0.01, dtype", file="lora_start")
+
+
+@planted("lora", "initial", values={**_USUAL, "init": "gaussian"})
+def starts_gaussian_with_one_over_the_root_of_the_rank(its: Copy) -> None:
+    its.line("A.normal_(0, 1 / rank", "A.normal_(0, rank**-0.5", file="lora_start")
+
+
+@planted("lora", "initial", values={**_USUAL, "init": "gaussian"})
+def ignores_the_choice_of_its_start(its: Copy) -> None:
+    its.line("start(config.init, rank", 'start("kaiming", rank')
+
+
+@planted("lora", "identity", values={"rank": 4, "alpha": 8.0, "init": "orthogonal"})
+def starts_with_both_factors_in_the_same_directions(its: Copy) -> None:
+    """Each factor has the right distribution; their product is not zero."""
+    its.line("basis[0::2], basis[1::2]", "basis[0::2], basis[0::2]", file="lora_start")
 
 
 @planted("lora", "parameters", values=_USUAL)

@@ -7,6 +7,7 @@ its input up and its output down. `inject_adapter_in_model`, which diffusers use
 from __future__ import annotations
 
 from harness.implementations.hf_peft.adalora import adalora
+from harness.implementations.hf_peft.any_config import any_method
 from harness.implementations.hf_peft.lora import dora, lora, pissa, reloaded_pissa
 from harness.implementations.hf_peft.multi_lora import multi_lora_linear
 from harness.implementations.hf_peft.qlora import qlora
@@ -21,6 +22,7 @@ def implementations() -> list[Implementation]:
 
 __all__ = [
     "adalora",
+    "any_method",
     "dora",
     "implementations",
     "lora",

@@ -20,7 +20,7 @@ def adalora(model: Any, config: Any, generator: Any) -> PeftAdapted:
 
     from reference.layers import targets
 
-    targets(model, config.targets)  # refuses what is no linear layer
+    found = targets(model, config.targets)  # refuses what is no linear layer
     if config.regularization != "mean-norm":
         raise Unsupported(f"peft's term is the mean of norms, not {config.regularization}")
     if not 0 < config.beta1 < 1 or not 0 < config.beta2 < 1:
@@ -30,7 +30,7 @@ def adalora(model: Any, config: Any, generator: Any) -> PeftAdapted:
         target_r=config.target_rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=list(config.targets),
+        target_modules=list(found),
         total_step=config.total_steps,
         tinit=config.tinit,
         tfinal=config.tfinal,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,22 +15,25 @@ from harness.registry import implements
 def lora(model: Any, config: Any, generator: Any) -> PeftAdapted:
     """Attach peft's LoRA to linear layers, Conv1D, embeddings and convolutions; config as `reference.lora.Config`.
 
-    Raises Unsupported for a convolution with conv=loralib, a parametrisation that peft does not have.
+    Raises Unsupported for a convolution with conv=loralib, a parametrisation that peft does not have, or init=orthogonal.
     """
     from peft import LoraConfig
 
     from reference.layers import KINDS, kind_of, targets
 
     kinds = {path: kind_of(layer) for path, layer in targets(model, config.targets, KINDS).items()}
-    if config.conv != "peft" and "Conv2d" in kinds.values():
-        path = next(path for path, kind in kinds.items() if kind == "Conv2d")
-        raise Unsupported(f"{path}: peft's LoRA of a convolution is conv=peft, not conv={config.conv}")
+    for path in (path for path, kind in kinds.items() if kind == "Conv2d"):
+        if config.conv != "peft":
+            raise Unsupported(f"{path}: peft's LoRA of a convolution is conv=peft, not conv={config.conv}")
+        if config.init == "orthogonal":
+            raise Unsupported(f"{path}: peft's orthogonal start is of linear layers only")
     peft_config = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=list(config.targets),
+        target_modules=list(kinds),
         use_rslora=config.rslora,
+        init_lora_weights=True if config.init == "kaiming" else config.init,
         # What a user of GPT-2 sets. peft sets it by itself otherwise, layer by layer, and warns of it.
         fan_in_fan_out="Conv1D" in kinds.values(),
     )
@@ -86,7 +89,7 @@ def dora(model: Any, config: Any, generator: Any) -> PeftAdapted:
 
     from reference.layers import targets
 
-    targets(model, config.targets)  # refuses what is no linear layer
+    found = targets(model, config.targets)  # refuses what is no linear layer
     if config.per != "output":
         raise Unsupported(f"peft's DoRA has one magnitude per output feature, not per {config.per}")
     if not config.detach_norm:
@@ -95,7 +98,7 @@ def dora(model: Any, config: Any, generator: Any) -> PeftAdapted:
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=list(config.targets),
+        target_modules=list(found),
         use_dora=True,
     )
     tuner(model, peft_config, generator)
@@ -111,8 +114,8 @@ def pissa(model: Any, config: Any, generator: Any) -> PeftAdapted:
     """
     from reference.layers import targets
 
-    targets(model, config.targets, ("linear", "embedding"))  # refuses every other kind
-    tuner(model, _pissa(config), generator)
+    found = targets(model, config.targets, ("linear", "embedding"))  # refuses every other kind
+    tuner(model, _pissa(config, found), generator)
     return PeftAdapted(model, lora_tensors, lambda layer: {"residual": _residual(layer)})
 
 
@@ -133,7 +136,7 @@ def reloaded_pissa(model: Any, config: Any, generator: Any) -> PeftAdapted:
     if not config.niter or any(kind_of(layer) == "embedding" for layer in bases.values()):
         raise Unsupported("loading draws nothing here, so hf-peft is what is to be judged")
     weights = {layer: layer.weight.detach().clone() for layer in bases.values()}
-    saved = peft_model(model, _pissa(config), generator)
+    saved = peft_model(model, _pissa(config, bases), generator)
     with TemporaryDirectory() as folder, torch.random.fork_rng():
         saved.save_pretrained(folder)
         PeftAdapted(model, lora_tensors).detach()
@@ -144,14 +147,14 @@ def reloaded_pissa(model: Any, config: Any, generator: Any) -> PeftAdapted:
     return PeftAdapted(model, lora_tensors, lambda layer: {"residual": _residual(layer)})
 
 
-def _pissa(config: Any) -> Any:
-    """Return peft's config for `reference.pissa.Config`."""
+def _pissa(config: Any, paths: Iterable[str]) -> Any:
+    """Return peft's config for `reference.pissa.Config` and the layers that it names."""
     from peft import LoraConfig
 
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
-        target_modules=list(config.targets),
+        target_modules=list(paths),
         init_lora_weights=f"pissa_niter_{config.niter}" if config.niter else "pissa",
     )
 

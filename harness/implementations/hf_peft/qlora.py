@@ -24,7 +24,7 @@ def qlora(model: Any, config: Any, generator: Any) -> PeftAdapted:
     for path, base in bases.items():
         replace(model, path, _packed(base, config))
     peft_config = LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(config.targets)
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(bases)
     )
     tuner(model, peft_config, generator)
     return PeftQLora(model, bases)

@@ -28,11 +28,11 @@ def _config(model: Any, config: Any) -> Any:
 
     from reference.layers import targets
 
-    targets(model, config.targets)
+    found = targets(model, config.targets)
     return VeraConfig(
         r=config.rank,
         vera_dropout=config.dropout,
-        target_modules=list(config.targets),
+        target_modules=list(found),
         projection_prng_key=config.projection_key,
         d_initial=config.d_initial,
     )

@@ -1,0 +1,150 @@
+"""`method: peft`: any method of HF peft by its adapter_config.json: a Method without a reference. No torch.
+
+The file is read when the suite is, and its content stands in the Cell: a cell_id hashes what it says, not where it lay. What
+only peft can tell (a key that it does not know, layers that the model does not have) comes up in the worker.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UsageError
+from harness.methods import FieldInfo, MethodInfo
+from harness.spelling import near
+
+FILE = "adapter_config.json"
+KEY = "adapter_config"
+NO_REFERENCE = "no reference: not checked for parity"
+
+_CHANGE_THE_INPUT = (
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE", "ADAPTION_PROMPT",
+)  # fmt: skip
+_REFUSED = {
+    **dict.fromkeys(_CHANGE_THE_INPUT, "it changes the model's input, not its layers"),
+    "ADALORA": "between steps it wants to be told how far training is; write `method: adalora`",
+    "ADAMSS": "between steps it wants to be told how far training is",
+    "POLY": "every text needs the number of its task",
+    "XLORA": "it mixes adapters that were trained before",
+    "SHADOW": "it trains a second model beside the first",
+    "TRAINABLE_TOKENS": "it trains entries of the vocabulary, and no text of a task need hold them",
+}
+_KINDS = {"CAUSAL_LM": "causal", "SEQ_CLS": "encoder"}
+"""What peft calls the tasks of the harness's two kinds of models."""
+_HEADS = {"classifier", "score"}
+"""What peft adds to `modules_to_save` of a classifier; the harness trains every new head anyway."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The Config of this Method: the keys of an adapter_config.json, as they are."""
+
+    adapter_config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class AdapterConfigField(FieldInfo):
+    """The one knob: the path of an adapter_config.json, or of its folder, or its keys themselves."""
+
+    @property
+    def called(self) -> str:
+        """The type in the words of a suite's author."""
+        return f"the path of an {FILE}, or its keys"
+
+    @property
+    def shown_default(self) -> str:
+        """What a suite would write."""
+        return "none"
+
+    @property
+    def mend(self) -> str:
+        """What to write instead of a value that is wrong."""
+        return f"write `{KEY}: ./my-adapter/{FILE}`, as peft's `save_pretrained` makes it"
+
+    def resolved(self, value: Any, folder: Path) -> Any:
+        """Read the file that a suite in `folder` names. Raises UsageError where it cannot be read."""
+        if not isinstance(value, str) or not value:
+            return value
+        path = folder / value
+        path = path / FILE if path.is_dir() else path
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(
+                f"{value} cannot be read: {error.strerror}", mend="paths start from the suite's folder"
+            ) from error
+        except ValueError as error:
+            raise UsageError(
+                f"{value} is no JSON: {error}", mend=f"peft's `save_pretrained` writes an {FILE}"
+            ) from error
+
+    def canonical(self, value: Any) -> Any:
+        """Return the value: nothing of the file is changed."""
+        return value
+
+    def problem(self, value: Any) -> str:
+        """Say what is wrong with the keys of a config, or return an empty string."""
+        if value == {}:
+            return "is missing"
+        if not isinstance(value, dict):
+            return f"must be {self.called}, got {value!r}"
+        kind, known = value.get("peft_type"), peft_types()
+        if not isinstance(kind, str):
+            return f"has no `peft_type` ({', '.join(sorted(value)[:5])} ...); is it an {FILE}?"
+        if known and kind not in known:
+            return f"has peft_type {kind}, which the installed peft does not have; {near(kind, known, 'it has')}"
+        if kind in _REFUSED:
+            return f"has peft_type {kind}, which is not offered: {_REFUSED[kind]}"
+        task = value.get("task_type")
+        if task is not None and task not in _KINDS:
+            return f"has task_type {task}; the harness has models for {', '.join(_KINDS)}"
+        more = set(value.get("modules_to_save") or ()) - _HEADS
+        if more:
+            return (
+                f"has modules_to_save {', '.join(sorted(more))}; the harness trains the adapter and a new head, no more"
+            )
+        return ""
+
+    def misfit(self, value: Any, kind: str) -> str:
+        """Say why a sound config is not one for a model of this kind (`causal`, `encoder`), or return an empty string."""
+        wants = _KINDS.get(value.get("task_type") or "", kind)
+        return "" if wants == kind else f"has task_type {value['task_type']}, and the model is of the kind `{kind}`"
+
+
+@cache
+def peft_types() -> tuple[str, ...]:
+    """Return the peft_types of the installed peft, read from its source: importing it takes seconds."""
+    package = find_spec("peft")
+    file = Path(package.origin).parent / "utils" / "peft_types.py" if package and package.origin else None
+    if file is None or not file.is_file():
+        return ()
+    classes = (n for n in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(n, ast.ClassDef))
+    return tuple(
+        ast.literal_eval(line.value)
+        for one in classes
+        if one.name == "PeftType"
+        for line in one.body
+        if isinstance(line, ast.Assign)
+    )
+
+
+PEFT = MethodInfo(
+    name="peft",
+    summary=f"Any other method of HF peft, by its {FILE}; {NO_REFERENCE}",
+    paper="the config's `peft_type` says which; see peft's documentation",
+    deviations=(),
+    fields={KEY: AdapterConfigField("dict", {})},
+    about_fields=(
+        f"{KEY}: the path of an {FILE} (it starts from the suite's folder), or its keys. Not offered: "
+        f"{', '.join(kind.lower() for kind in _REFUSED)}. There is no reference to compare with, so that no time of such a "
+        "Cell is shown beside others."
+    ),
+    path=Path(__file__),
+)
+UNREFERENCED = {PEFT.name: PEFT}
+"""Methods of which the harness has no reference: nothing of them can be checked but what needs none."""

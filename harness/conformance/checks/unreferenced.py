@@ -1,0 +1,187 @@
+"""What an implementation can be held to without a reference: it is compared with itself, as a whole model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.adapter_config import NO_REFERENCE
+from harness.conformance.case import Case
+from harness.conformance.results import judged, listed, skipped
+from harness.conformance.subject import LARGEST_COPY, Subject
+from harness.conformance.tolerance import exact, noise_floor, perturbed
+from harness.records import CheckResult
+
+_NUDGE = 0.05
+"""How far from its start a tensor is moved, as a share of a random matrix that keeps lengths: training goes about as far."""
+_TOO_LARGE = "the model is too large to be copied"
+
+
+def nudged(subject: Subject, generator: torch.Generator) -> Subject:
+    """Return a copy of the subject with every trainable tensor a little off its start, where gradients are not zero."""
+    adapted: Any = copy.deepcopy(subject.adapted)
+    with torch.no_grad():
+        for tensor in adapted.tensors().values():
+            spread = (tensor.numel() / tensor.shape[0]) ** -0.5 if tensor.dim() > 1 else 1.0
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * spread * _NUDGE
+            tensor.add_(noise.to(tensor))
+    return replace(subject, model=adapted.model, adapted=adapted)
+
+
+def small(subject: Subject) -> bool:
+    """Say whether the model may be copied, also to float64."""
+    return sum(p.numel() for p in subject.model.parameters()) <= LARGEST_COPY
+
+
+def check_reference(subject: Subject, case: Case) -> CheckResult:
+    """There is a reference of the Method to compare with. Where there is none (`method: peft`) this is skipped, no time of
+    the Cell is shown, and only the checks that need none are tried: base, start, repeats, untouched, reached, reload,
+    merge_itself.
+    """
+    return skipped(subject, case, "reference", NO_REFERENCE)
+
+
+def check_start(subject: Subject, case: Case) -> CheckResult:
+    """At its start the adapted model computes what the base model computes, where the library says so: to the last bit, or
+    within twice what the base model itself loses in its dtype.
+    """
+    adapted: Any = subject.adapted
+    if not adapted.starts_as_base:
+        return skipped(subject, case, "start", "this method or its config starts elsewhere than the base model")
+    mine, base = {"logits": _run(case, subject.model)}, {"logits": _given(case.base_output)}
+    if (same := exact(mine, base)).passed:
+        return judged(subject, case, "start", same, "to the last bit")
+    if subject.original.model is None:
+        return skipped(subject, case, "start", f"not to the last bit, and {_TOO_LARGE}")
+    truth = {"logits": _run(case, copy.deepcopy(subject.original.model).double().eval())}
+    return judged(subject, case, "start", noise_floor(mine, truth, base, subject.dtype, case.factor("start")))
+
+
+def check_repeats(subject: Subject, case: Case) -> CheckResult:
+    """Two runs of the whole model on the same texts give the same logits and gradients, to the last bit."""
+    return judged(subject, case, "repeats", exact(_observed(subject, case), _observed(subject, case)))
+
+
+def check_untouched(subject: Subject, case: Case) -> CheckResult:
+    """A forward and a backward pass of the whole model change no weight and no buffer of it."""
+    before = {name: t.detach().clone() for name, t in _weights(subject.model).items()}
+    _observed(subject, case)
+    return judged(subject, case, "untouched", exact(_weights(subject.model), before))
+
+
+def check_reached(subject: Subject, case: Case) -> CheckResult:
+    """Away from the start every trainable tensor gets a gradient that is finite and not all zero."""
+    seen, odd = _observed(subject, case), []
+    for name in subject.adapted.tensors():
+        gradient = seen.get(f"grad {name}")
+        if gradient is None or not bool(gradient.any()):
+            odd.append(f"{name} gets no gradient" if gradient is None else f"the gradient of {name} is zero")
+        elif not bool(torch.isfinite(gradient).all()):
+            odd.append(f"the gradient of {name} is not finite")
+    return listed(subject, case, "reached", odd, f"{len(subject.adapted.tensors())} tensors")
+
+
+def check_reload(subject: Subject, case: Case) -> CheckResult:
+    """Saved by the library and loaded by it into the base model, the adapter gives the same logits, to the last bit."""
+    if subject.original.model is None:
+        return skipped(subject, case, "reload", _TOO_LARGE)
+    adapted: Any = subject.adapted
+    again = adapted.reloaded(copy.deepcopy(subject.original.model)).eval()
+    return judged(subject, case, "reload", exact({"logits": _run(case, again)}, {"logits": _run(case, subject.model)}))
+
+
+def check_merge_itself(subject: Subject, case: Case) -> CheckResult:
+    """Merged, the model computes what it computed unmerged, whatever then becomes of the adapter; unmerged again it follows
+    its adapter: within twice what the model loses in its dtype, or by weights that are rounded once more. On a copy.
+    """
+    if not small(subject):
+        return skipped(subject, case, "merge_itself", _TOO_LARGE)
+    wide, near, mine = (copy.deepcopy(subject.adapted) for _ in range(3))
+    wide.model.double()
+    _round_once_more(near, subject.dtype, case.generator(salt=4))
+    truth, draws = _logits(case, wide), [_logits(case, subject.adapted), _logits(case, near)]
+    try:
+        mine.merge()
+        held = [(t, t.detach().clone()) for t in _beside_the_base(mine)]
+        _scale([t for t, _ in held], -3)
+        merged = _logits(case, mine)
+        with torch.no_grad():
+            for tensor, value in held:
+                tensor.copy_(value)
+        mine.unmerge()
+    except (NotImplementedError, ValueError, AttributeError) as error:
+        return skipped(subject, case, "merge_itself", f"the library does not merge it: {error}")
+    verdict = noise_floor(merged, truth, draws, subject.dtype, case.factor("merge_itself"))
+    if not verdict.passed:
+        return judged(subject, case, "merge_itself", verdict, "after merging")
+    for adapted in (wide, near, mine):
+        _scale(adapted.tensors().values(), 0.75)
+    verdict = noise_floor(_logits(case, mine), _logits(case, wide), [_logits(case, near)], subject.dtype)
+    return judged(subject, case, "merge_itself", verdict, "" if verdict.passed else "after unmerging")
+
+
+def _logits(case: Case, adapted: Any) -> dict[str, Tensor]:
+    return {"logits": _run(case, adapted.model)}
+
+
+@torch.no_grad()
+def _scale(tensors: Iterable[Tensor], factor: float) -> None:
+    for tensor in tensors:
+        tensor.mul_(factor)
+
+
+@torch.no_grad()
+def _round_once_more(adapted: Any, dtype: str, generator: torch.Generator) -> None:
+    """Move every weight under the adapter by up to half a unit in the last place: so much is lost by writing into it."""
+    trains = {id(t) for t in adapted.tensors().values()}
+    for layer in adapted.layers.values():
+        for weight in layer.get_base_layer().parameters():
+            if id(weight) not in trains:
+                weight.copy_(perturbed(weight.double(), dtype, generator))
+
+
+def _beside_the_base(adapted: Any) -> list[Tensor]:
+    """List what trains and is not, once merged, the base's own: merging LayerNorm tuning puts it in the base's place."""
+    own = {id(p) for layer in adapted.layers.values() for p in layer.get_base_layer().parameters()}
+    return [t for t in adapted.tensors().values() if id(t) not in own]
+
+
+def _run(case: Case, model: nn.Module) -> Tensor:
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = _forward(case, model).detach().clone()
+    model.train(was_training)
+    return logits
+
+
+def _observed(subject: Subject, case: Case) -> dict[str, Tensor]:
+    """Return the logits of the whole model in eval mode, and the gradient of each tensor that trains."""
+    subject.model.eval()
+    tensors = subject.adapted.tensors()
+    logits = _forward(case, subject.model)
+    dy = torch.randn(logits.shape, generator=case.generator(salt=3), dtype=torch.float64).to(logits)
+    gradients = torch.autograd.grad(logits, list(tensors.values()), dy, allow_unused=True)
+    seen = {f"grad {name}": g for name, g in zip(tensors, gradients, strict=True) if g is not None}
+    return {"logits": logits.detach(), **seen}
+
+
+def _weights(model: nn.Module) -> Mapping[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _forward(case: Case, model: nn.Module) -> Tensor:
+    if case.forward is None:
+        raise ValueError("these checks run the whole model, and the case has none")
+    return case.forward(model)
+
+
+def _given(output: Tensor | None) -> Tensor:
+    if output is None:
+        raise ValueError("this check compares with the base model, and the case has not run it")
+    return output

@@ -1,0 +1,37 @@
+"""The memory of a Cell, as its Record holds it: what was counted, and what its model's shape let expect."""
+
+from __future__ import annotations
+
+from harness.frozen import Bytes, Frozen
+
+
+class Predicted(Frozen):
+    """What the analytic memory model (`harness.footprint`) says of a Cell from its model's shape alone, before it trains."""
+
+    weights_B: Bytes
+    adapter_B: Bytes
+    gradients_B: Bytes
+    optimizer_B: Bytes
+    optimizer_host_B: Bytes = 0
+    activations_B: Bytes | None = None
+    """Of one pass with texts as long as `max_tokens` allows; None without training, or where no formula is known."""
+    logits_B: Bytes | None = None
+    """Of the same; None too where only answers have logits."""
+
+
+class Memory(Frozen):
+    """The ledger: bytes of tensors counted one by one, and what the process took. Peaks per phase are in `phases`."""
+
+    source: str
+    """How peaks were taken: `VmHWM`, `cuda allocated`, or `sampled`."""
+    baseline_B: Bytes
+    """Resident memory of the process after its imports, before the model was loaded."""
+    weights_B: Bytes
+    adapter_B: Bytes
+    gradients_B: Bytes
+    optimizer_B: Bytes
+    optimizer_host_B: Bytes = 0
+    """Of a run on a GPU: optimizer states in the host's memory, e.g. paged ones; not in `optimizer_B`."""
+    predicted: Predicted | None = None
+    not_predicted: str = ""
+    """Why there is no prediction, where one was asked for."""

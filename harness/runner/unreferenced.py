@@ -1,0 +1,30 @@
+"""What the life of a Cell cannot know beforehand of a Method without a reference: which layers it took, where it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from harness.adapter_config import NO_REFERENCE
+from harness.errors import UsageError
+
+
+def taken(adapted: Any, head: Iterable[str]) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
+    """Return the layers under those that the adapter put in, by path, and copies of what trains, by name.
+
+    head: names of the parameters of a new head. Raises UsageError if the adapter sits on it.
+    """
+    bases: dict[str, nn.Module] = {path: layer.get_base_layer() for path, layer in adapted.layers.items()}
+    if on_head := [path for path in bases if any(name.startswith(f"{path}.") for name in head)]:
+        raise UsageError(
+            f"the adapter_config adapts the new head ({', '.join(on_head)}), which trains as a whole",
+            mend="name other `target_modules`, or write it into `exclude_modules`",
+        )
+    return bases, {name: t.detach().clone() for name, t in adapted.tensors().items()}
+
+
+def notes(adapted: Any) -> list[str]:
+    """Return what a reader of the Record must know."""
+    return [f"{NO_REFERENCE}: only what needs no reference was checked, and no time is shown", *adapted.notes]

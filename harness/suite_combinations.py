@@ -1,0 +1,59 @@
+"""What of a suite's entry is sound by itself and impossible together: of methods, their configs, bases and models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from harness.adapter_config import UNREFERENCED
+from harness.methods import MethodInfo
+from harness.suite_file import BaseKeys
+
+Found = tuple[tuple[str | int, ...], str, str]
+"""Where in the entry, what is wrong, and the mend."""
+
+
+def impossible(
+    config: Mapping[str, Mapping[str, list[Any]]],
+    methods: Mapping[str, MethodInfo],
+    bases: list[BaseKeys],
+    kinds: Mapping[str, str],
+) -> Iterator[Found]:
+    """Yield every combination that no Cell can live through.
+
+    config: for each method, the values of each of its fields; kinds: of each model that is known, `causal` or `encoder`.
+    """
+    for name, fields in config.items():
+        yield from _starts(name, fields)
+        yield from _models(methods[name], fields, kinds)
+        yield from _bases(methods[name], bases)
+
+
+def _starts(name: str, fields: Mapping[str, list[Any]]) -> Iterator[Found]:
+    if "orthogonal" not in fields.get("init", ()):
+        return
+    for rank in fields.get("rank", ()):
+        if rank % 2:
+            what = f"`init: orthogonal` of {name} shares the rank out in halves, and `rank` is {rank}"
+            yield ("config", "init"), what, f"write an even rank, such as {rank + 1}, or another init"
+
+
+def _models(info: MethodInfo, fields: Mapping[str, list[Any]], kinds: Mapping[str, str]) -> Iterator[Found]:
+    for key, knob in info.fields.items():
+        for value in fields.get(key, ()):
+            for model, kind in kinds.items():
+                if what := knob.misfit(value, kind):
+                    mend = f"take its task_type out of a copy, or another model than {model}"
+                    yield ("config", key), f"`{key}` of {info.name} {what}", mend
+
+
+def _bases(info: MethodInfo, bases: list[BaseKeys]) -> Iterator[Found]:
+    for index, base in enumerate(bases):
+        if base.quantization == "none":
+            continue
+        if info.trains_weights:
+            what = f"base {base.quantization} keeps frozen weights in 4 bits, and {info.name} trains the weights themselves"
+            yield ("base", index), what, f"give {info.name} an entry without `base:`"
+        elif info.name in UNREFERENCED:
+            what = f"{info.name} is offered on a base that is not quantised, and base is {base.quantization}"
+            yield ("base", index), what, f"give {info.name} an entry without `base:`"
