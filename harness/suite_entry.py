@@ -92,10 +92,9 @@ class _EntryReader:
         name = self._id()
         complete = self._is_complete()
         config = self._configs()
-        for i, model in enumerate(keys.model or []):
-            self._model(model, self._way("model", i))
+        kinds = {model: self._model(model, self._way("model", i)) for i, model in enumerate(keys.model or [])}
         for i, task in enumerate(keys.task or []):
-            self._task(task, self._way("task", i))
+            self._task(task, self._way("task", i), [model for model, kind in kinds.items() if kind == "encoder"])
         for i, implementation in enumerate(keys.implementation):
             for method in config:
                 self._offer("method", method, implementation, self._way("implementation", i))
@@ -209,13 +208,14 @@ class _EntryReader:
                     values.setdefault(key, []).append(knob.canonical(one))
         return values
 
-    def _model(self, name: str, way: Way) -> None:
+    def _model(self, name: str, way: Way) -> str:
+        """Return the model's kind; empty if it cannot be told."""
         sources = self.reading.sources
         try:
             source = resolve(name, sources, self.reading.base)
         except HarnessError as error:
             self.reading.problem(way, error.what, error.mend)
-            return
+            return ""
         if source.kind == "data":
             models = ", ".join(s.name for s in sources.values() if s.kind != "data")
             self.reading.problem(way, f"`{name}` is a data set, not a model", f"models: {models}")
@@ -224,8 +224,9 @@ class _EntryReader:
                 model_folder.check(Path(source.address), source)
             except HarnessError as error:
                 self.reading.problem(way, f"{error.what} ({error.where})", error.mend)
+        return source.kind
 
-    def _task(self, name: str, way: Way) -> None:
+    def _task(self, name: str, way: Way, encoders: list[str]) -> None:
         reading, items = self.reading, self.keys.evaluation.items
         try:
             task = reading.tasks.get(name) or tasks.load(name, reading.base, reading.sources)
@@ -239,6 +240,9 @@ class _EntryReader:
         if items is not None and items > task.test:
             what = f"`items` is {items}, but {name} has {task.test} test items"
             reading.problem(self._way("evaluation", "items"), what, f"write at most {task.test}")
+        if encoders and not task.labels:
+            what = f"{name} wants answers that are texts, and {encoders[0]} is an encoder, which writes none"
+            reading.problem(way, what, "give it a causal model, or a task with labels")
 
     def _offer(self, kind: str, target: str, name: str, way: Way) -> None:
         try:

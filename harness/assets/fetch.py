@@ -64,10 +64,10 @@ def at_hand(source: Source) -> Path | None:
 def use(source: Source) -> AssetUse:
     """Say what a Cell used. The hash is the carrier's, or where there is none, that of the weights or the data file.
 
-    Hashing a local folder reads all of it.
+    Hashing a local folder reads all of it. A hub model's is its commit; hub data also have that of the file they became.
     """
     sha256 = source.sha256
-    if not sha256 and source.scheme != "hub":
+    if not sha256 and (source.scheme != "hub" or source.kind == "data"):
         path = ensure(source)
         sha256 = model_folder.weights_sha256(path) if path.is_dir() else carrier.sha256(path)
     return AssetUse(

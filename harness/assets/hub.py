@@ -35,7 +35,7 @@ def snapshot(source: Source, progress: Progress, local_only: bool = False) -> Pa
 
 
 def write_rows(source: Source, path: Path, progress: Progress) -> None:
-    """Write one split of a data repository as jsonl: id, text, label."""
+    """Write one split of a data repository as jsonl, with our names for the parts of a row."""
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -45,7 +45,7 @@ def write_rows(source: Source, path: Path, progress: Progress) -> None:
     # ValueError: a subset or split that the repository does not have.
     with _explained(source, DatasetsError, ValueError):
         data = datasets.load_dataset(source.address, rows.subset or None, split=rows.split, revision=source.revision)
-    missing = {rows.text, rows.label} - set(data.column_names)
+    missing = set(rows.columns.values()) - set(data.column_names)
     if missing:
         raise AssetError(
             f"{source.name} has no column {', '.join(sorted(missing))}",
@@ -54,7 +54,7 @@ def write_rows(source: Source, path: Path, progress: Progress) -> None:
         )
     with path.open("w", encoding="utf-8") as file:
         for number, row in enumerate(data, 1):
-            record = {"id": str(row.get(rows.id, number)), "text": row[rows.text], "label": row[rows.label]}
+            record = {"id": str(row.get(rows.id, number)), **{name: row[c] for name, c in rows.columns.items()}}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 

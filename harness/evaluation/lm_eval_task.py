@@ -7,17 +7,16 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from harness.assets.rows import Row
+from harness.assets.rows import AnyRow, Row
+from harness.errors import UsageError
 from harness.evaluation.likelihood import CausalScorer
 from harness.records import Item
 
-METRIC = "acc"
-
 
 class LmEvalTask:
-    """config: the YAML task as a dict. test: the rows that are scored."""
+    """config: the YAML task as a dict. test: the rows that are scored. judge: the filter whose exact match counts."""
 
-    def __init__(self, config: dict[str, Any], test: Sequence[Row]) -> None:
+    def __init__(self, config: dict[str, Any], test: Sequence[AnyRow], judge: str = "none") -> None:
         import datasets
         from lm_eval.api.task import ConfigurableTask
 
@@ -29,15 +28,28 @@ class LmEvalTask:
         self.task = ConfigurableTask(config={**config, "custom_dataset": in_memory, "test_split": "test"})
         self.name = str(config["task"])
         self.ids = [row.id for row in test]
+        self._judge = judge
+        self._key = "exact_match" if config["output_type"] == "generate_until" else "acc"
 
     @property
     def scored_by(self) -> str:
         """Name the judge and its version."""
         return f"lm-eval {version('lm-eval')}"
 
-    def prompt(self, row: Row) -> str:
+    @property
+    def metric(self) -> str:
+        """Name what is counted as right."""
+        if self._key == "acc":
+            return "accuracy"
+        return "exact match" if self._judge == "none" else f"exact match ({self._judge})"
+
+    def prompt(self, row: AnyRow) -> str:
         """Return the text before the answer, as lm-eval builds it, without the delimiter."""
         return str(self.task.doc_to_text(asdict(row)))
+
+    def pair(self, row: AnyRow) -> tuple[str, str]:
+        """Return prompt and answer of a task whose answers are texts; the answer begins with the delimiter."""
+        return self.prompt(row), f"{self.task.config.target_delimiter}{self.task.doc_to_target(asdict(row))}"
 
     def answers(self, row: Row) -> list[str]:
         """Return the choices as lm-eval scores them, each after the delimiter."""
@@ -48,5 +60,9 @@ class LmEvalTask:
         from lm_eval.evaluator import evaluate
 
         outcome = evaluate(lm=scorer, task_dict={self.name: self.task}, bootstrap_iters=0, log_samples=True)
-        samples = sorted(outcome["samples"][self.name], key=lambda sample: sample["doc_id"])
-        return [Item(id=self.ids[s["doc_id"]], correct=int(s[METRIC])) for s in samples]
+        # A sample stands there once for each filter.
+        samples = [s for s in outcome["samples"][self.name] if s["filter"] == self._judge]
+        if len(samples) != len(self.ids):
+            raise UsageError(f"lm-eval scored {len(samples)} of {len(self.ids)} items by the filter `{self._judge}`")
+        samples.sort(key=lambda sample: sample["doc_id"])
+        return [Item(id=self.ids[s["doc_id"]], correct=int(s[self._key])) for s in samples]

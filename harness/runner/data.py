@@ -18,9 +18,11 @@ from harness.evaluation import classification
 from harness.measure.latency import positions
 from harness.records import Accuracy, Item
 from harness.runner.work import Work
+from harness.task_keys import MAX_GEN_TOKS
 from harness.training import loop
 from harness.training import model as models
 from harness.training.batches import Example, answer_examples, classification_examples, collate, order
+from harness.training.texts import Prompts, answered_examples, rules
 
 _PROBED = 8
 
@@ -34,21 +36,20 @@ class CellData:
         cell, task = work.cell, work.task
         device = torch.device(work.device)
         everything = rows.read(work.data.source, Path(work.data.path))
-        train_rows, test_rows = rows.split(everything, task.test, task.shuffle_seed)
+        training = rows.read(task.train.source, Path(task.train.path)) if task.train else None
+        train_rows, test_rows = rows.split(everything, task.test, task.shuffle_seed, training)
         test_rows = test_rows[: cell.evaluation.items]
         wanted, batch = cell.training.steps, cell.training.batch
         tokenizer, limit = loaded.tokenizer, cell.training.max_tokens
-        most = positions(loaded.model)  # of the model itself: a config does not tell that RoBERTa keeps two for padding
-        if most is not None and limit > most:
-            what = f"`training.max_tokens` is {limit}, and {cell.model} has {most} positions"
-            raise UsageError(what, mend=f"write at most {most}")
+        _refuse_long_texts(work, loaded.model)
         self.pad = int(tokenizer.pad_token_id)
         self._cell = cell
         self._progress = lambda done, of: emit("items", done=done, of=of)
+        self.text_rules = rules(task.answers)
         if work.model.source.kind == "encoder":
             loaded.model.config.pad_token_id = self.pad
 
-            def tokenise(some: Sequence[rows.Row]) -> list[Example]:
+            def tokenise(some: Sequence[rows.AnyRow]) -> list[Example]:
                 return classification_examples(some, tokenizer, limit)
 
             self._test = tokenise(test_rows)
@@ -58,17 +59,20 @@ class CellData:
             from harness.evaluation.likelihood import CausalScorer
             from harness.evaluation.lm_eval_task import LmEvalTask
 
-            self._lm_task = make = LmEvalTask(task.spec, test_rows)
+            self._lm_task = make = LmEvalTask(task.spec, test_rows, task.answers.filter if task.answers else "none")
             self._scorer = CausalScorer(loaded.model, tokenizer, cell.evaluation.batch, limit, self._progress)
-            encode = self._scorer.encode_pair
+            encode, prompts, answers = self._scorer.encode_pair, Prompts(tokenizer, limit), task.answers
 
-            def tokenise(some: Sequence[rows.Row]) -> list[Example]:
+            def tokenise(some: Sequence[rows.AnyRow]) -> list[Example]:
+                if answers is not None:
+                    return answered_examples(some, prompts, make.pair, answers)
                 return answer_examples(some, make.prompt, make.answers, encode, limit)
 
             side, probe = "left", tokenise(test_rows[:_PROBED])
         chosen = order(_Tokenised(train_rows, tokenise), wanted, batch, cell.seed) if wanted else []
         ids = [[example.id for example in group] for group in chosen]
         self.order_sha256 = hashlib.sha256(json.dumps(ids, separators=(",", ":")).encode()).hexdigest()
+        self.cut_examples = sum(example.cut for group in chosen for example in group) if task.answers else None
         self.batches = [collate(group, self.pad, side).to(device) for group in chosen]
         self.probe = collate(probe, self.pad, side).to(device)
 
@@ -81,22 +85,38 @@ class CellData:
     def evaluate(self, model: Any) -> Accuracy:
         """Score the test items."""
         if self._lm_task is None:
-            scored_by = "harness"
+            metric, scored_by = "accuracy", "harness"
             items = classification.score(model, self._test, self.pad, self._cell.evaluation.batch, self._progress)
         else:
-            scored_by, items = self._lm_task.scored_by, self._lm_task.score(self._scorer)
+            metric, scored_by = self._lm_task.metric, self._lm_task.scored_by
+            items = self._lm_task.score(self._scorer)
         right = sum(item.correct for item in items)
         low, high = wilson(right, len(items))
         return Accuracy(
-            metric="accuracy", scored_by=scored_by, value=right / len(items), low=low, high=high,
+            metric=metric, scored_by=scored_by, value=right / len(items), low=low, high=high,
             interval="Wilson 95 %", items=_listed(items),
         )  # fmt: skip
+
+
+def _refuse_long_texts(work: Work, model: Any) -> None:
+    """Raise UsageError if the model has too few positions for the suite's texts and the task's answers."""
+    limit = work.cell.training.max_tokens
+    most = positions(model)  # of the model itself: a config does not tell that RoBERTa keeps two for padding
+    if most is not None and limit > most:
+        what = f"`training.max_tokens` is {limit}, and {work.cell.model} has {most} positions"
+        raise UsageError(what, mend=f"write at most {most}")
+    written = work.task.spec["generation_kwargs"].get("max_gen_toks", MAX_GEN_TOKS) if work.task.answers else 0
+    if most is not None and limit + written > most:
+        what = f"a prompt of {limit} tokens and an answer of {written} exceed the {most} positions of {work.cell.model}"
+        raise UsageError(what, mend="lower `training.max_tokens`, or the task's `max_gen_toks`")
 
 
 class _Tokenised(Sequence[Example]):
     """Rows as examples, each tokenised when it is first looked at: a short training sees few of them."""
 
-    def __init__(self, texts: Sequence[rows.Row], tokenise: Callable[[Sequence[rows.Row]], list[Example]]) -> None:
+    def __init__(
+        self, texts: Sequence[rows.AnyRow], tokenise: Callable[[Sequence[rows.AnyRow]], list[Example]]
+    ) -> None:
         self._texts, self._tokenise = texts, tokenise
         self._known: dict[int, Example] = {}
 

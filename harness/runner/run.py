@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import sys
 import time
@@ -16,18 +15,18 @@ from typing import Literal
 import harness
 from harness import fitting, store, suites
 from harness.analysis import naming, verdict
-from harness.assets import fetch, rows
+from harness.assets import fetch
 from harness.assets.table import Source, resolve
-from harness.errors import Exit, HarnessError, StoreError, SuiteError, UsageError
+from harness.errors import Exit, HarnessError, StoreError, UsageError
 from harness.expand import Plan, expand
 from harness.expand import only as keep_only
 from harness.manifest import Footer, Manifest
 from harness.measure import environment
-from harness.records import AssetUse, Environment, Status
+from harness.records import Environment, Status
 from harness.report import html, text
-from harness.runner import local, stop
+from harness.runner import local, stop, task_assets
 from harness.runner.progress import Progress
-from harness.runner.work import Asset, TaskWork, Work
+from harness.runner.work import Asset, TaskWork, Work, used
 
 DEFAULT_TIMEOUT_S = 3600.0
 
@@ -172,7 +171,7 @@ def _resolve(suite: suites.Suite, plan: Plan, progress: Progress) -> dict[str, t
     """Fetch every model and data set the plan names, before anything runs. Raises SuiteError for data that do not fit."""
     base = suite.path.resolve().parent
     ready: dict[str, Asset] = {}
-    data: dict[str, Asset] = {}
+    tasks: dict[str, tuple[Asset, TaskWork]] = {}
 
     def asset(source: Source) -> Asset:
         if source.name not in ready:
@@ -182,23 +181,9 @@ def _resolve(suite: suites.Suite, plan: Plan, progress: Progress) -> dict[str, t
 
     works = {}
     for cell in plan.cells:
-        task = suite.tasks[cell.task]
-        if task.name not in data:
-            data[task.name] = asset(task.data)
-            if found := rows.problems(task.data, Path(data[task.name].path), task.labels, task.test):
-                raise SuiteError(found)
-        works[cell.cell_id] = (
-            asset(resolve(cell.model, suite.sources, base)),
-            data[task.name],
-            TaskWork(
-                name=task.name,
-                spec=task.spec,
-                labels=task.labels,
-                test=task.test,
-                shuffle_seed=task.shuffle_seed,
-                use=AssetUse(name=task.name, source=f"task:{task.path.name}", sha256=_sha256(task.spec)),
-            ),
-        )
+        if cell.task not in tasks:
+            tasks[cell.task] = task_assets.ready(suite.tasks[cell.task], asset)
+        works[cell.cell_id] = (asset(resolve(cell.model, suite.sources, base)), *tasks[cell.task])
     return works
 
 
@@ -226,10 +211,6 @@ def _old(plan: Plan, out: Path | None, resume: str | None, held: contextlib.Exit
     return store.read_run(old.path)  # again: until now another runner may have written to it
 
 
-def _sha256(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def _reopen(
     old: store.Run, here: Environment, works: dict[str, tuple[Asset, Asset, TaskWork]], device: str, progress: Progress
 ) -> tuple[store.RunFolder, str, set[str]]:
@@ -251,7 +232,7 @@ def _reopen(
         and record.environment.code_version == here.code_version
         and record.device == device
         and record.cell_id in works
-        and record.assets == [asset.use for asset in works[record.cell_id]]
+        and record.assets == used(*works[record.cell_id])
     }
     return folder, old.manifest.run, done
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from harness.assets.table import Source
 from harness.records import AssetUse, Cell, Frozen
+from harness.tasks import Answers
 
 
 class Asset(Frozen):
@@ -17,7 +18,7 @@ class Asset(Frozen):
 
 
 class TaskWork(Frozen):
-    """The task: its lm-eval mapping, and how its rows are split."""
+    """The task: its lm-eval mapping, and how its rows are split. The fields are those of `tasks.Task`."""
 
     name: str
     spec: dict[str, Any]
@@ -25,6 +26,8 @@ class TaskWork(Frozen):
     test: int
     shuffle_seed: int
     use: AssetUse
+    answers: Answers | None = None
+    train: Asset | None = None
 
 
 class Work(Frozen):
@@ -44,4 +47,9 @@ class Work(Frozen):
     @property
     def assets(self) -> list[AssetUse]:
         """What the Record will say it used."""
-        return [self.model.use, self.data.use, self.task.use]
+        return used(self.model, self.data, self.task)
+
+
+def used(model: Asset, data: Asset, task: TaskWork) -> list[AssetUse]:
+    """List what a Cell of these three uses."""
+    return [model.use, data.use, *([task.train.use] if task.train else []), task.use]

@@ -1,0 +1,36 @@
+"""A task made ready for workers: its data fetched, and looked through before anything runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from harness.assets.table import Source
+from harness.errors import SuiteError
+from harness.records import AssetUse
+from harness.runner.work import Asset, TaskWork
+from harness.tasks import Task
+
+
+def ready(task: Task, fetched: Callable[[Source], Asset]) -> tuple[Asset, TaskWork]:
+    """Return the task's data and all else that a worker is told of it. Raises SuiteError for data that do not fit."""
+    data = fetched(task.data)
+    train = fetched(task.train) if task.train else None
+    problems = task.problems(task.data, Path(data.path))
+    if task.train and train:
+        problems += task.problems(task.train, Path(train.path))
+    if problems:
+        raise SuiteError(problems)
+    spec = hashlib.sha256(json.dumps(task.spec, sort_keys=True).encode()).hexdigest()
+    return data, TaskWork(
+        name=task.name,
+        spec=task.spec,
+        labels=task.labels,
+        test=task.test,
+        shuffle_seed=task.shuffle_seed,
+        use=AssetUse(name=task.name, source=f"task:{task.path.name}", sha256=spec),
+        answers=task.answers,
+        train=train,
+    )
