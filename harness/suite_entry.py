@@ -237,12 +237,16 @@ class _EntryReader:
             reading.problem(way, error.what, error.mend)
             return
         reading.tasks[name] = task
-        if items is not None and items > task.test:
+        if not task.trains and self.keys.training.steps:
+            what = f"{name} has no training split, and `steps` is {self.keys.training.steps}"
+            mend = "write `steps: 0`, or a task of your own whose `metadata` names a training set"
+            reading.problem(self._way("training", "steps"), what, mend)
+        if task.own is None and items is not None and items > task.test:
             what = f"`items` is {items}, but {name} has {task.test} test items"
             reading.problem(self._way("evaluation", "items"), what, f"write at most {task.test}")
         if encoders and not task.labels:
-            what = f"{name} wants answers that are texts, and {encoders[0]} is an encoder, which writes none"
-            reading.problem(way, what, "give it a causal model, or a task with labels")
+            what = f"{name} is for causal models, and {encoders[0]} is an encoder"
+            reading.problem(way, what, "give it a causal model, or a task whose `metadata` has labels")
 
     def _offer(self, kind: str, target: str, name: str, way: Way) -> None:
         try:

@@ -26,7 +26,8 @@ _OWN = {
 }
 """Beside those, what each kind of task needs."""
 _FREE = ("target_delimiter", "metadata", "tag", "task_alias")
-_METRICS = {"multiple_choice": "acc", "generate_until": "exact_match"}
+METRICS = {"multiple_choice": "acc", "generate_until": "exact_match"}
+"""What is recorded of each kind of task, right or wrong for each item."""
 _HARNESS_SETS = "remove it: data and splits come from `metadata`"
 _REFUSED = {
     "description": "put it into `doc_to_text`",
@@ -79,7 +80,7 @@ def _found(data: dict[str, Any], labels: int | None) -> _Found:
     else:
         yield from _choices(data, labels)
         yield from _templates(data, ("doc_to_text", "doc_to_choice"), LABELLED)
-    metric = _METRICS[kind]
+    metric = METRICS[kind]
     metrics = data.get("metric_list", [{"metric": metric}])
     if not isinstance(metrics, list) or not any(isinstance(m, dict) and m.get("metric") == metric for m in metrics):
         what = f"`metric_list` has no `{metric}`, which is what is recorded"

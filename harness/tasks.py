@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from harness import task_keys, yaml_lines
-from harness.assets import fetch, rows
-from harness.assets.table import Source, resolve
+from harness.assets import fetch, lm_eval_files, rows
+from harness.assets.table import Rows, Source, resolve
 from harness.errors import HarnessError, Problem, SuiteError, UsageError
 from harness.records import Frozen
 from harness.resources import folder
@@ -61,8 +61,9 @@ class Task:
     """One task.
 
     spec: the whole lm-eval mapping, as read. data: the Source that `metadata.data` names; train: another one to train on.
-    labels: how many classes; 0: answers are texts, which `answers` says more about. test: the first rows of `data` after
-    one shuffle with `shuffle_seed`; without `train` the rest of them train.
+    labels: how many classes, which an encoder can tell apart; 0: only a causal model can do it. answers: of a task whose
+    answers are texts. test: the first rows of `data` after one shuffle with `shuffle_seed`; without `train` the rest of them
+    train. own: one of lm-eval's tasks, with its own splits, in their order; `test` is then 0, for all.
     """
 
     name: str
@@ -74,9 +75,17 @@ class Task:
     test: int
     shuffle_seed: int
     answers: Answers | None
+    own: lm_eval_files.Named | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is something to train on."""
+        return self.own is None or "train" in self.own.splits
 
     def problems(self, source: Source, path: Path) -> list[Problem]:
         """Say what keeps one of the task's two sources, which lies at `path`, from being used."""
+        if self.own is not None:
+            return []  # lm-eval reads it
         if source is self.train:
             return rows.problems(source, path, self.labels)
         return rows.problems(source, path, self.labels, self.test, trains=self.train is None)
@@ -92,6 +101,8 @@ def load(name: str, base: Path, sources: Mapping[str, Source]) -> Task:
 
     Data that are a local file are read too: what is wrong with them is found before anything runs.
     """
+    if name.startswith(lm_eval_files.PREFIX):
+        return _own(name)
     document = yaml_lines.load(_find(name, base))
     generates = document.data.get("output_type") == "generate_until"
     metadata, problems = _metadata(document, AnsweredMetadata if generates else LabelledMetadata)
@@ -132,6 +143,66 @@ def _find(name: str, base: Path) -> Path:
     if name not in names():
         raise UsageError(f"unknown task `{name}`", mend=near(name, names(), "a path to an lm-eval YAML, or one of"))
     return folder("suites") / "tasks" / f"{name}.yaml"
+
+
+def _own(name: str) -> Task:
+    """Return one of lm-eval's own tasks; raises UsageError for what cannot be run of them."""
+    named = lm_eval_files.find(name)
+    said, where, filters = named.spec, str(named.path), task_keys.filters(named.spec)
+    kind = said.get("output_type", "generate_until")
+    metrics = said.get("metric_list") or [{"metric": "acc" if kind == "multiple_choice" else "exact_match"}]
+    for refused, what, mend in (
+        (
+            "class" in said,
+            f"`{named.task}` is a program, not a task that is described",
+            "name a task with a YAML of its own",
+        ),
+        (
+            "custom_dataset" in said or not isinstance(said.get("dataset_path"), str) or "test" not in named.splits,
+            f"`{named.task}` names no data set and split to be tested on",
+            "write a task of your own, whose `metadata` names its data",
+        ),
+        (
+            kind not in task_keys.METRICS,
+            f"`{named.task}` has the output type {kind!r}",
+            f"offered are {', '.join(task_keys.METRICS)}",
+        ),
+        (
+            not any(isinstance(m, dict) and m.get("metric") == task_keys.METRICS.get(kind) for m in metrics),
+            f"`{named.task}` has no metric {task_keys.METRICS.get(kind)}, which is what is recorded",
+            "write a task of your own",
+        ),
+        (
+            bool(absent := [str(file) for file in named.data_files if not file.is_file()]),
+            f"`{named.task}` reads files that are not there: {', '.join(absent)}",
+            "put them there, or start from the folder that its paths begin in",
+        ),
+        (
+            bool((said.get("generation_kwargs") or {}).get("do_sample")),
+            f"`{named.task}` samples its answers, which are generated greedily here",
+            "write a task of your own",
+        ),
+        (
+            not named.revision and said.get("dataset_path") not in lm_eval_files.LOCAL,
+            f"the data of `{named.task}`, {said.get('dataset_path')}, are not pinned: they may be others tomorrow",
+            f"write {name}@ and the 40 hex digits of a commit of {said.get('dataset_path')} on the hub",
+        ),
+        (
+            named.filter not in filters and (len(filters) > 1 or bool(named.filter)),
+            f"`{named.task}` has {len(filters)} filter{'s' * (len(filters) > 1)}",
+            "say which one counts: " + ", ".join(f"lm-eval:{named.task}:{one}" for one in filters),
+        ),
+    ):
+        if refused:
+            raise UsageError(what, where=where, mend=mend)
+    source = Source(
+        name=name, kind="data", source=f"lm-eval:{named.task}", revision=named.revision, rows=Rows(format="splits")
+    )
+    judge = named.filter or filters[0]
+    return Task(
+        name=name, path=named.path, spec=said, data=source, train=None, labels=0, test=0, shuffle_seed=0,
+        answers=Answers(filter=judge) if kind == "generate_until" else None, own=named,
+    )  # fmt: skip
 
 
 def _metadata(document: yaml_lines.Document, kind: type[Metadata]) -> tuple[Metadata | None, list[Problem]]:

@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-CHARACTERS = "0123456789+= abcdefghijklmnopqrstuvwxyzASQ:.\n"
+CHARACTERS = "0123456789#= abcdefghijklmnopqrstuvwxyzAQT:.\n"
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 TASK = """\
@@ -49,12 +49,12 @@ def model(folder: Path, positions: int = 64) -> Path:
     return folder
 
 
-def rows(path: Path, count: int, seed: int) -> Path:
+def rows(path: Path, count: int, seed: int, says: str = "makes") -> Path:
     """Write rows that ask for the digit among letters: `kb3` is answered by `makes 3`."""
     chance = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
             letters, digit = "".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=2)), chance.randrange(10)
-            row = {"id": f"{path.stem}-{number}", "query": f"{letters}{digit}", "response": f"makes {digit}"}
+            row = {"id": f"{path.stem}-{number}", "query": f"{letters}{digit}", "response": f"{says} {digit}"}
             file.write(json.dumps(row) + "\n")
     return path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from harness.assets import cache, carrier, hub, model_folder, process, unpack
+from harness.assets import cache, carrier, hub, model_folder, process, splits, unpack
 from harness.assets.carrier import Progress
 from harness.assets.table import Source
 from harness.errors import AssetError
@@ -69,14 +69,17 @@ def use(source: Source) -> AssetUse:
     sha256 = source.sha256
     if not sha256 and (source.scheme != "hub" or source.kind == "data"):
         path = ensure(source)
-        sha256 = model_folder.weights_sha256(path) if path.is_dir() else carrier.sha256(path)
+        whole = splits.sha256 if source.scheme == "lm-eval" else model_folder.weights_sha256
+        sha256 = whole(path) if path.is_dir() else carrier.sha256(path)
     return AssetUse(
         name=source.name, source=source.source, sha256=sha256, revision=source.revision, licence=source.licence
     )
 
 
 def _place(source: Source) -> Path:
-    # What the harness makes itself depends on the code that makes it.
+    # What the harness makes itself depends on the code that makes it; lm-eval's data on the task's file.
+    if source.scheme == "lm-eval":
+        return cache.place(source, splits.fingerprint(source))
     return cache.place(source, carrier.sha256(_MAKER) if source.scheme == "made" else "")
 
 
@@ -86,6 +89,8 @@ def _fill(made: Path, source: Source, staging: Path, progress: Progress) -> None
         _in_child(_MAKER, source.address, str(made), label=f"{source.name}: making", progress=progress)
     elif source.scheme == "hub":
         hub.write_rows(source, made / "rows.jsonl", progress)
+    elif source.scheme == "lm-eval":
+        splits.write(source, made / "splits", progress)
     else:
         gguf = source.member.endswith(".gguf")
         if source.bytes is not None:

@@ -25,6 +25,7 @@ _SHAPES = {
     "folder": re.compile(r".+"),
     "file": re.compile(r".+"),
     "made": re.compile(r"[\w-]+", re.ASCII),
+    "lm-eval": re.compile(r"[\w.+-]+", re.ASCII),
 }
 _FORMS = "pip:NAME==VERSION, sdist:NAME==VERSION, hub:ORG/NAME, folder:PATH, file:PATH, made:NAME"
 _HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>.*))?", re.ASCII)
@@ -38,7 +39,7 @@ _PATH_STARTS = ("./", "../", "/", "~")
 class Rows(Frozen):
     """How a data file becomes rows."""
 
-    format: Literal["valence-tsv", "jsonl", "csv", "parquet", "hub"]
+    format: Literal["valence-tsv", "jsonl", "csv", "parquet", "hub", "splits"]
     holds: Literal["labels", "answers", "text"] = "labels"
     """What a row is: {id, text, label}, or {id, prompt, answer}, or {id, text}."""
     text: str = "text"
@@ -124,6 +125,8 @@ class Source(Frozen):
                 raise ValueError(f"data {self.name} is one file: write file:PATH")
             if (self.rows.format == "hub") != (self.scheme == "hub"):
                 raise ValueError(f"data {self.name}: rows format hub belongs to a hub source, and to no other")
+            if (self.rows.format == "splits") != (self.scheme == "lm-eval"):
+                raise ValueError(f"data {self.name}: rows format splits belongs to a task of lm-eval, and to no other")
         elif self.rows is not None:
             raise ValueError(f"{self.kind} {self.name} is a model: rows belong to data")
         elif self.scheme == "file":

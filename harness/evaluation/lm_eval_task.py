@@ -11,6 +11,7 @@ from harness.assets.rows import AnyRow, Row
 from harness.errors import UsageError
 from harness.evaluation.likelihood import CausalScorer
 from harness.records import Item
+from harness.task_keys import METRICS
 
 
 class LmEvalTask:
@@ -18,18 +19,21 @@ class LmEvalTask:
 
     def __init__(self, config: dict[str, Any], test: Sequence[AnyRow], judge: str = "none") -> None:
         import datasets
-        from lm_eval.api.task import ConfigurableTask
 
         data = datasets.DatasetDict({"test": datasets.Dataset.from_list([asdict(row) for row in test])})
+        self._take({**config, "test_split": "test"}, data, judge)
+        self.ids = [row.id for row in test]
+
+    def _take(self, config: dict[str, Any], data: Any, judge: str) -> None:
+        from lm_eval.api.task import ConfigurableTask
 
         def in_memory(**_: Any) -> Any:
             return data
 
-        self.task = ConfigurableTask(config={**config, "custom_dataset": in_memory, "test_split": "test"})
+        self.task = ConfigurableTask(config={**config, "custom_dataset": in_memory})
         self.name = str(config["task"])
-        self.ids = [row.id for row in test]
         self._judge = judge
-        self._key = "exact_match" if config["output_type"] == "generate_until" else "acc"
+        self._chooses = self.task.OUTPUT_TYPE == "multiple_choice"
 
     @property
     def scored_by(self) -> str:
@@ -39,7 +43,7 @@ class LmEvalTask:
     @property
     def metric(self) -> str:
         """Name what is counted as right."""
-        if self._key == "acc":
+        if self._chooses:
             return "accuracy"
         return "exact match" if self._judge == "none" else f"exact match ({self._judge})"
 
@@ -53,16 +57,22 @@ class LmEvalTask:
 
     def answers(self, row: Row) -> list[str]:
         """Return the choices as lm-eval scores them, each after the delimiter."""
-        return [f"{self.task.config.target_delimiter}{choice}" for choice in self.task.doc_to_choice(asdict(row))]
+        return self._choices(asdict(row))
+
+    def _choices(self, doc: Any) -> list[str]:
+        return [f"{self.task.config.target_delimiter}{choice}" for choice in self.task.doc_to_choice(doc)]
 
     def score(self, scorer: CausalScorer) -> list[Item]:
         """Run lm-eval; return one 0/1 Item per test row."""
         from lm_eval.evaluator import evaluate
 
-        outcome = evaluate(lm=scorer, task_dict={self.name: self.task}, bootstrap_iters=0, log_samples=True)
+        outcome = evaluate(
+            lm=scorer, task_dict={self.name: self.task}, limit=len(self.ids), bootstrap_iters=0, log_samples=True
+        )
+        key = METRICS[self.task.OUTPUT_TYPE]
         # A sample stands there once for each filter.
         samples = [s for s in outcome["samples"][self.name] if s["filter"] == self._judge]
         if len(samples) != len(self.ids):
             raise UsageError(f"lm-eval scored {len(samples)} of {len(self.ids)} items by the filter `{self._judge}`")
         samples.sort(key=lambda sample: sample["doc_id"])
-        return [Item(id=self.ids[s["doc_id"]], correct=int(s[self._key])) for s in samples]
+        return [Item(id=self.ids[s["doc_id"]], correct=int(s[key])) for s in samples]

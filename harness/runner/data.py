@@ -35,10 +35,12 @@ class CellData:
     def __init__(self, work: Work, loaded: models.Loaded, emit: Emit) -> None:
         cell, task = work.cell, work.task
         device = torch.device(work.device)
-        everything = rows.read(work.data.source, Path(work.data.path))
-        training = rows.read(task.train.source, Path(task.train.path)) if task.train else None
-        train_rows, test_rows = rows.split(everything, task.test, task.shuffle_seed, training)
-        test_rows = test_rows[: cell.evaluation.items]
+        judge = task.answers.filter if task.answers else "none"
+        self._lm_task: Any = None
+        if task.file:
+            self._lm_task, train_rows, test_rows = _own(work, judge)
+        else:
+            train_rows, test_rows = _split(work)
         wanted, batch = cell.training.steps, cell.training.batch
         tokenizer, limit = loaded.tokenizer, cell.training.max_tokens
         _refuse_long_texts(work, loaded.model)
@@ -53,13 +55,12 @@ class CellData:
                 return classification_examples(some, tokenizer, limit)
 
             self._test = tokenise(test_rows)
-            self._lm_task = None
             side, probe = "right", self._test[:_PROBED]
         else:
             from harness.evaluation.likelihood import CausalScorer
             from harness.evaluation.lm_eval_task import LmEvalTask
 
-            self._lm_task = make = LmEvalTask(task.spec, test_rows, task.answers.filter if task.answers else "none")
+            self._lm_task = make = self._lm_task or LmEvalTask(task.spec, test_rows, judge)
             self._scorer = CausalScorer(loaded.model, tokenizer, cell.evaluation.batch, limit, self._progress)
             encode, prompts, answers = self._scorer.encode_pair, Prompts(tokenizer, limit), task.answers
 
@@ -98,6 +99,23 @@ class CellData:
         )  # fmt: skip
 
 
+def _split(work: Work) -> tuple[list[rows.AnyRow], list[rows.AnyRow]]:
+    """Return the rows that train and those that are tested."""
+    task = work.task
+    everything = rows.read(work.data.source, Path(work.data.path))
+    training = rows.read(task.train.source, Path(task.train.path)) if task.train else None
+    trained, tested = rows.split(everything, task.test, task.shuffle_seed, training)
+    return trained, tested[: work.cell.evaluation.items]
+
+
+def _own(work: Work, judge: str) -> tuple[Any, list[Any], list[Any]]:
+    """Return one of lm-eval's own tasks, and its rows."""
+    from harness.evaluation.own_task import OwnTask
+
+    task = OwnTask(Path(work.task.file), Path(work.data.path), work.cell.evaluation.items, judge)
+    return task, task.training() if work.cell.training.steps else [], task.tested()
+
+
 def _refuse_long_texts(work: Work, model: Any) -> None:
     """Raise UsageError if the model has too few positions for the suite's texts and the task's answers."""
     limit = work.cell.training.max_tokens
@@ -105,10 +123,14 @@ def _refuse_long_texts(work: Work, model: Any) -> None:
     if most is not None and limit > most:
         what = f"`training.max_tokens` is {limit}, and {work.cell.model} has {most} positions"
         raise UsageError(what, mend=f"write at most {most}")
-    written = work.task.spec["generation_kwargs"].get("max_gen_toks", MAX_GEN_TOKS) if work.task.answers else 0
+    written = _written(work.task.spec) if work.task.answers else 0
     if most is not None and limit + written > most:
         what = f"a prompt of {limit} tokens and an answer of {written} exceed the {most} positions of {work.cell.model}"
         raise UsageError(what, mend="lower `training.max_tokens`, or the task's `max_gen_toks`")
+
+
+def _written(spec: dict[str, Any]) -> int:
+    return int((spec.get("generation_kwargs") or {}).get("max_gen_toks", MAX_GEN_TOKS))
 
 
 class _Tokenised(Sequence[Example]):

@@ -182,7 +182,8 @@ def _resolve(suite: suites.Suite, plan: Plan, progress: Progress) -> dict[str, t
     works = {}
     for cell in plan.cells:
         if cell.task not in tasks:
-            tasks[cell.task] = task_assets.ready(suite.tasks[cell.task], asset)
+            items = max(c.evaluation.items for c in plan.cells if c.task == cell.task)
+            tasks[cell.task] = task_assets.ready(suite.tasks[cell.task], items, asset)
         works[cell.cell_id] = (asset(resolve(cell.model, suite.sources, base)), *tasks[cell.task])
     return works
 

@@ -7,20 +7,27 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from harness.assets import splits
 from harness.assets.table import Source
-from harness.errors import SuiteError
+from harness.errors import SuiteError, UsageError
 from harness.records import AssetUse
 from harness.runner.work import Asset, TaskWork
 from harness.tasks import Task
 
 
-def ready(task: Task, fetched: Callable[[Source], Asset]) -> tuple[Asset, TaskWork]:
-    """Return the task's data and all else that a worker is told of it. Raises SuiteError for data that do not fit."""
+def ready(task: Task, items: int, fetched: Callable[[Source], Asset]) -> tuple[Asset, TaskWork]:
+    """Return the task's data and all else that a worker is told of it. Raises SuiteError for data that do not fit.
+
+    items: the most test items that a Cell wants scored.
+    """
     data = fetched(task.data)
     train = fetched(task.train) if task.train else None
     problems = task.problems(task.data, Path(data.path))
     if task.train and train:
         problems += task.problems(task.train, Path(train.path))
+    if task.own is not None and items > (most := splits.count(Path(data.path), task.own.splits["test"])):
+        what = f"a Cell has {items} `items`, and {task.name} has {most} test items"
+        raise UsageError(what, where=task.name, mend=f"write at most {most}")
     if problems:
         raise SuiteError(problems)
     spec = hashlib.sha256(json.dumps(task.spec, sort_keys=True).encode()).hexdigest()
@@ -33,4 +40,5 @@ def ready(task: Task, fetched: Callable[[Source], Asset]) -> tuple[Asset, TaskWo
         use=AssetUse(name=task.name, source=f"task:{task.path.name}", sha256=spec),
         answers=task.answers,
         train=train,
+        file=str(task.path) if task.own else "",
     )

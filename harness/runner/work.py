@@ -28,6 +28,8 @@ class TaskWork(Frozen):
     use: AssetUse
     answers: Answers | None = None
     train: Asset | None = None
+    file: str = ""
+    """Of one of lm-eval's own tasks, its YAML."""
 
 
 class Work(Frozen):
