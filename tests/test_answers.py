@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness import suites
 from harness.assets.rows import Answered, Text
+from harness.assets.rows import read as read_rows
+from harness.assets.table import parse_source
 from harness.errors import Exit
 from harness.evaluation.generation import generate
 from harness.evaluation.likelihood import CausalScorer
@@ -21,7 +23,7 @@ from harness.evaluation.lm_eval_task import LmEvalTask
 from harness.expand import expand
 from harness.records import Accuracy, Record, Status, TrainingMeasured
 from harness.tasks import Answers
-from harness.training.batches import Example, collate
+from harness.training.batches import Example, collate, order
 from harness.training.loop import loss_of
 from harness.training.texts import Prompts, answered_examples
 from harness.yaml_lines import load as read_yaml
@@ -221,6 +223,31 @@ def test_the_training_prompt_is_the_one_that_is_answered(model: Any, spec: dict[
     assert first == {example.tokens[: -example.answer] for example in examples}
 
 
+def test_a_model_that_is_taught_answers(folder: Path, spec: dict[str, Any], tmp_path: Path) -> None:
+    source = parse_source(
+        {"name": "d", "kind": "data", "source": "file:d", "rows": {
+            "format": "jsonl", "holds": "answers", "prompt": "query", "answer": "response"}}
+    )  # fmt: skip
+    taught = read_rows(source, digits.rows(tmp_path / "train", 400, seed=2))
+    asked = read_rows(source, digits.rows(tmp_path / "test", 20, seed=1))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    task = LmEvalTask(spec, asked, "last-number")
+    scorer = CausalScorer(model, tokenizer, 20, 40, lambda done, of: None)
+    before = task.score(scorer)
+    examples = answered_examples(taught, Prompts(tokenizer, 40), task.pair, Answers())
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 60)
+    for group in order(examples, 60, 16, seed=0):
+        optimizer.zero_grad()
+        loss_of(model, collate(group, tokenizer.pad_token_id, "left")).backward()
+        optimizer.step()
+        schedule.step()
+    after = task.score(scorer)
+    assert [item.id for item in before] == [item.id for item in after]
+    assert sum(item.correct for item in before) < len(asked) / 2 < sum(item.correct for item in after)
+
+
 # A run: the suite `llama-8b` itself, with a small model on disk, local data and few steps
 
 SOURCES = """\
@@ -233,9 +260,9 @@ sources:
 matrix:
 """
 SMALLER = {
-    "llama-3.2-3b": "./model", "llama-3.1-8b": "./larger", "metamath-gsm8k": "task.yaml", "steps: 5000": "steps: 40",
-    "warmup: 500": "warmup: 4", "batch: 4,": "batch: 16,", "max_tokens: 768": "max_tokens: 60", "lr: 1e-5": "lr: 1e-2",
-    "tinit: 200": "tinit: 4", "tfinal: 500": "tfinal: 10", "items: 1319": "items: 20", "batch: 50": "batch: 20",
+    "llama-3.2-3b": "./model", "llama-3.1-8b": "./larger", "metamath-gsm8k": "task.yaml", "steps: 5000": "steps: 8",
+    "warmup: 500": "warmup: 1", "max_tokens: 768": "max_tokens: 60", "lr: 1e-5": "lr: 1e-2",
+    "tinit: 200": "tinit: 2", "tfinal: 500": "tfinal: 2", "items: 1319": "items: 6", "batch: 50": "batch: 6",
     "matrix:\n": SOURCES,
 }  # fmt: skip
 OF_TASK = {"data: gsm8k": "data: digits-test", "train: metamathqa": "train: digits-train", "test: 1319": "test: 20",
@@ -250,7 +277,7 @@ def rehearsed(folder: Path) -> Path:
     digits.model(folder / "model", positions=80)
     (folder / "larger").symlink_to("model")
     digits.rows(folder / "test.jsonl", 30, seed=1, says="####")
-    lines = digits.rows(folder / "train.jsonl", 400, seed=2, says="####").read_text(encoding="utf-8").splitlines()
+    lines = digits.rows(folder / "train.jsonl", 100, seed=2, says="####").read_text(encoding="utf-8").splitlines()
     told = [*map(json.loads, lines), {"id": "long", "query": "a" * 10, "response": "#### 1"}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(told), folder / "train.parquet")
     for name, path, changes in (
@@ -265,7 +292,7 @@ def rehearsed(folder: Path) -> Path:
     return folder / "suite.yaml"
 
 
-def test_llama_8b_rehearsed_learns_from_a_training_set_of_its_own_and_answers(bench: Bench) -> None:
+def test_llama_8b_rehearsed(bench: Bench) -> None:
     path = rehearsed(bench.folder)
     plan = expand(suites.load(path))
     original = expand(suites.load("llama-8b"))
@@ -278,7 +305,7 @@ def test_llama_8b_rehearsed_learns_from_a_training_set_of_its_own_and_answers(be
     assert [record.status for record in run.records] == [Status.OK] * 3
     cells = {plan.ids[record.cell_id]: record for record in run.records}
     zero, full, lora = (accuracy(cells[name]) for name in ("zero-shot", "full", "lora-r32"))
-    assert zero.value < 0.5 < full.value
+    assert trained(cells["full"]).losses[-1] < trained(cells["full"]).losses[0]
     assert [i.id for i in zero.items] == [i.id for i in full.items] == [i.id for i in lora.items]
     assert {i.id.partition("-")[0] for i in zero.items} == {"test"}
     assert (full.metric, full.scored_by[:8]) == ("exact match (flexible-extract)", "lm-eval ")
