@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from harness import suites
 from harness.assets.rows import Answered, Text
 from harness.assets.rows import read as read_rows
 from harness.assets.table import parse_source
+from harness.conformance.subject import configure
 from harness.errors import Exit
 from harness.evaluation.generation import generate
 from harness.evaluation.likelihood import CausalScorer
 from harness.evaluation.lm_eval_task import LmEvalTask
 from harness.expand import expand
 from harness.records import Accuracy, Record, Status, TrainingMeasured
+from harness.registry import discover
 from harness.tasks import Answers
 from harness.training.batches import Example, collate, order
 from harness.training.loop import loss_of
@@ -31,6 +34,15 @@ from harness.yaml_lines import load as read_yaml
 ROWS = [
     Answered(f"r{i}", prompt, f"makes {prompt[-1]}") for i, prompt in enumerate(("ab1", "c2", "defgh3", "i4", "jk5"))
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Operations of this size are done before a second thread has begun; on a busy machine each would wait for it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +176,23 @@ def test_what_is_written_is_the_likeliest_token_each_time(model: Any, batch: int
     assert said[-1] == (5, 5)
 
 
+@pytest.mark.parametrize("implementation", ["fused", "hf-peft"])
+def test_an_adapted_model_writes_what_it_computes_without_a_cache(folder: Path, implementation: str) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    model.tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = [Prompts(model.tokenizer, 60).asked(f"Q: {row.prompt}\nA:") for row in ROWS]
+    base = generate(model, model.tokenizer, prompts, [], 9, 5, lambda *_: None)
+    config = configure("lora", {"rank": 4, "targets": ["q_proj", "k_proj", "v_proj", "down_proj"]})
+    adapted = discover().find("method", "lora", implementation)(model, config, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
+        got = generate(model, model.tokenizer, prompts, [], 9, 5, lambda *_: None)
+        want = [model.tokenizer.decode(alone(model.eval(), p, 9), skip_special_tokens=True) for p in prompts]
+    assert got == want != base
+
+
 def test_an_answer_ends_before_the_first_text_that_ends_answers(model: Any) -> None:
     prompts = [Prompts(model.tokenizer, 60).asked(f"Q: {row.prompt}\nA:") for row in ROWS]
     whole = generate(model, model.tokenizer, prompts, [], 9, 5, lambda *_: None)
@@ -237,8 +266,8 @@ def test_a_model_that_is_taught_answers(folder: Path, spec: dict[str, Any], tmp_
     before = task.score(scorer)
     examples = answered_examples(taught, Prompts(tokenizer, 40), task.pair, Answers())
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 60)
-    for group in order(examples, 60, 16, seed=0):
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 40)
+    for group in order(examples, 40, 16, seed=0):
         optimizer.zero_grad()
         loss_of(model, collate(group, tokenizer.pad_token_id, "left")).backward()
         optimizer.step()
@@ -297,17 +326,17 @@ def test_llama_8b_rehearsed(bench: Bench) -> None:
     plan = expand(suites.load(path))
     original = expand(suites.load("llama-8b"))
     assert list(plan.ids.values()) == list(original.ids.values())
-    wanted = {("zero-shot", "reference"), ("full", "reference"), ("lora-r32", "hf-peft")}
+    wanted = {("full", "reference"), ("lora-r32", "hf-peft")}
     chosen = [c.cell_id for c in plan.cells if (plan.ids[c.cell_id], c.implementation) in wanted]
     finished = bench.command("run", str(path), "--out", "run", "--only", ",".join(chosen))
     assert finished.code == Exit.PASS, finished.err + finished.out
     run = bench.read()
-    assert [record.status for record in run.records] == [Status.OK] * 3
+    assert [record.status for record in run.records] == [Status.OK] * 2
     cells = {plan.ids[record.cell_id]: record for record in run.records}
-    zero, full, lora = (accuracy(cells[name]) for name in ("zero-shot", "full", "lora-r32"))
+    full, lora = (accuracy(cells[name]) for name in ("full", "lora-r32"))
     assert trained(cells["full"]).losses[-1] < trained(cells["full"]).losses[0]
-    assert [i.id for i in zero.items] == [i.id for i in full.items] == [i.id for i in lora.items]
-    assert {i.id.partition("-")[0] for i in zero.items} == {"test"}
+    assert [item.id for item in full.items] == [item.id for item in lora.items]
+    assert {item.id.partition("-")[0] for item in full.items} == {"test"}
     assert (full.metric, full.scored_by[:8]) == ("exact match (flexible-extract)", "lm-eval ")
     orders = {trained(cells[name]).data_order_sha256 for name in ("full", "lora-r32")}
     assert len(orders) == 1, "every method of a seed sees the same texts in the same order"
