@@ -266,8 +266,8 @@ def test_a_model_that_is_taught_answers(folder: Path, spec: dict[str, Any], tmp_
     before = task.score(scorer)
     examples = answered_examples(taught, Prompts(tokenizer, 40), task.pair, Answers())
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-2)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 40)
-    for group in order(examples, 40, 16, seed=0):
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 80)
+    for group in order(examples, 80, 16, seed=0):
         optimizer.zero_grad()
         loss_of(model, collate(group, tokenizer.pad_token_id, "left")).backward()
         optimizer.step()
