@@ -214,6 +214,10 @@ class TrainingMeasured(Frozen):
     the threads means that they waited, e.g. for other processes."""
     optimizer: dict[str, Json] = {}
     """The optimizer as it was: its class, what paged its states, and the numbers of each of its groups."""
+    text_rules: str = ""
+    """How texts became tokens, and which of them carry loss."""
+    cut_examples: int | None = None
+    """Of the trained examples, those that were too long and lost something; None where nobody counted."""
     data_order_sha256: str = ""
     """Over the ids of the examples of every batch, in order: equal for two Records that were trained on the same."""
     initial_state_sha256: str = ""

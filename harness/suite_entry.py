@@ -96,9 +96,11 @@ class _EntryReader:
         complete = self._is_complete()
         config = self._configs()
         models = {i: self._model(model, self._way("model", i)) for i, model in enumerate(keys.model or [])}
+        known = {i: source for i, source in models.items() if source}
+        encoders = [source.name for source in known.values() if source.kind == "encoder"]
         for i, task in enumerate(keys.task or []):
-            self._task(task, self._way("task", i))
-        for way, what, mend in unscored.problems(keys, {i: source for i, source in models.items() if source}):
+            self._task(task, self._way("task", i), encoders)
+        for way, what, mend in unscored.problems(keys, known):
             self.reading.problem(self._way(*way), what, mend)
         for i, implementation in enumerate(keys.implementation):
             for method in config:
@@ -246,7 +248,7 @@ class _EntryReader:
         """Map those of the models that are in the table to their kind; others have been reported."""
         return {name: self.reading.sources[name].kind for name in self.keys.model or [] if name in self.reading.sources}
 
-    def _task(self, name: str, way: Way) -> None:
+    def _task(self, name: str, way: Way, encoders: list[str]) -> None:
         reading, items = self.reading, self.keys.evaluation.items
         try:
             task = reading.tasks.get(name) or tasks.load(name, reading.base, reading.sources)
@@ -257,9 +259,18 @@ class _EntryReader:
             reading.problem(way, error.what, error.mend)
             return
         reading.tasks[name] = task
-        if items is not None and items > task.test and task.data is not None:
+        if task.data is None:
+            return
+        if not task.trains and self.keys.training.steps:
+            what = f"{name} has no training split, and `steps` is {self.keys.training.steps}"
+            mend = "write `steps: 0`, or a task of your own whose `metadata` names a training set"
+            reading.problem(self._way("training", "steps"), what, mend)
+        if task.own is None and items is not None and items > task.test:
             what = f"`items` is {items}, but {name} has {task.test} test items"
             reading.problem(self._way("evaluation", "items"), what, f"write at most {task.test}")
+        if encoders and not task.labels:
+            what = f"{name} is for causal models, and {encoders[0]} is an encoder"
+            reading.problem(way, what, "give it a causal model, or a task whose `metadata` has labels")
 
     def _offer(self, kind: str, target: str, name: str, way: Way) -> None:
         try:

@@ -56,7 +56,9 @@ def read(
         what = f"`seed` is {keys.seed}, by which the entry's Cells are ranked too"
         wrong(("seed",), what, f"write another, e.g. {max(seeds) + 100}: a choice must not be judged by its own runs")
     for task in tasks:
-        if keys.items is not None and scored + keys.items > task.test:
+        if task.data is None:
+            wrong((), f"`tune` chooses by accuracy, and {task.name} is never scored", "remove `tune:` here")
+        elif task.own is None and keys.items is not None and scored + keys.items > task.test:
             what = (
                 f"`items` is {keys.items}, but {task.name} has {task.test} test items, of which {scored} rank the Cells"
             )

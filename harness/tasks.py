@@ -1,18 +1,19 @@
-"""Tasks: lm-eval YAML files whose `metadata` says which data they score and how the data are split. No torch."""
+"""Tasks: lm-eval YAML files whose `metadata` says which data they score and train on, and how. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from harness import task_keys, yaml_lines
-from harness.assets import fetch, rows
-from harness.assets.table import Source, resolve
+from harness.assets import fetch, lm_eval_files, rows
+from harness.assets.table import Rows, Source, resolve
 from harness.errors import HarnessError, Problem, SuiteError, UsageError
+from harness.records import Frozen
 from harness.resources import folder
 from harness.spelling import near
 from harness.suite_file import explain
@@ -21,35 +22,77 @@ SYNTHETIC = "synthetic"
 """The task without texts: see `harness.unscored`."""
 
 
+class Answers(Frozen):
+    """What is special to a task whose answers are texts: how they are taught, and which of lm-eval's filters judges."""
+
+    loss: Literal["answer", "all"] = "answer"
+    """Which tokens carry loss: those of the answer, or all but the first."""
+    eos: bool = True
+    """Whether the end of an answer is taught, by the tokenizer's end-of-sequence token."""
+    filter: str = "none"
+    """The filter of lm-eval whose exact match counts."""
+
+
 class Metadata(BaseModel):
     """What peft-harness reads from a task's `metadata`; lm-eval keeps its own keys there too."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="allow")
 
     data: Annotated[str, Field(min_length=1)]
-    labels: Annotated[int, Field(ge=2, le=1000)]
+    train: str = ""
     test: Annotated[int, Field(ge=1)]
     shuffle_seed: Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class LabelledMetadata(Metadata):
+    """Of a task with classes."""
+
+    labels: Annotated[int, Field(ge=2, le=1000)]
     text: Annotated[str, Field(min_length=1)]
+
+
+class AnsweredMetadata(Metadata):
+    """Of a task whose answers are texts."""
+
+    loss: Literal["answer", "all"] = "answer"
+    eos: bool = True
+    filter: str = ""
 
 
 @dataclass(frozen=True)
 class Task:
     """One task.
 
-    spec: the whole lm-eval mapping, as read. data: the Source that `metadata.data` names. labels: how many classes.
-    test: the first rows after one shuffle with `shuffle_seed`; the rest train. text: the column that encoders read.
-    Of `synthetic` all but the name is empty, and data is None.
+    spec: the whole lm-eval mapping, as read. data: the Source that `metadata.data` names; train: another one to train on.
+    labels: how many classes, which an encoder can tell apart; 0: only a causal model can do it. answers: of a task whose
+    answers are texts. test: the first rows of `data` after one shuffle with `shuffle_seed`; without `train` the rest of them
+    train. own: one of lm-eval's tasks, with its own splits, in their order; `test` is then 0, for all. Of `synthetic` all
+    but the name is empty, and data is None.
     """
 
     name: str
     path: Path
     spec: dict[str, Any]
     data: Source | None
+    train: Source | None
     labels: int
     test: int
     shuffle_seed: int
-    text: str
+    answers: Answers | None
+    own: lm_eval_files.Named | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is something to train on."""
+        return self.own is None or "train" in self.own.splits
+
+    def problems(self, source: Source, path: Path) -> list[Problem]:
+        """Say what keeps one of the task's two sources, which lies at `path`, from being used."""
+        if self.own is not None:
+            return []  # lm-eval reads it
+        if source is self.train:
+            return rows.problems(source, path, self.labels)
+        return rows.problems(source, path, self.labels, self.test, trains=self.train is None)
 
 
 def names() -> list[str]:
@@ -63,31 +106,41 @@ def load(name: str, base: Path, sources: Mapping[str, Source]) -> Task:
     Data that are a local file are read too: what is wrong with them is found before anything runs.
     """
     if name == SYNTHETIC:
-        return Task(name, Path(name), {}, None, labels=0, test=0, shuffle_seed=0, text="")
+        return Task(name, Path(name), {}, None, None, labels=0, test=0, shuffle_seed=0, answers=None)
+    if name.startswith(lm_eval_files.PREFIX):
+        return _own(name)
     document = yaml_lines.load(_find(name, base))
-    metadata, problems = _metadata(document)
-    problems += task_keys.problems(document, metadata.labels if metadata else None)
-    source = None
-    if metadata is not None:
+    generates = document.data.get("output_type") == "generate_until"
+    metadata, problems = _metadata(document, AnsweredMetadata if generates else LabelledMetadata)
+    labels, answers = 0, None
+    if isinstance(metadata, LabelledMetadata):
+        labels = metadata.labels
         if metadata.text != "text":
-            what = f"`text` is `{metadata.text}`, but a row has {', '.join(task_keys.COLUMNS)}"
+            what = f"`text` is `{metadata.text}`, but a row has {', '.join(task_keys.LABELLED)}"
             mend = f"write `text: text`, and in the data's source `rows: {{text: {metadata.text}}}`"
             problems.append(Problem(document.where("metadata", "text"), what, mend))
-        try:
-            source = resolve(metadata.data, sources, document.path.parent, kind="data")
-            if source.kind != "data":
-                raise UsageError(f"`{metadata.data}` is a model", mend="name a source of kind data")
-            if source.scheme == "file":
-                problems += rows.problems(source, fetch.ensure(source), metadata.labels, metadata.test)
-        except HarnessError as error:
-            at = f" ({error.where})" if error.where else ""
-            problems.append(Problem(document.where("metadata", "data"), error.what + at, error.mend))
-    if problems or metadata is None or source is None:
-        raise SuiteError(problems)
-    return Task(
-        name=name, path=document.path, spec=document.data, data=source, labels=metadata.labels,
-        test=metadata.test, shuffle_seed=metadata.shuffle_seed, text=metadata.text,
-    )  # fmt: skip
+    elif isinstance(metadata, AnsweredMetadata):
+        filters = task_keys.filters(document.data)
+        judge = metadata.filter or (filters[0] if len(filters) == 1 else "")
+        problems += _unclear(document, judge, filters)
+        answers = Answers(loss=metadata.loss, eos=metadata.eos, filter=judge)
+    problems += task_keys.problems(document, labels or None)
+    data = train = None
+    if metadata is not None:
+        data, found = _source(document, "data", metadata.data, sources)
+        problems += found
+        if metadata.train:
+            train, found = _source(document, "train", metadata.train, sources)
+            problems += found
+    if data is not None and metadata is not None:
+        task = Task(
+            name=name, path=document.path, spec=document.data, data=data, train=train, labels=labels,
+            test=metadata.test, shuffle_seed=metadata.shuffle_seed, answers=answers,
+        )  # fmt: skip
+        problems += _unfit(document, task)
+        if not problems:
+            return task
+    raise SuiteError(problems)
 
 
 def _find(name: str, base: Path) -> Path:
@@ -98,9 +151,109 @@ def _find(name: str, base: Path) -> Path:
     return folder("suites") / "tasks" / f"{name}.yaml"
 
 
-def _metadata(document: yaml_lines.Document) -> tuple[Metadata | None, list[Problem]]:
+def _own(name: str) -> Task:
+    """Return one of lm-eval's own tasks; raises UsageError for what cannot be run of them."""
+    named = lm_eval_files.find(name)
+    said, where, filters = named.spec, str(named.path), task_keys.filters(named.spec)
+    kind = said.get("output_type", "generate_until")
+    metrics = said.get("metric_list") or [{"metric": "acc" if kind == "multiple_choice" else "exact_match"}]
+    for refused, what, mend in (
+        (
+            "class" in said,
+            f"`{named.task}` is a program, not a task that is described",
+            "name a task with a YAML of its own",
+        ),
+        (
+            "custom_dataset" in said or not isinstance(said.get("dataset_path"), str) or "test" not in named.splits,
+            f"`{named.task}` names no data set and split to be tested on",
+            "write a task of your own, whose `metadata` names its data",
+        ),
+        (
+            kind not in task_keys.METRICS,
+            f"`{named.task}` has the output type {kind!r}",
+            f"offered are {', '.join(task_keys.METRICS)}",
+        ),
+        (
+            not any(isinstance(m, dict) and m.get("metric") == task_keys.METRICS.get(kind) for m in metrics),
+            f"`{named.task}` has no metric {task_keys.METRICS.get(kind)}, which is what is recorded",
+            "write a task of your own",
+        ),
+        (
+            bool(absent := [str(file) for file in named.data_files if not file.is_file()]),
+            f"`{named.task}` reads files that are not there: {', '.join(absent)}",
+            "put them there, or start from the folder that its paths begin in",
+        ),
+        (
+            bool((said.get("generation_kwargs") or {}).get("do_sample")),
+            f"`{named.task}` samples its answers, which are generated greedily here",
+            "write a task of your own",
+        ),
+        (
+            not named.revision and said.get("dataset_path") not in lm_eval_files.LOCAL,
+            f"the data of `{named.task}`, {said.get('dataset_path')}, are not pinned: they may be others tomorrow",
+            f"write {name}@ and the 40 hex digits of a commit of {said.get('dataset_path')} on the hub",
+        ),
+        (
+            named.filter not in filters and (len(filters) > 1 or bool(named.filter)),
+            f"`{named.task}` has {len(filters)} filter{'s' * (len(filters) > 1)}",
+            "say which one counts: " + ", ".join(f"lm-eval:{named.task}:{one}" for one in filters),
+        ),
+    ):
+        if refused:
+            raise UsageError(what, where=where, mend=mend)
+    source = Source(
+        name=name, kind="data", source=f"lm-eval:{named.task}", revision=named.revision, rows=Rows(format="splits")
+    )
+    judge = named.filter or filters[0]
+    return Task(
+        name=name, path=named.path, spec=said, data=source, train=None, labels=0, test=0, shuffle_seed=0,
+        answers=Answers(filter=judge) if kind == "generate_until" else None, own=named,
+    )  # fmt: skip
+
+
+def _metadata(document: yaml_lines.Document, kind: type[Metadata]) -> tuple[Metadata | None, list[Problem]]:
     try:
-        return Metadata.model_validate(document.data.get("metadata", {})), []
+        return kind.model_validate(document.data.get("metadata", {})), []
     except ValidationError as error:
         at = ("metadata",) if "metadata" in document.data else ()
-        return None, [problem for _, problem in explain(error, Metadata, document, at)]
+        return None, [problem for _, problem in explain(error, kind, document, at)]
+
+
+def _unclear(document: yaml_lines.Document, judge: str, filters: list[str]) -> list[Problem]:
+    """Which filter's answers count must be said where there are several."""
+    if judge in filters or not filters:
+        return []
+    what = f"`filter` is `{judge}`, which `filter_list` does not name" if judge else "`filter` is missing"
+    return [Problem(document.where("metadata", "filter"), what, f"write one of {', '.join(filters)}")]
+
+
+def _source(
+    document: yaml_lines.Document, key: str, name: str, sources: Mapping[str, Source]
+) -> tuple[Source | None, list[Problem]]:
+    try:
+        source = resolve(name, sources, document.path.parent, kind="data")
+        if source.kind != "data":
+            raise UsageError(f"`{name}` is a model", mend="name a source of kind data")
+    except HarnessError as error:
+        return None, [Problem(document.where("metadata", key), error.what, error.mend)]
+    return source, []
+
+
+def _unfit(document: yaml_lines.Document, task: Task) -> list[Problem]:
+    """Say what keeps the task's sources from being used: what their rows hold, and of local files every row."""
+    problems = []
+    for key, source in (("data", task.data), ("train", task.train)):
+        if source is None or source.rows is None:
+            continue
+        where, holds = document.where("metadata", key), source.rows.holds
+        wanted = ("labels",) if task.labels else ("answers", "text") if source is task.train else ("answers",)
+        if holds not in wanted:
+            what = f"the rows of {source.name} hold {holds}, and this task's `{key}` needs {' or '.join(wanted)}"
+            problems.append(Problem(where, what, f"write `rows: {{holds: {wanted[0]}, ...}}` in its source"))
+        elif source.scheme == "file":
+            try:
+                problems += task.problems(source, fetch.ensure(source))
+            except HarnessError as error:
+                at = f" ({error.where})" if error.where else ""
+                problems.append(Problem(where, error.what + at, error.mend))
+    return problems

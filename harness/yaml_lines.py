@@ -45,11 +45,14 @@ class Document:
         return f"{self.path}:{self.lines.get(way, 1)}"
 
 
-def load(path: Path) -> Document:
-    """Read a file whose top level is a mapping; raises SuiteError with everything that is wrong with it as YAML."""
+def load(path: Path, *, tags: bool = False) -> Document:
+    """Read a file whose top level is a mapping; raises SuiteError with everything that is wrong with it as YAML.
+
+    tags: whether values may have tags of their own, such as `!function f.g`; such a value is its text.
+    """
     raw = _read(path)
     root = _compose(path, _decode(path, raw))
-    builder = _Builder(path)
+    builder = _Builder(path, tags)
     data = builder.build(root, ()) if root is not None else None
     if root is None or not isinstance(data, dict):
         what = "the file is empty" if root is None else f"expected keys and values, got {_kind(data)}"
@@ -101,8 +104,8 @@ def _kind(data: object) -> str:
 class _Builder:
     """Turns nodes into data; collects lines and problems on the way."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, tags: bool) -> None:
+        self.path, self.tags = path, tags
         self.lines: dict[Way, int] = {}
         self.problems: list[Problem] = []
         self._constructor = YAML(typ="safe", pure=True).constructor
@@ -140,7 +143,7 @@ class _Builder:
     def _scalar(self, node: ScalarNode) -> Any:
         tag = str(node.tag)
         if tag not in _SCALARS:
-            if tag != _TAG + "timestamp":  # what looks like a date is text here
+            if tag != _TAG + "timestamp" and not self.tags:  # what looks like a date is text here
                 self._problem(node, f"a tag, `{tag}`, which is not allowed here", "write a plain value")
             return node.value
         value = self._constructor.construct_object(node)

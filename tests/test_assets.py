@@ -488,6 +488,17 @@ def test_hub_data_become_rows_once(own_cache: Path, monkeypatch: pytest.MonkeyPa
     assert "sentence, class" in caught.value.mend
 
 
+def test_hub_data_may_hold_answers_and_have_a_hash(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    set_ = datasets.Dataset.from_dict({"q": ["1+1", "a long one"], "a": ["2", "b"], "id": [7, 8]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: set_)
+    how = {"format": "hub", "holds": "answers", "prompt": "q", "answer": "a", "longest": 5}
+    source = table.parse_source({"name": "d", "kind": "data", "source": "hub:org/d", "revision": COMMIT, "rows": how})
+    path = fetch.ensure(source)
+    assert rows.read(source, path) == [rows.Answered("7", "1+1", "2")]
+    assert (fetch.use(source).sha256, fetch.use(source).revision) == (carrier.sha256(path), COMMIT)
+
+
 @pytest.mark.parametrize(
     ("kind", "says"),
     [

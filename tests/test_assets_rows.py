@@ -65,6 +65,62 @@ def test_a_row_that_cannot_be_read_is_named_by_line(
     assert why in caught.value.what
 
 
+ANSWERS = {"holds": "answers", "prompt": "q", "answer": "a"}
+
+
+def test_rows_may_hold_answers_or_text_and_those_that_are_too_long_are_dropped(tmp_path: Path) -> None:
+    lines = '{"id": "x", "q": "1+1", "a": " 2 "}\n{"q": "12345", "a": "6"}\n{"q": "1234", "a": "5"}\n'
+    expected = [rows.Answered("x", "1+1", "2"), rows.Answered("3", "1234", "5")]
+    assert read(lines, tmp_path / "j", format="jsonl", longest=5, **ANSWERS) == expected
+    assert read("q,a,id\n1+1,2,x\n", tmp_path / "c", format="csv", **ANSWERS) == expected[:1]
+    assert read("body\nlong text\ntext\n", tmp_path / "t", format="csv", holds="text", text="body", longest=5) == [
+        rows.Text("3", "text")
+    ]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = {"q": ["1+1", "2+2"], "a": ["2", "4"], "id": ["x", "y"]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "p")
+    expected = [rows.Answered("x", "1+1", "2"), rows.Answered("y", "2+2", "4")]
+    assert read((tmp_path / "p").read_bytes(), tmp_path / "q", format="parquet", **ANSWERS) == expected
+    parquet.write_table(pyarrow.table({**columns, "a": ["2", None]}), tmp_path / "n")
+    for content, line, why in (
+        ((tmp_path / "n").read_bytes(), 2, "the answer is empty"),
+        (b"q,a\n1,2\n", 1, "not parquet"),
+    ):
+        with pytest.raises(AssetError) as caught:
+            read(content, tmp_path / "w", format="parquet", **ANSWERS)
+        assert caught.value.where == f"{tmp_path / 'w'}:{line}"
+        assert why in caught.value.what
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ({"format": "jsonl", "prompt": "q"}, "rows hold labels, which have no prompt: write holds: answers"),
+        ({"format": "jsonl", "holds": "answers", "label": "y"}, "rows hold answers, which have no label"),
+        ({"format": "valence-tsv", "holds": "text"}, "valence-tsv hold labels, not text"),
+        ({"format": "splits"}, "belongs to a task of lm-eval"),
+    ],
+)
+def test_what_rows_hold_and_their_columns_agree(how: dict[str, str], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        table.parse_source({"name": "d", "kind": "data", "source": "file:d", "rows": how})
+
+
+def test_a_training_set_of_its_own_leaves_the_other_to_the_test() -> None:
+    asked = [rows.Answered(str(i), f"prompt {i}", "a") for i in range(9)]
+    taught = [rows.Answered("same", "prompt 3", "b"), rows.Text("t", "some text")]
+    train, test = rows.split(asked, 9, 0, taught)
+    assert sorted(row.id for row in test) == [row.id for row in asked]
+    assert train == taught[1:], "what the test asks is not learnt"
+    with pytest.raises(UsageError, match="cannot keep 10 of 9 rows"):
+        rows.split(asked, 10, 0, taught)
+
+
 def many() -> Iterator[rows.Row]:
     for number in range(300):
         yield rows.Row(str(number), f"text {number % 250}", number % 2)

@@ -45,10 +45,10 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
         (("data: toy-sentiment", "data: tiny-llama"), 11, "`tiny-llama` is a model", "kind data"),
         (("output_type: multiple_choice\n", ""), 1, "`output_type` is missing", "an lm-eval task needs"),
         (
-            ("output_type: multiple_choice", "output_type: generate_until"),
+            ("output_type: multiple_choice", "output_type: loglikelihood_rolling"),
             2,
-            "`output_type` is 'generate_until'",
-            "multiple_choice",
+            "`output_type` is 'loglikelihood_rolling'",
+            "offered: multiple_choice, generate_until",
         ),
         (
             ("metric_list:\n  - {metric: acc,", "metric_list:\n  - {metric: acc_norm,"),
@@ -89,6 +89,117 @@ def test_bad_task(
     assert code == Exit.USAGE
     assert f"{task}:{line}: {message}" in said
     assert mend in said
+
+
+ANSWERED = """\
+task: digits
+output_type: generate_until
+doc_to_text: "Q: {{prompt}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["."], max_gen_toks: 8}
+filter_list:
+  - {name: first, filter: [{function: regex, regex_pattern: "([0-9])"}, {function: take_first}]}
+metric_list:
+  - {metric: exact_match}
+metadata: {data: asked, train: taught, test: 2, shuffle_seed: 0}
+"""
+ANSWERED_SOURCES = """\
+sources:
+  - {name: asked, kind: data, source: 'file:asked.jsonl', rows: {format: jsonl, holds: answers}}
+  - {name: taught, kind: data, source: 'file:taught.csv', rows: {format: csv, holds: text}}
+  - {name: labelled, kind: data, source: 'file:asked.jsonl', rows: {format: jsonl}}
+matrix:
+"""
+ASKED = '{"prompt": "a", "answer": "1"}\n{"prompt": "b", "answer": "2"}\n'
+TAUGHT = "text\nsome text\nand more\n"
+
+
+def answered(folder: Path, task: str = ANSWERED, asked: str = ASKED, taught: str = TAUGHT, suite: str = SUITE) -> Path:
+    """Write a suite with a generative task, its test and its training set; return its path."""
+    for name, text in (("task.yaml", task), ("asked.jsonl", asked), ("taught.csv", taught)):
+        (folder / name).write_text(text, encoding="utf-8")
+    path = folder / "suite.yaml"
+    text = suite.replace("items: 3", "items: 2").replace("task: toy-sentiment", "task: task.yaml")
+    path.write_text(text.replace("matrix:\n", ANSWERED_SOURCES), encoding="utf-8")
+    return path
+
+
+def test_a_sound_generative_task(tmp_path: Path) -> None:
+    (task,) = suites.load(answered(tmp_path)).tasks.values()
+    assert task.answers is not None
+    assert (task.answers.filter, task.answers.loss, task.answers.eos) == ("first", "answer", True)
+    assert task.train is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "line", "message", "mend"),
+    [
+        (("{{prompt}}", "{{text}}"), 3, "`doc_to_text` uses `text`, which no row has", "id, prompt, answer"),
+        (('until: ["."], ', ""), 5, "`until` is None", "list the texts that end an answer"),
+        (("max_gen_toks: 8", "max_gen_toks: 0"), 5, "`max_gen_toks` is 0", "at least 1"),
+        (
+            ("max_gen_toks: 8", "temperature: 0.7"),
+            5,
+            "`temperature` is 0.7: answers are generated greedily",
+            "remove it",
+        ),
+        (("max_gen_toks: 8", "num_beams: 4"), 5, "`num_beams` is not honoured", "remove it"),
+        (("filter: [{function: regex,", "filter: [{regex,"), 7, "not a filter", "function: take_first"),
+        (("([0-9])", "([0-9]"), 7, "`regex_pattern` is no pattern", "mend it"),
+        (("exact_match", "acc"), 8, "`metric_list` has no `exact_match`", "add {metric: exact_match}"),
+        (("shuffle_seed: 0", "shuffle_seed: 0, filter: last"), 10, "`filter` is `last`, which", "write one of first"),
+        (
+            ("metric_list", "  - {name: b, filter: [{function: take_first}]}\nmetric_list"),
+            11,
+            "`filter` is missing",
+            "first, b",
+        ),
+        (("train: taught", "train: tought"), 10, "no model or data set named 'tought'", "did you mean 'taught'"),
+        (("train: taught", "train: labelled"), 10, "rows of labelled hold labels", "write `rows: {holds: answers"),
+        (
+            ("data: asked", "data: taught"),
+            10,
+            "rows of taught hold text, and this task's `data` needs",
+            "holds: answers",
+        ),
+        (("shuffle_seed: 0", "shuffle_seed: 0, loss: prompt"), 10, "`loss` is 'prompt'", "answer"),
+        (("test: 2", "test: 3"), 1, "asked has 2 rows, and the task tests 3", "at most 2"),
+    ],
+)
+def test_bad_generative_task(
+    change: tuple[str, str], line: int, message: str, mend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert change[0] in ANSWERED
+    code, said = run(capsys, "plan", str(answered(tmp_path, ANSWERED.replace(*change))))
+    assert code == Exit.USAGE
+    where = "asked.jsonl" if "rows, and" in message else "task.yaml"
+    assert f"{tmp_path / where}:{line}: " in said
+    assert message in said
+    assert mend in said.partition(message)[2]
+
+
+def test_all_mistakes_of_both_sets_and_the_suite_come_at_once(tmp_path: Path) -> None:
+    path = answered(
+        tmp_path,
+        asked='{"prompt": "a"}\n{"prompt": "", "answer": "2"}\n{"prompt": "c", "answer": 3}\n',
+        taught="body\nsome text\n",
+        suite=SUITE.replace("steps: 4", "steps: -4"),
+    )
+    with pytest.raises(SuiteError) as caught:
+        suites.load(path)
+    assert [(Path(p.where).name, p.what) for p in caught.value.problems] == [
+        ("asked.jsonl:1", "cannot read asked: no column 'answer'; there are prompt"),
+        ("asked.jsonl:2", "cannot read asked: the prompt is empty"),
+        ("asked.jsonl:3", "cannot read asked: the answer is 3, which is no text"),
+        ("suite.yaml:10", "`steps` is -4"),
+        ("taught.csv:2", "cannot read taught: no column 'text'; there are body"),
+    ]
+
+
+def test_an_encoder_writes_no_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = run(capsys, "plan", str(answered(tmp_path, suite=SUITE.replace("tiny-llama", "minilm-l6"))))
+    assert code == Exit.USAGE
+    assert "suite.yaml:8: task.yaml is for causal models, and minilm-l6 is an encoder" in said
 
 
 # Local data: (what the file holds, line in it, message, mend). The task keeps 3 rows for its test.

@@ -145,8 +145,6 @@ def test_scoring_leaves_training_mode_off_and_dropout_out(model: Any) -> None:
 
 def test_what_is_not_offered_says_so(model: Any) -> None:
     with pytest.raises(NotImplementedError, match="use multiple_choice"):
-        scorer(model).generate_until([])
-    with pytest.raises(NotImplementedError, match="use multiple_choice"):
         scorer(model).loglikelihood_rolling([])
 
 

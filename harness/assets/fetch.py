@@ -7,7 +7,7 @@ import json
 import time
 from pathlib import Path
 
-from harness.assets import cache, carrier, hub, model_folder, process, shapes, unpack
+from harness.assets import cache, carrier, hub, model_folder, process, shapes, splits, unpack
 from harness.assets.carrier import Progress
 from harness.assets.table import Source
 from harness.errors import AssetError
@@ -68,14 +68,15 @@ def use(source: Source) -> AssetUse:
     """Say what a Cell used. The hash is the carrier's, or where there is none, that of the weights, of a shape's
     config, or of the data file.
 
-    Hashing a local folder reads all of it.
+    Hashing a local folder reads all of it. A hub model's is its commit; hub data also have that of the file they became.
     """
     sha256 = source.sha256
-    if not sha256 and source.scheme != "hub":
+    if not sha256 and (source.scheme != "hub" or source.kind == "data"):
         path = ensure(source)
         if source.scheme == "shape":
             path /= "config.json"
-        sha256 = model_folder.weights_sha256(path) if path.is_dir() else carrier.sha256(path)
+        whole = splits.sha256 if source.scheme == "lm-eval" else model_folder.weights_sha256
+        sha256 = whole(path) if path.is_dir() else carrier.sha256(path)
     return AssetUse(
         name=source.name, source=source.source, sha256=sha256, revision=source.revision, licence=source.licence
     )
@@ -87,6 +88,8 @@ def _place(source: Source) -> Path:
         fingerprint = carrier.sha256(_MAKER)
     elif source.scheme == "shape":
         fingerprint = hashlib.sha256(_config(source)).hexdigest()
+    elif source.scheme == "lm-eval":  # and lm-eval's data on the task's file
+        fingerprint = splits.fingerprint(source)
     return cache.place(source, fingerprint)
 
 
@@ -102,6 +105,8 @@ def _fill(made: Path, source: Source, staging: Path, progress: Progress) -> None
         (made / "config.json").write_bytes(_config(source))
     elif source.scheme == "hub":
         hub.write_rows(source, made / "rows.jsonl", progress)
+    elif source.scheme == "lm-eval":
+        splits.write(source, made / "splits", progress)
     else:
         gguf = source.member.endswith(".gguf")
         if source.bytes is not None:

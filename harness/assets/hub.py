@@ -22,7 +22,7 @@ def snapshot(source: Source, progress: Progress, local_only: bool = False) -> Pa
     """Return the folder of a model repository in the hub's cache, fetching what is missing."""
     import huggingface_hub
 
-    with _explained(source):
+    with explained(source):
         folder = huggingface_hub.snapshot_download(
             source.address,
             revision=source.revision,
@@ -35,7 +35,7 @@ def snapshot(source: Source, progress: Progress, local_only: bool = False) -> Pa
 
 
 def write_rows(source: Source, path: Path, progress: Progress) -> None:
-    """Write one split of a data repository as jsonl: id, text, label."""
+    """Write one split of a data repository as jsonl, with our names for the parts of a row."""
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -43,9 +43,9 @@ def write_rows(source: Source, path: Path, progress: Progress) -> None:
     rows = source.rows
     progress(f"{source.name}: from the hub", 0, None)
     # ValueError: a subset or split that the repository does not have.
-    with _explained(source, DatasetsError, ValueError):
+    with explained(source, DatasetsError, ValueError):
         data = datasets.load_dataset(source.address, rows.subset or None, split=rows.split, revision=source.revision)
-    missing = {rows.text, rows.label} - set(data.column_names)
+    missing = set(rows.columns.values()) - set(data.column_names)
     if missing:
         raise AssetError(
             f"{source.name} has no column {', '.join(sorted(missing))}",
@@ -54,12 +54,12 @@ def write_rows(source: Source, path: Path, progress: Progress) -> None:
         )
     with path.open("w", encoding="utf-8") as file:
         for number, row in enumerate(data, 1):
-            record = {"id": str(row.get(rows.id, number)), "text": row[rows.text], "label": row[rows.label]}
+            record = {"id": str(row.get(rows.id, number)), **{name: row[c] for name, c in rows.columns.items()}}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 @contextmanager
-def _explained(source: Source, *refusals: type[Exception]) -> Iterator[None]:
+def explained(source: Source, *refusals: type[Exception]) -> Iterator[None]:
     """Turn what the hub's clients raise into AssetErrors; `refusals` are those that no network would mend."""
     import huggingface_hub.errors as hub
     from huggingface_hub import constants

@@ -1,17 +1,16 @@
-"""Rows of a data set: read from its file, split once into train and test."""
+"""Rows of a data set: read from its file, and parted into those that train and those that are tested."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.assets.formats import FORMATS, UnreadableError
 from harness.assets.table import Rows, Source
 from harness.errors import AssetError, Problem, UsageError
 
@@ -24,8 +23,43 @@ class Row:
     text: str
     label: int
 
+    @property
+    def asked(self) -> str:
+        """What a test must not share with training."""
+        return self.text
 
-def read(source: Source, path: Path) -> list[Row]:
+
+@dataclass(frozen=True)
+class Answered:
+    """One prompt and the answer that is wanted."""
+
+    id: str
+    prompt: str
+    answer: str
+
+    @property
+    def asked(self) -> str:
+        """What a test must not share with training."""
+        return self.prompt
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text of a language model's training."""
+
+    id: str
+    text: str
+
+    @property
+    def asked(self) -> str:
+        """What a test must not share with training."""
+        return self.text
+
+
+AnyRow = Row | Answered | Text
+
+
+def read(source: Source, path: Path) -> list[AnyRow]:
     """Read every row of a data file, in its order. A row that cannot be read is an AssetError with its line."""
     found, wrong = _examine(source, path)
     if wrong:
@@ -34,9 +68,10 @@ def read(source: Source, path: Path) -> list[Row]:
     return [row for _, row in found]
 
 
-def problems(source: Source, path: Path, labels: int, test: int) -> list[Problem]:
-    """Say all that keeps a task of `labels` classes and `test` test rows from using a data file; empty if nothing does.
+def problems(source: Source, path: Path, labels: int = 0, test: int = 0, *, trains: bool = True) -> list[Problem]:
+    """Say all that keeps a task from using a data file; empty if nothing does.
 
+    labels: classes, 0 for a task without. test: rows that are kept for the test. trains: whether the rest must train.
     Of rows that are wrong in the same way the first is shown, and of a file's ways the first few.
     """
     found, wrong = _examine(source, path)
@@ -44,11 +79,14 @@ def problems(source: Source, path: Path, labels: int, test: int) -> list[Problem
     told += [
         (line, f"label {row.label} of row `{row.id}`; the task's `labels` allows 0 to {labels - 1}", _MEND_LABEL)
         for line, row in found
-        if row.label >= labels
+        if labels and isinstance(row, Row) and row.label >= labels
     ]
-    if not wrong and len(found) <= test:
+    if not wrong and trains and len(found) <= test:
         what = f"{source.name} has {len(found)} rows, and the task keeps {test} of them for its test: none is left"
         told.append((1, what, f"give it more rows, or lower the task's `test` to at most {len(found) - 1}"))
+    elif not wrong and len(found) < test:
+        what = f"{source.name} has {len(found)} rows, and the task tests {test}"
+        told.append((1, what, f"give it more rows, or lower the task's `test` to at most {len(found)}"))
     first: dict[str, Problem] = {}
     for line, what, mend in sorted(told):
         first.setdefault(what, Problem(f"{path}:{line}", what, mend))
@@ -58,18 +96,20 @@ def problems(source: Source, path: Path, labels: int, test: int) -> list[Problem
     return shown
 
 
-def _examine(source: Source, path: Path) -> tuple[list[tuple[int, Row]], list[tuple[int, str]]]:
+def _examine(source: Source, path: Path) -> tuple[list[tuple[int, AnyRow]], list[tuple[int, str]]]:
     """Return what can be read, and why what cannot be read cannot, each with its line."""
     if source.rows is None:
         raise UsageError(f"{source.name} is a model, not data", mend="name a source of kind data")
-    # Data from the hub were written as jsonl, under these names, when they were fetched.
-    rows = Rows(format="jsonl") if source.rows.format == "hub" else source.rows
-    records, parse = _FORMATS[rows.format]
-    found: list[tuple[int, Row]] = []
+    rows = source.rows
+    if rows.format == "hub":  # fetched, it is jsonl, under our own names
+        rows = Rows(format="jsonl", holds=rows.holds, longest=rows.longest)
+    parse = _PARSERS.get(rows.format, _columns)
+    found: list[tuple[int, AnyRow]] = []
     wrong: list[tuple[int, str]] = []
-    line = 0
+    some = False
     try:
-        for line, record in records(_text(path)):
+        for line, record in FORMATS[rows.format](path):
+            some = True
             try:
                 row = parse(record, line, rows)
             except ValueError as error:
@@ -77,49 +117,38 @@ def _examine(source: Source, path: Path) -> tuple[list[tuple[int, Row]], list[tu
                 continue
             if row is not None:
                 found.append((line, row))
-    except UnicodeDecodeError as error:
-        wrong.append((error.object[: error.start].count(b"\n") + 1, "not UTF-8"))
-    except csv.Error as error:  # where the next record begins cannot be told
-        wrong.append((line + 1, str(error)))
+    except UnreadableError as error:
+        wrong.append((error.line, str(error)))
     except OSError as error:
         raise AssetError(f"cannot read {source.name}: {error.strerror}", where=str(path), mend=_MEND) from error
     if not found and not wrong:
-        wrong.append((1, "not one row"))
+        wrong.append((1, "not one row is left: `least` and `longest` drop them all" if some else "not one row"))
     return found, wrong
 
 
-def split(rows: Sequence[Row], test: int, seed: int) -> tuple[list[Row], list[Row]]:
+def split(
+    rows: Sequence[AnyRow], test: int, seed: int, training: Sequence[AnyRow] | None = None
+) -> tuple[list[AnyRow], list[AnyRow]]:
     """Cut rows into (train, test) after one shuffle; the first `test` rows are the test set.
 
-    A text of the test set is taken out of train, so that no accuracy rests on a row that was learnt.
+    training: rows of a set of its own, which train instead of the rest, in their order. A text of the test set is taken
+    out of train, so that no accuracy rests on a row that was learnt.
     """
-    if not 0 < test < len(rows):
+    most = len(rows) - 1 if training is None else len(rows)
+    if not 0 < test <= most:
         raise UsageError(
-            f"cannot keep {test} of {len(rows)} rows for the test", mend=f"set `test` between 1 and {len(rows) - 1}"
+            f"cannot keep {test} of {len(rows)} rows for the test", mend=f"set `test` between 1 and {most}"
         )
     shuffled = list(rows)
     random.Random(seed).shuffle(shuffled)  # noqa: S311  # reproducible, not secret
-    tested = {row.text for row in shuffled[:test]}
-    return [row for row in shuffled[test:] if row.text not in tested], shuffled[:test]
+    tested = {row.asked for row in shuffled[:test]}
+    trained = shuffled[test:] if training is None else training
+    return [row for row in trained if row.asked not in tested], shuffled[:test]
 
 
 _MEND = "look at source, member and rows in the table"
 _MEND_LABEL = "correct the row, or the task's `labels` and `doc_to_choice`"
 _SHOWN = 5
-
-
-def _text(path: Path) -> str:
-    return path.read_bytes().decode("utf-8-sig")  # a byte-order mark is no part of the first column's name
-
-
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    # Not splitlines(): a sentence may hold U+2028 or U+0085, which it takes for line ends.
-    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-
-
-def _csv_records(text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    return ((reader.line_num, record) for record in reader)
 
 
 def _valence(record: str, _line: int, rows: Rows) -> Row | None:
@@ -129,36 +158,50 @@ def _valence(record: str, _line: int, rows: Rows) -> Row | None:
     valence = float(columns[1])
     if not math.isfinite(valence):
         raise ValueError(f"valence is {columns[1]}")
-    return None if abs(valence) < rows.least else _row(columns[0], columns[2], int(valence > 0))
+    if abs(valence) < rows.least:
+        return None
+    return Row(columns[0].strip(), _text(columns[2], "text"), int(valence > 0))
 
 
-def _json(record: str, line: int, rows: Rows) -> Row:
+def _json(record: str, line: int, rows: Rows) -> AnyRow | None:
     fields = json.loads(record)
     if not isinstance(fields, dict):
         raise ValueError("not a JSON object")  # noqa: TRY004  # the file is wrong, not a caller
     return _columns(fields, line, rows)
 
 
-def _columns(record: Mapping[str, Any], line: int, rows: Rows) -> Row:
-    for column in (rows.text, rows.label):
-        if record.get(column) is None:
+def _columns(record: Mapping[str, Any], line: int, rows: Rows) -> AnyRow | None:
+    for name, column in rows.columns.items():
+        if column not in record:
             raise ValueError(f"no column {column!r}; there are {', '.join(map(str, record))}")
-    label = record[rows.label]
+        if record[column] is None:
+            raise ValueError(f"the {name} is empty")
+    parts = {name: record[column] for name, column in rows.columns.items()}
+    label = _label(parts.pop("label")) if "label" in parts else None
+    texts = {name: _text(part, name) for name, part in parts.items()}
+    if rows.longest is not None and sum(map(len, texts.values())) > rows.longest:
+        return None
+    name = str(record.get(rows.id, line)).strip()
+    if label is not None:
+        return Row(name, texts["text"], label)
+    return Answered(name, **texts) if rows.holds == "answers" else Text(name, **texts)
+
+
+def _label(label: object) -> int:
     if isinstance(label, str) and label.strip().isdecimal():
         label = int(label)
     if type(label) is not int or label < 0:
         raise ValueError(f"label {label!r} is no integer from 0")
-    return _row(record.get(rows.id, line), record[rows.text], label)
+    return label
 
 
-def _row(name: object, text: object, label: int) -> Row:
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError("the text is empty")
-    return Row(str(name).strip(), text.strip(), label)
+def _text(text: object, name: str) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"the {name} is {text!r}, which is no text")  # noqa: TRY004  # the file is wrong, not a caller
+    if not text.strip():
+        raise ValueError(f"the {name} is empty")
+    return text.strip()
 
 
-_FORMATS: dict[str, tuple[Callable[[str], Iterator[tuple[int, Any]]], Callable[[Any, int, Rows], Row | None]]] = {
-    "valence-tsv": (_lines, _valence),
-    "jsonl": (_lines, _json),
-    "csv": (_csv_records, _columns),
-}
+_PARSERS: dict[str, Callable[[Any, int, Rows], AnyRow | None]] = {"valence-tsv": _valence, "jsonl": _json}
+"""How a record that is a line becomes a row; others have columns."""

@@ -26,6 +26,7 @@ _SHAPES = {
     "file": re.compile(r".+"),
     "made": re.compile(r"[\w-]+", re.ASCII),
     "shape": re.compile(r".+"),
+    "lm-eval": re.compile(r"[\w.+-]+", re.ASCII),
 }
 _FORMS = (
     "pip:NAME==VERSION, sdist:NAME==VERSION, hub:ORG/NAME, folder:PATH, file:PATH, made:NAME, shape:NAME, shape:PATH"
@@ -33,24 +34,49 @@ _FORMS = (
 _HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>.*))?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_HOLDERS = {"prompt": ("answers",), "answer": ("answers",), "text": ("labels", "text"), "label": ("labels",)}
+"""The parts of a row, and what rows hold that have it."""
+_PATH_STARTS = ("./", "../", "/", "~")
 
 
 class Rows(Frozen):
-    """How a data file becomes rows {id, text, label}."""
+    """How a data file becomes rows."""
 
-    format: Literal["valence-tsv", "jsonl", "csv", "hub"]
+    format: Literal["valence-tsv", "jsonl", "csv", "parquet", "hub", "splits"]
+    holds: Literal["labels", "answers", "text"] = "labels"
+    """What a row is: {id, text, label}, or {id, prompt, answer}, or {id, text}."""
     text: str = "text"
     """Column of the text."""
     label: str = "label"
     """Column of the label, an integer from 0."""
+    prompt: str = "prompt"
+    """Column of what a model is asked."""
+    answer: str = "answer"
+    """Column of what it should answer."""
     id: str = "id"
     """Column of the row's name; where it is missing, the row's number counts."""
     least: float = Field(default=0.0, ge=0)
     """valence-tsv: rows nearer to 0 than this are dropped, for people disagree about them."""
+    longest: int | None = Field(default=None, ge=1)
+    """Rows of more characters, in prompt and answer or text, are dropped."""
     split: str = "train"
     """hub: the split that is read; train and test are cut from it."""
     subset: str = ""
     """hub: the configuration of a repository that holds several sets."""
+
+    @model_validator(mode="after")
+    def _says_what_it_holds(self) -> Rows:
+        for column, holders in _HOLDERS.items():
+            if getattr(self, column) != column and self.holds not in holders:
+                raise ValueError(f"rows hold {self.holds}, which have no {column}: write holds: {holders[0]}")
+        if self.format == "valence-tsv" and self.holds != "labels":
+            raise ValueError(f"rows of format valence-tsv hold labels, not {self.holds}")
+        return self
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The names that a row's parts have here, and those of their columns in the file; without the id."""
+        return {name: getattr(self, name) for name, holders in _HOLDERS.items() if self.holds in holders}
 
 
 class Source(Frozen):
@@ -99,11 +125,15 @@ class Source(Frozen):
             raise ValueError(wrong)
         if self.kind == "data":
             if self.rows is None:
-                raise ValueError(f"data {self.name} needs rows: how the file becomes {{id, text, label}}")
+                raise ValueError(
+                    f"data {self.name} needs rows: how the file becomes {{id, text, label}} or {{id, prompt, answer}}"
+                )
             if self.scheme == "folder":
                 raise ValueError(f"data {self.name} is one file: write file:PATH")
             if (self.rows.format == "hub") != (self.scheme == "hub"):
                 raise ValueError(f"data {self.name}: rows format hub belongs to a hub source, and to no other")
+            if (self.rows.format == "splits") != (self.scheme == "lm-eval"):
+                raise ValueError(f"data {self.name}: rows format splits belongs to a task of lm-eval, and to no other")
         elif self.rows is not None:
             raise ValueError(f"{self.kind} {self.name} is a model: rows belong to data")
         elif self.scheme == "file":

@@ -1,4 +1,4 @@
-"""A causal language model as lm-eval sees one: the likelihood of an answer, with no more logits than its own."""
+"""A causal language model as lm-eval sees one: answers, and their likelihood with no more logits than their own."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Any, NoReturn
 import torch
 from lm_eval.api.model import TemplateLM
 
+from harness.evaluation.generation import generate
+from harness.task_keys import MAX_GEN_TOKS
 from harness.training.batches import Example, collate, refuse_long_answers
 from harness.training.loop import last_logits
+from harness.training.texts import Prompts
 
 
 class CausalScorer(TemplateLM):  # type: ignore[misc]
-    """Scores log-likelihood requests for `model`; generation is not offered.
+    """Answers log-likelihood and generation requests for `model`.
 
     Requests that need the same forward pass share it: the choices of one question whose answers are one token long cost
     one pass over the prompt. max_tokens: longer sequences lose their beginning.
@@ -71,8 +74,17 @@ class CausalScorer(TemplateLM):  # type: ignore[misc]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> NoReturn:
         """Refuse: perplexity tasks are not offered yet."""
-        raise NotImplementedError("perplexity tasks (loglikelihood_rolling) are not offered; use multiple_choice")
+        raise NotImplementedError(
+            "perplexity tasks (loglikelihood_rolling) are not offered; use multiple_choice or generate_until"
+        )
 
-    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> NoReturn:
-        """Refuse: generation tasks are not offered yet."""
-        raise NotImplementedError("generation tasks (generate_until) are not offered; use multiple_choice")
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """Return greedy answers. The prompt is cut as in training; its answer has room besides."""
+        prompts = Prompts(self.tokenizer, self.max_tokens)
+        asked = [request.args for request in requests]
+        # All requests of a task ask in the same way.
+        (_, how), *_ = asked
+        until = [how["until"]] if isinstance(how["until"], str) else how["until"]
+        tokens = [prompts.asked(prompt) for prompt, _ in asked]
+        most = int(how.get("max_gen_toks", MAX_GEN_TOKS))
+        return generate(self.model, self.tokenizer, tokens, until, most, self.batch, self.report)

@@ -7,46 +7,72 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from harness.assets.rows import Row
+from harness.assets.rows import AnyRow, Row
+from harness.errors import UsageError
 from harness.evaluation.likelihood import CausalScorer
 from harness.records import Item
-
-METRIC = "acc"
+from harness.task_keys import METRICS
 
 
 class LmEvalTask:
-    """config: the YAML task as a dict. test: the rows that are scored."""
+    """config: the YAML task as a dict. test: the rows that are scored. judge: the filter whose exact match counts."""
 
-    def __init__(self, config: dict[str, Any], test: Sequence[Row]) -> None:
+    def __init__(self, config: dict[str, Any], test: Sequence[AnyRow], judge: str = "none") -> None:
         import datasets
-        from lm_eval.api.task import ConfigurableTask
 
         data = datasets.DatasetDict({"test": datasets.Dataset.from_list([asdict(row) for row in test])})
+        self._take({**config, "test_split": "test"}, data, judge)
+        self.ids = [row.id for row in test]
+
+    def _take(self, config: dict[str, Any], data: Any, judge: str) -> None:
+        from lm_eval.api.task import ConfigurableTask
 
         def in_memory(**_: Any) -> Any:
             return data
 
-        self.task = ConfigurableTask(config={**config, "custom_dataset": in_memory, "test_split": "test"})
+        self.task = ConfigurableTask(config={**config, "custom_dataset": in_memory})
         self.name = str(config["task"])
-        self.ids = [row.id for row in test]
+        self._judge = judge
+        self._chooses = self.task.OUTPUT_TYPE == "multiple_choice"
 
     @property
     def scored_by(self) -> str:
         """Name the judge and its version."""
         return f"lm-eval {version('lm-eval')}"
 
-    def prompt(self, row: Row) -> str:
+    @property
+    def metric(self) -> str:
+        """Name what is counted as right."""
+        if self._chooses:
+            return "accuracy"
+        return "exact match" if self._judge == "none" else f"exact match ({self._judge})"
+
+    def prompt(self, row: AnyRow) -> str:
         """Return the text before the answer, as lm-eval builds it, without the delimiter."""
         return str(self.task.doc_to_text(asdict(row)))
 
+    def pair(self, row: AnyRow) -> tuple[str, str]:
+        """Return prompt and answer of a task whose answers are texts; the answer begins with the delimiter."""
+        return self.prompt(row), f"{self.task.config.target_delimiter}{self.task.doc_to_target(asdict(row))}"
+
     def answers(self, row: Row) -> list[str]:
         """Return the choices as lm-eval scores them, each after the delimiter."""
-        return [f"{self.task.config.target_delimiter}{choice}" for choice in self.task.doc_to_choice(asdict(row))]
+        return self._choices(asdict(row))
+
+    def _choices(self, doc: Any) -> list[str]:
+        return [f"{self.task.config.target_delimiter}{choice}" for choice in self.task.doc_to_choice(doc)]
 
     def score(self, scorer: CausalScorer) -> list[Item]:
         """Run lm-eval; return one 0/1 Item per test row."""
         from lm_eval.evaluator import evaluate
 
-        outcome = evaluate(lm=scorer, task_dict={self.name: self.task}, bootstrap_iters=0, log_samples=True)
-        samples = sorted(outcome["samples"][self.name], key=lambda sample: sample["doc_id"])
-        return [Item(id=self.ids[s["doc_id"]], correct=int(s[METRIC])) for s in samples]
+        outcome = evaluate(
+            lm=scorer, task_dict={self.name: self.task}, limit=len(self.ids), bootstrap_iters=0, log_samples=True
+        )
+        key = METRICS[self.task.OUTPUT_TYPE]
+        # A sample stands there once for each filter.
+        samples = [s for s in outcome["samples"][self.name] if s["filter"] == self._judge]
+        if len(samples) != len(self.ids):
+            raise UsageError(f"lm-eval scored {len(samples)} of {len(self.ids)} items by the filter `{self._judge}`")
+        samples.sort(key=lambda sample: sample["doc_id"])
+        return [Item(id=self.ids[s["doc_id"]], correct=int(s[key])) for s in samples]

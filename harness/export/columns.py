@@ -105,6 +105,8 @@ _CELLS = (
     Column("accuracy_metric", TEXT, "", "the metric"),
     Column("accuracy_interval", TEXT, "", "how the interval was made"),
     Column("scored_by", TEXT, "", "lm-eval with its version, or harness"),
+    Column("text_rules", TEXT, "", "how texts became tokens in training, and which of them carry loss"),
+    Column("cut_examples", INTEGER, "1", "trained examples that lost something, being too long; NA: not counted"),
     Column(
         "training_peak_B", INTEGER, "B", "highest memory in the training phase: resident on a CPU, allocated on a GPU"
     ),

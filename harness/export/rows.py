@@ -133,6 +133,8 @@ def _of_training(record: Record) -> Row:
     timed = t if t and t.step_seconds and not no_speed else None
     step = measured.step_time(timed) if timed else None
     return {
+        "text_rules": t.text_rules if t else None,
+        "cut_examples": t.cut_examples if t else None,
         "training_peak_B": peak,
         "training_peak_above_imports_B": None if peak is None else measured.above_imports(record, peak),
         "training_energy_J": measured.training_energy(record),

@@ -17,10 +17,12 @@ from harness.errors import UsageError
 from harness.evaluation import classification
 from harness.measure.latency import positions
 from harness.records import Accuracy, Cell, Item
-from harness.runner.work import Work
+from harness.runner.work import Asset, Work
+from harness.task_keys import MAX_GEN_TOKS
 from harness.training import loop
 from harness.training import model as models
 from harness.training.batches import Example, answer_examples, classification_examples, collate, order
+from harness.training.texts import Prompts, answered_examples, rules
 
 _PROBED = 8
 
@@ -35,40 +37,45 @@ class CellData:
         if work.data is None:
             raise UsageError(f"task {task.name} has no data", mend="name one that has")
         device = torch.device(work.device)
-        everything = rows.read(work.data.source, Path(work.data.path))
-        train_rows, test_rows = rows.split(everything, task.test, task.shuffle_seed)
-        first = cell.evaluation.skip
-        test_rows = test_rows[first : first + cell.evaluation.items]
+        judge = task.answers.filter if task.answers else "none"
+        self._lm_task: Any = None
+        if task.file:
+            self._lm_task, train_rows, test_rows = _own(work, work.data, judge)
+        else:
+            train_rows, test_rows = _split(work, work.data)
         wanted, batch = cell.training.steps, cell.training.batch
         tokenizer, limit = loaded.tokenizer, cell.training.max_tokens
-        refuse_long(loaded.model, cell)
+        refuse_long(loaded.model, cell, _written(task.spec) if task.answers else 0)
         self.pad = int(tokenizer.pad_token_id)
         self._cell = cell
         self._progress = lambda done, of: emit("items", done=done, of=of)
+        self.text_rules = rules(task.answers)
         if work.model.source.kind == "encoder":
             loaded.model.config.pad_token_id = self.pad
 
-            def tokenise(some: Sequence[rows.Row]) -> list[Example]:
+            def tokenise(some: Sequence[rows.AnyRow]) -> list[Example]:
                 return classification_examples(some, tokenizer, limit)
 
             self._test = tokenise(test_rows)
-            self._lm_task = None
             side, probe = "right", self._test[:_PROBED]
         else:
             from harness.evaluation.likelihood import CausalScorer
             from harness.evaluation.lm_eval_task import LmEvalTask
 
-            self._lm_task = make = LmEvalTask(task.spec, test_rows)
+            self._lm_task = make = self._lm_task or LmEvalTask(task.spec, test_rows, judge)
             self._scorer = CausalScorer(loaded.model, tokenizer, cell.evaluation.batch, limit, self._progress)
-            encode = self._scorer.encode_pair
+            encode, prompts, answers = self._scorer.encode_pair, Prompts(tokenizer, limit), task.answers
 
-            def tokenise(some: Sequence[rows.Row]) -> list[Example]:
+            def tokenise(some: Sequence[rows.AnyRow]) -> list[Example]:
+                if answers is not None:
+                    return answered_examples(some, prompts, make.pair, answers)
                 return answer_examples(some, make.prompt, make.answers, encode, limit)
 
             side, probe = "left", tokenise(test_rows[:_PROBED])
         chosen = order(_Tokenised(train_rows, tokenise), wanted, batch, cell.seed) if wanted else []
         ids = [[example.id for example in group] for group in chosen]
         self.order_sha256 = hashlib.sha256(json.dumps(ids, separators=(",", ":")).encode()).hexdigest()
+        self.cut_examples = sum(example.cut for group in chosen for example in group) if task.answers else None
         self.batches = [collate(group, self.pad, side).to(device) for group in chosen]
         self.probe = collate(probe, self.pad, side).to(device)
 
@@ -81,30 +88,61 @@ class CellData:
     def evaluate(self, model: Any) -> Accuracy:
         """Score the test items."""
         if self._lm_task is None:
-            scored_by = "harness"
+            metric, scored_by = "accuracy", "harness"
             items = classification.score(model, self._test, self.pad, self._cell.evaluation.batch, self._progress)
         else:
-            scored_by, items = self._lm_task.scored_by, self._lm_task.score(self._scorer)
+            metric, scored_by = self._lm_task.metric, self._lm_task.scored_by
+            items = self._lm_task.score(self._scorer)
         right = sum(item.correct for item in items)
         low, high = wilson(right, len(items))
         return Accuracy(
-            metric="accuracy", scored_by=scored_by, value=right / len(items), low=low, high=high,
+            metric=metric, scored_by=scored_by, value=right / len(items), low=low, high=high,
             interval="Wilson 95 %", items=_listed(items),
         )  # fmt: skip
 
 
-def refuse_long(model: Any, cell: Cell) -> None:
-    """Raise UsageError if a Cell's texts are longer than its model reads."""
-    most = positions(model)  # of the model itself: a config does not tell that RoBERTa keeps two for padding
-    if most is not None and cell.training.max_tokens > most:
-        what = f"`training.max_tokens` is {cell.training.max_tokens}, and {cell.model} has {most} positions"
-        raise UsageError(what, mend=f"write at most {most}")
+def refuse_long(model: Any, cell: Cell, written: int = 0) -> None:
+    """Raise UsageError if a Cell's texts, or a prompt and an answer of `written` tokens, are longer than its model reads."""
+    limit, most = cell.training.max_tokens, positions(model)
+    # Of the model itself: a config does not tell that RoBERTa keeps two positions for padding.
+    if most is not None and limit > most:
+        raise UsageError(
+            f"`training.max_tokens` is {limit}, and {cell.model} has {most} positions", mend=f"write at most {most}"
+        )
+    if most is not None and limit + written > most:
+        what = f"a prompt of {limit} tokens and an answer of {written} exceed the {most} positions of {cell.model}"
+        raise UsageError(what, mend="lower `training.max_tokens`, or the task's `max_gen_toks`")
+
+
+def _split(work: Work, data: Asset) -> tuple[list[rows.AnyRow], list[rows.AnyRow]]:
+    """Return the rows that train and those that are tested."""
+    task, evaluation = work.task, work.cell.evaluation
+    everything = rows.read(data.source, Path(data.path))
+    training = rows.read(task.train.source, Path(task.train.path)) if task.train else None
+    trained, tested = rows.split(everything, task.test, task.shuffle_seed, training)
+    return trained, tested[evaluation.skip : evaluation.skip + evaluation.items]
+
+
+def _own(work: Work, data: Asset, judge: str) -> tuple[Any, list[Any], list[Any]]:
+    """Return one of lm-eval's own tasks, and its rows."""
+    from harness.evaluation.own_task import OwnTask
+
+    evaluation = work.cell.evaluation
+    tested = range(evaluation.skip, evaluation.skip + evaluation.items)
+    task = OwnTask(Path(work.task.file), Path(data.path), tested, judge)
+    return task, task.training() if work.cell.training.steps else [], task.tested()
+
+
+def _written(spec: dict[str, Any]) -> int:
+    return int((spec.get("generation_kwargs") or {}).get("max_gen_toks", MAX_GEN_TOKS))
 
 
 class _Tokenised(Sequence[Example]):
     """Rows as examples, each tokenised when it is first looked at: a short training sees few of them."""
 
-    def __init__(self, texts: Sequence[rows.Row], tokenise: Callable[[Sequence[rows.Row]], list[Example]]) -> None:
+    def __init__(
+        self, texts: Sequence[rows.AnyRow], tokenise: Callable[[Sequence[rows.AnyRow]], list[Example]]
+    ) -> None:
         self._texts, self._tokenise = texts, tokenise
         self._known: dict[int, Example] = {}
 

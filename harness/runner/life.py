@@ -256,6 +256,8 @@ class Life:
             timing_warmup=min(TIMING_WARMUP, len(samples.losses) - 1),
             cpu_seconds=samples.cpu_seconds,
             optimizer=optimizers.facts(optimizer),
+            text_rules=data.text_rules,
+            cut_examples=data.cut_examples,
             data_order_sha256=data.order_sha256,
             initial_state_sha256=began_from,
         )

@@ -24,6 +24,9 @@ class RandomData:
     The loss is over every token that has one before it. Raises UsageError where the model reads fewer tokens.
     """
 
+    text_rules = "random tokens; loss of every token but the first; nothing is scored"
+    cut_examples = None
+
     def __init__(self, work: Work, loaded: models.Loaded) -> None:
         cell, device = work.cell, torch.device(work.device)
         refuse_long(loaded.model, cell)

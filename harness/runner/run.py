@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import sys
 import time
@@ -17,16 +16,16 @@ from typing import Literal
 import harness
 from harness import fitting, store, suites
 from harness.analysis import naming, verdict
-from harness.assets import fetch, rows
+from harness.assets import fetch
 from harness.assets.table import Source, resolve
-from harness.errors import Exit, HarnessError, StoreError, SuiteError, UsageError
+from harness.errors import Exit, HarnessError, StoreError, UsageError
 from harness.expand import Plan, expand
 from harness.expand import only as keep_only
 from harness.manifest import Footer, Manifest
 from harness.measure import environment
-from harness.records import AssetUse, Environment, Status
+from harness.records import Environment, Status
 from harness.report import html, text
-from harness.runner import stop
+from harness.runner import stop, task_assets
 from harness.runner.attempt import Terms
 from harness.runner.executors import Device, Executor
 from harness.runner.executors.local import Local
@@ -193,7 +192,7 @@ def _resolve(suite: suites.Suite, plan: Plan, progress: Progress) -> Works:
     """Fetch every model and data set the plan names, before anything runs. Raises SuiteError for data that do not fit."""
     base = suite.path.resolve().parent
     ready: dict[str, Asset] = {}
-    data: dict[str, Asset | None] = {}
+    tasks: dict[str, tuple[Asset | None, TaskWork]] = {}
 
     def asset(source: Source) -> Asset:
         if source.name not in ready:
@@ -203,23 +202,10 @@ def _resolve(suite: suites.Suite, plan: Plan, progress: Progress) -> Works:
 
     works = {}
     for cell in plan.cells:
-        task = suite.tasks[cell.task]
-        if task.name not in data:
-            data[task.name] = there = asset(task.data) if task.data else None
-            if there and (found := rows.problems(there.source, Path(there.path), task.labels, task.test)):
-                raise SuiteError(found)
-        works[cell.cell_id] = (
-            asset(resolve(cell.model, suite.sources, base)),
-            data[task.name],
-            TaskWork(
-                name=task.name,
-                spec=task.spec,
-                labels=task.labels,
-                test=task.test,
-                shuffle_seed=task.shuffle_seed,
-                use=AssetUse(name=task.name, source=f"task:{task.path.name}", sha256=_sha256(task.spec)),
-            ),
-        )
+        if cell.task not in tasks:
+            items = max(c.evaluation.skip + c.evaluation.items for c in plan.cells if c.task == cell.task)
+            tasks[cell.task] = task_assets.ready(suite.tasks[cell.task], items, asset)
+        works[cell.cell_id] = (asset(resolve(cell.model, suite.sources, base)), *tasks[cell.task])
     return works
 
 
@@ -245,10 +231,6 @@ def _old(plan: Plan, out: Path | None, resume: str | None, held: contextlib.Exit
         )
     held.callback(store.RunFolder.take(old.path).release)
     return store.read_run(old.path)  # again: until now another runner may have written to it
-
-
-def _sha256(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _reopen(

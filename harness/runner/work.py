@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from harness.assets.table import Source
 from harness.records import AssetUse, Cell, Frozen
+from harness.tasks import Answers
 
 
 class Asset(Frozen):
@@ -17,7 +18,7 @@ class Asset(Frozen):
 
 
 class TaskWork(Frozen):
-    """The task: its lm-eval mapping, and how its rows are split."""
+    """The task: its lm-eval mapping, and how its rows are split. The fields are those of `tasks.Task`."""
 
     name: str
     spec: dict[str, Any]
@@ -25,6 +26,10 @@ class TaskWork(Frozen):
     test: int
     shuffle_seed: int
     use: AssetUse
+    answers: Answers | None = None
+    train: Asset | None = None
+    file: str = ""
+    """Of one of lm-eval's own tasks, its YAML."""
 
 
 class Work(Frozen):
@@ -61,4 +66,4 @@ class Work(Frozen):
 
 def used(model: Asset, data: Asset | None, task: TaskWork) -> list[AssetUse]:
     """List what a Cell uses, as its Record has it."""
-    return [model.use, *([data.use] if data else []), task.use]
+    return [model.use, *(asset.use for asset in (data, task.train) if asset), task.use]

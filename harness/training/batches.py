@@ -15,12 +15,16 @@ from harness.errors import UsageError
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised text. tokens: ids; label: the class; answer: for causal models, how many last tokens are the answer."""
+    """One tokenised text. tokens: ids; label: the class; answer: for causal models, how many last tokens carry loss.
+
+    cut: whether something of it was left out, being too long; not told of labelled texts.
+    """
 
     id: str
     tokens: tuple[int, ...]
     label: int
     answer: int = 0
+    cut: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,98 @@
+"""lm-eval's own tasks as files: found by name and read without importing lm-eval, whose index of them takes seconds."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from harness import yaml_lines
+from harness.errors import UsageError
+from harness.spelling import near
+
+PREFIX = "lm-eval:"
+LOCAL = ("json", "csv", "parquet", "text", "arrow")
+"""What `datasets` reads from files on this machine: such data have no revision."""
+_NAME = re.compile(r"lm-eval:(?P<task>[\w.+-]+)(?::(?P<filter>[\w.+-]+))?(?:@(?P<revision>[0-9a-f]{40}))?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Named:
+    """What `lm-eval:TASK:FILTER@REVISION` stands for; filter and revision may be empty.
+
+    path: of the task's YAML. spec: what it says, with its `include` merged in; a function is its name.
+    """
+
+    task: str
+    filter: str
+    revision: str
+    path: Path
+    spec: dict[str, Any]
+
+    @property
+    def splits(self) -> dict[str, str]:
+        """The splits that are used, by what for: `test`, and where there are any `train` and `fewshot`."""
+        said = self.spec
+        test = said.get("test_split") or said.get("validation_split")
+        shots = said.get("fewshot_split") or (said.get("fewshot_config") or {}).get("split")
+        named = {"test": test, "train": said.get("training_split"), "fewshot": shots}
+        return {use: str(split) for use, split in named.items() if split}
+
+    @property
+    def data_files(self) -> list[Path]:
+        """The local files that it reads, if it reads any."""
+        said = (self.spec.get("dataset_kwargs") or {}).get("data_files", [])
+        listed = list(said.values()) if isinstance(said, dict) else [said]
+        flat = [name for one in listed for name in (one if isinstance(one, list) else [one])]
+        return [Path(str(name)) for name in flat]
+
+
+def find(text: str, folder: Path | None = None) -> Named:
+    """Find a task by what a suite calls it; raises UsageError for one that is not there. `folder` is lm-eval's own."""
+    match = _NAME.fullmatch(text)
+    if match is None:
+        mend = "write lm-eval:TASK, lm-eval:TASK:FILTER, and @ with the 40 hex digits of its data's commit"
+        raise UsageError(f"`{text}` names no task of lm-eval", mend=mend)
+    name, where = match["task"], folder or tasks_folder()
+    path = _path(where, name)
+    if path is None:
+        known = [one.stem for one in _files(where)]
+        raise UsageError(f"lm-eval has no task `{name}`", mend=near(name, known, "`lm-eval ls tasks` lists them"))
+    return Named(name, match["filter"] or "", match["revision"] or "", path, _read(path))
+
+
+def tasks_folder() -> Path:
+    """Return the folder of the tasks that come with lm-eval."""
+    found = importlib.util.find_spec("lm_eval")
+    if found is None or not found.submodule_search_locations:
+        raise UsageError("lm-eval is not installed", mend="pip install lm-eval")
+    return Path(found.submodule_search_locations[0]) / "tasks"
+
+
+def _path(folder: Path, name: str) -> Path | None:
+    says = re.compile(rf"""^["']?task["']?: *["']?{re.escape(name)}["']?\s*(?:#.*)?$""".encode(), re.MULTILINE)
+    # Nearly every task's file has its name: only for the others all fourteen thousand are read.
+    ordered = sorted(_files(folder), key=lambda path: path.stem != name)
+    return next((path for path in ordered if says.search(path.read_bytes())), None)
+
+
+@cache
+def _files(folder: Path) -> tuple[Path, ...]:
+    walked = sorted((parent, sorted(names)) for parent, _, names in os.walk(folder))
+    return tuple(Path(parent, name) for parent, names in walked for name in names if name.endswith((".yaml", ".yml")))
+
+
+def _read(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
+    own = dict(yaml_lines.load(path, tags=True).data)
+    included = own.pop("include", [])
+    merged: dict[str, Any] = {}
+    for name in included if isinstance(included, list) else [included]:
+        other = (path.parent / str(name)).resolve()
+        if other in inside:
+            raise UsageError("a task's file that includes itself", where=str(other), mend="mend its `include`")
+        merged.update(_read(other, (*inside, path.resolve())))
+    return {**merged, **own}

@@ -1,0 +1,43 @@
+"""A task made ready for workers: its data fetched, and looked through before anything runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from harness.assets import splits
+from harness.assets.table import Source
+from harness.errors import SuiteError, UsageError
+from harness.records import AssetUse
+from harness.runner.work import Asset, TaskWork
+from harness.tasks import Task
+
+
+def ready(task: Task, items: int, fetched: Callable[[Source], Asset]) -> tuple[Asset | None, TaskWork]:
+    """Return the task's data and all else that a worker is told of it. Raises SuiteError for data that do not fit.
+
+    items: the most test items that a Cell wants scored.
+    """
+    data = fetched(task.data) if task.data else None
+    train = fetched(task.train) if task.train else None
+    both = ((task.data, data), (task.train, train))
+    problems = [p for source, there in both if source and there for p in task.problems(source, Path(there.path))]
+    if task.own is not None and data and items > (most := splits.count(Path(data.path), task.own.splits["test"])):
+        what = f"a Cell has {items} `items`, and {task.name} has {most} test items"
+        raise UsageError(what, where=task.name, mend=f"write at most {most}")
+    if problems:
+        raise SuiteError(problems)
+    spec = hashlib.sha256(json.dumps(task.spec, sort_keys=True).encode()).hexdigest()
+    return data, TaskWork(
+        name=task.name,
+        spec=task.spec,
+        labels=task.labels,
+        test=task.test,
+        shuffle_seed=task.shuffle_seed,
+        use=AssetUse(name=task.name, source=f"task:{task.path.name}", sha256=spec),
+        answers=task.answers,
+        train=train,
+        file=str(task.path) if task.own else "",
+    )
