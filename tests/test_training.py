@@ -28,6 +28,7 @@ from harness.training.batches import (
     collate,
 )
 from harness.training.master import Masters
+from harness.training.movement import Movement
 
 
 @pytest.fixture(scope="module")
@@ -315,3 +316,13 @@ def test_training_nothing_is_refused_with_a_mend(model: Any) -> None:
     with pytest.raises(UsageError, match="nothing of this model trains") as refused:
         optimizers.make(adapted, [], Training(steps=1, warmup=0, lr=0.1))
     assert "steps: 0" in refused.value.mend
+
+
+def test_what_is_set_back_to_its_start_has_moved_and_what_never_left_it_has_not() -> None:
+    """AdaLoRA prunes singular values back to the zero that they began at; a detached tensor stays where it was."""
+    start = {"E": torch.zeros(3), "P": torch.ones(3), "detached": torch.ones(2)}
+    movement = Movement(start, lambda tensor: tensor)
+    for E, P in ((0.1, 1.0), (0.0, 1.5), (0.0, 1.5)):
+        now = {"E": torch.full((3,), E), "P": torch.full((3,), P), "detached": torch.ones(2), "new": torch.ones(1)}
+        movement.seen(lambda now=now: now)  # type: ignore[misc]
+    assert movement.still(now) == ["detached"]

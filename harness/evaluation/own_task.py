@@ -15,8 +15,8 @@ _SHOTS_SEED = 1234
 
 
 class OwnTask(LmEvalTask):
-    """file: the task's YAML. folder: its splits. tested: the places of the test items that are scored. judge: the filter that
-    counts.
+    """file: the task's YAML. folder: its splits. tested: the places of the test items that are scored. judge: the filter
+    that counts.
 
     Training prompts are the task's own, without the examples (few-shot) and the description that a test prompt may have.
     """

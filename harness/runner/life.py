@@ -48,6 +48,7 @@ from harness.runner.random_data import RandomData
 from harness.runner.work import Work
 from harness.training import loop, optimizers, shape
 from harness.training import model as models
+from harness.training.movement import Movement
 
 # The optimizer makes its state in step 1, and allocators settle: the first steps are marked as not steady.
 TIMING_WARMUP = 3
@@ -233,19 +234,25 @@ class Life:
                 for part in batch.parts(cell.training.accumulate):
                     loop.loss_of(model, part).backward()
                 optimizer.zero_grad(set_to_none=True)
+        whole = Movement(start, lambda t: optimizers.held(t, optimizer))
+        parts = Movement(spots, lambda t: sampled(optimizers.held(t, optimizer)))
+
+        def report(step: int, loss: float) -> None:
+            self.emit("step", step=step, of=len(batches), loss=loss)
+            for movement in (whole, parts):
+                movement.seen(adapted.tensors)
+
         with self.clock.phase("train"):
             samples = loop.train(
-                adapted, head, batches, optimizer, schedule, cell.seed,
-                lambda step, loss: self.emit("step", step=step, of=len(batches), loss=loss), cell.training.accumulate,
-            )  # fmt: skip
+                adapted, head, batches, optimizer, schedule, cell.seed, report, cell.training.accumulate
+            )
         trainable = [*adapted.parameters(), *head]
         gradients = tensor_bytes({id(p): p.grad for p in trainable if p.grad is not None}.values())
         after = _fingerprints(model)
         changed = [name for name in before if before[name] != after.get(name)]
         # In the first step a tensor may have no gradient by design (LoRA's A, since B is zero); from the second on it must.
         now = adapted.tensors() if len(batches) > 1 else {}
-        still = [name for name in now if name in start and _same(start[name], optimizers.held(now[name], optimizer))]
-        still += [n for n in now if n in spots and _same(spots[n], sampled(optimizers.held(now[n], optimizer)))]
+        still = whole.still(now) + parts.still(now)
         self._pass([_found(cell, "frozen", changed, "changed"), _found(cell, "moved", still, "never moved")])
         measured = TrainingMeasured(
             losses=samples.losses,
@@ -317,11 +324,6 @@ def _state_sha256(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Compare the values of two tensors, of which one may be in a wider dtype."""
-    return torch.equal(one.double(), other.double())
 
 
 def _found(cell: Any, name: str, odd: list[str], what: str) -> CheckResult:
