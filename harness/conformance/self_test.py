@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from harness.conformance import checks, faults, matrix, operations, suite
+from harness.conformance.checks.unreferenced import ALONE
 from harness.conformance.faults import Fault, Slice
 from harness.conformance.faults.copied import Copy
 from harness.conformance.faults.packed import pack
@@ -97,7 +98,7 @@ def _run(every: Sequence[Fault], complete: bool) -> Report:
         for check in _failed(_implementation(fault.target, Copy(_source(fault.target))), fault.where)
     ]
     useful = {name for verdict in verdicts for name in verdict.caught}
-    idle = [] if not complete else [name for name in checks.every() if name not in useful]
+    idle = [] if not complete else [name for name in checks.every() if name not in (*useful, *ALONE)]
     return Report(verdicts, wrong, idle)
 
 

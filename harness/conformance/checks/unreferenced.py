@@ -17,6 +17,8 @@ from harness.conformance.subject import LARGEST_COPY, Subject
 from harness.conformance.tolerance import exact, noise_floor, perturbed
 from harness.records import CheckResult
 
+ALONE = ("reference", "start", "repeats", "untouched", "reached", "reload", "merge_itself")
+"""The checks below: no parity suite has them, since a Method with a reference has better ones."""
 _NUDGE = 0.05
 """How far from its start a tensor is moved, as a share of a random matrix that keeps lengths: training goes about as far."""
 _TOO_LARGE = "the model is too large to be copied"
