@@ -69,7 +69,8 @@ def test_a_row_per_attempt_says_what_its_record_says(numbers: Numbers, said: lis
         assert row["started"] == pd.Timestamp(record["started"])
         # Every part of the ledger, those that this old Record leaves at their default too.
         ledger = Memory.model_validate(m["memory"]).model_dump()
-        assert ledger.pop("predicted") is None
+        assert (ledger.pop("predicted"), ledger.pop("not_predicted")) == (None, "")
+        assert pd.isna(row["memory.not_predicted"])
         assert all(pd.isna(row[f"memory.predicted.{name}"]) for name in Predicted.model_fields)
         assert {name: row[f"memory.{name}"] for name in ledger} == ledger
         phases = {phase["name"]: phase for phase in record["phases"]}
