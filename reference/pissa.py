@@ -23,6 +23,8 @@ from reference.randomised_svd import randomised_svd
 
 PAPER = "arXiv:2404.02948v4"
 FACTORS = ("A", "B")
+SPLIT = ("residual",)
+"""What `attach` takes off the weight beside the factors: it belongs to these factors and to no others."""
 DEVIATIONS = (
     (
         "shapes of A and B",

@@ -18,6 +18,7 @@ from harness.conformance.subject import (
     Original,
     Subject,
     adaptable_layers,
+    begin,
     configure,
     initial_tensors,
     load,
@@ -86,7 +87,7 @@ class Trainee:
         own, original = list(self.model.parameters()), Original.of(self.model)
         self.start = initial_tensors(step.method, bases, config, torch.Generator().manual_seed(SEED))
         adapted = implementation(self.model, config, torch.Generator().manual_seed(SEED))
-        load(adapted, self.start)
+        begin(adapted, self.start)
         self.adapted = adapted
         self.subject = Subject(
             step.method, config, dtype, self.model, adapted, bases, own, original, packed.forms, packed.expected,

@@ -15,7 +15,7 @@ from harness.conformance.case import Case
 from harness.conformance.checks.unreferenced import nudged
 from harness.conformance.drawn import inputs
 from harness.conformance.results import at, judged, skipped
-from harness.conformance.subject import DTYPES, Subject, attach_reference, configure, load, warm
+from harness.conformance.subject import DTYPES, Subject, attach_reference, begin, configure, load, warm
 from harness.conformance.tolerance import noise_floor, worst_of
 from harness.errors import Unsupported
 from harness.records import CheckResult, Outcome
@@ -61,7 +61,7 @@ def gate(
     if any(result.outcome is Outcome.FAIL for result in results):
         return results
     if start is not None:
-        load(subject.adapted, dict(start))
+        begin(subject.adapted, start)
     began = {name: t.detach().clone() for name, t in subject.added().items()}
     results += tried(AT_THE_START if subject.packed else AT_THE_START[:-1], case)
     warm(subject.added(), case.generator(salt=1))

@@ -240,28 +240,36 @@ def initial_tensors(
 ) -> dict[str, Tensor]:
     """Return the reference's initial adapter tensors over `bases`, drawn from `generator`; empty without an adapter.
 
-    Every implementation starts from these, so that their training runs can be compared step by step. Where weights of the
-    bases themselves train (GaLore), they start as they are: those of a large model are left out, for want of room.
+    Every implementation starts from these, so that their training runs can be compared step by step (see `begin`). Beside
+    them stands what a start takes off the weight (PiSSA's residual): factors of another program's SVD do not go with it.
+    Where weights of the bases themselves train (GaLore), they start as they are: those of a large model are left out, for
+    want of room, and so is the whole of a start that would need a copy of them.
     """
     started = _started(method, bases, config, generator)
+    if started is None:
+        return {}
+    tensors = started.tensors()
     own = {id(p) for base in bases.values() for p in base.parameters()}
-    large = sum(t.numel() for t in started.values()) > LARGEST_COPY
-    return {name: t.detach().clone() for name, t in started.items() if not (large and id(t) in own)}
+    taken_off = getattr(importlib.import_module(f"reference.{method}"), "SPLIT", ())
+    rest = {name: t for name, t in started.state().items() if name.rpartition(".")[2] in taken_off}
+    large = sum(t.numel() for t in (*tensors.values(), *rest.values())) > LARGEST_COPY
+    if large and rest:
+        return {}
+    return {name: t.detach().clone() for name, t in (tensors | rest).items() if not (large and id(t) in own)}
 
 
 def initial_shapes(
     method: str, bases: Mapping[str, nn.Module], config: Any, generator: torch.Generator
 ) -> dict[str, tuple[int, ...]]:
     """Return the shapes of what trains when the reference is attached to `bases`, by name; empty without an adapter."""
-    return {name: tuple(t.shape) for name, t in _started(method, bases, config, generator).items()}
+    started = _started(method, bases, config, generator)
+    return {name: tuple(t.shape) for name, t in started.tensors().items()} if started else {}
 
 
-def _started(
-    method: str, bases: Mapping[str, nn.Module], config: Any, generator: torch.Generator
-) -> Mapping[str, Tensor]:
+def _started(method: str, bases: Mapping[str, nn.Module], config: Any, generator: torch.Generator) -> Adapted | None:
     if not hasattr(config, "targets"):
-        return {}
-    return attach_reference(method, skeleton(bases), config, None, generator).tensors()
+        return None
+    return attach_reference(method, skeleton(bases), config, None, generator)
 
 
 _SAMPLE = 4096
@@ -284,6 +292,15 @@ def load(adapted: Adapted, values: Mapping[str, Tensor], state: Mapping[str, Ten
     frozen = adapted.state()
     for name, value in (state or {}).items():
         frozen[name].copy_(value)
+
+
+def begin(adapted: Adapted, start: Mapping[str, Tensor]) -> None:
+    """Let it start from `initial_tensors`; or from its own start, where it does not show all that these belong to."""
+    state = adapted.state()
+    rest = {name: value for name, value in start.items() if name in state}
+    tensors = {name: value for name, value in start.items() if name not in rest}
+    if tensors.keys() <= adapted.tensors().keys():
+        load(adapted, tensors, rest)
 
 
 @torch.no_grad()

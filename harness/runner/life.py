@@ -234,7 +234,8 @@ class Life:
                 for part in batch.parts(cell.training.accumulate):
                     loop.loss_of(model, part).backward()
                 optimizer.zero_grad(set_to_none=True)
-        whole = Movement(start, lambda t: optimizers.held(t, optimizer))
+        began = {name: start[name] for name in adapted.tensors() if name in start}
+        whole = Movement(began, lambda t: optimizers.held(t, optimizer))
         parts = Movement(spots, lambda t: sampled(optimizers.held(t, optimizer)))
 
         def report(step: int, loss: float) -> None:
