@@ -11,7 +11,7 @@ from harness.analysis import intervals, naming, ranking, trajectories, verdict
 from harness.analysis.words import Word, joint
 from harness.errors import Exit
 from harness.manifest import Comparison
-from harness.records import CheckResult, Outcome, Record, Status
+from harness.records import CheckResult, Failure, Outcome, Record, Status
 from harness.store import Run
 
 # ---- intervals
@@ -359,8 +359,14 @@ def test_an_unmeasured_cell_is_infrastructure(tmp_path: Path, status: Status) ->
 
 
 def test_a_skipped_cell_is_no_fault(tmp_path: Path) -> None:
-    skip = lambda n, r: recorded.failed(r, Status.SKIPPED, because="no GPU") if n == "nf4" else r  # noqa: E731
+    skip = lambda n, r: recorded.failed(r, Status.SKIPPED, because="no GPU", failure=None) if n == "nf4" else r  # noqa: E731
     assert verdict.judge(_whole(tmp_path, change=skip)).exit is Exit.PASS
+
+
+def test_a_cell_that_found_no_place_to_run_is_infrastructure(tmp_path: Path) -> None:
+    busy = Failure(kind="busy GPU", message="")
+    skip = lambda n, r: recorded.failed(r, Status.SKIPPED, because="in use", failure=busy) if n == "nf4" else r  # noqa: E731
+    assert verdict.judge(_whole(tmp_path, change=skip)).exit is Exit.INFRASTRUCTURE
 
 
 def test_a_missing_cell_a_torn_file_and_a_lacking_footer_are_infrastructure(tmp_path: Path) -> None:
@@ -414,7 +420,7 @@ def test_a_refuted_comparison_fails(tmp_path: Path) -> None:
 
 
 def test_nothing_measured_is_nothing_compared(tmp_path: Path) -> None:
-    v = verdict.judge(_whole(tmp_path, change=lambda _, r: recorded.failed(r, Status.SKIPPED)))
+    v = verdict.judge(_whole(tmp_path, change=lambda _, r: recorded.failed(r, Status.SKIPPED, failure=None)))
     assert (v.verdict.word, v.exit) == (Word.NOT_RUN, Exit.NOTHING_COMPARED)
 
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import click
 import pytest
@@ -21,6 +21,7 @@ from harness.expand import expand
 from harness.explain import EXITS, OPTIMIZERS, STATUSES
 from harness.methods import methods
 from harness.records import Optimizer, Record, Status, Training
+from harness.runner.executors.local import Local
 
 COMMAND = (sys.executable, "-m", "harness.cli")
 
@@ -158,15 +159,17 @@ def test_every_exit_code_and_status_is_explained() -> None:
 
 def test_run_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = pytest.importorskip("harness.runner.run")
-    seen: dict[str, object] = {}
+    seen: dict[str, Any] = {}
     monkeypatch.setattr(runner, "run_suite", lambda suite, **options: seen.update(options, suite=suite) or Exit.FAIL)
     argv = ["run", "smoke", "--out", "x", "--only", "lora", "--resume", "r", "--device", "cpu", "--timeout", "5"]
     assert main([*argv, "--strict"]) == Exit.FAIL
     expected = {"suite": "smoke", "out": Path("x"), "only": "lora", "resume": "r", "device": "cpu", "timeout": 5.0}
+    assert isinstance(local := seen.pop("executor"), Local)
+    assert local.jobs == 1
     assert seen == {**expected, "strict": True}
     seen.clear()
-    main(["run", "smoke"])
-    assert (seen["timeout"], seen["strict"]) == (runner.DEFAULT_TIMEOUT_S, False)
+    main(["run", "smoke", "--jobs", "3"])
+    assert (seen["timeout"], seen["strict"], seen["executor"].jobs) == (runner.DEFAULT_TIMEOUT_S, False, 3)
 
 
 @pytest.mark.parametrize("timeout", ["nan", "inf", "-inf", "-1", "0", "1e400", "soon"])
