@@ -188,7 +188,9 @@ class Subject:
 
     def _built(self, path: str, dtype: str) -> Twin:
         alone = nn.Sequential(OrderedDict(layer=self.dense_base(path, DTYPES[dtype])))
-        adapted = attach_reference(self.method, alone, self.config, ("layer",), torch.Generator().manual_seed(0))
+        replaced = all(f"{path}.{name}" in self.state() for name in _taken_off(self.method))
+        config = _quick(self.method, self.config) if replaced else self.config
+        adapted = attach_reference(self.method, alone, config, ("layer",), torch.Generator().manual_seed(0))
         return Twin(adapted.layers["layer"], _under("layer", adapted.tensors()), adapted)
 
 
@@ -250,8 +252,7 @@ def initial_tensors(
         return {}
     tensors = started.tensors()
     own = {id(p) for base in bases.values() for p in base.parameters()}
-    taken_off = getattr(importlib.import_module(f"reference.{method}"), "SPLIT", ())
-    rest = {name: t for name, t in started.state().items() if name.rpartition(".")[2] in taken_off}
+    rest = {name: t for name, t in started.state().items() if name.rpartition(".")[2] in _taken_off(method)}
     large = sum(t.numel() for t in (*tensors.values(), *rest.values())) > LARGEST_COPY
     if large and rest:
         return {}
@@ -262,8 +263,19 @@ def initial_shapes(
     method: str, bases: Mapping[str, nn.Module], config: Any, generator: torch.Generator
 ) -> dict[str, tuple[int, ...]]:
     """Return the shapes of what trains when the reference is attached to `bases`, by name; empty without an adapter."""
-    started = _started(method, bases, config, generator)
+    started = _started(method, bases, _quick(method, config), generator)
     return {name: tuple(t.shape) for name, t in started.tensors().items()} if started else {}
+
+
+def _taken_off(method: str) -> tuple[str, ...]:
+    """Return the names of what the Method's start takes off a weight, if anything."""
+    found: tuple[str, ...] = getattr(importlib.import_module(f"reference.{method}"), "SPLIT", ())
+    return found
+
+
+def _quick(method: str, config: Any) -> Any:
+    """Return a config with which the reference is attached quickly; its start is not the Method's, its shapes are."""
+    return replace(config, **getattr(importlib.import_module(f"reference.{method}"), "QUICK_START", {}))
 
 
 def _started(method: str, bases: Mapping[str, nn.Module], config: Any, generator: torch.Generator) -> Adapted | None:
