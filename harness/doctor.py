@@ -41,7 +41,7 @@ def report(as_json: bool) -> Exit:
 
 
 def _machine() -> list[Finding]:
-    here = environment.describe(environment.physical_cores())
+    here = environment.describe(environment.threads())
     gpus = environment.gpus()
     return [
         Finding("python", "ok", f"{here.software['python']} at {sys.executable}"),

@@ -26,7 +26,7 @@ FACTORS = ("A", "B")
 SPLIT = ("residual",)
 """What `attach` takes off the weight beside the factors: it belongs to these factors and to no others."""
 QUICK_START = {"niter": 1}
-"""A config whose start takes a hundredth of the time, for whoever then puts other factors and their residual in its place."""
+"""A config whose start takes a hundredth of the time, for whoever then puts other factors and their residual there."""
 DEVIATIONS = (
     (
         "shapes of A and B",

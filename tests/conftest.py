@@ -15,6 +15,9 @@ import pytest
 
 from harness import store
 
+# Several workers side by side, each with a thread per core, would wait for each other in loops. Before torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # -P: the current folder must not lend its modules to the command.
 COMMAND = (sys.executable, "-P", "-m", "harness.cli")
 # For what takes seconds; a machine that is busy with other things takes longer.

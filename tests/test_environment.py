@@ -82,3 +82,11 @@ def test_what_steers_threads_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     monkeypatch.setenv("COMP_WORDS", "no")
     assert environment.thread_variables() == {"OMP_WAIT_POLICY": "passive"}
+
+
+@pytest.mark.parametrize(("asked", "given"), [("1", 1), ("4096", None), ("", None), ("0", None), ("2,1", None)])
+def test_threads_are_those_of_the_cores_or_fewer_if_asked(
+    monkeypatch: pytest.MonkeyPatch, asked: str, given: int | None
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert environment.threads() == (given or environment.physical_cores())

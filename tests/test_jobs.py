@@ -35,7 +35,7 @@ def test_cells_at_a_time_share_the_cores_and_say_so(bench: Bench) -> None:
     run = bench.read()
     assert len(run.records) == 2, finished.err
     for record in run.records:
-        assert record.environment.threads == max(1, environment.physical_cores() // 2)
+        assert record.environment.threads == max(1, environment.threads() // 2)
         assert record.notes == ["up to 2 Cells ran at once: its times share the machine"]
     lines = [line.split("/")[0] for line in finished.err.splitlines() if " skipped " in line]
     assert sorted(lines) == ["1", "2"]
@@ -43,7 +43,7 @@ def test_cells_at_a_time_share_the_cores_and_say_so(bench: Bench) -> None:
 
 def test_as_many_cells_are_at_work_as_were_asked_for(tmp_path: Path) -> None:
     run = stubbed.Stubbed(tmp_path, 8)
-    share = str(max(1, environment.physical_cores() // 3))
+    share = str(max(1, environment.threads() // 3))
     at_work = []
     for ended, record in enumerate(Local(3, run.command()).run(run.works(), run.terms, run.nobody)):
         at_work.append(sum(what == "begin" for _, what in run.nobody.heard) - ended)

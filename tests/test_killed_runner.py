@@ -31,7 +31,7 @@ from harness.runner.executors.local import Local
 
 suite, kills = sys.argv[1], int(sys.argv[2])
 cells = expand.expand(suites.load(suite)).cells
-here = environment.describe(environment.physical_cores())
+here = environment.describe(environment.threads())
 command = stubbed.stub(Path(), cells, here, {cell.seed: "slow" for cell in cells})
 
 def live():

@@ -66,7 +66,7 @@ def test_what_ray_loses_is_lost_and_the_rest_goes_on(tmp_path: Path) -> None:
     eventually(lambda: _gone(pid), "the worker of a task that is gone is gone too")
     started = (run.folder.path / "started").read_text().split()
     assert sorted(started) == ["0", "1", "2", "3"]  # nothing was tried again behind our back
-    share = str(max(1, environment.physical_cores() // 2))
+    share = str(max(1, environment.threads() // 2))
     assert {records[seed].notes[0] for seed in (2, 3)} == {share}
 
 

@@ -17,7 +17,8 @@ from harness.bench.results import INTERRUPTED, NO_GPU, Row
 from harness.conformance import isolated
 from harness.conformance.children import Children
 from harness.errors import Exit, UsageError
-from harness.measure.environment import describe, gpus, physical_cores
+from harness.measure.environment import describe, gpus
+from harness.measure.environment import threads as usable
 from harness.records import Environment
 from harness.runner.stop import on_request
 
@@ -68,7 +69,7 @@ def bench(asked: Asked, as_json: bool, out: Path | None = None, export: Path | N
             "Triton's interpreter is on, and its speed is nobody's", where="TRITON_INTERPRET", mend="unset it"
         )
     files.refuse(out, export)
-    threads = physical_cores()
+    threads = usable()
     report = Report(describe(threads))
     folder = files.Folder(out, report.environment)
     with on_request():

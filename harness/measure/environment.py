@@ -78,6 +78,15 @@ def physical_cores() -> int:
     return max(1, min(bounds))
 
 
+def threads() -> int:
+    """Return how many threads to compute with: one for each physical core, fewer where OMP_NUM_THREADS says so.
+
+    More than there are cores are never worth it: they wait for each other in loops.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(physical_cores(), int(asked)) if asked.isdecimal() and int(asked) else physical_cores()
+
+
 def cgroup_cpus(root: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/cgroup")) -> float | None:
     """Return how many CPUs' time the kernel grants, or None without a limit. Every parent's limit holds too.
 

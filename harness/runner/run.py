@@ -84,7 +84,7 @@ def run_suite(
     plan = expand(suite)
     if only is not None:
         plan = keep_only(plan, only)
-    here = environment.describe(environment.physical_cores())
+    here = environment.describe(environment.threads())
     with contextlib.ExitStack() as held:
         old = _old(plan, out, resume, held)
         fitting.refuse(suite, plan)

@@ -62,7 +62,7 @@ def attempt(work: Work, emit: Any) -> Record:
     status, because, failure, life, measurements = Status.OK, "", None, None, None
     phases: list[Phase] = []
     provider = None
-    threads = work.threads or environment.physical_cores()
+    threads = work.threads or environment.threads()
     versions: dict[str, object] = {}
     try:
         implementation = registry.find("method", work.cell.method, work.cell.implementation)

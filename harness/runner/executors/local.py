@@ -117,7 +117,7 @@ class Local:
         """Return `work` with its share of this machine; or None, and who keeps it from it."""
         share: dict[str, object] = {}
         if self.jobs > 1:
-            share = {"threads": max(1, environment.physical_cores() // self.jobs), "at_once": self.jobs}
+            share = {"threads": max(1, environment.threads() // self.jobs), "at_once": self.jobs}
         cards = self._look() if work.device == "cuda" else []
         if not cards:
             return work.model_copy(update=share), ""

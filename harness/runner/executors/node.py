@@ -54,7 +54,7 @@ def measure(
                 where=needed,
                 mend="keep the run (--out) and the cache (PEFT_HARNESS_CACHE) on a file system that every machine sees",
             )
-    terms = Terms(folder, environment.describe(environment.physical_cores()), timeout)
+    terms = Terms(folder, environment.describe(environment.threads()), timeout)
     listener = _Listener(Path(wanted) if wanted else None)
     with contextlib.closing(Local(command=command or WORKER).run(_each(told), terms, listener)) as records:
         for _ in records:

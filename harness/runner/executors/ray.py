@@ -56,7 +56,7 @@ class Ray:
             ) from error
         told: dict[str, Any] = {"address": address or "local", "log_to_driver": False, "logging_level": "ERROR"}
         if not address:
-            cores = environment.physical_cores()
+            cores = environment.threads()
             told |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": _STORE_B}
         try:
             ray.init(**told)

@@ -95,7 +95,7 @@ class Slurm:
             return
         elements = min(len(told), (self.jobs or 1) if self._here else _MOST_ELEMENTS)
         if self._here and elements > 1:  # nobody but us gives each its share
-            threads = max(1, environment.physical_cores() // elements)
+            threads = max(1, environment.threads() // elements)
             told = [work.model_copy(update={"threads": threads, "at_once": elements}) for work in told]
         for work in told:
             terms.folder.log_path(work.cell.cell_id, work.attempt).touch()
