@@ -23,7 +23,8 @@ from harness.errors import AssetError, Exit
 from harness.out_of_memory import Shortage, shortage
 from harness.records import Cell, Evaluation, Record, Status, Training
 from harness.registry import Registry, implements
-from harness.runner import local, worker
+from harness.runner import attempt as attempts
+from harness.runner import worker
 from harness.runner.work import Work
 from harness.training import model as models
 
@@ -114,7 +115,9 @@ def test_a_kernel_that_kills_for_memory_is_told_from_any_other_killer(
         monkeypatch.setenv(name, value)
     monkeypatch.syspath_prepend(bench.folder / "plugin")
     monkeypatch.chdir(bench.folder)
-    monkeypatch.setattr(local, "_oom_kills", itertools.count().__next__)  # the kernel has killed once more at each look
+    monkeypatch.setattr(
+        attempts, "_oom_kills", itertools.count().__next__
+    )  # the kernel has killed once more at each look
     suite = bench.suite("{implementation: [killed, leaves]}")
     assert main(["run", suite, "--out", "run"]) == Exit.INFRASTRUCTURE
     ends = {r.cell.implementation: (r.status, r.because) for r in bench.read().records}

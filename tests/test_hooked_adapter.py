@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance import matrix, suite
+from harness.errors import Unsupported
 from harness.records import Outcome
 from harness.registry import Implementation, implements
 
@@ -75,6 +76,8 @@ class Hooked:
 def by_hooks(wrong: float) -> Implementation:
     @implements("lora", name="hooked", dtypes=["float32", "bfloat16"])
     def attach(model: Any, config: Any, generator: torch.Generator) -> Any:
+        if config.init != "kaiming":
+            raise Unsupported(f"start {config.init}")
         model.requires_grad_(False)
         layers = {name: model.get_submodule(name) for name in config.targets}
         adapted = Hooked(model, layers, config, wrong * config.scaling)

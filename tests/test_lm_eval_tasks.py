@@ -178,7 +178,7 @@ def test_a_task_of_choices_trains_on_the_right_one(own: Path) -> None:
 
 def test_what_the_test_asks_is_not_trained_on(own: Path) -> None:
     (own / "train.jsonl").write_text((own / "test.jsonl").read_text() + '{"query": "zz9", "response": "makes 9"}\n')
-    data, held, _ = data_of(suite(own, "lm-eval:digits_chosen"), evaluation=SimpleNamespace(items=6, batch=2))
+    data, held, _ = data_of(suite(own, "lm-eval:digits_chosen"), evaluation=SimpleNamespace(items=6, batch=2, skip=0))
     texts = {held.tokenizer.decode(ids) for b in data.batches for ids in b.inputs["input_ids"]}
     assert texts == {"Q: zz9 9"}
 
@@ -215,7 +215,7 @@ def test_hub_data_are_read_at_their_commit(tmp_path: Path, monkeypatch: pytest.M
     assert (use.source, use.revision, len(use.sha256)) == ("lm-eval:gsm8k", COMMIT, 64)
     from harness.evaluation.own_task import OwnTask
 
-    own = OwnTask(task.path, folder, 1, "flexible-extract")
+    own = OwnTask(task.path, folder, range(1), "flexible-extract")
     assert own.training() == []  # the only question is in the test
     (row,) = own.tested()
     assert own.pair(row) == ("Question: 1+1?\nAnswer:", " two #### 2")

@@ -19,9 +19,13 @@ def lora(model: Any, config: Any, generator: Any) -> PeftAdapted:
     """
     from peft import LoraConfig
 
-    from reference.layers import KINDS, kind_of, targets
+    from reference.layers import KINDS, floating_dtype, kind_of, targets
 
-    kinds = {path: kind_of(layer) for path, layer in targets(model, config.targets, KINDS).items()}
+    found = targets(model, config.targets, KINDS)
+    kinds = {path: kind_of(layer) for path, layer in found.items()}
+    for path, layer in found.items():
+        if config.init == "orthogonal" and str(floating_dtype(layer)) == "torch.float64":
+            raise Unsupported(f"{path}: peft makes its orthogonal start in float32, and B A is not zero in float64")
     for path in (path for path, kind in kinds.items() if kind == "Conv2d"):
         if config.conv != "peft":
             raise Unsupported(f"{path}: peft's LoRA of a convolution is conv=peft, not conv={config.conv}")
