@@ -43,8 +43,6 @@ def test_local_ray_and_slurm_leave_the_same_records(
     for name in ("ray", "slurm"):
         benches[name] = bench = make_bench(tmp_path / name, cache)
         bench.environment[LOCAL] = "local"
-        # What Ray or this test's own surroundings say of threads must not decide.
-        bench.environment.pop("OMP_NUM_THREADS", None)
     only = "id=lora,implementation=fused"
     begun = time.monotonic()
     running = {

@@ -41,6 +41,8 @@ class Ray:
         self._device: Device = "cpu"
         self._ray: Any = None
         self._cpus = 1
+        self._most: int = 2**20
+        """Threads that this machine's own Ray may give a Cell; a cluster's machines are not bound by what holds here."""
 
     def __enter__(self) -> Ray:
         address = os.environ.get("RAY_ADDRESS", "")
@@ -56,7 +58,7 @@ class Ray:
             ) from error
         told: dict[str, Any] = {"address": address or "local", "log_to_driver": False, "logging_level": "ERROR"}
         if not address:
-            cores = environment.threads()
+            cores = environment.physical_cores()
             told |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": _STORE_B}
         try:
             ray.init(**told)
@@ -71,6 +73,7 @@ class Ray:
         self._ray = ray
         if not address:
             self._patience = 0.0  # nobody else knows of it, so nobody joins
+            self._most = environment.threads()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -98,7 +101,9 @@ class Ray:
                     if work is None:
                         more = False
                         break
-                    work = work.model_copy(update={"threads": self._cpus, "at_once": self._neighbours()})
+                    work = work.model_copy(
+                        update={"threads": min(self._cpus, self._most), "at_once": self._neighbours()}
+                    )
                     terms.folder.log_path(work.cell.cell_id, work.attempt).touch()
                     listener.begin(work.cell)
                     listener.event(work.cell, {"event": "phase", "name": "with Ray"})
