@@ -204,3 +204,42 @@ def test_what_a_search_tried_is_shown_and_not_ranked(tmp_path: Path) -> None:
 def test_unequal_searches_are_not_ranked_together(tmp_path: Path) -> None:
     found = ranking.groups(_searched(tmp_path / "r", of=("full",)))
     assert [(g.tries, len(g.ranked)) for g in found] == [(3, 1), (0, 1)]
+
+
+def test_a_search_that_did_not_run_is_not_counted(tmp_path: Path) -> None:
+    tried = _searched(tmp_path / "all", of=("full", "reference"))
+    sweep = {i for tuning in tried.manifest.tuning for i in tuning.sweep}
+    alone = _run(
+        tmp_path / "alone",
+        [(name, cell) for name, cell in _cells("full", "reference", seeds=(0,)) if cell.cell_id not in sweep],
+        tuning=tried.manifest.tuning,
+    )
+    assert [g.tries for g in ranking.groups(alone)] == [0]
+    assert "learning rates tried for each" not in Page(html.render([alone])).text
+
+
+def test_the_tries_alone_show_their_band(tmp_path: Path) -> None:
+    whole = _searched(tmp_path / "all", of=("full",))
+    sweep = [c for c in whole.manifest.cells if c.cell_id in whole.manifest.tuning[0].sweep]
+    run = _run(tmp_path / "alone", [("full", cell) for cell in sweep], tuning=whole.manifest.tuning)
+    assert "none is in this run; the best tried: " in Page(html.render([run])).text
+
+
+def test_runs_without_a_mistake_are_not_certain_of_the_next_item() -> None:
+    perfect = [accuracy([1] * 50)] * 3
+    spread = over_seeds.mean(perfect)
+    assert spread is not None
+    assert spread.error == 0.0
+    records = [
+        recorded.record("full", cell).model_copy(
+            update={
+                "measurements": recorded.record("full", cell).measurements.model_copy(update={"accuracy": perfect[0]})  # type: ignore[union-attr]
+            }
+        )
+        for _, cell in _cells("full")
+    ]
+    assert ranking.score(records).low == intervals.wilson(50, 50)[0]
+
+
+def test_runs_on_other_items_have_no_interval() -> None:
+    assert over_seeds.mean([accuracy([1, 0]), accuracy([1, 0, 1])]) is None

@@ -184,7 +184,11 @@ def test_what_is_not_measured_is_a_dash_with_its_reason(tmp_path: Path) -> None:
         (by_name["full"], "Accuracy", "oom: no room"),
         (by_name["zero-shot"], "Peak, MiB", "not trained"),
         (by_name["zero-shot"], "Tokens/s", "not trained"),
-        (by_name["float64"], "Against the best", "no other Cell has this budget, so there is nothing to rank it with"),
+        (
+            by_name["float64"],
+            "Against the best",
+            "nothing else has this budget, these seeds and as many learning rates tried",
+        ),
     ):
         shown = row(built["comparison"], record)[column]
         assert (shown["text"], shown["value"], shown["why"]) == (DASH, None, why)

@@ -47,8 +47,10 @@ class Spread:
         return (_quantile(0.5 + LEVEL / 2, self.df) + NormalDist().inv_cdf(POWER)) * self.error
 
 
-def mean(runs: Sequence[Accuracy]) -> Spread:
-    """Return the mean accuracy of two or more runs on the same items."""
+def mean(runs: Sequence[Accuracy]) -> Spread | None:
+    """Return the mean accuracy of two or more runs; None unless all of them scored the same items."""
+    if not same_items(runs):
+        return None
     items = _means(runs)
     return _spread(fmean(items), [_of_items(items), _of_seeds(runs)])
 
@@ -58,10 +60,16 @@ def difference(left: Sequence[Accuracy], right: Sequence[Accuracy]) -> Spread | 
 
     Its squared error is var(per-item difference of the runs' means) / items + var(accuracies) / runs, of each side.
     """
-    if len({frozenset(_by_id(run)) for run in (*left, *right)}) > 1:
+    if not same_items((*left, *right)):
         return None
     apart = [a - b for a, b in zip(_means(left), _means(right), strict=True)]
     return _spread(fmean(apart), [_of_items(apart), _of_seeds(left), _of_seeds(right)])
+
+
+def same_items(runs: Sequence[Accuracy]) -> bool:
+    """Say whether all runs scored the same items, and any at all."""
+    scored = {frozenset(_by_id(run)) for run in runs}
+    return len(scored) == 1 and bool(*scored)
 
 
 def _spread(value: float, parts: Sequence[tuple[float, float]]) -> Spread:

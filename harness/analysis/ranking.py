@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal
 
 from harness.analysis import over_seeds
-from harness.analysis.intervals import LEVEL, detectable, holm, mcnemar
+from harness.analysis.intervals import LEVEL, detectable, holm, mcnemar, wilson
 from harness.records import Accuracy, Cell, Record
 from harness.store import Run
 
@@ -90,7 +91,7 @@ class Entry:
 class Group:
     """Recipes with one budget, best first, then what was not trained at all.
 
-    seeds: of each trained recipe. tries: learning rates that were tried for each before. detectable: the smallest
+    seeds: of each trained recipe. tries: learning rates that were tried and scored for each. detectable: the smallest
     difference that one comparison in this group can find; None with nothing to compare.
     disagreement: the share of items it was computed from: observed between the best and the one that differs from it most,
     among those `tied` with it or among `all`, or assumed for `independent` answers. With several seeds the basis is `seeds`:
@@ -142,10 +143,15 @@ def groups(run: Run) -> tuple[Group, ...]:
     A recipe that lacks a seed which others have is in a group of its own: the seeds that worked would speak for those
     that did not. What a search for learning rates tried is not ranked.
     """
+    latest = run.latest()
     swept = {cell_id for tuning in run.manifest.tuning for cell_id in tuning.sweep}
-    tries = {cell_id: len(tuning.sweep) for tuning in run.manifest.tuning for cell_id in tuning.cells}
+    tries = {
+        cell_id: sum(i in latest and _scored(latest[i]) is not None for i in tuning.sweep)
+        for tuning in run.manifest.tuning
+        for cell_id in tuning.cells
+    }
     recipes: dict[str, list[Record]] = {}
-    for record in run.latest().values():
+    for record in latest.values():
         if record.cell_id not in swept and _scored(record) is not None:
             recipes.setdefault(record.cell.recipe_id, []).append(record)
     trained: dict[_Place, list[_Scored]] = {}
@@ -179,7 +185,11 @@ def score(records: Sequence[Record]) -> Score:
         (only,) = scored
         return Score(only.value, only.low, only.high, only.interval)
     found = over_seeds.mean(scored)
+    if found is None:
+        return Score(fmean(a.value for a in scored), 0.0, 1.0, "none: the runs did not score the same items")
     low, high = found.interval
+    if not found.error:  # every run right on every item, or wrong: that is not certain of the next item
+        low, high = wilson(round(found.value * (n := len(scored[0].items))), n)
     return Score(found.value, max(0.0, low), min(1.0, high), over_seeds.INTERVAL)
 
 
@@ -264,13 +274,14 @@ def _resolution(
     The pair that disagrees most is the hardest to tell apart, so it speaks for the group. Ties come first: one that lies
     far below says nothing of how well close ones are told apart.
     """
-    for basis, pairs in (("tied", tied), ("all", rivals)):
+    both: tuple[tuple[Basis, Sequence[Pair | None]], ...] = (("tied", tied), ("all", rivals))
+    for basis, pairs in both:
         known = [pair for pair in pairs if pair and pair.detectable > 0]
         if known:
             hardest = max(known, key=lambda pair: pair.detectable)
             if hardest.disagreement is None:
                 return hardest.detectable, "seeds", 0.0
-            return hardest.detectable, "tied" if basis == "tied" else "all", hardest.disagreement
+            return hardest.detectable, basis, hardest.disagreement
     share, first = 2 * top.value * (1 - top.value), _scored(best[0])
     return (detectable(len(first.items), share) if first and first.items else None), "independent", share
 

@@ -23,7 +23,7 @@ class Try:
 
 @dataclass(frozen=True)
 class Search:
-    """The tries of one entry, by rising learning rate. cells: what they speak for."""
+    """The tries of one entry, by rising learning rate. cells: what they speak for, as far as it is in the run."""
 
     tuning: Tuning
     cells: tuple[Cell, ...]
@@ -67,7 +67,7 @@ def searches(run: Run) -> tuple[Search, ...]:
     for tuning in run.manifest.tuning:
         tuned = tuple(cells[i] for i in tuning.cells if i in cells)
         tried = [cells[i] for i in tuning.sweep if i in cells]
-        if tuned and tried:
+        if tried:  # of a run of the tries alone nothing is tuned yet, and nothing chosen
             chosen = {cell.training.lr for cell in tuned}
             tries = sorted((_try(cell, latest.get(cell.cell_id), chosen) for cell in tried), key=lambda t: t.lr)
             found.append(Search(tuning, tuned, tuple(tries)))

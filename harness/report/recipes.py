@@ -115,7 +115,7 @@ def searched(facts: RunFacts) -> Table | None:
     groups: dict[str, list[Table]] = {}
     for search in found:
         by_rate = {t.lr: t for t in search.tries}
-        first = search.cells[0]
+        first = (search.cells or [t.cell for t in search.tries])[0]
         figures = [
             figure(" ".join(f"{t.lr:g}" for t in search.tries if t.chosen), None),
             *(_tried(by_rate.get(rate)) for rate in rates),
@@ -145,9 +145,12 @@ def _tried(t: tuning.Try | None) -> Figure:
 def _choice(search: tuning.Search) -> str:
     if search.better:
         return f"worse than {', '.join(f'{x:g}' for x in search.better)}"
-    chosen = {t.lr for t in search.tries if t.chosen}
-    if not search.best:
-        return "unknown: nothing was scored"
+    if not search.cells:
+        best = ", ".join(f"{x:g}" for x in search.best)
+        return f"none is in this run; the best tried: {best}" if best else "none is in this run"
+    chosen = {t.lr for t in search.tries if t.chosen and t.score}
+    if not chosen:
+        return "unknown: the learning rate that was chosen has no score"
     said = "the best tried" if chosen & set(search.best) else f"not told apart from the best, {search.best[0]:g}"
     return said + ("; the best lies at an end of what was tried" if search.at_edge else "")
 

@@ -130,7 +130,7 @@ def _standing(facts: RunFacts, cell: Cell) -> Figure:
         return unmeasured("a try of the search for a learning rate: not ranked" if swept else "not scored")
     group = next(g for g in facts.groups if entry in g.entries)
     if len(group.entries) == 1:
-        return unmeasured("no other Cell has this budget, so there is nothing to rank it with")
+        return unmeasured("nothing else has this budget, these seeds and as many learning rates tried")
     if entry.standing == "best":
         return (
             figure("best", 0.0, tone="good")
