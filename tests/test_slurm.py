@@ -20,7 +20,7 @@ from harness.cli import main
 from harness.errors import Exit, UsageError
 from harness.measure import environment
 from harness.records import Status
-from harness.runner.executors import slurm
+from harness.runner.executors import slurm, slurm_states
 from harness.runner.executors.slurm import LOCAL, Slurm
 
 pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
@@ -82,15 +82,16 @@ def _gone(pid: int) -> bool:
 
 
 class _Ends(stubbed.Nobody):
-    """Ends element 1 as Slurm does at a time limit: it notes the state and kills it, once its Cell hangs."""
+    """Ends element 1 as Slurm does, at a time limit say: it notes the state and kills it, once its Cell hangs."""
 
-    def __init__(self, run: stubbed.Stubbed, cluster: Path) -> None:
+    def __init__(self, run: stubbed.Stubbed, cluster: Path, state: str = "TIMEOUT") -> None:
         super().__init__()
-        self._run, self._cluster = run, cluster
+        self._run, self._cluster, self._state = run, cluster, state
 
     def tick(self) -> None:
-        if (self._run.folder.path / "pid").exists() and not (self._cluster / "state.1").exists():
-            (self._cluster / "state.1").write_text("TIMEOUT\n")
+        noted = self._cluster / "state.1"
+        if (self._run.folder.path / "pid").exists() and not noted.exists():
+            noted.write_text(f"{self._state}\n")
             os.killpg(int((self._cluster / "group.1").read_text()), signal.SIGKILL)
 
 
@@ -107,6 +108,32 @@ def test_an_array_of_slurm(tmp_path: Path, cluster: Path) -> None:
     told = set(re.findall(r"^#SBATCH --(.*)", (cluster / "submitted.sh").read_text(), re.MULTILINE))
     assert {"array=0-2%2", "no-requeue", "partition=gpu", "gres=gpu:1", "mem-per-cpu=4G", "time=25"} < told
     assert not (cluster / "cancelled").exists()
+
+
+def test_an_element_that_is_preempted_has_ended(tmp_path: Path, cluster: Path) -> None:
+    run = stubbed.Stubbed(tmp_path, 2)
+    run.nobody = _Ends(run, cluster, "PREEMPTED")
+    with Slurm(None, (), run.command({1: "hang"})) as executor:
+        executor.device("cpu")
+        record = run.run(executor)[1]
+    assert record.status is Status.LOST
+    assert record.failure is not None
+    assert record.failure.kind == "preempted"
+    assert record.because.startswith("its Slurm job 71_1 ended (PREEMPTED)")
+
+
+def test_what_slurm_no_longer_knows_is_given_up(tmp_path: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm_states, "_UNKNOWN_S", 0.0)
+    (cluster / "sacct").write_text("#!/bin/sh\necho 'JobID|State|NodeList'\n")
+    (cluster / "squeue").write_text(f"#!/bin/sh\n[ -e {cluster}/state.${{3#71_}} ] || echo $3\n")
+    (cluster / "squeue").chmod(0o755)
+    run = stubbed.Stubbed(tmp_path, 2)
+    run.nobody = _Ends(run, cluster, "nobody reads this")
+    with Slurm(None, (), run.command({1: "hang"})) as executor:
+        executor.device("cpu")
+        record = run.run(executor)[1]
+    assert record.status is Status.LOST
+    assert record.because.startswith("its Slurm job 71_1 ended (GONE)")
 
 
 def test_ending_a_run_cancels_its_array(tmp_path: Path, cluster: Path) -> None:

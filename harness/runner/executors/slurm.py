@@ -22,6 +22,7 @@ from harness.measure import environment
 from harness.records import Record, Status
 from harness.runner.attempt import Ending, Terms, record_of
 from harness.runner.executors import Device, Listener, node
+from harness.runner.executors.slurm_states import States
 from harness.runner.work import Work
 
 LOCAL = "PEFT_HARNESS_SLURM"
@@ -107,7 +108,7 @@ class Slurm:
         jobs: list[Any] = []
         try:
             jobs = self._submit(exchange, shards, terms, wanted)
-            yield from _gather(dict(zip(jobs, shards, strict=True)), terms, listener, _LOOK_S if self._here else _ASK_S)
+            yield from self._gather(dict(zip(jobs, shards, strict=True)), terms, listener)
         except BaseException:
             wanted.unlink(missing_ok=True)  # an element at work sees that within seconds; one that waits need not start
             for job in [] if self._here else jobs:
@@ -132,41 +133,32 @@ class Slurm:
             Element(), specs, *zip(*[(terms.timeout, self._command, str(wanted))] * len(specs), strict=True)
         ))  # fmt: skip
 
-
-def _gather(
-    shards: dict[Any, list[Work]], terms: Terms, listener: Listener, ask_s: float
-) -> Generator[Record, None, None]:
-    """Give each Record as it appears; for what an element leaves without one, the Record that says so.
-
-    ask_s: seconds between two questions after what became of the elements.
-    """
-    left = {work.cell.cell_id: work for shard in shards.values() for work in shard}
-    submitted, begun = store.now(), time.monotonic()
-    asked = 0.0
-    while left:
-        there = {path.name for path in (terms.folder.path / "cells").iterdir()}
-        seen = [work for work in left.values() if f"{work.cell.cell_id}.{work.attempt}.json" in there]
-        for work in seen:
-            del left[work.cell.cell_id]
-            yield store.read_record(terms.folder.record_path(work.cell.cell_id, work.attempt))
-        if not seen and time.monotonic() - asked >= ask_s:
-            asked = time.monotonic()
-            waited = [(job, shard) for job, shard in shards.items() if any(work.cell.cell_id in left for work in shard)]
-            # One question to Slurm answers for all.
-            ended = [(job, shard) for n, (job, shard) in enumerate(waited) if job.done(force_check=n == 0)]
-            for job, shard in ended:
-                ending = _ending(job)
-                for work in shard:
-                    if left.pop(work.cell.cell_id, None):
-                        yield record_of(work, terms, ending, submitted, begun)
-        listener.tick()
-        if not seen:
-            time.sleep(_LOOK_S)
+    def _gather(self, shards: dict[Any, list[Work]], terms: Terms, listener: Listener) -> Generator[Record, None, None]:
+        """Give each Record as it appears; for what an element leaves without one, the Record that says so."""
+        left = {work.cell.cell_id: work for shard in shards.values() for work in shard}
+        submitted, begun = store.now(), time.monotonic()
+        states, ask_s, asked = States(here=self._here), _LOOK_S if self._here else _ASK_S, 0.0
+        while left:
+            there = {path.name for path in (terms.folder.path / "cells").iterdir()}
+            seen = [work for work in left.values() if f"{work.cell.cell_id}.{work.attempt}.json" in there]
+            for work in seen:
+                del left[work.cell.cell_id]
+                yield store.read_record(terms.folder.record_path(work.cell.cell_id, work.attempt))
+            if not seen and time.monotonic() - asked >= ask_s:
+                asked = time.monotonic()
+                waited = [job for job, shard in shards.items() if any(work.cell.cell_id in left for work in shard)]
+                for job, state in states.ended(waited):
+                    ending = _ending(job, state)
+                    for work in shards[job]:
+                        if left.pop(work.cell.cell_id, None):
+                            yield record_of(work, terms, ending, submitted, begun)
+            listener.tick()
+            if not seen:
+                time.sleep(_LOOK_S)
 
 
-def _ending(job: Any) -> Ending:
-    """Return how an element ended, in Slurm's word; raises what of ours went wrong in it."""
-    state = str(job.state).split()[0]
+def _ending(job: Any, state: str) -> Ending:
+    """Return how an element ended, in Slurm's word for it, and what went wrong in it as far as it could tell."""
     said = ""
     if job.paths.result_pickle.exists() and (error := job.exception()) is not None:
         lines = str(error).strip().splitlines()
