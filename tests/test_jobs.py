@@ -97,6 +97,16 @@ def test_a_gpu_that_others_use_is_waited_for(tmp_path: Path, monkeypatch: pytest
     assert (0, {"event": "phase", "name": "waiting for a GPU"}) in run.nobody.heard
 
 
+def test_a_gpu_that_our_own_cells_use_is_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.runner.executors.local._LOOK_S", 0.01)
+    run = stubbed.Stubbed(tmp_path, 3)
+    records = run.run(Local(2, run.command(), look=lambda: [BUSY, CARDS[1]], patience=0.001), device="cuda")
+    assert {r.status for r in records.values()} == {Status.OK}
+    assert {r.notes[1] for r in records.values()} == {"GPU-bb"}
+
+
 def test_a_gpu_that_stays_busy_is_said_and_is_no_success(tmp_path: Path) -> None:
     run = stubbed.Stubbed(tmp_path, 1)
     record = run.run(Local(1, run.command(), look=lambda: [BUSY], patience=0.0), device="cuda")[0]

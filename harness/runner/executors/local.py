@@ -23,7 +23,7 @@ _LOOK_S = 2.0  # nvidia-smi takes a third of a second itself
 class Local:
     """jobs: Cells at a time. command: the worker's, to which two file descriptors are added. look: what GPUs there are.
 
-    patience: seconds that a Cell waits for a GPU that others use, before it is given up.
+    patience: seconds that a Cell waits for a GPU while only others use any, before it is given up.
     """
 
     elsewhere = False
@@ -77,6 +77,8 @@ class Local:
                         if time.monotonic() - looked < _LOOK_S:
                             break
                         looked = time.monotonic()
+                        if any(one.work.gpu for one in at_work):
+                            since = looked  # a card of ours comes free, however long its Cell takes
                         placed, busy = self._placed(waiting, [one.work.gpu for one in at_work])
                         if placed is not None:
                             at_work.append(one := Attempt(placed, terms, self.command))
