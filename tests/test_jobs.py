@@ -20,7 +20,7 @@ from harness.errors import Exit, HarnessError
 from harness.manifest import Footer
 from harness.measure import environment
 from harness.records import Status
-from harness.runner import gpus
+from harness.runner import attempt, gpus
 from harness.runner.executors.local import Local
 from harness.runner.progress import Progress
 
@@ -64,6 +64,20 @@ def test_one_that_hangs_and_one_that_dies_hold_nobody_up(tmp_path: Path) -> None
     assert records[0].because == "not done after 3 s, in phase pretending"
     assert records[2].because == "the worker was killed by SIGKILL in phase pretending"
     assert psutil.Process().children(recursive=True) == before
+
+
+def test_a_record_that_is_seen_late_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = stubbed.Stubbed(tmp_path, 1)
+    (work,) = run.works()
+    late = recorded_run.record("reference", run.cells[0], "stubbed")
+
+    def seen_now(_: Path) -> str:
+        run.folder.write_record(late)
+        return ""
+
+    monkeypatch.setattr(attempt, "_tail", seen_now)
+    ending = attempt.Ending(Status.LOST, "lost", "no Record is seen")
+    assert attempt.record_of(work, run.terms, ending, store.now(), time.monotonic()) == late
 
 
 def test_what_ends_a_run_ends_all_that_is_at_work(tmp_path: Path) -> None:

@@ -162,7 +162,12 @@ def record_of(work: Work, terms: Terms, ending: Ending, started: str, begun: flo
         ),
         notes=work.notes,
     )
-    terms.folder.write_record(record)
+    try:
+        terms.folder.write_record(record)
+    except StoreError:
+        if path.exists():  # by now: on a network file system its worker's may be seen late
+            return store.read_record(path)
+        raise
     return record
 
 
