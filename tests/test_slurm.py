@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import recorded_run
 import stubbed
 from conftest import PATIENCE_S, eventually
 
@@ -20,7 +21,7 @@ from harness.cli import main
 from harness.errors import Exit, UsageError
 from harness.measure import environment
 from harness.records import Status
-from harness.runner.executors import slurm, slurm_states
+from harness.runner.executors import node, slurm, slurm_states
 from harness.runner.executors.slurm import LOCAL, Slurm
 
 pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
@@ -69,6 +70,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
     monkeypatch.delenv(LOCAL, raising=False)
     monkeypatch.setattr(slurm, "_ASK_S", 0.3)
+    monkeypatch.setattr(node, "SEEN_S", 0.5)
     return folder
 
 
@@ -108,6 +110,32 @@ def test_an_array_of_slurm(tmp_path: Path, cluster: Path) -> None:
     told = set(re.findall(r"^#SBATCH --(.*)", (cluster / "submitted.sh").read_text(), re.MULTILINE))
     assert {"array=0-2%2", "no-requeue", "partition=gpu", "gres=gpu:1", "mem-per-cpu=4G", "time=25"} < told
     assert not (cluster / "cancelled").exists()
+
+
+class _ShowsLate(_Ends):
+    """Shows the Record of the element that it ends only after Slurm has told that it ended, as NFS may."""
+
+    def __init__(self, run: stubbed.Stubbed, cluster: Path) -> None:
+        super().__init__(run, cluster, "COMPLETED")
+        self._ticks = 0
+
+    def tick(self) -> None:
+        super().tick()
+        self._ticks += (self._cluster / "state.1").exists()
+        if self._ticks == 3:
+            self._run.folder.write_record(recorded_run.record("reference", self._run.cells[1], "stubbed"))
+
+
+def test_a_record_that_is_seen_late_is_waited_for(
+    tmp_path: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node, "SEEN_S", 60.0)
+    run = stubbed.Stubbed(tmp_path, 2)
+    run.nobody = _ShowsLate(run, cluster)
+    with Slurm(None, (), run.command({1: "hang"})) as executor:
+        executor.device("cpu")
+        records = run.run(executor)
+    assert {r.status for r in records.values()} == {Status.OK}
 
 
 def test_an_element_that_is_preempted_has_ended(tmp_path: Path, cluster: Path) -> None:

@@ -16,6 +16,9 @@ from harness.runner.attempt import WORKER, Terms
 from harness.runner.executors.local import Local
 from harness.runner.work import Work
 
+SEEN_S = 60.0
+"""How late a network file system may show what another machine has written."""
+
 
 class UnwantedError(HarnessError):
     """The runner has called its Cells back."""

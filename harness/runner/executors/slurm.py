@@ -138,6 +138,8 @@ class Slurm:
         left = {work.cell.cell_id: work for shard in shards.values() for work in shard}
         submitted, begun = store.now(), time.monotonic()
         states, ask_s, asked = States(here=self._here), _LOOK_S if self._here else _ASK_S, 0.0
+        seen_s = 0.0 if self._here else node.SEEN_S
+        ended: dict[Any, tuple[str, float]] = {}
         while left:
             there = {path.name for path in (terms.folder.path / "cells").iterdir()}
             seen = [work for work in left.values() if f"{work.cell.cell_id}.{work.attempt}.json" in there]
@@ -146,9 +148,14 @@ class Slurm:
                 yield store.read_record(terms.folder.record_path(work.cell.cell_id, work.attempt))
             if not seen and time.monotonic() - asked >= ask_s:
                 asked = time.monotonic()
-                waited = [job for job, shard in shards.items() if any(work.cell.cell_id in left for work in shard)]
-                for job, state in states.ended(waited):
-                    ending = _ending(job, state)
+                waited = [
+                    job
+                    for job, shard in shards.items()
+                    if job not in ended and any(work.cell.cell_id in left for work in shard)
+                ]
+                ended |= {job: (state, time.monotonic()) for job, state in states.ended(waited)}
+                for job in [job for job, (_, since) in ended.items() if time.monotonic() - since >= seen_s]:
+                    ending = _ending(job, ended.pop(job)[0])
                     for work in shards[job]:
                         if left.pop(work.cell.cell_id, None):
                             yield record_of(work, terms, ending, submitted, begun)
