@@ -18,7 +18,7 @@ import stubbed
 from conftest import PATIENCE_S, eventually
 
 from harness.cli import main
-from harness.errors import Exit, UsageError
+from harness.errors import Exit, HarnessError, UsageError
 from harness.measure import environment
 from harness.records import Status
 from harness.runner.executors import node, slurm, slurm_states
@@ -162,6 +162,18 @@ def test_what_slurm_no_longer_knows_is_given_up(tmp_path: Path, cluster: Path, m
         record = run.run(executor)[1]
     assert record.status is Status.LOST
     assert record.because.startswith("its Slurm job 71_1 ended (GONE)")
+
+
+def test_what_sbatch_refuses(tmp_path: Path, cluster: Path) -> None:
+    (cluster / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpus' >&2\nexit 1\n")
+    run = stubbed.Stubbed(tmp_path, 2)
+    with Slurm(None, ["partition=gpus"], run.command()) as executor:
+        executor.device("cpu")
+        with pytest.raises(HarnessError, match="sbatch: error: invalid partition specified: gpus") as caught:
+            run.run(executor)
+    assert caught.value.where == "--slurm partition=gpus"
+    assert caught.value.mend
+    assert not [*(run.folder.path / "slurm").glob("wanted-*")]
 
 
 def test_ending_a_run_cancels_its_array(tmp_path: Path, cluster: Path) -> None:

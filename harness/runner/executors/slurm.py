@@ -129,9 +129,17 @@ class Slurm:
                 slurm_additional_parameters={"no-requeue": True, **self._options},
             )
         specs = [[work.model_dump_json(by_alias=True) for work in shard] for shard in shards]
-        return list(executor.map_array(
-            Element(), specs, *zip(*[(terms.timeout, self._command, str(wanted))] * len(specs), strict=True)
-        ))  # fmt: skip
+        told = zip(*[(terms.timeout, self._command, str(wanted))] * len(specs), strict=True)
+        try:
+            return list(executor.map_array(Element(), specs, *told))
+        except self._submitit.core.utils.FailedJobError as error:
+            words = " ".join(str(error).split()) or "it said nothing"
+            raise HarnessError(
+                f"sbatch refuses the array: {words}",
+                where=" ".join(f"--slurm {key}={value}" for key, value in self._options.items()) or "--executor slurm",
+                mend="see what this Slurm takes (`sinfo`, `sacctmgr show assoc`), give it with --slurm KEY=VALUE, "
+                "and `--resume` the run",
+            ) from error
 
     def _gather(self, shards: dict[Any, list[Work]], terms: Terms, listener: Listener) -> Generator[Record, None, None]:
         """Give each Record as it appears; for what an element leaves without one, the Record that says so."""
