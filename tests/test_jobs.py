@@ -23,6 +23,7 @@ from harness.records import Status
 from harness.runner import attempt, gpus
 from harness.runner.executors.local import Local
 from harness.runner.progress import Progress
+from harness.runner.run import _reopen
 
 CARDS = [gpus.Gpu(0, "GPU-aa", 4), gpus.Gpu(1, "GPU-bb", 4)]
 BUSY = gpus.Gpu(0, "GPU-aa", 30_000, ("process 7 (python, 29996 MiB)",))
@@ -78,6 +79,20 @@ def test_a_record_that_is_seen_late_counts(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(attempt, "_tail", seen_now)
     ending = attempt.Ending(Status.LOST, "lost", "no Record is seen")
     assert attempt.record_of(work, run.terms, ending, store.now(), time.monotonic()) == late
+
+
+def test_a_cell_whose_newest_attempt_failed_is_measured_again(tmp_path: Path) -> None:
+    run = stubbed.Stubbed(tmp_path, 2)
+    works = {work.cell.cell_id: (work.model, work.data, work.task) for work in run.works()}
+
+    def done() -> set[str]:
+        old, progress = store.read_run(run.folder.path), Progress(run.cells)
+        return _reopen(old, run.here, works, "cpu", progress, elsewhere=False)[2]
+
+    first = run.run(Local(1, run.command()))[0]
+    assert done() == works.keys()
+    run.folder.write_record(recorded_run.failed(first, Status.OOM, attempt=2))
+    assert done() == works.keys() - {first.cell_id}
 
 
 def test_what_ends_a_run_ends_all_that_is_at_work(tmp_path: Path) -> None:

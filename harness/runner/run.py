@@ -256,9 +256,8 @@ def _reopen(
         progress.say(f"{what}: it does not count, and its Cell is measured again")
     done = {
         record.cell_id
-        for record in old.records
+        for record in old.latest().values()  # what report and verdict look at
         if record.status is Status.OK
-        and record.cell_id not in doubtful
         and (record.environment.software == here.software if elsewhere else record.environment.id == here.id)
         and record.environment.code_version == here.code_version
         and record.device == device
