@@ -90,7 +90,10 @@ def test_a_cell_whose_newest_attempt_failed_is_measured_again(tmp_path: Path) ->
         return _reopen(old, run.here, works, "cpu", progress, elsewhere=False)[2]
 
     first = run.run(Local(1, run.command()))[0]
+    (wanted := run.folder.path / "slurm" / "wanted-1").parent.mkdir()
+    wanted.touch()
     assert done() == works.keys()
+    assert not wanted.exists()  # what a killed runner left with Slurm is called back
     run.folder.write_record(recorded_run.failed(first, Status.OOM, attempt=2))
     assert done() == works.keys() - {first.cell_id}
 

@@ -55,6 +55,7 @@ _SCANCEL = """#!/bin/sh
 cd "$(dirname "$0")"
 echo "$@" >> cancelled
 kill -9 -"$(cat group.${1#71_})"
+(sleep 0.5; echo "CANCELLED by 1000" > state.${1#71_}) &
 """
 
 
@@ -183,6 +184,7 @@ def test_ending_a_run_cancels_its_array(tmp_path: Path, cluster: Path) -> None:
         with contextlib.closing(executor.run(run.works(), run.terms, run.nobody)) as records:
             assert next(records).cell.seed == 0
             eventually((run.folder.path / "pid").exists, "a worker hangs")
+    assert (cluster / "state.1").read_text() == "CANCELLED by 1000\n"  # it was waited for
     assert "71_1" in (cluster / "cancelled").read_text()
     eventually(lambda: _gone(int((run.folder.path / "pid").read_text())), "the worker is gone")
 

@@ -24,6 +24,12 @@ class UnwantedError(HarnessError):
     """The runner has called its Cells back."""
 
 
+def recall(folder: Path) -> None:
+    """Call back the Cells of an array that a killed runner of this run left behind: they end within seconds."""
+    for wanted in folder.glob("slurm/wanted-*"):
+        wanted.unlink(missing_ok=True)
+
+
 class _Listener:
     """Tells nobody, and ends when the file that says so goes away."""
 

@@ -31,6 +31,7 @@ _START_MIN = 5  # what an element may take besides its Cells
 _LOOK_S = 0.5
 _ASK_S = 15.0
 _GRACE_S = 10.0
+_CANCEL_S, _CANCEL_LOOK_S = 45.0, 1.0  # Slurm itself gives a process 30 s (KillWait)
 _STATES = {"TIMEOUT": Status.TIMEOUT, "OUT_OF_MEMORY": Status.OOM}
 
 
@@ -89,8 +90,6 @@ class Slurm:
         """Run them; see Executor.run. All are submitted at once."""
         exchange = terms.folder.path.resolve() / "slurm"
         exchange.mkdir(exist_ok=True)
-        for old in exchange.glob("wanted-*"):  # of an array that a killed runner left
-            old.unlink()
         told = list(works)
         if not told:
             return
@@ -111,8 +110,10 @@ class Slurm:
             yield from self._gather(dict(zip(jobs, shards, strict=True)), terms, listener)
         except BaseException:
             wanted.unlink(missing_ok=True)  # an element at work sees that within seconds; one that waits need not start
-            for job in [] if self._here else jobs:
-                job.cancel(check=False)
+            if not self._here:
+                for job in jobs:
+                    job.cancel(check=False)
+                _wait(jobs)  # or the footer would be written under their hands
             raise
         finally:
             _settle(jobs if self._here else ())
@@ -180,6 +181,15 @@ def _ending(job: Any, state: str) -> Ending:
         said = f": {lines[-1].strip()}" if lines else ""
     because = f"its Slurm job {job.job_id} ended ({state}) and left no Record{said}; see slurm/ in the run's folder"
     return Ending(_STATES.get(state, Status.LOST), state.lower(), because)
+
+
+def _wait(jobs: Sequence[Any]) -> None:
+    """Wait a little until cancelled elements are gone: Slurm only notes that they are to end."""
+    states, deadline, left = States(here=False), time.monotonic() + _CANCEL_S, set(jobs)
+    while left := left - {job for job, _ in states.ended([*left])}:
+        if time.monotonic() >= deadline:
+            return
+        time.sleep(_CANCEL_LOOK_S)
 
 
 def _settle(jobs: Sequence[Any]) -> None:
