@@ -139,6 +139,20 @@ def test_a_gpu_that_our_own_cells_use_is_waited_for_without_end(
     assert {r.notes[1] for r in records.values()} == {"GPU-bb"}
 
 
+def test_a_driver_that_does_not_answer_at_once_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.runner.executors.local._LOOK_S", 0.01)
+    run, answers = stubbed.Stubbed(tmp_path, 3), iter([True, False, True])
+
+    def look() -> list[gpus.Gpu]:
+        if not next(answers, False):
+            raise HarnessError("nvidia-smi does not answer: timed out")
+        return CARDS
+
+    records = run.run(Local(2, run.command(), look=look, patience=0.001), device="cuda")
+    assert [records[seed].status for seed in range(3)] == [Status.OK, Status.OK, Status.SKIPPED]
+    assert records[2].because == "nvidia-smi does not answer: timed out; it was waited for 0.001 s"
+
+
 def test_a_gpu_that_stays_busy_is_said_and_is_no_success(tmp_path: Path) -> None:
     run = stubbed.Stubbed(tmp_path, 1)
     record = run.run(Local(1, run.command(), look=lambda: [BUSY], patience=0.0), device="cuda")[0]
