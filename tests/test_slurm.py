@@ -17,6 +17,7 @@ import recorded_run
 import stubbed
 from conftest import PATIENCE_S, eventually
 
+from harness import store
 from harness.cli import main
 from harness.errors import Exit, HarnessError, UsageError
 from harness.measure import environment
@@ -200,6 +201,15 @@ def test_elements_that_share_a_machine(tmp_path: Path) -> None:
     assert {r.notes[0] for seed, r in records.items() if seed != 3} == {str(max(1, environment.threads() // 2))}
     assert records[3].notes == ["up to 2 Cells ran at once: its times share the machine"]
     assert sorted(path.name for path in (run.folder.path / "slurm").glob("wanted-*")) == []
+
+
+def test_a_node_with_fewer_cores_than_a_cell_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "threads", lambda: 1)
+    run = stubbed.Stubbed(tmp_path, 1)
+    works = [work.model_copy(update={"threads": 64}).model_dump_json(by_alias=True) for work in run.works()]
+    node.measure(works, 60.0, run.command())
+    (record,) = store.read_run(run.folder.path).records
+    assert record.notes[0] == "1"
 
 
 def test_cells_that_are_called_back(tmp_path: Path) -> None:

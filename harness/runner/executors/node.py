@@ -24,6 +24,12 @@ class UnwantedError(HarnessError):
     """The runner has called its Cells back."""
 
 
+class UnseenError(StoreError):
+    """A machine does not see what its Cells need: it is `node`."""
+
+    node: str
+
+
 def recall(folder: Path) -> None:
     """Call back the Cells of an array that a killed runner of this run left behind: they end within seconds."""
     for wanted in folder.glob("slurm/wanted-*"):
@@ -52,22 +58,32 @@ def measure(
 ) -> None:
     """Run attempts (each a Work as JSON) on this machine, until done or until the file `wanted` is gone.
 
-    Every attempt leaves its Record in the run's folder. Raises StoreError where that folder is not the runner's.
+    Every attempt leaves its Record in the run's folder. Raises UnseenError where that folder, or an asset, is not seen.
     """
     told = [Work.model_validate_json(work) for work in works]
-    folder = store.RunFolder(Path(told[0].folder))
-    for needed in {told[0].folder, *(a.path for work in told for a in (work.model, work.data) if a)}:
+    folder, node = store.RunFolder(Path(told[0].folder)), os.uname().nodename
+    for needed in {told[0].folder, *(path for work in told for path in _needed(work))}:
         if not Path(needed).exists():
-            raise StoreError(
-                f"is not there on {os.uname().nodename}",
+            error = UnseenError(
+                f"is not there on {node}",
                 where=needed,
                 mend="keep the run (--out) and the cache (PEFT_HARNESS_CACHE) on a file system that every machine sees",
             )
-    terms = Terms(folder, environment.describe(environment.threads()), timeout)
+            error.node = node
+            raise error
+    most = environment.threads()  # nodes differ: what one holds may be more than this one has
+    told = [work.model_copy(update={"threads": min(work.threads, most)}) if work.threads else work for work in told]
+    terms = Terms(folder, environment.describe(most), timeout)
     listener = _Listener(Path(wanted) if wanted else None)
     with contextlib.closing(Local(command=command or WORKER).run(_each(told), terms, listener)) as records:
         for _ in records:
             pass
+
+
+def _needed(work: Work) -> Iterator[str]:
+    yield from (asset.path for asset in (work.model, work.data, work.task.train) if asset)
+    if work.task.file:
+        yield work.task.file
 
 
 def _each(works: Sequence[Work]) -> Iterator[Work]:

@@ -68,6 +68,7 @@ class Ray:
         self._ray: Any = None
         self._cpus = 1
         self._seen_s = node.SEEN_S
+        self._blind: set[str] = set()
 
     def __enter__(self) -> Ray:
         address = os.environ.get("RAY_ADDRESS", "")
@@ -161,7 +162,11 @@ class Ray:
         try:
             self._ray.get(reference)
         except errors.RayTaskError as error:
-            raise error.cause from error  # ours: what is wrong with one machine's folders is wrong with the run
+            if isinstance(error.cause, node.UnseenError):
+                self._blind.add(error.cause.node)
+                if len(self._blind) < len(self._nodes()):  # others may see it
+                    return Ending(Status.LOST, "unseen", str(error.cause))
+            raise error.cause from error
         except errors.OutOfMemoryError as error:
             return Ending(Status.OOM, type(error).__name__, "Ray killed the worker: its machine's memory ran out")
         except errors.RayError as error:
@@ -192,7 +197,7 @@ class Ray:
 
     def _share(self) -> int:
         """Return the cores of a Cell: a node's, divided by its GPUs, or by what `jobs` puts on it; at least one."""
-        nodes = [one for one in self._nodes() if self._device == "cpu" or one.get("GPU")]
+        nodes = [one for one in self._nodes() if self._device == "cpu" or int(one.get("GPU", 0))]
         if self._device == "cuda":
             return max(1, int(min(one.get("CPU", 0) // int(one["GPU"]) for one in nodes)))
         cores = [int(one["CPU"]) for one in nodes if one.get("CPU")]
