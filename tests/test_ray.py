@@ -107,7 +107,7 @@ def test_a_folder_that_one_node_of_two_does_not_see(tmp_path: Path, monkeypatch:
     )
     records = {r.cell.seed: r for r in executor.run(works, run.terms, run.nobody)}
     assert {seed: r.status for seed, r in records.items()} == {0: Status.LOST, 1: Status.OK}
-    assert records[0].because.startswith(f"{gone}: is not there on {os.uname().nodename}")
+    assert records[0].because.startswith(f"it never started: {gone}: is not there on {os.uname().nodename}")
 
 
 def test_half_a_gpu_on_a_node(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
@@ -22,6 +24,7 @@ from harness.cli import main
 from harness.errors import Exit, HarnessError, UsageError
 from harness.measure import environment
 from harness.records import Status
+from harness.runner.attempt import Ending
 from harness.runner.executors import node, slurm, slurm_states
 from harness.runner.executors.slurm import LOCAL, Slurm
 
@@ -150,6 +153,33 @@ def test_an_element_that_is_preempted_has_ended(tmp_path: Path, cluster: Path) -
     assert record.failure is not None
     assert record.failure.kind == "preempted"
     assert record.because.startswith("its Slurm job 71_1 ended (PREEMPTED)")
+
+
+def test_cells_of_a_shard_that_never_started_have_not_its_ending(
+    tmp_path: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "_MOST_ELEMENTS", 2)
+    run = stubbed.Stubbed(tmp_path, 4)
+    run.nobody = _Ends(run, cluster)
+    with Slurm(None, (), run.command({1: "hang"})) as executor:
+        executor.device("cpu")
+        records = run.run(executor)
+    assert {seed: r.status for seed, r in records.items()} == {
+        0: Status.OK, 1: Status.TIMEOUT, 2: Status.OK, 3: Status.LOST,
+    }  # fmt: skip
+    assert records[3].because.startswith("it never started: its Slurm job 71_1 ended (TIMEOUT)")
+    assert records[3].duration_s < 0.1
+
+
+def test_the_queue_is_no_part_of_an_attempt(tmp_path: Path) -> None:
+    run = stubbed.Stubbed(tmp_path, 1)
+    (work,) = run.works()
+    ending = Ending(Status.TIMEOUT, "timeout", "it is late")
+    taken_up = (datetime.now(UTC) - timedelta(seconds=30)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    run.folder.log_path(work.cell.cell_id, 1).write_text(f"begun on n1 at {taken_up}\nsome words\n")
+    record = node.lost(work, run.terms, ending, "2001-01-01T00:00:00Z", time.monotonic() - 10)
+    assert record.started == taken_up
+    assert 18 < record.duration_s < 25
 
 
 def test_what_slurm_no_longer_knows_is_given_up(tmp_path: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:

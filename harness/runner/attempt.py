@@ -175,7 +175,7 @@ def _start(work: Work, log: Path, command: Sequence[str], events: int, watched: 
     """Start the worker in a session of its own; raises StoreError."""
     try:
         # The file has no name, so that even a killed runner leaves none behind.
-        with tempfile.TemporaryFile() as spec, log.open("wb") as output:
+        with tempfile.TemporaryFile() as spec, log.open("ab") as output:
             spec.write(work.model_dump_json(by_alias=True).encode())
             spec.seek(0)
             return subprocess.Popen(

@@ -18,7 +18,7 @@ from harness import store
 from harness.errors import HarnessError, StoreError
 from harness.measure import environment
 from harness.records import Record, Status
-from harness.runner.attempt import Ending, Terms, record_of
+from harness.runner.attempt import Ending, Terms
 from harness.runner.executors import Device, Listener, node
 from harness.runner.work import Work
 
@@ -30,12 +30,12 @@ _STORE_B = 80 * 2**20  # the least that Ray takes: nothing goes through its obje
 
 @dataclass(frozen=True)
 class _Over:
-    """An attempt whose task is over. until: when its Record, which a network file system may show late, must be seen."""
+    """An attempt whose task is over since then; until: when its Record, which is perhaps shown late, must be seen."""
 
     work: Work
     ending: Ending
-    started: str
-    begun: float
+    submitted: str
+    since: float
     until: float
 
     def known(self, terms: Terms) -> bool:
@@ -118,7 +118,7 @@ class Ray:
         task = ray.remote(
             num_cpus=self._cpus, num_gpus=int(self._device == "cuda"), max_retries=0, max_calls=1
         )(node.measure)  # fmt: skip
-        at_work: dict[Any, tuple[Work, str, float]] = {}
+        at_work: dict[Any, tuple[Work, str]] = {}
         over: list[_Over] = []
         more = True
         try:
@@ -133,7 +133,7 @@ class Ray:
                     listener.begin(work.cell)
                     listener.event(work.cell, {"event": "phase", "name": "with Ray"})
                     reference = task.remote([work.model_dump_json(by_alias=True)], terms.timeout, self._command)
-                    at_work[reference] = work, store.now(), time.monotonic()
+                    at_work[reference] = work, store.now()
                 if not at_work and not over:
                     if not more:
                         return
@@ -146,11 +146,12 @@ class Ray:
                     time.sleep(_LOOK_S)
                 listener.tick()
                 for reference in ready:
-                    work, started, begun = at_work.pop(reference)
-                    over.append(_Over(work, self._ending(reference), started, begun, time.monotonic() + self._seen_s))
+                    work, submitted = at_work.pop(reference)
+                    ending, now = self._ending(reference), time.monotonic()
+                    over.append(_Over(work, ending, submitted, now, now + self._seen_s))
                 for one in [one for one in over if one.known(terms)]:
                     over.remove(one)
-                    yield record_of(one.work, terms, one.ending, one.started, one.begun)
+                    yield node.lost(one.work, terms, one.ending, one.submitted, one.since)
         finally:
             for reference in at_work:
                 with contextlib.suppress(ray.exceptions.RayError):

@@ -20,7 +20,7 @@ from harness import store
 from harness.errors import HarnessError, UsageError
 from harness.measure import environment
 from harness.records import Record, Status
-from harness.runner.attempt import Ending, Terms, record_of
+from harness.runner.attempt import Ending, Terms
 from harness.runner.executors import Device, Listener, node
 from harness.runner.executors.slurm_states import States
 from harness.runner.work import Work
@@ -145,7 +145,7 @@ class Slurm:
     def _gather(self, shards: dict[Any, list[Work]], terms: Terms, listener: Listener) -> Generator[Record, None, None]:
         """Give each Record as it appears; for what an element leaves without one, the Record that says so."""
         left = {work.cell.cell_id: work for shard in shards.values() for work in shard}
-        submitted, begun = store.now(), time.monotonic()
+        submitted = store.now()
         states, ask_s, asked = States(here=self._here), _LOOK_S if self._here else _ASK_S, 0.0
         seen_s = 0.0 if self._here else node.SEEN_S
         ended: dict[Any, tuple[str, float]] = {}
@@ -164,10 +164,11 @@ class Slurm:
                 ]
                 ended |= {job: (state, time.monotonic()) for job, state in states.ended(waited)}
                 for job in [job for job, (_, since) in ended.items() if time.monotonic() - since >= seen_s]:
-                    ending = _ending(job, ended.pop(job)[0])
+                    state, since = ended.pop(job)
+                    ending = _ending(job, state)
                     for work in shards[job]:
                         if left.pop(work.cell.cell_id, None):
-                            yield record_of(work, terms, ending, submitted, begun)
+                            yield node.lost(work, terms, ending, submitted, since)
             listener.tick()
             if not seen:
                 time.sleep(_LOOK_S)
