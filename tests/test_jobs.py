@@ -183,7 +183,7 @@ def test_what_nvidia_smi_says(
     tool = tmp_path / "nvidia-smi"
     tool.write_text(
         '#!/bin/sh\ncase "$1" in\n'
-        "*compute-apps*) echo 'GPU-aa, 41, /usr/bin/python3, 2048'; echo 'GPU-aa, 42, [Not Found], [N/A]';;\n"
+        "*compute-apps*) echo 'GPU-aa, 41, /usr/bin/python3, 2048'; echo 'GPU-aa, 42, /opt/a,b, [N/A]';;\n"
         "*) echo '0, GPU-aa, 2100'; echo '1, GPU-bb, 700'; echo '2, GPU-cc, 3';;\nesac\n"
     )
     tool.chmod(0o755)
@@ -195,7 +195,7 @@ def test_what_nvidia_smi_says(
     assert [card.index for card in found] == seen
     says = {card.index: card.busy for card in found}
     expected = {
-        0: "GPU 0 (GPU-aa) is in use by process 41 (python3, 2048 MiB), process 42 ([Not Found], [N/A] MiB)",
+        0: "GPU 0 (GPU-aa) is in use by process 41 (python3, 2048 MiB), process 42 (a,b, [N/A] MiB)",
         1: "GPU 1 (GPU-bb) has 700 MiB in use, by no process that can be seen",
         2: "",
     }

@@ -204,6 +204,7 @@ def _worker_environment(threads: int | None = None, gpu: str = "") -> dict[str, 
         "PYTHONUNBUFFERED": "1",
         "PYTHONHASHSEED": "0",  # the order of a plug-in's sets is part of a run that is to be repeated bit by bit
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # a number in CUDA_VISIBLE_DEVICES is then that of nvidia-smi
     }
     if threads is not None:  # a library that brings its own OpenMP does not hear what torch is told
         always["OMP_NUM_THREADS"] = str(threads)
