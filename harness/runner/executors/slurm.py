@@ -100,7 +100,7 @@ class Slurm:
         for work in told:
             terms.folder.log_path(work.cell.cell_id, work.attempt).touch()
             listener.begin(work.cell)
-            listener.event(work.cell, {"event": "phase", "name": "with Slurm"})
+            listener.event(work.cell, {"event": "phase", "name": "with Slurm", "queued": True})
         wanted = exchange / f"wanted-{uuid.uuid4().hex[:8]}"
         wanted.touch()
         shards = [told[index::elements] for index in range(elements)]
