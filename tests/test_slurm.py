@@ -55,6 +55,10 @@ cd "$(dirname "$0")"
 echo "JobID|State|NodeList"
 for group in group.*; do n=${group#group.}; echo "71_$n|$(cat state.$n 2>/dev/null || echo RUNNING)|n$n"; done
 """
+_SQUEUE = """#!/bin/sh
+cd "$(dirname "$0")"
+for n in 0 1; do [ -e state.$n ] || echo 71_$n; done
+"""
 _SCANCEL = """#!/bin/sh
 cd "$(dirname "$0")"
 echo "$@" >> cancelled
@@ -185,7 +189,7 @@ def test_the_queue_is_no_part_of_an_attempt(tmp_path: Path) -> None:
 def test_what_slurm_no_longer_knows_is_given_up(tmp_path: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm_states, "_UNKNOWN_S", 0.0)
     (cluster / "sacct").write_text("#!/bin/sh\necho 'JobID|State|NodeList'\n")
-    (cluster / "squeue").write_text(f"#!/bin/sh\n[ -e {cluster}/state.${{3#71_}} ] || echo $3\n")
+    (cluster / "squeue").write_text(_SQUEUE)
     (cluster / "squeue").chmod(0o755)
     run = stubbed.Stubbed(tmp_path, 2)
     run.nobody = _Ends(run, cluster, "nobody reads this")

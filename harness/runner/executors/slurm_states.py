@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import time
 from collections.abc import Sequence
@@ -29,28 +30,30 @@ class States:
             return [(job, str(job.state)) for job in jobs if job.done()]
         if jobs:
             jobs[0].watcher.clear()  # or what it once took for ended would never be asked after again
-        return [(job, state) for job in jobs if (state := self._final(job))]
+        found = [(job, state) for job in jobs if (state := self._final(job))]
+        late = [job for job in jobs if time.monotonic() - self._unknown.get(job.job_id, math.inf) >= _UNKNOWN_S]
+        queue = _queue({job.job_id.split("_")[0] for job in late}) if late else None
+        return found if queue is None else [*found, *((job, GONE) for job in late if job.job_id not in queue)]
 
     def _final(self, job: Any) -> str:
         words = str(job.state).split()  # of `CANCELLED by 1000` the first
         state = words[0].upper() if words else "UNKNOWN"
-        if state in _FINAL:
-            return state
-        if job.paths.result_pickle.exists():  # accounting is behind
-            return "COMPLETED"
-        if state != "UNKNOWN":
+        if state not in _FINAL and job.paths.result_pickle.exists():  # accounting is behind
+            state = "COMPLETED"
+        if state == "UNKNOWN":
+            self._unknown.setdefault(job.job_id, time.monotonic())
+        else:
             self._unknown.pop(job.job_id, None)
-            return ""
-        since = self._unknown.setdefault(job.job_id, time.monotonic())
-        return GONE if time.monotonic() - since >= _UNKNOWN_S and _forgotten(job.job_id) else ""
+        return state if state in _FINAL else ""
 
 
-def _forgotten(job_id: str) -> bool:
-    """Whether the queue does not know it either. A cluster without accounting knows its jobs only there."""
+def _queue(arrays: set[str]) -> set[str] | None:
+    """Return the elements that wait or run; None without an answer. A cluster without accounting knows them only there."""
+    command = ["squeue", "--noheader", "--array", "--format=%i", "--jobs", ",".join(sorted(arrays))]
     try:
-        asked = subprocess.run(
-            ["squeue", "--noheader", "--jobs", job_id], capture_output=True, text=True, timeout=_ASK_S, check=False
-        )
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return False  # no answer is no word for its end
-    return not asked.stdout.strip() if asked.returncode == 0 else "Invalid job id" in asked.stderr
+        return None
+    if asked.returncode and "Invalid job id" not in asked.stderr:  # so it says of one that has ended some time ago
+        return None
+    return set(asked.stdout.split())
