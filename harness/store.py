@@ -31,6 +31,9 @@ RUNS = Path("results") / "runs"
 
 _FOOTER, _REOPENED = "footer.json", "footer.before.json"
 
+# What file systems without hard links answer.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
 _Model = TypeVar("_Model", bound=BaseModel)
 
 _TORN: dict[type[BaseModel], str] = {
@@ -58,21 +61,26 @@ def unwritable(file: Path) -> str:
         return f"{file}: cannot write in {file.parent}: {error.strerror}"
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` is either the old file or the whole new one, even through a power cut."""
+def write_atomic(path: Path, data: bytes, *, new: bool = False) -> None:
+    """Write `data` so that `path` is either the old file or the whole new one, even through a power cut.
+
+    new: raise FileExistsError instead of replacing an old file.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        (_publish if new else Path.replace)(temporary, path)
         directory = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)
         finally:
             os.close(directory)
     except OSError as error:
+        if new and isinstance(error, FileExistsError):
+            raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise StoreError(
             "the disk is full" if full else f"cannot write: {error.strerror}",
@@ -86,9 +94,23 @@ def write_atomic(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def write(path: Path, model: BaseModel) -> None:
-    """Write a Manifest, Record or Footer as JSON."""
-    write_atomic(path, model.model_dump_json(by_alias=True, indent=1).encode() + b"\n")
+def _publish(temporary: Path, path: Path) -> None:
+    """Give a file its name unless there is one of that name, in one step: two machines may try at the same time."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        temporary.replace(path)
+
+
+def write(path: Path, model: BaseModel, *, new: bool = False) -> None:
+    """Write a Manifest, Record or Footer as JSON. new: as for `write_atomic`."""
+    write_atomic(path, model.model_dump_json(by_alias=True, indent=1).encode() + b"\n", new=new)
 
 
 def _read(path: Path, kind: type[_Model]) -> _Model:
@@ -214,9 +236,10 @@ class RunFolder:
     def write_record(self, record: Record) -> None:
         """Write one Record; an existing one is never replaced."""
         path = self.record_path(record.cell_id, record.attempt)
-        if path.exists():
-            raise StoreError("this attempt has a Record already", where=str(path))
-        write(path, record)
+        try:
+            write(path, record, new=True)
+        except FileExistsError as error:
+            raise StoreError("this attempt has a Record already", where=str(path)) from error
 
     def reopen(self) -> None:
         """Take the footer away: the run is being written to again. Its hashes stay, or a resumed run would hide changes."""

@@ -90,3 +90,16 @@ def test_threads_are_those_of_the_cores_or_fewer_if_asked(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
     assert environment.threads() == (given or environment.physical_cores())
+
+
+@pytest.mark.parametrize(("visible", "seen"), [(None, 1), ("0", 1), ("GPU-aa", 1), ("", 0), ("-1", 0), ("-1,0", 0)])
+def test_cards_that_are_hidden_are_none(
+    visible: str | None, seen: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tool := tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU-aa, A card, 1.2, 80 MiB'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert len(environment.gpus.__wrapped__()) == seen

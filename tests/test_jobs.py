@@ -20,9 +20,10 @@ from harness.errors import Exit, HarnessError
 from harness.manifest import Footer
 from harness.measure import environment
 from harness.records import Status
-from harness.runner import gpus
+from harness.runner import attempt, gpus
 from harness.runner.executors.local import Local
 from harness.runner.progress import Progress
+from harness.runner.run import _reopen
 
 CARDS = [gpus.Gpu(0, "GPU-aa", 4), gpus.Gpu(1, "GPU-bb", 4)]
 BUSY = gpus.Gpu(0, "GPU-aa", 30_000, ("process 7 (python, 29996 MiB)",))
@@ -66,6 +67,37 @@ def test_one_that_hangs_and_one_that_dies_hold_nobody_up(tmp_path: Path) -> None
     assert psutil.Process().children(recursive=True) == before
 
 
+def test_a_record_that_is_seen_late_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = stubbed.Stubbed(tmp_path, 1)
+    (work,) = run.works()
+    late = recorded_run.record("reference", run.cells[0], "stubbed")
+
+    def seen_now(_: Path) -> str:
+        run.folder.write_record(late)
+        return ""
+
+    monkeypatch.setattr(attempt, "_tail", seen_now)
+    ending = attempt.Ending(Status.LOST, "lost", "no Record is seen")
+    assert attempt.record_of(work, run.terms, ending, store.now(), time.monotonic()) == late
+
+
+def test_a_cell_whose_newest_attempt_failed_is_measured_again(tmp_path: Path) -> None:
+    run = stubbed.Stubbed(tmp_path, 2)
+    works = {work.cell.cell_id: (work.model, work.data, work.task) for work in run.works()}
+
+    def done() -> set[str]:
+        old, progress = store.read_run(run.folder.path), Progress(run.cells)
+        return _reopen(old, run.here, works, "cpu", progress, elsewhere=False)[2]
+
+    first = run.run(Local(1, run.command()))[0]
+    (wanted := run.folder.path / "slurm" / "wanted-1").parent.mkdir()
+    wanted.touch()
+    assert done() == works.keys()
+    assert not wanted.exists()  # what a killed runner left with Slurm is called back
+    run.folder.write_record(recorded_run.failed(first, Status.OOM, attempt=2))
+    assert done() == works.keys() - {first.cell_id}
+
+
 def test_what_ends_a_run_ends_all_that_is_at_work(tmp_path: Path) -> None:
     run, before = stubbed.Stubbed(tmp_path, 4), psutil.Process().children(recursive=True)
     with contextlib.closing(
@@ -95,6 +127,30 @@ def test_a_gpu_that_others_use_is_waited_for(tmp_path: Path, monkeypatch: pytest
     records = run.run(Local(1, run.command(), look=lambda: [next(looks)]), device="cuda")
     assert records[0].status is Status.OK
     assert (0, {"event": "phase", "name": "waiting for a GPU"}) in run.nobody.heard
+
+
+def test_a_gpu_that_our_own_cells_use_is_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.runner.executors.local._LOOK_S", 0.01)
+    run = stubbed.Stubbed(tmp_path, 3)
+    records = run.run(Local(2, run.command(), look=lambda: [BUSY, CARDS[1]], patience=0.001), device="cuda")
+    assert {r.status for r in records.values()} == {Status.OK}
+    assert {r.notes[1] for r in records.values()} == {"GPU-bb"}
+
+
+def test_a_driver_that_does_not_answer_at_once_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.runner.executors.local._LOOK_S", 0.01)
+    run, answers = stubbed.Stubbed(tmp_path, 3), iter([True, False, True])
+
+    def look() -> list[gpus.Gpu]:
+        if not next(answers, False):
+            raise HarnessError("nvidia-smi does not answer: timed out")
+        return CARDS
+
+    records = run.run(Local(2, run.command(), look=look, patience=0.001), device="cuda")
+    assert [records[seed].status for seed in range(3)] == [Status.OK, Status.OK, Status.SKIPPED]
+    assert records[2].because == "nvidia-smi does not answer: timed out; it was waited for 0.001 s"
 
 
 def test_a_gpu_that_stays_busy_is_said_and_is_no_success(tmp_path: Path) -> None:
@@ -127,7 +183,7 @@ def test_what_nvidia_smi_says(
     tool = tmp_path / "nvidia-smi"
     tool.write_text(
         '#!/bin/sh\ncase "$1" in\n'
-        "*compute-apps*) echo 'GPU-aa, 41, /usr/bin/python3, 2048'; echo 'GPU-aa, 42, [Not Found], [N/A]';;\n"
+        "*compute-apps*) echo 'GPU-aa, 41, /usr/bin/python3, 2048'; echo 'GPU-aa, 42, /opt/a,b, [N/A]';;\n"
         "*) echo '0, GPU-aa, 2100'; echo '1, GPU-bb, 700'; echo '2, GPU-cc, 3';;\nesac\n"
     )
     tool.chmod(0o755)
@@ -139,7 +195,7 @@ def test_what_nvidia_smi_says(
     assert [card.index for card in found] == seen
     says = {card.index: card.busy for card in found}
     expected = {
-        0: "GPU 0 (GPU-aa) is in use by process 41 (python3, 2048 MiB), process 42 ([Not Found], [N/A] MiB)",
+        0: "GPU 0 (GPU-aa) is in use by process 41 (python3, 2048 MiB), process 42 (a,b, [N/A] MiB)",
         1: "GPU 1 (GPU-bb) has 700 MiB in use, by no process that can be seen",
         2: "",
     }
@@ -178,6 +234,8 @@ def test_progress_of_several_cells(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0].startswith("2/12  ")
     assert "seed=1  train, step 3 of 60, loss 0.5000" in lines[0]
     assert lines[-1].startswith("and 2 more at work, about ")
+    progress.event(cells[2], {"event": "phase", "name": "with Slurm", "queued": True})
+    assert progress._lines(time.monotonic())[-1] == "and 2 more at work"
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("1/12  ok ")
 

@@ -30,6 +30,7 @@ class Joined(Ray):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._ray = ray
+        self._seen_s = 0.5
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,30 @@ def test_a_folder_that_a_node_does_not_see(tmp_path: Path) -> None:
         list(executor.run(works, run.terms, run.nobody))
     assert caught.value.where == str(tmp_path / "elsewhere")
     assert "PEFT_HARNESS_CACHE" in caught.value.mend
+
+
+@pytest.mark.usefixtures("address")
+def test_a_folder_that_one_node_of_two_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = stubbed.Stubbed(tmp_path, 2)
+    executor = Joined(1, run.command())
+    executor.device("cpu")
+    monkeypatch.setattr(executor, "_nodes", lambda: [{"CPU": float(executor._cpus)}] * 2)
+    gone = str(tmp_path / "task.yaml")
+    works = (
+        work.model_copy(update={"task": work.task.model_copy(update={"file": "" if work.cell.seed else gone})})
+        for work in run.works()
+    )
+    records = {r.cell.seed: r for r in executor.run(works, run.terms, run.nobody)}
+    assert {seed: r.status for seed, r in records.items()} == {0: Status.LOST, 1: Status.OK}
+    assert records[0].because.startswith(f"it never started: {gone}: is not there on {os.uname().nodename}")
+
+
+def test_half_a_gpu_on_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = Ray()
+    nodes = [{"CPU": 4.0, "GPU": 0.5}, {"CPU": 8.0, "GPU": 2.0}]
+    monkeypatch.setattr(executor, "_nodes", lambda: nodes)
+    assert executor.device("auto") == "cuda"
+    assert executor._cpus == 4
 
 
 @pytest.mark.usefixtures("address")

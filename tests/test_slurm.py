@@ -9,18 +9,23 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
 import pytest
+import recorded_run
 import stubbed
 from conftest import PATIENCE_S, eventually
 
+from harness import store
 from harness.cli import main
-from harness.errors import Exit, UsageError
+from harness.errors import Exit, HarnessError, UsageError
 from harness.measure import environment
 from harness.records import Status
-from harness.runner.executors import slurm
+from harness.runner.attempt import Ending
+from harness.runner.executors import node, slurm, slurm_states
 from harness.runner.executors.slurm import LOCAL, Slurm
 
 pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
@@ -50,10 +55,15 @@ cd "$(dirname "$0")"
 echo "JobID|State|NodeList"
 for group in group.*; do n=${group#group.}; echo "71_$n|$(cat state.$n 2>/dev/null || echo RUNNING)|n$n"; done
 """
+_SQUEUE = """#!/bin/sh
+cd "$(dirname "$0")"
+for n in 0 1; do [ -e state.$n ] || echo 71_$n; done
+"""
 _SCANCEL = """#!/bin/sh
 cd "$(dirname "$0")"
 echo "$@" >> cancelled
 kill -9 -"$(cat group.${1#71_})"
+(sleep 0.5; echo "CANCELLED by 1000" > state.${1#71_}) &
 """
 
 
@@ -69,6 +79,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
     monkeypatch.delenv(LOCAL, raising=False)
     monkeypatch.setattr(slurm, "_ASK_S", 0.3)
+    monkeypatch.setattr(node, "SEEN_S", 0.5)
     return folder
 
 
@@ -82,15 +93,16 @@ def _gone(pid: int) -> bool:
 
 
 class _Ends(stubbed.Nobody):
-    """Ends element 1 as Slurm does at a time limit: it notes the state and kills it, once its Cell hangs."""
+    """Ends element 1 as Slurm does, at a time limit say: it notes the state and kills it, once its Cell hangs."""
 
-    def __init__(self, run: stubbed.Stubbed, cluster: Path) -> None:
+    def __init__(self, run: stubbed.Stubbed, cluster: Path, state: str = "TIMEOUT") -> None:
         super().__init__()
-        self._run, self._cluster = run, cluster
+        self._run, self._cluster, self._state = run, cluster, state
 
     def tick(self) -> None:
-        if (self._run.folder.path / "pid").exists() and not (self._cluster / "state.1").exists():
-            (self._cluster / "state.1").write_text("TIMEOUT\n")
+        noted = self._cluster / "state.1"
+        if (self._run.folder.path / "pid").exists() and not noted.exists():
+            noted.write_text(f"{self._state}\n")
             os.killpg(int((self._cluster / "group.1").read_text()), signal.SIGKILL)
 
 
@@ -109,6 +121,97 @@ def test_an_array_of_slurm(tmp_path: Path, cluster: Path) -> None:
     assert not (cluster / "cancelled").exists()
 
 
+class _ShowsLate(_Ends):
+    """Shows the Record of the element that it ends only after Slurm has told that it ended, as NFS may."""
+
+    def __init__(self, run: stubbed.Stubbed, cluster: Path) -> None:
+        super().__init__(run, cluster, "COMPLETED")
+        self._ticks = 0
+
+    def tick(self) -> None:
+        super().tick()
+        self._ticks += (self._cluster / "state.1").exists()
+        if self._ticks == 3:
+            self._run.folder.write_record(recorded_run.record("reference", self._run.cells[1], "stubbed"))
+
+
+def test_a_record_that_is_seen_late_is_waited_for(
+    tmp_path: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node, "SEEN_S", 60.0)
+    run = stubbed.Stubbed(tmp_path, 2)
+    run.nobody = _ShowsLate(run, cluster)
+    with Slurm(None, (), run.command({1: "hang"})) as executor:
+        executor.device("cpu")
+        records = run.run(executor)
+    assert {r.status for r in records.values()} == {Status.OK}
+
+
+def test_an_element_that_is_preempted_has_ended(tmp_path: Path, cluster: Path) -> None:
+    run = stubbed.Stubbed(tmp_path, 2)
+    run.nobody = _Ends(run, cluster, "PREEMPTED")
+    with Slurm(None, (), run.command({1: "hang"})) as executor:
+        executor.device("cpu")
+        record = run.run(executor)[1]
+    assert record.status is Status.LOST
+    assert record.failure is not None
+    assert record.failure.kind == "preempted"
+    assert record.because.startswith("its Slurm job 71_1 ended (PREEMPTED)")
+
+
+def test_cells_of_a_shard_that_never_started_have_not_its_ending(
+    tmp_path: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "_MOST_ELEMENTS", 2)
+    run = stubbed.Stubbed(tmp_path, 4)
+    run.nobody = _Ends(run, cluster)
+    with Slurm(None, (), run.command({1: "hang"})) as executor:
+        executor.device("cpu")
+        records = run.run(executor)
+    assert {seed: r.status for seed, r in records.items()} == {
+        0: Status.OK, 1: Status.TIMEOUT, 2: Status.OK, 3: Status.LOST,
+    }  # fmt: skip
+    assert records[3].because.startswith("it never started: its Slurm job 71_1 ended (TIMEOUT)")
+    assert records[3].duration_s < 0.1
+
+
+def test_the_queue_is_no_part_of_an_attempt(tmp_path: Path) -> None:
+    run = stubbed.Stubbed(tmp_path, 1)
+    (work,) = run.works()
+    ending = Ending(Status.TIMEOUT, "timeout", "it is late")
+    taken_up = (datetime.now(UTC) - timedelta(seconds=30)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    run.folder.log_path(work.cell.cell_id, 1).write_text(f"begun on n1 at {taken_up}\nsome words\n")
+    record = node.lost(work, run.terms, ending, "2001-01-01T00:00:00Z", time.monotonic() - 10)
+    assert record.started == taken_up
+    assert 18 < record.duration_s < 25
+
+
+def test_what_slurm_no_longer_knows_is_given_up(tmp_path: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm_states, "_UNKNOWN_S", 0.0)
+    (cluster / "sacct").write_text("#!/bin/sh\necho 'JobID|State|NodeList'\n")
+    (cluster / "squeue").write_text(_SQUEUE)
+    (cluster / "squeue").chmod(0o755)
+    run = stubbed.Stubbed(tmp_path, 2)
+    run.nobody = _Ends(run, cluster, "nobody reads this")
+    with Slurm(None, (), run.command({1: "hang"})) as executor:
+        executor.device("cpu")
+        record = run.run(executor)[1]
+    assert record.status is Status.LOST
+    assert record.because.startswith("its Slurm job 71_1 ended (GONE)")
+
+
+def test_what_sbatch_refuses(tmp_path: Path, cluster: Path) -> None:
+    (cluster / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpus' >&2\nexit 1\n")
+    run = stubbed.Stubbed(tmp_path, 2)
+    with Slurm(None, ["partition=gpus"], run.command()) as executor:
+        executor.device("cpu")
+        with pytest.raises(HarnessError, match="sbatch: error: invalid partition specified: gpus") as caught:
+            run.run(executor)
+    assert caught.value.where == "--slurm partition=gpus"
+    assert caught.value.mend
+    assert not [*(run.folder.path / "slurm").glob("wanted-*")]
+
+
 def test_ending_a_run_cancels_its_array(tmp_path: Path, cluster: Path) -> None:
     run = stubbed.Stubbed(tmp_path, 2)
     with Slurm(None, (), run.command({1: "hang"})) as executor:
@@ -116,6 +219,7 @@ def test_ending_a_run_cancels_its_array(tmp_path: Path, cluster: Path) -> None:
         with contextlib.closing(executor.run(run.works(), run.terms, run.nobody)) as records:
             assert next(records).cell.seed == 0
             eventually((run.folder.path / "pid").exists, "a worker hangs")
+    assert (cluster / "state.1").read_text() == "CANCELLED by 1000\n"  # it was waited for
     assert "71_1" in (cluster / "cancelled").read_text()
     eventually(lambda: _gone(int((run.folder.path / "pid").read_text())), "the worker is gone")
 
@@ -131,6 +235,15 @@ def test_elements_that_share_a_machine(tmp_path: Path) -> None:
     assert {r.notes[0] for seed, r in records.items() if seed != 3} == {str(max(1, environment.threads() // 2))}
     assert records[3].notes == ["up to 2 Cells ran at once: its times share the machine"]
     assert sorted(path.name for path in (run.folder.path / "slurm").glob("wanted-*")) == []
+
+
+def test_a_node_with_fewer_cores_than_a_cell_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "threads", lambda: 1)
+    run = stubbed.Stubbed(tmp_path, 1)
+    works = [work.model_copy(update={"threads": 64}).model_dump_json(by_alias=True) for work in run.works()]
+    node.measure(works, 60.0, run.command())
+    (record,) = store.read_run(run.folder.path).records
+    assert record.notes[0] == "1"
 
 
 def test_cells_that_are_called_back(tmp_path: Path) -> None:

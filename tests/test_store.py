@@ -106,6 +106,34 @@ def test_a_record_is_never_replaced(run: store.Run) -> None:
     assert _path(run, record).read_bytes() == before
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_record_that_comes_between_is_not_replaced(
+    links: bool, run: store.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = recorded_run.failed(run.records[0], Status.LOST, attempt=2)
+    path, folder = _path(run, record), store.RunFolder(run.path)
+    fsync, link = os.fsync, os.link
+
+    def another_is_faster(descriptor: int) -> None:
+        fsync(descriptor)
+        path.write_text("theirs")
+
+    monkeypatch.setattr(os, "fsync", another_is_faster)
+
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link if links else no_links)
+    with pytest.raises(StoreError, match="has a Record already"):
+        folder.write_record(record)
+    assert path.read_text() == "theirs"
+    monkeypatch.setattr(os, "fsync", fsync)
+    path.unlink()
+    folder.write_record(record)
+    assert store.read_record(path) == record
+    assert not [*path.parent.glob(".*")]
+
+
 def test_the_newest_attempt_counts_also_if_it_is_worse(run: store.Run) -> None:
     first = run.records[0]
     store.RunFolder(run.path).reopen()

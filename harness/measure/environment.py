@@ -54,9 +54,9 @@ def code_version() -> str:
 
 @functools.cache
 def gpus() -> tuple[str, ...]:
-    """Return one line per NVIDIA GPU (uuid, name, driver, memory); empty without a driver."""
+    """Return one line per NVIDIA GPU (uuid, name, driver, memory); empty without a driver, and where all are hidden."""
     tool = shutil.which("nvidia-smi")
-    if tool is None:
+    if tool is None or _hidden(os.environ.get("CUDA_VISIBLE_DEVICES")):
         return ()
     query = [tool, f"--query-gpu={GPU_QUERY}", "--format=csv,noheader"]
     try:
@@ -64,6 +64,11 @@ def gpus() -> tuple[str, ...]:
     except (OSError, subprocess.TimeoutExpired):
         return ()
     return tuple(line.strip() for line in found.stdout.splitlines() if line.strip()) if found.returncode == 0 else ()
+
+
+def _hidden(visible: str | None) -> bool:
+    """Whether CUDA shows no card: it reads up to the first word that is none."""
+    return visible is not None and visible.split(",")[0].strip() in ("", "-1", "NoDevFiles")
 
 
 def physical_cores() -> int:

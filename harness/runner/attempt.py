@@ -162,7 +162,12 @@ def record_of(work: Work, terms: Terms, ending: Ending, started: str, begun: flo
         ),
         notes=work.notes,
     )
-    terms.folder.write_record(record)
+    try:
+        terms.folder.write_record(record)
+    except StoreError:
+        if path.exists():  # by now: on a network file system its worker's may be seen late
+            return store.read_record(path)
+        raise
     return record
 
 
@@ -170,7 +175,7 @@ def _start(work: Work, log: Path, command: Sequence[str], events: int, watched: 
     """Start the worker in a session of its own; raises StoreError."""
     try:
         # The file has no name, so that even a killed runner leaves none behind.
-        with tempfile.TemporaryFile() as spec, log.open("wb") as output:
+        with tempfile.TemporaryFile() as spec, log.open("ab") as output:
             spec.write(work.model_dump_json(by_alias=True).encode())
             spec.seek(0)
             return subprocess.Popen(
@@ -199,6 +204,7 @@ def _worker_environment(threads: int | None = None, gpu: str = "") -> dict[str, 
         "PYTHONUNBUFFERED": "1",
         "PYTHONHASHSEED": "0",  # the order of a plug-in's sets is part of a run that is to be repeated bit by bit
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # a number in CUDA_VISIBLE_DEVICES is then that of nvidia-smi
     }
     if threads is not None:  # a library that brings its own OpenMP does not hear what torch is told
         always["OMP_NUM_THREADS"] = str(threads)

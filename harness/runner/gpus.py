@@ -72,5 +72,12 @@ def _ask(query: str) -> list[list[str]]:
             mend="see whether `nvidia-smi` works, or --device cpu",
         ) from error
     width = query.count(",") + 1
-    rows = ([field.strip() for field in line.split(",")] for line in done.stdout.splitlines())
+    rows = (_fields(line, width) for line in done.stdout.splitlines())
     return [row for row in rows if len(row) == width]
+
+
+def _fields(line: str, width: int) -> list[str]:
+    """Return the fields of a row; the third, a process's name, may hold commas."""
+    words = [word.strip() for word in line.split(",")]
+    after = 3 + max(0, len(words) - width)
+    return [*words[:2], ",".join(words[2:after]), *words[after:]] if len(words) >= width else words

@@ -31,6 +31,7 @@ class _Console(Console):
 class _AtWork:
     began: float
     doing: str = "start-up"
+    queued: bool = False
 
 
 class Progress:
@@ -72,7 +73,8 @@ class Progress:
             doing = f"evaluate, {event['done']} of {event['of']}"
         else:
             return
-        self._at_work[cell.cell_id].doing = doing
+        one = self._at_work[cell.cell_id]
+        one.doing, one.queued = doing, bool(event.get("queued"))
         self._draw()
 
     def tick(self) -> None:
@@ -134,7 +136,8 @@ class Progress:
         ]
         if len(self._at_work) > len(shown):
             lines.append(f"and {len(self._at_work) - len(shown)} more at work")
-        if lines and self._seconds:
+        # How many of those with a queue are at work nobody here knows.
+        if lines and self._seconds and not any(one.queued for one in self._at_work.values()):
             lines[-1] += f", {self._left(now)}"
         return lines
 

@@ -27,7 +27,7 @@ from harness.records import Environment, Status
 from harness.report import html, text
 from harness.runner import stop, task_assets
 from harness.runner.attempt import Terms
-from harness.runner.executors import Device, Executor
+from harness.runner.executors import Device, Executor, node
 from harness.runner.executors.local import Local
 from harness.runner.progress import Progress
 from harness.runner.work import Asset, TaskWork, Work, used
@@ -247,6 +247,7 @@ def _reopen(
     elsewhere: Cells run on many machines, of which the runner's may be none: the same software has to do.
     """
     folder = store.RunFolder(old.path)
+    node.recall(old.path)  # whatever executor it goes on with
     if old.footer is None:
         why = "its footer.json cannot be read" if "footer.json" in old.broken else "it has no footer.json"
         progress.say(f"run {old.manifest.run} is incomplete: {why}; it goes on with what its Cells left")
@@ -256,9 +257,8 @@ def _reopen(
         progress.say(f"{what}: it does not count, and its Cell is measured again")
     done = {
         record.cell_id
-        for record in old.records
+        for record in old.latest().values()  # what report and verdict look at
         if record.status is Status.OK
-        and record.cell_id not in doubtful
         and (record.environment.software == here.software if elsewhere else record.environment.id == here.id)
         and record.environment.code_version == here.code_version
         and record.device == device

@@ -23,7 +23,7 @@ _LOOK_S = 2.0  # nvidia-smi takes a third of a second itself
 class Local:
     """jobs: Cells at a time. command: the worker's, to which two file descriptors are added. look: what GPUs there are.
 
-    patience: seconds that a Cell waits for a GPU that others use, before it is given up.
+    patience: seconds that a Cell waits for a GPU while we use none: for others, or for the driver to answer.
     """
 
     elsewhere = False
@@ -77,6 +77,8 @@ class Local:
                         if time.monotonic() - looked < _LOOK_S:
                             break
                         looked = time.monotonic()
+                        if any(one.work.gpu for one in at_work):
+                            since = looked  # a card of ours comes free, however long its Cell takes
                         placed, busy = self._placed(waiting, [one.work.gpu for one in at_work])
                         if placed is not None:
                             at_work.append(one := Attempt(placed, terms, self.command))
@@ -118,7 +120,10 @@ class Local:
         share: dict[str, object] = {}
         if self.jobs > 1:
             share = {"threads": max(1, environment.threads() // self.jobs), "at_once": self.jobs}
-        cards = self._look() if work.device == "cuda" else []
+        try:
+            cards = self._look() if work.device == "cuda" else []
+        except HarnessError as error:  # the Cells at work are well; it may answer the next time
+            return None, error.what
         if not cards:
             return work.model_copy(update=share), ""
         ours = [card for card in cards if card.uuid not in taken]

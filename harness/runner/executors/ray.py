@@ -11,19 +11,45 @@ import os
 import signal
 import time
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from harness import store
 from harness.errors import HarnessError, StoreError
 from harness.measure import environment
 from harness.records import Record, Status
-from harness.runner.attempt import Ending, Terms, record_of
+from harness.runner.attempt import Ending, Terms
 from harness.runner.executors import Device, Listener, node
 from harness.runner.work import Work
 
 JOIN_PATIENCE_S = 120.0
-_SEEN_S = 60.0
+_LOOK_S = 0.2
+_UNSEEN = "no Record"
 _STORE_B = 80 * 2**20  # the least that Ray takes: nothing goes through its object store
+
+
+@dataclass(frozen=True)
+class _Over:
+    """An attempt whose task is over since then; until: when its Record, which is perhaps shown late, must be seen."""
+
+    work: Work
+    ending: Ending
+    submitted: str
+    since: float
+    until: float
+
+    def known(self, terms: Terms) -> bool:
+        """Whether its Record is there, or none will come; raises StoreError for one that was written out of our sight."""
+        path = terms.folder.record_path(self.work.cell.cell_id, self.work.attempt)
+        if path.exists() or time.monotonic() < self.until:
+            return path.exists()
+        if self.ending.kind == _UNSEEN:
+            raise StoreError(
+                "a machine of the cluster wrote this Record, and it is not seen here",
+                where=str(path),
+                mend="keep the run (--out) on a file system that every machine sees",
+            )
+        return True
 
 
 class Ray:
@@ -43,6 +69,8 @@ class Ray:
         self._cpus = 1
         self._most: int = 2**20
         """Threads that this machine's own Ray may give a Cell; a cluster's machines are not bound by what holds here."""
+        self._seen_s = node.SEEN_S
+        self._blind: set[str] = set()
 
     def __enter__(self) -> Ray:
         address = os.environ.get("RAY_ADDRESS", "")
@@ -64,7 +92,7 @@ class Ray:
             ray.init(**told)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise HarnessError(
-                f"no Ray answers: {str(error).strip().splitlines()[0]}",
+                f"no Ray answers: {_first_sentence(error, type(error).__name__)}",
                 where=f"RAY_ADDRESS={address}" if address else "a Ray of this machine's own",
                 mend="set RAY_ADDRESS to the head's host:6379, or unset it to start a Ray here",
             ) from error
@@ -74,6 +102,7 @@ class Ray:
         if not address:
             self._patience = 0.0  # nobody else knows of it, so nobody joins
             self._most = environment.threads()
+            self._seen_s = 0.0  # and all it writes is seen here at once
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -92,7 +121,8 @@ class Ray:
         task = ray.remote(
             num_cpus=self._cpus, num_gpus=int(self._device == "cuda"), max_retries=0, max_calls=1
         )(node.measure)  # fmt: skip
-        at_work: dict[Any, tuple[Work, str, float]] = {}
+        at_work: dict[Any, tuple[Work, str]] = {}
+        over: list[_Over] = []
         more = True
         try:
             while True:
@@ -108,45 +138,47 @@ class Ray:
                     listener.begin(work.cell)
                     listener.event(work.cell, {"event": "phase", "name": "with Ray"})
                     reference = task.remote([work.model_dump_json(by_alias=True)], terms.timeout, self._command)
-                    at_work[reference] = work, store.now(), time.monotonic()
-                if not at_work:
+                    at_work[reference] = work, store.now()
+                if not at_work and not over:
                     if not more:
                         return
                     self._enough()  # every node has gone
                     continue
-                ready, _ = ray.wait(list(at_work), num_returns=1, timeout=1.0)
+                ready: list[Any] = []
+                if at_work:
+                    ready, _ = ray.wait(list(at_work), num_returns=1, timeout=_LOOK_S if over else 1.0)
+                else:
+                    time.sleep(_LOOK_S)
                 listener.tick()
                 for reference in ready:
-                    work, started, begun = at_work.pop(reference)
-                    ending = self._ending(reference, work, terms)
-                    yield record_of(work, terms, ending, started, begun)
+                    work, submitted = at_work.pop(reference)
+                    ending, now = self._ending(reference), time.monotonic()
+                    over.append(_Over(work, ending, submitted, now, now + self._seen_s))
+                for one in [one for one in over if one.known(terms)]:
+                    over.remove(one)
+                    yield node.lost(one.work, terms, one.ending, one.submitted, one.since)
         finally:
             for reference in at_work:
                 with contextlib.suppress(ray.exceptions.RayError):
                     ray.cancel(reference, force=True)
 
-    def _ending(self, reference: Any, work: Work, terms: Terms) -> Ending:
+    def _ending(self, reference: Any) -> Ending:
         """Return how a task ended, for the case that it left no Record."""
         errors = self._ray.exceptions
         try:
             self._ray.get(reference)
         except errors.RayTaskError as error:
-            raise error.cause from error  # ours: what is wrong with one machine's folders is wrong with the run
+            if isinstance(error.cause, node.UnseenError):
+                self._blind.add(error.cause.node)
+                if len(self._blind) < len(self._nodes()):  # others may see it
+                    return Ending(Status.LOST, "unseen", str(error.cause))
+            raise error.cause from error
         except errors.OutOfMemoryError as error:
             return Ending(Status.OOM, type(error).__name__, "Ray killed the worker: its machine's memory ran out")
         except errors.RayError as error:
             kind = type(error).__name__
             return Ending(Status.LOST, kind, f"Ray lost the worker or its machine: {_first_sentence(error, kind)}")
-        path, deadline = terms.folder.record_path(work.cell.cell_id, work.attempt), time.monotonic() + _SEEN_S
-        while not path.exists():  # a network file system may show it late
-            if time.monotonic() >= deadline:
-                raise StoreError(
-                    "a machine of the cluster wrote this Record, and it is not seen here",
-                    where=str(path),
-                    mend="keep the run (--out) on a file system that every machine sees",
-                )
-            time.sleep(0.2)
-        return Ending(Status.LOST, "no Record", "its Record vanished")
+        return Ending(Status.LOST, _UNSEEN, "its Record vanished")
 
     def _nodes(self) -> list[dict[str, float]]:
         """Return what each living node has."""
@@ -171,7 +203,7 @@ class Ray:
 
     def _share(self) -> int:
         """Return the cores of a Cell: a node's, divided by its GPUs, or by what `jobs` puts on it; at least one."""
-        nodes = [one for one in self._nodes() if self._device == "cpu" or one.get("GPU")]
+        nodes = [one for one in self._nodes() if self._device == "cpu" or int(one.get("GPU", 0))]
         if self._device == "cuda":
             return max(1, int(min(one.get("CPU", 0) // int(one["GPU"]) for one in nodes)))
         cores = [int(one["CPU"]) for one in nodes if one.get("CPU")]

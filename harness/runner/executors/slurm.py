@@ -20,8 +20,9 @@ from harness import store
 from harness.errors import HarnessError, UsageError
 from harness.measure import environment
 from harness.records import Record, Status
-from harness.runner.attempt import Ending, Terms, record_of
+from harness.runner.attempt import Ending, Terms
 from harness.runner.executors import Device, Listener, node
+from harness.runner.executors.slurm_states import States
 from harness.runner.work import Work
 
 LOCAL = "PEFT_HARNESS_SLURM"
@@ -30,6 +31,7 @@ _START_MIN = 5  # what an element may take besides its Cells
 _LOOK_S = 0.5
 _ASK_S = 15.0
 _GRACE_S = 10.0
+_CANCEL_S, _CANCEL_LOOK_S = 45.0, 1.0  # Slurm itself gives a process 30 s (KillWait)
 _STATES = {"TIMEOUT": Status.TIMEOUT, "OUT_OF_MEMORY": Status.OOM}
 
 
@@ -88,8 +90,6 @@ class Slurm:
         """Run them; see Executor.run. All are submitted at once."""
         exchange = terms.folder.path.resolve() / "slurm"
         exchange.mkdir(exist_ok=True)
-        for old in exchange.glob("wanted-*"):  # of an array that a killed runner left
-            old.unlink()
         told = list(works)
         if not told:
             return
@@ -100,18 +100,20 @@ class Slurm:
         for work in told:
             terms.folder.log_path(work.cell.cell_id, work.attempt).touch()
             listener.begin(work.cell)
-            listener.event(work.cell, {"event": "phase", "name": "with Slurm"})
+            listener.event(work.cell, {"event": "phase", "name": "with Slurm", "queued": True})
         wanted = exchange / f"wanted-{uuid.uuid4().hex[:8]}"
         wanted.touch()
         shards = [told[index::elements] for index in range(elements)]
         jobs: list[Any] = []
         try:
             jobs = self._submit(exchange, shards, terms, wanted)
-            yield from _gather(dict(zip(jobs, shards, strict=True)), terms, listener, _LOOK_S if self._here else _ASK_S)
+            yield from self._gather(dict(zip(jobs, shards, strict=True)), terms, listener)
         except BaseException:
             wanted.unlink(missing_ok=True)  # an element at work sees that within seconds; one that waits need not start
-            for job in [] if self._here else jobs:
-                job.cancel(check=False)
+            if not self._here:
+                for job in jobs:
+                    job.cancel(check=False)
+                _wait(jobs)  # or the footer would be written under their hands
             raise
         finally:
             _settle(jobs if self._here else ())
@@ -128,51 +130,67 @@ class Slurm:
                 slurm_additional_parameters={"no-requeue": True, **self._options},
             )
         specs = [[work.model_dump_json(by_alias=True) for work in shard] for shard in shards]
-        return list(executor.map_array(
-            Element(), specs, *zip(*[(terms.timeout, self._command, str(wanted))] * len(specs), strict=True)
-        ))  # fmt: skip
+        told = zip(*[(terms.timeout, self._command, str(wanted))] * len(specs), strict=True)
+        try:
+            return list(executor.map_array(Element(), specs, *told))
+        except self._submitit.core.utils.FailedJobError as error:
+            words = " ".join(str(error).split()) or "it said nothing"
+            raise HarnessError(
+                f"sbatch refuses the array: {words}",
+                where=" ".join(f"--slurm {key}={value}" for key, value in self._options.items()) or "--executor slurm",
+                mend="see what this Slurm takes (`sinfo`, `sacctmgr show assoc`), give it with --slurm KEY=VALUE, "
+                "and `--resume` the run",
+            ) from error
+
+    def _gather(self, shards: dict[Any, list[Work]], terms: Terms, listener: Listener) -> Generator[Record, None, None]:
+        """Give each Record as it appears; for what an element leaves without one, the Record that says so."""
+        left = {work.cell.cell_id: work for shard in shards.values() for work in shard}
+        submitted = store.now()
+        states, ask_s, asked = States(here=self._here), _LOOK_S if self._here else _ASK_S, 0.0
+        seen_s = 0.0 if self._here else node.SEEN_S
+        ended: dict[Any, tuple[str, float]] = {}
+        while left:
+            there = {path.name for path in (terms.folder.path / "cells").iterdir()}
+            seen = [work for work in left.values() if f"{work.cell.cell_id}.{work.attempt}.json" in there]
+            for work in seen:
+                del left[work.cell.cell_id]
+                yield store.read_record(terms.folder.record_path(work.cell.cell_id, work.attempt))
+            if not seen and time.monotonic() - asked >= ask_s:
+                asked = time.monotonic()
+                waited = [
+                    job
+                    for job, shard in shards.items()
+                    if job not in ended and any(work.cell.cell_id in left for work in shard)
+                ]
+                ended |= {job: (state, time.monotonic()) for job, state in states.ended(waited)}
+                for job in [job for job, (_, since) in ended.items() if time.monotonic() - since >= seen_s]:
+                    state, since = ended.pop(job)
+                    ending = _ending(job, state)
+                    for work in shards[job]:
+                        if left.pop(work.cell.cell_id, None):
+                            yield node.lost(work, terms, ending, submitted, since)
+            listener.tick()
+            if not seen:
+                time.sleep(_LOOK_S)
 
 
-def _gather(
-    shards: dict[Any, list[Work]], terms: Terms, listener: Listener, ask_s: float
-) -> Generator[Record, None, None]:
-    """Give each Record as it appears; for what an element leaves without one, the Record that says so.
-
-    ask_s: seconds between two questions after what became of the elements.
-    """
-    left = {work.cell.cell_id: work for shard in shards.values() for work in shard}
-    submitted, begun = store.now(), time.monotonic()
-    asked = 0.0
-    while left:
-        there = {path.name for path in (terms.folder.path / "cells").iterdir()}
-        seen = [work for work in left.values() if f"{work.cell.cell_id}.{work.attempt}.json" in there]
-        for work in seen:
-            del left[work.cell.cell_id]
-            yield store.read_record(terms.folder.record_path(work.cell.cell_id, work.attempt))
-        if not seen and time.monotonic() - asked >= ask_s:
-            asked = time.monotonic()
-            waited = [(job, shard) for job, shard in shards.items() if any(work.cell.cell_id in left for work in shard)]
-            # One question to Slurm answers for all.
-            ended = [(job, shard) for n, (job, shard) in enumerate(waited) if job.done(force_check=n == 0)]
-            for job, shard in ended:
-                ending = _ending(job)
-                for work in shard:
-                    if left.pop(work.cell.cell_id, None):
-                        yield record_of(work, terms, ending, submitted, begun)
-        listener.tick()
-        if not seen:
-            time.sleep(_LOOK_S)
-
-
-def _ending(job: Any) -> Ending:
-    """Return how an element ended, in Slurm's word; raises what of ours went wrong in it."""
-    state = str(job.state).split()[0]
+def _ending(job: Any, state: str) -> Ending:
+    """Return how an element ended, in Slurm's word for it, and what went wrong in it as far as it could tell."""
     said = ""
     if job.paths.result_pickle.exists() and (error := job.exception()) is not None:
         lines = str(error).strip().splitlines()
         said = f": {lines[-1].strip()}" if lines else ""
     because = f"its Slurm job {job.job_id} ended ({state}) and left no Record{said}; see slurm/ in the run's folder"
     return Ending(_STATES.get(state, Status.LOST), state.lower(), because)
+
+
+def _wait(jobs: Sequence[Any]) -> None:
+    """Wait a little until cancelled elements are gone: Slurm only notes that they are to end."""
+    states, deadline, left = States(here=False), time.monotonic() + _CANCEL_S, set(jobs)
+    while left := left - {job for job, _ in states.ended([*left])}:
+        if time.monotonic() >= deadline:
+            return
+        time.sleep(_CANCEL_LOOK_S)
 
 
 def _settle(jobs: Sequence[Any]) -> None:
