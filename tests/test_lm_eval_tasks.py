@@ -183,6 +183,26 @@ def test_what_the_test_asks_is_not_trained_on(own: Path) -> None:
     assert texts == {"Q: zz9 9"}
 
 
+def test_a_search_is_scored_on_the_items_after_those_of_the_ranking(own: Path) -> None:
+    path = suite(own, "lm-eval:digits_written:number")
+    data, held, _ = data_of(path, evaluation=SimpleNamespace(items=2, batch=2, skip=3))
+    seen: list[str] = []
+    hook = held.model.register_forward_pre_hook(
+        lambda m, a, kw: seen.extend(map(held.tokenizer.decode, kw["input_ids"])), with_kwargs=True
+    )
+    assert [item.id for item in data.evaluate(held.model).items] == ["test-3", "test-4"]
+    hook.remove()
+    rows = [json.loads(line) for line in (own / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    prompts = [text for text in seen if text.count("Q: ") > 1]
+    asked = {text.rpartition("Q: ")[2].partition("\n")[0] for text in prompts}
+    assert asked == {row["query"] for row in rows[3:5]}
+
+
+def test_items_that_the_task_itself_drops_are_missed(own: Path) -> None:
+    with pytest.raises(UsageError, match="items 1 to 7 are wanted, and digits_chosen tests 6"):
+        data_of(suite(own, "lm-eval:digits_chosen"), evaluation=SimpleNamespace(items=7, batch=2, skip=0))
+
+
 def test_data_are_fetched_once_and_have_a_hash(own: Path) -> None:
     source = tasks.load("lm-eval:digits_chosen", own, {}).data
     first = fetch.ensure(source)

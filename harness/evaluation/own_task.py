@@ -32,8 +32,14 @@ class OwnTask(LmEvalTask):
         data = datasets.DatasetDict({p.stem: datasets.Dataset(read_table(p)) for p in sorted(folder.glob("*.parquet"))})
         self._take(config, data, judge)
         self.task.set_fewshot_seed(_SHOTS_SEED)
-        docs = list(self.task.eval_docs)[tested.start : tested.stop]
-        self.ids = [f"{self._split}-{number}" for number in tested[: len(docs)]]
+        every = list(self.task.eval_docs)
+        if not tested or tested.stop > len(every):
+            # The file may have had enough: what counts is what the task's `process_docs` leaves.
+            what = f"items {tested.start + 1} to {tested.stop} are wanted, and {self.name} tests {len(every)}"
+            mend = f"`evaluation.items`, and those of `tune` after them, may be at most {len(every)} together"
+            raise UsageError(what, where=str(file), mend=mend)
+        docs, self._places = every[tested.start : tested.stop], tested
+        self.ids = [f"{self._split}-{number}" for number in tested]
         self._docs: dict[str, Any] = dict(zip(self.ids, docs, strict=True))
 
     def tested(self) -> list[OwnRow]:
