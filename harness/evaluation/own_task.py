@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from harness.assets.rows import Answered, Row
+from harness.assets.rows import Answered, Row, unasked
 from harness.errors import UsageError
 from harness.evaluation.lm_eval_task import LmEvalTask
 
@@ -48,10 +48,9 @@ class OwnTask(LmEvalTask):
 
     def training(self) -> list[OwnRow]:
         """Return the training split as rows, but for those that the test asks too."""
-        asked = {row.asked for row in self.tested()}
         docs = {f"train-{number}": doc for number, doc in enumerate(self.task.training_docs() or [])}
         self._docs |= docs
-        return [row for name, doc in docs.items() if (row := self._row(name, doc)).asked not in asked]
+        return unasked([self._row(name, doc) for name, doc in docs.items()], self.tested())
 
     def prompt(self, row: Any) -> str:
         """Return the text before the answer."""
