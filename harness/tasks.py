@@ -66,8 +66,8 @@ class Task:
     spec: the whole lm-eval mapping, as read. data: the Source that `metadata.data` names; train: another one to train on.
     labels: how many classes, which an encoder can tell apart; 0: only a causal model can do it. answers: of a task whose
     answers are texts. test: the first rows of `data` after one shuffle with `shuffle_seed`; without `train` the rest of them
-    train. own: one of lm-eval's tasks, with its own splits, in their order; `test` is then 0, for all. Of `synthetic` all
-    but the name is empty, and data is None.
+    train. own: one of lm-eval's tasks, with its own splits, in their order; `test` is then 0, for all. judge: the filter of
+    lm-eval that counts, also where choices are scored. Of `synthetic` all but the name is empty, and data is None.
     """
 
     name: str
@@ -80,6 +80,7 @@ class Task:
     shuffle_seed: int
     answers: Answers | None
     own: lm_eval_files.Named | None = None
+    judge: str = "none"
 
     @property
     def trains(self) -> bool:
@@ -136,6 +137,7 @@ def load(name: str, base: Path, sources: Mapping[str, Source]) -> Task:
         task = Task(
             name=name, path=document.path, spec=document.data, data=data, train=train, labels=labels,
             test=metadata.test, shuffle_seed=metadata.shuffle_seed, answers=answers,
+            judge=answers.filter if answers else "none",
         )  # fmt: skip
         problems += _unfit(document, task)
         if not problems:
@@ -207,7 +209,7 @@ def _own(name: str) -> Task:
     judge = named.filter or filters[0]
     return Task(
         name=name, path=named.path, spec=said, data=source, train=None, labels=0, test=0, shuffle_seed=0,
-        answers=Answers(filter=judge) if kind == "generate_until" else None, own=named,
+        answers=Answers(filter=judge) if kind == "generate_until" else None, own=named, judge=judge,
     )  # fmt: skip
 
 

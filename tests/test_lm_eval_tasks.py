@@ -176,6 +176,13 @@ def test_a_task_of_choices_trains_on_the_right_one(own: Path) -> None:
     assert [item.id for item in data.evaluate(held.model).items] == [f"test-{i}" for i in range(5)]
 
 
+def test_choices_may_have_a_filter_of_their_own(own: Path) -> None:
+    with (own / "tasks" / "digits" / "choice.yaml").open("a", encoding="utf-8") as file:
+        file.write("filter_list: [{name: likeliest, filter: [{function: take_first}]}]\n")
+    data, held, _ = data_of(suite(own, "lm-eval:digits_chosen"))
+    assert len(data.evaluate(held.model).items) == 5
+
+
 def test_what_the_test_asks_is_not_trained_on(own: Path) -> None:
     (own / "train.jsonl").write_text((own / "test.jsonl").read_text() + '{"query": "zz9", "response": "makes 9"}\n')
     data, held, _ = data_of(suite(own, "lm-eval:digits_chosen"), evaluation=SimpleNamespace(items=6, batch=2, skip=0))

@@ -37,10 +37,9 @@ class CellData:
         if work.data is None:
             raise UsageError(f"task {task.name} has no data", mend="name one that has")
         device = torch.device(work.device)
-        judge = task.answers.filter if task.answers else "none"
         self._lm_task: Any = None
         if task.file:
-            self._lm_task, train_rows, test_rows = _own(work, work.data, judge)
+            self._lm_task, train_rows, test_rows = _own(work, work.data)
         else:
             train_rows, test_rows = _split(work, work.data)
         wanted, batch = cell.training.steps, cell.training.batch
@@ -62,7 +61,7 @@ class CellData:
             from harness.evaluation.likelihood import CausalScorer
             from harness.evaluation.lm_eval_task import LmEvalTask
 
-            self._lm_task = make = self._lm_task or LmEvalTask(task.spec, test_rows, judge)
+            self._lm_task = make = self._lm_task or LmEvalTask(task.spec, test_rows, task.judge)
             self._scorer = CausalScorer(loaded.model, tokenizer, cell.evaluation.batch, limit, self._progress)
             encode, prompts, answers = self._scorer.encode_pair, Prompts(tokenizer, limit), task.answers
 
@@ -123,13 +122,13 @@ def _split(work: Work, data: Asset) -> tuple[list[rows.AnyRow], list[rows.AnyRow
     return trained, tested[evaluation.skip : evaluation.skip + evaluation.items]
 
 
-def _own(work: Work, data: Asset, judge: str) -> tuple[Any, list[Any], list[Any]]:
+def _own(work: Work, data: Asset) -> tuple[Any, list[Any], list[Any]]:
     """Return one of lm-eval's own tasks, and its rows."""
     from harness.evaluation.own_task import OwnTask
 
     evaluation = work.cell.evaluation
     tested = range(evaluation.skip, evaluation.skip + evaluation.items)
-    task = OwnTask(Path(work.task.file), Path(data.path), tested, judge)
+    task = OwnTask(Path(work.task.file), Path(data.path), tested, work.task.judge)
     return task, task.training() if work.cell.training.steps else [], task.tested()
 
 

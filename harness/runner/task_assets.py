@@ -40,4 +40,5 @@ def ready(task: Task, items: int, fetched: Callable[[Source], Asset]) -> tuple[A
         answers=task.answers,
         train=train,
         file=str(task.path) if task.own else "",
+        judge=task.judge,
     )
