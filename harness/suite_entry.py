@@ -97,6 +97,7 @@ class _EntryReader:
         config = self._configs()
         models = {i: self._model(model, self._way("model", i)) for i, model in enumerate(keys.model or [])}
         known = {i: source for i, source in models.items() if source}
+        kinds = {(keys.model or [])[i]: source.kind for i, source in known.items()}
         encoders = [source.name for source in known.values() if source.kind == "encoder"]
         for i, task in enumerate(keys.task or []):
             self._task(task, self._way("task", i), encoders)
@@ -107,7 +108,7 @@ class _EntryReader:
                 self._offer("method", method, implementation, self._way("implementation", i))
         for i, base in enumerate(keys.base):
             self._base(base, self._way("base", i))
-        for where, what, mend in impossible(config, self.reading.methods, keys.base, self._kinds()):
+        for where, what, mend in impossible(config, self.reading.methods, keys.base, kinds):
             self.reading.problem(self._way(*where), what, mend)
         training = self._training(config) if complete else []
         tune = self._tune(keys.tune, config, training) if training and keys.tune else None
@@ -243,10 +244,6 @@ class _EntryReader:
         except HarnessError as error:
             self.reading.problem(way, f"{error.what} ({error.where})", error.mend)
         return source
-
-    def _kinds(self) -> dict[str, str]:
-        """Map those of the models that are in the table to their kind; others have been reported."""
-        return {name: self.reading.sources[name].kind for name in self.keys.model or [] if name in self.reading.sources}
 
     def _task(self, name: str, way: Way, encoders: list[str]) -> None:
         reading, items = self.reading, self.keys.evaluation.items

@@ -245,6 +245,14 @@ def test_mistakes_are_found_with_the_suite(tmp_path: Path, value: Any, says: str
     assert "suite.yaml:10: " in str(caught.value)
 
 
+def test_a_model_that_is_named_directly_has_a_kind_too(tmp_path: Path) -> None:
+    path = suite(tmp_path, {**IA3, "task_type": "SEQ_CLS"})
+    text = path.read_text(encoding="utf-8").replace("tiny-llama", f'"org/model@{"0" * 40}"')
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(SuiteError, match="has task_type SEQ_CLS, and the model is of the kind `causal`"):
+        suites.load(path)
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
