@@ -92,8 +92,10 @@ def _searches(entry: Entry) -> list[tuple[list[str], list[Cell]]]:
     found: dict[tuple[str, ...], tuple[list[str], list[Cell]]] = {}
     evaluation = entry.evaluation.model_copy(update={"items": tune.items, "skip": entry.evaluation.items})
     for cell in cells(entry):
-        own = {key: value for key, value in tune.config.items() if key in cell.config}
-        fixed = {"config": {**cell.config, **own}, "seed": tune.seed, "evaluation": evaluation}
+        # As in `cells`: in the order of the method's fields, and what is None in no Cell.
+        values = {**cell.config, **tune.config.get(cell.method, {})}
+        config = {key: values[key] for key in entry.config[cell.method] if values.get(key) is not None}
+        fixed = {"config": config, "seed": tune.seed, "evaluation": evaluation}
         sweep = [
             cell.model_copy(update={**fixed, "training": cell.training.model_copy(update={"lr": lr})}) for lr in tune.lr
         ]
