@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from harness.analysis import naming
 from harness.errors import UsageError
 from harness.manifest import Comparison, Tuning
+from harness.methods import methods
 from harness.records import LATER, Cell
 from harness.spelling import near
 
@@ -123,8 +124,17 @@ def only(plan: Plan, expr: str) -> Plan:
         key, equals, value = (part.strip() for part in term.partition("="))
         wanted.setdefault(key if equals else "", []).append(value if equals else key)
     swept = {cell_id for tuning in plan.tuning for cell_id in tuning.sweep}
+    # A later knob stands in no Cell at its default, and can be named all the same.
+    unsaid = {
+        name: {key: knob.default for key, knob in info.fields.items() if knob.later} for name, info in methods().items()
+    }
     facts = {
-        cell.cell_id: {**_facts(cell, plan.ids[cell.cell_id]), "tune": cell.cell_id in swept} for cell in plan.cells
+        cell.cell_id: {
+            **unsaid.get(cell.method, {}),
+            **_facts(cell, plan.ids[cell.cell_id]),
+            "tune": cell.cell_id in swept,
+        }
+        for cell in plan.cells
     }
     names = naming.full(plan.cells)
     known = sorted({key for of_cell in facts.values() for key in of_cell})

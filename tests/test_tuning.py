@@ -57,6 +57,13 @@ def test_an_item_that_chooses_a_rate_never_ranks() -> None:
     assert other.cell_id != cell.cell_id
 
 
+def test_only_names_a_knob_that_stands_in_no_cell_at_its_default(tmp_path: Path) -> None:
+    suite = SUITE.replace("[q_proj]", "[q_proj], init: [kaiming, gaussian]")
+    plan = _plan(tmp_path, "{lr: [1e-3, 1e-2], items: 4}", suite)
+    assert {cell.config.get("init") for cell in only(plan, "init=kaiming").cells} == {None}
+    assert {cell.config.get("init") for cell in only(plan, "init=gaussian").cells} == {"gaussian"}
+
+
 @pytest.mark.parametrize(
     ("own", "tuned", "found"),
     [
