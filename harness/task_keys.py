@@ -57,6 +57,11 @@ def filters(data: dict[str, Any]) -> list[str]:
     return [str(f["name"]) for f in listed if isinstance(f, dict) and "name" in f] if isinstance(listed, list) else []
 
 
+def written(spec: dict[str, Any]) -> int:
+    """Return the most tokens of an answer that a task has generated."""
+    return int((spec.get("generation_kwargs") or {}).get("max_gen_toks", MAX_GEN_TOKS))
+
+
 def _found(data: dict[str, Any], labels: int | None) -> _Found:
     kind = data.get("output_type", "multiple_choice")
     if kind not in _OWN:

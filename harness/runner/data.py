@@ -18,7 +18,7 @@ from harness.evaluation import classification
 from harness.measure.latency import positions
 from harness.records import Accuracy, Cell, Item
 from harness.runner.work import Asset, Work
-from harness.task_keys import MAX_GEN_TOKS
+from harness.task_keys import written
 from harness.training import loop
 from harness.training import model as models
 from harness.training.batches import Example, answer_examples, classification_examples, collate, order
@@ -44,7 +44,7 @@ class CellData:
             train_rows, test_rows = _split(work, work.data)
         wanted, batch = cell.training.steps, cell.training.batch
         tokenizer, limit = loaded.tokenizer, cell.training.max_tokens
-        refuse_long(loaded.model, cell, _written(task.spec) if task.answers else 0)
+        refuse_long(loaded.model, cell, written(task.spec) if task.answers else 0)
         self.pad = int(tokenizer.pad_token_id)
         self._cell = cell
         self._progress = lambda done, of: emit("items", done=done, of=of)
@@ -130,10 +130,6 @@ def _own(work: Work, data: Asset) -> tuple[Any, list[Any], list[Any]]:
     tested = range(evaluation.skip, evaluation.skip + evaluation.items)
     task = OwnTask(Path(work.task.file), Path(data.path), tested, work.task.judge)
     return task, task.training() if work.cell.training.steps else [], task.tested()
-
-
-def _written(spec: dict[str, Any]) -> int:
-    return int((spec.get("generation_kwargs") or {}).get("max_gen_toks", MAX_GEN_TOKS))
 
 
 class _Tokenised(Sequence[Example]):
