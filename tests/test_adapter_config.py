@@ -226,7 +226,11 @@ def without(key: str) -> dict[str, Any]:
     [
         ("./nowhere.json", "nowhere.json cannot be read: No such file"),
         ("./broken.json", "is no JSON: Expecting property name enclosed in double quotes: line 2 column 1"),
-        ({}, "`adapter_config` of peft is missing"),
+        (None, "`adapter_config` of peft is missing"),
+        ({}, "has no `peft_type` (it is empty)"),
+        ({**IA3, "task_type": ["CAUSAL_LM"]}, "has task_type ['CAUSAL_LM']; the harness has models for"),
+        ({**IA3, "modules_to_save": 5}, "has modules_to_save 5, which is no list of names"),
+        ({**IA3, "modules_to_save": "score"}, "has modules_to_save 'score', which is no list of names"),
         (7, "must be the path of an adapter_config.json, or its keys, got 7"),
         (without("peft_type"), "has no `peft_type`"),
         ({**IA3, "peft_type": "IA4"}, "has peft_type IA4, which the installed peft does not have; did you mean `IA3`?"),
