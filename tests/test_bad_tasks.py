@@ -196,6 +196,14 @@ def test_all_mistakes_of_both_sets_and_the_suite_come_at_once(tmp_path: Path) ->
     ]
 
 
+def test_one_set_may_be_tested_and_train_and_is_then_counted_for_both(tmp_path: Path) -> None:
+    both = ANSWERED.replace("train: taught", "train: asked")
+    three = ASKED + '{"prompt": "c", "answer": "3"}\n'
+    assert suites.load(answered(tmp_path, both, asked=three)).tasks
+    with pytest.raises(SuiteError, match="asked has 2 rows, and the task keeps 2 of them for its test: none is left"):
+        suites.load(answered(tmp_path, both))
+
+
 def test_an_encoder_writes_no_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, said = run(capsys, "plan", str(answered(tmp_path, suite=SUITE.replace("tiny-llama", "minilm-l6"))))
     assert code == Exit.USAGE
