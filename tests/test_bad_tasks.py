@@ -145,6 +145,7 @@ def test_a_sound_generative_task(tmp_path: Path) -> None:
         ),
         (("max_gen_toks: 8", "num_beams: 4"), 5, "`num_beams` is not honoured", "remove it"),
         (("filter: [{function: regex,", "filter: [{regex,"), 7, "not a filter", "function: take_first"),
+        (("function: regex,", "function: regx,"), 7, "lm-eval has no filter function `regx`", "did you mean `regex`?"),
         (("([0-9])", "([0-9]"), 7, "`regex_pattern` is no pattern", "mend it"),
         (("exact_match", "acc"), 8, "`metric_list` has no `exact_match`", "add {metric: exact_match}"),
         (("shuffle_seed: 0", "shuffle_seed: 0, filter: last"), 10, "`filter` is `last`, which", "write one of first"),
