@@ -25,7 +25,12 @@ from harness.yaml_lines import Document, Way
 
 MOST_CELLS = 10_000
 """More is a slip of the pen: at a minute each, ten thousand Cells are a week."""
-_JUDGED_BY_MODEL = (("config", "targets"), ("config", "adapter_config"), ("training", "max_tokens"))
+_JUDGED_LATER = (
+    ("config", "targets"),
+    ("config", "adapter_config"),
+    ("training", "max_tokens"),
+    ("evaluation", "items"),
+)
 _NEEDED = (("model",), ("task",), ("method",), ("training", "steps"), ("evaluation", "items"))
 
 
@@ -34,7 +39,7 @@ class Entry:
     """One entry of a suite, every axis a list. `expand` multiplies it out.
 
     config: for each method, the values of each of its fields, defaults filled in. places: where in the file stands what
-    only a model can judge.
+    only a model or the data can judge.
     """
 
     id: str
@@ -135,7 +140,7 @@ class _EntryReader:
             training=training,
             evaluation=Evaluation(**{"items": 0} | keys.evaluation.model_dump(exclude_none=True)),
             tune=tune,
-            places={way[-1]: self.reading.document.where(*self._way(*way)) for way in _JUDGED_BY_MODEL},
+            places={way[-1]: self.reading.document.where(*self._way(*way)) for way in _JUDGED_LATER},
         )
 
     def _way(self, *rest: str | int) -> Way:

@@ -17,7 +17,7 @@ from harness import suites, tasks
 from harness.assets import fetch, lm_eval_files
 from harness.assets.table import resolve
 from harness.cli import main
-from harness.errors import Exit, UsageError
+from harness.errors import AssetError, Exit, UsageError
 from harness.expand import expand
 from harness.records import AssetUse, Cell
 from harness.runner import task_assets
@@ -130,7 +130,7 @@ def data_of(path: Path, **change: Any) -> tuple[CellData, Any, Cell]:
     def fetched(one: Any) -> Asset:
         return Asset(path=str(fetch.ensure(one)), source=one, use=fetch.use(one))
 
-    data, task = task_assets.ready(loaded.tasks[cell.task], cell.evaluation.items, fetched)
+    data, task = task_assets.ready(loaded.tasks[cell.task], cell.evaluation.items, "here:1", fetched)
     work = Work(
         run="r", folder="f", attempt=1, cell=cell, model=model, data=data, task=task, device="cpu", launched=0.0
     )
@@ -222,6 +222,17 @@ def test_data_are_fetched_once_and_have_a_hash(own: Path) -> None:
     assert fetch.use(source).sha256 != before.sha256
 
 
+def test_local_files_that_cannot_be_read_are_not_the_hubs(own: Path) -> None:
+    source = tasks.load("lm-eval:digits_chosen", own, {}).data
+    (own / "train.jsonl").write_text("{broken\n", encoding="utf-8")
+    with pytest.raises(AssetError, match="cannot read the files of lm-eval:digits_chosen: ") as caught:
+        fetch.ensure(source)
+    assert "train.jsonl" in (caught.value.mend or "")
+    (own / "train.jsonl").unlink()
+    with pytest.raises(AssetError, match="cannot read the files of lm-eval:digits_chosen: Unable to find"):
+        fetch.ensure(source)
+
+
 def test_hub_data_are_read_at_their_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -272,11 +283,15 @@ def test_what_cannot_be_run_is_said_by_plan(name: str, own: Path, capsys: pytest
     assert mend in said.partition("mend: ")[2]
 
 
-def test_more_items_than_there_are_is_said_before_anything_runs(own: Path) -> None:
-    path = suite(own, "lm-eval:digits_chosen")
+def test_more_items_than_there_are_is_said_with_its_place_before_anything_runs(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = suite(own, "[lm-eval:digits_chosen, lm-eval:digits_written:number]")
     path.write_text(path.read_text().replace("items: 5", "items: 50"), encoding="utf-8")
-    with pytest.raises(UsageError, match="a Cell has 50 `items`, and lm-eval:digits_chosen has 7 test items"):
-        data_of(path)
+    assert main(["run", str(path), "--out", str(own / "out")]) == Exit.USAGE
+    said = capsys.readouterr().err
+    for task in ("digits_chosen", "digits_written:number"):
+        assert f"{path}:7: 50 `items` are wanted, those of `tune` included, and lm-eval:{task} has 7 test items" in said
 
 
 def test_finding_a_task_imports_neither_lm_eval_nor_torch() -> None:
