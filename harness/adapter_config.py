@@ -89,21 +89,24 @@ class AdapterConfigField(FieldInfo):
 
     def problem(self, value: Any) -> str:
         """Say what is wrong with the keys of a config, or return an empty string."""
-        if value == {}:
+        if value is None:
             return "is missing"
         if not isinstance(value, dict):
             return f"must be {self.called}, got {value!r}"
         kind, known = value.get("peft_type"), peft_types()
         if not isinstance(kind, str):
-            return f"has no `peft_type` ({', '.join(sorted(value)[:5])} ...); is it an {FILE}?"
+            keys = f"{', '.join(sorted(map(str, value))[:5])} ..." if value else "it is empty"
+            return f"has no `peft_type` ({keys}); is it an {FILE}?"
         if known and kind not in known:
             return f"has peft_type {kind}, which the installed peft does not have; {near(kind, known, 'it has')}"
         if kind in _REFUSED:
             return f"has peft_type {kind}, which is not offered: {_REFUSED[kind]}"
-        task = value.get("task_type")
-        if task is not None and task not in _KINDS:
+        task, saved = value.get("task_type"), value.get("modules_to_save")
+        if task is not None and (not isinstance(task, str) or task not in _KINDS):
             return f"has task_type {task}; the harness has models for {', '.join(_KINDS)}"
-        more = set(value.get("modules_to_save") or ()) - _HEADS
+        if saved is not None and (not isinstance(saved, list) or not all(isinstance(name, str) for name in saved)):
+            return f"has modules_to_save {saved!r}, which is no list of names"
+        more = set(saved or ()) - _HEADS
         if more:
             return (
                 f"has modules_to_save {', '.join(sorted(more))}; the harness trains the adapter and a new head, no more"
@@ -138,7 +141,7 @@ PEFT = MethodInfo(
     summary=f"Any other method of HF peft, by its {FILE}; {NO_REFERENCE}",
     paper="the config's `peft_type` says which; see peft's documentation",
     deviations=(),
-    fields={KEY: AdapterConfigField("dict", {})},
+    fields={KEY: AdapterConfigField("dict", None)},
     about_fields=(
         f"{KEY}: the path of an {FILE} (it starts from the suite's folder), or its keys. Not offered: "
         f"{', '.join(kind.lower() for kind in _REFUSED)}. There is no reference to compare with, so that no time of such a "

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from harness.analysis import naming
 from harness.errors import UsageError
 from harness.manifest import Comparison, Tuning
+from harness.methods import methods
 from harness.records import LATER, Cell
 from harness.spelling import near
 
@@ -92,8 +93,10 @@ def _searches(entry: Entry) -> list[tuple[list[str], list[Cell]]]:
     found: dict[tuple[str, ...], tuple[list[str], list[Cell]]] = {}
     evaluation = entry.evaluation.model_copy(update={"items": tune.items, "skip": entry.evaluation.items})
     for cell in cells(entry):
-        own = {key: value for key, value in tune.config.items() if key in cell.config}
-        fixed = {"config": {**cell.config, **own}, "seed": tune.seed, "evaluation": evaluation}
+        # As in `cells`: in the order of the method's fields, and what is None in no Cell.
+        values = {**cell.config, **tune.config.get(cell.method, {})}
+        config = {key: values[key] for key in entry.config[cell.method] if values.get(key) is not None}
+        fixed = {"config": config, "seed": tune.seed, "evaluation": evaluation}
         sweep = [
             cell.model_copy(update={**fixed, "training": cell.training.model_copy(update={"lr": lr})}) for lr in tune.lr
         ]
@@ -121,8 +124,17 @@ def only(plan: Plan, expr: str) -> Plan:
         key, equals, value = (part.strip() for part in term.partition("="))
         wanted.setdefault(key if equals else "", []).append(value if equals else key)
     swept = {cell_id for tuning in plan.tuning for cell_id in tuning.sweep}
+    # A later knob stands in no Cell at its default, and can be named all the same.
+    unsaid = {
+        name: {key: knob.default for key, knob in info.fields.items() if knob.later} for name, info in methods().items()
+    }
     facts = {
-        cell.cell_id: {**_facts(cell, plan.ids[cell.cell_id]), "tune": cell.cell_id in swept} for cell in plan.cells
+        cell.cell_id: {
+            **unsaid.get(cell.method, {}),
+            **_facts(cell, plan.ids[cell.cell_id]),
+            "tune": cell.cell_id in swept,
+        }
+        for cell in plan.cells
     }
     names = naming.full(plan.cells)
     known = sorted({key for of_cell in facts.values() for key in of_cell})

@@ -18,6 +18,7 @@ from harness.assets import fetch, model_folder, process
 from harness.assets.table import resolve
 from harness.errors import Problem, SuiteError
 from harness.methods import TARGET_WORDS
+from harness.task_keys import written
 
 if TYPE_CHECKING:
     from harness.expand import Plan
@@ -38,17 +39,25 @@ def refuse(suite: Suite, plan: Plan) -> None:
         source = resolve(model, suite.sources, suite.path.resolve().parent)
         folder = fetch.at_hand(source)
         if folder is not None:
-            found += [*_too_long(folder, cells), *_no_layers(folder, source.kind, cells), *_none_of_them(folder, cells)]
+            found += _too_long(folder, cells, suite)
+            found += [*_no_layers(folder, source.kind, cells), *_none_of_them(folder, cells)]
     if found:
         raise SuiteError(list(dict.fromkeys(found)))
 
 
-def _too_long(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[Problem]:
+def _too_long(folder: Path, cells: list[tuple[Cell, dict[str, str]]], suite: Suite) -> Iterator[Problem]:
     most = model_folder.positions(folder)
+    if most is None:
+        return
     for cell, places in cells:
-        if most is not None and cell.training.max_tokens > most:
-            what = f"`max_tokens` is {cell.training.max_tokens}, and {cell.model} has {most} positions"
+        task, limit = suite.tasks[cell.task], cell.training.max_tokens
+        answer = written(task.spec) if task.answers else 0
+        if limit > most:
+            what = f"`max_tokens` is {limit}, and {cell.model} has {most} positions"
             yield Problem(places["max_tokens"], what, f"write at most {most}")
+        elif limit + answer > most:
+            what = f"a prompt of {limit} tokens and an answer of {answer} exceed the {most} positions of {cell.model}"
+            yield Problem(places["max_tokens"], what, "lower `max_tokens`, or the task's `max_gen_toks`")
 
 
 def _no_layers(folder: Path, kind: str, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[Problem]:

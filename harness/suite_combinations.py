@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,13 +19,17 @@ def impossible(
     methods: Mapping[str, MethodInfo],
     bases: list[BaseKeys],
     kinds: Mapping[str, str],
+    steps: int,
 ) -> Iterator[Found]:
     """Yield every combination that no Cell can live through.
 
-    config: for each method, the values of each of its fields; kinds: of each model that is known, `causal` or `encoder`.
+    config: for each method, the values of each of its fields; kinds: of each model that is known, `causal` or `encoder`;
+    steps: of the training.
     """
     for name, fields in config.items():
         yield from _starts(name, fields)
+        yield from _budgets(name, fields)
+        yield from _schedules(name, fields, steps)
         yield from _models(methods[name], fields, kinds)
         yield from _bases(methods[name], bases)
 
@@ -36,6 +41,28 @@ def _starts(name: str, fields: Mapping[str, list[Any]]) -> Iterator[Found]:
         if rank % 2:
             what = f"`init: orthogonal` of {name} shares the rank out in halves, and `rank` is {rank}"
             yield ("config", "init"), what, f"write an even rank, such as {rank + 1}, or another init"
+
+
+def _budgets(name: str, fields: Mapping[str, list[Any]]) -> Iterator[Found]:
+    """AdaLoRA's own contradictions: it could only refuse to attach. Of each kind the first is told."""
+    ranks = itertools.product(fields.get("target_rank", ()), fields.get("rank", ()))
+    for target, rank in ((target, rank) for target, rank in ranks if target > rank):
+        what = f"`target_rank` of {name} is {target}, above its `rank` of {rank}, and the budget only falls"
+        yield ("config", "target_rank"), what, f"write at most {rank}, or raise `rank`"
+        break
+    for first, last, total in itertools.product(*(fields.get(key, ()) for key in ("tinit", "tfinal", "total_steps"))):
+        if first + last >= total:
+            what = f"`tinit` {first} and `tfinal` {last} of {name} leave no step of `total_steps` {total} to prune in"
+            yield ("config", "tinit"), what, f"write `tinit` and `tfinal` that are below {total} together"
+            break
+
+
+def _schedules(name: str, fields: Mapping[str, list[Any]], steps: int) -> Iterator[Found]:
+    """A Method that counts down over `total_steps` would not come to its end, or stand still before the training's."""
+    for total in fields.get("total_steps", ()):
+        if steps and total != steps:
+            what = f"`total_steps` of {name} is {total}, and the training has {steps} steps"
+            yield ("config", "total_steps"), what, f"write `total_steps: {steps}`"
 
 
 def _models(info: MethodInfo, fields: Mapping[str, list[Any]], kinds: Mapping[str, str]) -> Iterator[Found]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from harness.methods import MethodInfo
 from harness.records import Base, Dtype, Evaluation, Optimizer, Training
 from harness.registry import Registry
 from harness.spelling import near
-from harness.suite_combinations import impossible
+from harness.suite_combinations import Found, impossible
 from harness.suite_file import BaseKeys, CellKeys, TuneKeys
 from harness.suite_tuning import Tune
 from harness.tasks import Task
@@ -24,7 +25,12 @@ from harness.yaml_lines import Document, Way
 
 MOST_CELLS = 10_000
 """More is a slip of the pen: at a minute each, ten thousand Cells are a week."""
-_JUDGED_BY_MODEL = (("config", "targets"), ("config", "adapter_config"), ("training", "max_tokens"))
+_JUDGED_LATER = (
+    ("config", "targets"),
+    ("config", "adapter_config"),
+    ("training", "max_tokens"),
+    ("evaluation", "items"),
+)
 _NEEDED = (("model",), ("task",), ("method",), ("training", "steps"), ("evaluation", "items"))
 
 
@@ -33,7 +39,7 @@ class Entry:
     """One entry of a suite, every axis a list. `expand` multiplies it out.
 
     config: for each method, the values of each of its fields, defaults filled in. places: where in the file stands what
-    only a model can judge.
+    only a model or the data can judge.
     """
 
     id: str
@@ -97,6 +103,7 @@ class _EntryReader:
         config = self._configs()
         models = {i: self._model(model, self._way("model", i)) for i, model in enumerate(keys.model or [])}
         known = {i: source for i, source in models.items() if source}
+        kinds: dict[str, str] = {(keys.model or [])[i]: source.kind for i, source in known.items()}
         encoders = [source.name for source in known.values() if source.kind == "encoder"]
         for i, task in enumerate(keys.task or []):
             self._task(task, self._way("task", i), encoders)
@@ -107,10 +114,16 @@ class _EntryReader:
                 self._offer("method", method, implementation, self._way("implementation", i))
         for i, base in enumerate(keys.base):
             self._base(base, self._way("base", i))
-        for where, what, mend in impossible(config, self.reading.methods, keys.base, self._kinds()):
+        wrong = list(self._impossible(config, kinds))
+        for where, what, mend in wrong:
             self.reading.problem(self._way(*where), what, mend)
         training = self._training(config) if complete else []
         tune = self._tune(keys.tune, config, training) if training and keys.tune else None
+        if tune:
+            tried = {name: fields | tune.axes(name) for name, fields in config.items()}
+            for where, what, mend in self._impossible(tried, kinds):
+                if (where, what, mend) not in wrong:
+                    self.reading.problem(self._way("tune", *where), what, mend)
         if not complete or len(self.reading.problems) > before:
             return None
         return Entry(
@@ -127,7 +140,7 @@ class _EntryReader:
             training=training,
             evaluation=Evaluation(**{"items": 0} | keys.evaluation.model_dump(exclude_none=True)),
             tune=tune,
-            places={way[-1]: self.reading.document.where(*self._way(*way)) for way in _JUDGED_BY_MODEL},
+            places={way[-1]: self.reading.document.where(*self._way(*way)) for way in _JUDGED_LATER},
         )
 
     def _way(self, *rest: str | int) -> Way:
@@ -244,9 +257,8 @@ class _EntryReader:
             self.reading.problem(way, f"{error.what} ({error.where})", error.mend)
         return source
 
-    def _kinds(self) -> dict[str, str]:
-        """Map those of the models that are in the table to their kind; others have been reported."""
-        return {name: self.reading.sources[name].kind for name in self.keys.model or [] if name in self.reading.sources}
+    def _impossible(self, config: dict[str, dict[str, list[Any]]], kinds: dict[str, str]) -> Iterator[Found]:
+        return impossible(config, self.reading.methods, self.keys.base, kinds, self.keys.training.steps or 0)
 
     def _task(self, name: str, way: Way, encoders: list[str]) -> None:
         reading, items = self.reading, self.keys.evaluation.items
@@ -307,7 +319,6 @@ class _EntryReader:
         if 0 < training[0].steps < training[0].warmup:
             what = f"`warmup` is {training[0].warmup}, longer than the {training[0].steps} steps"
             self.reading.problem(self._way("training", "warmup"), what, "shorten it, or train longer")
-        self._schedules(config, training[0].steps)
         self._optimizers(config, training[0].steps)
         for i, ratio in enumerate(_listed(written.get("lr_ratio"))):
             self._ratio(config, ratio, self._way("training", "lr_ratio", i))
@@ -352,14 +363,6 @@ class _EntryReader:
                 having = ", ".join(n for n, info in self.reading.methods.items() if "B" in info.factors)
                 what = f"`lr_ratio` is {ratio:g}, and {name} trains no factor B"
                 self.reading.problem(way, what, f"write `lr_ratio: 1` for {name}; those that do: {having}")
-
-    def _schedules(self, config: dict[str, dict[str, list[Any]]], steps: int) -> None:
-        """A Method that counts down over `total_steps` would not come to its end, or stand still before the training's."""
-        for name, fields in config.items():
-            for total in fields.get("total_steps", ()):
-                if steps and total != steps:
-                    what = f"`total_steps` of {name} is {total}, and the training has {steps} steps"
-                    self.reading.problem(self._way("config", "total_steps"), what, f"write `total_steps: {steps}`")
 
 
 def _merged(block: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any]:

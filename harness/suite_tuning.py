@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from harness import adapter_config
 from harness.methods import MethodInfo
 from harness.records import Training
 from harness.spelling import near
@@ -17,13 +18,18 @@ from harness.tasks import Task
 class Tune:
     """What is tried: each of `lr` with `seed`, scored on `items` test items after those of the entry's Cells.
 
-    config: values that the tried Cells have instead of the entry's, so that one rank may speak for all.
+    config: for each method, values that the tried Cells have instead of the entry's, so that one rank may speak for all;
+    None stands for the default of a later knob, which stands in no Cell.
     """
 
     lr: tuple[float, ...]
     seed: int
     items: int
-    config: Mapping[str, Any]
+    config: Mapping[str, Mapping[str, Any]]
+
+    def axes(self, method: str) -> dict[str, list[Any]]:
+        """Return `config` of a method in the form of an entry's axes."""
+        return {key: [value] for key, value in self.config.get(method, {}).items()}
 
 
 def read(
@@ -70,10 +76,16 @@ def read(
     return Tune(lr, keys.seed, keys.items or 0, config) if not found else None
 
 
-def _config(written: Mapping[str, Any], methods: Sequence[MethodInfo], wrong: Callable[..., None]) -> dict[str, Any]:
-    config = {}
+def _config(
+    written: Mapping[str, Any], methods: Sequence[MethodInfo], wrong: Callable[..., None]
+) -> dict[str, dict[str, Any]]:
+    config: dict[str, dict[str, Any]] = {info.name: {} for info in methods}
     for key, value in written.items():
         having = [info for info in methods if key in info.fields]
+        if key == adapter_config.KEY:
+            what = f"`tune.config` has an `{key}`, which is a method of its own and no value to vary"
+            wrong(("config", key), what, "give it an entry with a `tune:` of its own")
+            continue
         if not having:
             known = dict.fromkeys(name for info in methods for name in info.fields)
             wrong(("config", key), f"`tune.config` has a `{key}`, which no method here has", near(key, known, "keys"))
@@ -82,5 +94,5 @@ def _config(written: Mapping[str, Any], methods: Sequence[MethodInfo], wrong: Ca
             if what := knob.problem(value):
                 wrong(("config", key), f"`{key}` of {info.name} {what}", knob.mend)
             else:
-                config[key] = knob.canonical(value)
+                config[info.name][key] = knob.canonical(value)
     return config

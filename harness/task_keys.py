@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError, meta
 
+from harness.assets import lm_eval_files
 from harness.errors import Problem
 from harness.spelling import near
 from harness.yaml_lines import Document, Way
@@ -55,6 +56,11 @@ def filters(data: dict[str, Any]) -> list[str]:
     """Return the names of lm-eval's filters for answers that are texts; `none` is its own, where the task names none."""
     listed = data.get("filter_list") or [{"name": "none"}]
     return [str(f["name"]) for f in listed if isinstance(f, dict) and "name" in f] if isinstance(listed, list) else []
+
+
+def written(spec: dict[str, Any]) -> int:
+    """Return the most tokens of an answer that a task has generated."""
+    return int((spec.get("generation_kwargs") or {}).get("max_gen_toks", MAX_GEN_TOKS))
 
 
 def _found(data: dict[str, Any], labels: int | None) -> _Found:
@@ -142,6 +148,7 @@ def _filters(listed: Any) -> _Found:
     if not isinstance(listed, list):
         yield ("filter_list",), f"`filter_list` is {listed!r}", form
         return
+    known = lm_eval_files.filter_functions()
     seen: set[str] = set()
     for i, one in enumerate(listed):
         way: Way = ("filter_list", i)
@@ -159,6 +166,9 @@ def _filters(listed: Any) -> _Found:
             yield (*way, "name"), f"a second filter named `{one['name']}`", "rename one of the two"
         seen.add(one["name"])
         for j, step in enumerate(steps):
+            if known and step["function"] not in known:
+                what = f"lm-eval has no filter function `{step['function']}`"
+                yield (*way, "filter", j, "function"), what, near(step["function"], known, "it has")
             try:
                 re.compile(str(step.get("regex_pattern", "")))
             except re.error as error:

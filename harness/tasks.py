@@ -22,6 +22,10 @@ SYNTHETIC = "synthetic"
 """The task without texts: see `harness.unscored`."""
 
 
+Role = Literal["data", "train"]
+"""What a task uses a source for; one may serve for both."""
+
+
 class Answers(Frozen):
     """What is special to a task whose answers are texts: how they are taught, and which of lm-eval's filters judges."""
 
@@ -66,8 +70,8 @@ class Task:
     spec: the whole lm-eval mapping, as read. data: the Source that `metadata.data` names; train: another one to train on.
     labels: how many classes, which an encoder can tell apart; 0: only a causal model can do it. answers: of a task whose
     answers are texts. test: the first rows of `data` after one shuffle with `shuffle_seed`; without `train` the rest of them
-    train. own: one of lm-eval's tasks, with its own splits, in their order; `test` is then 0, for all. Of `synthetic` all
-    but the name is empty, and data is None.
+    train. own: one of lm-eval's tasks, with its own splits, in their order; `test` is then 0, for all. judge: the filter of
+    lm-eval that counts, also where choices are scored. Of `synthetic` all but the name is empty, and data is None.
     """
 
     name: str
@@ -80,19 +84,20 @@ class Task:
     shuffle_seed: int
     answers: Answers | None
     own: lm_eval_files.Named | None = None
+    judge: str = "none"
 
     @property
     def trains(self) -> bool:
         """Whether there is something to train on."""
         return self.own is None or "train" in self.own.splits
 
-    def problems(self, source: Source, path: Path) -> list[Problem]:
-        """Say what keeps one of the task's two sources, which lies at `path`, from being used."""
+    def problems(self, role: Role, source: Source, path: Path) -> list[Problem]:
+        """Say what keeps one of the task's two sources, which lies at `path`, from being used in its role."""
         if self.own is not None:
             return []  # lm-eval reads it
-        if source is self.train:
+        if role == "train":
             return rows.problems(source, path, self.labels)
-        return rows.problems(source, path, self.labels, self.test, trains=self.train is None)
+        return rows.problems(source, path, self.labels, self.test, trains=self.train in (None, self.data))
 
 
 def names() -> list[str]:
@@ -136,6 +141,7 @@ def load(name: str, base: Path, sources: Mapping[str, Source]) -> Task:
         task = Task(
             name=name, path=document.path, spec=document.data, data=data, train=train, labels=labels,
             test=metadata.test, shuffle_seed=metadata.shuffle_seed, answers=answers,
+            judge=answers.filter if answers else "none",
         )  # fmt: skip
         problems += _unfit(document, task)
         if not problems:
@@ -207,7 +213,7 @@ def _own(name: str) -> Task:
     judge = named.filter or filters[0]
     return Task(
         name=name, path=named.path, spec=said, data=source, train=None, labels=0, test=0, shuffle_seed=0,
-        answers=Answers(filter=judge) if kind == "generate_until" else None, own=named,
+        answers=Answers(filter=judge) if kind == "generate_until" else None, own=named, judge=judge,
     )  # fmt: skip
 
 
@@ -241,19 +247,20 @@ def _source(
 
 def _unfit(document: yaml_lines.Document, task: Task) -> list[Problem]:
     """Say what keeps the task's sources from being used: what their rows hold, and of local files every row."""
-    problems = []
-    for key, source in (("data", task.data), ("train", task.train)):
+    problems: list[Problem] = []
+    roles: tuple[tuple[Role, Source | None], ...] = (("data", task.data), ("train", task.train))
+    for key, source in roles:
         if source is None or source.rows is None:
             continue
         where, holds = document.where("metadata", key), source.rows.holds
-        wanted = ("labels",) if task.labels else ("answers", "text") if source is task.train else ("answers",)
+        wanted = ("labels",) if task.labels else ("answers", "text") if key == "train" else ("answers",)
         if holds not in wanted:
             what = f"the rows of {source.name} hold {holds}, and this task's `{key}` needs {' or '.join(wanted)}"
             problems.append(Problem(where, what, f"write `rows: {{holds: {wanted[0]}, ...}}` in its source"))
         elif source.scheme == "file":
             try:
-                problems += task.problems(source, fetch.ensure(source))
+                problems += task.problems(key, source, fetch.ensure(source))
             except HarnessError as error:
                 at = f" ({error.where})" if error.where else ""
                 problems.append(Problem(where, error.what + at, error.mend))
-    return problems
+    return list(dict.fromkeys(problems))

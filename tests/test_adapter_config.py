@@ -226,7 +226,11 @@ def without(key: str) -> dict[str, Any]:
     [
         ("./nowhere.json", "nowhere.json cannot be read: No such file"),
         ("./broken.json", "is no JSON: Expecting property name enclosed in double quotes: line 2 column 1"),
-        ({}, "`adapter_config` of peft is missing"),
+        (None, "`adapter_config` of peft is missing"),
+        ({}, "has no `peft_type` (it is empty)"),
+        ({**IA3, "task_type": ["CAUSAL_LM"]}, "has task_type ['CAUSAL_LM']; the harness has models for"),
+        ({**IA3, "modules_to_save": 5}, "has modules_to_save 5, which is no list of names"),
+        ({**IA3, "modules_to_save": "score"}, "has modules_to_save 'score', which is no list of names"),
         (7, "must be the path of an adapter_config.json, or its keys, got 7"),
         (without("peft_type"), "has no `peft_type`"),
         ({**IA3, "peft_type": "IA4"}, "has peft_type IA4, which the installed peft does not have; did you mean `IA3`?"),
@@ -243,6 +247,14 @@ def test_mistakes_are_found_with_the_suite(tmp_path: Path, value: Any, says: str
         suites.load(suite(tmp_path, value))
     assert says in str(caught.value)
     assert "suite.yaml:10: " in str(caught.value)
+
+
+def test_a_model_that_is_named_directly_has_a_kind_too(tmp_path: Path) -> None:
+    path = suite(tmp_path, {**IA3, "task_type": "SEQ_CLS"})
+    text = path.read_text(encoding="utf-8").replace("tiny-llama", f'"org/model@{"0" * 40}"')
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(SuiteError, match="has task_type SEQ_CLS, and the model is of the kind `causal`"):
+        suites.load(path)
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,20 @@ def test_a_training_set_of_its_own_leaves_the_other_to_the_test() -> None:
         rows.split(asked, 10, 0, taught)
 
 
+def test_a_text_that_holds_what_the_test_asks_is_not_trained_on() -> None:
+    asked = [rows.Answered("0", "Who wrote  Emma?", "Austen"), rows.Answered("1", "art", "x")]
+    taught = [
+        rows.Text("whole", "Q:who wrote\nEmma? A: Austen"),
+        rows.Text("word", "It is ART."),
+        rows.Text("part", "a party of artists"),
+        rows.Text("begun", "Who wrote Emm"),
+        rows.Answered("same", " who wrote emma? ", "Austen"),
+        rows.Answered("longer", "Tell me: who wrote Emma?", "Austen"),
+    ]
+    train, _ = rows.split(asked, 2, 0, taught)
+    assert [row.id for row in train] == ["part", "begun", "longer"]
+
+
 def many() -> Iterator[rows.Row]:
     for number in range(300):
         yield rows.Row(str(number), f"text {number % 250}", number % 2)

@@ -145,6 +145,7 @@ def test_a_sound_generative_task(tmp_path: Path) -> None:
         ),
         (("max_gen_toks: 8", "num_beams: 4"), 5, "`num_beams` is not honoured", "remove it"),
         (("filter: [{function: regex,", "filter: [{regex,"), 7, "not a filter", "function: take_first"),
+        (("function: regex,", "function: regx,"), 7, "lm-eval has no filter function `regx`", "did you mean `regex`?"),
         (("([0-9])", "([0-9]"), 7, "`regex_pattern` is no pattern", "mend it"),
         (("exact_match", "acc"), 8, "`metric_list` has no `exact_match`", "add {metric: exact_match}"),
         (("shuffle_seed: 0", "shuffle_seed: 0, filter: last"), 10, "`filter` is `last`, which", "write one of first"),
@@ -194,6 +195,14 @@ def test_all_mistakes_of_both_sets_and_the_suite_come_at_once(tmp_path: Path) ->
         ("suite.yaml:10", "`steps` is -4"),
         ("taught.csv:2", "cannot read taught: no column 'text'; there are body"),
     ]
+
+
+def test_one_set_may_be_tested_and_train_and_is_then_counted_for_both(tmp_path: Path) -> None:
+    both = ANSWERED.replace("train: taught", "train: asked")
+    three = ASKED + '{"prompt": "c", "answer": "3"}\n'
+    assert suites.load(answered(tmp_path, both, asked=three)).tasks
+    with pytest.raises(SuiteError, match="asked has 2 rows, and the task keeps 2 of them for its test: none is left"):
+        suites.load(answered(tmp_path, both))
 
 
 def test_an_encoder_writes_no_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,9 @@ from harness import suites
 from harness.assets import fetch, made, rows, table
 from harness.errors import UsageError
 from harness.expand import expand
-from harness.records import Cell
+from harness.records import Cell, Training
 from harness.runner import data
+from harness.runner.random_data import RandomData
 from harness.runner.work import Work
 from harness.training.batches import Example, order
 
@@ -103,3 +104,16 @@ def test_the_order_of_data_has_a_name(tokenizer: Any, monkeypatch: pytest.Monkey
     assert one.order_sha256 != _data(longer, tokenizer, monkeypatch, texts).order_sha256
     (moved := list(texts)).reverse()
     assert one.order_sha256 != _data(cell, tokenizer, monkeypatch, moved).order_sha256
+
+
+def test_random_data_of_another_batch_or_length_have_another_name() -> None:
+    def named(**change: int) -> str:
+        training = Training(steps=2, batch=2, max_tokens=8).model_copy(update=change)
+        model = SimpleNamespace(config=SimpleNamespace(vocab_size=50), named_modules=lambda: [])
+        cell = SimpleNamespace(training=training, seed=0, model="m")
+        work: Any = SimpleNamespace(cell=cell, device="cpu")
+        loaded: Any = SimpleNamespace(model=model)
+        return RandomData(work, loaded).order_sha256
+
+    assert named() == named()
+    assert len({named(), named(batch=4), named(max_tokens=4)}) == 3

@@ -112,6 +112,39 @@ def test_no_more_tokens_than_positions(
     ]
 
 
+TASK = """\
+task: digits
+output_type: generate_until
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: [], max_gen_toks: 8}
+metric_list: [{metric: exact_match}]
+metadata: {data: asked, test: 4, shuffle_seed: 0}
+"""
+
+
+@pytest.mark.usefixtures("no_child")
+@pytest.mark.parametrize("tokens", [32, 33])
+def test_a_prompt_and_its_answer_fit_together(folder: Path, tokens: int) -> None:
+    (folder / "task.yaml").write_text(TASK, encoding="utf-8")
+    rows = "".join(f'{{"prompt": "{n}", "answer": "{n}"}}\n' for n in range(8))
+    (folder / "asked.jsonl").write_text(rows, encoding="utf-8")
+    source = (
+        "  - {name: asked, kind: data, source: 'file:asked.jsonl', rows: {format: jsonl, holds: answers}}\nmatrix:\n"
+    )
+    suite = SUITE.partition("      - id: encoder")[0].replace("matrix:\n", source)
+    path = folder / "answers.yaml"
+    path.write_text(
+        suite.replace("toy-sentiment", "task.yaml").replace("max_tokens: 16", f"max_tokens: {tokens}"), encoding="utf-8"
+    )
+    loaded = suites.load(path)
+    if tokens == 32:
+        fitting.refuse(loaded, expand(loaded))
+        return
+    with pytest.raises(SuiteError, match="a prompt of 33 tokens and an answer of 8 exceed the 40 positions of tied"):
+        fitting.refuse(loaded, expand(loaded))
+
+
 def test_a_target_without_weights_of_its_own_is_looked_for_in_the_model(folder: Path) -> None:
     assert "lm_head" not in model_folder.layers(folder / "tied")
     assert refused(folder, "[q_proj, v_proj]", "[q_proj, lm_head]") == []

@@ -17,7 +17,7 @@ from harness import suites, tasks
 from harness.assets import fetch, lm_eval_files
 from harness.assets.table import resolve
 from harness.cli import main
-from harness.errors import Exit, UsageError
+from harness.errors import AssetError, Exit, UsageError
 from harness.expand import expand
 from harness.records import AssetUse, Cell
 from harness.runner import task_assets
@@ -130,7 +130,7 @@ def data_of(path: Path, **change: Any) -> tuple[CellData, Any, Cell]:
     def fetched(one: Any) -> Asset:
         return Asset(path=str(fetch.ensure(one)), source=one, use=fetch.use(one))
 
-    data, task = task_assets.ready(loaded.tasks[cell.task], cell.evaluation.items, fetched)
+    data, task = task_assets.ready(loaded.tasks[cell.task], cell.evaluation.items, "here:1", fetched)
     work = Work(
         run="r", folder="f", attempt=1, cell=cell, model=model, data=data, task=task, device="cpu", launched=0.0
     )
@@ -176,11 +176,38 @@ def test_a_task_of_choices_trains_on_the_right_one(own: Path) -> None:
     assert [item.id for item in data.evaluate(held.model).items] == [f"test-{i}" for i in range(5)]
 
 
+def test_choices_may_have_a_filter_of_their_own(own: Path) -> None:
+    with (own / "tasks" / "digits" / "choice.yaml").open("a", encoding="utf-8") as file:
+        file.write("filter_list: [{name: likeliest, filter: [{function: take_first}]}]\n")
+    data, held, _ = data_of(suite(own, "lm-eval:digits_chosen"))
+    assert len(data.evaluate(held.model).items) == 5
+
+
 def test_what_the_test_asks_is_not_trained_on(own: Path) -> None:
     (own / "train.jsonl").write_text((own / "test.jsonl").read_text() + '{"query": "zz9", "response": "makes 9"}\n')
     data, held, _ = data_of(suite(own, "lm-eval:digits_chosen"), evaluation=SimpleNamespace(items=6, batch=2, skip=0))
     texts = {held.tokenizer.decode(ids) for b in data.batches for ids in b.inputs["input_ids"]}
     assert texts == {"Q: zz9 9"}
+
+
+def test_a_search_is_scored_on_the_items_after_those_of_the_ranking(own: Path) -> None:
+    path = suite(own, "lm-eval:digits_written:number")
+    data, held, _ = data_of(path, evaluation=SimpleNamespace(items=2, batch=2, skip=3))
+    seen: list[str] = []
+    hook = held.model.register_forward_pre_hook(
+        lambda m, a, kw: seen.extend(map(held.tokenizer.decode, kw["input_ids"])), with_kwargs=True
+    )
+    assert [item.id for item in data.evaluate(held.model).items] == ["test-3", "test-4"]
+    hook.remove()
+    rows = [json.loads(line) for line in (own / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    prompts = [text for text in seen if text.count("Q: ") > 1]
+    asked = {text.rpartition("Q: ")[2].partition("\n")[0] for text in prompts}
+    assert asked == {row["query"] for row in rows[3:5]}
+
+
+def test_items_that_the_task_itself_drops_are_missed(own: Path) -> None:
+    with pytest.raises(UsageError, match="items 1 to 7 are wanted, and digits_chosen tests 6"):
+        data_of(suite(own, "lm-eval:digits_chosen"), evaluation=SimpleNamespace(items=7, batch=2, skip=0))
 
 
 def test_data_are_fetched_once_and_have_a_hash(own: Path) -> None:
@@ -193,6 +220,17 @@ def test_data_are_fetched_once_and_have_a_hash(own: Path) -> None:
     digits.rows(own / "test.jsonl", 6, seed=9)
     assert fetch.ensure(source) != first, "other files are other data"
     assert fetch.use(source).sha256 != before.sha256
+
+
+def test_local_files_that_cannot_be_read_are_not_the_hubs(own: Path) -> None:
+    source = tasks.load("lm-eval:digits_chosen", own, {}).data
+    (own / "train.jsonl").write_text("{broken\n", encoding="utf-8")
+    with pytest.raises(AssetError, match="cannot read the files of lm-eval:digits_chosen: ") as caught:
+        fetch.ensure(source)
+    assert "train.jsonl" in (caught.value.mend or "")
+    (own / "train.jsonl").unlink()
+    with pytest.raises(AssetError, match="cannot read the files of lm-eval:digits_chosen: Unable to find"):
+        fetch.ensure(source)
 
 
 def test_hub_data_are_read_at_their_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,11 +283,15 @@ def test_what_cannot_be_run_is_said_by_plan(name: str, own: Path, capsys: pytest
     assert mend in said.partition("mend: ")[2]
 
 
-def test_more_items_than_there_are_is_said_before_anything_runs(own: Path) -> None:
-    path = suite(own, "lm-eval:digits_chosen")
+def test_more_items_than_there_are_is_said_with_its_place_before_anything_runs(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = suite(own, "[lm-eval:digits_chosen, lm-eval:digits_written:number]")
     path.write_text(path.read_text().replace("items: 5", "items: 50"), encoding="utf-8")
-    with pytest.raises(UsageError, match="a Cell has 50 `items`, and lm-eval:digits_chosen has 7 test items"):
-        data_of(path)
+    assert main(["run", str(path), "--out", str(own / "out")]) == Exit.USAGE
+    said = capsys.readouterr().err
+    for task in ("digits_chosen", "digits_written:number"):
+        assert f"{path}:7: 50 `items` are wanted, those of `tune` included, and lm-eval:{task} has 7 test items" in said
 
 
 def test_finding_a_task_imports_neither_lm_eval_nor_torch() -> None:

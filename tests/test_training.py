@@ -250,6 +250,15 @@ def test_one_batch_with_a_gradient_is_a_training(speaks_at: int) -> None:
     assert [bool(norm) for norm in norms] == [step == speaks_at for step in range(1, steps + 1)]
 
 
+def test_what_trains_as_adapter_and_as_head_counts_once_in_the_norm() -> None:
+    s = setting(model := Encoder())
+    s["head"] = list(model.head.parameters())
+    assert {id(p) for p in s["head"]} <= {id(p) for p in s["adapted"].parameters()}
+    samples = loop.train(batches=batches(1), seed=0, report=nothing, **s)
+    want = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    assert samples.gradient_norms == pytest.approx([float(want)])
+
+
 def test_no_gradient_at_all_stops_the_run() -> None:
     s = setting(Encoder(), "lora")
     trainable = s["adapted"].parameters()

@@ -57,6 +57,38 @@ def test_an_item_that_chooses_a_rate_never_ranks() -> None:
     assert other.cell_id != cell.cell_id
 
 
+def test_only_names_a_knob_that_stands_in_no_cell_at_its_default(tmp_path: Path) -> None:
+    suite = SUITE.replace("[q_proj]", "[q_proj], init: [kaiming, gaussian]")
+    plan = _plan(tmp_path, "{lr: [1e-3, 1e-2], items: 4}", suite)
+    assert {cell.config.get("init") for cell in only(plan, "init=kaiming").cells} == {None}
+    assert {cell.config.get("init") for cell in only(plan, "init=gaussian").cells} == {"gaussian"}
+
+
+@pytest.mark.parametrize(
+    ("own", "tuned", "found"),
+    [
+        ("", "gaussian", "gaussian"),
+        (", init: orthogonal", "kaiming", None),
+        (", init: gaussian", "gaussian", "gaussian"),
+    ],
+)
+def test_a_knob_that_stands_in_no_cell_at_its_default_may_be_searched(
+    tmp_path: Path, own: str, tuned: str, found: str | None
+) -> None:
+    suite = SUITE.replace("[q_proj]", f"[q_proj]{own}")
+    plan = _plan(tmp_path, f"{{lr: [1e-3, 1e-2], items: 4, config: {{init: {tuned}}}}}", suite)
+    swept = only(plan, "tune=true").cells
+    assert len(swept) == 4
+    assert all(cell.config.get("init", "none") == (found or "none") for cell in swept)
+
+
+def test_a_search_in_a_schedule_of_another_length_is_refused(tmp_path: Path) -> None:
+    sound = "method: adalora\n        config: {target_rank: 2, total_steps: 4, tinit: 1, tfinal: 1, "
+    suite = SUITE.replace("method: lora\n        config: {", sound)
+    with pytest.raises(SuiteError, match="`total_steps` of adalora is 9, and the training has 4 steps"):
+        _plan(tmp_path, "{lr: [1e-3, 1e-2], items: 4, config: {total_steps: 9}}", suite)
+
+
 @pytest.mark.parametrize(
     ("tune", "complaint"),
     [
@@ -67,6 +99,8 @@ def test_an_item_that_chooses_a_rate_never_ranks() -> None:
         ("{lr: [1e-3, 1e-2]}", "`tune` has no `items`"),
         ("{lr: [1e-3, 1e-2], items: 4, config: {rang: 4}}", "which no method here has"),
         ("{lr: [1e-3, 1e-2], items: 4, config: {rank: 0}}", "`rank` of lora"),
+        ("{lr: [1e-3, 1e-2], items: 4, config: {rank: 3, init: orthogonal}}", "shares the rank out in halves"),
+        ("{lr: [1e-3, 1e-2], items: 4, config: {adapter_config: ./here}}", "which is a method of its own"),
         ("{rates: [1e-3, 1e-2], items: 4}", "unknown key `rates`"),
     ],
 )

@@ -17,6 +17,7 @@ from harness.spelling import near
 PREFIX = "lm-eval:"
 LOCAL = ("json", "csv", "parquet", "text", "arrow")
 """What `datasets` reads from files on this machine: such data have no revision."""
+_REGISTERED = re.compile(r"""^@register_filter\(["']([\w-]+)["']\)""", re.MULTILINE)
 _NAME = re.compile(r"lm-eval:(?P<task>[\w.+-]+)(?::(?P<filter>[\w.+-]+))?(?:@(?P<revision>[0-9a-f]{40}))?", re.ASCII)
 
 
@@ -71,6 +72,16 @@ def tasks_folder() -> Path:
     if found is None or not found.submodule_search_locations:
         raise UsageError("lm-eval is not installed", mend="pip install lm-eval")
     return Path(found.submodule_search_locations[0]) / "tasks"
+
+
+@cache
+def filter_functions() -> tuple[str, ...]:
+    """Return the functions that the installed lm-eval has for filters; empty where none can be found."""
+    package = importlib.util.find_spec("lm_eval")
+    if package is None or package.origin is None:
+        return ()
+    files = Path(package.origin).parent.glob("filters/*.py")
+    return tuple(sorted(name for file in files for name in _REGISTERED.findall(file.read_text(encoding="utf-8"))))
 
 
 def _path(folder: Path, name: str) -> Path | None:

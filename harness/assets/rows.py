@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from harness.assets.formats import FORMATS, UnreadableError
 from harness.assets.table import Rows, Source
@@ -57,6 +58,7 @@ class Text:
 
 
 AnyRow = Row | Answered | Text
+_R = TypeVar("_R", bound=AnyRow)
 
 
 def read(source: Source, path: Path) -> list[AnyRow]:
@@ -131,8 +133,8 @@ def split(
 ) -> tuple[list[AnyRow], list[AnyRow]]:
     """Cut rows into (train, test) after one shuffle; the first `test` rows are the test set.
 
-    training: rows of a set of its own, which train instead of the rest, in their order. A text of the test set is taken
-    out of train, so that no accuracy rests on a row that was learnt.
+    training: rows of a set of its own, which train instead of the rest, in their order. What the test asks is taken out
+    of train, so that no accuracy rests on a row that was learnt: see `unasked`.
     """
     most = len(rows) - 1 if training is None else len(rows)
     if not 0 < test <= most:
@@ -141,11 +143,45 @@ def split(
         )
     shuffled = list(rows)
     random.Random(seed).shuffle(shuffled)  # noqa: S311  # reproducible, not secret
-    tested = {row.asked for row in shuffled[:test]}
     trained = shuffled[test:] if training is None else training
-    return [row for row in trained if row.asked not in tested], shuffled[:test]
+    return unasked(trained, shuffled[:test]), shuffled[:test]
 
 
+def unasked(trained: Sequence[_R], tested: Sequence[AnyRow]) -> list[_R]:
+    """Return the rows of `trained` that give away nothing of `tested`, whatever their case and white space.
+
+    A row with a prompt or a label goes if a tested one asks the same; a whole text already if it holds what one asks.
+    """
+    asked = {_plain(row.asked) for row in tested}
+    # By their first characters, so that a text is gone through once and not once for each prompt.
+    beginning: dict[int, dict[str, list[str]]] = {}
+    for prompt in asked:
+        size = min(len(prompt), _KEY)
+        beginning.setdefault(size, {}).setdefault(prompt[:size], []).append(prompt)
+
+    def holds_one(text: str) -> bool:
+        return any(
+            text.startswith(prompt, at) and not _INSIDE.match(text, at + len(prompt))
+            for at in (found.start() for found in _BEGIN.finditer(text))
+            for size, known in beginning.items()
+            for prompt in known.get(text[at : at + size], ())
+        )
+
+    def gives_away(row: AnyRow) -> bool:
+        plain = _plain(row.asked)
+        return plain in asked or (isinstance(row, Text) and holds_one(plain))
+
+    return [row for row in trained if not gives_away(row)]
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+_KEY = 24
+_BEGIN = re.compile(r"\b\w|[^\w\s]")
+_INSIDE = re.compile(r"(?<=\w)\w")
+"""Where a prompt may begin, and where none may end: `art` is not asked by a text about parties."""
 _MEND = "look at source, member and rows in the table"
 _MEND_LABEL = "correct the row, or the task's `labels` and `doc_to_choice`"
 _SHOWN = 5

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from harness.assets import hub, lm_eval_files
@@ -27,9 +29,27 @@ def write(source: Source, folder: Path, progress: Progress) -> None:
     folder.mkdir()
     for split in sorted(set(named.splits.values())):
         # ValueError: a subset or split that the data do not have.
-        with hub.explained(source, DatasetsError, ValueError):
+        with hub.explained(source, DatasetsError, ValueError), _local_explained(source, named):
             data = datasets.load_dataset(said["dataset_path"], said.get("dataset_name"), split=split, **options)
             data.to_parquet(folder / f"{split}.parquet")
+
+
+@contextmanager
+def _local_explained(source: Source, named: lm_eval_files.Named) -> Iterator[None]:
+    """Turn what is raised for files on this machine into an AssetError: the hub has no part in it. A full disk is none."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (DatasetsError, ValueError, FileNotFoundError, PermissionError) as error:
+        if named.spec["dataset_path"] not in lm_eval_files.LOCAL:
+            raise
+        said = str(error).partition("\n")[0] or type(error).__name__
+        raise AssetError(
+            f"cannot read the files of {source.name}: {said}",
+            where=str(named.path),
+            mend=f"look at its `dataset_kwargs` and at {', '.join(map(str, named.data_files))}",
+        ) from error
 
 
 def count(folder: Path, split: str) -> int:

@@ -36,7 +36,6 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HOLDERS = {"prompt": ("answers",), "answer": ("answers",), "text": ("labels", "text"), "label": ("labels",)}
 """The parts of a row, and what rows hold that have it."""
-_PATH_STARTS = ("./", "../", "/", "~")
 
 
 class Rows(Frozen):

@@ -23,6 +23,10 @@ class LmEvalTask:
         data = datasets.DatasetDict({"test": datasets.Dataset.from_list([asdict(row) for row in test])})
         self._take({**config, "test_split": "test"}, data, judge)
         self.ids = [row.id for row in test]
+        self._places = range(len(test))
+
+    _places: range
+    """Where the tested documents stand among all of the task's; one for each of `ids`."""
 
     def _take(self, config: dict[str, Any], data: Any, judge: str) -> None:
         from lm_eval.api.task import ConfigurableTask
@@ -66,13 +70,15 @@ class LmEvalTask:
         """Run lm-eval; return one 0/1 Item per test row."""
         from lm_eval.evaluator import evaluate
 
+        # Not `limit`, which always begins with the first. A range: lm-eval asks of every document whether it is in there.
+        samples: Any = {self.name: self._places}
         outcome = evaluate(
-            lm=scorer, task_dict={self.name: self.task}, limit=len(self.ids), bootstrap_iters=0, log_samples=True
+            lm=scorer, task_dict={self.name: self.task}, samples=samples, bootstrap_iters=0, log_samples=True
         )
         key = METRICS[self.task.OUTPUT_TYPE]
         # A sample stands there once for each filter.
-        samples = [s for s in outcome["samples"][self.name] if s["filter"] == self._judge]
-        if len(samples) != len(self.ids):
-            raise UsageError(f"lm-eval scored {len(samples)} of {len(self.ids)} items by the filter `{self._judge}`")
-        samples.sort(key=lambda sample: sample["doc_id"])
-        return [Item(id=self.ids[s["doc_id"]], correct=int(s[key])) for s in samples]
+        scored = [s for s in outcome["samples"][self.name] if s["filter"] == self._judge]
+        if len(scored) != len(self.ids):
+            raise UsageError(f"lm-eval scored {len(scored)} of {len(self.ids)} items by the filter `{self._judge}`")
+        scored.sort(key=lambda sample: sample["doc_id"])
+        return [Item(id=self.ids[self._places.index(s["doc_id"])], correct=int(s[key])) for s in scored]

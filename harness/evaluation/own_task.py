@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from harness.assets.rows import Answered, Row
+from harness.assets.rows import Answered, Row, unasked
 from harness.errors import UsageError
 from harness.evaluation.lm_eval_task import LmEvalTask
 
@@ -32,8 +32,14 @@ class OwnTask(LmEvalTask):
         data = datasets.DatasetDict({p.stem: datasets.Dataset(read_table(p)) for p in sorted(folder.glob("*.parquet"))})
         self._take(config, data, judge)
         self.task.set_fewshot_seed(_SHOTS_SEED)
-        docs = list(self.task.eval_docs)[tested.start : tested.stop]
-        self.ids = [f"{self._split}-{number}" for number in tested[: len(docs)]]
+        every = list(self.task.eval_docs)
+        if not tested or tested.stop > len(every):
+            # The file may have had enough: what counts is what the task's `process_docs` leaves.
+            what = f"items {tested.start + 1} to {tested.stop} are wanted, and {self.name} tests {len(every)}"
+            mend = f"`evaluation.items`, and those of `tune` after them, may be at most {len(every)} together"
+            raise UsageError(what, where=str(file), mend=mend)
+        docs, self._places = every[tested.start : tested.stop], tested
+        self.ids = [f"{self._split}-{number}" for number in tested]
         self._docs: dict[str, Any] = dict(zip(self.ids, docs, strict=True))
 
     def tested(self) -> list[OwnRow]:
@@ -42,10 +48,9 @@ class OwnTask(LmEvalTask):
 
     def training(self) -> list[OwnRow]:
         """Return the training split as rows, but for those that the test asks too."""
-        asked = {row.asked for row in self.tested()}
         docs = {f"train-{number}": doc for number, doc in enumerate(self.task.training_docs() or [])}
         self._docs |= docs
-        return [row for name, doc in docs.items() if (row := self._row(name, doc)).asked not in asked]
+        return unasked([self._row(name, doc) for name, doc in docs.items()], self.tested())
 
     def prompt(self, row: Any) -> str:
         """Return the text before the answer."""

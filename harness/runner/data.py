@@ -18,7 +18,7 @@ from harness.evaluation import classification
 from harness.measure.latency import positions
 from harness.records import Accuracy, Cell, Item
 from harness.runner.work import Asset, Work
-from harness.task_keys import MAX_GEN_TOKS
+from harness.task_keys import written
 from harness.training import loop
 from harness.training import model as models
 from harness.training.batches import Example, answer_examples, classification_examples, collate, order
@@ -37,15 +37,14 @@ class CellData:
         if work.data is None:
             raise UsageError(f"task {task.name} has no data", mend="name one that has")
         device = torch.device(work.device)
-        judge = task.answers.filter if task.answers else "none"
         self._lm_task: Any = None
         if task.file:
-            self._lm_task, train_rows, test_rows = _own(work, work.data, judge)
+            self._lm_task, train_rows, test_rows = _own(work, work.data)
         else:
             train_rows, test_rows = _split(work, work.data)
         wanted, batch = cell.training.steps, cell.training.batch
         tokenizer, limit = loaded.tokenizer, cell.training.max_tokens
-        refuse_long(loaded.model, cell, _written(task.spec) if task.answers else 0)
+        refuse_long(loaded.model, cell, written(task.spec) if task.answers else 0)
         self.pad = int(tokenizer.pad_token_id)
         self._cell = cell
         self._progress = lambda done, of: emit("items", done=done, of=of)
@@ -62,7 +61,7 @@ class CellData:
             from harness.evaluation.likelihood import CausalScorer
             from harness.evaluation.lm_eval_task import LmEvalTask
 
-            self._lm_task = make = self._lm_task or LmEvalTask(task.spec, test_rows, judge)
+            self._lm_task = make = self._lm_task or LmEvalTask(task.spec, test_rows, task.judge)
             self._scorer = CausalScorer(loaded.model, tokenizer, cell.evaluation.batch, limit, self._progress)
             encode, prompts, answers = self._scorer.encode_pair, Prompts(tokenizer, limit), task.answers
 
@@ -123,18 +122,14 @@ def _split(work: Work, data: Asset) -> tuple[list[rows.AnyRow], list[rows.AnyRow
     return trained, tested[evaluation.skip : evaluation.skip + evaluation.items]
 
 
-def _own(work: Work, data: Asset, judge: str) -> tuple[Any, list[Any], list[Any]]:
+def _own(work: Work, data: Asset) -> tuple[Any, list[Any], list[Any]]:
     """Return one of lm-eval's own tasks, and its rows."""
     from harness.evaluation.own_task import OwnTask
 
     evaluation = work.cell.evaluation
     tested = range(evaluation.skip, evaluation.skip + evaluation.items)
-    task = OwnTask(Path(work.task.file), Path(data.path), tested, judge)
+    task = OwnTask(Path(work.task.file), Path(data.path), tested, work.task.judge)
     return task, task.training() if work.cell.training.steps else [], task.tested()
-
-
-def _written(spec: dict[str, Any]) -> int:
-    return int((spec.get("generation_kwargs") or {}).get("max_gen_toks", MAX_GEN_TOKS))
 
 
 class _Tokenised(Sequence[Example]):

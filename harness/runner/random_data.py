@@ -40,8 +40,12 @@ class RandomData:
 
         self.probe = sequences(_PROBED, min(training.max_tokens, _PROBED_TOKENS), "probe")
         names = [f"random-{cell.seed}-{step}" for step in range(training.steps)]
-        self.order_sha256 = hashlib.sha256(json.dumps([vocabulary, names]).encode()).hexdigest()
         self.batches = [sequences(training.batch, training.max_tokens, name) for name in names]
+        # Of the tokens themselves: the names do not tell how many and how long the sequences are.
+        drawn = hashlib.sha256(json.dumps([vocabulary, names]).encode())
+        for batch in self.batches:
+            drawn.update(json.dumps(batch.inputs["input_ids"].tolist()).encode())
+        self.order_sha256 = drawn.hexdigest()
 
     def logits(self, model: Any) -> Tensor:
         """Return the logits of two sequences at their last position, differentiably."""

@@ -18,7 +18,7 @@ from harness import fitting, store, suites
 from harness.analysis import naming, verdict
 from harness.assets import fetch
 from harness.assets.table import Source, resolve
-from harness.errors import Exit, HarnessError, StoreError, UsageError
+from harness.errors import Exit, HarnessError, Problem, StoreError, SuiteError, UsageError
 from harness.expand import Plan, expand
 from harness.expand import only as keep_only
 from harness.manifest import Footer, Manifest
@@ -200,13 +200,19 @@ def _resolve(suite: suites.Suite, plan: Plan, progress: Progress) -> Works:
             ready[source.name] = Asset(path=str(path.absolute()), source=source, use=fetch.use(source))
         return ready[source.name]
 
-    works = {}
-    for cell in plan.cells:
-        if cell.task not in tasks:
-            items = max(c.evaluation.skip + c.evaluation.items for c in plan.cells if c.task == cell.task)
-            tasks[cell.task] = task_assets.ready(suite.tasks[cell.task], items, asset)
-        works[cell.cell_id] = (asset(resolve(cell.model, suite.sources, base)), *tasks[cell.task])
-    return works
+    places = {entry.id: entry.places["items"] for entry in suite.entries}
+    found: list[Problem] = []
+    for name in dict.fromkeys(cell.task for cell in plan.cells):
+        most, where = max(
+            (c.evaluation.skip + c.evaluation.items, places[plan.ids[c.cell_id]]) for c in plan.cells if c.task == name
+        )
+        try:
+            tasks[name] = task_assets.ready(suite.tasks[name], most, where, asset)
+        except SuiteError as error:
+            found += error.problems
+    if found:
+        raise SuiteError(list(dict.fromkeys(found)))
+    return {cell.cell_id: (asset(resolve(cell.model, suite.sources, base)), *tasks[cell.task]) for cell in plan.cells}
 
 
 def _old(plan: Plan, out: Path | None, resume: str | None, held: contextlib.ExitStack) -> store.Run | None:

@@ -9,26 +9,29 @@ from pathlib import Path
 
 from harness.assets import splits
 from harness.assets.table import Source
-from harness.errors import SuiteError, UsageError
+from harness.errors import Problem, SuiteError
 from harness.records import AssetUse
 from harness.runner.work import Asset, TaskWork
 from harness.tasks import Task
 
 
-def ready(task: Task, items: int, fetched: Callable[[Source], Asset]) -> tuple[Asset | None, TaskWork]:
+def ready(task: Task, items: int, where: str, fetched: Callable[[Source], Asset]) -> tuple[Asset | None, TaskWork]:
     """Return the task's data and all else that a worker is told of it. Raises SuiteError for data that do not fit.
 
-    items: the most test items that a Cell wants scored.
+    items: the last test item that a Cell wants scored; where: the place in the suite that asks for it.
     """
     data = fetched(task.data) if task.data else None
     train = fetched(task.train) if task.train else None
-    both = ((task.data, data), (task.train, train))
-    problems = [p for source, there in both if source and there for p in task.problems(source, Path(there.path))]
+    problems: list[Problem] = []
+    if task.data and data:
+        problems += task.problems("data", task.data, Path(data.path))
+    if task.train and train:
+        problems += task.problems("train", task.train, Path(train.path))
     if task.own is not None and data and items > (most := splits.count(Path(data.path), task.own.splits["test"])):
-        what = f"a Cell has {items} `items`, and {task.name} has {most} test items"
-        raise UsageError(what, where=task.name, mend=f"write at most {most}")
+        what = f"{items} `items` are wanted, those of `tune` included, and {task.name} has {most} test items"
+        problems.append(Problem(where, what, f"write at most {most}"))
     if problems:
-        raise SuiteError(problems)
+        raise SuiteError(list(dict.fromkeys(problems)))
     spec = hashlib.sha256(json.dumps(task.spec, sort_keys=True).encode()).hexdigest()
     return data, TaskWork(
         name=task.name,
@@ -40,4 +43,5 @@ def ready(task: Task, items: int, fetched: Callable[[Source], Asset]) -> tuple[A
         answers=task.answers,
         train=train,
         file=str(task.path) if task.own else "",
+        judge=task.judge,
     )

@@ -30,6 +30,8 @@ class TaskWork(Frozen):
     train: Asset | None = None
     file: str = ""
     """Of one of lm-eval's own tasks, its YAML."""
+    judge: str = "none"
+    """The filter of lm-eval that counts."""
 
 
 class Work(Frozen):

@@ -91,7 +91,8 @@ def train(
     Untrained if the first steps, at most `SILENT`, all have a gradient of exactly zero.
     """
     model, samples = adapted.model, StepSamples()
-    trainable = [*adapted.parameters(), *head]
+    # Each once: an adapter that trains all biases has that of the head too.
+    trainable = list({id(p): p for p in (*adapted.parameters(), *head)}.values())
     model.train()
     for index, batch in enumerate(batches):
         step_seed = (seed * 1_000_003 + index) % MAX_STEP_SEED
