@@ -25,7 +25,7 @@ from harness.conformance.subject import (
     sampled,
 )
 from harness.cost_records import Energy
-from harness.errors import UsageError
+from harness.errors import HarnessError, UsageError
 from harness.footprint import cells, counting
 from harness.measure import checkpoint, latency
 from harness.measure.memory import PeakMeter, model_tensors, optimizer_tensors, tensor_bytes
@@ -189,7 +189,7 @@ class Life:
         work = self.work
         try:
             config = shapes.read(Path(work.model.path) / "config.json", work.model.source.name)
-        except UsageError as error:
+        except HarnessError as error:
             return error.what
         with torch.random.fork_rng(devices=[]):
             counted = counting.answer(cells.request(work.cell, config, work.model.source.kind, work.task.labels))
