@@ -83,12 +83,10 @@ def as_text(document: Mapping[str, Any]) -> str:
 
 
 def _predicted(found: Predicted | str | None) -> dict[str, Any]:
-    """Return the keys of a Cell's prediction. total_B: all that is on the device, activations and logits too where known."""
+    """Return the keys of a Cell's prediction. total_B: the most that is on the device at one time, as far as it is known."""
     if not isinstance(found, Predicted):
         return {"predicted": None, "not_predicted": found or ""}
-    parts = found.model_dump()
-    total = sum(size or 0 for name, size in parts.items() if name != "optimizer_host_B")
-    return {"predicted": {**parts, "total_B": total}, "not_predicted": ""}
+    return {"predicted": {**found.model_dump(), "total_B": found.total_B}, "not_predicted": ""}
 
 
 def _expected(row: Mapping[str, Any]) -> str:
@@ -97,8 +95,9 @@ def _expected(row: Mapping[str, Any]) -> str:
         return "no prediction" if row["not_predicted"] else ""
     passing = parts["activations_B"]
     with_what = "" if passing is None else f", activations {mebibytes(passing + (parts['logits_B'] or 0))}"
+    step = f", the optimizer's step {mebibytes(parts['step_B'])}" if parts["step_B"] else ""
     host = f", {mebibytes(parts['optimizer_host_B'])} on the host" if parts["optimizer_host_B"] else ""
-    return f"{mebibytes(parts['total_B'])} MiB: weights {mebibytes(parts['weights_B'])}{with_what}{host}"
+    return f"{mebibytes(parts['total_B'])} MiB: weights {mebibytes(parts['weights_B'])}{with_what}{step}{host}"
 
 
 def _worth(document: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ def test_the_headline_suite_is_predicted_and_fits() -> None:
     assert sizes["qlora-65b"] < 48 * 2**30
     assert sizes["qlora-33b"] < 24 * 2**30
     assert sizes["lora-7b"] < sizes["galore-7b"] < sizes["full-7b"] < 80 * 2**30
+    # In bfloat16 the masters' float32 gradients are all there while AdamW steps: the suite's comment has this number.
+    (full,) = (cell for cell in plan.cells if cell.method == "full")
+    half = full.model_copy(update={"dtype": "bfloat16"})
+    (found,) = planning.predictions(suite, dataclasses.replace(plan, cells=(half,))).values()
+    assert isinstance(found, Predicted)
+    assert found.step_B == 2 * found.gradients_B
+    assert round(found.total_B / 2**30) == 88
     assert "9 Cells; the largest is predicted to take" in planning.as_text(document)
 
 
@@ -71,6 +79,16 @@ def test_the_ledger_warns_where_prediction_and_count_part(change: int, flag: str
     assert figures["Weights"]["small"].startswith("≈ ")
     assert [figures[name]["flag"] for name in ("Adapter", "Gradients", "Optimizer")] == [""] * 3
     assert figures["Other in training"]["small"] == "≈ 3.00"
+
+
+def test_of_activations_and_the_optimizers_step_the_larger_is_shown(tmp_path: Path) -> None:
+    good = beside(0)
+    assert good.measurements is not None
+    assert good.measurements.memory.predicted is not None
+    expected = good.measurements.memory.predicted.model_copy(update={"step_B": 5 * recorded.MIB})
+    memory = good.measurements.memory.model_copy(update={"predicted": expected})
+    changed = good.model_copy(update={"measurements": good.measurements.model_copy(update={"memory": memory})})
+    assert ledger(changed, tmp_path)["Other in training"]["small"] == "≈ 5.00"
 
 
 def test_the_ledger_says_why_nothing_was_predicted(tmp_path: Path) -> None:

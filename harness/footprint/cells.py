@@ -59,6 +59,7 @@ def predicted(cell: Cell, counted: Mapping[str, Any], *, on_cpu: bool = False) -
         optimizer_host_B=found.host if trains and not on_cpu else 0,
         activations_B=found.activations if trains and known else None,
         logits_B=found.logits if trains and known and cell.evaluation.items == 0 else None,
+        step_B=found.step if trains else 0,
     )
 
 

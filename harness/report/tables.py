@@ -184,7 +184,7 @@ def memory(facts: RunFacts) -> Table:
         _column(
             "Other in training",
             "training peak minus all to the left: activations, buffers, the allocator's slack; after ≈ what the shape lets "
-            "expect of activations and logits, at the longest texts",
+            "expect of activations and logits, at the longest texts, or of the optimizer's step, if that is more",
         ),
         *(_column(f"Peak: {name}", f"highest memory inside the phase “{name}”") for name in names),
         _column("Source", "how the peaks were taken", number=False),
@@ -230,7 +230,7 @@ def _beside(size: int, part: str, memory: Memory) -> Figure:
 def _rest(predicted: Predicted | None) -> Figure:
     if predicted is None or predicted.activations_B is None:
         return {}
-    return {"small": f"≈ {display.mebibytes(predicted.activations_B + (predicted.logits_B or 0))}"}
+    return {"small": f"≈ {display.mebibytes(predicted.passing_B)}"}
 
 
 def _bytes(size: int) -> Figure:
