@@ -231,6 +231,9 @@ def test_a_cell_of_a_shape_measures_cost_and_scores_nothing(method: str, base: B
     assert not [check.check for check in life.checks if check.outcome is Outcome.FAIL]
     assert any("the weights are random" in note for note in life.notes)
     assert any(latency.seconds for latency in found.latency)
+    whole = shape.build(folder_of(TINY, tmp_path), torch.bfloat16).state_dict().values()
+    assert found.checkpoint is not None
+    assert found.checkpoint.model_B == 2 * sum(tensor.numel() for tensor in whole)
     expected = found.memory.predicted
     assert expected is not None
     assert expected.adapter_B == found.memory.adapter_B
