@@ -17,6 +17,7 @@ from harness.assets.table import Source
 from harness.conformance.subject import Packed
 from harness.errors import AssetError, Exit, SuiteError
 from harness.expand import expand
+from harness.measure import latency
 from harness.measure.memory import PeakMeter
 from harness.measure.phases import PhaseClock
 from harness.records import AssetUse, Base, Cell, Evaluation, Measurements, Outcome, Status, Training
@@ -230,7 +231,7 @@ def test_a_cell_of_a_shape_measures_cost_and_scores_nothing(method: str, base: B
     assert found.training.tokens == found.training.padded_tokens == [2 * 32] * 2
     assert not [check.check for check in life.checks if check.outcome is Outcome.FAIL]
     assert any("the weights are random" in note for note in life.notes)
-    assert any(latency.seconds for latency in found.latency)
+    assert any(one.seconds for one in found.latency)
     whole = shape.build(folder_of(TINY, tmp_path), torch.bfloat16).state_dict().values()
     assert found.checkpoint is not None
     assert found.checkpoint.model_B == 2 * sum(tensor.numel() for tensor in whole)
@@ -241,6 +242,21 @@ def test_a_cell_of_a_shape_measures_cost_and_scores_nothing(method: str, base: B
     # The references of QLoRA keep the weight beside its codes, for `detach`: a prediction of what is needed shows it.
     near = abs(expected.weights_B - found.memory.weights_B) <= FOOTPRINT_LEDGER * found.memory.weights_B
     assert near == (method != "qlora")
+
+
+def test_a_cell_keeps_its_training_where_its_latency_has_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee PYTORCH_ALLOC_CONF")
+
+    monkeypatch.setattr(latency, "measure", measure)
+    _, found = lived(tmp_path, "lora")
+    assert found.training is not None
+    assert {(one.variant, one.kind) for one in found.latency} == {
+        (variant, kind) for variant in ("base", "unmerged", "merged") for kind in ("prefill", "decode")
+    }
+    assert {one.because for one in found.latency} == {"out of memory: CUDA out of memory. Tried to allocate 2.00 GiB."}
 
 
 def test_a_large_model_is_judged_without_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

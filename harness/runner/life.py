@@ -31,6 +31,7 @@ from harness.measure import checkpoint, latency
 from harness.measure.memory import PeakMeter, model_tensors, optimizer_tensors, tensor_bytes
 from harness.measure.phases import PhaseClock
 from harness.methods import TARGET_WORDS
+from harness.out_of_memory import shortage
 from harness.records import (
     CheckResult,
     Latency,
@@ -173,7 +174,14 @@ class Life:
         with self.clock.phase("evaluate"):
             accuracy = task.evaluate(model)
         with self.clock.phase("latency"):
-            measured = self._latency(subject, kind == "causal", int(model.config.vocab_size), task.logits)
+            causal, vocabulary = kind == "causal", int(model.config.vocab_size)
+            try:
+                measured = self._latency(subject, causal, vocabulary, task.logits)
+            except (MemoryError, RuntimeError) as error:
+                if not shortage(error):
+                    raise
+                # What was trained and scored stays: the times are what there was no memory for.
+                measured = latency.unmeasured(model, causal, vocabulary, f"out of memory: {error}".partition("\n")[0])
         return Measurements(
             parameters=counts,
             training=trained,
