@@ -23,11 +23,11 @@ from harness.measure.phases import PhaseClock
 from harness.records import AssetUse, Base, Cell, Evaluation, Measurements, Outcome, Status, Training
 from harness.registry import discover
 from harness.runner import packing
-from harness.runner.life import Life
+from harness.runner.life import Life, NonconformingError
 from harness.runner.work import Asset, TaskWork, Work
 from harness.tasks import SYNTHETIC
 from harness.tolerances import FOOTPRINT_LEDGER
-from harness.training import shape
+from harness.training import optimizers, shape
 
 # Rows of whole blocks of 64: bitsandbytes decodes others wrongly on some CPUs, which is another test's matter.
 TINY = {
@@ -242,6 +242,22 @@ def test_a_cell_of_a_shape_measures_cost_and_scores_nothing(method: str, base: B
     # The references of QLoRA keep the weight beside its codes, for `detach`: a prediction of what is needed shows it.
     near = abs(expected.weights_B - found.memory.weights_B) <= FOOTPRINT_LEDGER * found.memory.weights_B
     assert near == (method != "qlora")
+
+
+@pytest.mark.parametrize("method", ["pissa", "galore"])
+def test_what_a_large_model_does_not_train_is_noticed(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its start there is no copy then."""
+    from harness.conformance import subject
+
+    make = optimizers.make
+    monkeypatch.setattr(subject, "LARGEST_COPY", 1000)
+    monkeypatch.setattr(
+        optimizers, "make", lambda a, h, recipe, *more: make(a, h, recipe.model_copy(update={"lr": 0.0}), *more)
+    )
+    with pytest.raises(NonconformingError, match=f"{method}/moved/bfloat16/trained failed at .* never moved"):
+        lived(tmp_path, method)
 
 
 def test_a_cell_keeps_its_training_where_its_latency_has_no_memory(

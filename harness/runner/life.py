@@ -229,12 +229,14 @@ class Life:
         head = list(loaded.head.values())
         began_from = _state_sha256(adapted.tensors() | loaded.head)
         before = _fingerprints(model)
-        # What trains of a large base has no copy in `start`: samples show whether it moved.
-        spots = {
-            n: sampled(t)
-            for n, t in _of_bases(subject).items()
-            if n not in start and hasattr(subject.config, "targets")
-        }
+        # Of a large model not everything that trains has a copy in `start`: samples show whether it moved.
+        trained = _of_bases(subject) | subject.added() if hasattr(subject.config, "targets") else {}
+        spots = {name: sampled(t) for name, t in trained.items() if name not in start}
+        parts = Movement(spots, lambda t: sampled(optimizers.held(t, optimizer)))
+        whole = Movement(
+            {name: start[name] for name in adapted.tensors() if name in start}, lambda t: optimizers.held(t, optimizer)
+        )
+        start.clear()  # nobody needs the rest, and memory is measured: each copy goes as soon as its tensor has moved
         optimizer, schedule = optimizers.make(adapted, head, cell.training, cell.optimizer, cell.implementation)
         with self.clock.phase("warm-up"):
             model.train()
@@ -242,9 +244,6 @@ class Life:
                 for part in batch.parts(cell.training.accumulate):
                     loop.loss_of(model, part).backward()
                 optimizer.zero_grad(set_to_none=True)
-        began = {name: start[name] for name in adapted.tensors() if name in start}
-        whole = Movement(began, lambda t: optimizers.held(t, optimizer))
-        parts = Movement(spots, lambda t: sampled(optimizers.held(t, optimizer)))
 
         def report(step: int, loss: float) -> None:
             self.emit("step", step=step, of=len(batches), loss=loss)
