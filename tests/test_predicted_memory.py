@@ -81,6 +81,24 @@ def test_the_ledger_warns_where_prediction_and_count_part(change: int, flag: str
     assert figures["Other in training"]["small"] == "≈ 3.00"
 
 
+def test_what_an_optimizer_keeps_on_the_host_is_said_beside_it(tmp_path: Path) -> None:
+    good = beside(0)
+    assert good.measurements is not None
+    memory = good.measurements.memory
+    assert memory.predicted is not None
+    expected = memory.predicted.model_copy(update={"optimizer_host_B": 2 * recorded.MIB})
+    for predicted, small, why in (
+        (expected, ", + 3.00 on the host", "; 3,145,728 B more in the host's memory, predicted 2,097,152 B"),
+        (None, "+ 3.00 on the host", "3,145,728 B more in the host's memory"),
+    ):
+        paged = memory.model_copy(update={"predicted": predicted, "optimizer_host_B": 3 * recorded.MIB})
+        changed = good.model_copy(update={"measurements": good.measurements.model_copy(update={"memory": paged})})
+        shown = ledger(changed, tmp_path / str(predicted is None))["Optimizer"]
+        assert shown["small"].endswith(small)
+        assert shown["why"].endswith(why)
+    assert "host" not in ledger(good, tmp_path / "none")["Optimizer"]["small"]
+
+
 def test_of_activations_and_the_optimizers_step_the_larger_is_shown(tmp_path: Path) -> None:
     good = beside(0)
     assert good.measurements is not None
