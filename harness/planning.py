@@ -22,7 +22,9 @@ def predictions(suite: Suite, plan: Plan) -> dict[str, Predicted | str]:
     """Predict the memory of every Cell of the plan from its model's shape, in one child process; see `footprint.cells`."""
     base = suite.path.resolve().parent
     sources = {cell.model: resolve(cell.model, suite.sources, base) for cell in plan.cells}
-    return cells.predictions(plan.cells, sources, {name: task.labels for name, task in suite.tasks.items()})
+    labels = {name: task.labels for name, task in suite.tasks.items()}
+    every = {name for name, task in suite.tasks.items() if task.answers and task.answers.loss == "all"}
+    return cells.predictions(plan.cells, sources, labels, every)
 
 
 def planning(
@@ -106,7 +108,8 @@ def _worth(document: Mapping[str, Any]) -> list[str]:
     if any(row["predicted"] for row in document["cells"]):
         said.append(
             "memory is predicted from shapes, at the longest texts: tensors of weights, training and activations, without "
-            "what an allocator wastes; activations only for models like Llama. `peft-harness fit` tells more"
+            "what an allocator wastes; activations only for models like Llama, and their logits where every token has a "
+            "loss. `peft-harness fit` tells more"
         )
     reasons: dict[str, int] = {}
     for row in document["cells"]:

@@ -12,8 +12,9 @@ from report_page import row
 
 from harness import planning, suites
 from harness.expand import expand
-from harness.records import Predicted, Record
+from harness.records import Evaluation, Predicted, Record
 from harness.report import facts, tables
+from harness.tasks import Answers
 
 
 def test_the_headline_suite_is_predicted_and_fits() -> None:
@@ -33,6 +34,22 @@ def test_the_headline_suite_is_predicted_and_fits() -> None:
     assert found.step_B == 2 * found.gradients_B
     assert round(found.total_B / 2**30) == 88
     assert "9 Cells; the largest is predicted to take" in planning.as_text(document)
+
+
+def test_logits_are_predicted_where_every_token_has_a_loss() -> None:
+    suite = suites.load("headline-gpu")
+    plan = expand(suite)
+    (lora,) = (cell for cell in plan.cells if plan.ids[cell.cell_id] == "lora-7b")
+    scored = lora.model_copy(update={"evaluation": Evaluation(items=10)})
+    found = {}
+    for loss in ("answer", "all"):
+        task = dataclasses.replace(suite.tasks[lora.task], answers=Answers(loss=loss))  # type: ignore[arg-type]
+        of_task = dataclasses.replace(suite, tasks={lora.task: task})
+        (found[loss],) = planning.predictions(of_task, dataclasses.replace(plan, cells=(scored,))).values()
+    assert isinstance(found["all"], Predicted)
+    assert isinstance(found["answer"], Predicted)
+    assert found["answer"].logits_B is None
+    assert found["all"].logits_B == 256 * 32000 * (2 + 2 * 4)
 
 
 def test_a_model_that_is_not_here_is_not_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,7 +201,8 @@ class Life:
             return error.what
         with torch.random.fork_rng(devices=[]):
             counted = counting.answer(cells.request(work.cell, config, work.model.source.kind, work.task.labels))
-        return cells.predicted(work.cell, counted, on_cpu=work.device == "cpu")
+        every = work.task.answers is not None and work.task.answers.loss == "all"
+        return cells.predicted(work.cell, counted, on_cpu=work.device == "cpu", every_token=every)
 
     def _load(self, dtype: torch.dtype, device: torch.device, whole: bool) -> models.Loaded:
         """Load the model; of a shape, draw the weights now if `whole`, else as its layers are packed."""
