@@ -9,6 +9,9 @@ from typing import Literal
 
 from harness.frozen import Bytes, Frozen
 
+AT_ONCE = "Cells ran at once"
+"""Stands in the Record's note of a Cell that had others beside it on its machine."""
+
 
 class Checkpoint(Frozen):
     """What a user would save. Both sizes are of safetensors."""

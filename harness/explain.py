@@ -67,6 +67,13 @@ WORDS = {
     "unsupported": "a case that an implementation does not offer: it raised harness.Unsupported. A plain "
     "NotImplementedError is a failure, since torch raises that too",
 }
+# What the Record of a Cell says besides, of what it has trained.
+OF_A_CELL = {
+    "frozen": "fails where training changed a parameter of the model that does not train",
+    "moved": "fails where a tensor that trains was never seen anywhere but where it began",
+    "multi-adapter": "several adapters in one batch, after training: each row must get what the float64 reference computes "
+    "with the row's own adapter, or no time of it is told; skipped, with the reason, where that could not be tried",
+}
 
 
 def checks() -> dict[str, str]:
@@ -87,7 +94,8 @@ def explain(name: str) -> str:
     """
     parts = name.split("/")
     wanted = (parts[1] if len(parts) == 4 else name).lower()
-    topics = list(_topics())
+    # In a Record's name of a check no other thing can be meant, such as the Method `frozen`.
+    topics = [topic for topic in _of_checks() if len(parts) == 4 and topic[0] == wanted] or list(_topics())
     # Known defects are read only where nothing of ours has the name: a mistake in their file must not silence the rest.
     if wanted not in {topic for topic, _ in topics}:
         topics += _defects()
@@ -106,8 +114,7 @@ def explain(name: str) -> str:
 def _topics() -> Iterator[Topic]:
     for info in (methods() | UNREFERENCED).values():
         yield info.name, partial(_method, info)
-    for check, text in checks().items():
-        yield check, partial(_check, check, text)
+    yield from _of_checks()
     for file in sorted(_OPERATIONS.glob("[!_]*.py")):
         about = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
         text = f"{about}\n\nto check who offers it:\n  peft-harness check --op {file.stem}"
@@ -116,8 +123,6 @@ def _topics() -> Iterator[Topic]:
     for part, text in PARTS.items():
         more = inspect.getdoc(activations) if part == "activations" else ""
         yield part, partial(_titled, f"{part}, of what `fit` predicts", f"{text}.\n\n{more}".strip())
-    for word, text in WORDS.items():
-        yield word, partial(_titled, word, f"{text}.")
     for kind in vars(errors).values():
         if inspect.isclass(kind) and issubclass(kind, HarnessError):
             text = f"{inspect.getdoc(kind)}\nExit code {kind.exit_code:d}: {EXITS[kind.exit_code]}."
@@ -136,6 +141,15 @@ def _topics() -> Iterator[Topic]:
         yield key, partial(_titled, f"training.{key}", f"{field.description or ''}{default}".strip())
     for status, text in STATUSES.items():
         yield status.value, partial(_titled, f"status {status.value}", f"{text}.")
+
+
+def _of_checks() -> Iterator[Topic]:
+    for check, text in checks().items():
+        yield check, partial(_check, check, text)
+    for word, text in WORDS.items():
+        yield word, partial(_titled, word, f"{text}.")
+    for check, text in OF_A_CELL.items():
+        yield check, partial(_titled, f"check {check}, of a Cell", "\n".join(textwrap.wrap(f"{text}.", 100)))
 
 
 def _check(name: str, rule: str) -> str:

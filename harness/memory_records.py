@@ -17,6 +17,18 @@ class Predicted(Frozen):
     """Of one pass with texts as long as `max_tokens` allows; None without training, or where no formula is known."""
     logits_B: Bytes | None = None
     """Of the same; None too where only answers have logits."""
+    step_B: Bytes = 0
+    """What exists only while the optimizer steps, when activations and logits are gone: float32 gradients of its masters."""
+
+    @property
+    def passing_B(self) -> int:  # noqa: N802  # a unit, as of the fields
+        """What comes and goes in every step, as far as it is known: of the two that are never there together, the larger."""
+        return max((self.activations_B or 0) + (self.logits_B or 0), self.step_B)
+
+    @property
+    def total_B(self) -> int:  # noqa: N802
+        """The most that is on the device at one time, as far as it is known."""
+        return self.weights_B + self.adapter_B + self.gradients_B + self.optimizer_B + self.passing_B
 
 
 class Memory(Frozen):

@@ -22,7 +22,9 @@ def predictions(suite: Suite, plan: Plan) -> dict[str, Predicted | str]:
     """Predict the memory of every Cell of the plan from its model's shape, in one child process; see `footprint.cells`."""
     base = suite.path.resolve().parent
     sources = {cell.model: resolve(cell.model, suite.sources, base) for cell in plan.cells}
-    return cells.predictions(plan.cells, sources, {name: task.labels for name, task in suite.tasks.items()})
+    labels = {name: task.labels for name, task in suite.tasks.items()}
+    every = {name for name, task in suite.tasks.items() if task.answers and task.answers.loss == "all"}
+    return cells.predictions(plan.cells, sources, labels, every)
 
 
 def planning(
@@ -83,12 +85,10 @@ def as_text(document: Mapping[str, Any]) -> str:
 
 
 def _predicted(found: Predicted | str | None) -> dict[str, Any]:
-    """Return the keys of a Cell's prediction. total_B: all that is on the device, activations and logits too where known."""
+    """Return the keys of a Cell's prediction. total_B: the most that is on the device at one time, as far as it is known."""
     if not isinstance(found, Predicted):
         return {"predicted": None, "not_predicted": found or ""}
-    parts = found.model_dump()
-    total = sum(size or 0 for name, size in parts.items() if name != "optimizer_host_B")
-    return {"predicted": {**parts, "total_B": total}, "not_predicted": ""}
+    return {"predicted": {**found.model_dump(), "total_B": found.total_B}, "not_predicted": ""}
 
 
 def _expected(row: Mapping[str, Any]) -> str:
@@ -97,8 +97,9 @@ def _expected(row: Mapping[str, Any]) -> str:
         return "no prediction" if row["not_predicted"] else ""
     passing = parts["activations_B"]
     with_what = "" if passing is None else f", activations {mebibytes(passing + (parts['logits_B'] or 0))}"
+    step = f", the optimizer's step {mebibytes(parts['step_B'])}" if parts["step_B"] else ""
     host = f", {mebibytes(parts['optimizer_host_B'])} on the host" if parts["optimizer_host_B"] else ""
-    return f"{mebibytes(parts['total_B'])} MiB: weights {mebibytes(parts['weights_B'])}{with_what}{host}"
+    return f"{mebibytes(parts['total_B'])} MiB: weights {mebibytes(parts['weights_B'])}{with_what}{step}{host}"
 
 
 def _worth(document: Mapping[str, Any]) -> list[str]:
@@ -107,7 +108,8 @@ def _worth(document: Mapping[str, Any]) -> list[str]:
     if any(row["predicted"] for row in document["cells"]):
         said.append(
             "memory is predicted from shapes, at the longest texts: tensors of weights, training and activations, without "
-            "what an allocator wastes; activations only for models like Llama. `peft-harness fit` tells more"
+            "what an allocator wastes; activations only for models like Llama, and their logits where every token has a "
+            "loss. `peft-harness fit` tells more"
         )
     reasons: dict[str, int] = {}
     for row in document["cells"]:

@@ -128,6 +128,8 @@ def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> Non
         ("lora", "arXiv:2106.09685"),
         ("gradient", "check gradient"),
         ("lora/gradient/float32/warm", "check gradient"),
+        ("lora/multi-adapter/float32/trained", "the row's own adapter"),
+        ("lora/moved/float32/trained", "never seen anywhere but where it began"),
         ("suite", "All its mistakes are reported together"),
         ("oom", "ran out of memory"),
         ("4", "exit code 4"),
@@ -143,6 +145,15 @@ def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> Non
 def test_explain(name: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", name]) == Exit.PASS
     assert says in capsys.readouterr().out
+
+
+def test_a_check_that_is_called_like_a_method_is_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "lora/frozen/float32/trained"]) == Exit.PASS
+    said = capsys.readouterr().out
+    assert "a parameter of the model that does not train" in said
+    assert "method frozen" not in said
+    assert main(["explain", "frozen"]) == Exit.PASS
+    assert "method frozen" in capsys.readouterr().out
 
 
 def test_every_optimizer_and_every_key_of_training_is_explained(capsys: pytest.CaptureFixture[str]) -> None:

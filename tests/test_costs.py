@@ -17,7 +17,7 @@ from report_page import row
 from safetensors.torch import load
 from torch import nn
 
-from harness.cost_records import Checkpoint, Energy, GpuPhase, GpuState
+from harness.cost_records import AT_ONCE, Checkpoint, Energy, GpuPhase, GpuState
 from harness.export import rows
 from harness.measure import checkpoint, energy, gpu, nvml
 from harness.measure.energy import EnergyMeter
@@ -267,6 +267,23 @@ def test_the_report_shows_what_was_measured_and_says_what_was_not(tmp_path: Path
     assert (seen["Throttled by"]["text"], seen["Throttled by"]["flag"]) == ("software-thermal", "throttled")
     assert seen["Driver's peak, MiB"]["value"] is None
     assert len([r for g in built["gpus"]["groups"] for r in g["rows"]]) == 1
+
+
+@pytest.mark.parametrize(("source", "shown"), [("rapl", "—"), ("nvml", "450")])
+def test_joules_of_a_whole_machine_are_not_those_of_one_of_its_cells(source: str, shown: str, tmp_path: Path) -> None:
+    note = [f"up to 2 {AT_ONCE}: its times share the machine"]
+
+    def beside_another(name: str, made: Any) -> Any:
+        made = on_gpu(name, made)
+        energy_of = made.measurements.model_copy(update={"energy": Energy(source=source)}) if name == "fused" else None
+        return made.model_copy(update={"measurements": energy_of, "notes": note}) if energy_of else made
+
+    run = recorded.write_run(tmp_path / "run", change=beside_another)
+    fused = next(r for r in run.records if r.cell.method == "lora" and r.cell.implementation == "fused")
+    figures = row(view.build([run])["runs"][0]["costs"], fused)
+    assert figures["Energy of training, J"]["text"] == shown
+    why = "the counter (rapl) is the whole machine's; up to 2 Cells ran at once" if source == "rapl" else "by nvml"
+    assert figures["Energy of training, J"]["why"] == why
 
 
 def test_the_tables_hold_them_too(tmp_path: Path) -> None:

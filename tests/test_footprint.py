@@ -240,3 +240,12 @@ def test_all_linear_layers_but_those_of_the_output_are_adapted() -> None:
         adapted = adaptable_layers(model, configure("lora", {"targets": names}))
         linear = {path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         assert linear - set(adapted) == {"classifier" if kind == "encoder" else "lm_head"}
+
+
+def test_a_config_that_cannot_be_counted_leaves_the_others_counted() -> None:
+    configs = {"lora": [{"rank": "many"}, METHODS["lora"]], "peft": [{"adapter_config": {"peft_type": "LORA"}}]}
+    found = counting.answer({"config": SMALL, "kind": "causal", "dtype": "float32", "methods": configs, "targets": []})
+    odd, good = found["methods"]["lora"]
+    assert odd["error"].startswith("its shape cannot be counted: TypeError")
+    assert good == counting.count(SMALL, "causal", "float32", {"lora": [METHODS["lora"]]}, [])["methods"]["lora"][0]
+    assert found["methods"]["peft"][0]["error"] == "there is no reference of `peft` to count"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.conformance import checks, faults, gate
+from harness.conformance import checks, faults, gate, room
 from harness.conformance.case import Case
 from harness.conformance.faults import Copy
 from harness.conformance.subject import (
@@ -144,6 +144,20 @@ def test_a_merge_that_is_not_offered_is_said_and_no_error(monkeypatch: pytest.Mo
     monkeypatch.setattr(subject.adapted, "merge", merge)
     (result,) = gate.after_training(subject, SEED)
     assert (result.outcome, result.detail) == (Outcome.SKIPPED, "unsupported: not into what is packed")
+
+
+def test_merging_is_refused_where_a_packed_base_has_no_room_to_be_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, _ = through_the_gate(method("reference"), None, bitsandbytes.nf4)
+    sizes = [layer.base.in_features * layer.base.out_features for layer in subject.adapted.layers.values()]
+    need = 4 * sum(sizes) + 32 * max(sizes)
+    monkeypatch.setattr(room, "free_B", lambda _: need)
+    assert not room.lacking(subject)
+    monkeypatch.setattr(room, "free_B", lambda _: need - 1)
+    monkeypatch.setattr(subject.adapted, "merge", lambda: pytest.fail("it was merged"))
+    (result,) = gate.after_training(subject, SEED)
+    assert (result.check, result.outcome) == ("lora/merge/float32/trained", Outcome.SKIPPED)
+    assert result.detail.startswith(f"merging may unpack all {len(sizes)} packed layers at once")
+    assert not room.lacking(through_the_gate(method("reference"))[0])  # of a dense base there is nothing to unpack
 
 
 def test_a_wrong_merge_is_noticed_after_training() -> None:

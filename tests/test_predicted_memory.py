@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from report_page import row
 
 from harness import planning, suites
 from harness.expand import expand
-from harness.records import Predicted, Record
+from harness.records import Evaluation, Predicted, Record
 from harness.report import facts, tables
+from harness.tasks import Answers
 
 
 def test_the_headline_suite_is_predicted_and_fits() -> None:
@@ -24,7 +26,30 @@ def test_the_headline_suite_is_predicted_and_fits() -> None:
     assert sizes["qlora-65b"] < 48 * 2**30
     assert sizes["qlora-33b"] < 24 * 2**30
     assert sizes["lora-7b"] < sizes["galore-7b"] < sizes["full-7b"] < 80 * 2**30
+    # In bfloat16 the masters' float32 gradients are all there while AdamW steps: the suite's comment has this number.
+    (full,) = (cell for cell in plan.cells if cell.method == "full")
+    half = full.model_copy(update={"dtype": "bfloat16"})
+    (found,) = planning.predictions(suite, dataclasses.replace(plan, cells=(half,))).values()
+    assert isinstance(found, Predicted)
+    assert found.step_B == 2 * found.gradients_B
+    assert round(found.total_B / 2**30) == 88
     assert "9 Cells; the largest is predicted to take" in planning.as_text(document)
+
+
+def test_logits_are_predicted_where_every_token_has_a_loss() -> None:
+    suite = suites.load("headline-gpu")
+    plan = expand(suite)
+    (lora,) = (cell for cell in plan.cells if plan.ids[cell.cell_id] == "lora-7b")
+    scored = lora.model_copy(update={"evaluation": Evaluation(items=10)})
+    found = {}
+    for loss in ("answer", "all"):
+        task = dataclasses.replace(suite.tasks[lora.task], answers=Answers(loss=loss))  # type: ignore[arg-type]
+        of_task = dataclasses.replace(suite, tasks={lora.task: task})
+        (found[loss],) = planning.predictions(of_task, dataclasses.replace(plan, cells=(scored,))).values()
+    assert isinstance(found["all"], Predicted)
+    assert isinstance(found["answer"], Predicted)
+    assert found["answer"].logits_B is None
+    assert found["all"].logits_B == 256 * 32000 * (2 + 2 * 4)
 
 
 def test_a_model_that_is_not_here_is_not_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,6 +96,34 @@ def test_the_ledger_warns_where_prediction_and_count_part(change: int, flag: str
     assert figures["Weights"]["small"].startswith("≈ ")
     assert [figures[name]["flag"] for name in ("Adapter", "Gradients", "Optimizer")] == [""] * 3
     assert figures["Other in training"]["small"] == "≈ 3.00"
+
+
+def test_what_an_optimizer_keeps_on_the_host_is_said_beside_it(tmp_path: Path) -> None:
+    good = beside(0)
+    assert good.measurements is not None
+    memory = good.measurements.memory
+    assert memory.predicted is not None
+    expected = memory.predicted.model_copy(update={"optimizer_host_B": 2 * recorded.MIB})
+    for predicted, small, why in (
+        (expected, ", + 3.00 on the host", "; 3,145,728 B more in the host's memory, predicted 2,097,152 B"),
+        (None, "+ 3.00 on the host", "3,145,728 B more in the host's memory"),
+    ):
+        paged = memory.model_copy(update={"predicted": predicted, "optimizer_host_B": 3 * recorded.MIB})
+        changed = good.model_copy(update={"measurements": good.measurements.model_copy(update={"memory": paged})})
+        shown = ledger(changed, tmp_path / str(predicted is None))["Optimizer"]
+        assert shown["small"].endswith(small)
+        assert shown["why"].endswith(why)
+    assert "host" not in ledger(good, tmp_path / "none")["Optimizer"]["small"]
+
+
+def test_of_activations_and_the_optimizers_step_the_larger_is_shown(tmp_path: Path) -> None:
+    good = beside(0)
+    assert good.measurements is not None
+    assert good.measurements.memory.predicted is not None
+    expected = good.measurements.memory.predicted.model_copy(update={"step_B": 5 * recorded.MIB})
+    memory = good.measurements.memory.model_copy(update={"predicted": expected})
+    changed = good.model_copy(update={"measurements": good.measurements.model_copy(update={"memory": memory})})
+    assert ledger(changed, tmp_path)["Other in training"]["small"] == "≈ 5.00"
 
 
 def test_the_ledger_says_why_nothing_was_predicted(tmp_path: Path) -> None:

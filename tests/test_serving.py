@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -114,6 +115,48 @@ def test_the_rows_are_judged_by_their_own_adapters() -> None:
         assert all(x.because.startswith("no speed without parity: lora/multi-adapter/float32/trained") for x in found)
     _, (check,) = measure(subject_of("reference", llama()), "reference", fake(plain))
     assert check.outcome is Outcome.PASS
+
+
+class ByKeyword(nn.Module):
+    """A model that calls its layer by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up = nn.Embedding(VOCABULARY, 8), nn.Linear(8, VOCABULARY)
+
+    def forward(self, input_ids: Any, use_cache: bool = False) -> Any:
+        return SimpleNamespace(
+            logits=self.up(**{next(iter(inspect.signature(self.up.forward).parameters)): self.embed(input_ids)})
+        )
+
+
+def test_a_layer_that_is_called_by_keyword_is_said() -> None:
+    found, checks = measure(subject_of("reference", ByKeyword(), targets=("up",)), "reference")
+    assert checks == []
+    assert "up is called by keyword" in found[0].because
+
+
+@pytest.mark.parametrize(
+    "error", [IndexError("row 4"), TypeError("ids?"), ValueError("rank"), torch.OutOfMemoryError("CUDA out of memory")]
+)
+@pytest.mark.parametrize("after", [0, 40])
+def test_what_cannot_mix_loses_no_cell(error: Exception, after: int) -> None:
+    """Neither at the check nor, a few calls later, while it is timed."""
+    plain, calls = discover().find("operation", "multi_lora_linear", "reference"), [0]
+
+    def broken(**given: Any) -> Any:
+        calls[0] += 1
+        if calls[0] > after:
+            raise error
+        return plain(**given)
+
+    subject = subject_of("reference", llama())
+    layers = dict(subject.adapted.layers)
+    found, (check,) = measure(subject, "reference", fake(broken))
+    assert (check.check, check.outcome) == ("lora/multi-adapter/float32/trained", Outcome.SKIPPED)
+    assert check.detail == f"could not be tried: {type(error).__name__}: {error}"
+    assert {(x.variant, x.because, tuple(x.seconds)) for x in found} == {("multi-adapter", check.detail, ())}
+    assert all(subject.model.get_submodule(path) is layer for path, layer in layers.items())
 
 
 def test_who_does_not_offer_it_says_why() -> None:

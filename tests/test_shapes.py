@@ -17,16 +17,17 @@ from harness.assets.table import Source
 from harness.conformance.subject import Packed
 from harness.errors import AssetError, Exit, SuiteError
 from harness.expand import expand
+from harness.measure import latency
 from harness.measure.memory import PeakMeter
 from harness.measure.phases import PhaseClock
 from harness.records import AssetUse, Base, Cell, Evaluation, Measurements, Outcome, Status, Training
 from harness.registry import discover
 from harness.runner import packing
-from harness.runner.life import Life
+from harness.runner.life import Life, NonconformingError
 from harness.runner.work import Asset, TaskWork, Work
 from harness.tasks import SYNTHETIC
 from harness.tolerances import FOOTPRINT_LEDGER
-from harness.training import shape
+from harness.training import optimizers, shape
 
 # Rows of whole blocks of 64: bitsandbytes decodes others wrongly on some CPUs, which is another test's matter.
 TINY = {
@@ -230,7 +231,10 @@ def test_a_cell_of_a_shape_measures_cost_and_scores_nothing(method: str, base: B
     assert found.training.tokens == found.training.padded_tokens == [2 * 32] * 2
     assert not [check.check for check in life.checks if check.outcome is Outcome.FAIL]
     assert any("the weights are random" in note for note in life.notes)
-    assert any(latency.seconds for latency in found.latency)
+    assert any(one.seconds for one in found.latency)
+    whole = shape.build(folder_of(TINY, tmp_path), torch.bfloat16).state_dict().values()
+    assert found.checkpoint is not None
+    assert found.checkpoint.model_B == 2 * sum(tensor.numel() for tensor in whole)
     expected = found.memory.predicted
     assert expected is not None
     assert expected.adapter_B == found.memory.adapter_B
@@ -238,6 +242,37 @@ def test_a_cell_of_a_shape_measures_cost_and_scores_nothing(method: str, base: B
     # The references of QLoRA keep the weight beside its codes, for `detach`: a prediction of what is needed shows it.
     near = abs(expected.weights_B - found.memory.weights_B) <= FOOTPRINT_LEDGER * found.memory.weights_B
     assert near == (method != "qlora")
+
+
+@pytest.mark.parametrize("method", ["pissa", "galore"])
+def test_what_a_large_model_does_not_train_is_noticed(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its start there is no copy then."""
+    from harness.conformance import subject
+
+    make = optimizers.make
+    monkeypatch.setattr(subject, "LARGEST_COPY", 1000)
+    monkeypatch.setattr(
+        optimizers, "make", lambda a, h, recipe, *more: make(a, h, recipe.model_copy(update={"lr": 0.0}), *more)
+    )
+    with pytest.raises(NonconformingError, match=f"{method}/moved/bfloat16/trained failed at .* never moved"):
+        lived(tmp_path, method)
+
+
+def test_a_cell_keeps_its_training_where_its_latency_has_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee PYTORCH_ALLOC_CONF")
+
+    monkeypatch.setattr(latency, "measure", measure)
+    _, found = lived(tmp_path, "lora")
+    assert found.training is not None
+    assert {(one.variant, one.kind) for one in found.latency} == {
+        (variant, kind) for variant in ("base", "unmerged", "merged") for kind in ("prefill", "decode")
+    }
+    assert {one.because for one in found.latency} == {"out of memory: CUDA out of memory. Tried to allocate 2.00 GiB."}
 
 
 def test_a_large_model_is_judged_without_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

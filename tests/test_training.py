@@ -335,3 +335,11 @@ def test_what_is_set_back_to_its_start_has_moved_and_what_never_left_it_has_not(
         now = {"E": torch.full((3,), E), "P": torch.full((3,), P), "detached": torch.ones(2), "new": torch.ones(1)}
         movement.seen(lambda now=now: now)  # type: ignore[misc]
     assert movement.still(now) == ["detached"]
+
+
+def test_a_master_in_float32_moves_by_less_than_its_parameter_can_show() -> None:
+    movement = Movement({"A": torch.ones(3, dtype=torch.bfloat16)}, lambda tensor: tensor)
+    movement.seen(lambda: {"A": torch.ones(3)})
+    assert movement.still({"A": torch.ones(3)}) == ["A"]
+    movement.seen(lambda: {"A": torch.full((3,), 1.0001)})
+    assert movement.still({"A": torch.ones(3)}) == []

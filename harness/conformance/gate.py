@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.adapter_config import UNREFERENCED
-from harness.conformance import checks, suite
+from harness.conformance import checks, room, suite
 from harness.conformance.beside import beside
 from harness.conformance.case import Case
 from harness.conformance.checks.unreferenced import nudged
@@ -107,8 +107,11 @@ def after_training(
 ) -> list[CheckResult]:
     """Check what may only be tried once training is over, because some libraries merge into the base weight itself.
 
-    forward: as of `gate`; only where there is no reference the whole model is run.
+    forward: as of `gate`; only where there is no reference the whole model is run. Nothing is tried that the memory has no
+    room for: after training a Cell has much to lose.
     """
+    if why := room.lacking(subject):
+        return [skipped(subject, Case("trained", seed=seed), "merge", why)]
     if subject.method in UNREFERENCED:
         return [checks.every()["merge_itself"](subject, Case("trained", seed=seed, forward=forward))]
     factors = suite.load(subject.method).factors()

@@ -61,6 +61,8 @@ def _seen(subject: Subject, forward: Callable[[], Any]) -> dict[str, tuple[Tenso
 
     def keep(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> None:
+            if not given:
+                raise Unsupported(f"{path} is called by keyword: what it is given cannot be seen there")
             seen[path] = given[0].detach().clone(), y.detach().clone()
 
         return hook

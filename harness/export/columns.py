@@ -141,6 +141,9 @@ _CELLS = (
     Column("memory.predicted.optimizer_host_B", INTEGER, "B", "of memory.optimizer_host_B"),
     Column("memory.predicted.activations_B", INTEGER, "B", "of what is kept for a backward pass, at max_tokens a text"),
     Column("memory.predicted.logits_B", INTEGER, "B", "of the logits and their gradient, where every token has some"),
+    Column(
+        "memory.predicted.step_B", INTEGER, "B", "of what exists only in an optimizer's step, without the two above"
+    ),
     Column("memory.not_predicted", TEXT, "", "why nothing was predicted"),
     Column("step_s", FLOAT, "s", "median time of a steady step; NA where no_speed says why"),
     Column("step_low_s", FLOAT, "s", "its 95 % interval, over the steps of this one process"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +31,16 @@ def request(cell: Cell, config: Mapping[str, Any], kind: str, labels: int) -> di
     return {"config": facts, "kind": kind, "dtype": cell.dtype, "methods": {cell.method: [cell.config]}, "targets": []}
 
 
-def predicted(cell: Cell, counted: Mapping[str, Any], *, on_cpu: bool = False) -> Predicted | str:
+def predicted(
+    cell: Cell, counted: Mapping[str, Any], *, on_cpu: bool = False, every_token: bool = False
+) -> Predicted | str:
     """Return the ledger of a Cell from what was counted for it, or a sentence that says why there is none.
 
-    on_cpu: host memory is the device's own, so that paged states are counted with the others.
+    on_cpu: host memory is the device's own, so that paged states are counted with the others. every_token: whether the task
+    takes its loss of every token (`loss: all`), as `synthetic` always does.
 
     Activations and logits are those of one pass in which every text is as long as `max_tokens` allows: an upper bound, and
-    exact for the task `synthetic`. Of other tasks the logits are not predicted: only answers have any.
+    exact for the task `synthetic`. The logits of other tasks are not predicted: only answers have any.
     """
     if error := counted.get("error"):
         return str(error)
@@ -58,17 +61,18 @@ def predicted(cell: Cell, counted: Mapping[str, Any], *, on_cpu: bool = False) -
         optimizer_B=(found.optimizer + found.host * on_cpu) if trains else 0,
         optimizer_host_B=found.host if trains and not on_cpu else 0,
         activations_B=found.activations if trains and known else None,
-        logits_B=found.logits if trains and known and cell.evaluation.items == 0 else None,
+        logits_B=found.logits if trains and known and (every_token or cell.evaluation.items == 0) else None,
+        step_B=found.step if trains else 0,
     )
 
 
 def predictions(
-    cells: Iterable[Cell], sources: Mapping[str, Source], labels: Mapping[str, int]
+    cells: Iterable[Cell], sources: Mapping[str, Source], labels: Mapping[str, int], every_token: Collection[str] = ()
 ) -> dict[str, Predicted | str]:
     """Map cell_ids to predictions, or to sentences that say why there are none.
 
-    sources: of every Cell's model, by its name; labels: of every task. Nothing is fetched: a model that is not on this
-    machine is not predicted.
+    sources: of every Cell's model, by its name; labels: of every task; every_token: tasks whose loss is of every token.
+    Nothing is fetched: a model that is not on this machine is not predicted.
     """
     found: dict[str, Predicted | str] = {}
     asked: dict[str, tuple[Cell, dict[str, Any]]] = {}
@@ -94,7 +98,7 @@ def predictions(
         here = counts[at]
         if "error" not in here:
             here = here | {"methods": {cell.method: [here["methods"][cell.method][counted.index(cell.config)]]}}
-        found[cell_id] = predicted(cell, here)
+        found[cell_id] = predicted(cell, here, every_token=cell.task in every_token)
     return found
 
 

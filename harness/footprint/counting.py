@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from harness.adapter_config import UNREFERENCED
 from harness.assets import structure
 from harness.conformance.subject import DTYPES, attach_reference, configure
 from harness.footprint import activations, kept, states
@@ -26,6 +27,9 @@ from harness.footprint.choices import BASES, OWN
 from harness.measure.memory import model_tensors
 from reference import layers as surgery
 from reference.layers import kind_of
+
+_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+"""What transformers and the references raise for a config that they cannot build; a prediction is never worth a Cell."""
 
 
 @dataclass
@@ -73,10 +77,17 @@ def count(
     names = targets or default_targets(model)
     total = sum(p.numel() for p in model.parameters())
     shape = kept.llama_shape(model, DTYPES[dtype])
-    found = {
-        method: [asdict(of_method(model, method, one, names, head, DTYPES[dtype])) for one in configs]
-        for method, configs in methods.items()
-    }
+    found: dict[str, list[dict[str, Any]]] = {}
+    for method, configs in methods.items():
+        found[method] = []
+        for one in configs:
+            try:
+                counted = of_method(model, method, one, names, head, DTYPES[dtype])
+            except _ERRORS as error:  # of this config: the others of the model are counted all the same
+                counted = Counted(one.get("rank"), error=_sentence(error))
+                model = build(config, kind, DTYPES[dtype])  # of the old one some layers may have been replaced
+                head = new_head(model, kind)
+            found[method].append(asdict(counted))
     return {
         "parameters": total,
         "targets": names,
@@ -122,6 +133,8 @@ def of_method(
 ) -> Counted:
     """Attach the reference of a Method, count, and detach it. `names` are the targets where the config has none."""
     rank = config.get("rank")
+    if method in UNREFERENCED:
+        return Counted(rank, error=f"there is no reference of `{method}` to count")
     own, shape = {id(p) for p in model.parameters()}, kept.llama_shape(model, dtype)
     knobs = configure(method, {})
     chosen = configure(method, ({"targets": names} if hasattr(knobs, "targets") else {}) | dict(config))
@@ -191,8 +204,12 @@ def answer(asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `count` gives for these arguments, or {"error": why} for a model that cannot be built or counted."""
     try:
         return count(**asked)
-    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        return {"error": f"its shape cannot be counted: {type(error).__name__}: {error}"}
+    except _ERRORS as error:
+        return {"error": _sentence(error)}
+
+
+def _sentence(error: BaseException) -> str:
+    return f"its shape cannot be counted: {type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

@@ -18,9 +18,11 @@ from harness.measure.memory import tensor_bytes
 def whole(model: torch.nn.Module) -> int:
     """Return the bytes of the tensors that `model` would be saved with; shared ones count once.
 
-    To be asked before anything is packed or attached: merged and unpacked, or fully trained, it has these shapes again.
+    To be asked before anything is packed or attached: merged and unpacked, or fully trained, it has these shapes again. The
+    model of a shape may still be on the meta device, whose storages have no address: so they are told apart by themselves.
     """
-    return tensor_bytes(model.state_dict().values())
+    storages = [tensor.untyped_storage() for tensor in model.state_dict().values()]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def measure(

@@ -184,7 +184,7 @@ def memory(facts: RunFacts) -> Table:
         _column(
             "Other in training",
             "training peak minus all to the left: activations, buffers, the allocator's slack; after ≈ what the shape lets "
-            "expect of activations and logits, at the longest texts",
+            "expect of activations and logits, at the longest texts, or of the optimizer's step, if that is more",
         ),
         *(_column(f"Peak: {name}", f"highest memory inside the phase “{name}”") for name in names),
         _column("Source", "how the peaks were taken", number=False),
@@ -198,7 +198,8 @@ def memory(facts: RunFacts) -> Table:
         peaks = {p.name: p.peak_memory_B for p in record.phases}
         figures = [
             _bytes(m.memory.baseline_B),
-            *(_beside(size, name, m.memory) for name, size in parts.items()),
+            *(_beside(size, name, m.memory) for name, size in parts.items() if name != "optimizer"),
+            _with_host(_beside(parts["optimizer"], "optimizer", m.memory), m.memory),
             _bytes(peak - taken) | _rest(m.memory.predicted)
             if peak is not None
             else unmeasured("no peak of a training phase"),
@@ -227,10 +228,21 @@ def _beside(size: int, part: str, memory: Memory) -> Figure:
     }
 
 
+def _with_host(shown: Figure, memory: Memory) -> Figure:
+    """Say beside the optimizer's figure what of its state is in the host's memory, and so in no other figure."""
+    expected = memory.predicted.optimizer_host_B if memory.predicted else 0
+    if not (memory.optimizer_host_B or expected):
+        return shown
+    beside = f"{memory.optimizer_host_B:,} B more in the host's memory"
+    beside += f", predicted {expected:,} B" if memory.predicted else ""
+    small = f"{shown['small']}, + {display.mebibytes(memory.optimizer_host_B)} on the host".removeprefix(", ")
+    return shown | {"small": small, "why": "; ".join(filter(None, [shown["why"], beside]))}
+
+
 def _rest(predicted: Predicted | None) -> Figure:
     if predicted is None or predicted.activations_B is None:
         return {}
-    return {"small": f"≈ {display.mebibytes(predicted.activations_B + (predicted.logits_B or 0))}"}
+    return {"small": f"≈ {display.mebibytes(predicted.passing_B)}"}
 
 
 def _bytes(size: int) -> Figure:

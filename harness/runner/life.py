@@ -25,12 +25,13 @@ from harness.conformance.subject import (
     sampled,
 )
 from harness.cost_records import Energy
-from harness.errors import UsageError
+from harness.errors import HarnessError, UsageError
 from harness.footprint import cells, counting
 from harness.measure import checkpoint, latency
 from harness.measure.memory import PeakMeter, model_tensors, optimizer_tensors, tensor_bytes
 from harness.measure.phases import PhaseClock
 from harness.methods import TARGET_WORDS
+from harness.out_of_memory import shortage
 from harness.records import (
     CheckResult,
     Latency,
@@ -173,7 +174,14 @@ class Life:
         with self.clock.phase("evaluate"):
             accuracy = task.evaluate(model)
         with self.clock.phase("latency"):
-            measured = self._latency(subject, kind == "causal", int(model.config.vocab_size), task.logits)
+            causal, vocabulary = kind == "causal", int(model.config.vocab_size)
+            try:
+                measured = self._latency(subject, causal, vocabulary, task.logits)
+            except (MemoryError, RuntimeError) as error:
+                if not shortage(error):
+                    raise
+                # What was trained and scored stays: the times are what there was no memory for.
+                measured = latency.unmeasured(model, causal, vocabulary, f"out of memory: {error}".partition("\n")[0])
         return Measurements(
             parameters=counts,
             training=trained,
@@ -189,11 +197,12 @@ class Life:
         work = self.work
         try:
             config = shapes.read(Path(work.model.path) / "config.json", work.model.source.name)
-        except UsageError as error:
+        except HarnessError as error:
             return error.what
         with torch.random.fork_rng(devices=[]):
             counted = counting.answer(cells.request(work.cell, config, work.model.source.kind, work.task.labels))
-        return cells.predicted(work.cell, counted, on_cpu=work.device == "cpu")
+        every = work.task.answers is not None and work.task.answers.loss == "all"
+        return cells.predicted(work.cell, counted, on_cpu=work.device == "cpu", every_token=every)
 
     def _load(self, dtype: torch.dtype, device: torch.device, whole: bool) -> models.Loaded:
         """Load the model; of a shape, draw the weights now if `whole`, else as its layers are packed."""
@@ -221,12 +230,14 @@ class Life:
         head = list(loaded.head.values())
         began_from = _state_sha256(adapted.tensors() | loaded.head)
         before = _fingerprints(model)
-        # What trains of a large base has no copy in `start`: samples show whether it moved.
-        spots = {
-            n: sampled(t)
-            for n, t in _of_bases(subject).items()
-            if n not in start and hasattr(subject.config, "targets")
-        }
+        # Of a large model not everything that trains has a copy in `start`: samples show whether it moved.
+        trained = _of_bases(subject) | subject.added() if hasattr(subject.config, "targets") else {}
+        spots = {name: sampled(t) for name, t in trained.items() if name not in start}
+        parts = Movement(spots, lambda t: sampled(optimizers.held(t, optimizer)))
+        whole = Movement(
+            {name: start[name] for name in adapted.tensors() if name in start}, lambda t: optimizers.held(t, optimizer)
+        )
+        start.clear()  # nobody needs the rest, and memory is measured: each copy goes as soon as its tensor has moved
         optimizer, schedule = optimizers.make(adapted, head, cell.training, cell.optimizer, cell.implementation)
         with self.clock.phase("warm-up"):
             model.train()
@@ -234,9 +245,6 @@ class Life:
                 for part in batch.parts(cell.training.accumulate):
                     loop.loss_of(model, part).backward()
                 optimizer.zero_grad(set_to_none=True)
-        began = {name: start[name] for name in adapted.tensors() if name in start}
-        whole = Movement(began, lambda t: optimizers.held(t, optimizer))
-        parts = Movement(spots, lambda t: sampled(optimizers.held(t, optimizer)))
 
         def report(step: int, loss: float) -> None:
             self.emit("step", step=step, of=len(batches), loss=loss)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance import several
+from harness.conformance.case import Case
+from harness.conformance.results import skipped
 from harness.conformance.several import Adapters, Mixed
 from harness.conformance.subject import Subject
 from harness.errors import ImplementationError, Unsupported
@@ -21,6 +23,17 @@ from reference.layers import replace
 ADAPTERS = 4
 """Rows of the batch, each with an adapter of its own."""
 BLOCKS = 3
+_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What somebody's `multi_lora_linear` or `mixed` may raise for layers that it was not written for, or for want of memory."""
 OPERATION, METHOD = "multi_lora_linear", "lora"
 
 
@@ -42,14 +55,29 @@ def measure(
             result = several.check_rows(subject, adapters, mixed, lambda: _run(prompt), cell.seed)
     except Unsupported as error:
         return prompt.latencies("multi-adapter", str(error), ADAPTERS), []
+    except _ERRORS as error:
+        return _failed(prompt, subject, cell, error)
     if result.outcome is not Outcome.PASS:
         refused = f"no speed without parity: {result.check} {result.outcome.value}: {result.detail or result.worst}"
         return prompt.latencies("multi-adapter", refused, ADAPTERS), [result]
-    for _ in range(BLOCKS):
-        prompt.block("unmerged")
-        with mixed(adapters):
-            prompt.block("multi-adapter")
+    try:
+        for _ in range(BLOCKS):
+            prompt.block("unmerged")
+            with mixed(adapters):
+                prompt.block("multi-adapter")
+    except _ERRORS as error:
+        prompt.samples.clear()
+        return _failed(prompt, subject, cell, error)
     return prompt.latencies("unmerged") + prompt.latencies("multi-adapter", adapters=ADAPTERS), [result]
+
+
+def _failed(
+    prompt: Prompt, subject: Subject, cell: Cell, error: BaseException
+) -> tuple[list[Latency], list[CheckResult]]:
+    """Return that several adapters in one batch could not be tried: no reason to lose what was trained and scored."""
+    because = f"could not be tried: {type(error).__name__}: {error}".partition("\n")[0]
+    case = Case("trained", seed=cell.seed)
+    return prompt.latencies("multi-adapter", because, ADAPTERS), [skipped(subject, case, several.NAME, because)]
 
 
 def _run(prompt: Prompt) -> None:

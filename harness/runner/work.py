@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from harness.assets.table import Source
+from harness.cost_records import AT_ONCE
 from harness.records import AssetUse, Cell, Frozen
 from harness.tasks import Answers
 
@@ -58,7 +59,7 @@ class Work(Frozen):
     @property
     def notes(self) -> list[str]:
         """What the Record will say of where it ran."""
-        return [f"up to {self.at_once} Cells ran at once: its times share the machine"] if self.at_once > 1 else []
+        return [f"up to {self.at_once} {AT_ONCE}: its times share the machine"] if self.at_once > 1 else []
 
     @property
     def assets(self) -> list[AssetUse]:

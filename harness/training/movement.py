@@ -33,5 +33,6 @@ class Movement:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Compare the values of two tensors, of which one may be in a wider dtype."""
-    return torch.equal(one.double(), other.double())
+    """Compare the values of two tensors, of which one may be in a wider dtype; of equal dtypes neither is copied."""
+    wide = torch.promote_types(one.dtype, other.dtype)
+    return torch.equal(one.to(wide), other.to(wide))

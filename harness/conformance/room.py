@@ -1,0 +1,44 @@
+"""Is there room for every layer of a packed base in its dense form? A merge keeps both: unmerging gives the first back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import torch
+
+from harness.conformance.subject import DTYPES, Subject
+
+_OF_THE_LARGEST = 32
+"""Bytes a weight of one layer at a time, beside the dense ones: the check decodes it in float64, with copies."""
+
+
+def lacking(subject: Subject) -> str:
+    """Say why the layers of a packed base cannot be merged here, or return an empty string.
+
+    Some libraries pack again what they have merged and would need less: of a base that is nearly too large they are refused
+    too, since a process that the system kills has measured nothing.
+    """
+    sizes = [_weights(subject.original_base(path)) for path in subject.packed]
+    if not sizes:
+        return ""
+    need = sum(sizes) * DTYPES[subject.dtype].itemsize + max(sizes) * _OF_THE_LARGEST
+    there = free_B(next(subject.model.parameters()).device)
+    if need <= there:
+        return ""
+    return (
+        f"merging may unpack all {len(sizes)} packed layers at once, that takes {need / 2**30:,.1f} GiB with its check, and "
+        f"{there / 2**30:,.1f} GiB are free"
+    )
+
+
+def free_B(device: torch.device) -> int:  # noqa: N802  # a unit
+    """Return how many bytes can still be allocated on a device; on a GPU also what torch holds and does not use."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return int(psutil.virtual_memory().available)
+
+
+def _weights(layer: Any) -> int:
+    return int(layer.out_features * layer.in_features)
