@@ -18,6 +18,7 @@ from harness.conformance.subject import (
     Packed,
     Subject,
     adaptable_layers,
+    begin,
     configure,
     initial_tensors,
     warm,
@@ -288,3 +289,35 @@ def test_full_fine_tuning_of_tied_weights_conforms() -> None:
     results = gate.gate(subject, SEED, run_model, run_model(), forward=lambda some: some(ids))
     assert failed(results) == set()
     assert {r.check.split("/")[1] for r in results if r.outcome is Outcome.PASS} >= {"gradient", "model"}
+
+
+@pytest.mark.parametrize("name", ["reference", "fused", "hf-peft"])
+def test_what_pissa_takes_off_the_weight_goes_with_the_factors_that_all_start_from(name: str) -> None:
+    """Another program's SVD has other factors; beside the residual of one's own, W_res + s B A would not be the weight."""
+    config = configure("pissa", {"rank": 2, "alpha": 2.0, "targets": ["a", "b"]})
+    model = Model()
+    weights = {path: layer.weight.detach().clone() for path, layer in adaptable_layers(model, config).items()}
+    start = initial_tensors("pissa", adaptable_layers(model, config), config, torch.Generator().manual_seed(SEED))
+    for path, W in weights.items():
+        start[f"{path}.A"] = 0.5 * start[f"{path}.A"]
+        start[f"{path}.residual"] = W - start[f"{path}.B"] @ start[f"{path}.A"]
+    implementation = discover().find("method", "pissa", name)
+    adapted = implementation(model, config, torch.Generator().manual_seed(SEED))
+    begin(adapted, start)
+    assert exact(
+        {path: start[f"{path}.A"] for path in weights}, {p: adapted.tensors()[f"{p}.A"] for p in weights}
+    ).passed
+    assert exact(
+        {path: start[f"{path}.residual"] for path in weights}, {p: adapted.state()[f"{p}.residual"] for p in weights}
+    ).passed
+
+
+def test_who_does_not_show_what_it_took_off_starts_from_its_own_factors() -> None:
+    config = configure("pissa", {"rank": 2, "alpha": 2.0, "targets": ["a", "b"]})
+    model = Model()
+    start = initial_tensors("pissa", adaptable_layers(model, config), config, torch.Generator().manual_seed(SEED))
+    adapted = discover().find("method", "pissa", "fused")(model, config, torch.Generator().manual_seed(SEED))
+    own = {name: tensor.detach().clone() for name, tensor in adapted.tensors().items()}
+    adapted.state = dict  # it shows nothing
+    begin(adapted, {name: 2 * tensor for name, tensor in start.items()})
+    assert exact(adapted.tensors(), own).passed
