@@ -79,9 +79,11 @@ def cells(entry: Entry) -> Iterator[Cell]:
         entry.training,
         entry.seed,
     ):
+        timed = entry.latency == "every-seed" or (entry.latency == "first-seed" and seed == entry.seed[0])
+        evaluation = entry.evaluation.model_copy(update={"latency": timed})
         yield Cell(
             model=model, task=task, method=method, implementation=implementation, config=config, base=base,
-            optimizer=optimizer, dtype=dtype, seed=seed, training=training, evaluation=entry.evaluation,
+            optimizer=optimizer, dtype=dtype, seed=seed, training=training, evaluation=evaluation,
         )  # fmt: skip
 
 
@@ -91,7 +93,9 @@ def _searches(entry: Entry) -> list[tuple[list[str], list[Cell]]]:
     if tune is None:
         return []
     found: dict[tuple[str, ...], tuple[list[str], list[Cell]]] = {}
-    evaluation = entry.evaluation.model_copy(update={"items": tune.items, "skip": entry.evaluation.items})
+    evaluation = entry.evaluation.model_copy(
+        update={"items": tune.items, "skip": entry.evaluation.items, "latency": False}
+    )
     for cell in cells(entry):
         # As in `cells`: in the order of the method's fields, and what is None in no Cell.
         values = {**cell.config, **tune.config.get(cell.method, {})}

@@ -99,6 +99,8 @@ class Evaluation(Frozen):
     batch: int = 32
     skip: int = 0
     """Test items passed over before the first that is scored: what chooses a learning rate must not be what ranks it."""
+    latency: bool = True
+    """Whether latencies are measured as well: of Cells that differ in the seed alone, those of one may do."""
 
 
 class Cell(Frozen):
@@ -122,18 +124,25 @@ class Cell(Frozen):
 
         A later field of Training or Evaluation is in it only where it is not at its default: an old Cell keeps its id.
         """
+        defaults = Evaluation(items=0)
         absent = {
             "training": {*LATER} - self.training.later().keys(),
-            "evaluation": {"skip"} if not self.evaluation.skip else set(),
+            "evaluation": {n for n in ("skip", "latency") if getattr(self.evaluation, n) == getattr(defaults, n)},
         }
         values = self.model_dump(mode="json", exclude=absent)
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
+    def recipe(self) -> Cell:
+        """This Cell with seed 0 and latencies: equal for Cells that differ in the seed, and in which seed has latencies."""
+        timed = self.evaluation.model_copy(update={"latency": True})
+        return self.model_copy(update={"seed": 0, "evaluation": timed})
+
+    @property
     def recipe_id(self) -> str:
-        """The cell_id with seed 0: equal for Cells that differ in the seed alone."""
-        return self.model_copy(update={"seed": 0}).cell_id
+        """The recipe's cell_id: equal for Cells that are repeats of each other."""
+        return self.recipe.cell_id
 
     @property
     def label(self) -> str:

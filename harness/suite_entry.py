@@ -18,7 +18,7 @@ from harness.records import Base, Dtype, Evaluation, Optimizer, Training
 from harness.registry import Registry
 from harness.spelling import near
 from harness.suite_combinations import Found, impossible
-from harness.suite_file import BaseKeys, CellKeys, TuneKeys
+from harness.suite_file import BaseKeys, CellKeys, Timed, TuneKeys
 from harness.suite_tuning import Tune
 from harness.tasks import Task
 from harness.yaml_lines import Document, Way
@@ -54,6 +54,7 @@ class Entry:
     seed: list[int]
     training: list[Training]
     evaluation: Evaluation
+    latency: Timed
     tune: Tune | None
     places: dict[str, str]
 
@@ -139,6 +140,7 @@ class _EntryReader:
             seed=keys.seed,
             training=training,
             evaluation=Evaluation(**{"items": 0} | keys.evaluation.model_dump(exclude_none=True)),
+            latency=keys.latency,
             tune=tune,
             places={way[-1]: self.reading.document.where(*self._way(*way)) for way in _JUDGED_LATER},
         )

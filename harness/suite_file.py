@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
@@ -69,6 +69,10 @@ class TuneKeys(Keys):
     config: dict[str, Any] = {}
 
 
+Timed = Literal["every-seed", "first-seed", "never"]
+"""Which Cells of an entry have their latencies measured; a try of a search for a learning rate never has."""
+
+
 class CellKeys(Keys):
     """One entry of `cells:`, or a block that has none. Lists are axes: every combination is a Cell."""
 
@@ -84,6 +88,7 @@ class CellKeys(Keys):
     seed: OneOrMany[Annotated[int, Field(ge=0, lt=2**32)]] = [0]
     training: TrainingKeys = TrainingKeys()
     evaluation: EvaluationKeys = EvaluationKeys()
+    latency: Timed = "every-seed"
     tune: TuneKeys | None = None
 
 

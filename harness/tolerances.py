@@ -54,6 +54,12 @@ CEILING = 0.5
 # correct programs were seen to err up to 3.9 times as much in one tensor, and 1.5 times in the median.
 CARRIED_FACTOR = 4.0
 
+# Further draws of that noise, made where the first does not explain the subject's. In a model of 30 blocks with large random
+# VeRA vectors the gradients of one correct float32 run erred 5 to 15 times as much as those of another: such a model has one
+# direction into which it carries all roundings, and of two normal numbers one is 4 times as far from zero as the other in
+# 16 % of all pairs. That it is 4 times as far as each of eight others happens once in 7,000.
+CARRIED_DRAWS = 7
+
 # The same for the losses of a training run, judged against the reference's largest error so far. Wider than one
 # operation's factor: both runs are single draws of a noise that each optimizer step carries on and amplifies.
 TRAJECTORY_FACTOR = 4.0

@@ -282,10 +282,10 @@ def test_methods_are_read_as_python_would_import_them(name: str) -> None:
 
 def test_suite_keys_are_those_of_the_records() -> None:
     assert set(suite_file.TrainingKeys.model_fields) == set(Training.model_fields)
-    assert set(suite_file.EvaluationKeys.model_fields) == set(Evaluation.model_fields) - {"skip"}  # `tune` sets it
+    assert set(suite_file.EvaluationKeys.model_fields) == set(Evaluation.model_fields) - {"skip", "latency"}  # `tune` and `latency`
     assert set(suite_file.BaseKeys.model_fields) == set(Base.model_fields)
-    assert set(suite_file.CellKeys.model_fields) - {"id", "tune"} == set(Cell.model_fields)
-    of_the_file = {"id", "where", "places", "tune"}
+    assert set(suite_file.CellKeys.model_fields) - {"id", "tune", "latency"} == set(Cell.model_fields)
+    of_the_file = {"id", "where", "places", "tune", "latency"}
     assert {f.name for f in dataclasses.fields(suite_entry.Entry)} - of_the_file == set(Cell.model_fields) - {"method"}
 
 

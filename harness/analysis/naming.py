@@ -9,6 +9,8 @@ from harness.records import Cell, Json
 # Where the last word of a coordinate alone would be read as something else.
 _SPOKEN = {"evaluation.batch": "evaluation batch", "base.implementation": "quantised by", "base.quantization": "base"}
 
+_TIMED = "evaluation.latency"
+
 
 def full(cells: Iterable[Cell]) -> dict[str, str]:
     """Map each cell_id to a name that no other of `cells` has: what a sentence calls a Cell."""
@@ -25,7 +27,7 @@ def recipes(cells: Iterable[Cell], *, inside: bool = False) -> dict[str, str]:
 
     inside: as by `in_group`, where model and task are named already.
     """
-    seedless = [cell.model_copy(update={"seed": 0}) for cell in cells]
+    seedless = [cell.recipe for cell in cells]
     return in_group(seedless) if inside else full(seedless)
 
 
@@ -44,6 +46,10 @@ def _named(cells: Iterable[Cell], name: Callable[[Cell], str], place: Callable[[
         where = {i: dict(_coordinates(cell.model_dump(mode="json"))) for i, cell in group.items()}
         keys = list(dict.fromkeys(key for values in where.values() for key in values))
         told = [key for key in keys if len({values.get(key, "unset") for values in where.values()}) > 1]
+        # Only one of several seeds has latencies, which is no difference worth a name; only where there is no other.
+        named = [key for key in told if key != _TIMED]
+        if len({tuple(values.get(key) for key in named) for values in where.values()}) == len(where):
+            told = named
         for i, cell in group.items():
             apart = "".join(f" {_spoken(key)}={where[i].get(key, 'unset')}" for key in told)
             found[i] = name(cell) + apart

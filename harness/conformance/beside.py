@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from harness.conformance.drawn import cast
 from harness.conformance.observe import observe
-from harness.conformance.subject import Subject
+from harness.conformance.subject import Subject, Twin
 from harness.conformance.tolerance import perturbed
 from harness.tolerances import PERTURBED_DRAWS
 
@@ -48,16 +48,23 @@ def beside(
 def reference_runs(
     subject: Subject, path: str, x: Tensor, dy: Tensor, *, look: Look = observe
 ) -> tuple[dict[str, Tensor], Draws]:
-    """Observe the reference in float64, and draws of what a program in the subject's dtype loses.
+    """Observe the reference in float64, and draws of what a program in the subject's dtype loses; see `runs_of`."""
+    wide, own = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
+    return runs_of(wide, own, subject.dtype, x, dy, look=look)
 
-    One draw is the reference in that dtype. It may happen to round to almost nothing, so there are others: the reference in
-    float64 with every number that goes in moved by up to half a unit in the last place of the dtype, as rounding might.
-    look: may change the layer that it is given.
+
+def runs_of(
+    wide: Twin, own: Twin, dtype: str, x: Tensor, dy: Tensor, *, look: Look = observe
+) -> tuple[dict[str, Tensor], Draws]:
+    """Observe the reference in float64, `wide`, and draws of what a program in `dtype` loses.
+
+    One draw is the reference in that dtype, `own`. It may happen to round to almost nothing, so there are others: the
+    reference in float64 with every number that goes in moved by up to half a unit in the last place of the dtype, as
+    rounding might; `wide` is then left so. look: may change the layer that it is given.
     """
-    twin, own = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
-    held = [(t, t.detach().clone()) for t in (*twin.layer.parameters(), *twin.layer.buffers()) if t.is_floating_point()]
-    wide = cast(x, "float64"), dy.double()
-    truth = look(twin.layer, twin.tensors, *wide)
+    held = [(t, t.detach().clone()) for t in (*wide.layer.parameters(), *wide.layer.buffers()) if t.is_floating_point()]
+    exactly = cast(x, "float64"), dy.double()
+    truth = look(wide.layer, wide.tensors, *exactly)
 
     def drawn() -> Iterator[dict[str, Tensor]]:
         yield look(own.layer, own.tensors, x, dy)
@@ -65,7 +72,7 @@ def reference_runs(
             generator = torch.Generator().manual_seed(seed)
             with torch.no_grad():
                 for tensor, value in held:
-                    tensor.copy_(perturbed(value, subject.dtype, generator))
-            yield look(twin.layer, twin.tensors, *(perturbed(t, subject.dtype, generator) for t in wide))
+                    tensor.copy_(perturbed(value, dtype, generator))
+            yield look(wide.layer, wide.tensors, *(perturbed(t, dtype, generator) for t in exactly))
 
     return truth, Draws(drawn())

@@ -91,6 +91,7 @@ _CELLS = (
     Column("training.lr_ratio", FLOAT, "1", "LoRA+: learning rate of factors B over training.lr"),
     Column("evaluation.items", INTEGER, "1", "test items asked for"),
     Column("evaluation.batch", INTEGER, "1", "test items per forward pass"),
+    Column("evaluation.latency", BOOLEAN, "", "whether latencies were asked for"),
     Column(
         "evaluation.skip", INTEGER, "1", "test items passed over first; not 0: a try of a search for a learning rate"
     ),

@@ -283,9 +283,11 @@ class Life:
     def _latency(
         self, subject: Subject, causal: bool, vocabulary: int, forward: Callable[..., Tensor]
     ) -> list[Latency]:
-        # Before anything is merged: some libraries merge into the base weight, and lose a little of it.
-        mixed, checks = serving.measure(subject, self.work.cell, causal, vocabulary, self.registry)
-        self.checks += checks
+        timed, mixed = self.work.cell.evaluation.latency, list[Latency]()
+        if timed:
+            # Before anything is merged: some libraries merge into the base weight, and lose a little of it.
+            mixed, checks = serving.measure(subject, self.work.cell, causal, vocabulary, self.registry)
+            self.checks += checks
         refused = ""
         layers = dict(subject.adapted.layers)  # the check below detaches, which may empty it
         if subject.adapted.can_merge:
@@ -296,6 +298,8 @@ class Life:
                 for r in merged
                 if r.outcome is not Outcome.PASS
             )
+        if not timed:
+            return []
         return latency.measure(subject.adapted, causal, vocabulary, refused, layers=layers) + mixed
 
 

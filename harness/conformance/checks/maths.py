@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from itertools import chain
+
 import torch
 from torch import Tensor
 
@@ -13,9 +16,9 @@ from harness.conformance.observe import observe
 from harness.conformance.results import at, judged, skipped
 from harness.conformance.stepping import optimizer_of
 from harness.conformance.subject import DTYPES, LARGEST_COPY, Subject
-from harness.conformance.tolerance import Judgement, carried_noise, exact, noise_floor, worst_of
+from harness.conformance.tolerance import Judgement, carried_noise, exact, noise_floor, perturbed, worst_of
 from harness.records import CheckResult
-from harness.tolerances import CARRIED_FACTOR
+from harness.tolerances import CARRIED_DRAWS, CARRIED_FACTOR
 
 
 def check_identity(subject: Subject, case: Case) -> CheckResult:
@@ -36,9 +39,11 @@ def check_identity(subject: Subject, case: Case) -> CheckResult:
         )
     with torch.no_grad():
         truth = {"logits": case.forward(whole_model.base(subject, "float64"))}
-        # A start in this dtype may lose what the base loses in it, or what the reference's own start loses.
-        start = {"logits": case.forward(whole_model.start(subject, subject.dtype))}
-    verdict = noise_floor(mine, truth, [base, start], subject.dtype, case.factor("identity"))
+        # A start in this dtype may lose what the base loses in it, or what the reference's own start loses, which takes an
+        # SVD of every weight to find out.
+        starts = (whole_model.start(subject, subject.dtype) for _ in range(1))
+        draws = chain([base], ({"logits": case.forward(start)} for start in starts))
+        verdict = noise_floor(mine, truth, draws, subject.dtype, case.factor("identity"))
     return judged(subject, case, "identity", verdict)
 
 
@@ -136,9 +141,29 @@ def check_model(subject: Subject, case: Case) -> CheckResult:
         return skipped(subject, case, "model", f"a float64 copy is made up to {LARGEST_COPY:,} parameters")
     mine = whole_model.observe(subject.model, subject.adapted.tensors(), subject, case.forward)
     truth = whole_model.observe(*whole_model.reference(subject, "float64"), subject, case.forward)
-    rounded = whole_model.observe(*whole_model.reference(subject, subject.dtype), subject, case.forward)
     factor = case.factors.get("model", CARRIED_FACTOR)
-    return judged(subject, case, "model", carried_noise(mine, truth, rounded, subject.dtype, factor))
+    return judged(subject, case, "model", carried_noise(mine, truth, _carried(subject, case), subject.dtype, factor))
+
+
+def _carried(subject: Subject, case: Case) -> Iterator[Mapping[str, Tensor]]:
+    """Draw what the whole model loses: the reference in the subject's dtype, then again with weights moved to a neighbour.
+
+    A sensitive model carries all roundings into one direction, so that one draw of them may happen to be next to nothing
+    in every tensor at once. Neighbours in the dtype, since what a model loses is mostly lost on the way, not in its weights.
+    """
+    forward = case.forward
+    if forward is None:
+        return
+    yield whole_model.observe(*whole_model.reference(subject, subject.dtype), subject, forward)
+    for seed in range(CARRIED_DRAWS):
+        model, tensors = whole_model.reference(subject, subject.dtype)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                tensor.copy_(
+                    perturbed(tensor.double(), subject.dtype, generator) if tensor.is_floating_point() else tensor
+                )
+        yield whole_model.observe(model, tensors, subject, forward)
 
 
 def _only(run: dict[str, Tensor], output: bool) -> dict[str, Tensor]:

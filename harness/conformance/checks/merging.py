@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import copy
+from collections.abc import Mapping
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.beside import Draws, reference_runs
+from harness.conformance.beside import Draws, runs_of
 from harness.conformance.case import Case
 from harness.conformance.drawn import inputs
 from harness.conformance.observe import observe
 from harness.conformance.results import at, judged, listed, skipped
-from harness.conformance.subject import DTYPES, Subject, load
-from harness.conformance.tolerance import exact, noise_floor, worst_of
+from harness.conformance.subject import DTYPES, Subject, Twin, load
+from harness.conformance.tolerance import Judgement, exact, noise_floor, worst_of
 from harness.records import CheckResult
+
+HALF = 0.5
+"""What is left of an adapter once it is moved: a power of two, by which nothing is rounded."""
 
 
 def check_merge(subject: Subject, case: Case) -> CheckResult:
@@ -35,7 +39,6 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
     with torch.no_grad():
         for layer in subject.adapted.layers.values():
             layer.eval()
-        truth, draws = _expected(subject, xs)
         subject.adapted.merge()
         for tensor in added.values():
             tensor.mul_(-3).add_(1)  # a merged layer no longer looks at its adapter
@@ -46,20 +49,42 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
         subject.adapted.unmerge()
         after = {path: subject.model.get_submodule(path)(x) for path, x in xs.items()}
         for tensor in added.values():
-            tensor.mul_(0.5)
+            tensor.mul_(HALF)
         moved = {path: subject.model.get_submodule(path)(x) for path, x in xs.items()}
-        moved_truth, moved_draws = _expected(subject, xs)
         load(subject.adapted, held)
+        found: dict[str, list[Judgement]] = {}
+        for path, x in xs.items():
+            seen = {"after merging": merged[path], "after unmerging": after[path]}
+            _judge(subject, case, path, x, seen, moved[path], found)
     for path, training in modes.items():
         subject.adapted.layers[path].train(training)
-    verdict = noise_floor(merged, truth, draws, subject.dtype, case.factor("merge"))
-    if not verdict.passed:
-        return judged(subject, case, "merge", verdict, "after merging")
-    verdict = noise_floor(after, truth, draws, subject.dtype, case.factor("merge"))
-    if not verdict.passed:
-        return judged(subject, case, "merge", verdict, "after unmerging")
-    verdict = noise_floor(moved, moved_truth, moved_draws, subject.dtype, case.factor("merge"))
-    return judged(subject, case, "merge", verdict, "" if verdict.passed else "unmerged, with another adapter")
+    worst = {when: worst_of(each, each[0].policy) for when, each in found.items()}
+    for when, verdict in worst.items():
+        if not verdict.passed:
+            return judged(subject, case, "merge", verdict, when)
+    return judged(subject, case, "merge", worst_of([*worst.values()], next(iter(worst.values())).policy))
+
+
+def _judge(
+    subject: Subject, case: Case, path: str, x: Tensor, seen: Mapping[str, Tensor], moved: Tensor,
+    found: dict[str, list[Judgement]],
+) -> None:  # fmt: skip
+    """Judge one layer's outputs: those `seen` with its adapter, and the one that was `moved` to HALF of it.
+
+    Layer by layer: of a large model there is no room for all twins at once.
+    """
+    wide, own = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
+    half = copy.deepcopy(wide), copy.deepcopy(own)
+    for twin in half:
+        for name in subject.added().keys() & {f"{path}.{name}" for name in twin.tensors}:
+            twin.tensors[name.removeprefix(f"{path}.")].mul_(HALF)
+    for (exactly, rounded), outputs in (((wide, own), seen), (half, {"unmerged, with another adapter": moved})):
+        first = _merged(rounded, x)
+        truth, draws = runs_of(exactly, rounded, subject.dtype, x, x.new_zeros(()), look=_output)
+        every = Draws(chain([first], draws))
+        for when, y in outputs.items():
+            verdict = noise_floor({"y": y}, truth, every, subject.dtype, case.factor("merge"))
+            found.setdefault(when, []).append(at(path, verdict))
 
 
 def check_detach(subject: Subject, case: Case) -> CheckResult:
@@ -97,23 +122,11 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "save", worst_of(found, "exact"))
 
 
-def _expected(subject: Subject, xs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Draws]:
-    """Return what the layers should compute, and draws of what a program in the subject's dtype loses.
-
-    The first is the reference merged in that dtype: a weight that the update was added to is rounded once more.
-    """
-    truth, each, merged = {}, list[Iterable[dict[str, Tensor]]](), {}
-    for path, x in xs.items():
-        exactly, draws = reference_runs(subject, path, x, x.new_zeros(()), look=_output)
-        truth[path] = exactly["y"]
-        # Draws that are yet to be made hold float64 layers: of a large model there is no room for all of them at once.
-        each.append(draws if subject.twins is not None else list(draws))
-        twin = subject.reference(path, subject.dtype)
-        twin.adapted.merge()
-        merged[path] = twin.adapted.model.get_submodule("layer").eval()(x)
-    together = zip(*each, strict=True)
-    drawn = ({path: draw["y"] for path, draw in zip(xs, several, strict=True)} for several in together)
-    return truth, Draws(chain([merged], drawn))
+def _merged(twin: Twin, x: Tensor) -> dict[str, Tensor]:
+    """Return what the reference gives once merged in its dtype: a weight that an update was added to is rounded again."""
+    merged = copy.deepcopy(twin)
+    merged.adapted.merge()
+    return {"y": merged.adapted.model.get_submodule("layer").eval()(x)}
 
 
 def _output(layer: nn.Module, _: Mapping[str, Tensor], x: Tensor, __: Tensor) -> dict[str, Tensor]:
