@@ -54,13 +54,13 @@ class Base(Frozen):
         return self.quantization if not self.implementation else f"{self.quantization} ({self.implementation})"
 
 
-LATER = ("accumulate", "checkpointing", "lr_ratio")
+LATER = ("accumulate", "checkpointing", "lr_ratio", "compile")
 """Fields of Training that came after the first published Records."""
 
 
 class Training(Frozen):
     """The training budget and its recipe: equal for Cells that are to be compared, but for learning rates, and for what
-    changes only the cost (`accumulate`, `checkpointing`)."""
+    changes only the cost (`accumulate`, `checkpointing`, `compile`)."""
 
     steps: int
     """Optimizer steps; 0 means evaluation only (zero-shot)."""
@@ -85,6 +85,9 @@ class Training(Frozen):
     backward pass. It takes time and saves memory; losses are the same up to rounding."""
     lr_ratio: float = 1.0
     """LoRA+ (arXiv:2402.12354): every factor B has so many times the learning rate `lr`, which A and all else have."""
+    compile: bool = False
+    """torch.compile: the model's calls in the parity gate and in training are compiled, in place; what is scored and timed
+    afterwards is not. Losses are the same up to rounding."""
 
     def later(self) -> dict[str, Scalar]:
         """Return those of the fields that came after the first published Records which are not at their default."""

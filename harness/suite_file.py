@@ -51,6 +51,7 @@ class TrainingKeys(Keys):
     accumulate: OneOrMany[Positive] | None = None
     checkpointing: OneOrMany[bool] | None = None
     lr_ratio: OneOrMany[Annotated[float, Field(gt=0, le=10_000)]] | None = None
+    compile: OneOrMany[bool] | None = None
 
 
 class EvaluationKeys(Keys):

@@ -140,6 +140,7 @@ def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> Non
         ("accumulate", "Micro-batches per optimizer step"),
         ("checkpointing", "default: false"),
         ("lr_ratio", "arXiv:2402.12354"),
+        ("compile", "torch.compile"),
     ],
 )
 def test_explain(name: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,7 +86,13 @@ PUBLISHED = """{"model": "minilm-l6", "task": "movie-sentiment", "method": "lora
 def test_a_published_cell_keeps_its_id_and_only_a_new_value_changes_it() -> None:
     cell = Cell.model_validate_json(PUBLISHED)
     assert cell.cell_id == "605c5559d5be74fc"
-    changes = [{"accumulate": 2}, {"checkpointing": True}, {"lr_ratio": 16.0}, {"accumulate": 2, "lr_ratio": 16.0}]
+    changes = [
+        {"accumulate": 2},
+        {"checkpointing": True},
+        {"lr_ratio": 16.0},
+        {"compile": True},
+        {"accumulate": 2, "lr_ratio": 16.0},
+    ]
     several = [cell.model_copy(update={"training": cell.training.model_copy(update=change)}) for change in changes]
     several += [cell.model_copy(update={"optimizer": name}) for name in get_args(Optimizer)]
     assert len({one.cell_id for one in (cell, *several)}) == len(several)  # `adamw` is what it had
@@ -282,7 +288,10 @@ def test_methods_are_read_as_python_would_import_them(name: str) -> None:
 
 def test_suite_keys_are_those_of_the_records() -> None:
     assert set(suite_file.TrainingKeys.model_fields) == set(Training.model_fields)
-    assert set(suite_file.EvaluationKeys.model_fields) == set(Evaluation.model_fields) - {"skip", "latency"}  # `tune` and `latency`
+    assert set(suite_file.EvaluationKeys.model_fields) == set(Evaluation.model_fields) - {
+        "skip",
+        "latency",
+    }  # `tune` and `latency`
     assert set(suite_file.BaseKeys.model_fields) == set(Base.model_fields)
     assert set(suite_file.CellKeys.model_fields) - {"id", "tune", "latency"} == set(Cell.model_fields)
     of_the_file = {"id", "where", "places", "tune", "latency"}

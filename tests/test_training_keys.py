@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
+import pytest
 from conftest import Bench
 from report_page import Page
 
 from harness.analysis import verdict
 from harness.analysis.words import Word
 from harness.errors import Exit
-from harness.records import Record, Status, TrainingMeasured
+from harness.records import Outcome, Record, Status, TrainingMeasured
 from harness.report import html
 
 SUITE = """
@@ -30,8 +33,10 @@ matrix:
       - {id: whole, method: lora, config: *lora}
       - {id: parts, method: lora, config: *lora, training: {accumulate: 4, checkpointing: true}}
       - {id: fused, method: lora, config: *lora, implementation: fused, training: {accumulate: 4, checkpointing: true}}
+      - {id: compiled, method: lora, config: *lora, training: {compile: true}}
+      - {id: fused-compiled, method: lora, config: *lora, implementation: fused, training: {compile: true}}
 comparisons:
-  - {same-losses: [whole, parts, fused], as: exact, says: a batch in parts is the same training run}
+  - {same-losses: [whole, parts, fused, compiled, fused-compiled], as: exact, says: parts are the same run}
 """
 
 
@@ -46,11 +51,11 @@ def test_a_suite_with_optimizers_and_parts_runs_end_to_end(bench: Bench) -> None
     path.write_text(SUITE, encoding="utf-8")
     finished = bench.command("run", str(path), "--out", "run")
     assert finished.code == Exit.PASS, finished.err + finished.out
-    assert "pass: a batch in parts is the same training run" in finished.out
+    assert "pass: parts are the same run" in finished.out
     run = bench.read()
     assert {record.status for record in run.records} == {Status.OK}
     (judgement,) = verdict.judge(run).judgements
-    assert (judgement.verdict.word, len(judgement.verdict.records)) == (Word.PASS, 4)
+    assert (judgement.verdict.word, len(judgement.verdict.records)) == (Word.PASS, 6)
 
     (full,) = (r for r in run.records if r.cell.method == "full")
     assert trained(full).optimizer["class"] == "reference.adamw8bit.AdamW8bit"
@@ -66,10 +71,31 @@ def test_a_suite_with_optimizers_and_parts_runs_end_to_end(bench: Bench) -> None
     assert [group["lr"] for group in facts["groups"]] == [5e-3, 4 * 5e-3]  # type: ignore[union-attr, index, call-overload]
     assert any("states of 0 of" in note for note in plus.notes)  # nothing of the tiny model is large enough
 
+    compiled = [r for r in run.records if r.cell.training.compile]
+    assert len(compiled) == 2
+    for record in compiled:
+        (note,) = (note for note in record.notes if note.startswith("torch.compile"))
+        assert re.search(r": [1-9]\d* graphs", note)
+        assert any(check.check.startswith("lora/model/") and check.outcome is Outcome.PASS for check in record.checks)
+
     page = Page(html.render([run])).text
     for said in (
         "paged-adamw-8bit lr_ratio=4",
         "accumulate=4 checkpointing",
+        "[fused] compile",
         "The optimizers differ (",
     ):
         assert said in page
+
+
+def test_without_a_compiler_a_cell_says_so_and_the_others_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    path = bench.folder / "recipes.yaml"
+    path.write_text(SUITE, encoding="utf-8")
+    finished = bench.command("run", str(path), "--out", "run", "--only", "id=whole,id=compiled")
+    assert finished.code == Exit.FAIL, finished.err + finished.out
+    by_how = {record.cell.training.compile: record for record in bench.read().records}
+    assert by_how[False].status is Status.OK
+    assert by_how[True].status is Status.ERROR
+    for said in ("torch.compile failed", "no-such-compiler", "g++", "`compile: false`"):
+        assert said in by_how[True].because

@@ -88,6 +88,7 @@ _CELLS = (
     Column("training.max_tokens", INTEGER, "1", "longer texts are truncated"),
     Column("training.accumulate", INTEGER, "1", "parts that a step's batch goes through the model in"),
     Column("training.checkpointing", BOOLEAN, "", "whether activations are computed again in the backward pass"),
+    Column("training.compile", BOOLEAN, "", "whether the model was compiled by torch.compile in gate and training"),
     Column("training.lr_ratio", FLOAT, "1", "LoRA+: learning rate of factors B over training.lr"),
     Column("evaluation.items", INTEGER, "1", "test items asked for"),
     Column("evaluation.batch", INTEGER, "1", "test items per forward pass"),

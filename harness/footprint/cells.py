@@ -40,7 +40,8 @@ def predicted(
     takes its loss of every token (`loss: all`), as `synthetic` always does.
 
     Activations and logits are those of one pass in which every text is as long as `max_tokens` allows: an upper bound, and
-    exact for the task `synthetic`. The logits of other tasks are not predicted: only answers have any.
+    exact for the task `synthetic`; what a compiler keeps is not predicted. Nor are
+    the logits of other tasks: only answers have any.
     """
     if error := counted.get("error"):
         return str(error)
@@ -53,7 +54,7 @@ def predicted(
     optimizer = choices.OWN if choices.OWN in one["optimizer"] else cell.optimizer
     tokens = -(-cell.training.batch // cell.training.accumulate) * cell.training.max_tokens
     found = ledger(one, base, optimizer, counted["logits"], tokens, cell.training.checkpointing)
-    trains, known = cell.training.steps > 0, bool(one["activations"])
+    trains, known = cell.training.steps > 0, bool(one["activations"]) and not cell.training.compile
     return Predicted(
         weights_B=found.weights,
         adapter_B=found.adapter,

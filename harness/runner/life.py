@@ -131,24 +131,24 @@ class Life:
             cell.method, config, cell.dtype, model, adapted, bases, own, original, packed.forms, packed.expected,
             packed.judged,
         )  # fmt: skip
-        with self.clock.phase("parity"):
-            who = f"{cell.base.quantization} by {cell.base.implementation}" if quantised else ""
-            self._pass(
-                gate.gate(subject, cell.seed, run_model, base_output, start=start, forward=task.logits, base=who)
-            )
-        # Only the gate needed the copy and the codes, and memory is measured from here on.
-        subject.original = Original(None)
-        subject.expected_codes.clear()
-        for parameter in loaded.head.values():
-            parameter.requires_grad_(True)
-        counts = _count(adapted, loaded, model)
-
         trained: TrainingMeasured | None = None
         optimizer: torch.optim.Optimizer | None = None
         gradients = 0
-        if cell.training.steps:
-            with models.checkpointing(model, cell.training.checkpointing):
-                trained, optimizer, gradients = self._train(subject, loaded, task, start)
+        with models.compiled(model, cell.training.compile, self.notes):
+            with self.clock.phase("parity"):
+                who = f"{cell.base.quantization} by {cell.base.implementation}" if quantised else ""
+                self._pass(
+                    gate.gate(subject, cell.seed, run_model, base_output, start=start, forward=task.logits, base=who)
+                )
+            # Only the gate needed the copy and the codes, and memory is measured from here on.
+            subject.original = Original(None)
+            subject.expected_codes.clear()
+            for parameter in loaded.head.values():
+                parameter.requires_grad_(True)
+            counts = _count(adapted, loaded, model)
+            if cell.training.steps:
+                with models.checkpointing(model, cell.training.checkpointing):
+                    trained, optimizer, gradients = self._train(subject, loaded, task, start)
         weights = tensor_bytes(
             [*(t for t in model_tensors(model) if id(t) not in {id(a) for a in subject.added().values()})]
         )

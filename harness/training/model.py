@@ -15,6 +15,7 @@ from harness.errors import AssetError, UsageError
 from harness.out_of_memory import shortage
 from harness.tolerances import FORESIGHT
 
+_COMPILER = ("torch._dynamo", "torch._inductor")
 _PROBED_TOKENS = 4
 """No suite lets a model read fewer."""
 
@@ -100,6 +101,43 @@ def checkpointing(model: Any, wanted: bool) -> Iterator[None]:
         yield
     finally:
         getattr(model, f"{name}_checkpointing_disable")()
+
+
+@contextmanager
+def compiled(model: Any, wanted: bool, notes: list[str]) -> Iterator[None]:
+    """If `wanted`, let torch.compile compile the calls of a model inside the context, and note what came of it.
+
+    In place: modules and names stay what they are. Raises UsageError where the compiler cannot do it.
+    """
+    if not wanted:
+        yield
+        return
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    model.compile()
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.startswith(_COMPILER) and not shortage(error):
+            said = next(filter(None, (line.strip() for line in str(error).splitlines())), type(error).__name__)
+            raise UsageError(
+                f"torch.compile failed: {type(error).__name__}: {said}",
+                where=type(model).__name__,
+                mend="on a CPU it needs a C++ compiler with OpenMP (g++); or write `compile: false`",
+            ) from error
+        raise
+    finally:
+        # A model of many lengths or layers may be more than the compiler takes, which then runs the rest uncompiled.
+        graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+        tried, done = (counters["frames"][name] for name in ("total", "ok"))
+        notes.append(
+            f"torch.compile, in the parity gate and in training: {graphs} graphs, {breaks} breaks between them, "
+            f"{done} of {tried} frames compiled, the others run as they are"
+        )
+        model._compiled_call_impl = None  # what Module.compile() sets, and nothing takes back
+        torch.compiler.reset()
 
 
 def foresight(model: Any) -> float:
