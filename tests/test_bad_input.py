@@ -195,6 +195,7 @@ BAD_SUITES = {
     "ratio of zero": ("lr: 1e-3", "lr: 1e-3, lr_ratio: 0", 6, "`lr_ratio` is 0", "write more than 0"),
     "more items than there are": ("items: 8", "items: 65", 7, "`items` is 65, but toy-sentiment has 64", "at most 64"),
     "yes for a number": ("items: 8", "items: true", 7, "`items` is True", "write a whole number"),
+    "latency of some": ("id: a", "id: a\n        latency: sometimes", 10, "`latency` is 'sometimes'", "first-seed"),
     "negative seed": ("id: a", "id: a\n        seed: -1", 10, "`seed` is -1", "write at least 0"),
     "duplicate id": ("id: exact", "id: a", 12, "a second id `a`, first at", "rename"),
     "id with a comma": ("id: exact", "id: 'a,b'", 12, "`id` is 'a,b'", "write letters"),

@@ -10,6 +10,7 @@ from typing import get_args
 import pytest
 
 from harness import suite_entry, suite_file, suites
+from harness.analysis import naming
 from harness.errors import UsageError
 from harness.expand import Plan, expand, only
 from harness.methods import methods
@@ -114,6 +115,23 @@ def test_an_optimizer_and_how_a_batch_is_gone_through_are_axes(read) -> None:
         "accumulate=2 checkpointing",
         "paged-adamw-8bit accumulate=2 checkpointing",
     ]
+
+
+def test_latencies_of_the_first_seed_alone(read) -> None:
+    def of(latency: str) -> Plan:
+        return read(f"      - {{method: lora, seed: [4, 5], latency: {latency}, tune: {{lr: [1e-3, 1e-2], items: 8}}}}")
+
+    every, first, never = of("every-seed"), of("first-seed"), of("never")
+    asked = [[c.evaluation.latency for c in plan.cells if not c.evaluation.skip] for plan in (every, first, never)]
+    assert asked == [[True, True], [True, False], [False, False]]
+    # No try of a learning rate has them, and they make no Cell another recipe.
+    assert not any(c.evaluation.latency for c in every.cells if c.evaluation.skip)
+    recipes = {c.recipe_id for plan in (every, first, never) for c in plan.cells if not c.evaluation.skip}
+    assert len(recipes) == 1
+    assert not any("latency" in name for name in naming.full(first.cells).values())
+    timed, untimed = every.cells[0], never.cells[0]
+    assert timed.cell_id != untimed.cell_id
+    assert len(set(naming.full([timed, untimed]).values())) == 2  # where there is no other difference, it is told
 
 
 def test_cell_id_ignores_key_order_and_written_defaults(read) -> None:

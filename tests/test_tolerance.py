@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -124,3 +125,20 @@ def test_a_later_draw_of_noise_lets_no_failing_tensor_off() -> None:
     judged = noise_floor({"y": torch.ones(4) * 3}, {"y": truth}, [{"y": near}, {"y": far}], "float32")
     assert judged.decided
     assert not judged.passed
+
+
+def test_a_first_draw_that_by_luck_lost_next_to_nothing_accuses_nobody() -> None:
+    truth = {"y": torch.linspace(1, 2, 64).double()}
+    lucky, usual, worse = ({"y": truth["y"] * (1 + error)} for error in (1e-6, 5e-5, 1e-2))
+    assert not carried_noise(usual, truth, lucky, "float32").passed
+    assert carried_noise(usual, truth, [lucky, usual], "float32").passed
+    assert not carried_noise(worse, truth, [lucky, usual, usual], "float32").passed
+
+
+@pytest.mark.parametrize("policy", [noise_floor, carried_noise])
+def test_no_more_noise_is_drawn_than_is_needed(policy: Any) -> None:
+    def draws() -> Iterator[dict[str, torch.Tensor]]:
+        yield {"y": RIGHT.float()}
+        raise AssertionError("a second draw")
+
+    assert policy({"y": RIGHT.float()}, {"y": RIGHT.double()}, draws(), "float32").passed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import pytest
 from conftest import Bench
 from report_page import Page
 
@@ -30,7 +29,7 @@ matrix:
         training: {lr_ratio: 4}
         config: &lora {rank: 4, alpha: 8, targets: [q_proj, v_proj, down_proj]}
       - {id: exact, method: lora, dtype: float64, config: *lora}
-      - {id: whole, method: lora, config: *lora}
+      - {id: whole, method: lora, config: *lora, latency: never}
       - {id: parts, method: lora, config: *lora, training: {accumulate: 4, checkpointing: true}}
       - {id: fused, method: lora, config: *lora, implementation: fused, training: {accumulate: 4, checkpointing: true}}
       - {id: compiled, method: lora, config: *lora, training: {compile: true}}
@@ -71,6 +70,13 @@ def test_a_suite_with_optimizers_and_parts_runs_end_to_end(bench: Bench) -> None
     assert [group["lr"] for group in facts["groups"]] == [5e-3, 4 * 5e-3]  # type: ignore[union-attr, index, call-overload]
     assert any("states of 0 of" in note for note in plus.notes)  # nothing of the tiny model is large enough
 
+    for record in run.records:
+        assert record.measurements is not None
+        assert bool(record.measurements.latency) is record.cell.evaluation.latency
+        merged = [c for c in record.checks if c.check.split("/")[1] == "merge" and c.outcome is Outcome.PASS]
+        assert bool(merged) is (record.cell.method != "full")  # which is not about speed
+    assert [r.cell.evaluation.latency for r in run.records].count(False) == 1
+
     compiled = [r for r in run.records if r.cell.training.compile]
     assert len(compiled) == 2
     for record in compiled:
@@ -88,8 +94,8 @@ def test_a_suite_with_optimizers_and_parts_runs_end_to_end(bench: Bench) -> None
         assert said in page
 
 
-def test_without_a_compiler_a_cell_says_so_and_the_others_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
+def test_without_a_compiler_a_cell_says_so_and_the_others_run(bench: Bench) -> None:
+    bench.environment["CXX"] = "no-such-compiler"
     path = bench.folder / "recipes.yaml"
     path.write_text(SUITE, encoding="utf-8")
     finished = bench.command("run", str(path), "--out", "run", "--only", "id=whole,id=compiled")
