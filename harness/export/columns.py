@@ -113,7 +113,12 @@ _CELLS = (
         "training_peak_B", INTEGER, "B", "highest memory in the training phase: resident on a CPU, allocated on a GPU"
     ),
     Column("training_peak_above_imports_B", INTEGER, "B", "the same, less what the process took before the model"),
-    Column("training_energy_J", FLOAT, "J", "energy of the training phase; NA where nothing counts it, or under 2 s"),
+    Column(
+        "training_energy_J",
+        FLOAT,
+        "J",
+        "energy of the training phase; NA where nothing counts it, under 2 s, and by rapl where other Cells ran at once",
+    ),
     Column("energy.source", TEXT, "", "who counts it: nvml (the GPU), rapl (all CPU packages)"),
     Column("energy.because", TEXT, "", "why nobody does"),
     Column(
