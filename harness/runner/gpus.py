@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from harness.errors import HarnessError
 from harness.measure import nvidia_smi
 
 # What the driver itself may hold on an idle card.
@@ -29,6 +31,34 @@ class Gpu:
         if self.used_mib > _IDLE_MIB:
             return f"GPU {self.index} ({self.uuid}) has {self.used_mib} MiB in use, by no process that can be seen"
         return ""
+
+
+class Look:
+    """A `look` in a thread of its own: a driver that takes its time holds nobody up."""
+
+    def __init__(self, look: Callable[[], list[Gpu]]) -> None:
+        self._look, self._over = look, threading.Event()
+        self._seen: list[Gpu] | HarnessError = HarnessError("the GPUs could not be looked at")
+        # A daemon: a run that is ended does not wait for it.
+        threading.Thread(target=self._work, name="look at the GPUs", daemon=True).start()
+
+    def _work(self) -> None:
+        try:
+            self._seen = self._look()
+        except HarnessError as error:
+            self._seen = error
+        finally:
+            self._over.set()
+
+    def over(self, within: float = 0.0) -> bool:
+        """Return whether there is an answer, after waiting so many seconds for it at most."""
+        return self._over.wait(within)
+
+    def seen(self) -> list[Gpu]:
+        """Return what was seen, once it is over; raises HarnessError where the driver did not answer."""
+        if isinstance(self._seen, HarnessError):
+            raise self._seen
+        return self._seen
 
 
 def look() -> list[Gpu]:
