@@ -156,7 +156,7 @@ def test_a_driver_that_does_not_answer_at_once_ends_no_run(tmp_path: Path, monke
 
 
 def test_a_driver_that_takes_its_time_holds_no_cell_up(tmp_path: Path) -> None:
-    run, looks, ended, waited = stubbed.Stubbed(tmp_path, 2, timeout=1.0), itertools.count(), threading.Event(), []
+    run, looks, ended, waited = stubbed.Stubbed(tmp_path, 2, timeout=3.0), itertools.count(), threading.Event(), []
 
     def look() -> list[gpus.Gpu]:
         if next(looks):
