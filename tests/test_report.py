@@ -180,6 +180,22 @@ def test_cells_of_a_cluster_are_compared_with_each_other_and_not_with_the_runner
     assert view.build([alone])["runs"][0]["alerts"] == []
 
 
+def test_test_items_that_were_cut_are_told_where_their_length_is(good: store.Run, tmp_path: Path) -> None:
+    def cut(name: str, made: Record) -> Record:
+        assert made.measurements is not None
+        items = 312 if made.cell.model == "minilm-l6" else 0
+        counted = made.measurements.accuracy.model_copy(update={"cut_items": items})
+        return made.model_copy(update={"measurements": made.measurements.model_copy(update={"accuracy": counted})})
+
+    run = recorded.write_run(tmp_path / "r", change=cut)
+    built = view.build([run])["runs"][0]
+    told = {group["budget"].partition(" test items")[2].partition(",")[0] for group in built["groups"]}
+    assert told == {" (312 of them cut)", ""}
+    fused = row(built["comparison"], run.latest()[recorded.cells()["fused"].cell_id])
+    assert fused["Accuracy"]["why"].endswith("; 312 of 1,000 items were longer than 40 tokens, and cut")
+    assert "cut" not in "".join(group["budget"] for group in view.build([good])["runs"][0]["groups"])
+
+
 def test_a_run_in_which_every_cell_failed(tmp_path: Path) -> None:
     run = recorded.write_run(tmp_path / "r", change=lambda _, r: recorded.failed(r))
     built = view.build([run])["runs"][0]

@@ -107,6 +107,9 @@ _CELLS = (
     Column("accuracy_metric", TEXT, "", "the metric"),
     Column("accuracy_interval", TEXT, "", "how the interval was made"),
     Column("scored_by", TEXT, "", "lm-eval with its version, or harness"),
+    Column(
+        "cut_items", INTEGER, "1", "scored items that lost something, being longer than max_tokens; NA: not counted"
+    ),
     Column("text_rules", TEXT, "", "how texts became tokens in training, and which of them carry loss"),
     Column("cut_examples", INTEGER, "1", "trained examples that lost something, being too long; NA: not counted"),
     Column(

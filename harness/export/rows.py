@@ -111,6 +111,7 @@ def _measured(m: Measurements | None) -> Row:
         "accuracy_metric": a.metric if a else None,
         "accuracy_interval": a.interval if a else None,
         "scored_by": a.scored_by if a else None,
+        "cut_items": a.cut_items if a else None,
     }
     for name in ("adapter", "head", "trainable", "total"):
         found[f"parameters.{name}"] = getattr(m.parameters, name) if m else None

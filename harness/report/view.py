@@ -169,9 +169,17 @@ def _budget(g: Group) -> str:
     b = g.budget
     training = f"{b.steps} steps × {b.batch} examples" if b.steps else "no training"
     items = f"{b.items:,} test items" + (f" after the first {b.skip:,}" if b.skip else "")
+    cut = max((n for e in g.entries for r in e.records if (n := _cut(r))), default=0)
+    items += f" ({cut:,} of them cut)" if cut else ""
     seeds = f", seeds {', '.join(map(str, g.seeds))}" if len(g.seeds) > 1 else ""
     tries = f", {g.tries} learning rates tried for each" if g.tries else ""
     return f"{training}, at most {b.max_tokens} tokens, {items}, {b.dtype}{seeds}{tries}"
+
+
+def _cut(record: Record) -> int | None:
+    """Return how many test items were longer than the budget allows; None where nobody counted."""
+    accuracy = record.measurements.accuracy if record.measurements else None
+    return accuracy.cut_items if accuracy else None
 
 
 def _sentences(f: RunFacts, g: Group) -> list[str]:
