@@ -25,6 +25,7 @@ from harness.conformance.subject import DTYPES, attach_reference, configure
 from harness.footprint import activations, kept, states
 from harness.footprint.choices import BASES, OWN
 from harness.measure.memory import model_tensors
+from harness.training.head import in_head
 from reference import layers as surgery
 from reference.layers import kind_of
 
@@ -143,7 +144,7 @@ def of_method(
             adapted = attach_reference(method, model, chosen, None, torch.Generator())
     except ValueError as error:
         return Counted(rank, error=str(error))
-    layers = {path: layer for path, layer in adapted.layers.items() if not _holds(path, head)}
+    layers = {path: layer for path, layer in adapted.layers.items() if not in_head(path, head)}
     added = [t for t in adapted.tensors().values() if id(t) not in own]
     for parameter in head.values():
         parameter.requires_grad_(True)
@@ -194,10 +195,6 @@ def _frozen(layers: Mapping[str, Any]) -> list[Tensor]:
     """List the weights of linear layers that a packed base would keep in 4 bits: those that do not train."""
     under = [getattr(layer, "base", layer) for layer in layers.values()]
     return [layer.weight for layer in under if kind_of(layer) in kept.LINEAR and not layer.weight.requires_grad]
-
-
-def _holds(path: str, head: Mapping[str, nn.Parameter]) -> bool:
-    return any(name.startswith(f"{path}.") for name in head)
 
 
 def answer(asked: Mapping[str, Any]) -> dict[str, Any]:
