@@ -71,7 +71,7 @@ def count(
     that any Method adapts, only `misfits` comes back: the name, and what is wrong with it.
     Raises ValueError for a model that transformers does not know.
     """
-    model = build(config, kind, DTYPES[dtype])
+    model = structure.build(config, kind, DTYPES[dtype])
     head = new_head(model, kind)
     if misfits := structure.of_model(model, targets):
         return {"misfits": misfits}
@@ -86,7 +86,9 @@ def count(
                 counted = of_method(model, method, one, names, head, DTYPES[dtype])
             except _ERRORS as error:  # of this config: the others of the model are counted all the same
                 counted = Counted(one.get("rank"), error=_sentence(error))
-                model = build(config, kind, DTYPES[dtype])  # of the old one some layers may have been replaced
+                model = structure.build(
+                    config, kind, DTYPES[dtype]
+                )  # of the old one some layers may have been replaced
                 head = new_head(model, kind)
             found[method].append(asdict(counted))
     return {
@@ -96,19 +98,6 @@ def count(
         "logits": activations.logits_per_token(shape) if shape else None,
         "methods": found,
     }
-
-
-def build(config: Mapping[str, Any], kind: str, dtype: torch.dtype) -> Any:
-    """Return the model on the meta device, in training mode. Raises ValueError for a type that is not transformers'."""
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    facts = dict(config)
-    name = facts.pop("model_type", None)
-    if name not in CONFIG_MAPPING:
-        raise ValueError(f"transformers has no model of the type {name!r}")
-    factory: Any = AutoModelForSequenceClassification if kind == "encoder" else AutoModelForCausalLM
-    with torch.device("meta"):
-        return factory.from_config(CONFIG_MAPPING[name].from_dict(facts), dtype=dtype).train()
 
 
 def new_head(model: Any, kind: str) -> dict[str, nn.Parameter]:
