@@ -44,7 +44,7 @@ def _named(cells: Iterable[Cell], name: Callable[[Cell], str], place: Callable[[
     sharing: dict[Hashable, dict[str, Cell]] = {}
     for cell in cells:
         sharing.setdefault(place(cell), {})[cell.cell_id] = cell
-    found = {}
+    found: dict[str, str] = {}
     for group in sharing.values():
         where = {i: dict(_coordinates(cell.model_dump(mode="json"))) for i, cell in group.items()}
         keys = list(dict.fromkeys(key for values in where.values() for key in values))

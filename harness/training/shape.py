@@ -38,7 +38,7 @@ def build(folder: Path, dtype: torch.dtype) -> Any:
         return structure.build(facts, "causal", dtype)
     except (KeyError, ValueError) as error:
         raise AssetError(
-            f"transformers makes no causal model of the type {facts.get('model_type')!r}: {error}",
+            f"no causal model can be made of it: {error}",
             where=str(folder / "config.json"),
             mend="correct `model_type`, or look at the version of transformers",
         ) from error
