@@ -271,6 +271,8 @@ class Accuracy(Frozen):
     interval: str
     """How the interval was made, e.g. `Wilson 95 %`."""
     items: list[Item]
+    cut_items: int | None = None
+    """Of the items, those whose text was longer than `max_tokens` and lost something; None where nobody counted."""
 
 
 class Parameters(Frozen):

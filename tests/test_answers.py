@@ -252,6 +252,14 @@ def test_the_training_prompt_is_the_one_that_is_answered(model: Any, spec: dict[
     assert first == {example.tokens[: -example.answer] for example in examples}
 
 
+def test_prompts_that_were_cut_are_counted(model: Any, spec: dict[str, Any]) -> None:
+    lengths = [len(Prompts(model.tokenizer, 60).asked(f"Q: {row.prompt}\nA:")) for row in ROWS]
+    for limit in {*lengths, min(lengths) - 1}:
+        scorer = CausalScorer(model, model.tokenizer, 5, limit, lambda done, of: None)
+        LmEvalTask(spec, ROWS, "strict").score(scorer)
+        assert len(scorer.cut) == sum(length > limit for length in lengths)
+
+
 def test_a_model_that_is_taught_answers(folder: Path, spec: dict[str, Any], tmp_path: Path) -> None:
     source = parse_source(
         {"name": "d", "kind": "data", "source": "file:d", "rows": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -102,3 +103,25 @@ def test_special_tokens_without_room_for_text_are_refused() -> None:
     with pytest.raises(UsageError, match=r"`training.max_tokens` is 4, and the tokenizer adds 4") as caught:
         classification_examples([Row("r", "a", 0)], tokenizer, 4)
     assert "raise it to at least 5" in caught.value.mend
+
+
+class Letters:
+    """A tokenizer: a letter is a token, between two special ones."""
+
+    def num_special_tokens_to_add(self) -> int:
+        return 2
+
+    def __call__(
+        self, text: str | list[str], *, truncation: bool = False, max_length: int = 0, verbose: bool = True
+    ) -> Any:
+        if isinstance(text, list):
+            return {"input_ids": [self(one, truncation=truncation, max_length=max_length)["input_ids"] for one in text]}
+        kept = text[: max_length - 2] if truncation else text
+        return {"input_ids": [1, *map(ord, kept), 2]}
+
+
+def test_a_text_that_is_cut_for_an_encoder_says_so() -> None:
+    rows = [Row("fits", "abc", 0), Row("long", "abcd", 1)]
+    fits, long = classification_examples(rows, Letters(), 5)
+    assert fits == Example("fits", (1, *b"abc", 2), 0)
+    assert long == Example("long", (1, *b"abc", 2), 1, cut=True)

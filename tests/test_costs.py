@@ -24,6 +24,7 @@ from harness.measure.energy import EnergyMeter
 from harness.measure.gpu import GpuWatch
 from harness.measure.memory import PeakMeter
 from harness.measure.phases import PhaseClock
+from harness.records import Status
 from harness.report import view
 
 UUID = "GPU-8a3c"
@@ -284,6 +285,11 @@ def test_joules_of_a_whole_machine_are_not_those_of_one_of_its_cells(source: str
     assert figures["Energy of training, J"]["text"] == shown
     why = "the counter (rapl) is the whole machine's; up to 2 Cells ran at once" if source == "rapl" else "by nvml"
     assert figures["Energy of training, J"]["why"] == why
+    exported = rows.cell(fused, latest=True)
+    joules = None if source == "rapl" else 450.0
+    assert (exported["training_energy_J"], exported.get("phase_energy_J.train")) == (joules, joules)
+    failed = recorded.failed(fused, Status.TIMEOUT).model_copy(update={"phases": fused.phases, "notes": note})
+    assert "phase_energy_J.train" not in rows.cell(failed, latest=True)
 
 
 def test_the_tables_hold_them_too(tmp_path: Path) -> None:

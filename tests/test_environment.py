@@ -103,3 +103,11 @@ def test_cards_that_are_hidden_are_none(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert len(environment.gpus.__wrapped__()) == seen
+
+
+def test_a_driver_that_does_not_answer_shows_no_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tool := tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU-aa, A card, 1.2, 80 MiB'\nexit 9\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert environment.gpus.__wrapped__() == ()

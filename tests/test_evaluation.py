@@ -129,6 +129,18 @@ def test_too_long_a_prompt_loses_its_beginning(model: Any, answers: list[str]) -
     assert got != whole
 
 
+def test_items_whose_prompt_was_cut_are_counted_once_each(model: Any, task: LmEvalTask) -> None:
+    lengths = [len(scorer(model).encode_pair(task.prompt(row), " bad")[0]) + 1 for row in ROWS]
+    for limit, cut in (
+        (max(lengths), 0),
+        (max(lengths) - 1, lengths.count(max(lengths))),
+        (min(lengths) - 1, len(ROWS)),
+    ):
+        own = scorer(model, limit=limit)
+        task.score(own)
+        assert len(own.cut) == cut
+
+
 def test_an_answer_without_room_for_a_prompt_is_refused(model: Any) -> None:
     with pytest.raises(UsageError, match="an answer has 3 tokens"):
         scorer(model, limit=3)._loglikelihood_tokens(requests(model, [" sweet and warm"]))

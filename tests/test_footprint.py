@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness import store
+from harness.assets import structure
 from harness.conformance.subject import DTYPES, adaptable_layers, configure
 from harness.footprint import counting, kept
 from harness.footprint.choices import OPTIMIZERS, OWN
@@ -235,7 +236,7 @@ def test_logits(dtype: str) -> None:
 
 def test_all_linear_layers_but_those_of_the_output_are_adapted() -> None:
     for kind, config in CONFIGS.values():
-        model = counting.build(config, kind, torch.float32)
+        model = structure.build(config, kind, torch.float32)
         names = counting.default_targets(model)
         adapted = adaptable_layers(model, configure("lora", {"targets": names}))
         linear = {path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}

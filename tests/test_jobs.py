@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import resource
+import threading
 import time
 from pathlib import Path
 
@@ -151,6 +153,23 @@ def test_a_driver_that_does_not_answer_at_once_ends_no_run(tmp_path: Path, monke
     records = run.run(Local(2, run.command(), look=look, patience=0.001), device="cuda")
     assert [records[seed].status for seed in range(3)] == [Status.OK, Status.OK, Status.SKIPPED]
     assert records[2].because == "nvidia-smi does not answer: timed out; it was waited for 0.001 s"
+
+
+def test_a_driver_that_takes_its_time_holds_no_cell_up(tmp_path: Path) -> None:
+    run, looks, ended, waited = stubbed.Stubbed(tmp_path, 2, timeout=3.0), itertools.count(), threading.Event(), []
+
+    def look() -> list[gpus.Gpu]:
+        if next(looks):
+            waited.append(ended.wait(30))
+        return CARDS
+
+    records = Local(2, run.command({0: "hang"}), look=look).run(run.works("cuda"), run.terms, run.nobody)
+    with contextlib.closing(records):
+        assert next(records).status is Status.TIMEOUT
+        assert (0, {"event": "phase", "name": "pretending"}) in run.nobody.heard
+        ended.set()
+        assert next(records).status is Status.OK
+    assert waited == [True]
 
 
 def test_a_gpu_that_stays_busy_is_said_and_is_no_success(tmp_path: Path) -> None:

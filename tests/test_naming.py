@@ -39,11 +39,23 @@ def test_no_two_cells_of_a_run_have_the_same_name() -> None:
 def test_cells_that_share_a_label_are_named_by_what_differs_among_them() -> None:
     cells = _variants()
     named = naming.in_group(cells)
-    told = "seed=0 steps=90 lr=0.002 evaluation batch=32 dropout=unset"
+    told = "seed=0 steps=90 lr=0.002 evaluation batch=32"
     assert named[cells[2].cell_id] == f"lora r=8 [reference] {told}"
     # The only Cell of its task needs no more than its label, nor does one whose label nobody shares.
     assert named[cells[-2].cell_id] == "lora r=8 [reference]"
     assert named[cells[-1].cell_id] == "frozen [reference]"
+
+
+def test_a_knob_at_its_default_is_not_named_unless_names_would_be_the_same() -> None:
+    cell = recorded.cells()["reference"]
+    started = cell.model_copy(update={"config": cell.config | {"init": "orthogonal"}})
+    assert list(naming.in_group([cell, started]).values()) == [
+        "lora r=8 [reference]", "lora r=8 [reference] init=orthogonal"
+    ]  # fmt: skip
+    left, right = (cell.model_copy(update={"config": cell.config | {side: {"rate": 0.1}}}) for side in ("a", "b"))
+    assert list(naming.in_group([left, right]).values()) == [
+        "lora r=8 [reference] rate=0.1 rate=unset", "lora r=8 [reference] rate=unset rate=0.1"
+    ]  # fmt: skip
 
 
 def test_a_name_says_no_more_than_it_must() -> None:

@@ -14,7 +14,7 @@ from report_page import Page, row
 
 from harness import resources, store
 from harness.errors import StoreError
-from harness.records import Failure, Phase, Status
+from harness.records import Failure, Phase, Record, Status
 from harness.report import html, text, view
 from harness.report.display import DASH
 
@@ -152,8 +152,48 @@ def test_a_record_from_elsewhere_is_pointed_out(tmp_path: Path) -> None:
     elsewhere = recorded.environment(id="elsewhere", threads=8)
     move = lambda n, r: r.model_copy(update={"environment": elsewhere}) if n == "fused" else r  # noqa: E731
     run = view.build([recorded.write_run(tmp_path / "r", change=move)])["runs"][0]
-    assert [len(a["items"]) for a in run["alerts"]] == [1]
-    assert run["environment"]["strangers"][0]["differences"] == "threads: 2, 8"
+    assert [a["items"] for a in run["alerts"]] == [["1 Cell: threads: 2, 8"]]
+    (stranger,) = run["environment"]["strangers"]
+    assert stranger["differences"] == "threads: 2, 8"
+    assert [c["title"] for c in stranger["cells"]] == ["minilm-l6 lora r=8 [fused]"]
+
+
+def test_cells_of_a_cluster_are_compared_with_each_other_and_not_with_the_runner(tmp_path: Path) -> None:
+    def on_a_node(name: str, made: Record) -> Record:
+        node = "b" if name in ("fused", "full", "nf4") else "a"
+        there = recorded.environment(id=node, machine={"cpu": f"CPU {node}"}, threads=4)
+        at = made.model_copy(update={"environment": there})
+        # Of what was lost the runner itself has written the Record.
+        return recorded.failed(made, Status.LOST) if name == "lora-r1" else at
+
+    run = recorded.write_run(tmp_path / "r", change=on_a_node)
+    built = view.build([run])["runs"][0]
+    assert [a["items"] for a in built["alerts"]] == [["3 Cells: machine cpu: CPU a, CPU b"]]
+    machine = next(block["rows"] for block in built["environment"]["blocks"] if block["title"] == "Machine")
+    assert {row["key"]: row["value"] for row in machine} == {"cpu": "CPU a", "threads": "4"}
+    (stranger,) = built["environment"]["strangers"]
+    words = Page(html.render([run])).text
+    assert all(words.count(f"CPU a, CPU b: {c['title']}") == 1 for c in stranger["cells"][:1])
+    assert len(stranger["cells"]) == 3
+    # Where all share a machine, other than the runner's, there is nothing to warn of.
+    alone = recorded.write_run(tmp_path / "s", change=lambda _, r: on_a_node("reference", r))
+    assert view.build([alone])["runs"][0]["alerts"] == []
+
+
+def test_test_items_that_were_cut_are_told_where_their_length_is(good: store.Run, tmp_path: Path) -> None:
+    def cut(name: str, made: Record) -> Record:
+        assert made.measurements is not None
+        items = 312 if made.cell.model == "minilm-l6" else 0
+        counted = made.measurements.accuracy.model_copy(update={"cut_items": items})
+        return made.model_copy(update={"measurements": made.measurements.model_copy(update={"accuracy": counted})})
+
+    run = recorded.write_run(tmp_path / "r", change=cut)
+    built = view.build([run])["runs"][0]
+    told = {group["budget"].partition(" test items")[2].partition(",")[0] for group in built["groups"]}
+    assert told == {" (312 of them cut)", ""}
+    fused = row(built["comparison"], run.latest()[recorded.cells()["fused"].cell_id])
+    assert fused["Accuracy"]["why"].endswith("; 312 of 1,000 items were longer than 40 tokens, and cut")
+    assert "cut" not in "".join(group["budget"] for group in view.build([good])["runs"][0]["groups"])
 
 
 def test_a_run_in_which_every_cell_failed(tmp_path: Path) -> None:

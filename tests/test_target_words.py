@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from harness.assets import structure
 from harness.conformance.subject import adaptable_layers, configure
 from harness.footprint import counting
 from harness.methods import TARGET_WORDS, methods
@@ -37,7 +38,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], set[str], set[str]]] = {
 
 def build(name: str) -> Any:
     kind, config, _, _ = MODELS[name]
-    return counting.build({"model_type": name, **config}, kind, torch.float32)
+    return structure.build({"model_type": name, **config}, kind, torch.float32)
 
 
 def test_suites_know_the_words_that_the_reference_knows() -> None:

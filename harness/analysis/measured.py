@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from harness.analysis.intervals import Median, median_interval
-from harness.cost_records import GpuPhase
+from harness.cost_records import AT_ONCE, GpuPhase
 from harness.records import Record, TrainingMeasured
 
 STARTUP = "start-up"
 """The phase from the start of the process to the Cell's first own work."""
 TRAIN = "train"
+_WHOLE_MACHINE = "rapl"
 
 
 def steady(training: TrainingMeasured) -> slice:
@@ -34,9 +35,21 @@ def training_peak(record: Record) -> int | None:
 
 
 def training_energy(record: Record) -> float | None:
-    """Return the joules of the training phase; None if it was not trained or not measured."""
+    """Return the joules of the training phase; None if it was not trained or not measured, and see `not_its_own_energy`."""
+    if not_its_own_energy(record):
+        return None
     found = [p.energy_J for p in record.phases if p.name == TRAIN and p.energy_J is not None]
     return sum(found) if found else None
+
+
+def not_its_own_energy(record: Record) -> str:
+    """Say why a Record's joules are not its Cell's: the counter is of the whole machine, and others ran on that at the same
+    time. Empty if they are its own, or there are none."""
+    energy = record.measurements.energy if record.measurements else None
+    # A Record that failed does not say who counted; on a CPU no other counter is asked.
+    counter = energy.source if energy else _WHOLE_MACHINE if record.device in ("", "cpu") else ""
+    beside = next((note.partition(":")[0] for note in record.notes if AT_ONCE in note), "")
+    return f"the counter ({counter}) is the whole machine's; {beside}" if beside and counter == _WHOLE_MACHINE else ""
 
 
 def training_gpu(record: Record) -> GpuPhase | None:

@@ -37,11 +37,14 @@ def short(cell: Cell) -> str:
 
 
 def _named(cells: Iterable[Cell], name: Callable[[Cell], str], place: Callable[[Cell], Hashable]) -> dict[str, str]:
-    """Name Cells; to those of one place that would share a name, add the coordinates in which they differ, no others."""
+    """Name Cells; to those of one place that would share a name, add the coordinates in which they differ, no others.
+
+    A knob that a Cell leaves at its default is not named of that Cell.
+    """
     sharing: dict[Hashable, dict[str, Cell]] = {}
     for cell in cells:
         sharing.setdefault(place(cell), {})[cell.cell_id] = cell
-    found = {}
+    found: dict[str, str] = {}
     for group in sharing.values():
         where = {i: dict(_coordinates(cell.model_dump(mode="json"))) for i, cell in group.items()}
         keys = list(dict.fromkeys(key for values in where.values() for key in values))
@@ -50,9 +53,10 @@ def _named(cells: Iterable[Cell], name: Callable[[Cell], str], place: Callable[[
         named = [key for key in told if key != _TIMED]
         if len({tuple(values.get(key) for key in named) for values in where.values()}) == len(where):
             told = named
-        for i, cell in group.items():
-            apart = "".join(f" {_spoken(key)}={where[i].get(key, 'unset')}" for key in told)
-            found[i] = name(cell) + apart
+        apart = {i: "".join(f" {_spoken(k)}={values[k]}" for k in told if k in values) for i, values in where.items()}
+        if len(set(apart.values())) < len(apart):  # knobs that end in one word, each set in another Cell
+            apart = {i: "".join(f" {_spoken(k)}={v.get(k, 'unset')}" for k in told) for i, v in where.items()}
+        found |= {i: name(cell) + apart[i] for i, cell in group.items()}
     return found
 
 

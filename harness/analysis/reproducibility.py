@@ -7,6 +7,7 @@ Cell is the same, so it should have been the same.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -168,6 +169,33 @@ def environment_differences(left: Environment, right: Environment) -> list[str]:
     a, b = _flat(left), _flat(right)
     changed = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
     return [f"{key}: {a.get(key, 'none')}, {b.get(key, 'none')}" for key in changed]
+
+
+def usual_environment(run: Run) -> Environment:
+    """Return the environment that most ok Records of a run have in common; the runner's own where no other has more.
+
+    On a cluster the runner's machine need not be any that Cells ran on, and with several jobs its threads are shared out.
+    """
+    ok = [record.environment for record in run.latest().values() if record.status is Status.OK]
+    found = Counter(_key(e) for e in ok)
+    most = max(found.values(), default=0)
+    return next(e for e in (run.manifest.environment, *ok) if found[_key(e)] == most)
+
+
+def strangers(run: Run) -> dict[tuple[str, ...], list[Record]]:
+    """Return the newest Records that were not made in the usual environment, by what differs in theirs."""
+    usual = usual_environment(run)
+    found: dict[tuple[str, ...], list[Record]] = {}
+    for record in run.latest().values():
+        here = _key(record.environment)
+        # Of a worker that left no Record the runner writes one, with the only environment that it knows: its own.
+        if here != _key(usual) and (record.status is Status.OK or here != _key(run.manifest.environment)):
+            found.setdefault(tuple(environment_differences(usual, record.environment)), []).append(record)
+    return found
+
+
+def _key(e: Environment) -> tuple[str, ...]:
+    return e.id, *(f"{key}: {value}" for key, value in sorted(_flat(e).items()))
 
 
 def _flat(e: Environment) -> dict[str, str]:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from harness import yaml_lines
 from harness.errors import UsageError
-from harness.spelling import near
 
 PREFIX = "lm-eval:"
 LOCAL = ("json", "csv", "parquet", "text", "arrow")
 """What `datasets` reads from files on this machine: such data have no revision."""
+_TASK = re.compile(rb"""^["']?task["']?: *["']?([\w.+-]+)["']?[ \t\r]*(?:#.*)?$""", re.MULTILINE)
+_MISSPELT = 0.85
+"""A name of eight letters of which one is missing, wrong or in its neighbour's place is as like the right one as that."""
 _REGISTERED = re.compile(r"""^@register_filter\(["']([\w-]+)["']\)""", re.MULTILINE)
 _NAME = re.compile(r"lm-eval:(?P<task>[\w.+-]+)(?::(?P<filter>[\w.+-]+))?(?:@(?P<revision>[0-9a-f]{40}))?", re.ASCII)
 
@@ -59,10 +63,11 @@ def find(text: str, folder: Path | None = None) -> Named:
         mend = "write lm-eval:TASK, lm-eval:TASK:FILTER, and @ with the 40 hex digits of its data's commit"
         raise UsageError(f"`{text}` names no task of lm-eval", mend=mend)
     name, where = match["task"], folder or tasks_folder()
-    path = _path(where, name)
+    path, known = _path(where, name)
     if path is None:
-        known = [one.stem for one in _files(where)]
-        raise UsageError(f"lm-eval has no task `{name}`", mend=near(name, known, "`lm-eval ls tasks` lists them"))
+        close = get_close_matches(name, sorted(known), n=1)
+        mend = f"did you mean `{close[0]}`?" if close else "`lm-eval ls tasks` lists them"
+        raise UsageError(f"lm-eval has no task `{name}`", mend=mend)
     return Named(name, match["filter"] or "", match["revision"] or "", path, _read(path))
 
 
@@ -84,11 +89,36 @@ def filter_functions() -> tuple[str, ...]:
     return tuple(sorted(name for file in files for name in _REGISTERED.findall(file.read_text(encoding="utf-8"))))
 
 
-def _path(folder: Path, name: str) -> Path | None:
-    says = re.compile(rf"""^["']?task["']?: *["']?{re.escape(name)}["']?\s*(?:#.*)?$""".encode(), re.MULTILINE)
-    # Nearly every task's file has its name: only for the others all fourteen thousand are read.
-    ordered = sorted(_files(folder), key=lambda path: path.stem != name)
-    return next((path for path in ordered if says.search(path.read_bytes())), None)
+def _path(folder: Path, name: str) -> tuple[Path | None, set[str]]:
+    """Return the file of a task, None where there is none, and the names of tasks as far as they had to be found out.
+
+    All fourteen thousand files are read only for a name that neither a file nor its family leads to, and that is not nearly
+    the name of another task: one that is misspelt is refused at once.
+    """
+    files = _files(folder)
+    known = {path.stem for path in files}
+    family = re.split(r"[^a-z0-9]", name.lower())[0]
+    for some in (
+        (path for path in files if path.stem == name),
+        (path for path in files if family in str(path)[len(str(folder)) :].lower()),
+        files,
+    ):
+        if some is files and get_close_matches(name, known, n=1, cutoff=_MISSPELT):
+            break
+        named = _named(some)
+        if name in named:
+            return named[name], known
+        known |= named.keys()
+    return None, known
+
+
+def _named(files: Iterable[Path]) -> dict[str, Path]:
+    """Map the names of tasks to the first of the files that has them."""
+    found: dict[str, Path] = {}
+    for path in files:
+        for name in _TASK.findall(path.read_bytes()):
+            found.setdefault(name.decode(), path)
+    return found
 
 
 @cache

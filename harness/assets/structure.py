@@ -1,4 +1,4 @@
-"""Which names fit no layer of a model: it is built from its config on the meta device, without weights.
+"""A model from its config alone, on the meta device: without weights. And which names fit no layer of it.
 
 Run as `python -m harness.assets.structure FOLDER KIND NAME...`; the last line printed is JSON, name to sentence.
 """
@@ -7,19 +7,37 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def build(config: Mapping[str, Any], kind: str, dtype: torch.dtype) -> Any:
+    """Return the model of this config.json on the meta device, in training mode: every layer, no weights.
+
+    Raises ValueError for a type that is not transformers'.
+    """
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    facts = dict(config)
+    name = facts.pop("model_type", None)
+    if name not in CONFIG_MAPPING:
+        raise ValueError(f"transformers has no model of the type {name!r}")
+    factory: Any = AutoModelForSequenceClassification if kind == "encoder" else AutoModelForCausalLM
+    with torch.device("meta"):
+        return factory.from_config(CONFIG_MAPPING[name].from_dict(facts), dtype=dtype).train()
 
 
 def misfits(folder: str, kind: str, names: Sequence[str]) -> dict[str, str]:
     """Map those of `names` that fit no layer which a method can adapt to a sentence about it."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    factory: Any = AutoModelForSequenceClassification if kind == "encoder" else AutoModelForCausalLM
-    with torch.device("meta"):
-        model = factory.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
-    return of_model(model, names)
+    config = json.loads((Path(folder) / "config.json").read_bytes())
+    return of_model(build(config, kind, torch.float32), names)
 
 
 def of_model(model: Any, names: Sequence[str]) -> dict[str, str]:

@@ -19,7 +19,8 @@ class CausalScorer(TemplateLM):  # type: ignore[misc]
     """Answers log-likelihood and generation requests for `model`.
 
     Requests that need the same forward pass share it: the choices of one question whose answers are one token long cost
-    one pass over the prompt. max_tokens: longer sequences lose their beginning.
+    one pass over the prompt. max_tokens: longer sequences lose their beginning. cut: lm-eval's numbers of the items of which
+    something did.
     """
 
     def __init__(
@@ -28,6 +29,8 @@ class CausalScorer(TemplateLM):  # type: ignore[misc]
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.batch, self.max_tokens, self.report = batch, max_tokens, report
+        self.cut: set[int] = set()
+        self._too_long: list[bool] = []
 
     @property
     def eot_token_id(self) -> int:
@@ -43,12 +46,20 @@ class CausalScorer(TemplateLM):  # type: ignore[misc]
         context_ids, continuation_ids = self._encode_pair(context, continuation)
         return list(context_ids), list(continuation_ids)
 
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return (log-likelihood, greedy) of every request, in their order."""
+        self._too_long = []
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
+        self.cut |= {request.doc_id for request, cut in zip(requests, self._too_long, strict=False) if cut}
+        return found
+
     @torch.inference_mode()
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         self.model.eval()
         device = next(self.model.parameters()).device
+        self._too_long = [len(context) + len(answer) > self.max_tokens for _, context, answer in requests]
         # The last answer token is only ever predicted, never read: leaving it off makes one-token choices share a pass.
         passes: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
         for index, (_, context, answer) in enumerate(requests):
@@ -81,10 +92,11 @@ class CausalScorer(TemplateLM):  # type: ignore[misc]
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Return greedy answers. The prompt is cut as in training; its answer has room besides."""
         prompts = Prompts(self.tokenizer, self.max_tokens)
-        asked = [request.args for request in requests]
         # All requests of a task ask in the same way.
-        (_, how), *_ = asked
+        how = requests[0].args[1]
         until = [how["until"]] if isinstance(how["until"], str) else how["until"]
-        tokens = [prompts.asked(prompt) for prompt, _ in asked]
+        asked = [prompts.open(str(request.doc_id), request.args[0]) for request in requests]
+        self.cut |= {request.doc_id for request, one in zip(requests, asked, strict=True) if one.cut}
+        tokens = [list(one.tokens) for one in asked]
         most = int(how.get("max_gen_toks", MAX_GEN_TOKS))
         return generate(self.model, self.tokenizer, tokens, until, most, self.batch, self.report)

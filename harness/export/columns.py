@@ -107,13 +107,21 @@ _CELLS = (
     Column("accuracy_metric", TEXT, "", "the metric"),
     Column("accuracy_interval", TEXT, "", "how the interval was made"),
     Column("scored_by", TEXT, "", "lm-eval with its version, or harness"),
+    Column(
+        "cut_items", INTEGER, "1", "scored items that lost something, being longer than max_tokens; NA: not counted"
+    ),
     Column("text_rules", TEXT, "", "how texts became tokens in training, and which of them carry loss"),
     Column("cut_examples", INTEGER, "1", "trained examples that lost something, being too long; NA: not counted"),
     Column(
         "training_peak_B", INTEGER, "B", "highest memory in the training phase: resident on a CPU, allocated on a GPU"
     ),
     Column("training_peak_above_imports_B", INTEGER, "B", "the same, less what the process took before the model"),
-    Column("training_energy_J", FLOAT, "J", "energy of the training phase; NA where nothing counts it, or under 2 s"),
+    Column(
+        "training_energy_J",
+        FLOAT,
+        "J",
+        "energy of the training phase; NA where nothing counts it, under 2 s, and by rapl where other Cells ran at once",
+    ),
     Column("energy.source", TEXT, "", "who counts it: nvml (the GPU), rapl (all CPU packages)"),
     Column("energy.because", TEXT, "", "why nobody does"),
     Column(

@@ -111,6 +111,7 @@ def _measured(m: Measurements | None) -> Row:
         "accuracy_metric": a.metric if a else None,
         "accuracy_interval": a.interval if a else None,
         "scored_by": a.scored_by if a else None,
+        "cut_items": a.cut_items if a else None,
     }
     for name in ("adapter", "head", "trainable", "total"):
         found[f"parameters.{name}"] = getattr(m.parameters, name) if m else None
@@ -149,15 +150,16 @@ def _of_training(record: Record) -> Row:
 
 
 def _phases(record: Record) -> Row:
-    """Return time and peak of every phase; of one that came twice, the sum and the higher one."""
+    """Return time, peak and own joules of every phase; of one that came twice, the sum and the higher peak."""
     found: dict[str, float] = {}
+    own_energy = not measured.not_its_own_energy(record)
     for phase in record.phases:
         name = f"phase_s.{phase.name}"
         found[name] = found.get(name, 0.0) + phase.seconds
         if phase.peak_memory_B is not None:
             name = f"phase_peak_B.{phase.name}"
             found[name] = max(found.get(name, 0), phase.peak_memory_B)
-        if phase.energy_J is not None:
+        if phase.energy_J is not None and own_energy:
             name = f"phase_energy_J.{phase.name}"
             found[name] = found.get(name, 0.0) + phase.energy_J
     return dict(found)

@@ -25,6 +25,7 @@ from harness.conformance.subject import DTYPES, attach_reference, configure
 from harness.footprint import activations, kept, states
 from harness.footprint.choices import BASES, OWN
 from harness.measure.memory import model_tensors
+from harness.training.head import in_head
 from reference import layers as surgery
 from reference.layers import kind_of
 
@@ -70,7 +71,7 @@ def count(
     that any Method adapts, only `misfits` comes back: the name, and what is wrong with it.
     Raises ValueError for a model that transformers does not know.
     """
-    model = build(config, kind, DTYPES[dtype])
+    model = structure.build(config, kind, DTYPES[dtype])
     head = new_head(model, kind)
     if misfits := structure.of_model(model, targets):
         return {"misfits": misfits}
@@ -85,7 +86,9 @@ def count(
                 counted = of_method(model, method, one, names, head, DTYPES[dtype])
             except _ERRORS as error:  # of this config: the others of the model are counted all the same
                 counted = Counted(one.get("rank"), error=_sentence(error))
-                model = build(config, kind, DTYPES[dtype])  # of the old one some layers may have been replaced
+                model = structure.build(
+                    config, kind, DTYPES[dtype]
+                )  # of the old one some layers may have been replaced
                 head = new_head(model, kind)
             found[method].append(asdict(counted))
     return {
@@ -95,19 +98,6 @@ def count(
         "logits": activations.logits_per_token(shape) if shape else None,
         "methods": found,
     }
-
-
-def build(config: Mapping[str, Any], kind: str, dtype: torch.dtype) -> Any:
-    """Return the model on the meta device, in training mode. Raises ValueError for a type that is not transformers'."""
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    facts = dict(config)
-    name = facts.pop("model_type", None)
-    if name not in CONFIG_MAPPING:
-        raise ValueError(f"transformers has no model of the type {name!r}")
-    factory: Any = AutoModelForSequenceClassification if kind == "encoder" else AutoModelForCausalLM
-    with torch.device("meta"):
-        return factory.from_config(CONFIG_MAPPING[name].from_dict(facts), dtype=dtype).train()
 
 
 def new_head(model: Any, kind: str) -> dict[str, nn.Parameter]:
@@ -143,7 +133,7 @@ def of_method(
             adapted = attach_reference(method, model, chosen, None, torch.Generator())
     except ValueError as error:
         return Counted(rank, error=str(error))
-    layers = {path: layer for path, layer in adapted.layers.items() if not _holds(path, head)}
+    layers = {path: layer for path, layer in adapted.layers.items() if not in_head(path, head)}
     added = [t for t in adapted.tensors().values() if id(t) not in own]
     for parameter in head.values():
         parameter.requires_grad_(True)
@@ -194,10 +184,6 @@ def _frozen(layers: Mapping[str, Any]) -> list[Tensor]:
     """List the weights of linear layers that a packed base would keep in 4 bits: those that do not train."""
     under = [getattr(layer, "base", layer) for layer in layers.values()]
     return [layer.weight for layer in under if kind_of(layer) in kept.LINEAR and not layer.weight.requires_grad]
-
-
-def _holds(path: str, head: Mapping[str, nn.Parameter]) -> bool:
-    return any(name.startswith(f"{path}.") for name in head)
 
 
 def answer(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from harness import resources
+from harness.errors import HarnessError
+from harness.measure import nvidia_smi
 from harness.records import Environment
 
 # What can change a number. `id` hashes these versions, so a resumed run measures again after an upgrade.
@@ -20,7 +22,7 @@ LIBRARIES = (
     "torch", "transformers", "peft", "bitsandbytes", "torchao", "triton", "lm-eval", "tokenizers", "numpy", "safetensors",
     "datasets", "galore-torch", "loralib",
 )  # fmt: skip
-GPU_QUERY = "uuid,name,driver_version,memory.total"
+_GPU_QUERY = "gpu=uuid,name,driver_version,memory.total"
 
 
 def describe(threads: int | None = None, extra: dict[str, object] | None = None) -> Environment:
@@ -55,15 +57,12 @@ def code_version() -> str:
 @functools.cache
 def gpus() -> tuple[str, ...]:
     """Return one line per NVIDIA GPU (uuid, name, driver, memory); empty without a driver, and where all are hidden."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None or _hidden(os.environ.get("CUDA_VISIBLE_DEVICES")):
+    if _hidden(os.environ.get("CUDA_VISIBLE_DEVICES")):
         return ()
-    query = [tool, f"--query-gpu={GPU_QUERY}", "--format=csv,noheader"]
     try:
-        found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        return tuple(nvidia_smi.lines(_GPU_QUERY))
+    except HarnessError:
         return ()
-    return tuple(line.strip() for line in found.stdout.splitlines() if line.strip()) if found.returncode == 0 else ()
 
 
 def _hidden(visible: str | None) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from harness.analysis import measured
-from harness.cost_records import AT_ONCE, Checkpoint, Energy, GpuState
+from harness.cost_records import Checkpoint, Energy, GpuState
 from harness.records import Measurements, Record
 from harness.report import display
 from harness.report.display import Figure, figure, unmeasured
@@ -11,7 +11,6 @@ from harness.report.facts import RunFacts
 from harness.report.grouped import Table, column, measurements, table
 
 _OLD = "the Record is from before this was measured"
-_WHOLE_MACHINE = "rapl"
 _QUIET = {"idle"}
 """Reasons for a low clock that take nothing from a measurement."""
 
@@ -50,10 +49,8 @@ def _bytes(size: int) -> Figure:
 def _energy(record: Record, m: Measurements) -> list[Figure]:
     spent = measured.training_energy(record)
     if spent is None:
-        return [unmeasured(_no_energy(m.energy, m.training is not None))] * 2
-    shared = next((note for note in record.notes if AT_ONCE in note), "")
-    if shared and m.energy and m.energy.source == _WHOLE_MACHINE:
-        return [unmeasured(f"the counter ({_WHOLE_MACHINE}) is the whole machine's; {shared.partition(':')[0]}")] * 2
+        shared = measured.not_its_own_energy(record) if m.energy and m.training else ""
+        return [unmeasured(shared or _no_energy(m.energy, m.training is not None))] * 2
     shown = figure(f"{spent:,.0f}", spent, why=f"by {m.energy.source}" if m.energy else "")
     tokens = sum(m.training.tokens) if m.training else 0
     if not tokens:

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from harness.analysis import measured, parity
-from harness.analysis.reproducibility import environment_differences
+from harness.analysis.reproducibility import strangers, usual_environment
 from harness.analysis.trajectories import Judged
 from harness.analysis.verdict import Judgement
 from harness.records import CheckResult, Environment, Json, Outcome, Record, Status
@@ -196,13 +196,13 @@ def _outside(facts: RunFacts) -> Section:
 
 
 def environment(facts: RunFacts) -> Section:
-    """Show where the run was made, what it used, and which Records were made elsewhere."""
-    own = facts.run.manifest.environment
-    strangers = []
-    for record in facts.latest.values():
-        differences = environment_differences(own, record.environment)
-        if differences:
-            strangers.append({**facts.row(record.cell), "differences": "; ".join(differences)})
+    """Show where most Records of the run were made, what it used, and which were made elsewhere."""
+    own = usual_environment(facts.run)
+    elsewhere = [
+        {"differences": "; ".join(differences), "cells": [facts.row(r.cell) for r in records]}
+        for differences, records in strangers(facts.run).items()
+        if differences
+    ]
     assets = {a.name: a for r in facts.latest.values() for a in r.assets}
     providers = {p.distribution: p.version for r in facts.latest.values() if (p := r.provider)}
     return {
@@ -223,7 +223,7 @@ def environment(facts: RunFacts) -> Section:
             }
             for a in assets.values()
         ],
-        "strangers": strangers,
+        "strangers": elsewhere,
     }
 
 

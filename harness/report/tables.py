@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from harness.analysis import contention, measured, parity
-from harness.records import Cell, Measurements, Memory, Predicted, Record
+from harness.records import Accuracy, Cell, Measurements, Memory, Predicted, Record
 from harness.report import display, latencies
 from harness.report.display import Figure, figure, unmeasured
 from harness.report.facts import RunFacts, icon, tone
@@ -94,13 +94,20 @@ def _measured(facts: RunFacts, cell: Cell, record: Record | None) -> list[Figure
     return [
         figure(f"{trainable:,}", trainable, why=f"{display.short_count(m.parameters.total)} in all"),
         figure(display.percent(m.accuracy.value), m.accuracy.value, small=display.interval(m.accuracy),
-               why=f"{m.accuracy.metric}, {m.accuracy.interval}, scored by {m.accuracy.scored_by}")
+               why=f"{m.accuracy.metric}, {m.accuracy.interval}, scored by {m.accuracy.scored_by}{_cut(m.accuracy, cell)}")
         if m.accuracy
         else unmeasured("not scored"),
         _standing(facts, cell),
         figure(display.mebibytes(peak), peak) if peak is not None else unmeasured(no_peak),
         *_speed(record, m),
     ]  # fmt: skip
+
+
+def _cut(accuracy: Accuracy, cell: Cell) -> str:
+    if not accuracy.cut_items:
+        return ""
+    long = f"{accuracy.cut_items:,} of {len(accuracy.items):,} items were longer than {cell.training.max_tokens} tokens"
+    return f"; {long}, and cut"
 
 
 def _speed(record: Record, m: Measurements) -> list[Figure]:

@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from harness import store
-from harness.analysis import divergence, measured, parity
+from harness.analysis import divergence, measured, parity, reproducibility
 from harness.analysis.ranking import Budget, Entry, Group
 from harness.analysis.verdict import Judgement
 from harness.records import Record, Status
@@ -110,10 +110,15 @@ def _alerts(f: RunFacts) -> list[dict[str, Any]]:
         n = len(f.run.broken)
         text = f"{n} file{'s' if n > 1 else ''} could not be read, and {'are' if n > 1 else 'is'} not counted:"
         found.append({"text": text, "items": [f"{name}: {why}" for name, why in f.run.broken.items()]})
-    strangers = [r for r in f.latest.values() if r.environment.id != f.run.manifest.environment.id]
-    if strangers:
-        text = "Records from another environment than the run's, so their times and memory do not compare:"
-        found.append({"text": text, "items": [f"{f.titles[r.cell_id]} ({r.id})" for r in strangers]})
+    usual = reproducibility.usual_environment(f.run)
+    elsewhere = [
+        f"{n} Cell{'s' * (n > 1)}: {'; '.join(differences) or 'the id alone differs'}"
+        for differences, records in reproducibility.strangers(f.run).items()
+        if (n := sum(r.environment.id != usual.id for r in records))
+    ]
+    if elsewhere:
+        text = "Records from another environment than most have, so their times and memory do not compare with those:"
+        found.append({"text": text, "items": elsewhere})
     return found
 
 
@@ -164,9 +169,17 @@ def _budget(g: Group) -> str:
     b = g.budget
     training = f"{b.steps} steps × {b.batch} examples" if b.steps else "no training"
     items = f"{b.items:,} test items" + (f" after the first {b.skip:,}" if b.skip else "")
+    cut = max((n for e in g.entries for r in e.records if (n := _cut(r))), default=0)
+    items += f" ({cut:,} of them cut)" if cut else ""
     seeds = f", seeds {', '.join(map(str, g.seeds))}" if len(g.seeds) > 1 else ""
     tries = f", {g.tries} learning rates tried for each" if g.tries else ""
     return f"{training}, at most {b.max_tokens} tokens, {items}, {b.dtype}{seeds}{tries}"
+
+
+def _cut(record: Record) -> int | None:
+    """Return how many test items were longer than the budget allows; None where nobody counted."""
+    accuracy = record.measurements.accuracy if record.measurements else None
+    return accuracy.cut_items if accuracy else None
 
 
 def _sentences(f: RunFacts, g: Group) -> list[str]:

@@ -19,6 +19,7 @@ from typing import Any
 from harness import store
 from harness.errors import StoreError
 from harness.records import Environment, Failure, Record, Status
+from harness.runner.oom_kills import KernelKills
 from harness.runner.work import Work
 
 # -P: a file in the user's folder must not stand in for a library's module of the same name.
@@ -65,7 +66,8 @@ class Attempt:
         self._started, self._begun = store.now(), time.monotonic()
         self.deadline = self._begun + terms.timeout
         self._log = terms.folder.log_path(work.cell.cell_id, work.attempt)
-        self._killed_before = _oom_kills()
+        self._kernel = KernelKills()
+        self._by_kernel: bool | None = False
         self._pending, self._ended = b"", False
         self.events, events_out = os.pipe()
         watched_in, self._lifeline = os.pipe()
@@ -111,10 +113,12 @@ class Attempt:
         """Kill the worker's whole process group, also the children of a worker that has ended."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._worker.pid, signal.SIGKILL)
-        self._worker.wait()
+        if self._worker.wait() == -signal.SIGKILL:
+            self._by_kernel = self._kernel.killed(self._worker.pid, alone=self.work.at_once == 1)
         self._close()
 
     def _close(self) -> None:
+        self._kernel.close()
         os.close(self.events)
         os.close(self._lifeline)
 
@@ -129,9 +133,13 @@ class Attempt:
             because = f"the worker ended with exit code {code} and left no Record; see its log"
             return ending(Status.LOST, f"exit {code}", because)
         name = signal.Signals(-code).name
-        if code == -signal.SIGKILL and _oom_kills() > self._killed_before:
-            return ending(Status.OOM, name, "the kernel killed the worker: the host's memory ran out")
-        return ending(Status.LOST, name, f"the worker was killed by {name} in phase {self.phase}")
+        because = f"the worker was killed by {name} in phase {self.phase}"
+        if code == -signal.SIGKILL:
+            if self._by_kernel:
+                return ending(Status.OOM, name, "the kernel killed the worker: the host's memory ran out")
+            if self._by_kernel is None:
+                because += "; the kernel killed something for want of memory at that time"
+        return ending(Status.LOST, name, because)
 
 
 def record_of(work: Work, terms: Terms, ending: Ending, started: str, begun: float) -> Record:
@@ -211,15 +219,6 @@ def _worker_environment(threads: int | None = None, gpu: str = "") -> dict[str, 
     if gpu:
         always["CUDA_VISIBLE_DEVICES"] = gpu
     return os.environ | always
-
-
-def _oom_kills() -> int:
-    """Return how many processes the kernel has killed for memory, in this cgroup or since boot; 0 where it cannot tell."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    return 0
 
 
 def _tail(log: Path) -> str:

@@ -89,14 +89,16 @@ class CellData:
         if self._lm_task is None:
             metric, scored_by = "accuracy", "harness"
             items = classification.score(model, self._test, self.pad, self._cell.evaluation.batch, self._progress)
+            cut = sum(example.cut for example in self._test)
         else:
             metric, scored_by = self._lm_task.metric, self._lm_task.scored_by
             items = self._lm_task.score(self._scorer)
+            cut = len(self._scorer.cut)
         right = sum(item.correct for item in items)
         low, high = wilson(right, len(items))
         return Accuracy(
             metric=metric, scored_by=scored_by, value=right / len(items), low=low, high=high,
-            interval="Wilson 95 %", items=_listed(items),
+            interval="Wilson 95 %", items=_listed(items), cut_items=cut,
         )  # fmt: skip
 
 

@@ -1,14 +1,14 @@
-"""The NVIDIA GPUs of this machine, and whether somebody else is at work on one. By nvidia-smi: no library is needed."""
+"""The NVIDIA GPUs of this machine, and whether somebody else is at work on one."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from harness.errors import HarnessError
+from harness.measure import nvidia_smi
 
 # What the driver itself may hold on an idle card.
 _IDLE_MIB = 512
@@ -33,17 +33,45 @@ class Gpu:
         return ""
 
 
+class Look:
+    """A `look` in a thread of its own: a driver that takes its time holds nobody up."""
+
+    def __init__(self, look: Callable[[], list[Gpu]]) -> None:
+        self._look, self._over = look, threading.Event()
+        self._seen: list[Gpu] | HarnessError = HarnessError("the GPUs could not be looked at")
+        # A daemon: a run that is ended does not wait for it.
+        threading.Thread(target=self._work, name="look at the GPUs", daemon=True).start()
+
+    def _work(self) -> None:
+        try:
+            self._seen = self._look()
+        except HarnessError as error:
+            self._seen = error
+        finally:
+            self._over.set()
+
+    def over(self, within: float = 0.0) -> bool:
+        """Return whether there is an answer, after waiting so many seconds for it at most."""
+        return self._over.wait(within)
+
+    def seen(self) -> list[Gpu]:
+        """Return what was seen, once it is over; raises HarnessError where the driver did not answer."""
+        if isinstance(self._seen, HarnessError):
+            raise self._seen
+        return self._seen
+
+
 def look() -> list[Gpu]:
     """Return the GPUs that this process may use, in the order of CUDA_VISIBLE_DEVICES where that is set.
 
     A part of a card (MIG) is not seen: then the list is empty and the place that started this process has chosen.
     """
     processes: dict[str, list[str]] = {}
-    for uuid, pid, name, used in _ask("compute-apps=gpu_uuid,pid,name,used_memory"):
+    for uuid, pid, name, used in nvidia_smi.rows("compute-apps=gpu_uuid,pid,name,used_memory"):
         processes.setdefault(uuid, []).append(f"process {pid} ({name.rsplit('/', 1)[-1]}, {used} MiB)")
     there = [
         Gpu(int(index), uuid, int(used) if used.isdecimal() else 0, tuple(processes.get(uuid, ())))
-        for index, uuid, used in _ask("gpu=index,uuid,memory.used")
+        for index, uuid, used in nvidia_smi.rows("gpu=index,uuid,memory.used")
     ]
     asked = os.environ.get("CUDA_VISIBLE_DEVICES")
     return there if asked is None else _chosen(there, asked)
@@ -56,28 +84,3 @@ def _chosen(there: Sequence[Gpu], asked: str) -> list[Gpu]:
             gpu for gpu in there if word == str(gpu.index) or (word.startswith("GPU-") and gpu.uuid.startswith(word))
         ]
     return found
-
-
-def _ask(query: str) -> list[list[str]]:
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return []
-    command = [tool, f"--query-{query}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise HarnessError(
-            f"nvidia-smi does not answer: {error}",
-            where="the GPUs",
-            mend="see whether `nvidia-smi` works, or --device cpu",
-        ) from error
-    width = query.count(",") + 1
-    rows = (_fields(line, width) for line in done.stdout.splitlines())
-    return [row for row in rows if len(row) == width]
-
-
-def _fields(line: str, width: int) -> list[str]:
-    """Return the fields of a row; the third, a process's name, may hold commas."""
-    words = [word.strip() for word in line.split(",")]
-    after = 3 + max(0, len(words) - width)
-    return [*words[:2], ",".join(words[2:after]), *words[after:]] if len(words) >= width else words

@@ -49,6 +49,7 @@ from harness.runner.random_data import RandomData
 from harness.runner.work import Work
 from harness.training import loop, optimizers, shape
 from harness.training import model as models
+from harness.training.head import in_head
 from harness.training.movement import Movement
 
 # The optimizer makes its state in step 1, and allocators settle: the first steps are marked as not steady.
@@ -95,7 +96,7 @@ class Life:
         matched = adaptable_layers(model, config)
         if quantised:
             matched = packing.packable(model, config, matched)
-        bases = {p: m for p, m in matched.items() if not _is_head(p, loaded.head)}
+        bases = {p: m for p, m in matched.items() if not in_head(p, loaded.head)}
         if hasattr(config, "targets") and (len(bases) < len(matched) or TARGET_WORDS & set(config.targets)):
             # A target's name also fits a layer of the new head, which trains as a whole, or it is a word for layers of which
             # only the model can tell the names: name them by their paths.
@@ -125,7 +126,7 @@ class Life:
             if cell.method in UNREFERENCED:
                 bases, start = unreferenced.taken(adapted, loaded.head)
                 self.layers, self.notes = list(bases), [*self.notes, *unreferenced.notes(adapted)]
-            for path in [p for p in adapted.layers if _is_head(p, loaded.head)]:
+            for path in [p for p in adapted.layers if in_head(p, loaded.head)]:
                 del adapted.layers[path]
         subject = Subject(
             cell.method, config, cell.dtype, model, adapted, bases, own, original, packed.forms, packed.expected,
@@ -301,10 +302,6 @@ class Life:
         if not timed:
             return []
         return latency.measure(subject.adapted, causal, vocabulary, refused, layers=layers) + mixed
-
-
-def _is_head(path: str, head: dict[str, Any]) -> bool:
-    return any(name.startswith(f"{path}.") for name in head)
 
 
 def _count(adapted: Any, loaded: models.Loaded, model: Any) -> Parameters:

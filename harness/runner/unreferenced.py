@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
 
 from harness.adapter_config import NO_REFERENCE
 from harness.errors import UsageError
+from harness.training.head import in_head
 
 
-def taken(adapted: Any, head: Iterable[str]) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
+def taken(adapted: Any, head: Collection[str]) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
     """Return the layers under those that the adapter put in, by path, and copies of what trains, by name.
 
     head: names of the parameters of a new head. Raises UsageError if the adapter sits on it.
     """
     bases: dict[str, nn.Module] = {path: layer.get_base_layer() for path, layer in adapted.layers.items()}
-    if on_head := [path for path in bases if any(name.startswith(f"{path}.") for name in head)]:
+    if on_head := [path for path in bases if in_head(path, head)]:
         raise UsageError(
             f"the adapter_config adapts the new head ({', '.join(on_head)}), which trains as a whole",
             mend="name other `target_modules`, or write it into `exclude_modules`",

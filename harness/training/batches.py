@@ -17,7 +17,7 @@ from harness.errors import UsageError
 class Example:
     """One tokenised text. tokens: ids; label: the class; answer: for causal models, how many last tokens carry loss.
 
-    cut: whether something of it was left out, being too long; not told of labelled texts.
+    cut: whether something of it was left out, being too long; not told of what a causal model is taught of labelled texts.
     """
 
     id: str
@@ -122,8 +122,16 @@ def classification_examples(rows: Sequence[Any], tokenizer: Any, max_tokens: int
     if special >= max_tokens:
         what = f"`training.max_tokens` is {max_tokens}, and the tokenizer adds {special} special tokens to every text"
         raise UsageError(what, mend=f"raise it to at least {special + 1}")
-    encoded = tokenizer([row.text for row in rows], truncation=True, max_length=max_tokens)["input_ids"]
-    return [Example(row.id, tuple(ids), row.label) for row, ids in zip(rows, encoded, strict=True)]
+    # Not verbose: it would warn of what is cut below.
+    whole = tokenizer([row.text for row in rows], verbose=False)["input_ids"] if rows else []
+    return [
+        Example(row.id, tuple(ids), row.label)
+        if len(ids) <= max_tokens
+        else Example(
+            row.id, tuple(tokenizer(row.text, truncation=True, max_length=max_tokens)["input_ids"]), row.label, cut=True
+        )
+        for row, ids in zip(rows, whole, strict=True)
+    ]
 
 
 def answer_examples(

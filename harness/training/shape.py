@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from harness.assets import structure
 from harness.errors import AssetError
 
 SEED = 0
@@ -32,17 +33,12 @@ def build(folder: Path, dtype: torch.dtype) -> Any:
 
     Raises AssetError for a config that transformers makes no causal model of.
     """
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
     facts = json.loads((folder / "config.json").read_bytes())
-    name = facts.pop("model_type")
     try:
-        config = CONFIG_MAPPING[name].from_dict(facts)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return structure.build(facts, "causal", dtype)
     except (KeyError, ValueError) as error:
         raise AssetError(
-            f"transformers makes no causal model of the type {name!r}: {error}",
+            f"no causal model can be made of it: {error}",
             where=str(folder / "config.json"),
             mend="correct `model_type`, or look at the version of transformers",
         ) from error

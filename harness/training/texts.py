@@ -25,7 +25,13 @@ class Prompts:
 
     def asked(self, prompt: str) -> list[int]:
         """Return the tokens that an answer is generated after."""
-        return self._cut(self._plain(prompt), self._limit)
+        return list(self.open("", prompt).tokens)
+
+    def open(self, name: str, prompt: str) -> Example:
+        """Return the same as an example without an answer, which says whether it was cut."""
+        plain = self._plain(prompt)
+        tokens = self._cut(plain, self._limit)
+        return Example(name, tuple(tokens), 0, cut=len(tokens) < len(self._start) + len(plain))
 
     def pair(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """Return the tokens of a prompt, uncut, and of what follows it.

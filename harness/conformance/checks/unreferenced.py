@@ -123,7 +123,9 @@ def check_merge_itself(subject: Subject, case: Case) -> CheckResult:
         return judged(subject, case, "merge_itself", verdict, "after merging")
     for adapted in (wide, near, mine):
         _scale(adapted.tensors().values(), 0.75)
-    verdict = noise_floor(_logits(case, mine), _logits(case, wide), [_logits(case, near)], subject.dtype)
+    verdict = noise_floor(
+        _logits(case, mine), _logits(case, wide), [_logits(case, near)], subject.dtype, case.factor("merge_itself")
+    )
     return judged(subject, case, "merge_itself", verdict, "" if verdict.passed else "after unmerging")
 
 

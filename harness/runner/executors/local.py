@@ -18,6 +18,7 @@ from harness.runner.work import Work
 
 GPU_PATIENCE_S = 60.0
 _LOOK_S = 2.0  # nvidia-smi takes a third of a second itself
+_ANSWER_S = 0.1  # between two looks whether it has answered
 
 
 class Local:
@@ -64,6 +65,7 @@ class Local:
         """Run them; see Executor.run."""
         at_work: list[Attempt] = []
         waiting: Work | None = None
+        look: gpus.Look | None = None
         since = looked = 0.0
         with selectors.DefaultSelector() as selector:
             try:
@@ -74,12 +76,16 @@ class Local:
                             if waiting is None:
                                 break
                             listener.begin(waiting.cell)
-                        if time.monotonic() - looked < _LOOK_S:
+                        if waiting.device == "cuda" and look is None:
+                            if time.monotonic() - looked < _LOOK_S:
+                                break
+                            look, looked = gpus.Look(self._look), time.monotonic()
+                        if look is not None and not look.over():
                             break
-                        looked = time.monotonic()
                         if any(one.work.gpu for one in at_work):
                             since = looked  # a card of ours comes free, however long its Cell takes
-                        placed, busy = self._placed(waiting, [one.work.gpu for one in at_work])
+                        placed, busy = self._placed(waiting, look, [one.work.gpu for one in at_work])
+                        look = None
                         if placed is not None:
                             at_work.append(one := Attempt(placed, terms, self.command))
                             selector.register(one.events, selectors.EVENT_READ, one)
@@ -94,19 +100,23 @@ class Local:
                         waiting = None
                     if waiting is None and not at_work:
                         return
-                    yield from self._follow(selector, at_work, listener)
+                    yield from self._follow(selector, at_work, listener, look)
             finally:
                 for one in at_work:
                     one.kill()
 
-    def _follow(self, selector: selectors.BaseSelector, at_work: list[Attempt], listener: Listener) -> Iterator[Record]:
+    def _follow(
+        self, selector: selectors.BaseSelector, at_work: list[Attempt], listener: Listener, look: gpus.Look | None
+    ) -> Iterator[Record]:
         """Pass on what the workers say, for at most a second, and give the Records of those that have ended."""
         now = time.monotonic()
         left = min((one.deadline - now for one in at_work), default=1.0)
         if at_work:
-            for key, _ in selector.select(max(0.0, min(left, 1.0))):
+            for key, _ in selector.select(max(0.0, min(left, 1.0 if look is None else _ANSWER_S))):
                 for event in key.data.read():
                     listener.event(key.data.work.cell, event)
+        elif look is not None:
+            look.over(1.0)
         else:
             time.sleep(1.0)
         listener.tick()
@@ -115,13 +125,13 @@ class Local:
             at_work.remove(one)  # from here on it kills itself, whatever happens
             yield one.end()
 
-    def _placed(self, work: Work, taken: Sequence[str]) -> tuple[Work | None, str]:
-        """Return `work` with its share of this machine; or None, and who keeps it from it."""
+    def _placed(self, work: Work, look: gpus.Look | None, taken: Sequence[str]) -> tuple[Work | None, str]:
+        """Return `work` with its share of this machine; or None, and who keeps it from it. look: one that is over."""
         share: dict[str, object] = {}
         if self.jobs > 1:
             share = {"threads": max(1, environment.threads() // self.jobs), "at_once": self.jobs}
         try:
-            cards = self._look() if work.device == "cuda" else []
+            cards = look.seen() if look is not None else []
         except HarnessError as error:  # the Cells at work are well; it may answer the next time
             return None, error.what
         if not cards:
