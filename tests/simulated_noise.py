@@ -75,9 +75,7 @@ class Nights:
     def __add__(self, other: Nights) -> Nights:
         cells = self.cells + other.cells
         runs = (self.runs * self.cells + other.runs * other.cells) / cells
-        counts = (
-            getattr(self, name) + getattr(other, name) for name in ("suspects", "slower", "faster", "same")
-        )
+        counts = (getattr(self, name) + getattr(other, name) for name in ("suspects", "slower", "faster", "same"))
         return Nights(cells, *counts, runs)
 
 
@@ -93,7 +91,11 @@ def gate(rng: np.random.Generator, cells: int, design: Design, luck: Luck, effec
         pairs = np.hstack([pairs, log_ratios(rng, len(pairs), more, luck, effect)])
         runs += 2 * more * len(pairs)
         found = look(pairs, design, "fresh")
-        slower, faster, same = slower + int(found.slower.sum()), faster + int(found.faster.sum()), same + int(found.same.sum())
+        slower, faster, same = (
+            slower + int(found.slower.sum()),
+            faster + int(found.faster.sum()),
+            same + int(found.same.sum()),
+        )
         pairs = pairs[~found.settled]
     return Nights(cells, suspects, slower, faster, same, runs / cells)
 
