@@ -1,9 +1,9 @@
 """Times of process runs with the noise of real ones, and the two-stage gate over many Cells at once. No torch.
 
 Sizes: L40S history and what is known of GPU timings. The log of a process run's time is the sum of
-a shift of the session, sd 2 %, common to both arms; the process's own luck, sd 0.8 %; a warming up of 1.5 % over the session,
-fast at first; the median of 30 steps, autocorrelated (0.3) with sd 1.5 %, of which 2 % are slow by 10 to 100 %; and in
-`disturbed` of the processes a whole-process slow-down of 5 to 20 %.
+a shift of the session, sd 2 %, common to both arms; the process's own luck, sd 0.8 %; a warming up of 1.5 % over the
+session, fast at first; the median of 30 steps, autocorrelated (0.3) with sd 1.5 %, of which 2 % are slow by 10 to 100 %;
+and in a share of the processes a whole-process slow-down of 5 to 20 %.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def many_nights(
 
 
 def _median_of_steps(rng: np.random.Generator, shape: tuple[int, int]) -> Floats:
-    """Return the median of each process's steps; the steps along the first axis, so that each follows at once on the last."""
+    """Return the median of each process's steps; the steps along the first axis, so that each follows the last."""
     steps = rng.standard_normal((STEPS, *shape), dtype=np.float32)
     steps *= np.float32(STEP)
     fresh = np.float32(np.sqrt(1 - FOLLOWING**2))

@@ -21,7 +21,8 @@ CELLS = 4_000
 USUAL, UNRULY = noise.disturbed(0.0), noise.disturbed(0.03)
 LUCKS = {
     "usual": USUAL, "disturbed": UNRULY, "heavy-tailed": noise.heavy_tailed(2),
-    "rarely slow": noise.two_speeds(0.1, 0.10), "two speeds": noise.two_speeds(0.3, 0.04), "a coin": noise.two_speeds(0.5, 0.05),
+    "rarely slow": noise.two_speeds(0.1, 0.10), "two speeds": noise.two_speeds(0.3, 0.04),
+    "a coin": noise.two_speeds(0.5, 0.05),
 }  # fmt: skip
 
 

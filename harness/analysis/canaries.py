@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -65,11 +64,11 @@ class Canaries:
         return rate + few
 
     def _closes(self, alarms: int) -> bool:
-        tail = sum(
-            math.comb(self.runs, k) * self.limit**k * (1 - self.limit) ** (self.runs - k)
-            for k in range(alarms, self.runs + 1)
-        )
-        return self.runs > 0 and tail <= 1 - LEVEL
+        if not alarms:
+            return False
+        from scipy.special import betainc  # the binomial tail, for counts of any size
+
+        return bool(betainc(alarms, self.runs - alarms + 1, self.limit) <= 1 - LEVEL)
 
 
 def canaries(log_ratios: Iterable[Sequence[float]], trim: float, nominal: float = NOMINAL) -> Canaries:
