@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from statistics import median
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -31,9 +31,9 @@ def at_most(count: int, of: int) -> float:
     return float(betaincinv(count + 1, of - count, SURE)) if count < of else 1.0
 
 
-def at_least(count: int, of: int) -> float:
+def at_least(count: int, of: int, sure: float = SURE) -> float:
     """Return the exact binomial lower bound of a rate, one-sided."""
-    return float(betaincinv(count, of - count + 1, 1 - SURE)) if count else 0.0
+    return float(betaincinv(count, of - count + 1, 1 - sure)) if count else 0.0
 
 
 @pytest.mark.parametrize(("luck", "seed", "price"), [(USUAL, 1, 16), (UNRULY, 2, 18)], ids=["usual", "disturbed"])
@@ -65,16 +65,18 @@ def test_a_slow_down_within_the_margin_alarms_no_more_often_than_the_level(luck:
 def test_the_trimmed_t_holds_its_level_whatever_the_noise(luck: noise.Luck) -> None:
     cells = 5 * CELLS
     pairs = noise.log_ratios(np.random.default_rng(6), cells, DESIGN.fresh[-1], luck)
-    for n in (DESIGN.first, *DESIGN.fresh):
+    asked = [(DESIGN.first, DESIGN.suspect), *zip(DESIGN.fresh, DESIGN.levels, strict=True)]
+    asked += [(n, (1 - DESIGN.interval) / 2) for n in (DESIGN.first, *DESIGN.fresh)]
+    all_sure = 1 - (1 - SURE) / (len(asked) * len(LUCKS))  # so many questions at once (Bonferroni)
+    for n, level in asked:
         p = trimmed(pairs[:, :n], DESIGN.trim).beyond(0.0)
-        for level in (0.05, *DESIGN.levels):
-            assert at_least(int((p <= level).sum()), cells) <= level, (n, level)
+        assert at_least(int((p <= level).sum()), cells, all_sure) <= level, (n, level)
 
 
 @pytest.mark.parametrize("luck", LUCKS.values(), ids=LUCKS)
-def test_no_noise_makes_an_unchanged_cell_alarm(luck: noise.Luck) -> None:
+def test_no_noise_makes_unchanged_cells_alarm_more_often_than_the_level(luck: noise.Luck) -> None:
     nights = noise.many_nights(np.random.default_rng(7), CELLS, DESIGN, luck)
-    assert at_least(nights.slower + nights.faster, CELLS) <= 1 / A_MONTH
+    assert at_most(nights.slower + nights.faster, CELLS) <= 2 * DESIGN.level  # in each direction
 
 
 def test_a_mean_without_trimming_overlooks_what_disturbed_processes_hide() -> None:
@@ -85,15 +87,15 @@ def test_a_mean_without_trimming_overlooks_what_disturbed_processes_hide() -> No
 
 
 def test_what_is_said_to_be_detectable_is_detected() -> None:
-    """At the spread that the Cells show; of half of it, which is less than the margin allows to tell, hardly any."""
+    """As often as said or more, at the spread that the Cells show; half of it is not found so often."""
     rng = np.random.default_rng(9)
     for stage, n in (("first", DESIGN.first), ("fresh", DESIGN.fresh[0])):
         cells = [judge(d, DESIGN, stage) for d in noise.log_ratios(rng, 300, n, USUAL).tolist()]  # type: ignore[arg-type]
-        reach = median(v.mde80 for v in cells if v.mde80 is not None)
+        reach = fmean(v.mde80 for v in cells if v.mde80 is not None)
         found = noise.many_nights(rng, 1_000, DESIGN, USUAL, reach)
         assert at_most(found.slower, found.cells) >= POWER
         less = noise.many_nights(rng, 1_000, DESIGN, USUAL, reach / 2)
-        assert at_most(less.slower, less.cells) < POWER / 2
+        assert at_most(less.slower, less.cells) < POWER
 
 
 def test_many_cells_at_once_get_the_verdicts_that_each_gets_alone() -> None:

@@ -17,7 +17,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.analysis.intervals import POWER
-from harness.analysis.trimmed import Trimmed, cut, detectable, hodges_lehmann, trimmed
+from harness.analysis.pair_power import reach
+from harness.analysis.trimmed import Trimmed, cut, hodges_lehmann, trimmed
 from harness.errors import HarnessError, UsageError
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ class Finding(StrEnum):
 @dataclass(frozen=True)
 class Design:
     """How many pairs are run, when they are looked at, and what is an alarm.
+
+    The level bounds the false alarms under any symmetric noise. Where the pairs spread little against the margin, as those
+    of steady machines do, they are far rarer. Where they do not, e.g. with two speeds of a kernel, drawn anew in each
+    process, they come near it, and the mde80 of such a Cell says so.
 
     first: pairs of every Cell. fresh: how many fresh pairs there are, in all, at each planned look. levels: of the alarm at
     each of these, one-sided and in each direction; the sum is that of the whole. The first look has few degrees of freedom,
@@ -176,19 +181,15 @@ def judge(log_ratios: Sequence[float], design: Design, stage: Stage) -> Verdict:
     middle, ranks = hodges_lehmann(log_ratios, design.interval)
     low, high = (math.expm1(float(end[0])) for end in found.seen.interval(design.interval))
     n, still = found.seen.n, bool(found.seen.still[0])
-    last = design.fresh[-1]
-    reach = None
-    if not still:
-        scale, margin = float(found.seen.scale[0]), math.log1p(design.slower_by)
-        reach = math.expm1(detectable(scale, last, design.trim, design.levels[-1], POWER, margin))
+    mde80 = None if still else math.expm1(reach(float(found.seen.scale[0]), design))
     more = 0
     if word is Finding.INCONCLUSIVE:
         done = 0 if stage == "first" else n
         more = next((planned - done for planned in design.fresh if planned > done), 0)
     rank_interval = None if ranks is None else (math.expm1(ranks[0]), math.expm1(ranks[1]))
     effect, p = math.expm1(middle), float(found.p[0])
-    said = _sentence(word, design, stage, n, more, effect, (low, high), p, reach)
-    return Verdict(word, stage, effect, (low, high), rank_interval, p, n, reach, more, said)
+    said = _sentence(word, design, stage, n, more, effect, (low, high), p, mde80)
+    return Verdict(word, stage, effect, (low, high), rank_interval, p, n, mde80, more, said)
 
 
 def decide(first: Sequence[float], fresh: Sequence[float], design: Design) -> Verdict:
@@ -234,18 +235,18 @@ def _sentence(
     effect: float,
     interval: tuple[float, float],
     p: float,
-    reach: float | None,
+    mde80: float | None,
 ) -> str:
     """Say a verdict with what it rests on."""
     pairs = f"{n} {'fresh ' if stage == 'fresh' else ''}pairs"
-    if reach is None:
+    if mde80 is None:
         return (
             f"inconclusive: {_percent(effect)} without any spread over {pairs}, so they are one measurement counted often, "
             "or the clock is too coarse; time more steps per process"
         )
     low, high = interval
     measured = f"{_percent(effect)} [{_percent(low)}, {_percent(high)}] over {pairs}"
-    found = f"a slow-down of {100 * reach:.1f} % is found with {100 * POWER:.0f} % power"
+    found = f"a slow-down of {100 * mde80:.1f} % is found with {100 * POWER:.0f} % power"
     beyond = f"by more than {100 * design.slower_by:g} % at p = {p:.2g}"
     if word is Finding.SLOWER:
         return f"slower {beyond}: {measured}; {found}"

@@ -79,15 +79,6 @@ def trimmed(log_ratios: Any, share: float) -> Trimmed:
     return Trimmed(ordered[..., away : n - away].mean(axis=-1), error, kept - 1, n)
 
 
-def detectable(scale: float, n: int, share: float, level: float, power: float, margin: float) -> float:
-    """Return the log ratio that n pairs of this spread show to be beyond `margin` with the given power (noncentral t)."""
-    from scipy.special import nctdtrinc, stdtrit
-
-    df = n - 2 * cut(n, share) - 1
-    away = float(nctdtrinc(df, 1 - power, float(stdtrit(df, 1 - level))))
-    return margin + away * scale / math.sqrt(n)
-
-
 def hodges_lehmann(log_ratios: Any, level: float) -> tuple[float, tuple[float, float] | None]:
     """Return the median of all pairwise means of n values, with its exact interval; None where n is too small for one.
 
