@@ -1,0 +1,60 @@
+"""How small a slow-down the planned looks at pairs find, at the spread that the pairs show."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from harness.analysis.intervals import POWER
+from harness.analysis.trimmed import cut
+
+if TYPE_CHECKING:
+    from harness.analysis.paired import Design
+
+_HALVINGS = 50
+_FAR = 60
+"""Standard errors: beyond any slow-down that is found with less than certainty."""
+
+
+def reach(scale: float, design: Design) -> float:
+    """Return the log ratio of the slow-down that is found with a power of POWER; scale: sd of the log ratio of a pair."""
+    low = math.log1p(design.slower_by)
+    high = low + _FAR * scale / math.sqrt(design.first)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if power(middle, scale, design) >= POWER else (middle, high)
+    return high
+
+
+def power(change: float, scale: float, design: Design) -> float:
+    """Return how probable it is that a log ratio of `change` is called slower (noncentral t).
+
+    It must not be settled as the same at a look before the last, and be found at the last: multiplied as if each were
+    another draw, which says too little rather than too much. What is found early is found late too, give or take.
+    """
+    last = design.fresh[-1]
+    found = _found(change - math.log1p(design.slower_by), scale, last, design.trim, design.levels[-1])
+    for n in (design.first, *design.fresh[:-1]):
+        suspected = _found(change - math.log1p(design.suspect_by), scale, n, design.trim, design.suspect)
+        found *= max(suspected, _too_wide(scale, n, design))
+    return found
+
+
+def _found(beyond: float, scale: float, n: int, share: float, level: float) -> float:
+    from scipy.special import nctdtr, stdtrit
+
+    df = _df(n, share)
+    return 1.0 - float(nctdtr(df, beyond * math.sqrt(n) / scale, float(stdtrit(df, 1 - level))))
+
+
+def _too_wide(scale: float, n: int, design: Design) -> float:
+    """Return how probable it is that the interval is wider than what it must lie within to settle anything."""
+    from scipy.special import chdtrc, stdtrit
+
+    df = _df(n, design.trim)
+    half = float(stdtrit(df, 0.5 + design.interval / 2)) * scale / math.sqrt(n)
+    return float(chdtrc(df, df * (math.log1p(design.same_within) / half) ** 2))
+
+
+def _df(n: int, share: float) -> int:
+    return n - 2 * cut(n, share) - 1
