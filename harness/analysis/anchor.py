@@ -16,11 +16,14 @@ FEWEST_SERIES = 5
 """With fewer there is no anchor: one series would be divided by itself."""
 
 
-def anchor(logs: Array) -> Array:
+FEWEST_SENTINELS = 3
+
+
+def anchor(logs: Array, fewest: int = FEWEST_SERIES) -> Array:
     """Return the log of each night's anchor, shape (nights,), of log times of shape (series, nights), NaN where missing.
 
-    NaN on nights with fewer than FEWEST_SERIES. Only series with half of the nights or more take part: the usual value of a
-    new one is not that of the old ones' nights.
+    NaN on nights with fewer series than `fewest`. Only series with half of the nights or more take part: the usual value
+    of a new one is not that of the old ones' nights.
     """
     import numpy as np
 
@@ -31,7 +34,7 @@ def anchor(logs: Array) -> Array:
         return np.full(nights, np.nan)
     apart = panel - _median(panel, 1)[:, None]
     counted = np.isfinite(apart).sum(axis=0)
-    found = np.where(counted >= FEWEST_SERIES, _median(apart, 0), np.nan)
+    found = np.where(counted >= fewest, _median(apart, 0), np.nan)
     usual = found[np.isfinite(found)]
     return found - (np.median(usual) if len(usual) else 0.0)
 

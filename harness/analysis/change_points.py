@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from numpy import ndarray
+    import numpy as np
+    from numpy.typing import NDArray
 
-    Array = ndarray[tuple[int, ...], "type[float]"]
+    Array = NDArray[np.float64]
 
 LEVEL_NIGHTS = 3
 """The fewest nights of a level."""
@@ -51,7 +53,7 @@ def noise(values: Array) -> float:
     """
     import numpy as np
 
-    if len(values) < 2:  # noqa: PLR2004
+    if len(values) < 2:
         return 0.0
     return float(_TO_SIGMA * np.median(np.abs(np.diff(values))) / np.sqrt(2))
 
@@ -82,7 +84,7 @@ def _worth_telling(values: Array, edges: Sequence[int], least: float) -> tuple[S
     """Unite neighbouring levels, the closest first, until all that is left differs by `least` or more."""
     bounds = [int(edge) for edge in edges]
     while True:
-        levels = [_median(values[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+        levels = [_median(values[a:b]) for a, b in pairwise(bounds)]
         found = [Step(at, a, b) for at, a, b in zip(bounds[1:], levels, levels[1:], strict=False)]
         if not found:
             return ()
@@ -96,10 +98,13 @@ def _without_spikes(values: Array, sigma: float) -> Array:
     """Replace every value that lies far from the median of the five around it by that median (Hampel)."""
     import numpy as np
 
-    # Beyond either end there is nothing; NaN sorts last and is not counted.
+    # Beyond either end there is nothing: NaN sorts last, and the middle is that of four or three values.
     padded = np.concatenate([[np.nan] * 2, values, [np.nan] * 2])
     windows = np.lib.stride_tricks.sliding_window_view(padded, 5)
-    around = np.nanmedian(windows, axis=1)
+    ordered = np.sort(windows, axis=1)
+    around = ordered[:, 2].copy()
+    around[[0, -1]] = ordered[[0, -1], 1]
+    around[[1, -2]] = (ordered[[1, -2], 1] + ordered[[1, -2], 2]) / 2
     far = np.abs(values - around) > _SPIKE * sigma
     return np.where(far, around, values)
 

@@ -17,7 +17,7 @@ from typing import Literal
 
 from harness.analysis import contention, measured, parity
 from harness.cost_records import AT_ONCE
-from harness.records import Record, Status
+from harness.records import Measurements, Record, Status
 
 STEP, PEAK, ACCURACY, PARAMETERS = "step_s", "training_peak_B", "accuracy", "parameters"
 LATENCY = "latency_s"
@@ -68,12 +68,10 @@ def kept(record: Record) -> Kept:
     untimed = parity.no_speed(record)
     if not untimed and (busy := contention.busy(record)):
         untimed = f"its steps waited for a CPU: {busy}"
-    return Kept(values if untimed else values | _times(record), untimed)
+    return Kept(values if untimed else values | _times(record, m), untimed)
 
 
-def _times(record: Record) -> dict[str, float]:
-    m = record.measurements
-    assert m is not None
+def _times(record: Record, m: Measurements) -> dict[str, float]:
     found = {}
     if m.training is not None and m.training.step_seconds:
         found[STEP] = measured.step_time(m.training).value
