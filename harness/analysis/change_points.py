@@ -64,7 +64,7 @@ def steps(values: Array, *, least: float, shared: float = 0.0, floor: float = 1e
     least: smaller changes are not told. shared: the noise of series like this one, if known. floor: the least noise that
     is believed, in the unit of the values: a series that never moves is not infinitely exact.
     """
-    if len(values) < FEWEST:
+    if len(values) < FEWEST or values.max() - values.min() < least:
         return ()
     from ruptures import KernelCPD
 
@@ -74,10 +74,10 @@ def steps(values: Array, *, least: float, shared: float = 0.0, floor: float = 1e
         sigma = float(((nights * sigma**2 + _OWN_NIGHTS * shared**2) / (nights + _OWN_NIGHTS)) ** 0.5)
     sigma = max(sigma, floor)
     calm = _without_spikes(values, sigma)
-    # Around its median: the kernel sums squares, and a large common part would cost digits.
-    scaled = (calm - _median(calm)) / sigma
+    # Around its mean: the kernel sums squares, and a large common part would cost digits.
+    scaled = (calm - calm.mean()) / sigma
     ends = KernelCPD(kernel="linear", min_size=LEVEL_NIGHTS).fit(scaled.reshape(-1, 1)).predict(pen=PENALTY)
-    return _worth_telling(values, [0, *ends], least)
+    return _worth_telling(values, [0, *ends], least) if len(ends) > 1 else ()
 
 
 def _worth_telling(values: Array, edges: Sequence[int], least: float) -> tuple[Step, ...]:

@@ -101,6 +101,8 @@ def _of_base(one: Series, quantization: Mapping[str, str]) -> bool:
 
 def _counted(one: Series) -> Iterator[Change]:
     """Yield a change on the first night on which bytes or parameters are not those of the level before."""
+    if min(one.values) == max(one.values):
+        return
     peak = watched.kind(one.metric) == "peak"
     level, last = one.values[0], one.nights[0]
     levels = [(last, level)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections import Counter
@@ -31,8 +32,13 @@ def detect(
     """Print what changed and return the exit code; see the help of the verb. Raises UsageError for what fits no Cell."""
     from harness.history import table
 
-    history = files.read(folder)
-    found = document(history, only=picked(history, cell) if cell else None, sentinel=sentinel, strict=strict)
+    # A history is millions of small objects of which none is ever garbage: looking for it took half of the time.
+    gc.disable()
+    try:
+        history = files.read(folder)
+        found = document(history, only=picked(history, cell) if cell else None, sentinel=sentinel, strict=strict)
+    finally:
+        gc.enable()
     out(json.dumps(found, indent=1) if as_json else table.detected(found))
     return Exit(found["exit"])
 

@@ -9,8 +9,6 @@ from harness.analysis import watched
 from harness.history import decisions
 from harness.history.files import History
 
-_Passes = dict[int, list[float]]
-
 
 @dataclass(frozen=True)
 class Series:
@@ -30,36 +28,40 @@ def series(history: History, only: Container[str] | None = None) -> list[Series]
 
     Never of two places: another machine, driver or torch begins another series.
     """
-    table: dict[tuple[str, str], dict[str, _Passes]] = {}
+    table: dict[tuple[str, str], dict[str, Series]] = {}
     for index, night in enumerate(history.nights):
+        passes: dict[tuple[str, str], list[dict[str, float]]] = {}
         for row in night.rows:
-            if only is not None and row["cell"] not in only:
-                continue
-            metrics = table.setdefault((row["cell"], row["on"]), {})
-            for metric, value in row.get("values", {}).items():
-                per_night = metrics.get(metric)
-                if per_night is None:
-                    per_night = metrics[metric] = {}
-                if index in per_night:
-                    per_night[index].append(value)
-                else:
-                    per_night[index] = [value]
+            if "values" in row and (only is None or row["cell"] in only):
+                passes.setdefault((row["cell"], row["on"]), []).append(row["values"])
+        for (cell, on), values in passes.items():
+            known = table.setdefault((cell, on), {})
+            for metric in values[0] if len(values) == 1 else {name: None for of in values for name in of}:
+                one = known.get(metric)
+                if one is None:
+                    one = known[metric] = Series(cell, metric, on, [], [], [])
+                got = [of[metric] for of in values if metric in of]
+                one.nights.append(index)
+                one.values.append(got[0] if got.count(got[0]) == len(got) else _middle(metric, got))
+                one.passes.append(len(got))
     found = (
-        _one(history, cell, metric, on, metrics[metric])
-        for (cell, on), metrics in sorted(table.items())
-        for metric in sorted(metrics)
+        _since(known[metric], history)
+        for _, known in sorted(table.items())
+        for metric in sorted(known)
         if watched.kind(metric)  # a newer harness may keep more
     )
     return [one for one in found if one.nights]
 
 
-def _one(history: History, cell: str, metric: str, on: str, passes: _Passes) -> Series:
-    start = decisions.start(history.resets, cell, metric) if history.resets else ""
-    nights = [i for i in sorted(passes) if history.nights[i].night >= start]
-    middle = max if watched.kind(metric) == "counted" else _median
-    return Series(cell, metric, on, nights, [middle(passes[i]) for i in nights], [len(passes[i]) for i in nights])
+def _since(one: Series, history: History) -> Series:
+    """Return a series from its last reset on."""
+    start = decisions.start(history.resets, one.cell, one.metric) if history.resets else ""
+    skip = sum(history.nights[i].night < start for i in one.nights) if start else 0
+    return Series(one.cell, one.metric, one.on, one.nights[skip:], one.values[skip:], one.passes[skip:])
 
 
-def _median(values: list[float]) -> float:
+def _middle(metric: str, values: list[float]) -> float:
+    if watched.kind(metric) == "counted":
+        return max(values)
     ordered, half = sorted(values), len(values) // 2
     return ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) / 2
