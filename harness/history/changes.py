@@ -62,11 +62,13 @@ class Change:
 class Seen:
     """What was found. compared: series long enough to show a change. machine: the anchor's own changes that the sentinels
     share. unanchored: places and families without an anchor, with how many series they have.
+    loose: places, families and those of their nights that have none, so that their times are not judged.
     """
 
     changes: list[Change] = field(default_factory=list)
     machine: list[Change] = field(default_factory=list)
     unanchored: list[tuple[str, str, int]] = field(default_factory=list)
+    loose: list[tuple[str, str, list[int]]] = field(default_factory=list)
     compared: int = 0
 
 
@@ -149,6 +151,8 @@ def _timed(family: str, judged: Sequence[Series], guards: Sequence[Series], seen
         beside = logs
     else:
         beside = logs - common
+        if loose := [night for night, found in zip(nights, common, strict=True) if math.isnan(found)]:
+            seen.loose.append((on, family, loose))
     rows = [(one, np.flatnonzero(np.isfinite(row)), row) for one, row in zip(judged, beside, strict=True)]
     rows = [(one, there, row[there]) for one, there, row in rows if len(there) >= FEWEST]
     shared = float(np.median([change_points.noise(row) for _, _, row in rows])) if rows else 0.0

@@ -63,6 +63,10 @@ def document(
         "machine": [_plain(history, change, names) for change in seen.machine],
         "residue": list(_residue(history, known)),
         "unanchored": [{"place": on, "metric": family, "series": count} for on, family, count in seen.unanchored],
+        "loose": [
+            {"place": on, "metric": family, "nights": [history.nights[i].night for i in where]}
+            for on, family, where in seen.loose
+        ],
         "stopped": list(_stopped(history, names)),
         "few_passes": _few_passes(history),
         "resets": list(history.resets),

@@ -89,10 +89,18 @@ def read_night(path: Path, broken: dict[str, str]) -> Night | None:
             night.places[line["place"]] = line["is"]
         else:
             bad += 1
+    night.rows, twice = _once(night.rows), len(night.rows)
+    bad += twice - len(night.rows)
     if bad:
         told = f"{bad} line{'s' * (bad != 1)} that no `history add` wrote"
         broken[path.name] = "; ".join(filter(None, [broken.get(path.name, ""), told]))
     return night
+
+
+def _once(rows: list[Line]) -> list[Line]:
+    """Return the rows without a second one of the same attempt: merging two branches may have left both."""
+    known = {(row["cell"], row["run"]): row for row in rows}
+    return rows if len(known) == len(rows) else list(known.values())
 
 
 def cells(folder: Path, broken: dict[str, str]) -> dict[str, Line]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from harness.analysis import watched
+from harness.analysis.anchor import FEWEST_SERIES
+from harness.history.files import PASSES
 from harness.listing import aligned
 
 _SHOWN = 6
@@ -113,19 +115,24 @@ def _notes(found: Mapping[str, Any]) -> Iterator[str]:
             f"no anchor: {one['series']} series of {one['metric']} at place {one['place']}; a bad night of the machine is "
             "taken for theirs"
         )
+    for one in found["loose"]:
+        yield (
+            f"not judged: {one['metric']} at place {one['place']} on {_nights(one['nights'])}: fewer than "
+            f"{FEWEST_SERIES} of its usual series"
+        )
     for stop in found["stopped"]:
         yield f"not measured: {stop['name']} ({stop['cell']}): {stop['status']} on {stop['night']}, ok on {stop['ok']}"
-    few = found["few_passes"]
+    few: Mapping[str, int] = found["few_passes"]
     if few:
-        named = ", ".join(f"{night}: {n}" for night, n in [*few.items()][-_SHOWN:])
-        more = "the last: " if len(few) > _SHOWN else ""
-        yield (
-            f"{len(few)} night{'s' * (len(few) != 1)} with fewer than 3 passes of a Cell, used all the same"
-            f" ({more}{named})"
-        )
+        yield f"fewer than {PASSES} passes of a Cell, used all the same, on {_nights(list(few))}"
     for line in found["resets"]:
         yield (
             f"accepted from {line['night']} on: {line['cell']} {line['metric']}, by {line['author']}: {line['reason']}"
         )
     for name, why in found["left_out"].items():
         yield f"left out: {name}: {why}"
+
+
+def _nights(nights: Sequence[str]) -> str:
+    shown = ", ".join(nights[-_SHOWN:])
+    return shown if len(nights) <= _SHOWN else f"{len(nights)} nights, the last of them {shown}"
