@@ -81,17 +81,28 @@ def steps(values: Array, *, least: float, shared: float = 0.0, floor: float = 1e
 
 
 def _worth_telling(values: Array, edges: Sequence[int], least: float) -> tuple[Step, ...]:
-    """Unite neighbouring levels, the closest first, until all that is left differs by `least` or more."""
+    """Unite neighbouring levels, the closest first, until all that is left differs by `least` or more, and has its nights:
+    where two of a level's three are slow its median is slow as well, and the third had no say.
+    """
     bounds = [int(edge) for edge in edges]
     while True:
         levels = [_median(values[a:b]) for a, b in pairwise(bounds)]
         found = [Step(at, a, b) for at, a, b in zip(bounds[1:], levels, levels[1:], strict=False)]
         if not found:
             return ()
-        smallest = min(found, key=lambda step: abs(step.change))
-        if abs(smallest.change) >= least:
+        sides = ((values[a:b], values[b:c]) for a, b, c in zip(bounds, bounds[1:], bounds[2:], strict=False))
+        sizes = [abs(step.change) if _borne(step, *of) else 0.0 for step, of in zip(found, sides, strict=True)]
+        weakest = min(range(len(found)), key=sizes.__getitem__)
+        if sizes[weakest] >= least:
             return tuple(found)
-        bounds.remove(smallest.at)
+        del bounds[weakest + 1]
+
+
+def _borne(step: Step, left: Array, right: Array) -> bool:
+    """Say whether on either side LEVEL_NIGHTS values or more lie nearer to their own level than to the other."""
+    way, middle = (1 if step.change > 0 else -1), (step.before + step.after) / 2
+    nearer = ((way * (left - middle) < 0).sum(), (way * (right - middle) > 0).sum())
+    return bool(min(nearer) >= LEVEL_NIGHTS)
 
 
 def _without_spikes(values: Array, sigma: float) -> Array:

@@ -22,7 +22,6 @@ from typing import Any
 from harness import store
 from harness.errors import StoreError, UsageError
 
-HISTORY = Path("results") / "history"
 SCHEMA = 1
 PASSES = 3
 """Passes of a full night: the median of three takes no notice of one that was disturbed."""
