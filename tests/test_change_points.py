@@ -8,11 +8,13 @@ import sys
 
 import numpy as np
 import pytest
-from scipy.stats import beta
+from numpy.typing import NDArray
+from scipy.special import betaincinv
 
 from harness.analysis import anchor, change_points
-from harness.analysis.change_points import FEWEST, LEVEL_NIGHTS, Array
+from harness.analysis.change_points import FEWEST, LEVEL_NIGHTS
 
+Array = NDArray[np.float64]
 LEAST = math.log1p(0.02)
 NIGHT = 45
 """On which a tenth of the simulated Cells become slower."""
@@ -126,12 +128,12 @@ def told(logs: Array, first: int | None = None) -> list[list[int]]:
 
 def at_least(found: int, of: int) -> float:
     """Return the exact lower 99 % bound of a share (Clopper and Pearson)."""
-    return float(beta.ppf(0.01, found, of - found + 1)) if found else 0.0
+    return float(betaincinv(found, of - found + 1, 0.01)) if found else 0.0
 
 
 def at_most(found: int, of: int) -> float:
     """Return the exact upper 99 % bound of a share."""
-    return float(beta.ppf(0.99, found + 1, of - found)) if found < of else 1.0
+    return float(betaincinv(found + 1, of - found, 0.99)) if found < of else 1.0
 
 
 @pytest.mark.parametrize("slower", [0.03, 0.05])
