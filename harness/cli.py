@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from harness.errors import Exit, HarnessError, UsageError
+from harness.history.command import history
 from harness.last_words import bug, fail, say, silence
 
 _KINDS = ("methods", "implementations", "suites", "models", "tasks", "checks")
@@ -40,7 +41,9 @@ class _Verbs(click.Group):
             return Exit.INFRASTRUCTURE
 
 
-@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=_Verbs, commands=[history], context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(package_name="peft-harness", message="%(prog)s %(version)s")
 def verbs() -> None:
     """Conformance and benchmarking of parameter-efficient fine-tuning: is it the same thing, what does it cost, what
@@ -371,10 +374,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.Abort:  # Ctrl-C
         code = fail(HarnessError("interrupted", mend="what was finished is kept"))
     except click.UsageError as error:
-        verb = error.ctx.info_name if error.ctx and error.ctx.parent else ""
-        mend = f"see `{' '.join(['peft-harness', *filter(None, [verb]), '--help'])}`"
+        path = error.ctx.command_path if error.ctx and error.ctx.parent else "peft-harness"  # e.g. of `history add`
+        verb = path.removeprefix("peft-harness").strip()
+        mend = f"see `{path} --help`"
         said = " ".join(error.format_message().split())  # click lists choices on lines of their own
-        code = fail(UsageError(said, where=verb or "", mend=mend))
+        code = fail(UsageError(said, where=verb, mend=mend))
     except HarnessError as error:
         code = fail(error)
     try:

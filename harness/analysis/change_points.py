@@ -1,0 +1,126 @@
+"""Where the level of a series changed: an optimal segmentation by `ruptures`, and what of it is worth telling.
+
+Least squares with a penalty for each change (the linear kernel of ruptures.KernelCPD) on values that are divided by their
+own noise. A level has three nights at least, so a lone slow night is never a change; it is pulled in beforehand, or it
+would still bend the level beside it. All of it on logarithms, where a share is the same at every height.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+LEVEL_NIGHTS = 3
+"""The fewest nights of a level."""
+FEWEST = 2 * LEVEL_NIGHTS
+"""The fewest nights of a series in which a change can be seen."""
+PENALTY = 18.0
+"""What a change must win, in squared noise: a little above what the best of a hundred places wins by chance."""
+_SPIKE = 4.0
+"""So many times the noise away from the nights around it, a night counts as an outlier."""
+_TO_SIGMA = 1.4826
+"""A normal distribution's standard deviation over its median absolute deviation."""
+_OWN_NIGHTS = 10
+"""The noise that all series share counts as much as so many nights of a series' own: six nights alone know it badly."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One change of level. at: index of the first value of the new level; before, after: the medians of both levels."""
+
+    at: int
+    before: float
+    after: float
+
+    @property
+    def change(self) -> float:
+        """The difference of the levels."""
+        return self.after - self.before
+
+
+def noise(values: Array) -> float:
+    """Return the standard deviation of the values around their levels, from the differences of neighbours.
+
+    A change of level is one difference among many, and the median takes no notice. 0 of fewer than two values.
+    """
+    import numpy as np
+
+    if len(values) < 2:
+        return 0.0
+    return float(_TO_SIGMA * np.median(np.abs(np.diff(values))) / np.sqrt(2))
+
+
+def steps(values: Array, *, least: float, shared: float = 0.0, floor: float = 1e-4) -> tuple[Step, ...]:
+    """Return the changes of level of a series (1-d, finite), oldest first; none of fewer than FEWEST values.
+
+    least: smaller changes are not told. shared: the noise of series like this one, if known. floor: the least noise that
+    is believed, in the unit of the values: a series that never moves is not infinitely exact.
+    """
+    if len(values) < FEWEST or values.max() - values.min() < least:
+        return ()
+    from ruptures import KernelCPD
+
+    sigma = noise(values)
+    if shared:
+        nights = len(values) - 1
+        sigma = float(((nights * sigma**2 + _OWN_NIGHTS * shared**2) / (nights + _OWN_NIGHTS)) ** 0.5)
+    sigma = max(sigma, floor)
+    calm = _without_spikes(values, sigma)
+    # Around its mean: the kernel sums squares, and a large common part would cost digits.
+    scaled = (calm - calm.mean()) / sigma
+    ends = KernelCPD(kernel="linear", min_size=LEVEL_NIGHTS).fit(scaled.reshape(-1, 1)).predict(pen=PENALTY)
+    return _worth_telling(values, [0, *ends], least) if len(ends) > 1 else ()
+
+
+def _worth_telling(values: Array, edges: Sequence[int], least: float) -> tuple[Step, ...]:
+    """Unite neighbouring levels, the closest first, until all that is left differs by `least` or more, and has its nights:
+    where two of a level's three are slow its median is slow as well, and the third had no say.
+    """
+    bounds = [int(edge) for edge in edges]
+    while True:
+        levels = [_median(values[a:b]) for a, b in pairwise(bounds)]
+        found = [Step(at, a, b) for at, a, b in zip(bounds[1:], levels, levels[1:], strict=False)]
+        if not found:
+            return ()
+        sides = ((values[a:b], values[b:c]) for a, b, c in zip(bounds, bounds[1:], bounds[2:], strict=False))
+        sizes = [abs(step.change) if _borne(step, *of) else 0.0 for step, of in zip(found, sides, strict=True)]
+        weakest = min(range(len(found)), key=sizes.__getitem__)
+        if sizes[weakest] >= least:
+            return tuple(found)
+        del bounds[weakest + 1]
+
+
+def _borne(step: Step, left: Array, right: Array) -> bool:
+    """Say whether on either side LEVEL_NIGHTS values or more lie nearer to their own level than to the other."""
+    way, middle = (1 if step.change > 0 else -1), (step.before + step.after) / 2
+    nearer = ((way * (left - middle) < 0).sum(), (way * (right - middle) > 0).sum())
+    return bool(min(nearer) >= LEVEL_NIGHTS)
+
+
+def _without_spikes(values: Array, sigma: float) -> Array:
+    """Replace every value that lies far from the median of the five around it by that median (Hampel)."""
+    import numpy as np
+
+    # Beyond either end there is nothing: NaN sorts last, and the middle is that of four or three values.
+    padded = np.concatenate([[np.nan] * 2, values, [np.nan] * 2])
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 5)
+    ordered = np.sort(windows, axis=1)
+    around = ordered[:, 2].copy()
+    around[[0, -1]] = ordered[[0, -1], 1]
+    around[[1, -2]] = (ordered[[1, -2], 1] + ordered[[1, -2], 2]) / 2
+    far = np.abs(values - around) > _SPIKE * sigma
+    return np.where(far, around, values)
+
+
+def _median(values: Array) -> float:
+    import numpy as np
+
+    return float(np.median(values))

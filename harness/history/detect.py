@@ -1,0 +1,203 @@
+"""The verb `history detect`: what changed, since when, what lies between, and who has confirmed it."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from harness.analysis import watched
+from harness.errors import Exit
+from harness.history import changes, decisions, files
+from harness.history.between import between
+from harness.history.changes import Change, Seen
+from harness.history.files import History, Line
+from harness.history.names import named, picked
+from harness.history.series import Series, series
+from harness.last_words import say
+
+_NEAR = 2
+"""A decision holds for a change up to so many nights away: as nights are added, the best place of a change may move."""
+
+
+def detect(
+    folder: Path, cell: str | None, sentinel: str | None, as_json: bool, strict: bool, *, out: Any = say
+) -> Exit:
+    """Print what changed and return the exit code; see the help of the verb. Raises UsageError for what fits no Cell."""
+    from harness.history import table
+
+    # A history is millions of small objects of which none is ever garbage: looking for it took half of the time.
+    gc.disable()
+    try:
+        history = files.read(folder)
+        found = document(history, only=picked(history, cell) if cell else None, sentinel=sentinel, strict=strict)
+    finally:
+        gc.enable()
+    out(json.dumps(found, indent=1) if as_json else table.detected(found))
+    return Exit(found["exit"])
+
+
+def document(
+    history: History, *, only: frozenset[str] | None = None, sentinel: str | None = None, strict: bool = False
+) -> dict[str, Any]:
+    """Return what was found as one document, ready for JSON. only: the Cells whose changes are told; all are looked at."""
+    known = series(history)
+    guards = picked(history, sentinel, "--sentinel") if sentinel else frozenset()
+    seen = changes.changes(known, _quantization(history), guards)
+    names = named(history)
+    told = [change for change in seen.changes if only is None or change.cell in only]
+    candidates = [_candidate(history, change, names) for change in sorted(told, key=_order)]
+    return {
+        "schema": files.SCHEMA,
+        "nights": [night.night for night in history.nights],
+        "series": len(known),
+        "compared": seen.compared,
+        "least": {"time": changes.TIMED_LEAST, "accuracy": changes.SCORE_LEAST, "peak_B": watched.PEAK_BYTES},
+        "candidates": candidates,
+        "machine": [_plain(history, change, names) for change in seen.machine],
+        "residue": list(_residue(history, known)),
+        "unanchored": [{"place": on, "metric": family, "series": count} for on, family, count in seen.unanchored],
+        "loose": [
+            {"place": on, "metric": family, "nights": [history.nights[i].night for i in where]}
+            for on, family, where in seen.loose
+        ],
+        "stopped": list(_stopped(history, names)),
+        "few_passes": _few_passes(history),
+        "resets": list(history.resets),
+        "left_out": dict(sorted(history.broken.items())),
+        "exit": int(_exit(history, candidates, seen, strict)),
+    }
+
+
+def _exit(history: History, candidates: Sequence[Mapping[str, Any]], seen: Seen, strict: bool) -> Exit:
+    open_ = [c for c in candidates if c["settled"] is None]
+    if any(c["worse"] and c["standing"] in ("confirmed", "counted") for c in open_):
+        return Exit.FAIL
+    if not seen.compared:
+        return Exit.NOTHING_COMPARED
+    if history.broken:
+        return Exit.INFRASTRUCTURE
+    return Exit.INCONCLUSIVE if strict and any(c["standing"] == "candidate" for c in open_) else Exit.PASS
+
+
+def _order(change: Change) -> tuple[Any, ...]:
+    """Open ones first, worse ones first, the newest first."""
+    return (change.settled is not None, not change.worse, -change.nights[1], change.cell, change.metric, change.on)
+
+
+def _plain(history: History, change: Change, names: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "cell": change.cell,
+        "name": names.get(change.cell, change.cell),
+        "metric": change.metric,
+        "place": change.on,
+        "night": history.nights[change.nights[1]].night,
+        "before": change.before,
+        "after": change.after,
+        "change": change.change if math.isfinite(change.change) else None,
+        "worse": change.worse,
+        "settled": None if change.settled is None else history.nights[change.settled].night,
+        "note": change.note,
+    }
+
+
+def _candidate(history: History, change: Change, names: Mapping[str, str]) -> dict[str, Any]:
+    old, new = (history.nights[i] for i in change.nights)
+    said = _confirmation(history, change)
+    standing = "counted" if change.sure else "candidate"
+    if said is not None:
+        standing = "refuted" if said.get("verdict") == "refuted" else "confirmed"
+    return _plain(history, change, names) | {
+        "standing": standing,
+        "confirmation": said,
+        "between": asdict(between(old, new, change.cell)),
+    }
+
+
+def _confirmation(history: History, change: Change) -> Line | None:
+    """Return the last word on a change; one on its very night before one on a night nearby."""
+    index = {night.night: i for i, night in enumerate(history.nights)}
+    words = ("regressed", "improved", "refuted")
+    about = [
+        (-abs(index[line["night"]] - change.nights[1]), str(line.get("made", "")), line)
+        for line in history.confirmations
+        if line["night"] in index
+        and line.get("verdict") in words
+        and decisions.concerns(line, change.cell, change.metric)
+    ]
+    near = [(apart, made, line) for apart, made, line in about if -apart <= _NEAR]
+    return max(near, key=lambda one: one[:2])[2] if near else None
+
+
+def _residue(history: History, known: Sequence[Series]) -> Iterator[dict[str, Any]]:
+    """Yield each place that took over Cells from another: what differs, since when, of how many Cells, by which factor."""
+    where: dict[str, dict[str, str]] = {}
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for index, night in enumerate(history.nights):
+        for on in {row["on"] for row in night.rows}:
+            where[on] = night.places[on]
+            first.setdefault(on, index)
+            last[on] = index
+    steps: dict[str, dict[str, Series]] = {}
+    cells: dict[str, set[str]] = {}
+    for one in known:
+        cells.setdefault(one.on, set()).add(one.cell)
+        if one.metric == watched.STEP:
+            steps.setdefault(one.on, {})[one.cell] = one
+    for on in sorted(cells, key=lambda on: (first[on], on)):
+        same = [o for o in cells if first[o] < first[on] and where[o].get("device") == where[on].get("device")]
+        before = max((o for o in same if cells[o] & cells[on]), key=lambda o: (last[o], o), default=None)
+        if before is None:
+            continue
+        shared = cells[before] & cells[on]
+        both = [i for i in shared if i in steps.get(before, {}) and i in steps.get(on, {})]
+        ratios = [median(steps[on][i].values[:7]) / median(steps[before][i].values[-7:]) for i in both]
+        yield {
+            "night": history.nights[first[on]].night,
+            "place": on,
+            "instead_of": before,
+            "changed": watched.moved(where[before], where[on]),
+            "cells": len(shared),
+            "step_ratio": median(ratios) if ratios else None,
+        }
+
+
+def _stopped(history: History, names: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Yield the Cells that were measured once, and on the last night that tried them were not."""
+    latest: dict[str, tuple[str, str]] = {}
+    was_ok: dict[str, str] = {}
+    for night in history.nights:
+        tried: dict[str, set[str]] = {}
+        for row in night.rows:
+            tried.setdefault(row["cell"], set()).add(str(row.get("status", "ok")))
+        for cell, statuses in tried.items():
+            latest[cell] = (night.night, " and ".join(sorted(statuses - {"ok"})) if "ok" not in statuses else "ok")
+            if "ok" in statuses:
+                was_ok[cell] = night.night
+    for cell, (night, status) in sorted(latest.items()):
+        if status != "ok" and cell in was_ok:
+            yield {"cell": cell, "name": names.get(cell, cell), "night": night, "status": status, "ok": was_ok[cell]}
+
+
+def _few_passes(history: History) -> dict[str, int]:
+    """Map each night on which a Cell had fewer than PASSES passes to the fewest that one had."""
+    counts = {
+        night.night: min(Counter(f"{row['cell']} {row['on']}" for row in night.rows).values(), default=0)
+        for night in history.nights
+    }
+    return {night: fewest for night, fewest in counts.items() if fewest < files.PASSES}
+
+
+def _quantization(history: History) -> dict[str, str]:
+    found = {}
+    for cell_id, cell in history.cells.items():
+        base = cell.get("base")
+        found[cell_id] = str(base.get("quantization", "")) if isinstance(base, dict) else ""
+    return found

@@ -1,0 +1,76 @@
+"""Histories for tests: nights made of runs' Records, or of numbers drawn at random, written as `history add` would."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import recorded_run as recorded
+
+from harness.analysis import watched
+from harness.history import files
+from harness.history.files import Line, Night
+from harness.records import Cell
+
+PLACE = {"device": "cpu", "CPU": "Example 4-core", "torch": "2.13.0", "threads": "2"}
+SHAS = ("a" * 40, "b" * 40)
+Values = Callable[[str, int, int], Mapping[str, float] | str]
+
+
+def night(index: int) -> str:
+    """Return the name of a night, counting from 0."""
+    return (date(2026, 1, 1) + timedelta(days=index)).isoformat()
+
+
+def many(count: int) -> dict[str, Cell]:
+    """Return so many Cells of one recipe, by their ids."""
+    made = (recorded.cells(seed)["fused"] for seed in range(count))
+    return {cell.cell_id: cell for cell in made}
+
+
+def write(
+    folder: Path,
+    cells: Mapping[str, Cell],
+    values: Values,
+    *,
+    nights: int,
+    passes: int = 3,
+    place: Callable[[int], dict[str, str]] = lambda _: PLACE,
+    revision: Callable[[int], str] = lambda _: SHAS[0],
+) -> Path:
+    """Write a history. values: takes cell_id, index of the night and pass; a word in place of numbers is a status."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_cells(folder, {i: cell.model_dump(mode="json") for i, cell in cells.items()})
+    for index in range(nights):
+        where = place(index)
+        on = watched.place_id(where)
+        runs = {f"run-{index}-{p}": head(index, p, revision(index)) for p in range(passes)}
+        rows: list[Line] = []
+        for p, run in enumerate(runs):
+            for cell_id in cells:
+                got = values(cell_id, index, p)
+                what = {"status": got} if isinstance(got, str) else {"values": dict(got)}
+                rows.append({"cell": cell_id, "run": run, "attempt": 1, "on": on} | what)
+        files.write_night(folder, Night(night(index), runs, {on: where}, rows))
+    return folder
+
+
+def head(index: int, number: int, revision: str) -> Line:
+    return {
+        "run": f"run-{index}-{number}", "started": f"{night(index)}T0{number}:00:00Z", "suite": "quick",
+        "code_version": f"code-{revision[:4]}", "git_sha": revision, "git_dirty": False,
+        "software": {"peft": "0.19.0" if revision == SHAS[0] else "0.20.0", "torch": "2.13.0"},
+    }  # fmt: skip
+
+
+def noisy(seed: int, level: Callable[[str, int], float] = lambda *_: 1.0, sd: float = 0.005) -> Values:
+    """Return step times of some 100 ms with noise, times `level` of a Cell and night."""
+    rng = random.Random(seed)
+
+    def values(cell: str, index: int, _: int) -> dict[str, Any]:
+        return {"step_s": 0.1 * level(cell, index) * (1 + rng.gauss(0, sd))}
+
+    return values
