@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from harness.analysis import baseline_costs
+from harness.analysis import baseline_costs, parity
 from harness.analysis.baseline_rows import Kind, Margins, Row
 from harness.analysis.canaries import Canaries
 from harness.analysis.measured import above_imports, step_seconds, training_peak
@@ -93,7 +93,12 @@ def _rows(cell: Sides) -> list[Row]:
 def _outcome(name: str, pair: tuple[Record, Record]) -> Row | None:
     old, new = pair
     if _ok(pair):
-        return None
+        before = {check.check for check in parity.failed(old)}
+        red = [check.check for check in parity.failed(new) if check.check not in before]
+        if not red:
+            return None
+        reason = f"{', '.join(red)} failed, by the old side not"
+        return Row(Kind.PARITY, Word.FAIL, name, (old.cell_id,), "checks", reason, records=(old.id, new.id))
     was_ok = old.status is Status.OK
     kind = Kind.PARITY if was_ok and new.status is Status.NONCONFORMING else Kind.OUTCOME
     return Row(

@@ -75,10 +75,10 @@ class Bench:
         """
         found = [Measured(pair) for pair in pairs]
         for one in found:
-            one.first += self._run(one, self.design.first, f"{label}first")
+            one.first += self._run(one.pair, self.design.first, f"{label}first")
         while waiting := [(one, more) for one in found if (more := self._more(one))]:
             for one, more in waiting:
-                one.fresh += self._run(one, more, f"{label}fresh-{len(one.fresh)}")
+                one.fresh += self._run(one.pair, more, f"{label}fresh-{len(one.fresh)}")
         return found
 
     def canary(self, pair: Pair) -> list[float] | None:
@@ -94,14 +94,14 @@ class Bench:
         verdict = one.verdict(self.design)
         return verdict.more if verdict else 0
 
-    def _run(self, one: Measured, count: int, stage: str) -> list[tuple[Record, Record]]:
-        drawn = random.Random(f"{self.seed} {one.pair.old.cell_id} {one.pair.new.cell_id} {stage}")  # noqa: S311
+    def _run(self, pair: Pair, count: int, stage: str) -> list[tuple[Record, Record]]:
+        drawn = random.Random(f"{self.seed} {pair.old.cell_id} {pair.new.cell_id} {stage}")  # noqa: S311
         turns = order(count, drawn.getrandbits(32))
         found: list[tuple[Record, Record]] = []
         for turn in range(count):
-            records = {side: self._side(one.pair, side, stage, turn) for side in turns[2 * turn : 2 * turn + 2]}
+            records = {side: self._side(pair, side, stage, turn) for side in turns[2 * turn : 2 * turn + 2]}
             found.append((records["A"], records["B"]))
-            self.say(f"{one.pair.name}, {stage} pair {turn + 1} of {count}: {_said(found[-1])}")
+            self.say(f"{pair.name}, {stage} pair {turn + 1} of {count}: {_said(found[-1])}")
             if any(record.status is not Status.OK for record in records.values()):
                 break
         return found
