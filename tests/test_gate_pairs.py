@@ -160,6 +160,18 @@ def test_one_byte_more_of_what_is_counted_is_found(gated) -> None:
     assert "optimizer grew" in said
 
 
+def _elsewhere(record: Record) -> Record:
+    changed = record.environment.model_copy(update={"software": {**record.environment.software, "torch": "9.9"}})
+    return record.model_copy(update={"environment": changed})
+
+
+def test_what_differs_between_the_sides_besides_their_code_is_named_in_the_verdict(gated) -> None:
+    code, said, document = gated(Stand(wrong=_elsewhere))
+    assert code == Exit.PASS
+    assert document["residue"] == ["software torch: 2.9.1+cpu, 9.9 (6 of 6 pairs)"]
+    assert "not the same: software torch" in said.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("status", "kind"), [(Status.NONCONFORMING, "parity"), (Status.OOM, "outcome"), (Status.ERROR, "outcome")]
 )

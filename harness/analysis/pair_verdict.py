@@ -9,14 +9,18 @@ from statistics import median
 from harness.analysis import baseline_costs, parity
 from harness.analysis.baseline_rows import Kind, Margins, Row
 from harness.analysis.canaries import Canaries
+from harness.analysis.contention import busy
 from harness.analysis.measured import above_imports, step_seconds, training_peak
 from harness.analysis.paired import Finding, family
 from harness.analysis.paired import Verdict as Timed
+from harness.analysis.reproducibility import circumstances
 from harness.analysis.words import Verdict, Word
 from harness.errors import Exit
 from harness.records import Record, Status
 
 Records = Sequence[tuple[Record, Record]]
+_MEANT = ("code version", "implementation from")
+"""What the two sides are to differ in."""
 PEAK_B = 2**20
 """What two peaks of a process may differ by and still be called the same, however certain the difference is."""
 
@@ -38,7 +42,11 @@ class Sides:
 
 @dataclass(frozen=True)
 class Judged:
-    """The sides, judged. adjusted: Benjamini-Hochberg adjusted p by name. rows: all that was compared besides times."""
+    """The sides, judged.
+
+    adjusted: Benjamini-Hochberg adjusted p by name. rows: all that was compared besides times. residue: what was not the same
+    between the two sides though it should be, and process runs that were disturbed.
+    """
 
     verdict: Verdict
     exit: Exit
@@ -46,6 +54,7 @@ class Judged:
     adjusted: Mapping[str, float]
     rows: tuple[Row, ...]
     canaries: Canaries
+    residue: tuple[str, ...]
 
 
 def judge(cells: Sequence[Sides], canaries: Canaries, *, strict: bool = False) -> Judged:
@@ -72,8 +81,24 @@ def judge(cells: Sequence[Sides], canaries: Canaries, *, strict: bool = False) -
     elif open_:
         word, reason = Word.INCONCLUSIVE, f"{len(open_)} of {len(whole)} Cells are neither slower nor proven the same"
         code = Exit.INCONCLUSIVE if strict else Exit.PASS
+    residue = _residue(cells)
+    if residue:
+        reason = "; ".join([reason, *(f"not the same: {what}" for what in residue)])
     records = tuple(record.id for cell in cells for pair in cell.records for record in pair)
-    return Judged(Verdict(word, reason, records), code, tuple(cells), adjusted, tuple(rows), canaries)
+    return Judged(Verdict(word, reason, records), code, tuple(cells), adjusted, tuple(rows), canaries, residue)
+
+
+def _residue(cells: Sequence[Sides]) -> tuple[str, ...]:
+    found: dict[str, int] = {}
+    for cell in cells:
+        for old, new in cell.records:
+            changed = [what for what in circumstances(old, new) if not what.startswith(_MEANT)]
+            for what in changed:
+                found[what] = found.get(what, 0) + 1
+    pairs = sum(len(cell.records) for cell in cells)
+    told = [f"{what} ({count} of {pairs} pairs)" for what, count in found.items()]
+    waited = sum(bool(busy(record)) for cell in cells for pair in cell.records for record in pair)
+    return (*told, *([f"{waited} of {2 * pairs} process runs waited for a CPU"] if waited else []))
 
 
 def _ok(pair: tuple[Record, Record]) -> bool:

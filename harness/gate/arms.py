@@ -14,6 +14,7 @@ from pathlib import Path
 from harness import resources, store
 from harness.errors import HarnessError, UsageError
 from harness.expand import Plan
+from harness.measure import environment
 from harness.records import Cell, Record
 from harness.spelling import near
 
@@ -114,6 +115,8 @@ def run(arm: Arm, suite: Path, cell: Cell, folder: Path, options: Sequence[str] 
         str(folder), *options,
     ]  # fmt: skip
     variables = dict(os.environ)
+    if options[:2] != ("--device", "cpu") and "CUDA_VISIBLE_DEVICES" not in variables and (cards := environment.gpus()):
+        variables["CUDA_VISIBLE_DEVICES"] = cards[0].partition(",")[0]  # both sides on one card
     if arm.code is not None:
         variables["PYTHONPATH"] = os.pathsep.join([str(arm.code), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)

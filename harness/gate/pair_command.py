@@ -117,6 +117,6 @@ def _document(
         "old": {"asked": asked.old, "is": said[0]}, "new": {"asked": asked.new, "is": said[1]},
         "suite": asked.suite, "only": asked.only, "seed": seed, "design": asdict(design), "cells": cells,
         "findings": [asdict(row) for row in judged.rows if not row.same],
-        "canary": canary, "canaries": judged.canaries.sentence,
+        "residue": list(judged.residue), "canary": canary, "canaries": judged.canaries.sentence,
         "verdict": {"word": judged.verdict.word.value, "reason": judged.verdict.reason}, "exit": int(judged.exit),
     }  # fmt: skip
