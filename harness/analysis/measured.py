@@ -22,6 +22,12 @@ def step_time(training: TrainingMeasured) -> Median:
     return median_interval(training.step_seconds[steady(training)])
 
 
+def step_seconds(record: Record) -> float | None:
+    """Return the one number that a process run contributes: the median time of a steady step; None if it trains nothing."""
+    training = record.measurements.training if record.measurements else None
+    return step_time(training).value if training and training.step_seconds else None
+
+
 def throughput(training: TrainingMeasured) -> float | None:
     """Return real tokens (no padding) per second of steady steps; None if the clock did not move."""
     seconds = sum(training.step_seconds[steady(training)])

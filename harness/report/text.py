@@ -20,9 +20,9 @@ def summary(run: Run) -> list[str]:
     table = tables.comparison(f)
     for group in table["groups"]:
         rows = [[row["name"], *(_text(row["figures"][i]) for i in _COLUMNS.values())] for row in group["rows"]]
-        lines += [*_aligned([[group["title"], *_COLUMNS], *rows]), ""]
+        lines += [*aligned([[group["title"], *_COLUMNS], *rows]), ""]
     if means := recipes.lines(f):
-        lines += [*_aligned(means), ""]
+        lines += [*aligned(means), ""]
     for j in f.verdict.judgements:
         lines.append(f"{facts.icon(j.verdict.word)} {j.verdict.word.value}: {j.comparison.says}")
         lines.append(f"    {j.verdict.reason}")
@@ -45,7 +45,7 @@ def _text(figure: Figure) -> str:
     return " ".join(filter(None, [figure["text"], figure["small"], "!" if figure["flag"] else ""]))
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Align columns: names and statuses to the left, numbers to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [

@@ -1,0 +1,167 @@
+"""What pairs of process runs say of two sides: of each Cell's time, of its memory and its outcome, and of all together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from harness.analysis import baseline_costs, parity
+from harness.analysis.baseline_rows import Kind, Margins, Row
+from harness.analysis.canaries import Canaries
+from harness.analysis.contention import busy
+from harness.analysis.measured import above_imports, step_seconds, training_peak
+from harness.analysis.paired import Finding, family
+from harness.analysis.paired import Verdict as Timed
+from harness.analysis.reproducibility import circumstances
+from harness.analysis.words import Verdict, Word
+from harness.errors import Exit
+from harness.records import Record, Status
+
+Records = Sequence[tuple[Record, Record]]
+_MEANT = ("code version", "implementation from")
+"""What the two sides are to differ in."""
+PEAK_B = 2**20
+"""What two peaks of a process may differ by and still be called the same, however certain the difference is."""
+
+
+@dataclass(frozen=True)
+class Sides:
+    """One Cell, by both sides. records: pairs (old, new). timed: None where there was nothing to time; then `because`."""
+
+    name: str
+    records: Records
+    timed: Timed | None
+    because: str = ""
+
+    def seconds(self, side: int) -> float | None:
+        """Return the median over the process runs of a side (0 old, 1 new) of what each took a step."""
+        found = [s for pair in self.records if (s := step_seconds(pair[side])) is not None]
+        return median(found) if found else None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The sides, judged.
+
+    adjusted: Benjamini-Hochberg adjusted p by name. rows: all that was compared besides times. residue: what was not the same
+    between the two sides though it should be, and process runs that were disturbed.
+    """
+
+    verdict: Verdict
+    exit: Exit
+    cells: tuple[Sides, ...]
+    adjusted: Mapping[str, float]
+    rows: tuple[Row, ...]
+    canaries: Canaries
+    residue: tuple[str, ...]
+
+
+def judge(cells: Sequence[Sides], canaries: Canaries, *, strict: bool = False) -> Judged:
+    """Judge all Cells of one comparison.
+
+    Exit codes, the first that holds: NOTHING_COMPARED where no Cell is ok on both sides; FAIL for a Cell that is slower,
+    that takes more memory or other counts, or that was ok by the old side alone; INFRASTRUCTURE where the canaries close
+    the gate, which then judges no time; with `strict` INCONCLUSIVE for any Cell that is so; else PASS.
+    """
+    rows = [row for cell in cells for row in _rows(cell)]
+    adjusted = family({cell.name: cell.timed for cell in cells if cell.timed})
+    slower = [] if canaries.closed else [c for c in cells if c.timed and c.timed.word is Finding.SLOWER]
+    open_ = [c for c in cells if c.timed and c.timed.word is Finding.INCONCLUSIVE]
+    red = [row for row in rows if row.word is Word.FAIL]
+    whole = [c for c in cells if any(_ok(pair) for pair in c.records)]
+    word, code, reason = Word.PASS, Exit.PASS, f"none of {len(whole)} Cells is slower, larger or worse"
+    if not whole and not red:
+        word, code, reason = Word.NOT_RUN, Exit.NOTHING_COMPARED, "nothing was compared: no Cell is ok on both sides"
+    elif slower or red:
+        told = [f"{c.name} is slower" for c in slower] + [f"{row.name}: {row.what} {row.reason}" for row in red]
+        word, code, reason = Word.FAIL, Exit.FAIL, "; ".join(told)
+    elif canaries.closed:
+        word, code, reason = Word.NOT_RUN, Exit.INFRASTRUCTURE, f"no time was judged: {canaries.sentence}"
+    elif open_:
+        word, reason = Word.INCONCLUSIVE, f"{len(open_)} of {len(whole)} Cells are neither slower nor proven the same"
+        code = Exit.INCONCLUSIVE if strict else Exit.PASS
+    residue = _residue(cells)
+    if residue:
+        reason = "; ".join([reason, *(f"not the same: {what}" for what in residue)])
+    records = tuple(record.id for cell in cells for pair in cell.records for record in pair)
+    return Judged(Verdict(word, reason, records), code, tuple(cells), adjusted, tuple(rows), canaries, residue)
+
+
+def _residue(cells: Sequence[Sides]) -> tuple[str, ...]:
+    found: dict[str, int] = {}
+    for cell in cells:
+        for old, new in cell.records:
+            changed = [what for what in circumstances(old, new) if not what.startswith(_MEANT)]
+            for what in changed:
+                found[what] = found.get(what, 0) + 1
+    pairs = sum(len(cell.records) for cell in cells)
+    told = [f"{what} ({count} of {pairs} pairs)" for what, count in found.items()]
+    waited = sum(bool(busy(record)) for cell in cells for pair in cell.records for record in pair)
+    return (*told, *([f"{waited} of {2 * pairs} process runs waited for a CPU"] if waited else []))
+
+
+def _ok(pair: tuple[Record, Record]) -> bool:
+    return all(record.status is Status.OK for record in pair)
+
+
+def _rows(cell: Sides) -> list[Row]:
+    rows = [row for pair in cell.records if (row := _outcome(cell.name, pair))][:1]
+    whole = [pair for pair in cell.records if _ok(pair)]
+    if whole:
+        first = baseline_costs.rows(cell.name, *whole[0], Margins())
+        rows += [row for row in first if row.kind is not Kind.TIME and not row.what.startswith("training peak")]
+        rows += _peak(cell.name, whole)
+    return rows
+
+
+def _outcome(name: str, pair: tuple[Record, Record]) -> Row | None:
+    old, new = pair
+    if _ok(pair):
+        before = {check.check for check in parity.failed(old)}
+        red = [check.check for check in parity.failed(new) if check.check not in before]
+        if not red:
+            return None
+        reason = f"{', '.join(red)} failed, by the old side not"
+        return Row(Kind.PARITY, Word.FAIL, name, (old.cell_id,), "checks", reason, records=(old.id, new.id))
+    was_ok = old.status is Status.OK
+    kind = Kind.PARITY if was_ok and new.status is Status.NONCONFORMING else Kind.OUTCOME
+    return Row(
+        kind, Word.FAIL if was_ok else Word.NOT_RUN, name, (old.cell_id,), "outcome",
+        new.because if was_ok else f"the old side is {old.status.value}: {old.because}",
+        old.status.value, new.status.value, records=(old.id, new.id),
+    )  # fmt: skip
+
+
+def _peak(name: str, whole: Records) -> list[Row]:
+    """Compare the peaks of training over all pairs: larger where every new one is above every old one.
+
+    For equal sides n and n values in random order fall so with a chance of n! n! / (2n)!: 0.1 % at six pairs.
+    """
+    old, new = ([training_peak(pair[side]) for pair in whole] for side in (0, 1))
+    if None in old or None in new:
+        return []
+    mine, its = ([above_imports(p[side], training_peak(p[side]) or 0) for p in whole] for side in (0, 1))
+    a, b = int(median(mine)), int(median(its))
+    larger, smaller = min(its) > max(mine) and b - a > PEAK_B, max(its) < min(mine) and a - b > PEAK_B
+    reason = (
+        f"{'grew' if larger else 'shrank'}: {'every' if larger else 'no'} new peak of {len(whole)} is above every old one"
+        if larger or smaller
+        else f"old {min(mine):,} to {max(mine):,} B, new {min(its):,} to {max(its):,} B"
+    )
+    ids = (whole[0][0].id, whole[0][1].id)
+    word = Word.FAIL if larger else Word.PASS
+    return [
+        Row(
+            Kind.MEMORY,
+            word,
+            name,
+            (whole[0][0].cell_id,),
+            "training peak above imports",
+            reason,
+            a,
+            b,
+            "B",
+            records=ids,
+        )
+    ]

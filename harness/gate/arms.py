@@ -1,0 +1,172 @@
+"""Two arms of a comparison: two revisions of a checkout, or two installed implementations; a Cell by each in a process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness import resources, store
+from harness.errors import HarnessError, UsageError
+from harness.expand import Plan
+from harness.measure import environment
+from harness.records import Cell, Record
+from harness.spelling import near
+
+HERE = "."
+"""The name of the checkout as it stands, with what is not committed."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side. said: what it is, for sentences. code: the folder whose `harness` runs; None: the one that runs now.
+
+    implementation: whose Cells it runs, where the sides are implementations; else every Cell as it is.
+    """
+
+    said: str
+    code: Path | None = None
+    implementation: str | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A Cell as the old side and as the new side run it. name: what both are called."""
+
+    name: str
+    old: Cell
+    new: Cell
+
+
+@contextlib.contextmanager
+def opened(old: str, new: str, plan: Plan) -> Iterator[tuple[Arm, Arm]]:
+    """Give the two arms; revisions are checked out beside this checkout for as long as the context lasts.
+
+    A name that an implementation of the suite's Cells has is that implementation. Raises UsageError for a name that is
+    neither, and for an implementation beside a revision.
+    """
+    known = sorted({cell.implementation for cell in plan.cells})
+    named = [name for name in (old, new) if name in known]
+    if len(named) == 2:
+        yield tuple(Arm(f"implementation {name}", implementation=name) for name in (old, new))  # type: ignore[misc]
+        return
+    if named:
+        other = new if old == named[0] else old
+        raise UsageError(
+            f"`{named[0]}` is an implementation of this suite's Cells, and `{other}` is not",
+            where="--pairs",
+            mend=near(other, known, "implementations"),
+        )
+    top = resources.checkout()
+    if top is None:
+        raise UsageError(
+            f"`{old}` and `{new}` are no implementations of this suite's Cells, and revisions need a checkout with git",
+            where="--pairs",
+            mend=f"name two of {', '.join(known)}, or run from a checkout",
+        )
+    commits = [None if name == HERE else _commit(top, name, known) for name in (old, new)]
+    with contextlib.ExitStack() as stack:
+        trees: dict[str | None, Path] = {None: top}
+        for commit in commits:
+            if commit not in trees:
+                trees[commit] = stack.enter_context(_checked_out(top, str(commit)))
+        names = [
+            f"revision {commit[:12]}" if commit else "the checkout as it stands" + _changed(top) for commit in commits
+        ]
+        first, second = (Arm(said, trees[commit]) for said, commit in zip(names, commits, strict=True))
+        yield first, second
+
+
+def pairs(plan: Plan, names: dict[str, str], arms: tuple[Arm, Arm]) -> list[Pair]:
+    """Match the plan's Cells: of implementations those that differ in nothing else, of revisions each with itself.
+
+    names: by cell_id. Raises UsageError where nothing matches.
+    """
+    old, new = (arm.implementation for arm in arms)
+    if old is None or new is None:
+        return [Pair(names[cell.cell_id], cell, cell) for cell in plan.cells]
+    found = {(_but(cell), cell.implementation): cell for cell in plan.cells}
+    matched = [
+        Pair(names[cell.cell_id], cell, found[_but(cell), new])
+        for cell in plan.cells
+        if cell.implementation == old and (_but(cell), new) in found
+    ]
+    if not matched:
+        raise UsageError(
+            f"no Cell of {old} has one of {new} beside it that differs in nothing else",
+            where="--pairs",
+            mend=f"write `implementation: [{old}, {new}]` in the suite, or choose other Cells by --only",
+        )
+    return matched
+
+
+def run(arm: Arm, suite: Path, cell: Cell, folder: Path, options: Sequence[str] = ()) -> Record:
+    """Run one Cell by the arm's own `peft-harness run`, in a process of its own, and return its Record.
+
+    folder: becomes the run folder. options: more for the verb. Raises HarnessError if no Record came of it.
+    """
+    command = [
+        sys.executable, "-P", "-m", "harness.cli", "run", str(suite.resolve()), "--only", cell.cell_id, "--out",
+        str(folder), *options,
+    ]  # fmt: skip
+    variables = dict(os.environ)
+    if options[:2] != ("--device", "cpu") and "CUDA_VISIBLE_DEVICES" not in variables and (cards := environment.gpus()):
+        variables["CUDA_VISIBLE_DEVICES"] = cards[0].partition(",")[0]  # both sides on one card
+    if arm.code is not None:
+        variables["PYTHONPATH"] = os.pathsep.join([str(arm.code), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    records = store.read_run(folder).records if (folder / "run.json").is_file() else []
+    if not records:
+        said = done.stderr.strip().splitlines()
+        raise HarnessError(
+            f"{arm.said} gave no Record of {cell.label} (exit code {done.returncode}): {' '.join(said[-3:])}",
+            where=str(folder),
+            mend=f"see what `{' '.join(command[3:])}` says there",
+        )
+    return records[-1]
+
+
+def _but(cell: Cell) -> str:
+    return cell.model_copy(update={"implementation": ""}).cell_id
+
+
+def _git(top: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", "-C", str(top), *arguments], capture_output=True, text=True, check=False)
+
+
+def _commit(top: Path, name: str, known: Sequence[str]) -> str:
+    # `--end-of-options`, or a name that begins with a dash would be an option of git's.
+    found = _git(top, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
+    if found.returncode:
+        raise UsageError(
+            f"`{name}` is neither a revision of {top} nor an implementation of this suite's Cells",
+            where="--pairs",
+            mend=f"name two of {', '.join(known)}; or commits, branches, tags, or `{HERE}` for the checkout as it stands",
+        )
+    return found.stdout.strip()
+
+
+def _changed(top: Path) -> str:
+    return ", with what is not committed" if _git(top, "status", "--porcelain", "-uno").stdout.strip() else ""
+
+
+@contextlib.contextmanager
+def _checked_out(top: Path, commit: str) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="peft-harness-") as folder:
+        tree = Path(folder) / commit[:12]
+        added = _git(top, "worktree", "add", "--detach", str(tree), commit)
+        if added.returncode:
+            raise HarnessError(
+                f"git cannot check {commit[:12]} out: {added.stderr.strip()}",
+                where=str(top),
+                mend="see `git worktree list`, and `git worktree prune`",
+            )
+        try:
+            yield tree
+        finally:
+            _git(top, "worktree", "remove", "--force", str(tree))

@@ -1,0 +1,122 @@
+"""`peft-harness gate --pairs OLD NEW`: run the pairs, judge them, print the table, keep the document."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import store, suites
+from harness.analysis import naming
+from harness.analysis.pair_verdict import Judged, Sides, judge
+from harness.analysis.paired import Design
+from harness.errors import Exit, UsageError
+from harness.expand import Plan, expand
+from harness.expand import only as keep_only
+from harness.gate import arms, canary_file, pair_table
+from harness.gate.pairs import Bench, Measured
+
+DOCUMENT = "pairs.json"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is compared, and how. canary: whether a Cell of the old side is run against itself, too."""
+
+    old: str
+    new: str
+    suite: str
+    only: str | None = None
+    out: Path | None = None
+    device: str = "auto"
+    seed: int | None = None
+    canary: bool = True
+    canaries: Path = canary_file.FILE
+    strict: bool = False
+
+
+def gate(asked: Asked, as_json: bool, design: Design | None = None) -> Exit:
+    """Compare two sides by interleaved pairs; prints a table (or the document), returns the exit code.
+
+    Raises UsageError for what cannot be compared, HarnessError if a side gives no Record at all.
+    """
+    design = design or Design()
+    path = suites.find(asked.suite)
+    plan = _trained(expand(suites.load(path)), asked.only)
+    folder = _folder(asked)
+    seed = secrets.randbits(32) if asked.seed is None else asked.seed
+    names = naming.full(plan.cells)
+    canary: list[float] | None = None
+    with arms.opened(asked.old, asked.new, plan) as sides:
+        matched = arms.pairs(plan, names, sides)
+        options = ("--device", asked.device)
+        bench = Bench(sides, path, folder, design, seed, options, lambda line: print(line, file=sys.stderr))
+        bench.say(
+            f"{sides[0].said} against {sides[1].said}: {len(matched)} Cells, {design.first} pairs each, up to "
+            f"{design.fresh[-1]} fresh ones where these do not settle it; seed {seed}, into {folder}"
+        )
+        measured = bench.measure(matched)
+        if asked.canary:
+            watched = measured[seed % len(measured)]
+            canary = bench.canary(watched.pair) if not watched.broken else None
+            if canary:
+                place = watched.first[0][0].environment.id
+                canary_file.add(asked.canaries, place, watched.pair.old.cell_id, canary)
+    places = [one.first[0][0].environment.id for one in measured if one.first]
+    canaries, broken = canary_file.read(asked.canaries, places[0] if places else "", design.trim)
+    for line in broken:
+        bench.say(f"unreadable: {line}")
+    sides_of = [Sides(one.pair.name, one.records, one.verdict(design), _because(one)) for one in measured]
+    judged = judge(sides_of, canaries, strict=asked.strict)
+    document = _document(asked, (sides[0].said, sides[1].said), seed, design, measured, judged, canary)
+    store.write_atomic(folder / DOCUMENT, json.dumps(document, indent=1, allow_nan=False).encode())
+    print(json.dumps(document, indent=1) if as_json else "\n".join(pair_table.lines(judged)))
+    return judged.exit
+
+
+def _trained(plan: Plan, only: str | None) -> Plan:
+    """Return the plan's Cells that train: what has no step has no time of one."""
+    swept = {cell_id for tuning in plan.tuning for cell_id in tuning.sweep}
+    kept = tuple(cell for cell in plan.cells if cell.training.steps and cell.cell_id not in swept)
+    if not kept:
+        raise UsageError("no Cell of this suite trains, and pairs compare the time of a training step", where="SUITE")
+    trained = Plan(kept, {c.cell_id: plan.ids[c.cell_id] for c in kept}, ())
+    return keep_only(trained, only) if only is not None else trained
+
+
+def _folder(asked: Asked) -> Path:
+    folder = asked.out or store.RUNS / f"{store.now().replace(':', '').replace('-', '')}-pairs-{secrets.token_hex(3)}"
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError("holds something already", where=f"--out {folder}", mend="name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _because(one: Measured) -> str:
+    return one.broken or ("" if one.first else "no pair was run")
+
+
+def _document(
+    asked: Asked, said: tuple[str, str], seed: int, design: Design, measured: Sequence[Measured], judged: Judged,
+    canary: list[float] | None,
+) -> dict[str, Any]:  # fmt: skip
+    cells = []
+    for one, cell in zip(measured, judged.cells, strict=True):
+        verdict = asdict(cell.timed) if cell.timed else None
+        cells.append({
+            "name": cell.name, "old": one.pair.old.cell_id, "new": one.pair.new.cell_id,
+            "old_s": cell.seconds(0), "new_s": cell.seconds(1), "because": cell.because,
+            "verdict": verdict, "adjusted_p": judged.adjusted.get(cell.name),
+            "pairs": [[old.run, new.run] for old, new in one.records],
+        })  # fmt: skip
+    return {
+        "old": {"asked": asked.old, "is": said[0]}, "new": {"asked": asked.new, "is": said[1]},
+        "suite": asked.suite, "only": asked.only, "seed": seed, "design": asdict(design), "cells": cells,
+        "findings": [asdict(row) for row in judged.rows if not row.same],
+        "residue": list(judged.residue), "canary": canary, "canaries": judged.canaries.sentence,
+        "verdict": {"word": judged.verdict.word.value, "reason": judged.verdict.reason}, "exit": int(judged.exit),
+    }  # fmt: skip

@@ -1,0 +1,38 @@
+"""The verdict on pairs in the terminal: a row for each Cell, then what is not a time, the canaries, the verdict."""
+
+from __future__ import annotations
+
+from harness.analysis.pair_verdict import Judged, Sides
+from harness.analysis.words import Word
+from harness.report.text import aligned
+
+_HEAD = ["Cell", "verdict", "old ms", "new ms", "change", "95 % interval", "p", "finds"]
+
+
+def lines(judged: Judged) -> list[str]:
+    """Return the lines. finds: the smallest slow-down that the planned pairs find with 80 % power."""
+    found = aligned([_HEAD, *(_row(cell, judged) for cell in judged.cells)])
+    found.append("")
+    for cell in judged.cells:
+        if cell.timed is None:
+            found.append(f"not timed: {cell.name}: {cell.because or 'it has no steps that could be timed'}")
+    for row in judged.rows:
+        if row.word is not Word.PASS or (row.delta and not row.same and row.what != "training peak above imports"):
+            values = "" if row.base is None or row.new is None else f" ({row.base} -> {row.new})"
+            found.append(f"{row.word.value}: {row.name}: {row.what} {row.reason}{values}")
+    found.append(judged.canaries.sentence)
+    found.append(f"{judged.verdict.word.value}: {judged.verdict.reason}")
+    return found
+
+
+def _row(cell: Sides, judged: Judged) -> list[str]:
+    old, new = cell.seconds(0), cell.seconds(1)
+    times = [f"{1e3 * s:.2f}" if s is not None else "-" for s in (old, new)]
+    v = cell.timed
+    if v is None:
+        return [cell.name, "not timed", *times, "-", "-", "-", "-"]
+    low, high = v.interval
+    return [
+        cell.name, v.word.value, *times, f"{100 * v.effect:+.1f} %", f"[{100 * low:+.1f}, {100 * high:+.1f}]",
+        f"{judged.adjusted[cell.name]:.2g}", "-" if v.mde80 is None else f"{100 * v.mde80:.1f} %",
+    ]  # fmt: skip

@@ -1,0 +1,257 @@
+"""`gate --pairs`: two sides run in turn, and what their Records say. Process runs are stood in for by made Records."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import recorded_run as recorded
+
+from harness import suites
+from harness.errors import Exit, UsageError
+from harness.expand import expand
+from harness.gate import arms, canary_file, pair_command
+from harness.gate.arms import Arm
+from harness.records import Cell, Record, Status
+
+SUITE = """
+suite: gated
+matrix:
+  - model: tiny-llama
+    task: toy-sentiment
+    training: {steps: 12, batch: 4}
+    evaluation: {items: 8}
+    cells:
+      - {id: a, method: lora, implementation: [reference, fused], config: {rank: 4}}
+      - {id: untrained, method: frozen, training: {steps: 0}}
+"""
+MIB = 2**20
+
+
+@dataclass
+class Stand:
+    """Stands in for the process runs: the new side's step takes `slower` times as long, and both have some noise.
+
+    luck: another draw of the noise.
+    """
+
+    slower: float = 1.0
+    noise: float = 0.01
+    grown_B: int = 0
+    new_status: Status = Status.OK
+    ran: list[str] = field(default_factory=list)
+    wrong: Callable[[Record], Record] = lambda record: record
+    luck: int = 1
+
+    def __call__(self, arm: Arm, suite: Path, cell: Cell, folder: Path, options: object = ()) -> Record:
+        self.ran.append(folder.name)
+        new = folder.name.endswith("-new") and "canary" not in folder.name
+        drawn = random.Random(f"{self.luck} {folder.name}")
+        record = recorded.record("fused", recorded.cells()["fused"])
+        assert record.measurements is not None
+        assert record.measurements.training is not None
+        factor = (self.slower if new else 1.0) * math.exp(drawn.gauss(0, self.noise))
+        times = [second * factor for second in record.measurements.training.step_seconds]
+        training = record.measurements.training.model_copy(update={"step_seconds": times})
+        grown = round(drawn.gauss(0, 0.1) * MIB) + (self.grown_B if new else 0)
+        phases = [
+            p.model_copy(update={"peak_memory_B": p.peak_memory_B + grown}) if p.name == "train" else p
+            for p in record.phases
+        ]
+        measured = record.measurements.model_copy(update={"training": training})
+        record = record.model_copy(update={"measurements": measured, "phases": phases})
+        if new and self.new_status is not Status.OK:
+            return recorded.failed(record, self.new_status)
+        return self.wrong(record) if new else record
+
+
+@pytest.fixture
+def gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Return a function from a Stand to (exit code, stdout, the document that was kept)."""
+
+    def gate(stand: Stand, **changes: object) -> tuple[Exit, str, dict]:
+        suite = tmp_path / "gated.yaml"
+        suite.write_text(SUITE, encoding="utf-8")
+        monkeypatch.setattr(arms, "run", stand)
+        out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        asked = {"old": "reference", "new": "fused", "suite": str(suite), "out": out, "seed": 3}
+        asked |= {"canaries": tmp_path / "canaries.jsonl"} | changes
+        code = pair_command.gate(pair_command.Asked(**asked), as_json=False)  # type: ignore[arg-type]
+        return code, capsys.readouterr().out, json.loads((out / pair_command.DOCUMENT).read_text())
+
+    return gate
+
+
+def test_the_same_twice_is_proven_the_same_by_the_first_pairs(gated) -> None:
+    stand = Stand()
+    code, said, document = gated(stand)
+    assert code == Exit.PASS
+    (cell,) = document["cells"]
+    assert cell["verdict"]["word"] == "same"
+    assert cell["verdict"]["interval"][0] < cell["verdict"]["effect"] < cell["verdict"]["interval"][1]
+    assert len(cell["pairs"]) == 6
+    assert len(stand.ran) == 2 * 6 + 2 * 6  # and the canary's
+    assert "pass: none of 1 Cells is slower, larger or worse" in said
+
+
+def test_both_sides_begin_equally_often_and_in_an_order_that_the_seed_fixes(gated) -> None:
+    def began(stand: Stand) -> list[str]:
+        return [name.rpartition("-")[2] for name in stand.ran[: 2 * 6 : 2]]
+
+    one, again, other = Stand(), Stand(), Stand()
+    for stand, seed in ((one, 3), (again, 3), (other, 4)):
+        gated(stand, seed=seed, canary=False)
+    assert began(one) == began(again)
+    assert sorted(began(one)) == ["new"] * 3 + ["old"] * 3
+    assert {tuple(began(s)) for s in (one, other)} - {("old", "new") * 3}
+
+
+@pytest.mark.parametrize("slower", [1.05, 1.2])
+def test_a_slow_down_is_found_by_fresh_pairs_alone(gated, slower: float) -> None:
+    stand = Stand(slower=slower)
+    code, said, document = gated(stand)
+    assert code == Exit.FAIL
+    (cell,) = document["cells"]
+    assert (cell["verdict"]["word"], cell["verdict"]["stage"], cell["verdict"]["n"]) == ("slower", "fresh", 10)
+    low, high = cell["verdict"]["interval"]
+    assert low < slower - 1 < high
+    assert any("fresh-0" in name for name in stand.ran)
+    assert "is slower" in said
+
+
+def test_a_speed_up_is_told_and_no_failure(gated) -> None:
+    code, _, document = gated(Stand(slower=0.5))
+    assert code == Exit.PASS
+    assert document["cells"][0]["verdict"]["word"] == "faster"
+    assert "does it still do the same work?" in document["cells"][0]["verdict"]["sentence"]
+
+
+def test_what_cannot_be_decided_is_no_success_where_asked_strictly(gated) -> None:
+    code, said, document = gated(Stand(noise=0.5), strict=True)
+    assert code == Exit.INCONCLUSIVE
+    assert document["cells"][0]["verdict"]["n"] == 20
+    assert "neither slower nor proven the same" in said
+
+
+def test_memory_that_grew_in_every_run_is_found_and_noise_is_not(gated) -> None:
+    assert gated(Stand())[0] == Exit.PASS
+    code, said, document = gated(Stand(grown_B=2 * MIB))
+    assert code == Exit.FAIL
+    (finding,) = document["findings"]
+    assert (finding["kind"], finding["what"]) == ("memory", "training peak above imports")
+    assert "every new peak of 6 is above every old one" in said
+
+
+def _other_count(record: Record) -> Record:
+    assert record.measurements is not None
+    memory = record.measurements.memory.model_copy(update={"optimizer_B": record.measurements.memory.optimizer_B + 1})
+    return record.model_copy(update={"measurements": record.measurements.model_copy(update={"memory": memory})})
+
+
+def test_one_byte_more_of_what_is_counted_is_found(gated) -> None:
+    code, said, _ = gated(Stand(wrong=_other_count))
+    assert code == Exit.FAIL
+    assert "optimizer grew" in said
+
+
+def _elsewhere(record: Record) -> Record:
+    changed = record.environment.model_copy(update={"software": {**record.environment.software, "torch": "9.9"}})
+    return record.model_copy(update={"environment": changed})
+
+
+def test_what_differs_between_the_sides_besides_their_code_is_named_in_the_verdict(gated) -> None:
+    code, said, document = gated(Stand(wrong=_elsewhere))
+    assert code == Exit.PASS
+    assert document["residue"] == ["software torch: 2.9.1+cpu, 9.9 (6 of 6 pairs)"]
+    assert "not the same: software torch" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(Status.NONCONFORMING, "parity"), (Status.OOM, "outcome"), (Status.ERROR, "outcome")]
+)
+def test_a_new_side_that_does_not_end_well_is_a_finding_and_gets_no_more_pairs(
+    gated, status: Status, kind: str
+) -> None:
+    stand = Stand(new_status=status)
+    code, said, document = gated(stand)
+    assert code == Exit.FAIL
+    assert {finding["kind"] for finding in document["findings"]} == {kind}
+    assert document["cells"][0]["verdict"] is None
+    assert len(stand.ran) == 2
+    assert f"the new side is {status.value}" in said
+
+
+def test_too_many_alarms_of_canaries_close_the_gate(gated, tmp_path: Path) -> None:
+    place = recorded.environment().id
+    for number in range(40):
+        canary_file.add(tmp_path / "canaries.jsonl", place, "0" * 16, [0.1 + 0.001 * (number + i) for i in range(6)])
+    code, said, _ = gated(Stand(slower=1.2))
+    assert code == Exit.INFRASTRUCTURE
+    assert "the gate is closed" in said
+    # Those of another machine do not count here.
+    moved = (tmp_path / "canaries.jsonl").read_text().replace(place, "elsewhere")
+    (tmp_path / "canaries.jsonl").write_text(moved)
+    assert gated(Stand(slower=1.2))[0] == Exit.FAIL
+
+
+def test_each_gate_adds_a_canary_and_torn_lines_are_told(
+    gated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "canaries.jsonl"
+    gated(Stand())
+    assert len(file.read_text().splitlines()) == 1
+    file.write_text(file.read_text() + '{"at": "2026\n')
+    gated(Stand())
+    lines = file.read_text().splitlines()
+    assert len(lines) == 3
+    found, broken = canary_file.read(file, recorded.environment().id, 0.25)
+    assert found.runs == 2
+    assert broken[0].startswith(f"{file}:2: ")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_revisions_are_checked_out_and_taken_away_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    top = tmp_path / "checkout"
+    top.mkdir()
+    _git(top, "init", "-q")
+    commits = []
+    for text in ("one", "two"):
+        (top / "file").write_text(text)
+        _git(top, "add", "file")
+        _git(top, "commit", "-qm", text)
+        commits.append(_git(top, "rev-parse", "HEAD"))
+    (top / "file").write_text("three")
+    monkeypatch.setattr(arms.resources, "checkout", lambda: top)
+    plan = expand(suites.load("smoke"))
+    with arms.opened(commits[0], arms.HERE, plan) as (old, new):
+        assert old.code is not None
+        assert (old.code / "file").read_text() == "one"
+        assert new.code == top
+        assert "with what is not committed" in new.said
+        gone = old.code
+    assert not gone.exists()
+    assert len(_git(top, "worktree", "list").splitlines()) == 1
+    with arms.opened("HEAD", "HEAD", plan) as (old, new):
+        assert old == new  # A/A
+    for wrong in ("no-such-revision", "--help"):
+        with pytest.raises(UsageError, match="neither a revision"), arms.opened("HEAD", wrong, plan):
+            pass
+    with pytest.raises(UsageError, match="is an implementation"), arms.opened("fused", "HEAD", plan):
+        pass
+
+
+def test_a_suite_that_trains_nothing_has_nothing_to_time(gated) -> None:
+    with pytest.raises(UsageError, match="no Cell fits"):
+        gated(Stand(), only="id=untrained")
+    with pytest.raises(UsageError, match="fused"):
+        gated(Stand(), old="reference", new="hf-peft")
