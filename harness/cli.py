@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from harness.errors import Exit, HarnessError, UsageError
+from harness.gate import verbs as gate_verbs
 from harness.last_words import bug, fail, say, silence
 
 _KINDS = ("methods", "implementations", "suites", "models", "tasks", "checks")
@@ -352,6 +353,9 @@ def explain(name: str) -> Exit:
     say(explained(name))
     return Exit.PASS
 
+
+verbs.add_command(gate_verbs.gate)
+verbs.add_command(gate_verbs.baseline)
 
 # A finding stands whatever else is missing; see analysis.verdict.
 _SERIOUS = (Exit.FAIL, Exit.NOTHING_COMPARED, Exit.INFRASTRUCTURE, Exit.INCONCLUSIVE, Exit.PASS)

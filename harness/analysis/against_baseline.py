@@ -133,7 +133,7 @@ def _standing(name: str, base: Record, new: Record) -> Row:
         word, reason = Word.INCONCLUSIVE, f"passed in the baseline, not tried now: {_some(untried)}"
     else:
         word, reason = Word.PASS, ""
-    return Row(Kind.PARITY, word, name, cell, "checks passed", reason, len(passed), len(now), "1", records=ids)
+    return Row(Kind.PARITY, word, name, cell, "checks passed", reason, len(passed), len(now), records=ids)
 
 
 def _recipes(cells: Sequence[Cell], names: Mapping[str, str]) -> dict[str, str]:
