@@ -53,15 +53,18 @@ def judge(base: Run, new: Run, *, margins: Margins | None = None, strict: bool =
     that did not finish; with `strict` INCONCLUSIVE for any row that is so; else PASS.
     """
     margins = margins or Margins()
-    cells = list({cell.cell_id: cell for run in (base, new) for cell in run.manifest.cells}.values())
-    names = naming.full(cells)
-    pairs, rows = _matched(base, new, names)
+    # A cell_id is computed whenever it is asked for, and there may be thousands of Cells.
+    expected = [{cell.cell_id: cell for cell in run.manifest.cells} for run in (base, new)]
+    cells = expected[0] | expected[1]
+    names = naming.full(cells.values())
+    recipes = {i: cell.recipe_id for i, cell in cells.items()}
+    pairs, rows = _matched(base, new, names, expected)
     measured = [(a, b) for a, b in pairs if a.measurements is not None and b.measurements is not None]
     for a, b in pairs:
         rows.append(_standing(names[a.cell_id], a, b))
     for a, b in measured:
         rows += baseline_costs.rows(names[a.cell_id], a, b, margins)
-    rows += baseline_scores.rows(measured, _recipes(cells, names), margins)
+    rows += baseline_scores.rows(measured, recipes, _called(cells, recipes, names), margins)
     rows += baseline_residue.rows(pairs)
     sides = (("baseline", base), ("run", new))
     unreadable = tuple(f"{side}: {name}: {why}" for side, run in sides for name, why in run.broken.items())
@@ -73,36 +76,39 @@ def judge(base: Run, new: Run, *, margins: Margins | None = None, strict: bool =
     )
 
 
-def _matched(base: Run, new: Run, names: Mapping[str, str]) -> tuple[list[tuple[Record, Record]], list[Row]]:
+def _matched(
+    base: Run, new: Run, names: Mapping[str, str], expected: Sequence[Mapping[str, Cell]]
+) -> tuple[list[tuple[Record, Record]], list[Row]]:
     """Pair the Records of each Cell of the baseline; a row for every Cell that has none on one side."""
     before, now = base.latest(), new.latest()
-    planned = {cell.cell_id for cell in new.manifest.cells}
-    known = {cell.cell_id for cell in base.manifest.cells}
+    known, planned = expected
     torn = {"baseline": _torn(base, before), "run": _torn(new, now)}
     doubtful = {"baseline": base.doubtful(), "run": new.doubtful()}
-    pairs, rows = [], []
-    for i in dict.fromkeys(cell.cell_id for cell in base.manifest.cells):
+    pairs: list[tuple[Record, Record]] = []
+    rows: list[Row] = []
+    for i in known:
         a, b = before.get(i), now.get(i)
-        odd = [(Word.FAIL, f"{side}: {why[i]}") for side, why in doubtful.items() if i in why]
+        odd = [(Word.FAIL, "the run does not plan this Cell")] if i not in planned else []
+        odd += [(Word.FAIL, f"{side}: {why[i]}") for side, why in doubtful.items() if i in why]
         odd += [(Word.NOT_RUN, f"{side}: {why[i]}") for side, why in torn.items() if i in why]
-        if i not in planned:
-            odd.append((Word.FAIL, "the run does not plan this Cell"))
-        elif b is None and not odd:
+        if b is None and not odd:
             odd.append((Word.NOT_RUN, "the run has no Record of this Cell"))
         elif a is None and not odd:
             odd.append((Word.NOT_RUN, "the baseline has no Record of this Cell"))
         if odd:
-            status = [r.status.value if r else None for r in (a, b)]
             word, reason = odd[0]
-            rows.append(Row(Kind.MISSING, word, names[i], (i,), "Cell", reason, *status))
+            rows.append(Row(Kind.MISSING, word, names[i], (i,), "Cell", reason, _status(a), _status(b)))
         elif a is not None and b is not None:
             pairs.append((a, b))
-    for cell in new.manifest.cells:
-        if cell.cell_id not in known:
-            i = cell.cell_id
-            status = now[i].status.value if i in now else None
-            rows.append(Row(Kind.NEW, Word.NOT_RUN, names[i], (i,), "Cell", "is not in the baseline", None, status))
+    for i in planned:
+        if i not in known:
+            reason = "is not in the baseline"
+            rows.append(Row(Kind.NEW, Word.NOT_RUN, names[i], (i,), "Cell", reason, None, _status(now.get(i))))
     return pairs, rows
+
+
+def _status(record: Record | None) -> str | None:
+    return record.status.value if record else None
 
 
 def _torn(run: Run, latest: Mapping[str, Record]) -> dict[str, str]:
@@ -136,14 +142,13 @@ def _standing(name: str, base: Record, new: Record) -> Row:
     return Row(Kind.PARITY, word, name, cell, "checks passed", reason, len(passed), len(now), records=ids)
 
 
-def _recipes(cells: Sequence[Cell], names: Mapping[str, str]) -> dict[str, str]:
-    """Name recipes: what has one seed as its Cell is named, so that no two rows speak of one Cell by two names."""
+def _called(cells: Mapping[str, Cell], recipes: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
+    """Name recipes: one that has a single Cell as this Cell is named, so that nothing is called by two names."""
     of: dict[str, list[str]] = {}
-    for cell in cells:
-        of.setdefault(cell.recipe_id, []).append(cell.cell_id)
-    return {
-        recipe: names[of[recipe][0]] if len(of[recipe]) == 1 else name for recipe, name in naming.recipes(cells).items()
-    }
+    for cell_id, recipe in recipes.items():
+        of.setdefault(recipe, []).append(cell_id)
+    several = [cells[i] for ids in of.values() if len(ids) > 1 for i in ids]
+    return {recipe: names[ids[0]] for recipe, ids in of.items()} | naming.recipes(several)
 
 
 def _whole(

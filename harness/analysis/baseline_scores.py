@@ -26,18 +26,21 @@ class _Difference:
     detectable: float
 
 
-def rows(pairs: Sequence[_Matched], names: Mapping[str, str], margins: Margins) -> list[Row]:
+def rows(
+    pairs: Sequence[_Matched], recipe_ids: Mapping[str, str], names: Mapping[str, str], margins: Margins
+) -> list[Row]:
     """Compare the accuracies of Cells of which both Records are ok, those that differ in the seed alone together.
 
-    pairs: of the baseline and of the run. names: by recipe_id.
+    pairs: of the baseline and of the run. recipe_ids: by cell_id. names: by recipe_id.
     """
     recipes: dict[str, list[_Matched]] = {}
     found = []
     for base, new in sorted(pairs, key=lambda pair: pair[0].cell.seed):
         a, b = _scored(base), _scored(new)
-        name = names[base.cell.recipe_id]
+        recipe = recipe_ids[base.cell_id]
+        name = names[recipe]
         if a and b:
-            recipes.setdefault(base.cell.recipe_id, []).append((base, new))
+            recipes.setdefault(recipe, []).append((base, new))
         elif a:
             reason = f"seed {base.cell.seed} was scored in the baseline, and is not now"
             found.append(_row(Kind.MISSING, Word.FAIL, name, [(base, new)], reason))
