@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from harness.errors import Exit, HarnessError, UsageError
+from harness.gate import verbs as gate_verbs
 from harness.history.command import history
 from harness.last_words import bug, fail, say, silence
 
@@ -42,7 +43,9 @@ class _Verbs(click.Group):
 
 
 @click.group(
-    cls=_Verbs, commands=[history], context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=_Verbs,
+    commands=[gate_verbs.gate, gate_verbs.baseline, history],
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(package_name="peft-harness", message="%(prog)s %(version)s")
 def verbs() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from harness import errors
 from harness.adapter_config import UNREFERENCED
+from harness.analysis.baseline_rows import MEANING
 from harness.errors import Exit, HarnessError, UsageError
 from harness.footprint import activations, fit
 from harness.footprint.ledger import PARTS
@@ -120,6 +121,8 @@ def _topics() -> Iterator[Topic]:
         about = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
         text = f"{about}\n\nto check who offers it:\n  peft-harness check --op {file.stem}"
         yield file.stem, partial(_titled, f"operation {file.stem}", text)
+    kinds = "\n".join(line for kind, text in MEANING.items() for line in _wrapped(kind.value, text))
+    yield "gate", partial(_titled, "gate, its kinds of findings", kinds)
     yield "fit", partial(_titled, "fit", inspect.getdoc(fit) or "")
     for part, text in PARTS.items():
         more = inspect.getdoc(activations) if part == "activations" else ""
@@ -202,6 +205,10 @@ def _narrowed(patterns: Iterable[str]) -> str:
     if any(set(target) & set("*?[") for target in targets):
         return ""
     return "".join(f" {'--method' if target in methods() else '--op'} {target}" for target in targets)
+
+
+def _wrapped(name: str, text: str) -> list[str]:
+    return textwrap.wrap(f"{name}: {text}.", 100, subsequent_indent="  ")
 
 
 def _titled(title: str, text: str) -> str:

@@ -119,19 +119,31 @@ def _read(path: Path, kind: type[_Model]) -> _Model:
     except OSError as error:
         raise StoreError(f"cannot read: {error.strerror}", where=str(path)) from error
     try:
-        schema = json.loads(text).get("schema", 0)
-        if schema > SCHEMA:
-            raise StoreError(
-                f"written with schema {schema}, this version reads up to {SCHEMA}",
-                where=str(path),
-                mend="install a newer peft-harness",
-            )
-        return kind.model_validate_json(text)
-    except (ValueError, TypeError, AttributeError, ValidationError) as error:
-        first = str(error).splitlines()
+        found, problem = kind.model_validate_json(text), None
+    except ValidationError as error:
+        found, problem = None, error
+    schema = _schema(text) if found is None else getattr(found, "schema_", 0)
+    if schema > SCHEMA:
+        raise StoreError(
+            f"written with schema {schema}, this version reads up to {SCHEMA}",
+            where=str(path),
+            mend="install a newer peft-harness",
+        )
+    if found is None:
+        first = str(problem).splitlines()
         raise StoreError(
             f"not a whole {kind.__name__}: {' '.join(first[:3])}", where=str(path), mend=_TORN[kind]
-        ) from error
+        ) from problem
+    return found
+
+
+def _schema(text: bytes) -> int:
+    """Return the schema number that a file names which is not as this version knows it; 0 if it names none."""
+    try:
+        number = json.loads(text).get("schema", 0)
+    except (ValueError, AttributeError, RecursionError):
+        return 0
+    return number if isinstance(number, int) else 0
 
 
 @dataclass(frozen=True)

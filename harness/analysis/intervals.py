@@ -70,6 +70,30 @@ def mcnemar(only_left: int, only_right: int) -> float:
     return min(1.0, 2 * below / 2**n) if n else 1.0
 
 
+def paired_difference(
+    both: int, only_left: int, only_right: int, neither: int, level: float = LEVEL
+) -> tuple[float, float]:
+    """Return the interval of left - right, two shares of the same items (Newcombe 1998, paired, his method 10).
+
+    Made of two Wilson intervals and the correlation of the answers, so it holds for few items and for none that differ,
+    where an interval from the differences' variance would have no width.
+    """
+    n = both + only_left + only_right + neither
+    left, right = both + only_left, both + only_right
+    (a_low, a_high), (b_low, b_high) = wilson(left, n, level), wilson(right, n, level)
+    if n == 0:
+        return -1.0, 1.0
+    a, b = left / n, right / n
+    apart = both * neither - only_left * only_right
+    scale = math.sqrt(left * right * (n - left) * (n - right))
+    correlation = (max(apart - n / 2, 0.0) if apart > 0 else apart) / scale if scale else 0.0
+
+    def reach(x: float, y: float) -> float:
+        return math.sqrt(max(0.0, x * x - 2 * correlation * x * y + y * y))
+
+    return a - b - reach(a - a_low, b_high - b), a - b + reach(a_high - a, b - b_low)
+
+
 def holm(p_values: Mapping[str, float], asked: int = 0) -> dict[str, float]:
     """Adjust p values for asking several questions at once (Holm's step-down).
 

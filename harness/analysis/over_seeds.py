@@ -66,6 +66,22 @@ def difference(left: Sequence[Accuracy], right: Sequence[Accuracy]) -> Spread | 
     return _spread(fmean(apart), [_of_items(apart), _of_seeds(left), _of_seeds(right)])
 
 
+def paired(left: Sequence[Accuracy], right: Sequence[Accuracy]) -> Spread | None:
+    """Return mean(left) - mean(right), where left[i] and right[i] have the same seed; None unless all scored the same items.
+
+    Its squared error is var(per-item difference of the means) / items + var(per-seed difference) / seeds: what a seed does
+    to both sides alike is taken out, so that two versions of one program are told apart by little, and equal ones have no
+    error at all. Raises ValueError for sides of unequal length, or of fewer than two seeds.
+    """
+    if len(left) != len(right) or len(left) < 2:
+        raise ValueError(f"{len(left)} and {len(right)} runs are no pairs of two or more seeds")
+    if not same_items((*left, *right)):
+        return None
+    apart = [a - b for a, b in zip(_means(left), _means(right), strict=True)]
+    per_seed = [a.value - b.value for a, b in zip(left, right, strict=True)]
+    return _spread(fmean(apart), [_of_items(apart), (variance(per_seed) / len(per_seed), len(per_seed) - 1)])
+
+
 def same_items(runs: Sequence[Accuracy]) -> bool:
     """Say whether all runs scored the same items, and any at all."""
     scored = {frozenset(_by_id(run)) for run in runs}

@@ -44,8 +44,8 @@ class Sides:
 class Judged:
     """The sides, judged.
 
-    adjusted: Benjamini-Hochberg adjusted p by name. rows: all that was compared besides times. residue: what was not the same
-    between the two sides though it should be, and process runs that were disturbed.
+    adjusted: Benjamini-Hochberg adjusted p by name. rows: all that was compared besides times. residue: what was not the
+    same between the two sides though it should be, and process runs that were disturbed.
     """
 
     verdict: Verdict

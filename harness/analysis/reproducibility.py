@@ -133,6 +133,11 @@ def _parted(left: Record, right: Record) -> list[str]:
 
 def circumstances(left: Record, right: Record) -> list[str]:
     """List what two Records of one Cell were made with or from that is not the same, as `what: this, that`."""
+    return surroundings(left, right) + asset_differences(left, right)
+
+
+def surroundings(left: Record, right: Record) -> list[str]:
+    """List what two Records were made with that is not the same: all of `circumstances` but model and data."""
     changed = environment_differences(left.environment, right.environment)
     a, b = (r.environment.extra.get("variables") for r in (left, right))
     if isinstance(a, dict) and isinstance(b, dict):
@@ -145,10 +150,11 @@ def circumstances(left: Record, right: Record) -> list[str]:
     ]
     if makers[0] != makers[1]:
         changed.append(f"implementation from: {', '.join(makers)}")
-    return changed + _asset_differences(left, right)
+    return changed
 
 
-def _asset_differences(left: Record, right: Record) -> list[str]:
+def asset_differences(left: Record, right: Record) -> list[str]:
+    """List the models, data and tasks of two Records that are not the same, as `what: this, that`."""
     if not left.assets or not right.assets:  # an older Record names none
         return []
     a, b = ({use.name: use for use in r.assets} for r in (left, right))

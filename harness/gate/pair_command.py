@@ -29,7 +29,7 @@ class Asked:
 
     old: str
     new: str
-    suite: str
+    suite: str = "sentinels"
     only: str | None = None
     out: Path | None = None
     device: str = "auto"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree as ET
@@ -10,12 +9,10 @@ from xml.etree import ElementTree as ET
 from harness import store
 from harness.conformance import summary
 from harness.conformance.tried import Standing, Tried
+from harness.report import junit_xml
 
 if TYPE_CHECKING:
     from harness.conformance.command import Report
-
-# What XML 1.0 cannot hold, not even escaped.
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def render(report: Report) -> bytes:
@@ -25,21 +22,17 @@ def render(report: Report) -> bytes:
     """
     root = ET.Element("testsuites", name="peft-harness check")
     for (target, implementation), tried in summary.rows(report.tried).items():
-        suite = ET.SubElement(root, "testsuite", name=_clean(f"{target} by {implementation}"))
+        suite = junit_xml.suite(root, f"{target} by {implementation}")
         for one in tried:
-            _case(suite, f"{implementation}.{target}", f"{one.result.check} ({one.case})", *_outcome(one))
-    rest = ET.SubElement(root, "testsuite", name="peft-harness")
+            junit_xml.case(suite, f"{implementation}.{target}", f"{one.result.check} ({one.case})", *_outcome(one))
+    rest = junit_xml.suite(root, "peft-harness")
     for name, why in report.broken.items():
-        _case(rest, "plug-ins", name, "error", why)
+        junit_xml.case(rest, "plug-ins", name, "error", why)
     for complaint in report.complaints:
-        _case(rest, "known defects", complaint.split()[2], "failure", complaint)
+        junit_xml.case(rest, "known defects", complaint.split()[2], "failure", complaint)
     for name, why in report.skipped.items():
-        _case(rest, "not checked", name, "skipped", why)
-    for suite in root:
-        for key, tag in (("tests", "testcase"), ("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
-            suite.set(key, str(len(list(suite.iter(tag)))))
-    data: bytes = ET.tostring(root, encoding="utf-8", xml_declaration=True)
-    return data
+        junit_xml.case(rest, "not checked", name, "skipped", why)
+    return junit_xml.document(root)
 
 
 def write_junit(report: Report, out: Path) -> None:
@@ -53,13 +46,3 @@ def _outcome(one: Tried) -> tuple[str, str]:
     if one.standing is Standing.KNOWN_DEFECT:
         return "skipped", f"known defect {one.defect}: {summary.told(one)}"
     return ("", "") if one.standing is Standing.PASS else ("skipped", one.result.detail)
-
-
-def _case(suite: ET.Element, kind: str, name: str, tag: str, message: str) -> None:
-    case = ET.SubElement(suite, "testcase", classname=_clean(kind), name=_clean(name))
-    if tag:
-        ET.SubElement(case, tag, message=_clean(message))
-
-
-def _clean(text: str) -> str:
-    return _NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)

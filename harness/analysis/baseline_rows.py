@@ -1,0 +1,111 @@
+"""What a run is compared in with its baseline: kinds of findings, and a row for each thing that was compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+from harness.analysis.words import Word
+
+PROCESS_PEAK_B = 16 * 2**20
+"""How much more of a process's memory (VmHWM, or sampled) is no finding.
+
+Measured in results/published/2026-11-25-tune-small-cpu, where three Cells each of nine methods differ in the learning rate
+alone: the training peak above the imports has a standard deviation of 1.7 MiB from process to process, at most 2.4 MiB (95 %
+bound, 18 degrees of freedom). Then the second of two processes takes 16 MiB more than the first once in a million."""
+ACCURACY = 0.02
+"""The drop of an accuracy that is still called no worse."""
+ONE_SEED = "one seed: this checkpoint, not the method"
+TIMES = "not judged here: `peft-harness gate --pairs` judges times"
+
+
+class Kind(StrEnum):
+    """What a row is about. Each has a meaning of its own, and a rule: see `MEANING`."""
+
+    PARITY = "parity"
+    OUTCOME = "outcome"
+    MISSING = "missing"
+    NEW = "new"
+    PARAMETERS = "parameters"
+    MEMORY = "memory"
+    CHECKPOINT = "checkpoint"
+    ACCURACY = "accuracy"
+    ASSETS = "assets"
+    ENVIRONMENT = "environment"
+    TIME = "time"
+
+
+MEANING: dict[Kind, str] = {
+    Kind.PARITY: "fails where a Cell that computed what its Method says now does not, or a check that passed fails; "
+    "inconclusive where a check that passed was not tried",
+    Kind.OUTCOME: "fails where a Cell that was ok now ends otherwise: oom, timeout, error, lost or skipped",
+    Kind.MISSING: "a Cell, or a number of one, that the baseline has and the run has not. Fails where the run does not plan "
+    "the Cell, or its Record was changed after the run; not-run where the run did not come to it, or its Record cannot be "
+    "read",
+    Kind.NEW: "what the run has and the baseline has not: told, not judged",
+    Kind.PARAMETERS: "counts of scalars: fails at any difference, since the Cell is the same",
+    Kind.MEMORY: "bytes of tensors, counted one by one: fails at one more. The peak of training: on a GPU as allocated, "
+    "fails at one byte more; of a process (VmHWM) above its imports, at more than 16 MiB, which is what equal programs may "
+    "differ in; or at more than --memory-bytes",
+    Kind.CHECKPOINT: "sizes of what a user would save: fails at one byte more",
+    Kind.ACCURACY: "the same items, paired, and over several seeds these too. Passes where the 95 % interval of the "
+    "difference lies above minus the margin (--accuracy-points), fails where it does not and the drop is significant at 5 % "
+    "over all comparisons of the gate together (Holm), else inconclusive. One seed speaks for this checkpoint, not for the "
+    "method",
+    Kind.ASSETS: "inconclusive where a model, a data set or a task is not the same one",
+    Kind.ENVIRONMENT: "inconclusive where machine, driver, libraries, threads, variables or device are not the same, so "
+    "that a difference need not come from the code; another code version or commit is told",
+    Kind.TIME: "medians of one process each, from two sessions: shown, never judged. `peft-harness gate --pairs` judges "
+    "times",
+}
+
+Value = int | float | str | None
+Unit = Literal["B", "1", "s", "share", ""]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that was compared.
+
+    name: the Cell, the recipe, or how many Cells. cells: cell_ids. what: the quantity. base, new: its values, None where
+    there is none; of unit `""` they are words, or counts of checks. interval: of new - base. records: ids, the baseline's
+    first.
+    """
+
+    kind: Kind
+    word: Word
+    name: str
+    cells: tuple[str, ...]
+    what: str
+    reason: str = ""
+    base: Value = None
+    new: Value = None
+    unit: Unit = ""
+    interval: tuple[float, float] | None = None
+    records: tuple[str, ...] = ()
+
+    @property
+    def judged(self) -> bool:
+        """Say whether the row takes part in the verdict."""
+        return self.kind not in (Kind.TIME, Kind.NEW)
+
+    @property
+    def same(self) -> bool:
+        """Say whether there is nothing to tell: both values are equal, and so it passes."""
+        return self.word is Word.PASS and self.base == self.new and self.base is not None
+
+    @property
+    def delta(self) -> float | None:
+        """New minus base, of numbers."""
+        if isinstance(self.base, int | float) and isinstance(self.new, int | float):
+            return self.new - self.base
+        return None
+
+
+@dataclass(frozen=True)
+class Margins:
+    """What is no finding yet. memory_B: of training peaks; None is exact as allocated, PROCESS_PEAK_B of a process."""
+
+    memory_B: int | None = None
+    accuracy: float = ACCURACY

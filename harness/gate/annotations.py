@@ -1,0 +1,44 @@
+"""A gate as GitHub's annotations: workflow commands, a line each, on the stream that is talk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from harness.analysis.against_baseline import Against
+from harness.analysis.baseline_rows import Kind, Row
+from harness.analysis.words import Word
+from harness.gate import figures
+
+_SHOWN = 10
+"""GitHub shows so many of each level per step, and drops the rest without a word."""
+
+
+def lines(against: Against) -> list[str]:
+    """Return the commands: an error for each finding, a warning for what is left open; the last says how many more."""
+    failed, open_ = against.of(Word.FAIL), against.of(Word.NOT_RUN, Word.INCONCLUSIVE)
+    found = _level("error", failed, [f"not as its run left it: {what}" for what in against.changed])
+    return found + _level("warning", open_, [f"unreadable: {why}" for why in against.unreadable])
+
+
+def _level(level: str, rows: Sequence[Row], files: Sequence[str]) -> list[str]:
+    said = [(row.kind.value, _sentence(row)) for row in rows] + [("files", what) for what in files]
+    shown = said if len(said) <= _SHOWN else said[: _SHOWN - 1]
+    more = [("more", f"and {len(said) - len(shown)} more; the table has all")] if len(said) > len(shown) else []
+    return [
+        f"::{level} title={_property(f'peft-harness gate: {kind}')}::{_data(text)}" for kind, text in [*shown, *more]
+    ]
+
+
+def _sentence(row: Row) -> str:
+    if row.kind in (Kind.ENVIRONMENT, Kind.ASSETS):
+        return f"{row.name}: {row.reason}"
+    values = f"{figures.value(row.base, row.unit)}, now {figures.value(row.new, row.unit)}"
+    return f"{row.name}: {row.what} {values}: {row.reason}" if row.reason else f"{row.name}: {row.what} {values}"
+
+
+def _data(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    return _data(text).replace(":", "%3A").replace(",", "%2C")

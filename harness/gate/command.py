@@ -1,0 +1,121 @@
+"""The verbs `gate` and `baseline`, behind their options. No torch."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness import store
+from harness.analysis import against_baseline
+from harness.analysis.baseline_rows import Margins
+from harness.errors import Exit, UsageError
+from harness.gate import annotations, baselines, document, junit, markdown, table
+from harness.last_words import say
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a gate is to be told, beside the terminal. everything: rows that are the same in both too."""
+
+    as_json: bool = False
+    everything: bool = False
+    junit: Path | None = None
+    markdown: Path | None = None
+    annotations: bool = False
+
+
+def gate(name: str, baseline: str, margins: Margins, output: Output, *, strict: bool = False) -> Exit:
+    """Compare a run with a baseline, tell it, return the exit code.
+
+    Raises UsageError for a run, baseline or file that is not there; StoreError where a run.json cannot be read.
+    """
+    _places(output)
+    kept, path = baselines.find(baseline), store.find_run(name)
+    with _without_cycles():
+        base, new = store.read_run(kept.path), store.read_run(path)
+        against = against_baseline.judge(base, new, margins=margins, strict=strict)
+        title = f"{new.manifest.run} against {kept.name}"
+        if output.junit is not None:
+            store.write_atomic(output.junit, junit.render(against))
+        if output.markdown is not None:
+            store.write_atomic(output.markdown, markdown.render(against, title))
+        if output.as_json:
+            say(json.dumps(document.document(against, kept, new), indent=1))
+        else:
+            say("\n".join([f"{title}: {_origin(kept)}", "", *table.lines(against, everything=output.everything)]))
+        if output.annotations or os.environ.get("GITHUB_ACTIONS") == "true":
+            for line in annotations.lines(against):
+                print(line, file=sys.stderr)
+    return against.exit
+
+
+def promote(name: str, baseline: str, *, reason: str, author: str, replace: bool) -> Exit:
+    """Make a run a baseline, and say what to commit."""
+    run = store.read_run(store.find_run(name))
+    made = baselines.promote(run, baseline, reason=reason, author=author, replace=replace)
+    say(f"{made.path}: {len(run.latest())} Cells of {run.manifest.run}")
+    print(f"commit it: git add {made.path} && git commit", file=sys.stderr)
+    return Exit.PASS
+
+
+def list_(as_json: bool) -> Exit:
+    """Print the baselines there are."""
+    known = baselines.known()
+    if as_json:
+        rows = [
+            {"name": b.name, "path": str(b.path), "why": b.why}
+            | ({} if b.provenance is None else b.provenance.model_dump(mode="json", by_alias=True))
+            for b in known
+        ]
+        say(json.dumps({"schema": document.SCHEMA, "baselines": rows}, indent=1))
+        return Exit.PASS
+    for b in known:
+        say(f"{b.name}: {_origin(b)}")
+    if not known:
+        print(
+            f"no baseline in {baselines.BASELINES}: `peft-harness baseline promote RUN NAME --reason ...`",
+            file=sys.stderr,
+        )
+    return Exit.PASS
+
+
+def _origin(baseline: baselines.Baseline) -> str:
+    kept = baseline.provenance
+    if kept is None:
+        return f"of unknown origin ({baseline.why})"
+    code = ", ".join(kept.git_shas[:1] or kept.code_versions[:1])[:12]
+    return f"run {kept.run} at {code or 'unknown code'}, promoted {kept.promoted} by {kept.author}: {kept.reason}"
+
+
+@contextmanager
+def _without_cycles() -> Iterator[None]:
+    """Keep the collector of cycles from looking again and again at thousands of Records, none of which is in a cycle."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _places(output: Output) -> None:
+    """Raise UsageError for files that could not be written, before anything is read."""
+    given = {"--junit": output.junit, "--markdown": output.markdown}
+    odd = {option: why for option, file in given.items() if file is not None and (why := store.unwritable(file))}
+    if (
+        output.junit is not None
+        and output.markdown is not None
+        and output.junit.absolute() == output.markdown.absolute()
+    ):
+        odd = {"--junit, --markdown": f"{output.junit} is to be two files at once"}
+    if odd:
+        raise UsageError(
+            "; ".join(odd.values()), where=", ".join(odd), mend="name a file in a folder that can be written"
+        )

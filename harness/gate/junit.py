@@ -1,0 +1,54 @@
+"""A gate as a JUnit file: a case per Cell and kind of finding. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from xml.etree import ElementTree as ET
+
+from harness.analysis.against_baseline import Against
+from harness.analysis.baseline_rows import MEANING, Kind, Row
+from harness.analysis.words import Word
+from harness.gate import figures
+from harness.report import junit_xml
+
+_TAGS = {Word.PASS: "", Word.FAIL: "failure", Word.NOT_RUN: "error", Word.INCONCLUSIVE: "skipped"}
+
+
+def render(against: Against) -> bytes:
+    """Return a suite per kind, and one for files that cannot be read or were changed.
+
+    A Cell whose Record could not be read or was not come to is an error, an open question is a skipped test, and what is
+    not judged one skipped test for all.
+    """
+    root = ET.Element("testsuites", name="peft-harness gate")
+    for kind in Kind:
+        rows = [row for row in against.rows if row.kind is kind]
+        if not rows:
+            continue
+        suite = junit_xml.suite(root, kind.value)
+        if not rows[0].judged:
+            junit_xml.case(suite, kind.value, f"{len(rows)} rows", "skipped", MEANING[kind])
+            continue
+        for name, mine in _by_name(rows).items():
+            worst = min((row.word for row in mine), key=figures.ORDER.index)
+            said = "; ".join(_said(row) for row in mine if row.word is worst)
+            junit_xml.case(suite, kind.value, name, _TAGS[worst], said)
+    files = junit_xml.suite(root, "files")
+    for what in against.changed:
+        junit_xml.case(files, "files", what, "failure", what)
+    for why in against.unreadable:  # a Cell that this took away is an error above; the rest of the run is used
+        junit_xml.case(files, "files", why, "skipped", why)
+    junit_xml.case(files, "gate", "compared", "" if against.compared else "error", against.verdict.reason)
+    return junit_xml.document(root)
+
+
+def _by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.name, []).append(row)
+    return found
+
+
+def _said(row: Row) -> str:
+    values = f"{row.what}: {figures.value(row.base, row.unit)}, now {figures.value(row.new, row.unit)}"
+    return f"{values}: {row.reason}" if row.reason else values

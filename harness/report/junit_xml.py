@@ -1,0 +1,34 @@
+"""JUnit files, as CI servers draw them: suites of cases, each passed or with what befell it."""
+
+from __future__ import annotations
+
+import re
+from xml.etree import ElementTree as ET
+
+# What XML 1.0 cannot hold, not even escaped.
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def suite(root: ET.Element, name: str) -> ET.Element:
+    """Add a suite."""
+    return ET.SubElement(root, "testsuite", name=_clean(name))
+
+
+def case(suite: ET.Element, kind: str, name: str, tag: str, message: str) -> None:
+    """Add a case. tag: `failure`, `error` or `skipped`; empty for one that passed."""
+    case = ET.SubElement(suite, "testcase", classname=_clean(kind), name=_clean(name))
+    if tag:
+        ET.SubElement(case, tag, message=_clean(message))
+
+
+def document(root: ET.Element) -> bytes:
+    """Count the cases of each suite, and return the file."""
+    for found in root:
+        for key, tag in (("tests", "testcase"), ("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
+            found.set(key, str(len(list(found.iter(tag)))))
+    data: bytes = ET.tostring(root, encoding="utf-8", xml_declaration=True)
+    return data
+
+
+def _clean(text: str) -> str:
+    return _NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)
