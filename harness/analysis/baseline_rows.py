@@ -69,7 +69,8 @@ class Row:
     """One thing that was compared.
 
     name: the Cell, the recipe, or how many Cells. cells: cell_ids. what: the quantity. base, new: its values, None where
-    there is none; of unit `""` they are words, or counts of checks. interval: of new - base. records: ids, the baseline's first.
+    there is none; of unit `""` they are words, or counts of checks. interval: of new - base. records: ids, the baseline's
+    first.
     """
 
     kind: Kind
