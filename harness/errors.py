@@ -67,6 +67,17 @@ class SuiteError(UsageError):
         self.problems = tuple(problems)
 
 
+class RefusedError(UsageError):
+    """A run that cannot become a baseline. All reasons are given together, each with its mend. Nothing was written."""
+
+    code = "refused"
+
+    def __init__(self, run: str, problems: Sequence[Problem]) -> None:
+        count = f"{len(problems)} reason{'s' * (len(problems) != 1)} not to make a baseline of it"
+        super().__init__("\n".join([count, *(f"  {p}" for p in problems)]), where=run)
+        self.problems = tuple(problems)
+
+
 class Unsupported(NotImplementedError):  # noqa: N818  # what an implementation says of a case, not an error of its
     """Raised by an implementation for a case that it does not offer: shown as `unsupported`, not as a failure.
 

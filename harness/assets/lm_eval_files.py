@@ -19,8 +19,6 @@ PREFIX = "lm-eval:"
 LOCAL = ("json", "csv", "parquet", "text", "arrow")
 """What `datasets` reads from files on this machine: such data have no revision."""
 _TASK = re.compile(rb"""^["']?task["']?: *["']?([\w.+-]+)["']?[ \t\r]*(?:#.*)?$""", re.MULTILINE)
-_MISSPELT = 0.85
-"""A name of eight letters of which one is missing, wrong or in its neighbour's place is as like the right one as that."""
 _REGISTERED = re.compile(r"""^@register_filter\(["']([\w-]+)["']\)""", re.MULTILINE)
 _NAME = re.compile(r"lm-eval:(?P<task>[\w.+-]+)(?::(?P<filter>[\w.+-]+))?(?:@(?P<revision>[0-9a-f]{40}))?", re.ASCII)
 
@@ -92,8 +90,8 @@ def filter_functions() -> tuple[str, ...]:
 def _path(folder: Path, name: str) -> tuple[Path | None, set[str]]:
     """Return the file of a task, None where there is none, and the names of tasks as far as they had to be found out.
 
-    All fourteen thousand files are read only for a name that neither a file nor its family leads to, and that is not nearly
-    the name of another task: one that is misspelt is refused at once.
+    All fourteen thousand files are read only for a name that neither a file nor its family leads to. A name that is nearly
+    another's is no reason to stop before that: some tasks differ in a letter.
     """
     files = _files(folder)
     known = {path.stem for path in files}
@@ -103,8 +101,6 @@ def _path(folder: Path, name: str) -> tuple[Path | None, set[str]]:
         (path for path in files if family in str(path)[len(str(folder)) :].lower()),
         files,
     ):
-        if some is files and get_close_matches(name, known, n=1, cutoff=_MISSPELT):
-            break
         named = _named(some)
         if name in named:
             return named[name], known

@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError
 
 from harness import store
 from harness.analysis import naming, parity
-from harness.errors import Problem, StoreError, UsageError
+from harness.errors import Problem, RefusedError, StoreError, UsageError
 from harness.frozen import Frozen
 from harness.records import SCHEMA, Status
 from harness.spelling import near
@@ -60,17 +60,6 @@ class Baseline:
     why: str = ""
 
 
-class RefusedError(UsageError):
-    """A run that cannot become a baseline. All reasons are given together, each with its mend. Nothing was written."""
-
-    code = "refused"
-
-    def __init__(self, run: Path, problems: list[Problem]) -> None:
-        count = f"{len(problems)} reason{'s' * (len(problems) != 1)} not to make a baseline of it"
-        super().__init__("\n".join([count, *(f"  {p}" for p in problems)]), where=str(run))
-        self.problems = tuple(problems)
-
-
 def known(baselines: Path = BASELINES) -> list[Baseline]:
     """List the baselines by name."""
     return [_read(path.parent) for path in sorted(baselines.glob("[!.]*/run.json"))]
@@ -98,7 +87,7 @@ def promote(
     target = baselines / name
     problems = [*_misnamed(name, reason), *_taken(target, replace), *_unfit(run)]
     if problems:
-        raise RefusedError(run.path, problems)
+        raise RefusedError(str(run.path), problems)
     versions = Counter(record.environment.code_version for record in run.records)
     shas = Counter(record.environment.git_sha for record in run.records if record.environment.git_sha)
     replaced = _run_of(target)
