@@ -147,6 +147,14 @@ def test_a_cell_that_the_first_pairs_prove_gets_no_more() -> None:
     assert (found.word, found.stage, found.n, found.more) == (Finding.SAME, "first", 6, 0)
 
 
+def test_what_looks_slower_gets_its_fresh_pairs_even_within_the_margin() -> None:
+    for stage, n in (("first", 6), ("fresh", 10)):
+        found = paired.judge(spread(n, 0.012, SD / 4), DESIGN, stage)  # type: ignore[arg-type]
+        assert found.interval[1] < DESIGN.same_within
+        assert (found.word, found.more) == (Finding.INCONCLUSIVE, 10)
+    assert paired.judge(spread(20, 0.012, SD / 4), DESIGN, "fresh").word is Finding.SAME
+
+
 def test_too_wide_is_no_proof_and_calls_for_fresh_pairs() -> None:
     found = paired.judge(spread(6, 0.0, 5 * SD), DESIGN, "first")
     assert (found.word, found.more) == (Finding.INCONCLUSIVE, 10)
