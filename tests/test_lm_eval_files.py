@@ -1,4 +1,4 @@
-"""A task of lm-eval's is found among its fourteen thousand files, and a misspelt one refused, without reading all."""
+"""A task of lm-eval's is found among its fourteen thousand files, mostly without reading all; a misspelt one is refused."""
 
 from __future__ import annotations
 
@@ -60,18 +60,19 @@ def test_a_task_is_found_wherever_it_is(
 
 
 @pytest.mark.parametrize(
-    ("name", "mend", "looked_at"),
+    ("name", "mend"),
     [
-        ("arc_esay", "did you mean `arc_easy`?", ARC),
-        ("acr_easy", "did you mean `arc_easy`?", set()),
-        ("arc_chalenge", "did you mean `arc_challenge`?", ARC),  # of which no file has the name
-        ("zzz", "`lm-eval ls tasks` lists them", ALL),
+        ("arc_esay", "did you mean `arc_easy`?"),
+        ("acr_easy", "did you mean `arc_easy`?"),
+        ("arc_chalenge", "did you mean `arc_challenge`?"),  # of which no file has the name
+        ("social_iq", "did you mean `social_iqa`?"),
+        ("zzz", "`lm-eval ls tasks` lists them"),
     ],
 )
-def test_a_misspelt_task_is_refused_at_once(
-    name: str, mend: str, looked_at: set[str], folder: Path, read: list[str]
+def test_a_misspelt_task_is_refused_after_all_were_looked_at(
+    name: str, mend: str, folder: Path, read: list[str]
 ) -> None:
     with pytest.raises(UsageError, match=f"lm-eval has no task `{name}`") as caught:
         lm_eval_files.find(f"lm-eval:{name}", folder)
     assert caught.value.mend == mend
-    assert set(read) == looked_at
+    assert set(read) == ALL
