@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Mapping
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import recorded_run as recorded
 
 from harness.analysis import watched
+from harness.cli import main
 from harness.history import files
 from harness.history.files import Line, Night
 from harness.records import Cell
@@ -74,3 +77,19 @@ def noisy(seed: int, level: Callable[[str, int], float] = lambda *_: 1.0, sd: fl
         return {"step_s": 0.1 * level(cell, index) * (1 + rng.gauss(0, sd))}
 
     return values
+
+
+CELLS = many(8)
+FIRST = next(iter(CELLS))
+SLOWER = 9
+"""The night on which FIRST becomes slower."""
+
+
+def regressed(cell: str, index: int) -> float:
+    return 1.06 if cell == FIRST and index >= SLOWER else 1.0
+
+
+def detect(folder: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, dict[str, Any]]:
+    capsys.readouterr()
+    code = main(["history", "detect", "--dir", str(folder), "--json", *more])
+    return code, json.loads(capsys.readouterr().out)

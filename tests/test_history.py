@@ -8,13 +8,12 @@ import resource
 import subprocess
 import sys
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import nights
 import pytest
 import recorded_run as recorded
+from nights import CELLS, FIRST
 
 from harness import store
 from harness.analysis import watched
@@ -23,31 +22,7 @@ from harness.errors import Exit
 from harness.history import files
 from harness.records import CheckResult, Outcome, Record
 
-CELLS = nights.many(8)
-FIRST = next(iter(CELLS))
 FUSED = recorded.cells()["fused"]
-SLOWER = 9
-"""The night on which FIRST becomes slower."""
-
-
-def regressed(cell: str, index: int) -> float:
-    return 1.06 if cell == FIRST and index >= SLOWER else 1.0
-
-
-def detect(folder: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, dict[str, Any]]:
-    capsys.readouterr()
-    code = main(["history", "detect", "--dir", str(folder), "--json", *more])
-    return code, json.loads(capsys.readouterr().out)
-
-
-def bytes_only(change: Mapping[int, int]) -> nights.Values:
-    """Return values in which FIRST's adapter has, from each night on, so many bytes."""
-
-    def values(cell: str, index: int, _: int) -> dict[str, float]:
-        size = [n for since, n in sorted(change.items()) if since <= index][-1] if cell == FIRST else 1000
-        return {"adapter_B": size}
-
-    return values
 
 
 # What is kept.
@@ -136,219 +111,6 @@ def test_a_night_that_cannot_be_read_is_not_written_over(tmp_path: Path, capsys:
     assert main(["history", "add", str(run.path), "--dir", str(tmp_path)]) == Exit.USAGE
     assert "written with schema 2, this version reads 1" in capsys.readouterr().err
     assert (tmp_path / "2026-01-05.jsonl").read_text() == '{"schema":2,"night":"2026-01-05"}\n'
-
-
-# What is told.
-
-
-def test_a_slow_down_is_told_with_what_lies_between_and_how_to_confirm_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = nights.write(
-        tmp_path / "h", CELLS, nights.noisy(0, regressed), nights=14, revision=lambda i: nights.SHAS[i >= SLOWER]
-    )
-    code, found = detect(folder, capsys)
-    (c,) = found["candidates"]
-    assert (code, c["cell"], c["metric"], c["night"]) == (Exit.PASS, FIRST, "step_s", nights.night(SLOWER))
-    assert (c["worse"], c["standing"], c["settled"]) == (True, "candidate", None)
-    assert c["change"] > 0
-    assert c["between"]["revisions"] == list(nights.SHAS)
-    assert c["between"]["software"] == ["peft 0.19.0 -> 0.20.0"]
-    pairs = f"peft-harness gate --pairs {'a' * 12} {'b' * 12} --only {FIRST}"
-    assert c["between"]["confirm"] == pairs
-    assert main(["history", "detect", "--dir", str(folder)]) == Exit.PASS
-    text = capsys.readouterr().out
-    assert f"    confirm: {pairs}\n" in text
-    assert "worse, not confirmed" in text
-    assert detect(folder, capsys, "--strict")[0] == Exit.INCONCLUSIVE
-
-
-def test_a_slow_down_counts_once_it_is_confirmed_and_no_more_once_accepted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = nights.write(tmp_path / "h", CELLS, nights.noisy(0, regressed), nights=14)
-    at = ["--night", nights.night(SLOWER), "--dir", str(folder), "--author", "A. Nyone"]
-    assert (
-        main(["history", "confirm", FIRST[:8], "step_s", *at, "--verdict", "regressed", "--evidence", "12 pairs"]) == 0
-    )
-    code, found = detect(folder, capsys)
-    assert (code, found["candidates"][0]["standing"]) == (Exit.FAIL, "confirmed")
-    assert (
-        main(["history", "confirm", FIRST, "step_s", *at, "--verdict", "refuted", "--evidence", "again"]) == Exit.PASS
-    )
-    path = folder / files.CONFIRMATIONS
-    later = path.read_text().splitlines()
-    later[1] = json.dumps(json.loads(later[1]) | {"made": "2099-01-01T00:00:00Z"})  # the same second would be a draw
-    path.write_text("\n".join(later) + "\n")
-    code, found = detect(folder, capsys, "--strict")
-    assert (code, found["candidates"][0]["standing"]) == (Exit.PASS, "refuted")
-    path.unlink()
-    assert main(["history", "reset", FIRST, "step_s", *at, "--reason", "dropout is right now"]) == Exit.PASS
-    code, found = detect(folder, capsys, "--strict")
-    assert (code, found["candidates"]) == (Exit.PASS, [])
-    assert [(r["cell"], r["author"], r["reason"]) for r in found["resets"]] == [
-        (FIRST, "A. Nyone", "dropout is right now")
-    ]
-
-
-def test_a_slow_down_that_was_taken_back_is_told_and_awaits_nobody(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    values = nights.noisy(1, lambda c, i: 1.06 if c == FIRST and 8 <= i < 16 else 1.0)
-    folder = nights.write(tmp_path / "h", CELLS, values, nights=24)
-    code, found = detect(folder, capsys)
-    slower = next(c for c in found["candidates"] if c["worse"])
-    assert (code, slower["night"], slower["settled"]) == (Exit.PASS, nights.night(8), nights.night(16))
-
-
-@pytest.mark.parametrize("where", [5, 19])
-def test_a_lone_bad_night_of_a_cell_is_no_change(
-    where: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    values = nights.noisy(2, lambda c, i: 1.5 if c == FIRST and i == where else 1.0)
-    folder = nights.write(tmp_path / "h", CELLS, values, nights=20)
-    assert detect(folder, capsys)[1]["candidates"] == []
-
-
-def test_one_bad_pass_of_three_is_outvoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    usual = nights.noisy(3)
-
-    def values(cell: str, index: int, number: int) -> dict[str, float]:
-        drawn = usual(cell, index, number)
-        assert isinstance(drawn, dict)
-        return {"step_s": drawn["step_s"] * (2 if number == index % 3 else 1)}
-
-    folder = nights.write(tmp_path / "h", CELLS, values, nights=20)
-    assert detect(folder, capsys)[1]["candidates"] == []
-
-
-@pytest.mark.parametrize("sentinels", ["none", "quiet", "too"])
-def test_what_hits_every_cell_is_not_divided_away(
-    sentinels: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    usual = nights.noisy(4)
-    rng = random.Random(5)
-
-    def values(cell: str, index: int, number: int) -> dict[str, float]:
-        slower = 1.10 if index >= 10 else 1.0
-        drawn = usual(cell, index, number)
-        assert isinstance(drawn, dict)
-        base = {"latency_s/base/forward/1x40": 0.01 * (slower if sentinels == "too" else 1) * rng.gauss(1, 0.005)}
-        return {"step_s": drawn["step_s"] * slower} | ({} if sentinels == "none" else base)
-
-    folder = nights.write(tmp_path / "h", CELLS, values, nights=20)
-    _, found = detect(folder, capsys)
-    if sentinels == "too":
-        assert found["candidates"] == []
-        assert [(m["metric"], m["night"]) for m in found["machine"]] == [("step_s", nights.night(10))]
-        assert main(["history", "detect", "--dir", str(folder)]) == Exit.PASS
-        assert f"the machine: on {nights.night(10)} all step_s" in capsys.readouterr().out
-        return
-    (c,) = found["candidates"]
-    assert (c["cell"], c["metric"], c["night"], c["worse"]) == ("*", "step_s", nights.night(10), True)
-    assert ("no sentinel" in c["note"]) == (sentinels == "none")
-    assert found["machine"] == []
-
-
-def test_another_torch_begins_a_new_series_and_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    values = nights.noisy(6, lambda _, i: 1.3 if i >= 10 else 1.0)
-    newer = nights.PLACE | {"torch": "2.13.1"}
-    folder = nights.write(tmp_path / "h", CELLS, values, nights=20, place=lambda i: newer if i >= 10 else nights.PLACE)
-    code, found = detect(folder, capsys)
-    assert (code, found["candidates"], found["machine"]) == (Exit.PASS, [], [])
-    (moved,) = found["residue"]
-    assert (moved["night"], moved["changed"]) == (nights.night(10), ["torch 2.13.0 -> 2.13.1"])
-    assert moved["cells"] == len(CELLS)
-    assert moved["step_ratio"] > 1.2
-
-
-@pytest.mark.parametrize(
-    ("change", "code", "told"),
-    [
-        ({0: 1000}, Exit.PASS, []),
-        ({0: 1000, 1: 1001}, Exit.FAIL, [(1, 1000, 1001, True, None)]),
-        ({0: 1000, 1: 999}, Exit.PASS, [(1, 1000, 999, False, None)]),
-        ({0: 1000, 1: 1001, 3: 1000}, Exit.PASS, [(3, 1001, 1000, False, None), (1, 1000, 1001, True, 3)]),
-    ],
-)
-def test_counted_bytes_are_told_on_their_first_night(
-    change: dict[int, int], code: int, told: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = nights.write(tmp_path / "h", CELLS, bytes_only(change), nights=max(change) + 2, passes=1)
-    got, found = detect(folder, capsys)
-    seen = [(c["night"], c["before"], c["after"], c["worse"], c["settled"]) for c in found["candidates"]]
-    name = {None: None} | {i: nights.night(i) for i in range(5)}
-    assert (got, seen) == (code, [(name[n], a, b, worse, name[s]) for n, a, b, worse, s in told])
-    assert found["few_passes"][nights.night(0)] == 1
-
-
-@pytest.mark.parametrize(("more", "told"), [(0, False), (1, True)])
-def test_a_peak_must_grow_by_sixteen_mebibytes(
-    more: int, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def values(cell: str, index: int, _: int) -> dict[str, float]:
-        return {"training_peak_B": 500 * 2**20 + (watched.PEAK_BYTES + more if cell == FIRST and index else 0)}
-
-    folder = nights.write(tmp_path / "h", CELLS, values, nights=2)
-    assert bool(detect(folder, capsys)[1]["candidates"]) == told
-
-
-def test_a_fall_of_accuracy_is_worse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = nights.write(
-        tmp_path / "h", CELLS, lambda c, i, _: {"accuracy": 0.80 if c != FIRST or i < 7 else 0.78}, nights=12
-    )
-    (c,) = detect(folder, capsys)[1]["candidates"]
-    assert (c["cell"], c["metric"], c["night"], c["worse"]) == (FIRST, "accuracy", nights.night(7), True)
-
-
-def test_a_cell_that_is_no_longer_measured_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    usual = nights.noisy(7)
-    folder = nights.write(
-        tmp_path / "h", CELLS, lambda c, i, p: "oom" if c == FIRST and i == 9 else usual(c, i, p), nights=10
-    )
-    (stopped,) = detect(folder, capsys)[1]["stopped"]
-    assert (stopped["cell"], stopped["status"], stopped["ok"]) == (FIRST, "oom", nights.night(8))
-
-
-def test_nothing_to_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = nights.write(tmp_path / "h", CELLS, nights.noisy(0), nights=5)
-    assert detect(folder, capsys)[0] == Exit.NOTHING_COMPARED
-    assert main(["history", "detect", "--dir", str(tmp_path / "none")]) == Exit.USAGE
-    assert "`peft-harness history add RUN` begins one" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "told"),
-    [
-        ("2026-01-03.jsonl", '{"schema":7,"night":"2026-01-03"}\n', "written with schema 7, this version reads 1"),
-        ("2026-01-03.jsonl", "hello\n", "not a night"),
-        ("notes.jsonl", "{}\n", "a stranger"),
-        ("resets.jsonl", '{"schema":1,"cell":"*"}\n', "a torn or foreign line"),
-        ("2026-01-03.jsonl", None, "a torn or foreign line"),
-    ],
-)
-def test_what_cannot_be_read_is_named_and_the_rest_is_judged(
-    name: str, text: str | None, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = nights.write(tmp_path / "h", CELLS, nights.noisy(0, regressed), nights=14)
-    path = folder / name
-    path.write_text(path.read_text()[:-20] if text is None else text)
-    code, found = detect(folder, capsys)
-    assert code == Exit.INFRASTRUCTURE
-    assert any(file.startswith(name) and told in why for file, why in found["left_out"].items())
-    assert [c["cell"] for c in found["candidates"]] == [FIRST]
-
-
-@pytest.mark.parametrize("value", ["NaN", "1e999", "-1", '"fast"', "null"])
-def test_a_value_that_is_no_number_is_left_out(value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = nights.write(tmp_path / "h", CELLS, nights.noisy(0), nights=8)
-    path = folder / f"{nights.night(2)}.jsonl"
-    lines = path.read_text().splitlines()
-    lines[-1] = lines[-1].partition('"step_s":')[0] + f'"step_s":{value}}}}}'
-    path.write_text("\n".join(lines) + "\n")
-    code, found = detect(folder, capsys)
-    assert (code, found["candidates"]) == (Exit.INFRASTRUCTURE, [])
-    assert [file for file in found["left_out"] if file.startswith(path.name)]
 
 
 # Who decides.
