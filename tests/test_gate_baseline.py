@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import variance
 from typing import Any
@@ -358,7 +358,7 @@ def test_the_interval_of_paired_answers_covers_more_than_one_from_their_variance
     n = 25
     for p in ((0.7, 0.1, 0.1, 0.1), (0.85, 0.05, 0.02, 0.08), (0.6, 0.2, 0.05, 0.15)):
         true, covered, plain = p[1] - p[2], 0.0, 0.0
-        for a, b, c in ((a, b, c) for a in range(n + 1) for b in range(n + 1 - a) for c in range(n + 1 - a - b)):
+        for a, b, c in (cut for cut in product(range(n + 1), repeat=3) if sum(cut) <= n):
             counts = (a, b, c, n - a - b - c)
             chance = math.factorial(n) * math.prod(q**k / math.factorial(k) for q, k in zip(p, counts, strict=True))
             low, high = paired_difference(*counts)
