@@ -15,7 +15,7 @@ from harness import store
 from harness.analysis import against_baseline
 from harness.analysis.baseline_rows import Margins
 from harness.errors import Exit, UsageError
-from harness.gate import annotations, baselines, document, junit, markdown, table
+from harness.gate import baselines, document, github, junit, markdown, table
 from harness.last_words import say
 
 
@@ -50,7 +50,7 @@ def gate(name: str, baseline: str, margins: Margins, output: Output, *, strict: 
         else:
             say("\n".join([f"{title}: {_origin(kept)}", "", *table.lines(against, everything=output.everything)]))
         if output.annotations or os.environ.get("GITHUB_ACTIONS") == "true":
-            for line in annotations.lines(against):
+            for line in github.lines(against):
                 print(line, file=sys.stderr)
     return against.exit
 
