@@ -49,12 +49,6 @@ def test_a_lone_spike_is_no_change_wherever_it_is(where: int) -> None:
     assert change_points.steps(values, least=LEAST) == ()
 
 
-def test_a_spike_beside_a_step_does_not_move_it() -> None:
-    values = level(40, 25, 0.05)
-    values[23] += 0.5
-    assert [step.at for step in change_points.steps(values, least=LEAST)] == [25]
-
-
 def test_a_level_needs_three_nights() -> None:
     values = level(43, 40, 0.10)
     assert change_points.steps(values[: 40 + LEVEL_NIGHTS - 1], least=LEAST) == ()
