@@ -70,6 +70,11 @@ def judge(base: Run, new: Run, *, margins: Margins | None = None, strict: bool =
     unreadable = tuple(f"{side}: {name}: {why}" for side, run in sides for name, why in run.broken.items())
     changed = tuple(f"{side}: {name} {what}" for side, run in sides for name, what in run.changed.items())
     notes = () if _finished(new) else (f"the run is {new.footer.how if new.footer else 'incomplete'}",)
+    if base.footer is None or not base.footer.sha256:
+        # Nothing else would show that somebody has edited it.
+        notes += (
+            "the baseline has no footer with hashes, so that nobody knows whether its Records are as they were made",
+        )
     verdict, code = _whole(rows, len(pairs), unreadable, changed, notes, strict)
     return Against(
         verdict, code, tuple(rows), len(pairs), len(base.manifest.cells), margins, unreadable, changed, notes

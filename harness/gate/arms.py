@@ -18,6 +18,8 @@ from harness.measure import environment
 from harness.records import Cell, Record
 from harness.spelling import near
 
+_PATIENCE_S = 15.0
+"""For a run that is ended: it kills its worker and writes its footer."""
 HERE = "."
 """The name of the checkout as it stands, with what is not committed."""
 
@@ -119,16 +121,32 @@ def run(arm: Arm, suite: Path, cell: Cell, folder: Path, options: Sequence[str] 
         variables["CUDA_VISIBLE_DEVICES"] = cards[0].partition(",")[0]  # both sides on one card
     if arm.code is not None:
         variables["PYTHONPATH"] = os.pathsep.join([str(arm.code), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    code, error = _told(command, variables)
     records = store.read_run(folder).records if (folder / "run.json").is_file() else []
     if not records:
-        said = done.stderr.strip().splitlines()
+        said = error.strip().splitlines()
         raise HarnessError(
-            f"{arm.said} gave no Record of {cell.label} (exit code {done.returncode}): {' '.join(said[-3:])}",
+            f"{arm.said} gave no Record of {cell.label} (exit code {code}): {' '.join(said[-3:])}",
             where=str(folder),
             mend=f"see what `{' '.join(command[3:])}` says there",
         )
     return records[-1]
+
+
+def _told(command: Sequence[str], variables: dict[str, str]) -> tuple[int, str]:
+    """Run a command and return its exit code and stderr; whoever ends us ends it, too, with time to end cleanly."""
+    with subprocess.Popen(
+        command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as child:
+        try:
+            _, error = child.communicate()
+        except BaseException:
+            child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.communicate(timeout=_PATIENCE_S)
+            child.kill()
+            raise
+    return child.returncode, error
 
 
 def _but(cell: Cell) -> str:

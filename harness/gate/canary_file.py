@@ -17,7 +17,7 @@ KEPT = 200
 
 
 def add(path: Path, place: str, cell_id: str, log_ratios: Sequence[float]) -> None:
-    """Add a canary. place: the machine and what else must be the same, see `place_of`."""
+    """Add a canary. place: the environment id of its Records, within which canaries are counted together."""
     line = json.dumps({"at": store.now(), "place": place, "cell_id": cell_id, "log_ratios": list(log_ratios)}) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -28,7 +28,9 @@ def add(path: Path, place: str, cell_id: str, log_ratios: Sequence[float]) -> No
         finally:
             os.close(handle)
     except OSError as error:
-        raise StoreError(f"the canary cannot be written: {error}", where=str(path), mend="see --canaries") from error
+        raise StoreError(
+            f"the canary cannot be written: {error}", where=str(path), mend="make it a file that can be written to"
+        ) from error
 
 
 def read(path: Path, place: str, trim: float) -> tuple[Canaries, list[str]]:

@@ -19,6 +19,7 @@ from harness.expand import Plan, expand
 from harness.expand import only as keep_only
 from harness.gate import arms, canary_file, pair_table
 from harness.gate.pairs import Bench, Measured
+from harness.runner.stop import on_request
 
 DOCUMENT = "pairs.json"
 
@@ -51,28 +52,42 @@ def gate(asked: Asked, as_json: bool, design: Design | None = None) -> Exit:
     seed = secrets.randbits(32) if asked.seed is None else asked.seed
     names = naming.full(plan.cells)
     canary: list[float] | None = None
-    with arms.opened(asked.old, asked.new, plan) as sides:
-        matched = arms.pairs(plan, names, sides)
-        options = ("--device", asked.device)
-        bench = Bench(sides, path, folder, design, seed, options, lambda line: print(line, file=sys.stderr))
-        bench.say(
-            f"{sides[0].said} against {sides[1].said}: {len(matched)} Cells, {design.first} pairs each, up to "
-            f"{design.fresh[-1]} fresh ones where these do not settle it; seed {seed}, into {folder}"
-        )
-        measured = bench.measure(matched)
-        if asked.canary:
-            watched = measured[seed % len(measured)]
-            canary = bench.canary(watched.pair) if not watched.broken else None
-            if canary:
-                place = watched.first[0][0].environment.id
-                canary_file.add(asked.canaries, place, watched.pair.old.cell_id, canary)
-    places = [one.first[0][0].environment.id for one in measured if one.first]
+    no_canary, cut = "not asked for", ""
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    bench: Bench | None = None
+    try:
+        with on_request(), arms.opened(asked.old, asked.new, plan) as sides:
+            matched = arms.pairs(plan, names, sides)
+            bench = Bench(sides, path, folder, design, seed, ("--device", asked.device), say)
+            say(
+                f"{sides[0].said} against {sides[1].said}: {len(matched)} Cells, {design.first} pairs each, up to "
+                f"{design.fresh[-1]} fresh ones where these do not settle it; seed {seed}, into {folder}"
+            )
+            bench.measure(matched)
+            if asked.canary:
+                watched = bench.found[seed % len(bench.found)]
+                canary, no_canary = bench.canary(watched.pair) if not watched.broken else (None, watched.broken)
+                if canary:
+                    place = watched.first[0][0].environment.id
+                    canary_file.add(asked.canaries, place, watched.pair.old.cell_id, canary)
+    except KeyboardInterrupt as stopped:
+        if bench is None:
+            raise
+        cut = f"ended by {str(stopped) or 'Ctrl-C'}"
+        say(f"{cut}; what was measured is judged")
+    places = [one.first[0][0].environment.id for one in bench.found if one.first]
     canaries, broken = canary_file.read(asked.canaries, places[0] if places else "", design.trim)
     for line in broken:
-        bench.say(f"unreadable: {line}")
-    sides_of = [Sides(one.pair.name, one.records, one.verdict(design), _because(one)) for one in measured]
-    judged = judge(sides_of, canaries, strict=asked.strict)
-    document = _document(asked, (sides[0].said, sides[1].said), seed, design, measured, judged, canary)
+        say(f"unreadable: {line}")
+    if no_canary:
+        say(f"no canary of this gate: {no_canary}")
+    cells = [Sides(one.pair.name, one.records, one.verdict(design), _because(one, cut)) for one in bench.found]
+    judged = judge(cells, canaries, strict=asked.strict)
+    said = (bench.sides[0].said, bench.sides[1].said)
+    document = _document(asked, said, seed, design, bench.found, judged, canary) | {"cut": cut}
     store.write_atomic(folder / DOCUMENT, json.dumps(document, indent=1, allow_nan=False).encode())
     print(json.dumps(document, indent=1) if as_json else "\n".join(pair_table.lines(judged)))
     return judged.exit
@@ -96,8 +111,8 @@ def _folder(asked: Asked) -> Path:
     return folder
 
 
-def _because(one: Measured) -> str:
-    return one.broken or ("" if one.first else "no pair was run")
+def _because(one: Measured, cut: str) -> str:
+    return one.broken or cut
 
 
 def _document(

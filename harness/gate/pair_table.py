@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from harness.analysis.pair_verdict import Judged, Sides
+from harness.analysis.pair_verdict import PEAK, Judged, Sides
 from harness.analysis.words import Word
 from harness.report.text import aligned
 
-_HEAD = ["Cell", "verdict", "old ms", "new ms", "change", "95 % interval", "p", "finds"]
+_HEAD = ["Cell", "verdict", "old ms", "new ms", "change", "95 % interval", "adjusted p", "finds"]
 
 
 def lines(judged: Judged) -> list[str]:
@@ -17,7 +17,7 @@ def lines(judged: Judged) -> list[str]:
         if cell.timed is None:
             found.append(f"not timed: {cell.name}: {cell.because or 'it has no steps that could be timed'}")
     for row in judged.rows:
-        if row.word is not Word.PASS or (row.delta and not row.same and row.what != "training peak above imports"):
+        if row.word is not Word.PASS or (row.delta and not row.same and row.what != PEAK):
             values = "" if row.base is None or row.new is None else f" ({row.base} -> {row.new})"
             found.append(f"{row.word.value}: {row.name}: {row.what} {row.reason}{values}")
     found.append(judged.canaries.sentence)

@@ -10,6 +10,7 @@ from pathlib import Path
 from harness.analysis.measured import step_seconds
 from harness.analysis.pair_order import log_ratios, order
 from harness.analysis.paired import Design, Verdict, decide
+from harness.errors import HarnessError
 from harness.gate import arms
 from harness.gate.arms import Arm, Pair
 from harness.records import Record, Status
@@ -19,12 +20,13 @@ from harness.records import Record, Status
 class Measured:
     """What the two sides of one Cell gave so far.
 
-    first, fresh: pairs of Records (old, new) of either stage.
+    first, fresh: pairs of Records (old, new) of either stage. lost: why a process run left no Record, if one did not.
     """
 
     pair: Pair
     first: list[tuple[Record, Record]] = field(default_factory=list)
     fresh: list[tuple[Record, Record]] = field(default_factory=list)
+    lost: str = ""
 
     @property
     def records(self) -> list[tuple[Record, Record]]:
@@ -38,25 +40,27 @@ class Measured:
 
     @property
     def broken(self) -> str:
-        """Say which process run did not end well, if one did not: then there is nothing to time."""
+        """Say which process run did not end well, or took no time, if one did not: then there is nothing to time."""
         for pair in self.records:
             for side, record in zip(("old", "new"), pair, strict=True):
                 if record.status is not Status.OK:
                     return f"the {side} side is {record.status.value}: {record.because}"
-        return ""
+                if not step_seconds(record):
+                    return f"the {side} side has no steps that took any time"
+        return self.lost
 
     def verdict(self, design: Design) -> Verdict | None:
         """Judge the times; None where there are none to judge."""
-        if self.broken or len(self.first) < design.first or step_seconds(self.first[0][0]) is None:
+        if self.broken or len(self.first) < design.first:
             return None
         return decide(_ratios(self.first), _ratios(self.fresh), design)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Bench:
     """Where and how pairs are run. folder: gets a run folder for each process run. options: of `peft-harness run`.
 
-    say: talk, a line for each pair.
+    say: talk, a line for each pair. found: what was measured so far, also when somebody interrupts.
     """
 
     sides: tuple[Arm, Arm]
@@ -66,45 +70,48 @@ class Bench:
     seed: int
     options: Sequence[str] = ()
     say: Callable[[str], None] = print
+    found: list[Measured] = field(default_factory=list)
 
-    def measure(self, pairs: Sequence[Pair], label: str = "") -> list[Measured]:
+    def measure(self, pairs: Sequence[Pair]) -> None:
         """Run the first pairs of all Cells; then, for those that they do not settle, fresh ones as planned.
 
-        label: tells the folders of several measurements apart. A Cell of which a side does not end well gets no further
-        pairs: it is a finding already, or cannot be timed.
+        A Cell of which a side does not end well gets no further pairs: it is a finding already, or cannot be timed.
         """
-        found = [Measured(pair) for pair in pairs]
-        for one in found:
-            one.first += self._run(one.pair, self.design.first, f"{label}first")
-        while waiting := [(one, more) for one in found if (more := self._more(one))]:
+        self.found = [Measured(pair) for pair in pairs]
+        for one in self.found:
+            self._run(one, one.first, self.design.first, "first")
+        while waiting := [(one, more) for one in self.found if (more := self._more(one))]:
             for one, more in waiting:
-                one.fresh += self._run(one.pair, more, f"{label}fresh-{len(one.fresh)}")
-        return found
+                self._run(one, one.fresh, more, f"fresh-{len(one.fresh)}")
 
-    def canary(self, pair: Pair) -> list[float] | None:
-        """Run the first pairs of the old side against itself and return their log ratios; None if they cannot be timed."""
+    def canary(self, pair: Pair) -> tuple[list[float] | None, str]:
+        """Run the first pairs of the old side against itself; return their log ratios, or None and why there are none."""
         twin = Bench(
             (self.sides[0], self.sides[0]), self.suite, self.folder, self.design, self.seed, self.options, self.say
         )
-        alone = Pair(f"canary {pair.name}", pair.old, pair.old)
-        one = Measured(alone, twin._run(alone, self.design.first, "canary"))
-        return None if one.verdict(self.design) is None else _ratios(one.first)
+        one = Measured(Pair(f"canary {pair.name}", pair.old, pair.old))
+        twin._run(one, one.first, self.design.first, "canary")
+        return (_ratios(one.first), "") if not one.broken else (None, one.broken)
 
     def _more(self, one: Measured) -> int:
         verdict = one.verdict(self.design)
         return verdict.more if verdict else 0
 
-    def _run(self, pair: Pair, count: int, stage: str) -> list[tuple[Record, Record]]:
+    def _run(self, one: Measured, into: list[tuple[Record, Record]], count: int, stage: str) -> None:
+        pair = one.pair
         drawn = random.Random(f"{self.seed} {pair.old.cell_id} {pair.new.cell_id} {stage}")  # noqa: S311
         turns = order(count, drawn.getrandbits(32))
-        found: list[tuple[Record, Record]] = []
         for turn in range(count):
-            records = {side: self._side(pair, side, stage, turn) for side in turns[2 * turn : 2 * turn + 2]}
-            found.append((records["A"], records["B"]))
-            self.say(f"{pair.name}, {stage} pair {turn + 1} of {count}: {_said(found[-1])}")
-            if any(record.status is not Status.OK for record in records.values()):
-                break
-        return found
+            try:
+                records = {side: self._side(pair, side, stage, turn) for side in turns[2 * turn : 2 * turn + 2]}
+            except HarnessError as error:  # the other Cells may well run
+                one.lost = error.what
+                self.say(f"{pair.name}: {error}")
+                return
+            into.append((records["A"], records["B"]))
+            self.say(f"{pair.name}, {stage} pair {turn + 1} of {count}: {_said(into[-1])}")
+            if one.broken:
+                return
 
     def _side(self, pair: Pair, side: str, stage: str, turn: int) -> Record:
         arm, cell = (self.sides[0], pair.old) if side == "A" else (self.sides[1], pair.new)
