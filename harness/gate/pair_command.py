@@ -87,10 +87,12 @@ def gate(asked: Asked, as_json: bool, design: Design | None = None) -> Exit:
     cells = [Sides(one.pair.name, one.records, one.verdict(design), _because(one, cut)) for one in bench.found]
     judged = judge(cells, canaries, strict=asked.strict)
     said = (bench.sides[0].said, bench.sides[1].said)
-    document = _document(asked, said, seed, design, bench.found, judged, canary) | {"cut": cut}
+    # What was found stands; but what was cut short is no success.
+    code = Exit.INFRASTRUCTURE if cut and judged.exit is not Exit.FAIL else judged.exit
+    document = _document(asked, said, seed, design, bench.found, judged, canary) | {"cut": cut, "exit": int(code)}
     store.write_atomic(folder / DOCUMENT, json.dumps(document, indent=1, allow_nan=False).encode())
     print(json.dumps(document, indent=1) if as_json else "\n".join(pair_table.lines(judged)))
-    return judged.exit
+    return code
 
 
 def _trained(plan: Plan, only: str | None) -> Plan:
@@ -133,5 +135,5 @@ def _document(
         "suite": asked.suite, "only": asked.only, "seed": seed, "design": asdict(design), "cells": cells,
         "findings": [asdict(row) for row in judged.rows if not row.same],
         "residue": list(judged.residue), "canary": canary, "canaries": judged.canaries.sentence,
-        "verdict": {"word": judged.verdict.word.value, "reason": judged.verdict.reason}, "exit": int(judged.exit),
+        "verdict": {"word": judged.verdict.word.value, "reason": judged.verdict.reason},
     }  # fmt: skip
