@@ -167,6 +167,31 @@ def test_a_wrong_merge_is_noticed_after_training() -> None:
     assert failed(gate.after_training(subject, SEED)) == {"merge"}
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_merge_that_spoils_the_base_weight_is_noticed_though_it_is_taken_back(
+    kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library that merges in place: what it does to the weight besides is still there once it has unmerged.
+
+    A Cell has let go of its copy of the model by then, so that the live weight is all there is to compare with.
+    """
+    subject, _ = through_the_gate(method("hf-peft"))
+    warm(subject.added(), torch.Generator().manual_seed(SEED))
+    if not kept:
+        subject.original = Original(None)
+    merge = subject.adapted.merge
+
+    def rough() -> None:
+        merge()
+        for layer in subject.adapted.layers.values():
+            weight = layer.base_layer.weight  # type: ignore[union-attr]
+            weight.data.copy_(weight.data.bfloat16().float())
+
+    monkeypatch.setattr(subject.adapted, "merge", rough)
+    (result,) = gate.after_training(subject, SEED)
+    assert (result.outcome, result.detail) == (Outcome.FAIL, "after merging")
+
+
 class Square(Model):
     """The same with square layers."""
 

@@ -182,7 +182,9 @@ class Life:
                 if not shortage(error):
                     raise
                 # What was trained and scored stays: the times are what there was no memory for.
-                measured = latency.unmeasured(model, causal, vocabulary, f"out of memory: {error}".partition("\n")[0])
+                because = f"out of memory: {error}".partition("\n")[0]
+                timed = cell.evaluation.latency
+                measured = latency.unmeasured(model, causal, vocabulary, because) if timed else []
         return Measurements(
             parameters=counts,
             training=trained,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.beside import Draws, runs_of
+from harness.conformance.beside import runs_of
 from harness.conformance.case import Case
 from harness.conformance.drawn import inputs
 from harness.conformance.observe import observe
@@ -20,6 +19,7 @@ from harness.records import CheckResult
 
 HALF = 0.5
 """What is left of an adapter once it is moved: a power of two, by which nothing is rounded."""
+_MOVED = "unmerged, with another adapter"
 
 
 def check_merge(subject: Subject, case: Case) -> CheckResult:
@@ -39,6 +39,8 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
     with torch.no_grad():
         for layer in subject.adapted.layers.values():
             layer.eval()
+        # Before anything is merged: the twins are built on the live base weights, and what merging does to these must show.
+        expected = {path: _expected(subject, path, x) for path, x in xs.items()}
         subject.adapted.merge()
         for tensor in added.values():
             tensor.mul_(-3).add_(1)  # a merged layer no longer looks at its adapter
@@ -52,39 +54,37 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
             tensor.mul_(HALF)
         moved = {path: subject.model.get_submodule(path)(x) for path, x in xs.items()}
         load(subject.adapted, held)
-        found: dict[str, list[Judgement]] = {}
-        for path, x in xs.items():
-            seen = {"after merging": merged[path], "after unmerging": after[path]}
-            _judge(subject, case, path, x, seen, moved[path], found)
     for path, training in modes.items():
         subject.adapted.layers[path].train(training)
-    worst = {when: worst_of(each, each[0].policy) for when, each in found.items()}
-    for when, verdict in worst.items():
-        if not verdict.passed:
-            return judged(subject, case, "merge", verdict, when)
-    return judged(subject, case, "merge", worst_of([*worst.values()], next(iter(worst.values())).policy))
+    worst: dict[str, Judgement] = {}
+    for when, outputs in {"after merging": merged, "after unmerging": after, _MOVED: moved}.items():
+        found = []
+        for path, y in outputs.items():
+            truth, draws = expected[path][when == _MOVED]
+            found.append(at(path, noise_floor({"y": y}, truth, draws, subject.dtype, case.factor("merge"))))
+        worst[when] = worst_of(found, found[0].policy if found else "noise-floor")
+    when, verdict = next(((when, v) for when, v in worst.items() if not v.passed), ("", worst[_MOVED]))
+    if verdict.passed:
+        verdict = worst_of([*worst.values()], verdict.policy)
+    return judged(subject, case, "merge", verdict, when)
 
 
-def _judge(
-    subject: Subject, case: Case, path: str, x: Tensor, seen: Mapping[str, Tensor], moved: Tensor,
-    found: dict[str, list[Judgement]],
-) -> None:  # fmt: skip
-    """Judge one layer's outputs: those `seen` with its adapter, and the one that was `moved` to HALF of it.
+def _expected(subject: Subject, path: str, x: Tensor) -> list[tuple[dict[str, Tensor], list[dict[str, Tensor]]]]:
+    """Return (truth, draws of what is lost) of one layer's output: with its adapter, and with HALF of it.
 
-    Layer by layer: of a large model there is no room for all twins at once.
+    Layer by layer, and outputs alone: of a large model there is no room for all twins at once.
     """
-    wide, own = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
-    half = copy.deepcopy(wide), copy.deepcopy(own)
+    whole = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
+    half = copy.deepcopy(whole)
     for twin in half:
         for name in subject.added().keys() & {f"{path}.{name}" for name in twin.tensors}:
             twin.tensors[name.removeprefix(f"{path}.")].mul_(HALF)
-    for (exactly, rounded), outputs in (((wide, own), seen), (half, {"unmerged, with another adapter": moved})):
-        first = _merged(rounded, x)
-        truth, draws = runs_of(exactly, rounded, subject.dtype, x, x.new_zeros(()), look=_output)
-        every = Draws(chain([first], draws))
-        for when, y in outputs.items():
-            verdict = noise_floor({"y": y}, truth, every, subject.dtype, case.factor("merge"))
-            found.setdefault(when, []).append(at(path, verdict))
+    found = []
+    for wide, own in (whole, half):
+        first = _merged(own, x)
+        truth, draws = runs_of(wide, own, subject.dtype, x, x.new_zeros(()), look=_output)
+        found.append((truth, [first, *draws]))
+    return found
 
 
 def check_detach(subject: Subject, case: Case) -> CheckResult:
