@@ -249,8 +249,13 @@ class Life:
                     loop.loss_of(model, part).backward()
                 optimizer.zero_grad(set_to_none=True)
 
+        compiling, made = list[int](), [models.graphs() if cell.training.compile else 0]
+
         def report(step: int, loss: float) -> None:
             self.emit("step", step=step, of=len(batches), loss=loss)
+            if cell.training.compile and models.graphs() > made[-1]:
+                made.append(models.graphs())
+                compiling.append(step)
             for movement in (whole, parts):
                 movement.seen(adapted.tensors)
 
@@ -281,6 +286,11 @@ class Life:
             initial_state_sha256=began_from,
         )
         self.notes += loop.notes(optimizer, samples.losses)
+        if compiling:
+            steps = ", ".join(map(str, compiling))
+            self.notes.append(
+                f"steps that compiled anew: {steps}; tokens per second and joules hold that, medians do not"
+            )
         return measured, optimizer, gradients
 
     def _latency(

@@ -140,6 +140,13 @@ def compiled(model: Any, wanted: bool, notes: list[str]) -> Iterator[None]:
         torch.compiler.reset()
 
 
+def graphs() -> int:
+    """Return how many graphs torch.compile has made inside the context of `compiled` so far."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
 def foresight(model: Any) -> float:
     """Return how much of the logits at the first positions depends on the last token: 0 for a causal model.
 
