@@ -91,7 +91,7 @@ def detect(cell: str | None, sentinel: str | None, strict: bool, folder: Path, a
       3  with --strict: a change, worse or better, that nobody confirmed or refuted
       4  a file of the history could not be read; the rest was judged
       5  nothing to compare: no series is long enough
-      0  else, also with changes that await confirmation: each names its command
+      0  else, also with changes that await confirmation: each says how to get it
     """
     from harness.history import detect as detected
 

@@ -108,7 +108,6 @@ def _plain(history: History, change: Change, names: Mapping[str, str]) -> dict[s
 
 
 def _candidate(history: History, change: Change, names: Mapping[str, str]) -> dict[str, Any]:
-    old, new = (history.nights[i] for i in change.nights)
     said = _confirmation(history, change)
     standing = "counted" if change.sure else "candidate"
     if said is not None:
@@ -116,7 +115,7 @@ def _candidate(history: History, change: Change, names: Mapping[str, str]) -> di
     return _plain(history, change, names) | {
         "standing": standing,
         "confirmation": said,
-        "between": asdict(between(old, new, change.cell)),
+        "between": asdict(between(history, change)),
     }
 
 

@@ -95,9 +95,7 @@ def _confirming(group: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         facts = [f for f in (code, *b["software"], c["note"]) if f]
         yield f"  {c['cell']} {c['metric']}, {b['old_night']} to {b['new_night']}: {'; '.join(facts) or 'the same code'}"
         if c["standing"] == "candidate" and c["settled"] is None:
-            yield f"    confirm: {b['confirm'] or 'not by pairs of revisions'}" + (
-                f" ({b['because']})" if b["because"] else ""
-            )
+            yield f"    confirm: {b['confirm'] or 'not by pairs'}" + (f" ({b['because']})" if b["because"] else "")
 
 
 def _notes(found: Mapping[str, Any]) -> Iterator[str]:
