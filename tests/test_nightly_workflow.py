@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from ruamel.yaml import YAML
 
 FILE = Path(__file__).parents[1] / ".github" / "workflows" / "nightly.yml"
 
@@ -51,7 +51,7 @@ def git(*words: str) -> str:
 
 def night(tmp_path: Path, *, baseline: bool = True, rows: bool = True, **codes: int) -> Night:
     """Run the job's scripts in a clone, while somebody else pushes. codes: of the command, by part; RUN_2=9: no folder."""
-    workflow: dict[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    workflow: dict[str, Any] = YAML(typ="safe").load(FILE)
     origin, here, other = (tmp_path / name for name in ("origin.git", "here", "other"))
     git("init", "-q", "--bare", "-b", "main", str(origin))
     git("clone", "-q", str(origin), str(other))

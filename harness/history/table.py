@@ -120,6 +120,12 @@ def _notes(found: Mapping[str, Any]) -> Iterator[str]:
         )
     for stop in found["stopped"]:
         yield f"not measured: {stop['name']} ({stop['cell']}): {stop['status']} on {stop['night']}, ok on {stop['ok']}"
+    yield from _gone(found["gone"])
+    if found["stopped"] or found["gone"]:
+        yield (
+            "  meant to be so? `peft-harness history reset CELL METRIC --night N --reason ...`, with a night after the last "
+            "good one; METRIC is `*` for a whole Cell"
+        )
     few: Mapping[str, int] = found["few_passes"]
     if few:
         yield f"fewer than {PASSES} passes of a Cell, used all the same, on {_nights(list(few))}"
@@ -129,6 +135,17 @@ def _notes(found: Mapping[str, Any]) -> Iterator[str]:
         )
     for name, why in found["left_out"].items():
         yield f"left out: {name}: {why}"
+
+
+def _gone(gone: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield what is missing, each kind of loss once, and under it the Cells."""
+    groups: dict[str, list[str]] = {}
+    for one in gone:
+        what = f"{', '.join(one['metrics'])} of" if one["status"] == "ok" else f"{one['status']} of"
+        title = f"gone: {what} these Cells on {one['night']}, last on {one['last']}, place {one['place']}"
+        groups.setdefault(title, []).append(f"  {one['name']} ({one['cell']})")
+    for title, cells in groups.items():
+        yield from (f"{title}:", *cells)
 
 
 def _nights(nights: Sequence[str]) -> str:
