@@ -44,7 +44,7 @@ def between(history: History, change: Change) -> Between:
     words = ["--suite", shlex.quote(suite)]
     if change.cell != EVERY:
         words += ["--only", change.cell]
-    if (device := new.places[change.on].get("device", "").partition(":")[0]) in ("cpu", "cuda"):
+    if (device := str(new.places[change.on].get("device", "")).partition(":")[0]) in ("cpu", "cuda"):
         words += ["--device", device]
     confirm = ""
     if change.sure:
@@ -97,6 +97,11 @@ def _dirty(a: Line, b: Line) -> bool:
 
 
 def _software(a: Line, b: Line) -> tuple[str, ...]:
-    left, right = (run.get("software") if isinstance(run.get("software"), dict) else {} for run in (a, b))
+    left, right = _libraries(a), _libraries(b)
     names = sorted(name for name in {**left, **right} if left.get(name) != right.get(name))
     return tuple(f"{name} {left.get(name, 'none')} -> {right.get(name, 'none')}" for name in names)
+
+
+def _libraries(run: Line) -> Line:
+    found = run.get("software")
+    return found if isinstance(found, dict) else {}

@@ -28,9 +28,9 @@ def stopped(history: History, names: Mapping[str, str]) -> Iterator[dict[str, An
             latest[cell] = (night.night, " and ".join(sorted(statuses - {"ok"})) if "ok" not in statuses else "ok")
             if "ok" in statuses:
                 was_ok[cell] = night.night
-    for cell, (night, status) in sorted(latest.items()):
+    for cell, (name, status) in sorted(latest.items()):
         if status != "ok" and cell in was_ok and decisions.start(history.resets, cell, EVERY) <= was_ok[cell]:
-            yield {"cell": cell, "name": names.get(cell, cell), "night": night, "status": status, "ok": was_ok[cell]}
+            yield {"cell": cell, "name": names.get(cell, cell), "night": name, "status": status, "ok": was_ok[cell]}
 
 
 def gone(

@@ -35,6 +35,7 @@ def detected(found: Mapping[str, Any]) -> str:
 
 def shown(rows: Sequence[Mapping[str, Any]], *, each_night: bool) -> str:
     """Lay the document of `show` out: a line per series, or per night of each."""
+    table: list[tuple[str, ...]]
     if each_night:
         table = [
             (row["name"], row["metric"], row["place"], night, value(row["metric"], v), str(n))
