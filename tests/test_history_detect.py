@@ -232,6 +232,17 @@ def test_what_hits_every_cell_is_not_divided_away(
     assert found["machine"] == []
 
 
+def test_what_hits_most_series_at_once_is_told_of_the_anchor_and_looks_reversed_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # As the README warns: the anchor is the median of the series it judges.
+    hit = set(list(CELLS)[:5])
+    values = nights.noisy(4, lambda cell, i: 1.06 if cell in hit and i >= 10 else 1.0)
+    folder = nights.write(tmp_path / "h", CELLS, values, nights=20)
+    told = {c["cell"]: c["worse"] for c in detect(folder, capsys)[1]["candidates"]}
+    assert told == {"*": True} | dict.fromkeys(set(CELLS) - hit, False)
+
+
 def test_another_torch_begins_a_new_series_and_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = nights.noisy(6, lambda _, i: 1.3 if i >= 10 else 1.0)
     newer = nights.PLACE | {"torch": "2.13.1"}
