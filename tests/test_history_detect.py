@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ import nights
 import pytest
 from nights import CELLS, FIRST, SLOWER, detect, regressed
 
+from harness import cli, suites
 from harness.analysis import watched
 from harness.cli import main
 from harness.errors import Exit
+from harness.expand import expand, only
+from harness.gate import pair_command
 from harness.history import files
 
 
@@ -41,13 +45,104 @@ def test_a_slow_down_is_told_with_what_lies_between_and_how_to_confirm_it(
     assert c["change"] > 0
     assert c["between"]["revisions"] == list(nights.SHAS)
     assert c["between"]["software"] == ["peft 0.19.0 -> 0.20.0"]
-    pairs = f"peft-harness gate --pairs {'a' * 12} {'b' * 12} --only {FIRST}"
+    pairs = f"peft-harness gate --pairs {'a' * 12} {'b' * 12} --suite quick --only {FIRST} --device cpu"
     assert c["between"]["confirm"] == pairs
     assert main(["history", "detect", "--dir", str(folder)]) == Exit.PASS
     text = capsys.readouterr().out
     assert f"    confirm: {pairs}\n" in text
     assert "worse, not confirmed" in text
     assert detect(folder, capsys, "--strict")[0] == Exit.INCONCLUSIVE
+
+
+def asked_of(confirm: str, monkeypatch: pytest.MonkeyPatch) -> pair_command.Asked:
+    """Give a printed command to the command line and return what it would have compared."""
+    asked: list[pair_command.Asked] = []
+
+    def gate(what: pair_command.Asked, _: bool) -> Exit:
+        asked.append(what)
+        return Exit.PASS
+
+    monkeypatch.setattr(pair_command, "gate", gate)
+    name, *words = shlex.split(confirm)
+    assert (name, main(words)) == ("peft-harness", Exit.PASS)
+    return asked[0]
+
+
+@pytest.mark.parametrize("metric", ["step_s", "training_peak_B"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_command_that_confirms_finds_the_cell_and_the_device(
+    metric: str, device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = {c.cell_id: c for c in expand(suites.load("quick")).cells if c.training.steps}
+    slow = list(cells)[-1]
+    usual = nights.noisy(0, lambda cell, i: 1.06 if cell == slow and i >= SLOWER else 1.0)
+
+    def values(cell: str, index: int, number: int) -> dict[str, float]:
+        peak = 500 * 2**20 * (2 if cell == slow and index >= SLOWER else 1)
+        return {"training_peak_B": peak} if metric != "step_s" else dict(usual(cell, index, number))  # type: ignore[arg-type]
+
+    folder = nights.write(
+        tmp_path / "h", cells, values, nights=14, place=lambda _: nights.PLACE | {"device": device},
+        revision=lambda i: nights.SHAS[i >= SLOWER],
+    )  # fmt: skip
+    (c,) = detect(folder, capsys)[1]["candidates"]
+    asked = asked_of(c["between"]["confirm"], monkeypatch)
+    assert (asked.old, asked.new, asked.device) == ("a" * 12, "b" * 12, device)
+    plan = pair_command._trained(expand(suites.load(asked.suite)), asked.only)
+    assert [cell.cell_id for cell in plan.cells] == [slow]
+
+
+def test_what_all_cells_share_is_confirmed_by_their_whole_suite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = nights.write(
+        tmp_path / "h", CELLS, nights.noisy(4, lambda _, i: 1.1 if i >= 10 else 1.0), nights=20,
+        revision=lambda i: nights.SHAS[i >= 10],
+    )  # fmt: skip
+    (c,) = detect(folder, capsys)[1]["candidates"]
+    asked = asked_of(c["between"]["confirm"], monkeypatch)
+    assert (c["cell"], asked.suite, asked.only) == ("*", "quick", None)
+
+
+def test_what_pairs_do_not_measure_names_the_rerun_that_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = {c.cell_id: c for c in expand(suites.load("quick")).cells}
+    worse = next(iter(cells))
+    folder = nights.write(
+        tmp_path / "h", cells, lambda c, i, _: {"accuracy": 0.80 if c != worse or i < 7 else 0.78}, nights=12,
+        revision=lambda i: nights.SHAS[i >= 7],
+    )  # fmt: skip
+    (c,) = detect(folder, capsys)[1]["candidates"]
+    assert c["between"]["confirm"] == ""
+    assert main(["history", "detect", "--dir", str(folder)]) == Exit.PASS
+    said = "    confirm: not by pairs (pairs do not measure accuracy; a rerun of the suite by both does: `"
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(said)]
+    _, *words = shlex.split(line.removeprefix(said).removesuffix("`)"))
+    run = cli.run.make_context("run", words[1:]).params
+    assert [cell.cell_id for cell in only(expand(suites.load(run["suite"])), run["only"]).cells] == [worse]
+    assert run["device"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("what", "told"), [("suite", "put the path of its file in place of its name"), ("search", "which pairs leave out")]
+)
+def test_a_command_that_would_not_find_its_cell_says_so(
+    what: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = nights.write(
+        tmp_path / "h", CELLS, nights.noisy(0, regressed), nights=14, revision=lambda i: nights.SHAS[i >= SLOWER]
+    )
+    if what == "search":
+        cells = {i: cell.model_dump(mode="json") for i, cell in CELLS.items()}
+        cells[FIRST]["evaluation"]["skip"] = 1000
+        files.write_cells(folder, cells)
+    else:
+        for path in folder.glob("2026-*.jsonl"):
+            path.write_text(path.read_text().replace('"suite":"quick"', '"suite":"our own"'))
+    (c,) = detect(folder, capsys)[1]["candidates"]
+    assert told in c["between"]["because"]
+    assert ("--suite 'our own'" in c["between"]["confirm"]) == (what == "suite")
 
 
 def test_a_slow_down_counts_once_it_is_confirmed_and_no_more_once_accepted(
@@ -137,6 +232,17 @@ def test_what_hits_every_cell_is_not_divided_away(
     assert found["machine"] == []
 
 
+def test_what_hits_most_series_at_once_is_told_of_the_anchor_and_looks_reversed_beside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # As the README warns: the anchor is the median of the series it judges.
+    hit = set(list(CELLS)[:5])
+    values = nights.noisy(4, lambda cell, i: 1.06 if cell in hit and i >= 10 else 1.0)
+    folder = nights.write(tmp_path / "h", CELLS, values, nights=20)
+    told = {c["cell"]: c["worse"] for c in detect(folder, capsys)[1]["candidates"]}
+    assert told == {"*": True} | dict.fromkeys(set(CELLS) - hit, False)
+
+
 def test_another_torch_begins_a_new_series_and_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = nights.noisy(6, lambda _, i: 1.3 if i >= 10 else 1.0)
     newer = nights.PLACE | {"torch": "2.13.1"}
@@ -186,15 +292,6 @@ def test_a_fall_of_accuracy_is_worse(tmp_path: Path, capsys: pytest.CaptureFixtu
     )
     (c,) = detect(folder, capsys)[1]["candidates"]
     assert (c["cell"], c["metric"], c["night"], c["worse"]) == (FIRST, "accuracy", nights.night(7), True)
-
-
-def test_a_cell_that_is_no_longer_measured_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    usual = nights.noisy(7)
-    folder = nights.write(
-        tmp_path / "h", CELLS, lambda c, i, p: "oom" if c == FIRST and i == 9 else usual(c, i, p), nights=10
-    )
-    (stopped,) = detect(folder, capsys)[1]["stopped"]
-    assert (stopped["cell"], stopped["status"], stopped["ok"]) == (FIRST, "oom", nights.night(8))
 
 
 def test_nothing_to_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

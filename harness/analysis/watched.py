@@ -105,8 +105,8 @@ def place(record: Record) -> dict[str, str]:
         return {"device": "cpu", **machine, **software, **threads, **beside}
     # uuid, name, driver, memory: another card of the same model is the same place.
     gpu = [part.strip() for part in e.machine.get("gpu0", "").split(",")]
-    names = {"GPU": 1, "driver": 2, "memory": 3}
-    machine = {said: gpu[i] if len(gpu) > i else "unknown" for said, i in names.items()}
+    places = {"GPU": 1, "driver": 2, "memory": 3}
+    machine = {said: gpu[i] if len(gpu) > i else "unknown" for said, i in places.items()}
     return {"device": record.device, **machine, **software, **threads, **beside}
 
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 
+from harness import resources
+from harness.analysis.watched import PEAK, STEP
+from harness.history.changes import Change
 from harness.history.decisions import EVERY
-from harness.history.files import Line, Night
+from harness.history.files import History, Line, Night
+
+PAIRED = (STEP, PEAK)
+"""What pairs of runs judge and a night does not settle by itself."""
 
 
 @dataclass(frozen=True)
 class Between:
     """From the last night of the old level to the first of the new one. revisions: of git, empty where not recorded.
 
-    software: `name old -> new` of every library that changed. confirm: a command, or empty, and then `because` says why.
+    software: `name old -> new` of every library that changed. confirm: a command, or empty. because: why there is none, or
+    what to know of it.
     """
 
     old_night: str
@@ -25,25 +33,56 @@ class Between:
     because: str = ""
 
 
-def between(old: Night, new: Night, cell: str) -> Between:
-    """Compare the last pass of a Cell (`*`: of any) on one night with its first pass on another."""
-    a, b = _passes(old, cell)[-1], _passes(new, cell)[0]
+def between(history: History, change: Change) -> Between:
+    """Compare the last pass of a Cell (`*`: of any) before a change with its first pass after it, at the change's place."""
+    old, new = (history.nights[i] for i in change.nights)
+    a, b = _passes(old, change)[-1], _passes(new, change)[0]
     code = (str(a.get("code_version", "")), str(b.get("code_version", "")))
     revisions = (_revision(a), _revision(b))
-    confirm, because = "", ""
-    if not all(revisions):
-        because = "a night was not run from a git checkout: no revisions to build the pairs from"
+    notes = ["a night ran changes that are in no commit"] if _dirty(a, b) else []
+    suite, strange = _suite(b)
+    words = ["--suite", shlex.quote(suite)]
+    if change.cell != EVERY:
+        words += ["--only", change.cell]
+    if (device := str(new.places[change.on].get("device", "")).partition(":")[0]) in ("cpu", "cuda"):
+        words += ["--device", device]
+    confirm = ""
+    if change.sure:
+        notes = ["counted: there is nothing to confirm"]
+    elif change.metric not in PAIRED:
+        again = " ".join(["peft-harness run", *words[1:]])  # to `run` the suite is an argument
+        why = f"pairs do not measure {change.metric}; a rerun of the suite by both does: `{again}`"
+        notes = [why, *strange, *notes]
+    elif _searches(history, change.cell):
+        why = "it is a try of a search for a learning rate, which pairs leave out; a rerun of the suite tells"
+        notes = [why, *notes]
+    elif not all(revisions):
+        notes = ["a night was not run from a git checkout: no revisions to build the pairs from"]
     elif revisions[0] == revisions[1]:
-        because = "both nights ran the same revision" + (", with changes that are in no commit" if _dirty(a, b) else "")
+        also = ", with changes that are in no commit" if notes else ""
+        notes = [f"both nights ran the same revision{also}"]
     else:
-        only = "" if cell == EVERY else f" --only {cell}"
-        confirm = f"peft-harness gate --pairs {revisions[0][:12]} {revisions[1][:12]}{only}"
-        because = "a night ran changes that are in no commit" if _dirty(a, b) else ""
-    return Between(old.night, new.night, code, revisions, _software(a, b), confirm, because)
+        confirm = " ".join(["peft-harness gate --pairs", *(revision[:12] for revision in revisions), *words])
+        notes = [*strange, *notes]
+    return Between(old.night, new.night, code, revisions, _software(a, b), confirm, "; ".join(notes))
 
 
-def _passes(night: Night, cell: str) -> list[Line]:
-    runs = {row["run"] for row in night.rows if cell in (EVERY, row["cell"])}
+def _suite(run: Line) -> tuple[str, list[str]]:
+    """Return the name of a run's suite, and what to know of one that does not come with the harness."""
+    name = str(run.get("suite", ""))
+    if re.fullmatch(r"[\w.-]+", name) and (resources.folder("suites") / f"{name}.yaml").is_file():
+        return name, []
+    return name, ["the suite is not one of the harness's own: put the path of its file in place of its name"]
+
+
+def _searches(history: History, cell: str) -> bool:
+    """Say whether a Cell only tries a learning rate: these alone have items that they leave out."""
+    evaluation = history.cells.get(cell, {}).get("evaluation")
+    return isinstance(evaluation, dict) and bool(evaluation.get("skip"))
+
+
+def _passes(night: Night, change: Change) -> list[Line]:
+    runs = {row["run"] for row in night.rows if change.cell in (EVERY, row["cell"]) and row["on"] == change.on}
     return sorted((night.runs[run] for run in runs), key=lambda run: (str(run.get("started", "")), run["run"]))
 
 
@@ -58,6 +97,11 @@ def _dirty(a: Line, b: Line) -> bool:
 
 
 def _software(a: Line, b: Line) -> tuple[str, ...]:
-    left, right = (run.get("software") if isinstance(run.get("software"), dict) else {} for run in (a, b))
+    left, right = _libraries(a), _libraries(b)
     names = sorted(name for name in {**left, **right} if left.get(name) != right.get(name))
     return tuple(f"{name} {left.get(name, 'none')} -> {right.get(name, 'none')}" for name in names)
+
+
+def _libraries(run: Line) -> Line:
+    found = run.get("software")
+    return found if isinstance(found, dict) else {}

@@ -89,9 +89,11 @@ def detect(cell: str | None, sentinel: str | None, strict: bool, folder: Path, a
       1  a change for the worse that stands: counted, or confirmed by a committed
          record (`history confirm`); `history reset` accepts it
       3  with --strict: a change, worse or better, that nobody confirmed or refuted
-      4  a file of the history could not be read; the rest was judged
+      4  a Cell, or a metric of one, is measured no more: it ends otherwise, or is
+         not there on the last night of its place (`history reset` accepts it);
+         or a file of the history could not be read; the rest was judged
       5  nothing to compare: no series is long enough
-      0  else, also with changes that await confirmation: each names its command
+      0  else, also with changes that await confirmation: each says how to get it
     """
     from harness.history import detect as detected
 

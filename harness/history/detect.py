@@ -14,7 +14,7 @@ from typing import Any
 
 from harness.analysis import watched
 from harness.errors import Exit
-from harness.history import changes, decisions, files
+from harness.history import changes, decisions, files, lost
 from harness.history.between import between
 from harness.history.changes import Change, Seen
 from harness.history.files import History, Line
@@ -53,6 +53,9 @@ def document(
     names = named(history)
     told = [change for change in seen.changes if only is None or change.cell in only]
     candidates = [_candidate(history, change, names) for change in sorted(told, key=_order)]
+    stopped = [one for one in lost.stopped(history, names) if only is None or one["cell"] in only]
+    ended = {one["cell"] for one in stopped}
+    gone = [one for one in lost.gone(history, known, names, ended) if only is None or one["cell"] in only]
     return {
         "schema": files.SCHEMA,
         "nights": [night.night for night in history.nights],
@@ -67,18 +70,23 @@ def document(
             {"place": on, "metric": family, "nights": [history.nights[i].night for i in where]}
             for on, family, where in seen.loose
         ],
-        "stopped": list(_stopped(history, names)),
+        "stopped": stopped,
+        "gone": gone,
         "few_passes": _few_passes(history),
         "resets": list(history.resets),
         "left_out": dict(sorted(history.broken.items())),
-        "exit": int(_exit(history, candidates, seen, strict)),
+        "exit": int(_exit(history, candidates, seen, strict, missing=bool(stopped or gone))),
     }
 
 
-def _exit(history: History, candidates: Sequence[Mapping[str, Any]], seen: Seen, strict: bool) -> Exit:
+def _exit(
+    history: History, candidates: Sequence[Mapping[str, Any]], seen: Seen, strict: bool, *, missing: bool
+) -> Exit:
     open_ = [c for c in candidates if c["settled"] is None]
     if any(c["worse"] and c["standing"] in ("confirmed", "counted") for c in open_):
         return Exit.FAIL
+    if missing:  # before `nothing to compare`: it may be why there is nothing
+        return Exit.INFRASTRUCTURE
     if not seen.compared:
         return Exit.NOTHING_COMPARED
     if history.broken:
@@ -108,7 +116,6 @@ def _plain(history: History, change: Change, names: Mapping[str, str]) -> dict[s
 
 
 def _candidate(history: History, change: Change, names: Mapping[str, str]) -> dict[str, Any]:
-    old, new = (history.nights[i] for i in change.nights)
     said = _confirmation(history, change)
     standing = "counted" if change.sure else "candidate"
     if said is not None:
@@ -116,7 +123,7 @@ def _candidate(history: History, change: Change, names: Mapping[str, str]) -> di
     return _plain(history, change, names) | {
         "standing": standing,
         "confirmation": said,
-        "between": asdict(between(old, new, change.cell)),
+        "between": asdict(between(history, change)),
     }
 
 
@@ -167,23 +174,6 @@ def _residue(history: History, known: Sequence[Series]) -> Iterator[dict[str, An
             "cells": len(shared),
             "step_ratio": median(ratios) if ratios else None,
         }
-
-
-def _stopped(history: History, names: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """Yield the Cells that were measured once, and on the last night that tried them were not."""
-    latest: dict[str, tuple[str, str]] = {}
-    was_ok: dict[str, str] = {}
-    for night in history.nights:
-        tried: dict[str, set[str]] = {}
-        for row in night.rows:
-            tried.setdefault(row["cell"], set()).add(str(row.get("status", "ok")))
-        for cell, statuses in tried.items():
-            latest[cell] = (night.night, " and ".join(sorted(statuses - {"ok"})) if "ok" not in statuses else "ok")
-            if "ok" in statuses:
-                was_ok[cell] = night.night
-    for cell, (night, status) in sorted(latest.items()):
-        if status != "ok" and cell in was_ok:
-            yield {"cell": cell, "name": names.get(cell, cell), "night": night, "status": status, "ok": was_ok[cell]}
 
 
 def _few_passes(history: History) -> dict[str, int]:

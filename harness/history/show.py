@@ -23,8 +23,8 @@ def show(folder: Path, cell: str | None, metric: str | None, *, each_night: bool
     """
     history = files.read(folder)
     if metric is not None and not (watched.kind(metric) or metric == watched.LATENCY):
-        names = ", ".join((watched.STEP, watched.LATENCY, watched.PEAK, watched.ACCURACY, *watched.COUNTED))
-        raise UsageError(f"not a metric: {metric!r}", where="--metric", mend=f"name one of {names}")
+        known = ", ".join((watched.STEP, watched.LATENCY, watched.PEAK, watched.ACCURACY, *watched.COUNTED))
+        raise UsageError(f"not a metric: {metric!r}", where="--metric", mend=f"name one of {known}")
     names = named(history)
     found = series(history, picked(history, cell) if cell else None)
     rows: list[dict[str, Any]] = [

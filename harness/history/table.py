@@ -35,6 +35,7 @@ def detected(found: Mapping[str, Any]) -> str:
 
 def shown(rows: Sequence[Mapping[str, Any]], *, each_night: bool) -> str:
     """Lay the document of `show` out: a line per series, or per night of each."""
+    table: list[tuple[str, ...]]
     if each_night:
         table = [
             (row["name"], row["metric"], row["place"], night, value(row["metric"], v), str(n))
@@ -95,9 +96,7 @@ def _confirming(group: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         facts = [f for f in (code, *b["software"], c["note"]) if f]
         yield f"  {c['cell']} {c['metric']}, {b['old_night']} to {b['new_night']}: {'; '.join(facts) or 'the same code'}"
         if c["standing"] == "candidate" and c["settled"] is None:
-            yield f"    confirm: {b['confirm'] or 'not by pairs of revisions'}" + (
-                f" ({b['because']})" if b["because"] else ""
-            )
+            yield f"    confirm: {b['confirm'] or 'not by pairs'}" + (f" ({b['because']})" if b["because"] else "")
 
 
 def _notes(found: Mapping[str, Any]) -> Iterator[str]:
@@ -122,6 +121,12 @@ def _notes(found: Mapping[str, Any]) -> Iterator[str]:
         )
     for stop in found["stopped"]:
         yield f"not measured: {stop['name']} ({stop['cell']}): {stop['status']} on {stop['night']}, ok on {stop['ok']}"
+    yield from _gone(found["gone"])
+    if found["stopped"] or found["gone"]:
+        yield (
+            "  meant to be so? `peft-harness history reset CELL METRIC --night N --reason ...`, with a night after the last "
+            "good one; METRIC is `*` for a whole Cell"
+        )
     few: Mapping[str, int] = found["few_passes"]
     if few:
         yield f"fewer than {PASSES} passes of a Cell, used all the same, on {_nights(list(few))}"
@@ -131,6 +136,17 @@ def _notes(found: Mapping[str, Any]) -> Iterator[str]:
         )
     for name, why in found["left_out"].items():
         yield f"left out: {name}: {why}"
+
+
+def _gone(gone: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield what is missing, each kind of loss once, and under it the Cells."""
+    groups: dict[str, list[str]] = {}
+    for one in gone:
+        what = f"{', '.join(one['metrics'])} of" if one["status"] == "ok" else f"{one['status']} of"
+        title = f"gone: {what} these Cells on {one['night']}, last on {one['last']}, place {one['place']}"
+        groups.setdefault(title, []).append(f"  {one['name']} ({one['cell']})")
+    for title, cells in groups.items():
+        yield from (f"{title}:", *cells)
 
 
 def _nights(nights: Sequence[str]) -> str:

@@ -1,0 +1,108 @@
+"""The verb `history detect`: what was measured once and is no more, who accepts it, and what is no loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import nights
+import pytest
+from nights import CELLS, FIRST, detect
+
+from harness.cli import main
+from harness.errors import Exit
+from harness.history import files
+
+
+def losing(what: str, cell: str = FIRST) -> nights.Values:
+    """Return values of ten nights in which a Cell loses something on the ninth."""
+
+    def values(of: str, index: int, _: int) -> Mapping[str, float] | str:
+        found = {"adapter_B": 1000.0, "accuracy": 0.8, "parameters": 10.0}
+        if of != cell or index < 8:
+            return found
+        if what == "accuracy":
+            del found["accuracy"]
+        return "oom" if what == "oom" else found
+
+    return values
+
+
+def drop(folder: Path, cell: str, since: int, until: int) -> None:
+    """Take a Cell's rows out of some nights, as a suite that no longer has it would."""
+    for index in range(since, until):
+        night = files.read_night(folder / f"{nights.night(index)}.jsonl", {})
+        assert night is not None
+        night.rows = [row for row in night.rows if row["cell"] != cell]
+        files.write_night(folder, night)
+
+
+@pytest.mark.parametrize(
+    ("what", "metric", "told"),
+    [
+        ("cell", "*", f"gone: no Record of these Cells on {nights.night(9)}, last on {nights.night(7)}, place "),
+        (
+            "accuracy",
+            "accuracy",
+            f"gone: accuracy of these Cells on {nights.night(9)}, last on {nights.night(7)}, place ",
+        ),
+        ("oom", "*", f"oom on {nights.night(9)}, ok on {nights.night(7)}"),
+    ],
+)
+def test_what_disappeared_is_named_until_it_is_accepted_or_back(
+    what: str, metric: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = nights.write(tmp_path / "h", CELLS, losing(what), nights=10)
+    if what == "cell":
+        drop(folder, FIRST, 8, 10)
+    command = ["history", "detect", "--dir", str(folder)]
+    assert main(command) == Exit.INFRASTRUCTURE
+    lines = capsys.readouterr().out.splitlines()
+    (at,) = [number for number, line in enumerate(lines) if told in line]
+    assert f"({FIRST})" in lines[at if what == "oom" else at + 1]
+    other = list(CELLS)[1]
+    assert main([*command, "--cell", other]) == Exit.PASS
+    capsys.readouterr()
+    # The night of the last value accepts nothing that came after it.
+    reset = ["history", "reset", FIRST, metric, "--reason", "dropped", "--author", "A", "--dir", str(folder), "--night"]
+    assert main([*reset, nights.night(7)]) == Exit.PASS
+    assert main(command) == Exit.INFRASTRUCTURE
+    assert main([*reset, nights.night(8)]) == Exit.PASS
+    code, found = detect(folder, capsys)
+    assert (code, found["stopped"], found["gone"]) == (Exit.PASS, [], [])
+
+
+def test_a_cell_that_is_back_is_not_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = nights.write(tmp_path / "h", CELLS, losing("nothing"), nights=10)
+    drop(folder, FIRST, 5, 9)
+    assert detect(folder, capsys)[0] == Exit.PASS
+
+
+def test_another_place_takes_nothing_away_from_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # The last nights are another machine's, which has fewer Cells from its beginning on.
+    newer = nights.PLACE | {"CPU": "Example 2-core"}
+    folder = nights.write(
+        tmp_path / "h", CELLS, losing("nothing"), nights=10, place=lambda i: newer if i >= 6 else nights.PLACE
+    )
+    drop(folder, FIRST, 6, 10)
+    code, found = detect(folder, capsys)
+    assert (code, found["gone"]) == (Exit.PASS, [])
+
+
+def test_a_regression_outranks_what_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = nights.write(
+        tmp_path / "h", CELLS, lambda c, i, _: {"adapter_B": 1001 if c == FIRST and i else 1000}, nights=4
+    )
+    drop(folder, list(CELLS)[1], 3, 4)
+    code, found = detect(folder, capsys)
+    assert code == Exit.FAIL
+    assert [(one["cell"], one["metrics"]) for one in found["gone"]] == [(list(CELLS)[1], ["adapter_B"])]
+
+
+def test_a_cell_that_is_no_longer_measured_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    usual = nights.noisy(7)
+    folder = nights.write(
+        tmp_path / "h", CELLS, lambda c, i, p: "oom" if c == FIRST and i == 9 else usual(c, i, p), nights=10
+    )
+    (stopped,) = detect(folder, capsys)[1]["stopped"]
+    assert (stopped["cell"], stopped["status"], stopped["ok"]) == (FIRST, "oom", nights.night(8))
