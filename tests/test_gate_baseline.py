@@ -572,3 +572,12 @@ def test_a_thousand_cells_take_under_two_seconds_and_no_torch(tmp_path: Path) ->
     assert "1000 Cells compared, no regression" in done.stdout
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert spent < 2.0, "seconds of CPU time, which the issue grants"
+
+
+def test_a_baseline_that_nothing_seals_is_no_green_light(tmp_path: Path) -> None:
+    """Else deleting its footer would be enough to let any of its numbers be edited."""
+    base = recorded.write_run(tmp_path / "base", footer=False, only=FEW)
+    new = recorded.write_run(tmp_path / "new", only=FEW)
+    judged = judge(base, new)
+    assert judged.exit == Exit.INFRASTRUCTURE
+    assert "no footer with hashes" in judged.verdict.reason

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+from dataclasses import replace
 
+import pytest
 from conftest import Bench
 from report_page import Page
 
@@ -38,13 +42,25 @@ comparisons:
 """
 
 
+@pytest.fixture
+def clean(bench: Bench) -> Bench:
+    """A Bench with nothing of this process's environment but what a command needs: other tests compile in this process,
+    and leave variables of torch's compiler behind."""
+    if shutil.which("g++", path=os.defpath) is None:
+        pytest.skip("torch.compile on a CPU needs g++")
+    own = {key: value for key, value in bench.environment.items() if os.environ.get(key) != value}
+    kept = {key: os.environ[key] for key in ("HOME", "LANG", "OMP_NUM_THREADS", "TMPDIR") if key in os.environ}
+    return replace(bench, environment={**kept, "PATH": os.defpath, **own})
+
+
 def trained(record: Record) -> TrainingMeasured:
     assert record.measurements is not None, record.because
     assert record.measurements.training is not None
     return record.measurements.training
 
 
-def test_a_suite_with_optimizers_and_parts_runs_end_to_end(bench: Bench) -> None:
+def test_a_suite_with_optimizers_and_parts_runs_end_to_end(clean: Bench) -> None:
+    bench = clean
     path = bench.folder / "recipes.yaml"
     path.write_text(SUITE, encoding="utf-8")
     finished = bench.command("run", str(path), "--out", "run")
@@ -91,7 +107,8 @@ def test_a_suite_with_optimizers_and_parts_runs_end_to_end(bench: Bench) -> None
         assert said in page
 
 
-def test_without_a_compiler_a_cell_says_so_and_the_others_run(bench: Bench) -> None:
+def test_without_a_compiler_a_cell_says_so_and_the_others_run(clean: Bench) -> None:
+    bench = clean
     bench.environment["CXX"] = "no-such-compiler"
     path = bench.folder / "recipes.yaml"
     path.write_text(SUITE, encoding="utf-8")

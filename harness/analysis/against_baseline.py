@@ -69,7 +69,7 @@ def judge(base: Run, new: Run, *, margins: Margins | None = None, strict: bool =
     sides = (("baseline", base), ("run", new))
     unreadable = tuple(f"{side}: {name}: {why}" for side, run in sides for name, why in run.broken.items())
     changed = tuple(f"{side}: {name} {what}" for side, run in sides for name, what in run.changed.items())
-    notes = () if _finished(new) else (f"the run is {new.footer.how if new.footer else 'incomplete'}",)
+    notes: tuple[str, ...] = () if _finished(new) else (f"the run is {new.footer.how if new.footer else 'incomplete'}",)
     if base.footer is None or not base.footer.sha256:
         # Nothing else would show that somebody has edited it.
         notes += (

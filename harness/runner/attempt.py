@@ -218,7 +218,9 @@ def _worker_environment(threads: int | None = None, gpu: str = "") -> dict[str, 
         always["OMP_NUM_THREADS"] = str(threads)
     if gpu:
         always["CUDA_VISIBLE_DEVICES"] = gpu
-    return os.environ | always
+    # An address inside the process that set it: torch's compiler would read it in ours.
+    inherited = {key: value for key, value in os.environ.items() if key != "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"}
+    return inherited | always
 
 
 def _tail(log: Path) -> str:
