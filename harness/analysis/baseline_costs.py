@@ -11,7 +11,9 @@ from harness.analysis.measured import above_imports, step_time, training_peak
 from harness.analysis.words import Word
 from harness.records import Latency, Measurements, Record
 
-_ALLOCATED = "cuda allocated"
+ALLOCATED = "cuda allocated"
+"""Such peaks are exact: a byte more is one."""
+PEAK = "training peak above imports"
 _Numbers = Mapping[str, float | None]
 
 
@@ -21,13 +23,22 @@ def rows(name: str, base: Record, new: Record, margins: Margins) -> Iterator[Row
     if a is None or b is None:
         return
     pair = _Pair(name, base, new)
-    yield from pair.counts(Kind.PARAMETERS, _parameters(a), _parameters(b), "1")
-    yield from pair.counts(Kind.MEMORY, _counted(a), _counted(b), "B")
+    yield from counted(name, base, new)
     yield from pair.peak(a.memory.source, b.memory.source, margins)
-    yield from pair.counts(Kind.CHECKPOINT, _files(a), _files(b), "B")
     before, now = _times(base), _times(new)
     for what in dict.fromkeys([*before, *now]):
         yield pair.row(Kind.TIME, Word.NOT_RUN, what, TIMES, before.get(what), now.get(what), "s")
+
+
+def counted(name: str, base: Record, new: Record) -> Iterator[Row]:
+    """Compare what is counted and so exact: parameters, bytes of tensors, sizes of files."""
+    a, b = base.measurements, new.measurements
+    if a is None or b is None:
+        return
+    pair = _Pair(name, base, new)
+    yield from pair.counts(Kind.PARAMETERS, _parameters(a), _parameters(b), "1")
+    yield from pair.counts(Kind.MEMORY, _counted(a), _counted(b), "B")
+    yield from pair.counts(Kind.CHECKPOINT, _files(a), _files(b), "B")
 
 
 class _Pair:
@@ -65,9 +76,9 @@ class _Pair:
             reason = f"taken in two ways: {before}, {now}"
             yield self.row(Kind.MEMORY, Word.INCONCLUSIVE, what, reason, a, b, "B")
             return
-        allowed = margins.memory_B if margins.memory_B is not None else 0 if now == _ALLOCATED else PROCESS_PEAK_B
-        if now != _ALLOCATED:
-            what = "training peak above imports"
+        allowed = margins.memory_B if margins.memory_B is not None else 0 if now == ALLOCATED else PROCESS_PEAK_B
+        if now != ALLOCATED:
+            what = PEAK
             a, b = (None if p is None else above_imports(r, p) for r, p in ((self.base, a), (self.new, b)))
         if a is None or b is None:
             yield self._lost_or_new(what, a, b, "B")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from harness.analysis import baseline_costs, parity
-from harness.analysis.baseline_rows import Kind, Margins, Row
+from harness.analysis.baseline_costs import ALLOCATED, PEAK
+from harness.analysis.baseline_rows import Kind, Row
 from harness.analysis.canaries import Canaries
 from harness.analysis.contention import busy
 from harness.analysis.measured import above_imports, step_seconds, training_peak
@@ -21,12 +22,9 @@ from harness.records import Record, Status
 Records = Sequence[tuple[Record, Record]]
 _MEANT = ("code version", "implementation from")
 """What the two sides are to differ in."""
-PEAK = "training peak above imports"
 PEAK_B = 2**20
 """What the medians of two peaks of a process may differ by and still be called the same, however certain it is."""
 _PEAK_LEVEL = 0.0011
-_ALLOCATED = "cuda allocated"
-"""Such peaks are exact: a byte more is one."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +116,7 @@ def _rows(cell: Sides) -> list[Row]:
     rows = [row for pair in cell.records if (row := _outcome(cell.name, pair))][:1]
     whole = [pair for pair in cell.records if _ok(pair)]
     if whole:
-        first = baseline_costs.rows(cell.name, *whole[0], Margins())
-        rows += [row for row in first if row.kind is not Kind.TIME and not row.what.startswith("training peak")]
+        rows += baseline_costs.counted(cell.name, *whole[0])
         rows += _peak(cell.name, whole)
     return rows
 
@@ -149,7 +146,7 @@ def _peak(name: str, whole: Records) -> list[Row]:
     mine, its = ([above_imports(p[side], training_peak(p[side]) or 0) for p in whole] for side in (0, 1))
     a, b = int(median(mine)), int(median(its))
     m = whole[0][1].measurements
-    floor = 0 if m is not None and m.memory.source == _ALLOCATED else PEAK_B
+    floor = 0 if m is not None and m.memory.source == ALLOCATED else PEAK_B
     grew, shrank = b - a > floor and _higher(its, mine), a - b > floor and _higher(mine, its)
     span = f"old {min(mine):,} to {max(mine):,} B, new {min(its):,} to {max(its):,} B in {len(whole)} process runs each"
     reason = f"{'grew: ' if grew else 'shrank: ' if shrank else ''}{span}"

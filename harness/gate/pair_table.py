@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from harness.analysis.pair_verdict import PEAK, Judged, Sides
+from harness.analysis.baseline_costs import PEAK
+from harness.analysis.pair_verdict import Judged, Sides
 from harness.analysis.words import Word
 from harness.report.text import aligned
 

@@ -34,11 +34,6 @@ class Measured:
         return [*self.first, *self.fresh]
 
     @property
-    def whole(self) -> list[tuple[Record, Record]]:
-        """The pairs of which both sides are ok."""
-        return [pair for pair in self.records if all(record.status is Status.OK for record in pair)]
-
-    @property
     def broken(self) -> str:
         """Say which process run did not end well, or took no time, if one did not: then there is nothing to time."""
         for pair in self.records:
