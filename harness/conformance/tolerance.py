@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -68,11 +68,21 @@ def noise_floor(
     policy = f"noise-floor: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS[dtype]:g} eps"
     if odd := sorted(set(subject) ^ set(truth)):
         return Judgement(False, None, None, odd[0], "present on one side only", policy, 0)
-    draws: list[Mapping[str, Tensor]] = []
+    return _by_draws(rounded, truth, policy, lambda drawn: _within_noise(subject, truth, drawn, dtype, factor, policy))
+
+
+def _by_draws(
+    rounded: Mapping[str, Tensor] | Iterable[Mapping[str, Tensor]],
+    truth: Mapping[str, Tensor],
+    policy: str,
+    judge: Callable[[Sequence[Mapping[str, _Error]]], Judgement],
+) -> Judgement:
+    """Judge by the errors of the draws so far, after each, until that passes: no more are made than are needed."""
+    drawn: list[dict[str, _Error]] = []
     verdict = worst_of([], policy)
     for draw in [rounded] if isinstance(rounded, Mapping) else rounded:
-        draws.append(draw)
-        verdict = _within_noise(subject, truth, draws, dtype, factor, policy)
+        drawn.append({name: _Error.of(draw[name], expected) for name, expected in truth.items()})
+        verdict = judge(drawn)
         if verdict.passed:
             break
     return verdict
@@ -81,7 +91,7 @@ def noise_floor(
 def _within_noise(
     subject: Mapping[str, Tensor],
     truth: Mapping[str, Tensor],
-    draws: Sequence[Mapping[str, Tensor]],
+    drawn: Sequence[Mapping[str, _Error]],
     dtype: str,
     factor: float,
     policy: str,
@@ -89,7 +99,7 @@ def _within_noise(
     floor = NOISE_FLOOR_EPS[dtype]
     judged, lost = [], []
     for name, expected in truth.items():
-        errors, eps = [_Error.of(draw[name], expected) for draw in draws], EPSILON[dtype]
+        errors, eps = [errors_of[name] for errors_of in drawn], EPSILON[dtype]
         own = _largest(errors)
         # By the first draw alone, which is the reference's own, or a tensor that fails might be let off by a later one.
         undecided = not factor * errors[0].norm + floor * eps <= CEILING  # also where the reference overflows
@@ -126,14 +136,9 @@ def carried_noise(
     policy = f"carried-noise: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS[dtype]:g} eps"
     if odd := sorted(set(subject) ^ set(truth)):
         return Judgement(False, None, None, odd[0], "present on one side only", policy, 0)
-    drawn: list[dict[str, _Error]] = []
-    verdict = worst_of([], policy)
-    for draw in [rounded] if isinstance(rounded, Mapping) else rounded:
-        drawn.append({name: _Error.of(draw[name], expected) for name, expected in truth.items()})
-        verdict = _within_carried(subject, truth, drawn, dtype, factor, policy)
-        if verdict.passed:
-            break
-    return verdict
+    return _by_draws(
+        rounded, truth, policy, lambda drawn: _within_carried(subject, truth, drawn, dtype, factor, policy)
+    )
 
 
 def _within_carried(
