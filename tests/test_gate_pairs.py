@@ -14,6 +14,9 @@ import pytest
 import recorded_run as recorded
 
 from harness import suites
+from harness.analysis.canaries import Canaries
+from harness.analysis.pair_verdict import Sides, judge
+from harness.analysis.paired import Design, decide
 from harness.errors import Exit, HarnessError, UsageError
 from harness.expand import expand
 from harness.gate import arms, canary_file, pair_command
@@ -169,6 +172,17 @@ def test_what_could_not_be_timed_is_no_success(gated) -> None:
     assert code == Exit.NOTHING_COMPARED
     assert document["cells"][0]["verdict"] is None
     assert "the old side is error" in said
+
+
+def test_one_cell_that_could_not_be_timed_is_not_lost_among_others() -> None:
+    record = recorded.record("fused", recorded.cells()["fused"])
+    same = decide([0.001, -0.001, 0.002, -0.002, 0.001, -0.001], [], Design())
+    timed = Sides("timed", [(record, record)] * 6, same)
+    flaky = Sides("flaky", [(recorded.failed(record), record)], None, "the old side is error")
+    assert judge([timed], Canaries(0, 0)).exit == Exit.PASS
+    judged = judge([timed, flaky], Canaries(0, 0))
+    assert judged.exit == Exit.INFRASTRUCTURE
+    assert judged.verdict.reason == "not timed: flaky (the old side is error)"
 
 
 def test_a_side_that_gives_no_record_is_told_of_its_cell(gated) -> None:
