@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from harness.claims.command import claims
 from harness.errors import Exit, HarnessError, UsageError
 from harness.gate import verbs as gate_verbs
 from harness.history.command import history
@@ -44,7 +45,7 @@ class _Verbs(click.Group):
 
 @click.group(
     cls=_Verbs,
-    commands=[gate_verbs.gate, gate_verbs.baseline, history],
+    commands=[gate_verbs.gate, gate_verbs.baseline, history, claims],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(package_name="peft-harness", message="%(prog)s %(version)s")

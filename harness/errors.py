@@ -57,12 +57,15 @@ class Problem:
 
 
 class SuiteError(UsageError):
-    """A suite that cannot be run. All its mistakes are reported together, each with file and line. Nothing was run."""
+    """A file that cannot be run. All its mistakes are reported together, each with file and line. Nothing was run.
+
+    file: what it is, a suite or a claim file.
+    """
 
     code = "suite"
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
-        count = f"{len(problems)} mistake{'s' if len(problems) != 1 else ''} in the suite"
+    def __init__(self, problems: Sequence[Problem], file: str = "suite") -> None:
+        count = f"{len(problems)} mistake{'s' if len(problems) != 1 else ''} in the {file}"
         super().__init__("\n".join([count, *(f"  {p}" for p in problems)]))
         self.problems = tuple(problems)
 

@@ -120,11 +120,12 @@ class SuiteKeys(Keys):
     comparisons: list[ComparisonKeys] = []
 
 
-_ENTRIES = ("matrix", "cells", "comparisons", "sources")
+_ENTRIES = ("matrix", "cells", "comparisons", "sources", "claims", "rows", "otherwise")
+"""Lists whose entries stand each for themselves: a wrong value in one takes nothing from the others."""
 
 
-def read(document: Document) -> tuple[SuiteKeys, list[Problem], set[Way]]:
-    """Validate a suite's keys. Returns what is sound, the problems, and the ways of what was taken out for them.
+def read(document: Document, model: type[_Model]) -> tuple[_Model, list[Problem], set[Way]]:
+    """Validate a file's keys. Returns what is sound, the problems, and the ways of what was taken out for them.
 
     Wrong values are cut out and the rest goes on to the checks of meaning, so that one reading finds every mistake.
     Changes `document.data`.
@@ -133,9 +134,9 @@ def read(document: Document) -> tuple[SuiteKeys, list[Problem], set[Way]]:
     cut: set[Way] = set()
     while True:
         try:
-            return SuiteKeys.model_validate(document.data), problems, cut
+            return model.model_validate(document.data), problems, cut
         except ValidationError as error:
-            for way, problem in explain(error, SuiteKeys, document):
+            for way, problem in explain(error, model, document):
                 problems.append(problem)
                 cut.add(_cut_out(document.data, way))
 

@@ -71,7 +71,7 @@ def find(name_or_path: str | Path) -> Path:
 def load(name_or_path: str | Path, *, registry: Registry | None = None) -> Suite:
     """Read and check a suite; raises SuiteError with all its mistakes. `registry` defaults to what is installed."""
     document = yaml_lines.load(find(name_or_path))
-    keys, problems, cut = suite_file.read(document)
+    keys, problems, cut = suite_file.read(document, SuiteKeys)
     reading = Reading(document, cut, problems, registry or discover(), methods() | UNREFERENCED)
     suite = _suite(reading, keys)
     if problems:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,19 @@ def default_targets(model: Any) -> list[str]:
     inner = list(surgery.targets(model, ("all-linear",), kept.LINEAR))
     outside = {path.rpartition(".")[-1] for path, _ in model.named_modules() if path not in set(inner)}
     return list(dict.fromkeys(path if (last := path.rpartition(".")[-1]) in outside else last for path in inner))
+
+
+@contextmanager
+def attached(model: Any, method: str, config: Any) -> Iterator[Any]:
+    """Attach the reference of a Method to a model on the meta device, and detach it at the end. Nothing is drawn.
+
+    Raises ValueError for a config that does not fit the model.
+    """
+    with _Undrawn():
+        adapted = attach_reference(method, model, config, None, torch.Generator())
+    yield adapted
+    adapted.detach()
+    model.requires_grad_(False)
 
 
 def of_method(

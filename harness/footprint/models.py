@@ -58,7 +58,7 @@ def _of_table(source: Source) -> Model:
 
 def _in_folder(name: str, path: Path) -> Model:
     config = shapes.read(path / "config.json", name)
-    return Model(name, config, _kind(config), str(path))
+    return Model(name, config, kind_of(config), str(path))
 
 
 def _of_hub(name: str) -> Model:
@@ -77,9 +77,10 @@ def _of_hub(name: str) -> Model:
             mend=f"`hf download {repository} config.json`, or write ./{name} if it is a folder here",
         )
     config = shapes.read(Path(found), name)
-    return Model(name, config, _kind(config), f"hub:{repository}")
+    return Model(name, config, kind_of(config), f"hub:{repository}")
 
 
-def _kind(config: dict[str, Any]) -> str:
+def kind_of(config: dict[str, Any]) -> str:
+    """Return `causal` or `encoder`, as a config.json tells by the class that it was saved from."""
     names = config.get("architectures") or [_CAUSAL[0]]
     return "causal" if any(str(name).endswith(_CAUSAL) for name in names) else "encoder"

@@ -1,0 +1,92 @@
+"""A Method's reference attached to a shape on the meta device: which tensors train, without a number of any. Imports torch."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.assets import shapes, structure
+from harness.conformance.subject import configure
+from harness.footprint import counting, models
+
+Sizes = Counter[tuple[int, ...]]
+"""How many tensors there are of each shape."""
+
+
+@lru_cache(maxsize=4)
+def model(name: str, split: str = "{}") -> Any:
+    """Return a shape's model on the meta device. split: as of `split_layers`, in JSON."""
+    config = shapes.config_of(name)
+    preset = shapes.presets().get(name)
+    built = structure.build(config, preset.kind if preset else models.kind_of(config), torch.float32)
+    built.requires_grad_(False)
+    split_layers(built, json.loads(split))
+    return built
+
+
+def split_layers(built: nn.Module, parts: Mapping[str, Sequence[str]]) -> None:
+    """Put in the place of each layer called by a key one layer for each of its parts, with an equal share of its outputs.
+
+    GPT-2 computes query, key and value in one product; papers adapt them one by one.
+    """
+    for path, layer in list(built.named_modules()):
+        names = parts.get(path.rpartition(".")[2])
+        if not names:
+            continue
+        inputs, outputs = (layer.nx, layer.nf) if hasattr(layer, "nf") else (layer.in_features, layer.out_features)
+        each = nn.ModuleDict(
+            {
+                name: nn.Linear(inputs, outputs // len(names), bias=layer.bias is not None, device="meta")
+                for name in names
+            }
+        )
+        parent = built.get_submodule(path.rpartition(".")[0])
+        setattr(parent, path.rpartition(".")[2], each.requires_grad_(False))
+
+
+@lru_cache(maxsize=256)
+def _trained(name: str, split: str, method: str, config: str) -> tuple[tuple[tuple[str, tuple[int, ...]], ...], ...]:
+    built = model(name, split)
+    with counting.attached(built, method, configure(method, json.loads(config))) as adapted:
+        own = {id(p) for p in adapted.parameters()}
+        trained = tuple((key, tuple(t.shape)) for key, t in adapted.tensors().items() if id(t) in own)
+        frozen = tuple((key, tuple(t.shape)) for key, t in adapted.state().items())
+    return trained, frozen
+
+
+def trained(name: str, method: str, config: Mapping[str, Any], split: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Map the names of the tensors that train to their shapes, the Method's reference attached to a shape.
+
+    Raises ValueError for a config that does not fit the model.
+    """
+    return dict(_trained(name, json.dumps(split), method, json.dumps(config))[0])
+
+
+def kept(name: str, method: str, config: Mapping[str, Any], split: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Map the names of the tensors that the Method makes and does not train to their shapes, each tensor once."""
+    return dict(_trained(name, json.dumps(split), method, json.dumps(config))[1])
+
+
+def parameters(name: str, split: Mapping[str, Sequence[str]] | None = None) -> dict[str, Tensor]:
+    """Map the names of a shape's parameters to them, a tied one once."""
+    return dict(model(name, json.dumps(split or {})).named_parameters())
+
+
+def in_words(sizes: Sizes) -> str:
+    """Write a sum of sizes down: `24 of 8x768 + 24 of 768x8 = 294,912`."""
+    several = [
+        f"{number:,} of {'x'.join(map(str, shape)) or '1'}" if number > 1 else "x".join(map(str, shape))
+        for shape, number in sorted(sizes.items(), key=lambda item: -item[1])
+    ]
+    return f"{' + '.join(several) or '0'} = {total(sizes):,}"
+
+
+def total(sizes: Sizes) -> int:
+    """Return the number of elements."""
+    return sum(number * torch.Size(shape).numel() for shape, number in sizes.items())

@@ -1,0 +1,43 @@
+"""`peft-harness claims`. No torch: child processes compute."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import get_args
+
+import click
+
+from harness.claims.claim import Tier
+from harness.errors import Exit
+from harness.last_words import say
+
+
+@click.command()
+@click.argument("papers", nargs=-1, metavar="[PAPER]...")
+@click.option("--tier", "tiers", multiple=True, type=click.Choice(get_args(Tier)), help="[all of them]; again.")
+@click.option("--id", "ids", multiple=True, metavar="ID", help="Only claims whose id begins so; may be given again.")
+@click.option(
+    "--file", "files", multiple=True, type=click.Path(path_type=Path), metavar="YAML", help="Your own; again."
+)
+@click.option("--jobs", type=click.IntRange(1, 256), help="Processes at a time.  [the cores, at most 8]")
+@click.option("--strict", is_flag=True, help="Exit with 3 if a claim is inconclusive or was not run.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def claims(
+    papers: tuple[str, ...], tiers: tuple[Tier, ...], ids: tuple[str, ...], files: tuple[Path, ...], jobs: int | None,
+    strict: bool, as_json: bool,
+) -> Exit:  # fmt: skip
+    """Compute again what papers claim.
+
+    All papers, if neither PAPER nor --file is given. Each claim has its source, what is printed, what we get and a
+    verdict. Exits with 1 if a claim is not reproduced, with 4 if one could not be computed that should have been, with 5
+    if none was computed.
+    """
+    from harness.claims import claim_file, computing, selection, table
+
+    paths = [*map(claim_file.path_of, papers), *files] or list(map(claim_file.path_of, claim_file.names()))
+    chosen = selection.chosen(claim_file.load(paths), tiers, ids)
+    rows, failed = computing.judged(chosen, jobs)
+    document = {"schema": 1, "claims": [row.model_dump(mode="json") for row in rows]}
+    say(json.dumps(document, indent=1) if as_json else table.as_text(rows))
+    return selection.exit_of(rows, failed=failed, strict=strict)

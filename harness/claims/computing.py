@@ -1,0 +1,93 @@
+"""Let child processes take the measures of many claims. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from harness.assets import process
+from harness.claims.claim import Asking, Claim
+from harness.claims.judging import Judged, judge, plain
+from harness.claims.measuring import Found
+
+_PATIENCE_S = 1800.0
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Why a measure found nothing. failed: whether it should have."""
+
+    why: str
+    failed: bool
+
+
+def judged(claims: Sequence[Claim], jobs: int | None = None) -> tuple[list[Judged], bool]:
+    """Judge claims, as many at a time as there are cores. Also say whether any could not be computed that should have been.
+
+    Claims of one model go to one process, which builds it once.
+    """
+    shares = _shares(claims, jobs or min(os.cpu_count() or 1, 8))
+    found: dict[str, list[Found | Missing]] = {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        children = []
+        for number, share in enumerate(shares):
+            asked, answers = Path(folder) / f"{number}.asked", Path(folder) / f"{number}.answers"
+            lines = [json.dumps(plain(asking)) for claim in share for asking in _askings(claim)]
+            asked.write_text("\n".join(lines), encoding="utf-8")
+            arguments = ["-P", "-m", "harness.claims.worker", str(asked), str(answers)]
+            threads = str(max(1, (os.cpu_count() or 1) // len(shares)))
+            environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads}
+            children.append((share, answers, stack.enter_context(process.python(arguments, environment))))
+        for share, answers, child in children:
+            child.process.wait(_PATIENCE_S)
+            said = child.said.strip().splitlines()
+            died = f"the process that computed it ended: {said[-1] if said else 'it said nothing'}"
+            read = (
+                [_read(line) for line in answers.read_text(encoding="utf-8").splitlines()] if answers.exists() else []
+            )
+            for claim in share:
+                count = len(_askings(claim))
+                found[claim.id] = read[:count] + [Missing(died, failed=True)] * max(0, count - len(read))
+                del read[:count]
+    rows = [judge(claim, [one if isinstance(one, Found) else one.why for one in found[claim.id]]) for claim in claims]
+    failed = any(isinstance(one, Missing) and one.failed for several in found.values() for one in several)
+    return rows, failed
+
+
+def _askings(claim: Claim) -> list[Asking]:
+    return [claim.asking, *(one.asking for one in claim.otherwise)]
+
+
+def _shares(claims: Sequence[Claim], jobs: int) -> list[list[Claim]]:
+    """Divide claims so that those of one model stay together and the shares are of like length."""
+    of_model: dict[str, list[Claim]] = {}
+    for claim in claims:
+        of_model.setdefault(_model(plain(claim.asking)), []).append(claim)
+    shares: list[list[Claim]] = [[] for _ in range(max(1, min(jobs, len(of_model))))]
+    for several in sorted(of_model.values(), key=len, reverse=True):
+        min(shares, key=len).extend(several)
+    return shares
+
+
+def _model(asked: Any) -> str:
+    """Return the model that a claim is about, or what else it measures."""
+    if isinstance(asked, dict):
+        if isinstance(asked.get("model"), str):
+            return str(asked["model"])
+        return next((name for value in asked.values() if (name := _model(value))), "")
+    return ""
+
+
+def _read(line: str) -> Found | Missing:
+    one = json.loads(line)
+    if "missing" in one:
+        return Missing(one["missing"], one["failed"])
+    numbers = {name: Fraction(v) if isinstance(v, str) else v for name in ("value", "most") for v in [one[name]]}
+    return Found(numbers["value"], one["how"], numbers["most"])

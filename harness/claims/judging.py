@@ -1,0 +1,135 @@
+"""The verdict on a claim, from what its measure found. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from fractions import Fraction
+from typing import Any
+
+from harness.claims.claim import Asking, Claim, Tier
+from harness.claims.measuring import Found
+from harness.claims.printed import agrees, shown
+from harness.frozen import Frozen
+
+
+class Verdict(StrEnum):
+    """What became of a claim."""
+
+    REPRODUCED = "reproduced"
+    UNDER = "reproduced-under"
+    NOT_REPRODUCED = "not-reproduced"
+    INCONCLUSIVE = "inconclusive"
+    NOT_RUN = "not-run"
+
+
+MEANING = {
+    Verdict.REPRODUCED: "comes out as the paper prints it, computed as the paper says",
+    Verdict.UNDER: "comes out under another convention, rank or unit than the paper states; which one is said",
+    Verdict.NOT_REPRODUCED: "does not come out under any reading that was tried; what does is shown with its arithmetic",
+    Verdict.INCONCLUSIVE: "cannot be decided: the paper leaves something out, or what was measured is too uncertain",
+    Verdict.NOT_RUN: "was not computed here, and what it needs is said",
+}
+
+
+class Tried(Frozen):
+    """One reading of a claim. under: in words, empty for the paper's own; value: None where nothing was found."""
+
+    under: str
+    measure: str
+    arguments: dict[str, Any]
+    value: float | bool | None = None
+    ours: str = ""
+    how: str = ""
+    missing: str = ""
+
+
+class Judged(Frozen):
+    """A claim and its verdict. under: of `reproduced-under`, the convention; ours, how: of the reading that decides."""
+
+    id: str
+    paper: str
+    version: str
+    source: str
+    sentence: str
+    tier: Tier
+    headline: str
+    printed: str
+    verdict: Verdict
+    under: str
+    ours: str
+    how: str
+    why: str
+    note: str
+    tried: list[Tried]
+
+
+def judge(claim: Claim, answers: Sequence[Found | str]) -> Judged:
+    """Judge a claim by what was found for its own reading and then for each of `otherwise`; a str says why nothing was."""
+    readings = [("", claim.asking), *((one.under, one.asking) for one in claim.otherwise)]
+    tried = [_tried(claim, under, asking, found) for (under, asking), found in zip(readings, answers, strict=True)]
+    for one, found in zip(tried, answers, strict=True):
+        if isinstance(found, str) or (words := _comes_out(claim, found)) is None:
+            continue
+        under = "; ".join(filter(None, [one.under, words]))
+        return _judged(claim, Verdict.UNDER if under else Verdict.REPRODUCED, tried, one, under=under)
+    own, found = tried[0], answers[0]
+    if isinstance(found, str):
+        return _judged(claim, Verdict.NOT_RUN, tried, own, why=found)
+    if found.most is not None and claim.figure and found.value <= claim.figure.number <= found.most:
+        return _judged(claim, Verdict.INCONCLUSIVE, tried, own, why=claim.needs or "it lies between what it can be")
+    if claim.needs and found.most is None:
+        return _judged(claim, Verdict.INCONCLUSIVE, tried, own, why=f"the paper leaves out {claim.needs}")
+    return _judged(claim, Verdict.NOT_REPRODUCED, tried, own)
+
+
+def _comes_out(claim: Claim, found: Found) -> str | None:
+    if found.most is not None:
+        return None
+    if claim.figure is None:
+        return "" if found.value else None
+    return agrees(claim.figure, Fraction(found.value), claim.rounding)
+
+
+def _tried(claim: Claim, under: str, asking: Asking, found: Found | str) -> Tried:
+    arguments = plain(asking)["with"]
+    if isinstance(found, str):
+        return Tried(under=under, measure=asking.measure, arguments=arguments, missing=found)
+    unit = claim.figure.unit if claim.figure else ""
+    if claim.figure is None:
+        ours = "holds" if found.value else "does not hold"
+    else:
+        ours = shown(Fraction(found.value), claim.dimension, unit)
+        if found.most is not None:
+            ours += f" to {shown(Fraction(found.most), claim.dimension, unit)}"
+    value = found.value if isinstance(found.value, bool) else float(found.value)
+    return Tried(under=under, measure=asking.measure, arguments=arguments, value=value, ours=ours, how=found.how)
+
+
+def plain(asked: Any) -> Any:
+    """Return an asking and all that is in it as JSON can hold it."""
+    if isinstance(asked, Asking):
+        return {"measure": asked.measure, "with": {key: plain(value) for key, value in asked.arguments.items()}}
+    if isinstance(asked, Fraction):
+        return int(asked) if asked.denominator == 1 else float(asked)
+    return [plain(one) for one in asked] if isinstance(asked, list) else asked
+
+
+def _judged(claim: Claim, verdict: Verdict, tried: list[Tried], by: Tried, under: str = "", why: str = "") -> Judged:
+    return Judged(
+        id=claim.id,
+        paper=claim.paper,
+        version=claim.version,
+        source=claim.source,
+        sentence=claim.sentence,
+        tier=claim.tier,
+        headline=claim.headline,
+        printed=claim.printed,
+        verdict=verdict,
+        under=under,
+        ours=by.ours,
+        how=by.how,
+        why=why,
+        note=claim.note,
+        tried=tried,
+    )

@@ -1,0 +1,132 @@
+"""What a measure is: a function that computes one quantity from a model's shape, a method and arithmetic. No torch here.
+
+A module of `harness.claims.measures` marks its functions `@measure(dimension)`. Their parameters are what a claim's `with:`
+may say; annotations say what each may be. torch is imported inside them, so that files are checked without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cache
+from typing import Annotated, Any, get_type_hints
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+
+from harness.claims.printed import Dimension
+
+Number = int | float | Fraction
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a measure found. value: a number in base units, or of a property whether it holds.
+
+    how: the arithmetic, so that a reader can do it again by hand. most: where the paper leaves something open, the largest
+    that it can be, and `value` the least.
+    """
+
+    value: Number | bool
+    how: str
+    most: Number | None = None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A measure: its name, what it is in, what `with:` may say (a pydantic model), and the function."""
+
+    name: str
+    dimension: Dimension
+    arguments: type[BaseModel]
+    function: Callable[..., Found]
+    nested: frozenset[str] = field(default=frozenset())
+
+    @property
+    def about(self) -> str:
+        """The function's docstring."""
+        return inspect.getdoc(self.function) or ""
+
+
+@dataclass(frozen=True)
+class _Nested:
+    """Marks a parameter that is a number, or what another measure finds."""
+
+
+Quantity = Annotated[Any, _Nested()]
+"""A parameter that is a number the paper prints, or `{measure: NAME, with: {...}}`; the function gets a Fraction."""
+Quantities = Annotated[list[Any], _Nested()]
+"""A parameter that is a list of such."""
+
+
+class NotRunError(Exception):
+    """Raised by a measure that cannot be taken here: what it needs, as a sentence."""
+
+
+def _shape(address: str) -> str:
+    from harness.assets import shapes
+
+    name = address.removeprefix(shapes.PREFIX)
+    if wrong := shapes.unknown(name):
+        raise ValueError(wrong)
+    return name
+
+
+def _method(name: str) -> str:
+    from harness.methods import methods
+    from harness.spelling import near
+
+    if name not in (there := methods()):
+        raise ValueError(f"no method is called `{name}`; {near(name, there)}")
+    return name
+
+
+Model = Annotated[str, AfterValidator(_shape)]
+"""A parameter that names a shape: a preset, or the path of a config.json."""
+Method = Annotated[str, AfterValidator(_method)]
+"""A parameter that names a Method; `config`, if there is one, is checked against it."""
+Config = dict[str, Any]
+"""A Method's config, as in a suite."""
+Positive = Annotated[int, Field(ge=1)]
+
+
+def measure(dimension: Dimension) -> Callable[[Callable[..., Found]], Callable[..., Found]]:
+    """Mark a function as a measure of this dimension."""
+
+    def mark(function: Callable[..., Found]) -> Callable[..., Found]:
+        function.dimension = dimension  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+@cache
+def measures() -> Mapping[str, Measure]:
+    """Return every measure by its name: those that the modules of `harness.claims.measures` mark."""
+    from harness.claims import measures as room
+
+    found: dict[str, Measure] = {}
+    for module in pkgutil.iter_modules(room.__path__):
+        loaded = importlib.import_module(f"{room.__name__}.{module.name}")
+        for name, function in vars(loaded).items():
+            if hasattr(function, "dimension") and function.__module__ == loaded.__name__:
+                found[name] = _measure(name, function)
+    return dict(sorted(found.items()))
+
+
+def _measure(name: str, function: Any) -> Measure:
+    hints = get_type_hints(function, include_extras=True)
+    fields: dict[str, Any] = {}
+    nested = set()
+    for key, parameter in inspect.signature(function).parameters.items():
+        if any(isinstance(extra, _Nested) for extra in getattr(hints[key], "__metadata__", ())):
+            nested.add(key)
+        default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+        fields[key] = (hints[key], default)
+    strict = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
+    return Measure(
+        name, function.dimension, create_model(name, __config__=strict, **fields), function, frozenset(nested)
+    )

@@ -1,0 +1,144 @@
+"""A figure as a paper prints it, and whether a computed number comes out as it. Exact fractions, no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from harness.spelling import near
+
+Dimension = Literal["count", "bytes", "bits", "share", "ratio", "seconds", "number", "property"]
+"""What a measure is in. count: of things; share: of a whole; property: it holds or it does not, and nothing is printed."""
+
+_THOUSANDS: dict[str, Fraction] = {"K": Fraction(10**3), "M": Fraction(10**6), "B": Fraction(10**9)}
+_BYTES: dict[str, Fraction] = {
+    f"{prefix}{end}": Fraction(base**power)
+    for power, prefix in enumerate("KMGT", start=1)
+    for end, base in (("B", 1000), ("iB", 1024))
+}
+# A bare letter is a paper's shorthand for the decimal unit, and is read as the binary one only where that is said.
+UNITS: dict[Dimension, dict[str, Fraction]] = {
+    "count": {"": Fraction(1), **_THOUSANDS},
+    "bytes": {"B": Fraction(1), **_BYTES, **{letter: _BYTES[f"{letter}B"] for letter in "KMGT"}},
+    "bits": {"": Fraction(1), "bit": Fraction(1)},
+    "share": {"%": Fraction(1, 100), "": Fraction(1)},
+    "ratio": {"x": Fraction(1), "": Fraction(1)},
+    "seconds": {"s": Fraction(1), "ms": Fraction(1, 1000), "min": Fraction(60)},
+    "number": {"": Fraction(1)},
+    "property": {},
+}
+_FORM = re.compile(
+    r"(?P<relation><=|>=|<|>)?\s*(?P<digits>[+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?)\s*(?P<unit>[A-Za-z%]*)"
+)
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A printed figure. number: in base units (1, byte, second); last: what one in its last digit is worth.
+
+    unit: as printed; relation: "", or what ours must be to it (`<`, `<=`, `>`, `>=`).
+    """
+
+    text: str
+    number: Fraction
+    last: Fraction
+    unit: str
+    relation: str = ""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How the figure was made of the true one: `nearest`, `cut` (digits dropped), `magnitude` (a power of ten), `about`.
+
+    within: of `about`, the largest share of the printed figure that ours may be away from it.
+    """
+
+    rule: Literal["nearest", "cut", "magnitude", "about"] = "nearest"
+    within: Fraction = Fraction(0)
+
+
+def parse(text: str, dimension: Dimension) -> Printed:
+    """Read a figure such as `0.3M`, `< 48 GB` or `10,000x`. Raises ValueError: what is wrong; and the mend after a `;`."""
+    units = UNITS[dimension]
+    found = _FORM.fullmatch(text.strip())
+    if found is None:
+        raise ValueError(f"{text!r} is no figure; write e.g. {_example(dimension)}, or < and > before it")
+    unit = found["unit"]
+    if unit not in units:
+        raise ValueError(f"{text!r} has the unit {unit!r}, but the measure is in {dimension}; {near(unit, units)}")
+    digits = found["digits"].replace(",", "")
+    mantissa, _, exponent = digits.partition("e")
+    last = Fraction(10) ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
+    return Printed(text, Fraction(digits) * units[unit], last * units[unit], unit, found["relation"] or "")
+
+
+def _example(dimension: Dimension) -> str:
+    unit = next(iter(units)) if (units := [u for u in UNITS[dimension] if u]) else ""
+    return f"`12.3{unit}`"
+
+
+def agrees(printed: Printed, value: Fraction, rounding: Rounding) -> str | None:
+    """Say under which reading of the figure a number comes out as it; "" is the plain one, None that it does under none.
+
+    Besides the plain reading: digits cut off where they should have been rounded, and MB read as MiB.
+    """
+    for words, one in _readings(printed):
+        if _comes_out(one, value, rounding):
+            return words
+    for words, one in _readings(printed):
+        if rounding.rule == "nearest" and not printed.relation and _comes_out(one, value, Rounding("cut")):
+            return "; ".join(filter(None, ["digits cut off, not rounded", words]))
+    return None
+
+
+def _readings(printed: Printed) -> Iterator[tuple[str, Printed]]:
+    yield "", printed
+    binary = f"{printed.unit[:1]}iB"
+    if printed.unit in UNITS["bytes"] and binary in _BYTES and printed.unit != binary:
+        factor = _BYTES[binary] / UNITS["bytes"][printed.unit]
+        if UNITS["bytes"][printed.unit] > 1 and not printed.unit.endswith("iB"):
+            words = f"{printed.unit} read as {binary}"
+            yield words, Printed(printed.text, printed.number * factor, printed.last * factor, binary, printed.relation)
+
+
+def _comes_out(printed: Printed, value: Fraction, rounding: Rounding) -> bool:
+    if printed.relation:
+        n = printed.number
+        return {"<": value < n, "<=": value <= n, ">": value > n, ">=": value >= n}[printed.relation]
+    away = value - printed.number
+    match rounding.rule:
+        case "nearest":
+            return abs(away) * 2 <= printed.last
+        case "cut":
+            return 0 <= away < printed.last if printed.number >= 0 else -printed.last < away <= 0
+        case "about":
+            return abs(away) <= abs(printed.number) * rounding.within
+        case "magnitude":
+            return value > 0 and printed.number > 0 and _power(value) == _power(printed.number)
+
+
+def _power(value: Fraction) -> int:
+    """Return the nearest power of ten, on the scale of logarithms."""
+    return round(math.log10(value))
+
+
+def shown(value: Fraction, dimension: Dimension, unit: str = "") -> str:
+    """Return a computed number for people: in the printed figure's unit, and exactly where that says more."""
+    exact = f"{int(value):,}" if value.denominator == 1 else f"{float(value):.6g}"
+    if dimension == "bytes":
+        one = next((u for u in ("TB", "GB", "MB", "KB") if abs(value) >= _BYTES[u]), "B")
+        if one == "B":
+            return f"{float(value):,.6g} B"
+        two = f"{one[0]}iB"
+        return f"{float(value / _BYTES[one]):.4g} {one} = {float(value / _BYTES[two]):.4g} {two}"
+    if dimension == "count" and UNITS["count"].get(unit, 1) > 1:
+        return f"{exact} ({float(value / UNITS['count'][unit]):.6g}{unit})"
+    if dimension == "share":
+        return f"{float(value * 100):.6g}%"
+    if dimension == "seconds":
+        return f"{float(value / UNITS['seconds'].get(unit, Fraction(1))):.4g} {unit or 's'}"
+    return exact + {"ratio": "x", "bits": " bit"}.get(dimension, "")

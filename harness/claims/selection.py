@@ -1,0 +1,31 @@
+"""Which claims are asked for, and the exit code of what became of them. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from harness.claims.claim import Claim
+from harness.claims.judging import Judged, Verdict
+from harness.errors import Exit, UsageError
+from harness.spelling import near
+
+
+def chosen(claims: Sequence[Claim], tiers: Sequence[str], ids: Sequence[str]) -> list[Claim]:
+    """Return the claims of these tiers whose ids begin so. Raises UsageError where none does."""
+    for start in ids:
+        if not any(claim.id.startswith(start) for claim in claims):
+            mend = near(start, [claim.id for claim in claims], "`peft-harness list claims` shows all; ids here")
+            raise UsageError(f"no claim's id begins with `{start}`", where="--id", mend=mend)
+    return [c for c in claims if (not tiers or c.tier in tiers) and (not ids or c.id.startswith(tuple(ids)))]
+
+
+def exit_of(rows: Sequence[Judged], *, failed: bool, strict: bool) -> Exit:
+    """Return the exit code: a claim that does not come out is a finding and comes first."""
+    verdicts = {row.verdict for row in rows}
+    if Verdict.NOT_REPRODUCED in verdicts:
+        return Exit.FAIL
+    if failed:
+        return Exit.INFRASTRUCTURE
+    if verdicts <= {Verdict.NOT_RUN}:
+        return Exit.NOTHING_COMPARED
+    return Exit.INCONCLUSIVE if strict and verdicts & {Verdict.INCONCLUSIVE, Verdict.NOT_RUN} else Exit.PASS

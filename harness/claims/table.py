@@ -1,0 +1,53 @@
+"""The claim ledger as text for a terminal. No torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from harness.claims.judging import Judged, Verdict
+
+_WIDEST_HOW = 160
+"""Characters of arithmetic in a line; all of it stands in the JSON document and on the page."""
+
+
+def as_text(rows: Sequence[Judged]) -> str:
+    """Lay the ledger out: a line for each claim, and what a reader needs to do the arithmetic again where it is not plain."""
+    lines: list[str] = []
+    paper = ""
+    for row in rows:
+        if row.paper != paper:
+            paper = row.paper
+            lines += [""] * bool(lines) + [f"{paper} ({row.version})"]
+        lines += _claim(row)
+    return "\n".join([*lines, "", summary(rows)])
+
+
+def summary(rows: Sequence[Judged]) -> str:
+    """Say how many claims got each verdict."""
+    counts = Counter(row.verdict for row in rows)
+    said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict])
+    return f"{len(rows)} claim{'s' * (len(rows) != 1)}: {said}"
+
+
+def _claim(row: Judged) -> Iterator[str]:
+    got = f"; we get {row.ours}" if row.ours else ""
+    yield f"  {row.verdict:<16}  {row.id}: the paper prints {row.printed}{got}  [{row.source}]"
+    indent = " " * 20
+    if row.verdict is Verdict.REPRODUCED:
+        return
+    yield f"{indent}{row.sentence}"
+    if row.under:
+        yield f"{indent}under: {row.under}"
+    if row.why:
+        yield f"{indent}{row.why}"
+    for one in row.tried:
+        name = f"{one.under}: " if one.under else ""
+        if one.ours:
+            yield f"{indent}{name}{one.ours} from {_short(one.how)}"
+    if row.note:
+        yield f"{indent}{row.note}"
+
+
+def _short(how: str) -> str:
+    return how if len(how) <= _WIDEST_HOW else f"{how[: _WIDEST_HOW - 4]} ..."

@@ -1,0 +1,47 @@
+"""Take measures, in a process of its own. Run as `python -m harness.claims.worker REQUESTS ANSWERS`: two JSON Lines files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from harness.claims.measuring import Found, NotRunError, measures
+from harness.errors import HarnessError
+
+_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+"""What transformers and the references raise for a shape or a config that does not fit; one claim never takes the others."""
+
+
+def find(asked: dict[str, Any]) -> Found:
+    """Take one measure; first those that its arguments ask for."""
+    measure = measures()[asked["measure"]]
+    arguments = {k: _quantity(v) if k in measure.nested else v for k, v in asked["with"].items()}
+    return measure.function(**arguments)
+
+
+def _quantity(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_quantity(one) for one in value]
+    return Fraction(find(value).value) if isinstance(value, dict) else Fraction(str(value))
+
+
+def answer(asked: dict[str, Any]) -> dict[str, Any]:
+    """Return what a measure found as JSON can hold it; or what is missing, and whether that is a failure."""
+    try:
+        found = find(asked)
+    except NotRunError as error:
+        return {"missing": str(error), "failed": False}
+    except (*_ERRORS, HarnessError) as error:
+        return {"missing": f"could not be computed: {type(error).__name__}: {error}", "failed": True}
+    numbers = {name: value if isinstance(value, bool | None) else str(Fraction(value))
+               for name, value in (("value", found.value), ("most", found.most))}  # fmt: skip
+    return {"how": found.how, **numbers}
+
+
+if __name__ == "__main__":
+    with Path(sys.argv[2]).open("w", encoding="utf-8") as answers:
+        for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines():
+            print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
