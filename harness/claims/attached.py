@@ -1,4 +1,4 @@
-"""A Method's reference attached to a shape on the meta device: which tensors train, without a number of any. Imports torch."""
+"""A Method's reference attached to a shape on the meta device: which tensors train, without any number in them."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from harness.claims.printed import Dimension, Printed, Rounding
+from harness.claims.printed import NEAREST, Dimension, Printed, Rounding
 
 Tier = Literal["exact", "gpu-synthetic", "trained"]
 """What it takes to decide a claim: arithmetic or a small tensor; a GPU and random weights; training on data."""
@@ -32,10 +32,10 @@ class Reading:
 class Claim:
     """One falsifiable sentence of a paper.
 
-    sentence: in our words. paper, version: the file's, e.g. `lora` and `arXiv:2106.09685v2`; source: the section or table.
-    figure: None of a property. otherwise: readings that are tried in turn where the paper's own does not come out.
-    headline: the headline that it is part of, if it is. needs: what the paper leaves out, if it cannot be decided. note: what
-    is known about the difference. where: `file:line`.
+    sentence: in our words. paper, version: the file's, e.g. `lora` and `arXiv:2106.09685v2`; source: section or table.
+    figure: None of a property. otherwise: readings to be tried in turn where the paper's own does not come out.
+    headline: the headline that it is part of, if it is. needs: what the paper leaves out, if it cannot be decided.
+    note: what is known about the difference. where: `file:line`.
     """
 
     id: str
@@ -48,7 +48,7 @@ class Claim:
     dimension: Dimension
     asking: Asking
     figure: Printed | None = None
-    rounding: Rounding = Rounding()
+    rounding: Rounding = NEAREST
     otherwise: tuple[Reading, ...] = ()
     headline: str = ""
     needs: str = ""

@@ -55,7 +55,7 @@ class ClaimKeys(RowKeys):
     """One entry of `claims:`."""
 
     tier: Tier | None = None
-    rows: list[RowKeys] = []
+    rows: list[RowKeys] = Field(default=[])
 
 
 class FileKeys(Keys):

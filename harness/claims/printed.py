@@ -61,6 +61,9 @@ class Rounding:
     within: Fraction = Fraction(0)
 
 
+NEAREST = Rounding()
+
+
 def parse(text: str, dimension: Dimension) -> Printed:
     """Read a figure such as `0.3M`, `< 48 GB` or `10,000x`. Raises ValueError: what is wrong; and the mend after a `;`."""
     units = UNITS[dimension]

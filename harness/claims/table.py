@@ -12,7 +12,7 @@ _WIDEST_HOW = 160
 
 
 def as_text(rows: Sequence[Judged]) -> str:
-    """Lay the ledger out: a line for each claim, and what a reader needs to do the arithmetic again where it is not plain."""
+    """Lay the ledger out: a line for each claim, and the arithmetic of those that do not plainly come out."""
     lines: list[str] = []
     paper = ""
     for row in rows:

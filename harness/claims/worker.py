@@ -1,4 +1,4 @@
-"""Take measures, in a process of its own. Run as `python -m harness.claims.worker REQUESTS ANSWERS`: two JSON Lines files."""
+"""Take measures, in a process of its own: `python -m harness.claims.worker ASKED ANSWERS`, two JSON Lines files."""
 
 from __future__ import annotations
 

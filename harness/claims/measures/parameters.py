@@ -1,4 +1,4 @@
-"""Measures: parameters, counted on a model without weights with the Method's reference attached. No torch before one is taken."""
+"""Measures: parameters, counted on a model without weights that has the Method's reference attached."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def parameters(model: Model, without: list[str] | None = None, only: list[str] |
 def trainable_parameters(
     model: Model,
     method: Method,
-    config: Config = {},  # noqa: B006  # nothing changes it
-    split: Split = {},  # noqa: B006
+    config: Config = {},
+    split: Split = {},
     only: list[str] | None = None,
     also: list[str] | None = None,
 ) -> Found:
@@ -45,7 +45,7 @@ def frozen_tensors_of_the_method(
     method: Method,
     config: Config = {},
     split: Split = {},
-    only: list[str] | None = None,  # noqa: B006
+    only: list[str] | None = None,
 ) -> Found:
     """Elements of what a Method makes and does not train (VeRA's shared projections), a tensor of a name once."""
     from harness.claims import attached
@@ -58,13 +58,13 @@ def frozen_tensors_of_the_method(
 def trainable_share(
     model: Model,
     method: Method,
-    config: Config = {},  # noqa: B006
+    config: Config = {},
     of: Literal["base", "base+adapter"] = "base",
-    split: Split = {},  # noqa: B006
+    split: Split = {},
     only: list[str] | None = None,
     also: list[str] | None = None,
 ) -> Found:
-    """Parameters that train, as a share: of the model's own (`base`), or of those and the Method's together (`base+adapter`)."""
+    """Parameters that train, as a share of the model's own (`base`), or of those and the Method's (`base+adapter`)."""
     from harness.claims import attached
 
     trained = _trained(model, method, config, split, only, also)
@@ -74,7 +74,7 @@ def trainable_share(
 
 
 @measure("count")
-def adapted_layers(model: Model, method: Method, config: Config = {}, split: Split = {}) -> Found:  # noqa: B006
+def adapted_layers(model: Model, method: Method, config: Config = {}, split: Split = {}) -> Found:
     """Layers that a Method adapts."""
     from harness.claims import attached
 

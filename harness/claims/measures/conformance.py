@@ -1,0 +1,51 @@
+"""Measures: what the conformance suite can say of a Method, by its checks on small tensors against float64."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from harness.claims.measuring import Found, Method, NotRunError, measure
+
+
+def _check(name: str) -> str:
+    from harness import explain
+    from harness.spelling import near
+
+    if name not in (there := explain.checks()):
+        raise ValueError(f"no check is called `{name}`; {near(name, there)}")
+    return name
+
+
+Check = Annotated[str, AfterValidator(_check)]
+"""A parameter that names a check of `peft-harness check`."""
+
+
+@measure("property")
+def conforms(method: Method, check: Check, implementation: str = "reference") -> Found:
+    """Whether an implementation passes one check in every float32 case of the Method's parity suite.
+
+    As `peft-harness check IMPLEMENTATION --method METHOD` has it: judged by the reference in float64, with its tolerances.
+    """
+    from harness.conformance import matrix, suite
+    from harness.conformance.breadth import FEW
+    from harness.records import Outcome
+    from harness.registry import discover
+
+    plan = suite.load(method)
+    if check not in plan.checks:
+        raise ValueError(f"the parity suite of {method} has no check `{check}`; it has {', '.join(plan.checks)}")
+    plan = plan.model_copy(update={"checks": [check]})
+    one = discover().find("method", method, implementation)
+    results = [r for case in plan.cases(FEW, ["float32"]) for r in matrix.one_case(one, plan, case)]
+    tried = [r for r in results if r.outcome is not Outcome.SKIPPED]
+    if not tried:
+        raise NotRunError(
+            f"a case of {method} that `{implementation}` offers: {results[0].detail if results else 'none'}"
+        )
+    failed = [r for r in tried if r.outcome is Outcome.FAIL]
+    shares = [r.error / r.allowed for r in tried if r.error is not None and r.allowed]
+    worst = f", the largest error {max(shares):.2g} of what is allowed" if shares else ""
+    passed = f"{len(tried) - len(failed)} of {len(tried)} cases in float32 pass `{check}`{worst}"
+    return Found(not failed, f"{passed}: {failed[0].detail}" if failed and failed[0].detail else passed)
