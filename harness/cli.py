@@ -21,7 +21,7 @@ from harness.gate import verbs as gate_verbs
 from harness.history.command import history
 from harness.last_words import bug, fail, say, silence
 
-_KINDS = ("methods", "implementations", "suites", "models", "tasks", "checks")
+_KINDS = ("methods", "implementations", "suites", "models", "tasks", "checks", "claims", "measures")
 _ONLY = "Cells to keep, e.g. `method=lora,rank=8`; see below."
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
@@ -352,7 +352,8 @@ def doctor(as_json: bool) -> Exit:
 def explain(name: str) -> Exit:
     """Explain a name.
 
-    A method, an operation, a check, a known defect, an error, an exit code, a status, or a part of what `fit` predicts.
+    A method, an operation, a check, a known defect, a claim, a measure, an error, an exit code, a status, or a part of
+    what `fit` predicts. `peft-harness explain claims` shows how a claim file is written.
     """
     from harness.explain import explain as explained
 

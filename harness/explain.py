@@ -89,8 +89,8 @@ def checks() -> dict[str, str]:
 
 
 def explain(name: str) -> str:
-    """Explain a method, operation, check, known defect, optimizer, key of `training:`, error, exit code, status, or a part
-    of what `fit` predicts.
+    """Explain a method, operation, check, known defect, optimizer, key of `training:`, claim, measure, verdict, error, exit
+    code, status, or a part of what `fit` predicts.
 
     A check may be named as a Record names it, e.g. `lora/gradient/float32/warm`. Raises UsageError for any other name.
     """
@@ -98,17 +98,19 @@ def explain(name: str) -> str:
     wanted = (parts[1] if len(parts) == 4 else name).lower()
     # In a Record's name of a check no other thing can be meant, such as the Method `frozen`.
     topics = [topic for topic in _of_checks() if len(parts) == 4 and topic[0] == wanted] or list(_topics())
-    # Known defects are read only where nothing of ours has the name: a mistake in their file must not silence the rest.
-    if wanted not in {topic for topic, _ in topics}:
-        topics += _defects()
+    # Files are read only where nothing of ours has the name: a mistake in one must not silence the rest.
+    for read in (_claims, _defects):
+        if wanted not in {topic for topic, _ in topics}:
+            topics += read()
     found = [text() for topic, text in topics if topic == wanted]
     if not found:
         mend = near(name, sorted({topic for topic, _ in topics}))
         if not mend.startswith("did you mean"):  # all names together would fill the screen
             mend = (
-                "`peft-harness list methods` and `list checks` show names; operations, known defects, optimizers, keys"
+                "`peft-harness list methods`, `list checks`, `list claims` and `list measures` show names; operations, known"
+                " defects, optimizers, keys of `training:`, verdicts, errors, exit codes (0 to 5) and statuses (ok, oom)"
+                " can be explained too"
             )
-            mend += " of `training:`, errors, exit codes (0 to 5) and statuses (ok, oom, ...) can be explained too"
         raise UsageError(f"nothing is called `{name}`", where="explain", mend=mend)
     return "\n\n".join(found)
 
@@ -174,6 +176,12 @@ def _example(check: str) -> tuple[str, str] | None:
             who = "" if data.get("base") else "reference "
             return file.stem, f"peft-harness check {who}{option} {file.stem} --dtype float32"
     return None
+
+
+def _claims() -> Iterator[Topic]:
+    from harness.claims import explained
+
+    yield from explained.topics()
 
 
 def _defects() -> Iterator[Topic]:

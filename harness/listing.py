@@ -117,6 +117,36 @@ def _checks(_: Registry) -> list[Row]:
     return [{"name": name, "summary": text.partition("\n")[0]} for name, text in explain.checks().items()]
 
 
+def _claims(_: Registry) -> list[Row]:
+    from harness.claims import claim_file
+
+    claims = claim_file.load(map(claim_file.path_of, claim_file.names()))
+    return [
+        {
+            "name": c.id,
+            "tier": c.tier,
+            "source": f"{c.version}, {c.source}",
+            "printed": c.printed,
+            "sentence": c.sentence,
+        }
+        for c in claims
+    ]
+
+
+def _measures(_: Registry) -> list[Row]:
+    from harness.claims.measuring import measures
+
+    return [
+        {
+            "name": m.name,
+            "in": m.dimension,
+            "arguments": list(m.arguments.model_fields),
+            "summary": m.about.partition("\n")[0],
+        }
+        for m in measures().values()
+    ]
+
+
 def _sources() -> dict[str, Source]:
     return load_table(folder("suites") / "sources.yaml")
 
@@ -128,6 +158,8 @@ _ROWS: dict[str, Callable[[Registry], list[Row]]] = {
     "models": _models,
     "tasks": _tasks,
     "checks": _checks,
+    "claims": _claims,
+    "measures": _measures,
 }
 _COLUMNS = {
     "methods": ("name", "implementations", "summary"),
@@ -137,5 +169,7 @@ _COLUMNS = {
     "models": ("name", "kind", "source", "licence"),
     "tasks": ("name", "data", "labels", "test"),
     "checks": ("name", "summary"),
+    "claims": ("name", "tier", "printed", "source"),
+    "measures": ("name", "in", "summary"),
 }
 KINDS = tuple(_ROWS)

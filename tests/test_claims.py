@@ -1,0 +1,217 @@
+"""The claim ledger: how figures are read, what is refused, what each verdict is given for, what the command prints."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from harness.claims import claim_file, explained
+from harness.claims.judging import Verdict, judge
+from harness.claims.measuring import Found, measures
+from harness.claims.printed import Rounding, agrees, parse
+from harness.cli import main
+from harness.errors import Exit, SuiteError
+
+SHAPE = {
+    "model_type": "llama", "vocab_size": 100, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1,
+}  # fmt: skip
+# Of two blocks 8 -> 8 and 8 -> 4 at rank 2: 2 x (2 x (8 + 8) + 2 x (8 + 4)).
+TRAINED = 112
+
+
+def write(folder: Path, claims: str, head: str = "paper: mine\ntitle: Mine\nversion: v1\n") -> Path:
+    """Write a claim file beside a shape's config.json."""
+    (folder / "config.json").write_text(json.dumps(SHAPE))
+    path = folder / "mine.yaml"
+    path.write_text(f"{head}claims:\n{claims}")
+    return path
+
+
+def line(folder: Path, printed: str, *, rank: int = 2, more: str = "", measure: str = "trainable_parameters") -> str:
+    config = f"{{rank: {rank}, targets: [q_proj, v_proj]}}"
+    return (
+        f"  - {{id: one, sentence: 'It trains {{printed}}.', source: Table 1, tier: exact, printed: '{printed}',"
+        f" measure: {measure}, with: {{model: {folder}/config.json, method: lora, config: {config}}}{more}}}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "dimension", "value", "under"),
+    [
+        ("0.3M", "count", 294_912, ""),
+        ("18.8M", "count", 18_874_368, "digits cut off, not rounded"),
+        ("603.8M", "count", 603_979_776, None),
+        ("35MB", "bytes", 36 * 2**20, None),
+        ("36MB", "bytes", 36 * 2**20, "MB read as MiB"),
+        ("36MiB", "bytes", 36 * 2**20, ""),
+        ("36 MiB", "bytes", 36_000_000, None),
+        ("< 48 GB", "bytes", 47_999_999_999, ""),
+        ("< 48 GB", "bytes", 48 * 2**30 - 1, "GB read as GiB"),
+        ("< 48 GB", "bytes", 48 * 2**30, None),
+        (">= 3x", "ratio", 3, ""),
+        ("0.83%", "share", Fraction(8325, 10**6), ""),
+        ("0.67%", "share", Fraction(6650, 10**6), ""),  # half a last digit is still nearest
+        ("0.67%", "share", Fraction(6649, 10**6), None),
+        ("1,500.0M", "count", 1_566_913_538, None),
+        ("0.127 bit", "bits", Fraction(8, 64) + Fraction(32, 64 * 256), ""),
+    ],
+)
+def test_a_figure_comes_out_under_the_reading_that_is_named(
+    text: str, dimension: str, value: Fraction, under: str
+) -> None:
+    assert agrees(parse(text, dimension), Fraction(value), Rounding()) == under  # type: ignore[arg-type]
+
+
+def test_an_order_of_magnitude_and_a_figure_about_right() -> None:
+    ten_thousand = parse("10,000x", "ratio")
+    assert agrees(ten_thousand, Fraction(9285), Rounding("magnitude")) == ""
+    assert agrees(ten_thousand, Fraction(37_141), Rounding("magnitude")) is None
+    about = Rounding("about", Fraction(5, 100))
+    assert [agrees(parse("100x", "ratio"), Fraction(n), about) for n in (94, 95, 105, 106)] == [None, "", "", None]
+
+
+@pytest.mark.parametrize(
+    ("text", "dimension"), [("0.3 MB", "count"), ("12 ms", "bytes"), ("much", "ratio"), ("3%", "bits")]
+)
+def test_a_wrong_unit_is_told(text: str, dimension: str) -> None:
+    with pytest.raises(ValueError, match=r"unit|figure"):
+        parse(text, dimension)  # type: ignore[arg-type]
+
+
+def test_a_rank_in_the_file_changes_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["claims", "--file", str(write(tmp_path, line(tmp_path, str(TRAINED)))), "--json"]) == Exit.PASS
+    (row,) = json.loads(capsys.readouterr().out)["claims"]
+    assert (row["verdict"], row["tried"][0]["value"]) == ("reproduced", TRAINED)
+    assert "112" in row["how"]
+    assert main(["claims", "--file", str(write(tmp_path, line(tmp_path, str(TRAINED), rank=4)))]) == Exit.FAIL
+    printed = capsys.readouterr().out
+    assert "not-reproduced" in printed
+    assert f"{2 * TRAINED:,}" in printed
+
+
+def test_another_reading_is_named_in_the_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ", otherwise: [{under: rank 3, with: {config: {rank: 3}}}, {under: rank 4, with: {config: {rank: 4}}}]"
+    file = write(tmp_path, line(tmp_path, str(2 * TRAINED), more=more))
+    assert main(["claims", "--file", str(file), "--json"]) == Exit.PASS
+    (row,) = json.loads(capsys.readouterr().out)["claims"]
+    assert (row["verdict"], row["under"]) == ("reproduced-under", "rank 4")
+    assert [one["value"] for one in row["tried"]] == [TRAINED, TRAINED * 3 / 2, 2 * TRAINED]
+
+
+def test_rows_share_what_they_do_not_say(tmp_path: Path) -> None:
+    rows = ", rows: [{id: a, printed: 112, note: of this row}, {id: b, printed: 1K, source: Table 2}]"
+    table = line(tmp_path, "x", more=rows).replace("printed: 'x', ", "")
+    claims = claim_file.load([write(tmp_path, table)])
+    assert [(c.id, c.source, c.sentence, c.note) for c in claims] == [
+        ("one-a", "Table 1", "It trains 112.", "of this row"),
+        ("one-b", "Table 2", "It trains 1K.", ""),
+    ]
+
+
+def test_every_mistake_of_a_file_is_told_at_once_with_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mistakes = """\
+  - id: a
+    sentence: no source
+    tier: exact
+    printed: 3 GB
+    measure: trainable_parameters
+    with: {model: llama-7, method: lorra, config: {rank: 8}, also: 3}
+  - id: a2
+    sentence: a measure that nobody knows
+    source: Table 1
+    tier: easy
+    printed: 3x
+    measure: ratios
+    with: {of: 3, to: 1}
+  - id: b
+    sentence: a config that does not fit
+    source: Table 1
+    tier: exact
+    printed: 3x
+    rounding: up
+    surplus: 1
+    measure: ratio
+    with:
+      of: {measure: trainable_parameters, with: {model: llama-7b, method: lora, config: {rank: 0, ranks: 2}}}
+      to: many
+      from: 2
+"""
+    file = write(tmp_path, mistakes, head="paper: mine\ntitle: Mine\n")
+    assert main(["claims", "--file", str(file)]) == Exit.USAGE
+    said = capsys.readouterr().err
+    expected = [
+        (":1: ", "`version` is missing"), (":4: ", "`source` is missing"), (":7: ", "'GB'"), (":9: ", "llama-7b"),
+        (":9: ", "no method is called `lorra`"), (":9: ", "`also`"), (":13: ", "easy"), (":15: ", "did you mean `ratio`?"),
+        (":22: ", "`rounding` is 'up'"), (":23: ", "unknown key `surplus`"), (":26: ", "`rank` of lora"),
+        (":26: ", "lora has no `ranks`"), (":27: ", "'many' is no quantity"), (":28: ", "no argument `from`"),
+    ]  # fmt: skip
+    lines = said.splitlines()
+    for place, words in expected:
+        at = [i for i, one in enumerate(lines) if f"mine.yaml{place}" in one and words in " ".join(lines[i : i + 2])]
+        assert at, f"{place}{words} is not in:\n{said}"
+    assert f"{len(expected)} mistakes in the claim file" in said
+
+
+def test_two_claims_of_one_id_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SuiteError, match="taken already"):
+        claim_file.load([write(tmp_path, line(tmp_path, "1") + line(tmp_path, "2"))])
+
+
+def test_what_a_paper_leaves_out_is_not_decided(tmp_path: Path) -> None:
+    file = write(tmp_path, line(tmp_path, "150", more=", needs: the ranks that were learnt"))
+    (claim,) = claim_file.load([file])
+    between = judge(claim, [Found(TRAINED, "least", most=2 * TRAINED)])
+    assert (between.verdict, between.why) == (Verdict.INCONCLUSIVE, "the ranks that were learnt")
+    assert judge(claim, [Found(2 * TRAINED, "least", most=3 * TRAINED)]).verdict is Verdict.NOT_REPRODUCED
+
+
+def test_one_claim_that_cannot_be_computed_takes_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = line(tmp_path, "1", rank=2).replace("v_proj", "nowhere").replace("id: one", "id: wrong")
+    assert main(["claims", "--file", str(write(tmp_path, wrong + line(tmp_path, "112")))]) == Exit.INFRASTRUCTURE
+    printed = capsys.readouterr().out
+    assert "could not be computed: ValueError: no" in printed
+    assert "layer is named 'nowhere'" in printed
+    assert "reproduced        one: " in printed
+
+
+def test_an_unknown_paper_and_an_unknown_id_are_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["claims", "lorra"]) == Exit.USAGE
+    assert "did you mean `lora`?" in capsys.readouterr().err
+    assert main(["claims", "lora", "--id", "nothing-of-this"]) == Exit.USAGE
+    assert "no claim's id begins with" in capsys.readouterr().err
+
+
+def test_the_example_that_explain_shows_is_a_claim_file(tmp_path: Path) -> None:
+    example = explained.FORM.partition("\n\n")[2].rpartition("\n\nAn argument")[0]
+    path = tmp_path / "mine.yaml"
+    path.write_text("\n".join(one.removeprefix("  ") for one in example.splitlines()))
+    assert [claim.id for claim in claim_file.load([path])] == ["mine-params", "mine-table-r4", "mine-table-r8"]
+
+
+def test_claims_are_read_listed_and_explained_without_torch() -> None:
+    code = (
+        "import sys\nfrom harness.cli import main\n"
+        "main(['list', 'claims', 'measures']); main(['explain', 'ratio'])\n"
+        "sys.exit(f'imports {found}' if (found := {'torch', 'transformers', 'reference'} & set(sys.modules)) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(f"  {name}" in done.stdout for name in measures())
+
+
+@pytest.mark.parametrize("paper", claim_file.names())
+def test_claims_of_the_papers_hold_no_result_of_ours(paper: str) -> None:
+    # What a row says of itself is printed; a verdict or a computed number could only be a copy.
+    text = claim_file.path_of(paper).read_text()
+    assert not {"verdict", "computed", "expected", "ours"} & {
+        one.strip(" -").partition(":")[0] for one in text.splitlines()
+    }
+    assert all(claim.source and claim.version for claim in claim_file.load([claim_file.path_of(paper)]))
