@@ -56,8 +56,17 @@ def _trained(name: str, split: str, method: str, config: str) -> tuple[tuple[tup
     with counting.attached(built, method, configure(method, json.loads(config))) as adapted:
         own = {id(p) for p in adapted.parameters()}
         trained = tuple((key, tuple(t.shape)) for key, t in adapted.tensors().items() if id(t) in own)
-        frozen = tuple((key, tuple(t.shape)) for key, t in adapted.state().items())
+        frozen = _once(adapted.state())
     return trained, frozen
+
+
+def _once(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Return name and shape of each memory that the tensors lie in: layers may share one, and use slices of it."""
+    found: dict[int, tuple[str, tuple[int, ...]]] = {}
+    for name, t in tensors.items():
+        whole = t if t._base is None else t._base
+        found.setdefault(t.untyped_storage()._cdata, (name, tuple(whole.shape)))
+    return tuple(found.values())
 
 
 def trained(name: str, method: str, config: Mapping[str, Any], split: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -69,7 +78,7 @@ def trained(name: str, method: str, config: Mapping[str, Any], split: Mapping[st
 
 
 def kept(name: str, method: str, config: Mapping[str, Any], split: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Map the names of the tensors that the Method makes and does not train to their shapes, each tensor once."""
+    """Map names of what the Method makes and does not train to shapes; what layers share (VeRA's pair) once, by one name."""
     return dict(_trained(name, json.dumps(split), method, json.dumps(config))[1])
 
 

@@ -47,7 +47,7 @@ def frozen_tensors_of_the_method(
     split: Split = {},
     only: list[str] | None = None,
 ) -> Found:
-    """Elements of what a Method makes and does not train (VeRA's shared projections), a tensor of a name once."""
+    """Elements of what a Method makes and does not train (VeRA's projections), once where layers share it."""
     from harness.claims import attached
 
     every = attached.kept(model, method, config, split)

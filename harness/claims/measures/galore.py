@@ -1,0 +1,220 @@
+"""Measures: what GaLore and Adam keep beside the weights, and what GaLore's step does with a gradient."""
+
+from __future__ import annotations
+
+from collections import Counter
+from fractions import Fraction
+from typing import Any, Literal
+
+from harness.claims.measures.arithmetic import written
+from harness.claims.measuring import Config, Found, Method, Model, Positive, Quantities, Quantity, measure
+
+Side = Literal["std", "reverse_std", "paper", "left", "right", "full"]
+"""Which side of a matrix is projected; `std` is that of the authors' code."""
+
+
+@measure("bytes")
+def optimizer_bytes(
+    model: Model,
+    method: Method,
+    config: Config = {},
+    moments: Quantity = 2,
+    projectors: Quantity = 2,
+    also: list[str] | None = None,
+) -> Found:
+    """Bytes of what Adam keeps of all that trains: two moments of each number; where GaLore projects, small ones and a basis.
+
+    moments, projectors: bytes of each of their numbers. also: regular expressions of the model's own parameters that train
+    besides.
+    """
+    kept = _kept(model, method, config, also)
+    in_moments, in_projectors = (sum(number * k[part] for k, number in kept.items()) for part in (1, 2))
+    how = f"moments {in_moments:,} x {written(Fraction(moments))} B"
+    if in_projectors:
+        shapes = [f"{number} of {k[0]}" for k, number in kept.items() if k[2]]
+        how += f" + projectors {in_projectors:,} x {written(Fraction(projectors))} B; projected are {', '.join(shapes)}"
+    return Found(in_moments * Fraction(moments) + in_projectors * Fraction(projectors), how)
+
+
+@measure("count")
+def matrix_states(rows: Positive, columns: Positive, rank: Positive, side: Side = "paper") -> Found:
+    """Numbers that GaLore keeps beside one matrix: its projector and two moments."""
+    from reference.galore import state_elements
+
+    return Found(state_elements(rows, columns, rank, side), f"projector and two moments of {rows}x{columns}, r = {rank}")
+
+
+@measure("bytes")
+def bytes_saved(of: Quantity, than: Quantity) -> Found:
+    """By how many bytes `of` is less than `than`."""
+    return Found(than - of, f"{written(than)} B - {written(of)} B")
+
+
+@measure("bytes")
+def left_after_saving(saved: Quantity, share: Quantity) -> Found:
+    """The bytes that are left where these were saved, and were this share of the whole."""
+    return Found(saved / share - saved, f"{written(saved)} B / {written(100 * share)}% - {written(saved)} B")
+
+
+@measure("share")
+def most_share_less(of: Quantities, than: Quantities) -> Found:
+    """By which share at most one of `of` is less than the one of `than` in its place: what `up to` means."""
+    shares = [1 - one / other for one, other in zip(of, than, strict=True)]
+    return Found(max(shares), f"the largest of {', '.join(f'{float(100 * one):.4g}%' for one in shares)}")
+
+
+@measure("count")
+def width(model: Model) -> Found:
+    """The width of a model: numbers in which it holds a token between its layers."""
+    from harness.claims import attached
+
+    size = int(attached.model(model).config.hidden_size)
+    return Found(size, f"hidden_size {size}")
+
+
+@measure("property")
+def heads_divide(width: Positive, heads: Positive) -> Found:
+    """Whether a width is a multiple of the number of heads, so that each head has a whole width."""
+    return Found(width % heads == 0, f"{width} / {heads} = {width / heads:.6g}")
+
+
+@measure("property")
+def states_by_formula(rows: Positive, columns: Positive, ranks: list[Positive]) -> Found:
+    """Whether, after a step of Adam, GaLore holds mn + mr + 2nr numbers and LoRA mn + 3mr + 3nr, m <= n (Table 1)."""
+    m, n = min(rows, columns), max(rows, columns)
+    said, right = [], True
+    for rank in ranks:
+        galore, lora = rows * columns + _held_by_galore(rows, columns, rank), _held_by_lora(rows, columns, rank)
+        right = right and galore == m * n + m * rank + 2 * n * rank and lora == m * n + 3 * m * rank + 3 * n * rank
+        said.append(f"r = {rank}: GaLore {galore:,}, LoRA {lora:,}")
+    return Found(right, f"{rows}x{columns}, {'; '.join(said)}")
+
+
+@measure("property")
+def full_rank_keeps_gradient(rows: Positive, columns: Positive, side: Side) -> Found:
+    """Whether at r = min(m, n) a gradient comes back as it was, projected and projected back (section 3.3)."""
+    from harness.conformance.tolerance import noise_floor
+    from reference.galore import project, project_back, projector
+
+    G = _gradient(rows, columns, 0)
+    basis = projector(G, min(rows, columns), side)
+    there_and_back = project_back(project(G, basis), basis)
+    judged = noise_floor({"G": there_and_back}, {"G": G}, {"G": G}, "float64")
+    return Found(judged.passed, f"relative difference {judged.error:.2g}, allowed {judged.allowed:.2g}")
+
+
+@measure("property")
+def scale_ignores_rank(rows: Positive, columns: Positive, ranks: list[Positive], scale: Quantity) -> Found:
+    """Whether at every rank the step with a scale is that many times the step with scale 1 (section 4.4)."""
+    from harness.conformance.tolerance import noise_floor
+
+    G = _gradient(rows, columns, 0)
+    worst, right = [], True
+    for rank in ranks:
+        scaled, plain = (_step(G, rank=rank, scale=one)[0] for one in (float(scale), 1.0))
+        want = {"W": plain * float(scale)}
+        judged = noise_floor({"W": scaled}, want, want, "float64")
+        right = right and judged.passed
+        worst.append(f"r = {rank}: {float(scaled.norm() / plain.norm()):.6g}")
+    return Found(right, f"length of the step, in that of scale 1: {', '.join(worst)}")
+
+
+@measure("property")
+def projects(rows: Positive, columns: Positive, on: Literal["left", "right"], side: Side = "std") -> Found:
+    """Whether a step projects a gradient of this shape on the left (P^T G) or on the right (G Q)."""
+    state = _step(_gradient(rows, columns, 0), rank=2, side=side)[1]
+    used = [name for letter, name in (("P", "left"), ("Q", "right")) if letter in state]
+    return Found(used == [on], f"side `{side}` projects {rows}x{columns} on the {' and the '.join(used)}")
+
+
+@measure("property")
+def moments_are(rows: Positive, columns: Positive, rank: Positive, shape: list[Positive]) -> Found:
+    """Whether Adam's moments of a gradient that is projected on the paper's side have this shape."""
+    M = _step(_gradient(rows, columns, 0), rank=rank, side="paper")[1]["M"]
+    return Found(list(M.shape) == shape, f"W is {rows}x{columns}, M and V are {'x'.join(map(str, M.shape))}")
+
+
+@measure("property")
+def refreshes_every(gap: Positive, steps: Positive, side: Side = "std") -> Found:
+    """Whether the projector is new at those steps t, counted from 0, at which t mod gap = 0, and at no other."""
+    import torch
+
+    from reference.galore import galore_step
+
+    W = torch.zeros(8, 12, dtype=torch.float64)
+    state: dict[str, Any] = {}
+    fresh = []
+    for t in range(steps):
+        before = state.get("P", state.get("Q"))
+        galore_step(W, _gradient(8, 12, t), state, lr=0.1, rank=2, update_gap=gap, side=side)
+        after = state.get("P", state.get("Q"))
+        if before is None or not torch.equal(before, after):
+            fresh.append(t)
+    found = fresh == [t for t in range(steps) if t % gap == 0]
+    return Found(found, f"of steps 0 to {steps - 1}, new at {', '.join(map(str, fresh))}")
+
+
+def _kept(model: str, method: str, config: Config, also: list[str] | None) -> Counter[tuple[str, int, int]]:
+    """Count the tensors that train by shape, numbers in the moments of one, and numbers in its projector."""
+    import re
+
+    from harness.claims import attached
+    from harness.conformance.subject import configure
+    from harness.footprint import counting
+    from reference.galore import sides, state_elements
+
+    built = attached.model(model)
+    own = [p for name, p in built.named_parameters() if any(re.search(pattern, name) for pattern in also or ())]
+    found: Counter[tuple[str, int, int]] = Counter()
+    with counting.attached(built, method, configure(method, config)) as adapted:
+        optimizer = adapted.optimizer(1e-3, 0.0)
+        groups = [{"params": adapted.parameters()}] if optimizer is None else optimizer.param_groups
+        trains = {id(p): (p, group) for group in [{"params": own}, *groups] for p in group["params"]}
+        for p, group in trains.values():
+            shape, rank = "x".join(map(str, p.shape)), group.get("rank", 0)
+            if not rank:
+                found[shape, 2 * p.numel(), 0] += 1
+                continue
+            m, n = p.shape
+            left, right = sides(m, n, group["side"])
+            projector = min(rank, m, n) * (m * left + n * right)
+            found[shape, state_elements(m, n, rank, group["side"]) - projector, projector] += 1
+    return found
+
+
+def _gradient(rows: int, columns: int, seed: int) -> Any:
+    import torch
+
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _step(G: Any, **knobs: Any) -> tuple[Any, dict[str, Any]]:
+    """Return how far one step from zero goes, and the state after it."""
+    import torch
+
+    from reference.galore import galore_step
+
+    W, state = torch.zeros_like(G), dict[str, Any]()
+    galore_step(W, G, state, lr=0.1, **knobs)
+    return W, state
+
+
+def _held_by_galore(rows: int, columns: int, rank: int) -> int:
+    state = _step(_gradient(rows, columns, 0), rank=rank, side="paper")[1]
+    return sum(t.numel() for name, t in state.items() if name != "step")
+
+
+def _held_by_lora(rows: int, columns: int, rank: int) -> int:
+    """Count the weight, the two factors and their moments after a step of torch's AdamW."""
+    import torch
+
+    from harness.conformance.subject import attach_reference, configure
+
+    model = torch.nn.Sequential(torch.nn.Linear(columns, rows, bias=False))
+    config = configure("lora", {"rank": rank, "targets": ("0",)})
+    adapted = attach_reference("lora", model, config, None, torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW(adapted.parameters(), 0.1)
+    model(torch.ones(1, columns)).sum().backward()
+    optimizer.step()
+    moments = [t for kept in optimizer.state.values() for name, t in kept.items() if name != "step"]
+    return sum(t.numel() for t in (*model.parameters(), *moments))

@@ -1,0 +1,120 @@
+"""Measures: what VeRA's paper says of its counts, of its random pair, and of vision transformers, which have no preset."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from harness.claims.measures.parameters import Split
+from harness.claims.measuring import Config, Found, Method, Model, Positive, measure
+
+
+@measure("property")
+def counts_by_formula(model: Model, targets: list[str], ranks: list[Positive], split: Split = {}) -> Found:
+    """Whether VeRA trains L (d + r) numbers and LoRA 2 L d r, attached to L square layers of width d (section 3.2)."""
+    from harness.claims import attached
+
+    said, right = [], True
+    for rank in ranks:
+        config = {"rank": rank, "targets": targets}
+        vera, lora = (attached.trained(model, method, config, split) for method in ("vera", "lora"))
+        widths = {shape[-1] for name, shape in lora.items() if name.endswith(".A")}
+        heights = {shape[0] for name, shape in lora.items() if name.endswith(".B")}
+        if widths != heights or len(widths) != 1:
+            raise ValueError(f"the formula is for square layers of one size, and {', '.join(targets)} are not")
+        (d,), layers = widths, len(lora) // 2
+        of_vera, of_lora = (attached.total(Counter(every.values())) for every in (vera, lora))
+        right = right and of_vera == layers * (d + rank) and of_lora == 2 * layers * d * rank
+        said.append(f"r = {rank}: VeRA {of_vera:,}, LoRA {of_lora:,}")
+    return Found(right, f"L = {layers}, d = {d:,}; {'; '.join(said)}")
+
+
+@measure("property")
+def is_kaiming_uniform(inputs: Positive, outputs: Positive, rank: Positive) -> Found:
+    """Whether A (r, in) and B (out, r) are, to the last bit, what PyTorch's `kaiming_uniform_` draws, and within its bound.
+
+    With its defaults: uniform in +-sqrt(6 / fan_in). PyTorch starts an nn.Linear otherwise, in +-sqrt(1 / fan_in).
+    """
+    import torch
+
+    from reference.vera import projections
+
+    A, B = projections(0, rank, inputs, outputs)
+    generator = torch.Generator().manual_seed(0)
+    again = [torch.nn.init.kaiming_uniform_(torch.empty(t.shape), generator=generator) for t in (A, B)]
+    largest = [float(t.abs().max() * (fan / 6) ** 0.5) for t, fan in ((A, inputs), (B, rank))]
+    same = torch.equal(A, again[0]) and torch.equal(B, again[1])
+    return Found(same, f"largest of A {largest[0]:.4f} sqrt(6/{inputs}), of B {largest[1]:.4f} sqrt(6/{rank})")
+
+
+@measure("property")
+def product_keeps_variance(inputs: Positive, outputs: Positive, ranks: list[Positive]) -> Found:
+    """Whether the numbers of B A have the variance 4 / in at every rank, over 64 draws, within their standard error.
+
+    Kaiming's variance is 2 / fan_in: of A 2 / in, of B 2 / r; a number of B A sums r products: r (2 / in) (2 / r) = 4 / in.
+    """
+    import torch
+
+    from harness.tolerances import INITIAL_SIGMAS
+    from reference.vera import projections
+
+    said, right = [], True
+    for rank in ranks:
+        draws = []
+        for key in range(64):
+            A, B = projections(key, rank, inputs, outputs)
+            draws.append((B @ A).double().square().mean() * inputs / 4)
+        of = torch.stack(draws)
+        mean, error = float(of.mean()), float(of.std() / len(draws) ** 0.5)
+        right = right and abs(mean - 1) <= INITIAL_SIGMAS * error
+        said.append(f"r = {rank}: {mean:.4f} +- {error:.4f}")
+    return Found(right, f"variance in units of 4 / {inputs}: {', '.join(said)}")
+
+
+@measure("count")
+def vision_parameters(
+    width: Positive, blocks: Positive, heads: Positive, mlp: Positive, patch: Positive, pixels: Positive
+) -> Found:
+    """Parameters of a vision transformer without its head: patches of `patch` x `patch` of an image of `pixels` x `pixels`."""
+    from harness.claims import attached
+
+    sizes = Counter(tuple(p.shape) for p in _vision(width, blocks, heads, mlp, patch, pixels).parameters())
+    return Found(attached.total(sizes), attached.in_words(sizes))
+
+
+@measure("count")
+def vision_trainable(
+    width: Positive,
+    blocks: Positive,
+    heads: Positive,
+    mlp: Positive,
+    patch: Positive,
+    pixels: Positive,
+    method: Method,
+    config: Config = {},
+) -> Found:
+    """Parameters that train when a Method is attached to a vision transformer; its new head is not among them."""
+    from harness.claims import attached
+    from harness.conformance.subject import configure
+    from harness.footprint import counting
+
+    model = _vision(width, blocks, heads, mlp, patch, pixels)
+    with counting.attached(model, method, configure(method, config)) as adapted:
+        sizes = Counter(tuple(p.shape) for p in adapted.parameters())
+    return Found(attached.total(sizes), attached.in_words(sizes))
+
+
+def _vision(width: int, blocks: int, heads: int, mlp: int, patch: int, pixels: int) -> Any:
+    import torch
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(
+        hidden_size=width,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        intermediate_size=mlp,
+        patch_size=patch,
+        image_size=pixels,
+    )
+    with torch.device("meta"):
+        return ViTModel(config, add_pooling_layer=False).requires_grad_(False)
