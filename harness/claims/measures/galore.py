@@ -41,7 +41,9 @@ def matrix_states(rows: Positive, columns: Positive, rank: Positive, side: Side 
     """Numbers that GaLore keeps beside one matrix: its projector and two moments."""
     from reference.galore import state_elements
 
-    return Found(state_elements(rows, columns, rank, side), f"projector and two moments of {rows}x{columns}, r = {rank}")
+    return Found(
+        state_elements(rows, columns, rank, side), f"projector and two moments of {rows}x{columns}, r = {rank}"
+    )
 
 
 @measure("bytes")
