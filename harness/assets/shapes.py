@@ -6,7 +6,7 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from harness import yaml_lines
 from harness.errors import UsageError
@@ -23,6 +23,7 @@ class Preset:
     """A shape that comes with the harness. config: as config.json has it; source: where its numbers are printed."""
 
     name: str
+    kind: Literal["encoder", "causal"]
     config: dict[str, Any]
     source: str
 
@@ -31,7 +32,7 @@ class Preset:
 def presets() -> dict[str, Preset]:
     """Return the shapes of `shapes.yaml` by name."""
     rows = yaml_lines.load(_PRESETS).data["shapes"]
-    return {row["name"]: Preset(row["name"], row["config"], row["source"]) for row in rows}
+    return {row["name"]: Preset(row["name"], row["kind"], row["config"], row["source"]) for row in rows}
 
 
 def unknown(address: str) -> str:
