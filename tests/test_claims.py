@@ -7,15 +7,19 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from harness.claims import claim_file, explained, selection, table
 from harness.claims.judging import Judged, Verdict, judge
+from harness.claims.measures.conformance import conforms
 from harness.claims.measuring import Found, measures
 from harness.claims.printed import Rounding, agrees, parse
 from harness.cli import main
 from harness.errors import Exit, SuiteError
+from harness.registry import Registry, implements
+from reference import lora
 
 SHAPE = {
     "model_type": "llama", "vocab_size": 100, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2,
@@ -268,3 +272,21 @@ def test_claims_of_the_papers_hold_no_result_of_ours(paper: str) -> None:
         one.strip(" -").partition(":")[0] for one in text.splitlines()
     }
     assert all(claim.source and claim.version for claim in claim_file.load([claim_file.path_of(paper)]))
+
+
+def test_a_method_that_fails_its_check_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attach(model: Any, config: Any, generator: Any) -> Any:
+        adapted = lora.attach(model, config, generator)
+        for layer in adapted.layers.values():
+            layer.scaling = 2 * layer.scaling
+        return adapted
+
+    twice = implements("lora", name="twice")(attach)
+    right = implements("lora", name="right")(lora.attach)
+    monkeypatch.setattr("harness.registry.discover", lambda: Registry((twice, right)))
+    assert conforms("lora", "forward", "right").value is True
+    found = conforms("lora", "forward", "twice")
+    assert found.value is False
+    assert "11 of 22 cases" in found.how  # at the start, where B is zero, a scale does nothing
+    with pytest.raises(ValueError, match="has no check"):
+        conforms("lora", "budget")
