@@ -81,7 +81,7 @@ def test_the_arithmetic_of_savings() -> None:
     assert galore.left_after_saving(saved=forty, share=Fraction(4, 5)).value == 10  # of 50
     assert galore.most_share_less(of=[ten, forty], than=[forty, forty]).value == Fraction(3, 4)
     assert galore.matrix_states(12, 20, 3).value == galore.matrix_states(20, 12, 3).value == 12 * 3 + 2 * 20 * 3
-    assert galore.heads_divide(12, 4).value and not galore.heads_divide(12, 5).value
+    assert [galore.heads_divide(12, heads).value for heads in (4, 5)] == [True, False]
 
 
 def test_the_width_is_the_models_own(shape: str) -> None:

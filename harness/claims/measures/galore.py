@@ -22,16 +22,17 @@ def optimizer_bytes(
     projectors: Quantity = 2,
     also: list[str] | None = None,
 ) -> Found:
-    """Bytes of what Adam keeps of all that trains: two moments of each number; where GaLore projects, small ones and a basis.
+    """Bytes that Adam keeps of all that trains: two moments of each number, or small ones and a basis where GaLore projects.
 
     moments, projectors: bytes of each of their numbers. also: regular expressions of the model's own parameters that train
     besides.
     """
     kept = _kept(model, method, config, also)
-    in_moments, in_projectors = (sum(number * k[part] for k, number in kept.items()) for part in (1, 2))
+    in_moments = sum(number * moments_of_one for (_, moments_of_one, _), number in kept.items())
+    in_projectors = sum(number * projector for (_, _, projector), number in kept.items())
     how = f"moments {in_moments:,} x {written(Fraction(moments))} B"
     if in_projectors:
-        shapes = [f"{number} of {k[0]}" for k, number in kept.items() if k[2]]
+        shapes = [f"{number} of {shape}" for (shape, _, projector), number in kept.items() if projector]
         how += f" + projectors {in_projectors:,} x {written(Fraction(projectors))} B; projected are {', '.join(shapes)}"
     return Found(in_moments * Fraction(moments) + in_projectors * Fraction(projectors), how)
 
@@ -147,10 +148,10 @@ def refreshes_every(gap: Positive, steps: Positive, side: Side = "std") -> Found
     state: dict[str, Any] = {}
     fresh = []
     for t in range(steps):
-        before = state.get("P", state.get("Q"))
+        before = [state[letter] for letter in "PQ" if letter in state]
         galore_step(W, _gradient(8, 12, t), state, lr=0.1, rank=2, update_gap=gap, side=side)
-        after = state.get("P", state.get("Q"))
-        if before is None or not torch.equal(before, after):
+        after = [state[letter] for letter in "PQ" if letter in state]
+        if not before or not all(map(torch.equal, before, after)):
             fresh.append(t)
     found = fresh == [t for t in range(steps) if t % gap == 0]
     return Found(found, f"of steps 0 to {steps - 1}, new at {', '.join(map(str, fresh))}")

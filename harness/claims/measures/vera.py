@@ -75,7 +75,7 @@ def product_keeps_variance(inputs: Positive, outputs: Positive, ranks: list[Posi
 def vision_parameters(
     width: Positive, blocks: Positive, heads: Positive, mlp: Positive, patch: Positive, pixels: Positive
 ) -> Found:
-    """Parameters of a vision transformer without its head: patches of `patch` x `patch` of an image of `pixels` x `pixels`."""
+    """Parameters of a vision transformer without its head. patch, pixels: the side of a patch and of the image."""
     from harness.claims import attached
 
     sizes = Counter(tuple(p.shape) for p in _vision(width, blocks, heads, mlp, patch, pixels).parameters())
