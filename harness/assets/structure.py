@@ -32,11 +32,6 @@ def build(config: Mapping[str, Any], kind: str, dtype: torch.dtype) -> Any:
         return factory.from_config(CONFIG_MAPPING[name].from_dict(facts), dtype=dtype).train()
 
 
-def with_classes(config: Mapping[str, Any], labels: int) -> dict[str, Any]:
-    """Return an encoder's config.json with a head of so many classes, whatever classes it names itself."""
-    return {k: v for k, v in config.items() if k not in ("id2label", "label2id")} | {"num_labels": labels}
-
-
 def misfits(folder: str, kind: str, names: Sequence[str]) -> dict[str, str]:
     """Map those of `names` that fit no layer which a method can adapt to a sentence about it."""
     import torch

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.assets import fetch, process, shapes, structure
+from harness.assets import fetch, process, shapes
 from harness.errors import HarnessError
 from harness.footprint import choices
 from harness.footprint.fit import ledger
@@ -26,7 +26,7 @@ _TIMEOUT_S = 600.0
 
 def request(cell: Cell, config: Mapping[str, Any], kind: str, labels: int) -> dict[str, Any]:
     """Return what `counting.answer` is asked for one Cell. config: the model's config.json; labels: of an encoder's head."""
-    facts = structure.with_classes(config, labels) if kind == "encoder" else dict(config)
+    facts = shapes.with_classes(config, labels) if kind == "encoder" else dict(config)
     return {"config": facts, "kind": kind, "dtype": cell.dtype, "methods": {cell.method: [cell.config]}, "targets": []}
 
 

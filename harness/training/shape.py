@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.assets import structure
+from harness.assets import shapes, structure
 from harness.errors import AssetError
 
 SEED = 0
@@ -35,7 +35,7 @@ def build(folder: Path, dtype: torch.dtype, kind: str = "causal", labels: int = 
     """
     facts = json.loads((folder / "config.json").read_bytes())
     try:
-        return structure.build(structure.with_classes(facts, labels) if kind == "encoder" else facts, kind, dtype)
+        return structure.build(shapes.with_classes(facts, labels) if kind == "encoder" else facts, kind, dtype)
     except (KeyError, ValueError) as error:
         what = "encoder with a classification head" if kind == "encoder" else "causal model"
         raise AssetError(
