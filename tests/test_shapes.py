@@ -302,14 +302,15 @@ def test_a_cell_of_an_encoders_shape_trains_its_new_head_on_random_labels(
     assert expected.activations_B is None
 
 
-def test_the_new_head_of_a_shape_starts_from_the_seed_and_the_rest_does_not(tmp_path: Path) -> None:
-    base = Base(quantization="nf4", implementation="fused")
-    of = {
-        (seed, one.quantization): lived(tmp_path, "frozen", one, config=ROBERTA, seed=seed, latency=False)[1].training
-        for seed, one in ((0, DENSE), (1, DENSE), (0, base))
-    }
-    starts = {key: one.initial_state_sha256 for key, one in of.items() if one}
-    assert starts[0, "none"] == starts[0, "nf4"] != starts[1, "none"]
+def test_the_new_head_of_a_shape_starts_from_the_cells_seed(tmp_path: Path) -> None:
+    packed = Base(quantization="nf4", implementation="fused")
+    one, other = (
+        lived(tmp_path, "frozen", base, config=ROBERTA, seed=seed, latency=False)[1].training
+        for seed, base in ((1, DENSE), (2, packed))
+    )
+    assert one is not None
+    assert other is not None
+    assert one.initial_state_sha256 != other.initial_state_sha256
 
 
 @pytest.mark.parametrize("method", ["pissa", "galore"])
@@ -399,6 +400,10 @@ def test_what_attaching_changes_in_a_large_model_is_seen(tmp_path: Path, monkeyp
 
 def test_a_run_of_shapes_from_the_command_line(bench: Bench) -> None:
     path = written(bench.folder)
+    (bench.folder / "encoder.json").write_text(json.dumps(ROBERTA), encoding="utf-8")
+    row = '  - {name: encoder, kind: encoder, source: "shape:./encoder.json"}\n'
+    text = path.read_text(encoding="utf-8").replace("sources:\n", f"sources:\n{row}")
+    path.write_text(text.replace("id: full,", "id: full, model: encoder,"), encoding="utf-8")
     finished = bench.command("run", str(path), "--out", "run")
     assert finished.code == Exit.PASS, finished.err
     run = bench.read()
@@ -406,7 +411,8 @@ def test_a_run_of_shapes_from_the_command_line(bench: Bench) -> None:
     for record in run.records:
         assert record.measurements is not None
         assert record.measurements.accuracy is None
-        assert [use.name for use in record.assets] == ["tiny-shape", SYNTHETIC]
+        assert [use.name for use in record.assets] == [record.cell.model, SYNTHETIC]
+        assert bool(record.measurements.parameters.head) == (record.cell.model == "encoder")
         assert len(record.assets[0].sha256) == 64
     page = (bench.run_folder / "report.html").read_text(encoding="utf-8")
     assert "No Cell was scored, so there is no ranking" in page
