@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import math
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -167,12 +168,13 @@ class MethodInfo:
 
 def methods(folder: Path = _REFERENCE) -> dict[str, MethodInfo]:
     """Read every Method in `folder`, sorted by name."""
-    read = (_method(path) for path in sorted(folder.glob("*.py")))
+    read = (_method(path, path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.py")))
     return {info.name: info for info in read if info is not None}
 
 
-def _method(path: Path) -> MethodInfo | None:
-    module = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+@cache  # a claim file asks once for each of its rows
+def _method(path: Path, source: str) -> MethodInfo | None:
+    module = ast.parse(source, filename=str(path))
     constants = {
         target.id: node.value
         for node in module.body
