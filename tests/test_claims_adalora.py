@@ -60,15 +60,22 @@ def test_a_schedule_without_a_step_to_prune_in_is_refused() -> None:
         adalora.budget_only_falls(**RTE | {"epochs": 30})
 
 
-def test_a_budget_that_rises_first_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_that_falls_late_or_early_or_rises_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert adalora.budget_only_falls(**RTE).value
     true = reference.adalora.budget
 
-    def printed(step: int, config: Config, layers: int) -> int:
+    def late(step: int, config: Config, layers: int) -> int:
         return true(max(0, step - config.tfinal), config, layers)
 
-    monkeypatch.setattr(reference.adalora, "budget", printed)
-    assert not adalora.budget_only_falls(**RTE).value
+    def rising(step: int, config: Config, layers: int) -> int:
+        return true(step, config, layers) + 50 * (step == 1000)
+
+    def early(step: int, config: Config, layers: int) -> int:
+        return true(step + 100, config, layers)
+
+    for wrong in (late, rising, early):
+        monkeypatch.setattr(reference.adalora, "budget", wrong)
+        assert not adalora.budget_only_falls(**RTE).value
 
 
 def test_only_the_sum_of_squares_is_eq_4() -> None:
@@ -89,7 +96,7 @@ def test_pruning_that_touches_vectors_or_lasts_is_found(monkeypatch: pytest.Monk
 
     def vectors_too(layer: AdaLoraLinear) -> None:
         true(layer)
-        layer.A.data.masked_fill_(~layer.get_buffer("mask"), 0.0)
+        layer.B.data *= 2
 
     def forever(adapted: AdaLoraAdapted, step: int) -> None:
         after_step(adapted, step)
@@ -105,7 +112,7 @@ def test_pruning_that_touches_vectors_or_lasts_is_found(monkeypatch: pytest.Monk
 
 def test_kthvalue_drops_what_ties_with_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     assert adalora.keeps_exactly("reference").value
-    assert not adalora.keeps_exactly("kthvalue").value
+    assert adalora.keeps_exactly("kthvalue").how.endswith(" 2 are kept of 4")
     monkeypatch.setattr(reference.adalora, "keep", lambda scores, count: scores >= torch.topk(scores, count).values[-1])
     assert not adalora.keeps_exactly("reference").value
 
