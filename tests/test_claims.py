@@ -55,6 +55,7 @@ def line(folder: Path, printed: str, *, rank: int = 2, more: str = "", measure: 
         ("36MB", "bytes", 36 * 2**20, "MB read as MiB"),
         ("36MiB", "bytes", 36 * 2**20, ""),
         ("36 MiB", "bytes", 36_000_000, None),
+        ("0.28M", "count", 290_304, None),  # a million of things is no MiB
         ("< 48 GB", "bytes", 47_999_999_999, ""),
         ("< 48 GB", "bytes", 48 * 2**30 - 1, "GB read as GiB"),
         ("< 48 GB", "bytes", 48 * 2**30, None),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
@@ -48,6 +48,7 @@ class Printed:
     last: Fraction
     unit: str
     relation: str = ""
+    dimension: Dimension = "number"
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def parse(text: str, dimension: Dimension) -> Printed:
     digits = found["digits"].replace(",", "")
     mantissa, _, exponent = digits.partition("e")
     last = Fraction(10) ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
-    return Printed(text, Fraction(digits) * units[unit], last * units[unit], unit, found["relation"] or "")
+    return Printed(text, Fraction(digits) * units[unit], last * units[unit], unit, found["relation"] or "", dimension)
 
 
 def _example(dimension: Dimension) -> str:
@@ -101,11 +102,11 @@ def agrees(printed: Printed, value: Fraction, rounding: Rounding) -> str | None:
 def _readings(printed: Printed) -> Iterator[tuple[str, Printed]]:
     yield "", printed
     binary = f"{printed.unit[:1]}iB"
-    if printed.unit in UNITS["bytes"] and binary in _BYTES and printed.unit != binary:
+    if printed.dimension == "bytes" and binary in _BYTES and printed.unit != binary:
         factor = _BYTES[binary] / UNITS["bytes"][printed.unit]
         if UNITS["bytes"][printed.unit] > 1 and not printed.unit.endswith("iB"):
             words = f"{printed.unit} read as {binary}"
-            yield words, Printed(printed.text, printed.number * factor, printed.last * factor, binary, printed.relation)
+            yield words, replace(printed, number=printed.number * factor, last=printed.last * factor, unit=binary)
 
 
 def _comes_out(printed: Printed, value: Fraction, rounding: Rounding) -> bool:

@@ -1,0 +1,214 @@
+"""Measures: AdaLoRA's budget, its schedule, and what it does with scores, on the reference and by hand."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from fractions import Fraction
+from typing import Any, Literal
+
+from harness.claims.measuring import Found, Model, Positive, measure
+
+
+@measure("count")
+def kept_parameters(model: Model, targets: list[str], rank: Positive, budget: Positive) -> Found:
+    """Parameters of the triplets that are left when `budget` of them are kept, wherever: from the least to the most.
+
+    rank: how many a layer has at the start, and so can keep at most. A triplet counts its lambda and both its vectors.
+    """
+    from harness.claims import attached
+
+    sizes: Counter[str] = Counter()
+    for name, shape in attached.trained(
+        model, "adalora", {"rank": 1, "target_rank": 1, "targets": targets}, {}
+    ).items():
+        sizes[name.rpartition(".")[0]] += math.prod(shape)
+    triplets = sorted(size for size in sizes.values() for _ in range(rank))
+    if budget > len(triplets):
+        raise ValueError(f"a budget of {budget} is more than the {len(triplets)} triplets of the start; raise `rank`")
+    least, most = sum(triplets[:budget]), sum(triplets[-budget:])
+    layers = " and ".join(f"{number} of {size:,}" for size, number in sorted(Counter(sizes.values()).items()))
+    how = f"{budget} triplets, at most {rank} of a layer; a triplet of the layers is {layers}: {least:,} to {most:,}"
+    return Found(least, how, most)
+
+
+@measure("count")
+def budget_at(
+    at: Literal["t_i", "T - t_f - 1"],
+    equation: Literal["printed", "reference"],
+    examples: Positive,
+    batch: Positive,
+    epochs: Positive,
+    t_i: int,
+    t_f: int,
+    rank: Positive,
+    target_rank: Positive,
+    layers: Positive,
+) -> Found:
+    """The budget b(t) at the first or the last step of the cubic phase.
+
+    equation: eq. 12 with t - t_i - t_f, as printed, or what the reference computes. The number of steps T is that of all
+    epochs over `examples`, the last batch of each smaller.
+    """
+    from reference.adalora import budget
+
+    config = _config(examples, batch, epochs, t_i, t_f, rank, target_rank)
+    T = config.total_steps
+    t = t_i if at == "t_i" else T - t_f - 1
+    if equation == "reference":
+        return Found(budget(t, config, layers), f"the reference's b({t:,}), T = {T:,}")
+    start, target = rank * layers, target_rank * layers
+    part = Fraction(t - t_i - t_f, T - t_i - t_f)
+    how = f"{target} + {start - target} (1 - ({t - t_i - t_f:,} / {T - t_i - t_f:,}))^3, T = {T:,}"
+    return Found(target + (start - target) * (1 - part) ** 3, how)
+
+
+@measure("property")
+def budget_only_falls(
+    examples: Positive,
+    batch: Positive,
+    epochs: Positive,
+    t_i: int,
+    t_f: int,
+    rank: Positive,
+    target_rank: Positive,
+    layers: Positive,
+) -> Found:
+    """Whether the reference's budget is b(0) until t_i, then never rises, and is b(T) for the last t_f steps."""
+    from reference.adalora import budget
+
+    config = _config(examples, batch, epochs, t_i, t_f, rank, target_rank)
+    b = [budget(t, config, layers) for t in range(config.total_steps + 1)]
+    warm, last = set(b[: t_i + 1]), set(b[config.total_steps - t_f :])
+    holds = warm == {rank * layers} and last == {target_rank * layers} and b == sorted(b, reverse=True)
+    return Found(holds, f"{b[0]} until step {t_i:,}, {b[-1]} from step {len(b) - 1 - t_f:,} of {len(b) - 1:,} on")
+
+
+@measure("property")
+def regularizer_is_eq_4(form: Literal["mean-norm", "squared-sum"]) -> Found:
+    """Whether R over two layers is the sum of |P^T P - I|^2 and |Q Q^T - I|^2, from their traces, to float32's rounding.
+
+    form: of the reference's `regularization`; `mean-norm` is what the authors' code and HF peft compute.
+    """
+    import torch
+
+    from harness.conformance.tolerance import noise_floor
+    from reference.adalora import orthogonality
+
+    def by_traces(layers: list[Any]) -> Any:
+        # |G - I|^2 = |G|^2 - 2 tr G + R, and tr P^T P = |P|^2
+        terms = [
+            (side.T @ side).square().sum() - 2 * side.square().sum() + side.shape[1]
+            for layer in layers
+            for side in (layer.B, layer.A.T)
+        ]
+        return torch.stack(terms).sum().detach()
+
+    single, double = ([_layer(seed, dtype) for seed in (0, 1)] for dtype in ("float32", "float64"))
+    have, truth = orthogonality(single, form).detach(), by_traces(double)
+    found = noise_floor({"R": have}, {"R": truth}, {"R": by_traces(single)}, "float32")
+    return Found(found.passed, f"two layers of rank 4: eq. 4 gives {truth.item():.6g}, `{form}` {have.item():.6g}")
+
+
+@measure("property")
+def scored_weights_are(weights: Literal["before", "after"]) -> Found:
+    """Whether a training step takes the sensitivity |w dL/dw| of the weights before the update, or of those after it."""
+    import torch
+
+    adapted, layer = _adapted(target_rank=2)
+    _descend(adapted, layer)
+    before = {name: tensor.detach().clone() for name, tensor in layer.tensors().items()}
+    _descend(adapted, layer)
+    taken = before if weights == "before" else layer.tensors()
+    adapted.after_step(1)
+    # In its own order of operations, so that the numbers are the same to the last bit.
+    expected = {name: (1 - adapted.config.beta1) * (taken[name] * t.grad).abs() for name, t in layer.tensors().items()}
+    holds = all(torch.equal(expected[name], layer.get_buffer(f"exp_avg_ipt_{name}")) for name in expected)
+    return Found(
+        holds, f"after one step the average of |w dL/dw| is {'' if holds else 'not '}that of the w {weights} it"
+    )
+
+
+@measure("property")
+def pruned_triplets_recover() -> Found:
+    """Whether pruning zeroes lambdas alone, leaves both vectors, and a pruned lambda grows back before the next pruning."""
+    import torch
+
+    adapted, layer = _adapted(target_rank=2)
+    for step in range(1, adapted.config.delta_t):
+        _descend(adapted, layer)
+        adapted.after_step(step)
+    _descend(adapted, layer)
+    vectors = {name: layer.tensors()[name].detach().clone() for name in ("A", "B")}
+    adapted.after_step(adapted.config.delta_t)
+    kept, untouched = int((layer.E != 0).sum()), all(torch.equal(t, layer.tensors()[n]) for n, t in vectors.items())
+    _descend(adapted, layer)
+    adapted.after_step(adapted.config.delta_t + 1)
+    grown = int((layer.E != 0).sum())
+    how = f"of {len(layer.E)} lambdas pruning leaves {kept}, and the next step has {grown} again; the vectors are "
+    return Found(kept < grown == len(layer.E) and untouched, how + ("untouched" if untouched else "changed"))
+
+
+@measure("property")
+def keeps_exactly(rule: Literal["reference", "kthvalue"]) -> Found:
+    """Whether exactly the budget is kept where scores are equal.
+
+    rule: the reference's, or torch.kthvalue with <=, as the authors' code and HF peft prune.
+    """
+    import torch
+
+    from reference.adalora import keep
+
+    scores, budget = torch.tensor([3.0, 1.0, 1.0, 1.0, 1.0, 2.0, 0.5, 1.0]), 4
+    least = torch.kthvalue(scores, len(scores) - budget).values
+    mask = keep(scores, budget) if rule == "reference" else scores > least
+    return Found(
+        int(mask.sum()) == budget, f"of 8 triplets, 5 of them with one score, {int(mask.sum())} are kept of {budget}"
+    )
+
+
+def _config(examples: int, batch: int, epochs: int, t_i: int, t_f: int, rank: int, target_rank: int) -> Any:
+    from reference.adalora import Config
+
+    steps = -(-examples // batch) * epochs
+    if t_i + t_f >= steps:
+        raise ValueError(
+            f"t_i {t_i:,} + t_f {t_f:,} leave no step of the {steps:,} to prune in; see `epochs` and `batch`"
+        )
+    return Config(rank=rank, target_rank=target_rank, total_steps=steps, tinit=t_i, tfinal=t_f)
+
+
+def _layer(seed: int, dtype: str) -> Any:
+    import torch
+
+    from reference.adalora import AdaLoraLinear
+
+    generator = torch.Generator().manual_seed(seed)
+    A, E, B = (torch.randn(s, generator=generator).to(getattr(torch, dtype)) for s in ((4, 24), (4, 1), (16, 4)))
+    return AdaLoraLinear(torch.nn.Linear(24, 16), A, E, B, 1.0, 0.0)
+
+
+def _adapted(target_rank: int) -> tuple[Any, Any]:
+    """Attach AdaLoRA to a model of one layer, whose lambdas are away from zero."""
+    import torch
+
+    from reference.adalora import Config, attach
+
+    generator = torch.Generator().manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(24, 16))
+    knobs = Config(rank=4, target_rank=target_rank, targets=("0",), total_steps=20, tinit=0, tfinal=2, delta_t=3)
+    adapted = attach(model, knobs, generator)
+    (layer,) = adapted.adalora.values()
+    layer.E.data.normal_(generator=generator)
+    return adapted, layer
+
+
+def _descend(adapted: Any, layer: Any) -> None:
+    """Take one step of gradient descent on a fixed batch."""
+    import torch
+
+    x, y = (torch.randn(8, n, generator=torch.Generator().manual_seed(n)) for n in (24, 16))
+    for tensor in layer.tensors().values():
+        tensor.grad = None
+    (adapted.model(x) - y).square().mean().backward()
+    torch.optim.SGD(layer.tensors().values(), lr=0.1).step()

@@ -1,0 +1,90 @@
+"""Measures: closed forms of what papers compare with and no Method attaches: adapters, prefixes, projectors. No torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from harness.claims.measures.arithmetic import written
+from harness.claims.measuring import Found, Model, Positive, Quantity, measure
+
+Sides = Annotated[list[Positive], Field(min_length=2, max_length=2)]
+"""The sides of a matrix, e.g. `[1024, 4096]`."""
+
+
+@measure("share")
+def added_share(of: Quantity, model: Model, whole: Literal["base", "base+adapter"] = "base+adapter") -> Found:
+    """Parameters that are added to a model, as a share of the model's own (`base`), or of those and the added together."""
+    from harness.claims import attached
+
+    base = sum(p.numel() for p in attached.parameters(model).values())
+    return Found(of / (base + of * (whole != "base")), f"{written(of)} / ({base:,}{' + it' * (whole != 'base')})")
+
+
+@measure("count")
+def prefixes(model: Model, tokens: Positive, before: list[str] = ["k_proj", "v_proj"]) -> Found:
+    """Parameters of prefix tuning: so many trained vectors before the keys and the values of every layer.
+
+    before: the last parts of the paths of the layers that give these, and so say how long the vectors are.
+    """
+    sizes: Counter[tuple[int, ...]] = Counter((tokens, layer.out_features) for layer in _layers(model, before))
+    return _sum(sizes)
+
+
+@measure("count")
+def bottlenecks(
+    model: Model, size: Positive, after: list[str] | None = None, beside: list[str] | None = None, bias: bool = False
+) -> Found:
+    """Parameters of adapters with an inner width of `size`.
+
+    after: layers whose output goes through one, and so has the width of both its ends; beside: layers that one runs parallel
+    to, from its inputs to its outputs. Both are last parts of paths, or whole paths. bias: whether its two layers have one.
+    """
+    if not after and not beside:
+        raise ValueError("`bottlenecks` has no place; say `after` or `beside` which layers they are")
+    ends = [(layer.out_features, layer.out_features) for layer in _layers(model, after)]
+    ends += [(layer.in_features, layer.out_features) for layer in _layers(model, beside)]
+    sizes: Counter[tuple[int, ...]] = Counter()
+    for first, last in ends:
+        sizes.update([(size, first), (last, size), *([(size,), (last,)] if bias else [])])
+    return _sum(sizes)
+
+
+@measure("count")
+def linear_layers(sides: list[Sides], bias: bool = True) -> Found:
+    """Parameters of linear layers of these sides (in, out), each with a bias or none with one."""
+    sizes: Counter[tuple[int, ...]] = Counter()
+    for inputs, outputs in sides:
+        sizes.update([(inputs, outputs), *([(outputs,)] if bias else [])])
+    return _sum(sizes)
+
+
+@measure("count")
+def vision_transformer(width: Positive, mlp: Positive, layers: Positive, patch: Positive, image: Positive) -> Found:
+    """Parameters of CLIP's vision tower, without its projection to the text: patches, positions, blocks and three norms."""
+    tokens = (image // patch) ** 2 + 1
+    block = 4 * (width**2 + width) + 2 * width * mlp + mlp + width + 4 * width
+    ends = 3 * patch**2 * width + width + tokens * width + 4 * width
+    return Found(layers * block + ends, f"{layers} x {block:,} + {ends:,} (patches, positions, norms)")
+
+
+@measure("count")
+def at_nearest_rank(of_rank_1: Quantity, to: Quantity) -> Found:
+    """Parameters at the whole rank at which they come nearest to `to`: for figures whose rank is not said."""
+    rank = max(1, round(to / of_rank_1))
+    return Found(rank * of_rank_1, f"rank {rank} x {written(of_rank_1)}")
+
+
+def _layers(model: str, names: list[str] | None) -> list[Any]:
+    from harness.claims import attached
+    from reference import layers
+
+    return list(layers.targets(attached.model(model), names).values()) if names else []
+
+
+def _sum(sizes: Counter[tuple[int, ...]]) -> Found:
+    from harness.claims import attached
+
+    return Found(attached.total(sizes), attached.in_words(sizes))

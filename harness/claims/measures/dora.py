@@ -1,0 +1,116 @@
+"""Measures: DoRA's parts by themselves: its magnitudes, and the gradient with and without the norm in it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, Literal
+
+from harness.claims.measuring import Config, Found, Method, Model, measure
+
+_OUT, _IN, _RANK, _TOKENS = 24, 40, 4, 64
+"""A layer that is not square, so that the two axes differ."""
+
+
+@measure("count")
+def with_magnitudes(model: Model, method: Method, config: Config, magnitudes: list[str]) -> Found:
+    """Parameters that train when a Method moves the directions of some layers and DoRA's magnitudes those of others.
+
+    magnitudes: last parts of the paths of the layers that have them, in whatever number DoRA attaches. With `lora` this is
+    DoRA, with `vera` DVoRA.
+    """
+    from harness.claims import attached
+
+    directions = Counter(attached.trained(model, method, config, {}).values())
+    every = attached.trained(model, "dora", {"rank": 1, "targets": magnitudes}, {})
+    own = Counter(shape for name, shape in every.items() if name.endswith(".m"))
+    return Found(attached.total(directions + own), attached.in_words(directions + own))
+
+
+@measure("property")
+def one_magnitude_per(axis: Literal["input", "output"]) -> Found:
+    """Whether a DoRA layer, as it is attached without further choice, has one magnitude for each input, or each output."""
+    have = len(_layer(_drawn("float64"), detach_norm=True).m)
+    wanted = _IN if axis == "input" else _OUT
+    return Found(have == wanted, f"a layer of {_IN} inputs and {_OUT} outputs has {have} magnitudes")
+
+
+@measure("property")
+def gradient_is(equation: Literal["eq. 6", "eq. 11"], detach_norm: bool) -> Found:
+    """Whether the gradients of A, B and m that autograd gives are those of an equation, and of eq. 7 for m.
+
+    eq. 6: m / |V'| (I - V' V'^T / |V'|^2) dL/dW'; eq. 11: m / |V'| dL/dW'. detach_norm: whether the norm is a constant. In
+    float32, judged as the conformance suite judges gradients, by the equation in float64.
+    """
+    drawn = _drawn("float32")
+    layer = _layer(drawn, detach_norm)
+    (layer(drawn["x"]) * drawn["dy"]).sum().backward()
+    have = {name: tensor.grad for name, tensor in layer.tensors().items()}
+    return _judged(have, _by_hand(_drawn("float64"), equation), _by_hand(drawn, equation), "gradients of A, B and m")
+
+
+@measure("property")
+def gradient_leaves_direction(detach_norm: bool) -> Found:
+    """Whether the gradient of V' has no part along V' itself, row by row: taking that part away leaves it as it is."""
+    import torch
+
+    from reference.dora import gain, norms
+
+    def gradient(drawn: dict[str, Any]) -> tuple[Any, Any]:
+        V = (drawn["W0"] + drawn["B"] @ drawn["A"]).requires_grad_()
+        norm = norms(V)
+        W = gain(drawn["m"], norm.detach() if detach_norm else norm)[:, None] * V
+        return torch.autograd.grad(((drawn["x"] @ W.T) * drawn["dy"]).sum(), V)[0], V.detach()
+
+    def projected(G: Any, V: Any) -> Any:
+        unit = V / V.norm(dim=1, keepdim=True)
+        return G - (G * unit).sum(1, keepdim=True) * unit
+
+    single, double = gradient(_drawn("float32")), gradient(_drawn("float64"))
+    return _judged({"V": single[0]}, {"V": projected(*double)}, {"V": projected(*single)}, "gradient of V'")
+
+
+def _by_hand(drawn: dict[str, Any], equation: str) -> dict[str, Any]:
+    """Return the gradients of A, B and m, from that of W' (out, in)."""
+    A, B, m = drawn["A"], drawn["B"], drawn["m"]
+    V = drawn["W0"] + B @ A
+    norm = V.square().sum(1, keepdim=True).sqrt()
+    of_W = drawn["dy"].T @ drawn["x"]
+    of_m = (of_W * V / norm).sum(1)
+    of_V = m[:, None] / norm * (of_W if equation == "eq. 11" else of_W - of_m[:, None] * V / norm)
+    return {"A": B.T @ of_V, "B": of_V @ A.T, "m": of_m}
+
+
+def _drawn(dtype: str) -> dict[str, Any]:
+    """Draw a layer away from its start, its inputs and the gradient of its outputs: the same numbers in every dtype."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"W0": (_OUT, _IN), "A": (_RANK, _IN), "B": (_OUT, _RANK), "x": (_TOKENS, _IN), "dy": (_TOKENS, _OUT)}
+    drawn = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    drawn["m"] = torch.rand(_OUT, generator=generator) + 0.5
+    return {name: tensor.to(getattr(torch, dtype)) for name, tensor in drawn.items()}
+
+
+def _layer(drawn: dict[str, Any], detach_norm: bool) -> Any:
+    import torch
+
+    from reference.dora import Config as Knobs
+    from reference.dora import DoraLinear
+
+    base = torch.nn.Linear(_IN, _OUT, bias=False).requires_grad_(False)
+    base.weight = torch.nn.Parameter(drawn["W0"], requires_grad=False)
+    knobs = Knobs(rank=_RANK, alpha=_RANK, detach_norm=detach_norm)  # alpha = rank: no scaling, as in eq. 5
+    layer = DoraLinear(base, drawn["A"], drawn["B"], knobs)
+    if layer.m.shape == drawn["m"].shape:
+        layer.m.data = drawn["m"]
+    return layer
+
+
+def _judged(have: dict[str, Any], truth: dict[str, Any], rounded: dict[str, Any], what: str) -> Found:
+    from harness.conformance.tolerance import noise_floor
+
+    found = noise_floor(have, truth, rounded, "float32")
+    return Found(
+        found.passed, f"{what} of a {_OUT} x {_IN} layer: {found.tensor} is off by {found.error:.2g}, of which"
+        f" {found.allowed:.2g} is rounding"
+    )  # fmt: skip

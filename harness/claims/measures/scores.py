@@ -1,0 +1,27 @@
+"""Measures: what a paper prints in two places, or as a mean of other figures of its own. No torch."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+from harness.claims.measures.arithmetic import written
+from harness.claims.measuring import Found, Quantity, measure
+
+
+@measure("number")
+def printed_elsewhere(figure: Quantity, place: str) -> Found:
+    """The figure that the paper prints for the same thing in another place."""
+    return Found(figure, f"{written(figure)} in {place}")
+
+
+@measure("number")
+def mean_score(of: list[Any]) -> Found:
+    """The mean of printed scores; a list among them, e.g. accuracy and F1 of one task, counts as its own mean."""
+    scores = [_mean(one) if isinstance(one, list) else Fraction(str(one)) for one in of]
+    shown = " + ".join(f"{float(one):g}" for one in scores)
+    return Found(_mean(scores), f"({shown}) / {len(scores)}")
+
+
+def _mean(scores: list[Any]) -> Fraction:
+    return sum((Fraction(str(one)) for one in scores), Fraction(0)) / len(scores)

@@ -1,0 +1,135 @@
+"""AdaLoRA's claims: what their measures compute, by hand on small shapes, and what the ledger says of printed figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+
+import reference.adalora
+from harness.claims import claim_file
+from harness.claims.judging import Judged, Verdict, judge, plain
+from harness.claims.measures import adalora, baselines
+from harness.claims.worker import find
+from reference.adalora import AdaLoraAdapted, AdaLoraLinear, Config
+
+RTE = {"examples": 2500, "batch": 32, "epochs": 50, "t_i": 600, "t_f": 1800, "rank": 12, "target_rank": 8, "layers": 72}
+
+
+@pytest.fixture
+def shape(tmp_path: Path) -> str:
+    path = tmp_path / "config.json"
+    config = {
+        "model_type": "llama", "vocab_size": 10, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1,
+    }  # fmt: skip
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+def verdicts(ids: Sequence[str]) -> dict[str, Judged]:
+    claims = [claim for claim in claim_file.load([claim_file.path_of("adalora")]) if claim.id in ids]
+    return {c.id: judge(c, [find(plain(a)) for a in (c.asking, *(o.asking for o in c.otherwise))]) for c in claims}
+
+
+def test_what_is_kept_lies_between_the_cheapest_and_the_dearest_triplets(shape: str) -> None:
+    found = adalora.kept_parameters(shape, ["q_proj", "k_proj", "up_proj"], rank=2, budget=3)
+    each = [inputs + outputs + 1 for inputs, outputs in ((8, 8), (8, 4), (8, 16)) for _ in range(2)]
+    sums = [sum(several) for several in combinations(each, 3)]
+    assert (found.value, found.most) == (min(sums), max(sums))
+    with pytest.raises(ValueError, match="a budget of 7 is more than the 6 triplets of the start; raise `rank`"):
+        adalora.kept_parameters(shape, ["q_proj", "k_proj", "up_proj"], rank=2, budget=7)
+
+
+def test_eq_12_as_printed_begins_too_high_and_ends_too_high() -> None:
+    # Of T = 79 x 50 steps 1,550 are between the phases; the printed fraction is shifted by 1,800 of them.
+    start, end = (adalora.budget_at(at, "printed", **RTE).value for at in ("t_i", "T - t_f - 1"))  # type: ignore[arg-type]
+    assert start == 576 + 288 * Fraction(1550 + 1800, 1550) ** 3
+    assert end == 576 + 288 * Fraction(1 + 1800, 1550) ** 3
+    assert adalora.budget_at("t_i", "reference", **RTE).value == 864
+    assert adalora.budget_at("T - t_f - 1", "reference", **RTE).value == 576
+
+
+def test_a_schedule_without_a_step_to_prune_in_is_refused() -> None:
+    with pytest.raises(ValueError, match="leave no step of the 2,370 to prune in; see `epochs` and `batch`"):
+        adalora.budget_only_falls(**RTE | {"epochs": 30})
+
+
+def test_a_budget_that_falls_late_or_early_or_rises_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert adalora.budget_only_falls(**RTE).value
+    true = reference.adalora.budget
+
+    def late(step: int, config: Config, layers: int) -> int:
+        return true(max(0, step - config.tfinal), config, layers)
+
+    def rising(step: int, config: Config, layers: int) -> int:
+        return true(step, config, layers) + 50 * (step == 1000)
+
+    def early(step: int, config: Config, layers: int) -> int:
+        return true(step + 100, config, layers)
+
+    for wrong in (late, rising, early):
+        monkeypatch.setattr(reference.adalora, "budget", wrong)
+        assert not adalora.budget_only_falls(**RTE).value
+
+
+def test_only_the_sum_of_squares_is_eq_4() -> None:
+    assert adalora.regularizer_is_eq_4("squared-sum").value
+    assert not adalora.regularizer_is_eq_4("mean-norm").value
+
+
+def test_scores_are_of_the_weights_after_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert adalora.scored_weights_are("after").value
+    assert not adalora.scored_weights_are("before").value
+    monkeypatch.setattr(reference.adalora, "sensitivity", lambda w, grad: grad.abs())
+    assert not adalora.scored_weights_are("after").value
+
+
+def test_pruning_that_touches_vectors_or_lasts_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert adalora.pruned_triplets_recover().value
+    true, after_step = AdaLoraLinear.prune, AdaLoraAdapted.after_step
+
+    def vectors_too(layer: AdaLoraLinear) -> None:
+        true(layer)
+        layer.B.data *= 2
+
+    def forever(adapted: AdaLoraAdapted, step: int) -> None:
+        after_step(adapted, step)
+        for layer in adapted.adalora.values():
+            true(layer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AdaLoraLinear, "prune", vectors_too)
+        assert not adalora.pruned_triplets_recover().value
+    monkeypatch.setattr(AdaLoraAdapted, "after_step", forever)
+    assert not adalora.pruned_triplets_recover().value
+
+
+def test_kthvalue_drops_what_ties_with_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert adalora.keeps_exactly("reference").value
+    assert adalora.keeps_exactly("kthvalue").how.endswith(" 2 are kept of 4")
+    monkeypatch.setattr(reference.adalora, "keep", lambda scores, count: scores >= torch.topk(scores, count).values[-1])
+    assert not adalora.keeps_exactly("reference").value
+
+
+def test_a_rank_that_is_not_said_is_the_nearest_whole_one() -> None:
+    assert baselines.at_nearest_rank(Fraction(1000), Fraction(3499)).value == 3000
+    assert baselines.at_nearest_rank(Fraction(1000), Fraction(3501)).value == 4000
+    assert baselines.at_nearest_rank(Fraction(1000), Fraction(1)).value == 1000
+
+
+def test_what_the_ledger_says_of_printed_counts() -> None:
+    ids = ["adalora-lora-r8", "adalora-127m", "adalora-lora-share-r4", "adalora-fig1-mlp", "adalora-fig1-three-layers"]
+    found = verdicts([*ids, "adalora-n72-b144", "adalora-schedule-eq12-start-rte"])
+    with_output = "the attention's output is adapted too, as in Figures 1 and 3"
+    assert found["adalora-lora-r8"].under == found["adalora-n72-b144"].under == with_output
+    assert found["adalora-lora-r8"].how.endswith(f"= {12 * 8 * (4 * (768 + 768) + 2 * (768 + 3072)):,}")
+    assert found["adalora-127m"].verdict is Verdict.INCONCLUSIVE
+    assert found["adalora-lora-share-r4"].verdict is found["adalora-fig1-mlp"].verdict is Verdict.REPRODUCED
+    assert found["adalora-fig1-three-layers"].verdict is Verdict.NOT_REPRODUCED
+    assert found["adalora-schedule-eq12-start-rte"].under.startswith("t - t_i over T - t_i - t_f")
