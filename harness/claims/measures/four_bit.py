@@ -75,7 +75,8 @@ def equally_full_bins(type: Type, block: Positive = 64) -> Found:
 def squared_error(type: Type, block: Positive = 64, double: bool = False) -> Found:
     """Mean squared error of standard normal weights (2^18 of them, seed 0) in a 4-bit type.
 
-    block: weights that share a constant. double: whether the constants are in 8 bits.
+    type: nf4, fp4 (bitsandbytes' float), e2m1, e3m0 (floats of so many bits of exponent and mantissa), int4 (-7 .. 7) or
+    int4-both-ends (-8 .. 7). block: weights that share a constant. double: whether the constants are in 8 bits.
     """
     from reference import double_quant
     from reference.dynamic_map import dequantize_blockwise

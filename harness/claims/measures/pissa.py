@@ -111,7 +111,7 @@ def quantisation_error_reduced(
     by: Literal["qlora", "loftq", "qpissa"],
     rank: Positive,
     iterations: Positive = 1,
-    residual_of: ResidualOf = "the step before",
+    residual_of: Literal["this step", "the step before"] = "the step before",
     size: Positive = 256,
     decay: float = 0.5,
 ) -> Found:
