@@ -93,6 +93,7 @@ def test_levels_on_each_side_of_zero() -> None:
     assert [four_bit.levels("nf4", side).value for side in sides] == [8, 9, 16]
     assert [four_bit.levels("nf4", side, zero=False).value for side in sides] == [7, 8, 15]
     assert [four_bit.levels("int4-both-ends", side).value for side in sides] == [9, 8, 16]
+    assert [four_bit.levels("int4", side).value for side in sides] == [8, 8, 15]
     assert [four_bit.levels("e2m1", side).value for side in sides] == [8, 8, 15]  # two codes are zero
 
 
