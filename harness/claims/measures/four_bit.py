@@ -1,0 +1,187 @@
+"""Measures: 4-bit data types, their levels and what they lose on normal weights, by QLoRA's references."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Literal
+
+from harness.claims.measuring import Found, Positive, measure
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Type = Literal["nf4", "fp4", "e2m1", "e3m0", "int4", "int4-both-ends"]
+"""A 4-bit type. fp4: bitsandbytes' float; e2m1, e3m0: floats of so many bits of exponent and mantissa; int4: -7 .. 7 over 7,
+as eq. 1 has it of 8 bits; int4-both-ends: -8 .. 7 over 8."""
+_DRAWN = 2**18
+"""Normal weights whose error is measured: that of NF4 is then known to a third of a percent."""
+
+
+@measure("count")
+def levels(type: Type, side: Literal["both", "negative", "positive"] = "both", zero: bool = True) -> Found:
+    """Levels of a 4-bit type on one side of zero, with zero or without; a level that two codes stand for once."""
+    values = _levels(type).unique()
+    chosen = {"both": values.isfinite(), "negative": values <= 0, "positive": values >= 0}[side]
+    found = values[chosen & ((values != 0) | zero)].tolist()
+    return Found(len(found), f"levels from {found[0]:.6g} to {found[-1]:.6g}" if found else "none")
+
+
+@measure("property")
+def nf4_has(printed: list[float]) -> Found:
+    """Whether the levels of NF4's reference, built from quantiles, are the printed ones to the last bit of a float32."""
+    import torch
+
+    return _same(torch.tensor(printed), _levels("nf4"))
+
+
+@measure("property")
+def equation_4_gives(printed: list[float], ends: Literal["as printed", "left out"] = "as printed") -> Found:
+    """Whether eq. 4, q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2 over the largest, gives the printed 2^k levels.
+
+    ends: whether a level that is not finite takes part, or is left out.
+    """
+    import torch
+
+    number = len(printed) + 1
+    # Python's has no quantile of 0.
+    quantiles = [-float("inf"), *(NormalDist().inv_cdf(i / number) for i in range(1, number))]
+    q = torch.tensor([(low + high) / 2 for low, high in pairwise(quantiles)])
+    if ends == "as printed" and not q.isfinite().all():
+        where = ", ".join(f"q_{i} = {q[i]:g}" for i in range(len(q)) if not q[i].isfinite())
+        return Found(False, f"{where}, since Q(0) is minus infinity")
+    q = q[q.isfinite()]
+    return _same(q / q.abs().max(), torch.tensor(printed))
+
+
+@measure("property")
+def equally_full_bins(type: Type, block: Positive = 64) -> Found:
+    """Whether each level of a type gets an equal share of normal weights, up to what drawing them explains."""
+    from harness.tolerances import INITIAL_SIGMAS
+
+    table = _levels(type).unique()
+    codes, _ = _quantised(_normal(), table, block)
+    counts = codes.long().bincount(minlength=len(table)).double()
+    equal = 1 / len(table)
+    allowed = INITIAL_SIGMAS * (equal * (1 - equal) / codes.numel()) ** 0.5
+    shares = counts / codes.numel()
+    least, most = int(shares.argmin()), int(shares.argmax())
+    ends = f"{shares[least]:.2%} take the level {table[least]:.4g}, {shares[most]:.2%} the level {table[most]:.4g}"
+    how = f"of {codes.numel():,} weights {ends}; equal is {equal:.2%}"
+    return Found(bool(((shares - equal).abs() <= allowed).all()), how)
+
+
+@measure("number")
+def squared_error(type: Type, block: Positive = 64, double: bool = False) -> Found:
+    """Mean squared error of standard normal weights (2^18 of them, seed 0) in a 4-bit type.
+
+    type: nf4, fp4 (bitsandbytes' float), e2m1, e3m0 (floats of so many bits of exponent and mantissa), int4 (-7 .. 7) or
+    int4-both-ends (-8 .. 7). block: weights that share a constant. double: whether the constants are in 8 bits.
+    """
+    from reference import double_quant
+    from reference.dynamic_map import dequantize_blockwise
+
+    weights, table = _normal(), _levels(type).unique()
+    codes, absmax = _quantised(weights, table, block)
+    if double:
+        absmax = double_quant.dequantize(*double_quant.quantize(absmax))
+    error = dequantize_blockwise(codes, absmax, table, block).double() - weights.double()
+    found = float(error.square().mean())
+    return Found(found, f"{type}, block {block}{', constants in 8 bits' * double}: mean squared error {found:.6g}")
+
+
+@measure("number")
+def constants_error(centred: bool = True, block: Positive = 64) -> Found:
+    """Mean relative error of the constants of normal weights in 8 bits, with their mean taken off before or not."""
+    from reference import double_quant
+    from reference.dynamic_map import dequantize_blockwise, dynamic_map, quantize_blockwise
+
+    _, absmax = _quantised(_normal(), _levels("nf4"), block)
+    if centred:
+        back = double_quant.dequantize(*double_quant.quantize(absmax))
+    else:
+        table = dynamic_map(signed=True)
+        back = dequantize_blockwise(*quantize_blockwise(absmax, table, double_quant.BLOCK), table, double_quant.BLOCK)
+    found = float(((back - absmax).abs() / absmax).double().mean())
+    return Found(found, f"{'less' if centred else 'not less'} their mean: mean relative error {found:.4%}")
+
+
+@measure("property")
+def constants_are(type: Literal["e4m3", "e5m2"]) -> Found:
+    """Whether the 8-bit type of the constants is an 8-bit float of this format, its largest value scaled to 1."""
+    import torch
+
+    from reference.dynamic_map import dynamic_map
+
+    table = dynamic_map(signed=True)
+    format_ = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[type]
+    every = torch.arange(256, dtype=torch.uint8).view(format_).float()
+    every = every[every.isfinite()]
+    theirs = (every / every.max()).unique()
+    shared = int(torch.isin(table, theirs).sum())
+    how = f"{shared} of the {len(table)} values that are used are among the {len(theirs)} of {type}"
+    return Found(shared == len(table) == len(theirs), how)
+
+
+@measure("property")
+def blocks_run_over_rows(rows: Positive, columns: Positive, block: Positive = 64) -> Found:
+    """Whether the constants of a matrix are the largest magnitudes of consecutive runs of its flattened form."""
+    from reference import nf4
+
+    weights = _normal()[: rows * columns].view(rows, columns)
+    _, absmax = nf4.quantize(weights, block)
+    runs = [float(run.abs().max()) for run in weights.flatten().split(block)]
+    anew = rows * -(-columns // block)
+    how = f"{absmax.numel()} constants; {len(runs)} runs of {block}, {anew} if each row began anew"
+    return Found(absmax.tolist() == runs, how)
+
+
+def _levels(type: Type) -> Tensor:
+    """Return the levels of a type in the order of their codes, float32, the largest magnitude 1."""
+    import torch
+
+    from reference import fp4, nf4
+
+    whole = torch.arange(-8.0, 8.0)
+    tables = {
+        "nf4": nf4.codebook,
+        "fp4": fp4.codebook,
+        "e2m1": lambda: _float(exponent=2, mantissa=1),
+        "e3m0": lambda: _float(exponent=3, mantissa=0),
+        "int4": lambda: whole[1:] / 7,
+        "int4-both-ends": lambda: whole / 8,
+    }
+    return tables[type]()
+
+
+def _float(exponent: int, mantissa: int) -> Tensor:
+    """Return the values of a float of sign, exponent and mantissa with gradual underflow and no infinities."""
+    import torch
+
+    E, m = torch.meshgrid(torch.arange(2.0**exponent), torch.arange(2.0**mantissa), indexing="ij")
+    fraction = m / 2**mantissa
+    magnitudes = torch.where(E == 0, fraction, (1 + fraction) * 2 ** (E - 1)).flatten()
+    magnitudes = magnitudes / magnitudes.max()
+    return torch.cat([magnitudes, -magnitudes])
+
+
+def _normal() -> Tensor:
+    import torch
+
+    return torch.randn(_DRAWN, generator=torch.Generator().manual_seed(0))
+
+
+def _quantised(weights: Tensor, table: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    from reference.dynamic_map import quantize_blockwise
+
+    return quantize_blockwise(weights, table, block)
+
+
+def _same(have: Tensor, want: Tensor) -> Found:
+    import torch
+
+    if len(have) != len(want):
+        ends = ", ".join(f"{value:.4g}" for value in have.tolist())
+        return Found(False, f"{len(have)} levels, not {len(want)}: {ends}")
+    apart = float((have - want).abs().max())
+    return Found(torch.equal(have, want), f"{len(have)} levels, the largest difference {apart:.3g}")

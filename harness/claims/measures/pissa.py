@@ -1,0 +1,243 @@
+"""Measures: PiSSA's start, its fast SVD, its conversion to LoRA and QPiSSA's error, by the reference (arXiv:2404.02948).
+
+On made weights: random singular vectors, and singular values that fall as a power of their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
+
+from harness.claims.measuring import Found, Positive, measure
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from harness.conformance.tolerance import Judgement
+
+Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+ResidualOf = Literal["this step", "the step before"]
+_SEED = 0
+
+
+@measure("property")
+def pissa_splits_the_weight(
+    rank: Positive, rows: Positive = 96, columns: Positive = 128, decay: float = 0.5, niter: int = 0,
+    dtype: Dtype = "float32",
+) -> Found:  # fmt: skip
+    """Whether residual + s B A is the weight, within what rounding the weight itself to the dtype loses.
+
+    niter: iterations of the randomised SVD, 0 for the exact one. dtype: of A, B and the residual.
+    """
+    W = _weight(rows, columns, decay)
+    A, B, residual, scaling = _split(W, rank, niter, dtype)
+    whole = {"residual + s B A": residual.double() + scaling * B.double() @ A.double()}
+    return _judged(whole, {"residual + s B A": W}, dtype)
+
+
+@measure("property")
+def pissa_takes_the_principal_part(
+    rank: Positive, rows: Positive = 96, columns: Positive = 128, decay: float = 0.5, dtype: Dtype = "float64"
+) -> Found:
+    """Whether s B A is made of the largest singular values and their vectors, and each factor has half of each value.
+
+    Against the values and vectors that the weight was made of: s B A = U_r S_r V_r^T, s A A^T = s B^T B = S_r.
+    """
+    import torch
+
+    U, S, V = _parts(rows, columns, decay)
+    A, B, _, scaling = _split((U * S) @ V.T, rank, 0, dtype)
+    A, B = A.double(), B.double()
+    mine = {"s B A": scaling * B @ A, "s A A^T": scaling * A @ A.T, "s B^T B": scaling * B.T @ B}
+    best, values = (U[:, :rank] * S[:rank]) @ V[:, :rank].T, torch.diag(S[:rank])
+    return _judged(mine, {"s B A": best, "s A A^T": values, "s B^T B": values}, dtype)
+
+
+@measure("number")
+def fast_svd_error(
+    rank: Positive, niter: Positive, rows: Positive = 192, columns: Positive = 256, decay: float = 0.5
+) -> Found:
+    """Sum of the absolute differences between the principal part by the fast SVD and by the exact one, in float64."""
+    import torch
+
+    from reference import pissa
+
+    W = _weight(rows, columns, decay)
+    fast = pissa.fast_svd(W, rank, niter, torch.Generator().manual_seed(_SEED))
+    found = float((_product(*fast) - _principal(W, rank)).abs().sum())
+    return Found(found, f"niter {niter}: {found:.4g}")
+
+
+@measure("property")
+def pissa_is_a_lora(rank: Positive, lora_rank: Positive, rows: Positive = 96, columns: Positive = 128) -> Found:
+    """Whether a trained PiSSA is a LoRA of `lora_rank` on the weight as it was: W + s B' A' = W_res + s B A, in float64."""
+    from reference import pissa
+
+    W = _weight(rows, columns, 0.5)
+    A0, B0, residual, scaling = _split(W, rank, 0, "float64")
+    A, B = A0 + _normal(*A0.shape), B0 - _normal(*B0.shape)  # as if trained
+    A2, B2 = pissa.to_lora(A0, B0, A, B)
+    if len(A2) != lora_rank:
+        return Found(False, f"it is one of rank {len(A2)}")
+    lora = {"W + s B' A'": W + scaling * B2 @ A2}
+    return _judged(lora, {"W + s B' A'": residual + scaling * B @ A}, "float64")
+
+
+@measure("property")
+def pissa_starts_at_the_model(rank: Positive, dropout: float, rows: Positive = 96, columns: Positive = 128) -> Found:
+    """Whether a layer gives what it gave before PiSSA, in training mode, with LoRA's dropout on the adapter's input.
+
+    Raises ValueError for a dropout that is no probability.
+    """
+    import torch
+    from torch import nn
+
+    from reference.lora import LoraLinear
+
+    W = _weight(rows, columns, 0.5)
+    A, B, residual, scaling = _split(W, rank, 0, "float64")
+    base = nn.Linear(columns, rows, bias=False, dtype=torch.float64)
+    base.weight.data = residual
+    x = _normal(64, columns)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(_SEED)
+        y = LoraLinear(base, A, B, scaling, dropout).train()(x)
+    return _judged({"output": y}, {"output": x @ W.T}, "float64")
+
+
+@measure("share")
+def quantisation_error_reduced(
+    by: Literal["qlora", "loftq", "qpissa"],
+    rank: Positive,
+    iterations: Positive = 1,
+    residual_of: Literal["this step", "the step before"] = "the step before",
+    size: Positive = 256,
+    decay: float = 0.5,
+) -> Found:
+    """By which share the nuclear norm of W - (nf4(.) + B A) is less than that of W - nf4(W) (eqs. 6 to 8), before training.
+
+    by: qlora, whose B A is 0; loftq, whose A and B are what the rank can take of W - nf4(W), and then by turns; qpissa,
+    which quantises the residual of the principal part, and after the first iteration takes A and B of W - nf4(residual).
+    residual_of: by which step's A and B the residual is updated (Algorithm 1, line 5).
+    """
+    W = _weight(size, size, decay)
+    plain = _nuclear(W - _nf4(W))
+    if by == "loftq":
+        found = _nuclear(W - _loftq(W, rank, iterations))
+    elif by == "qpissa":
+        residual, product = list(_turns(W, rank, iterations, residual_of))[-1]
+        found = _nuclear(W - _nf4(residual) - product)
+    else:
+        found = _nuclear(W - _nf4(W))
+    turns = f" in {iterations} iterations" if by != "qlora" else ""
+    return Found(1 - found / plain, f"{by}{turns}: 1 - {found:.5g} / {plain:.5g}")
+
+
+@measure("property")
+def each_turn_is_another(
+    rank: Positive, iterations: Positive, residual_of: ResidualOf, size: Positive = 128, decay: float = 0.5
+) -> Found:
+    """Whether each turn of Algorithm 1 finds A and B that the turn before has not.
+
+    residual_of: by which step's A and B the residual is updated (line 5).
+    """
+    import torch
+
+    products = [product for _, product in _turns(_weight(size, size, decay), rank, iterations, residual_of)]
+    same = [turn for turn, (one, after) in enumerate(pairwise(products), start=2) if torch.equal(one, after)]
+    how = "; ".join(f"A and B at t = {turn} are those at t = {turn - 1}" for turn in same)
+    return Found(not same, how or f"{len(products)} different pairs of A and B")
+
+
+def _turns(W: Tensor, rank: int, iterations: int, residual_of: ResidualOf) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (W_res, B A) after each turn of Algorithm 1, of which PiSSA's own start is the first.
+
+    The A_1 and B_1 that line 5 reads at t = 2 are set by no line as printed: the start's are taken.
+    """
+    product = before = _principal(W, rank)
+    residual = W - product
+    yield residual, product
+    for _ in range(1, iterations):
+        product = _principal(W - _nf4(residual), rank)
+        residual = W - (product if residual_of == "this step" else before)
+        before = product
+        yield residual, product
+
+
+def _loftq(W: Tensor, rank: int, iterations: int) -> Tensor:
+    """Return Q + B A after LoftQ's turns of quantisation and SVD, which begin with B A = 0 (eq. 11)."""
+    product = W * 0
+    for _ in range(iterations):
+        quantised = _nf4(W - product)
+        product = _principal(W - quantised, rank)
+    return quantised + product
+
+
+def _nf4(W: Tensor) -> Tensor:
+    from reference import nf4
+
+    return nf4.dequantize(*nf4.quantize(W)).view_as(W).double()
+
+
+def _nuclear(M: Tensor) -> float:
+    import torch
+
+    return float(torch.linalg.matrix_norm(M, "nuc"))
+
+
+def _principal(W: Tensor, rank: int) -> Tensor:
+    from reference import pissa
+
+    return _product(*pissa.exact_svd(W, rank))
+
+
+def _product(U: Tensor, S: Tensor, Vt: Tensor) -> Tensor:
+    return (U * S) @ Vt
+
+
+def _split(W: Tensor, rank: int, niter: int, dtype: str) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Return (A, B, residual, s) of the reference, with an alpha that is not the rank, so that s counts."""
+    import torch
+
+    from harness.conformance.subject import DTYPES
+    from reference import pissa
+
+    if rank > min(W.shape):
+        raise ValueError(
+            f"a weight of {W.shape[0]} x {W.shape[1]} has no {rank} singular values; give a smaller `rank`"
+        )
+    config = pissa.Config(rank=rank, alpha=2.0 * rank, niter=niter)
+    A, B, residual = pissa.split(W, config, DTYPES[dtype], torch.Generator().manual_seed(_SEED))
+    return A, B, residual, config.alpha / config.rank
+
+
+def _weight(rows: int, columns: int, decay: float) -> Tensor:
+    U, S, V = _parts(rows, columns, decay)
+    return (U * S) @ V.T
+
+
+def _parts(rows: int, columns: int, decay: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (U, S, V), float64, of a weight whose k-th singular value is k to the power of -decay."""
+    import torch
+
+    few = min(rows, columns)
+    U, V = (torch.linalg.qr(_normal(side, few, seed)).Q for side, seed in ((rows, 1), (columns, 2)))
+    return U, torch.arange(1, few + 1, dtype=torch.float64) ** -decay, V
+
+
+def _normal(rows: int, columns: int, seed: int = 3) -> Tensor:
+    import torch
+
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _judged(mine: dict[str, Tensor], truth: dict[str, Tensor], dtype: str) -> Found:
+    """Judge by what rounding the truth to the dtype loses, as the conformance suite does."""
+    from harness.conformance.subject import DTYPES
+    from harness.conformance.tolerance import noise_floor
+
+    rounded: dict[str, Any] = {name: t.to(DTYPES[dtype]).double() for name, t in truth.items()}
+    found: Judgement = noise_floor(mine, truth, rounded, dtype)
+    error = "not finite" if found.error is None else f"{found.error:.2g}"
+    return Found(found.passed, f"{found.tensor}: error {error}, allowed {found.allowed or 0:.2g} ({found.policy})")

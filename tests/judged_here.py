@@ -1,0 +1,17 @@
+"""Claims of a paper judged in this process: what needs no large model takes no other."""
+
+from __future__ import annotations
+
+from harness.claims import claim_file
+from harness.claims.judging import Judged, judge, plain
+from harness.claims.worker import find
+
+
+def verdicts(paper: str, starts: tuple[str, ...]) -> dict[str, Judged]:
+    """Map the ids that begin so to what became of them."""
+    found = {}
+    for claim in claim_file.load([claim_file.path_of(paper)]):
+        if claim.id.startswith(starts):
+            askings = [claim.asking, *(other.asking for other in claim.otherwise)]
+            found[claim.id] = judge(claim, [find(plain(asking)) for asking in askings])
+    return found
