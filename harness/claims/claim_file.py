@@ -220,7 +220,8 @@ class _Reading:
             key: self._quantity(arguments[key], self._place(key, at, also)) for key in measure.nested & arguments.keys()
         }
         try:
-            model = measure.arguments.model_validate(given | {key: Fraction(0) for key in asked})
+            standing_in = {key: [] if isinstance(value, list) else Fraction(0) for key, value in asked.items()}
+            model = measure.arguments.model_validate(given | standing_in)
         except ValidationError as error:
             for detail in error.errors(include_url=False):
                 self._argument(measure, dict(detail), at, also)

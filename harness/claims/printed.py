@@ -62,6 +62,7 @@ class Rounding:
 
 
 NEAREST = Rounding()
+_CUT = "digits cut off, not rounded"
 
 
 def parse(text: str, dimension: Dimension) -> Printed:
@@ -87,15 +88,15 @@ def _example(dimension: Dimension) -> str:
 def agrees(printed: Printed, value: Fraction, rounding: Rounding) -> str | None:
     """Say under which reading of the figure a number comes out as it; "" is the plain one, None that it does under none.
 
-    Besides the plain reading: digits cut off where they should have been rounded, and MB read as MiB.
+    Besides the plain reading: digits cut off where they should have been rounded, MB read as MiB, and M as 2^20.
     """
-    for words, one in _readings(printed):
-        if _comes_out(one, value, rounding):
-            return words
-    for words, one in _readings(printed):
-        if rounding.rule == "nearest" and not printed.relation and _comes_out(one, value, Rounding("cut")):
-            return "; ".join(filter(None, ["digits cut off, not rounded", words]))
-    return None
+    readings = list(_readings(printed))
+    tries = [(words, one, rounding) for words, one in readings]
+    if rounding.rule == "nearest" and not printed.relation:
+        cut = [("; ".join(filter(None, [_CUT, words])), one, Rounding("cut")) for words, one in readings]
+        # Of bytes the power of two is common; of a count it is the remotest reading.
+        tries = [tries[0], cut[0], *tries[1:], *cut[1:]] if printed.unit in UNITS["count"] else tries + cut
+    return next((words for words, one, rule in tries if _comes_out(one, value, rule)), None)
 
 
 def _readings(printed: Printed) -> Iterator[tuple[str, Printed]]:
@@ -104,7 +105,8 @@ def _readings(printed: Printed) -> Iterator[tuple[str, Printed]]:
     if printed.unit in UNITS["bytes"] and binary in _BYTES and printed.unit != binary:
         factor = _BYTES[binary] / UNITS["bytes"][printed.unit]
         if UNITS["bytes"][printed.unit] > 1 and not printed.unit.endswith("iB"):
-            words = f"{printed.unit} read as {binary}"
+            power = f"2^{10 * ('KMGT'.index(printed.unit[0]) + 1)}"  # of a bare letter, which may be of a count
+            words = f"{printed.unit} read as {binary if printed.unit.endswith('B') else power}"
             yield words, Printed(printed.text, printed.number * factor, printed.last * factor, binary, printed.relation)
 
 

@@ -1,0 +1,13 @@
+"""Measures: a count as people say it, where that has fewer digits than are printed. No torch."""
+
+from __future__ import annotations
+
+from harness.claims.measures.arithmetic import written
+from harness.claims.measuring import Found, Quantity, measure
+
+
+@measure("count")
+def whole_multiple(of: Quantity, to: Quantity, cut: bool = False) -> Found:
+    """`of` as the nearest whole multiple of `to`, or cut to one: what stands behind `125.0M`, said of a `125M` model."""
+    number = int(of // to) if cut else round(of / to)
+    return Found(number * to, f"{written(of)} as {number:,} x {written(to)}")
