@@ -93,7 +93,7 @@ def _models(_: Registry) -> list[Row]:
     return [
         *({"name": s.name, "kind": s.kind, "source": s.source, "licence": s.licence} for s in whole),
         *(
-            {"name": f"{shapes.PREFIX}{p.name}", "kind": "causal", "source": p.source, "licence": "none: no weights"}
+            {"name": f"{shapes.PREFIX}{p.name}", "kind": p.kind, "source": p.source, "licence": "none: no weights"}
             for p in shapes.presets().values()
         ),
     ]

@@ -36,6 +36,8 @@ WHEEL = {"name": "m", "kind": "causal", "source": "pip:m==1", "sha256": "0" * 64
         ({"source": "hub:org/m"}, "needs revision"),
         ({"source": "hub:org/m", "revision": "main"}, "needs revision"),
         ({"kind": "data"}, "needs rows"),
+        ({"kind": "causal", "source": "shape:roberta-base"}, "without weights: write kind: encoder"),
+        ({"kind": "data", "source": "shape:./config.json"}, "write kind: causal or kind: encoder"),
         ({"rows": {"format": "csv"}}, "rows belong to data"),
         ({"source": "file:x"}, "folder:PATH"),
         ({"kind": "data", "source": "folder:x", "rows": {"format": "csv"}}, "file:PATH"),

@@ -7,15 +7,19 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from harness.claims import claim_file, explained
-from harness.claims.judging import Verdict, judge
+from harness.claims import claim_file, explained, selection, table
+from harness.claims.judging import Judged, Verdict, judge
+from harness.claims.measures.conformance import conforms
 from harness.claims.measuring import Found, measures
 from harness.claims.printed import Rounding, agrees, parse
 from harness.cli import main
 from harness.errors import Exit, SuiteError
+from harness.registry import Registry, implements
+from reference import lora
 
 SHAPE = {
     "model_type": "llama", "vocab_size": 100, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2,
@@ -84,24 +88,86 @@ def test_a_wrong_unit_is_told(text: str, dimension: str) -> None:
         parse(text, dimension)  # type: ignore[arg-type]
 
 
-def test_a_rank_in_the_file_changes_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["claims", "--file", str(write(tmp_path, line(tmp_path, str(TRAINED)))), "--json"]) == Exit.PASS
-    (row,) = json.loads(capsys.readouterr().out)["claims"]
-    assert (row["verdict"], row["tried"][0]["value"]) == ("reproduced", TRAINED)
-    assert "112" in row["how"]
-    assert main(["claims", "--file", str(write(tmp_path, line(tmp_path, str(TRAINED), rank=4)))]) == Exit.FAIL
-    printed = capsys.readouterr().out
-    assert "not-reproduced" in printed
-    assert f"{2 * TRAINED:,}" in printed
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str]:
+    """Return what the command exits with and prints of one file; computing takes seconds, so all share it."""
+    folder = tmp_path_factory.mktemp("claims")
+    ranks = "{under: rank 3, with: {config: {rank: 3}}}, {under: rank 4, with: {config: {rank: 4}}}"
+    claims = [
+        line(folder, str(TRAINED)),
+        line(folder, str(TRAINED), rank=4).replace("id: one", "id: wider"),
+        line(folder, str(2 * TRAINED), more=f", otherwise: [{ranks}]").replace("id: one", "id: other"),
+        line(folder, "1").replace("v_proj", "nowhere").replace("id: one", "id: wrong"),
+    ]
+    command = [sys.executable, "-m", "harness.cli", "claims", "--file", str(write(folder, "".join(claims))), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout
 
 
-def test_another_reading_is_named_in_the_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    more = ", otherwise: [{under: rank 3, with: {config: {rank: 3}}}, {under: rank 4, with: {config: {rank: 4}}}]"
-    file = write(tmp_path, line(tmp_path, str(2 * TRAINED), more=more))
-    assert main(["claims", "--file", str(file), "--json"]) == Exit.PASS
-    (row,) = json.loads(capsys.readouterr().out)["claims"]
-    assert (row["verdict"], row["under"]) == ("reproduced-under", "rank 4")
-    assert [one["value"] for one in row["tried"]] == [TRAINED, TRAINED * 3 / 2, 2 * TRAINED]
+def test_a_rank_in_the_file_changes_the_result(ledger: tuple[int, str]) -> None:
+    code, printed = ledger
+    one, wider, _, _ = json.loads(printed)["claims"]
+    assert code == Exit.FAIL
+    assert (one["verdict"], one["tried"][0]["value"]) == ("reproduced", TRAINED)
+    assert (wider["verdict"], wider["tried"][0]["value"]) == ("not-reproduced", 2 * TRAINED)
+    assert "= 224" in wider["how"]
+
+
+def test_another_reading_is_named_in_the_verdict(ledger: tuple[int, str]) -> None:
+    other = json.loads(ledger[1])["claims"][2]
+    assert (other["verdict"], other["under"]) == ("reproduced-under", "rank 4")
+    assert [one["value"] for one in other["tried"]] == [TRAINED, TRAINED * 3 / 2, 2 * TRAINED]
+
+
+def test_one_claim_that_cannot_be_computed_takes_no_other(ledger: tuple[int, str]) -> None:
+    rows = json.loads(ledger[1])["claims"]
+    assert [row["verdict"] for row in rows] == ["reproduced", "not-reproduced", "reproduced-under", "not-run"]
+    assert "could not be computed: ValueError: no" in rows[3]["why"]
+    assert "layer is named 'nowhere'" in rows[3]["why"]
+
+
+def test_what_was_computed_is_shown_again(
+    ledger: tuple[int, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, page = tmp_path / "claims.json", tmp_path / "claims.html"
+    file.write_text(ledger[1])
+    assert main(["claims", "--show", str(file), "--html", str(page), "--json"]) == ledger[0]
+    assert capsys.readouterr().out == ledger[1]
+    text = page.read_text()
+    assert all(f'id="{row["id"]}"' in text for row in json.loads(ledger[1])["claims"])
+    assert main(["claims", "--show", str(file), "--id", "one"]) == Exit.PASS
+    file.write_text(ledger[1][:-20])
+    assert main(["claims", "--show", str(file)]) == Exit.USAGE
+    file.write_text(ledger[1].replace('"schema": 1', '"schema": 99'))
+    assert main(["claims", "--show", str(file)]) == Exit.USAGE
+    said = capsys.readouterr().err
+    assert "no JSON" in said
+    assert "has schema 99" in said
+
+
+def test_text_names_source_printed_ours_and_verdict(ledger: tuple[int, str]) -> None:
+    text = table.as_text([Judged.model_validate_json(json.dumps(row)) for row in json.loads(ledger[1])["claims"]])
+    assert "reproduced        one: the paper prints 112; we get 112  [Table 1]" in text
+    assert "under: rank 4" in text
+    assert text.endswith("4 claims: 1 reproduced, 1 reproduced-under, 1 not-reproduced, 1 not-run")
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "failed", "strict", "code"),
+    [
+        (["reproduced", "not-run"], False, False, Exit.PASS),
+        (["reproduced", "not-run"], False, True, Exit.INCONCLUSIVE),
+        (["reproduced", "inconclusive"], False, True, Exit.INCONCLUSIVE),
+        (["reproduced-under", "not-run"], True, False, Exit.INFRASTRUCTURE),
+        (["not-reproduced", "not-run"], True, False, Exit.FAIL),
+        (["not-run"], False, False, Exit.NOTHING_COMPARED),
+        ([], False, False, Exit.NOTHING_COMPARED),
+    ],
+)
+def test_exit_codes(ledger: tuple[int, str], verdicts: list[str], failed: bool, strict: bool, code: Exit) -> None:
+    one = json.loads(ledger[1])["claims"][0]
+    rows = [Judged.model_validate_json(json.dumps(one | {"verdict": v, "failed": failed})) for v in verdicts]
+    assert selection.exit_of(rows, strict=strict) == code
 
 
 def test_rows_share_what_they_do_not_say(tmp_path: Path) -> None:
@@ -173,15 +239,6 @@ def test_what_a_paper_leaves_out_is_not_decided(tmp_path: Path) -> None:
     assert judge(claim, [Found(2 * TRAINED, "least", most=3 * TRAINED)]).verdict is Verdict.NOT_REPRODUCED
 
 
-def test_one_claim_that_cannot_be_computed_takes_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wrong = line(tmp_path, "1", rank=2).replace("v_proj", "nowhere").replace("id: one", "id: wrong")
-    assert main(["claims", "--file", str(write(tmp_path, wrong + line(tmp_path, "112")))]) == Exit.INFRASTRUCTURE
-    printed = capsys.readouterr().out
-    assert "could not be computed: ValueError: no" in printed
-    assert "layer is named 'nowhere'" in printed
-    assert "reproduced        one: " in printed
-
-
 def test_an_unknown_paper_and_an_unknown_id_are_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["claims", "lorra"]) == Exit.USAGE
     assert "did you mean `lora`?" in capsys.readouterr().err
@@ -215,3 +272,21 @@ def test_claims_of_the_papers_hold_no_result_of_ours(paper: str) -> None:
         one.strip(" -").partition(":")[0] for one in text.splitlines()
     }
     assert all(claim.source and claim.version for claim in claim_file.load([claim_file.path_of(paper)]))
+
+
+def test_a_method_that_fails_its_check_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attach(model: Any, config: Any, generator: Any) -> Any:
+        adapted = lora.attach(model, config, generator)
+        for layer in adapted.layers.values():
+            layer.scaling = 2 * layer.scaling
+        return adapted
+
+    twice = implements("lora", name="twice")(attach)
+    right = implements("lora", name="right")(lora.attach)
+    monkeypatch.setattr("harness.registry.discover", lambda: Registry((twice, right)))
+    assert conforms("lora", "forward", "right").value is True
+    found = conforms("lora", "forward", "twice")
+    assert found.value is False
+    assert "11 of 22 cases" in found.how  # at the start, where B is zero, a scale does nothing
+    with pytest.raises(ValueError, match="has no check"):
+        conforms("lora", "budget")

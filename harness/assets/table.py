@@ -118,10 +118,13 @@ class Source(Frozen):
         if self.scheme == "made" and self.address not in makers:
             what = "data set" if self.kind == "data" else "model"
             raise ValueError(f"the harness makes no {what} {self.address!r}; it makes {', '.join(makers)}")
-        if self.scheme == "shape" and self.kind != "causal":
-            raise ValueError(f"{self.source} is a causal model without weights: write kind: causal")
-        if self.scheme == "shape" and (wrong := shapes.unknown(self.address)):
-            raise ValueError(wrong)
+        if self.scheme == "shape":
+            if wrong := shapes.unknown(self.address):
+                raise ValueError(wrong)
+            preset = shapes.presets().get(self.address)
+            kinds = (preset.kind,) if preset else ("causal", "encoder")
+            if self.kind not in kinds:
+                raise ValueError(f"{self.source} is a model without weights: write kind: {' or kind: '.join(kinds)}")
         if self.kind == "data":
             if self.rows is None:
                 raise ValueError(
@@ -195,7 +198,8 @@ def resolve(name: str, table: Mapping[str, Source], base: Path, kind: Kind = "ca
         if wrong := shapes.unknown(name.removeprefix(shapes.PREFIX)):
             what, _, mend = wrong.partition("; ")
             raise UsageError(what, mend=mend)
-        return _placed(Source(name=name, kind="causal", source=name), base)
+        preset = shapes.presets().get(name.removeprefix(shapes.PREFIX))
+        return _placed(Source(name=name, kind=preset.kind if preset else kind, source=name), base)
     if name.startswith(shapes.PATH_STARTS):
         if kind == "data":
             raise UsageError(

@@ -9,7 +9,7 @@ from typing import get_args
 import click
 
 from harness.claims.claim import Tier
-from harness.errors import Exit
+from harness.errors import Exit, UsageError
 from harness.last_words import say
 
 
@@ -22,22 +22,37 @@ from harness.last_words import say
 )
 @click.option("--jobs", type=click.IntRange(1, 256), help="Processes at a time.  [the cores, at most 8]")
 @click.option("--strict", is_flag=True, help="Exit with 3 if a claim is inconclusive or was not run.")
+@click.option(
+    "--show", type=click.Path(path_type=Path), metavar="FILE", help="Compute nothing: show what --json wrote."
+)
+@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write a page.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def claims(
     papers: tuple[str, ...], tiers: tuple[Tier, ...], ids: tuple[str, ...], files: tuple[Path, ...], jobs: int | None,
-    strict: bool, as_json: bool,
+    strict: bool, show: Path | None, html: Path | None, as_json: bool,
 ) -> Exit:  # fmt: skip
     """Compute again what papers claim.
 
     All papers, if neither PAPER nor --file is given. Each claim has its source, what is printed, what we get and a
-    verdict. Exits with 1 if a claim is not reproduced, with 4 if one could not be computed that should have been, with 5
-    if none was computed.
+    verdict; `peft-harness explain claims` shows how a file of them is written. Exits with 1 if a claim is not reproduced,
+    with 4 if one could not be computed that should have been, with 5 if none was computed.
     """
-    from harness.claims import claim_file, computing, selection, table
+    from harness.claims import claim_file, computing, document, selection, table
+    from harness.measure import environment
+    from harness.report import claims_page
+    from harness.report.html import page_path
 
-    paths = [*map(claim_file.path_of, papers), *files] or list(map(claim_file.path_of, claim_file.names()))
-    chosen = selection.chosen(claim_file.load(paths), tiers, ids)
-    rows, failed = computing.judged(chosen, jobs)
-    document = {"schema": 1, "claims": [row.model_dump(mode="json") for row in rows]}
-    say(json.dumps(document, indent=1) if as_json else table.as_text(rows))
-    return selection.exit_of(rows, failed=failed, strict=strict)
+    page = page_path(html) if html else None
+    if show:
+        if papers or files:
+            raise UsageError("--show computes nothing", where="--show", mend="leave PAPER and --file out")
+        written, software = document.read(show)
+        rows = selection.chosen(written, tiers, ids)
+    else:
+        paths = [*map(claim_file.path_of, papers), *files] or list(map(claim_file.path_of, claim_file.names()))
+        software = environment.describe().software
+        rows = computing.judged(selection.chosen(claim_file.load(paths), tiers, ids), jobs)
+    if page:
+        claims_page.write_page(rows, software, page)
+    say(json.dumps(document.document(rows, software), indent=1) if as_json else table.as_text(rows))
+    return selection.exit_of(rows, strict=strict)

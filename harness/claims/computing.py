@@ -7,29 +7,20 @@ import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from harness.assets import process
 from harness.claims.claim import Asking, Claim
-from harness.claims.judging import Judged, judge, plain
+from harness.claims.judging import Judged, Missing, judge, plain
 from harness.claims.measuring import Found
 
 _PATIENCE_S = 1800.0
 
 
-@dataclass(frozen=True)
-class Missing:
-    """Why a measure found nothing. failed: whether it should have."""
-
-    why: str
-    failed: bool
-
-
-def judged(claims: Sequence[Claim], jobs: int | None = None) -> tuple[list[Judged], bool]:
-    """Judge claims, as many at a time as there are cores. Also say whether any could not be computed that should have been.
+def judged(claims: Sequence[Claim], jobs: int | None = None) -> list[Judged]:
+    """Judge claims, as many at a time as there are cores.
 
     Claims of one model go to one process, which builds it once.
     """
@@ -56,9 +47,7 @@ def judged(claims: Sequence[Claim], jobs: int | None = None) -> tuple[list[Judge
                 count = len(_askings(claim))
                 found[claim.id] = read[:count] + [Missing(died, failed=True)] * max(0, count - len(read))
                 del read[:count]
-    rows = [judge(claim, [one if isinstance(one, Found) else one.why for one in found[claim.id]]) for claim in claims]
-    failed = any(isinstance(one, Missing) and one.failed for several in found.values() for one in several)
-    return rows, failed
+    return [judge(claim, found[claim.id]) for claim in claims]
 
 
 def _askings(claim: Claim) -> list[Asking]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
 from typing import Any
@@ -30,6 +31,14 @@ MEANING = {
     Verdict.INCONCLUSIVE: "cannot be decided: the paper leaves something out, or what was measured is too uncertain",
     Verdict.NOT_RUN: "was not computed here, and what it needs is said",
 }
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Why a measure found nothing. failed: whether it should have."""
+
+    why: str
+    failed: bool = False
 
 
 class Tried(Frozen):
@@ -62,20 +71,22 @@ class Judged(Frozen):
     why: str
     note: str
     tried: list[Tried]
+    failed: bool = False
+    """Whether it should have been computed and was not."""
 
 
-def judge(claim: Claim, answers: Sequence[Found | str]) -> Judged:
-    """Judge a claim by what was found for its own reading and then for each of `otherwise`; a str says why nothing was."""
+def judge(claim: Claim, answers: Sequence[Found | Missing]) -> Judged:
+    """Judge a claim by what was found for its own reading and then for each of `otherwise`."""
     readings = [("", claim.asking), *((one.under, one.asking) for one in claim.otherwise)]
     tried = [_tried(claim, under, asking, found) for (under, asking), found in zip(readings, answers, strict=True)]
     for one, found in zip(tried, answers, strict=True):
-        if isinstance(found, str) or (words := _comes_out(claim, found)) is None:
+        if isinstance(found, Missing) or (words := _comes_out(claim, found)) is None:
             continue
         under = "; ".join(filter(None, [one.under, words]))
         return _judged(claim, Verdict.UNDER if under else Verdict.REPRODUCED, tried, one, under=under)
     own, found = tried[0], answers[0]
-    if isinstance(found, str):
-        return _judged(claim, Verdict.NOT_RUN, tried, own, why=found)
+    if isinstance(found, Missing):
+        return _judged(claim, Verdict.NOT_RUN, tried, own, why=found.why, failed=found.failed)
     if found.most is not None and claim.figure and found.value <= claim.figure.number <= found.most:
         return _judged(claim, Verdict.INCONCLUSIVE, tried, own, why=claim.needs or "it lies between what it can be")
     if claim.needs and found.most is None:
@@ -91,10 +102,10 @@ def _comes_out(claim: Claim, found: Found) -> str | None:
     return agrees(claim.figure, Fraction(found.value), claim.rounding)
 
 
-def _tried(claim: Claim, under: str, asking: Asking, found: Found | str) -> Tried:
+def _tried(claim: Claim, under: str, asking: Asking, found: Found | Missing) -> Tried:
     arguments = plain(asking)["with"]
-    if isinstance(found, str):
-        return Tried(under=under, measure=asking.measure, arguments=arguments, missing=found)
+    if isinstance(found, Missing):
+        return Tried(under=under, measure=asking.measure, arguments=arguments, missing=found.why)
     unit = claim.figure.unit if claim.figure else ""
     if claim.figure is None:
         ours = "holds" if found.value else "does not hold"
@@ -116,7 +127,9 @@ def plain(asked: Any) -> Any:
     return [plain(one) for one in asked] if isinstance(asked, list) else asked
 
 
-def _judged(claim: Claim, verdict: Verdict, tried: list[Tried], by: Tried, under: str = "", why: str = "") -> Judged:
+def _judged(
+    claim: Claim, verdict: Verdict, tried: list[Tried], by: Tried, under: str = "", why: str = "", failed: bool = False
+) -> Judged:
     return Judged(
         id=claim.id,
         paper=claim.paper,
@@ -133,4 +146,5 @@ def _judged(claim: Claim, verdict: Verdict, tried: list[Tried], by: Tried, under
         why=why,
         note=claim.note,
         tried=tried,
+        failed=failed,
     )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from harness.claims.claim import Claim
 from harness.claims.judging import Judged, Verdict
 from harness.errors import Exit, UsageError
 from harness.spelling import near
 
+_Claim = TypeVar("_Claim", Claim, Judged)
 
-def chosen(claims: Sequence[Claim], tiers: Sequence[str], ids: Sequence[str]) -> list[Claim]:
+
+def chosen(claims: Sequence[_Claim], tiers: Sequence[str], ids: Sequence[str]) -> list[_Claim]:
     """Return the claims of these tiers whose ids begin so. Raises UsageError where none does."""
     for start in ids:
         if not any(claim.id.startswith(start) for claim in claims):
@@ -19,12 +22,12 @@ def chosen(claims: Sequence[Claim], tiers: Sequence[str], ids: Sequence[str]) ->
     return [c for c in claims if (not tiers or c.tier in tiers) and (not ids or c.id.startswith(tuple(ids)))]
 
 
-def exit_of(rows: Sequence[Judged], *, failed: bool, strict: bool) -> Exit:
+def exit_of(rows: Sequence[Judged], *, strict: bool) -> Exit:
     """Return the exit code: a claim that does not come out is a finding and comes first."""
     verdicts = {row.verdict for row in rows}
     if Verdict.NOT_REPRODUCED in verdicts:
         return Exit.FAIL
-    if failed:
+    if any(row.failed for row in rows):
         return Exit.INFRASTRUCTURE
     if verdicts <= {Verdict.NOT_RUN}:
         return Exit.NOTHING_COMPARED

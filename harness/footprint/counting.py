@@ -25,6 +25,7 @@ from harness.assets import structure
 from harness.conformance.subject import DTYPES, attach_reference, configure
 from harness.footprint import activations, kept, states
 from harness.footprint.choices import BASES, OWN
+from harness.measure.latency import positions
 from harness.measure.memory import model_tensors
 from harness.training.head import in_head
 from reference import layers as surgery
@@ -95,7 +96,7 @@ def count(
     return {
         "parameters": total,
         "targets": names,
-        "positions": getattr(model.config, "max_position_embeddings", None),
+        "positions": positions(model),
         "logits": activations.logits_per_token(shape) if shape else None,
         "methods": found,
     }
@@ -108,10 +109,16 @@ def new_head(model: Any, kind: str) -> dict[str, nn.Parameter]:
 
 
 def default_targets(model: Any) -> list[str]:
-    """Return the names of all linear layers but those of the output: last parts where these fit no other layer."""
-    inner = list(surgery.targets(model, ("all-linear",), kept.LINEAR))
-    outside = {path.rpartition(".")[-1] for path, _ in model.named_modules() if path not in set(inner)}
-    return list(dict.fromkeys(path if (last := path.rpartition(".")[-1]) in outside else last for path in inner))
+    """Return the names of all linear layers but those of the output: as few last parts of each as fit no other layer."""
+    inner = surgery.targets(model, ("all-linear",), kept.LINEAR)
+    outside = {end for path, _ in model.named_modules() if path not in inner for end in _ends(path)}
+    return list(dict.fromkeys(next((end for end in _ends(path) if end not in outside), path) for path in inner))
+
+
+def _ends(path: str) -> list[str]:
+    """List the ends of a dotted path, the shortest first and the whole of it last."""
+    parts = path.split(".")
+    return [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
 
 
 @contextmanager

@@ -31,8 +31,9 @@ class Model:
 
 def find(name: str) -> Model:
     """Return the model that `name` stands for. Raises UsageError for a name that nobody knows, or without a config here."""
-    if (shape := name.removeprefix(shapes.PREFIX)) in (presets := shapes.presets()):
-        return Model(shape, presets[shape].config, "causal", f"shape of {presets[shape].source}")
+    presets = shapes.presets()
+    if preset := presets.get(name.removeprefix(shapes.PREFIX)):
+        return Model(preset.name, preset.config, preset.kind, f"shape of {preset.source}")
     table = {s.name: s for s in load_table(folder("suites") / "sources.yaml").values() if s.kind != "data"}
     if name in table:
         return _of_table(table[name])

@@ -1,0 +1,42 @@
+"""The claim ledger as a JSON document, written and read again. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from harness.claims.judging import Judged
+from harness.errors import UsageError
+
+SCHEMA = 1
+KIND = "claims"
+
+
+def document(rows: Sequence[Judged], software: Mapping[str, str]) -> dict[str, Any]:
+    """Return the ledger as JSON can hold it. software: library -> version, with which it was computed."""
+    claims = [row.model_dump(mode="json") for row in rows]
+    return {"schema": SCHEMA, "kind": KIND, "software": dict(software), "claims": claims}
+
+
+def read(path: Path) -> tuple[list[Judged], dict[str, str]]:
+    """Read what `--json` printed. Raises UsageError for another file, a torn one, or one of a newer schema."""
+    mend = "name a file that `peft-harness claims --json > FILE` wrote"
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"cannot read: {error.strerror}", where=str(path), mend=mend) from error
+    except ValueError as error:
+        raise UsageError(f"no JSON: {error}", where=str(path), mend=mend) from error
+    if not isinstance(data, dict) or data.get("kind") != KIND:
+        raise UsageError("no ledger of claims", where=str(path), mend=mend)
+    if data.get("schema") != SCHEMA:
+        what = f"has schema {data.get('schema')!r}, and this version reads {SCHEMA}"
+        raise UsageError(what, where=str(path), mend="update peft-harness, or compute the claims again")
+    try:
+        return [Judged.model_validate_json(json.dumps(one)) for one in data["claims"]], dict(data["software"])
+    except (ValidationError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"not as it was written: {error}", where=str(path), mend="compute the claims again") from error
