@@ -161,7 +161,7 @@ def _twice_merged(layer: Any) -> nn.Module:
         ("update_is_scaled_by", reference.lora.Config, "scaling", property(lambda self: self.alpha / self.rank**0.5)),
         ("subtracting_restores_the_base", reference.lora.LoraLinear, "merged", _twice_merged),
         ("subtracting_restores_the_base", reference.lora.LoraLinear, "merged", lambda self: self.base),
-        ("subtracting_restores_the_base", reference.lora.LoraLinear, "delta", lambda self: torch.zeros_like(self.base.weight)),
+        ("subtracting_restores_the_base", reference.lora.LoraLinear, "delta", lambda self: 0 * self.base.weight),
         ("merged_has_the_bases_layers", reference.lora.LoraLinear, "merged", lambda self: nn.Sequential(self.base)),
         ("b_learns_faster", optimizers, "_of_body", lambda adapted, body, recipe: [{"params": body, "lr": recipe.lr}]),
     ],
