@@ -48,7 +48,8 @@ STATUSES = {
     Status.TIMEOUT: "stopped after --timeout seconds, or at the time limit that Slurm had set",
     Status.ERROR: "the worker ended with an exception; its traceback is in the Record",
     Status.SKIPPED: "could not run here, and the Record says why",
-    Status.LOST: "the worker vanished without a word: killed from outside, or the machine went down",
+    Status.LOST: "the worker vanished without a word: killed from outside (with --jobs in a container perhaps by the "
+    "kernel, for want of memory), or the machine went down",
 }
 OPTIMIZERS: dict[Optimizer, str] = {
     "adamw": "torch's AdamW, for every Cell but those of a method that brings its own (galore). What trains in 16 bits has "

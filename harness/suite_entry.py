@@ -64,7 +64,8 @@ class Reading:
     """What is shared while one suite is read.
 
     cut: ways of the values that were taken out as wrong; their absence is no second mistake. ids: every id of the file
-    and where it stands, also of entries that are wrong.
+    and where it stands, also of entries that are wrong. entries: what each says by its id, but for those that something
+    was taken out of.
     """
 
     document: Document
@@ -75,6 +76,7 @@ class Reading:
     sources: dict[str, Source] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
     ids: dict[str, str] = field(default_factory=dict)
+    entries: dict[str, CellKeys] = field(default_factory=dict)
 
     @property
     def base(self) -> Path:
@@ -118,7 +120,7 @@ class _EntryReader:
         wrong = list(self._impossible(config, kinds))
         for where, what, mend in wrong:
             self.reading.problem(self._way(*where), what, mend)
-        training = self._training(config) if complete else []
+        training = self._training(config)
         tune = self._tune(keys.tune, config, training) if training and keys.tune else None
         if tune:
             tried = {name: fields | tune.axes(name) for name, fields in config.items()}
@@ -161,8 +163,20 @@ class _EntryReader:
             self.reading.problem(
                 self._way("id"), f"a second id `{name}`, first at {ids[name]}", "rename one of the two"
             )
+        elif not self._cut():
+            self.reading.entries[name] = self.keys
         ids.setdefault(name, self.reading.document.where(*self.cell))
         return name
+
+    def _cut(self, *rest: str | int) -> bool:
+        """Say whether a value of the entry was taken out as wrong; without `rest`, whether any was."""
+        for way in self.reading.cut:
+            for start in (self.block, self.cell):
+                # Another cell's mistake lies inside the block too, and is none of this entry's.
+                inside = way[len(start) :] if way[: len(start)] == start else ("cells",)
+                if inside[:1] != ("cells",) and (rest[: len(inside)] == inside or not rest):
+                    return True
+        return False
 
     def _is_complete(self) -> bool:
         complete = True
@@ -172,8 +186,7 @@ class _EntryReader:
                 value = getattr(value, part)
             if value is None and not (need == ("evaluation", "items") and unscored.is_meant(self.keys)):
                 complete = False
-                written = {(*start, *need[:n]) for start in (self.block, self.cell) for n in (1, 2)}
-                if not written & self.reading.cut:
+                if not self._cut(*need):
                     self.reading.problem(self.cell, f"`{'.'.join(need)}` is missing", "add it here or to the block")
         return complete
 
@@ -316,16 +329,19 @@ class _EntryReader:
             way = self._way("training")
             self.reading.problem(way, f"{count} Cells; the most is {MOST_CELLS}", "shorten a list, or split the suite")
             return []
+        steps = self.keys.training.steps
+        # That steps are missing is told already, and any number of them shows what else is wrong.
+        axes |= {"steps": [1 if steps is None else steps]}
         training = [Training(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
         # With no steps a block's warm-up means nothing, and is no mistake.
-        if 0 < training[0].steps < training[0].warmup:
-            what = f"`warmup` is {training[0].warmup}, longer than the {training[0].steps} steps"
+        if steps and steps < training[0].warmup:
+            what = f"`warmup` is {training[0].warmup}, longer than the {steps} steps"
             self.reading.problem(self._way("training", "warmup"), what, "shorten it, or train longer")
         self._optimizers(config, training[0].steps)
         for i, ratio in enumerate(_listed(written.get("lr_ratio"))):
             self._ratio(config, ratio, self._way("training", "lr_ratio", i))
         for i, parts in enumerate(_listed(written.get("accumulate"))):
-            if (batch := training[0].batch) % parts:
+            if (batch := training[0].batch) % parts and not self._cut("training", "batch"):
                 what = f"`accumulate` is {parts}, which does not divide the batch of {batch} examples"
                 mend = f"write one of {', '.join(str(n) for n in range(1, batch + 1) if batch % n == 0)}"
                 self.reading.problem(self._way("training", "accumulate", i), what, mend)

@@ -92,7 +92,7 @@ def _suite(reading: Reading, keys: SuiteKeys) -> Suite:
     _sources(reading, keys)
     entries = [entry for ways in _ways(reading, keys) if (entry := read_entry(reading, *ways)) is not None]
     _no_equal_cells(reading, entries)
-    comparisons = [_comparison(reading, index, c, entries) for index, c in enumerate(keys.comparisons)]
+    comparisons = [_comparison(reading, index, c) for index, c in enumerate(keys.comparisons)]
     return Suite(
         name=keys.suite or "",
         title=keys.title,
@@ -151,7 +151,7 @@ def _no_equal_cells(reading: Reading, entries: list[Entry]) -> None:
             seen[cell.cell_id] = entry
 
 
-def _comparison(reading: Reading, index: int, keys: ComparisonKeys, entries: list[Entry]) -> Compared | None:
+def _comparison(reading: Reading, index: int, keys: ComparisonKeys) -> Compared | None:
     way: Way = ("comparisons", index)
     sides = {"better": keys.better, "than": keys.than, "same-losses": keys.same_losses, "as": keys.as_}
     given = {key: ids for key, ids in sides.items() if ids is not None}
@@ -172,22 +172,24 @@ def _comparison(reading: Reading, index: int, keys: ComparisonKeys, entries: lis
     left, right = given.values()
     if set(left) & set(right):
         reading.problem(way, "a comparison of a thing with itself", "name different ids")
-    _comparable(reading, way, keys, [e for e in entries if e.id in left], [e for e in entries if e.id in right])
+    _comparable(reading, way, keys, left, right)
     if len(reading.problems) > before:
         return None
     return Compared("better" if keys.better else "same-losses", tuple(left), tuple(right), keys.says)
 
 
-def _comparable(reading: Reading, way: Way, keys: ComparisonKeys, left: list[Entry], right: list[Entry]) -> None:
-    if keys.better and len({(*e.task, e.evaluation.items) for e in (*left, *right)}) > 1:
+def _comparable(reading: Reading, way: Way, keys: ComparisonKeys, left: list[str], right: list[str]) -> None:
+    """Judge the two sides by what the entries say, which also those do that are wrong elsewhere."""
+    sides = {name: entry for name, entry in reading.entries.items() if name in (*left, *right)}
+    scored = [(*entry.task, entry.evaluation.items) for entry in sides.values() if entry.task]
+    if keys.better and len({items for items in scored if items[-1] or tasks.SYNTHETIC in items}) > 1:
         reading.problem(way, "the two sides are not scored on the same items", "give them one task and one `items`")
-    for entry in (*left, *right) if keys.better else ():
-        if tasks.SYNTHETIC in entry.task:
-            what = f"`better` compares accuracies, and `{entry.id}` scores nothing: its task is {tasks.SYNTHETIC}"
+    for name, entry in sides.items() if keys.better else ():
+        if tasks.SYNTHETIC in (entry.task or ()):
+            what = f"`better` compares accuracies, and `{name}` scores nothing: its task is {tasks.SYNTHETIC}"
             reading.problem(way, what, "compare Cells that are scored, or ask for `same-losses`")
-    for entry in right if keys.same_losses else ():
-        if set(entry.dtype) != {"float64"}:
-            reading.problem(way, f"`as` names `{entry.id}`, which is not float64", "compare with a float64 Cell")
-    for entry in (*left, *right) if keys.same_losses else ():
-        if any(training.steps == 0 for training in entry.training):
-            reading.problem(way, f"`{entry.id}` does not train, so it has no losses", "compare Cells that train")
+    for name, entry in sides.items() if keys.same_losses else ():
+        if name in right and set(entry.dtype) != {"float64"}:
+            reading.problem(way, f"`as` names `{name}`, which is not float64", "compare with a float64 Cell")
+        if entry.training.steps == 0:
+            reading.problem(way, f"`{name}` does not train, so it has no losses", "compare Cells that train")

@@ -71,7 +71,8 @@ class Task:
     labels: how many classes, which an encoder can tell apart; 0: only a causal model can do it. answers: of a task whose
     answers are texts. test: the first rows of `data` after one shuffle with `shuffle_seed`; without `train` the rest of them
     train. own: one of lm-eval's tasks, with its own splits, in their order; `test` is then 0, for all. judge: the filter of
-    lm-eval that counts, also where choices are scored. Of `synthetic` all but the name is empty, and data is None.
+    lm-eval that counts, also where choices are scored. Of `synthetic` all is empty but the name and the labels, which an
+    encoder gets at random, and data is None.
     """
 
     name: str
@@ -111,7 +112,7 @@ def load(name: str, base: Path, sources: Mapping[str, Source]) -> Task:
     Data that are a local file are read too: what is wrong with them is found before anything runs.
     """
     if name == SYNTHETIC:
-        return Task(name, Path(name), {}, None, None, labels=0, test=0, shuffle_seed=0, answers=None)
+        return Task(name, Path(name), {}, None, None, labels=2, test=0, shuffle_seed=0, answers=None)
     if name.startswith(lm_eval_files.PREFIX):
         return _own(name)
     document = yaml_lines.load(_find(name, base))

@@ -1,7 +1,7 @@
 """The task `synthetic`: random tokens in the place of texts, for what a Cell costs and not for what it scores. No torch.
 
-Every sequence has exactly `max_tokens` tokens, and the loss is over all that have one before them. Nothing is scored, so
-that its Records hold no accuracy.
+Every sequence has exactly `max_tokens` tokens, and the loss is over all that have one before them; of an encoder, over
+labels that are random too. Nothing is scored, so that its Records hold no accuracy.
 """
 
 from __future__ import annotations
@@ -41,7 +41,3 @@ def problems(keys: CellKeys, models: Mapping[int, Source]) -> Iterator[tuple[Way
     if keys.evaluation.items is not None:
         what = f"`items` is {keys.evaluation.items}, and `{SYNTHETIC}` scores nothing"
         yield ("evaluation", "items"), what, "leave `items` out"
-    for i, source in models.items():
-        if source.kind == "encoder":
-            what = f"`{SYNTHETIC}` asks for the next token, and `{source.name}` is an encoder"
-            yield ("model", i), what, "name a causal model"

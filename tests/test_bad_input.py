@@ -341,6 +341,38 @@ def test_mistakes_of_how_it_is_trained_come_all_at_once(tmp_path: Path) -> None:
     assert all(p.mend for p in caught.value.problems)
 
 
+def test_what_is_missing_hides_no_other_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    text = SUITE.replace("steps: 4, batch: 2,", "batch: 6, accumulate: 4, lr_ratio: 8,", 1).replace("items: 8, ", "", 1)
+    base = "{quantization: nf4, implementation: bitsandbytes}"
+    galore = f"id: a\n        optimizer: adamw-8bit\n        base: {base}\n        method: galore"
+    text = text.replace("id: a\n        method: lora", galore, 1).replace("{rank: 4, alpha: 8,", "{rank: 4,", 1)
+    text = text.replace("a, as: exact", "exact, as: a")
+    path.write_text(text + "  - {better: a, than: exact, says: more}\n", encoding="utf-8")
+    with pytest.raises(SuiteError) as caught:
+        suites.load(path)
+    assert [(int(p.where.rpartition(":")[2]), p.what.partition(",")[0]) for p in caught.value.problems] == [
+        (6, "`accumulate` is 4"),
+        (6, "`lr_ratio` is 8"),
+        (9, "`evaluation.items` is missing"),
+        (9, "`training.steps` is missing"),
+        (10, "`optimizer` is adamw-8bit"),
+        (11, "base nf4 keeps frozen weights in 4 bits"),
+        (14, "`evaluation.items` is missing"),
+        (14, "`training.steps` is missing"),
+        (19, "`as` names `a`"),
+    ]
+    assert all(p.mend for p in caught.value.problems)
+
+
+def test_a_batch_that_was_taken_out_is_not_divided(tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    path.write_text(SUITE.replace("batch: 2,", "batch: 0, accumulate: 5,", 1), encoding="utf-8")
+    with pytest.raises(SuiteError) as caught:
+        suites.load(path)
+    assert [p.what for p in caught.value.problems] == ["`batch` is 0"]
+
+
 def test_a_mistake_in_a_block_is_told_once(tmp_path: Path) -> None:
     path = tmp_path / "suite.yaml"
     path.write_text(SUITE.replace("tiny-llama", "tiny-lama"), encoding="utf-8")

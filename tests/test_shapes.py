@@ -34,7 +34,20 @@ TINY = {
     "model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
-LAYERS = ["q_proj", "v_proj", "down_proj"]
+ROBERTA = {
+    "model_type": "roberta", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 66, "type_vocab_size": 1, "pad_token_id": 1,
+}  # fmt: skip
+DEBERTA = {
+    "model_type": "deberta-v2", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 64, "type_vocab_size": 0, "relative_attention": True,
+    "position_buckets": 16, "norm_rel_ebd": "layer_norm", "share_att_key": True, "pos_att_type": "p2c|c2p",
+    "position_biased_input": False, "conv_kernel_size": 3, "conv_act": "gelu",
+}  # fmt: skip
+LAYERS = {
+    "llama": ["q_proj", "v_proj", "down_proj"], "roberta": ["query", "value", "intermediate.dense"],
+    "deberta-v2": ["query_proj", "value_proj", "intermediate.dense"],
+}  # fmt: skip
 CPU = torch.device("cpu")
 DENSE = Base()
 SUITE = """\
@@ -92,7 +105,6 @@ def test_what_does_not_go_with_a_shape_is_told_at_once_with_its_line(tmp_path: P
     [
         ({"more": "evaluation: {items: 4}"}, "`synthetic` scores nothing"),
         ({"task": "[synthetic, toy-sentiment]"}, "`synthetic` is never scored"),
-        ({"model": "minilm-l6"}, "`minilm-l6` is an encoder"),
         ({"config": {}}, "names no `model_type`"),
         ({"model": '"shape:./nowhere.json"'}, "cannot read its config.json"),
     ],
@@ -169,12 +181,28 @@ def test_a_packed_shape_never_exists_in_its_first_form(tmp_path: Path) -> None:
     ids=["llama", "tied", "gpt2"],
 )
 def test_weights_are_spread_as_the_models_own(config: Any, tmp_path: Path) -> None:
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    model = shape.build(folder_of(config, tmp_path), torch.float32)
+    check_spread(config, shape.build(folder_of(config, tmp_path), torch.float32), AutoModelForCausalLM)
+
+
+@pytest.mark.parametrize("config", [ROBERTA, DEBERTA], ids=["roberta", "deberta"])
+def test_so_are_those_of_encoders(config: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    config = config | {"type_vocab_size": 8}  # of one row alone the spread is anything
+    folder = folder_of(config | {"id2label": {"0": "A"}, "label2id": {"A": 0}}, tmp_path)
+    model = shape.build(folder, torch.float32, "encoder", labels=9)
+    check_spread(config | {"num_labels": 9}, model, AutoModelForSequenceClassification)
+
+
+def check_spread(config: Any, model: Any, factory: Any) -> None:
+    from transformers import CONFIG_MAPPING
+
     shape.draw(model, CPU)
     facts = {k: v for k, v in config.items() if k != "model_type"}
-    own = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(facts))
+    torch.manual_seed(0)
+    own = factory.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(facts))
     assert {n: t.shape for n, t in model.named_parameters()} == {n: t.shape for n, t in own.named_parameters()}
     for (name, mine), other in zip(model.named_parameters(), own.parameters(), strict=True):
         ratio = float(mine.detach().square().mean().sqrt() / other.detach().square().mean().sqrt().clamp(min=1e-9))
@@ -194,20 +222,22 @@ def test_what_no_initialiser_sets_is_refused(tmp_path: Path, monkeypatch: pytest
 
 
 def lived(
-    tmp_path: Path, method: str, base: Base = DENSE, implementation: str = "reference"
-) -> tuple[Life, Measurements]:
+    tmp_path: Path, method: str, base: Base = DENSE, implementation: str = "reference", config: Any = TINY,
+    seed: int = 0, latency: bool = True,
+) -> tuple[Life, Measurements]:  # fmt: skip
     """Live a Cell of a shape in this process."""
-    ranks = {} if method == "full" else {"rank": 4, "targets": LAYERS}
+    ranks = {} if method in ("full", "frozen") else {"rank": 4, "targets": LAYERS[config["model_type"]]}
     cell = Cell(
         model="tiny-shape", task=SYNTHETIC, method=method, implementation=implementation, config=ranks, base=base,
-        dtype="bfloat16", training=Training(steps=2, batch=2, max_tokens=32), evaluation=Evaluation(items=0),
+        dtype="bfloat16", seed=seed, training=Training(steps=2, batch=2, max_tokens=32),
+        evaluation=Evaluation(items=0, latency=latency),
     )  # fmt: skip
     use = AssetUse(name="tiny-shape", source="shape:tiny")
-    source = Source(name="tiny-shape", kind="causal", source="shape:./config.json")
-    task = TaskWork(name=SYNTHETIC, spec={}, labels=0, test=0, shuffle_seed=0, use=use)
+    source = Source(name="tiny-shape", kind="causal" if config is TINY else "encoder", source="shape:./config.json")
+    task = TaskWork(name=SYNTHETIC, spec={}, labels=2, test=0, shuffle_seed=0, use=use)
     work = Work(
-        run="r", folder="f", attempt=1, cell=cell, model=Asset(path=str(folder_of(TINY, tmp_path)), source=source, use=use),
-        data=None, task=task, device="cpu", launched=0.0,
+        run="r", folder="f", attempt=1, cell=cell, data=None, task=task, device="cpu", launched=0.0,
+        model=Asset(path=str(folder_of(config, tmp_path)), source=source, use=use),
     )  # fmt: skip
     meter = PeakMeter(CPU)
     life = Life(work, discover(), PhaseClock(meter, lambda _: None), meter, lambda *_, **__: None, baseline=0)
@@ -242,6 +272,45 @@ def test_a_cell_of_a_shape_measures_cost_and_scores_nothing(method: str, base: B
     # The references of QLoRA keep the weight beside its codes, for `detach`: a prediction of what is needed shows it.
     near = abs(expected.weights_B - found.memory.weights_B) <= FOOTPRINT_LEDGER * found.memory.weights_B
     assert near == (method != "qlora")
+
+
+@pytest.mark.parametrize(
+    ("config", "method", "base"),
+    [
+        (ROBERTA, "lora", Base(quantization="nf4-dq", implementation="fused")),
+        (DEBERTA, "lora", DENSE),
+    ],
+    ids=["roberta-packed", "deberta"],
+)
+def test_a_cell_of_an_encoders_shape_trains_its_new_head_on_random_labels(
+    config: Any, method: str, base: Base, tmp_path: Path
+) -> None:
+    life, found = lived(tmp_path, method, base, config=config, latency=config is DEBERTA)
+    assert found.accuracy is None
+    assert found.training is not None
+    assert found.training.tokens == found.training.padded_tokens == [2 * 32] * 2
+    assert "the labels, which are random too" in found.training.text_rules
+    assert not [check.check for check in life.checks if check.outcome is Outcome.FAIL]
+    timed = {(one.kind, one.variant) for one in found.latency if one.seconds}
+    assert timed >= {("forward", "base"), ("forward", "unmerged")} or config is not DEBERTA
+    head = 64 * 64 + 64 + 2 * 64 + 2
+    assert found.parameters.head == head
+    expected = found.memory.predicted
+    assert expected is not None
+    assert (expected.adapter_B, expected.gradients_B) == (found.memory.adapter_B, found.memory.gradients_B)
+    assert abs(expected.weights_B - found.memory.weights_B) <= FOOTPRINT_LEDGER * found.memory.weights_B
+    assert expected.activations_B is None
+
+
+def test_the_new_head_of_a_shape_starts_from_the_cells_seed(tmp_path: Path) -> None:
+    packed = Base(quantization="nf4", implementation="fused")
+    one, other = (
+        lived(tmp_path, "frozen", base, config=ROBERTA, seed=seed, latency=False)[1].training
+        for seed, base in ((1, DENSE), (2, packed))
+    )
+    assert one is not None
+    assert other is not None
+    assert one.initial_state_sha256 != other.initial_state_sha256
 
 
 @pytest.mark.parametrize("method", ["pissa", "galore"])
@@ -331,6 +400,10 @@ def test_what_attaching_changes_in_a_large_model_is_seen(tmp_path: Path, monkeyp
 
 def test_a_run_of_shapes_from_the_command_line(bench: Bench) -> None:
     path = written(bench.folder)
+    (bench.folder / "encoder.json").write_text(json.dumps(ROBERTA), encoding="utf-8")
+    row = '  - {name: encoder, kind: encoder, source: "shape:./encoder.json"}\n'
+    text = path.read_text(encoding="utf-8").replace("sources:\n", f"sources:\n{row}")
+    path.write_text(text.replace("id: full,", "id: full, model: encoder,"), encoding="utf-8")
     finished = bench.command("run", str(path), "--out", "run")
     assert finished.code == Exit.PASS, finished.err
     run = bench.read()
@@ -338,7 +411,8 @@ def test_a_run_of_shapes_from_the_command_line(bench: Bench) -> None:
     for record in run.records:
         assert record.measurements is not None
         assert record.measurements.accuracy is None
-        assert [use.name for use in record.assets] == ["tiny-shape", SYNTHETIC]
+        assert [use.name for use in record.assets] == [record.cell.model, SYNTHETIC]
+        assert bool(record.measurements.parameters.head) == (record.cell.model == "encoder")
         assert len(record.assets[0].sha256) == 64
     page = (bench.run_folder / "report.html").read_text(encoding="utf-8")
     assert "No Cell was scored, so there is no ranking" in page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -62,3 +63,8 @@ def read(path: Path, name: str = "") -> dict[str, Any]:
         what = f"{who}its config.json names no `model_type`"
         raise UsageError(what, where=str(path), mend="name a model that transformers saved")
     return config
+
+
+def with_classes(config: Mapping[str, Any], labels: int) -> dict[str, Any]:
+    """Return an encoder's config.json with a head of so many classes, whatever classes it names itself."""
+    return {k: v for k, v in config.items() if k not in ("id2label", "label2id")} | {"num_labels": labels}

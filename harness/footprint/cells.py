@@ -26,8 +26,7 @@ _TIMEOUT_S = 600.0
 
 def request(cell: Cell, config: Mapping[str, Any], kind: str, labels: int) -> dict[str, Any]:
     """Return what `counting.answer` is asked for one Cell. config: the model's config.json; labels: of an encoder's head."""
-    named = {"num_labels": labels} if kind == "encoder" else {}
-    facts = {k: v for k, v in config.items() if not named or k not in ("id2label", "label2id")} | named
+    facts = shapes.with_classes(config, labels) if kind == "encoder" else dict(config)
     return {"config": facts, "kind": kind, "dtype": cell.dtype, "methods": {cell.method: [cell.config]}, "targets": []}
 
 

@@ -27,7 +27,7 @@ from harness.footprint import activations, kept, states
 from harness.footprint.choices import BASES, OWN
 from harness.measure.latency import positions
 from harness.measure.memory import model_tensors
-from harness.training.head import in_head
+from harness.training.head import in_head, new_head
 from reference import layers as surgery
 from reference.layers import kind_of
 
@@ -100,12 +100,6 @@ def count(
         "logits": activations.logits_per_token(shape) if shape else None,
         "methods": found,
     }
-
-
-def new_head(model: Any, kind: str) -> dict[str, nn.Parameter]:
-    """Return the parameters of an encoder's new head: those outside the encoder itself, which no checkpoint has."""
-    start = f"{model.base_model_prefix}."
-    return {n: p for n, p in model.named_parameters() if kind == "encoder" and not n.startswith(start)}
 
 
 def default_targets(model: Any) -> list[str]:

@@ -49,7 +49,8 @@ from harness.runner.random_data import RandomData
 from harness.runner.work import Work
 from harness.training import loop, optimizers, shape
 from harness.training import model as models
-from harness.training.head import in_head
+from harness.training.head import draw as draw_head
+from harness.training.head import in_head, new_head
 from harness.training.movement import Movement
 
 # The optimizer makes its state in step 1, and allocators settle: the first steps are marked as not steady.
@@ -113,6 +114,8 @@ class Life:
                 ready = shape.drawn(model, device) if work.model.source.scheme == "shape" else None
                 packed = packing.pack(model, paths, cell.base, dtype, self.registry, ready)
                 bases = {p: model.get_submodule(p) for p in paths}
+                if ready is not None:
+                    loaded.head.update(draw_head(model, loaded.head, cell.seed))
             self.notes.append(packed.said)
 
         with self.clock.phase("attach"):
@@ -212,11 +215,14 @@ class Life:
         work, path = self.work, Path(self.work.model.path)
         if work.model.source.scheme != "shape":
             return models.load(path, work.model.source.kind, work.task.labels, dtype, device, work.cell.seed)
-        model = shape.build(path, dtype)
+        kind = work.model.source.kind
+        model = shape.build(path, dtype, kind, work.task.labels)
         self.notes.append(shape.NOTE)
+        head = new_head(model, kind)
         if whole:
             shape.draw(model, device)
-        return models.Loaded(model, None, {})
+            head = draw_head(model, head, work.cell.seed)
+        return models.Loaded(model, None, head)
 
     def _pass(self, results: list[CheckResult]) -> None:
         self.checks += results

@@ -3,6 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+_SPREAD = 0.02
+"""BERT's own: the standard deviation of new weights."""
+
+
+def new_head(model: Any, kind: str) -> dict[str, nn.Parameter]:
+    """Return the parameters of an encoder's new head: those outside the encoder itself, which no checkpoint has."""
+    start = f"{model.base_model_prefix}."
+    return {n: p for n, p in model.named_parameters() if kind == "encoder" and not n.startswith(start)}
+
+
+@torch.no_grad()
+def draw(model: Any, names: Collection[str], seed: int) -> dict[str, nn.Parameter]:
+    """Draw the head's parameters, of these names, in place from the Cell's seed alone, and return them by name."""
+    generator = torch.Generator().manual_seed(seed)
+    head = {name: model.get_parameter(name) for name in names}
+    for parameter in head.values():
+        if parameter.dim() > 1:
+            # Drawn in float64 so that every dtype starts from the same numbers.
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * _SPREAD
+            parameter.copy_(drawn)
+        else:
+            parameter.zero_()
+    return head
 
 
 def in_head(path: str, head: Collection[str]) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from harness.errors import AssetError, UsageError
 from harness.out_of_memory import shortage
 from harness.tolerances import FORESIGHT
+from harness.training import head
 
 _COMPILER = ("torch._dynamo", "torch._inductor")
 _PROBED_TOKENS = 4
@@ -68,17 +69,7 @@ def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.d
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     parameters = dict(model.named_parameters())
-    head = {name: parameters[name] for name in missing if name in parameters}
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in head.values():
-            if parameter.dim() > 1:
-                # Drawn in float64 so that every dtype starts from the same numbers; BERT's own spread.
-                drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.02
-                parameter.copy_(drawn)
-            else:
-                parameter.zero_()
-    return Loaded(model, tokenizer, head)
+    return Loaded(model, tokenizer, head.draw(model, [name for name in missing if name in parameters], seed))
 
 
 @contextmanager

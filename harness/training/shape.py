@@ -1,6 +1,6 @@
-"""A causal model of random weights from its config.json alone: built without weights, which it gets block by block.
+"""A model of random weights from its config.json alone: built without weights, which it gets block by block.
 
-A block (an entry of the model's list of decoder layers) has all its weights before the next one has any, so that whoever
+A block (an entry of the model's list of layers) has all its weights before the next one has any, so that whoever
 packs it in between never holds the whole model in 16 bits.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.assets import structure
+from harness.assets import shapes, structure
 from harness.errors import AssetError
 
 SEED = 0
@@ -28,17 +28,18 @@ NOTE = (
 _REST = "the rest"
 
 
-def build(folder: Path, dtype: torch.dtype) -> Any:
+def build(folder: Path, dtype: torch.dtype, kind: str = "causal", labels: int = 0) -> Any:
     """Return the model of `folder`/config.json on the meta device: every layer, no weights.
 
-    Raises AssetError for a config that transformers makes no causal model of.
+    labels: classes of an encoder's head. Raises AssetError for a config that transformers makes no model of this kind of.
     """
     facts = json.loads((folder / "config.json").read_bytes())
     try:
-        return structure.build(facts, "causal", dtype)
+        return structure.build(shapes.with_classes(facts, labels) if kind == "encoder" else facts, kind, dtype)
     except (KeyError, ValueError) as error:
+        what = "encoder with a classification head" if kind == "encoder" else "causal model"
         raise AssetError(
-            f"no causal model can be made of it: {error}",
+            f"no {what} can be made of it: {error}",
             where=str(folder / "config.json"),
             mend="correct `model_type`, or look at the version of transformers",
         ) from error
