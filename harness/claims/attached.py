@@ -55,7 +55,10 @@ def _trained(name: str, split: str, method: str, config: str) -> tuple[tuple[tup
     built = model(name, split)
     with counting.attached(built, method, configure(method, json.loads(config))) as adapted:
         own = {id(p) for p in adapted.parameters()}
-        trained = tuple((key, tuple(t.shape)) for key, t in adapted.tensors().items() if id(t) in own)
+        once = {id(t): key for key, t in reversed(adapted.tensors().items())}  # a tied one has several names
+        trained = tuple(
+            (key, tuple(t.shape)) for key, t in adapted.tensors().items() if id(t) in own and once[id(t)] == key
+        )
         frozen = _once(adapted.state())
     return trained, frozen
 
@@ -70,7 +73,7 @@ def _once(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, tuple[int, ...]], .
 
 
 def trained(name: str, method: str, config: Mapping[str, Any], split: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Map the names of the tensors that train to their shapes, the Method's reference attached to a shape.
+    """Map the names of the tensors that train to their shapes, each tensor once, the Method's reference attached to a shape.
 
     Raises ValueError for a config that does not fit the model.
     """

@@ -220,9 +220,7 @@ class _Reading:
             key: self._quantity(arguments[key], self._place(key, at, also)) for key in measure.nested & arguments.keys()
         }
         try:
-            standing_in: dict[str, Any] = {
-                key: [] if isinstance(value, list) else Fraction(0) for key, value in asked.items()
-            }
+            standing_in: dict[str, Any] = {k: [] if isinstance(v, list) else Fraction(0) for k, v in asked.items()}
             model = measure.arguments.model_validate(given | standing_in)
         except ValidationError as error:
             for detail in error.errors(include_url=False):

@@ -122,7 +122,8 @@ def plain(asked: Any) -> Any:
     if isinstance(asked, Asking):
         return {"measure": asked.measure, "with": {key: plain(value) for key, value in asked.arguments.items()}}
     if isinstance(asked, Fraction):
-        return int(asked) if asked.denominator == 1 else float(asked)
+        short = int(asked) if asked.denominator == 1 else float(asked)
+        return short if Fraction(str(short)) == asked else str(asked)  # 2/3 is no decimal
     return [plain(one) for one in asked] if isinstance(asked, list) else asked
 
 

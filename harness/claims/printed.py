@@ -63,6 +63,7 @@ class Rounding:
 
 
 NEAREST = Rounding()
+_CUT = "digits cut off, not rounded"
 
 
 def parse(text: str, dimension: Dimension) -> Printed:
@@ -88,15 +89,13 @@ def _example(dimension: Dimension) -> str:
 def agrees(printed: Printed, value: Fraction, rounding: Rounding) -> str | None:
     """Say under which reading of the figure a number comes out as it; "" is the plain one, None that it does under none.
 
-    Besides the plain reading: digits cut off where they should have been rounded, and MB read as MiB.
+    Besides the plain reading: MB read as MiB, and digits cut off where they should have been rounded.
     """
-    for words, one in _readings(printed):
-        if _comes_out(one, value, rounding):
-            return words
-    for words, one in _readings(printed):
-        if rounding.rule == "nearest" and not printed.relation and _comes_out(one, value, Rounding("cut")):
-            return "; ".join(filter(None, ["digits cut off, not rounded", words]))
-    return None
+    readings = list(_readings(printed))
+    tries = [(words, one, rounding) for words, one in readings]
+    if rounding.rule == "nearest" and not printed.relation:
+        tries += [("; ".join(filter(None, [_CUT, words])), one, Rounding("cut")) for words, one in readings]
+    return next((words for words, one, rule in tries if _comes_out(one, value, rule)), None)
 
 
 def _readings(printed: Printed) -> Iterator[tuple[str, Printed]]:

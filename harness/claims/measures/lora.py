@@ -1,0 +1,152 @@
+"""Measures: what LoRA promises by construction (arXiv:2106.09685, section 4.1), on its reference.
+
+Small tensors hold whole numbers in float64: their products and sums are exact, so what must be equal is compared to the bit.
+No torch before a measure is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from harness.claims.measures.parameters import Split
+from harness.claims.measuring import Config, Found, Method, Model, Positive, measure
+
+_INPUTS, _OUTPUTS, _TOKENS = 12, 20, 7
+
+
+@measure("property")
+def rank_times_sides(model: Model, method: Method, config: Config = {}, split: Split = {}) -> Found:
+    """Whether a Method trains r (in + out) numbers in each layer that it adapts, so 2 d r in a square one, and no bias."""
+    import json
+
+    from torch import Size
+
+    from harness.claims import attached
+    from harness.conformance.subject import configure
+
+    layers = dict(attached.model(model, json.dumps(split)).named_modules())
+    counts: dict[str, int] = {}
+    for name, shape in attached.trained(model, method, config, split).items():
+        path = name.rpartition(".")[0]
+        counts[path] = counts.get(path, 0) + Size(shape).numel()
+    rank = configure(method, config).rank
+    for path, count in counts.items():
+        expected = rank * sum(_sides(layers[path]))
+        if count != expected:
+            return Found(False, f"{path} trains {count:,}, and r (in + out) is {expected:,}")
+    sides = sorted({_sides(layers[path]) for path in counts})
+    return Found(bool(counts), f"{len(counts)} layers, {', '.join(f'{rank} x ({a:,} + {b:,})' for a, b in sides)} each")
+
+
+@measure("property")
+def only_b_learns_at_first() -> Found:
+    """Whether A's gradient is zero and B's is not before the first step, B being zero."""
+    import torch
+
+    adapted = _attach(_plain(), rank=4, alpha=8)
+    layer = adapted.layers["layer"]
+    x, y = _whole((_TOKENS, _INPUTS), 1), _whole((_TOKENS, _OUTPUTS), 2)
+    (adapted.model(x) * y).sum().backward()
+    a, b = (int(torch.count_nonzero(t.grad)) for t in (layer.A, layer.B))
+    return Found(a == 0 < b, f"{a} of A's {layer.A.numel()} gradients are not zero, {b} of B's {layer.B.numel()}")
+
+
+@measure("property")
+def update_is_scaled_by(factor: Literal["alpha/r", "alpha/sqrt(r)"], alpha: Positive, ranks: list[Positive]) -> Found:
+    """Whether W0 x gets this multiple of B A x, at every one of some ranks; `alpha/sqrt(r)` is with rslora."""
+    import torch
+
+    for rank in ranks:
+        adapted = _attach(_plain(), rank=rank, alpha=alpha, rslora=factor == "alpha/sqrt(r)")
+        layer = adapted.layers["layer"]
+        with torch.no_grad():
+            layer.base.weight.zero_()  # its product would take last digits off the update
+            layer.A.copy_(_whole(layer.A.shape, 3))
+            layer.B.copy_(_whole(layer.B.shape, 4))
+            x = _whole((_TOKENS, _INPUTS), 5)
+            scale = alpha / (rank if factor == "alpha/r" else math.sqrt(rank))
+            if not torch.equal(adapted.model(x), scale * (x @ layer.A.T @ layer.B.T)):
+                return Found(False, f"at rank {rank} B A x is not multiplied by {scale:g}")
+    return Found(bool(ranks), f"to the bit at ranks {', '.join(map(str, ranks))}, alpha {alpha}")
+
+
+@measure("property")
+def subtracting_restores_the_base() -> Found:
+    """Whether W0 + alpha/r B A, as merged, less alpha/r B A is W0 again."""
+    import torch
+
+    layer = _attach(_plain(), rank=4, alpha=8).layers["layer"]
+    with torch.no_grad():
+        layer.A.copy_(_whole(layer.A.shape, 3))
+        layer.B.copy_(_whole(layer.B.shape, 4))
+        merged: Any = layer.merged()
+        moved = int(torch.count_nonzero(merged.weight - layer.base.weight))
+        left = int(torch.count_nonzero(merged.weight - layer.delta() - layer.base.weight))
+    return Found(
+        left == 0 < moved, f"merging changed {moved} of {layer.base.weight.numel()} weights; {left} stayed changed"
+    )
+
+
+@measure("property")
+def merged_has_the_bases_layers() -> Found:
+    """Whether a model with LoRA merged has the very modules and shapes of before, so that nothing more is computed."""
+    model = _plain()
+    before = _architecture(model)
+    adapted = _attach(model, rank=4, alpha=8)
+    between = _architecture(model)
+    adapted.merge()
+    after = _architecture(model)
+    how = f"{len(before)} modules and tensors before, {len(between)} with the adapter, {len(after)} merged"
+    return Found(before == after != between, how)
+
+
+@measure("property")
+def b_learns_faster(ratio: Positive) -> Found:
+    """Whether the optimizer gives every factor B `ratio` times the learning rate that A has (LoRA+, arXiv:2402.12354)."""
+    from harness.records import Training
+    from harness.training import optimizers
+
+    adapted = _attach(_plain(), rank=4, alpha=8)
+    layer = adapted.layers["layer"]
+    optimizer, _ = optimizers.make(adapted, [], Training(steps=1, lr=2.0**-10, lr_ratio=float(ratio)))
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    a, b = rates[id(layer.A)], rates[id(layer.B)]
+    return Found(b == ratio * a, f"A at {a:g}, B at {b:g}")
+
+
+def _plain() -> Any:
+    """Return a model of one linear layer, float64, its weight whole numbers."""
+    from collections import OrderedDict
+
+    import torch
+    from torch import nn
+
+    layer = nn.Linear(_INPUTS, _OUTPUTS, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(_whole((_OUTPUTS, _INPUTS), 0))
+    return nn.Sequential(OrderedDict(layer=layer))
+
+
+def _attach(model: Any, **config: Any) -> Any:
+    import torch
+
+    from harness.conformance.subject import attach_reference, configure
+
+    return attach_reference("lora", model, configure("lora", config), ["layer"], torch.Generator().manual_seed(0))
+
+
+def _whole(shape: Any, seed: int) -> Any:
+    import torch
+
+    drawn = torch.randint(1, 5, tuple(shape), generator=torch.Generator().manual_seed(seed))
+    return drawn.double()
+
+
+def _architecture(model: Any) -> list[tuple[str, str]]:
+    modules = [(path, type(module).__name__) for path, module in model.named_modules()]
+    return modules + [(name, str(tuple(tensor.shape))) for name, tensor in model.state_dict().items()]
+
+
+def _sides(layer: Any) -> tuple[int, int]:
+    return (layer.nx, layer.nf) if hasattr(layer, "nf") else (layer.in_features, layer.out_features)

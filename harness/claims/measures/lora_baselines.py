@@ -1,0 +1,91 @@
+"""Measures: trainable parameters of LoRA's baselines, by the formulas of arXiv:2106.09685, section 5.1.
+
+Width d and depth L are read off the model. No torch before a measure is taken.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from fractions import Fraction
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from harness.claims.measuring import Found, Model, Positive, Quantity, measure
+
+Tokens = Annotated[int, Field(ge=0)]
+"""A parameter that is a number of virtual tokens."""
+Design = Literal["houlsby", "lin", "pfeiffer"]
+"""A parameter that is a design of adapters: `AdapterH`, `AdapterL` and `AdapterP` of the paper."""
+
+_PER_BLOCK = {"houlsby": (2, 0), "lin": (1, 1), "pfeiffer": (1, 0)}
+"""Adapters and layer norms that train in each block: after attention and MLP; after the MLP and a norm; after the MLP."""
+
+
+@measure("count")
+def adapters(model: Model, design: Design, rank: Positive) -> Found:
+    """Adapters of a bottleneck of `rank`: L_Adpt (2 d r + r + d) + 2 L_LN d, two layers with biases each."""
+    return _adapters(*_width_and_depth(model), design, rank)
+
+
+@measure("count")
+def adapters_of_nearest_rank(model: Model, design: Design, printed: Quantity) -> Found:
+    """The same, for a table that leaves the rank out: of the whole rank that comes nearest to what is printed."""
+    d, depth = _width_and_depth(model)
+    number, norms = (depth * each for each in _PER_BLOCK[design])
+    rank = round((printed - number * d - 2 * norms * d) / (number * (2 * d + 1)))
+    found = _adapters(d, depth, design, max(1, rank))
+    return Found(found.value, f"rank {max(1, rank)}: {found.how}")
+
+
+@measure("count")
+def prefix_embedding(model: Model, prefix: Tokens, infix: Tokens) -> Found:
+    """Prefix-embedding tuning: trainable embeddings of virtual tokens, d (l_p + l_i)."""
+    d, _ = _width_and_depth(model)
+    return Found(d * (prefix + infix), f"{d:,} x ({prefix} + {infix})")
+
+
+@measure("count")
+def prefix_layer(model: Model, prefix: Tokens, infix: Tokens) -> Found:
+    """Prefix-layer tuning: trainable activations of virtual tokens after every block, L d (l_p + l_i)."""
+    d, depth = _width_and_depth(model)
+    return Found(depth * d * (prefix + infix), f"{depth} x {d:,} x ({prefix} + {infix})")
+
+
+@measure("count")
+def prefix_layer_of_nearest_length(model: Model, printed: Quantity) -> Found:
+    """The same, for a table that leaves the lengths out: of the whole number of tokens nearest to what is printed."""
+    d, depth = _width_and_depth(model)
+    tokens = max(1, round(printed / (depth * d)))
+    return Found(depth * d * tokens, f"{tokens} tokens: {depth} x {d:,} x {tokens}")
+
+
+@measure("count")
+def last_blocks(model: Model, blocks: Positive) -> Found:
+    """Parameters of the last blocks of a model, all else frozen."""
+    from harness.claims import attached
+
+    of_block: dict[int, Counter[tuple[int, ...]]] = {}
+    for name, tensor in attached.parameters(model).items():
+        if index := re.search(r"\.(\d+)\.", name):
+            of_block.setdefault(int(index[1]), Counter())[tuple(tensor.shape)] += 1
+    if blocks > len(of_block):
+        raise ValueError(f"the model has {len(of_block)} blocks, and the last {blocks} are asked for")
+    last = sorted(of_block)[-blocks:]
+    sizes = sum((of_block[index] for index in last), Counter[tuple[int, ...]]())
+    return Found(attached.total(sizes), f"blocks {last[0]} to {last[-1]}: {attached.in_words(sizes)}")
+
+
+def _adapters(d: int, depth: int, design: str, rank: int) -> Found:
+    number, norms = (depth * each for each in _PER_BLOCK[design])
+    count = number * (2 * d * rank + rank + d) + 2 * norms * d
+    trained_norms = f" + 2 x {norms} x {d:,}" if norms else ""
+    return Found(Fraction(count), f"{number} x (2 x {d:,} x {rank} + {rank} + {d:,}){trained_norms}")
+
+
+def _width_and_depth(model: str) -> tuple[int, int]:
+    from harness.claims import attached
+
+    config = attached.model(model).config
+    return config.hidden_size, config.num_hidden_layers

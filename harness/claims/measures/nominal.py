@@ -1,0 +1,19 @@
+"""Measures: a count as people say it, where that has fewer digits than are printed. No torch."""
+
+from __future__ import annotations
+
+from harness.claims.measures.arithmetic import written
+from harness.claims.measuring import Found, Quantity, measure
+
+
+@measure("count")
+def whole_multiple(of: Quantity, to: Quantity, cut: bool = False) -> Found:
+    """`of` as the nearest whole multiple of `to`, or cut to one: what stands behind `125.0M`, said of a `125M` model."""
+    number = int(of // to) if cut else round(of / to)
+    return Found(number * to, f"{written(of)} as {number:,} x {written(to)}")
+
+
+@measure("count")
+def in_binary_millions(of: Quantity) -> Found:
+    """A count for a table whose M is 2^20: so many of these, as millions."""
+    return Found(of * 10**6 / 2**20, f"{written(of)} / 2^20, in millions")

@@ -1,0 +1,63 @@
+"""Measures: bytes of weights, gradients and Adam's two moments in training; no activations. No torch before one is taken."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated
+
+from pydantic import Field
+
+from harness.claims.measures.arithmetic import written
+from harness.claims.measures.parameters import Split
+from harness.claims.measuring import Config, Found, Method, Model, Quantity, measure
+
+Each = Annotated[int, Field(ge=0)]
+"""A parameter that is the bytes of one number; 0 of what is not kept, or not counted."""
+
+
+@measure("bytes")
+def adam_training(
+    model: Model,
+    method: Method,
+    config: Config = {},
+    split: Split = {},
+    weight: Each = 2,
+    gradient: Each = 2,
+    moment: Each = 2,
+) -> Found:
+    """Bytes of a model's weights, and of the gradients and two moments of what trains when a Method is attached.
+
+    `full` trains all of the model, `frozen` nothing.
+    """
+    from harness.claims import attached
+
+    own = attached.parameters(model)
+    trained = attached.trained(model, method, config, split)
+    base = sum(p.numel() for p in own.values())
+    trains = attached.total(Counter(trained.values()))
+    added = attached.total(Counter(shape for name, shape in trained.items() if name not in own))
+    how = f"{weight} B x {base + added:,} + ({gradient} + 2 x {moment}) B x {trains:,}"
+    return Found(weight * (base + added) + (gradient + 2 * moment) * trains, how)
+
+
+@measure("bytes")
+def full_finetuning_of_unknown_precision(model: Model) -> Found:
+    """Bytes of weights, gradients and Adam's moments of full fine-tuning where a paper does not say in which precision.
+
+    From 6 bytes a parameter (weights and moments in 16 bits, no gradient kept beyond its use) to the 16 of mixed precision
+    (arXiv:1910.02054, section 3.1: weights and gradients in 16 bits; master weights and both moments in 32).
+    """
+    from harness.claims import attached
+
+    count = sum(p.numel() for p in attached.parameters(model).values())
+    least, most = 2 + 2 * 2, 2 + 2 + 4 + 2 * 4
+    return Found(least * count, f"(2 + 2 x 2) B to (2 + 2 + 4 + 2 x 4) B x {count:,}", most=most * count)
+
+
+@measure("property")
+def falls_by(of: Quantity, to: Quantity, share: Quantity) -> Found:
+    """Whether `to` is less than `of` by just this share of it, such as 2/3."""
+    less = 1 - to / of
+    return Found(
+        less == share, f"1 - {written(to)} / {written(of)} = {less if less.denominator < 100 else float(less)}"
+    )
