@@ -14,6 +14,8 @@ import pytest
 import recorded_run as recorded
 
 from harness import suites
+from harness.analysis.baseline_costs import COUNTED_PEAK
+from harness.analysis.baseline_rows import COUNTED_PEAK_B
 from harness.analysis.canaries import Canaries
 from harness.analysis.pair_verdict import Sides, judge
 from harness.analysis.paired import Design, decide
@@ -41,7 +43,7 @@ MIB = 2**20
 class Stand:
     """Stands in for the process runs: the new side's step takes `slower` times as long, and both have some noise.
 
-    luck: another draw of the noise.
+    luck: another draw of the noise. counted_B: what tensors took, of the new side or the old one.
     """
 
     slower: float = 1.0
@@ -50,6 +52,7 @@ class Stand:
     new_status: Status = Status.OK
     old_fails_at: int = -1
     peak_noise_MiB: float = 0.1
+    counted_B: Callable[[bool, random.Random], int | None] = lambda new, drawn: None
     raises: BaseException | None = None
     ran: list[str] = field(default_factory=list)
     wrong: Callable[[Record], Record] = lambda record: record
@@ -72,7 +75,9 @@ class Stand:
             p.model_copy(update={"peak_memory_B": p.peak_memory_B + grown}) if p.name == "train" else p
             for p in record.phases
         ]
-        measured = record.measurements.model_copy(update={"training": training})
+        counted = self.counted_B(new, drawn)
+        memory = record.measurements.memory.model_copy(update={"counted_peak_B": counted})
+        measured = record.measurements.model_copy(update={"training": training, "memory": memory})
         record = record.model_copy(update={"measurements": measured, "phases": phases})
         if new and self.new_status is not Status.OK:
             return recorded.failed(record, self.new_status)
@@ -164,6 +169,40 @@ def test_one_disturbed_run_does_not_hide_memory_that_grew(gated) -> None:
     assert found == [Exit.FAIL] * 4
     found = [gated(Stand(noise=0.5, peak_noise_MiB=1.0, luck=luck))[0] for luck in range(4)]
     assert found == [Exit.PASS] * 4
+
+
+def _of_tensors(document: dict) -> list[dict]:
+    return [row for row in document["findings"] if row["what"] == COUNTED_PEAK]
+
+
+def test_tensors_are_compared_as_counted_whatever_the_process_takes(gated) -> None:
+    """With peaks of a process that differ by 9 MiB, in which 2 MiB are never found by ranks."""
+    at = 100 * MIB
+    for more, code in ((2 * MIB, Exit.FAIL), (COUNTED_PEAK_B + 1, Exit.FAIL), (COUNTED_PEAK_B, Exit.PASS)):
+        stand = Stand(peak_noise_MiB=9.0, counted_B=lambda new, _, more=more: at + more * new)
+        found, said, document = gated(stand)
+        assert found == code
+        assert len(_of_tensors(document)) == (code is Exit.FAIL)
+        assert len(document["cells"][0]["pairs"]) == 6
+    assert gated(Stand(counted_B=lambda new, _: at - 2 * MIB * new))[0] == Exit.PASS
+    found, said, document = gated(Stand(counted_B=lambda new, _: at + 2 * MIB * new))
+    (row,) = document["findings"]
+    assert (row["kind"], row["base"], row["new"]) == ("memory", at, at + 2 * MIB)
+    assert f"{COUNTED_PEAK} grew: counted, so that more than 65,536 B is a finding: old 104,857,600 B, new" in said
+
+
+def test_counts_that_differ_between_equal_process_runs_are_judged_by_ranks(gated) -> None:
+    def uneven(new: bool, drawn: random.Random) -> int:
+        return 100 * MIB + drawn.randrange(8 * MIB) + 2 * MIB * new
+
+    assert _of_tensors(gated(Stand(counted_B=uneven))[2]) == []
+    (row,) = _of_tensors(gated(Stand(counted_B=lambda new, drawn: uneven(new, drawn) + 8 * MIB * new))[2])
+    assert "counted" not in row["reason"]
+
+
+def test_a_count_of_one_side_alone_is_compared_with_nothing(gated) -> None:
+    code, _, document = gated(Stand(counted_B=lambda new, _: MIB if new else None))
+    assert (code, document["findings"]) == (Exit.PASS, [])
 
 
 def test_what_could_not_be_timed_is_no_success(gated) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import kineto_available
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from harness.measure.memory import tensor_bytes
@@ -25,7 +26,7 @@ def most_while(run: Callable[[], object]) -> int | None:
     libraries allocate by themselves, and what threads of Python's allocate. A tensor from before that `run` frees counts
     to the end.
     """
-    if not torch.autograd.kineto_available():
+    if not kineto_available():
         return None
     # Else it writes two lines to stderr for every profile; it looks at this when it is first used.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
