@@ -30,13 +30,13 @@ def most_in_step(
     parts = max((batch.parts(accumulate) for batch in batches), key=lambda p: max(part.padded_tokens for part in p))
     trainable = loop.trainable(adapted, head)
     optimizer.zero_grad(set_to_none=True)
-    copies = [p.detach().clone() for p in trainable]
+    copies, random = [p.detach().clone() for p in trainable], torch.get_rng_state()
     try:
-        with torch.random.fork_rng(devices=[]):
-            most = most_while(lambda: loop.step(adapted, parts, optimizer, seed=0))
+        most = most_while(lambda: loop.step(adapted, parts, optimizer, seed=0))
     finally:
+        torch.set_rng_state(random)
         with torch.no_grad():
             for p, copy in zip(trainable, copies, strict=True):
                 p.copy_(copy)
     optimizer.zero_grad(set_to_none=True)
-    return None if most is None else most - tensor_bytes(copies)
+    return None if most is None else most - tensor_bytes([*copies, random])
