@@ -44,6 +44,14 @@ class Memory(Frozen):
     optimizer_B: Bytes
     optimizer_host_B: Bytes = 0
     """Of a run on a GPU: optimizer states in the host's memory, e.g. paged ones; not in `optimizer_B`."""
+    counted_peak_B: Bytes | None = None
+    """The most that tensors took at one time in a training step, the weights and all that was there before included.
+
+    On a CPU of one more step after the training, over the batch of which the model takes the most tokens at once: what was
+    there plus every allocation and release, so that equal programs have the same number (`harness/measure/allocations.py`
+    says what it does not see). On a GPU the highest of all steps, as torch's allocator tells it. None without training, and
+    in Records from before it was counted.
+    """
     predicted: Predicted | None = None
     not_predicted: str = ""
     """Why there is no prediction, where one was asked for."""

@@ -22,7 +22,8 @@ from scipy import stats
 from harness import store
 from harness.analysis import over_seeds
 from harness.analysis.against_baseline import Against, judge
-from harness.analysis.baseline_rows import ONE_SEED, PROCESS_PEAK_B, TIMES, Kind, Margins, Row
+from harness.analysis.baseline_costs import COUNTED_PEAK
+from harness.analysis.baseline_rows import COUNTED_PEAK_B, ONE_SEED, PROCESS_PEAK_B, TIMES, Kind, Margins, Row
 from harness.analysis.intervals import paired_difference
 from harness.analysis.measured import above_imports, training_peak
 from harness.analysis.words import Word
@@ -206,6 +207,32 @@ def test_a_process_may_vary_by_what_was_measured_and_a_gpu_by_nothing(base: stor
     gpu = recorded.write_run(base.path.with_name("gpu"), only=FEW, change=grown(0, "cuda allocated"))
     assert against(gpu, grown(0, "cuda allocated")).exit == Exit.PASS
     assert against(gpu, grown(1, "cuda allocated")).exit == Exit.FAIL
+
+
+def test_tensors_at_one_time_may_grow_by_little_or_by_what_was_asked(base: store.Run) -> None:
+    counted = recorded.write_run(
+        base.path.with_name("counted"), only=FEW, change=only("fused", lambda r: of_tensors(r, 0))
+    )
+
+    def grown(n: int, **more: Any) -> Against:
+        return against(counted, only("fused", lambda r: of_tensors(r, n)), **more)
+
+    assert found(grown(0), Kind.MEMORY) == []
+    assert grown(COUNTED_PEAK_B).exit == Exit.PASS
+    result = grown(COUNTED_PEAK_B + 1)
+    (row,) = found(result, Kind.MEMORY)
+    assert (row.what, row.word, row.delta, result.exit) == (COUNTED_PEAK, Word.FAIL, COUNTED_PEAK_B + 1, Exit.FAIL)
+    assert row.reason == "grew (margin 65,536 B, counted)"
+    assert grown(COUNTED_PEAK_B + 1, margins=Margins(memory_B=2 * COUNTED_PEAK_B)).exit == Exit.PASS
+    assert grown(1, margins=Margins(memory_B=0)).exit == Exit.FAIL
+    # A baseline from before it was counted says nothing of it; a run that does not count any more is told.
+    new = against(base, only("fused", lambda r: of_tensors(r, 0)))
+    assert ([row.what for row in found(new, Kind.NEW)], new.exit) == ([COUNTED_PEAK], Exit.PASS)
+    assert [row.what for row in found(against(counted), Kind.MISSING)] == [COUNTED_PEAK]
+
+
+def of_tensors(record: Record, more: int) -> Record:
+    return memory(record, counted_peak_B=100 * recorded.MIB + more)
 
 
 def test_the_margin_of_a_process_is_what_the_published_run_shows() -> None:

@@ -14,9 +14,12 @@ import pytest
 import recorded_run as recorded
 
 from harness import suites
+from harness.analysis.baseline_costs import ALLOCATED, COUNTED_PEAK, PEAK
+from harness.analysis.baseline_rows import COUNTED_PEAK_B, Row
 from harness.analysis.canaries import Canaries
 from harness.analysis.pair_verdict import Sides, judge
 from harness.analysis.paired import Design, decide
+from harness.analysis.words import Word
 from harness.errors import Exit, HarnessError, UsageError
 from harness.expand import expand
 from harness.gate import arms, canary_file, pair_command
@@ -41,7 +44,7 @@ MIB = 2**20
 class Stand:
     """Stands in for the process runs: the new side's step takes `slower` times as long, and both have some noise.
 
-    luck: another draw of the noise.
+    luck: another draw of the noise. counted_B: what tensors took, of the new side or the old one.
     """
 
     slower: float = 1.0
@@ -50,6 +53,7 @@ class Stand:
     new_status: Status = Status.OK
     old_fails_at: int = -1
     peak_noise_MiB: float = 0.1
+    counted_B: Callable[[bool], int | None] = lambda new: None
     raises: BaseException | None = None
     ran: list[str] = field(default_factory=list)
     wrong: Callable[[Record], Record] = lambda record: record
@@ -72,7 +76,9 @@ class Stand:
             p.model_copy(update={"peak_memory_B": p.peak_memory_B + grown}) if p.name == "train" else p
             for p in record.phases
         ]
-        measured = record.measurements.model_copy(update={"training": training})
+        counted = self.counted_B(new)
+        memory = record.measurements.memory.model_copy(update={"counted_peak_B": counted})
+        measured = record.measurements.model_copy(update={"training": training, "memory": memory})
         record = record.model_copy(update={"measurements": measured, "phases": phases})
         if new and self.new_status is not Status.OK:
             return recorded.failed(record, self.new_status)
@@ -164,6 +170,57 @@ def test_one_disturbed_run_does_not_hide_memory_that_grew(gated) -> None:
     assert found == [Exit.FAIL] * 4
     found = [gated(Stand(noise=0.5, peak_noise_MiB=1.0, luck=luck))[0] for luck in range(4)]
     assert found == [Exit.PASS] * 4
+
+
+def test_two_mebibytes_of_tensors_are_found_whatever_the_process_takes(gated) -> None:
+    """Peaks of the process differ by 9 MiB, so that ranks do not see them."""
+    stand = Stand(peak_noise_MiB=9.0, counted_B=lambda new: 100 * MIB + 2 * MIB * new)
+    code, said, document = gated(stand, canary=False)
+    assert code == Exit.FAIL
+    found = {row["what"]: row for row in document["findings"]}
+    row = found[COUNTED_PEAK]
+    assert (row["kind"], row["word"], row["base"], row["new"]) == ("memory", "fail", 100 * MIB, 102 * MIB)
+    assert found[PEAK]["word"] == "pass"
+    assert f"{COUNTED_PEAK} grew: counted, so that more than 65,536 B is a finding: old 104,857,600 B, new" in said
+
+
+def _peaks(*sides: tuple[int | None, int | None], source: str = "VmHWM") -> dict[str, Row]:
+    """Judge pairs of Records with these counts (old, new); return the rows of peaks by what they compare."""
+
+    def record(counted: int | None) -> Record:
+        made = recorded.record("fused", recorded.cells()["fused"])
+        assert made.measurements is not None
+        memory = made.measurements.memory.model_copy(update={"counted_peak_B": counted, "source": source})
+        return made.model_copy(update={"measurements": made.measurements.model_copy(update={"memory": memory})})
+
+    records = [(record(old), record(new)) for old, new in sides]
+    rows = judge([Sides("a", records, None, "not timed")], Canaries(0, 0)).rows
+    return {row.what: row for row in rows if row.what in (PEAK, COUNTED_PEAK)}
+
+
+def test_what_is_counted_needs_one_pair_and_no_test() -> None:
+    for more, word in ((COUNTED_PEAK_B + 1, Word.FAIL), (COUNTED_PEAK_B, Word.PASS), (-2 * MIB, Word.PASS)):
+        row = _peaks((MIB, MIB + more))[COUNTED_PEAK]
+        assert row.word is word
+        assert "counted" in row.reason
+    assert row.reason.startswith("shrank: ")
+
+
+def test_on_a_gpu_what_is_counted_is_the_peak_and_may_not_grow_at_all() -> None:
+    (row,) = _peaks((MIB, MIB + 1), source=ALLOCATED).values()
+    assert (row.what, row.word) == (COUNTED_PEAK, Word.FAIL)
+    assert set(_peaks((None, None), source=ALLOCATED)) == {PEAK}
+
+
+def test_counts_that_differ_between_equal_process_runs_are_judged_by_ranks() -> None:
+    old = [MIB * n for n in range(8, 14)]
+    row = _peaks(*((b, b + 2 * MIB) for b in old))[COUNTED_PEAK]
+    assert (row.word, "counted" in row.reason) == (Word.PASS, False)
+    assert _peaks(*((b, b + 8 * MIB) for b in old))[COUNTED_PEAK].word is Word.FAIL
+
+
+def test_a_count_of_one_side_alone_is_compared_with_nothing() -> None:
+    assert set(_peaks((MIB, MIB), (None, MIB))) == {PEAK}
 
 
 def test_what_could_not_be_timed_is_no_success(gated) -> None:

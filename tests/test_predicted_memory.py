@@ -126,6 +126,15 @@ def test_of_activations_and_the_optimizers_step_the_larger_is_shown(tmp_path: Pa
     assert ledger(changed, tmp_path)["Other in training"]["small"] == "≈ 5.00"
 
 
+def test_what_tensors_took_in_a_step_is_shown_where_it_was_counted(tmp_path: Path) -> None:
+    good = beside(0)
+    assert good.measurements is not None
+    assert ledger(good, tmp_path / "none")["Tensors in a step"]["why"] == "not trained, or not counted"
+    memory = good.measurements.memory.model_copy(update={"counted_peak_B": 5 * recorded.MIB})
+    counted = good.model_copy(update={"measurements": good.measurements.model_copy(update={"memory": memory})})
+    assert ledger(counted, tmp_path / "counted")["Tensors in a step"]["text"] == "5.00"
+
+
 def test_the_ledger_says_why_nothing_was_predicted(tmp_path: Path) -> None:
     figures = ledger(beside(0, "nobody counted"), tmp_path)
     assert (figures["Weights"]["small"], figures["Weights"]["why"]) == ("", "not predicted: nobody counted")

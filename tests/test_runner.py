@@ -36,7 +36,7 @@ from harness.runner.work import Work
 from harness.tolerances import EPSILON
 
 PHASES = [
-    "start-up", "predict", "load", "data", "attach", "parity", "warm-up", "train", "save", "evaluate", "latency",
+    "start-up", "predict", "load", "data", "attach", "parity", "warm-up", "train", "count", "save", "evaluate", "latency",
 ]  # fmt: skip
 
 
@@ -101,7 +101,9 @@ def test_smoke_footer_adds_up(smoke: tuple[Finished, store.Run]) -> None:
 def test_smoke_phases_come_in_order_and_fill_the_cell(smoke: tuple[Finished, store.Run]) -> None:
     for record in smoke[1].records:
         trained = record.cell.training.steps > 0
-        assert [p.name for p in record.phases] == [p for p in PHASES if trained or p not in ("warm-up", "train")]
+        assert [p.name for p in record.phases] == [
+            p for p in PHASES if trained or p not in ("warm-up", "train", "count")
+        ]
         assert all(p.peak_memory_B and p.end_memory_B for p in record.phases)
         inside = sum(p.seconds for p in record.phases)
         assert 0.9 * record.duration_s < inside <= record.duration_s
@@ -171,10 +173,16 @@ def test_smoke_ledger_is_exact(smoke: tuple[Finished, store.Run], cache: Path, m
         frozen = size * (counted.total - counted.adapter)
         assert memory.weights_B >= frozen
         assert memory.weights_B - frozen < 4 * 2 * model_head_size(model)
+        # At one time there were at least all of these; and no more than them and what texts as long as can be would keep.
+        assert memory.counted_peak_B is not None
+        assert memory.predicted is not None
+        taken = memory.weights_B + memory.adapter_B + memory.gradients_B + memory.optimizer_B
+        assert taken < memory.counted_peak_B < memory.predicted.total_B
     (untrained,) = _cells(smoke[1], "frozen")
     assert untrained.measurements is not None
     ledger = untrained.measurements.memory
     assert (ledger.adapter_B, ledger.gradients_B, ledger.optimizer_B) == (0, 0, 0)
+    assert ledger.counted_peak_B is None
     assert untrained.measurements.parameters.trainable == 0
 
 

@@ -6,14 +6,15 @@ from collections.abc import Iterator, Mapping
 from statistics import median
 
 from harness.analysis import parity
-from harness.analysis.baseline_rows import PROCESS_PEAK_B, TIMES, Kind, Margins, Row, Unit
+from harness.analysis.baseline_rows import COUNTED_PEAK_B, PROCESS_PEAK_B, TIMES, Kind, Margins, Row, Unit
 from harness.analysis.measured import above_imports, step_time, training_peak
 from harness.analysis.words import Word
-from harness.records import Latency, Measurements, Record
+from harness.records import Latency, Measurements, Memory, Record
 
 ALLOCATED = "cuda allocated"
 """Such peaks are exact: a byte more is one."""
 PEAK = "training peak above imports"
+COUNTED_PEAK = "tensors at one time in a step"
 _Numbers = Mapping[str, float | None]
 
 
@@ -24,6 +25,7 @@ def rows(name: str, base: Record, new: Record, margins: Margins) -> Iterator[Row
         return
     pair = _Pair(name, base, new)
     yield from counted(name, base, new)
+    yield from pair.counted_peak(a.memory, b.memory, margins)
     yield from pair.peak(a.memory.source, b.memory.source, margins)
     before, now = _times(base), _times(new)
     for what in dict.fromkeys([*before, *now]):
@@ -66,6 +68,17 @@ class _Pair:
             reason = "" if a == b else "grew" if b > a else "shrank"
             yield self.row(kind, Word.FAIL if bad else Word.PASS, what, reason, a, b, unit)
 
+    def counted_peak(self, before: Memory, now: Memory, margins: Margins) -> Iterator[Row]:
+        """Compare what tensors took at one time in a step, counted on a CPU; on a GPU it is the peak of training itself."""
+        a, b = before.counted_peak_B, now.counted_peak_B
+        if (a is None and b is None) or ALLOCATED in (before.source, now.source):
+            return
+        if a is None or b is None:
+            yield self._lost_or_new(COUNTED_PEAK, a, b, "B")
+            return
+        allowed = COUNTED_PEAK_B if margins.memory_B is None else margins.memory_B
+        yield self._grown(COUNTED_PEAK, a, b, allowed, "counted")
+
     def peak(self, before: str, now: str, margins: Margins) -> Iterator[Row]:
         """Compare the peaks of training; what was taken in two ways is no pair."""
         a, b = training_peak(self.base), training_peak(self.new)
@@ -83,10 +96,13 @@ class _Pair:
         if a is None or b is None:
             yield self._lost_or_new(what, a, b, "B")
             return
+        yield self._grown(what, a, b, allowed, now)
+
+    def _grown(self, what: str, a: int, b: int, allowed: int, how: str) -> Row:
         grew = b - a
         says = "" if not grew else "grew" if grew > allowed else "shrank" if -grew > allowed else "within the margin"
-        reason = f"{says} (margin {allowed:,} B, {now})" if says else ""
-        yield self.row(Kind.MEMORY, Word.FAIL if grew > allowed else Word.PASS, what, reason, a, b, "B")
+        reason = f"{says} (margin {allowed:,} B, {how})" if says else ""
+        return self.row(Kind.MEMORY, Word.FAIL if grew > allowed else Word.PASS, what, reason, a, b, "B")
 
     def _lost_or_new(self, what: str, base: float | None, new: float | None, unit: Unit) -> Row:
         if base is None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from harness.analysis import baseline_costs, parity
-from harness.analysis.baseline_costs import ALLOCATED, PEAK
-from harness.analysis.baseline_rows import Kind, Row
+from harness.analysis.baseline_costs import ALLOCATED, COUNTED_PEAK, PEAK
+from harness.analysis.baseline_rows import COUNTED_PEAK_B, Kind, Row
 from harness.analysis.canaries import Canaries
 from harness.analysis.contention import busy
 from harness.analysis.measured import above_imports, step_seconds, training_peak
@@ -117,7 +117,7 @@ def _rows(cell: Sides) -> list[Row]:
     whole = [pair for pair in cell.records if _ok(pair)]
     if whole:
         rows += baseline_costs.counted(cell.name, *whole[0])
-        rows += _peak(cell.name, whole)
+        rows += _peaks(cell.name, whole)
     return rows
 
 
@@ -139,19 +139,59 @@ def _outcome(name: str, pair: tuple[Record, Record]) -> Row | None:
     )  # fmt: skip
 
 
-def _peak(name: str, whole: Records) -> list[Row]:
-    """Compare the peaks of training over all process runs of both sides, by ranks: one disturbed run decides nothing."""
-    if any(training_peak(record) is None for pair in whole for record in pair):
-        return []
-    mine, its = ([above_imports(p[side], training_peak(p[side]) or 0) for p in whole] for side in (0, 1))
-    a, b = int(median(mine)), int(median(its))
-    m = whole[0][1].measurements
-    floor = 0 if m is not None and m.memory.source == ALLOCATED else PEAK_B
-    grew, shrank = b - a > floor and _higher(its, mine), a - b > floor and _higher(mine, its)
-    span = f"old {min(mine):,} to {max(mine):,} B, new {min(its):,} to {max(its):,} B in {len(whole)} process runs each"
-    reason = f"{'grew: ' if grew else 'shrank: ' if shrank else ''}{span}"
+def _peaks(name: str, whole: Records) -> list[Row]:
+    """Compare the peaks of training over all process runs of both sides: as counted where it was, and of a process beside.
+
+    What is counted is the same in equal process runs, so that a difference needs no test. A process takes more than its
+    tensors, e.g. what a library allocates by itself; on a GPU both are one number.
+    """
+    allocated = any(m.memory.source == ALLOCATED for pair in whole for r in pair if (m := r.measurements) is not None)
+    counted = _sides(whole, _counted)
+    of_process = _sides(whole, _above_imports)
+    rows = []
+    if counted is not None:
+        rows.append(_grown(name, whole, COUNTED_PEAK, counted, 0 if allocated else COUNTED_PEAK_B, exact=True))
+    if of_process is not None and not (allocated and rows):
+        rows.append(_grown(name, whole, PEAK, of_process, 0 if allocated else PEAK_B, exact=False))
+    return rows
+
+
+def _sides(whole: Records, of: Callable[[Record], int | None]) -> tuple[list[int], list[int]] | None:
+    """Return a number of all process runs, old and new; None where one of them does not have it."""
+    old, new = ([of(pair[side]) for pair in whole] for side in (0, 1))
+    there = [n for n in old if n is not None], [n for n in new if n is not None]
+    return there if len(there[0]) == len(there[1]) == len(whole) else None
+
+
+def _counted(record: Record) -> int | None:
+    return record.measurements.memory.counted_peak_B if record.measurements else None
+
+
+def _above_imports(record: Record) -> int | None:
+    peak = training_peak(record)
+    return None if peak is None else above_imports(record, peak)
+
+
+def _grown(
+    name: str, whole: Records, what: str, sides: tuple[list[int], list[int]], allowed: int, *, exact: bool
+) -> Row:
+    """Judge by the medians where `exact` and each side is alike within `allowed`; else by ranks too: one disturbed run
+    decides nothing."""
+    old, new = sides
+    a, b = int(median(old)), int(median(new))
+    alike = exact and all(max(side) - min(side) <= allowed for side in sides)
+    grew = b - a > allowed and (alike or _higher(new, old))
+    shrank = a - b > allowed and (alike or _higher(old, new))
+    how = f"counted, so that more than {allowed:,} B is a finding: " if alike else ""
+    span = f"old {_span(old)}, new {_span(new)} in {len(whole)} process runs each"
+    reason = f"{'grew: ' if grew else 'shrank: ' if shrank else ''}{how}{span}"
     word, ids = Word.FAIL if grew else Word.PASS, (whole[0][0].id, whole[0][1].id)
-    return [Row(Kind.MEMORY, word, name, (whole[0][0].cell_id,), PEAK, reason, a, b, "B", records=ids)]
+    return Row(Kind.MEMORY, word, name, (whole[0][0].cell_id,), what, reason, a, b, "B", records=ids)
+
+
+def _span(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,} B" if low == high else f"{low:,} to {high:,} B"
 
 
 def _higher(these: Sequence[int], those: Sequence[int]) -> bool:

@@ -144,6 +144,12 @@ _CELLS = (
         "B",
         "of a run on a GPU: optimizer states in the host's memory, not in the above",
     ),
+    Column(
+        "memory.counted_peak_B",
+        INTEGER,
+        "B",
+        "most that tensors took at one time in a training step; on a CPU counted in one more, after the training",
+    ),
     Column("memory.predicted.weights_B", INTEGER, "B", "what the shape alone lets expect of memory.weights_B"),
     Column("memory.predicted.adapter_B", INTEGER, "B", "of memory.adapter_B"),
     Column("memory.predicted.gradients_B", INTEGER, "B", "of memory.gradients_B"),

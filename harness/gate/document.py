@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from harness.analysis.against_baseline import Against
-from harness.analysis.baseline_rows import MEANING, PROCESS_PEAK_B, Row
+from harness.analysis.baseline_rows import COUNTED_PEAK_B, MEANING, PROCESS_PEAK_B, Row
 from harness.gate.baselines import Baseline
 from harness.store import Run
 
@@ -27,6 +27,7 @@ def document(against: Against, baseline: Baseline, run: Run) -> dict[str, Any]:
         "cells": against.cells,
         "margins": {
             "memory_B": against.margins.memory_B,
+            "counted_peak_B": COUNTED_PEAK_B if against.margins.memory_B is None else against.margins.memory_B,
             "process_peak_B": PROCESS_PEAK_B if against.margins.memory_B is None else against.margins.memory_B,
             "accuracy": against.margins.accuracy,
         },

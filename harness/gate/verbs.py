@@ -30,7 +30,7 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
 @click.option("--baseline", metavar="NAME", help="What `peft-harness baseline list` shows.")
 @click.option(
     "--memory-bytes", callback=_bytes, metavar="SIZE",
-    help="How much a training peak may grow, e.g. 4096 or 64MiB.  [a process: 16MiB; a GPU: 0]",
+    help="How much a training peak may grow, e.g. 4096 or 64MiB.  [counted on a CPU: 64KiB; of a process: 16MiB; a GPU: 0]",
 )  # fmt: skip
 @click.option(
     "--accuracy-points", type=click.FloatRange(0, 100), metavar="P", help="A drop that is still no worse.  [2]"

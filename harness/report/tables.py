@@ -193,6 +193,7 @@ def memory(facts: RunFacts) -> Table:
             "training peak minus all to the left: activations, buffers, the allocator's slack; after ≈ what the shape lets "
             "expect of activations and logits, at the longest texts, or of the optimizer's step, if that is more",
         ),
+        _column("Tensors in a step", "the most that tensors took at one time in a training step, counted"),
         *(_column(f"Peak: {name}", f"highest memory inside the phase “{name}”") for name in names),
         _column("Source", "how the peaks were taken", number=False),
     ]
@@ -210,6 +211,9 @@ def memory(facts: RunFacts) -> Table:
             _bytes(peak - taken) | _rest(m.memory.predicted)
             if peak is not None
             else unmeasured("no peak of a training phase"),
+            _bytes(most)
+            if (most := m.memory.counted_peak_B) is not None
+            else unmeasured("not trained, or not counted"),
             *(
                 _bytes(size) if (size := peaks.get(name)) is not None else unmeasured("no such phase, or no peak of it")
                 for name in names

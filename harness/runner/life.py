@@ -15,6 +15,7 @@ from harness.adapter_config import UNREFERENCED
 from harness.assets import shapes
 from harness.conformance import fingerprint, gate
 from harness.conformance.observe import inference
+from harness.conformance.room import free_B
 from harness.conformance.subject import (
     DTYPES,
     Original,
@@ -49,6 +50,7 @@ from harness.runner.random_data import RandomData
 from harness.runner.work import Work
 from harness.training import loop, optimizers, shape
 from harness.training import model as models
+from harness.training.counted_step import most_in_step
 from harness.training.head import draw as draw_head
 from harness.training.head import in_head, new_head
 from harness.training.movement import Movement
@@ -137,7 +139,7 @@ class Life:
         )  # fmt: skip
         trained: TrainingMeasured | None = None
         optimizer: torch.optim.Optimizer | None = None
-        gradients = 0
+        gradients, most = 0, None
         with models.compiled(model, cell.training.compile, self.notes):
             with self.clock.phase("parity"):
                 who = f"{cell.base.quantization} by {cell.base.implementation}" if quantised else ""
@@ -153,6 +155,7 @@ class Life:
             if cell.training.steps:
                 with models.checkpointing(model, cell.training.checkpointing):
                     trained, optimizer, gradients = self._train(subject, loaded, task, start)
+                    most = self._most_in_step(adapted, list(loaded.head.values()), task, optimizer)
         weights = tensor_bytes(
             [*(t for t in model_tensors(model) if id(t) not in {id(a) for a in subject.added().values()})]
         )
@@ -165,6 +168,7 @@ class Life:
             gradients_B=gradients,
             optimizer_B=tensor_bytes(t for t in states if t.device.type == device.type),
             optimizer_host_B=tensor_bytes(t for t in states if t.device.type != device.type),
+            counted_peak_B=most,
             predicted=None if isinstance(expected, str) else expected,
             not_predicted=expected if isinstance(expected, str) else "",
         )
@@ -298,6 +302,17 @@ class Life:
                 f"steps that compiled anew: {steps}; tokens per second and joules hold that, medians do not"
             )
         return measured, optimizer, gradients
+
+    def _most_in_step(
+        self, adapted: Any, head: list[Any], data: CellData | RandomData, optimizer: torch.optim.Optimizer
+    ) -> int | None:
+        if self.work.device != "cpu":
+            return self.clock.done[-1].peak_memory_B  # of the training: the allocator's own count
+        if 2 * tensor_bytes(loop.trainable(adapted, head)) > free_B(torch.device("cpu")):
+            self.notes.append("memory in a step was not counted: a second copy of what trains might not fit")
+            return None
+        with self.clock.phase("count"):
+            return most_in_step(adapted, head, data.batches, optimizer, self.work.cell.training.accumulate)
 
     def _latency(
         self, subject: Subject, causal: bool, vocabulary: int, forward: Callable[..., Tensor]

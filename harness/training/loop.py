@@ -90,9 +90,7 @@ def train(
     same batch is taken again with half the loss scale: no step is lost, and its time is the step's. Raises Diverged; and
     Untrained if the first steps, at most `SILENT`, all have a gradient of exactly zero.
     """
-    model, samples = adapted.model, StepSamples()
-    # Each once: an adapter that trains all biases has that of the head too.
-    trainable = list({id(p): p for p in (*adapted.parameters(), *head)}.values())
+    model, samples, trained = adapted.model, StepSamples(), trainable(adapted, head)
     model.train()
     for index, batch in enumerate(batches):
         step_seed = (seed * 1_000_003 + index) % MAX_STEP_SEED
@@ -100,18 +98,14 @@ def train(
         torch.manual_seed(step_seed)
         _settle(batch)
         started, cpu = time.perf_counter(), time.process_time()
-        loss = _backward(adapted, parts, optimizer)
-        while isinstance(optimizer, Masters) and bool(loss.isfinite()) and optimizer.relax():
-            torch.manual_seed(step_seed)
-            loss = _backward(adapted, parts, optimizer)
-        optimizer.step()
+        loss = step(adapted, parts, optimizer, step_seed)
         adapted.after_step(index + 1)
         value = float(loss)
         _settle(batch)
         samples.seconds.append(time.perf_counter() - started)
         samples.cpu_seconds += time.process_time() - cpu
         schedule.step()
-        norm = _norm(trainable, optimizer)
+        norm = _norm(trained, optimizer)
         if not math.isfinite(value) or not math.isfinite(norm):
             raise Diverged(_diverged(value, norm, samples, optimizer, model))
         samples.losses.append(value)
@@ -122,6 +116,21 @@ def train(
         samples.padded_tokens.append(sum(part.padded_tokens for part in parts))
         report(index + 1, value)
     return samples
+
+
+def trainable(adapted: Adapted, head: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """Return what trains, each once: an adapter that trains all biases has that of the head too."""
+    return list({id(p): p for p in (*adapted.parameters(), *head)}.values())
+
+
+def step(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.Optimizer, seed: int) -> Tensor:
+    """Take one step over the parts of a batch, and return its loss; `seed` is set again where float16 needs a second try."""
+    loss = _backward(adapted, parts, optimizer)
+    while isinstance(optimizer, Masters) and bool(loss.isfinite()) and optimizer.relax():
+        torch.manual_seed(seed)
+        loss = _backward(adapted, parts, optimizer)
+    optimizer.step()
+    return loss
 
 
 def _backward(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.Optimizer) -> Tensor:
@@ -139,9 +148,9 @@ def _backward(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.O
     return torch.stack(losses).sum()
 
 
-def _norm(trainable: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> float:
+def _norm(trained: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> float:
     of = optimizer.gradient if isinstance(optimizer, Masters) else _gradient
-    return float(nn.utils.get_total_norm([grad for p in trainable if (grad := of(p)) is not None]))
+    return float(nn.utils.get_total_norm([grad for p in trained if (grad := of(p)) is not None]))
 
 
 def _gradient(parameter: Tensor) -> Tensor | None:

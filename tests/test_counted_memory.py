@@ -1,0 +1,190 @@
+"""Memory of tensors, counted: to the byte, in a step that leaves no trace, and judged by the gate without a test."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from trainee import Encoder, batches, nothing, setting
+
+from harness.measure.allocations import most_while
+from harness.training import loop
+from harness.training.counted_step import most_in_step
+
+Plant = Callable[[Any], "Tensor | None"]
+MIB = 2**20
+PLANTED = MIB // 2
+"""Elements of float32 in 2 MiB."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _only_ours() -> Iterator[None]:
+    """Put what other tests left out of the collector's sight, as a worker does with its imports: it takes its time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def most(run: Callable[[], object]) -> int:
+    """Return what `run` takes beyond what is there."""
+    taken, idle = most_while(run), most_while(lambda: None)
+    assert taken is not None
+    assert idle is not None
+    return taken - idle
+
+
+def test_allocations_are_counted_to_the_byte_and_releases_too() -> None:
+    assert most(lambda: torch.ones(PLANTED)) == 2 * MIB
+    assert most(lambda: [torch.ones(PLANTED), torch.ones(PLANTED)]) == 4 * MIB
+    assert most(lambda: [float(torch.ones(PLANTED)[0]) for _ in range(3)]) == 2 * MIB
+    x = torch.ones(PLANTED, requires_grad=True)
+    assert most(lambda: x * x.detach()) == 2 * MIB
+    # Beside x: its cube and the square in it, and of the way back, the gradients of both.
+    assert most(lambda: (x * x).sum().backward()) > 2 * 2 * MIB
+
+
+def test_what_was_there_counts_once_and_what_takes_no_memory_does_not() -> None:
+    def there() -> int:
+        return most_while(lambda: None) or 0
+
+    before = there()
+    kept: list[Any] = [{"deep": (torch.ones(PLANTED),)}]
+    assert there() - before == 2 * MIB
+    kept += [kept[0]["deep"][0][1:], nn.Parameter(kept[0]["deep"][0]), torch.ones(PLANTED, device="meta")]
+    with FakeTensorMode():
+        kept.append(torch.ones(PLANTED))
+    assert there() - before == 2 * MIB
+    kept.clear()
+    assert there() == before
+
+
+def test_garbage_in_circles_does_not_count_and_the_collector_is_on_again() -> None:
+    def circle() -> None:
+        holder: list[Any] = [torch.ones(PLANTED)]
+        holder.append(holder)
+
+    before = most_while(lambda: None)
+    circle()
+    assert most_while(lambda: None) == before
+    with pytest.raises(ZeroDivisionError):
+        most_while(lambda: 1 / 0)
+    assert gc.isenabled()
+
+
+# --- in a step -------------------------------------------------------------------------------------------------------
+
+
+class Planted(Encoder):
+    """An Encoder whose forward pass runs `plant` first; what that returns becomes part of the graph."""
+
+    def __init__(self, plant: Plant) -> None:
+        super().__init__()
+        self.plant = plant
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        planted = self.plant(self)
+        out = super().forward(input_ids, attention_mask)
+        if planted is not None:
+            out.logits = out.logits + 0 * planted
+        return out
+
+
+def trained(method: str = "lora", implementation: str = "fused", plant: Plant = lambda _: None) -> dict[str, Any]:
+    """Return what `most_in_step` takes, after three steps."""
+    s = setting(Planted(plant), method, implementation)
+    loop.train(batches=batches(3), seed=0, report=nothing, **s)
+    return {name: s[name] for name in ("adapted", "head", "optimizer")} | {"batches": batches(3)}
+
+
+def counted(s: dict[str, Any]) -> int:
+    found = most_in_step(**s)
+    assert found is not None
+    return found - (most_while(lambda: None) or 0)
+
+
+def keeps(model: Any) -> None:
+    if not hasattr(model, "cache"):
+        model.cache = torch.zeros(PLANTED)
+
+
+def saves(model: Any) -> Tensor:
+    long = model.head.base.weight.sum() * torch.ones(PLANTED, requires_grad=True)
+    return (long * long).sum()
+
+
+def takes(model: Any) -> None:
+    torch.ones(PLANTED)
+
+
+def test_equal_steps_have_equal_numbers_and_a_larger_one_is_seen() -> None:
+    plain = counted(trained())
+    assert counted(trained()) == plain
+    assert counted(trained(plant=saves)) - plain > 2 * 2 * MIB
+    assert counted(trained(plant=takes)) == 2 * MIB  # when nothing else of the step is there
+
+
+def test_it_is_the_step_alone_that_counts() -> None:
+    s = trained("full", "reference")
+    (batch,) = s["batches"] = s["batches"][:1]
+    from_it = counted(s)
+    idle = most_while(lambda: None)
+    assert idle is not None
+    assert most_while(lambda: loop.step(s["adapted"], [batch], s["optimizer"], seed=0)) == idle + from_it
+
+
+def test_a_tensor_that_is_kept_is_in_it() -> None:
+    s = trained(plant=keeps)
+    with_it = most_in_step(**s) or 0
+    s["adapted"].model.cache = s["adapted"].model.cache[:0].clone()
+    assert with_it - (most_in_step(**s) or 0) == 2 * MIB
+
+
+def test_the_step_is_one_over_the_largest_batch() -> None:
+    s = trained()
+    every, sizes = s["batches"], {}
+    for batch in every:
+        sizes[batch.padded_tokens] = counted({**s, "batches": [batch]})
+    assert len(sizes) > 1
+    assert max(sizes.values()) == sizes[max(sizes)] == counted(s) > min(sizes.values())
+    assert counted({**s, "accumulate": 4}) < counted(s)
+
+
+def _trace(s: dict[str, Any]) -> dict[str, Tensor]:
+    return {**{n: t.clone() for n, t in s["adapted"].model.state_dict().items()}, "random": torch.get_rng_state()}
+
+
+@pytest.mark.parametrize(
+    ("method", "implementation"), [("full", "reference"), ("lora", "reference"), ("lora", "fused"), ("dora", "fused")]
+)
+def test_the_step_leaves_no_trace(method: str, implementation: str) -> None:
+    s = trained(method, implementation, plant=lambda _: torch.rand(()))  # as dropout draws
+    before = _trace(s)
+    assert most_in_step(**s)
+    after = _trace(s)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name
+    assert all(p.grad is None for p in s["adapted"].parameters())
+    assert s["adapted"].model.training
+
+
+def test_weights_are_put_back_where_the_step_fails() -> None:
+    s = trained("full", "reference")
+    before = _trace(s)
+    step = s["optimizer"].step
+
+    def fails() -> None:
+        step()
+        raise MemoryError
+
+    s["optimizer"].step = fails
+    with pytest.raises(MemoryError):
+        most_in_step(**s)
+    after = _trace(s)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
