@@ -1,0 +1,139 @@
+"""Is one process run of a benchmark slower than the runs that were kept of it? For pytest, where nothing is interleaved.
+
+A run counts as one number, the median of its rounds: rounds of one process share its luck (addresses, clocks, neighbours),
+so that many of them are no more certain of the next process than few. The new run is held to the interval of prediction of
+the kept ones, by log ratios: were nothing changed, it would be another draw of the same. Nothing is trimmed there, since the
+new run may be a disturbed one as well.
+
+The runs that are kept were made earlier, and the machine may have changed since; their spread does not hold that. The margin
+must. Who wants to find less than that runs both sides in turn (`paired`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from statistics import NormalDist, fmean, median
+
+from harness.analysis.intervals import LEVEL, POWER, median_interval
+from harness.analysis.pair_power import found, least
+from harness.analysis.paired import IMPLAUSIBLE
+from harness.analysis.trimmed import single, trimmed
+
+MARGIN = 0.10
+"""The slow-down that is no finding yet: sessions of one machine may differ by some per cent though nothing has changed."""
+ALARM = 0.01
+"""The one-sided level of `slower`, and of `faster`, of each benchmark by itself."""
+FEWEST = 3
+"""Kept runs from which their own spread is taken."""
+ASSUMED = 0.05
+"""With fewer, the standard deviation that process runs of a benchmark are taken to have; an assumption, always told.
+
+Of 14 process runs each of five small kernels (add, copy, matmul, softmax, a loop of Python) on a shared machine with two
+cores it was 0.9 % to 8.5 %, in the mean square 5 %."""
+_ROUNDS = 0.9
+"""The level of the interval of one run's median, which only fewer than FEWEST runs need: five rounds are enough for it."""
+_FAR = 60
+"""Standard errors: beyond any slow-down that is found with less than certainty."""
+_LARGEST = 700.0
+"""Of a log ratio whose exponential is still a float."""
+
+
+class Pace(StrEnum):
+    """What a run says of the code that was timed."""
+
+    SLOWER = "slower"
+    FASTER = "faster"
+    NOT_SLOWER = "not slower"
+    INCONCLUSIVE = "inconclusive"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A benchmark, judged.
+
+    base, new: seconds; base is the geometric mean of the kept runs' medians. interval: of new / base - 1, at LEVEL. runs:
+    how many were kept. mde80: the smallest slow-down that is found with a power of POWER, None without any spread.
+    """
+
+    pace: Pace
+    base: float
+    new: float
+    interval: tuple[float, float]
+    runs: int
+    mde80: float | None
+    sentence: str
+
+
+def judge(kept: Sequence[Sequence[float]], new: Sequence[float], margin: float = MARGIN) -> Judged:
+    """Judge the rounds of one process run by those of kept runs; seconds, all above 0.
+
+    `slower` where the ratio is beyond 1 + margin at the level ALARM, `faster` where its inverse is; `not slower` where the
+    whole interval at LEVEL lies below 1 + margin; else inconclusive.
+    """
+    centres = [math.log(median(rounds)) for rounds in kept]
+    n, limit, seconds, centre = len(kept), math.log1p(margin), median(new), fmean(centres)
+    error, unbiased, df = _noise(kept, new, centres)
+    change = math.log(seconds) - centre
+    up, down = single(change, error, df, n), single(-change, error, df, n)
+    low, high = (_share(float(end[0])) for end in up.interval(LEVEL))
+    if up.still[0]:
+        said = f"inconclusive: {_percent(change)} without any spread over {n} runs: are they copies of one?"
+        return Judged(Pace.INCONCLUSIVE, math.exp(centre), seconds, (low, high), n, None, said)
+    p = {Pace.SLOWER: float(up.beyond(limit)[0]), Pace.FASTER: float(down.beyond(limit)[0])}
+    pace = next((pace for pace, chance in p.items() if chance <= ALARM), Pace.INCONCLUSIVE)
+    if pace is Pace.INCONCLUSIVE and high < margin:
+        pace = Pace.NOT_SLOWER
+    far = limit + _FAR * unbiased
+    mde80 = _share(least(lambda true: found((true - limit) / unbiased, df, ALARM), limit, far))
+    said = f"{_words(pace, margin, p.get(pace, 1.0), change)}; {_rests(n, mde80)}"
+    return Judged(pace, math.exp(centre), seconds, (low, high), n, mde80, said)
+
+
+def _noise(
+    kept: Sequence[Sequence[float]], new: Sequence[float], centres: Sequence[float]
+) -> tuple[float, float, float]:
+    """Return the standard error of new - kept in logs, one that is unbiased for few runs, and the degrees of freedom."""
+    n = len(kept)
+    if n >= FEWEST:
+        seen = trimmed([list(centres)], 0.0)
+        return float(seen.error[0]) * math.sqrt(n + 1), float(seen.scale[0]) * math.sqrt(1 + 1 / n), seen.df
+    within = _within(new) ** 2 + sum(_within(rounds) ** 2 for rounds in kept) / n**2
+    error = math.sqrt(ASSUMED**2 * (1 + 1 / n) + within)
+    return error, error, math.inf
+
+
+def _within(rounds: Sequence[float]) -> float:
+    """Return the standard error of the log of a run's median, from its rounds; ASSUMED where they are too few to say."""
+    seen = median_interval(rounds, _ROUNDS)
+    if seen.low is None or seen.high is None:
+        return ASSUMED
+    return math.log(seen.high / seen.low) / (2 * NormalDist().inv_cdf(0.5 + _ROUNDS / 2))
+
+
+def _words(pace: Pace, margin: float, p: float, change: float) -> str:
+    by = f"by more than {100 * margin:g} %"
+    if pace is Pace.INCONCLUSIVE:
+        return f"neither slower {by} nor proven not to be"
+    if pace is Pace.NOT_SLOWER:
+        return f"not slower {by}"
+    doubt = "; does it still do the same work?" if math.expm1(change) < -IMPLAUSIBLE else ""
+    return f"{pace.value} {by} at p = {p:.1g}{doubt}"
+
+
+def _rests(n: int, mde80: float) -> str:
+    """Say what a verdict rests on, and what would have been found."""
+    runs = f"{n} run{'s' * (n != 1)} kept"
+    if n < FEWEST:
+        runs += f", so a deviation of {100 * ASSUMED:g} % from run to run is assumed ({FEWEST} tell it)"
+    return f"{runs}; finds {100 * mde80:.0f} % with {100 * POWER:.0f} % power"
+
+
+def _percent(log_ratio: float) -> str:
+    return f"{100 * _share(log_ratio):+.1f} %"
+
+
+def _share(log_ratio: float) -> float:
+    return math.expm1(min(log_ratio, _LARGEST))
