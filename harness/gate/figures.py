@@ -11,7 +11,7 @@ from harness.report.display import DASH, MIB, MINUS, milliseconds, percent
 HEAD = ("Cell", "what", "base", "new", "delta", "interval", "verdict")
 _SHOWN = 20
 """Rows that neither fail nor are left open, of each kind, before the rest is only counted."""
-_KERNEL_S = 1e-4
+_KERNEL_S = 1e-3
 """Below that a time has too few digits in ms."""
 ORDER = (Word.FAIL, Word.NOT_RUN, Word.INCONCLUSIVE, Word.PASS)
 LOUD = (Word.FAIL, Word.INCONCLUSIVE)
@@ -19,9 +19,8 @@ LOUD = (Word.FAIL, Word.INCONCLUSIVE)
 
 def fields(row: Row) -> tuple[str, ...]:
     """Return a row's fields, as many as HEAD has."""
-    return (
-        row.name, row.what, value(row.base, row.unit), value(row.new, row.unit), delta(row), interval(row), verdict(row),
-    )  # fmt: skip
+    values = (value(row.base, row.unit), value(row.new, row.unit)) if row.valued else ("", "")
+    return (row.name, row.what, *values, delta(row), interval(row), verdict(row))
 
 
 def loud(row: Row) -> bool:
