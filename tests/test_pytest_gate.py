@@ -101,6 +101,7 @@ def test_kept_runs_of_another_machine_are_left_out_and_told() -> None:
     assert (found.rows[1].name, found.rows[1].reason) == ("1 of 6 kept runs", "not used, cpu: a Xeon, here an EPYC")
     # What a file does not say is no difference: pytest-benchmark alone does not know torch.
     assert compare(kept(KERNEL, place={"cpu": "an EPYC"}), session()).verdict.word is Word.PASS
+    assert compare(kept(KERNEL), session(place={"cpu": "an EPYC"})).verdict.word is Word.PASS
 
 
 def test_nothing_compared_names_what_the_baseline_has() -> None:
@@ -140,7 +141,7 @@ BAD = {
         json.dumps({"benchmarks": [ROUND, {**ROUND, "stats": {"median": 1}}]}),
         r"benchmarks\[1\]: t has no raw rounds",
     ),
-    "nan": (json.dumps({"benchmarks": [{**ROUND, "stats": {"data": [math.nan]}}]}), "no list of seconds above 0"),
+    "infinite": (json.dumps({"benchmarks": [{**ROUND, "stats": {"data": [math.inf]}}]}), "no list of seconds above 0"),
     "zero": (json.dumps({"benchmarks": [{**ROUND, "stats": {"data": [0.0]}}]}), "no list of seconds above 0"),
     "words": (json.dumps({"benchmarks": [{**ROUND, "stats": {"data": "1.0"}}]}), "no list of seconds above 0"),
 }

@@ -29,7 +29,7 @@ ALARM = 0.01
 FEWEST = 3
 """Kept runs from which their own spread is taken."""
 ASSUMED = 0.05
-"""With fewer, the standard deviation that process runs of a benchmark are taken to have; an assumption, always told.
+"""With fewer, or without any spread, the standard deviation that process runs are taken to have: assumed, and always told.
 
 Of 14 process runs each of five small kernels (add, copy, matmul, softmax, a loop of Python) on a shared machine with two
 cores it was 0.9 % to 8.5 %, in the mean square 5 %."""
@@ -55,7 +55,7 @@ class Judged:
     """A benchmark, judged.
 
     base, new: seconds; base is the geometric mean of the kept runs' medians. interval: of new / base - 1, at LEVEL. runs:
-    how many were kept. mde80: the smallest slow-down that is found with a power of POWER, None without any spread.
+    how many were kept. mde80: the smallest slow-down that is found with a power of POWER.
     """
 
     pace: Pace
@@ -63,7 +63,7 @@ class Judged:
     new: float
     interval: tuple[float, float]
     runs: int
-    mde80: float | None
+    mde80: float
     sentence: str
 
 
@@ -75,34 +75,40 @@ def judge(kept: Sequence[Sequence[float]], new: Sequence[float], margin: float =
     """
     centres = [math.log(median(rounds)) for rounds in kept]
     n, limit, seconds, centre = len(kept), math.log1p(margin), median(new), fmean(centres)
-    error, unbiased, df = _noise(kept, new, centres)
+    noise = _noise(kept, new, centres)
     change = math.log(seconds) - centre
-    up, down = single(change, error, df, n), single(-change, error, df, n)
+    up, down = (single(one, noise.error, noise.df, n) for one in (change, -change))
     low, high = (_share(float(end[0])) for end in up.interval(LEVEL))
-    if up.still[0]:
-        said = f"inconclusive: {_percent(change)} without any spread over {n} runs: are they copies of one?"
-        return Judged(Pace.INCONCLUSIVE, math.exp(centre), seconds, (low, high), n, None, said)
     p = {Pace.SLOWER: float(up.beyond(limit)[0]), Pace.FASTER: float(down.beyond(limit)[0])}
     pace = next((pace for pace, chance in p.items() if chance <= ALARM), Pace.INCONCLUSIVE)
     if pace is Pace.INCONCLUSIVE and high < margin:
         pace = Pace.NOT_SLOWER
-    far = limit + _FAR * unbiased
-    mde80 = _share(least(lambda true: found((true - limit) / unbiased, df, ALARM), limit, far))
-    said = f"{_words(pace, margin, p.get(pace, 1.0), change)}; {_rests(n, mde80)}"
+    far = limit + _FAR * noise.unbiased
+    mde80 = _share(least(lambda true: found((true - limit) / noise.unbiased, noise.df, ALARM), limit, far))
+    said = f"{_words(pace, margin, p.get(pace, 1.0), change)}; {_rests(n, noise.assumed, mde80)}"
     return Judged(pace, math.exp(centre), seconds, (low, high), n, mde80, said)
 
 
-def _noise(
-    kept: Sequence[Sequence[float]], new: Sequence[float], centres: Sequence[float]
-) -> tuple[float, float, float]:
-    """Return the standard error of new - kept in logs, one that is unbiased for few runs, and the degrees of freedom."""
+@dataclass(frozen=True)
+class _Noise:
+    """The standard error of new - kept in logs; unbiased: a second one, which few runs do not make too small."""
+
+    error: float
+    unbiased: float
+    df: float
+    assumed: bool
+
+
+def _noise(kept: Sequence[Sequence[float]], new: Sequence[float], centres: Sequence[float]) -> _Noise:
     n = len(kept)
     if n >= FEWEST:
         seen = trimmed([list(centres)], 0.0)
-        return float(seen.error[0]) * math.sqrt(n + 1), float(seen.scale[0]) * math.sqrt(1 + 1 / n), seen.df
+        if not seen.still[0]:  # else the clock is too coarse to show any
+            error, scale = float(seen.error[0]), float(seen.scale[0])
+            return _Noise(error * math.sqrt(n + 1), scale * math.sqrt(1 + 1 / n), seen.df, assumed=False)
     within = _within(new) ** 2 + sum(_within(rounds) ** 2 for rounds in kept) / n**2
     error = math.sqrt(ASSUMED**2 * (1 + 1 / n) + within)
-    return error, error, math.inf
+    return _Noise(error, error, math.inf, assumed=True)
 
 
 def _within(rounds: Sequence[float]) -> float:
@@ -123,16 +129,13 @@ def _words(pace: Pace, margin: float, p: float, change: float) -> str:
     return f"{pace.value} {by} at p = {p:.1g}{doubt}"
 
 
-def _rests(n: int, mde80: float) -> str:
+def _rests(n: int, assumed: bool, mde80: float) -> str:
     """Say what a verdict rests on, and what would have been found."""
     runs = f"{n} run{'s' * (n != 1)} kept"
-    if n < FEWEST:
-        runs += f", so a deviation of {100 * ASSUMED:g} % from run to run is assumed ({FEWEST} tell it)"
+    if assumed:
+        why = f"{FEWEST} tell it" if n < FEWEST else "they show none"
+        runs += f", so a deviation of {100 * ASSUMED:g} % from run to run is assumed ({why})"
     return f"{runs}; finds {100 * mde80:.0f} % with {100 * POWER:.0f} % power"
-
-
-def _percent(log_ratio: float) -> str:
-    return f"{100 * _share(log_ratio):+.1f} %"
 
 
 def _share(log_ratio: float) -> float:

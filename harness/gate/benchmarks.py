@@ -76,9 +76,17 @@ def compare(kept: Sequence[Saved], session: Session, margin: float = MARGIN) -> 
 
 def _row(name: str, kept: Sequence[Sequence[float]], new: Sequence[float], margin: float) -> Row:
     found = judge(kept, new, margin)
-    said = found.sentence.removeprefix("inconclusive: ")
     return Row(
-        Kind.SPEED, _WORDS[found.pace], name, (), "median round", said, found.base, found.new, "s", found.interval
+        Kind.SPEED,
+        _WORDS[found.pace],
+        name,
+        (),
+        "median round",
+        found.sentence,
+        found.base,
+        found.new,
+        "s",
+        found.interval,
     )
 
 
