@@ -208,6 +208,7 @@ def test_red(benchmark):
 WRONG = """
 from harness.conformance.tried import Tried
 from harness.records import CheckResult, Outcome
+from harness.registry import Implementation
 from harness.testing import Conforming
 
 OF = {"implementation": "mine", "kind": "operation", "target": "op", "dtype": "float32", "case": "c"}
@@ -218,7 +219,7 @@ class Wrong(Conforming):
             result = CheckResult(check="op/outputs/float32/call", outcome=outcome, detail="off")
             yield f"case {number}", lambda result=result: [Tried(**OF, result=result)]
 
-wrong = Wrong(None)
+wrong = Wrong(Implementation("mine", "operation", "nf4_dequantize", print, ("float32",)))
 """
 
 
@@ -270,6 +271,13 @@ def test_a_session_with_a_wrong_kernel_has_no_speed_that_passes(project, pyteste
     assert said.count("no speed is a pass without parity: 1 of @conformance failed") == 1
     code, said = project(f"--harness-gate={base}", "--harness-gate-margin=100", "-k", "kernel or (wrong and 1)")
     assert (code, "✓ pass" in said, "@conformance: 1 right" in said) == (pytest.ExitCode.OK, True, True)
+
+
+def test_a_baseline_is_made_by_benchmarks_alone(project, pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(test_w=WRONG)
+    code, said = project("--benchmark-only", "--benchmark-json=base.json")
+    assert (code, "1 passed, 2 skipped" in said) == (pytest.ExitCode.OK, True), said
+    assert list(pytest_benchmark.read([pytester.path / "base.json"])[0].rounds) == [KERNEL]
 
 
 def test_each_reason_for_not_comparing_is_told(project, pytester: pytest.Pytester) -> None:
