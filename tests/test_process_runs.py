@@ -72,3 +72,11 @@ def test_at_the_margin_alarms_are_as_rare_as_the_level_and_what_it_finds_is_foun
     error, critical = sd * math.sqrt(1 + 1 / kept), stats.t.ppf(1 - ALARM, kept - 1)
     beyond = optimize.brentq(lambda x: stats.nct.sf(critical, kept - 1, x / error) - POWER, 1e-6, 2)
     assert within(alarms(1.1 * math.exp(beyond)), POWER)
+
+
+@pytest.mark.parametrize("kept", [3, 10])
+def test_whatever_the_noise_what_lies_among_the_kept_runs_is_no_alarm(kept: int) -> None:
+    """A process may have two speeds; the new one has that of the slowest kept run, if only one was slow."""
+    base = [1.0 + 0.001 * i for i in range(kept)]
+    assert judge([[one] for one in base], [2.0]).pace is Pace.SLOWER
+    assert judge([[one] for one in [*base[1:], 2.0]], [2.0]).pace is Pace.INCONCLUSIVE

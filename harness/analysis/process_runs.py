@@ -5,8 +5,10 @@ so that many of them are no more certain of the next process than few. The new r
 the kept ones, by log ratios: were nothing changed, it would be another draw of the same. Nothing is trimmed there, since the
 new run may be a disturbed one as well.
 
-The runs that are kept were made earlier, and the machine may have changed since; their spread does not hold that. The margin
-must. Who wants to find less than that runs both sides in turn (`paired`).
+The level is that of normal noise. Where a process draws one of two speeds, say by where its memory lies, few kept runs may
+all have drawn the same; but whatever the noise, a run lies beyond all n kept ones in one of n + 1 sessions only, and what
+does not is no alarm (of up to ten kept runs). The runs that are kept were made earlier, and the machine may have changed
+since; their spread does not hold that. The margin must. Who wants to decide on less runs both sides in turn (`paired`).
 """
 
 from __future__ import annotations
