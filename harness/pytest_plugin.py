@@ -1,6 +1,7 @@
-"""The pytest plug-in behind `harness.testing.conformance`: one test for each case of a parity suite.
+"""The pytest plug-in: one test for each case of a parity suite (`harness.testing.conformance`), and `--harness-gate`.
 
-pytest loads this in every run of an environment that has peft-harness, so it imports nothing of ours before a test uses it.
+pytest loads this in every run of an environment that has peft-harness, so it imports nothing of ours before a test or an
+option uses it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,45 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the gate's options."""
+    group = parser.getgroup("peft-harness")
+    group.addoption(
+        "--harness-gate", action="append", default=[], metavar="BASELINE",
+        help="Compare this session's benchmarks with those of process runs that --benchmark-json kept: a file each (repeat "
+        "it), or a folder of them. Fails where one is slower, or where nothing was compared.",
+    )  # fmt: skip
+    group.addoption(
+        "--harness-gate-margin",
+        type=float,
+        default=10.0,
+        metavar="PERCENT",
+        help="A slow-down that is no finding.  [10]",
+    )
+    group.addoption(
+        "--harness-gate-strict", action="store_true",
+        help="Fail too where a benchmark stays inconclusive, is missing, or was kept on another machine only.",
+    )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set up the gate, where it is asked for: not in a worker of xdist, and not where nothing is to run."""
+    if config.getoption("harness_gate") and not hasattr(config, "workerinput") and not config.option.collectonly:
+        from harness.pytest_gate import Gate
+
+        config.pluginmanager.register(Gate(config, CaseItem), "peft-harness-gate")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    """Let what pytest-benchmark keeps say torch's version and the GPU: they change times, and it knows neither."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        machine_info.setdefault("torch", str(torch.__version__))
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            machine_info.setdefault("gpu", torch.cuda.get_device_name())
 
 
 def pytest_pycollect_makeitem(collector: Any, name: str, obj: Any) -> pytest.Collector | None:
@@ -51,5 +91,8 @@ class CaseItem(pytest.Item):
             pytest.skip(skipped)
 
     def reportinfo(self) -> tuple[Any, int | None, str]:
-        """Say where the function is."""
-        return self.path, None, f"{self.parent.name if self.parent else ''}[{self.name}]"
+        """Say where the function is: pytest wants a line, or a skipping mark (as of --benchmark-only) breaks the session."""
+        suite = self.parent
+        assert isinstance(suite, Suite)  # noqa: S101
+        code = getattr(suite.conforming.implementation.function, "__code__", None)
+        return self.path, code.co_firstlineno - 1 if code else 0, f"{suite.name}[{self.name}]"

@@ -418,6 +418,9 @@ def test_the_export_has_what_pytest_benchmark_reads(tmp_path: Path) -> None:
     done = subprocess.run(compare, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "lora_linear[square 8x8, 2 tokens-float32-cpu-acme]" in (tmp_path / "out.csv").read_text()
+    (saved,) = pytest_benchmark.read([file])  # and by ourselves
+    assert saved.rounds[ours["fullname"]] == ours["stats"]["data"]
+    assert {"cpu", "python", "torch"} <= set(saved.place)
 
 
 @pytest.fixture

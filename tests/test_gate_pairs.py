@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 import recorded_run as recorded
@@ -20,10 +21,12 @@ from harness.analysis.canaries import Canaries
 from harness.analysis.pair_verdict import Sides, judge
 from harness.analysis.paired import Design, decide
 from harness.analysis.words import Word
+from harness.cli import main
 from harness.errors import Exit, HarnessError, UsageError
 from harness.expand import expand
 from harness.gate import arms, canary_file, pair_command
 from harness.gate.arms import Arm
+from harness.gate.outputs import Outputs
 from harness.records import Cell, Record, Status
 
 SUITE = """
@@ -363,3 +366,87 @@ def test_a_suite_that_trains_nothing_has_nothing_to_time(gated) -> None:
         gated(Stand(), only="id=untrained")
     with pytest.raises(UsageError, match="fused"):
         gated(Stand(), old="reference", new="hf-peft")
+
+
+# ---- the outputs that a gate against a baseline has too
+
+
+@dataclass
+class Told:
+    code: Exit
+    junit: ET.Element
+    markdown: str
+    annotations: list[str]
+
+    def tags(self, suite: str) -> list[str]:
+        """What became of the Cells in one suite of the JUnit file: a tag each, `` of those that passed."""
+        (found,) = [one for one in self.junit if one.get("name") == suite]
+        return [case[0].tag if len(case) else "" for case in found.iter("testcase")]
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Return a function from a Stand to what the command line's outputs say."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
+    Path("gated.yaml").write_text(SUITE, encoding="utf-8")
+
+    def tell(stand: Stand, *more: str) -> Told:
+        monkeypatch.setattr(arms, "run", stand)
+        files = ["--junit", "a.xml", "--markdown", "a.md", "--annotations"]
+        code = main(["gate", "--pairs", "reference", "fused", "--suite", "gated.yaml", "--seed", "3", *files, *more])
+        notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("::")]
+        return Told(Exit(code), ET.parse("a.xml").getroot(), Path("a.md").read_text(encoding="utf-8"), notes)
+
+    return tell
+
+
+def test_every_output_tells_a_slow_down(told) -> None:
+    found = told(Stand(slower=1.2))
+    assert found.code == Exit.FAIL
+    assert found.tags("speed") == ["failure"]
+    (line,) = [line for line in found.markdown.splitlines() if "| step |" in line]
+    assert "| fail: slower by more than 1 %" in line
+    assert "is found with 80 % power" in line
+    assert found.markdown.startswith("## ✗ implementation fused against implementation reference: fail")
+    assert "A/A canary alarmed" in found.markdown
+    (note,) = found.annotations
+    assert note.startswith("::error title=peft-harness gate%3A speed::tiny-llama")
+
+
+def test_every_output_leaves_open_what_is_undecided(told) -> None:
+    found = told(Stand(noise=0.5))
+    assert found.code == Exit.PASS
+    assert found.tags("speed") == ["skipped"]
+    assert "| inconclusive: " in found.markdown
+    assert [note.partition(" ")[0] for note in found.annotations] == ["::warning"]
+
+
+def test_every_output_tells_what_is_no_time(told) -> None:
+    found = told(Stand(wrong=_other_count))
+    assert (found.code, found.tags("memory").count("failure"), found.tags("speed")) == (Exit.FAIL, 1, [""])
+    assert any("memory::" in note and "optimizer" in note for note in found.annotations)
+
+
+def test_no_output_calls_a_gate_that_was_cut_short_a_pass(told) -> None:
+    found = told(Stand(raises=KeyboardInterrupt()))  # all pairs are there, and the canary's are not
+    assert found.code == Exit.INFRASTRUCTURE
+    assert found.tags("missing") == ["error"]
+    assert "not-run" in found.markdown.splitlines()[0]
+    assert any("ended by Ctrl-C" in note for note in found.annotations)
+
+
+def test_times_of_a_closed_gate_are_no_finding_of_any_output(told, tmp_path: Path) -> None:
+    for number in range(40):
+        ratios = [0.1 + 0.001 * (number + i) for i in range(6)]
+        canary_file.add(tmp_path / canary_file.FILE, recorded.environment().id, "0" * 16, ratios)
+    found = told(Stand(slower=1.2))
+    assert (found.code, found.tags("speed")) == (Exit.INFRASTRUCTURE, ["error"])
+    assert "the gate is closed" in found.markdown
+
+
+def test_a_file_that_cannot_be_written_is_said_before_anything_runs(gated) -> None:
+    stand = Stand()
+    with pytest.raises(UsageError, match="there is no folder nowhere"):
+        gated(stand, outputs=Outputs(junit=Path("nowhere") / "a.xml"))
+    assert not stand.ran

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.analysis import baseline_costs, baseline_residue, baseline_scores, naming, parity
-from harness.analysis.baseline_rows import Kind, Margins, Row
+from harness.analysis.baseline_rows import Findings, Kind, Margins, Row
 from harness.analysis.words import Verdict, Word
 from harness.errors import Exit
 from harness.records import Cell, Outcome, Record, Status
@@ -21,28 +21,14 @@ _SHOWN = 3
 _LAST = (Kind.ENVIRONMENT, Kind.ASSETS)
 
 
-@dataclass(frozen=True)
-class Against:
-    """A run, judged against a baseline.
+@dataclass(frozen=True, kw_only=True)
+class Against(Findings):
+    """A run, judged against a baseline of so many `cells`. notes: what else the verdict rests on."""
 
-    rows: everything that was compared. compared: how many Cells have a Record on both sides, of the `cells` of the baseline.
-    unreadable: files of both sides that could not be read, with the reason; changed: files that are not as their run left
-    them. notes: what else the verdict rests on.
-    """
-
-    verdict: Verdict
     exit: Exit
-    rows: tuple[Row, ...]
-    compared: int
     cells: int
     margins: Margins
-    unreadable: tuple[str, ...]
-    changed: tuple[str, ...]
     notes: tuple[str, ...]
-
-    def of(self, *words: Word) -> list[Row]:
-        """Return the judged rows with one of these words."""
-        return [row for row in self.rows if row.judged and row.word in words]
 
 
 def judge(base: Run, new: Run, *, margins: Margins | None = None, strict: bool = False) -> Against:
@@ -77,8 +63,9 @@ def judge(base: Run, new: Run, *, margins: Margins | None = None, strict: bool =
         )
     verdict, code = _whole(rows, len(pairs), unreadable, changed, notes, strict)
     return Against(
-        verdict, code, tuple(rows), len(pairs), len(base.manifest.cells), margins, unreadable, changed, notes
-    )
+        verdict=verdict, rows=tuple(rows), compared=len(pairs), unreadable=unreadable, changed=changed,
+        exit=code, cells=len(base.manifest.cells), margins=margins, notes=notes,
+    )  # fmt: skip
 
 
 def _matched(

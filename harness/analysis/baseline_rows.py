@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
-from harness.analysis.words import Word
+from harness.analysis.words import Verdict, Word
 
 PROCESS_PEAK_B = 16 * 2**20
 """How much more of a process's memory (VmHWM, or sampled) is no finding.
@@ -37,6 +37,7 @@ class Kind(StrEnum):
     ACCURACY = "accuracy"
     ASSETS = "assets"
     ENVIRONMENT = "environment"
+    SPEED = "speed"
     TIME = "time"
 
 
@@ -61,6 +62,9 @@ MEANING: dict[Kind, str] = {
     Kind.ASSETS: "inconclusive where a model, a data set or a task is not the same one",
     Kind.ENVIRONMENT: "inconclusive where machine, driver, libraries, threads, variables or device are not the same, so "
     "that a difference need not come from the code; another code version or commit is told",
+    Kind.SPEED: "times that may be judged: of `gate --pairs`, whose sides ran in turn; of pytest's --harness-gate, by the "
+    "spread of process runs that were kept. Fails where slower, beyond a margin; inconclusive where neither that nor the "
+    "opposite is shown. Each reason says how small a slow-down is found",
     Kind.TIME: "medians of one process each, from two sessions: shown, never judged. `peft-harness gate --pairs` judges "
     "times",
 }
@@ -74,8 +78,8 @@ class Row:
     """One thing that was compared.
 
     name: the Cell, the recipe, or how many Cells. cells: cell_ids. what: the quantity. base, new: its values, None where
-    there is none; of unit `""` they are words, or counts of checks. interval: of new - base. records: ids, the baseline's
-    first.
+    there is none; of unit `""` they are words, or counts of checks. interval: of new - base, of a speed of new / base - 1.
+    records: ids, the baseline's first.
     """
 
     kind: Kind
@@ -101,6 +105,11 @@ class Row:
         return self.word is Word.PASS and self.base == self.new and self.base is not None
 
     @property
+    def valued(self) -> bool:
+        """Say whether there is a value on either side."""
+        return self.base is not None or self.new is not None
+
+    @property
     def delta(self) -> float | None:
         """New minus base, of numbers."""
         if isinstance(self.base, int | float) and isinstance(self.new, int | float):
@@ -115,3 +124,22 @@ class Margins:
 
     memory_B: int | None = None
     accuracy: float = ACCURACY
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """All that one gate found: what every output of a gate is made from.
+
+    rows: everything that was compared. compared: how many Cells or benchmarks are there on both sides. unreadable: files of
+    both sides that could not be read, with the reason; changed: files that are not as their run left them.
+    """
+
+    verdict: Verdict
+    rows: tuple[Row, ...]
+    compared: int
+    unreadable: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+
+    def of(self, *words: Word) -> list[Row]:
+        """Return the judged rows with one of these words."""
+        return [row for row in self.rows if row.judged and row.word in words]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from harness.analysis.intervals import POWER
@@ -19,10 +20,14 @@ _FAR = 60
 def reach(scale: float, design: Design) -> float:
     """Return the log ratio of the slow-down that is found with a power of POWER; scale: sd of the log ratio of a pair."""
     low = math.log1p(design.slower_by)
-    high = low + _FAR * scale / math.sqrt(design.first)
+    return least(lambda change: power(change, scale, design), low, low + _FAR * scale / math.sqrt(design.first))
+
+
+def least(found: Callable[[float], float], low: float, high: float) -> float:
+    """Return the smallest change between `low` and `high` that is found with a power of POWER, which grows with it."""
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        low, high = (low, middle) if power(middle, scale, design) >= POWER else (middle, high)
+        low, high = (low, middle) if found(middle) >= POWER else (middle, high)
     return high
 
 
@@ -33,18 +38,22 @@ def power(change: float, scale: float, design: Design) -> float:
     another draw, which says too little rather than too much. What is found early is found late too, give or take.
     """
     last = design.fresh[-1]
-    found = _found(change - math.log1p(design.slower_by), scale, last, design.trim, design.levels[-1])
+    chance = _found(change - math.log1p(design.slower_by), scale, last, design.trim, design.levels[-1])
     for n in (design.first, *design.fresh[:-1]):
         suspected = _found(change - math.log1p(design.suspect_by), scale, n, design.trim, design.suspect)
-        found *= max(suspected, _too_wide(scale, n, design))
-    return found
+        chance *= max(suspected, _too_wide(scale, n, design))
+    return chance
+
+
+def found(errors: float, df: float, level: float) -> float:
+    """Return how probable it is that a one-sided t at `level` finds what lies so many standard errors beyond its margin."""
+    from scipy.special import nctdtr, stdtrit
+
+    return 1.0 - float(nctdtr(df, errors, float(stdtrit(df, 1 - level))))
 
 
 def _found(beyond: float, scale: float, n: int, share: float, level: float) -> float:
-    from scipy.special import nctdtr, stdtrit
-
-    df = _df(n, share)
-    return 1.0 - float(nctdtr(df, beyond * math.sqrt(n) / scale, float(stdtrit(df, 1 - level))))
+    return found(beyond * math.sqrt(n) / scale, _df(n, share), level)
 
 
 def _too_wide(scale: float, n: int, design: Design) -> float:

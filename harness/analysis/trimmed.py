@@ -33,7 +33,7 @@ class Trimmed:
 
     mean: Array
     error: Array
-    df: int
+    df: float
     n: int
 
     @property
@@ -77,6 +77,13 @@ def trimmed(log_ratios: Any, share: float) -> Trimmed:
     squares = (pulled**2).sum(axis=-1) - pulled.sum(axis=-1) ** 2 / n
     error = np.sqrt(np.maximum(squares, 0.0) / (kept * (kept - 1)))
     return Trimmed(ordered[..., away : n - away].mean(axis=-1), error, kept - 1, n)
+
+
+def single(mean: float, error: float, df: float, n: int) -> Trimmed:
+    """Return the t of one Cell whose mean and error come from elsewhere; df: `math.inf` where the error is known."""
+    import numpy as np
+
+    return Trimmed(np.asarray([mean]), np.asarray([error]), df, n)
 
 
 def hodges_lehmann(log_ratios: Any, level: float) -> tuple[float, tuple[float, float] | None]:

@@ -1,18 +1,25 @@
-"""The export as pytest-benchmark's JSON, for `pytest-benchmark compare` and whatever else reads it. No torch.
+"""pytest-benchmark's JSON, written and read. No torch.
 
-Each program that was timed is one benchmark; those to be compared share a group.
+Written of a bench, for `pytest-benchmark compare` and whatever else reads it: each program that was timed is one benchmark;
+those to be compared share a group. Read to compare with: by any version, of which a file need have the names of its
+benchmarks and their raw rounds.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import platform
 import statistics
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from harness.bench.results import Row
+from harness.errors import UsageError
 from harness.records import Environment
 
 VERSION = "5.0.0"
@@ -85,3 +92,89 @@ def _stats(times: Sequence[float], iterations: int) -> dict[str, Any]:
         "outliers": f"{far};{beyond}", "ld15iqr": ordered[low], "hd15iqr": ordered[high - 1], "ops": 1 / mean,
         "total": sum(times), "data": list(times), "iterations": iterations,
     }  # fmt: skip
+
+
+_MAKE = "`pytest --benchmark-json=FILE` writes one"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A file: one process run. place: what must agree for times to be compared. rounds: seconds by full name."""
+
+    path: Path
+    place: Mapping[str, str]
+    rounds: Mapping[str, Sequence[float]]
+
+
+def read(paths: Sequence[Path]) -> list[Saved]:
+    """Read files, and all `*.json` in folders and below.
+
+    Raises UsageError for what is not there or is no such file, and for copies: one process run does not count twice.
+    """
+    files: list[Path] = []
+    for path in paths:
+        found = sorted(path.rglob("*.json")) if path.is_dir() else [path]
+        if not found:
+            raise UsageError("holds no JSON file", where=str(path), mend=f"{_MAKE}, e.g. {path / '1.json'}")
+        files += found
+    saved = [_read(file) for file in dict.fromkeys(file.resolve() for file in files)]
+    seen: dict[str, Path] = {}
+    for one in saved:
+        rounds = json.dumps(one.rounds, sort_keys=True)
+        if rounds in seen:
+            what = f"holds the same process run as {seen[rounds]}, and a run does not count twice"
+            raise UsageError(what, where=str(one.path), mend="leave one of them out")
+        seen[rounds] = one.path
+    return saved
+
+
+def place(machine_info: Mapping[str, Any]) -> dict[str, str]:
+    """Return what of a `machine_info` must agree for times to be compared, as far as it says.
+
+    Neither the name of the machine nor its kernel: a container gets a new name each time it starts.
+    """
+    cpu = machine_info.get("cpu")
+    cpu = cpu if isinstance(cpu, Mapping) else {}
+    found = {
+        "cpu": cpu.get("brand_raw") or cpu.get("brand"),  # `brand` before version 3.3
+        "cores": cpu.get("count"),
+        "architecture": machine_info.get("machine"),
+        "system": machine_info.get("system"),
+        "python": " ".join(str(machine_info.get(f"python_{key}", "")) for key in ("implementation", "version")).strip(),
+        "torch": machine_info.get("torch"),
+        "gpu": machine_info.get("gpu"),
+    }
+    return {what: str(value) for what, value in found.items() if value}
+
+
+def _read(file: Path) -> Saved:
+    try:
+        document = json.loads(file.read_bytes())
+    except OSError as error:
+        raise UsageError(f"cannot be read: {error.strerror}", where=str(file), mend=_MAKE) from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"is no JSON: {error}", where=str(file), mend=_MAKE) from error
+    benchmarks = document.get("benchmarks") if isinstance(document, dict) else None
+    if not isinstance(benchmarks, list) or not benchmarks:
+        raise UsageError("is not pytest-benchmark's: it has no `benchmarks`", where=str(file), mend=_MAKE)
+    machine = document.get("machine_info")
+    rounds = dict(_rounds(one, f"{file}: benchmarks[{number}]") for number, one in enumerate(benchmarks))
+    return Saved(file, place(machine if isinstance(machine, dict) else {}), rounds)
+
+
+def _rounds(benchmark: Any, where: str) -> tuple[str, list[float]]:
+    name = benchmark.get("fullname") if isinstance(benchmark, dict) else None
+    if not isinstance(name, str) or not name:
+        raise UsageError("has no `fullname`", where=where, mend=_MAKE)
+    stats = benchmark.get("stats")
+    data = stats.get("data") if isinstance(stats, dict) else None
+    if not data:
+        mend = "--benchmark-json keeps them; --benchmark-save only beside --benchmark-save-data"
+        raise UsageError(f"{name} has no raw rounds (`stats.data`)", where=where, mend=mend)
+    if not isinstance(data, list) or not all(_seconds(one) for one in data):
+        raise UsageError(f"`stats.data` of {name} is no list of seconds above 0", where=where, mend=_MAKE)
+    return name, data
+
+
+def _seconds(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0

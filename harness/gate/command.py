@@ -4,54 +4,39 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 from harness import store
 from harness.analysis import against_baseline
 from harness.analysis.baseline_rows import Margins
-from harness.errors import Exit, UsageError
-from harness.gate import baselines, document, github, junit, markdown, table
+from harness.errors import Exit
+from harness.gate import baselines, document, table
+from harness.gate.outputs import Outputs
 from harness.last_words import say
 
 
-@dataclass(frozen=True)
-class Output:
-    """Where a gate is to be told, beside the terminal. everything: rows that are the same in both too."""
-
-    as_json: bool = False
-    everything: bool = False
-    junit: Path | None = None
-    markdown: Path | None = None
-    annotations: bool = False
-
-
-def gate(name: str, baseline: str, margins: Margins, output: Output, *, strict: bool = False) -> Exit:
-    """Compare a run with a baseline, tell it, return the exit code.
+def gate(
+    name: str, baseline: str, margins: Margins, outputs: Outputs, *, as_json: bool = False, everything: bool = False,
+    strict: bool = False,
+) -> Exit:  # fmt: skip
+    """Compare a run with a baseline, tell it, return the exit code. everything: rows that are the same in both too.
 
     Raises UsageError for a run, baseline or file that is not there; StoreError where a run.json cannot be read.
     """
-    _places(output)
+    outputs.refuse()
     kept, path = baselines.find(baseline), store.find_run(name)
     with _without_cycles():
         base, new = store.read_run(kept.path), store.read_run(path)
         against = against_baseline.judge(base, new, margins=margins, strict=strict)
         title = f"{new.manifest.run} against {kept.name}"
-        if output.junit is not None:
-            store.write_atomic(output.junit, junit.render(against))
-        if output.markdown is not None:
-            store.write_atomic(output.markdown, markdown.render(against, title))
-        if output.as_json:
+        outputs.write(against, title)
+        if as_json:
             say(json.dumps(document.document(against, kept, new), indent=1))
         else:
-            say("\n".join([f"{title}: {_origin(kept)}", "", *table.lines(against, everything=output.everything)]))
-        if output.annotations or os.environ.get("GITHUB_ACTIONS") == "true":
-            for line in github.lines(against):
-                print(line, file=sys.stderr)
+            say("\n".join([f"{title}: {_origin(kept)}", "", *table.lines(against, everything=everything)]))
+        outputs.annotate(against)
     return against.exit
 
 
@@ -103,19 +88,3 @@ def _without_cycles() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
-
-
-def _places(output: Output) -> None:
-    """Raise UsageError for files that could not be written, before anything is read."""
-    given = {"--junit": output.junit, "--markdown": output.markdown}
-    odd = {option: why for option, file in given.items() if file is not None and (why := store.unwritable(file))}
-    if (
-        output.junit is not None
-        and output.markdown is not None
-        and output.junit.absolute() == output.markdown.absolute()
-    ):
-        odd = {"--junit, --markdown": f"{output.junit} is to be two files at once"}
-    if odd:
-        raise UsageError(
-            "; ".join(odd.values()), where=", ".join(odd), mend="name a file in a folder that can be written"
-        )

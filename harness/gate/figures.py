@@ -11,15 +11,16 @@ from harness.report.display import DASH, MIB, MINUS, milliseconds, percent
 HEAD = ("Cell", "what", "base", "new", "delta", "interval", "verdict")
 _SHOWN = 20
 """Rows that neither fail nor are left open, of each kind, before the rest is only counted."""
+_KERNEL_S = 1e-3
+"""Below that a time has too few digits in ms."""
 ORDER = (Word.FAIL, Word.NOT_RUN, Word.INCONCLUSIVE, Word.PASS)
 LOUD = (Word.FAIL, Word.INCONCLUSIVE)
 
 
 def fields(row: Row) -> tuple[str, ...]:
     """Return a row's fields, as many as HEAD has."""
-    return (
-        row.name, row.what, value(row.base, row.unit), value(row.new, row.unit), delta(row), interval(row), verdict(row),
-    )  # fmt: skip
+    values = (value(row.base, row.unit), value(row.new, row.unit)) if row.valued else ("", "")
+    return (row.name, row.what, *values, delta(row), interval(row), verdict(row))
 
 
 def loud(row: Row) -> bool:
@@ -48,7 +49,7 @@ def value(v: Value, unit: Unit) -> str:
         return v
     if unit == "B":
         return f"{v:,.0f} B" if v < MIB else f"{v / MIB:,.1f} MiB"
-    return f"{milliseconds(v)} ms" if unit == "s" else percent(v) if unit == "share" else f"{v:,}"
+    return _time(v) if unit == "s" else percent(v) if unit == "share" else f"{v:,}"
 
 
 def delta(row: Row) -> str:
@@ -61,16 +62,16 @@ def delta(row: Row) -> str:
         return f"{sign}{100 * abs(d):.1f} points"
     share = f" ({sign}{abs(d) / row.base:.1%})" if row.unit and isinstance(row.base, int | float) and row.base else ""
     if row.unit == "s":
-        return f"{sign}{milliseconds(abs(d))} ms{share}"
+        return f"{sign}{_time(abs(d))}{share}"
     return f"{sign}{abs(d):,.0f}{' B' if row.unit == 'B' else ''}{share}"
 
 
 def interval(row: Row) -> str:
-    """Write the interval of the difference, in points."""
+    """Write the interval of the difference, in points, or of a time in per cent."""
     if row.interval is None:
         return ""
     low, high = (f"{MINUS if x < 0 else '+'}{100 * abs(x):.1f}" for x in row.interval)
-    return f"[{low}, {high}]"
+    return f"[{low}, {high}]{' %' if row.unit == 's' else ''}"
 
 
 def verdict(row: Row) -> str:
@@ -78,3 +79,8 @@ def verdict(row: Row) -> str:
     if not row.judged:
         return row.reason
     return f"{row.word.value}: {row.reason}" if row.reason else row.word.value
+
+
+def _time(s: float) -> str:
+    """Write seconds as ms, and what kernels take as µs."""
+    return f"{milliseconds(s)} ms" if s >= _KERNEL_S or not s else f"{milliseconds(1000 * s)} µs"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.analysis.against_baseline import Against
-from harness.analysis.baseline_rows import Kind, Row
+from harness.analysis.baseline_rows import Findings, Kind, Row
 from harness.analysis.words import Word
 from harness.gate import figures
 
@@ -13,11 +12,11 @@ _SHOWN = 10
 """GitHub shows so many of each level per step, and drops the rest without a word."""
 
 
-def lines(against: Against) -> list[str]:
+def lines(findings: Findings) -> list[str]:
     """Return the commands: an error for each finding, a warning for what is left open; the last says how many more."""
-    failed, open_ = against.of(Word.FAIL), against.of(Word.NOT_RUN, Word.INCONCLUSIVE)
-    found = _level("error", failed, [f"not as its run left it: {what}" for what in against.changed])
-    return found + _level("warning", open_, [f"unreadable: {why}" for why in against.unreadable])
+    failed, open_ = findings.of(Word.FAIL), findings.of(Word.NOT_RUN, Word.INCONCLUSIVE)
+    found = _level("error", failed, [f"not as its run left it: {what}" for what in findings.changed])
+    return found + _level("warning", open_, [f"unreadable: {why}" for why in findings.unreadable])
 
 
 def _level(level: str, rows: Sequence[Row], files: Sequence[str]) -> list[str]:
@@ -32,8 +31,8 @@ def _level(level: str, rows: Sequence[Row], files: Sequence[str]) -> list[str]:
 def _sentence(row: Row) -> str:
     if row.kind in (Kind.ENVIRONMENT, Kind.ASSETS):
         return f"{row.name}: {row.reason}"
-    values = f"{figures.value(row.base, row.unit)}, now {figures.value(row.new, row.unit)}"
-    return f"{row.name}: {row.what} {values}: {row.reason}" if row.reason else f"{row.name}: {row.what} {values}"
+    values = f" {figures.value(row.base, row.unit)}, now {figures.value(row.new, row.unit)}" if row.valued else ""
+    return f"{row.name}: {row.what}{values}: {row.reason}" if row.reason else f"{row.name}: {row.what}{values}"
 
 
 def _data(text: str) -> str:

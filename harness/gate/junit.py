@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.etree import ElementTree as ET
 
-from harness.analysis.against_baseline import Against
-from harness.analysis.baseline_rows import MEANING, Kind, Row
+from harness.analysis.baseline_rows import MEANING, Findings, Kind, Row
 from harness.analysis.words import Word
 from harness.gate import figures
 from harness.report import junit_xml
@@ -14,7 +13,7 @@ from harness.report import junit_xml
 _TAGS = {Word.PASS: "", Word.FAIL: "failure", Word.NOT_RUN: "error", Word.INCONCLUSIVE: "skipped"}
 
 
-def render(against: Against) -> bytes:
+def render(findings: Findings) -> bytes:
     """Return a suite per kind, and one for files that cannot be read or were changed.
 
     A Cell whose Record could not be read or was not come to is an error, an open question is a skipped test, and what is
@@ -22,7 +21,7 @@ def render(against: Against) -> bytes:
     """
     root = ET.Element("testsuites", name="peft-harness gate")
     for kind in Kind:
-        rows = [row for row in against.rows if row.kind is kind]
+        rows = [row for row in findings.rows if row.kind is kind]
         if not rows:
             continue
         suite = junit_xml.suite(root, kind.value)
@@ -34,11 +33,11 @@ def render(against: Against) -> bytes:
             said = "; ".join(_said(row) for row in mine if row.word is worst)
             junit_xml.case(suite, kind.value, name, _TAGS[worst], said)
     files = junit_xml.suite(root, "files")
-    for what in against.changed:
+    for what in findings.changed:
         junit_xml.case(files, "files", what, "failure", what)
-    for why in against.unreadable:  # a Cell that this took away is an error above; the rest of the run is used
+    for why in findings.unreadable:  # a Cell that this took away is an error above; the rest of the run is used
         junit_xml.case(files, "files", why, "skipped", why)
-    junit_xml.case(files, "gate", "compared", "" if against.compared else "error", against.verdict.reason)
+    junit_xml.case(files, "gate", "compared", "" if findings.compared else "error", findings.verdict.reason)
     return junit_xml.document(root)
 
 
@@ -50,5 +49,5 @@ def _by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _said(row: Row) -> str:
-    values = f"{row.what}: {figures.value(row.base, row.unit)}, now {figures.value(row.new, row.unit)}"
-    return f"{values}: {row.reason}" if row.reason else values
+    values = f": {figures.value(row.base, row.unit)}, now {figures.value(row.new, row.unit)}" if row.valued else ""
+    return f"{row.what}{values}: {row.reason}" if row.reason else f"{row.what}{values}"

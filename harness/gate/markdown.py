@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from harness.analysis.against_baseline import Against
-from harness.analysis.baseline_rows import Kind
+from harness.analysis.baseline_rows import Findings, Kind
 from harness.gate import figures
 from harness.gate.figures import HEAD
 from harness.report.facts import icon
@@ -20,14 +19,14 @@ _LONGEST = 20_000
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~#])")
 
 
-def render(against: Against, title: str, limit_B: int = LIMIT_B) -> bytes:  # B is the unit
+def render(findings: Findings, title: str, limit_B: int = LIMIT_B) -> bytes:  # B is the unit
     """Return the summary in UTF-8, smaller than `limit_B`, and what was left out in its last line."""
-    v = against.verdict
+    v = findings.verdict
     text = [f"## {icon(v.word)} {_clean(title)}: {v.word.value}\n\n{_clean(v.reason)}\n\n"]
     used, left_out, total = len(text[0].encode()), 0, 0
     room = limit_B - _ROOM_B
     open_kind = ""
-    for kind, line in _lines(against):
+    for kind, line in _lines(findings):
         total += 1
         head = "" if kind == open_kind else f"\n### {kind}\n\n{_line(HEAD)}{_line(['---'] * len(HEAD))}"
         size = len((head + line).encode())
@@ -36,7 +35,7 @@ def render(against: Against, title: str, limit_B: int = LIMIT_B) -> bytes:  # B 
             continue
         text.append(head + line)
         used, open_kind = used + size, kind
-    for why in (*against.unreadable, *against.changed):
+    for why in (*findings.unreadable, *findings.changed):
         line = f"\n- {_clean(why)}\n"
         total += 1
         if left_out or used + len(line.encode()) > room:
@@ -49,9 +48,9 @@ def render(against: Against, title: str, limit_B: int = LIMIT_B) -> bytes:  # B 
     return "".join(text).encode()
 
 
-def _lines(against: Against) -> Iterator[tuple[str, str]]:
+def _lines(findings: Findings) -> Iterator[tuple[str, str]]:
     """Yield a table's title and a line of it: what needs a look, of every kind; then the rest that differs."""
-    rows = [row for row in against.rows if not row.same]
+    rows = [row for row in findings.rows if not row.same]
     for loud in (True, False):
         for kind in Kind:
             mine = [row for row in rows if row.kind is kind and figures.loud(row) is loud]

@@ -6,7 +6,7 @@ import json
 import secrets
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from harness.analysis.paired import Design
 from harness.errors import Exit, UsageError
 from harness.expand import Plan, expand
 from harness.expand import only as keep_only
-from harness.gate import arms, canary_file, pair_table
+from harness.gate import arms, canary_file, pair_findings, pair_table
+from harness.gate.outputs import Outputs
 from harness.gate.pairs import Bench, Measured
 from harness.runner.stop import on_request
 
@@ -26,7 +27,7 @@ DOCUMENT = "pairs.json"
 
 @dataclass(frozen=True)
 class Asked:
-    """What is compared, and how. canary: whether a Cell of the old side is run against itself, too."""
+    """What is compared, how, and where it is told. canary: whether a Cell of the old side is run against itself, too."""
 
     old: str
     new: str
@@ -38,6 +39,7 @@ class Asked:
     canary: bool = True
     canaries: Path = canary_file.FILE
     strict: bool = False
+    outputs: Outputs = field(default_factory=Outputs)
 
 
 def gate(asked: Asked, as_json: bool, design: Design | None = None) -> Exit:
@@ -46,6 +48,7 @@ def gate(asked: Asked, as_json: bool, design: Design | None = None) -> Exit:
     Raises UsageError for what cannot be compared, HarnessError if a side gives no Record at all.
     """
     design = design or Design()
+    asked.outputs.refuse()
     path = suites.find(asked.suite)
     plan = _trained(expand(suites.load(path)), asked.only)
     folder = _folder(asked)
@@ -91,7 +94,10 @@ def gate(asked: Asked, as_json: bool, design: Design | None = None) -> Exit:
     code = Exit.INFRASTRUCTURE if cut and judged.exit is not Exit.FAIL else judged.exit
     document = _document(asked, said, seed, design, bench.found, judged, canary) | {"cut": cut, "exit": int(code)}
     store.write_atomic(folder / DOCUMENT, json.dumps(document, indent=1, allow_nan=False).encode())
+    told = pair_findings.findings(judged, cut)
+    asked.outputs.write(told, f"{said[1]} against {said[0]}")
     print(json.dumps(document, indent=1) if as_json else "\n".join(pair_table.lines(judged)))
+    asked.outputs.annotate(told)
     return code
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.analysis.against_baseline import Against
-from harness.analysis.baseline_rows import TIMES, Kind
+from harness.analysis.baseline_rows import TIMES, Findings, Kind
 from harness.gate import figures
 from harness.gate.figures import HEAD
 from harness.report.facts import icon
@@ -13,15 +12,15 @@ from harness.report.facts import icon
 _ORDER = (Kind.TIME, Kind.NEW, *(kind for kind in Kind if kind not in (Kind.TIME, Kind.NEW)))
 """What is not judged first: a terminal shows the end."""
 _GROUPED = (Kind.ENVIRONMENT, Kind.ASSETS)
-_LEFT = ("Cell", "what", "verdict")
+_LEFT = ("what", "verdict")
 
 
-def lines(against: Against, *, everything: bool = False) -> list[str]:
-    """Return the lines to print. everything: rows that are the same in both too, and all that pass."""
+def lines(findings: Findings, *, everything: bool = False, of: str = HEAD[0]) -> list[str]:
+    """Return the lines to print. everything: rows that are the same in both too, and all that pass. of: what a row is of."""
     found: list[str] = []
     same: list[str] = []
     for kind in _ORDER:
-        rows, left_out, equal = figures.told(against.rows, kind, everything=everything)
+        rows, left_out, equal = figures.told(findings.rows, kind, everything=everything)
         if equal:
             same.append(f"{kind.value} {equal}")
         if not rows:
@@ -33,24 +32,24 @@ def lines(against: Against, *, everything: bool = False) -> list[str]:
         written = [list(figures.fields(row)) for row in rows]
         if kind is Kind.TIME:  # said once, above them
             written = [[*line[:-1], "" if line[-1] == TIMES else line[-1]] for line in written]
-        found += [head, *_aligned([list(HEAD), *written])]
+        found += [head, *_aligned([[of, *HEAD[1:]], *written])]
         found += [f"  and {left_out} more that need no look: --all, or --json"] if left_out else []
         found.append("")
     found += [f"the same in both, rows: {', '.join(same)}"] if same else []
-    found += [f"unreadable: {why}" for why in against.unreadable]
-    found += [f"changed: {what}" for what in against.changed]
-    v = against.verdict
+    found += [f"unreadable: {why}" for why in findings.unreadable]
+    found += [f"changed: {what}" for what in findings.changed]
+    v = findings.verdict
     return [*found, f"{icon(v.word)} {v.word.value}: {v.reason}"]
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Align columns, words to the left and numbers to the right; a column that is empty but for its head is left out."""
-    used = [i for i, head in enumerate(rows[0]) if any(row[i] for row in rows[1:]) or head == "Cell"]
+    used = [i for i in range(len(rows[0])) if not i or any(row[i] for row in rows[1:])]
     widths = {i: max(len(row[i]) for row in rows) for i in used}
     return [
         "  "
         + "  ".join(
-            f"{row[i]:<{widths[i]}}" if rows[0][i] in _LEFT else f"{row[i]:>{widths[i]}}" for i in used
+            f"{row[i]:<{widths[i]}}" if not i or rows[0][i] in _LEFT else f"{row[i]:>{widths[i]}}" for i in used
         ).rstrip()
         for row in rows
     ]

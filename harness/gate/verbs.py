@@ -84,13 +84,15 @@ def gate(run: str | None, baseline: str | None, pairs: tuple[str, str] | None, s
         wrong = [f"--{name.replace('_', '-')}" for name in sorted(given & _OF_BASELINES)]
         raise click.UsageError(f"--pairs runs both sides itself: leave out {', '.join(wrong) or 'RUN and --baseline'}")
     from harness.gate import pair_command
+    from harness.gate.outputs import Outputs
 
+    outputs = Outputs(told["junit"], told["markdown"], told["annotations"])
     options = {name: told[name] for name in given & {"suite", "only", "device", "out", "seed"}}
-    asked = pair_command.Asked(*pairs, canary=not told["no_canary"], strict=strict, **options)
+    asked = pair_command.Asked(*pairs, canary=not told["no_canary"], strict=strict, outputs=outputs, **options)
     return pair_command.gate(asked, told["as_json"])
 
 
-_OF_BASELINES = {"memory_bytes", "accuracy_points", "everything", "junit", "markdown", "annotations"}
+_OF_BASELINES = {"memory_bytes", "accuracy_points", "everything"}
 _OF_PAIRS = {"suite", "only", "device", "out", "seed", "no_canary"}
 
 
@@ -101,13 +103,14 @@ def _against(run: str | None, baseline: str | None, strict: bool, given: set[str
         raise click.UsageError(f"only --pairs takes --{wrong[0].replace('_', '-')}")
     from harness.analysis.baseline_rows import ACCURACY, Margins
     from harness.gate import command
+    from harness.gate.outputs import Outputs
 
     points = told["accuracy_points"]
     margins = Margins(told["memory_bytes"], ACCURACY if points is None else points / 100)
-    shown = command.Output(
-        **{name: told[name] for name in ("everything", "junit", "markdown", "annotations", "as_json")}
+    outputs = Outputs(told["junit"], told["markdown"], told["annotations"])
+    return command.gate(
+        run, baseline, margins, outputs, as_json=told["as_json"], everything=told["everything"], strict=strict
     )
-    return command.gate(run, baseline, margins, shown, strict=strict)
 
 
 @click.group()
