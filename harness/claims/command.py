@@ -20,24 +20,27 @@ from harness.last_words import say
 @click.option(
     "--file", "files", multiple=True, type=click.Path(path_type=Path), metavar="YAML", help="Your own; again."
 )
+@click.option("--run", "runs", multiple=True, metavar="RUN", help="Its Records decide before published ones; again.")
 @click.option("--jobs", type=click.IntRange(1, 256), help="Processes at a time.  [the cores, at most 8]")
 @click.option("--strict", is_flag=True, help="Exit with 3 if a claim is inconclusive or was not run.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def claims(
-    papers: tuple[str, ...], tiers: tuple[Tier, ...], ids: tuple[str, ...], files: tuple[Path, ...], jobs: int | None,
-    strict: bool, as_json: bool,
+    papers: tuple[str, ...], tiers: tuple[Tier, ...], ids: tuple[str, ...], files: tuple[Path, ...],
+    runs: tuple[str, ...], jobs: int | None, strict: bool, as_json: bool,
 ) -> Exit:  # fmt: skip
     """Compute again what papers claim.
 
     All papers, if neither PAPER nor --file is given. Each claim has its source, what is printed, what we get and a
-    verdict. Exits with 1 if a claim is not reproduced, with 4 if one could not be computed that should have been, with 5
+    verdict. What needs Records has those of the newest complete run of its suite: one that --run names (a folder, an id,
+    the start of an id, or `latest`), else a published one. Exits with 1 if a claim is not reproduced, with 4 if one could not be computed that should have been, with 5
     if none was computed.
     """
+    from harness import store
     from harness.claims import claim_file, computing, selection, table
 
     paths = [*map(claim_file.path_of, papers), *files] or list(map(claim_file.path_of, claim_file.names()))
     chosen = selection.chosen(claim_file.load(paths), tiers, ids)
-    rows, failed = computing.judged(chosen, jobs)
+    rows, failed = computing.judged(chosen, jobs, [store.find_run(name).resolve() for name in runs])
     document = {"schema": 1, "claims": [row.model_dump(mode="json") for row in rows]}
     say(json.dumps(document, indent=1) if as_json else table.as_text(rows))
     return selection.exit_of(rows, failed=failed, strict=strict)

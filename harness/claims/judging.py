@@ -9,7 +9,7 @@ from typing import Any
 
 from harness.claims.claim import Asking, Claim, Tier
 from harness.claims.measuring import Found
-from harness.claims.printed import agrees, shown
+from harness.claims.printed import agrees, shown, undecided
 from harness.frozen import Frozen
 
 
@@ -76,19 +76,25 @@ def judge(claim: Claim, answers: Sequence[Found | str]) -> Judged:
     own, found = tried[0], answers[0]
     if isinstance(found, str):
         return _judged(claim, Verdict.NOT_RUN, tried, own, why=found)
-    if found.most is not None and claim.figure and found.value <= claim.figure.number <= found.most:
-        return _judged(claim, Verdict.INCONCLUSIVE, tried, own, why=claim.needs or "it lies between what it can be")
+    if claim.figure is None and found.most:
+        return _judged(
+            claim, Verdict.INCONCLUSIVE, tried, own, why=claim.needs or "what was measured does not decide it"
+        )
+    if found.most is not None and claim.figure:
+        least, most = Fraction(found.value), Fraction(found.most)
+        if undecided(claim.figure, least, claim.rounding, most):
+            why = "some of the values that it can have come out, and some do not"
+            return _judged(claim, Verdict.INCONCLUSIVE, tried, own, why=claim.needs or why)
     if claim.needs and found.most is None:
         return _judged(claim, Verdict.INCONCLUSIVE, tried, own, why=f"the paper leaves out {claim.needs}")
     return _judged(claim, Verdict.NOT_REPRODUCED, tried, own)
 
 
 def _comes_out(claim: Claim, found: Found) -> str | None:
-    if found.most is not None:
-        return None
     if claim.figure is None:
         return "" if found.value else None
-    return agrees(claim.figure, Fraction(found.value), claim.rounding)
+    most = None if found.most is None else Fraction(found.most)
+    return agrees(claim.figure, Fraction(found.value), claim.rounding, most)
 
 
 def _tried(claim: Claim, under: str, asking: Asking, found: Found | str) -> Tried:
@@ -97,7 +103,7 @@ def _tried(claim: Claim, under: str, asking: Asking, found: Found | str) -> Trie
         return Tried(under=under, measure=asking.measure, arguments=arguments, missing=found)
     unit = claim.figure.unit if claim.figure else ""
     if claim.figure is None:
-        ours = "holds" if found.value else "does not hold"
+        ours = "holds" if found.value else "undecided" if found.most else "does not hold"
     else:
         ours = shown(Fraction(found.value), claim.dimension, unit)
         if found.most is not None:

@@ -31,8 +31,8 @@ class Model:
 
 def find(name: str) -> Model:
     """Return the model that `name` stands for. Raises UsageError for a name that nobody knows, or without a config here."""
-    if (shape := name.removeprefix(shapes.PREFIX)) in (presets := shapes.presets()):
-        return Model(shape, presets[shape].config, "causal", f"shape of {presets[shape].source}")
+    if shape := shapes.preset(name.removeprefix(shapes.PREFIX)):
+        return Model(shape.name, shape.config, "causal", f"shape of {shape.source}")
     table = {s.name: s for s in load_table(folder("suites") / "sources.yaml").values() if s.kind != "data"}
     if name in table:
         return _of_table(table[name])
@@ -43,7 +43,7 @@ def find(name: str) -> Model:
     raise UsageError(
         f"no model is named `{name}`",
         where="MODEL",
-        mend=f"{near(name, [*presets, *table])}; or a folder (./path), or a repository in the hub's cache (org/name)",
+        mend=f"{near(name, [*shapes.presets(), *table])}; or a folder (./path), or a repository in the hub's cache (org/name)",
     )
 
 
