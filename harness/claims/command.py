@@ -31,9 +31,9 @@ def claims(
     """Compute again what papers claim.
 
     All papers, if neither PAPER nor --file is given. Each claim has its source, what is printed, what we get and a
-    verdict. What needs Records has those of the newest complete run of its suite: one that --run names (a folder, an id,
-    the start of an id, or `latest`), else a published one. Exits with 1 if a claim is not reproduced, with 4 if one could not be computed that should have been, with 5
-    if none was computed.
+    verdict. Claims that need Records take those of the newest complete run of their suite: of those that --run names (a
+    folder, an id, the start of an id, or `latest`), else of the published ones. Exits with 1 if a claim is not
+    reproduced, with 4 if one could not be computed that should have been, with 5 if none was computed.
     """
     from harness import store
     from harness.claims import claim_file, computing, selection, table

@@ -1,4 +1,4 @@
-"""Which Records decide a claim: those of a run that the user names, else of the newest published run of its suite. No torch."""
+"""Which Records decide a claim: those of a run that is named, else of the newest published run of its suite. No torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from harness.analysis import ranking
 from harness.claims.measuring import NotRunError
 from harness.cost_records import AT_ONCE
 from harness.records import Record, Status
-from harness.resources import folder
+from harness.resources import checkout
 from harness.spelling import near
 
 _named: list[Path] = []
@@ -26,7 +26,8 @@ def look_in(runs: Iterable[Path]) -> None:
 @cache
 def runs_of(suite: str) -> tuple[store.Run, ...]:
     """Return the complete runs of a suite: those that are named, then the published ones, each from the newest on."""
-    published = sorted(path.parent for path in (folder("results") / "published").glob("*/run.json"))
+    top = checkout()  # what is published stands in no wheel
+    published = sorted(path.parent for path in (top / "results" / "published").glob("*/run.json")) if top else []
     found: list[store.Run] = []
     for several in (_named, published):
         whole = [store.read_run(path) for path in several if store.read_manifest(path).suite == suite]
@@ -84,6 +85,10 @@ def _cells(suite: str, entry: str) -> list[str]:
     found = [cell_id for cell_id, name in plan.ids.items() if name == entry and cell_id not in tried]
     if not found:
         raise ValueError(f"the suite {suite} has no entry `{entry}`; {near(entry, sorted(set(plan.ids.values())))}")
+    recipes = {cell.recipe_id: cell.label for cell in plan.cells if cell.cell_id in found}
+    if len(recipes) > 1:
+        several = ", ".join(recipes.values())
+        raise ValueError(f"the entry `{entry}` of {suite} is more than one Cell and its seeds: {several}")
     return found
 
 

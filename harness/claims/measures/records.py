@@ -172,6 +172,20 @@ def phase_ratio(suite: Suite, phase: str, of: str, to: str) -> Found:
     return Found(Fraction(x) / Fraction(y), f"{x:.3g} s / {y:.3g} s of {phase}; {recorded.place(a[0])}")
 
 
+@measure("share")
+def refresh_share(suite: Suite, cell: str) -> Found:
+    """What GaLore's refreshes of its projectors add to training: the first step, which has one, beyond a median step, spread
+    over the steps from one to the next. An upper bound: a first step also warms up. No interval: there is one first step.
+    """
+    (own,) = recorded.records(suite, cell)
+    training, gap = own[0].measurements and own[0].measurements.training, own[0].cell.config.get("update_gap")
+    if not training or not isinstance(gap, int):
+        raise ValueError(f"{own[0].cell.label} trains nothing that refreshes projectors")
+    first, usual = Fraction(training.step_seconds[0]), Fraction(_step_time(own[0]).value)
+    how = f"({float(first):.4g} s - {float(usual):.4g} s) / {gap} / {float(usual):.4g} s; {recorded.place(own[0])}"
+    return Found((first - usual) / gap / usual, how)
+
+
 @measure("count")
 def trained_parameters(suite: Suite, cell: str) -> Found:
     """How many numbers of the Method a Cell trained, without a new head."""
@@ -279,12 +293,16 @@ def _steps(own: Sequence[Record]) -> Interval:
 
 
 def _step(record: Record) -> Interval:
+    return _certain(_step_time(record), f"steps of {record.cell.label}")
+
+
+def _step_time(record: Record) -> Median:
     training = record.measurements.training if record.measurements else None
     if why := parity.no_speed(record):
         raise NotRunError(f"{record.cell.label}: {why}")
     if training is None or not training.step_seconds:
         raise NotRunError(f"{record.cell.label} trained nothing")
-    return _certain(measured.step_time(training), f"steps of {record.cell.label}")
+    return measured.step_time(training)
 
 
 def _certain(m: Median, of: str) -> Interval:

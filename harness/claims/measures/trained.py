@@ -20,14 +20,14 @@ from harness.records import Accuracy, Record
 
 @measure("property")
 def scores_higher(suite: Suite, of: str, than: str) -> Found:
-    """The mean accuracy of `of` is above that of `than`: decided if the interval of their difference lies on one side of 0."""
+    """The mean accuracy of `of` is above that of `than`: decided if the interval of the difference does not hold 0."""
     spread, how = _scores(suite, of, than)
     return _above(spread, 0.0, how)
 
 
 @measure("property")
 def scores_no_lower(suite: Suite, of: str, than: str) -> Found:
-    """The mean accuracy of `of` is not below that of `than` by the margin of the gate: 2 points, unless it is told another."""
+    """The mean accuracy of `of` is not below that of `than` by 2 points, which is the margin of `peft-harness gate`."""
     spread, how = _scores(suite, of, than)
     return _above(spread, -ACCURACY, f"{how}; margin {100 * ACCURACY:g} points")
 
