@@ -78,7 +78,9 @@ def judge(claim: Claim, answers: Sequence[Found | str]) -> Judged:
         return _judged(claim, Verdict.NOT_RUN, tried, own, why=found)
     if claim.tier == "trained":
         why = "open" if found.most else "the opposite shows"
-        return _judged(claim, Verdict.INCONCLUSIVE, tried, own, why=f"{why} at this small scale, which refutes no paper")
+        return _judged(
+            claim, Verdict.INCONCLUSIVE, tried, own, why=f"{why} at this small scale, which refutes no paper"
+        )
     if claim.figure is None and found.most:
         return _judged(
             claim, Verdict.INCONCLUSIVE, tried, own, why=claim.needs or "what was measured does not decide it"
