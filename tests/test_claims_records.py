@@ -143,7 +143,7 @@ def test_a_ratio_of_step_times_has_the_order_statistics_of_both(runs: Recorded) 
 def test_too_few_steps_have_no_interval_and_decide_nothing(runs: Recorded) -> None:
     few = {"step_seconds": [1.0] * 8, "timing_warmup": 3}
     runs(a=[changed(made.record("fused", cell()), training=few)])
-    with pytest.raises(NotRunError, match="5 timed steps of .* too few for an interval at 95 %"):
+    with pytest.raises(NotRunError, match=r"5 timed steps of .* too few for an interval at 95 %"):
         measures.step_time_ratio("made", "a", "a")
 
 
