@@ -120,7 +120,7 @@ def _checks(_: Registry) -> list[Row]:
 def _claims(_: Registry) -> list[Row]:
     from harness.claims import claim_file
 
-    claims = claim_file.load(map(claim_file.path_of, claim_file.names()))
+    claims = claim_file.load(claim_file.paths(claim_file.names()))
     return [
         {
             "name": c.id,

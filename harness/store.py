@@ -317,11 +317,16 @@ def read_record(path: Path) -> Record:
     return _read(path, Record)
 
 
-def read_run(path: Path) -> Run:
-    """Read a run folder, finished or not. Torn Records land in `broken`, as does a torn footer: that run is incomplete."""
+def read_manifest(path: Path) -> Manifest:
+    """Read what a run was to measure, and nothing else of it."""
     if not (path / "run.json").is_file():
         raise UsageError("not a run folder (no run.json)", where=str(path), mend="name a run id or its folder")
-    manifest = _read(path / "run.json", Manifest)
+    return _read(path / "run.json", Manifest)
+
+
+def read_run(path: Path) -> Run:
+    """Read a run folder, finished or not. Torn Records land in `broken`, as does a torn footer: that run is incomplete."""
+    manifest = read_manifest(path)
     records, broken = [], {}
     for file in sorted((path / "cells").glob("*.json")):
         if file.name.startswith("."):

@@ -10,7 +10,7 @@ from harness.claims.worker import find
 def verdicts(paper: str, starts: tuple[str, ...]) -> dict[str, Judged]:
     """Map the ids that begin so to what became of them."""
     found = {}
-    for claim in claim_file.load([claim_file.path_of(paper)]):
+    for claim in claim_file.load(claim_file.paths([paper])):
         if claim.id.startswith(starts):
             askings = [claim.asking, *(other.asking for other in claim.otherwise)]
             found[claim.id] = judge(claim, [find(plain(asking)) for asking in askings])

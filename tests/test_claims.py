@@ -265,14 +265,12 @@ def test_claims_are_read_listed_and_explained_without_torch() -> None:
     assert all(f"  {name}" in done.stdout for name in measures())
 
 
-@pytest.mark.parametrize("paper", claim_file.names())
-def test_claims_of_the_papers_hold_no_result_of_ours(paper: str) -> None:
+@pytest.mark.parametrize("path", claim_file.paths(claim_file.names()), ids=lambda path: path.stem)
+def test_claims_of_the_papers_hold_no_result_of_ours(path: Path) -> None:
     # What a row says of itself is printed; a verdict or a computed number could only be a copy.
-    text = claim_file.path_of(paper).read_text()
-    assert not {"verdict", "computed", "expected", "ours"} & {
-        one.strip(" -").partition(":")[0] for one in text.splitlines()
-    }
-    assert all(claim.source and claim.version for claim in claim_file.load([claim_file.path_of(paper)]))
+    keys = {one.strip(" -").partition(":")[0] for one in path.read_text().splitlines()}
+    assert not {"verdict", "computed", "expected", "ours"} & keys
+    assert all(claim.source and claim.version for claim in claim_file.load([path]))
 
 
 def test_a_method_that_fails_its_check_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ def shape(tmp_path: Path) -> str:
 
 
 def verdicts(ids: Sequence[str]) -> dict[str, Judged]:
-    claims = [claim for claim in claim_file.load([claim_file.path_of("adalora")]) if claim.id in ids]
+    claims = [claim for claim in claim_file.load(claim_file.paths(["adalora"])) if claim.id in ids]
     return {c.id: judge(c, [find(plain(a)) for a in (c.asking, *(o.asking for o in c.otherwise))]) for c in claims}
 
 

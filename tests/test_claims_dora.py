@@ -41,7 +41,7 @@ def shape(tmp_path: Path) -> str:
 
 def verdicts(folder: Path, ids: Sequence[str], changed: tuple[str, str] = ("", "")) -> dict[str, Judged]:
     """Judge some claims of DoRA's file, in which one text is another."""
-    text = claim_file.path_of("dora").read_text()
+    text = claim_file.paths(["dora"])[0].read_text()
     assert changed[0] in text
     (folder / "dora.yaml").write_text(text.replace(*changed))
     claims = [claim for claim in claim_file.load([folder / "dora.yaml"]) if claim.id in ids]

@@ -132,7 +132,7 @@ def test_the_gradient_comes_back_at_full_rank_only(
 
 
 def test_what_the_paper_says_of_itself_is_judged_from_the_file() -> None:
-    claims = {claim.id: claim for claim in claim_file.load([claim_file.path_of("galore")])}
+    claims = {claim.id: claim for claim in claim_file.load(claim_file.paths(["galore"]))}
     found = {}
     for name in ("galore-633pct-adam", "galore-633pct-adam8", "galore-tokens-60m", "galore-tokens-table2-60m",
                  "galore-table5-heads-1b", "galore-side-square"):  # fmt: skip

@@ -34,7 +34,7 @@ def shape(tmp_path: Path) -> str:
 
 def verdicts(*ids: str) -> list[tuple[Verdict, str]]:
     """Judge claims of the file, each with the convention that it comes out under."""
-    claims = {claim.id: claim for claim in claim_file.load([claim_file.path_of("vera")])}
+    claims = {claim.id: claim for claim in claim_file.load(claim_file.paths(["vera"]))}
     found = []
     for claim in (claims[one] for one in ids):
         answers = [find(plain(asking)) for asking in (claim.asking, *(one.asking for one in claim.otherwise))]

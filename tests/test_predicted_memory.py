@@ -25,15 +25,16 @@ def test_the_headline_suite_is_predicted_and_fits() -> None:
     sizes = {row["id"]: row["predicted"]["total_B"] for row in document["cells"]}
     assert sizes["qlora-65b"] < 48 * 2**30
     assert sizes["qlora-33b"] < 24 * 2**30
-    assert sizes["lora-7b"] < sizes["galore-7b"] < sizes["full-7b"] < 80 * 2**30
+    assert sizes["lora-7b"] < sizes["galore-7b"] < sizes["full-7b"]
+    assert max(sizes.values()) < 80e9
     # In bfloat16 the masters' float32 gradients are all there while AdamW steps: the suite's comment has this number.
-    (full,) = (cell for cell in plan.cells if cell.method == "full")
+    (full,) = (cell for cell in plan.cells if plan.ids[cell.cell_id] == "full-7b")
     half = full.model_copy(update={"dtype": "bfloat16"})
     (found,) = planning.predictions(suite, dataclasses.replace(plan, cells=(half,))).values()
     assert isinstance(found, Predicted)
     assert found.step_B == 2 * found.gradients_B
     assert round(found.total_B / 2**30) == 88
-    assert "9 Cells; the largest is predicted to take" in planning.as_text(document)
+    assert f"{len(plan.cells)} Cells; the largest is predicted to take" in planning.as_text(document)
 
 
 def test_logits_are_predicted_where_every_token_has_a_loss() -> None:

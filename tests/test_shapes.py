@@ -426,3 +426,22 @@ def test_a_shape_is_fetched_from_nowhere(tmp_path: Path, monkeypatch: pytest.Mon
     assert fetch.at_hand(source) == here
     assert shapes.read(here / "config.json") == shapes.presets()["llama-65b"].config
     assert isinstance(fetch.use(source).sha256, str)
+
+
+def test_the_first_blocks_of_a_preset_are_a_shape_of_its_width() -> None:
+    whole, cut = shapes.config_of("llama-65b"), shapes.config_of("llama-65b/2-blocks")
+    assert cut == {**whole, "num_hidden_layers": 2}
+    assert shapes.config_of("gpt2-medium/1-block")["n_layer"] == 1
+    assert shapes.preset("llama-65b/80-blocks").config == whole  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("llama-65b/81-blocks", "`llama-65b` has 80 blocks, not 81; ask for as many or fewer"),
+        ("lama-65b/2-blocks", "no shape is called `lama-65b/2-blocks`"),
+        ("llama-65b/0-blocks", "no shape is called `llama-65b/0-blocks`"),
+    ],
+)
+def test_blocks_that_a_preset_does_not_have_are_refused(name: str, says: str) -> None:
+    assert says in shapes.unknown(name)

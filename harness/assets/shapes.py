@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,10 @@ PREFIX = "shape:"
 """How a suite writes one: `shape:llama-7b`, `shape:./config.json`."""
 PATH_STARTS = ("./", "../", "/", "~")
 _PRESETS = Path(__file__).with_name("shapes.yaml")
+_CUT = re.compile(r"(?P<name>[^/]+)/(?P<blocks>[1-9]\d*)-blocks?")
+"""A preset of its true width with its first blocks only: `llama-65b/2-blocks`."""
+_DEPTHS = ("num_hidden_layers", "n_layer")
+"""What configurations call the number of blocks."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +41,40 @@ def presets() -> dict[str, Preset]:
     return {row["name"]: Preset(row["name"], row["kind"], row["config"], row["source"]) for row in rows}
 
 
+@functools.cache
+def preset(address: str) -> Preset | None:
+    """Return the preset that an address names, e.g. `llama-65b`, or of its first blocks, `llama-65b/2-blocks`; or None."""
+    cut = _CUT.fullmatch(address)
+    if cut is None or cut["name"] not in presets():
+        return presets().get(address)
+    whole = presets()[cut["name"]]
+    if (few := int(cut["blocks"])) > (all_of_them := blocks(whole.config)):
+        return None
+    depth = next(key for key in _DEPTHS if key in whole.config)
+    source = f"{few} of the {all_of_them} blocks of {whole.source}"
+    return replace(whole, name=address, config={**whole.config, depth: few}, source=source)
+
+
+def blocks(config: dict[str, Any]) -> int:
+    """Return how many blocks a configuration has."""
+    return int(next(config[key] for key in _DEPTHS if key in config))
+
+
 def unknown(address: str) -> str:
     """Say what is wrong with an address that is no path and no preset, and the mend; empty for one that is."""
-    if address.startswith(PATH_STARTS) or address in presets():
+    if address.startswith(PATH_STARTS) or preset(address):
         return ""
-    return f"no shape is called `{address}`; {near(address, [*presets()])}, or shape:./config.json"
+    cut = _CUT.fullmatch(address)
+    if cut and (whole := presets().get(cut["name"])):
+        return f"`{cut['name']}` has {blocks(whole.config)} blocks, not {cut['blocks']}; ask for as many or fewer"
+    mend = f"{near(address, [*presets()])}, NAME/2-blocks for the first two of its blocks"
+    return f"no shape is called `{address}`; {mend}, or shape:./config.json"
 
 
 def config_of(address: str) -> dict[str, Any]:
     """Return the configuration that an address stands for: of a preset, or of a file. Raises UsageError as `read` does."""
-    return presets()[address].config if address in presets() else read(Path(address).expanduser())
+    found = preset(address)
+    return found.config if found else read(Path(address).expanduser())
 
 
 def read(path: Path, name: str = "") -> dict[str, Any]:

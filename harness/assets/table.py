@@ -229,7 +229,7 @@ def resolve(name: str, table: Mapping[str, Source], base: Path, kind: Kind = "ca
 
 def _placed(source: Source, base: Path) -> Source:
     """Make the path of a local source absolute."""
-    if source.scheme not in ("folder", "file", "shape") or source.address in shapes.presets():
+    if source.scheme not in ("folder", "file", "shape") or shapes.preset(source.address):
         return source
     path = (base / Path(source.address).expanduser()).resolve()
     return source.model_copy(update={"source": f"{source.scheme}:{path}"})

@@ -23,7 +23,7 @@ Sizes = Counter[tuple[int, ...]]
 def model(name: str, split: str = "{}") -> Any:
     """Return a shape's model on the meta device. split: as of `split_layers`, in JSON."""
     config = shapes.config_of(name)
-    preset = shapes.presets().get(name)
+    preset = shapes.preset(name)
     built = structure.build(config, preset.kind if preset else models.kind_of(config), torch.float32)
     built.requires_grad_(False)
     split_layers(built, json.loads(split))

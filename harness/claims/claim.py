@@ -34,6 +34,7 @@ class Claim:
 
     sentence: in our words. paper, version: the file's, e.g. `lora` and `arXiv:2106.09685v2`; source: section or table.
     figure: None of a property. otherwise: readings to be tried in turn where the paper's own does not come out.
+    scale: of what is measured smaller than the paper did it: a result that differs then refutes nothing.
     headline: the headline that it is part of, if it is. needs: what the paper leaves out, if it cannot be decided.
     note: what is known about the difference. where: `file:line`.
     """
@@ -50,6 +51,7 @@ class Claim:
     figure: Printed | None = None
     rounding: Rounding = NEAREST
     otherwise: tuple[Reading, ...] = ()
+    scale: str = ""
     headline: str = ""
     needs: str = ""
     note: str = ""

@@ -27,6 +27,11 @@ _Text = Annotated[
 _RULES = ("nearest", "cut", "magnitude")
 
 
+_MEASURED = "-measured"
+"""How the name of a paper's second file ends: of claims that need Records."""
+_SMALL = "small scale"
+
+
 class OtherwiseKeys(Keys):
     """One entry of `otherwise:`: what is changed of the claim's measure and arguments."""
 
@@ -55,6 +60,7 @@ class ClaimKeys(RowKeys):
     """One entry of `claims:`."""
 
     tier: Tier | None = None
+    scale: Word | None = None
     rows: list[RowKeys] = Field(default=[])
 
 
@@ -71,16 +77,23 @@ class FileKeys(Keys):
 
 def names() -> list[str]:
     """List the papers that have a file in `suites/claims`."""
-    return sorted(path.stem for path in (folder("suites") / "claims").glob("*.yaml"))
+    return sorted(path.stem for path in _room().glob("*.yaml") if not path.stem.endswith(_MEASURED))
 
 
-def path_of(paper: str) -> Path:
-    """Return the file of a paper. Raises UsageError for one that has none."""
-    path = folder("suites") / "claims" / f"{paper}.yaml"
-    if not path.is_file():
-        mend = f"{near(paper, names(), 'there are')}; or --file FILE for your own"
-        raise UsageError(f"no claims of a paper called `{paper}`", where="PAPER", mend=mend)
-    return path
+def paths(papers: Iterable[str]) -> list[Path]:
+    """Return the files of papers: what arithmetic settles, and what needs Records. Raises UsageError for one without any."""
+    found = []
+    for paper in papers:
+        if paper not in names():
+            mend = f"{near(paper, names(), 'there are')}; or --file FILE for your own"
+            raise UsageError(f"no claims of a paper called `{paper}`", where="PAPER", mend=mend)
+        files = [_room() / f"{paper}.yaml", _room() / f"{paper}{_MEASURED}.yaml"]
+        found += [file for file in files if file.is_file()]
+    return found
+
+
+def _room() -> Path:
+    return folder("suites") / "claims"
 
 
 def load(paths: Iterable[Path]) -> list[Claim]:
@@ -186,6 +199,7 @@ class _Reading:
             figure=figure,
             rounding=rounding,
             otherwise=tuple(readings),
+            scale=table.scale or (_SMALL if values["tier"] == "trained" else ""),
             headline=row.headline or table.headline or "",
             needs=row.needs or table.needs or "",
             note=" ".join((row.note or table.note or "").split()),

@@ -20,6 +20,7 @@ from harness.last_words import say
 @click.option(
     "--file", "files", multiple=True, type=click.Path(path_type=Path), metavar="YAML", help="Your own; again."
 )
+@click.option("--run", "runs", multiple=True, metavar="RUN", help="Its Records decide before published ones; again.")
 @click.option("--jobs", type=click.IntRange(1, 256), help="Processes at a time.  [the cores, at most 8]")
 @click.option("--strict", is_flag=True, help="Exit with 3 if a claim is inconclusive or was not run.")
 @click.option(
@@ -28,15 +29,18 @@ from harness.last_words import say
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write a page.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def claims(
-    papers: tuple[str, ...], tiers: tuple[Tier, ...], ids: tuple[str, ...], files: tuple[Path, ...], jobs: int | None,
-    strict: bool, show: Path | None, html: Path | None, as_json: bool,
+    papers: tuple[str, ...], tiers: tuple[Tier, ...], ids: tuple[str, ...], files: tuple[Path, ...],
+    runs: tuple[str, ...], jobs: int | None, strict: bool, show: Path | None, html: Path | None, as_json: bool,
 ) -> Exit:  # fmt: skip
     """Compute again what papers claim.
 
     All papers, if neither PAPER nor --file is given. Each claim has its source, what is printed, what we get and a
-    verdict; `peft-harness explain claims` shows how a file of them is written. Exits with 1 if a claim is not reproduced,
-    with 4 if one could not be computed that should have been, with 5 if none was computed.
+    verdict; `peft-harness explain claims` shows how a file of them is written. Claims that need Records take those of the
+    newest complete run of their suite: of those that --run names (a folder, an id, the start of an id, or `latest`), else
+    of the published ones. Exits with 1 if a claim is not reproduced, with 4 if one could not be computed that should have
+    been, with 5 if none was computed.
     """
+    from harness import store
     from harness.claims import claim_file, computing, document, selection, table
     from harness.measure import environment
     from harness.report import claims_page
@@ -44,14 +48,15 @@ def claims(
 
     page = page_path(html) if html else None
     if show:
-        if papers or files:
-            raise UsageError("--show computes nothing", where="--show", mend="leave PAPER and --file out")
+        if papers or files or runs:
+            raise UsageError("--show computes nothing", where="--show", mend="leave PAPER, --file and --run out")
         written, software = document.read(show)
         rows = selection.chosen(written, tiers, ids)
     else:
-        paths = [*map(claim_file.path_of, papers), *files] or list(map(claim_file.path_of, claim_file.names()))
+        read = claim_file.load([*claim_file.paths(papers or (() if files else claim_file.names())), *files])
         software = environment.describe().software
-        rows = computing.judged(selection.chosen(claim_file.load(paths), tiers, ids), jobs)
+        folders = [store.find_run(name).resolve() for name in runs]
+        rows = computing.judged(selection.chosen(read, tiers, ids), jobs, folders)
     if page:
         claims_page.write_page(rows, software, page)
     say(json.dumps(document.document(rows, software), indent=1) if as_json else table.as_text(rows))

@@ -19,10 +19,10 @@ from harness.claims.measuring import Found
 _PATIENCE_S = 1800.0
 
 
-def judged(claims: Sequence[Claim], jobs: int | None = None) -> list[Judged]:
+def judged(claims: Sequence[Claim], jobs: int | None = None, runs: Sequence[Path] = ()) -> list[Judged]:
     """Judge claims, as many at a time as there are cores.
 
-    Claims of one model go to one process, which builds it once.
+    Claims of one model go to one process, which builds it once. runs: folders of runs whose Records come first.
     """
     shares = _shares(claims, jobs or min(os.cpu_count() or 1, 8))
     found: dict[str, list[Found | Missing]] = {}
@@ -32,7 +32,7 @@ def judged(claims: Sequence[Claim], jobs: int | None = None) -> list[Judged]:
             asked, answers = Path(folder) / f"{number}.asked", Path(folder) / f"{number}.answers"
             lines = [json.dumps(plain(asking)) for claim in share for asking in _askings(claim)]
             asked.write_text("\n".join(lines), encoding="utf-8")
-            arguments = ["-P", "-m", "harness.claims.worker", str(asked), str(answers)]
+            arguments = ["-P", "-m", "harness.claims.worker", str(asked), str(answers), *map(str, runs)]
             threads = str(max(1, (os.cpu_count() or 1) // len(shares)))
             environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads}
             children.append((share, answers, stack.enter_context(process.python(arguments, environment))))

@@ -54,7 +54,7 @@ def topics() -> Iterator[tuple[str, Callable[[], str]]]:
         yield verdict.value, partial("{}\n{}".format, f"verdict {verdict.value}", textwrap.indent(f"{text}.", "  "))
     for name, measure in measures().items():
         yield name, partial(_measure, measure)
-    for claim in claim_file.load(map(claim_file.path_of, claim_file.names())):
+    for claim in claim_file.load(claim_file.paths(claim_file.names())):
         yield claim.id, partial(_claim, claim)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from harness.claims.claim import Asking, Claim, Tier
 from harness.claims.measuring import Found
-from harness.claims.printed import agrees, shown
+from harness.claims.printed import agrees, shown, undecided
 from harness.frozen import Frozen
 
 
@@ -87,19 +87,30 @@ def judge(claim: Claim, answers: Sequence[Found | Missing]) -> Judged:
     own, found = tried[0], answers[0]
     if isinstance(found, Missing):
         return _judged(claim, Verdict.NOT_RUN, tried, own, why=found.why, failed=found.failed)
-    if found.most is not None and claim.figure and found.value <= claim.figure.number <= found.most:
-        return _judged(claim, Verdict.INCONCLUSIVE, tried, own, why=claim.needs or "it lies between what it can be")
+    if claim.scale:
+        shows = "nothing is certain" if found.most else "the opposite shows"
+        why = f"{shows} at this scale ({claim.scale}), which refutes no paper"
+        return _judged(claim, Verdict.INCONCLUSIVE, tried, own, why=why)
+    if found.most is not None and _open(claim, found):
+        why = "some of the values that it can have come out, and some do not"
+        return _judged(claim, Verdict.INCONCLUSIVE, tried, own, why=claim.needs or why)
     if claim.needs and found.most is None:
         return _judged(claim, Verdict.INCONCLUSIVE, tried, own, why=f"the paper leaves out {claim.needs}")
     return _judged(claim, Verdict.NOT_REPRODUCED, tried, own)
 
 
 def _comes_out(claim: Claim, found: Found) -> str | None:
-    if found.most is not None:
-        return None
     if claim.figure is None:
         return "" if found.value else None
-    return agrees(claim.figure, Fraction(found.value), claim.rounding)
+    most = None if found.most is None else Fraction(found.most)
+    return agrees(claim.figure, Fraction(found.value), claim.rounding, most)
+
+
+def _open(claim: Claim, found: Found) -> bool:
+    """Say whether a range decides nothing; of a property, it may hold and may not where `most` is true."""
+    if claim.figure is None:
+        return bool(found.most)
+    return undecided(claim.figure, Fraction(found.value), claim.rounding, Fraction(found.most or 0))
 
 
 def _tried(claim: Claim, under: str, asking: Asking, found: Found | Missing) -> Tried:
@@ -108,7 +119,7 @@ def _tried(claim: Claim, under: str, asking: Asking, found: Found | Missing) -> 
         return Tried(under=under, measure=asking.measure, arguments=arguments, missing=found.why)
     unit = claim.figure.unit if claim.figure else ""
     if claim.figure is None:
-        ours = "holds" if found.value else "does not hold"
+        ours = "holds" if found.value else "undecided" if found.most else "does not hold"
     else:
         ours = shown(Fraction(found.value), claim.dimension, unit)
         if found.most is not None:

@@ -26,8 +26,8 @@ Number = int | float | Fraction
 class Found:
     """What a measure found. value: a number in base units, or of a property whether it holds.
 
-    how: the arithmetic, so that a reader can do it again by hand. most: where the paper leaves something open, the largest
-    that it can be, and `value` the least.
+    how: the arithmetic, so that a reader can do it again by hand. most: where the paper leaves something open, or what was
+    measured is uncertain, the largest that it can be, and `value` the least.
     """
 
     value: Number | bool

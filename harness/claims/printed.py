@@ -86,19 +86,38 @@ def _example(dimension: Dimension) -> str:
     return f"`12.3{unit}`"
 
 
-def agrees(printed: Printed, value: Fraction, rounding: Rounding) -> str | None:
+def agrees(printed: Printed, value: Fraction, rounding: Rounding, most: Fraction | None = None) -> str | None:
     """Say under which reading of the figure a number comes out as it; "" is the plain one, None that it does under none.
 
     Besides the plain reading: MB read as MiB, and digits cut off where they should have been rounded.
+    most: where the number is only known to lie in value..most; then all of that must come out, under one reading.
     """
-    readings = list(_readings(printed))
-    tries = [(words, one, rounding) for words, one in readings]
+    ends = [value, value if most is None else most]  # what comes out is an interval: its ends speak for the rest
+    for words, one, rule in _readings(printed, rounding):
+        if all(_comes_out(one, end, rule) for end in ends):
+            return words
+    return None
+
+
+def undecided(printed: Printed, value: Fraction, rounding: Rounding, most: Fraction) -> bool:
+    """Say whether some of value..most comes out as the figure under some reading, and some does not."""
+    if agrees(printed, value, rounding, most) is not None:
+        return False
+    return any(
+        _comes_out(one, value, rule) or _comes_out(one, most, rule) or (not one.relation and value < one.number < most)
+        for _, one, rule in _readings(printed, rounding)
+    )
+
+
+def _readings(printed: Printed, rounding: Rounding) -> Iterator[tuple[str, Printed, Rounding]]:
+    for words, one in _units(printed):
+        yield words, one, rounding
     if rounding.rule == "nearest" and not printed.relation:
-        tries += [("; ".join(filter(None, [_CUT, words])), one, Rounding("cut")) for words, one in readings]
-    return next((words for words, one, rule in tries if _comes_out(one, value, rule)), None)
+        for words, one in _units(printed):
+            yield "; ".join(filter(None, [_CUT, words])), one, Rounding("cut")
 
 
-def _readings(printed: Printed) -> Iterator[tuple[str, Printed]]:
+def _units(printed: Printed) -> Iterator[tuple[str, Printed]]:
     yield "", printed
     binary = f"{printed.unit[:1]}iB"
     if printed.dimension == "bytes" and binary in _BYTES and printed.unit != binary:

@@ -1,4 +1,7 @@
-"""Take measures, in a process of its own: `python -m harness.claims.worker ASKED ANSWERS`, two JSON Lines files."""
+"""Take measures, in a process of its own: `python -m harness.claims.worker ASKED ANSWERS [RUN]...`.
+
+The first two are JSON Lines files; the others are run folders whose Records come before the published ones.
+"""
 
 from __future__ import annotations
 

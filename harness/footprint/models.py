@@ -31,8 +31,7 @@ class Model:
 
 def find(name: str) -> Model:
     """Return the model that `name` stands for. Raises UsageError for a name that nobody knows, or without a config here."""
-    presets = shapes.presets()
-    if preset := presets.get(name.removeprefix(shapes.PREFIX)):
+    if preset := shapes.preset(name.removeprefix(shapes.PREFIX)):
         return Model(preset.name, preset.config, preset.kind, f"shape of {preset.source}")
     table = {s.name: s for s in load_table(folder("suites") / "sources.yaml").values() if s.kind != "data"}
     if name in table:
@@ -44,7 +43,7 @@ def find(name: str) -> Model:
     raise UsageError(
         f"no model is named `{name}`",
         where="MODEL",
-        mend=f"{near(name, [*presets, *table])}; or a folder (./path), or a repository in the hub's cache (org/name)",
+        mend=f"{near(name, [*shapes.presets(), *table])}; or a folder (./path), or a repository in the hub's cache, org/name",
     )
 
 

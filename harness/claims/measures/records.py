@@ -1,0 +1,343 @@
+"""Measures of what Cells took, from the Records of a run: memory and time. No torch.
+
+Where a measurement is uncertain, what is found is an interval, and a claim is decided by all of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from harness.analysis import measured, parity
+from harness.analysis.intervals import LEVEL, Median, median_interval
+from harness.assets import shapes
+from harness.claims import recorded
+from harness.claims.measuring import Found, Model, NotRunError, measure
+from harness.records import Latency, Record
+
+
+def _suite(name: str) -> str:
+    from harness import suites
+    from harness.spelling import near
+
+    if name not in (there := suites.names()):
+        raise ValueError(f"no suite is called `{name}`; {near(name, there)}")
+    return name
+
+
+Suite = Annotated[str, AfterValidator(_suite)]
+"""A parameter that names a suite; its Cells are named by the ids of their entries there."""
+Depths = Annotated[list[str], Field(min_length=2)]
+"""Entries that differ in the number of the model's blocks alone."""
+Variant = Literal["base", "unmerged", "merged"]
+Kind = Literal["forward", "prefill", "decode"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A measurement with the least and the most that it may be in truth; equal where nothing is uncertain."""
+
+    value: Fraction
+    least: Fraction
+    most: Fraction
+
+    @classmethod
+    def around(cls, value: float, least: float, most: float) -> Interval:
+        """Return the interval of these three numbers."""
+        return cls(Fraction(value), Fraction(least), Fraction(most))
+
+    def over(self, other: Interval) -> Interval:
+        """Return the quotient: the widest that two intervals leave open, so that it covers no less than either."""
+        if not other.least > 0:
+            raise NotRunError("what it would be divided by was measured as nothing")
+        return Interval(self.value / other.value, self.least / other.most, self.most / other.least)
+
+    def found(self, how: str) -> Found:
+        """Return it as what a measure finds."""
+        return Found(self.least, how, None if self.least == self.most else self.most)
+
+
+@measure("bytes")
+def peak_memory(suite: Suite, cell: str) -> Found:
+    """The most memory at a time while a Cell trained: of tensors on a GPU (its own context comes on top), of the process on
+    a CPU, above what it took after its imports. Of several seeds, the least and the most.
+    """
+    (own,) = recorded.records(suite, cell)
+    return _peak(own).found(f"{_peaks(own)}{_reserved(own)}; {recorded.place(own[0])}")
+
+
+@measure("ratio")
+def memory_ratio(suite: Suite, of: str, to: str) -> Found:
+    """How many times the peak of training of `to` goes into that of `of`."""
+    (a, b) = _pair(suite, of, to)
+    return _peak(a).over(_peak(b)).found(f"{_peaks(a)} / {_peaks(b)}; {recorded.place(a[0])}")
+
+
+@measure("share")
+def memory_less(suite: Suite, of: str, than: str) -> Found:
+    """By which share the peak of training of `of` is less than that of `than`."""
+    (a, b) = _pair(suite, of, than)
+    quotient = _peak(a).over(_peak(b))
+    less = Interval(1 - quotient.value, 1 - quotient.most, 1 - quotient.least)
+    return less.found(f"1 - {_peaks(a)} / {_peaks(b)}; {recorded.place(a[0])}")
+
+
+@measure("bytes")
+def memory_more(suite: Suite, of: str, than: str) -> Found:
+    """By how many bytes the peak of training of `of` is more than that of `than`; negative where it is less."""
+    (a, b) = _pair(suite, of, than)
+    x, y = _peak(a), _peak(b)
+    more = Interval(x.value - y.value, x.least - y.most, x.most - y.least)
+    return more.found(f"{_peaks(a)} - {_peaks(b)}; {recorded.place(a[0])}")
+
+
+@measure("bytes")
+def extrapolated_memory(suite: Suite, cells: Depths) -> Found:
+    """The peak of training a model of all its blocks, from Cells of its first few: what a block takes is a difference.
+
+    Of three or more Cells each two of neighbouring depth give a line; what is found is the least and the most of them.
+    """
+    value, how, own = _extrapolated(suite, cells)
+    return value.found(f"{how}; {recorded.place(own)}")
+
+
+@measure("ratio")
+def extrapolated_memory_ratio(suite: Suite, of: Depths, to: Depths) -> Found:
+    """How many times the peak of training by `to` goes into that by `of`, each as of `extrapolated_memory`."""
+    for a, b in zip(of, to, strict=True):
+        _pair(suite, a, b)
+    (x, told, own), (y, its, _) = _extrapolated(suite, of), _extrapolated(suite, to)
+    return x.over(y).found(f"({told}) / ({its}); {recorded.place(own)}")
+
+
+@measure("bytes")
+def scaled_memory(suite: Suite, cells: Depths, model: Model) -> Found:
+    """The memory that training `model` would need by the law that bytes grow with parameters, in blocks and outside them.
+
+    cells: of a narrower model with one and with two blocks, its ranks as much smaller as it is narrower. What is scaled are
+    tensors as they were counted, weights, adapter, gradients, the optimizer's states and what its step adds; a paged
+    optimizer's states stay on the host of a GPU. Activations, which grow by other laws, are left out.
+    """
+    value, how, own = _scaled(suite, cells, model)
+    return value.found(f"{how}; {recorded.place(own)}")
+
+
+@measure("ratio")
+def scaled_memory_ratio(suite: Suite, of: Depths, to: Depths, model: Model) -> Found:
+    """How many times the memory of training by `to` goes into that by `of`, each as of `scaled_memory`."""
+    for a, b in zip(of, to, strict=True):
+        _pair(suite, a, b)
+    (x, told, own), (y, its, _) = _scaled(suite, of, model), _scaled(suite, to, model)
+    return x.over(y).found(f"({told}) / ({its}); {recorded.place(own)}")
+
+
+@measure("ratio")
+def step_time_ratio(suite: Suite, of: str, to: str) -> Found:
+    """How many times as long a step of `of` takes as one of `to`: medians with the intervals of their order statistics."""
+    (a, b) = _pair(suite, of, to)
+    x, y = _steps(a), _steps(b)
+    return x.over(y).found(f"{_seconds(x)} / {_seconds(y)} a step; {_processes(a, b)}; {recorded.place(a[0])}")
+
+
+@measure("share")
+def step_time_more(suite: Suite, of: str, than: str) -> Found:
+    """By which share a step of `of` takes longer than one of `than`; negative where it is shorter."""
+    (a, b) = _pair(suite, of, than)
+    x, y = _steps(a), _steps(b)
+    quotient = x.over(y)
+    more = Interval(quotient.value - 1, quotient.least - 1, quotient.most - 1)
+    return more.found(f"{_seconds(x)} / {_seconds(y)} - 1; {_processes(a, b)}; {recorded.place(a[0])}")
+
+
+@measure("ratio")
+def latency_ratio(suite: Suite, cell: str, of: Variant, to: Variant, at: Kind) -> Found:
+    """How many times as long a pass of one variant of a Cell's model takes as one of another, in the same process."""
+    (own,) = recorded.records(suite, cell)
+    x, y = (_merge([_latency(record, variant, at) for record in own]) for variant in (of, to))
+    shape = next(one for one in _latencies(own[0]) if one.kind == at)
+    said = f"{at} of {shape.batch} x {shape.tokens} tokens, {of} {_seconds(x)} / {to} {_seconds(y)}"
+    return x.over(y).found(f"{said}; {recorded.place(own[0])}")
+
+
+@measure("ratio")
+def phase_ratio(suite: Suite, phase: str, of: str, to: str) -> Found:
+    """How many times as long a phase of `of` took as that of `to`, e.g. `attach`; one of each, so without an interval."""
+    (a, b) = _pair(suite, of, to)
+    x, y = (min(_phase(record, phase) for record in side) for side in (a, b))
+    return Found(Fraction(x) / Fraction(y), f"{x:.3g} s / {y:.3g} s of {phase}; {recorded.place(a[0])}")
+
+
+@measure("share")
+def refresh_share(suite: Suite, cell: str) -> Found:
+    """What GaLore's refreshes of its projectors add to training: the first step, which has one, beyond a median step, spread
+    over the steps from one to the next. An upper bound: a first step also warms up. No interval: there is one first step.
+    """
+    (own,) = recorded.records(suite, cell)
+    training, gap = own[0].measurements and own[0].measurements.training, own[0].cell.config.get("update_gap")
+    if not training or not isinstance(gap, int):
+        raise ValueError(f"{own[0].cell.label} trains nothing that refreshes projectors")
+    first, usual = Fraction(training.step_seconds[0]), Fraction(_step_time(own[0]).value)
+    how = f"({float(first):.4g} s - {float(usual):.4g} s) / {gap} / {float(usual):.4g} s; {recorded.place(own[0])}"
+    return Found((first - usual) / gap / usual, how)
+
+
+@measure("count")
+def trained_parameters(suite: Suite, cell: str) -> Found:
+    """How many numbers of the Method a Cell trained, without a new head."""
+    (own,) = recorded.records(suite, cell)
+    counts = {record.measurements.parameters.adapter for record in own if record.measurements}
+    return Found(max(counts), f"counted in {own[0].cell.label}; {recorded.place(own[0])}")
+
+
+@measure("property")
+def undecidable(needs: str) -> Found:
+    """Something that cannot be decided with what the harness has, e.g. a score of GPT-3. needs: what it would take."""
+    raise NotRunError(f"it takes {needs}")
+
+
+def _pair(suite: str, of: str, to: str) -> tuple[list[Record], list[Record]]:
+    a, b = recorded.records(suite, of, to)
+    recorded.comparable(a, b)
+    return a, b
+
+
+def _depths(suite: str, cells: Sequence[str]) -> tuple[str, dict[int, list[Record]]]:
+    """Return the name of the model that some Cells have the first blocks of, and their Records by how many they have."""
+    sides = recorded.records(suite, *cells)
+    names = {own[0].cell.model.removeprefix(shapes.PREFIX).partition("/")[0] for own in sides}
+    else_equal = {own[0].cell.model_copy(update={"model": ""}).cell_id for own in sides}
+    found = {_blocks(own[0].cell.model): own for own in sides}
+    if len(names) > 1 or len(else_equal) > 1 or len(found) < len(sides):
+        raise ValueError(f"{', '.join(cells)} do not differ in the number of blocks alone")
+    return names.pop(), dict(sorted(found.items()))
+
+
+def _extrapolated(suite: str, cells: Sequence[str]) -> tuple[Interval, str, Record]:
+    model, at = _depths(suite, cells)
+    blocks, lines, said = _blocks(model), [], []
+    for low, high in itertools.pairwise(at):
+        least, most = _peak(at[low]).value, _peak(at[high]).value
+        each = (most - least) / (high - low)
+        lines.append(least + (blocks - low) * each)
+        said.append(f"{int(least):,} B at {low} + {blocks - low} x {float(each):,.0f} B")
+    how = f"{' or '.join(said)}, of {blocks} blocks"
+    return Interval(lines[-1], min(lines), max(lines)), how, next(iter(at.values()))[0]
+
+
+def _scaled(suite: str, cells: Sequence[str], model: str) -> tuple[Interval, str, Record]:
+    narrow, at = _depths(suite, cells)
+    if [*at] != [1, 2]:
+        raise ValueError(f"{', '.join(cells)} have {', '.join(map(str, at))} blocks; the law wants 1 and 2")
+    one, two = (_counted(own[0]) for own in at.values())
+    block, rest = _sizes(narrow)
+    per_block, per_rest = (two - one) / block, (one - (two - one)) / rest
+    block, rest = _sizes(model)
+    value = per_block * block * _blocks(model) + per_rest * rest
+    how = f"{float(per_block):.4g} B x {_blocks(model)} x {block:,} + {float(per_rest):.4g} B x {rest:,} parameters"
+    return Interval(value, value, value), f"{how}, bytes each as of {narrow}", at[1][0]
+
+
+def _blocks(address: str) -> int:
+    return shapes.blocks(shapes.config_of(address.removeprefix(shapes.PREFIX)))
+
+
+def _sizes(model: str) -> tuple[int, int]:
+    """Return the parameters of one block and of all that is outside the blocks."""
+    from harness.claims import attached
+
+    one, two = (sum(p.numel() for p in attached.parameters(f"{model}/{n}-blocks").values()) for n in (1, 2))
+    return two - one, 2 * one - two
+
+
+def _counted(record: Record) -> Fraction:
+    memory = record.measurements.memory if record.measurements else None
+    if memory is None or memory.predicted is None:
+        raise NotRunError(f"the Record of {record.cell.label} does not say what the optimizer's step adds")
+    states = 0 if record.cell.optimizer.startswith("paged") else memory.optimizer_B
+    return Fraction(memory.weights_B + memory.adapter_B + memory.gradients_B + states + memory.predicted.step_B)
+
+
+def _peak(own: Sequence[Record]) -> Interval:
+    peaks = [
+        measured.above_imports(record, peak) for record in own if (peak := measured.training_peak(record)) is not None
+    ]
+    if len(peaks) < len(own):
+        raise NotRunError(f"the system did not say how much {own[0].cell.label} took")
+    return Interval.around(max(peaks), min(peaks), max(peaks))
+
+
+def _peaks(own: Sequence[Record]) -> str:
+    x = _peak(own)
+    several = f" to {int(x.most):,}" if x.least != x.most else ""
+    return f"{int(x.least):,}{several} B at most while training ({own[0].cell.label})"
+
+
+def _reserved(own: Sequence[Record]) -> str:
+    seen = [gpu.reserved_B for record in own if (gpu := measured.training_gpu(record)) and gpu.reserved_B]
+    return f", the allocator held {max(seen):,} B" if seen else ""
+
+
+def _merge(several: Sequence[Interval]) -> Interval:
+    """Return the interval that holds those of all processes."""
+    values = sorted(x.value for x in several)
+    return Interval(values[len(values) // 2], min(x.least for x in several), max(x.most for x in several))
+
+
+def _steps(own: Sequence[Record]) -> Interval:
+    return _merge([_step(record) for record in own])
+
+
+def _step(record: Record) -> Interval:
+    return _certain(_step_time(record), f"steps of {record.cell.label}")
+
+
+def _step_time(record: Record) -> Median:
+    training = record.measurements.training if record.measurements else None
+    if why := parity.no_speed(record):
+        raise NotRunError(f"{record.cell.label}: {why}")
+    if training is None or not training.step_seconds:
+        raise NotRunError(f"{record.cell.label} trained nothing")
+    return measured.step_time(training)
+
+
+def _certain(m: Median, of: str) -> Interval:
+    if m.low is None or m.high is None:
+        raise NotRunError(f"{m.count} timed {of} are too few for an interval at {100 * LEVEL:g} %")
+    return Interval.around(m.value, m.low, m.high)
+
+
+def _latencies(record: Record) -> list[Latency]:
+    return record.measurements.latency if record.measurements else []
+
+
+def _latency(record: Record, variant: Variant, kind: Kind) -> Interval:
+    refused: Callable[[Record], str] = parity.no_merged_speed if variant == "merged" else parity.no_speed
+    if why := refused(record):
+        raise NotRunError(f"{record.cell.label}: {why}")
+    one = next((x for x in _latencies(record) if (x.variant, x.kind) == (variant, kind)), None)
+    if one is None or not one.seconds:
+        why = one.because if one else "its Record holds no such time"
+        raise NotRunError(f"{kind} of {record.cell.label} was not timed {variant}: {why}")
+    return _certain(median_interval(one.seconds), f"passes of {record.cell.label}")
+
+
+def _phase(record: Record, name: str) -> float:
+    seconds = [phase.seconds for phase in record.phases if phase.name == name]
+    if not seconds:
+        known = ", ".join(phase.name for phase in record.phases)
+        raise ValueError(f"{record.cell.label} has no phase `{name}`; it has {known}")
+    return sum(seconds)
+
+
+def _seconds(x: Interval) -> str:
+    return f"{float(x.value):.4g} s ({float(x.least):.4g} to {float(x.most):.4g})"
+
+
+def _processes(*sides: Sequence[Record]) -> str:
+    few = min(map(len, sides))
+    return "one process each" if few == 1 else f"{few} processes each"

@@ -1,0 +1,377 @@
+"""Claims that Records decide: what measures make of made Records, and which Records they take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import recorded_run as made
+from recorded_run import MIB
+
+from harness.claims import claim_file, recorded, worker
+from harness.claims.claim import Asking, Claim
+from harness.claims.judging import Judged, Verdict, judge
+from harness.claims.measures import records as measures
+from harness.claims.measures import trained
+from harness.claims.measuring import Found, NotRunError
+from harness.claims.printed import Dimension, Rounding, parse
+from harness.cli import main
+from harness.expand import Plan
+from harness.memory_records import Predicted
+from harness.records import Cell, Latency, Outcome, Record, Status
+
+BASELINE = 410 * MIB
+Recorded = Callable[..., Path]
+
+
+def changed(record: Record, **parts: Any) -> Record:
+    """Return a Record with other measurements, e.g. `training={"step_seconds": [...]}`."""
+    m = record.measurements
+    assert m is not None
+    deeper = {
+        key: getattr(m, key).model_copy(update=value) if isinstance(value, dict) else value
+        for key, value in parts.items()
+    }
+    return record.model_copy(update={"measurements": m.model_copy(update=deeper)})
+
+
+def peaking(record: Record, mebibytes: int) -> Record:
+    """Return a Record whose training took so much above what its imports take."""
+    peak = BASELINE + mebibytes * MIB
+    phases = [p.model_copy(update={"peak_memory_B": peak}) if p.name == "train" else p for p in record.phases]
+    return record.model_copy(update={"phases": phases})
+
+
+def cell(seed: int = 0, name: str = "fused", **fields: Any) -> Cell:
+    return made.cells(seed)[name].model_copy(update=fields)
+
+
+def several(share: Sequence[float], name: str = "fused") -> list[Record]:
+    """Return a Record for each seed with this accuracy."""
+    return [made.with_accuracy(made.record(name, cell(seed, name)), one) for seed, one in enumerate(share)]
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
+    """Write a run of a suite with these entries, and let measures find it."""
+
+    def write(name: str = "one", *, footer: bool = True, **entries: Sequence[Record]) -> Path:
+        every = [record for side in entries.values() for record in side]
+        records = [r.model_copy(update={"run": name}) for r in every]
+        asked = [record.cell for record in records]
+        ids = {record.cell_id: entry for entry, side in entries.items() for record in side}
+        made.write_run(
+            tmp_path / name, run=name, suite="made", cells=asked, change=lambda *_: None, extra=records, footer=footer,
+            started=f"2026-01-0{len(list(tmp_path.iterdir())) + 1}T09:00:00Z",
+        )  # fmt: skip
+        monkeypatch.setattr(recorded, "_plan", lambda _: Plan(tuple(asked), ids, ()))
+        recorded.look_in(path for path in tmp_path.iterdir() if path.is_dir())
+        return tmp_path / name
+
+    yield write
+    recorded.look_in([])
+
+
+def judged(
+    found: Found | str, printed: str, dimension: Dimension = "ratio", tier: Any = "gpu-synthetic", rule: Any = "nearest"
+) -> Judged:
+    figure = None if dimension == "property" else parse(printed, dimension)
+    rounding = Rounding("about", Fraction(1, 50)) if rule == "about" else Rounding(rule)
+    claim = Claim(
+        "id", "It is so.", "paper", "v1", "Table 1", tier, printed, dimension, Asking("m", {}), figure, rounding
+    )
+    return judge(claim, [found])
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "printed", "rule", "verdict"),
+    [
+        ("1.1", "1.9", "< 2x", "nearest", Verdict.REPRODUCED),
+        ("1.9", "2.1", "< 2x", "nearest", Verdict.INCONCLUSIVE),
+        ("2", "2.1", "< 2x", "nearest", Verdict.NOT_REPRODUCED),
+        ("0.99", "1.01", "1x", "about", Verdict.REPRODUCED),
+        ("0.97", "1.01", "1x", "about", Verdict.INCONCLUSIVE),
+        ("0.9", "1.1", "1x", "about", Verdict.INCONCLUSIVE),
+        ("1.03", "1.1", "1x", "about", Verdict.NOT_REPRODUCED),
+        ("2.6", "3.4", "3x", "nearest", Verdict.REPRODUCED),
+        ("2.6", "3.6", "3x", "nearest", Verdict.INCONCLUSIVE),
+    ],
+)
+def test_an_interval_is_judged_by_all_of_it(least: str, most: str, printed: str, rule: str, verdict: Verdict) -> None:
+    assert judged(Found(Fraction(least), "", Fraction(most)), printed, rule=rule).verdict is verdict
+
+
+def test_both_ends_of_an_interval_must_come_out_under_one_reading() -> None:
+    """47.9 GB is below 48 GB, and 51 GB is below 48 GiB: read as GiB, all of it is."""
+    row = judged(Found(47_900_000_000, "", 51_000_000_000), "< 48 GB", "bytes")
+    assert (row.verdict, row.under) == (Verdict.UNDER, "GB read as GiB")
+
+
+def test_the_peak_of_several_seeds_is_an_interval_above_the_imports(runs: Recorded) -> None:
+    runs(a=[peaking(r, m) for r, m in zip(several([0.8] * 3), (300, 320, 310), strict=True)])
+    found = measures.peak_memory("made", "a")
+    assert (found.value, found.most) == (300 * MIB, 320 * MIB)
+    assert "Example 4-core" in found.how
+
+
+def test_a_ratio_of_peaks_is_as_wide_as_both_leave_open(runs: Recorded) -> None:
+    left = [peaking(r, m) for r, m in zip(several([0.8] * 2), (300, 360), strict=True)]
+    right = [peaking(r, m) for r, m in zip(several([0.8] * 2, "hf-peft"), (100, 120), strict=True)]
+    runs(a=left, b=right)
+    assert measures.memory_ratio("made", "a", "b").value == Fraction(300, 120)
+    assert measures.memory_ratio("made", "a", "b").most == Fraction(360, 100)
+    assert measures.memory_less("made", "b", "a").value == 1 - Fraction(120, 300)
+    assert measures.memory_more("made", "a", "b").value == 180 * MIB
+
+
+def test_a_ratio_of_step_times_has_the_order_statistics_of_both(runs: Recorded) -> None:
+    """Of ten samples the second and the ninth cover the median at 97.9 %, the third and the eighth at 89.1 % only."""
+    times = [9.0, 9.0, *range(1, 11)]  # two steps of warm-up
+    slow = changed(made.record("fused", cell()), training={"step_seconds": times, "timing_warmup": 2})
+    one = {"step_seconds": [2.0] * 12, "timing_warmup": 2}
+    runs(a=[slow], b=[changed(made.record("hf-peft", cell(name="hf-peft")), training=one)])
+    found = measures.step_time_ratio("made", "a", "b")
+    assert (found.value, found.most) == (1, Fraction(9, 2))
+    more = measures.step_time_more("made", "a", "b")
+    assert (more.value, more.most) == (0, Fraction(7, 2))
+
+
+def test_too_few_steps_have_no_interval_and_decide_nothing(runs: Recorded) -> None:
+    few = {"step_seconds": [1.0] * 8, "timing_warmup": 3}
+    runs(a=[changed(made.record("fused", cell()), training=few)])
+    with pytest.raises(NotRunError, match=r"5 timed steps of .* too few for an interval at 95 %"):
+        measures.step_time_ratio("made", "a", "a")
+
+
+def test_latencies_are_compared_within_one_process(runs: Recorded) -> None:
+    def timed(variant: Any, seconds: list[float]) -> Latency:
+        return Latency(variant=variant, kind="forward", batch=1, tokens=32, seconds=seconds)
+
+    times = [timed("base", [2.0] * 12), timed("merged", [2.0] * 6 + [3.0] * 6)]
+    runs(a=[changed(made.record("fused", cell()), latency=times)])
+    found = measures.latency_ratio("made", "a", "merged", "base", "forward")
+    assert (found.value, found.most) == (1, Fraction(3, 2))
+    with pytest.raises(NotRunError, match="not timed unmerged"):
+        measures.latency_ratio("made", "a", "unmerged", "base", "forward")
+
+
+def test_a_merge_that_computes_something_else_has_no_latency(runs: Recorded) -> None:
+    good = made.record("fused", cell())
+    red = [c.model_copy(update={"outcome": Outcome.FAIL}) if "/merge/" in c.check else c for c in good.checks]
+    runs(a=[good.model_copy(update={"checks": red})])
+    with pytest.raises(NotRunError, match="no speed without parity"):
+        measures.latency_ratio("made", "a", "merged", "base", "forward")
+    assert measures.latency_ratio("made", "a", "unmerged", "base", "forward").value > 1
+
+
+def of_shape(model: str, name: str = "fused") -> Record:
+    return made.record(name, cell(name=name, model=f"shape:{model}"))
+
+
+def test_depths_extrapolate_by_lines_and_their_disagreement_is_told(runs: Recorded) -> None:
+    peaks = {"llama-7b/1-block": 1000, "llama-7b/2-blocks": 1400, "llama-7b/3-blocks": 1790}
+    one, two, three = (peaking(of_shape(model), peak) for model, peak in peaks.items())
+    runs(one=[one], two=[two], three=[three])
+    assert measures.extrapolated_memory("made", ["one", "two"]).value == (1000 + 31 * 400) * MIB
+    found = measures.extrapolated_memory("made", ["three", "one", "two"])  # in any order
+    assert (found.value, found.most) == ((1400 + 30 * 390) * MIB, (1000 + 31 * 400) * MIB)
+
+
+def test_depths_of_other_models_or_configs_are_refused(runs: Recorded) -> None:
+    other = made.record("lora-r1", cell(name="lora-r1", model="shape:llama-7b/2-blocks"))
+    runs(one=[of_shape("llama-7b/1-block")], wide=[of_shape("llama-13b/2-blocks")], rank=[other])
+    for second in ("wide", "rank"):
+        with pytest.raises(ValueError, match="do not differ in the number of blocks alone"):
+            measures.extrapolated_memory("made", ["one", second])
+
+
+def test_bytes_that_grow_with_parameters_are_scaled_exactly(runs: Recorded) -> None:
+    """Three bytes a parameter in the blocks and five outside, of a narrow Llama; then of a wider one, counted by formula."""
+
+    def sizes(d: int, f: int) -> tuple[int, int]:
+        return 4 * d * d + 3 * d * f + 2 * d, 2 * 32000 * d + d
+
+    block, rest = sizes(512, 1376)
+    nothing = Predicted(weights_B=0, adapter_B=0, gradients_B=0, optimizer_B=0, step_B=7)
+
+    def counted(blocks: int, model: str) -> Record:
+        whole = {"weights_B": 3 * blocks * block + 5 * rest - 7, "predicted": nothing}
+        return changed(of_shape(model), memory=whole | {"adapter_B": 0, "gradients_B": 0, "optimizer_B": 0})
+
+    runs(one=[counted(1, "galore-60m/1-block")], two=[counted(2, "galore-60m/2-blocks")])
+    wide, outside = sizes(768, 2048)
+    found = measures.scaled_memory("made", ["one", "two"], "galore-130m")
+    assert found.value == 3 * 12 * wide + 5 * outside
+
+
+def test_a_paged_optimizer_leaves_its_states_with_the_host(runs: Recorded) -> None:
+    nothing = Predicted(weights_B=0, adapter_B=0, gradients_B=0, optimizer_B=0)
+    found = []
+    for optimizer in ("adamw", "paged-adamw"):
+        cells = [cell(model=f"shape:galore-60m/{n}-blocks", optimizer=optimizer) for n in (1, 2)]
+        one, two = (changed(made.record("fused", c), memory={"predicted": nothing, "optimizer_B": MIB}) for c in cells)
+        runs(optimizer, one=[one], two=[two])
+        found.append(measures.scaled_memory("made", ["one", "two"], "galore-60m").value)
+    assert found[0] - found[1] == MIB
+
+
+def test_what_cost_unequal_budgets_is_not_compared(runs: Recorded) -> None:
+    longer = cell(training=cell().training.model_copy(update={"batch": 32}))
+    runs(a=[made.record("fused", cell())], b=[made.record("fused", longer)])
+    with pytest.raises(ValueError, match="not comparable: batch 16 against 32"):
+        measures.memory_ratio("made", "a", "b")
+
+
+def test_a_cell_that_ran_out_of_memory_is_no_verdict(runs: Recorded) -> None:
+    runs(a=[made.failed(made.record("fused", cell()), Status.OOM)])
+    with pytest.raises(NotRunError, match="did not fit into the memory of Example 4-core, run one, which says nothing"):
+        measures.peak_memory("made", "a")
+
+
+def test_without_records_the_command_is_told_and_the_machine() -> None:
+    with pytest.raises(NotRunError) as caught:
+        measures.peak_memory("headline-gpu", "qlora-65b")
+    assert "`peft-harness run headline-gpu`, then `peft-harness claims --run latest`" in str(caught.value)
+    assert "For one GPU of 80 GB" in str(caught.value)
+
+
+def test_the_newest_complete_run_decides(runs: Recorded) -> None:
+    runs("old", a=[peaking(made.record("fused", cell()), 100)])
+    runs("new", a=[peaking(made.record("fused", cell()), 200)])
+    runs("broken-off", a=[peaking(made.record("fused", cell()), 300)], footer=False)
+    assert measures.peak_memory("made", "a").value == 200 * MIB
+
+
+def test_an_entry_of_several_recipes_is_refused(runs: Recorded) -> None:
+    runs(a=[made.record(name, cell(name=name)) for name in ("fused", "lora-r1")])
+    with pytest.raises(ValueError, match="more than one Cell and its seeds"):
+        measures.peak_memory("made", "a")
+
+
+HIGH, LOW, TORN = [0.80, 0.81, 0.80, 0.81, 0.80], [0.70, 0.71, 0.70, 0.71, 0.70], [0.60, 0.95, 0.62, 0.93, 0.75]
+
+
+@pytest.mark.parametrize(
+    ("of", "than", "higher", "no_lower"),
+    [
+        (HIGH, LOW, Verdict.REPRODUCED, Verdict.REPRODUCED),
+        (LOW, HIGH, Verdict.INCONCLUSIVE, Verdict.INCONCLUSIVE),
+        (HIGH, TORN, Verdict.INCONCLUSIVE, Verdict.INCONCLUSIVE),
+    ],
+)
+def test_scores_over_seeds_support_a_paper_or_leave_it_open(
+    runs: Recorded, of: list[float], than: list[float], higher: Verdict, no_lower: Verdict
+) -> None:
+    runs(a=several(of), b=several(than, "lora-r1"))
+    for measure, verdict in ((trained.scores_higher, higher), (trained.scores_no_lower, no_lower)):
+        row = judged(measure("made", "a", "b"), "better", "property", tier="trained")
+        assert row.verdict is verdict
+        assert verdict is Verdict.REPRODUCED or "refutes no paper" in row.why
+
+
+def test_equal_scores_are_no_lower_and_not_higher(runs: Recorded) -> None:
+    same = several(HIGH)
+    twins = [r.model_copy(update={"cell": (c := cell(r.cell.seed, "hf-peft")), "cell_id": c.cell_id}) for r in same]
+    runs(a=same, b=twins)
+    assert trained.scores_no_lower("made", "a", "b") == Found(True, trained.scores_no_lower("made", "a", "b").how)
+    assert trained.scores_higher("made", "a", "b").value is False
+    assert judged(trained.scores_higher("made", "a", "b"), "better", "property").ours == "undecided"
+
+
+def test_a_loss_that_falls_faster_in_every_seed_is_told(runs: Recorded) -> None:
+    def falling(name: str, by: float) -> list[Record]:
+        own = [made.record(name, cell(seed, name)) for seed in range(5)]
+        return [made.with_losses(r, [1 - by * t - 0.001 * r.cell.seed for t in range(60)]) for r in own]
+
+    runs(fast=falling("fused", 0.004), slow=falling("lora-r1", 0.002))
+    found = trained.loss_falls_faster("made", "fast", "slow")
+    assert (found.value, found.most) == (True, None)
+    assert "0.8800 against 0.9390" in found.how  # 1 - 29.5 x 0.004 - 0.002, 1 - 29.5 x 0.002 - 0.002
+    assert trained.loss_falls_faster("made", "slow", "fast").value is False
+
+
+def test_sides_with_other_seeds_are_refused(runs: Recorded) -> None:
+    runs(a=several(HIGH), b=several(LOW[:3], "lora-r1"))
+    with pytest.raises(ValueError, match=r"seeds \[0, 1, 2, 3, 4\] and b \[0, 1, 2\]"):
+        trained.scores_higher("made", "a", "b")
+
+
+def test_what_a_refresh_adds_is_spread_over_its_gap(runs: Recorded) -> None:
+    galore = made.record("fused", cell())
+    own = galore.cell.model_copy(update={"config": {"update_gap": 50}})
+    galore = galore.model_copy(update={"cell": own, "cell_id": own.cell_id})
+    runs(a=[changed(galore, training={"step_seconds": [12.0, *[2.0] * 9], "timing_warmup": 3})])
+    assert measures.refresh_share("made", "a").value == Fraction(10, 100)
+
+
+def test_arithmetic_does_not_go_on_with_one_end_of_an_interval(runs: Recorded) -> None:
+    runs(a=[peaking(r, m) for r, m in zip(several([0.8] * 2), (300, 320), strict=True)])
+    peak = {"measure": "peak_memory", "with": {"suite": "made", "cell": "a"}}
+    said = worker.answer({"measure": "ratio", "with": {"of": peak, "to": 2}})
+    assert said["failed"]
+    assert "`peak_memory` finds a range" in said["missing"]
+
+
+def _askings(claim: Claim) -> list[Asking]:
+    """Return every asking of a claim, those inside others too."""
+    found, left = [], [claim.asking, *(reading.asking for reading in claim.otherwise)]
+    while left:
+        one = left.pop()
+        found.append(one)
+        left += [value for value in one.arguments.values() if isinstance(value, Asking)]
+    return found
+
+
+def test_every_cell_that_a_claim_names_is_in_its_suite() -> None:
+    asked = {
+        (one.arguments["suite"], entry)
+        for claim in claim_file.load(claim_file.paths(claim_file.names()))
+        for one in _askings(claim)
+        if "suite" in one.arguments
+        for key in ("cell", "of", "to", "than", "cells")
+        if (value := one.arguments.get(key)) and value not in ("merged", "unmerged", "base")
+        for entry in (value if isinstance(value, list) else [value])
+    }
+    assert {suite for suite, _ in asked} == {"headline-gpu", "headline-rehearsal", "claims-small"}
+    wrong = []
+    for suite, entry in sorted(asked):
+        try:
+            recorded._cells(suite, entry)
+        except ValueError as error:
+            wrong.append(str(error))
+    assert not wrong
+
+
+FILE = """\
+paper: made
+title: A paper
+version: v1
+claims:
+  - id: fewer
+    sentence: It trains few.
+    source: Table 1
+    tier: trained
+    printed: 368,640
+    measure: trained_parameters
+    with: {suite: claims-small, cell: vera}
+"""
+
+
+def test_a_named_run_decides_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = recorded._plan("claims-small")
+    cells = [one for one in plan.cells if plan.ids[one.cell_id] == "vera"]
+    records = [_ok(one) for one in cells]
+    made.write_run(tmp_path / "run", suite="claims-small", cells=cells, change=lambda *_: None, extra=records)
+    (tmp_path / "made.yaml").write_text(FILE, encoding="utf-8")
+    code = main(["claims", "--file", str(tmp_path / "made.yaml"), "--run", str(tmp_path / "run"), "--json"])
+    (row,) = json.loads(capsys.readouterr().out)["claims"]
+    assert (code, row["verdict"], row["ours"]) == (0, "reproduced", "368,640")
+
+
+def _ok(own: Cell) -> Record:
+    good = made.record("fused", cell(own.seed))
+    return good.model_copy(update={"cell": own, "cell_id": own.cell_id})
