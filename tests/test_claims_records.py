@@ -14,7 +14,7 @@ from recorded_run import MIB
 
 from harness.claims import claim_file, recorded, worker
 from harness.claims.claim import Asking, Claim
-from harness.claims.judging import Judged, Verdict, judge
+from harness.claims.judging import Judged, Missing, Verdict, judge
 from harness.claims.measures import records as measures
 from harness.claims.measures import trained
 from harness.claims.measuring import Found, NotRunError
@@ -77,12 +77,27 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
 
 
 def judged(
-    found: Found | str, printed: str, dimension: Dimension = "ratio", tier: Any = "gpu-synthetic", rule: Any = "nearest"
+    found: Found | Missing,
+    printed: str,
+    dimension: Dimension = "ratio",
+    tier: Any = "gpu-synthetic",
+    rule: Any = "nearest",
 ) -> Judged:
     figure = None if dimension == "property" else parse(printed, dimension)
     rounding = Rounding("about", Fraction(1, 50)) if rule == "about" else Rounding(rule)
     claim = Claim(
-        "id", "It is so.", "paper", "v1", "Table 1", tier, printed, dimension, Asking("m", {}), figure, rounding
+        "id",
+        "It is so.",
+        "paper",
+        "v1",
+        "Table 1",
+        tier,
+        printed,
+        dimension,
+        Asking("m", {}),
+        figure,
+        rounding,
+        scale="small scale" if tier == "trained" else "",
     )
     return judge(claim, [found])
 

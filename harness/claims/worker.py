@@ -11,6 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from harness.claims import recorded
 from harness.claims.measuring import Found, NotRunError, measures
 from harness.errors import HarnessError
 
@@ -28,7 +29,13 @@ def find(asked: dict[str, Any]) -> Found:
 def _quantity(value: Any) -> Any:
     if isinstance(value, list):
         return [_quantity(one) for one in value]
-    return Fraction(find(value).value) if isinstance(value, dict) else Fraction(str(value))
+    if not isinstance(value, dict):
+        return Fraction(str(value))
+    found = find(value)
+    if found.most is not None:
+        what = f"`{value['measure']}` finds a range, and arithmetic goes on with one number only: {found.how}"
+        raise ValueError(what)
+    return Fraction(found.value)
 
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:
@@ -45,6 +52,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    recorded.look_in(map(Path, sys.argv[3:]))
     with Path(sys.argv[2]).open("w", encoding="utf-8") as answers:
         for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines():
             print(json.dumps(answer(json.loads(line))), file=answers, flush=True)

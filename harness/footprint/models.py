@@ -43,7 +43,7 @@ def find(name: str) -> Model:
     raise UsageError(
         f"no model is named `{name}`",
         where="MODEL",
-        mend=f"{near(name, [*shapes.presets(), *table])}; or a folder (./path), or a repository in the hub's cache, org/name",
+        mend=f"{near(name, [*shapes.presets(), *table])}; or a folder (./path), or of the hub's cache, org/name",
     )
 
 
