@@ -74,6 +74,12 @@ class Judged(Frozen):
     failed: bool = False
     """Whether it should have been computed and was not."""
 
+    @property
+    def got(self) -> str:
+        """What was found, as part of a sentence; empty where nothing was."""
+        is_property = any(isinstance(one.value, bool) for one in self.tried)
+        return f"{'ours' if is_property else 'we get'} {self.ours}" if self.ours else ""
+
 
 def judge(claim: Claim, answers: Sequence[Found | Missing]) -> Judged:
     """Judge a claim by what was found for its own reading and then for each of `otherwise`."""

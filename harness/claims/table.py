@@ -31,7 +31,7 @@ def summary(rows: Sequence[Judged]) -> str:
 
 
 def _claim(row: Judged) -> Iterator[str]:
-    got = f"; we get {row.ours}" if row.ours else ""
+    got = f"; {row.got}" if row.got else ""
     yield f"  {row.verdict:<16}  {row.id}: the paper prints {row.printed}{got}  [{row.source}]"
     indent = " " * 20
     if row.verdict is Verdict.REPRODUCED:

@@ -29,6 +29,7 @@ def write_page(rows: Sequence[Judged], software: Mapping[str, str], out: Path) -
 def build(rows: Sequence[Judged], software: Mapping[str, str]) -> dict[str, Any]:
     """Return what the page shows as one plain dict."""
     counts = Counter(row.verdict for row in rows)
+    rows = sorted(rows, key=lambda row: row.version)  # the numbers of arXiv are in the order of time
     headlines: dict[str, list[Judged]] = {}
     papers: dict[str, list[Judged]] = {}
     for row in rows:
@@ -72,6 +73,7 @@ def _row(row: Judged) -> dict[str, Any]:
         "tier": row.tier,
         "printed": row.printed,
         "ours": row.ours or "—",
+        "got": row.got or "not computed here",
         "badge": _badge(row.verdict),
         "under": row.under,
         "why": row.why,
