@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from harness import expand, store, suites
-from harness.analysis import ranking
+from harness.analysis import contention, ranking
 from harness.claims.measuring import NotRunError
 from harness.cost_records import AT_ONCE
 from harness.records import Record, Status
@@ -66,12 +66,19 @@ def comparable(*sides: Sequence[Record]) -> None:
 
 
 def place(record: Record) -> str:
-    """Say where a Record was made, and what its times shared the machine with."""
+    """Say where a Record was made."""
     machine = record.environment.machine
     gpu = machine.get("gpu0", "").split(",")
     name = gpu[1].strip() if record.device == "cuda" and len(gpu) > 1 else machine.get("cpu", "an unknown machine")
-    shared = next((f"; {note}" for note in record.notes if AT_ONCE in note), "")
-    return f"{name}, run {record.run}{shared}"
+    return f"{name}, run {record.run}"
+
+
+def shared(record: Record) -> str:
+    """Say why a Record's times are not its Cell's own, as others had the machine too; empty where they are."""
+    beside = any(AT_ONCE in note for note in record.notes)
+    why = "other Cells ran at once" if beside else contention.busy(record)
+    mend = "run the suite again with --jobs 1 on a machine that does nothing else"
+    return f"its times are not its own ({why}); {mend}" if why else ""
 
 
 @cache

@@ -121,7 +121,7 @@ def scaled_memory(suite: Suite, cells: Depths, model: Model) -> Found:
 
     cells: of a narrower model with one and with two blocks, its ranks as much smaller as it is narrower. What is scaled are
     tensors as they were counted, weights, adapter, gradients, the optimizer's states and what its step adds; a paged
-    optimizer's states stay on the host of a GPU. Activations, which grow by other laws, are left out.
+    optimizer's moments stay on the host of a GPU. Activations, which grow by other laws, are left out.
     """
     value, how, own = _scaled(suite, cells, model)
     return value.found(f"{how}; {recorded.place(own)}")
@@ -258,7 +258,8 @@ def _counted(record: Record) -> Fraction:
     memory = record.measurements.memory if record.measurements else None
     if memory is None or memory.predicted is None:
         raise NotRunError(f"the Record of {record.cell.label} does not say what the optimizer's step adds")
-    states = 0 if record.cell.optimizer.startswith("paged") else memory.optimizer_B
+    # A paged optimizer's masters alone stay on a GPU: as large as their gradients in float32, which is what its step adds.
+    states = memory.predicted.step_B if record.cell.optimizer.startswith("paged") else memory.optimizer_B
     return Fraction(memory.weights_B + memory.adapter_B + memory.gradients_B + states + memory.predicted.step_B)
 
 
@@ -298,7 +299,7 @@ def _step(record: Record) -> Interval:
 
 def _step_time(record: Record) -> Median:
     training = record.measurements.training if record.measurements else None
-    if why := parity.no_speed(record):
+    if why := parity.no_speed(record) or recorded.shared(record):
         raise NotRunError(f"{record.cell.label}: {why}")
     if training is None or not training.step_seconds:
         raise NotRunError(f"{record.cell.label} trained nothing")
@@ -317,7 +318,7 @@ def _latencies(record: Record) -> list[Latency]:
 
 def _latency(record: Record, variant: Variant, kind: Kind) -> Interval:
     refused: Callable[[Record], str] = parity.no_merged_speed if variant == "merged" else parity.no_speed
-    if why := refused(record):
+    if why := refused(record) or recorded.shared(record):
         raise NotRunError(f"{record.cell.label}: {why}")
     one = next((x for x in _latencies(record) if (x.variant, x.kind) == (variant, kind)), None)
     if one is None or not one.seconds:
