@@ -45,14 +45,27 @@ class Document:
         return f"{self.path}:{self.lines.get(way, 1)}"
 
 
-def load(path: Path, *, tags: bool = False) -> Document:
+class Written(float):
+    """A number with a fraction, and its characters as written: `0.10` says more than 0.1."""
+
+    text: str
+
+    def __new__(cls, value: float, text: str) -> Written:
+        """Return the number with its text."""
+        made = super().__new__(cls, value)
+        made.text = text
+        return made
+
+
+def load(path: Path, *, tags: bool = False, texts: bool = False) -> Document:
     """Read a file whose top level is a mapping; raises SuiteError with everything that is wrong with it as YAML.
 
-    tags: whether values may have tags of their own, such as `!function f.g`; such a value is its text.
+    tags: whether values may have tags of their own, such as `!function f.g`; such a value is its text. texts: whether
+    numbers with a fraction keep their characters, as `Written`.
     """
     raw = _read(path)
     root = _compose(path, _decode(path, raw))
-    builder = _Builder(path, tags)
+    builder = _Builder(path, tags, texts)
     data = builder.build(root, ()) if root is not None else None
     if root is None or not isinstance(data, dict):
         what = "the file is empty" if root is None else f"expected keys and values, got {_kind(data)}"
@@ -104,8 +117,8 @@ def _kind(data: object) -> str:
 class _Builder:
     """Turns nodes into data; collects lines and problems on the way."""
 
-    def __init__(self, path: Path, tags: bool) -> None:
-        self.path, self.tags = path, tags
+    def __init__(self, path: Path, tags: bool, texts: bool) -> None:
+        self.path, self.tags, self.texts = path, tags, texts
         self.lines: dict[Way, int] = {}
         self.problems: list[Problem] = []
         self._constructor = YAML(typ="safe", pure=True).constructor
@@ -147,6 +160,8 @@ class _Builder:
                 self._problem(node, f"a tag, `{tag}`, which is not allowed here", "write a plain value")
             return node.value
         value = self._constructor.construct_object(node)
+        if self.texts and isinstance(value, float):
+            return Written(value, node.value)
         try:
             str(value).encode()
         except UnicodeEncodeError:  # an escape like "\ud800" could not be written to a Record

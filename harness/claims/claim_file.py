@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from harness import suite_file, yaml_lines
 from harness.claims.claim import Asking, Claim, Reading, Tier
 from harness.claims.measuring import Measure, measures
-from harness.claims.printed import Printed, Rounding, parse
+from harness.claims.printed import Dimension, Printed, Rounding, exact, parse, shortly
 from harness.errors import Problem, SuiteError, UsageError
 from harness.methods import methods
 from harness.resources import folder
@@ -20,10 +20,14 @@ from harness.spelling import near
 from harness.suite_file import Id, Keys, Word
 from harness.yaml_lines import Document, Way
 
-# YAML reads `printed: 35` as a number; what counts are the characters.
-_Text = Annotated[
-    str, BeforeValidator(lambda v: str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v)
-]
+
+def _text(written: Any) -> Any:
+    """Return the characters of what YAML reads as a number: `printed: 0.10` has two digits."""
+    is_number = isinstance(written, int | float) and not isinstance(written, bool)
+    return getattr(written, "text", str(written)) if is_number else written
+
+
+_Text = Annotated[str, BeforeValidator(_text)]
 _RULES = ("nearest", "cut", "magnitude")
 
 
@@ -102,7 +106,7 @@ def load(paths: Iterable[Path]) -> list[Claim]:
     problems: list[Problem] = []
     for path in paths:
         try:
-            document = yaml_lines.load(path)
+            document = yaml_lines.load(path, texts=True)
         except SuiteError as error:
             problems += error.problems
             continue
@@ -231,7 +235,9 @@ class _Reading:
         before = len(self.problems)
         given = {key: value for key, value in arguments.items() if key not in measure.nested}
         asked = {
-            key: self._quantity(arguments[key], self._place(key, at, also)) for key in measure.nested & arguments.keys()
+            key: self._argued(measure, key, arguments[key], self._place(key, at, also))
+            for key in arguments
+            if key in measure.nested
         }
         try:
             standing_in: dict[str, Any] = {k: [] if isinstance(v, list) else Fraction(0) for k, v in asked.items()}
@@ -258,37 +264,42 @@ class _Reading:
             self.problem(place, f"`{measure.name}` needs `{key}`", f"add {key} to `with`")
         else:
             what = detail["msg"].removeprefix("Value error, ")
-            self.problem(place, f"`{key}` of `{measure.name}` is {detail['input']!r}: {what}", "see `peft-harness explain "
-                         f"{measure.name}`")  # fmt: skip
+            self.problem(
+                place,
+                f"`{key}` of `{measure.name}` is {shortly(detail['input'])}: {what}",
+                f"see `peft-harness explain {measure.name}`",
+            )
 
-    def _quantity(self, written: Any, way: Way) -> Any:
-        """Return an argument that is a number of the paper's, or what another measure finds; or a list of such."""
-        if isinstance(written, list):
-            return [self._quantity(one, (*way, index)) for index, one in enumerate(written)]
-        if isinstance(written, int | float) and not isinstance(written, bool):
-            return Fraction(str(written))
-        if isinstance(written, str):
-            digits, percent = written.removesuffix("%"), written.endswith("%")
-            try:
-                return Fraction(digits) / (100 if percent else 1)
-            except ValueError:
-                pass
-        if (
-            isinstance(written, dict)
-            and isinstance(written.get("measure"), str)
-            and written.keys() <= {"measure", "with"}
-        ):
-            inner = self._measure(written["measure"], way, False, way)
-            if inner is None:
-                return None
-            if inner.dimension == "property":
-                self.problem(way, f"`{inner.name}` finds no number", "name a measure that does")
-                return None
-            return self._asking(inner, written.get("with", {}), (*way, "with"), [])
-        self.problem(
-            way, f"{written!r} is no quantity", "write a number of the paper's, or {measure: NAME, with: {...}}"
-        )
-        return None
+    def _argued(self, measure: Measure, key: str, written: Any, way: Way) -> Any:
+        """Return an argument that is a quantity, or a list of them."""
+        nested = measure.nested[key]
+        if nested.several != isinstance(written, list):
+            form = "a list of quantities: [a, b]" if nested.several else "one quantity, no list"
+            self.problem(way, f"`{key}` of `{measure.name}` is {shortly(written)}", f"write {form}")
+            return [] if nested.several else None
+        if not nested.several:
+            return self._quantity(written, way, nested.dimensions)
+        return [self._quantity(one, (*way, index), nested.dimensions) for index, one in enumerate(written)]
+
+    def _quantity(self, written: Any, way: Way, dimensions: tuple[Dimension, ...]) -> Any:
+        """Return a number of the paper's, or what is asked of another measure."""
+        if (number := exact(written)) is not None:
+            return number
+        name = written.get("measure") if isinstance(written, dict) and written.keys() <= {"measure", "with"} else None
+        inside = written.get("with", {}) if isinstance(name, str) else None
+        if not isinstance(inside, dict):
+            mend = "write a number of the paper's, or {measure: NAME, with: {...}}"
+            self.problem(way, f"{shortly(written)} is no quantity", mend)
+            return None
+        inner = self._measure(name, way, False, way)
+        if inner is None:
+            return None
+        if inner.dimension == "property" or (dimensions and inner.dimension not in dimensions):
+            what = "finds no number" if inner.dimension == "property" else f"is in {inner.dimension}"
+            mend = f"name a measure in {' or '.join(dimensions)}" if dimensions else "name a measure that does"
+            self.problem(way, f"`{inner.name}` {what}", mend)
+            return None
+        return self._asking(inner, inside, (*way, "with"), [])
 
     def _config(self, method: str | None, config: Mapping[str, Any], way: Way) -> None:
         fields = methods()[method].fields if method else {}
@@ -312,11 +323,14 @@ class _Reading:
         if written is None or written in _RULES:
             return Rounding(written or "nearest")
         try:
-            return Rounding("about", parse(str(written["about"]), "share").number)
+            within = parse(str(written["about"]), "share").number
         except (KeyError, TypeError, ValueError):
+            within = Fraction(-1)
+        if not 0 <= within < 1:
             known = ", ".join(_RULES)
             self.problem((*at, "rounding"), f"`rounding` is {written!r}", f"write {known}, or {{about: 5%}}")
             return Rounding()
+        return Rounding("about", within)
 
     def _otherwise(
         self, other: OtherwiseKeys, name: str | None, measure: Measure | None, arguments: Mapping[str, Any], at: Way

@@ -24,7 +24,10 @@ from harness.last_words import say
 @click.option("--jobs", type=click.IntRange(1, 256), help="Processes at a time.  [the cores, at most 8]")
 @click.option("--strict", is_flag=True, help="Exit with 3 if a claim is inconclusive or was not run.")
 @click.option(
-    "--show", type=click.Path(path_type=Path), metavar="FILE", help="Compute nothing: show what --json wrote."
+    "--show",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Compute nothing, check nothing: show what --json wrote.",
 )
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write a page.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -45,6 +48,7 @@ def claims(
     from harness.measure import environment
     from harness.report import claims_page
     from harness.report.html import page_path
+    from harness.runner.stop import on_request
 
     page = page_path(html) if html else None
     if show:
@@ -56,7 +60,8 @@ def claims(
         read = claim_file.load([*claim_file.paths(papers or (() if files else claim_file.names())), *files])
         software = environment.describe().software
         folders = [store.find_run(name).resolve() for name in runs]
-        rows = computing.judged(selection.chosen(read, tiers, ids), jobs, folders)
+        with on_request():  # or a child would outlive this process
+            rows = computing.judged(selection.chosen(read, tiers, ids), jobs, folders)
     if page:
         claims_page.write_page(rows, software, page)
     say(json.dumps(document.document(rows, software), indent=1) if as_json else table.as_text(rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -37,9 +38,7 @@ def judged(claims: Sequence[Claim], jobs: int | None = None, runs: Sequence[Path
             environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads}
             children.append((share, answers, stack.enter_context(process.python(arguments, environment))))
         for share, answers, child in children:
-            child.process.wait(_PATIENCE_S)
-            said = child.said.strip().splitlines()
-            died = f"the process that computed it ended: {said[-1] if said else 'it said nothing'}"
+            died = _wait(child)
             read = (
                 [_read(line) for line in answers.read_text(encoding="utf-8").splitlines()] if answers.exists() else []
             )
@@ -48,6 +47,16 @@ def judged(claims: Sequence[Claim], jobs: int | None = None, runs: Sequence[Path
                 found[claim.id] = read[:count] + [Missing(died, failed=True)] * max(0, count - len(read))
                 del read[:count]
     return [judge(claim, found[claim.id]) for claim in claims]
+
+
+def _wait(child: process.Child) -> str:
+    """Wait for a child to end, and return what is to be said of measures that it did not come to."""
+    try:
+        child.process.wait(_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        return f"it was not computed within {_PATIENCE_S:.0f} s"
+    said = child.said.strip().splitlines()
+    return f"the process that computed it ended: {said[-1] if said else 'it said nothing'}"
 
 
 def _askings(claim: Claim) -> list[Asking]:

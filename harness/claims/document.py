@@ -37,6 +37,9 @@ def read(path: Path) -> tuple[list[Judged], dict[str, str]]:
         what = f"has schema {data.get('schema')!r}, and this version reads {SCHEMA}"
         raise UsageError(what, where=str(path), mend="update peft-harness, or compute the claims again")
     try:
-        return [Judged.model_validate_json(json.dumps(one)) for one in data["claims"]], dict(data["software"])
+        rows, software = [Judged.model_validate_json(json.dumps(one)) for one in data["claims"]], dict(data["software"])
     except (ValidationError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"not as it was written: {error}", where=str(path), mend="compute the claims again") from error
+    if len({row.id for row in rows}) < len(rows):
+        raise UsageError("a claim stands in it twice", where=str(path), mend="compute the claims again")
+    return rows, software

@@ -89,15 +89,21 @@ def judge(claim: Claim, answers: Sequence[Found | Missing]) -> Judged:
         if isinstance(found, Missing) or (words := _comes_out(claim, found)) is None:
             continue
         under = "; ".join(filter(None, [one.under, words]))
-        return _judged(claim, Verdict.UNDER if under else Verdict.REPRODUCED, tried, one, under=under)
+        why = f"at a reduced scale: {claim.scale}" if claim.scale else ""
+        return _judged(claim, Verdict.UNDER if under else Verdict.REPRODUCED, tried, one, under=under, why=why)
     own, found = tried[0], answers[0]
     if isinstance(found, Missing):
         return _judged(claim, Verdict.NOT_RUN, tried, own, why=found.why, failed=found.failed)
+    missing = [(one, other) for one, other in zip(tried, answers, strict=True) if isinstance(other, Missing)]
+    if missing:  # one that was not computed might have come out
+        why = "; ".join(f"not computed under {one.under}: {other.why}" for one, other in missing)
+        failed = any(other.failed for _, other in missing)
+        return _judged(claim, Verdict.INCONCLUSIVE, tried, own, why=why, failed=failed)
     if claim.scale:
-        shows = "nothing is certain" if found.most else "the opposite shows"
-        why = f"{shows} at this scale ({claim.scale}), which refutes no paper"
+        shows = "nothing is certain" if _open(claim, found) else "it comes out otherwise"
+        why = f"{shows} at a reduced scale ({claim.scale}), which refutes no paper"
         return _judged(claim, Verdict.INCONCLUSIVE, tried, own, why=why)
-    if found.most is not None and _open(claim, found):
+    if _open(claim, found):
         why = "some of the values that it can have come out, and some do not"
         return _judged(claim, Verdict.INCONCLUSIVE, tried, own, why=claim.needs or why)
     if claim.needs and found.most is None:
@@ -114,9 +120,9 @@ def _comes_out(claim: Claim, found: Found) -> str | None:
 
 def _open(claim: Claim, found: Found) -> bool:
     """Say whether a range decides nothing; of a property, it may hold and may not where `most` is true."""
-    if claim.figure is None:
+    if claim.figure is None or found.most is None:
         return bool(found.most)
-    return undecided(claim.figure, Fraction(found.value), claim.rounding, Fraction(found.most or 0))
+    return undecided(claim.figure, Fraction(found.value), claim.rounding, Fraction(found.most))
 
 
 def _tried(claim: Claim, under: str, asking: Asking, found: Found | Missing) -> Tried:

@@ -36,6 +36,17 @@ class Found:
 
 
 @dataclass(frozen=True)
+class Nested:
+    """Marks a parameter that is a number, or what another measure finds.
+
+    dimensions: what that measure may be in; empty for all but properties. several: whether it is a list of them.
+    """
+
+    dimensions: tuple[Dimension, ...] = ()
+    several: bool = False
+
+
+@dataclass(frozen=True)
 class Measure:
     """A measure: its name, what it is in, what `with:` may say (a pydantic model), and the function."""
 
@@ -43,7 +54,7 @@ class Measure:
     dimension: Dimension
     arguments: type[BaseModel]
     function: Callable[..., Found]
-    nested: frozenset[str] = field(default=frozenset())
+    nested: Mapping[str, Nested] = field(default_factory=dict)
 
     @property
     def about(self) -> str:
@@ -51,15 +62,16 @@ class Measure:
         return inspect.getdoc(self.function) or ""
 
 
-@dataclass(frozen=True)
-class _Nested:
-    """Marks a parameter that is a number, or what another measure finds."""
-
-
-Quantity = Annotated[Any, _Nested()]
+Quantity = Annotated[Any, Nested()]
 """A parameter that is a number the paper prints, or `{measure: NAME, with: {...}}`; the function gets a Fraction."""
-Quantities = Annotated[list[Any], _Nested()]
+Quantities = Annotated[list[Any], Nested(several=True)]
 """A parameter that is a list of such."""
+Count = Annotated[Any, Nested(("count", "number", "ratio"))]
+"""A Quantity that counts things."""
+Counts = Annotated[list[Any], Nested(("count", "number", "ratio"), several=True)]
+"""A list of such."""
+Sizes = Annotated[list[Any], Nested(("bytes",), several=True)]
+"""A list of Quantities in bytes."""
 
 
 class NotRunError(Exception):
@@ -120,13 +132,12 @@ def measures() -> Mapping[str, Measure]:
 def _measure(name: str, function: Any) -> Measure:
     hints = get_type_hints(function, include_extras=True)
     fields: dict[str, Any] = {}
-    nested = set()
+    nested: dict[str, Nested] = {}
     for key, parameter in inspect.signature(function).parameters.items():
-        if any(isinstance(extra, _Nested) for extra in getattr(hints[key], "__metadata__", ())):
-            nested.add(key)
+        marks = [extra for extra in getattr(hints[key], "__metadata__", ()) if isinstance(extra, Nested)]
+        if marks:
+            nested[key] = marks[0]
         default = ... if parameter.default is inspect.Parameter.empty else parameter.default
         fields[key] = (hints[key], default)
     strict = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
-    return Measure(
-        name, function.dimension, create_model(name, __config__=strict, **fields), function, frozenset(nested)
-    )
+    return Measure(name, function.dimension, create_model(name, __config__=strict, **fields), function, nested)

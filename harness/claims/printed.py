@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 from harness.spelling import near
 
@@ -31,9 +31,11 @@ UNITS: dict[Dimension, dict[str, Fraction]] = {
     "number": {"": Fraction(1)},
     "property": {},
 }
-_FORM = re.compile(
-    r"(?P<relation><=|>=|<|>)?\s*(?P<digits>[+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?)\s*(?P<unit>[A-Za-z%]*)"
-)
+_QUOTED = 60
+_DIGITS = r"[+-]?\d[\d,]{0,30}(?:\.\d{1,30})?(?:e[+-]?\d{1,3})?"
+"""Of a number; so few that none can be written to stop the machine."""
+_FORM = re.compile(rf"(?P<relation><=|>=|<|>)?\s*(?P<digits>{_DIGITS})\s*(?P<unit>[A-Za-z%]*)")
+_NUMBER = re.compile(rf"{_DIGITS}(?:/\d{{1,30}})?%?")
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,25 @@ def parse(text: str, dimension: Dimension) -> Printed:
 def _example(dimension: Dimension) -> str:
     unit = next(iter(units)) if (units := [u for u in UNITS[dimension] if u]) else ""
     return f"`12.3{unit}`"
+
+
+def exact(written: Any) -> Fraction | None:
+    """Return a number as it is written, e.g. `1.5e6`, `2/3`, `20%`; None for what is none, or has no end."""
+    if isinstance(written, bool) or not isinstance(written, int | float | str):
+        return None
+    text = getattr(written, "text", str(written)).strip()
+    if not _NUMBER.fullmatch(text):
+        return None
+    top, _, bottom = text.removesuffix("%").replace(",", "").partition("/")
+    if bottom and not int(bottom):
+        return None
+    return Fraction(top) / int(bottom or 1) / (100 if text.endswith("%") else 1)
+
+
+def shortly(written: Any) -> str:
+    """Return what was written as a message can quote it."""
+    text = repr(written)
+    return text if len(text) <= _QUOTED else f"{text[: _QUOTED - 4]} ..."
 
 
 def agrees(printed: Printed, value: Fraction, rounding: Rounding, most: Fraction | None = None) -> str | None:

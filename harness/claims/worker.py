@@ -6,6 +6,7 @@ The first two are JSON Lines files; the others are run folders whose Records com
 from __future__ import annotations
 
 import json
+import re
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +16,10 @@ from harness.claims import recorded
 from harness.claims.measuring import Found, NotRunError, measures
 from harness.errors import HarnessError
 
-_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, StopIteration,
+    TypeError, ValueError, re.error,
+)  # fmt: skip
 """What transformers and the references raise for a shape or a config that does not fit; one claim never takes the others."""
 
 
@@ -42,13 +46,17 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
     """Return what a measure found as JSON can hold it; or what is missing, and whether that is a failure."""
     try:
         found = find(asked)
+        numbers = {name: _written(value) for name, value in (("value", found.value), ("most", found.most))}
     except NotRunError as error:
         return {"missing": str(error), "failed": False}
     except (*_ERRORS, HarnessError) as error:
         return {"missing": f"could not be computed: {type(error).__name__}: {error}", "failed": True}
-    numbers = {name: value if isinstance(value, bool | None) else str(Fraction(value))
-               for name, value in (("value", found.value), ("most", found.most))}  # fmt: skip
     return {"how": found.how, **numbers}
+
+
+def _written(value: Any) -> bool | str | None:
+    """Write a number so that nothing of it is lost. Raises ValueError and OverflowError for NaN and infinities."""
+    return value if isinstance(value, bool | None) else str(Fraction(value))
 
 
 if __name__ == "__main__":

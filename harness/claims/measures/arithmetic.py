@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from harness.claims.measuring import Found, Quantities, Quantity, measure
+from harness.claims.measuring import Count, Counts, Found, Quantity, Sizes, measure
 
 
 @measure("ratio")
@@ -32,13 +32,13 @@ def share_more(of: Quantity, than: Quantity) -> Found:
 
 
 @measure("count")
-def count_sum(of: Quantities) -> Found:
+def count_sum(of: Counts) -> Found:
     """The sum of counts."""
     return Found(sum(of, Fraction(0)), " + ".join(map(written, of)))
 
 
 @measure("count")
-def count_product(of: Quantities) -> Found:
+def count_product(of: Counts) -> Found:
     """The product of counts."""
     product = Fraction(1)
     for one in of:
@@ -47,13 +47,13 @@ def count_product(of: Quantities) -> Found:
 
 
 @measure("bytes")
-def bytes_sum(of: Quantities) -> Found:
+def bytes_sum(of: Sizes) -> Found:
     """The sum of bytes."""
     return Found(sum(of, Fraction(0)), " + ".join(f"{written(one)} B" for one in of))
 
 
 @measure("bytes")
-def bytes_of(count: Quantity, each: Quantity) -> Found:
+def bytes_of(count: Count, each: Quantity) -> Found:
     """So many numbers of `each` bytes: 2 of 16 bits, 12 of weights, gradients and Adam's moments at 2 + 2 + 8."""
     return Found(count * each, f"{written(count)} x {written(each)} B")
 
