@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from harness.claims import claim_file, explained, selection, table
-from harness.claims.judging import Judged, Verdict, judge
+from harness.claims import claim_file, explained, selection, table, worker
+from harness.claims.judging import Judged, Missing, Verdict, judge
 from harness.claims.measures.conformance import conforms
 from harness.claims.measuring import Found, measures
 from harness.claims.printed import Rounding, agrees, parse
@@ -225,6 +227,100 @@ def test_every_mistake_of_a_file_is_told_at_once_with_its_line(
         at = [i for i, one in enumerate(lines) if f"mine.yaml{place}" in one and words in " ".join(lines[i : i + 2])]
         assert at, f"{place}{words} is not in:\n{said}"
     assert f"{len(expected)} mistakes in the claim file" in said
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("of: 1/0, to: 1", "'1/0' is no quantity"),
+        ("of: .inf, to: 1", "inf is no quantity"),
+        ("of: '1e999999999', to: 1", "is no quantity"),
+        ("of: [1, 2], to: 1", "write one quantity, no list"),
+        ("of: {measure: parameters, with: [1]}, to: 1", "is no quantity"),
+        ("of: {measure: conforms, with: {method: lora, check: merge}}, to: 1", "`conforms` finds no number"),
+        (
+            "of: {measure: bytes_sum, with: {of: [{measure: ratio, with: {of: 1, to: 1}}]}}, to: 1",
+            "`ratio` is in ratio",
+        ),
+    ],
+)
+def test_what_is_no_quantity_is_a_mistake_of_the_file(tmp_path: Path, argument: str, said: str) -> None:
+    claim = f"  - {{id: a, sentence: s, source: t, tier: exact, printed: 1x, measure: ratio, with: {{{argument}}}}}\n"
+    with pytest.raises(SuiteError, match="1 mistake") as raised:
+        claim_file.load([write(tmp_path, claim)])
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize("written", ["0.10", "'0.10'"])
+def test_the_digits_of_a_figure_count_without_quotes_too(tmp_path: Path, written: str) -> None:
+    claim = (
+        "  - {id: a, sentence: s, source: t, tier: exact, printed: %s, measure: ratio, with: {of: 1, to: 1}}\n"
+        % written
+    )
+    (read,) = claim_file.load([write(tmp_path, claim)])
+    assert judge(read, [Found(Fraction("0.104"), "")]).verdict is Verdict.REPRODUCED
+    assert judge(read, [Found(Fraction("0.14"), "")]).verdict is Verdict.NOT_REPRODUCED
+
+
+def test_a_reading_that_was_not_computed_might_have_come_out(tmp_path: Path) -> None:
+    more = ", otherwise: [{under: rank 3, with: {config: {rank: 3}}}]"
+    (claim,) = claim_file.load([write(tmp_path, line(tmp_path, "150", more=more))])
+    row = judge(claim, [Found(112, ""), Missing("the process ended", failed=True)])
+    assert (row.verdict, row.failed) == (Verdict.INCONCLUSIVE, True)
+    assert "not computed under rank 3: the process ended" in row.why
+    assert judge(claim, [Found(112, ""), Found(168, "")]).verdict is Verdict.NOT_REPRODUCED
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict", "said"),
+    [
+        (Found(150, ""), Verdict.REPRODUCED, "at a reduced scale: a rehearsal"),
+        (Found(200, ""), Verdict.INCONCLUSIVE, "it comes out otherwise at a reduced scale"),
+        (Found(100, "", most=200), Verdict.INCONCLUSIVE, "nothing is certain at a reduced scale"),
+    ],
+)
+def test_nothing_is_refuted_at_a_reduced_scale(tmp_path: Path, found: Found, verdict: Verdict, said: str) -> None:
+    (claim,) = claim_file.load([write(tmp_path, line(tmp_path, "150", more=", scale: a rehearsal"))])
+    row = judge(claim, [found])
+    assert row.verdict is verdict
+    assert said in row.why
+
+
+def test_one_measure_that_cannot_be_taken_is_told_and_ends_nothing() -> None:
+    broken = {"measure": "parameters", "with": {"model": "galore-60m", "only": ["("]}}
+    nothing = {"measure": "ratio", "with": {"of": 1, "to": 0}}
+    assert [worker.answer(asked)["failed"] for asked in (broken, nothing)] == [True, True]
+    assert worker.answer({"measure": "ratio", "with": {"of": 1, "to": 3}})["value"] == "1/3"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGTERM")
+def test_sigterm_ends_the_children_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "harness.cli", "claims", "--file", str(write(tmp_path, line(tmp_path, "112")))]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        children = _children(running.pid)
+        running.terminate()
+        _, said = running.communicate(timeout=60)
+    assert running.returncode == Exit.INFRASTRUCTURE
+    assert "interrupted" in said
+    assert children
+    assert not _alive(children)
+
+
+def _alive(pids: list[int]) -> list[int]:
+    """Return those that do not end: the last to learn that its parent is gone has a moment for it."""
+    for _ in range(100):
+        if not (alive := [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]):
+            break
+        time.sleep(0.1)
+    return alive
+
+
+def _children(pid: int) -> list[int]:
+    for _ in range(600):
+        if found := [child.pid for child in psutil.Process(pid).children(recursive=True)]:
+            return found
+        time.sleep(0.1)
+    return []
 
 
 def test_two_claims_of_one_id_are_refused(tmp_path: Path) -> None:

@@ -35,10 +35,10 @@ class Child:
 
 
 @contextmanager
-def python(arguments: Sequence[str], environment: Mapping[str, str]) -> Iterator[Child]:
+def python(arguments: Sequence[str], environment: Mapping[str, str], keep: Sequence[int] = ()) -> Iterator[Child]:
     """Start this Python with `arguments`; at the end of the block kill it and whatever it started.
 
-    `environment` is added to this process's own.
+    `environment` is added to this process's own. keep: descriptors that it inherits.
     """
     process = subprocess.Popen(
         [sys.executable, *arguments],
@@ -52,6 +52,7 @@ def python(arguments: Sequence[str], environment: Mapping[str, str]) -> Iterator
         env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", **environment},
         # A session of its own, so that its children can be ended with it, and Ctrl-C is ours alone to handle.
         start_new_session=True,
+        pass_fds=keep,
     )
     assert process.stdout is not None  # noqa: S101  # it is a PIPE
     child = Child(process, deque(maxlen=_KEPT_LINES))

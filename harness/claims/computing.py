@@ -28,15 +28,18 @@ def judged(claims: Sequence[Claim], jobs: int | None = None, runs: Sequence[Path
     shares = _shares(claims, jobs or min(os.cpu_count() or 1, 8))
     found: dict[str, list[Found | Missing]] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        watched, line = os.pipe()  # children end when `line` closes, whatever ends this process
+        stack.callback(os.close, line)
+        stack.callback(os.close, watched)
         children = []
         for number, share in enumerate(shares):
             asked, answers = Path(folder) / f"{number}.asked", Path(folder) / f"{number}.answers"
             lines = [json.dumps(plain(asking)) for claim in share for asking in _askings(claim)]
             asked.write_text("\n".join(lines), encoding="utf-8")
-            arguments = ["-P", "-m", "harness.claims.worker", str(asked), str(answers), *map(str, runs)]
+            arguments = ["-P", "-m", "harness.claims.worker", str(watched), str(asked), str(answers), *map(str, runs)]
             threads = str(max(1, (os.cpu_count() or 1) // len(shares)))
             environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads}
-            children.append((share, answers, stack.enter_context(process.python(arguments, environment))))
+            children.append((share, answers, stack.enter_context(process.python(arguments, environment, [watched]))))
         for share, answers, child in children:
             died = _wait(child)
             read = (

@@ -1,6 +1,7 @@
-"""Take measures, in a process of its own: `python -m harness.claims.worker ASKED ANSWERS [RUN]...`.
+"""Take measures, in a process of its own: `python -m harness.claims.worker LINE ASKED ANSWERS [RUN]...`.
 
-The first two are JSON Lines files; the others are run folders whose Records come before the published ones.
+LINE is a descriptor: when its other end closes, this process ends too. Then come two JSON Lines files, and run folders whose
+Records come before the published ones.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from harness.claims import recorded
 from harness.claims.measuring import Found, NotRunError, measures
 from harness.errors import HarnessError
+from harness.runner import lifeline
 
 _ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, StopIteration,
@@ -60,7 +62,8 @@ def _written(value: Any) -> bool | str | None:
 
 
 if __name__ == "__main__":
-    recorded.look_in(map(Path, sys.argv[3:]))
-    with Path(sys.argv[2]).open("w", encoding="utf-8") as answers:
-        for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines():
+    lifeline.hold(int(sys.argv[1]))
+    recorded.look_in(map(Path, sys.argv[4:]))
+    with Path(sys.argv[3]).open("w", encoding="utf-8") as answers:
+        for line in Path(sys.argv[2]).read_text(encoding="utf-8").splitlines():
             print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
