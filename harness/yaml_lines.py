@@ -45,6 +45,9 @@ class Document:
         return f"{self.path}:{self.lines.get(way, 1)}"
 
 
+_START = "`suite: NAME`, or see suites/smoke.yaml"
+
+
 class Written(float):
     """A number with a fraction, and its characters as written: `0.10` says more than 0.1."""
 
@@ -57,11 +60,11 @@ class Written(float):
         return made
 
 
-def load(path: Path, *, tags: bool = False, texts: bool = False) -> Document:
+def load(path: Path, *, tags: bool = False, texts: bool = False, start: str = _START) -> Document:
     """Read a file whose top level is a mapping; raises SuiteError with everything that is wrong with it as YAML.
 
     tags: whether values may have tags of their own, such as `!function f.g`; such a value is its text. texts: whether
-    numbers with a fraction keep their characters, as `Written`.
+    numbers with a fraction keep their characters, as `Written`. start: how such a file begins, for a message.
     """
     raw = _read(path)
     root = _compose(path, _decode(path, raw))
@@ -69,7 +72,7 @@ def load(path: Path, *, tags: bool = False, texts: bool = False) -> Document:
     data = builder.build(root, ()) if root is not None else None
     if root is None or not isinstance(data, dict):
         what = "the file is empty" if root is None else f"expected keys and values, got {_kind(data)}"
-        builder.problems.append(Problem(f"{path}:1", what, "start with `suite: NAME`, or see suites/smoke.yaml"))
+        builder.problems.append(Problem(f"{path}:1", what, f"start with {start}"))
     if builder.problems or not isinstance(data, dict):
         raise SuiteError(builder.problems)
     return Document(path, raw, data, builder.lines)
@@ -159,7 +162,11 @@ class _Builder:
             if tag != _TAG + "timestamp" and not self.tags:  # what looks like a date is text here
                 self._problem(node, f"a tag, `{tag}`, which is not allowed here", "write a plain value")
             return node.value
-        value = self._constructor.construct_object(node)
+        try:
+            value = self._constructor.construct_object(node)
+        except ValueError as error:  # Python reads no whole number of thousands of digits
+            self._problem(node, f"no number that can be read: {error}", "write fewer digits")
+            return None
         if self.texts and isinstance(value, float):
             return Written(value, node.value)
         try:

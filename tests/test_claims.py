@@ -251,12 +251,42 @@ def test_what_is_no_quantity_is_a_mistake_of_the_file(tmp_path: Path, argument: 
     assert said in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("claim", "mistakes"),
+    [
+        ("claims: [[1], null, 7, abc, {}]", 4 + len(("sentence", "source", "measure", "tier", "printed", "id"))),
+        ("claims:\n  - {id: a, sentence: s, source: t, tier: exact, measure: ratio, with: {of: 1, to: 1}, rows: []}", 1),
+        ("claims:\n  - {id: a, sentence: '{rang}', source: t, tier: exact, printed: 1x, measure: ratio,"
+         " with: {of: 1, to: 1}}", 1),
+        ("claims:\n  - {id: a, sentence: s, source: t, tier: exact, printed: 1x, measure: ratio, with: {of: 1, to: 1},"
+         " otherwise: [{under: z, with: {config: abc}}]}", 1),
+        ("claims:\n  - {id: a, sentence: s, source: t, tier: exact, printed: '1,,,0x', measure: ratio,"
+         " with: {of: 1, to: 1}, rounding: {about: < 5%}}", 2),
+        ("claims:\n  - {id: a, sentence: s, source: t, tier: exact, printed: 1K, measure: parameters,"
+         " with: {model: ./nowhere}}", 1),
+        ("claims:\n  - {id: a, sentence: s, source: t, tier: exact, printed: 1K, measure: parameters,"
+         " with: {model: %s}}" % ("9" * 5000), 1),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_mistake(tmp_path: Path, claim: str, mistakes: int) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"paper: mine\ntitle: Mine\nversion: v1\n{claim}\n")
+    with pytest.raises(SuiteError) as raised:
+        claim_file.load([path])
+    assert len(raised.value.problems) == mistakes, str(raised.value)
+
+
+def test_a_model_is_a_folder_beside_the_file_too(tmp_path: Path) -> None:
+    write(tmp_path, line(tmp_path, "1"))
+    beside = line(tmp_path, "1").replace(f"{tmp_path}/config.json", "./")
+    (claim,) = claim_file.load([write(tmp_path, beside)])
+    assert claim.asking.arguments["model"] == str((tmp_path / "config.json").resolve())
+
+
 @pytest.mark.parametrize("written", ["0.10", "'0.10'"])
 def test_the_digits_of_a_figure_count_without_quotes_too(tmp_path: Path, written: str) -> None:
-    claim = (
-        "  - {id: a, sentence: s, source: t, tier: exact, printed: %s, measure: ratio, with: {of: 1, to: 1}}\n"
-        % written
-    )
+    one = f"id: a, sentence: s, source: t, tier: exact, printed: {written}, measure: ratio, with: {{of: 1, to: 1}}"
+    claim = f"  - {{{one}}}\n"
     (read,) = claim_file.load([write(tmp_path, claim)])
     assert judge(read, [Found(Fraction("0.104"), "")]).verdict is Verdict.REPRODUCED
     assert judge(read, [Found(Fraction("0.14"), "")]).verdict is Verdict.NOT_REPRODUCED

@@ -40,6 +40,8 @@ def split_layers(built: nn.Module, parts: Mapping[str, Sequence[str]]) -> None:
         if not names:
             continue
         inputs, outputs = (layer.nx, layer.nf) if hasattr(layer, "nf") else (layer.in_features, layer.out_features)
+        if outputs % len(names):
+            raise ValueError(f"{path} has {outputs} outputs, which {len(names)} parts do not share equally")
         each = nn.ModuleDict(
             {
                 name: nn.Linear(inputs, outputs // len(names), bias=layer.bias is not None, device="meta")

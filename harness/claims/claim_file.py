@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field
 
 from harness import suite_file, yaml_lines
-from harness.claims.claim import Asking, Claim, Reading, Tier
-from harness.claims.measuring import Measure, measures
-from harness.claims.printed import Dimension, Printed, Rounding, exact, parse, shortly
+from harness.claims.arguments import Arguments
+from harness.claims.claim import Claim, Reading, Tier
+from harness.claims.measuring import Measure
+from harness.claims.printed import Printed, Rounding, parse
 from harness.errors import Problem, SuiteError, UsageError
-from harness.methods import methods
 from harness.resources import folder
 from harness.spelling import near
 from harness.suite_file import Id, Keys, Word
@@ -28,6 +29,8 @@ def _text(written: Any) -> Any:
 
 
 _Text = Annotated[str, BeforeValidator(_text)]
+_PLACE = re.compile(r"\{\w+\}")
+_FILL = "write {printed}, or an argument or key of the config that every row has"
 _RULES = ("nearest", "cut", "magnitude")
 
 
@@ -65,7 +68,7 @@ class ClaimKeys(RowKeys):
 
     tier: Tier | None = None
     scale: Word | None = None
-    rows: list[RowKeys] = Field(default=[])
+    rows: list[RowKeys] | None = Field(default=None, min_length=1)
 
 
 class FileKeys(Keys):
@@ -106,7 +109,9 @@ def load(paths: Iterable[Path]) -> list[Claim]:
     problems: list[Problem] = []
     for path in paths:
         try:
-            document = yaml_lines.load(path, texts=True)
+            document = yaml_lines.load(
+                path, texts=True, start="`paper: NAME`; `peft-harness explain claims` shows a file"
+            )
         except SuiteError as error:
             problems += error.problems
             continue
@@ -130,9 +135,12 @@ class _Reading:
     def __init__(self, document: Document) -> None:
         self.document = document
         self.problems: list[Problem] = []
+        self.cut: set[Way] = set()
+        self.arguments = Arguments(document, self.problems)
 
     def claims(self) -> list[Claim]:
-        keys, self.problems, self.cut = suite_file.read(self.document, FileKeys)
+        keys, problems, self.cut = suite_file.read(self.document, FileKeys)
+        self.problems += problems
         for name in ("paper", "title", "version"):
             if not getattr(keys, name) and (name,) not in self.cut:
                 self.problem((), f"`{name}` is missing", _MISSING[name])
@@ -143,10 +151,12 @@ class _Reading:
         ]
 
     def problem(self, way: Way, what: str, mend: str) -> None:
-        self.problems.append(Problem(self.document.where(*way), what, mend))
+        self.arguments.problem(way, what, mend)
 
     def _rows(self, keys: FileKeys, table: ClaimKeys, way: Way) -> Iterator[Claim]:
-        if not table.rows:
+        if {way, (*way, "rows")} & self.cut:
+            return  # no claim at all, or no rows, and told already
+        if table.rows is None:
             found = self._claim(keys, table, table, way, way)
             if found is not None:
                 yield found
@@ -154,6 +164,8 @@ class _Reading:
         if table.printed:
             self.problem((*way, "printed"), "`printed` stands beside `rows`", "give it to each row")
         for index, row in enumerate(table.rows):
+            if (*way, "rows", index) in self.cut:
+                continue
             found = self._claim(keys, table, row, way, (*way, "rows", index))
             if found is not None:
                 yield found
@@ -171,8 +183,8 @@ class _Reading:
             if not value and (*place, name.partition(" ")[0]) not in self.cut:
                 self.problem(place, f"`{name}` is missing", _MISSING[name.partition(" ")[0]])
         arguments = dict(table.with_) | (dict(row.with_) if is_row else {})
-        measure = self._measure(values["measure"], at, is_row and row.measure is None, way)
-        asking = self._asking(measure, arguments, (*at, "with"), [(*way, "with")]) if measure else None
+        measure = self.arguments.measure(values["measure"], at, is_row and row.measure is None, way)
+        asking = self.arguments.asking(measure, arguments, (*at, "with"), [(*way, "with")]) if measure else None
         figure = self._figure(values["printed"], measure, at)
         rounding = self._rounding(row.rounding if row.rounding is not None else table.rounding, at)
         otherwise = row.otherwise if row.otherwise is not None else table.otherwise
@@ -189,10 +201,16 @@ class _Reading:
             or any(gone[: len(at)] == at for gone in self.cut)
         ):
             return None
+        sentence = self._filled(values["sentence"], values["printed"], arguments)
+        if left := _PLACE.findall(sentence):
+            self.problem(
+                at if row.sentence else way, f"the sentence has a place `{left[0]}`, which nothing fills", _FILL
+            )
+            return None
         name = f"{table.id}-{row.id}" if is_row else str(row.id)
         return Claim(
             id=name,
-            sentence=" ".join(self._filled(values["sentence"], values["printed"], arguments).split()),
+            sentence=" ".join(sentence.split()),
             paper=str(keys.paper),
             version=str(keys.version),
             source=values["source"],
@@ -213,101 +231,12 @@ class _Reading:
     @staticmethod
     def _filled(sentence: str, printed: str, arguments: Mapping[str, Any]) -> str:
         """Put the row's own values into a sentence that its table shares: `{printed}`, `{rank}`, `{model}`."""
-        flat = {**arguments, **arguments.get("config", {}), "printed": printed}
+        config = arguments.get("config", {})
+        flat = {**arguments, **(config if isinstance(config, dict) else {}), "printed": printed}
         for key, value in flat.items():
             shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             sentence = sentence.replace("{" + key + "}", shown)
         return sentence
-
-    def _measure(self, name: str | None, at: Way, inherited: bool, way: Way) -> Measure | None:
-        if not name:
-            return None
-        if name not in measures():
-            place = (*way, "measure") if inherited else (*at, "measure")
-            one = Problem(self.document.where(*place), f"no measure is called `{name}`", near(name, measures()))
-            if one not in self.problems:  # of a table it is one mistake, however many rows
-                self.problems.append(one)
-            return None
-        return measures()[name]
-
-    def _asking(self, measure: Measure, arguments: Mapping[str, Any], at: Way, also: list[Way]) -> Asking | None:
-        """Check the arguments of a measure. also: where else a key may stand, for a row inherits those of its table."""
-        before = len(self.problems)
-        given = {key: value for key, value in arguments.items() if key not in measure.nested}
-        asked = {
-            key: self._argued(measure, key, arguments[key], self._place(key, at, also))
-            for key in arguments
-            if key in measure.nested
-        }
-        try:
-            standing_in: dict[str, Any] = {k: [] if isinstance(v, list) else Fraction(0) for k, v in asked.items()}
-            model = measure.arguments.model_validate(given | standing_in)
-        except ValidationError as error:
-            for detail in error.errors(include_url=False):
-                self._argument(measure, dict(detail), at, also)
-            return None
-        checked = {key: getattr(model, key) for key in given if key in measure.arguments.model_fields}
-        if "config" in checked:
-            self._config(checked.get("method"), checked["config"], self._place("config", at, also))
-        return Asking(measure.name, checked | asked) if len(self.problems) == before else None
-
-    def _place(self, key: str, at: Way, also: list[Way]) -> Way:
-        return next((way for one in (at, *also) if (way := (*one, key)) in self.document.lines), at)
-
-    def _argument(self, measure: Measure, detail: dict[str, Any], at: Way, also: list[Way]) -> None:
-        key = str(detail["loc"][0])
-        place = self._place(key, at, also)
-        known = list(measure.arguments.model_fields)
-        if detail["type"] == "extra_forbidden":
-            self.problem(place, f"`{measure.name}` has no argument `{key}`", near(key, known, "it takes"))
-        elif detail["type"] == "missing":
-            self.problem(place, f"`{measure.name}` needs `{key}`", f"add {key} to `with`")
-        else:
-            what = detail["msg"].removeprefix("Value error, ")
-            self.problem(
-                place,
-                f"`{key}` of `{measure.name}` is {shortly(detail['input'])}: {what}",
-                f"see `peft-harness explain {measure.name}`",
-            )
-
-    def _argued(self, measure: Measure, key: str, written: Any, way: Way) -> Any:
-        """Return an argument that is a quantity, or a list of them."""
-        nested = measure.nested[key]
-        if nested.several != isinstance(written, list):
-            form = "a list of quantities: [a, b]" if nested.several else "one quantity, no list"
-            self.problem(way, f"`{key}` of `{measure.name}` is {shortly(written)}", f"write {form}")
-            return [] if nested.several else None
-        if not nested.several:
-            return self._quantity(written, way, nested.dimensions)
-        return [self._quantity(one, (*way, index), nested.dimensions) for index, one in enumerate(written)]
-
-    def _quantity(self, written: Any, way: Way, dimensions: tuple[Dimension, ...]) -> Any:
-        """Return a number of the paper's, or what is asked of another measure."""
-        if (number := exact(written)) is not None:
-            return number
-        name = written.get("measure") if isinstance(written, dict) and written.keys() <= {"measure", "with"} else None
-        inside = written.get("with", {}) if isinstance(name, str) else None
-        if not isinstance(inside, dict):
-            mend = "write a number of the paper's, or {measure: NAME, with: {...}}"
-            self.problem(way, f"{shortly(written)} is no quantity", mend)
-            return None
-        inner = self._measure(name, way, False, way)
-        if inner is None:
-            return None
-        if inner.dimension == "property" or (dimensions and inner.dimension not in dimensions):
-            what = "finds no number" if inner.dimension == "property" else f"is in {inner.dimension}"
-            mend = f"name a measure in {' or '.join(dimensions)}" if dimensions else "name a measure that does"
-            self.problem(way, f"`{inner.name}` {what}", mend)
-            return None
-        return self._asking(inner, inside, (*way, "with"), [])
-
-    def _config(self, method: str | None, config: Mapping[str, Any], way: Way) -> None:
-        fields = methods()[method].fields if method else {}
-        for key, value in config.items():
-            if key not in fields:
-                self.problem((*way, key), f"{method} has no `{key}`", near(key, fields))
-            elif wrong := fields[key].problem(value):
-                self.problem((*way, key), f"`{key}` of {method}: {wrong}", fields[key].mend)
 
     def _figure(self, printed: str | None, measure: Measure | None, at: Way) -> Printed | None:
         if not printed or measure is None or measure.dimension == "property":
@@ -323,7 +252,8 @@ class _Reading:
         if written is None or written in _RULES:
             return Rounding(written or "nearest")
         try:
-            within = parse(str(written["about"]), "share").number
+            figure = parse(str(written["about"]), "share")
+            within = figure.number if not figure.relation and written.keys() == {"about"} else Fraction(-1)
         except (KeyError, TypeError, ValueError):
             within = Fraction(-1)
         if not 0 <= within < 1:
@@ -338,7 +268,7 @@ class _Reading:
         if not other.under and (*at, "under") not in self.cut:
             self.problem(at, "`under` is missing", "say in words which convention, rank or unit this is")
         same = measure
-        if other.measure and (same := self._measure(other.measure, at, False, at)) is None:
+        if other.measure and (same := self.arguments.measure(other.measure, at, False, at)) is None:
             return None
         if same is None or measure is None:
             return None
@@ -346,10 +276,12 @@ class _Reading:
             what = f"`{same.name}` is in {same.dimension}, but the claim's `{name}` is in {measure.dimension}"
             self.problem((*at, "measure"), what, "name a measure in the same unit")
             return None
-        config = {**arguments.get("config", {}), **other.with_.get("config", {})}
         inherited = arguments if other.measure is None else {}
-        changed = {**inherited, **other.with_} | ({"config": config} if config and other.measure is None else {})
-        asking = self._asking(same, changed, (*at, "with"), [(*at[:-2], "with")])
+        changed = {**inherited, **other.with_}
+        both = inherited.get("config"), other.with_.get("config")
+        if all(isinstance(config, dict) for config in both):
+            changed["config"] = {key: value for config in both for key, value in config.items()}  # type: ignore[union-attr]
+        asking = self.arguments.asking(same, changed, (*at, "with"), [(*at[:-2], "with")])
         return Reading(other.under or "", asking) if asking else None
 
 

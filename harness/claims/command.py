@@ -50,7 +50,7 @@ def claims(
     from harness.report.html import page_path
     from harness.runner.stop import on_request
 
-    page = page_path(html) if html else None
+    page = page_path(html, "--html") if html else None
     if show:
         if papers or files or runs:
             raise UsageError("--show computes nothing", where="--show", mend="leave PAPER, --file and --run out")

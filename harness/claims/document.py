@@ -36,10 +36,14 @@ def read(path: Path) -> tuple[list[Judged], dict[str, str]]:
     if data.get("schema") != SCHEMA:
         what = f"has schema {data.get('schema')!r}, and this version reads {SCHEMA}"
         raise UsageError(what, where=str(path), mend="update peft-harness, or compute the claims again")
+    if not isinstance(data.get("claims"), list) or not isinstance(data.get("software"), dict):
+        raise UsageError("lacks `claims` or `software`", where=str(path), mend="compute the claims again")
     try:
         rows, software = [Judged.model_validate_json(json.dumps(one)) for one in data["claims"]], dict(data["software"])
     except (ValidationError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"not as it was written: {error}", where=str(path), mend="compute the claims again") from error
+        raise UsageError(
+            f"not as it was written: {str(error).splitlines()[0]}", where=str(path), mend="compute the claims again"
+        ) from error
     if len({row.id for row in rows}) < len(rows):
         raise UsageError("a claim stands in it twice", where=str(path), mend="compute the claims again")
     return rows, software

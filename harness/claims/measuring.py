@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, create_model
 
 from harness.claims.printed import Dimension
 
@@ -78,13 +79,26 @@ class NotRunError(Exception):
     """Raised by a measure that cannot be taken here: what it needs, as a sentence."""
 
 
-def _shape(address: str) -> str:
+FOLDER = "folder"
+"""In the context of a validation: where the paths of a file start."""
+
+
+def _shape(address: str, info: ValidationInfo) -> str:
     from harness.assets import shapes
+    from harness.errors import UsageError
 
     name = address.removeprefix(shapes.PREFIX)
     if wrong := shapes.unknown(name):
-        raise ValueError(wrong)
-    return name
+        raise ValueError(f"{wrong}; a path begins with ./" if "/" in name or name.endswith(".json") else wrong)
+    if not name.startswith(shapes.PATH_STARTS):
+        return name
+    path = (info.context or {}).get(FOLDER, Path()) / Path(name).expanduser()
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        shapes.read(file)
+    except UsageError as error:
+        raise ValueError(f"{error.what}; {error.mend}") from error
+    return str(file.resolve())
 
 
 def _method(name: str) -> str:

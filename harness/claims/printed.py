@@ -32,10 +32,10 @@ UNITS: dict[Dimension, dict[str, Fraction]] = {
     "property": {},
 }
 _QUOTED = 60
-_DIGITS = r"[+-]?\d[\d,]{0,30}(?:\.\d{1,30})?(?:e[+-]?\d{1,3})?"
+_DIGITS = r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30})(?:\.[0-9]{1,30})?(?:e[+-]?[0-9]{1,2})?"
 """Of a number; so few that none can be written to stop the machine."""
 _FORM = re.compile(rf"(?P<relation><=|>=|<|>)?\s*(?P<digits>{_DIGITS})\s*(?P<unit>[A-Za-z%]*)")
-_NUMBER = re.compile(rf"{_DIGITS}(?:/\d{{1,30}})?%?")
+_NUMBER = re.compile(rf"{_DIGITS}(?:/[0-9]{{1,30}})?%?")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def parse(text: str, dimension: Dimension) -> Printed:
         raise ValueError(f"{text!r} is no figure; write e.g. {_example(dimension)}, or < and > before it")
     unit = found["unit"]
     if unit not in units:
-        raise ValueError(f"{text!r} has the unit {unit!r}, but the measure is in {dimension}; {near(unit, units)}")
+        mend = near(unit, filter(None, units), "write it as one of") if any(units) else "write none"
+        raise ValueError(f"{text!r} has the unit {unit!r}, but the measure is in {dimension}; {mend}")
     digits = found["digits"].replace(",", "")
     mantissa, _, exponent = digits.partition("e")
     last = Fraction(10) ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
@@ -161,7 +162,8 @@ def _comes_out(printed: Printed, value: Fraction, rounding: Rounding) -> bool:
         case "about":
             return abs(away) <= abs(printed.number) * rounding.within
         case "magnitude":
-            return value > 0 and printed.number > 0 and _power(value) == _power(printed.number)
+            same_sign = value * printed.number > 0
+            return same_sign and _power(abs(value)) == _power(abs(printed.number))
 
 
 def _power(value: Fraction) -> int:

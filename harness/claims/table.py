@@ -27,7 +27,7 @@ def summary(rows: Sequence[Judged]) -> str:
     """Say how many claims got each verdict."""
     counts = Counter(row.verdict for row in rows)
     said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict])
-    return f"{len(rows)} claim{'s' * (len(rows) != 1)}: {said}"
+    return f"{len(rows)} claim{'s' * (len(rows) != 1)}{': ' * bool(said)}{said}"
 
 
 def _claim(row: Judged) -> Iterator[str]:

@@ -25,6 +25,10 @@ _ERRORS = (
 """What transformers and the references raise for a shape or a config that does not fit; one claim never takes the others."""
 
 
+_LARGEST = 1e300
+"""What a report can still show."""
+
+
 def find(asked: dict[str, Any]) -> Found:
     """Take one measure; first those that its arguments ask for."""
     measure = measures()[asked["measure"]]
@@ -58,7 +62,11 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
 
 def _written(value: Any) -> bool | str | None:
     """Write a number so that nothing of it is lost. Raises ValueError and OverflowError for NaN and infinities."""
-    return value if isinstance(value, bool | None) else str(Fraction(value))
+    if isinstance(value, bool | None):
+        return value
+    if abs(value) > _LARGEST:
+        raise OverflowError(f"a number above {_LARGEST:g}")
+    return str(Fraction(value))
 
 
 if __name__ == "__main__":
