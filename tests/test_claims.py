@@ -53,6 +53,8 @@ def line(folder: Path, printed: str, *, rank: int = 2, more: str = "", measure: 
         ("0.3M", "count", 294_912, ""),
         ("18.8M", "count", 18_874_368, "digits cut off, not rounded"),
         ("603.8M", "count", 603_979_776, None),
+        ("3x", "ratio", Fraction(399, 100), None),
+        ("0.4M", "count", 491_520, "digits cut off, not rounded"),
         ("35MB", "bytes", 36 * 2**20, None),
         ("36MB", "bytes", 36 * 2**20, "MB read as MiB"),
         ("36MiB", "bytes", 36 * 2**20, ""),

@@ -134,7 +134,8 @@ def undecided(printed: Printed, value: Fraction, rounding: Rounding, most: Fract
 def _readings(printed: Printed, rounding: Rounding) -> Iterator[tuple[str, Printed, Rounding]]:
     for words, one in _units(printed):
         yield words, one, rounding
-    if rounding.rule == "nearest" and not printed.relation:
+    # A cut figure stands for all up to the next one: 1x for nearly 2x. More than a quarter of itself explains nothing.
+    if rounding.rule == "nearest" and not printed.relation and abs(printed.number) >= 4 * printed.last:
         for words, one in _units(printed):
             yield "; ".join(filter(None, [_CUT, words])), one, Rounding("cut")
 
