@@ -231,24 +231,57 @@ def test_bytes_that_grow_with_parameters_are_scaled_exactly(runs: Recorded) -> N
         whole = {"weights_B": 3 * blocks * block + 5 * rest - 7, "predicted": nothing}
         return changed(of_shape(model), memory=whole | {"adapter_B": 0, "gradients_B": 0, "optimizer_B": 0})
 
-    runs(one=[counted(1, "galore-60m/1-block")], two=[counted(2, "galore-60m/2-blocks")])
-    wide, outside = sizes(768, 2048)
-    found = measures.scaled_memory("made", ["one", "two"], "galore-130m")
-    assert found.value == 3 * 12 * wide + 5 * outside
-
-
-def test_a_paged_optimizer_leaves_its_moments_with_the_host(runs: Recorded) -> None:
-    """Of 12 bytes a number 8 are moments; masters stay, as do their gradients, which are there while it steps."""
-    nothing = Predicted(weights_B=0, adapter_B=0, gradients_B=0, optimizer_B=0, step_B=4 * MIB)
-    found = []
-    for optimizer in ("adamw", "paged-adamw"):
-        cells = [cell(model=f"shape:galore-60m/{n}-blocks", optimizer=optimizer) for n in (1, 2)]
-        one, two = (
-            changed(made.record("fused", c), memory={"predicted": nothing, "optimizer_B": 12 * MIB}) for c in cells
+    short, long = (
+        made.record(
+            "fused", cell(model="shape:galore-130m", training=cell().training.model_copy(update={"max_tokens": t}))
         )
-        runs(optimizer, one=[one], two=[two])
-        found.append(measures.scaled_memory("made", ["one", "two"], "galore-60m").value)
-    assert found[0] - found[1] == 8 * MIB
+        for t in (40, 80)
+    )
+    one, two = counted(1, "galore-60m/1-block"), counted(2, "galore-60m/2-blocks")
+    runs(one=[one], two=[two], short=[short], long=[long])
+    wide, outside = sizes(768, 2048)
+    few, many = (measures.scaled_memory("made", ["one", "two"], "made", whole) for whole in ("short", "long"))
+    assert few.value == many.value == 3 * 12 * wide + 5 * outside
+    assert few.most is not None
+    assert many.most is not None
+    logits = 16 * 40 * 32000 * 3 * 4  # themselves, their logarithms and the gradient of these, of a batch of 16
+    assert few.most - few.value > logits
+    assert many.most - many.value == 2 * (few.most - few.value)
+    assert "16 x 40 tokens; CUDA's own context" in few.how
+
+
+def test_a_rehearsal_of_another_recipe_is_refused(runs: Recorded) -> None:
+    nothing = Predicted(weights_B=0, adapter_B=0, gradients_B=0, optimizer_B=0)
+    one, two = (changed(of_shape(f"galore-60m/{n}-blocks"), memory={"predicted": nothing}) for n in (1, 2))
+    other = made.record("fused", cell(model="shape:galore-130m", dtype="bfloat16", optimizer="adamw-8bit"))
+    runs(one=[one], two=[two], other=[other])
+    with pytest.raises(ValueError, match=r"is no rehearsal of .*: another dtype, optimizer"):
+        measures.scaled_memory("made", ["one", "two"], "made", "other")
+
+
+@pytest.mark.parametrize(("rank", "each_B"), [(8, 4 + 8), (256, 4)])
+def test_a_paged_optimizer_leaves_masters_and_small_tensors_states_on_the_gpu(
+    runs: Recorded, rank: int, each_B: int
+) -> None:
+    """Of 12 bytes a number 4 are float32 masters and 8 are moments, which are paged of 256 x 512 numbers and not of 8 x 512.
+
+    Beside them each tensor has a count of steps in 4 bytes.
+    """
+    nothing = Predicted(weights_B=0, adapter_B=0, gradients_B=0, optimizer_B=0, step_B=0)
+    fields = {"dtype": "bfloat16", "optimizer": "paged-adamw"}
+    one, two = (
+        changed(
+            made.record("fused", cell(model=f"shape:galore-60m/{n}-blocks", **fields)),
+            memory={"predicted": nothing, "weights_B": 0, "adapter_B": 0, "gradients_B": 0, "optimizer_B": 12 * MIB},
+        )
+        for n in (1, 2)
+    )
+    config = {"rank": rank, "alpha": 16, "targets": ["q_proj"]}
+    runs(one=[one], two=[two], whole=[made.record("fused", cell(model="shape:galore-60m", config=config, **fields))])
+    found = measures.scaled_memory("made", ["one", "two"], "made", "whole")
+    assert found.value == 8 * 2 * (each_B * rank * 512 + 4)
+    with pytest.raises(ValueError, match="pages its optimizer"):
+        measures.scaled_memory_ratio("made", ["one", "two"], ["one", "two"], "galore-60m")
 
 
 def test_what_cost_unequal_budgets_is_not_compared(runs: Recorded) -> None:
@@ -360,11 +393,12 @@ def _askings(claim: Claim) -> list[Asking]:
 
 def test_every_cell_that_a_claim_names_is_in_its_suite() -> None:
     asked = {
-        (one.arguments["suite"], entry)
+        (one.arguments[suite], entry)
         for claim in claim_file.load(claim_file.paths(claim_file.names()))
         for one in _askings(claim)
         if "suite" in one.arguments
-        for key in ("cell", "of", "to", "than", "cells")
+        for suite, keys in (("suite", ("cell", "of", "to", "than", "cells")), ("whole_suite", ("whole",)))
+        for key in keys
         if (value := one.arguments.get(key)) and value not in ("merged", "unmerged", "base")
         for entry in (value if isinstance(value, list) else [value])
     }

@@ -18,7 +18,7 @@ from harness.analysis.intervals import LEVEL, Median, median_interval
 from harness.assets import shapes
 from harness.claims import recorded
 from harness.claims.measuring import Found, Model, NotRunError, measure
-from harness.records import Latency, Record
+from harness.records import Cell, Latency, Predicted, Record
 
 
 def _suite(name: str) -> str:
@@ -36,6 +36,9 @@ Depths = Annotated[list[str], Field(min_length=2)]
 """Entries that differ in the number of the model's blocks alone."""
 Variant = Literal["base", "unmerged", "merged"]
 Kind = Literal["forward", "prefill", "decode"]
+_RECIPE = ("method", "base", "dtype", "optimizer")
+"""What a Cell has in common with its rehearsal at a smaller size."""
+_LEFT_OUT = "CUDA's own context, and what the allocator holds beyond tensors, are left out"
 
 
 @dataclass(frozen=True)
@@ -116,15 +119,25 @@ def extrapolated_memory_ratio(suite: Suite, of: Depths, to: Depths) -> Found:
 
 
 @measure("bytes")
-def scaled_memory(suite: Suite, cells: Depths, model: Model) -> Found:
-    """The memory that training `model` would need by the law that bytes grow with parameters, in blocks and outside them.
+def scaled_memory(suite: Suite, cells: Depths, whole_suite: Suite, whole: str) -> Found:
+    """The memory that a Cell would need by the law that bytes grow with parameters, in blocks and outside them.
 
     cells: of a narrower model with one and with two blocks, its ranks as much smaller as it is narrower. What is scaled are
-    tensors as they were counted, weights, adapter, gradients, the optimizer's states and what its step adds; a paged
-    optimizer's moments stay on the host of a GPU. Activations, which grow by other laws, are left out.
+    tensors as they were counted, weights, adapter, gradients, the optimizer's states and what its step adds. By other laws,
+    and so by `harness.footprint` for the whole Cell, grow what a paged optimizer keeps on a GPU, as small tensors are not
+    paged, and activations and logits: without these the least, and with them the most, as if they were there at once with
+    what the step adds.
     """
-    value, how, own = _scaled(suite, cells, model)
-    return value.found(f"{how}; {recorded.place(own)}")
+    at = recorded.cell(whole_suite, whole)
+    whole_is = _predicted(at)
+    value, how, own = _scaled(suite, cells, at.model.removeprefix(shapes.PREFIX), whole_is.optimizer_B)
+    if unlike := [key for key in _RECIPE if getattr(own.cell, key) != getattr(at, key)]:
+        raise ValueError(f"{own.cell.label} is no rehearsal of {at.label}: another {', '.join(unlike)}")
+    if whole_is.activations_B is None or whole_is.logits_B is None:
+        raise NotRunError(f"a formula for what {at.label} keeps for its backward pass, which is not known")
+    passing = whole_is.activations_B + whole_is.logits_B
+    how += f"; at most {passing:,} B of activations and logits on top, by formula for {_pass(at)}; {_LEFT_OUT}"
+    return Found(value.least, f"{how}; {recorded.place(own)}", value.most + passing)
 
 
 @measure("ratio")
@@ -133,7 +146,7 @@ def scaled_memory_ratio(suite: Suite, of: Depths, to: Depths, model: Model) -> F
     for a, b in zip(of, to, strict=True):
         _pair(suite, a, b)
     (x, told, own), (y, its, _) = _scaled(suite, of, model), _scaled(suite, to, model)
-    return x.over(y).found(f"({told}) / ({its}); {recorded.place(own)}")
+    return x.over(y).found(f"({told}) / ({its}), without activations; {recorded.place(own)}")
 
 
 @measure("ratio")
@@ -229,7 +242,8 @@ def _extrapolated(suite: str, cells: Sequence[str]) -> tuple[Interval, str, Reco
     return Interval(lines[-1], min(lines), max(lines)), how, next(iter(at.values()))[0]
 
 
-def _scaled(suite: str, cells: Sequence[str], model: str) -> tuple[Interval, str, Record]:
+def _scaled(suite: str, cells: Sequence[str], model: str, paged: int | None = None) -> tuple[Interval, str, Record]:
+    """Scale what was counted to a model. paged: the bytes of a paged optimizer's states that stay on a GPU at its size."""
     narrow, at = _depths(suite, cells)
     if [*at] != [1, 2]:
         raise ValueError(f"{', '.join(cells)} have {', '.join(map(str, at))} blocks; the law wants 1 and 2")
@@ -239,7 +253,12 @@ def _scaled(suite: str, cells: Sequence[str], model: str) -> tuple[Interval, str
     block, rest = _sizes(model)
     value = per_block * block * _blocks(model) + per_rest * rest
     how = f"{float(per_block):.4g} B x {_blocks(model)} x {block:,} + {float(per_rest):.4g} B x {rest:,} parameters"
-    return Interval(value, value, value), f"{how}, bytes each as of {narrow}", at[1][0]
+    how += f", bytes each as of {narrow}"
+    if _is_paged(at[1][0]):
+        if paged is None:
+            raise ValueError(f"{at[1][0].cell.label} pages its optimizer: how much stays on a GPU depends on the size")
+        value, how = value + paged, f"{how}, + {paged:,} B of the paged optimizer that stay on the GPU"
+    return Interval(value, value, value), how, at[1][0]
 
 
 def _blocks(address: str) -> int:
@@ -258,9 +277,29 @@ def _counted(record: Record) -> Fraction:
     memory = record.measurements.memory if record.measurements else None
     if memory is None or memory.predicted is None:
         raise NotRunError(f"the Record of {record.cell.label} does not say what the optimizer's step adds")
-    # A paged optimizer's masters alone stay on a GPU: as large as their gradients in float32, which is what its step adds.
-    states = memory.predicted.step_B if record.cell.optimizer.startswith("paged") else memory.optimizer_B
+    states = 0 if _is_paged(record) else memory.optimizer_B  # what stays on a GPU does not grow with parameters
     return Fraction(memory.weights_B + memory.adapter_B + memory.gradients_B + states + memory.predicted.step_B)
+
+
+def _is_paged(record: Record) -> bool:
+    return record.cell.optimizer.startswith("paged")
+
+
+def _predicted(cell: Cell) -> Predicted:
+    """Return what a Cell of a shape is predicted to take on a GPU."""
+    from harness.footprint import cells, counting, models
+
+    config = shapes.config_of(cell.model.removeprefix(shapes.PREFIX))
+    asked = cells.request(cell, config, models.kind_of(config), 0)
+    found = cells.predicted(cell, counting.answer(asked), every_token=True)
+    if isinstance(found, str):
+        raise NotRunError(f"the memory of {cell.label}, which cannot be predicted: {found}")
+    return found
+
+
+def _pass(cell: Cell) -> str:
+    again = ", with checkpointing" if cell.training.checkpointing else ""
+    return f"{cell.training.batch} x {cell.training.max_tokens} tokens{again}"
 
 
 def _peak(own: Sequence[Record]) -> Interval:
