@@ -365,12 +365,15 @@ def test_sides_with_other_seeds_are_refused(runs: Recorded) -> None:
         trained.scores_higher("made", "a", "b")
 
 
-def test_what_a_refresh_adds_is_spread_over_its_gap(runs: Recorded) -> None:
+def test_what_a_refresh_adds_at_most_is_spread_over_its_gap(runs: Recorded) -> None:
     galore = made.record("fused", cell())
     own = galore.cell.model_copy(update={"config": {"update_gap": 50}})
     galore = galore.model_copy(update={"cell": own, "cell_id": own.cell_id})
     runs(a=[changed(galore, training={"step_seconds": [12.0, *[2.0] * 9], "timing_warmup": 3})])
-    assert measures.refresh_share("made", "a").value == Fraction(10, 100)
+    found = measures.refresh_share("made", "a")
+    assert (found.value, found.most) == (0, Fraction(10, 100))  # (12 - 2) / 50 / 2
+    assert judged(found, "< 20%", "share").verdict is Verdict.REPRODUCED
+    assert judged(found, "< 10%", "share").verdict is Verdict.INCONCLUSIVE
 
 
 def test_arithmetic_does_not_go_on_with_one_end_of_an_interval(runs: Recorded) -> None:
