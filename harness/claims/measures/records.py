@@ -187,15 +187,16 @@ def phase_ratio(suite: Suite, phase: str, of: str, to: str) -> Found:
 
 @measure("share")
 def refresh_share(suite: Suite, cell: str) -> Found:
-    """What GaLore's refreshes of its projectors add to training, at most: the first step, which has one, beyond a median step,
-    spread over the steps from one to the next. As a first step also warms up, all from nothing to that is possible.
+    """What GaLore's refreshes of its projectors add to training: at most the first step, which has one, beyond a median
+    step, spread over the steps from one to the next. As a first step also warms up, all from nothing to that is possible.
     """
     (own,) = recorded.records(suite, cell)
     training, gap = own[0].measurements and own[0].measurements.training, own[0].cell.config.get("update_gap")
     if not training or not isinstance(gap, int):
         raise ValueError(f"{own[0].cell.label} trains nothing that refreshes projectors")
     first, usual = Fraction(training.step_seconds[0]), Fraction(_step_time(own[0]).value)
-    how = f"at most ({float(first):.4g} s - {float(usual):.4g} s) / {gap} / {float(usual):.4g} s, as a first step warms up too"
+    how = f"at most ({float(first):.4g} s - {float(usual):.4g} s) / {gap} / {float(usual):.4g} s"
+    how += ", as a first step also warms up"
     return Found(0, f"{how}; {recorded.place(own[0])}", max(Fraction(0), first - usual) / gap / usual)
 
 
