@@ -415,6 +415,17 @@ def test_every_cell_that_a_claim_names_is_in_its_suite() -> None:
     assert not wrong
 
 
+def test_what_is_measured_says_how_near_it_must_come() -> None:
+    """By digits 3.99x would come out as 3x, cut off; a limit such as `< 48 GB` needs no margin."""
+    loose = [
+        claim.id
+        for claim in claim_file.load(claim_file.paths(claim_file.names()))
+        if claim.tier != "exact" and claim.figure and not claim.figure.relation
+        if claim.asking.measure != "undecidable" and claim.rounding.rule != "about"
+    ]
+    assert not loose
+
+
 FILE = """\
 paper: made
 title: A paper
