@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -16,13 +17,13 @@ from harness.claims import claim_file, recorded, worker
 from harness.claims.claim import Asking, Claim
 from harness.claims.judging import Judged, Missing, Verdict, judge
 from harness.claims.measures import records as measures
-from harness.claims.measures import trained
+from harness.claims.measures import times, trained
 from harness.claims.measuring import Found, NotRunError
 from harness.claims.printed import Dimension, Rounding, parse
 from harness.cli import main
 from harness.expand import Plan
 from harness.memory_records import Predicted
-from harness.records import Cell, Latency, Outcome, Record, Status
+from harness.records import Cell, Latency, Outcome, Phase, Record, Status
 
 BASELINE = 410 * MIB
 Recorded = Callable[..., Path]
@@ -143,16 +144,46 @@ def test_a_ratio_of_peaks_is_as_wide_as_both_leave_open(runs: Recorded) -> None:
     assert measures.memory_more("made", "a", "b").value == 180 * MIB
 
 
+def timed(name: str, seconds: list[float], processes: int = 1) -> list[Record]:
+    """Return a Record of each of so many processes, all with these times of steps, of which two are warm-up."""
+    training = {"step_seconds": seconds, "timing_warmup": 2}
+    records = [changed(made.record(name, cell(seed, name)), training=training) for seed in range(processes)]
+    phases = [Phase(name="train", seconds=sum(seconds))]
+    return [record.model_copy(update={"phases": phases}) for record in records]
+
+
 def test_a_ratio_of_step_times_has_the_order_statistics_of_both(runs: Recorded) -> None:
     """Of ten samples the second and the ninth cover the median at 97.9 %, the third and the eighth at 89.1 % only."""
-    times = [9.0, 9.0, *range(1, 11)]  # two steps of warm-up
-    slow = changed(made.record("fused", cell()), training={"step_seconds": times, "timing_warmup": 2})
-    one = {"step_seconds": [2.0] * 12, "timing_warmup": 2}
-    runs(a=[slow], b=[changed(made.record("hf-peft", cell(name="hf-peft")), training=one)])
-    found = measures.step_time_ratio("made", "a", "b")
+    steps = [9.0, 9.0, *range(1, 11)]  # two steps of warm-up
+    runs(a=timed("fused", steps, 3), b=timed("hf-peft", [2.0] * 12, 3))
+    found = times.step_time_ratio("made", "a", "b")
     assert (found.value, found.most) == (1, Fraction(9, 2))
-    more = measures.step_time_more("made", "a", "b")
+    more = times.step_time_more("made", "a", "b")
     assert (more.value, more.most) == (0, Fraction(7, 2))
+
+
+@pytest.mark.parametrize(("processes", "verdict"), [(1, Verdict.INCONCLUSIVE), (3, Verdict.REPRODUCED)])
+def test_one_process_each_is_too_few_to_decide_by_some_per_cent(
+    runs: Recorded, processes: int, verdict: Verdict
+) -> None:
+    runs(a=timed("fused", [2.0] * 12, processes), b=timed("hf-peft", [2.0] * 12, processes))
+    found = times.step_time_ratio("made", "a", "b")
+    assert judged(found, "1x", rule="about").verdict is verdict
+    assert ("widened by a deviation of 5 %" in found.how) == (processes == 1)
+
+
+def test_of_few_processes_a_ratio_is_as_wide_as_these_are_taken_to_differ(runs: Recorded) -> None:
+    """1.96 standard errors, of 5 % for one process and of 5 % over the root of two for two, in logs."""
+    half = 1.959964 * math.sqrt(0.05**2 + 0.05**2 / 2)
+    runs(a=timed("fused", [6.0] * 12), b=timed("hf-peft", [2.0] * 12, 2))
+    for found, off in (
+        (times.step_time_ratio("made", "a", "b"), 0),
+        (times.step_time_more("made", "a", "b"), 1),
+        (times.phase_ratio("made", "train", "a", "b"), 0),
+    ):
+        assert found.most is not None
+        ends = [float(found.value) + off, float(found.most) + off]
+        assert ends == pytest.approx([3 * math.exp(-half), 3 * math.exp(half)])
 
 
 def test_times_of_a_machine_that_others_used_decide_nothing(runs: Recorded) -> None:
@@ -163,9 +194,11 @@ def test_times_of_a_machine_that_others_used_decide_nothing(runs: Recorded) -> N
     runs(beside=[beside], starved=[starved])
     for entry, why in (("beside", "other Cells ran at once"), ("starved", "s of CPU time per second")):
         with pytest.raises(NotRunError, match=rf"its times are not its own \(.*{why}.*\); run .* with --jobs 1"):
-            measures.step_time_ratio("made", entry, entry)
+            times.step_time_ratio("made", entry, entry)
         with pytest.raises(NotRunError, match="its times are not its own"):
-            measures.latency_ratio("made", entry, "merged", "base", "forward")
+            times.latency_ratio("made", entry, "merged", "base", "forward")
+        with pytest.raises(NotRunError, match="its times are not its own"):
+            times.phase_ratio("made", "train", entry, entry)
         assert measures.memory_ratio("made", entry, entry).value == 1
 
 
@@ -173,19 +206,19 @@ def test_too_few_steps_have_no_interval_and_decide_nothing(runs: Recorded) -> No
     few = {"step_seconds": [1.0] * 8, "timing_warmup": 3}
     runs(a=[changed(made.record("fused", cell()), training=few)])
     with pytest.raises(NotRunError, match=r"5 timed steps of .* too few for an interval at 95 %"):
-        measures.step_time_ratio("made", "a", "a")
+        times.step_time_ratio("made", "a", "a")
 
 
 def test_latencies_are_compared_within_one_process(runs: Recorded) -> None:
-    def timed(variant: Any, seconds: list[float]) -> Latency:
+    def passes(variant: Any, seconds: list[float]) -> Latency:
         return Latency(variant=variant, kind="forward", batch=1, tokens=32, seconds=seconds)
 
-    times = [timed("base", [2.0] * 12), timed("merged", [2.0] * 6 + [3.0] * 6)]
-    runs(a=[changed(made.record("fused", cell()), latency=times)])
-    found = measures.latency_ratio("made", "a", "merged", "base", "forward")
+    latency = [passes("base", [2.0] * 12), passes("merged", [2.0] * 6 + [3.0] * 6)]
+    runs(a=[changed(made.record("fused", cell()), latency=latency)])
+    found = times.latency_ratio("made", "a", "merged", "base", "forward")
     assert (found.value, found.most) == (1, Fraction(3, 2))
     with pytest.raises(NotRunError, match="not timed unmerged"):
-        measures.latency_ratio("made", "a", "unmerged", "base", "forward")
+        times.latency_ratio("made", "a", "unmerged", "base", "forward")
 
 
 def test_a_merge_that_computes_something_else_has_no_latency(runs: Recorded) -> None:
@@ -193,8 +226,8 @@ def test_a_merge_that_computes_something_else_has_no_latency(runs: Recorded) -> 
     red = [c.model_copy(update={"outcome": Outcome.FAIL}) if "/merge/" in c.check else c for c in good.checks]
     runs(a=[good.model_copy(update={"checks": red})])
     with pytest.raises(NotRunError, match="no speed without parity"):
-        measures.latency_ratio("made", "a", "merged", "base", "forward")
-    assert measures.latency_ratio("made", "a", "unmerged", "base", "forward").value > 1
+        times.latency_ratio("made", "a", "merged", "base", "forward")
+    assert times.latency_ratio("made", "a", "unmerged", "base", "forward").value > 1
 
 
 def of_shape(model: str, name: str = "fused") -> Record:
@@ -370,7 +403,7 @@ def test_what_a_refresh_adds_at_most_is_spread_over_its_gap(runs: Recorded) -> N
     own = galore.cell.model_copy(update={"config": {"update_gap": 50}})
     galore = galore.model_copy(update={"cell": own, "cell_id": own.cell_id})
     runs(a=[changed(galore, training={"step_seconds": [12.0, *[2.0] * 9], "timing_warmup": 3})])
-    found = measures.refresh_share("made", "a")
+    found = times.refresh_share("made", "a")
     assert (found.value, found.most) == (0, Fraction(10, 100))  # (12 - 2) / 50 / 2
     assert judged(found, "< 20%", "share").verdict is Verdict.REPRODUCED
     assert judged(found, "< 10%", "share").verdict is Verdict.INCONCLUSIVE

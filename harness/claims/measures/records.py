@@ -1,4 +1,4 @@
-"""Measures of what Cells took, from the Records of a run: memory and time. No torch.
+"""Measures of the memory that Cells took, from the Records of a run, and what all measures of Records share. No torch.
 
 Where a measurement is uncertain, what is found is an interval, and a claim is decided by all of it.
 """
@@ -6,19 +6,18 @@ Where a measurement is uncertain, what is found is an interval, and a claim is d
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from harness.analysis import measured, parity
-from harness.analysis.intervals import LEVEL, Median, median_interval
+from harness.analysis import measured
 from harness.assets import shapes
 from harness.claims import recorded
 from harness.claims.measuring import Found, Model, NotRunError, measure
-from harness.records import Cell, Latency, Predicted, Record
+from harness.records import Cell, Predicted, Record
 
 
 def _suite(name: str) -> str:
@@ -34,8 +33,6 @@ Suite = Annotated[str, AfterValidator(_suite)]
 """A parameter that names a suite; its Cells are named by the ids of their entries there."""
 Depths = Annotated[list[str], Field(min_length=2)]
 """Entries that differ in the number of the model's blocks alone."""
-Variant = Literal["base", "unmerged", "merged"]
-Kind = Literal["forward", "prefill", "decode"]
 _RECIPE = ("method", "base", "dtype", "optimizer")
 """What a Cell has in common with its rehearsal at a smaller size."""
 _LEFT_OUT = "CUDA's own context, and what the allocator holds beyond tensors, are left out"
@@ -77,14 +74,14 @@ def peak_memory(suite: Suite, cell: str) -> Found:
 @measure("ratio")
 def memory_ratio(suite: Suite, of: str, to: str) -> Found:
     """How many times the peak of training of `to` goes into that of `of`."""
-    (a, b) = _pair(suite, of, to)
+    (a, b) = pair(suite, of, to)
     return _peak(a).over(_peak(b)).found(f"{_peaks(a)} / {_peaks(b)}; {recorded.place(a[0])}")
 
 
 @measure("share")
 def memory_less(suite: Suite, of: str, than: str) -> Found:
     """By which share the peak of training of `of` is less than that of `than`."""
-    (a, b) = _pair(suite, of, than)
+    (a, b) = pair(suite, of, than)
     quotient = _peak(a).over(_peak(b))
     less = Interval(1 - quotient.value, 1 - quotient.most, 1 - quotient.least)
     return less.found(f"1 - {_peaks(a)} / {_peaks(b)}; {recorded.place(a[0])}")
@@ -93,7 +90,7 @@ def memory_less(suite: Suite, of: str, than: str) -> Found:
 @measure("bytes")
 def memory_more(suite: Suite, of: str, than: str) -> Found:
     """By how many bytes the peak of training of `of` is more than that of `than`; negative where it is less."""
-    (a, b) = _pair(suite, of, than)
+    (a, b) = pair(suite, of, than)
     x, y = _peak(a), _peak(b)
     more = Interval(x.value - y.value, x.least - y.most, x.most - y.least)
     return more.found(f"{_peaks(a)} - {_peaks(b)}; {recorded.place(a[0])}")
@@ -113,7 +110,7 @@ def extrapolated_memory(suite: Suite, cells: Depths) -> Found:
 def extrapolated_memory_ratio(suite: Suite, of: Depths, to: Depths) -> Found:
     """How many times the peak of training by `to` goes into that by `of`, each as of `extrapolated_memory`."""
     for a, b in zip(of, to, strict=True):
-        _pair(suite, a, b)
+        pair(suite, a, b)
     (x, told, own), (y, its, _) = _extrapolated(suite, of), _extrapolated(suite, to)
     return x.over(y).found(f"({told}) / ({its}); {recorded.place(own)}")
 
@@ -144,60 +141,9 @@ def scaled_memory(suite: Suite, cells: Depths, whole_suite: Suite, whole: str) -
 def scaled_memory_ratio(suite: Suite, of: Depths, to: Depths, model: Model) -> Found:
     """How many times the memory of training by `to` goes into that by `of`, each as of `scaled_memory`."""
     for a, b in zip(of, to, strict=True):
-        _pair(suite, a, b)
+        pair(suite, a, b)
     (x, told, own), (y, its, _) = _scaled(suite, of, model), _scaled(suite, to, model)
     return x.over(y).found(f"({told}) / ({its}), without activations; {recorded.place(own)}")
-
-
-@measure("ratio")
-def step_time_ratio(suite: Suite, of: str, to: str) -> Found:
-    """How many times as long a step of `of` takes as one of `to`: medians with the intervals of their order statistics."""
-    (a, b) = _pair(suite, of, to)
-    x, y = _steps(a), _steps(b)
-    return x.over(y).found(f"{_seconds(x)} / {_seconds(y)} a step; {_processes(a, b)}; {recorded.place(a[0])}")
-
-
-@measure("share")
-def step_time_more(suite: Suite, of: str, than: str) -> Found:
-    """By which share a step of `of` takes longer than one of `than`; negative where it is shorter."""
-    (a, b) = _pair(suite, of, than)
-    x, y = _steps(a), _steps(b)
-    quotient = x.over(y)
-    more = Interval(quotient.value - 1, quotient.least - 1, quotient.most - 1)
-    return more.found(f"{_seconds(x)} / {_seconds(y)} - 1; {_processes(a, b)}; {recorded.place(a[0])}")
-
-
-@measure("ratio")
-def latency_ratio(suite: Suite, cell: str, of: Variant, to: Variant, at: Kind) -> Found:
-    """How many times as long a pass of one variant of a Cell's model takes as one of another, in the same process."""
-    (own,) = recorded.records(suite, cell)
-    x, y = (_merge([_latency(record, variant, at) for record in own]) for variant in (of, to))
-    shape = next(one for one in _latencies(own[0]) if one.kind == at)
-    said = f"{at} of {shape.batch} x {shape.tokens} tokens, {of} {_seconds(x)} / {to} {_seconds(y)}"
-    return x.over(y).found(f"{said}; {recorded.place(own[0])}")
-
-
-@measure("ratio")
-def phase_ratio(suite: Suite, phase: str, of: str, to: str) -> Found:
-    """How many times as long a phase of `of` took as that of `to`, e.g. `attach`; one of each, so without an interval."""
-    (a, b) = _pair(suite, of, to)
-    x, y = (min(_phase(record, phase) for record in side) for side in (a, b))
-    return Found(Fraction(x) / Fraction(y), f"{x:.3g} s / {y:.3g} s of {phase}; {recorded.place(a[0])}")
-
-
-@measure("share")
-def refresh_share(suite: Suite, cell: str) -> Found:
-    """What GaLore's refreshes of its projectors add to training: at most the first step, which has one, beyond a median
-    step, spread over the steps from one to the next. As a first step also warms up, all from nothing to that is possible.
-    """
-    (own,) = recorded.records(suite, cell)
-    training, gap = own[0].measurements and own[0].measurements.training, own[0].cell.config.get("update_gap")
-    if not training or not isinstance(gap, int):
-        raise ValueError(f"{own[0].cell.label} trains nothing that refreshes projectors")
-    first, usual = Fraction(training.step_seconds[0]), Fraction(_step_time(own[0]).value)
-    how = f"at most ({float(first):.4g} s - {float(usual):.4g} s) / {gap} / {float(usual):.4g} s"
-    how += ", as a first step also warms up"
-    return Found(0, f"{how}; {recorded.place(own[0])}", max(Fraction(0), first - usual) / gap / usual)
 
 
 @measure("count")
@@ -214,7 +160,8 @@ def undecidable(needs: str) -> Found:
     raise NotRunError(f"it takes {needs}")
 
 
-def _pair(suite: str, of: str, to: str) -> tuple[list[Record], list[Record]]:
+def pair(suite: str, of: str, to: str) -> tuple[list[Record], list[Record]]:
+    """Return the Records of two entries, which must have had the same model, texts and budget."""
     a, b = recorded.records(suite, of, to)
     recorded.comparable(a, b)
     return a, b
@@ -321,64 +268,3 @@ def _peaks(own: Sequence[Record]) -> str:
 def _reserved(own: Sequence[Record]) -> str:
     seen = [gpu.reserved_B for record in own if (gpu := measured.training_gpu(record)) and gpu.reserved_B]
     return f", the allocator held {max(seen):,} B" if seen else ""
-
-
-def _merge(several: Sequence[Interval]) -> Interval:
-    """Return the interval that holds those of all processes."""
-    values = sorted(x.value for x in several)
-    return Interval(values[len(values) // 2], min(x.least for x in several), max(x.most for x in several))
-
-
-def _steps(own: Sequence[Record]) -> Interval:
-    return _merge([_step(record) for record in own])
-
-
-def _step(record: Record) -> Interval:
-    return _certain(_step_time(record), f"steps of {record.cell.label}")
-
-
-def _step_time(record: Record) -> Median:
-    training = record.measurements.training if record.measurements else None
-    if why := parity.no_speed(record) or recorded.shared(record):
-        raise NotRunError(f"{record.cell.label}: {why}")
-    if training is None or not training.step_seconds:
-        raise NotRunError(f"{record.cell.label} trained nothing")
-    return measured.step_time(training)
-
-
-def _certain(m: Median, of: str) -> Interval:
-    if m.low is None or m.high is None:
-        raise NotRunError(f"{m.count} timed {of} are too few for an interval at {100 * LEVEL:g} %")
-    return Interval.around(m.value, m.low, m.high)
-
-
-def _latencies(record: Record) -> list[Latency]:
-    return record.measurements.latency if record.measurements else []
-
-
-def _latency(record: Record, variant: Variant, kind: Kind) -> Interval:
-    refused: Callable[[Record], str] = parity.no_merged_speed if variant == "merged" else parity.no_speed
-    if why := refused(record) or recorded.shared(record):
-        raise NotRunError(f"{record.cell.label}: {why}")
-    one = next((x for x in _latencies(record) if (x.variant, x.kind) == (variant, kind)), None)
-    if one is None or not one.seconds:
-        why = one.because if one else "its Record holds no such time"
-        raise NotRunError(f"{kind} of {record.cell.label} was not timed {variant}: {why}")
-    return _certain(median_interval(one.seconds), f"passes of {record.cell.label}")
-
-
-def _phase(record: Record, name: str) -> float:
-    seconds = [phase.seconds for phase in record.phases if phase.name == name]
-    if not seconds:
-        known = ", ".join(phase.name for phase in record.phases)
-        raise ValueError(f"{record.cell.label} has no phase `{name}`; it has {known}")
-    return sum(seconds)
-
-
-def _seconds(x: Interval) -> str:
-    return f"{float(x.value):.4g} s ({float(x.least):.4g} to {float(x.most):.4g})"
-
-
-def _processes(*sides: Sequence[Record]) -> str:
-    few = min(map(len, sides))
-    return "one process each" if few == 1 else f"{few} processes each"
