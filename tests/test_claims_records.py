@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +22,7 @@ from harness.claims.measures import times, trained
 from harness.claims.measuring import Found, NotRunError
 from harness.claims.printed import Dimension, Rounding, parse
 from harness.cli import main
+from harness.cost_records import GpuPhase
 from harness.expand import Plan
 from harness.memory_records import Predicted
 from harness.records import Cell, Latency, Outcome, Phase, Record, Status
@@ -132,6 +134,29 @@ def test_the_peak_of_several_seeds_is_an_interval_above_the_imports(runs: Record
     found = measures.peak_memory("made", "a")
     assert (found.value, found.most) == (300 * MIB, 320 * MIB)
     assert "Example 4-core" in found.how
+
+
+@pytest.mark.parametrize(
+    ("held", "counted", "most", "verdict", "said"),
+    [
+        (320, None, 320, Verdict.REPRODUCED, "CUDA's context is not counted"),
+        (320, 420, 420, Verdict.INCONCLUSIVE, f"driver counted {420 * MIB:,} B, with CUDA's context"),
+        (450, 420, 450, Verdict.INCONCLUSIVE, f"allocator held {450 * MIB:,} B"),
+        (None, None, None, Verdict.REPRODUCED, "CUDA's context is not counted"),
+    ],
+)
+def test_a_gpu_has_enough_if_all_that_was_taken_of_it_is_below(
+    runs: Recorded, held: int | None, counted: int | None, most: int | None, verdict: Verdict, said: str
+) -> None:
+    """Tensors take 300 MiB of the 400 that are there."""
+    record = peaking(made.record("fused", cell()), 300)
+    gpu = GpuPhase(reserved_B=held and held * MIB, driver_B=counted and counted * MIB)
+    phases = [phase.model_copy(update={"gpu": gpu}) for phase in record.phases]
+    runs(a=[record.model_copy(update={"phases": phases})])
+    found = measures.device_memory("made", "a")
+    assert (found.value, found.most) == (300 * MIB, most and most * MIB)
+    assert judged(found, "< 400 MiB", "bytes").verdict is verdict
+    assert said in found.how
 
 
 def test_a_ratio_of_peaks_is_as_wide_as_both_leave_open(runs: Recorded) -> None:
@@ -378,6 +403,14 @@ def test_equal_scores_are_no_lower_and_not_higher(runs: Recorded) -> None:
     assert trained.scores_no_lower("made", "a", "b") == Found(True, trained.scores_no_lower("made", "a", "b").how)
     assert trained.scores_higher("made", "a", "b").value is False
     assert judged(trained.scores_higher("made", "a", "b"), "better", "property").ours == "undecided"
+
+
+def test_differences_of_scores_are_told_in_hundredths_of_a_point(runs: Recorded) -> None:
+    """Of floats an equal mean may leave a difference of 1e-17."""
+    shares = [0.1, 0.2, 0.3, 0.4, 0.5]
+    runs(a=several(shares), b=several(shares[::-1], "lora-r1"))
+    said = trained.scores_higher("made", "a", "b").how
+    assert re.search(r"accuracy 30\.0 % against 30\.0 %, \+0\.00 \[-\d+\.\d\d, \+\d+\.\d\d\] points", said)
 
 
 def test_a_loss_that_falls_faster_in_every_seed_is_told(runs: Recorded) -> None:

@@ -68,7 +68,25 @@ def peak_memory(suite: Suite, cell: str) -> Found:
     a CPU, above what it took after its imports. Of several seeds, the least and the most.
     """
     (own,) = recorded.records(suite, cell)
-    return _peak(own).found(f"{_peaks(own)}{_reserved(own)}; {recorded.place(own[0])}")
+    return _peak(own).found(f"{_peaks(own)}; {recorded.place(own[0])}")
+
+
+@measure("bytes")
+def device_memory(suite: Suite, cell: str) -> Found:
+    """What a Cell took of its GPU while it trained, for a claim that one has enough: from the most of its tensors at a time
+    to all that its allocator held or its driver counted. The driver counts CUDA's context too, and others' use of the GPU.
+
+    Of a Record without these two, or of a CPU, as `peak_memory`.
+    """
+    (own,) = recorded.records(suite, cell)
+    peak, seen = _peak(own), [gpu for record in own if (gpu := measured.training_gpu(record))]
+    held = max((gpu.reserved_B for gpu in seen if gpu.reserved_B), default=0)
+    used = max((gpu.driver_B for gpu in seen if gpu.driver_B), default=0)
+    said = [_peaks(own), f"the allocator held {held:,} B" * bool(held)]
+    if seen:
+        said += [f"its driver counted {used:,} B, with CUDA's context" if used else "CUDA's context is not counted"]
+    whole = Interval(peak.value, peak.least, max(peak.most, Fraction(held), Fraction(used)))
+    return whole.found(f"{', '.join(filter(None, said))}; {recorded.place(own[0])}")
 
 
 @measure("ratio")
@@ -263,8 +281,3 @@ def _peaks(own: Sequence[Record]) -> str:
     x = _peak(own)
     several = f" to {int(x.most):,}" if x.least != x.most else ""
     return f"{int(x.least):,}{several} B at most while training ({own[0].cell.label})"
-
-
-def _reserved(own: Sequence[Record]) -> str:
-    seen = [gpu.reserved_B for record in own if (gpu := measured.training_gpu(record)) and gpu.reserved_B]
-    return f", the allocator held {max(seen):,} B" if seen else ""
