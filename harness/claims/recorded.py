@@ -10,7 +10,7 @@ from harness import expand, store, suites
 from harness.analysis import contention, ranking
 from harness.claims.measuring import NotRunError
 from harness.cost_records import AT_ONCE
-from harness.records import Record, Status
+from harness.records import Cell, Record, Status
 from harness.resources import checkout
 from harness.spelling import near
 
@@ -44,9 +44,7 @@ def records(suite: str, *entries: str) -> list[list[Record]]:
     """
     wanted = [_cells(suite, entry) for entry in entries]
     cells = [cell_id for several in wanted for cell_id in several]
-    found = next(
-        (run for run in runs_of(suite) if {cell.cell_id for cell in run.manifest.cells}.issuperset(cells)), None
-    )
+    found = next((run for run in runs_of(suite) if {one.cell_id for one in run.manifest.cells}.issuperset(cells)), None)
     if found is None:
         raise NotRunError(_missing(suite, entries))
     latest = found.latest()
@@ -55,6 +53,12 @@ def records(suite: str, *entries: str) -> list[list[Record]]:
             if why := _unusable(latest.get(cell_id)):
                 raise NotRunError(f"`{entry}` of {found.manifest.run} {why}")
     return [[latest[cell_id] for cell_id in several] for several in wanted]
+
+
+def cell(suite: str, entry: str) -> Cell:
+    """Return the Cell of an entry, of several seeds the first. Raises ValueError for one that the suite does not have."""
+    first = _cells(suite, entry)[0]
+    return next(one for one in _plan(suite).cells if one.cell_id == first)
 
 
 def comparable(*sides: Sequence[Record]) -> None:

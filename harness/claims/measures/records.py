@@ -1,4 +1,4 @@
-"""Measures of what Cells took, from the Records of a run: memory and time. No torch.
+"""Measures of the memory that Cells took, from the Records of a run, and what all measures of Records share. No torch.
 
 Where a measurement is uncertain, what is found is an interval, and a claim is decided by all of it.
 """
@@ -6,19 +6,18 @@ Where a measurement is uncertain, what is found is an interval, and a claim is d
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from harness.analysis import measured, parity
-from harness.analysis.intervals import LEVEL, Median, median_interval
+from harness.analysis import measured
 from harness.assets import shapes
 from harness.claims import recorded
 from harness.claims.measuring import Found, Model, NotRunError, measure
-from harness.records import Latency, Record
+from harness.records import Cell, Predicted, Record
 
 
 def _suite(name: str) -> str:
@@ -34,8 +33,9 @@ Suite = Annotated[str, AfterValidator(_suite)]
 """A parameter that names a suite; its Cells are named by the ids of their entries there."""
 Depths = Annotated[list[str], Field(min_length=2)]
 """Entries that differ in the number of the model's blocks alone."""
-Variant = Literal["base", "unmerged", "merged"]
-Kind = Literal["forward", "prefill", "decode"]
+_RECIPE = ("method", "base", "dtype", "optimizer")
+"""What a Cell has in common with its rehearsal at a smaller size."""
+_LEFT_OUT = "CUDA's own context, and what the allocator holds beyond tensors, are left out"
 
 
 @dataclass(frozen=True)
@@ -68,20 +68,38 @@ def peak_memory(suite: Suite, cell: str) -> Found:
     a CPU, above what it took after its imports. Of several seeds, the least and the most.
     """
     (own,) = recorded.records(suite, cell)
-    return _peak(own).found(f"{_peaks(own)}{_reserved(own)}; {recorded.place(own[0])}")
+    return _peak(own).found(f"{_peaks(own)}; {recorded.place(own[0])}")
+
+
+@measure("bytes")
+def device_memory(suite: Suite, cell: str) -> Found:
+    """What a Cell took of its GPU while it trained, for a claim that one has enough: from the most of its tensors at a time
+    to all that its allocator held or its driver counted. The driver counts CUDA's context too, and others' use of the GPU.
+
+    Of a Record without these two, or of a CPU, as `peak_memory`.
+    """
+    (own,) = recorded.records(suite, cell)
+    peak, seen = _peak(own), [gpu for record in own if (gpu := measured.training_gpu(record))]
+    held = max((gpu.reserved_B for gpu in seen if gpu.reserved_B), default=0)
+    used = max((gpu.driver_B for gpu in seen if gpu.driver_B), default=0)
+    said = [_peaks(own), f"the allocator held {held:,} B" * bool(held)]
+    if seen:
+        said += [f"its driver counted {used:,} B, with CUDA's context" if used else "CUDA's context is not counted"]
+    whole = Interval(peak.value, peak.least, max(peak.most, Fraction(held), Fraction(used)))
+    return whole.found(f"{', '.join(filter(None, said))}; {recorded.place(own[0])}")
 
 
 @measure("ratio")
 def memory_ratio(suite: Suite, of: str, to: str) -> Found:
     """How many times the peak of training of `to` goes into that of `of`."""
-    (a, b) = _pair(suite, of, to)
+    (a, b) = pair(suite, of, to)
     return _peak(a).over(_peak(b)).found(f"{_peaks(a)} / {_peaks(b)}; {recorded.place(a[0])}")
 
 
 @measure("share")
 def memory_less(suite: Suite, of: str, than: str) -> Found:
     """By which share the peak of training of `of` is less than that of `than`."""
-    (a, b) = _pair(suite, of, than)
+    (a, b) = pair(suite, of, than)
     quotient = _peak(a).over(_peak(b))
     less = Interval(1 - quotient.value, 1 - quotient.most, 1 - quotient.least)
     return less.found(f"1 - {_peaks(a)} / {_peaks(b)}; {recorded.place(a[0])}")
@@ -90,7 +108,7 @@ def memory_less(suite: Suite, of: str, than: str) -> Found:
 @measure("bytes")
 def memory_more(suite: Suite, of: str, than: str) -> Found:
     """By how many bytes the peak of training of `of` is more than that of `than`; negative where it is less."""
-    (a, b) = _pair(suite, of, than)
+    (a, b) = pair(suite, of, than)
     x, y = _peak(a), _peak(b)
     more = Interval(x.value - y.value, x.least - y.most, x.most - y.least)
     return more.found(f"{_peaks(a)} - {_peaks(b)}; {recorded.place(a[0])}")
@@ -110,80 +128,40 @@ def extrapolated_memory(suite: Suite, cells: Depths) -> Found:
 def extrapolated_memory_ratio(suite: Suite, of: Depths, to: Depths) -> Found:
     """How many times the peak of training by `to` goes into that by `of`, each as of `extrapolated_memory`."""
     for a, b in zip(of, to, strict=True):
-        _pair(suite, a, b)
+        pair(suite, a, b)
     (x, told, own), (y, its, _) = _extrapolated(suite, of), _extrapolated(suite, to)
     return x.over(y).found(f"({told}) / ({its}); {recorded.place(own)}")
 
 
 @measure("bytes")
-def scaled_memory(suite: Suite, cells: Depths, model: Model) -> Found:
-    """The memory that training `model` would need by the law that bytes grow with parameters, in blocks and outside them.
+def scaled_memory(suite: Suite, cells: Depths, whole_suite: Suite, whole: str) -> Found:
+    """The memory that a Cell would need by the law that bytes grow with parameters, in blocks and outside them.
 
     cells: of a narrower model with one and with two blocks, its ranks as much smaller as it is narrower. What is scaled are
-    tensors as they were counted, weights, adapter, gradients, the optimizer's states and what its step adds; a paged
-    optimizer's moments stay on the host of a GPU. Activations, which grow by other laws, are left out.
+    tensors as they were counted, weights, adapter, gradients, the optimizer's states and what its step adds. By other laws,
+    and so by `harness.footprint` for the whole Cell, grow what a paged optimizer keeps on a GPU, as small tensors are not
+    paged, and activations and logits: without these the least, and with them the most, as if they were there at once with
+    what the step adds.
     """
-    value, how, own = _scaled(suite, cells, model)
-    return value.found(f"{how}; {recorded.place(own)}")
+    at = recorded.cell(whole_suite, whole)
+    whole_is = _predicted(at)
+    value, how, own = _scaled(suite, cells, at.model.removeprefix(shapes.PREFIX), whole_is.optimizer_B)
+    if unlike := [key for key in _RECIPE if getattr(own.cell, key) != getattr(at, key)]:
+        raise ValueError(f"{own.cell.label} is no rehearsal of {at.label}: another {', '.join(unlike)}")
+    if whole_is.activations_B is None or whole_is.logits_B is None:
+        raise NotRunError(f"a formula for what {at.label} keeps for its backward pass, which is not known")
+    passing = whole_is.activations_B + whole_is.logits_B
+    how += f"; at most {passing:,} B of activations and logits on top, by formula for {_pass(at)}; {_LEFT_OUT}"
+    return Found(value.least, f"{how}; {recorded.place(own)}", value.most + passing)
 
 
 @measure("ratio")
 def scaled_memory_ratio(suite: Suite, of: Depths, to: Depths, model: Model) -> Found:
     """How many times the memory of training by `to` goes into that by `of`, each as of `scaled_memory`."""
     for a, b in zip(of, to, strict=True):
-        _pair(suite, a, b)
+        pair(suite, a, b)
     (x, told, own), (y, its, _) = _scaled(suite, of, model), _scaled(suite, to, model)
-    return x.over(y).found(f"({told}) / ({its}); {recorded.place(own)}")
-
-
-@measure("ratio")
-def step_time_ratio(suite: Suite, of: str, to: str) -> Found:
-    """How many times as long a step of `of` takes as one of `to`: medians with the intervals of their order statistics."""
-    (a, b) = _pair(suite, of, to)
-    x, y = _steps(a), _steps(b)
-    return x.over(y).found(f"{_seconds(x)} / {_seconds(y)} a step; {_processes(a, b)}; {recorded.place(a[0])}")
-
-
-@measure("share")
-def step_time_more(suite: Suite, of: str, than: str) -> Found:
-    """By which share a step of `of` takes longer than one of `than`; negative where it is shorter."""
-    (a, b) = _pair(suite, of, than)
-    x, y = _steps(a), _steps(b)
-    quotient = x.over(y)
-    more = Interval(quotient.value - 1, quotient.least - 1, quotient.most - 1)
-    return more.found(f"{_seconds(x)} / {_seconds(y)} - 1; {_processes(a, b)}; {recorded.place(a[0])}")
-
-
-@measure("ratio")
-def latency_ratio(suite: Suite, cell: str, of: Variant, to: Variant, at: Kind) -> Found:
-    """How many times as long a pass of one variant of a Cell's model takes as one of another, in the same process."""
-    (own,) = recorded.records(suite, cell)
-    x, y = (_merge([_latency(record, variant, at) for record in own]) for variant in (of, to))
-    shape = next(one for one in _latencies(own[0]) if one.kind == at)
-    said = f"{at} of {shape.batch} x {shape.tokens} tokens, {of} {_seconds(x)} / {to} {_seconds(y)}"
-    return x.over(y).found(f"{said}; {recorded.place(own[0])}")
-
-
-@measure("ratio")
-def phase_ratio(suite: Suite, phase: str, of: str, to: str) -> Found:
-    """How many times as long a phase of `of` took as that of `to`, e.g. `attach`; one of each, so without an interval."""
-    (a, b) = _pair(suite, of, to)
-    x, y = (min(_phase(record, phase) for record in side) for side in (a, b))
-    return Found(Fraction(x) / Fraction(y), f"{x:.3g} s / {y:.3g} s of {phase}; {recorded.place(a[0])}")
-
-
-@measure("share")
-def refresh_share(suite: Suite, cell: str) -> Found:
-    """What GaLore's refreshes of its projectors add to training: the first step, which has one, beyond a median step, spread
-    over the steps from one to the next. An upper bound: a first step also warms up. No interval: there is one first step.
-    """
-    (own,) = recorded.records(suite, cell)
-    training, gap = own[0].measurements and own[0].measurements.training, own[0].cell.config.get("update_gap")
-    if not training or not isinstance(gap, int):
-        raise ValueError(f"{own[0].cell.label} trains nothing that refreshes projectors")
-    first, usual = Fraction(training.step_seconds[0]), Fraction(_step_time(own[0]).value)
-    how = f"({float(first):.4g} s - {float(usual):.4g} s) / {gap} / {float(usual):.4g} s; {recorded.place(own[0])}"
-    return Found((first - usual) / gap / usual, how)
+    return x.over(y).found(f"({told}) / ({its}), without activations; {recorded.place(own)}")
 
 
 @measure("count")
@@ -200,7 +178,8 @@ def undecidable(needs: str) -> Found:
     raise NotRunError(f"it takes {needs}")
 
 
-def _pair(suite: str, of: str, to: str) -> tuple[list[Record], list[Record]]:
+def pair(suite: str, of: str, to: str) -> tuple[list[Record], list[Record]]:
+    """Return the Records of two entries, which must have had the same model, texts and budget."""
     a, b = recorded.records(suite, of, to)
     recorded.comparable(a, b)
     return a, b
@@ -229,7 +208,8 @@ def _extrapolated(suite: str, cells: Sequence[str]) -> tuple[Interval, str, Reco
     return Interval(lines[-1], min(lines), max(lines)), how, next(iter(at.values()))[0]
 
 
-def _scaled(suite: str, cells: Sequence[str], model: str) -> tuple[Interval, str, Record]:
+def _scaled(suite: str, cells: Sequence[str], model: str, paged: int | None = None) -> tuple[Interval, str, Record]:
+    """Scale what was counted to a model. paged: the bytes of a paged optimizer's states that stay on a GPU at its size."""
     narrow, at = _depths(suite, cells)
     if [*at] != [1, 2]:
         raise ValueError(f"{', '.join(cells)} have {', '.join(map(str, at))} blocks; the law wants 1 and 2")
@@ -239,7 +219,12 @@ def _scaled(suite: str, cells: Sequence[str], model: str) -> tuple[Interval, str
     block, rest = _sizes(model)
     value = per_block * block * _blocks(model) + per_rest * rest
     how = f"{float(per_block):.4g} B x {_blocks(model)} x {block:,} + {float(per_rest):.4g} B x {rest:,} parameters"
-    return Interval(value, value, value), f"{how}, bytes each as of {narrow}", at[1][0]
+    how += f", bytes each as of {narrow}"
+    if _is_paged(at[1][0]):
+        if paged is None:
+            raise ValueError(f"{at[1][0].cell.label} pages its optimizer: how much stays on a GPU depends on the size")
+        value, how = value + paged, f"{how}, + {paged:,} B of the paged optimizer that stay on the GPU"
+    return Interval(value, value, value), how, at[1][0]
 
 
 def _blocks(address: str) -> int:
@@ -258,9 +243,29 @@ def _counted(record: Record) -> Fraction:
     memory = record.measurements.memory if record.measurements else None
     if memory is None or memory.predicted is None:
         raise NotRunError(f"the Record of {record.cell.label} does not say what the optimizer's step adds")
-    # A paged optimizer's masters alone stay on a GPU: as large as their gradients in float32, which is what its step adds.
-    states = memory.predicted.step_B if record.cell.optimizer.startswith("paged") else memory.optimizer_B
+    states = 0 if _is_paged(record) else memory.optimizer_B  # what stays on a GPU does not grow with parameters
     return Fraction(memory.weights_B + memory.adapter_B + memory.gradients_B + states + memory.predicted.step_B)
+
+
+def _is_paged(record: Record) -> bool:
+    return record.cell.optimizer.startswith("paged")
+
+
+def _predicted(cell: Cell) -> Predicted:
+    """Return what a Cell of a shape is predicted to take on a GPU."""
+    from harness.footprint import cells, counting, models
+
+    config = shapes.config_of(cell.model.removeprefix(shapes.PREFIX))
+    asked = cells.request(cell, config, models.kind_of(config), 0)
+    found = cells.predicted(cell, counting.answer(asked), every_token=True)
+    if isinstance(found, str):
+        raise NotRunError(f"the memory of {cell.label}, which cannot be predicted: {found}")
+    return found
+
+
+def _pass(cell: Cell) -> str:
+    again = ", with checkpointing" if cell.training.checkpointing else ""
+    return f"{cell.training.batch} x {cell.training.max_tokens} tokens{again}"
 
 
 def _peak(own: Sequence[Record]) -> Interval:
@@ -276,69 +281,3 @@ def _peaks(own: Sequence[Record]) -> str:
     x = _peak(own)
     several = f" to {int(x.most):,}" if x.least != x.most else ""
     return f"{int(x.least):,}{several} B at most while training ({own[0].cell.label})"
-
-
-def _reserved(own: Sequence[Record]) -> str:
-    seen = [gpu.reserved_B for record in own if (gpu := measured.training_gpu(record)) and gpu.reserved_B]
-    return f", the allocator held {max(seen):,} B" if seen else ""
-
-
-def _merge(several: Sequence[Interval]) -> Interval:
-    """Return the interval that holds those of all processes."""
-    values = sorted(x.value for x in several)
-    return Interval(values[len(values) // 2], min(x.least for x in several), max(x.most for x in several))
-
-
-def _steps(own: Sequence[Record]) -> Interval:
-    return _merge([_step(record) for record in own])
-
-
-def _step(record: Record) -> Interval:
-    return _certain(_step_time(record), f"steps of {record.cell.label}")
-
-
-def _step_time(record: Record) -> Median:
-    training = record.measurements.training if record.measurements else None
-    if why := parity.no_speed(record) or recorded.shared(record):
-        raise NotRunError(f"{record.cell.label}: {why}")
-    if training is None or not training.step_seconds:
-        raise NotRunError(f"{record.cell.label} trained nothing")
-    return measured.step_time(training)
-
-
-def _certain(m: Median, of: str) -> Interval:
-    if m.low is None or m.high is None:
-        raise NotRunError(f"{m.count} timed {of} are too few for an interval at {100 * LEVEL:g} %")
-    return Interval.around(m.value, m.low, m.high)
-
-
-def _latencies(record: Record) -> list[Latency]:
-    return record.measurements.latency if record.measurements else []
-
-
-def _latency(record: Record, variant: Variant, kind: Kind) -> Interval:
-    refused: Callable[[Record], str] = parity.no_merged_speed if variant == "merged" else parity.no_speed
-    if why := refused(record) or recorded.shared(record):
-        raise NotRunError(f"{record.cell.label}: {why}")
-    one = next((x for x in _latencies(record) if (x.variant, x.kind) == (variant, kind)), None)
-    if one is None or not one.seconds:
-        why = one.because if one else "its Record holds no such time"
-        raise NotRunError(f"{kind} of {record.cell.label} was not timed {variant}: {why}")
-    return _certain(median_interval(one.seconds), f"passes of {record.cell.label}")
-
-
-def _phase(record: Record, name: str) -> float:
-    seconds = [phase.seconds for phase in record.phases if phase.name == name]
-    if not seconds:
-        known = ", ".join(phase.name for phase in record.phases)
-        raise ValueError(f"{record.cell.label} has no phase `{name}`; it has {known}")
-    return sum(seconds)
-
-
-def _seconds(x: Interval) -> str:
-    return f"{float(x.value):.4g} s ({float(x.least):.4g} to {float(x.most):.4g})"
-
-
-def _processes(*sides: Sequence[Record]) -> str:
-    few = min(map(len, sides))
-    return "one process each" if few == 1 else f"{few} processes each"

@@ -39,7 +39,7 @@ def loss_falls_faster(suite: Suite, of: str, than: str) -> Found:
     means = [[fmean(_losses(record)) for record in side] for side in (a, b)]
     apart = [its - own for own, its in zip(*means, strict=True)]
     spread = Spread(fmean(apart), math.sqrt(variance(apart) / len(apart)), len(apart) - 1)
-    how = f"mean loss over all steps {fmean(means[0]):.4f} against {fmean(means[1]):.4f}, {_apart(spread, 1)}"
+    how = f"mean loss over all steps {fmean(means[0]):.4f} against {fmean(means[1]):.4f}, {_apart(spread, 1, 4)}"
     return _above(spread, 0.0, f"{how} lower, {len(apart)} seeds; {_small(a, b)}")
 
 
@@ -50,7 +50,7 @@ def _scores(suite: str, of: str, than: str) -> tuple[Spread, str]:
     if spread is None:
         raise NotRunError(f"{of} and {than} were not scored on the same items")
     means = f"{100 * fmean(x.value for x in mine):.1f} % against {100 * fmean(x.value for x in its):.1f} %"
-    return spread, f"accuracy {means}, {_apart(spread, 100)} points, {len(mine)} seeds; {_small(a, b)}"
+    return spread, f"accuracy {means}, {_apart(spread, 100, 2)} points, {len(mine)} seeds; {_small(a, b)}"
 
 
 def _above(spread: Spread, least: float, how: str) -> Found:
@@ -59,9 +59,9 @@ def _above(spread: Spread, least: float, how: str) -> Found:
     return Found(low > least, how, None if low > least or high < least else True)
 
 
-def _apart(spread: Spread, scale: float) -> str:
-    low, high = (scale * end for end in spread.interval)
-    return f"{scale * spread.value:+.3g} [{low:+.3g}, {high:+.3g}]"
+def _apart(spread: Spread, scale: float, digits: int) -> str:
+    value, low, high = (f"{scale * one:+z.{digits}f}" for one in (spread.value, *spread.interval))
+    return f"{value} [{low}, {high}]"
 
 
 def _seeds(suite: str, of: str, than: str) -> tuple[list[Record], list[Record]]:

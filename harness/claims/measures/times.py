@@ -1,0 +1,149 @@
+"""Measures of the time that Cells took, from the Records of a run. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from statistics import NormalDist
+from typing import Literal
+
+from harness.analysis import measured, parity
+from harness.analysis.intervals import LEVEL, Median, median_interval
+from harness.analysis.process_runs import ASSUMED, FEWEST
+from harness.claims import recorded
+from harness.claims.measures.records import Interval, Suite, pair
+from harness.claims.measuring import Found, NotRunError, measure
+from harness.records import Latency, Record
+
+Variant = Literal["base", "unmerged", "merged"]
+Kind = Literal["forward", "prefill", "decode"]
+
+
+@measure("ratio")
+def step_time_ratio(suite: Suite, of: str, to: str) -> Found:
+    """How many times as long a step of `of` takes as one of `to`: medians with the intervals of their order statistics.
+
+    Of few processes it is wider, by what processes are taken to differ: steps of one say nothing of another.
+    """
+    (a, b) = pair(suite, of, to)
+    x, y = _steps(a), _steps(b)
+    quotient, rests = _between_processes(x.over(y), a, b)
+    return quotient.found(f"{_seconds(x)} / {_seconds(y)} a step; {rests}; {recorded.place(a[0])}")
+
+
+@measure("share")
+def step_time_more(suite: Suite, of: str, than: str) -> Found:
+    """By which share a step of `of` takes longer than one of `than`; negative where it is shorter."""
+    (a, b) = pair(suite, of, than)
+    x, y = _steps(a), _steps(b)
+    quotient, rests = _between_processes(x.over(y), a, b)
+    more = Interval(quotient.value - 1, quotient.least - 1, quotient.most - 1)
+    return more.found(f"{_seconds(x)} / {_seconds(y)} - 1; {rests}; {recorded.place(a[0])}")
+
+
+@measure("ratio")
+def latency_ratio(suite: Suite, cell: str, of: Variant, to: Variant, at: Kind) -> Found:
+    """How many times as long a pass of one variant of a Cell's model takes as one of another, in the same process."""
+    (own,) = recorded.records(suite, cell)
+    x, y = (_merge([_latency(record, variant, at) for record in own]) for variant in (of, to))
+    shape = next(one for one in _latencies(own[0]) if one.kind == at)
+    said = f"{at} of {shape.batch} x {shape.tokens} tokens, {of} {_seconds(x)} / {to} {_seconds(y)}"
+    return x.over(y).found(f"{said}; {recorded.place(own[0])}")
+
+
+@measure("ratio")
+def phase_ratio(suite: Suite, phase: str, of: str, to: str) -> Found:
+    """How many times as long a phase of `of` took as that of `to`, e.g. `attach`; as wide as processes may differ."""
+    (a, b) = pair(suite, of, to)
+    x, y = (_merge([_phase(record, phase) for record in side]) for side in (a, b))
+    quotient, rests = _between_processes(x.over(y), a, b)
+    said = f"{float(x.value):.3g} s / {float(y.value):.3g} s of {phase}"
+    return quotient.found(f"{said}; {rests}; {recorded.place(a[0])}")
+
+
+@measure("share")
+def refresh_share(suite: Suite, cell: str) -> Found:
+    """What GaLore's refreshes of its projectors add to training: at most the first step, which has one, beyond a median
+    step, spread over the steps from one to the next. As a first step also warms up, all from nothing to that is possible.
+    """
+    (own,) = recorded.records(suite, cell)
+    training, gap = own[0].measurements and own[0].measurements.training, own[0].cell.config.get("update_gap")
+    if not training or not isinstance(gap, int):
+        raise ValueError(f"{own[0].cell.label} trains nothing that refreshes projectors")
+    first, usual = Fraction(training.step_seconds[0]), Fraction(_step_time(own[0]).value)
+    how = f"at most ({float(first):.4g} s - {float(usual):.4g} s) / {gap} / {float(usual):.4g} s"
+    how += ", as a first step also warms up"
+    return Found(0, f"{how}; {recorded.place(own[0])}", max(Fraction(0), first - usual) / gap / usual)
+
+
+def _merge(several: Sequence[Interval]) -> Interval:
+    """Return the interval that holds those of all processes."""
+    values = sorted(x.value for x in several)
+    return Interval(values[len(values) // 2], min(x.least for x in several), max(x.most for x in several))
+
+
+def _steps(own: Sequence[Record]) -> Interval:
+    return _merge([_step(record) for record in own])
+
+
+def _step(record: Record) -> Interval:
+    return _certain(_step_time(record), f"steps of {record.cell.label}")
+
+
+def _step_time(record: Record) -> Median:
+    training = record.measurements.training if record.measurements else None
+    if why := parity.no_speed(record) or recorded.shared(record):
+        raise NotRunError(f"{record.cell.label}: {why}")
+    if training is None or not training.step_seconds:
+        raise NotRunError(f"{record.cell.label} trained nothing")
+    return measured.step_time(training)
+
+
+def _certain(m: Median, of: str) -> Interval:
+    if m.low is None or m.high is None:
+        raise NotRunError(f"{m.count} timed {of} are too few for an interval at {100 * LEVEL:g} %")
+    return Interval.around(m.value, m.low, m.high)
+
+
+def _latencies(record: Record) -> list[Latency]:
+    return record.measurements.latency if record.measurements else []
+
+
+def _latency(record: Record, variant: Variant, kind: Kind) -> Interval:
+    refused: Callable[[Record], str] = parity.no_merged_speed if variant == "merged" else parity.no_speed
+    if why := refused(record) or recorded.shared(record):
+        raise NotRunError(f"{record.cell.label}: {why}")
+    one = next((x for x in _latencies(record) if (x.variant, x.kind) == (variant, kind)), None)
+    if one is None or not one.seconds:
+        why = one.because if one else "its Record holds no such time"
+        raise NotRunError(f"{kind} of {record.cell.label} was not timed {variant}: {why}")
+    return _certain(median_interval(one.seconds), f"passes of {record.cell.label}")
+
+
+def _phase(record: Record, name: str) -> Interval:
+    if why := recorded.shared(record):
+        raise NotRunError(f"{record.cell.label}: {why}")
+    seconds = [phase.seconds for phase in record.phases if phase.name == name]
+    if not seconds:
+        known = ", ".join(phase.name for phase in record.phases)
+        raise ValueError(f"{record.cell.label} has no phase `{name}`; it has {known}")
+    whole = sum(seconds)
+    return Interval.around(whole, whole, whole)
+
+
+def _seconds(x: Interval) -> str:
+    return f"{float(x.value):.4g} s ({float(x.least):.4g} to {float(x.most):.4g})"
+
+
+def _between_processes(ratio: Interval, *sides: Sequence[Record]) -> tuple[Interval, str]:
+    """Widen a ratio of times where either side has too few processes to show how much these differ, and say so."""
+    counts = [len(side) for side in sides]
+    each = "one process each" if max(counts) == 1 else f"{min(counts)} processes each"
+    if min(counts) >= FEWEST:
+        return ratio, each
+    error = ASSUMED * math.sqrt(sum(1 / n for n in counts))
+    factor = Fraction(math.exp(NormalDist().inv_cdf(0.5 + LEVEL / 2) * error))
+    wider = Interval(ratio.value, ratio.least / factor, ratio.most * factor)
+    seen = f"{float(ratio.least):.4g}x to {float(ratio.most):.4g}x"
+    return wider, f"{each}, so {seen} is widened by a deviation of {100 * ASSUMED:g} % from one to another, assumed"
