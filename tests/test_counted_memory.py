@@ -64,6 +64,22 @@ def test_what_was_there_counts_once_and_what_takes_no_memory_does_not() -> None:
     assert there() == before
 
 
+def test_tensors_without_a_storage_count_nothing_and_break_nothing() -> None:
+    kept: list[Any] = []
+
+    def keeps_a_tensor_of_a_transform(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x.sum()
+
+    with_storage = torch.ones(2, 3), torch.ones(3)
+    before = most_while(lambda: None)
+    torch.vmap(keeps_a_tensor_of_a_transform)(with_storage[0])
+    torch.func.grad(keeps_a_tensor_of_a_transform)(with_storage[1])
+    kept.append(nn.LazyLinear(3))
+    assert most_while(lambda: None) == before
+    assert len(kept) == 3
+
+
 def test_garbage_in_circles_does_not_count_and_the_collector_is_on_again() -> None:
     def circle() -> None:
         holder: list[Any] = [torch.ones(PLANTED)]

@@ -312,7 +312,14 @@ class Life:
             self.notes.append("memory in a step was not counted: a second copy of what trains might not fit")
             return None
         with self.clock.phase("count"):
-            return most_in_step(adapted, head, data.batches, optimizer, self.work.cell.training.accumulate)
+            try:
+                return most_in_step(adapted, head, data.batches, optimizer, self.work.cell.training.accumulate)
+            except (MemoryError, RuntimeError) as error:
+                if not shortage(error):
+                    raise
+                # The training was done before, and stays: this number is what there was no memory for.
+                self.notes.append(f"memory in a step was not counted: out of memory: {error}".partition("\n")[0])
+                return None
 
     def _latency(
         self, subject: Subject, causal: bool, vocabulary: int, forward: Callable[..., Tensor]
