@@ -65,7 +65,8 @@ def judge(cells: Sequence[Sides], canaries: Canaries, *, strict: bool = False) -
     Exit codes, the first that holds: NOTHING_COMPARED where no Cell is ok on both sides; FAIL for a Cell that is slower,
     that takes more memory or other counts, or that was ok by the old side alone; INFRASTRUCTURE for a Cell that could not be
     timed, and where the canaries close the gate, which then judges no time; with `strict` INCONCLUSIVE for any Cell that is
-    so, in its time or because not all its process runs counted their memory; else PASS. Each Cell's time is judged by itself, at the level of the Design.
+    so, in its time or because not all its process runs counted their memory; else PASS. Each Cell's time is judged by
+    itself, at the level of the Design.
     """
     rows = [row for cell in cells for row in _rows(cell)]
     adjusted = family({cell.name: cell.timed for cell in cells if cell.timed})
