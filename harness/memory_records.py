@@ -47,10 +47,11 @@ class Memory(Frozen):
     counted_peak_B: Bytes | None = None
     """The most that tensors took at one time in a training step, the weights and all that was there before included.
 
-    On a CPU of one more step after the training, over the batch of which the model takes the most tokens at once: what was
-    there plus every allocation and release, so that equal programs have the same number (`harness/measure/allocations.py`
-    says what it does not see). On a GPU the highest of all steps, as torch's allocator tells it. None without training, and
-    in Records from before it was counted.
+    On a CPU of one more step after the training (GaLore's SVD is in it only where that step has one), over the batch of
+    which the model takes the most tokens at once: what was there plus every allocation and release, so that equal programs
+    have the same number (`harness/measure/allocations.py` says what it does not see). On a GPU the highest of all steps, as
+    torch's allocator tells it. None without training, where there was no memory to count it in (`notes` says so), and in
+    Records from before it was counted.
     """
     predicted: Predicted | None = None
     not_predicted: str = ""

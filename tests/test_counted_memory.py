@@ -1,11 +1,13 @@
-"""Memory of tensors, counted: to the byte, in a step that leaves no trace, and judged by the gate without a test."""
+"""Memory of tensors, counted: to the byte, in a step that is undone, and judged by the gate without a test."""
 
 from __future__ import annotations
 
 import gc
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from trainee import Encoder, batches, nothing, setting
 
 from harness.measure.allocations import most_while
 from harness.training import loop
-from harness.training.counted_step import most_in_step
+from harness.training.counted_step import copied_B, most_in_step
 
 Plant = Callable[[Any], "Tensor | None"]
 MIB = 2**20
@@ -64,6 +66,22 @@ def test_what_was_there_counts_once_and_what_takes_no_memory_does_not() -> None:
     assert there() == before
 
 
+def test_tensors_without_a_storage_count_nothing_and_break_nothing() -> None:
+    kept: list[Any] = []
+
+    def keeps_a_tensor_of_a_transform(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x.sum()
+
+    with_storage = torch.ones(2, 3), torch.ones(3)
+    before = most_while(lambda: None)
+    torch.vmap(keeps_a_tensor_of_a_transform)(with_storage[0])
+    torch.func.grad(keeps_a_tensor_of_a_transform)(with_storage[1])
+    kept.append(nn.LazyLinear(3))
+    assert most_while(lambda: None) == before
+    assert len(kept) == 3
+
+
 def test_garbage_in_circles_does_not_count_and_the_collector_is_on_again() -> None:
     def circle() -> None:
         holder: list[Any] = [torch.ones(PLANTED)]
@@ -97,7 +115,12 @@ class Planted(Encoder):
 
 def trained(method: str = "lora", implementation: str = "fused", plant: Plant = lambda _: None) -> dict[str, Any]:
     """Return what `most_in_step` takes, after three steps."""
-    s = setting(Planted(plant), method, implementation)
+    model = Planted(plant)
+    if plant is changes:
+        model.norm, model.generator = nn.BatchNorm1d(3), torch.Generator()
+        model.register_buffer("average", torch.zeros(2))
+        model.register_buffer("expanded", torch.zeros(1).expand(3))
+    s = setting(model, method, implementation)
     loop.train(batches=batches(3), seed=0, report=nothing, **s)
     return {name: s[name] for name in ("adapted", "head", "optimizer")} | {"batches": batches(3)}
 
@@ -116,6 +139,13 @@ def keeps(model: Any) -> None:
 def saves(model: Any) -> Tensor:
     long = model.head.base.weight.sum() * torch.ones(PLANTED, requires_grad=True)
     return (long * long).sum()
+
+
+def changes(model: Any) -> None:
+    """Change what a module may keep: buffers, in place and by a new one, and every random state that it may draw from."""
+    model.norm(torch.rand(4, 3))
+    model.average = 0.9 * model.average + torch.rand(2, generator=model.generator)
+    model.drawn = random.random(), np.random.rand()
 
 
 def takes(model: Any) -> None:
@@ -156,26 +186,49 @@ def test_the_step_is_one_over_the_largest_batch() -> None:
 
 
 def _trace(s: dict[str, Any]) -> dict[str, Tensor]:
-    return {**{n: t.clone() for n, t in s["adapted"].model.state_dict().items()}, "random": torch.get_rng_state()}
+    model = s["adapted"].model
+    python, numpy = random.getstate()[1], np.random.get_state(legacy=False)["state"]
+    found = {
+        "torch": torch.get_rng_state(), "python": torch.tensor(python), "numpy": torch.from_numpy(numpy["key"].copy()),
+        "numpy's place": torch.tensor(numpy["pos"]),
+    }  # fmt: skip
+    if hasattr(model, "generator"):
+        found["generator"] = model.generator.get_state()
+    return found | {name: t.clone() for name, t in model.state_dict().items()}
 
 
 @pytest.mark.parametrize(
     ("method", "implementation"), [("full", "reference"), ("lora", "reference"), ("lora", "fused"), ("dora", "fused")]
 )
-def test_the_step_leaves_no_trace(method: str, implementation: str) -> None:
-    s = trained(method, implementation, plant=lambda _: torch.rand(()))  # as dropout draws
+def test_what_the_step_changes_is_put_back(method: str, implementation: str) -> None:
+    s = trained(method, implementation, plant=changes)
     before = _trace(s)
+    average = s["adapted"].model.average
     assert most_in_step(**s)
     after = _trace(s)
     assert before.keys() == after.keys()
     for name, value in before.items():
         assert torch.equal(value, after[name]), name
+    assert s["adapted"].model.average is average
     assert all(p.grad is None for p in s["adapted"].parameters())
     assert s["adapted"].model.training
 
 
-def test_weights_are_put_back_where_the_step_fails() -> None:
+def test_copies_to_put_back_do_not_count_and_a_method_s_frozen_weights_are_not_copied() -> None:
     s = trained("full", "reference")
+    plain, copied = counted(s), copied_B(s["adapted"], s["head"])
+    s["adapted"].model.register_buffer("statistics", torch.zeros(PLANTED))
+    s["adapted"].model.generator = torch.Generator()
+    assert copied_B(s["adapted"], s["head"]) == copied + 2 * MIB
+    assert counted(s) == plain
+    s = trained("pissa", "reference")
+    trains = sum(p.nbytes for p in s["adapted"].parameters())
+    assert s["adapted"].state()
+    assert copied_B(s["adapted"], s["head"]) == trains
+
+
+def test_what_the_step_changes_is_put_back_where_it_fails() -> None:
+    s = trained("full", "reference", plant=changes)
     before = _trace(s)
     step = s["optimizer"].step
 
@@ -188,3 +241,4 @@ def test_weights_are_put_back_where_the_step_fails() -> None:
         most_in_step(**s)
     after = _trace(s)
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert all(p.grad is None for p in s["adapted"].parameters())

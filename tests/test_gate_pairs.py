@@ -222,8 +222,30 @@ def test_counts_that_differ_between_equal_process_runs_are_judged_by_ranks() -> 
     assert _peaks(*((b, b + 8 * MIB) for b in old))[COUNTED_PEAK].word is Word.FAIL
 
 
-def test_a_count_of_one_side_alone_is_compared_with_nothing() -> None:
-    assert set(_peaks((MIB, MIB), (None, MIB))) == {PEAK}
+@pytest.mark.parametrize(
+    ("sides", "said"),
+    [
+        ([(MIB, MIB), (MIB, None), (MIB, None)], "2 of 3 of the new side"),
+        ([(MIB, MIB), (None, MIB)], "1 of 2 of the old side"),
+        ([(MIB, None), (None, None)], "1 of 2 of the old side and 2 of 2 of the new side"),
+    ],
+)
+def test_runs_that_were_not_counted_are_told_and_leave_memory_open(
+    sides: list[tuple[int | None, int | None]], said: str
+) -> None:
+    rows = _peaks(*sides)
+    row = rows[COUNTED_PEAK]
+    assert (row.word, row.reason) == (Word.INCONCLUSIVE, f"not compared: not counted in {said}")
+    assert rows[PEAK].word is Word.PASS
+    assert set(_peaks((None, None), (None, None))) == {PEAK}  # where torch cannot count
+    assert set(_peaks(*sides, source=ALLOCATED)) == {PEAK}  # there the peak is the same number
+
+
+def test_a_count_that_is_lost_is_no_pass_of_the_gate(gated) -> None:
+    code, said, _ = gated(Stand(counted_B=lambda new: None if new else MIB), canary=False)
+    assert (code, said.splitlines()[-1].startswith("inconclusive: ")) == (Exit.PASS, True)
+    assert f"{COUNTED_PEAK} not compared: not counted in 6 of 6 of the new side" in said.splitlines()[-1]
+    assert gated(Stand(counted_B=lambda new: None if new else MIB), canary=False, strict=True)[0] == Exit.INCONCLUSIVE
 
 
 def test_what_could_not_be_timed_is_no_success(gated) -> None:

@@ -99,9 +99,22 @@ def test_kept_runs_of_another_machine_are_left_out_and_told() -> None:
     assert words(found) == [(Kind.SPEED, Word.PASS), (Kind.ENVIRONMENT, Word.PASS)]
     assert "5 runs kept" in found.rows[0].reason
     assert (found.rows[1].name, found.rows[1].reason) == ("1 of 6 kept runs", "not used, cpu: a Xeon, here an EPYC")
-    # What a file does not say is no difference: pytest-benchmark alone does not know torch.
-    assert compare(kept(KERNEL, place={"cpu": "an EPYC"}), session()).verdict.word is Word.PASS
-    assert compare(kept(KERNEL), session(place={"cpu": "an EPYC"})).verdict.word is Word.PASS
+    # What a file does not say is no difference: an old pytest-benchmark does not know the cores.
+    for less, more in ((HERE, HERE | {"cores": "8"}), (HERE | {"cores": "8"}, HERE)):
+        assert compare(kept(KERNEL, place=less), session(place=more)).verdict.word is Word.PASS
+
+
+@pytest.mark.parametrize("what", ["torch", "gpu"])
+def test_torch_or_a_gpu_on_one_side_only_is_another_machine(what: str) -> None:
+    without = {name: value for name, value in HERE.items() if name != what}
+    with_it = without | {what: "an H100"}
+    for old, new, said in (
+        (without, with_it, f"{what}: none in use, here an H100"),
+        (with_it, without, f"{what}: an H100, here none in use"),
+    ):
+        found = compare(kept(KERNEL, place=old), session(place=new, rounds={KERNEL: rounds(1e-4)}))
+        assert found.verdict.word is Word.NOT_RUN
+        assert (words(found)[0], said in found.rows[0].reason) == ((Kind.ENVIRONMENT, Word.INCONCLUSIVE), True)
 
 
 def test_nothing_compared_names_what_the_baseline_has() -> None:
@@ -118,6 +131,7 @@ def test_nothing_compared_names_what_the_baseline_has() -> None:
 def file(path: Path, seconds: Sequence[float], *names: str, **machine: object) -> Path:
     """Write what a version of pytest-benchmark may have written, of which little is read."""
     benchmarks = [{"fullname": name, "stats": {"data": list(seconds)}} for name in names]
+    pytest_plugin.pytest_benchmark_update_machine_info(machine)  # other tests of this process may have loaded torch
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine_info": machine, "benchmarks": benchmarks}), encoding="utf-8")
     return path

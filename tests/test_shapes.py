@@ -27,7 +27,7 @@ from harness.runner.life import Life, NonconformingError
 from harness.runner.work import Asset, TaskWork, Work
 from harness.tasks import SYNTHETIC
 from harness.tolerances import FOOTPRINT_LEDGER
-from harness.training import optimizers, shape
+from harness.training import loop, optimizers, shape
 
 # Rows of whole blocks of 64: bitsandbytes decodes others wrongly on some CPUs, which is another test's matter.
 TINY = {
@@ -342,6 +342,27 @@ def test_a_cell_keeps_its_training_where_its_latency_has_no_memory(
         (variant, kind) for variant in ("base", "unmerged", "merged") for kind in ("prefill", "decode")
     }
     assert {one.because for one in found.latency} == {"out of memory: CUDA out of memory. Tried to allocate 2.00 GiB."}
+
+
+def test_a_cell_keeps_its_training_where_the_counted_step_has_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, started = loop.step, list[int]()
+
+    def step(adapted: Any, parts: Any, optimizer: Any, seed: int) -> Any:
+        started.append(seed)
+        if len(started) > 2:  # the training has two
+            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4096 bytes.\nMore.")
+        return real(adapted, parts, optimizer, seed)
+
+    monkeypatch.setattr(loop, "step", step)
+    life, found = lived(tmp_path, "lora", latency=False)
+    assert len(started) == 3
+    assert found.training is not None
+    assert len(found.training.losses) == 2
+    assert found.memory.counted_peak_B is None
+    (note,) = [note for note in life.notes if "was not counted" in note]
+    assert note.endswith(": out of memory: DefaultCPUAllocator: not enough memory: you tried to allocate 4096 bytes.")
 
 
 def test_a_large_model_is_judged_without_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,12 +65,14 @@ def judge(cells: Sequence[Sides], canaries: Canaries, *, strict: bool = False) -
     Exit codes, the first that holds: NOTHING_COMPARED where no Cell is ok on both sides; FAIL for a Cell that is slower,
     that takes more memory or other counts, or that was ok by the old side alone; INFRASTRUCTURE for a Cell that could not be
     timed, and where the canaries close the gate, which then judges no time; with `strict` INCONCLUSIVE for any Cell that is
-    so; else PASS. Each Cell's time is judged by itself, at the level of the Design.
+    so, in its time or because not all its process runs counted their memory; else PASS. Each Cell's time is judged by
+    itself, at the level of the Design.
     """
     rows = [row for cell in cells for row in _rows(cell)]
     adjusted = family({cell.name: cell.timed for cell in cells if cell.timed})
     slower = [] if canaries.closed else [c for c in cells if c.timed and c.timed.word is Finding.SLOWER]
     open_ = [c for c in cells if c.timed and c.timed.word is Finding.INCONCLUSIVE]
+    uncounted = [row for row in rows if row.word is Word.INCONCLUSIVE]
     red = [row for row in rows if row.word is Word.FAIL]
     timed = [c for c in cells if c.timed]
     lacking = [c for c in cells if not c.timed]
@@ -85,8 +87,10 @@ def judge(cells: Sequence[Sides], canaries: Canaries, *, strict: bool = False) -
     elif lacking:
         told = [f"{c.name} ({c.because})" for c in lacking]
         word, code, reason = Word.NOT_RUN, Exit.INFRASTRUCTURE, f"not timed: {', '.join(told)}"
-    elif open_:
-        word, reason = Word.INCONCLUSIVE, f"{len(open_)} of {len(timed)} Cells are neither slower nor proven the same"
+    elif open_ or uncounted:
+        told = [f"{len(open_)} of {len(timed)} Cells are neither slower nor proven the same"] if open_ else []
+        told += [f"{row.name}: {row.what} {row.reason}" for row in uncounted]
+        word, reason = Word.INCONCLUSIVE, "; ".join(told)
         code = Exit.INCONCLUSIVE if strict else Exit.PASS
     residue = _residue(cells)
     if residue:
@@ -151,6 +155,9 @@ def _peaks(name: str, whole: Records) -> list[Row]:
     rows = []
     if counted is not None:
         rows.append(_grown(name, whole, COUNTED_PEAK, counted, 0 if allocated else COUNTED_PEAK_B, exact=True))
+    elif not allocated and (lacking := _lacking(whole)):
+        word, ids = Word.INCONCLUSIVE, (whole[0][0].id, whole[0][1].id)
+        rows.append(Row(Kind.MEMORY, word, name, (whole[0][0].cell_id,), COUNTED_PEAK, lacking, unit="B", records=ids))
     if of_process is not None and not (allocated and rows):
         rows.append(_grown(name, whole, PEAK, of_process, 0 if allocated else PEAK_B, exact=False))
     return rows
@@ -161,6 +168,14 @@ def _sides(whole: Records, of: Callable[[Record], int | None]) -> tuple[list[int
     old, new = ([of(pair[side]) for pair in whole] for side in (0, 1))
     there = [n for n in old if n is not None], [n for n in new if n is not None]
     return there if len(there[0]) == len(there[1]) == len(whole) else None
+
+
+def _lacking(whole: Records) -> str:
+    """Say how many process runs of which side have no count, where others have: likeliest of a side that grew."""
+    without = [sum(_counted(pair[side]) is None for pair in whole) for side in (0, 1)]
+    told = [f"{n} of {len(whole)} of the {side} side" for n, side in zip(without, ("old", "new"), strict=True) if n]
+    # Where no run has a count, it was not to be had: there is no training, or torch has no profiler.
+    return "" if sum(without) == 2 * len(whole) else f"not compared: not counted in {' and '.join(told)}"
 
 
 def _counted(record: Record) -> int | None:

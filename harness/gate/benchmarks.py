@@ -13,6 +13,8 @@ from harness.bench.pytest_benchmark import Saved
 _WORDS = {
     Pace.SLOWER: Word.FAIL, Pace.FASTER: Word.PASS, Pace.NOT_SLOWER: Word.PASS, Pace.INCONCLUSIVE: Word.INCONCLUSIVE,
 }  # fmt: skip
+_ALWAYS = ("torch", "gpu")
+"""What a run says of itself wherever it was in use: without it, it was not."""
 _SHOWN = 3
 """Names that a sentence gives."""
 
@@ -91,9 +93,16 @@ def _row(name: str, kept: Sequence[Sequence[float]], new: Sequence[float], margi
 
 
 def _elsewhere(kept: Mapping[str, str], here: Mapping[str, str]) -> str:
-    """Say in what a run was made elsewhere, of what both sides say; nothing if in none."""
-    differ = [f"{what}: {kept[what]}, here {here[what]}" for what in kept if what in here and kept[what] != here[what]]
-    return "; ".join(differ)
+    """Say in what a run was made elsewhere, of what both sides say; nothing if in none.
+
+    torch and the GPU need one side only: a session on a GPU is not faster than one on a CPU, but another.
+    """
+    both = [what for what in kept if what in here or what in _ALWAYS]
+    either = both + [what for what in _ALWAYS if what in here and what not in kept]
+    differ = [what for what in either if kept.get(what) != here.get(what)]
+    return "; ".join(
+        f"{what}: {kept.get(what, 'none in use')}, here {here.get(what, 'none in use')}" for what in differ
+    )
 
 
 def _places(away: Mapping[str, str]) -> list[Row]:

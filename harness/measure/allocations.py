@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.profiler import kineto_available
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -23,8 +24,9 @@ def most_while(run: Callable[[], object]) -> int | None:
     the sizes that torch's allocator was asked for. None of a torch that was built without its profiler.
 
     Not in it: tensors that imports made (they are out of the collector's sight, see `harness/runner/worker.py`), what other
-    libraries allocate by themselves, and what threads of Python's allocate. A tensor from before that `run` frees counts
-    to the end.
+    libraries allocate by themselves, what threads of Python's allocate, and tensors from before that have no storage of
+    their own (sparse ones, and those that a transform such as vmap left behind). A tensor from before that `run` frees
+    counts to the end.
     """
     if not kineto_available():
         return None
@@ -51,10 +53,16 @@ def _existing() -> list[Tensor]:
     return [
         t
         for t in tensors
-        if t.layout is torch.strided
+        if has_storage(t)
         and not is_traceable_wrapper_subclass(t)
         and t.untyped_storage().device.type == "cpu"  # a compiler's fake tensors say `cpu` of themselves
     ]
+
+
+def has_storage(tensor: Tensor) -> bool:
+    """Say whether a tensor can be asked for its storage: not one of a lazy module that no batch went through yet, a sparse
+    one, or one inside a transform such as vmap."""
+    return not is_lazy(tensor) and torch._C._has_storage(tensor)
 
 
 def _changes(events: list[Any]) -> Iterator[int]:

@@ -193,7 +193,11 @@ def memory(facts: RunFacts) -> Table:
             "training peak minus all to the left: activations, buffers, the allocator's slack; after ≈ what the shape lets "
             "expect of activations and logits, at the longest texts, or of the optimizer's step, if that is more",
         ),
-        _column("Tensors in a step", "the most that tensors took at one time in a training step, counted"),
+        _column(
+            "Tensors in a step",
+            "the most that tensors took at one time in a training step, counted; on a CPU in one more step after the "
+            "training, so that GaLore's SVD is in it only where that step has one",
+        ),
         *(_column(f"Peak: {name}", f"highest memory inside the phase “{name}”") for name in names),
         _column("Source", "how the peaks were taken", number=False),
     ]

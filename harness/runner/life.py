@@ -50,7 +50,7 @@ from harness.runner.random_data import RandomData
 from harness.runner.work import Work
 from harness.training import loop, optimizers, shape
 from harness.training import model as models
-from harness.training.counted_step import most_in_step
+from harness.training.counted_step import copied_B, most_in_step
 from harness.training.head import draw as draw_head
 from harness.training.head import in_head, new_head
 from harness.training.movement import Movement
@@ -308,11 +308,18 @@ class Life:
     ) -> int | None:
         if self.work.device != "cpu":
             return self.clock.done[-1].peak_memory_B  # of the training: the allocator's own count
-        if 2 * tensor_bytes(loop.trainable(adapted, head)) > free_B(torch.device("cpu")):
-            self.notes.append("memory in a step was not counted: a second copy of what trains might not fit")
+        if 2 * copied_B(adapted, head) > free_B(torch.device("cpu")):
+            self.notes.append("memory in a step was not counted: a second copy of what it changes might not fit")
             return None
         with self.clock.phase("count"):
-            return most_in_step(adapted, head, data.batches, optimizer, self.work.cell.training.accumulate)
+            try:
+                return most_in_step(adapted, head, data.batches, optimizer, self.work.cell.training.accumulate)
+            except (MemoryError, RuntimeError) as error:
+                if not shortage(error):
+                    raise
+                # The training was done before, and stays: this number is what there was no memory for.
+                self.notes.append(f"memory in a step was not counted: out of memory: {error}".partition("\n")[0])
+                return None
 
     def _latency(
         self, subject: Subject, causal: bool, vocabulary: int, forward: Callable[..., Tensor]
