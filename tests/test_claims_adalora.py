@@ -133,3 +133,12 @@ def test_what_the_ledger_says_of_printed_counts() -> None:
     assert found["adalora-lora-share-r4"].verdict is found["adalora-fig1-mlp"].verdict is Verdict.REPRODUCED
     assert found["adalora-fig1-three-layers"].verdict is Verdict.NOT_REPRODUCED
     assert found["adalora-schedule-eq12-start-rte"].under.startswith("t - t_i over T - t_i - t_f")
+
+
+def test_whole_minutes_decide_no_percentage_that_they_allow() -> None:
+    found = verdicts([f"adalora-table15-pct-{row}" for row in ("mnli-008", "mnli-016", "sst2-008")])
+    minutes = found["adalora-table15-pct-mnli-008"]
+    least, most = Fraction("115.5") / Fraction("105.5") - 1, Fraction("116.5") / Fraction("104.5") - 1
+    assert minutes.verdict is Verdict.INCONCLUSIVE
+    assert minutes.why.endswith(f"they allow {float(least * 100):.6g}% to {float(most * 100):.6g}%")
+    assert found["adalora-table15-pct-mnli-016"].verdict is Verdict.REPRODUCED

@@ -48,7 +48,8 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
         return {"missing": f"could not be computed: {type(error).__name__}: {error}", "failed": True}
     numbers = {name: value if isinstance(value, bool | None) else str(Fraction(value))
                for name, value in (("value", found.value), ("most", found.most))}  # fmt: skip
-    return {"how": found.how, **numbers}
+    within = [str(Fraction(end)) for end in found.within] if found.within else None
+    return {"how": found.how, **numbers, "within": within}
 
 
 if __name__ == "__main__":
