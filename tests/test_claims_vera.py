@@ -134,7 +134,9 @@ def test_a_size_that_is_none_is_refused_with_its_line(tmp_path: Path) -> None:
 
 
 def test_a_pattern_that_fits_no_name_is_refused_with_names_that_there_are(shape: str) -> None:
-    with pytest.raises(ValueError, match=r"`\^classifer` fits none of the \d+ names, which are such as `model.embed_tok"):
+    with pytest.raises(
+        ValueError, match=r"`\^classifer` fits none of the \d+ names, which are such as `model.embed_tok"
+    ):
         parameters.parameters(shape, without=["norm", "^classifer"])
     with pytest.raises(ValueError, match=r"`bias\$` fits none of the \d+ names"):
         parameters.parameters(shape, only=["bias$"])
