@@ -127,7 +127,7 @@ def _allowed(claim: Claim, found: Found) -> str:
     """Say from what to what printed figures allow a value to be, where some of that comes out; "" where none of it does."""
     if claim.figure is None or found.within is None:
         return ""
-    least, most = map(Fraction, found.within)
+    least, most = Fraction(found.within[0]), Fraction(found.within[1])
     if not undecided(claim.figure, least, claim.rounding, most):
         return ""
     return " to ".join(shown(end, claim.dimension, claim.figure.unit) for end in (least, most))
