@@ -117,10 +117,29 @@ def test_kthvalue_drops_what_ties_with_the_last(monkeypatch: pytest.MonkeyPatch)
     assert not adalora.keeps_exactly("reference").value
 
 
-def test_a_rank_that_is_not_said_is_the_nearest_whole_one() -> None:
-    assert baselines.at_nearest_rank(Fraction(1000), Fraction(3499)).value == 3000
-    assert baselines.at_nearest_rank(Fraction(1000), Fraction(3501)).value == 4000
-    assert baselines.at_nearest_rank(Fraction(1000), Fraction(1)).value == 1000
+def test_a_rank_that_is_not_printed_shows_no_figure_right_but_may_show_it_wrong() -> None:
+    step, last = Fraction(1000), Fraction(100)
+    right = baselines.at_some_rank(step, Fraction(3000 + 50), last)
+    assert (right.value, right.most) == (1000, 4000)  # of ranks 1 to 4, and the paper does not say which
+    wrong = baselines.at_some_rank(step, Fraction(3000 + 51), last)
+    assert (wrong.value, wrong.most, wrong.how) == (3000, None, "rank 3: 3 x 1,000")
+    assert baselines.at_some_rank(step, Fraction(3501), last, fitted=True).value == 4000
+    assert baselines.at_some_rank(step, Fraction(1), last, fitted=True).value == 1000
+
+
+def test_a_rank_is_not_fitted_where_nearly_any_figure_has_one() -> None:
+    assert baselines.at_some_rank(Fraction(500), Fraction(3000), Fraction(100), fitted=True).value == 3000
+    with pytest.raises(ValueError, match="one more rank is 499, less than 5 x 100: nearly any figure has one near"):
+        baselines.at_some_rank(Fraction(499), Fraction(2994), Fraction(100), fitted=True)
+
+
+def test_a_percentage_without_its_rank_is_right_under_a_fitted_one_or_wrong() -> None:
+    found = verdicts(["adalora-bart-b013", "adalora-bart-b026", "adalora-bart-b110"])
+    nearest = "the whole rank that comes nearest, which is not printed"
+    assert found["adalora-bart-b026"].under == f"{nearest}; digits cut off, not rounded"
+    assert found["adalora-bart-b013"].under == nearest
+    assert found["adalora-bart-b110"].verdict is Verdict.NOT_REPRODUCED
+    assert found["adalora-bart-b110"].how.startswith("rank 8: 8 x ")
 
 
 def test_what_the_ledger_says_of_printed_counts() -> None:
@@ -130,6 +149,16 @@ def test_what_the_ledger_says_of_printed_counts() -> None:
     assert found["adalora-lora-r8"].under == found["adalora-n72-b144"].under == with_output
     assert found["adalora-lora-r8"].how.endswith(f"= {12 * 8 * (4 * (768 + 768) + 2 * (768 + 3072)):,}")
     assert found["adalora-127m"].verdict is Verdict.INCONCLUSIVE
-    assert found["adalora-lora-share-r4"].verdict is found["adalora-fig1-mlp"].verdict is Verdict.REPRODUCED
+    assert found["adalora-lora-share-r4"].verdict is Verdict.REPRODUCED
+    assert found["adalora-fig1-mlp"].verdict is Verdict.INCONCLUSIVE
     assert found["adalora-fig1-three-layers"].verdict is Verdict.NOT_REPRODUCED
     assert found["adalora-schedule-eq12-start-rte"].under.startswith("t - t_i over T - t_i - t_f")
+
+
+def test_whole_minutes_decide_no_percentage_that_they_allow() -> None:
+    found = verdicts([f"adalora-table15-pct-{row}" for row in ("mnli-008", "mnli-016", "sst2-008")])
+    minutes = found["adalora-table15-pct-mnli-008"]
+    least, most = Fraction("115.5") / Fraction("105.5") - 1, Fraction("116.5") / Fraction("104.5") - 1
+    assert minutes.verdict is Verdict.INCONCLUSIVE
+    assert minutes.why.endswith(f"they allow {float(least * 100):.6g}% to {float(most * 100):.6g}%")
+    assert found["adalora-table15-pct-mnli-016"].verdict is Verdict.REPRODUCED

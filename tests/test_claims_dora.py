@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import reference.dora
-from harness.claims import claim_file
+from harness.claims import claim_file, computing
 from harness.claims.judging import Judged, Verdict, judge, plain
 from harness.claims.measures import bart, baselines, dora, scores
-from harness.claims.worker import find
+from harness.claims.worker import answer, find
 
 D, KV, F, LAYERS, V = 8, 4, 16, 3, 100
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -117,7 +117,9 @@ def test_a_magnitude_belongs_to_an_output() -> None:
 
 
 def test_scores_of_one_task_count_once() -> None:
-    assert scores.mean_score([[90.0, 80.0], 60.1]).value == Fraction("72.55")
+    found = scores.mean_score([[90.0, 80.0], 60.1], last=Fraction("0.1"))
+    assert found.value == Fraction("72.55")
+    assert found.within == (Fraction("72.5"), Fraction("72.6"))
 
 
 def test_printed_shares_come_out_under_the_convention_that_fits(tmp_path: Path) -> None:
@@ -139,6 +141,18 @@ def test_another_rank_does_not_come_out(tmp_path: Path) -> None:
 def test_two_places_that_disagree_are_found(tmp_path: Path) -> None:
     ids = ["dora-margin-llava", "dora-margin-llava-text", "dora-margin-13b-half"]
     found = verdicts(tmp_path, ids)
-    assert found["dora-margin-llava"].verdict is Verdict.NOT_REPRODUCED
+    assert found["dora-margin-llava"].verdict is Verdict.INCONCLUSIVE  # of rounded means it may be 0.6 and 0.7
     assert found["dora-margin-llava-text"].verdict is Verdict.REPRODUCED
     assert found["dora-margin-13b-half"].under == "DoRA with the whole rank"
+
+
+def test_printed_figures_stand_for_all_that_is_rounded_to_them() -> None:
+    ids = ["dora-mean-text-lora-r8", "dora-mean-t6-7b-dora", "dora-table7-llama", "dora-margin-r4"]
+    claims = [claim for claim in claim_file.load(claim_file.paths(["dora"])) if claim.id in ids]
+    # As between the processes: an answer is written down as JSON and read again.
+    found = {c.id: judge(c, [computing._read(json.dumps(answer(plain(c.asking))))]) for c in claims}
+    mean = found["dora-mean-text-lora-r8"]
+    assert (mean.verdict, mean.ours) == (Verdict.INCONCLUSIVE, "40.7625")
+    assert mean.why.endswith("are rounded; they allow 40.7125 to 40.8125")
+    assert found["dora-mean-t6-7b-dora"].verdict is Verdict.NOT_REPRODUCED
+    assert found["dora-table7-llama"].verdict is found["dora-margin-r4"].verdict is Verdict.REPRODUCED

@@ -60,16 +60,20 @@ def adapter(rank: int) -> nn.Module:
 def test_adapters_are_counted_as_the_modules_they_are(shape: str, design: str, in_a_block: Any) -> None:
     sizes = {rank: DEPTH * size(*in_a_block(rank)) for rank in (1, 3, 4)}
     assert {rank: value("adapters", model=shape, design=design, rank=rank) for rank in sizes} == sizes
-    for near in (sizes[3], sizes[3] - 5, sizes[3] + 5):
-        assert value("adapters_of_nearest_rank", model=shape, design=design, printed=near) == sizes[3]
-    assert value("adapters_of_nearest_rank", model=shape, design=design, printed=1) == sizes[1]
+    some = {"model": shape, "design": design, "last": 1}
+    for near in (sizes[3] - 5, sizes[3] + 5):
+        assert value("adapters_of_some_rank", printed=near, **some) == sizes[3]
+    assert value("adapters_of_some_rank", printed=1, **some) == sizes[1]
+    open_rank = find({"measure": "adapters_of_some_rank", "with": {"printed": sizes[3], **some}})
+    assert (open_rank.value, open_rank.most) == (sizes[1], sizes[4])
 
 
 def test_virtual_tokens_are_counted_as_embeddings_in_one_place_or_in_every_block(shape: str) -> None:
     embedding = size(nn.Embedding(5 + 2, WIDTH))
     assert value("prefix_embedding", model=shape, prefix=5, infix=2) == embedding
     assert value("prefix_layer", model=shape, prefix=5, infix=2) == DEPTH * embedding
-    assert value("prefix_layer_of_nearest_length", model=shape, printed=DEPTH * embedding + 11) == DEPTH * embedding
+    near = {"model": shape, "printed": DEPTH * embedding + 11, "last": 1}
+    assert value("prefix_layer_of_some_length", **near) == DEPTH * embedding
 
 
 def test_the_last_blocks_are_those_at_the_end(shape: str, built: Any) -> None:

@@ -131,3 +131,25 @@ def test_a_size_that_is_none_is_refused_with_its_line(tmp_path: Path) -> None:
     )
     with pytest.raises(SuiteError, match=r"mine\.yaml:5: `ranks` of `product_keeps_variance` is 0: .* greater than"):
         claim_file.load([path])
+
+
+def test_a_pattern_that_fits_no_name_is_refused_with_names_that_there_are(shape: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"`\^classifer` fits none of the \d+ names, which are such as `model.embed_tok"
+    ):
+        parameters.parameters(shape, without=["norm", "^classifer"])
+    with pytest.raises(ValueError, match=r"`bias\$` fits none of the \d+ names"):
+        parameters.parameters(shape, only=["bias$"])
+    lora = {"rank": 2, "targets": ["q_proj"]}
+    with pytest.raises(ValueError, match=r"`\\.m\$` fits none of the 6 names, which are such as `.*q_proj.A`"):
+        parameters.trainable_parameters(shape, "lora", lora, only=[r"\.m$"])
+    with pytest.raises(ValueError, match="`score` fits none"):
+        parameters.trainable_parameters(shape, "lora", lora, also=["score"])
+
+
+def test_what_trains_besides_and_already_counts_once(shape: str) -> None:
+    every = parameters.parameters(shape).value
+    assert parameters.trainable_parameters(shape, "full", also=["lm_head", "norm"]).value == every
+    lora = {"rank": 2, "targets": ["q_proj"]}
+    besides = parameters.trainable_parameters(shape, "lora", lora, also=["lm_head"]).value
+    assert besides == BLOCKS * 2 * (HIDDEN + HIDDEN) + 50 * HIDDEN

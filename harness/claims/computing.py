@@ -91,4 +91,5 @@ def _read(line: str) -> Found | Missing:
     if "missing" in one:
         return Missing(one["missing"], one["failed"])
     numbers = {name: Fraction(v) if isinstance(v, str) else v for name in ("value", "most") for v in [one[name]]}
-    return Found(numbers["value"], one["how"], numbers["most"])
+    within = (Fraction(one["within"][0]), Fraction(one["within"][1])) if one["within"] else None
+    return Found(numbers["value"], one["how"], numbers["most"], within)

@@ -106,6 +106,10 @@ def judge(claim: Claim, answers: Sequence[Found | Missing]) -> Judged:
     if _open(claim, found):
         why = "some of the values that it can have come out, and some do not"
         return _judged(claim, Verdict.INCONCLUSIVE, tried, own, why=claim.needs or why)
+    for one, answer in zip(tried, answers, strict=True):
+        if isinstance(answer, Found) and (allowed := _allowed(claim, answer)):
+            why = f"the printed figures that it is computed from are rounded; they allow {allowed}"
+            return _judged(claim, Verdict.INCONCLUSIVE, tried, one, why="; ".join(filter(None, [one.under, why])))
     if claim.needs and found.most is None:
         return _judged(claim, Verdict.INCONCLUSIVE, tried, own, why=f"the paper leaves out {claim.needs}")
     return _judged(claim, Verdict.NOT_REPRODUCED, tried, own)
@@ -123,6 +127,16 @@ def _open(claim: Claim, found: Found) -> bool:
     if claim.figure is None or found.most is None:
         return bool(found.most)
     return undecided(claim.figure, Fraction(found.value), claim.rounding, Fraction(found.most))
+
+
+def _allowed(claim: Claim, found: Found) -> str:
+    """Say from what to what printed figures allow a value to be, where some of that comes out; "" where none of it does."""
+    if claim.figure is None or found.within is None:
+        return ""
+    least, most = Fraction(found.within[0]), Fraction(found.within[1])
+    if not undecided(claim.figure, least, claim.rounding, most):
+        return ""
+    return " to ".join(shown(end, claim.dimension, claim.figure.unit) for end in (least, most))
 
 
 def _tried(claim: Claim, under: str, asking: Asking, found: Found | Missing) -> Tried:

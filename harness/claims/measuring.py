@@ -28,12 +28,14 @@ class Found:
     """What a measure found. value: a number in base units, or of a property whether it holds.
 
     how: the arithmetic, so that a reader can do it again by hand. most: where the paper leaves something open, or what was
-    measured is uncertain, the largest that it can be, and `value` the least.
+    measured is uncertain, the largest that it can be, and `value` the least. within: where the value is computed from
+    printed figures, which are rounded, the least and the most that these allow it to be.
     """
 
     value: Number | bool
     how: str
     most: Number | None = None
+    within: tuple[Number, Number] | None = None
 
 
 @dataclass(frozen=True)

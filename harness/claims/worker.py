@@ -53,11 +53,12 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
     try:
         found = find(asked)
         numbers = {name: _written(value) for name, value in (("value", found.value), ("most", found.most))}
+        within = [_written(end) for end in found.within] if found.within else None
     except NotRunError as error:
         return {"missing": str(error), "failed": False}
     except (*_ERRORS, HarnessError) as error:
         return {"missing": f"could not be computed: {type(error).__name__}: {error}", "failed": True}
-    return {"how": found.how, **numbers}
+    return {"how": found.how, **numbers, "within": within}
 
 
 def _written(value: Any) -> bool | str | None:

@@ -20,15 +20,17 @@ def share(of: Quantity, to: Quantity) -> Found:
 
 
 @measure("share")
-def share_less(of: Quantity, than: Quantity) -> Found:
-    """By which share `of` is less than `than`."""
-    return Found(1 - of / than, f"1 - {written(of)} / {written(than)}")
+def share_less(of: Quantity, than: Quantity, last: Quantity = Fraction(0)) -> Found:
+    """By which share `of` is less than `than`. last: of printed figures, one in the last digit of the coarser."""
+    least, most = _quotients(of, than, last)
+    return Found(1 - of / than, f"1 - {written(of)} / {written(than)}", within=(1 - most, 1 - least) if last else None)
 
 
 @measure("share")
-def share_more(of: Quantity, than: Quantity) -> Found:
-    """By which share `of` is more than `than`."""
-    return Found(of / than - 1, f"{written(of)} / {written(than)} - 1")
+def share_more(of: Quantity, than: Quantity, last: Quantity = Fraction(0)) -> Found:
+    """By which share `of` is more than `than`. last: of printed figures, one in the last digit of the coarser."""
+    least, most = _quotients(of, than, last)
+    return Found(of / than - 1, f"{written(of)} / {written(than)} - 1", within=(least - 1, most - 1) if last else None)
 
 
 @measure("count")
@@ -59,9 +61,16 @@ def bytes_of(count: Count, each: Quantity) -> Found:
 
 
 @measure("number")
-def difference(of: Quantity, less: Quantity) -> Found:
-    """`of` less `less`."""
-    return Found(of - less, f"{written(of)} - {written(less)}")
+def difference(of: Quantity, less: Quantity, last: Quantity = Fraction(0)) -> Found:
+    """`of` less `less`. last: of printed figures, one in the last digit of the coarser."""
+    found = of - less  # half a last digit of each
+    return Found(found, f"{written(of)} - {written(less)}", within=(found - last, found + last) if last else None)
+
+
+def _quotients(of: Fraction, to: Fraction, last: Fraction) -> tuple[Fraction, Fraction]:
+    """Return the least and the most that `of / to` can be, of positive numbers rounded to `last`."""
+    half = last / 2
+    return (of - half) / (to + half), (of + half) / (to - half)
 
 
 def written(value: Fraction) -> str:

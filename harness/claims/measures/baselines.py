@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -12,6 +13,8 @@ from harness.claims.measuring import Found, Model, Positive, Quantity, measure
 
 Sides = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 """The sides of a matrix, e.g. `[1024, 4096]`."""
+_TELLING = 5
+"""A rank is fitted only where at most one figure in so many would have a whole rank that gives it."""
 
 
 @measure("share")
@@ -71,10 +74,38 @@ def vision_transformer(width: Positive, mlp: Positive, layers: Positive, patch: 
 
 
 @measure("count")
-def at_nearest_rank(of_rank_1: Quantity, to: Quantity) -> Found:
-    """Parameters at the whole rank at which they come nearest to `to`: for figures whose rank is not said."""
-    rank = max(1, round(to / of_rank_1))
-    return Found(rank * of_rank_1, f"rank {rank} x {written(of_rank_1)}")
+def at_some_rank(of_rank_1: Quantity, to: Quantity, last: Quantity, fitted: bool = False) -> Found:
+    """Parameters where the rank is not printed: of any whole rank, if one gives `to`; else of the one that comes nearest.
+
+    last: what one in the last digit of `to` is worth. fitted: take the nearest rank as if it were printed.
+    Raises ValueError if that would fit nearly any figure: if a rank more is less than 5 of the last digit.
+    """
+    return of_some(Fraction(0), of_rank_1, to, last, fitted, "rank")
+
+
+@measure("share")
+def share_at_some_rank(of_rank_1: Quantity, to: Quantity, last: Quantity, fitted: bool = False) -> Found:
+    """The same of a share, e.g. of a model's parameters."""
+    return of_some(Fraction(0), of_rank_1, to, last, fitted, "rank")
+
+
+def of_some(start: Fraction, step: Fraction, to: Fraction, last: Fraction, fitted: bool, what: str) -> Found:
+    """Return `start` and so many whole steps: as many as come nearest to `to`, or a range where `to` is among them.
+
+    A number of steps that was fitted to a figure cannot show that the figure is right; that none gives it shows it wrong.
+    what: of which a step is one more. Raises ValueError as `at_some_rank` says.
+    """
+    nearest = max(1, round((to - start) / step))
+    value = start + nearest * step
+    before = f"{written(start)} + " if start else ""
+    if fitted and step < _TELLING * last:
+        why = f"one more {what} is {written(step)}, less than {_TELLING} x {written(last)}: nearly any figure has one near"
+        raise ValueError(why)
+    gives = abs(value - to) * 2 <= last or 0 <= value - to < last  # rounded, or its digits cut
+    if fitted or not gives:
+        return Found(value, f"{what} {nearest}: {before}{nearest} x {written(step)}")
+    how = f"{what} 1 to {nearest + 1}, which is not printed: {before}{written(step)} for each"
+    return Found(start + step, how, most=value + step)
 
 
 def _layers(model: str, names: list[str] | None) -> list[Any]:

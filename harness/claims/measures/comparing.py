@@ -6,13 +6,15 @@ from fractions import Fraction
 from itertools import pairwise
 
 from harness.claims.measures.arithmetic import written
-from harness.claims.measuring import Found, Quantities, measure
+from harness.claims.measuring import Found, Quantities, Quantity, measure
 
 
 @measure("number")
-def mean(of: Quantities) -> Found:
-    """The mean of several numbers, none of them weighted."""
-    return Found(sum(of, Fraction(0)) / len(of), f"({' + '.join(map(written, of))}) / {len(of)}")
+def mean(of: Quantities, last: Quantity = Fraction(0)) -> Found:
+    """The mean of several numbers, none of them weighted. last: of printed ones, one in the last digit of the coarsest."""
+    found = sum(of, Fraction(0)) / len(of)
+    within = (found - last / 2, found + last / 2) if last else None
+    return Found(found, f"({' + '.join(map(written, of))}) / {len(of)}", within=within)
 
 
 @measure("count")

@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from harness.claims.measures.arithmetic import written
+from harness.claims.measures.parameters import fitting
 from harness.claims.measuring import Config, Found, Method, Model, Positive, Quantities, Quantity, measure
 
 Side = Literal["std", "reverse_std", "paper", "left", "right", "full"]
@@ -159,15 +160,14 @@ def refreshes_every(gap: Positive, steps: Positive, side: Side = "std") -> Found
 
 def _kept(model: str, method: str, config: Config, also: list[str] | None) -> Counter[tuple[str, int, int]]:
     """Count the tensors that train by shape, numbers in the moments of one, and numbers in its projector."""
-    import re
-
     from harness.claims import attached
     from harness.conformance.subject import configure
     from harness.footprint import counting
     from reference.galore import sides, state_elements
 
     built = attached.model(model)
-    own = [p for name, p in built.named_parameters() if any(re.search(pattern, name) for pattern in also or ())]
+    named = dict(built.named_parameters())
+    own = [named[name] for name in fitting(named, also or [])]
     found: Counter[tuple[str, int, int]] = Counter()
     with counting.attached(built, method, configure(method, config)) as adapted:
         optimizer = adapted.optimizer(1e-3, 0.0)

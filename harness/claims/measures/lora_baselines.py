@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from harness.claims.measures.baselines import of_some
 from harness.claims.measuring import Found, Model, Positive, Quantity, measure
 
 Tokens = Annotated[int, Field(ge=0)]
@@ -30,13 +31,13 @@ def adapters(model: Model, design: Design, rank: Positive) -> Found:
 
 
 @measure("count")
-def adapters_of_nearest_rank(model: Model, design: Design, printed: Quantity) -> Found:
-    """The same, for a table that leaves the rank out: of the whole rank that comes nearest to what is printed."""
+def adapters_of_some_rank(
+    model: Model, design: Design, printed: Quantity, last: Quantity, fitted: bool = False
+) -> Found:
+    """The same, for a table that leaves the rank out: see `at_some_rank`."""
     d, depth = _width_and_depth(model)
     number, norms = (depth * each for each in _PER_BLOCK[design])
-    rank = round((printed - number * d - 2 * norms * d) / (number * (2 * d + 1)))
-    found = _adapters(d, depth, design, max(1, rank))
-    return Found(found.value, f"rank {max(1, rank)}: {found.how}")
+    return of_some(Fraction(number * d + 2 * norms * d), Fraction(number * (2 * d + 1)), printed, last, fitted, "rank")
 
 
 @measure("count")
@@ -54,11 +55,10 @@ def prefix_layer(model: Model, prefix: Tokens, infix: Tokens) -> Found:
 
 
 @measure("count")
-def prefix_layer_of_nearest_length(model: Model, printed: Quantity) -> Found:
-    """The same, for a table that leaves the lengths out: of the whole number of tokens nearest to what is printed."""
+def prefix_layer_of_some_length(model: Model, printed: Quantity, last: Quantity, fitted: bool = False) -> Found:
+    """The same, for a table that leaves the lengths out: see `at_some_rank`, with tokens in the place of ranks."""
     d, depth = _width_and_depth(model)
-    tokens = max(1, round(printed / (depth * d)))
-    return Found(depth * d * tokens, f"{tokens} tokens: {depth} x {d:,} x {tokens}")
+    return of_some(Fraction(0), Fraction(depth * d), printed, last, fitted, "token")
 
 
 @measure("count")

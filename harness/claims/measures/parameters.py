@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -17,7 +18,8 @@ Split = dict[str, list[str]]
 def parameters(model: Model, without: list[str] | None = None, only: list[str] | None = None) -> Found:
     """Parameters of a model, tied ones once.
 
-    without, only: regular expressions of parameters' names that are left out, or are all that is counted.
+    without, only: regular expressions of parameters' names that are left out, or are all that is counted. Raises ValueError
+    for one that fits no name, here as below.
     """
     return _sum(_parameters(model, without, only))
 
@@ -34,7 +36,7 @@ def trainable_parameters(
     """Parameters that train when a Method is attached to a model; a classifier's new head is not among them.
 
     only: regular expressions of the Method's tensors, the only ones counted. also: of the model's own parameters that train
-    besides, e.g. `classifier` or `embed_tokens`.
+    besides, e.g. `classifier` or `embed_tokens`; what the Method trains of them already counts once.
     """
     return _sum(_trained(model, method, config, split, only, also))
 
@@ -51,7 +53,7 @@ def frozen_tensors_of_the_method(
     from harness.claims import attached
 
     every = attached.kept(model, method, config, split)
-    return _sum(Counter(shape for name, shape in every.items() if _fits(name, only)))
+    return _sum(Counter(every[name] for name in fitting(every, only)))
 
 
 @measure("share")
@@ -68,7 +70,7 @@ def trainable_share(
     from harness.claims import attached
 
     trained = _trained(model, method, config, split, only, also)
-    top, base = attached.total(trained), attached.total(_parameters(model, None, None))
+    top, base = attached.total(trained), attached.total(_parameters(model))
     bottom = base + top if of == "base+adapter" else base
     return Found(Fraction(top, bottom), f"{top:,} / {bottom:,}, with {attached.in_words(trained)}")
 
@@ -88,21 +90,35 @@ def _trained(
 ) -> Any:
     from harness.claims import attached
 
-    sizes = Counter(
-        shape for name, shape in attached.trained(model, method, config, split).items() if _fits(name, only)
-    )
-    return sizes + _parameters(model, None, also) if also else sizes
+    by_method = attached.trained(model, method, config, split)
+    sizes = {name: by_method[name] for name in fitting(by_method, only)}
+    if also:
+        own = attached.parameters(model)
+        sizes |= {name: tuple(own[name].shape) for name in fitting(own, also)}
+    return Counter(sizes.values())
 
 
-def _parameters(model: str, without: list[str] | None, only: list[str] | None) -> Any:
+def _parameters(model: str, without: list[str] | None = None, only: list[str] | None = None) -> Any:
     from harness.claims import attached
 
-    every = attached.parameters(model).items()
-    return Counter(tuple(p.shape) for name, p in every if _fits(name, only) and not (without and _fits(name, without)))
+    every = attached.parameters(model)
+    left_out = set(fitting(every, without)) if without else set()
+    return Counter(tuple(every[name].shape) for name in fitting(every, only) if name not in left_out)
 
 
-def _fits(name: str, patterns: list[str] | None) -> bool:
-    return patterns is None or any(re.search(pattern, name) for pattern in patterns)
+def fitting(names: Iterable[str], patterns: list[str] | None) -> list[str]:
+    """Return the names that one of several regular expressions finds something in; all of them for None.
+
+    Raises ValueError for an expression that fits none: nothing would be counted, and nobody told.
+    """
+    every = list(names)
+    if patterns is None:
+        return every
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in every):
+            some = ", ".join(f"`{name}`" for name in dict.fromkeys([*every[:2], *every[-2:]]))
+            raise ValueError(f"`{pattern}` fits none of the {len(every)} names, which are such as {some or 'none'}")
+    return [name for name in every if any(re.search(pattern, name) for pattern in patterns)]
 
 
 def _sum(sizes: Any) -> Found:

@@ -108,7 +108,7 @@ def pissa_starts_at_the_model(rank: Positive, dropout: float, rows: Positive = 9
 
 @measure("share")
 def quantisation_error_reduced(
-    by: Literal["qlora", "loftq", "qpissa"],
+    by: Literal["loftq", "qpissa"],
     rank: Positive,
     iterations: Positive = 1,
     residual_of: Literal["this step", "the step before"] = "the step before",
@@ -117,21 +117,19 @@ def quantisation_error_reduced(
 ) -> Found:
     """By which share the nuclear norm of W - (nf4(.) + B A) is less than that of W - nf4(W) (eqs. 6 to 8), before training.
 
-    by: qlora, whose B A is 0; loftq, whose A and B are what the rank can take of W - nf4(W), and then by turns; qpissa,
-    which quantises the residual of the principal part, and after the first iteration takes A and B of W - nf4(residual).
+    QLoRA loses the latter, its B A being 0 then. by: loftq, whose A and B are what the rank can take of W - nf4(W), and then
+    by turns; qpissa, which quantises the residual of the principal part, and after the first iteration takes A and B of
+    W - nf4(residual).
     residual_of: by which step's A and B the residual is updated (Algorithm 1, line 5).
     """
     W = _weight(size, size, decay)
     plain = _nuclear(W - _nf4(W))
     if by == "loftq":
         found = _nuclear(W - _loftq(W, rank, iterations))
-    elif by == "qpissa":
+    else:
         residual, product = list(_turns(W, rank, iterations, residual_of))[-1]
         found = _nuclear(W - _nf4(residual) - product)
-    else:
-        found = _nuclear(W - _nf4(W))
-    turns = f" in {iterations} iterations" if by != "qlora" else ""
-    return Found(1 - found / plain, f"{by}{turns}: 1 - {found:.5g} / {plain:.5g}")
+    return Found(1 - found / plain, f"{by} in {iterations} iterations: 1 - {found:.5g} / {plain:.5g}")
 
 
 @measure("property")

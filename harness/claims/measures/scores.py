@@ -16,11 +16,15 @@ def printed_elsewhere(figure: Quantity, place: str) -> Found:
 
 
 @measure("number")
-def mean_score(of: list[Any]) -> Found:
-    """The mean of printed scores; a list among them, e.g. accuracy and F1 of one task, counts as its own mean."""
+def mean_score(of: list[Any], last: Quantity) -> Found:
+    """The mean of printed scores; a list among them, e.g. accuracy and F1 of one task, counts as its own mean.
+
+    last: what one in the last digit of the scores is worth, 0.1 or 0.01.
+    """
     scores = [_mean(one) if isinstance(one, list) else Fraction(str(one)) for one in of]
     shown = " + ".join(f"{float(one):g}" for one in scores)
-    return Found(_mean(scores), f"({shown}) / {len(scores)}")
+    found = _mean(scores)
+    return Found(found, f"({shown}) / {len(scores)}", within=(found - last / 2, found + last / 2))
 
 
 def _mean(scores: list[Any]) -> Fraction:
