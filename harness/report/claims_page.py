@@ -44,7 +44,9 @@ def build(rows: Sequence[Judged], software: Mapping[str, str]) -> dict[str, Any]
             {"name": name, "rows": [_row(one) for one in sorted(several, key=_weight)]}
             for name, several in headlines.items()
         ],
-        "findings": [_row(one) for one in rows if one.verdict in (Verdict.NOT_REPRODUCED, Verdict.UNDER)],
+        "findings": [
+            _row(one) for kind in (Verdict.NOT_REPRODUCED, Verdict.UNDER) for one in rows if one.verdict is kind
+        ],
         "papers": [
             {"name": name, "version": several[0].version, "rows": [_row(one) for one in several]}
             for name, several in papers.items()
