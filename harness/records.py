@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -121,7 +123,13 @@ class Cell(Frozen):
     training: Training
     evaluation: Evaluation
 
-    @property
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Cell:
+        """Return a copy; one that is changed has an id of its own."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("cell_id", None)
+        return copied
+
+    @cached_property
     def cell_id(self) -> str:
         """First 16 hex digits of the SHA-256 of the canonical JSON of this Cell.
 
@@ -139,6 +147,8 @@ class Cell(Frozen):
     @property
     def recipe(self) -> Cell:
         """This Cell with seed 0 and latencies: equal for Cells that differ in the seed, and in which seed has latencies."""
+        if self.seed == 0 and self.evaluation.latency:
+            return self
         timed = self.evaluation.model_copy(update={"latency": True})
         return self.model_copy(update={"seed": 0, "evaluation": timed})
 

@@ -410,7 +410,7 @@ def test_a_wrong_value_is_not_also_missing(tmp_path: Path) -> None:
         (["report", "no-such-run"], "no run 'no-such-run'", "`peft-harness run quick` first"),
         (["list", "method"], "'method' is not one of 'methods'", "see `peft-harness list --help`"),
         (["explain", "lorra"], "explain: nothing is called `lorra`", "did you mean `lora`?"),
-        (["explain", "9"], "explain: nothing is called `9`", "`list checks` show names"),
+        (["explain", "9"], "explain: nothing is called `9`", "`list measures` show names"),
     ],
 )
 def test_bad_command_line(

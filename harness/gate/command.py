@@ -87,4 +87,5 @@ def _without_cycles() -> Iterator[None]:
         yield
     finally:
         if was:
+            gc.freeze()  # or its first look would be at all that was read
             gc.enable()
