@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -14,9 +13,6 @@ from torch import Tensor, nn
 from harness.assets import shapes, structure
 from harness.conformance.subject import configure
 from harness.footprint import counting, models
-
-Sizes = Counter[tuple[int, ...]]
-"""How many tensors there are of each shape."""
 
 
 @lru_cache(maxsize=4)
@@ -90,17 +86,3 @@ def kept(name: str, method: str, config: Mapping[str, Any], split: Mapping[str, 
 def parameters(name: str, split: Mapping[str, Sequence[str]] | None = None) -> dict[str, Tensor]:
     """Map the names of a shape's parameters to them, a tied one once."""
     return dict(model(name, json.dumps(split or {})).named_parameters())
-
-
-def in_words(sizes: Sizes) -> str:
-    """Write a sum of sizes down: `24 of 8x768 + 24 of 768x8 = 294,912`."""
-    several = [
-        f"{number:,} of {'x'.join(map(str, shape)) or '1'}" if number > 1 else "x".join(map(str, shape))
-        for shape, number in sorted(sizes.items(), key=lambda item: -item[1])
-    ]
-    return f"{' + '.join(several) or '0'} = {total(sizes):,}"
-
-
-def total(sizes: Sizes) -> int:
-    """Return the number of elements."""
-    return sum(number * torch.Size(shape).numel() for shape, number in sizes.items())

@@ -278,9 +278,9 @@ class _Reading:
             return None
         inherited = arguments if other.measure is None else {}
         changed = {**inherited, **other.with_}
-        both = inherited.get("config"), other.with_.get("config")
-        if all(isinstance(config, dict) for config in both):
-            changed["config"] = {key: value for config in both for key, value in config.items()}  # type: ignore[union-attr]
+        own, another = inherited.get("config"), other.with_.get("config")
+        if isinstance(own, dict) and isinstance(another, dict):
+            changed["config"] = own | another
         asking = self.arguments.asking(same, changed, (*at, "with"), [(*at[:-2], "with")])
         return Reading(other.under or "", asking) if asking else None
 

@@ -121,11 +121,17 @@ def attached(model: Any, method: str, config: Any) -> Iterator[Any]:
 
     Raises ValueError for a config that does not fit the model.
     """
+    adapted = _attach(model, method, config)
+    try:
+        yield adapted
+    finally:
+        adapted.detach()
+        model.requires_grad_(False)
+
+
+def _attach(model: Any, method: str, config: Any) -> Any:
     with _Undrawn():
-        adapted = attach_reference(method, model, config, None, torch.Generator())
-    yield adapted
-    adapted.detach()
-    model.requires_grad_(False)
+        return attach_reference(method, model, config, None, torch.Generator())
 
 
 def of_method(
@@ -144,8 +150,7 @@ def of_method(
     knobs = configure(method, {})
     chosen = configure(method, ({"targets": names} if hasattr(knobs, "targets") else {}) | dict(config))
     try:
-        with _Undrawn():
-            adapted = attach_reference(method, model, chosen, None, torch.Generator())
+        adapted = _attach(model, method, chosen)
     except ValueError as error:
         return Counted(rank, error=str(error))
     layers = {path: layer for path, layer in adapted.layers.items() if not in_head(path, head)}

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from harness.claims.measuring import Config, Found, Method, measure
+from harness.claims.summing import summed, total
 
 Shape = dict[str, int]
 """What transformers' BartConfig takes: `{d_model: 768, encoder_layers: 6, ...}`."""
@@ -14,24 +15,22 @@ Shape = dict[str, int]
 @measure("count")
 def bart_parameters(shape: Shape, only: list[str] | None = None) -> Found:
     """Parameters of BART without a head, tied ones once. only: parts of the names of those that are counted."""
-    from harness.claims import attached
 
     sizes = Counter(
         tuple(p.shape) for name, p in _bart(shape).named_parameters() if not only or any(part in name for part in only)
     )
-    return Found(attached.total(sizes), f"{attached.total(sizes):,} of the meta model's parameters")
+    return Found(total(sizes), f"{total(sizes):,} of the meta model's parameters")
 
 
 @measure("count")
 def bart_trainable_parameters(shape: Shape, method: Method, config: Config) -> Found:
     """Parameters that train when a Method is attached to BART."""
-    from harness.claims import attached
     from harness.conformance.subject import configure
     from harness.footprint import counting
 
     with counting.attached(_bart(shape), method, configure(method, config)) as adapted:
         sizes = Counter(tuple(p.shape) for p in adapted.parameters())
-    return Found(attached.total(sizes), attached.in_words(sizes))
+    return summed(sizes)
 
 
 def _bart(shape: Shape) -> Any:

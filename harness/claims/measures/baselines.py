@@ -10,6 +10,7 @@ from pydantic import Field
 
 from harness.claims.measures.arithmetic import written
 from harness.claims.measuring import Found, Model, Positive, Quantity, measure
+from harness.claims.summing import summed
 
 Sides = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 """The sides of a matrix, e.g. `[1024, 4096]`."""
@@ -33,7 +34,7 @@ def prefixes(model: Model, tokens: Positive, before: list[str] = ["k_proj", "v_p
     before: the last parts of the paths of the layers that give these, and so say how long the vectors are.
     """
     sizes: Counter[tuple[int, ...]] = Counter((tokens, layer.out_features) for layer in _layers(model, before))
-    return _sum(sizes)
+    return summed(sizes)
 
 
 @measure("count")
@@ -52,7 +53,7 @@ def bottlenecks(
     sizes: Counter[tuple[int, ...]] = Counter()
     for first, last in ends:
         sizes.update([(size, first), (last, size), *([(size,), (last,)] if bias else [])])
-    return _sum(sizes)
+    return summed(sizes)
 
 
 @measure("count")
@@ -61,7 +62,7 @@ def linear_layers(sides: list[Sides], bias: bool = True) -> Found:
     sizes: Counter[tuple[int, ...]] = Counter()
     for inputs, outputs in sides:
         sizes.update([(inputs, outputs), *([(outputs,)] if bias else [])])
-    return _sum(sizes)
+    return summed(sizes)
 
 
 @measure("count")
@@ -113,9 +114,3 @@ def _layers(model: str, names: list[str] | None) -> list[Any]:
     from reference import layers
 
     return list(layers.targets(attached.model(model), names).values()) if names else []
-
-
-def _sum(sizes: Counter[tuple[int, ...]]) -> Found:
-    from harness.claims import attached
-
-    return Found(attached.total(sizes), attached.in_words(sizes))

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any, Literal
 
 from harness.claims.measuring import Config, Found, Method, Model, measure
+from harness.claims.summing import summed
 
 _OUT, _IN, _RANK, _TOKENS = 24, 40, 4, 64
 """A layer that is not square, so that the two axes differ."""
@@ -23,7 +24,7 @@ def with_magnitudes(model: Model, method: Method, config: Config, magnitudes: li
     directions = Counter(attached.trained(model, method, config, {}).values())
     every = attached.trained(model, "dora", {"rank": 1, "targets": magnitudes}, {})
     own = Counter(shape for name, shape in every.items() if name.endswith(".m"))
-    return Found(attached.total(directions + own), attached.in_words(directions + own))
+    return summed(directions + own)
 
 
 @measure("property")

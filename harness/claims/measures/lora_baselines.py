@@ -14,6 +14,7 @@ from pydantic import Field
 
 from harness.claims.measures.baselines import of_some
 from harness.claims.measuring import Found, Model, Positive, Quantity, measure
+from harness.claims.summing import in_words, total
 
 Tokens = Annotated[int, Field(ge=0)]
 """A parameter that is a number of virtual tokens."""
@@ -74,7 +75,7 @@ def last_blocks(model: Model, blocks: Positive) -> Found:
         raise ValueError(f"the model has {len(of_block)} blocks, and the last {blocks} are asked for")
     last = sorted(of_block)[-blocks:]
     sizes = sum((of_block[index] for index in last), Counter[tuple[int, ...]]())
-    return Found(attached.total(sizes), f"blocks {last[0]} to {last[-1]}: {attached.in_words(sizes)}")
+    return Found(total(sizes), f"blocks {last[0]} to {last[-1]}: {in_words(sizes)}")
 
 
 def _adapters(d: int, depth: int, design: str, rank: int) -> Found:

@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from harness.claims.measuring import Config, Found, Method, Model, measure
+from harness.claims.summing import in_words, summed, total
 
 Split = dict[str, list[str]]
 """Layers that stand for several, e.g. `{c_attn: [q, k, v]}` of GPT-2; then `q` and `v` can be targets."""
@@ -21,7 +22,7 @@ def parameters(model: Model, without: list[str] | None = None, only: list[str] |
     without, only: regular expressions of parameters' names that are left out, or are all that is counted. Raises ValueError
     for one that fits no name, here as below.
     """
-    return _sum(_parameters(model, without, only))
+    return summed(_parameters(model, without, only))
 
 
 @measure("count")
@@ -38,7 +39,7 @@ def trainable_parameters(
     only: regular expressions of the Method's tensors, the only ones counted. also: of the model's own parameters that train
     besides, e.g. `classifier` or `embed_tokens`; what the Method trains of them already counts once.
     """
-    return _sum(_trained(model, method, config, split, only, also))
+    return summed(_trained(model, method, config, split, only, also))
 
 
 @measure("count")
@@ -53,7 +54,7 @@ def frozen_tensors_of_the_method(
     from harness.claims import attached
 
     every = attached.kept(model, method, config, split)
-    return _sum(Counter(every[name] for name in fitting(every, only)))
+    return summed(Counter(every[name] for name in fitting(every, only)))
 
 
 @measure("share")
@@ -67,12 +68,11 @@ def trainable_share(
     also: list[str] | None = None,
 ) -> Found:
     """Parameters that train, as a share of the model's own (`base`), or of those and the Method's (`base+adapter`)."""
-    from harness.claims import attached
 
     trained = _trained(model, method, config, split, only, also)
-    top, base = attached.total(trained), attached.total(_parameters(model))
+    top, base = total(trained), total(_parameters(model))
     bottom = base + top if of == "base+adapter" else base
-    return Found(Fraction(top, bottom), f"{top:,} / {bottom:,}, with {attached.in_words(trained)}")
+    return Found(Fraction(top, bottom), f"{top:,} / {bottom:,}, with {in_words(trained)}")
 
 
 @measure("count")
@@ -119,9 +119,3 @@ def fitting(names: Iterable[str], patterns: list[str] | None) -> list[str]:
             some = ", ".join(f"`{name}`" for name in dict.fromkeys([*every[:2], *every[-2:]]))
             raise ValueError(f"`{pattern}` fits none of the {len(every)} names, which are such as {some or 'none'}")
     return [name for name in every if any(re.search(pattern, name) for pattern in patterns)]
-
-
-def _sum(sizes: Any) -> Found:
-    from harness.claims import attached
-
-    return Found(attached.total(sizes), attached.in_words(sizes))

@@ -10,6 +10,7 @@ from pydantic import Field
 from harness.claims.measures.arithmetic import written
 from harness.claims.measures.parameters import Split
 from harness.claims.measuring import Config, Found, Method, Model, Quantity, measure
+from harness.claims.summing import total
 
 Each = Annotated[int, Field(ge=0)]
 """A parameter that is the bytes of one number; 0 of what is not kept, or not counted."""
@@ -34,8 +35,8 @@ def adam_training(
     own = attached.parameters(model)
     trained = attached.trained(model, method, config, split)
     base = sum(p.numel() for p in own.values())
-    trains = attached.total(Counter(trained.values()))
-    added = attached.total(Counter(shape for name, shape in trained.items() if name not in own))
+    trains = total(Counter(trained.values()))
+    added = total(Counter(shape for name, shape in trained.items() if name not in own))
     how = f"{weight} B x {base + added:,} + ({gradient} + 2 x {moment}) B x {trains:,}"
     return Found(weight * (base + added) + (gradient + 2 * moment) * trains, how)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from harness.claims.measures.parameters import Split
 from harness.claims.measuring import Config, Found, Method, Model, Positive, measure
+from harness.claims.summing import summed, total
 
 
 @measure("property")
@@ -23,7 +24,7 @@ def counts_by_formula(model: Model, targets: list[str], ranks: list[Positive], s
         if widths != heights or len(widths) != 1:
             raise ValueError(f"the formula is for square layers of one size, and {', '.join(targets)} are not")
         (d,), layers = widths, len(lora) // 2
-        of_vera, of_lora = (attached.total(Counter(every.values())) for every in (vera, lora))
+        of_vera, of_lora = (total(Counter(every.values())) for every in (vera, lora))
         right = right and of_vera == layers * (d + rank) and of_lora == 2 * layers * d * rank
         said.append(f"r = {rank}: VeRA {of_vera:,}, LoRA {of_lora:,}")
     return Found(right, f"L = {layers}, d = {d:,}; {'; '.join(said)}")
@@ -76,10 +77,9 @@ def vision_parameters(
     width: Positive, blocks: Positive, heads: Positive, mlp: Positive, patch: Positive, pixels: Positive
 ) -> Found:
     """Parameters of a vision transformer without its head. patch, pixels: the side of a patch and of the image."""
-    from harness.claims import attached
 
     sizes = Counter(tuple(p.shape) for p in _vision(width, blocks, heads, mlp, patch, pixels).parameters())
-    return Found(attached.total(sizes), attached.in_words(sizes))
+    return summed(sizes)
 
 
 @measure("count")
@@ -94,14 +94,13 @@ def vision_trainable(
     config: Config = {},
 ) -> Found:
     """Parameters that train when a Method is attached to a vision transformer; its new head is not among them."""
-    from harness.claims import attached
     from harness.conformance.subject import configure
     from harness.footprint import counting
 
     model = _vision(width, blocks, heads, mlp, patch, pixels)
     with counting.attached(model, method, configure(method, config)) as adapted:
         sizes = Counter(tuple(p.shape) for p in adapted.parameters())
-    return Found(attached.total(sizes), attached.in_words(sizes))
+    return summed(sizes)
 
 
 def _vision(width: int, blocks: int, heads: int, mlp: int, patch: int, pixels: int) -> Any:
