@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -329,7 +330,7 @@ def test_one_measure_that_cannot_be_taken_is_told_and_ends_nothing() -> None:
 def test_sigterm_ends_the_children_too(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "harness.cli", "claims", "--file", str(write(tmp_path, line(tmp_path, "112")))]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
-        children = _children(running.pid)
+        children = _workers(running.pid)
         running.terminate()
         _, said = running.communicate(timeout=60)
     assert running.returncode == Exit.INFRASTRUCTURE
@@ -347,10 +348,13 @@ def _alive(pids: list[int]) -> list[int]:
     return alive
 
 
-def _children(pid: int) -> list[int]:
+def _workers(pid: int) -> list[int]:
+    """Return the processes that compute; others (git, asked for the commit) come and go before them."""
     for _ in range(600):
-        if found := [child.pid for child in psutil.Process(pid).children(recursive=True)]:
-            return found
+        children = psutil.Process(pid).children(recursive=True)
+        with contextlib.suppress(psutil.Error):  # it ended while it was looked at
+            if found := [child.pid for child in children if "harness.claims.worker" in child.cmdline()]:
+                return found
         time.sleep(0.1)
     return []
 

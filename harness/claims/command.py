@@ -58,9 +58,9 @@ def claims(
         rows = selection.chosen(written, tiers, ids)
     else:
         read = claim_file.load([*claim_file.paths(papers or (() if files else claim_file.names())), *files])
-        software = environment.describe().software
         folders = [store.find_run(name).resolve() for name in runs]
         with on_request():  # or a child would outlive this process
+            software = environment.describe().software
             rows = computing.judged(selection.chosen(read, tiers, ids), jobs, folders)
     if page:
         claims_page.write_page(rows, software, page)
