@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
+import psutil
 import pytest
 import recorded_run as recorded
 
@@ -27,6 +28,7 @@ from harness.expand import expand
 from harness.gate import arms, canary_file, pair_command
 from harness.gate.arms import Arm
 from harness.gate.outputs import Outputs
+from harness.measure import environment
 from harness.records import Cell, Record, Status
 
 SUITE = """
@@ -61,9 +63,11 @@ class Stand:
     ran: list[str] = field(default_factory=list)
     wrong: Callable[[Record], Record] = lambda record: record
     luck: int = 1
+    cores: set[int] = field(default_factory=set)
 
     def __call__(self, arm: Arm, suite: Path, cell: Cell, folder: Path, options: object = ()) -> Record:
         self.ran.append(folder.name)
+        self.cores.add(environment.physical_cores())
         if self.raises is not None and len(self.ran) > 20:
             raise self.raises
         new = folder.name.endswith("-new") and "canary" not in folder.name
@@ -129,6 +133,17 @@ def test_both_sides_begin_equally_often_and_in_an_order_that_the_seed_fixes(gate
     assert began(one) == began(again)
     assert sorted(began(one)) == ["new"] * 3 + ["old"] * 3
     assert {tuple(began(s)) for s in (one, other)} - {("old", "new") * 3}
+
+
+@pytest.mark.skipif(not hasattr(psutil.Process, "cpu_affinity"), reason="this system holds no process to a core")
+def test_on_a_cpu_both_sides_have_one_core_unless_asked_otherwise(gated) -> None:
+    mine = environment.physical_cores()
+    one, asked = Stand(), Stand()
+    _, _, document = gated(one)
+    gated(asked, cores=mine)
+    assert (one.cores, asked.cores) == ({1}, {mine})
+    assert len(document["cores"]) == 1
+    assert environment.physical_cores() == mine
 
 
 @pytest.mark.parametrize("slower", [1.05, 1.2])

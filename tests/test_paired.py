@@ -10,11 +10,14 @@ from statistics import NormalDist, median
 from typing import Any
 
 import pytest
+import recorded_run
 from scipy.stats import ttest_ind, wilcoxon
 
 from harness.analysis import canaries, pair_order, paired, trimmed
+from harness.analysis.pair_ratio import log_ratio
 from harness.analysis.paired import Design, Finding, Verdict
 from harness.errors import HarnessError, UsageError
+from harness.records import Record
 
 TOP = Path(__file__).resolve().parent.parent
 DESIGN = Design()
@@ -48,26 +51,32 @@ def test_the_order_is_drawn_and_can_be_drawn_again() -> None:
         pair_order.order(5, 0)
 
 
-def test_log_ratios_are_of_b_against_a() -> None:
-    found = pair_order.log_ratios("ABBA", [1.0, 2.0, 3.0, 1.0])
-    assert found == [math.log(2), math.log(3)]
+def trained(seconds: list[float], tokens: list[int]) -> Record:
+    """Return a Record whose steps took so long, on batches of so many tokens; the first step is warm-up."""
+    record = recorded_run.record("fused", recorded_run.cells()["fused"])
+    assert record.measurements is not None
+    assert record.measurements.training is not None
+    changes = {"step_seconds": seconds, "padded_tokens": tokens, "timing_warmup": 1}
+    training = record.measurements.training.model_copy(update=changes)
+    measured = record.measurements.model_copy(update={"training": training})
+    return record.model_copy(update={"measurements": measured})
 
 
-@pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])
-def test_what_is_no_duration_is_named_with_its_place(seconds: float) -> None:
-    with pytest.raises(HarnessError, match="no duration") as refused:
-        pair_order.log_ratios("ABBA", [1.0, 1.0, seconds, 1.0])
-    assert refused.value.where == "process run 3 of 4 (B)"
-    assert "anew" in refused.value.mend
+def test_a_pair_that_trained_on_the_same_batches_is_compared_step_by_step() -> None:
+    lengths = [9, 10, 20, 30, 40]
+    old = trained([9.0, 1.0, 2.0, 3.0, 4.0], lengths)
+    # A disturbed step, the shortest, changes the median step; it does not change that of the ratios.
+    new = trained([1.0, 2 * 4.0, 2 * 2.0, 2 * 3.0, 2 * 4.0], lengths)
+    assert median(new.measurements.training.step_seconds[1:]) != 2 * 2.5  # type: ignore[union-attr]
+    assert log_ratio(old, new) == pytest.approx(math.log(2))
+    assert log_ratio(new, old) == -log_ratio(old, new)
+    otherwise = trained([1.0, 5.0, 6.0, 7.0, 8.0], lengths[::-1])
+    assert log_ratio(old, otherwise) == pytest.approx(math.log(6.5 / 2.5))
 
 
-def test_pairs_that_are_none_are_refused() -> None:
-    with pytest.raises(UsageError, match="3 times for 4 process runs"):
-        pair_order.log_ratios("ABBA", [1.0, 1.0, 1.0])
-    with pytest.raises(UsageError, match="pair 1 is 'AA'"):
-        pair_order.log_ratios("AABB", [1.0, 1.0, 1.0, 1.0])
-    with pytest.raises(UsageError, match="pair 2 is 'A'"):
-        pair_order.log_ratios("ABA", [1.0, 1.0, 1.0])
+def test_a_side_whose_clock_did_not_move_is_named() -> None:
+    with pytest.raises(HarnessError, match="the new side: has no steps that took any time"):
+        log_ratio(trained([1.0, 1.0], [5, 5]), trained([1.0, 0.0], [5, 5]))
 
 
 @pytest.mark.parametrize(
@@ -188,10 +197,9 @@ def test_a_speed_up_too_good_to_be_true_asks_for_the_work() -> None:
 
 @pytest.mark.parametrize("effect", [0.0, 0.05])
 def test_no_spread_at_all_is_no_verdict(effect: float) -> None:
-    arms = pair_order.order(10, 0)
     # As from one measurement written down again: other seconds, the same ratio but for rounding.
-    seconds = [(1 + k // 2) * (1 + effect if arm == "B" else 1.0) / 7 for k, arm in enumerate(arms)]
-    found = paired.judge(pair_order.log_ratios(arms, seconds), DESIGN, "fresh")
+    pairs = [math.log((1 + k) * (1 + effect) / 7) - math.log((1 + k) / 7) for k in range(10)]
+    found = paired.judge(pairs, DESIGN, "fresh")
     assert (found.word, found.p, found.mde80) == (Finding.INCONCLUSIVE, 1.0, None)
     assert "without any spread" in found.sentence
     assert "time more steps" in found.sentence

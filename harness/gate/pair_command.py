@@ -20,6 +20,7 @@ from harness.expand import only as keep_only
 from harness.gate import arms, canary_file, pair_findings, pair_table
 from harness.gate.outputs import Outputs
 from harness.gate.pairs import Bench, Measured
+from harness.measure import cores, environment
 from harness.runner.stop import on_request
 
 DOCUMENT = "pairs.json"
@@ -27,7 +28,11 @@ DOCUMENT = "pairs.json"
 
 @dataclass(frozen=True)
 class Asked:
-    """What is compared, how, and where it is told. canary: whether a Cell of the old side is run against itself, too."""
+    """What is compared, how, and where it is told.
+
+    cores: how many both sides are held to, in turn; None: one on a CPU, all on a GPU. canary: whether a Cell of the old side
+    is run against itself, too.
+    """
 
     old: str
     new: str
@@ -35,6 +40,7 @@ class Asked:
     only: str | None = None
     out: Path | None = None
     device: str = "auto"
+    cores: int | None = None
     seed: int | None = None
     canary: bool = True
     canaries: Path = canary_file.FILE
@@ -60,14 +66,16 @@ def gate(asked: Asked, as_json: bool, design: Design | None = None) -> Exit:
     def say(line: str) -> None:
         print(line, file=sys.stderr)
 
+    held: list[int] = []
     bench: Bench | None = None
     try:
-        with on_request(), arms.opened(asked.old, asked.new, plan) as sides:
+        with on_request(), cores.held_to(_cores(asked)) as held, arms.opened(asked.old, asked.new, plan) as sides:
             matched = arms.pairs(plan, names, sides)
             bench = Bench(sides, path, folder, design, seed, ("--device", asked.device), say)
+            where = f"on core {', '.join(map(str, held))}" if held else "on any core"
             say(
                 f"{sides[0].said} against {sides[1].said}: {len(matched)} Cells, {design.first} pairs each, up to "
-                f"{design.fresh[-1]} fresh ones where these do not settle it; seed {seed}, into {folder}"
+                f"{design.fresh[-1]} fresh ones where these do not settle it; {where}; seed {seed}, into {folder}"
             )
             bench.measure(matched)
             if asked.canary:
@@ -92,7 +100,9 @@ def gate(asked: Asked, as_json: bool, design: Design | None = None) -> Exit:
     said = (bench.sides[0].said, bench.sides[1].said)
     # What was found stands; but what was cut short is no success.
     code = Exit.INFRASTRUCTURE if cut and judged.exit is not Exit.FAIL else judged.exit
-    document = _document(asked, said, seed, design, bench.found, judged, canary) | {"cut": cut, "exit": int(code)}
+    document = _document(asked, said, seed, design, bench.found, judged, canary) | {
+        "cores": held, "cut": cut, "exit": int(code)
+    }  # fmt: skip
     store.write_atomic(folder / DOCUMENT, json.dumps(document, indent=1, allow_nan=False).encode())
     told = pair_findings.findings(judged, cut)
     asked.outputs.write(told, f"{said[1]} against {said[0]}")
@@ -109,6 +119,14 @@ def _trained(plan: Plan, only: str | None) -> Plan:
         raise UsageError("no Cell of this suite trains, and pairs compare the time of a training step", where="SUITE")
     trained = Plan(kept, {c.cell_id: plan.ids[c.cell_id] for c in kept}, ())
     return keep_only(trained, only) if only is not None else trained
+
+
+def _cores(asked: Asked) -> int | None:
+    """One on a CPU: threads wait for each other, and for whatever else a core has to do; equal processes with two spread
+    twice as widely, or more. A GPU's process wants its threads."""
+    if asked.cores is None and (asked.device == "cuda" or (asked.device == "auto" and environment.gpus())):
+        return None
+    return asked.cores or 1
 
 
 def _folder(asked: Asked) -> Path:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.analysis.measured import step_seconds
-from harness.analysis.pair_order import log_ratios, order
+from harness.analysis.pair_order import order
+from harness.analysis.pair_ratio import log_ratio
 from harness.analysis.paired import Design, Verdict, decide
 from harness.errors import HarnessError
 from harness.gate import arms
@@ -115,8 +116,7 @@ class Bench:
 
 
 def _ratios(pairs: Sequence[tuple[Record, Record]]) -> list[float]:
-    seconds = [step_seconds(record) or 0.0 for pair in pairs for record in pair]
-    return log_ratios("AB" * len(pairs), seconds)
+    return [log_ratio(old, new) for old, new in pairs]
 
 
 def _said(pair: tuple[Record, Record]) -> str:

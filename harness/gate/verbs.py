@@ -43,6 +43,9 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
 @click.option("--suite", metavar="SUITE", help="Of --pairs: whose Cells.  [sentinels]")
 @click.option("--only", metavar="EXPR", help="Of --pairs: Cells to keep, as of `run`.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Of --pairs.  [auto]")
+@click.option(
+    "--cores", type=click.IntRange(1), metavar="N", help="Of --pairs: both sides get these.  [CPU: 1; GPU: all]"
+)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Of --pairs: run folders.")
 @click.option("--seed", type=click.IntRange(0), metavar="S", help="Of --pairs: fixes the order.  [drawn, and told]")
 @click.option("--no-canary", is_flag=True, help="Of --pairs: run no Cell of OLD against itself.")
@@ -87,13 +90,13 @@ def gate(run: str | None, baseline: str | None, pairs: tuple[str, str] | None, s
     from harness.gate.outputs import Outputs
 
     outputs = Outputs(told["junit"], told["markdown"], told["annotations"])
-    options = {name: told[name] for name in given & {"suite", "only", "device", "out", "seed"}}
+    options = {name: told[name] for name in given & {"suite", "only", "device", "cores", "out", "seed"}}
     asked = pair_command.Asked(*pairs, canary=not told["no_canary"], strict=strict, outputs=outputs, **options)
     return pair_command.gate(asked, told["as_json"])
 
 
 _OF_BASELINES = {"memory_bytes", "accuracy_points", "everything"}
-_OF_PAIRS = {"suite", "only", "device", "out", "seed", "no_canary"}
+_OF_PAIRS = {"suite", "only", "device", "cores", "out", "seed", "no_canary"}
 
 
 def _against(run: str | None, baseline: str | None, strict: bool, given: set[str], told: dict[str, Any]) -> Exit:
