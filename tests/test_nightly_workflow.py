@@ -28,6 +28,7 @@ case "$1 $2" in
   "history add")
     if [ "$ROWS" = 1 ]; then mkdir -p results/history; echo "$4" > "results/history/$4.jsonl"; fi
     exit "${ADD:-0}" ;;
+  "history settle") echo "what was tried"; exit "${SETTLE:-0}" ;;
   "history detect") echo "what changed"; exit "${DETECT:-0}" ;;
   *) exit "${GATE:-0}" ;;
 esac
@@ -103,8 +104,18 @@ def test_a_good_night_is_kept_beside_what_others_pushed(tmp_path: Path) -> None:
     assert found.failed == []
     assert found.pushed[0].startswith("History: the night of 20")
     assert found.pushed[1:] == ["meanwhile", "first"]
-    assert [call.split()[0] for call in found.calls] == ["run", "run", "run", "gate", "history", "history"]
+    assert [call.split()[0] for call in found.calls] == ["run", "run", "run", "gate", "history", "history", "history"]
+    assert "what was tried" in found.summary
     assert "what changed" in found.summary
+
+
+@pytest.mark.parametrize(("code", "fails"), [(3, False), (4, True)])
+def test_what_pairs_left_open_fails_nothing_and_pairs_that_did_not_run_do(
+    code: int, fails: bool, tmp_path: Path
+) -> None:
+    found = night(tmp_path, SETTLE=code)
+    assert found.failed == (["Try what looks slower"] if fails else [])
+    assert [call.split()[1] for call in found.calls[-2:]] == ["settle", "detect"]
 
 
 @pytest.mark.parametrize("code", [1, 4])
@@ -140,7 +151,7 @@ def test_an_open_change_fails_the_job_and_is_in_its_summary_and_the_night_is_kep
     found = night(tmp_path, DETECT=3)
     assert found.failed == ["Slower, or gone?"]
     assert "history detect --strict" in found.calls
-    assert found.summary == "```\nwhat changed\n```\n"
+    assert found.summary == "```\nwhat was tried\n```\n```\nwhat changed\n```\n"
     assert found.pushed[0].startswith("History")
 
 

@@ -24,6 +24,8 @@ FEWEST = 2 * LEVEL_NIGHTS
 """The fewest nights of a series in which a change can be seen."""
 PENALTY = 18.0
 """What a change must win, in squared noise: a little above what the best of a hundred places wins by chance."""
+SUSPICIOUS = 3.0
+"""So many standard errors above its level, the last night is worth a trial by pairs: at most one in 700 by normal noise."""
 _SPIKE = 4.0
 """So many times the noise away from the nights around it, a night counts as an outlier."""
 _TO_SIGMA = 1.4826
@@ -68,16 +70,41 @@ def steps(values: Array, *, least: float, shared: float = 0.0, floor: float = 1e
         return ()
     from ruptures import KernelCPD
 
-    sigma = noise(values)
-    if shared:
-        nights = len(values) - 1
-        sigma = float(((nights * sigma**2 + _OWN_NIGHTS * shared**2) / (nights + _OWN_NIGHTS)) ** 0.5)
-    sigma = max(sigma, floor)
+    sigma = _believed(values, shared, floor)
     calm = _without_spikes(values, sigma)
     # Around its mean: the kernel sums squares, and a large common part would cost digits.
     scaled = (calm - calm.mean()) / sigma
     ends = KernelCPD(kernel="linear", min_size=LEVEL_NIGHTS).fit(scaled.reshape(-1, 1)).predict(pen=PENALTY)
     return _worth_telling(values, [0, *ends], least) if len(ends) > 1 else ()
+
+
+def suspect(values: Array, *, since: int, least: float, shared: float = 0.0, floor: float = 1e-4) -> Step | None:
+    """Return the change that the last value would be, had a higher level begun on it or on the one before; else None.
+
+    Two nights are no level, and `steps` does not tell them. It lies above the level that has lasted from `since` on by
+    `least`, and by SUSPICIOUS times what the last value and that level are uncertain by together. Whether it is a change, a
+    trial has to tell. Other arguments as of `steps`; `at` is the value before the last.
+    """
+    import numpy as np
+
+    young = LEVEL_NIGHTS - 1
+    level = values[since:-young]
+    if len(level) < FEWEST:
+        return None
+    sigma, before, after = _believed(values, shared, floor), _median(level), float(values[-1])
+    uncertain = sigma * float(np.sqrt(1 + np.pi / 2 / len(level)))  # the median of so many normal values
+    if after - before < max(least, SUSPICIOUS * uncertain):
+        return None
+    return Step(len(values) - young, before, after)
+
+
+def _believed(values: Array, shared: float, floor: float) -> float:
+    """Return the noise of a series, by its own nights and what all series share."""
+    sigma = noise(values)
+    if shared:
+        nights = len(values) - 1
+        sigma = float(((nights * sigma**2 + _OWN_NIGHTS * shared**2) / (nights + _OWN_NIGHTS)) ** 0.5)
+    return max(sigma, floor)
 
 
 def _worth_telling(values: Array, edges: Sequence[int], least: float) -> tuple[Step, ...]:

@@ -159,5 +159,6 @@ def _document(
         "suite": asked.suite, "only": asked.only, "seed": seed, "design": asdict(design), "cells": cells,
         "findings": [asdict(row) for row in judged.rows if not row.same],
         "residue": list(judged.residue), "canary": canary, "canaries": judged.canaries.sentence,
+        "closed": judged.canaries.closed,
         "verdict": {"word": judged.verdict.word.value, "reason": judged.verdict.reason},
     }  # fmt: skip

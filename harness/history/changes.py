@@ -31,7 +31,7 @@ class Change:
     """A change of level. cell: `*` for what all series of a place have in common. nights: indices, the last of the old level
     and the first of the new one. before, after: the levels, in the metric's unit (times beside their anchor; the anchor
     itself as a ratio). settled: the night on which the level came back, if it did. sure: counted, so there is nothing to
-    confirm.
+    confirm. young: the new level has lasted one or two nights, so it is a suspicion.
     """
 
     cell: str
@@ -43,6 +43,7 @@ class Change:
     worse: bool
     settled: int | None = None
     sure: bool = False
+    young: bool = False
     note: str = ""
 
     @property
@@ -159,7 +160,11 @@ def _timed(family: str, judged: Sequence[Series], guards: Sequence[Series], seen
     for one, there, row in rows:
         seen.compared += 1
         own = [nights[i] for i in there]
-        seen.changes += _steps(one, own, row, shared)
+        found = _steps(one, own, row, shared)
+        seen.changes += found
+        if own[-1] == nights[-1]:
+            since = own.index(found[-1].nights[1]) if found else 0
+            seen.changes += _suspicion(one, own, row, shared, since)
     _anchor(Series(EVERY, family, on, nights, [], []), common, _logs(guards, nights), seen)
 
 
@@ -191,6 +196,14 @@ def _steps(one: Series, nights: Sequence[int], logs: Array, shared: float) -> li
         )
         for place, step in enumerate(found)
     ]  # fmt: skip
+
+
+def _suspicion(one: Series, nights: Sequence[int], logs: Array, shared: float, since: int) -> list[Change]:
+    step = change_points.suspect(logs, since=since, least=math.log1p(TIMED_LEAST), shared=shared)
+    if step is None:
+        return []
+    edge = (nights[step.at - 1], nights[-1])
+    return [Change(one.cell, one.metric, one.on, edge, math.exp(step.before), math.exp(step.after), True, young=True)]
 
 
 def _change(

@@ -101,6 +101,32 @@ def detect(cell: str | None, sentinel: str | None, strict: bool, folder: Path, a
 
 
 @history.command()
+@_cell
+@click.option(
+    "--most", type=click.IntRange(1), default=10, show_default=True, metavar="N", help="Of the largest changes."
+)
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Run folders.")
+@_author
+@_dir
+def settle(cell: str | None, most: int, out: Path | None, author: str | None, folder: Path) -> Exit:
+    """Try by pairs what `detect` suspects.
+
+    For each step time whose last night lies above its level, and each change of level that nobody confirmed, runs `gate
+    --pairs` with the revisions of before and after, and writes what they say down, as `confirm` does: `regressed`,
+    `improved` or `refuted`. What pairs leave open stays open.
+
+    \b
+    Exit codes:
+      4  pairs could not be run, or somebody ended them
+      3  pairs left a change open
+      0  else; `detect` judges what was confirmed
+    """
+    from harness.history import settle as settling
+
+    return settling.settle(folder, cell, most, author, out)
+
+
+@history.command()
 @click.argument("cell", metavar="CELL|*")
 @click.argument("metric", metavar="METRIC|*")
 @_night

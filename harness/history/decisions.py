@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -34,10 +34,16 @@ def reset(folder: Path, cell: str, metric: str, night: str, reason: str, author:
 
 
 def confirm(
-    folder: Path, cell: str, metric: str, night: str, verdict: Verdict, evidence: str, author: str | None
-) -> Line:
-    """Write down what pairs of runs said of a candidate; return the line. Arguments and errors as for `reset`."""
+    folder: Path, cell: str, metric: str, night: str, verdict: Verdict, evidence: str, author: str | None,
+    revisions: Sequence[str] = (),
+) -> Line:  # fmt: skip
+    """Write down what pairs of runs said of a candidate; return the line.
+
+    revisions: the two that were compared, where that is known. Other arguments and errors as for `reset`.
+    """
     line = _line(folder, cell, metric, night, evidence, author) | {"verdict": verdict}
+    if revisions:
+        line["revisions"] = list(revisions)
     _append(folder, files.CONFIRMATIONS, line)
     return line
 

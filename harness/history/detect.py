@@ -52,7 +52,9 @@ def document(
     seen = changes.changes(known, _quantization(history), guards)
     names = named(history)
     told = [change for change in seen.changes if only is None or change.cell in only]
-    candidates = [_candidate(history, change, names) for change in sorted(told, key=_order)]
+    judged = [_candidate(history, change, names) for change in sorted(told, key=_order)]
+    # A suspicion that pairs confirmed stands as any change does; one that they refuted was none.
+    candidates = [one for one in judged if one["standing"] not in ("suspect", "unfounded")]
     stopped = [one for one in lost.stopped(history, names) if only is None or one["cell"] in only]
     ended = {one["cell"] for one in stopped}
     gone = [one for one in lost.gone(history, known, names, ended) if only is None or one["cell"] in only]
@@ -63,6 +65,7 @@ def document(
         "compared": seen.compared,
         "least": {"time": changes.TIMED_LEAST, "accuracy": changes.SCORE_LEAST, "peak_B": watched.PEAK_BYTES},
         "candidates": candidates,
+        "suspects": [one for one in judged if one["standing"] == "suspect"],
         "machine": [_plain(history, change, names) for change in seen.machine],
         "residue": list(_residue(history, known)),
         "unanchored": [{"place": on, "metric": family, "series": count} for on, family, count in seen.unanchored],
@@ -116,19 +119,20 @@ def _plain(history: History, change: Change, names: Mapping[str, str]) -> dict[s
 
 
 def _candidate(history: History, change: Change, names: Mapping[str, str]) -> dict[str, Any]:
-    said = _confirmation(history, change)
-    standing = "counted" if change.sure else "candidate"
+    lies = between(history, change)
+    said = _confirmation(history, change, lies.revisions)
+    standing = "counted" if change.sure else "suspect" if change.young else "candidate"
     if said is not None:
-        standing = "refuted" if said.get("verdict") == "refuted" else "confirmed"
-    return _plain(history, change, names) | {
-        "standing": standing,
-        "confirmation": said,
-        "between": asdict(between(history, change)),
-    }
+        refuted = "unfounded" if change.young else "refuted"
+        standing = refuted if said.get("verdict") == "refuted" else "confirmed"
+    return _plain(history, change, names) | {"standing": standing, "confirmation": said, "between": asdict(lies)}
 
 
-def _confirmation(history: History, change: Change) -> Line | None:
-    """Return the last word on a change; one on its very night before one on a night nearby."""
+def _confirmation(history: History, change: Change, revisions: tuple[str, str]) -> Line | None:
+    """Return the last word on a change; one on its very night before one on a night nearby.
+
+    Pairs that found nothing say so of the revisions that they ran: of a change that came with a later one they say nothing.
+    """
     index = {night.night: i for i, night in enumerate(history.nights)}
     words = ("regressed", "improved", "refuted")
     about = [
@@ -136,6 +140,7 @@ def _confirmation(history: History, change: Change) -> Line | None:
         for line in history.confirmations
         if line["night"] in index
         and line.get("verdict") in words
+        and (line["verdict"] != "refuted" or line.get("revisions", list(revisions))[1:] == [revisions[1]])
         and decisions.concerns(line, change.cell, change.metric)
     ]
     near = [(apart, made, line) for apart, made, line in about if -apart <= _NEAR]

@@ -27,6 +27,9 @@ def detected(found: Mapping[str, Any]) -> str:
     ):
         if group:
             lines += ["", title, *aligned([_HEAD, *(_row(c) for c in group)]), *_confirming(group)]
+    if suspects := found["suspects"]:
+        title = "suspicions: the last night lies above its level; `peft-harness history settle` tries them by pairs"
+        lines += ["", title, *aligned([_HEAD, *(_row(c) for c in suspects)]), *_confirming(suspects)]
     if not candidates:
         lines += ["", "no change of level" if found["compared"] else "nothing to compare"]
     notes = list(_notes(found))
@@ -81,6 +84,8 @@ def _standing(c: Mapping[str, Any]) -> str:
     said = c["confirmation"]
     if c["settled"] is not None:
         word += f", taken back on {c['settled']}"
+    if c["standing"] == "suspect":
+        return word + ", if it lasts"
     if said is not None:
         return f"{word}, {c['standing']} by {said['author']}: {said['reason']}"
     return word + (", counted" if c["standing"] == "counted" else ", not confirmed")
@@ -95,7 +100,7 @@ def _confirming(group: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         )
         facts = [f for f in (code, *b["software"], c["note"]) if f]
         yield f"  {c['cell']} {c['metric']}, {b['old_night']} to {b['new_night']}: {'; '.join(facts) or 'the same code'}"
-        if c["standing"] == "candidate" and c["settled"] is None:
+        if c["standing"] in ("candidate", "suspect") and c["settled"] is None:
             yield f"    confirm: {b['confirm'] or 'not by pairs'}" + (f" ({b['because']})" if b["because"] else "")
 
 

@@ -1,0 +1,209 @@
+"""What the last night makes one suspect, what pairs say of it; how soon a slow-down is found so, and how seldom none is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nights
+import numpy as np
+import pytest
+import simulated_noise as noise
+from nights import CELLS, FIRST, SHAS, detect
+from scipy.special import betaincinv
+from test_change_points import LEAST, NIGHT, simulated
+
+from harness.analysis import anchor, change_points
+from harness.analysis.paired import Design
+from harness.cli import main
+from harness.errors import Exit, HarnessError
+from harness.gate import pair_command
+from harness.history import files
+
+LAST = 13
+A_MONTH = 15_000
+"""Cell-nights of 500 Cells in a month."""
+
+
+def history(tmp_path: Path, since: int = LAST, by: float = 1.06, more: str = "") -> Path:
+    """Write fourteen nights; FIRST, and the Cell whose id is `more`, are slower from night `since` on, with other code."""
+
+    def level(cell: str, index: int) -> float:
+        return (by if cell == FIRST else 1.1) if cell in (FIRST, more) and index >= since else 1.0
+
+    return nights.write(
+        tmp_path / "h", CELLS, nights.noisy(0, level), nights=LAST + 1, revision=lambda i: SHAS[i >= since]
+    )
+
+
+Paired = Callable[..., list[pair_command.Asked]]
+
+
+@pytest.fixture
+def paired(monkeypatch: pytest.MonkeyPatch) -> Paired:
+    """Let pairs say a word; return what they are asked."""
+
+    def let(word: str | None, *, cut: str = "", closed: bool = False, fails: bool = False) -> list[pair_command.Asked]:
+        asked: list[pair_command.Asked] = []
+
+        def gate(one: pair_command.Asked, as_json: bool) -> Exit:
+            asked.append(one)
+            if fails:
+                raise HarnessError("gave no Record")
+            timed = {"word": word, "sentence": f"{word}, they say"} if word else None
+            told = {
+                "cells": [{"verdict": timed}], "seed": 3, "cut": cut, "closed": closed, "canaries": "too many alarms",
+                "verdict": {"word": "not run", "reason": "nothing was timed"},
+            }  # fmt: skip
+            assert one.out is not None
+            one.out.mkdir(parents=True)
+            (one.out / pair_command.DOCUMENT).write_text(json.dumps(told))
+            return Exit.PASS
+
+        monkeypatch.setattr(pair_command, "gate", gate)
+        return asked
+
+    return let
+
+
+def settle(folder: Path, *more: str) -> int:
+    out = folder / f"runs-{len(list(folder.iterdir()))}-{len(written(folder))}"
+    return main(["history", "settle", "--dir", str(folder), "--out", str(out), "--author", "A", *more])
+
+
+def written(folder: Path) -> list[Any]:
+    path = folder / files.CONFIRMATIONS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.mark.parametrize("since", [LAST, LAST - 1])
+def test_a_slow_last_night_is_a_suspicion_and_fails_nothing(
+    since: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = history(tmp_path, since)
+    code, found = detect(folder, capsys, "--strict")
+    assert (code, found["candidates"]) == (Exit.PASS, [])
+    (c,) = found["suspects"]
+    assert (c["cell"], c["night"], c["standing"]) == (FIRST, nights.night(LAST), "suspect")
+    assert c["between"]["revisions"] == list(SHAS)  # also of a change that came the night before
+    main(["history", "detect", "--dir", str(folder)])
+    text = capsys.readouterr().out
+    assert "suspicions: the last night lies above its level" in text
+    assert f"confirm: peft-harness gate --pairs {SHAS[0][:12]} {SHAS[1][:12]} --suite quick --only {FIRST}" in text
+
+
+def test_what_is_faster_or_within_the_noise_is_no_suspicion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, by in enumerate((0.9, 1.01)):
+        assert detect(history(tmp_path / str(number), by=by), capsys)[1]["suspects"] == []
+
+
+def test_a_suspicion_that_pairs_confirm_fails_from_then_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:
+    folder, asked = history(tmp_path), paired("slower")
+    assert settle(folder) == Exit.PASS
+    (one,) = asked
+    assert (one.old, one.new, one.only, one.canary) == (SHAS[0][:12], SHAS[1][:12], FIRST, False)
+    (line,) = written(folder)
+    assert (line["verdict"], line["author"], line["revisions"]) == ("regressed", "A", list(SHAS))
+    assert line["reason"] == "slower, they say; seed 3"
+    assert f"regressed from {nights.night(LAST)} on" in capsys.readouterr().out
+    code, found = detect(folder, capsys)
+    assert (code, [c["standing"] for c in found["candidates"]], found["suspects"]) == (Exit.FAIL, ["confirmed"], [])
+
+
+def test_a_suspicion_that_pairs_refute_is_none_and_is_tried_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:
+    folder, asked = history(tmp_path), paired("same")
+    assert (settle(folder), settle(folder), len(asked)) == (Exit.PASS, Exit.PASS, 1)
+    assert "nothing to try" in capsys.readouterr().out
+    code, found = detect(folder, capsys, "--strict")
+    assert (code, found["candidates"], found["suspects"]) == (Exit.PASS, [], [])
+
+
+def test_what_was_refuted_of_two_revisions_says_nothing_of_a_later_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:
+    folder = history(tmp_path)
+    paired("same")
+    settle(folder)
+    path = folder / f"{nights.night(LAST)}.jsonl"
+    path.write_text(path.read_text().replace(SHAS[1], "c" * 40))
+    assert [c["cell"] for c in detect(folder, capsys)[1]["suspects"]] == [FIRST]
+
+
+@pytest.mark.parametrize(
+    ("word", "how", "code", "said"),
+    [
+        ("inconclusive", {}, Exit.INCONCLUSIVE, "still open: inconclusive, they say"),
+        ("slower", {"closed": True}, Exit.INCONCLUSIVE, "still open: too many alarms"),
+        (None, {}, Exit.INFRASTRUCTURE, "still open: nothing was timed"),
+        ("inconclusive", {"cut": "ended by SIGTERM"}, Exit.INFRASTRUCTURE, "still open"),
+        ("slower", {"fails": True}, Exit.INFRASTRUCTURE, "not tried: gave no Record"),
+    ],
+)
+def test_what_pairs_do_not_decide_stays_a_suspicion(
+    word: str, how: dict[str, Any], code: Exit, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:  # fmt: skip
+    folder = history(tmp_path)
+    paired(word, **how)
+    assert settle(folder) == code
+    assert said in capsys.readouterr().out
+    assert written(folder) == []
+    assert [c["cell"] for c in detect(folder, capsys)[1]["suspects"]] == [FIRST]
+
+
+def test_the_largest_go_first_and_the_rest_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:
+    other = list(CELLS)[3]
+    folder, asked = history(tmp_path, more=other), paired("slower", cut="ended by Ctrl-C")
+    assert settle(folder) == Exit.PASS  # what was decided stands
+    assert [one.only for one in asked] == [other]
+    (left,) = [line for line in capsys.readouterr().out.splitlines() if "not tried, +" in line]
+    assert f"`peft-harness gate --pairs {SHAS[0][:12]} {SHAS[1][:12]} --suite quick --only {FIRST}" in left
+    assert settle(folder, "--most", "1") == Exit.PASS
+    assert [one.only for one in asked] == [other, FIRST]
+
+
+def test_a_noisy_series_is_no_more_often_suspected_than_a_calm_one() -> None:
+    wild = np.random.default_rng(4).normal(0, 0.02, (1000, 60))  # a sixth of its nights lies 2 % above its level
+    suspected = sum(_suspected(wild, row, 60, 0.02) for row in range(len(wild)))
+    assert betaincinv(suspected + 1, len(wild) - suspected, 0.95) < 0.01
+
+
+def _suspected(logs: Any, row: int, nights_: int, shared: float) -> bool:
+    values = logs[row, :nights_]
+    return change_points.suspect(values, since=0, least=LEAST, shared=shared) is not None
+
+
+def _beside(logs: Any) -> tuple[Any, float]:
+    beside = logs - anchor.anchor(logs)
+    return beside, float(np.median([change_points.noise(row) for row in beside]))
+
+
+def test_a_slow_down_of_three_per_cent_is_found_within_two_nights() -> None:
+    suspected = tried = 0
+    for seed in range(20):
+        beside, shared = _beside(simulated(seed, 0.03)[:, : NIGHT + 2])
+        for row in range(20):
+            suspected += any(_suspected(beside, row, NIGHT + 1 + night, shared) for night in (0, 1))
+            tried += 1
+    found = noise.many_nights(np.random.default_rng(1), suspected, Design(), noise.disturbed(0.03), 0.03).slower
+    assert betaincinv(found, tried - found + 1, 0.05) >= 0.95  # exact lower bound, one-sided
+
+
+def test_less_than_one_false_alarm_a_month_and_few_trials_a_night() -> None:
+    suspected = cell_nights = 0
+    for seed in range(100, 106):
+        beside, shared = _beside(simulated(seed, 0.0))
+        for night in range(10, beside.shape[1] + 1):
+            suspected += sum(_suspected(beside, row, night, shared) for row in range(len(beside)))
+            cell_nights += len(beside)
+    alarms = noise.many_nights(np.random.default_rng(2), suspected, Design(), noise.disturbed(0.03)).slower
+    assert suspected > 0
+    assert 500 * suspected / cell_nights < 10  # of 500 Cells, each of some 17 process runs
+    assert betaincinv(alarms + 1, cell_nights - alarms, 0.95) < 1 / A_MONTH
