@@ -14,6 +14,7 @@ from xml.etree import ElementTree as ET
 import psutil
 import pytest
 import recorded_run as recorded
+from conftest import Bench
 
 from harness import suites
 from harness.analysis.baseline_costs import ALLOCATED, COUNTED_PEAK, PEAK
@@ -395,6 +396,42 @@ def test_revisions_are_checked_out_and_taken_away_again(tmp_path: Path, monkeypa
         with pytest.raises(UsageError, match="neither a revision"), arms.opened("HEAD", wrong, plan):
             pass
     with pytest.raises(UsageError, match="is an implementation"), arms.opened("fused", "HEAD", plan):
+        pass
+
+
+_GUEST = """
+from harness import Unsupported, implements
+
+@implements("lora", name="raises")
+def implementations(model, config, generator):
+    raise Unsupported("this is revision {}")
+"""
+
+
+def test_revisions_of_a_guests_own_repository_are_what_runs(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("PYTHONPATH", "PEFT_HARNESS_CACHE"):
+        monkeypatch.setenv(name, bench.environment[name])  # the plug-in is installed, from elsewhere
+    monkeypatch.syspath_prepend(str(bench.folder / "plugin"))
+    top = tmp_path / "guest"
+    (top / "kernels" / "src").mkdir(parents=True)
+    _git(top, "init", "-q")
+    for number in ("one", "two"):
+        (top / "kernels" / "src" / "misbehaving.py").write_text(_GUEST.format(number))
+        _git(top, "add", ".")
+        _git(top, "commit", "-qm", number)
+    suite = Path(bench.suite("{implementation: raises}"))
+    plan = expand(suites.load(suite))
+    with arms.opened("HEAD~1", arms.HERE, plan, top / "kernels") as sides:
+        said = [arms.run(arm, suite, plan.cells[0], tmp_path / str(i)).because for i, arm in enumerate(sides)]
+    assert ["revision one" in said[0], "revision two" in said[1]] == [True, True], said
+    strange = pytest.raises(HarnessError, match=r"holds no package of an installed plug-in; .*misbehaving from ")
+    with strange, arms.opened("HEAD~1", "HEAD", plan, top):
+        pass
+    with pytest.raises(UsageError, match="is in no git checkout"), arms.opened("a", "b", plan, tmp_path):
+        pass
+    with pytest.raises(UsageError, match="`raises` is not a revision of"), arms.opened("raises", ".", plan, top):
         pass
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from harness import resources, store
 from harness.errors import HarnessError, UsageError
 from harness.expand import Plan
+from harness.gate import guests
 from harness.measure import environment
 from harness.records import Cell, Record
 from harness.spelling import near
@@ -26,7 +27,8 @@ HERE = "."
 
 @dataclass(frozen=True)
 class Arm:
-    """One side. said: what it is, for sentences. code: the folder whose `harness` runs; None: the one that runs now.
+    """One side. said: what it is, for sentences. code: what its processes have first on Python's path: a folder with another
+    `harness`, or with a plug-in's package; None: nothing, so that all is as installed.
 
     implementation: whose Cells it runs, where the sides are implementations; else every Cell as it is.
     """
@@ -46,12 +48,22 @@ class Pair:
 
 
 @contextlib.contextmanager
-def opened(old: str, new: str, plan: Plan) -> Iterator[tuple[Arm, Arm]]:
-    """Give the two arms; revisions are checked out beside this checkout for as long as the context lasts.
+def opened(old: str, new: str, plan: Plan, repo: Path | None = None) -> Iterator[tuple[Arm, Arm]]:
+    """Give the two arms; revisions are checked out for as long as the context lasts.
 
-    A name that an implementation of the suite's Cells has is that implementation. Raises UsageError for a name that is
-    neither, and for an implementation beside a revision.
+    A name that an implementation of the suite's Cells has is that implementation. repo: a folder of somebody else's
+    checkout, whose revisions the names are then; the harness is the one that runs now. Raises UsageError for a name that is
+    neither, for an implementation beside a revision, and for a folder in no checkout; HarnessError where a revision holds
+    no package of a plug-in.
     """
+    if repo is not None:
+        guest = guests.find(repo)
+        with _revisions(guest.top, (old, new), ()) as found:
+            first, second = (Arm(said, guest.code(tree)) for said, tree in found)
+            for arm in (first, second):
+                guests.refuse_others(arm.said, arm.code or guest.top, _variables(arm))
+            yield first, second
+        return
     known = sorted({cell.implementation for cell in plan.cells})
     named = [name for name in (old, new) if name in known]
     if len(named) == 2:
@@ -71,17 +83,24 @@ def opened(old: str, new: str, plan: Plan) -> Iterator[tuple[Arm, Arm]]:
             where="--pairs",
             mend=f"name two of {', '.join(known)}, or run from a checkout",
         )
-    commits = [None if name == HERE else _commit(top, name, known) for name in (old, new)]
+    with _revisions(top, (old, new), known) as found:
+        first, second = (Arm(said, tree) for said, tree in found)
+        yield first, second
+
+
+@contextlib.contextmanager
+def _revisions(top: Path, names: Sequence[str], known: Sequence[str]) -> Iterator[list[tuple[str, Path]]]:
+    """Check revisions out; give what each is, for sentences, and its folder. known: implementations, for the mend."""
+    commits = [None if name == HERE else _commit(top, name, known) for name in names]
     with contextlib.ExitStack() as stack:
         trees: dict[str | None, Path] = {None: top}
         for commit in commits:
             if commit not in trees:
                 trees[commit] = stack.enter_context(_checked_out(top, str(commit)))
-        names = [
-            f"revision {commit[:12]}" if commit else "the checkout as it stands" + _changed(top) for commit in commits
+        yield [
+            (f"revision {commit[:12]}" if commit else "the checkout as it stands" + _changed(top), trees[commit])
+            for commit in commits
         ]
-        first, second = (Arm(said, trees[commit]) for said, commit in zip(names, commits, strict=True))
-        yield first, second
 
 
 def pairs(plan: Plan, names: dict[str, str], arms: tuple[Arm, Arm]) -> list[Pair]:
@@ -116,11 +135,9 @@ def run(arm: Arm, suite: Path, cell: Cell, folder: Path, options: Sequence[str] 
         sys.executable, "-P", "-m", "harness.cli", "run", str(suite.resolve()), "--only", cell.cell_id, "--out",
         str(folder), *options,
     ]  # fmt: skip
-    variables = dict(os.environ)
+    variables = _variables(arm)
     if options[:2] != ("--device", "cpu") and "CUDA_VISIBLE_DEVICES" not in variables and (cards := environment.gpus()):
         variables["CUDA_VISIBLE_DEVICES"] = cards[0].partition(",")[0]  # both sides on one card
-    if arm.code is not None:
-        variables["PYTHONPATH"] = os.pathsep.join([str(arm.code), *filter(None, [os.environ.get("PYTHONPATH")])])
     code, error = _told(command, variables)
     records = store.read_run(folder).records if (folder / "run.json").is_file() else []
     if not records:
@@ -131,6 +148,13 @@ def run(arm: Arm, suite: Path, cell: Cell, folder: Path, options: Sequence[str] 
             mend=f"see what `{' '.join(command[3:])}` says there",
         )
     return records[-1]
+
+
+def _variables(arm: Arm) -> dict[str, str]:
+    variables = dict(os.environ)
+    if arm.code is not None:
+        variables["PYTHONPATH"] = os.pathsep.join([str(arm.code), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return variables
 
 
 def _told(command: Sequence[str], variables: dict[str, str]) -> tuple[int, str]:
@@ -161,10 +185,12 @@ def _commit(top: Path, name: str, known: Sequence[str]) -> str:
     # `--end-of-options`, or a name that begins with a dash would be an option of git's.
     found = _git(top, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
     if found.returncode:
+        two = f"two of {', '.join(known)}; or " if known else ""
         raise UsageError(
-            f"`{name}` is neither a revision of {top} nor an implementation of this suite's Cells",
+            f"`{name}` is {'neither' if known else 'not'} a revision of {top}"
+            + (" nor an implementation of this suite's Cells" if known else ""),
             where="--pairs",
-            mend=f"name two of {', '.join(known)}; or commits, branches, tags, or `{HERE}` for the checkout as it stands",
+            mend=f"name {two}commits, branches, tags, or `{HERE}` for the checkout as it stands",
         )
     return found.stdout.strip()
 

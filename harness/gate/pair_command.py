@@ -30,6 +30,7 @@ DOCUMENT = "pairs.json"
 class Asked:
     """What is compared, how, and where it is told.
 
+    repo: whose revisions old and new are; None: the harness's own, or they are implementations.
     cores: how many both sides are held to, in turn; None: one on a CPU, all on a GPU. canary: whether a Cell of the old side
     is run against itself, too.
     """
@@ -39,6 +40,7 @@ class Asked:
     suite: str = "sentinels"
     only: str | None = None
     out: Path | None = None
+    repo: Path | None = None
     device: str = "auto"
     cores: int | None = None
     seed: int | None = None
@@ -69,7 +71,11 @@ def gate(asked: Asked, as_json: bool, design: Design | None = None) -> Exit:
     held: list[int] = []
     bench: Bench | None = None
     try:
-        with on_request(), cores.held_to(_cores(asked)) as held, arms.opened(asked.old, asked.new, plan) as sides:
+        with (
+            on_request(),
+            cores.held_to(_cores(asked)) as held,
+            arms.opened(asked.old, asked.new, plan, asked.repo) as sides,
+        ):
             matched = arms.pairs(plan, names, sides)
             bench = Bench(sides, path, folder, design, seed, ("--device", asked.device), say)
             where = f"on core {', '.join(map(str, held))}" if held else "on any core"

@@ -40,6 +40,10 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
 @click.option("--markdown", type=_file, metavar="FILE", help="Write a summary for a CI job, under 1 MiB.")
 @click.option("--annotations", is_flag=True, help="Print GitHub's annotations.  [where GITHUB_ACTIONS is true]")
 @click.option("--pairs", nargs=2, metavar="OLD NEW", help="Two revisions (`.`: as it stands), or two implementations.")
+@click.option(
+    "--repo", type=click.Path(path_type=Path), metavar="DIR",
+    help="Of --pairs: the folder of your own package, whose revisions OLD and NEW are.  [the harness's]",
+)  # fmt: skip
 @click.option("--suite", metavar="SUITE", help="Of --pairs: whose Cells.  [sentinels]")
 @click.option("--only", metavar="EXPR", help="Of --pairs: Cells to keep, as of `run`.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Of --pairs.  [auto]")
@@ -90,13 +94,13 @@ def gate(run: str | None, baseline: str | None, pairs: tuple[str, str] | None, s
     from harness.gate.outputs import Outputs
 
     outputs = Outputs(told["junit"], told["markdown"], told["annotations"])
-    options = {name: told[name] for name in given & {"suite", "only", "device", "cores", "out", "seed"}}
+    options = {name: told[name] for name in given & {"repo", "suite", "only", "device", "cores", "out", "seed"}}
     asked = pair_command.Asked(*pairs, canary=not told["no_canary"], strict=strict, outputs=outputs, **options)
     return pair_command.gate(asked, told["as_json"])
 
 
 _OF_BASELINES = {"memory_bytes", "accuracy_points", "everything"}
-_OF_PAIRS = {"suite", "only", "device", "cores", "out", "seed", "no_canary"}
+_OF_PAIRS = {"repo", "suite", "only", "device", "cores", "out", "seed", "no_canary"}
 
 
 def _against(run: str | None, baseline: str | None, strict: bool, given: set[str], told: dict[str, Any]) -> Exit:
