@@ -66,8 +66,8 @@ def judge(cells: Sequence[Sides], canaries: Canaries, *, strict: bool = False) -
     that takes more memory or other counts, or that was ok by the old side alone; INFRASTRUCTURE for a Cell that could not be
     timed, and where the canaries close the gate, which then judges no time; with `strict` INCONCLUSIVE for any Cell that is
     so, in its time or because not all its process runs counted their memory; else PASS. Each Cell's time is judged by
-    itself, at the level of the Design, whose false alarms are rare enough for 500 Cells; the adjusted p are told beside. Were
-    they the verdict, ten or twenty pairs could not reach it: in simulation +3 % in one Cell of 8 would be found in 83 % of
+    itself, at the level of the Design, whose false alarms are rare enough for 500 Cells; the adjusted p are told beside.
+    Were they the verdict, ten or twenty pairs could not reach it: +3 % in one Cell of 8 would be found (simulated) in 83 % of
     the gates in place of 99 %, in one of 50 in 53 %.
     """
     rows = [row for cell in cells for row in _rows(cell)]
