@@ -67,8 +67,8 @@ def judge(cells: Sequence[Sides], canaries: Canaries, *, strict: bool = False) -
     timed, and where the canaries close the gate, which then judges no time; with `strict` INCONCLUSIVE for any Cell that is
     so, in its time or because not all its process runs counted their memory; else PASS. Each Cell's time is judged by
     itself, at the level of the Design, whose false alarms are rare enough for 500 Cells; the adjusted p are told beside.
-    Were they the verdict, ten or twenty pairs could not reach it: +3 % in one Cell of 8 would be found (simulated) in 83 % of
-    the gates in place of 99 %, in one of 50 in 53 %.
+    Were they the verdict, ten or twenty pairs could not reach it: +3 % in one Cell of 8 would be found (simulated) in 83 %
+    of the gates in place of 99 %, in one of 50 in 53 %.
     """
     rows = [row for cell in cells for row in _rows(cell)]
     adjusted = family({cell.name: cell.timed for cell in cells if cell.timed})
