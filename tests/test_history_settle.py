@@ -156,6 +156,16 @@ def test_what_pairs_do_not_decide_stays_a_suspicion(
     assert [c["cell"] for c in detect(folder, capsys)[1]["suspects"]] == [FIRST]
 
 
+def test_who_signs_is_asked_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, paired: Paired
+) -> None:
+    folder, asked = history(tmp_path), paired("slower")
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git, so nobody
+    assert main(["history", "settle", "--dir", str(folder)]) == Exit.USAGE
+    assert "who decides this?" in capsys.readouterr().err
+    assert asked == []
+
+
 def test_the_largest_go_first_and_the_rest_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
 ) -> None:

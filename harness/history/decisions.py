@@ -73,7 +73,7 @@ def _line(folder: Path, cell: str, metric: str, night: str, reason: str, author:
         raise UsageError(f"{what}: {metric!r}", where="METRIC", mend="`peft-harness history show` names them; or `*`")
     return {
         "schema": files.SCHEMA, "cell": _known(history.cells, cell), "metric": metric, "night": night,
-        "reason": " ".join(reason.split()), "author": author.strip() if author and author.strip() else _git_user(),
+        "reason": " ".join(reason.split()), "author": who(author),
         "made": store.now(),
     }  # fmt: skip
 
@@ -86,7 +86,10 @@ def _known(cells: Iterable[str], start: str) -> str:
     raise UsageError(what, where="CELL", mend="give (more of) its id, as `peft-harness history show` prints it; or `*`")
 
 
-def _git_user() -> str:
+def who(author: str | None) -> str:
+    """Return who decides: the name, or else git's user. Raises UsageError if that is nobody."""
+    if author and author.strip():
+        return author.strip()
     if shutil.which("git") is not None:
         said = []
         for key in ("user.name", "user.email"):

@@ -27,6 +27,7 @@ _VERDICTS: Mapping[str, Verdict] = {
 
 def settle(folder: Path, cell: str | None, most: int, author: str | None, out: Path | None) -> Exit:
     """Run the pairs, print a line for each; see the help of the verb. Raises UsageError for what fits no Cell."""
+    author = decisions.who(author)  # before anything runs whose verdict nobody could then sign
     history = files.read(folder)
     found = document(history, only=picked(history, cell) if cell else None)
     open_ = [c for c in (*found["suspects"], *found["candidates"]) if _is_open(c)]
@@ -53,7 +54,7 @@ def _by_size(c: Mapping[str, Any]) -> float:
     return -abs(float(c["change"]))
 
 
-def _tried(folder: Path, c: Mapping[str, Any], author: str | None, out: Path) -> tuple[Exit, bool]:
+def _tried(folder: Path, c: Mapping[str, Any], author: str, out: Path) -> tuple[Exit, bool]:
     """Run the pairs of one change, and write the verdict down if they give one; say whether somebody cut them short."""
     try:
         told = _pairs(c["between"]["confirm"], out)
