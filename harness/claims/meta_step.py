@@ -115,12 +115,16 @@ def _kept(asked: Step, blocks: int) -> int:
         return one
 
     with _attached(asked, blocks) as (model, adapted):
-        with torch.autograd.graph.saved_tensors_hooks(hold, lambda _: None):
+        with torch.autograd.graph.saved_tensors_hooks(hold, _never):
             loss = _loss(model, adapted, asked)
         sizes = {one.storage._cdata: one.storage.nbytes() for one in held}
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         del loss
     return sum(size for storage, size in sizes.items() if storage not in own)
+
+
+def _never(_: _Held) -> Tensor:
+    raise NotImplementedError("what is kept is counted, and no backward pass asks for it")
 
 
 @contextmanager
