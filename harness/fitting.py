@@ -1,8 +1,9 @@
 """Whether Cells fit their models, as far as these are on this machine: the layers they name, the tokens they give them.
 
 Asked before anything runs, and again when models had to be fetched first. No torch: the names in the headers of the
-weight files answer at once. Only for a target that is not among them (a tied or new layer has no weights of its own) a
-child process builds the model without weights and looks; that takes seconds, and `plan` stays quick for what fits.
+weight files answer at once. Only for targets that are not among them (a tied or new layer has no weights of its own, a
+shape has none at all) a child process builds the models without weights and looks: one for all of them, as its start takes
+seconds.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import functools
 import json
 import subprocess
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,16 @@ if TYPE_CHECKING:
     from harness.suites import Suite
 
 _TIMEOUT_S = 120.0
+"""For each model that has to be built."""
+
+
+@dataclass(frozen=True)
+class _Unseen:
+    """Targets that no name of a model's weights fits. wanted: by name, the model as written at each place that wants it."""
+
+    folder: Path
+    kind: str
+    wanted: dict[str, dict[str, str]]
 
 
 def refuse(suite: Suite, plan: Plan) -> None:
@@ -35,12 +47,15 @@ def refuse(suite: Suite, plan: Plan) -> None:
     for cell in plan.cells:
         of_model.setdefault(cell.model, []).append((cell, places[plan.ids[cell.cell_id]]))
     found: list[Problem] = []
+    unseen: list[_Unseen] = []
     for model, cells in of_model.items():
         source = resolve(model, suite.sources, suite.path.resolve().parent)
         folder = fetch.at_hand(source)
         if folder is not None:
             found += _too_long(folder, cells, suite)
-            found += [*_no_layers(folder, source.kind, cells), *_none_of_them(folder, cells)]
+            found += _none_of_them(folder, cells)
+            unseen += _unseen(folder, source.kind, cells)
+    found += _no_layers(unseen)
     if found:
         raise SuiteError(list(dict.fromkeys(found)))
 
@@ -60,17 +75,24 @@ def _too_long(folder: Path, cells: list[tuple[Cell, dict[str, str]]], suite: Sui
             yield Problem(places["max_tokens"], what, "lower `max_tokens`, or the task's `max_gen_toks`")
 
 
-def _no_layers(folder: Path, kind: str, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[Problem]:
+def _unseen(folder: Path, kind: str, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[_Unseen]:
     paths = model_folder.layers(folder)
     wanted: dict[str, dict[str, str]] = {}
     for cell, places in cells:
         targets = cell.config.get("targets")
         for name in targets if isinstance(targets, list) else ():
-            wanted.setdefault(name, {})[places["targets"]] = cell.model
-    unseen = tuple(name for name in wanted if not _seen(name, paths))
-    for name, what in _looked_for(folder, kind, unseen).items() if unseen else ():
-        for where, model in wanted[name].items():
-            yield Problem(where, f"`targets`: {what}", f"name layers of {model}")
+            if not _seen(name, paths):
+                wanted.setdefault(name, {})[places["targets"]] = cell.model
+    if wanted:
+        yield _Unseen(folder, kind, wanted)
+
+
+def _no_layers(unseen: Sequence[_Unseen]) -> Iterator[Problem]:
+    asked = tuple((one.folder, one.kind, tuple(one.wanted)) for one in unseen)
+    for one, answers in zip(unseen, _looked_for(asked) if asked else (), strict=True):
+        for name, what in answers.items():
+            for where, model in one.wanted[name].items():
+                yield Problem(where, f"`targets`: {what}", f"name layers of {model}")
 
 
 def _none_of_them(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[Problem]:
@@ -93,15 +115,15 @@ def _seen(name: str, paths: Collection[str]) -> bool:
 
 
 @functools.cache
-def _looked_for(folder: Path, kind: str, names: tuple[str, ...]) -> dict[str, str]:
-    """Map those of `names` that fit no layer of the model to what is wrong with them.
+def _looked_for(asked: tuple[tuple[Path, str, tuple[str, ...]], ...]) -> list[dict[str, str]]:
+    """Of each model (folder, kind, names) map those of its names that fit no layer to what is wrong with them.
 
     Of a model that cannot be built here nothing is said: its Cells will report that, with the whole traceback.
     """
-    arguments = ["-P", "-m", "harness.assets.structure", str(folder), kind, *names]
-    with process.python(arguments, {"HF_HUB_OFFLINE": "1"}) as child:
+    lines = json.dumps([[str(folder), kind, names] for folder, kind, names in asked])
+    with process.python(["-P", "-m", "harness.assets.structure", lines], {"HF_HUB_OFFLINE": "1"}) as child:
         try:
-            code = child.process.wait(_TIMEOUT_S)
+            code = child.process.wait(_TIMEOUT_S * len(asked))
         except subprocess.TimeoutExpired:
-            return {}
-    return dict(json.loads(child.said.splitlines()[-1])) if code == 0 else {}
+            return [{}] * len(asked)
+    return list(json.loads(child.said.splitlines()[-1])) if code == 0 else [{}] * len(asked)

@@ -37,6 +37,7 @@ WHEEL = {"name": "m", "kind": "causal", "source": "pip:m==1", "sha256": "0" * 64
         ({"source": "hub:org/m", "revision": "main"}, "needs revision"),
         ({"kind": "data"}, "needs rows"),
         ({"kind": "causal", "source": "shape:roberta-base"}, "without weights: write kind: encoder"),
+        ({"kind": "causal", "source": "shape:roberta-base/2-blocks"}, "without weights: write kind: encoder"),
         ({"kind": "data", "source": "shape:./config.json"}, "write kind: causal or kind: encoder"),
         ({"rows": {"format": "csv"}}, "rows belong to data"),
         ({"source": "file:x"}, "folder:PATH"),
@@ -85,6 +86,7 @@ def test_names_resolve_to_rows_hub_repositories_and_folders(tmp_path: Path) -> N
     assert table.resolve("~/x", known, tmp_path).address == str(Path.home() / "x")
     found = table.resolve(f"org/m@{COMMIT}", known, tmp_path, kind="encoder")
     assert (found.kind, found.source, found.revision) == ("encoder", "hub:org/m", COMMIT)
+    assert table.resolve("shape:roberta-base/2-blocks", {}, tmp_path).kind == "encoder"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 import recorded_run as made
 from recorded_run import MIB
 
+from harness.analysis.process_runs import FEWEST
 from harness.claims import claim_file, recorded, worker
 from harness.claims.claim import Asking, Claim
 from harness.claims.judging import Judged, Missing, Verdict, judge
@@ -490,6 +491,19 @@ def test_what_is_measured_says_how_near_it_must_come() -> None:
         if claim.asking.measure != "undecidable" and claim.rounding.rule != "about"
     ]
     assert not loose
+
+
+def test_steps_that_are_compared_to_a_few_per_cent_have_enough_processes() -> None:
+    """Of fewer, an interval is as wide as processes are taken to differ, which is more than these claims allow."""
+    few = [
+        (claim.id, entry)
+        for claim in claim_file.load(claim_file.paths(claim_file.names()))
+        for one in _askings(claim)
+        if one.measure in ("step_time_ratio", "step_time_more") and one.arguments["suite"] == "headline-gpu"
+        for key in ("of", "to", "than")
+        if (entry := one.arguments.get(key)) and len(recorded._cells("headline-gpu", entry)) < FEWEST
+    ]
+    assert not few
 
 
 FILE = """\

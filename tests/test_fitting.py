@@ -170,6 +170,25 @@ def test_a_model_that_cannot_be_built_here_is_left_to_its_cells(folder: Path) ->
         config.write_text(whole)
 
 
+def test_one_child_builds_every_model_that_must_be_looked_at(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, start = [], process.python
+    monkeypatch.setattr(process, "python", lambda *asked: started.append(asked) or start(*asked))
+    fitting._looked_for.cache_clear()
+    old = SUITE[SUITE.index("[q_proj, v_proj]") : SUITE.index("[query]") + len("[query]")]
+    new = old.replace("[q_proj, v_proj]", "[nothing]").replace("[query]", "[neither]")
+    found = refused(folder, old, new)
+    assert [(line, mend) for line, _, mend in found] == [(13, "name layers of tied"), (16, "name layers of bert")]
+    assert len(started) == 1
+    config = folder / "tied" / "config.json"
+    whole = config.read_text()
+    config.write_text(whole.replace('"llama"', '"of the future"'))
+    try:
+        fitting._looked_for.cache_clear()
+        assert refused(folder, old, new) == found[1:]
+    finally:
+        config.write_text(whole)
+
+
 def test_what_cannot_be_read_tells_nothing(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\x00\x01torn")
     (tmp_path / "config.json").write_text('{"n_positions": "many"')

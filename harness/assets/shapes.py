@@ -50,9 +50,14 @@ def preset(address: str) -> Preset | None:
     whole = presets()[cut["name"]]
     if (few := int(cut["blocks"])) > (all_of_them := blocks(whole.config)):
         return None
-    depth = next(key for key in _DEPTHS if key in whole.config)
     source = f"{few} of the {all_of_them} blocks of {whole.source}"
-    return replace(whole, name=address, config={**whole.config, depth: few}, source=source)
+    return replace(whole, name=address, config=first_blocks(whole.config, few), source=source)
+
+
+def first_blocks(config: dict[str, Any], few: int) -> dict[str, Any]:
+    """Return a configuration with so many of its blocks."""
+    depth = next(key for key in _DEPTHS if key in config)
+    return {**config, depth: few}
 
 
 def blocks(config: dict[str, Any]) -> int:

@@ -1,6 +1,7 @@
 """A model from its config alone, on the meta device: without weights. And which names fit no layer of it.
 
-Run as `python -m harness.assets.structure FOLDER KIND NAME...`; the last line printed is JSON, name to sentence.
+Run as `python -m harness.assets.structure JSON` with a list of [FOLDER, KIND, NAMES]; the last line printed is JSON, for
+each of them name to sentence.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+"""What transformers raises for a config that it cannot build."""
 
 
 def build(config: Mapping[str, Any], kind: str, dtype: torch.dtype) -> Any:
@@ -53,5 +57,12 @@ def of_model(model: Any, names: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def _answer(folder: str, kind: str, names: Sequence[str]) -> dict[str, str]:
+    try:
+        return misfits(folder, kind, names)
+    except _ERRORS:  # of this model: the others are looked at all the same
+        return {}
+
+
 if __name__ == "__main__":
-    print(json.dumps(misfits(sys.argv[1], sys.argv[2], sys.argv[3:])))
+    print(json.dumps([_answer(*one) for one in json.loads(sys.argv[1])]))

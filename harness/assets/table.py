@@ -121,7 +121,7 @@ class Source(Frozen):
         if self.scheme == "shape":
             if wrong := shapes.unknown(self.address):
                 raise ValueError(wrong)
-            preset = shapes.presets().get(self.address)
+            preset = shapes.preset(self.address)
             kinds = (preset.kind,) if preset else ("causal", "encoder")
             if self.kind not in kinds:
                 raise ValueError(f"{self.source} is a model without weights: write kind: {' or kind: '.join(kinds)}")
@@ -198,7 +198,7 @@ def resolve(name: str, table: Mapping[str, Source], base: Path, kind: Kind = "ca
         if wrong := shapes.unknown(name.removeprefix(shapes.PREFIX)):
             what, _, mend = wrong.partition("; ")
             raise UsageError(what, mend=mend)
-        preset = shapes.presets().get(name.removeprefix(shapes.PREFIX))
+        preset = shapes.preset(name.removeprefix(shapes.PREFIX))
         return _placed(Source(name=name, kind=preset.kind if preset else kind, source=name), base)
     if name.startswith(shapes.PATH_STARTS):
         if kind == "data":

@@ -8,28 +8,28 @@ from harness.claims.measuring import Count, Counts, Found, Quantity, Sizes, meas
 
 
 @measure("ratio")
-def ratio(of: Quantity, to: Quantity) -> Found:
-    """How many times `to` goes into `of`."""
-    return Found(of / to, f"{written(of)} / {written(to)}")
+def ratio(of: Quantity, to: Quantity, last: Quantity = Fraction(0)) -> Found:
+    """How many times `to` goes into `of`. last: of printed figures, one in the last digit of the coarser."""
+    return Found(of / to, f"{written(of)} / {written(to)}", within=quotients(of, to, last) if last else None)
 
 
 @measure("share")
-def share(of: Quantity, to: Quantity) -> Found:
-    """`of` as a share of `to`."""
-    return Found(of / to, f"{written(of)} / {written(to)}")
+def share(of: Quantity, to: Quantity, last: Quantity = Fraction(0)) -> Found:
+    """`of` as a share of `to`. last: of printed figures, one in the last digit of the coarser."""
+    return Found(of / to, f"{written(of)} / {written(to)}", within=quotients(of, to, last) if last else None)
 
 
 @measure("share")
 def share_less(of: Quantity, than: Quantity, last: Quantity = Fraction(0)) -> Found:
     """By which share `of` is less than `than`. last: of printed figures, one in the last digit of the coarser."""
-    least, most = _quotients(of, than, last)
+    least, most = quotients(of, than, last)
     return Found(1 - of / than, f"1 - {written(of)} / {written(than)}", within=(1 - most, 1 - least) if last else None)
 
 
 @measure("share")
 def share_more(of: Quantity, than: Quantity, last: Quantity = Fraction(0)) -> Found:
     """By which share `of` is more than `than`. last: of printed figures, one in the last digit of the coarser."""
-    least, most = _quotients(of, than, last)
+    least, most = quotients(of, than, last)
     return Found(of / than - 1, f"{written(of)} / {written(than)} - 1", within=(least - 1, most - 1) if last else None)
 
 
@@ -67,7 +67,7 @@ def difference(of: Quantity, less: Quantity, last: Quantity = Fraction(0)) -> Fo
     return Found(found, f"{written(of)} - {written(less)}", within=(found - last, found + last) if last else None)
 
 
-def _quotients(of: Fraction, to: Fraction, last: Fraction) -> tuple[Fraction, Fraction]:
+def quotients(of: Fraction, to: Fraction, last: Fraction) -> tuple[Fraction, Fraction]:
     """Return the least and the most that `of / to` can be, of positive numbers rounded to `last`."""
     half = last / 2
     return (of - half) / (to + half), (of + half) / (to - half)

@@ -6,7 +6,7 @@ from collections import Counter
 from fractions import Fraction
 from typing import Any, Literal
 
-from harness.claims.measures.arithmetic import written
+from harness.claims.measures.arithmetic import quotients, written
 from harness.claims.measures.parameters import fitting
 from harness.claims.measuring import Config, Found, Method, Model, Positive, Quantities, Quantity, measure
 
@@ -61,10 +61,18 @@ def left_after_saving(saved: Quantity, share: Quantity) -> Found:
 
 
 @measure("share")
-def most_share_less(of: Quantities, than: Quantities) -> Found:
-    """By which share at most one of `of` is less than the one of `than` in its place: what `up to` means."""
-    shares = [1 - one / other for one, other in zip(of, than, strict=True)]
-    return Found(max(shares), f"the largest of {', '.join(f'{float(100 * one):.4g}%' for one in shares)}")
+def most_share_less(of: Quantities, than: Quantities, last: Quantity = Fraction(0)) -> Found:
+    """By which share at most one of `of` is less than the one of `than` in its place: what `up to` means.
+
+    last: of printed figures, one in the last digit of the coarsest; of sums of them, so many times as much.
+    """
+    pairs = list(zip(of, than, strict=True))
+    shares = [1 - one / other for one, other in pairs]
+    least, most = zip(*(quotients(one, other, last) for one, other in pairs), strict=True)
+    within = (max(1 - one for one in most), max(1 - one for one in least)) if last else None
+    return Found(
+        max(shares), f"the largest of {', '.join(f'{float(100 * one):.4g}%' for one in shares)}", within=within
+    )
 
 
 @measure("count")
