@@ -171,7 +171,9 @@ PEFT = MethodInfo(
     deviations=(),
     fields={KEY: AdapterConfigField("dict", None)},
     about_fields=(
-        f"{KEY}: the path of an {FILE} (it starts from the suite's folder), or its keys. Not offered: "
+        f"{KEY}: the path of an {FILE} (it starts from the suite's folder), or its keys. Of "
+        f"{', '.join(map(str.lower, _VIRTUAL))} the virtual tokens go before every text and take positions of the model. "
+        "Not offered: "
         f"{', '.join(map(str.lower, _REFUSED))}; of LoRA {', '.join((*_REFUSED_KEYS, *_REFUSED_STARTS))}. There is no "
         "reference to compare with, so that no time of such a Cell is shown beside others."
     ),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,10 +54,9 @@ def take_off(model: Any) -> None:
     del model.prompt_encoder
 
 
-@functools.cache
-def _running(kind: Hashable, run: Callable[..., Any]) -> Any:
+def _running(kind: Any, run: Callable[..., Any]) -> Any:
     """Return a class of models of `kind` whose forward pass is `run`, which is also given that of `kind`."""
-    own = kind.forward  # type: ignore[attr-defined]
+    own = kind.forward
 
     @functools.wraps(own)  # who asks for its signature is to see the model's own
     def forward(self: Any, *args: Any, **given: Any) -> Any:
