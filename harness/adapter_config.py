@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -22,18 +23,29 @@ FILE = "adapter_config.json"
 KEY = "adapter_config"
 NO_REFERENCE = "no reference: not checked for parity"
 
-_CHANGE_THE_INPUT = (
-    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE", "ADAPTION_PROMPT",
-)  # fmt: skip
 _REFUSED = {
-    **dict.fromkeys(_CHANGE_THE_INPUT, "it changes the model's input, not its layers"),
-    "ADALORA": "between steps it wants to be told how far training is; write `method: adalora`",
-    "ADAMSS": "between steps it wants to be told how far training is",
-    "POLY": "every text needs the number of its task",
+    "CPT": "its loss is also that of the examples in its prompt, which peft's own forward pass takes from labels",
+    "SHADOW": "its loss is also that of a second model, which peft's own forward pass takes from labels",
     "XLORA": "it mixes adapters that were trained before",
-    "SHADOW": "it trains a second model beside the first",
-    "TRAINABLE_TOKENS": "it trains entries of the vocabulary, and no text of a task need hold them",
 }
+_REFUSED_KEYS = {
+    "alora_invocation_tokens": "it acts only behind these tokens, and no text of a task need hold them",
+    "arrow_config": "it mixes adapters that were trained before",
+    "layer_replication": "it makes another model, of more layers",
+    "monteclora_config": "it adds a term to the loss that peft leaves to the training loop",
+}
+"""Keys of LoRA's."""
+_REFUSED_STARTS = {
+    "corda": "it wants to see texts first (peft's `preprocess_corda`)",
+    "eva": "it wants to see texts first (peft's `initialize_lora_eva_weights`)",
+    "lora_ga": "it wants to see gradients first (peft's `preprocess_loraga`)",
+}
+"""Values of LoRA's `init_lora_weights`. peft itself would train without a word what is no EVA and no LoRA-GA."""
+_VIRTUAL = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE")
+"""Types that put virtual tokens before every text."""
+_OF_CAUSAL = dict.fromkeys(
+    ("PREFIX_TUNING", "CARTRIDGE"), "gives its tokens as a key-value cache, which no encoder has"
+) | {"ADAPTION_PROMPT": "is made for the attention of Llama, Mistral and GPT-2"}
 _KINDS = {"CAUSAL_LM": "causal", "SEQ_CLS": "encoder"}
 """What peft calls the tasks of the harness's two kinds of models."""
 _HEADS = {"classifier", "score"}
@@ -101,6 +113,13 @@ class AdapterConfigField(FieldInfo):
             return f"has peft_type {kind}, which the installed peft does not have; {near(kind, known, 'it has')}"
         if kind in _REFUSED:
             return f"has peft_type {kind}, which is not offered: {_REFUSED[kind]}"
+        if refused := [key for key in _REFUSED_KEYS if value.get(key)]:
+            return f"has {refused[0]}, which is not offered: {_REFUSED_KEYS[refused[0]]}"
+        start = str(value.get("init_lora_weights")).lower()
+        if start in _REFUSED_STARTS:
+            return f"has init_lora_weights {start}, which is not offered: {_REFUSED_STARTS[start]}"
+        if kind in _VIRTUAL and not virtual_tokens({KEY: value}):
+            return f"has num_virtual_tokens {value.get('num_virtual_tokens')}; {kind} wants a whole number, at least 1"
         task, saved = value.get("task_type"), value.get("modules_to_save")
         if task is not None and (not isinstance(task, str) or task not in _KINDS):
             return f"has task_type {task}; the harness has models for {', '.join(_KINDS)}"
@@ -115,8 +134,17 @@ class AdapterConfigField(FieldInfo):
 
     def misfit(self, value: Any, kind: str) -> str:
         """Say why a sound config is not one for a model of this kind (`causal`, `encoder`), or return an empty string."""
+        if kind == "encoder" and (why := _OF_CAUSAL.get(value["peft_type"])):
+            return f"has peft_type {value['peft_type']}, which {why}"
         wants = _KINDS.get(value.get("task_type") or "", kind)
         return "" if wants == kind else f"has task_type {value['task_type']}, and the model is of the kind `{kind}`"
+
+
+def virtual_tokens(config: Mapping[str, Any]) -> int:
+    """Return how many tokens a Cell's config puts before every text: they take positions of the model."""
+    keys = config.get(KEY)
+    count = keys.get("num_virtual_tokens") if isinstance(keys, dict) else None
+    return max(count, 0) if isinstance(count, int) and not isinstance(count, bool) else 0
 
 
 @cache
@@ -143,9 +171,11 @@ PEFT = MethodInfo(
     deviations=(),
     fields={KEY: AdapterConfigField("dict", None)},
     about_fields=(
-        f"{KEY}: the path of an {FILE} (it starts from the suite's folder), or its keys. Not offered: "
-        f"{', '.join(kind.lower() for kind in _REFUSED)}. There is no reference to compare with, so that no time of such a "
-        "Cell is shown beside others."
+        f"{KEY}: the path of an {FILE} (it starts from the suite's folder), or its keys. Of "
+        f"{', '.join(map(str.lower, _VIRTUAL))} the virtual tokens go before every text and take positions of the model. "
+        "Not offered: "
+        f"{', '.join(map(str.lower, _REFUSED))}; of LoRA {', '.join((*_REFUSED_KEYS, *_REFUSED_STARTS))}. There is no "
+        "reference to compare with, so that no time of such a Cell is shown beside others."
     ),
     path=Path(__file__),
 )

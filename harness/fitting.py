@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.adapter_config import virtual_tokens
 from harness.assets import fetch, model_folder, process
 from harness.assets.table import resolve
 from harness.errors import Problem, SuiteError
@@ -70,6 +71,10 @@ def _too_long(folder: Path, cells: list[tuple[Cell, dict[str, str]]], suite: Sui
         if limit > most:
             what = f"`max_tokens` is {limit}, and {cell.model} has {most} positions"
             yield Problem(places["max_tokens"], what, f"write at most {most}")
+        elif (virtual := virtual_tokens(cell.config)) and virtual + limit + answer > most:
+            of = f"{virtual} virtual tokens, {limit} of a text and {answer} of an answer"
+            what = f"{of} exceed the {most} positions of {cell.model}"
+            yield Problem(places["max_tokens"], what, "lower `max_tokens`, or `num_virtual_tokens`")
         elif limit + answer > most:
             what = f"a prompt of {limit} tokens and an answer of {answer} exceed the {most} positions of {cell.model}"
             yield Problem(places["max_tokens"], what, "lower `max_tokens`, or the task's `max_gen_toks`")

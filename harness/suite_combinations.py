@@ -70,7 +70,7 @@ def _models(info: MethodInfo, fields: Mapping[str, list[Any]], kinds: Mapping[st
         for value in fields.get(key, ()):
             for model, kind in kinds.items():
                 if what := knob.misfit(value, kind):
-                    mend = f"take its task_type out of a copy, or another model than {model}"
+                    mend = f"take another model than {model}, or a config for its kind"
                     yield ("config", key), f"`{key}` of {info.name} {what}", mend
 
 

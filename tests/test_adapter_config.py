@@ -196,6 +196,9 @@ IA3 = {"peft_type": "IA3", "task_type": "CAUSAL_LM", "target_modules": ["v_proj"
        "feedforward_modules": ["down_proj"], "inference_mode": True, "modules_to_save": None}  # fmt: skip
 
 
+LORA = {"peft_type": "LORA", "target_modules": ["v_proj"]}
+
+
 def suite(folder: Path, value: Any) -> Path:
     path = folder / "suite.yaml"
     path.write_text(SUITE.replace("HERE", json.dumps(value)), encoding="utf-8")
@@ -234,8 +237,14 @@ def without(key: str) -> dict[str, Any]:
         (7, "must be the path of an adapter_config.json, or its keys, got 7"),
         (without("peft_type"), "has no `peft_type`"),
         ({**IA3, "peft_type": "IA4"}, "has peft_type IA4, which the installed peft does not have; did you mean `IA3`?"),
-        ({**IA3, "peft_type": "PREFIX_TUNING"}, "not offered: it changes the model's input"),
-        ({**IA3, "peft_type": "ADALORA"}, "write `method: adalora`"),
+        ({**IA3, "peft_type": "XLORA"}, "has peft_type XLORA, which is not offered: it mixes adapters"),
+        ({**IA3, "peft_type": "PROMPT_TUNING"}, "has num_virtual_tokens None; PROMPT_TUNING wants a whole number"),
+        ({**LORA, "arrow_config": {"top_k": 1}}, "has arrow_config, which is not offered: it mixes adapters"),
+        (
+            {**LORA, "init_lora_weights": "eva"},
+            "has init_lora_weights eva, which is not offered: it wants to see texts",
+        ),
+        ({**LORA, "init_lora_weights": "lora_ga"}, "not offered: it wants to see gradients first"),
         ({**IA3, "task_type": "TOKEN_CLS"}, "has task_type TOKEN_CLS; the harness has models for CAUSAL_LM, SEQ_CLS"),
         ({**IA3, "task_type": "SEQ_CLS"}, "has task_type SEQ_CLS, and the model is of the kind `causal`"),
         ({**IA3, "modules_to_save": ["embed_tokens"]}, "has modules_to_save embed_tokens"),

@@ -72,9 +72,8 @@ def gate(
 
 def _alone(subject: Subject, case: Case) -> list[CheckResult]:
     """Check what needs no reference, and leave the subject at its start."""
-    found, adapted = checks.every(), subject.adapted
-    at_start = [name for name in ALONE_AT_THE_START if name != "base" or not getattr(adapted, "rewrites_base", False)]
-    results = [found[name](subject, case) for name in at_start]
+    found = checks.every()
+    results = [found[name](subject, case) for name in ALONE_AT_THE_START]
     warmed, at = nudged(subject, case.generator(salt=1)), replace(case, state="warm")
     return results + [found[name](warmed, at) for name in ALONE_WHEN_WARM]
 

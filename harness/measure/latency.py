@@ -116,6 +116,7 @@ def positions(model: Any) -> int | None:
     most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if not isinstance(most, int) or most < 1:
         return None
+    most -= getattr(model, "virtual_tokens", 0)
     for name, module in model.named_modules():
         # RoBERTa numbers its positions from behind the padding's index.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
@@ -145,7 +146,7 @@ class _Variants:
     """Changes between the variants by the adapter's own methods, and does not let them pass for what they are not."""
 
     def __init__(self, adapted: Adapted, layers: Mapping[str, nn.Module]) -> None:
-        self._adapted, self._layers = adapted, dict(layers)
+        self._adapted, self._layers, self._off = adapted, dict(layers), False
         self.attach()
 
     def attach(self) -> None:
@@ -154,6 +155,9 @@ class _Variants:
             replace(self._adapted.model, path, layer)
         with self._asked("layers"):
             self._adapted.layers.update(self._layers)
+        if self._off and (again := getattr(self._adapted, "attach_again", None)) is not None:
+            again()  # what is no layer: virtual tokens
+        self._off = False
 
     def merge(self) -> None:
         """Merge; some libraries do it inside the layer, so that what then stands at its path says nothing."""
@@ -171,6 +175,7 @@ class _Variants:
         """Detach; no adapted layer may be left, or its time would be taken for the base's."""
         with self._asked("detach()"):
             self._adapted.detach()
+        self._off = True
         if left := [path for path, there in self._there() if there]:
             raise self._fault("detach()", f"left {left[0]} adapted, and {len(left) - 1} other layers")
 

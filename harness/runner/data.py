@@ -11,6 +11,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from harness.adapter_config import virtual_tokens
 from harness.analysis.intervals import wilson
 from harness.assets import rows
 from harness.errors import UsageError
@@ -104,12 +105,16 @@ class CellData:
 
 def refuse_long(model: Any, cell: Cell, written: int = 0) -> None:
     """Raise UsageError if a Cell's texts, or a prompt and an answer of `written` tokens, are longer than its model reads."""
-    limit, most = cell.training.max_tokens, positions(model)
+    limit, most, virtual = cell.training.max_tokens, positions(model), virtual_tokens(cell.config)
     # Of the model itself: a config does not tell that RoBERTa keeps two positions for padding.
     if most is not None and limit > most:
         raise UsageError(
             f"`training.max_tokens` is {limit}, and {cell.model} has {most} positions", mend=f"write at most {most}"
         )
+    if most is not None and virtual and virtual + limit + written > most:
+        of = f"{virtual} virtual tokens, {limit} of a text and {written} of an answer"
+        what = f"{of} exceed the {most} positions of {cell.model}"
+        raise UsageError(what, mend="lower `training.max_tokens`, or `num_virtual_tokens`")
     if most is not None and limit + written > most:
         what = f"a prompt of {limit} tokens and an answer of {written} exceed the {most} positions of {cell.model}"
         raise UsageError(what, mend="lower `training.max_tokens`, or the task's `max_gen_toks`")

@@ -177,8 +177,10 @@ class Life:
         with self.clock.phase("save"):
             added = subject.added()
             trains_base = bool(adapted.tensors().keys() - added.keys())
-            saved = checkpoint.measure(added, loaded.head, model_B, Path(work.folder), trains_base=trains_base)
-            del added
+            # The library itself may save more, or less.
+            file = adapted.saved() if hasattr(adapted, "saved") else added
+            saved = checkpoint.measure(file, loaded.head, model_B, Path(work.folder), trains_base=trains_base)
+            del added, file
         with self.clock.phase("evaluate"):
             accuracy = task.evaluate(model)
         with self.clock.phase("latency"):

@@ -17,7 +17,7 @@ def taken(adapted: Any, head: Collection[str]) -> tuple[dict[str, nn.Module], di
 
     head: names of the parameters of a new head. Raises UsageError if the adapter sits on it.
     """
-    bases: dict[str, nn.Module] = {path: layer.get_base_layer() for path, layer in adapted.layers.items()}
+    bases: dict[str, nn.Module] = adapted.bases()
     if on_head := [path for path in bases if in_head(path, head)]:
         raise UsageError(
             f"the adapter_config adapts the new head ({', '.join(on_head)}), which trains as a whole",

@@ -60,7 +60,9 @@ def check_parameters(subject: Subject, case: Case) -> CheckResult:
 
 
 def check_base(subject: Subject, case: Case) -> CheckResult:
-    """Attaching changed no weight of the model: every parameter and buffer of before is there, bit for bit."""
+    """Attaching changed no weight of the model: every parameter and buffer of before is there, bit for bit. Of `method:
+    peft` the weights under the adapter are left out where its start rewrites them (OLoRA, PiSSA, LoftQ).
+    """
     if subject.original.model is None and not subject.original.prints:
         return skipped(subject, case, "base", "nothing is kept of the model before attaching")
     original, prints = subject.original.model, subject.original.prints
@@ -76,11 +78,13 @@ def check_base(subject: Subject, case: Case) -> CheckResult:
     missing = [f"{name} is gone" for name in before if name not in now]
     if missing:
         return listed(subject, case, "base", missing)
+    if getattr(subject.adapted, "rewrites_base", False):
+        before = [name for name in before if name not in {f"{path}.weight" for path in subject.bases}]
     if original is None:
         changed = [f"{n} has changed" for n in before if fingerprint.of(now[n]) != prints[n]]
         return listed(subject, case, "base", changed, f"{len(before)} tensors, by their checksums")
     then: dict[str, Tensor] = {**dict(original.named_parameters()), **dict(original.named_buffers())}
-    return judged(subject, case, "base", exact({n: now[n].detach() for n in before}, then))
+    return judged(subject, case, "base", exact({n: now[n].detach() for n in before}, {n: then[n] for n in before}))
 
 
 def check_inputs(subject: Subject, case: Case) -> CheckResult:

@@ -15,6 +15,8 @@ from harness.conformance.case import Case
 from harness.conformance.results import judged, listed, skipped
 from harness.conformance.subject import LARGEST_COPY, Subject
 from harness.conformance.tolerance import exact, noise_floor, perturbed
+from harness.errors import UsageError
+from harness.out_of_memory import shortage
 from harness.records import CheckResult
 
 ALONE = ("reference", "start", "repeats", "untouched", "reached", "reload", "merge_itself")
@@ -85,6 +87,9 @@ def check_reached(subject: Subject, case: Case) -> CheckResult:
             odd.append(f"{name} gets no gradient" if gradient is None else f"the gradient of {name} is zero")
         elif not bool(torch.isfinite(gradient).all()):
             odd.append(f"the gradient of {name} is not finite")
+    if odd and all("trainable_tokens" in what for what in odd):
+        what = "none of the tokens that the adapter_config trains is in the texts that are tried"
+        raise UsageError(what, where=subject.method, mend="name tokens that the task's texts hold")
     return listed(subject, case, "reached", odd, f"{len(subject.adapted.tensors())} tensors")
 
 
@@ -106,7 +111,7 @@ def check_merge_itself(subject: Subject, case: Case) -> CheckResult:
     wide, near, mine = (copy.deepcopy(subject.adapted) for _ in range(3))
     wide.model.double()
     _round_once_more(near, subject.dtype, case.generator(salt=4))
-    truth, draws = _logits(case, wide), [_logits(case, subject.adapted), _logits(case, near)]
+    draws = [_logits(case, subject.adapted), _logits(case, near)]
     try:
         mine.merge()
         held = [(t, t.detach().clone()) for t in _beside_the_base(mine)]
@@ -117,7 +122,16 @@ def check_merge_itself(subject: Subject, case: Case) -> CheckResult:
                 tensor.copy_(value)
         mine.unmerge()
     except (NotImplementedError, ValueError, AttributeError) as error:
-        return skipped(subject, case, "merge_itself", f"the library does not merge it: {error}")
+        why = str(error) or type(error).__name__
+        return skipped(subject, case, "merge_itself", f"the library does not merge it: {why}")
+    try:
+        truth = _logits(case, wide)
+    except RuntimeError as error:
+        if shortage(error):
+            raise
+        return skipped(
+            subject, case, "merge_itself", f"nothing to judge it by, since it cannot run in float64: {error}"
+        )
     verdict = noise_floor(merged, truth, draws, subject.dtype, case.factor("merge_itself"))
     if not verdict.passed:
         return judged(subject, case, "merge_itself", verdict, "after merging")
@@ -143,15 +157,15 @@ def _scale(tensors: Iterable[Tensor], factor: float) -> None:
 def _round_once_more(adapted: Any, dtype: str, generator: torch.Generator) -> None:
     """Move every weight under the adapter by up to half a unit in the last place: so much is lost by writing into it."""
     trains = {id(t) for t in adapted.tensors().values()}
-    for layer in adapted.layers.values():
-        for weight in layer.get_base_layer().parameters():
+    for base in adapted.bases().values():
+        for weight in base.parameters():
             if id(weight) not in trains:
                 weight.copy_(perturbed(weight.double(), dtype, generator))
 
 
 def _beside_the_base(adapted: Any) -> list[Tensor]:
     """List what trains and is not, once merged, the base's own: merging LayerNorm tuning puts it in the base's place."""
-    own = {id(p) for layer in adapted.layers.values() for p in layer.get_base_layer().parameters()}
+    own = {id(p) for base in adapted.bases().values() for p in base.parameters()}
     return [t for t in adapted.tensors().values() if id(t) not in own]
 
 

@@ -42,6 +42,19 @@ def adalora(model: Any, config: Any, generator: Any) -> PeftAdapted:
     return PeftAdaLora(model, tuner(model, peft_config, generator))
 
 
+def orthogonality(tuner: Any, model: Any) -> Any:
+    """Return what the forward pass of peft's AdaLoraModel adds to a model's loss: here to a loss of zero."""
+    # Its forward pass itself, on a stand-in for the model, of which it wants the outputs and the parameters only.
+    factor = next(p for name, p in model.named_parameters() if f"lora_A.{ADAPTER}" in name)
+    outputs = SimpleNamespace(loss=factor.detach().new_zeros(()))
+    stand_in = SimpleNamespace(
+        model=SimpleNamespace(forward=lambda: outputs, named_parameters=model.named_parameters),
+        peft_config=tuner.peft_config,
+        trainable_adapter_name=ADAPTER,
+    )
+    return type(tuner).forward(stand_in).loss
+
+
 def _tensors(layer: Any) -> dict[str, Any]:
     return {"A": layer.lora_A[ADAPTER], "E": layer.lora_E[ADAPTER], "B": layer.lora_B[ADAPTER]}
 
@@ -74,12 +87,8 @@ class PeftAdaLora(PeftAdapted):
         return found
 
     def regularizer(self) -> Any:
-        """Return what the forward pass of peft's AdaLoraModel adds to a model's loss: here to a loss of zero."""
-        # Its forward pass itself, on a stand-in for the model, of which it wants the outputs and the parameters only.
-        outputs = SimpleNamespace(loss=next(iter(self.tensors().values())).detach().new_zeros(()))
-        model = SimpleNamespace(forward=lambda: outputs, named_parameters=self.model.named_parameters)
-        stand_in = SimpleNamespace(model=model, peft_config=self.tuner.peft_config, trainable_adapter_name=ADAPTER)
-        return type(self.tuner).forward(stand_in).loss
+        """Return peft's term of the loss."""
+        return orthogonality(self.tuner, self.model)
 
     def after_step(self, step: int) -> None:
         """Call peft's allocator. The masks are handed to it and taken back, since they may have been loaded."""
