@@ -84,7 +84,7 @@ def _only(command: Any) -> Any:
     \b
     EXPR of --only: terms separated by commas.
       key=value  id, model, task, method, implementation, base, optimizer,
-                 dtype, seed, lr, accumulate, checkpointing, lr_ratio, compile,
+                 dtype, seed, lr, accumulate, checkpointing, lr_ratio, compile, layerwise,
                  or a key of the config
       word       the start of a cell_id, or a part of an id or name
     Terms of the same key are alternatives; different keys must all hold:
