@@ -23,7 +23,7 @@ class Layerwise:
     optimizer: any that steps each parameter by itself and skips what has no gradient; none may have one now. Clipping by the
     global norm, a scaled loss that is to be tried again and accumulating over several backward passes are not possible: they
     need all gradients, or a later one. gradient: how a parameter's gradient is read for its norm.
-    most_B: bytes of the largest gradient that there was.
+    most_B: bytes of the largest gradient that there was, and of what `gradient` makes of it, where that is another tensor.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, gradient: Callable[[Tensor], Tensor | None] = _own) -> None:
@@ -46,7 +46,7 @@ class Layerwise:
     @torch.no_grad()
     def _update(self, p: Tensor) -> None:
         if p.grad is not None and (gradient := self.gradient(p)) is not None:
-            self.most_B = max(self.most_B, p.grad.nbytes)
+            self.most_B = max(self.most_B, p.grad.nbytes + (gradient.nbytes if gradient is not p.grad else 0))
             self._norms[p] = torch.linalg.vector_norm(gradient)
             del gradient
             self.optimizer.step()  # no other parameter has a gradient now

@@ -33,13 +33,16 @@ def galore(model: Any, config: Any, generator: Any) -> Any:
             projected = {id(layer.weight): layer.weight for layer in self.layers.values()}
             rest = [p for p in self.parameters() if id(p) not in projected]
             how = {"rank": c.rank, "update_proj_gap": c.update_gap, "scale": c.scale, "proj_type": c.side}
-            groups = [{"params": list(projected.values()), **how}, *([{"params": rest}] if rest else [])]
-            how = {"lr": lr, "betas": (c.beta1, c.beta2), "eps": c.eps, "weight_decay": weight_decay}
+            groups: list[dict[str, Any]] = [
+                {"params": list(projected.values()), **how},
+                *([{"params": rest}] if rest else []),
+            ]
+            knobs: dict[str, Any] = {"lr": lr, "betas": (c.beta1, c.beta2), "eps": c.eps, "weight_decay": weight_decay}
             if bits == 8:
-                return _in_8_bits([group | {"bits": bits} for group in groups], **how)
+                return _in_8_bits([{**group, "bits": bits} for group in groups], **knobs)
             from galore_torch import GaLoreAdamW
 
-            return GaLoreAdamW(groups, no_deprecation_warning=True, **how)
+            return GaLoreAdamW(groups, no_deprecation_warning=True, **knobs)
 
     adapted = attach(model, config, generator)
     return ByGaloreTorch(adapted.model, adapted.layers, adapted.config)

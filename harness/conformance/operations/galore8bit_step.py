@@ -15,7 +15,7 @@ from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance import Judgement, noise_floor, worst_of
 from harness.tolerances import CODE_TIE_EPS, EPSILON
 from reference import adamw8bit, galore
-from reference.dynamic_map import dynamic_map, quantize_blockwise
+from reference.dynamic_map import dequantize_blockwise, dynamic_map, quantize_blockwise
 
 _SIGNED = {"M": True, "V": False}
 
@@ -118,7 +118,7 @@ def _parts(given: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor, Tensor]
     """
     power, signed = (1, True) if name == "M" else (2, False)
     beta = given["betas"][power - 1]
-    moment = adamw8bit.dequantize_blockwise(given[name], given[f"{name}_absmax"], dynamic_map(signed)).double()
+    moment = dequantize_blockwise(given[name], given[f"{name}_absmax"], dynamic_map(signed)).double()
     basis = galore.Projector(*(t if t is None else t.double() for t in (given["P"], given["Q"])))
     sizes = galore.Projector(*(t if t is None else t.abs() for t in (basis.P, basis.Q)))
     R, bound = galore.project(given["G"].double(), basis), galore.project(given["G"].double().abs(), sizes)
