@@ -310,11 +310,10 @@ class GaLore(torch.optim.Optimizer):
         finally:
             self.param_groups = groups
 
-    def update(self, p: Tensor, group: dict[str, Any]) -> None:
-        """Take one step of one parameter, by its gradient."""
-        if p.grad is not None:
-            knobs = {k: v for k, v in group.items() if k not in ("params", "initial_lr")}
-            galore_step(p, p.grad, self.state[p], **knobs)
+    def update(self, p: Tensor, G: Tensor, group: dict[str, Any]) -> None:
+        """Take one step of one parameter, by its gradient G."""
+        knobs = {k: v for k, v in group.items() if k not in ("params", "initial_lr")}
+        galore_step(p, G, self.state[p], **knobs)
 
     def step(self, closure: Any = None) -> Any:
         """Take one step of every parameter that has a gradient; return the loss of `closure`, if there is one."""
@@ -324,7 +323,8 @@ class GaLore(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for p in group["params"]:
-                self.update(p, group)
+                if p.grad is not None:
+                    self.update(p, p.grad, group)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -69,11 +69,9 @@ class GaLore(torch.optim.Optimizer):
             self.param_groups = groups
 
     @torch.no_grad()
-    def update(self, p: Tensor, group: dict[str, Any]) -> None:
-        """Take one step of one parameter, if it has a gradient."""
-        if p.grad is None:
-            return
-        state, G, rank = self.state[p], p.grad, group["rank"]
+    def update(self, p: Tensor, G: Tensor, group: dict[str, Any]) -> None:
+        """Take one step of one parameter, by its gradient G."""
+        state, rank = self.state[p], group["rank"]
         taken = state.get("step", 0)
         if rank and taken % group["update_gap"] == 0:
             P, Q = refreshed(G, rank, group["side"], group["niter"], state.get("P"), state.get("Q"))
@@ -99,7 +97,8 @@ class GaLore(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for p in group["params"]:
-                self.update(p, group)
+                if p.grad is not None:
+                    self.update(p, p.grad, group)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
