@@ -84,7 +84,7 @@ def _only(command: Any) -> Any:
     \b
     EXPR of --only: terms separated by commas.
       key=value  id, model, task, method, implementation, base, optimizer,
-                 dtype, seed, lr, accumulate, checkpointing, lr_ratio, compile,
+                 dtype, seed, lr, accumulate, checkpointing, lr_ratio, compile, layerwise,
                  or a key of the config
       word       the start of a cell_id, or a part of an id or name
     Terms of the same key are alternatives; different keys must all hold:
@@ -131,10 +131,12 @@ def plan(suite: str, only: str | None, as_json: bool) -> Exit:
 @click.option("--tokens", type=int, metavar="N", help="Of each text.  [512, or what the model reads]")
 @click.option("--dtype", default="bfloat16", show_default=True, metavar="D", help="Of weights and adapter.")
 @click.option("--checkpointing", is_flag=True, help="Keep only the inputs of blocks, and compute them again.")
+@click.option("--layerwise", is_flag=True, help="Layer-wise updates, by methods that train the model's own weights.")
 @_json
 def fit(
     model: str, memory: str, methods: tuple[str, ...], bases: tuple[str, ...], optimizers: tuple[str, ...],
-    targets: tuple[str, ...], ranks: tuple[int, ...], tokens: int | None, dtype: str, checkpointing: bool, as_json: bool,
+    targets: tuple[str, ...], ranks: tuple[int, ...], tokens: int | None, dtype: str, checkpointing: bool, layerwise: bool,
+    as_json: bool,
 ) -> Exit:  # fmt: skip
     """Predict what fits into a memory.
 
@@ -147,7 +149,7 @@ def fit(
 
     asked = fitted.ask(
         model, memory, methods, bases=bases, optimizers=optimizers, targets=targets, ranks=ranks, tokens=tokens,
-        dtype=dtype, checkpointing=checkpointing,
+        dtype=dtype, checkpointing=checkpointing, layerwise=layerwise,
     )  # fmt: skip
     document = fitted.answer(asked)
     say(json.dumps(document, indent=1) if as_json else table.as_text(document))

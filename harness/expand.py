@@ -12,8 +12,9 @@ from harness.analysis import naming
 from harness.errors import UsageError
 from harness.manifest import Comparison, Tuning
 from harness.methods import methods
-from harness.records import LATER, Cell
+from harness.records import Cell
 from harness.spelling import near
+from harness.training_records import LATER
 
 if TYPE_CHECKING:
     from harness.suite_entry import Entry
@@ -118,9 +119,9 @@ def only(plan: Plan, expr: str) -> Plan:
     """Keep the Cells that `expr` names; raises UsageError if there are none.
 
     Terms are separated by commas. `key=value` compares one key: id, model, task, method, implementation, base,
-    optimizer, dtype, seed, lr, accumulate, checkpointing, lr_ratio, compile, tune (true for a search's Cells), or a key of
-    the config. A bare word is the start of a cell_id, or any part of the id or of the name that `plan` prints. Terms of the
-    same key are alternatives; different keys must all hold.
+    optimizer, dtype, seed, lr, accumulate, checkpointing, lr_ratio, compile, layerwise, tune (true for a search's Cells), or
+    a key of the config. A bare word is the start of a cell_id, or any part of the id or of the name that `plan` prints.
+    Terms of the same key are alternatives; different keys must all hold.
     """
     wanted: dict[str, list[str]] = {}
     for term in filter(None, (part.strip() for part in expr.split(","))):

@@ -52,11 +52,12 @@ STATUSES = {
     "kernel, for want of memory), or the machine went down",
 }
 OPTIMIZERS: dict[Optimizer, str] = {
-    "adamw": "torch's AdamW, for every Cell but those of a method that brings its own (galore). What trains in 16 bits has "
-    "float32 master weights, with this optimizer and with those below",
+    "adamw": "torch's AdamW, for every Cell but those of a method that brings its own (galore, with moments in the "
+    "gradient's dtype). What trains in 16 bits has float32 master weights, with this optimizer and with those below",
     "adamw-8bit": "AdamW with moments of 8 bits and one float32 absmax per 256 of them (arXiv:2110.02861): a quarter of the "
     "bytes of the moments. A tensor of fewer than 4096 elements keeps 32 bits, and factors of a low rank often are so "
-    "small: the Record says of how many. By the reference for Cells of `reference`, by harness/kernels for all others",
+    "small: the Record says of how many. By the reference for Cells of `reference`, by harness/kernels for all others; of "
+    "galore by its own, on moments of the projected gradient",
     "paged-adamw": "adamw whose states of at least 100,000 elements live in the host's memory and come to the GPU for their "
     "own update (QLoRA, arXiv:2305.14314, section 3); the steps are the same bits. None stays on the GPU between two steps. "
     "On a CPU it takes time and saves nothing. By the reference for Cells of `reference`, by harness/kernels for all others",

@@ -41,6 +41,7 @@ class Memory(Frozen):
     weights_B: Bytes
     adapter_B: Bytes
     gradients_B: Bytes
+    """Of all that trains; with layer-wise updates the most that there was at one time: of the largest tensor alone."""
     optimizer_B: Bytes
     optimizer_host_B: Bytes = 0
     """Of a run on a GPU: optimizer states in the host's memory, e.g. paged ones; not in `optimizer_B`."""

@@ -52,7 +52,10 @@ class Adapted(Protocol):
         """Return the term that the Method adds to the loss (AdaLoRA's orthogonality), or None."""
 
     def optimizer(self, lr: float, weight_decay: float) -> Optimizer | None:
-        """Return the Method's own optimizer, or None to leave the choice to the caller."""
+        """Return the Method's own optimizer, or None to leave the choice to the caller.
+
+        One that can have moments in 8 bits takes a further argument `bits`, 8 or 32 (the default).
+        """
 
     def after_step(self, step: int) -> None:
         """Do what the Method does between optimizer steps; `step` counts from 1."""
@@ -151,7 +154,8 @@ class MethodInfo:
 
     deviations: (topic, what the paper says, what we do, why), as in the file. about_fields: what each knob means. factors:
     the letters of its trained low-rank factors. optimizer: the name of an optimizer of its own; empty if it has none.
-    trains_weights: whether it trains the model's own weights, which a quantised base cannot have.
+    optimizers: which of those that a suite may choose that one can be. trains_weights: whether it trains the model's own
+    weights, which a quantised base cannot have.
     """
 
     name: str
@@ -163,6 +167,7 @@ class MethodInfo:
     path: Path
     factors: tuple[str, ...] = ()
     optimizer: str = ""
+    optimizers: tuple[str, ...] = ("adamw",)
     trains_weights: bool = False
 
 
@@ -195,6 +200,7 @@ def _method(path: Path, source: str) -> MethodInfo | None:
         path=path,
         factors=ast.literal_eval(constants["FACTORS"]) if "FACTORS" in constants else (),
         optimizer=ast.literal_eval(constants["OPTIMIZER"]) if "OPTIMIZER" in constants else "",
+        optimizers=ast.literal_eval(constants["OPTIMIZERS"]) if "OPTIMIZERS" in constants else ("adamw",),
         trains_weights="TRAINS_WEIGHTS" in constants,
     )
 

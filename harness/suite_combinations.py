@@ -1,14 +1,14 @@
-"""What of a suite's entry is sound by itself and impossible together: of methods, their configs, bases and models."""
+"""What of a suite's entry is sound by itself and impossible together: of methods, their configs, bases, models, training."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from harness.adapter_config import UNREFERENCED
 from harness.methods import MethodInfo
-from harness.suite_file import BaseKeys
+from harness.suite_file import BaseKeys, CellKeys
 
 Found = tuple[tuple[str | int, ...], str, str]
 """Where in the entry, what is wrong, and the mend."""
@@ -84,3 +84,62 @@ def _bases(info: MethodInfo, bases: list[BaseKeys]) -> Iterator[Found]:
         elif info.name in UNREFERENCED:
             what = f"{info.name} is offered on a base that is not quantised, and base is {base.quantization}"
             yield ("base", index), what, f"give {info.name} an entry without `base:`"
+
+
+def of_training(
+    names: Iterable[str],
+    methods: Mapping[str, MethodInfo],
+    keys: CellKeys,
+    training: Mapping[str, list[Any]],
+    steps: int,
+) -> Iterator[Found]:
+    """Yield what cannot be trained so.
+
+    names: of the entry's Methods that are known; training: the values of each of its keys that are written; steps: of the
+    training.
+    """
+    infos = [methods[name] for name in names]
+    yield from _optimizers(infos, keys, steps)
+    able = " and ".join(info.name for info in methods.values() if info.trains_weights)
+    for index, layerwise in enumerate(training.get("layerwise", ())):
+        if layerwise:
+            for what, mend in _layerwise(infos, able, keys, training):
+                yield ("training", "layerwise", index), f"`layerwise` is true, and {what}", mend
+
+
+def _optimizers(infos: list[MethodInfo], keys: CellKeys, steps: int) -> Iterator[Found]:
+    """An optimizer can only be chosen for what trains, by Methods that leave the choice or whose own can be it."""
+    for index, optimizer in enumerate(keys.optimizer):
+        if optimizer == "adamw":
+            continue
+        if not steps:
+            what = f"`optimizer` is {optimizer}, and nothing is trained in 0 steps"
+            yield ("optimizer", index), what, "write `optimizer: adamw` for what is not trained"
+        for info in infos:
+            if info.optimizer and optimizer not in info.optimizers:
+                what = f"`optimizer` is {optimizer}, and {info.name} steps by its own, {info.optimizer}"
+                mend = f"give {info.name} an entry with `optimizer: {'` or `'.join(info.optimizers)}`"
+                yield ("optimizer", index), what, mend
+
+
+def _layerwise(
+    infos: list[MethodInfo], able: str, keys: CellKeys, training: Mapping[str, list[Any]]
+) -> Iterator[tuple[str, str]]:
+    """Layer-wise updates free gradients at once: for large ones, of one pass, that nothing else waits for."""
+    for info in infos:
+        if not info.trains_weights:
+            what = f"{info.name} does not train the model's own weights, so that its gradients take little memory"
+            yield what, f"leave `layerwise` out for {info.name}; it is for {able}"
+    for parts in training.get("accumulate", ()):
+        if parts != 1:
+            what = f"`accumulate` is {parts}: a gradient that is freed within its pass cannot be summed over {parts} passes"
+            yield what, "write `accumulate: 1`, or leave `layerwise` out"
+            break
+    if any(training.get("compile", ())):
+        yield (
+            "`compile` is true: a compiled backward pass hands out all gradients at its end",
+            "leave one of the two out",
+        )
+    if "float16" in keys.dtype:
+        what = "dtype is float16, whose loss scale needs all gradients before the first weight is stepped"
+        yield what, "write `dtype: bfloat16`, or leave `layerwise` out"

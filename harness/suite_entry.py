@@ -17,7 +17,7 @@ from harness.methods import MethodInfo
 from harness.records import Base, Dtype, Evaluation, Optimizer, Training
 from harness.registry import Registry
 from harness.spelling import near
-from harness.suite_combinations import Found, impossible
+from harness.suite_combinations import Found, impossible, of_training
 from harness.suite_file import BaseKeys, CellKeys, Timed, TuneKeys
 from harness.suite_tuning import Tune
 from harness.tasks import Task
@@ -337,7 +337,8 @@ class _EntryReader:
         if steps and steps < training[0].warmup:
             what = f"`warmup` is {training[0].warmup}, longer than the {steps} steps"
             self.reading.problem(self._way("training", "warmup"), what, "shorten it, or train longer")
-        self._optimizers(config, training[0].steps)
+        for where, what, mend in of_training(config, self.reading.methods, self.keys, axes, training[0].steps):
+            self.reading.problem(self._way(*where), what, mend)
         for i, ratio in enumerate(_listed(written.get("lr_ratio"))):
             self._ratio(config, ratio, self._way("training", "lr_ratio", i))
         for i, parts in enumerate(_listed(written.get("accumulate"))):
@@ -358,20 +359,6 @@ class _EntryReader:
         infos = [reading.methods[name] for name in config]
         tasks = [reading.tasks[name] for name in keys.task or () if name in reading.tasks]
         return suite_tuning.read(tune, infos, training, keys.seed, keys.evaluation.items or 0, tasks, problem)
-
-    def _optimizers(self, config: dict[str, dict[str, list[Any]]], steps: int) -> None:
-        """An optimizer can only be chosen for what trains, by Methods that leave the choice."""
-        for i, optimizer in enumerate(self.keys.optimizer):
-            if optimizer == "adamw":
-                continue
-            way = self._way("optimizer", i)
-            if not steps:
-                what = f"`optimizer` is {optimizer}, and nothing is trained in 0 steps"
-                self.reading.problem(way, what, "write `optimizer: adamw` for what is not trained")
-            for name in config:
-                if own := self.reading.methods[name].optimizer:
-                    what = f"`optimizer` is {optimizer}, and {name} steps by its own, {own}"
-                    self.reading.problem(way, what, f"give {name} an entry with `optimizer: adamw`")
 
     def _ratio(self, config: dict[str, dict[str, list[Any]]], ratio: float, way: Way) -> None:
         """LoRA+ is about two factors, of which B is the second."""

@@ -52,6 +52,7 @@ class TrainingKeys(Keys):
     checkpointing: OneOrMany[bool] | None = None
     lr_ratio: OneOrMany[Annotated[float, Field(gt=0, le=10_000)]] | None = None
     compile: OneOrMany[bool] | None = None
+    layerwise: OneOrMany[bool] | None = None
 
 
 class EvaluationKeys(Keys):

@@ -172,8 +172,13 @@ class AdamW8bit(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; torch alone would turn the codes into the parameter's floating dtype."""
         super().load_state_dict(state_dict)
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for index, p in zip(saved, (p for group in self.param_groups for p in group["params"]), strict=True):
-            for name, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[p][name] = value.detach().to(p.device, copy=True)
+        restore_dtypes(self, state_dict)
+
+
+def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Put the tensors of a state that torch has loaded back in the dtypes in which they were saved."""
+    saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+    for index, p in zip(saved, (p for group in optimizer.param_groups for p in group["params"]), strict=True):
+        for name, value in state_dict["state"].get(index, {}).items():
+            if isinstance(value, Tensor):
+                optimizer.state[p][name] = value.detach().to(p.device, copy=True)

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from reference import galore_moments
+from reference.adamw8bit import restore_dtypes
 from reference.layers import targets
 from reference.randomised_svd import randomised_svd
 
@@ -27,6 +28,8 @@ TRAINS_WEIGHTS = True
 OVERSAMPLE = 10
 """Columns of the randomised SVD's sketch beyond the rank."""
 OPTIMIZER = "GaLore"
+OPTIMIZERS = ("adamw", "adamw-8bit")
+"""What a suite may choose: the moments in the gradient's dtype, or in 8 bits."""
 DEVIATIONS = (
     (
         "side of a square matrix",
@@ -72,9 +75,10 @@ DEVIATIONS = (
     ),
     (
         "8-bit moments",
-        "section 4.3 combines it with 8-bit Adam",
-        "not here",
-        "what the authors' GaLoreAdamW8bit does with its 32-bit moments is judged by the operation galore_step",
+        "section 4.3 combines it with 8-bit Adam, and says no more",
+        "`bits: 8`: codes between two steps as in reference/adamw8bit, of what trains without a subspace too; the step "
+        "itself is that of 32 bits, eps and decay as above, and the projectors keep the gradient's dtype",
+        "the authors' GaLoreAdamW8bit takes bitsandbytes' step, whose eps is algorithm 2's: sqrt(V / (1 - beta2^t)) + eps",
     ),
     (
         "randomised SVD",
@@ -188,21 +192,25 @@ def project_back(N: Tensor, basis: Projector) -> Tensor:
     return full if basis.Q is None else full @ basis.Q.T
 
 
-def adam(R: Tensor, state: dict[str, Any], beta1: float, beta2: float, eps: float) -> Tensor:
-    """Return N_t, bias corrections included, and carry M, V and step (t, from 1) on in `state` (algorithm 2).
+def adam(R: Tensor, state: dict[str, Any], beta1: float, beta2: float, eps: float, bits: int = 32) -> Tensor:
+    """Return N_t, bias corrections included, in R's dtype, and carry the moments and step (t, from 1) on in `state`.
 
-    M_t = beta1 M_{t-1} + (1 - beta1) R_t          V_t = beta2 V_{t-1} + (1 - beta2) R_t^2
+    M_t = beta1 M_{t-1} + (1 - beta1) R_t          V_t = beta2 V_{t-1} + (1 - beta2) R_t^2           (algorithm 2)
     N_t = sqrt(1 - beta2^t) / (1 - beta1^t) * M_t / (sqrt(V_t) + eps)
+
+    bits: of a state that is new, see `galore_moments.zeros`. N is of the moments as they are before they are narrowed.
     """
     if "M" not in state:
-        state |= {"step": 0, "M": torch.zeros_like(R), "V": torch.zeros_like(R)}
-    M, V = state["M"], state["V"]
+        state |= {"step": 0, **galore_moments.zeros(R, bits)}
+    M, V = galore_moments.widened(state, R)
+    wide = R.to(M.dtype)
     state["step"] += 1
-    M.mul_(beta1).add_(R, alpha=1 - beta1)
-    V.mul_(beta2).addcmul_(R, R, value=1 - beta2)
+    M.mul_(beta1).add_(wide, alpha=1 - beta1)
+    V.mul_(beta2).addcmul_(wide, wide, value=1 - beta2)
     correction = math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
     N: Tensor = correction * (M / (V.sqrt() + eps))
-    return N
+    galore_moments.keep(state, M, V)
+    return N.to(R.dtype)
 
 
 @torch.no_grad()
@@ -221,19 +229,21 @@ def galore_step(
     beta2: float = 0.999,
     eps: float = 1e-6,
     niter: int = 0,
+    bits: int = 32,
     given: Projector | None = None,
 ) -> None:
     """Take one step: W and `state` change in place. An empty state is that before the first step.
 
-    W, G: (m, n). rank 0: no projection, plain Adam, any shape. state: step (int, steps taken), M and V of R's shape, P
-    and/or Q. given: where a refresh is due, take this projector in the place of G's singular vectors, so that two
-    programs can be compared in one subspace. The projector is found anew at steps 1, T + 1, 2 T + 1, ...
+    W, G: (m, n). rank 0: no projection, plain Adam, any shape. state: step (int, steps taken), M and V of R's shape, or for
+    bits=8 what `galore_moments.zeros` says, P and/or Q. given: where a refresh is due, take this projector in the place of
+    G's singular vectors, so that two programs can be compared in one subspace. The projector is found anew at steps 1,
+    T + 1, 2 T + 1, ...
     """
     if rank and state.get("step", 0) % update_gap == 0:
         fresh = given or projector(G, rank, side, niter, Projector(state.get("P"), state.get("Q")))
         state |= {name: t for name, t in (("P", fresh.P), ("Q", fresh.Q)) if t is not None}
     basis = Projector(state.get("P"), state.get("Q"))
-    N = adam(project(G, basis), state, beta1, beta2, eps)
+    N = adam(project(G, basis), state, beta1, beta2, eps, bits)
     W.sub_(project_back(N, basis), alpha=lr * (scale if rank else 1.0))
     if weight_decay:
         W.mul_(1 - lr * weight_decay)
@@ -257,6 +267,8 @@ def check_group(group: dict[str, Any]) -> None:
     for name in ("beta1", "beta2"):
         if not 0 <= group[name] < 1:
             raise ValueError(f"GaLore's {name} is at least 0 and below 1, got {group[name]!r}")
+    if group["bits"] not in (8, 32):
+        raise ValueError(f"GaLore's moments have 8 or 32 bits, not {group['bits']!r}")
     sides(1, 1, group["side"])
     for p in group["params"] if group["rank"] else ():
         if isinstance(p, Tensor) and p.dim() != 2:
@@ -269,12 +281,12 @@ def check_group(group: dict[str, Any]) -> None:
 class GaLore(torch.optim.Optimizer):
     """Adam in a subspace for groups with a `rank`, plain Adam for groups without; the state is tensors and a count only.
 
-    params: tensors or groups. A group may hold rank, update_gap, scale, side and niter beside lr, weight_decay, beta1, beta2
-    and eps.
+    params: tensors or groups. A group may hold rank, update_gap, scale, side and niter beside lr, weight_decay, beta1,
+    beta2, eps and bits: with 8, moments of at least 4096 elements are codes, projected or not, and smaller ones float32.
     """
 
     def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, eps: float = 1e-6) -> None:
-        low = {"rank": 0, "update_gap": 200, "scale": 0.25, "side": "std", "niter": 0}
+        low = {"rank": 0, "update_gap": 200, "scale": 0.25, "side": "std", "niter": 0, "bits": 32}
         super().__init__(
             params, {"lr": lr, "weight_decay": weight_decay, **low, "beta1": 0.9, "beta2": 0.999, "eps": eps}
         )
@@ -298,11 +310,10 @@ class GaLore(torch.optim.Optimizer):
         finally:
             self.param_groups = groups
 
-    def update(self, p: Tensor, group: dict[str, Any]) -> None:
-        """Take one step of one parameter, by its gradient."""
-        if p.grad is not None:
-            knobs = {k: v for k, v in group.items() if k not in ("params", "initial_lr")}
-            galore_step(p, p.grad, self.state[p], **knobs)
+    def update(self, p: Tensor, G: Tensor, group: dict[str, Any]) -> None:
+        """Take one step of one parameter, by its gradient G."""
+        knobs = {k: v for k, v in group.items() if k not in ("params", "initial_lr")}
+        galore_step(p, G, self.state[p], **knobs)
 
     def step(self, closure: Any = None) -> Any:
         """Take one step of every parameter that has a gradient; return the loss of `closure`, if there is one."""
@@ -312,24 +323,14 @@ class GaLore(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for p in group["params"]:
-                self.update(p, group)
+                if p.grad is not None:
+                    self.update(p, p.grad, group)
         return loss
 
-
-def per_layer(optimizer: GaLore) -> list[RemovableHandle]:
-    """Let every parameter be updated within the backward pass, as soon as its gradient is whole, which is then freed.
-
-    The paper's per-layer weight updates, after LOMO: at no time do all gradients exist, and `optimizer.step()` has
-    nothing left to do. The numbers are those of the whole step; clipping by the global norm and accumulating over several
-    backward passes are not possible. Returns the hooks; removing them ends it.
-    """
-
-    def hook(p: Tensor) -> None:
-        group = next(g for g in optimizer.param_groups if any(p is q for q in g["params"]))
-        optimizer.update(p, group)
-        p.grad = None
-
-    return [p.register_post_accumulate_grad_hook(hook) for group in optimizer.param_groups for p in group["params"]]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned; codes stay codes."""
+        super().load_state_dict(state_dict)
+        restore_dtypes(self, state_dict)
 
 
 class Adapted:
@@ -356,10 +357,10 @@ class Adapted:
         """Return None: nothing is added to the loss."""
         return None
 
-    def optimizer(self, lr: float, weight_decay: float) -> GaLore:
-        """Return GaLore over the targets' weights and, where it trains, Adam over the rest."""
+    def optimizer(self, lr: float, weight_decay: float, bits: int = 32) -> GaLore:
+        """Return GaLore over the targets' weights and, where it trains, Adam over the rest. bits: of moments, 8 or 32."""
         c = self.config
-        betas = {"beta1": c.beta1, "beta2": c.beta2}
+        betas = {"beta1": c.beta1, "beta2": c.beta2, "bits": bits}
         low = {"rank": c.rank, "update_gap": c.update_gap, "scale": c.scale, "side": c.side, "niter": c.niter}
         projected = list({id(layer.weight): layer.weight for layer in self.layers.values()}.values())
         taken = {id(p) for p in projected}

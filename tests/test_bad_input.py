@@ -164,10 +164,10 @@ BAD_SUITES = {
     ),
     "optimizer for a method with its own": (
         "method: lora\n        config: {rank: 4, alpha: 8,",
-        "method: galore\n        optimizer: [adamw, adamw-8bit]\n        config: {rank: 4,",
+        "method: galore\n        optimizer: [adamw-8bit, paged-adamw-8bit]\n        config: {rank: 4,",
         11,
-        "`optimizer` is adamw-8bit, and galore steps by its own, GaLore",
-        "give galore an entry with `optimizer: adamw`",
+        "`optimizer` is paged-adamw-8bit, and galore steps by its own, GaLore",
+        "give galore an entry with `optimizer: adamw` or `adamw-8bit`",
     ),
     "optimizer for what is not trained": (
         "method: lora\n        config: {rank: 4, alpha: 8, targets: [q_proj]}",
@@ -183,6 +183,14 @@ BAD_SUITES = {
         "`accumulate` is 4, which does not divide the batch of 6 examples",
         "write one of 1, 2, 3, 6",
     ),
+    "layer-wise updates of an adapter": (
+        "lr: 1e-3",
+        "lr: 1e-3, layerwise: true",
+        6,
+        "`layerwise` is true, and lora does not train the model's own weights",
+        "leave `layerwise` out for lora; it is for full and galore",
+    ),
+    "layer-wise in words": ("lr: 1e-3", "lr: 1e-3, layerwise: 'yes'", 6, "`layerwise` is 'yes'", "write true or false"),
     "no parts": ("batch: 2,", "batch: 2, accumulate: 0,", 6, "`accumulate` is 0", "write at least 1"),
     "checkpointing in words": ("batch: 2,", "batch: 2, checkpointing: 'yes',", 6, "is 'yes'", "write true or false"),
     "ratio of learning rates without a factor B": (
@@ -329,23 +337,43 @@ def test_every_mistake_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
 def test_mistakes_of_how_it_is_trained_come_all_at_once(tmp_path: Path) -> None:
     path = tmp_path / "suite.yaml"
     text = SUITE.replace("batch: 2,", "batch: 6, accumulate: 4, lr_ratio: 8,", 1)
-    text = text.replace("id: a", "id: a\n        optimizer: adamw-8bit", 1).replace("method: lora", "method: galore", 1)
+    text = text.replace("id: a", "id: a\n        optimizer: paged-adamw", 1).replace(
+        "method: lora", "method: galore", 1
+    )
     path.write_text(text.replace("{rank: 4, alpha: 8,", "{rank: 4,", 1), encoding="utf-8")
     with pytest.raises(SuiteError) as caught:
         suites.load(path)
     assert [(int(p.where.rpartition(":")[2]), p.what.partition(",")[0]) for p in caught.value.problems] == [
         (6, "`accumulate` is 4"),
         (6, "`lr_ratio` is 8"),
-        (10, "`optimizer` is adamw-8bit"),
+        (10, "`optimizer` is paged-adamw"),
     ]
     assert all(p.mend for p in caught.value.problems)
+
+
+def test_all_that_layerwise_updates_cannot_be_with_is_said_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    text = SUITE.replace(
+        "batch: 2,", "batch: 2, accumulate: [1, 2], compile: true,\n      layerwise: [false, true],", 1
+    )
+    text = text.replace(
+        "id: a\n        method: lora", "id: a\n        dtype: float16\n        method: [full, galore]", 1
+    )
+    path.write_text(text.replace("{rank: 4, alpha: 8,", "{rank: 4,", 1), encoding="utf-8")
+    with pytest.raises(SuiteError) as caught:
+        suites.load(path)
+    said = [p for p in caught.value.problems if p.what.startswith("`layerwise` is true, and ")]
+    assert {p.where.rpartition(":")[2] for p in said} == {"7"}
+    for part in ("`accumulate` is 2", "`compile` is true", "dtype is float16", "lora does not train"):
+        assert sum(part in p.what for p in said) >= 1, part
+    assert all(p.mend for p in said)
 
 
 def test_what_is_missing_hides_no_other_mistake(tmp_path: Path) -> None:
     path = tmp_path / "suite.yaml"
     text = SUITE.replace("steps: 4, batch: 2,", "batch: 6, accumulate: 4, lr_ratio: 8,", 1).replace("items: 8, ", "", 1)
     base = "{quantization: nf4, implementation: bitsandbytes}"
-    galore = f"id: a\n        optimizer: adamw-8bit\n        base: {base}\n        method: galore"
+    galore = f"id: a\n        optimizer: paged-adamw\n        base: {base}\n        method: galore"
     text = text.replace("id: a\n        method: lora", galore, 1).replace("{rank: 4, alpha: 8,", "{rank: 4,", 1)
     text = text.replace("a, as: exact", "exact, as: a")
     path.write_text(text + "  - {better: a, than: exact, says: more}\n", encoding="utf-8")
@@ -356,7 +384,7 @@ def test_what_is_missing_hides_no_other_mistake(tmp_path: Path) -> None:
         (6, "`lr_ratio` is 8"),
         (9, "`evaluation.items` is missing"),
         (9, "`training.steps` is missing"),
-        (10, "`optimizer` is adamw-8bit"),
+        (10, "`optimizer` is paged-adamw"),
         (11, "base nf4 keeps frozen weights in 4 bits"),
         (14, "`evaluation.items` is missing"),
         (14, "`training.steps` is missing"),

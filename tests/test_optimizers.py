@@ -129,8 +129,9 @@ def test_what_a_method_has_no_place_for_is_refused_with_a_mend() -> None:
     with pytest.raises(UsageError, match="trains no factor B"):
         setting(Encoder(), "full", lr_ratio=16.0)
     galore = setting(Encoder(), "galore")["adapted"]
-    with pytest.raises(UsageError, match="steps by GaLore, its own"):
-        optimizers.make(galore, [], Training(steps=1), "adamw-8bit")
+    for how, name in (({}, "paged-adamw-8bit"), ({"lr_ratio": 2.0}, "adamw")):
+        with pytest.raises(UsageError, match="steps by GaLore, its own"):
+            optimizers.make(galore, [], Training(steps=1, **how), name)
 
 
 @pytest.mark.parametrize("method", sorted(methods()))

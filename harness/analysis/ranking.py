@@ -20,8 +20,9 @@ Basis = Literal["tied", "all", "independent", "seeds"]
 class Budget:
     """What must be equal before two accuracies may be ranked.
 
-    The learning rates are each method's own to choose. `accumulate`, `checkpointing` and `compile` change what a step costs
-    and not what it learns. The optimizer may differ, which every name says and the report besides: see `Group.optimizers`.
+    The learning rates are each method's own to choose. `accumulate`, `checkpointing`, `compile` and `layerwise` change what
+    a step costs and not what it learns. The optimizer may differ, which every name says and the report besides: see
+    `Group.optimizers`.
     """
 
     model: str

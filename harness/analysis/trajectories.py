@@ -165,7 +165,7 @@ def _other_batches(left: Record, right: Record) -> str:
 
 def _what_is_trained(cell: Cell) -> dict[str, object]:
     """Return the fields that decide the losses: what is scored afterwards does not, nor how a batch is gone through."""
-    how = {"accumulate", "checkpointing", "compile"}
+    how = {"accumulate", "checkpointing", "compile", "layerwise"}
     return cell.model_dump(
         mode="json", exclude={"implementation": True, "dtype": True, "evaluation": True, "training": how}
     )

@@ -89,6 +89,12 @@ _CELLS = (
     Column("training.accumulate", INTEGER, "1", "parts that a step's batch goes through the model in"),
     Column("training.checkpointing", BOOLEAN, "", "whether activations are computed again in the backward pass"),
     Column("training.compile", BOOLEAN, "", "whether the model was compiled by torch.compile in gate and training"),
+    Column(
+        "training.layerwise",
+        BOOLEAN,
+        "",
+        "whether weights were stepped within the backward pass",
+    ),
     Column("training.lr_ratio", FLOAT, "1", "LoRA+: learning rate of factors B over training.lr"),
     Column("evaluation.items", INTEGER, "1", "test items asked for"),
     Column("evaluation.batch", INTEGER, "1", "test items per forward pass"),

@@ -50,9 +50,11 @@ def predicted(
     base = choices.OWN if choices.OWN in one["weights"] else cell.base.quantization
     if base not in one["weights"]:
         return f"there is no count of a {cell.method} on a base in {cell.base.quantization}"
-    optimizer = choices.OWN if choices.OWN in one["optimizer"] else cell.optimizer
+    if cell.optimizer not in one["optimizer"]:
+        return f"there is no count of a {cell.method} by {cell.optimizer}"
     tokens = -(-cell.training.batch // cell.training.accumulate) * cell.training.max_tokens
-    found = ledger(one, base, optimizer, counted["logits"], tokens, cell.training.checkpointing)
+    how = {"checkpointing": cell.training.checkpointing, "layerwise": cell.training.layerwise}
+    found = ledger(one, base, cell.optimizer, counted["logits"], tokens, **how)
     trains, known = cell.training.steps > 0, bool(one["activations"]) and not cell.training.compile
     return Predicted(
         weights_B=found.weights,

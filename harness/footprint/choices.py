@@ -10,4 +10,4 @@ BASES = get_args(Quantization)
 DTYPES = get_args(Dtype)
 OPTIMIZERS = get_args(Optimizer)
 OWN = "its own"
-"""The optimizer of a Method that brings one (GaLore); the base of one that makes it (QLoRA's codes, PiSSA's residual)."""
+"""The base of a Method that makes it: QLoRA's codes, PiSSA's residual."""

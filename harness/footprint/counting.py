@@ -39,8 +39,9 @@ _ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, R
 class Counted:
     """What one Method keeps at one rank, in bytes. error: why it cannot be attached; then the rest is empty.
 
-    weights: by base. optimizer: by its name, (on the device, in host memory). step: by optimizer, what exists only while it
-    steps. activations: a token, (without, with) gradient checkpointing; None where there is no formula for the model.
+    weights: by base. optimizer: by its name, (on the device, in host memory). step: what exists only while it steps.
+    layerwise: what gradients and that take with layer-wise updates: those of the largest tensor alone. activations: a token,
+    (without, with) gradient checkpointing; None where there is no formula for the model.
     """
 
     rank: int | None
@@ -50,7 +51,8 @@ class Counted:
     adapter: int = 0
     gradients: int = 0
     optimizer: dict[str, tuple[int, int]] = field(default_factory=dict)
-    step: dict[str, int] = field(default_factory=dict)
+    step: int = 0
+    layerwise: int = 0
     activations: tuple[int, int] | None = None
 
 
@@ -160,15 +162,16 @@ def of_method(
     trains = list({id(p): p for p in (*adapted.parameters(), *head.values())}.values())
     of_layers, calls = kept.of_layers(layers, dtype)
     every = bytes_of(model_tensors(model)) - bytes_of(added)
-    optimizer = states.optimizers(adapted, trains, dtype)
+    own_optimizer, largest = adapted.optimizer(1e-3, 0.0) is not None, sorted(trains, key=nn.Parameter.numel)[-1:]
     found = Counted(
         rank=rank,
         trainable=sum(p.numel() for p in trains),
         weights=_weights(every, _frozen(layers), calls, dtype),
         adapter=bytes_of(added),
         gradients=bytes_of(trains),
-        optimizer=optimizer,
-        step={name: states.in_step(name, trains, dtype) for name in optimizer},
+        optimizer=states.optimizers(adapted, trains, dtype),
+        step=states.in_step(trains, dtype, own=own_optimizer),
+        layerwise=bytes_of(largest) + states.in_step(largest, dtype, own=own_optimizer),
     )
     if shape is not None:
         inside = kept.in_llama(model, of_layers, layers.keys())

@@ -33,7 +33,8 @@ _LAST_LINES = 5
 class Asked:
     """The question, checked. methods: by name, each with the ranks to try; (None,) for one without a rank.
 
-    tokens: of each text; None for `TOKENS`, or fewer if the model reads no more.
+    tokens: of each text; None for `TOKENS`, or fewer if the model reads no more. layerwise: for those that train the model's
+    own weights.
     """
 
     model: Model
@@ -45,6 +46,7 @@ class Asked:
     tokens: int | None
     dtype: str
     checkpointing: bool
+    layerwise: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def ask(
     tokens: int | None = None,
     dtype: str = "bfloat16",
     checkpointing: bool = False,
+    layerwise: bool = False,
 ) -> Asked:
     """Check a question. Raises UsageError with everything that is wrong with it."""
     problems: list[Problem] = []
@@ -110,7 +113,7 @@ def ask(
         count = f"{len(problems)} mistake{'s' if len(problems) != 1 else ''}, nothing was predicted"
         raise UsageError("\n".join([count, *(f"  {problem}" for problem in problems)]), where="fit")
     tried = {n: tuple(ranks or RANKS) if "rank" in there[n].fields else (None,) for n in chosen}
-    return Asked(found, size, tried, of_base, of_optimizer, tuple(targets), tokens, dtype, checkpointing)
+    return Asked(found, size, tried, of_base, of_optimizer, tuple(targets), tokens, dtype, checkpointing, layerwise)
 
 
 def answer(asked: Asked) -> dict[str, Any]:
@@ -138,6 +141,7 @@ def answer(asked: Asked) -> dict[str, Any]:
         "tokens": tokens,
         "targets": counted["targets"],
         "gradient_checkpointing": asked.checkpointing,
+        "layerwise_updates": asked.layerwise,
         "activations_known": counted["logits"] is not None,
         "rows": [_document(row) for row in rows],
     }
@@ -182,7 +186,7 @@ def _rows(asked: Asked, counted: Mapping[str, Any], method: str, tokens: int) ->
         yield Row(method, "-", "-", because="nothing of this model trains")
         return
     own = list(of_ranks[0]["optimizer"])
-    wanted = [name for name in asked.optimizers if name in own] or own
+    wanted = [name for name in asked.optimizers if name in own] or own[:1]
     bases = [base for base in of_ranks[0]["weights"] if base in (*asked.bases, choices.OWN)]
     if not bases:
         yield Row(method, "-", "-", because="it trains the weights themselves, which a packed base does not let it")
@@ -203,14 +207,15 @@ def _best(
     """Return the row of the largest rank x batch that fits; without activations, of the largest rank whose rest fits."""
     found: tuple[int, Row] | None = None
     room, known, most = asked.memory.number_B, counted["logits"] is not None, counted["positions"]
+    how = (asked.checkpointing, asked.layerwise and methods()[method].trains_weights)
     for one in of_ranks:
         a_token = one["activations"][asked.checkpointing] + counted["logits"] if known else 0
-        smallest = ledger(one, base, optimizer, counted["logits"], tokens, asked.checkpointing)
+        smallest = ledger(one, base, optimizer, counted["logits"], tokens, *how)
         if smallest.total > room:
             continue
         batch = (room - smallest.lasting) // (a_token * tokens) if known else None
         longest = (room - smallest.lasting) // a_token if known else None
-        largest = ledger(one, base, optimizer, counted["logits"], tokens * (batch or 1), asked.checkpointing)
+        largest = ledger(one, base, optimizer, counted["logits"], tokens * (batch or 1), *how)
         row = Row(
             method, base, optimizer, rank=one["rank"], trainable=one["trainable"], batch=batch, ledger=largest,
             longest=min(longest, most) if longest is not None and most else longest, left=room - largest.total,
@@ -220,7 +225,7 @@ def _best(
             found = value, row
     if found is not None:
         return found[1]
-    least = ledger(of_ranks[0], base, optimizer, counted["logits"], tokens, asked.checkpointing)
+    least = ledger(of_ranks[0], base, optimizer, counted["logits"], tokens, *how)
     return Row(
         method, base, optimizer, "does not fit", of_ranks[0]["rank"], of_ranks[0]["trainable"], 1 if known else None,
         ledger=least, left=room - least.total,
@@ -228,19 +233,28 @@ def _best(
 
 
 def ledger(
-    one: Mapping[str, Any], base: str, optimizer: str, logits: int | None, tokens: int, checkpointing: bool
+    one: Mapping[str, Any],
+    base: str,
+    optimizer: str,
+    logits: int | None,
+    tokens: int,
+    checkpointing: bool,
+    layerwise: bool = False,
 ) -> Ledger:
-    """Return the ledger of what was counted of a Method, with `tokens` in all texts of a batch together."""
+    """Return the ledger of what was counted of a Method, with `tokens` in all texts of a batch together.
+
+    layerwise: with layer-wise updates, so that the step belongs to the gradient that there is.
+    """
     device, host = one["optimizer"][optimizer]
     return Ledger(
         weights=one["weights"][base],
         adapter=one["adapter"],
-        gradients=one["gradients"],
+        gradients=one["layerwise"] if layerwise else one["gradients"],
         optimizer=device,
         host=host,
         activations=one["activations"][checkpointing] * tokens if one["activations"] else 0,
         logits=logits * tokens if logits is not None else 0,
-        step=one["step"][optimizer],
+        step=0 if layerwise else one["step"],
     )
 
 

@@ -8,7 +8,8 @@ PARTS = {
     "weights": "the model's weights and buffers, in the base's form, and what the Method keeps beside them and does not "
     "train (VeRA's projections, AdaLoRA's averages, PiSSA's residual in the place of the weight)",
     "adapter": "the tensors that the Method adds and trains",
-    "gradients": "one number for each that trains, in the model's dtype",
+    "gradients": "one number for each that trains, in the model's dtype; with layer-wise updates for those of the largest "
+    "tensor alone, with the float32 gradient of its master, if it has one",
     "optimizer": "the optimizer's state on the device: moments, and for what trains in 16 bits its float32 masters, as "
     "Cells of a suite have them; a library that steps 16 bits as they are keeps less",
     "host": "the optimizer's state in host memory: paged optimizers only; not part of the total",

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.footprint.choices import OPTIMIZERS, OWN
+from harness.footprint.choices import OPTIMIZERS
 from harness.training.master import HALVES
-from reference import adamw8bit, double_quant, galore, paged
+from reference import adamw8bit, double_quant, galore, galore_moments, paged
 
 BLOCK = 64
 """Weights that share a constant in NF4: QLoRA's and bitsandbytes' size."""
@@ -44,7 +44,7 @@ def adamw(numels: Iterable[int], name: str, dtype: torch.dtype) -> tuple[int, in
 
 
 def optimizers(adapted: Any, trains: Sequence[nn.Parameter], dtype: torch.dtype) -> dict[str, tuple[int, int]]:
-    """Map each optimizer that may train this to its bytes; a Method's own is the only one it may have.
+    """Map each optimizer that may train this to its bytes; a Method's own may be some of them only.
 
     Raises TypeError for an optimizer of a Method's own of which nothing is known.
     """
@@ -54,21 +54,30 @@ def optimizers(adapted: Any, trains: Sequence[nn.Parameter], dtype: torch.dtype)
     if not isinstance(optimizer, galore.GaLore):
         raise TypeError(f"nothing is known of the states of {type(optimizer).__name__}")
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    numbers = sum(_galore(p, groups.get(id(p), optimizer.defaults)) for p in trains)
-    if dtype == torch.float16:  # with masters; bfloat16 is stepped as it is
-        return {OWN: (4 * (numbers + sum(p.numel() for p in trains)), 0)}
-    return {OWN: (numbers * dtype.itemsize, 0)}
+    masters = 4 * sum(p.numel() for p in trains) if has_masters(dtype, own=True) else 0
+    itemsize = 4 if masters else dtype.itemsize
+    return {
+        name: (masters + sum(_galore(p, groups.get(id(p), optimizer.defaults), itemsize, bits) for p in trains), 0)
+        for name, bits in zip(galore.OPTIMIZERS, (32, 8), strict=True)
+    }
 
 
-def _galore(p: nn.Parameter, group: dict[str, Any]) -> int:
-    """Count the numbers that GaLore keeps for a parameter: a projector and small moments, or Adam's two."""
+def _galore(p: nn.Parameter, group: dict[str, Any], itemsize: int, bits: int) -> int:
+    """Return the bytes that GaLore keeps for a parameter: a projector and small moments, or Adam's two."""
     if not group["rank"]:
-        return 2 * p.numel()
+        return galore_moments.kept_bytes(p.numel(), itemsize, bits)
     m, n = p.shape
-    return galore.state_elements(m, n, group["rank"], group["side"])
+    r: int = min(group["rank"], m, n)
+    left, right = galore.sides(m, n, group["side"])
+    moments = (r if left else m) * (r if right else n)
+    return r * (m * left + n * right) * itemsize + galore_moments.kept_bytes(moments, itemsize, bits)
 
 
-def in_step(name: str, trains: Sequence[nn.Parameter], dtype: torch.dtype) -> int:
+def has_masters(dtype: torch.dtype, *, own: bool) -> bool:
+    """Say whether weights of this dtype have float32 masters; a Method's own optimizer steps bfloat16 as it is."""
+    return dtype == torch.float16 if own else dtype in HALVES
+
+
+def in_step(trains: Sequence[nn.Parameter], dtype: torch.dtype, *, own: bool) -> int:
     """Return the bytes that exist only while an optimizer steps: float32 gradients of its masters."""
-    masters = dtype == torch.float16 if name == OWN else dtype in HALVES
-    return 4 * sum(p.numel() for p in trains) if masters else 0
+    return 4 * sum(p.numel() for p in trains) if has_masters(dtype, own=own) else 0

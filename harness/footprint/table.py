@@ -6,7 +6,6 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from harness.footprint.choices import OWN
 from harness.footprint.sizes import UNITS, Size
 from harness.listing import aligned
 from harness.report.display import short_count
@@ -22,7 +21,7 @@ def as_text(document: Mapping[str, Any]) -> str:
     known = document["activations_known"]
     shown = [part for part in _PARTS if known or part not in ("activations", "logits")]
     shown += ["host"] if any(row["ledger"] and row["ledger"]["host_B"] for row in document["rows"]) else []
-    several = len({row["optimizer"] for row in document["rows"]} - {"-", OWN}) > 1
+    several = len({row["optimizer"] for row in document["rows"]} - {"-"}) > 1
     head = [
         "method",
         "base",
@@ -57,8 +56,9 @@ def as_text(document: Mapping[str, Any]) -> str:
 
 
 def _question(document: Mapping[str, Any], size: Size, several: bool) -> list[str]:
-    one = next((row["optimizer"] for row in document["rows"] if row["optimizer"] not in ("-", OWN)), OWN)
+    one = next((row["optimizer"] for row in document["rows"] if row["optimizer"] != "-"), "")
     keeps = ", gradient checkpointing" if document["gradient_checkpointing"] else ""
+    keeps += ", layer-wise updates where the weights themselves train" if document["layerwise_updates"] else ""
     by = f", {one}" if one and not several else ""
     return [
         f"{document['model']} ({document['source']}): {document['parameters']:,} weights in {document['dtype']}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 from harness.errors import Unsupported
 from harness.registry import Implementation, implements
@@ -13,9 +14,10 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 @implements("galore", name="galore-torch", dtypes=DTYPES, requires=["galore_torch"])
 def galore(model: Any, config: Any, generator: Any) -> Any:
-    """Train by GaLoreAdamW; config as `reference.galore.Config`. What is adapted, and which parts train, is the reference's.
+    """Train by GaLoreAdamW, or with moments in 8 bits by GaLoreAdamW8bit; config as `reference.galore.Config`.
 
-    Raises Unsupported for side=paper and for niter > 0, which the package does not have.
+    What is adapted, and which parts train, is the reference's. Raises Unsupported for side=paper and for niter > 0, which
+    the package does not have.
     """
     from reference.galore import Adapted, attach
 
@@ -25,19 +27,22 @@ def galore(model: Any, config: Any, generator: Any) -> Any:
         raise Unsupported(f"galore-torch has no randomised SVD (niter={config.niter}): its refresh is the exact one")
 
     class ByGaloreTorch(Adapted):
-        def optimizer(self, lr: float, weight_decay: float) -> Any:
-            """Return GaLoreAdamW with the groups that its README shows."""
-            from galore_torch import GaLoreAdamW
-
+        def optimizer(self, lr: float, weight_decay: float, bits: int = 32) -> Any:
+            """Return GaLoreAdamW, or for 8 bits GaLoreAdamW8bit, with the groups that its README shows."""
             c = self.config
             projected = {id(layer.weight): layer.weight for layer in self.layers.values()}
             rest = [p for p in self.parameters() if id(p) not in projected]
             how = {"rank": c.rank, "update_proj_gap": c.update_gap, "scale": c.scale, "proj_type": c.side}
-            groups = [{"params": list(projected.values()), **how}, *([{"params": rest}] if rest else [])]
-            return GaLoreAdamW(
-                groups, lr=lr, betas=(c.beta1, c.beta2), eps=c.eps, weight_decay=weight_decay,
-                no_deprecation_warning=True,
-            )  # fmt: skip
+            groups: list[dict[str, Any]] = [
+                {"params": list(projected.values()), **how},
+                *([{"params": rest}] if rest else []),
+            ]
+            knobs: dict[str, Any] = {"lr": lr, "betas": (c.beta1, c.beta2), "eps": c.eps, "weight_decay": weight_decay}
+            if bits == 8:
+                return _in_8_bits([{**group, "bits": bits} for group in groups], **knobs)
+            from galore_torch import GaLoreAdamW
+
+            return GaLoreAdamW(groups, no_deprecation_warning=True, **knobs)
 
     adapted = attach(model, config, generator)
     return ByGaloreTorch(adapted.model, adapted.layers, adapted.config)
@@ -69,8 +74,6 @@ def galore_step_8bit(
 
     Raises Unsupported for larger ones.
     """
-    from unittest.mock import patch
-
     import torch
     from galore_torch import GaLoreAdamW8bit
 
@@ -89,6 +92,20 @@ def galore_step_8bit(
     with patch("torch.cuda.synchronize") if not torch.cuda.is_available() else nullcontext():
         optimizer.step()
     return p.detach(), state["state1"], state["state2"]
+
+
+def _in_8_bits(groups: list[dict[str, Any]], **how: Any) -> Any:
+    """Return GaLoreAdamW8bit, which steps without CUDA too."""
+    import torch
+    from galore_torch import GaLoreAdamW8bit
+
+    class AnywhereGaLoreAdamW8bit(GaLoreAdamW8bit):  # type: ignore[misc]  # the package has no types
+        def step(self, closure: Any = None) -> Any:
+            """Take a step; it waits for CUDA after every parameter, and where there is none raises."""
+            with patch("torch.cuda.synchronize") if not torch.cuda.is_available() else nullcontext():
+                return super().step(closure)
+
+    return AnywhereGaLoreAdamW8bit(groups, **how)
 
 
 def _given(W: Any, G: Any, P: Any, Q: Any, side: str, scale: float) -> tuple[Any, dict[str, Any], Any]:

@@ -82,13 +82,25 @@ def galore_step(
     W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, V: Tensor, **how: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return new W, M and V after a step; arguments as of `galore_step_`, in any layout."""
-    if how.get("M_absmax") is None and by_triton(W, G):
+    if by_triton(W, G):
         from harness.kernels.gpu import galore_step as gpu
 
         return gpu.galore_step(W, G, P, Q, M, V, **how)
     out = [t.detach().clone(memory_format=torch.contiguous_format) for t in (W, M, V)]
     galore_step_(out[0], G, P, Q, out[1], out[2], **how)
     return out[0], out[1], out[2]
+
+
+def galore8bit_step(
+    W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, M_absmax: Tensor, V: Tensor, V_absmax: Tensor,
+    **how: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return new W, M, M_absmax, V and V_absmax after a step; arguments as of `galore_step_`, in any layout."""
+    W, M, M_absmax, V, V_absmax = (
+        t.detach().clone(memory_format=torch.contiguous_format) for t in (W, M, M_absmax, V, V_absmax)
+    )
+    galore_step_(W, G, P, Q, M, V, M_absmax=M_absmax, V_absmax=V_absmax, **how)
+    return W, M, M_absmax, V, V_absmax
 
 
 @torch.no_grad()
@@ -111,11 +123,11 @@ def galore_step_(
 ) -> None:
     """Take step number `step`, from 1, in the subspace of P and/or Q; W, M and V change in place.
 
-    All of one floating dtype, M and V contiguous. With M_absmax and V_absmax, M and V are 8-bit codes as in
-    `adamw8bit_step_`, and so is the step. As the authors' code has it: eps is added to sqrt(V), the bias corrections are
-    in the step size, the decay comes last, by the full lr.
+    All of one floating dtype, but M and V may be float32 beside narrower ones; these are contiguous. With M_absmax and
+    V_absmax, M and V are 8-bit codes as in `adamw8bit_step_`, and so is the step. As the authors' code has it: eps is added
+    to sqrt(V), the bias corrections are in the step size, the decay comes last, by the full lr.
     """
-    if M_absmax is None and W.is_contiguous() and by_triton(W, G):
+    if M.dtype == W.dtype and W.is_contiguous() and by_triton(W, G):
         from harness.kernels.gpu import galore_step as gpu
 
         gpu.galore_step_(
@@ -124,13 +136,11 @@ def galore_step_(
         return
     R = G if P is None else P.T @ G
     R = R if Q is None else R @ Q
-    # torch's AdamW adds eps to sqrt(V / (1 - beta2^t)).
-    eps = eps / math.sqrt(1 - betas[1] ** step)
     minus_N = torch.zeros_like(R, memory_format=torch.contiguous_format)
-    if M_absmax is None or V_absmax is None:
-        _adamw_(minus_N, R, M, V, step, betas, eps, lr=1.0)
-    else:
-        adamw8bit_step_(minus_N, R, M, M_absmax, V, V_absmax, step=step, lr=1.0, betas=betas, eps=eps)
+    adam_step_(
+        minus_N, R, M, V, step=step, lr=1.0, betas=betas, eps=eps, weight_decay=0.0, M_absmax=M_absmax,
+        V_absmax=V_absmax,
+    )  # fmt: skip
     kept = 1 - lr * weight_decay
     low, high = (minus_N if P is None else P if Q is None else P @ minus_N), (minus_N if Q is None else Q.T)
     W.addmm_(low, high, beta=kept, alpha=kept * lr * scale)
@@ -139,15 +149,19 @@ def galore_step_(
 @torch.no_grad()
 def adam_step_(
     p: Tensor, g: Tensor, M: Tensor, V: Tensor, *, step: int, lr: float, betas: tuple[float, float], eps: float,
-    weight_decay: float,
+    weight_decay: float, M_absmax: Tensor | None = None, V_absmax: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Take the same step without a subspace, in place; any shape, M and V contiguous."""
+    """Take the same step without a subspace, in place; any shape, M and V contiguous, or codes."""
+    # torch's AdamW, and ours in 8 bits, add eps to sqrt(V / (1 - beta2^t)), and decay before the update.
     kept, eps = 1 - lr * weight_decay, eps / math.sqrt(1 - betas[1] ** step)
     if weight_decay:
         p.mul_(kept)
-    # The fused kernel goes through memory in one order, whatever the strides are.
-    packed = p if p.is_contiguous() else p.contiguous()
-    _adamw_(packed, g, M, V, step, betas, eps, lr * kept)
+    if M_absmax is not None and V_absmax is not None:
+        adamw8bit_step_(p, g, M, M_absmax, V, V_absmax, step=step, lr=lr * kept, betas=betas, eps=eps)
+        return
+    # The fused kernel goes through memory in one order, whatever the strides are, and takes one dtype.
+    packed = p.to(M.dtype).contiguous()
+    _adamw_(packed, g.to(M.dtype), M, V, step, betas, eps, lr * kept)
     if packed is not p:
         p.copy_(packed)
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
-from harness.kernels.adamw8bit import MIN_8BIT_SIZE, init_state, restore_dtypes
+from harness.kernels.adamw8bit import init_state, restore_dtypes
 from harness.kernels.galore import adam_step_, galore_step_, refreshed, sides
 
 
@@ -40,9 +39,9 @@ class GaLore(torch.optim.Optimizer):
     """GaLore, as `galore_step_` and `adam_step_` compute it. State: step, M and V, P and/or Q; tensors and a count.
 
     params: tensors or groups. A group may hold rank (0: no subspace), update_gap (steps between two refreshes), scale,
-    side, niter (see `refreshed`), beta1, beta2, eps, lr, weight_decay, and bits: with 8, projected moments of at least 4096
-    elements are codes, with an M_absmax and V_absmax; else, and with 32, M and V have the gradient's dtype, so of bfloat16
-    16 bits. They are kept as they are at a refresh.
+    side, niter (see `refreshed`), beta1, beta2, eps, lr, weight_decay, and bits: with 8, moments of at least 4096 elements
+    are codes, with an M_absmax and V_absmax, and smaller ones float32, whether projected or not; with 32, M and V have the
+    gradient's dtype, so of bfloat16 16 bits. They are kept as they are at a refresh.
     """
 
     def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, eps: float = 1e-6) -> None:
@@ -70,24 +69,22 @@ class GaLore(torch.optim.Optimizer):
             self.param_groups = groups
 
     @torch.no_grad()
-    def update(self, p: Tensor, group: dict[str, Any]) -> None:
-        """Take one step of one parameter, if it has a gradient."""
-        if p.grad is None:
-            return
-        state, G, rank = self.state[p], p.grad, group["rank"]
+    def update(self, p: Tensor, G: Tensor, group: dict[str, Any]) -> None:
+        """Take one step of one parameter, by its gradient G."""
+        state, rank = self.state[p], group["rank"]
         taken = state.get("step", 0)
         if rank and taken % group["update_gap"] == 0:
             P, Q = refreshed(G, rank, group["side"], group["niter"], state.get("P"), state.get("Q"))
             state |= {name: t for name, t in (("P", P), ("Q", Q)) if t is not None}
         if "M" not in state:
-            state |= _zero_moments(G, state.get("P"), state.get("Q"), group["bits"] if rank else 32)
+            state |= _zero_moments(G, state.get("P"), state.get("Q"), group["bits"])
         state["step"] = taken + 1
         how = {name: group[name] for name in ("lr", "eps", "weight_decay")}
         how |= {"step": state["step"], "betas": (group["beta1"], group["beta2"])}
-        if not rank:
-            adam_step_(p, G, state["M"], state["V"], **how)
-            return
         absmax = {name: state.get(name) for name in ("M_absmax", "V_absmax")}
+        if not rank:
+            adam_step_(p, G, state["M"], state["V"], **absmax, **how)
+            return
         galore_step_(
             p, G, state.get("P"), state.get("Q"), state["M"], state["V"], scale=group["scale"], **absmax, **how
         )
@@ -100,7 +97,8 @@ class GaLore(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for p in group["params"]:
-                self.update(p, group)
+                if p.grad is not None:
+                    self.update(p, p.grad, group)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -110,28 +108,12 @@ class GaLore(torch.optim.Optimizer):
 
 
 def _zero_moments(G: Tensor, P: Tensor | None, Q: Tensor | None, bits: int) -> dict[str, Tensor]:
-    """Return M and V of the shape that P^T G Q has, or as codes with M_absmax and V_absmax."""
+    """Return M and V of the shape that P^T G Q has, or with 8 bits what `init_state` makes of it, under these names."""
     shape = list(G.shape)
     for side, basis in enumerate((P, Q)):
         if basis is not None:
             shape[side] = basis.shape[1]
     R = G.new_zeros(shape)
-    if bits == 8 and R.numel() >= MIN_8BIT_SIZE:
-        return {name[0].upper() + name[1:]: t for name, t in init_state(R, 0).items()}
+    if bits == 8:
+        return {name[0].upper() + name[1:]: t for name, t in init_state(R).items()}
     return {"M": R, "V": torch.zeros_like(R)}
-
-
-def per_layer(optimizer: GaLore) -> list[RemovableHandle]:
-    """Let every parameter be updated within the backward pass, as soon as its gradient is whole, which is then freed.
-
-    The paper's per-layer weight updates (section 4.3): at no time do all gradients exist, and `optimizer.step()` has nothing
-    left to do. Clipping by the global norm and accumulating over backward passes are not possible. Returns the hooks;
-    removing them ends it.
-    """
-
-    def hook(p: Tensor) -> None:
-        # Looked up each time: loading a state and adding a group make other groups.
-        optimizer.update(p, next(g for g in optimizer.param_groups if any(p is q for q in g["params"])))
-        p.grad = None
-
-    return [p.register_post_accumulate_grad_hook(hook) for group in optimizer.param_groups for p in group["params"]]

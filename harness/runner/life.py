@@ -54,6 +54,7 @@ from harness.training.counted_step import copied_B, most_in_step
 from harness.training.head import draw as draw_head
 from harness.training.head import in_head, new_head
 from harness.training.movement import Movement
+from reference.layerwise import Layerwise
 
 # The optimizer makes its state in step 1, and allocators settle: the first steps are marked as not steady.
 TIMING_WARMUP = 3
@@ -79,6 +80,7 @@ class Life:
     checks: list[CheckResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     layers: list[str] = field(default_factory=list)
+    layerwise: Layerwise | None = None
 
     def run(self) -> Measurements:
         """Live it. Raises NonconformingError, loop.Diverged, loop.Untrained, and whatever goes wrong."""
@@ -156,6 +158,9 @@ class Life:
                 with models.checkpointing(model, cell.training.checkpointing):
                     trained, optimizer, gradients = self._train(subject, loaded, task, start)
                     most = self._most_in_step(adapted, list(loaded.head.values()), task, optimizer)
+                    if self.layerwise:
+                        self.layerwise.remove()
+                        self.layerwise = None  # it holds the optimizer
         weights = tensor_bytes(
             [*(t for t in model_tensors(model) if id(t) not in {id(a) for a in subject.added().values()})]
         )
@@ -271,12 +276,15 @@ class Life:
             for movement in (whole, parts):
                 movement.seen(adapted.tensors)
 
+        self.layerwise = optimizers.layerwise(optimizer, cell.training)
         with self.clock.phase("train"):
             samples = loop.train(
-                adapted, head, batches, optimizer, schedule, cell.seed, report, cell.training.accumulate
-            )
+                adapted, head, batches, optimizer, schedule, cell.seed, report, cell.training.accumulate,
+                self.layerwise,
+            )  # fmt: skip
         trainable = [*adapted.parameters(), *head]
         gradients = tensor_bytes({id(p): p.grad for p in trainable if p.grad is not None}.values())
+        gradients += self.layerwise.most_B if self.layerwise else 0
         after = _fingerprints(model)
         changed = [name for name in before if before[name] != after.get(name)]
         # In the first step a tensor may have no gradient by design (LoRA's A, since B is zero); from the second on it must.

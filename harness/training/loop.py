@@ -16,6 +16,7 @@ from harness.methods import Adapted
 from harness.training import optimizers
 from harness.training.batches import Batch
 from harness.training.master import Masters
+from reference.layerwise import Layerwise
 
 MAX_STEP_SEED = 2**31
 SILENT = 5
@@ -80,10 +81,12 @@ def train(
     seed: int,
     report: Callable[[int, float], None],
     accumulate: int = 1,
+    layerwise: Layerwise | None = None,
 ) -> StepSamples:
     """Train over `batches`, one optimizer step each; calls report(step, loss) after each, outside the timed region.
 
-    A batch goes through the model in `accumulate` parts; with dropout each part draws masks of its own.
+    A batch goes through the model in `accumulate` parts; with dropout each part draws masks of its own. layerwise: what
+    steps the weights within the backward pass, if anything does.
 
     The global random state is set from (seed, step) before every step, so that an implementation which draws more or
     fewer random numbers than another does not shift the next step's dropout masks. Where float16 gradients overflow, the
@@ -105,7 +108,7 @@ def train(
         samples.seconds.append(time.perf_counter() - started)
         samples.cpu_seconds += time.process_time() - cpu
         schedule.step()
-        norm = _norm(trained, optimizer)
+        norm = layerwise.norm(trained) if layerwise else _norm(trained, optimizer)
         if not math.isfinite(value) or not math.isfinite(norm):
             raise Diverged(_diverged(value, norm, samples, optimizer, model))
         samples.losses.append(value)
@@ -149,12 +152,8 @@ def _backward(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.O
 
 
 def _norm(trained: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> float:
-    of = optimizer.gradient if isinstance(optimizer, Masters) else _gradient
+    of = optimizers.gradient_of(optimizer)
     return float(nn.utils.get_total_norm([grad for p in trained if (grad := of(p)) is not None]))
-
-
-def _gradient(parameter: Tensor) -> Tensor | None:
-    return parameter.grad
 
 
 def _diverged(

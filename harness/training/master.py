@@ -56,13 +56,15 @@ class Masters(torch.optim.Optimizer):
         """Take one step; `closure` is not used."""
         for group, of_masters in zip(self.param_groups, self.inner.param_groups, strict=True):
             of_masters["lr"] = group["lr"]  # the schedule writes to the outer groups
-        for p, master in self._pairs:
+        stepped = [(p, master) for p, master in self._pairs if p.grad is not None]
+        for p, master in stepped:
             master.grad = self.gradient(p)
             master.copy_(torch.where(p == master.to(p.dtype), master, p))  # else p was written to since the last step
         self.inner.step()
-        for p, master in self._pairs:
+        for p, master in stepped:
             p.copy_(master)
             master.grad = None
+        for p, master in stepped if self.state else self._pairs:
             self.state[p] = {"master": master, **self.inner.state[master]}
 
 

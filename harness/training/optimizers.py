@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ import harness.kernels.adamw8bit
 import harness.kernels.paged
 import reference.adamw8bit
 import reference.paged
-from harness.errors import UsageError
+from harness.errors import Unsupported, UsageError
 from harness.methods import Adapted
 from harness.records import Json, Optimizer, Training
 from harness.training.master import HALVES, Masters
+from reference.layerwise import Layerwise
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 """AdamW's, as in its paper and as torch's defaults; stated here so that no release of torch can change them unseen."""
@@ -35,10 +37,12 @@ def make(
     """Return the optimizer over adapter and head, and its schedule: linear warm-up, then linearly down to zero.
 
     It is what `chosen` returns, with float32 master weights where something that trains is float16 or bfloat16; or the
-    Method's own with the head added. That one steps bfloat16 weights as they are: GaLore's paper does, whose subject is
-    memory. In float16, whose range holds no second moments, it has float32 masters too.
+    Method's own with the head added, its moments in 8 bits for `adamw-8bit`. That one steps bfloat16 weights as they are:
+    GaLore's paper does, whose subject is memory. In float16, whose range holds no second moments, it has float32 masters
+    too.
 
-    Raises UsageError where nothing trains, and where `name` or `lr_ratio` asks of a Method what it has no place for.
+    Raises UsageError where nothing trains, and where `name` or `lr_ratio` asks of a Method what it has no place for; and
+    Unsupported where an implementation's own has no moments in 8 bits.
     """
     heads = {id(p) for p in head}
     body = [p for p in adapted.parameters() if id(p) not in heads]
@@ -49,17 +53,17 @@ def make(
         )
     head_lr = recipe.lr if recipe.head_lr is None else recipe.head_lr
     of_head: list[dict[str, Any]] = [{"params": list(head), "lr": head_lr}] if head else []
-    own = adapted.optimizer(recipe.lr, recipe.weight_decay)
+    own = _own(adapted, recipe, name)
     if own is None:
         groups = [*_of_body(adapted, body, recipe), *of_head]
         optimizer = chosen(name, implementation, groups, recipe.lr, recipe.weight_decay)
         lacking = {*HALVES}  # in float32 and float64 nothing is gained by a second copy
     else:
-        if name != "adamw" or recipe.lr_ratio != 1:
+        if name.startswith("paged-") or recipe.lr_ratio != 1:
             what = (
-                f"`optimizer` or `lr_ratio` was chosen, and this implementation steps by {type(own).__name__}, its own"
+                f"a paged `optimizer` or `lr_ratio` was chosen, and this method steps by {type(own).__name__}, its own"
             )
-            raise UsageError(what, mend="leave both out")
+            raise UsageError(what, mend="write `optimizer: adamw` or `adamw-8bit`, and leave `lr_ratio` out")
         for group in of_head:  # a Method's own optimizer knows of its own tensors only
             own.add_param_group(group)
         optimizer, lacking = own, {torch.float16}
@@ -72,6 +76,41 @@ def make(
         return max(0.0, (recipe.steps - step) / max(1, recipe.steps - recipe.warmup))
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+
+def _own(adapted: Adapted, recipe: Training, name: Optimizer) -> torch.optim.Optimizer | None:
+    """Return the Method's own optimizer, or None; with moments in 8 bits where these were chosen and it has them."""
+    if not name.endswith("8bit"):
+        return adapted.optimizer(recipe.lr, recipe.weight_decay)
+    if "bits" in inspect.signature(adapted.optimizer).parameters:
+        narrow: Any = adapted.optimizer
+        return narrow(recipe.lr, recipe.weight_decay, bits=8)  # type: ignore[no-any-return]
+    if (own := adapted.optimizer(recipe.lr, recipe.weight_decay)) is not None:
+        raise Unsupported(f"{_class(own)}, which this implementation steps by, has no moments in 8 bits")
+    return None
+
+
+def layerwise(optimizer: torch.optim.Optimizer, recipe: Training) -> Layerwise | None:
+    """Let every weight be stepped within the backward pass from now on, if the recipe says so.
+
+    Raises UsageError where a step needs several backward passes, or all gradients at once.
+    """
+    if not recipe.layerwise:
+        return None
+    if recipe.accumulate != 1:
+        what = f"`layerwise` frees each gradient within its backward pass, and `accumulate` is {recipe.accumulate}"
+        raise UsageError(what, mend="write `accumulate: 1`")
+    if isinstance(optimizer, Masters) and optimizer.scales:
+        what = (
+            "`layerwise` frees each gradient before the others are there, and the loss scale of float16 needs them all"
+        )
+        raise UsageError(what, mend="write `dtype: bfloat16`")
+    return Layerwise(optimizer, gradient_of(optimizer))
+
+
+def gradient_of(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], Tensor | None]:
+    """Return what reads a parameter's gradient, without a loss scale in it."""
+    return optimizer.gradient if isinstance(optimizer, Masters) else lambda p: p.grad
 
 
 def chosen(name: Optimizer, implementation: str, groups: Any, lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -169,7 +208,8 @@ def _paging(optimizer: torch.optim.Optimizer) -> Any:
 
 
 def _has_codes(optimizer: torch.optim.Optimizer) -> bool:
-    return isinstance(_stepping(optimizer), (_OURS[0], _REFERENCES[0]))
+    stepping = _stepping(optimizer)
+    return isinstance(stepping, (_OURS[0], _REFERENCES[0])) or any(g.get("bits") == 8 for g in stepping.param_groups)
 
 
 def _class(optimizer: torch.optim.Optimizer) -> str:

@@ -10,6 +10,7 @@ _PLAIN = {"shape": [5, 96], "block": 64}
 _LAYER = {"shape": [48, 128], "rows": [9]}
 _STEP = {"shape": [64, 80], "weight_decay": 0.1}
 _GALORE = {"shape": [8, 24], "rank": 8, "weight_decay": 0.1, "eps": 0.1}
+_GALORE_8 = {"shape": [48, 96], "rank": 4, "weight_decay": 0.1}
 _BATCH = {"ids": [1, 0, -1, 1], "ranks": [3, 16], "shape": [63, 48]}
 _SEARCH = "codes = torch.bucketize(scaled, midpoints)"
 _HIGH_FIRST = "return padded[0::2] << 4 | padded[1::2]"
@@ -164,6 +165,25 @@ def adds_eps_under_the_root(its: Copy) -> None:
 @planted("galore_step", "outputs", values=_GALORE)
 def scales_the_decay_as_well(its: Copy) -> None:
     its.line("W.mul_(1 - lr * weight_decay)", "W.mul_(1 - lr * scale * weight_decay)", file="galore")
+
+
+@planted("galore8bit_step", "outputs", values=_GALORE_8)
+def moves_by_the_narrowed_moments(its: Copy) -> None:
+    its.line(
+        "    N: Tensor = correction",
+        "    galore_moments.keep(state, M, V)\n    M, V = galore_moments.widened(state, R)\n    N: Tensor = correction",
+        file="galore",
+    )
+
+
+@planted("galore8bit_step", "output_codes", values=_GALORE_8)
+def keeps_signed_codes_of_a_projected_second_moment(its: Copy) -> None:
+    its.line('"V": False', '"V": True', file="galore_moments")
+
+
+@planted("galore8bit_step", "output_codes", values=_GALORE_8)
+def never_narrows_its_moments(its: Copy) -> None:
+    its.line("    galore_moments.keep(state, M, V)\n", "", file="galore")
 
 
 @planted("multi_lora_linear", "outputs", values=_BATCH)

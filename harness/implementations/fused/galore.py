@@ -29,9 +29,9 @@ def galore(model: Any, config: Any, generator: Any) -> Any:
     from reference.galore import Adapted, attach
 
     class Fused(Adapted):
-        def optimizer(self, lr: float, weight_decay: float) -> Any:
+        def optimizer(self, lr: float, weight_decay: float, bits: int = 32) -> Any:
             """Return ours with the groups of the reference's."""
-            theirs = super().optimizer(lr, weight_decay)
+            theirs = super().optimizer(lr, weight_decay, bits)
             return GaLore(theirs.param_groups, lr, weight_decay, self.config.eps)
 
     adapted = attach(model, config, generator)
@@ -44,3 +44,11 @@ def galore_step(W: Any, G: Any, P: Any, Q: Any, M: Any, V: Any, side: str, **how
     from harness.kernels.galore import galore_step
 
     return galore_step(W, G, P, Q, M, V, **how)
+
+
+@implements("galore8bit_step", name="fused", kind="operation", dtypes=DTYPES)
+def galore8bit_step(W: Any, G: Any, P: Any, Q: Any, side: str, **how: Any) -> tuple[Any, ...]:
+    """Take one step in the subspace given, with moments in 8 bits; `side` is what P and Q say already."""
+    from harness.kernels.galore import galore8bit_step
+
+    return galore8bit_step(W, G, P, Q, **how)

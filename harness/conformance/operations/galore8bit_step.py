@@ -1,0 +1,136 @@
+"""galore8bit_step: one step of GaLore in a given subspace; its moments are 8-bit codes with an absmax per block of 256."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.conformance.codes import judge_codes
+from harness.conformance.operations import Operation, cloned, galore_step
+from harness.conformance.subject import DTYPES
+from harness.conformance.tolerance import Judgement, noise_floor, worst_of
+from harness.tolerances import CODE_TIE_EPS, EPSILON
+from reference import adamw8bit, galore
+from reference.dynamic_map import dequantize_blockwise, dynamic_map, quantize_blockwise
+
+_SIGNED = {"M": True, "V": False}
+
+
+def arguments(dtype: torch.dtype, generator: torch.Generator, **case: Any) -> dict[str, Any]:
+    """Draw the arguments of `galore_step`, with codes for moments."""
+    given = galore_step.arguments(dtype, generator, **case)
+    for name, signed in _SIGNED.items():
+        given[name], given[f"{name}_absmax"] = quantize_blockwise(given[name], dynamic_map(signed))
+    return given
+
+
+def reference(
+    W: Tensor,
+    G: Tensor,
+    P: Tensor | None,
+    Q: Tensor | None,
+    M: Tensor,
+    M_absmax: Tensor,
+    V: Tensor,
+    V_absmax: Tensor,
+    side: str,
+    step: int,
+    lr: float,
+    scale: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> tuple[Tensor, ...]:
+    """Return W, M, M_absmax, V and V_absmax after step number `step`."""
+    bases = {name: t for name, t in (("P", P), ("Q", Q)) if t is not None}
+    codes = {"M": M.clone(), "M_absmax": M_absmax.clone(), "V": V.clone(), "V_absmax": V_absmax.clone()}
+    W = W.clone()
+    galore.galore_step(
+        W, G, {"step": step - 1, **codes, **bases}, lr=lr, rank=min(t.shape[1] for t in bases.values()),
+        update_gap=1_000_000, scale=scale, side=side, weight_decay=weight_decay, beta1=betas[0], beta2=betas[1], eps=eps,
+    )  # fmt: skip
+    return W, *codes.values()
+
+
+def judge(outputs: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[Judgement, str]:
+    """Judge W and every absmax by the noise floor of the gradient's dtype, in which the projected gradient is."""
+    dtype = given["W"].dtype
+    own = next(name for name, one in DTYPES.items() if one == dtype)
+    # A float64 step keeps its constants in float32 all the same.
+    exactly, roundly = (OPERATION.named(reference(**cloned(given, {dtype: to}))) for to in (torch.float64, dtype))
+    judged = [noise_floor({"W": outputs["W"]}, {"W": exactly["W"]}, {"W": roundly["W"]}, own)]
+    for name in _SIGNED:
+        constants, of = f"{name}_absmax", "float32" if own == "float64" else own
+        have, truth = (
+            {constants: outputs[constants]},
+            {constants: _largest(torch.stack(_parts(given, name)[:2]).sum(0))},
+        )
+        judged.append(noise_floor(have, truth, {constants: roundly[constants]}, of))
+    return worst_of(judged, "noise-floor"), ""
+
+
+def judge_both(outputs: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[Judgement, str]:
+    """Judge every code by what the moment is in float64: it is the code of that, or of a number within some roundings.
+
+    As in `adamw8bit_step`, but that the new part comes out of a product, which is rounded in the gradient's dtype, and with
+    it the absmax of the block. Where codes are dense, near zero, that may be several of them.
+    """
+    own = max(torch.finfo(given["W"].dtype).eps, EPSILON["float32"])
+    judged, details = [], []
+    for name, signed in _SIGNED.items():
+        decayed, new, bound = _parts(given, name)
+        value, levels = decayed + new, dynamic_map(signed).to(new.device)
+        codes, absmax = quantize_blockwise(value, levels)
+        in_block = _each(_largest(bound), value)
+        reach = CODE_TIE_EPS * (EPSILON["float32"] * (decayed.abs() + new.abs()) + own * in_block)
+        scale, middles = _each(_largest(value), value), (levels[1:] + levels[:-1]).double() / 2
+        least, most = (torch.bucketize((value + sign * reach) / scale, middles) for sign in (-1, 1))
+        within = (outputs[name] >= least) & (outputs[name] <= most)
+        # The absmax is judged by `judge`; here it says which blocks are zero.
+        mine = {
+            "codes": torch.where(within, codes, outputs[name]),
+            "absmax": torch.where(absmax == 0, outputs[f"{name}_absmax"], absmax),
+        }
+        one, _ = judge_codes(mine, (codes, absmax), torch.zeros_like(within), adamw8bit.BLOCK, levels)
+        judged.append(replace(one, tensor=f"{name}: {one.tensor}"))
+        details.append(f"{name}: {int((within & (outputs[name] != codes)).sum())} codes are others within rounding")
+    return worst_of(judged, "exact"), "; ".join(details)
+
+
+def _each(of_blocks: Tensor, value: Tensor) -> Tensor:
+    """Return the number of each element's block."""
+    return of_blocks.repeat_interleave(adamw8bit.BLOCK)[: value.numel()]
+
+
+def _largest(value: Tensor) -> Tensor:
+    """Return the largest magnitude of every block."""
+    return torch.stack([block.amax() for block in value.abs().split(adamw8bit.BLOCK)])
+
+
+def _parts(given: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return beta x the moment, (1 - beta) x R or R^2, and the bound of the second's rounding in eps; flat, float64.
+
+    The bound of a product's rounding is that of the magnitudes, |P|^T |G| |Q|, and twice |R| times that for R^2.
+    """
+    power, signed = (1, True) if name == "M" else (2, False)
+    beta = given["betas"][power - 1]
+    moment = dequantize_blockwise(given[name], given[f"{name}_absmax"], dynamic_map(signed)).double()
+    basis = galore.Projector(*(t if t is None else t.double() for t in (given["P"], given["Q"])))
+    sizes = galore.Projector(*(t if t is None else t.abs() for t in (basis.P, basis.Q)))
+    R, bound = galore.project(given["G"].double(), basis), galore.project(given["G"].double().abs(), sizes)
+    bound = bound if power == 1 else 2 * R.abs() * bound
+    return beta * moment, (1 - beta) * R.flatten() ** power, (1 - beta) * bound.flatten()
+
+
+OPERATION = Operation(
+    name="galore8bit_step",
+    outputs=("W", "M", "M_absmax", "V", "V_absmax"),
+    arguments=arguments,
+    reference=reference,
+    judge=judge,
+    codes=judge_both,
+)
