@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 
 from harness.errors import ImplementationError, Unsupported
-from harness.implementations.hf_peft import prompts
 from harness.implementations.hf_peft.adalora import orthogonality
 from harness.implementations.hf_peft.adapted import ADAPTER, DTYPES, PeftAdapted
 from harness.out_of_memory import shortage
@@ -32,6 +31,8 @@ def any_method(model: Any, config: Any, generator: Any) -> AnyPeft:
     """
     import torch
     from peft import PeftConfig, PeftModel
+
+    from harness.implementations.hf_peft import prompts
 
     keys = {**config.adapter_config, "inference_mode": False}  # saved adapters say true
     # A new head is the harness's to train, whatever its name.
@@ -189,11 +190,17 @@ class PromptPeft(AnyPeft):
 
     def detach(self) -> None:
         """Take the virtual tokens off the model."""
+        from harness.implementations.hf_peft import prompts
+
         prompts.take_off(self.model)
 
     def attach_again(self) -> None:
         """Undo `detach`."""
+        from harness.implementations.hf_peft import prompts
+
         prompts.put_back(self.model, self.around)
 
     def _load(self, base: Any, folder: str, config: Any) -> None:
+        from harness.implementations.hf_peft import prompts
+
         prompts.put_before(base, config, ADAPTER).load_adapter(folder, ADAPTER)
