@@ -36,7 +36,7 @@ from harness.runner.work import Work
 from harness.tolerances import EPSILON
 
 PHASES = [
-    "start-up", "predict", "load", "data", "attach", "parity", "warm-up", "train", "count", "save", "evaluate", "latency",
+    "start-up", "load", "data", "predict", "attach", "parity", "warm-up", "train", "count", "save", "evaluate", "latency",
 ]  # fmt: skip
 
 

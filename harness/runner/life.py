@@ -27,7 +27,7 @@ from harness.conformance.subject import (
 )
 from harness.cost_records import Energy
 from harness.errors import HarnessError, UsageError
-from harness.footprint import cells, counting
+from harness.footprint import apart, cells, counting
 from harness.measure import checkpoint, latency
 from harness.measure.memory import PeakMeter, model_tensors, optimizer_tensors, tensor_bytes
 from harness.measure.phases import PhaseClock
@@ -50,7 +50,8 @@ from harness.runner.random_data import RandomData
 from harness.runner.work import Work
 from harness.training import loop, optimizers, shape
 from harness.training import model as models
-from harness.training.counted_step import copied_B, most_in_step
+from harness.training.batches import Batch
+from harness.training.counted_step import copied_B, most_in_step, most_tokens
 from harness.training.head import draw as draw_head
 from harness.training.head import in_head, new_head
 from harness.training.movement import Movement
@@ -87,14 +88,14 @@ class Life:
         kind = work.model.source.kind
         quantised = cell.base.quantization != "none"
 
-        with self.clock.phase("predict"):
-            expected = self._predict()
         with self.clock.phase("load"):
             loaded = self._load(dtype, device, whole=not quantised)
         model: Any = loaded.model
         model_B = checkpoint.whole(model)  # before it is packed
         with self.clock.phase("data"):
             task = CellData(work, loaded, self.emit) if work.data else RandomData(work, loaded)
+        with self.clock.phase("predict"):
+            expected = self._predict(task.batches)
         config = configure(cell.method, cell.config)
         matched = adaptable_layers(model, config)
         if quantised:
@@ -202,17 +203,25 @@ class Life:
             energy=Energy(source=self.clock.energy.source, because=self.clock.energy.because),
         )
 
-    def _predict(self) -> Predicted | str:
-        """Predict the ledger from the model's shape alone; or say why not."""
+    def _predict(self, batches: list[Batch]) -> Predicted | str:
+        """Predict the ledger from the model's shape alone, and the peak of a step over these batches; or say why not."""
         work = self.work
         try:
             config = shapes.read(Path(work.model.path) / "config.json", work.model.source.name)
         except HarnessError as error:
             return error.what
         with torch.random.fork_rng(devices=[]):
-            counted = counting.answer(cells.request(work.cell, config, work.model.source.kind, work.task.labels))
+            asked = cells.request(work.cell, config, work.model.source.kind, work.task.labels)
+            counted = counting.answer(asked)
         every = work.task.answers is not None and work.task.answers.loss == "all"
-        return cells.predicted(work.cell, counted, on_cpu=work.device == "cpu", every_token=every)
+        found = cells.predicted(work.cell, counted, on_cpu=work.device == "cpu", every_token=every)
+        if isinstance(found, str) or not batches:
+            return found
+        if work.device != "cpu":
+            return found.model_copy(update={"no_peak": "of a CPU's kernels only is it known what they keep"})
+        parts = most_tokens(batches, work.cell.training.accumulate)
+        peak = apart.peak(work.cell, asked["config"], asked["kind"], parts, apart.bytes_of(batches))
+        return found.model_copy(update=peak)
 
     def _load(self, dtype: torch.dtype, device: torch.device, whole: bool) -> models.Loaded:
         """Load the model; of a shape, draw the weights now if `whole`, else as its layers are packed."""
