@@ -148,7 +148,8 @@ class Life:
                     gate.gate(subject, cell.seed, run_model, base_output, start=start, forward=task.logits, base=who)
                 )
             # Only the gate needed the copy and the codes, and memory is measured from here on.
-            subject.original = Original(None)
+            original = subject.original = Original(None)
+            del base_output
             subject.expected_codes.clear()
             for parameter in loaded.head.values():
                 parameter.requires_grad_(True)
