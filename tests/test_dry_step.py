@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -62,6 +63,8 @@ def cell(method: str = "lora", implementation: str = "reference", **facts: Any) 
 
 def counted(cell: Cell, config: dict[str, Any], kind: str) -> int:
     """Return the peak of a step that runs, as a worker counts it, without the batch itself."""
+    if cell.base.implementation == "bitsandbytes":
+        import_module("bitsandbytes")  # which makes tables
     before = most_while(lambda: None)
     factory: Any = AutoModelForSequenceClassification if kind == "encoder" else AutoModelForCausalLM
     facts = {k: v for k, v in config.items() if k != "model_type"}

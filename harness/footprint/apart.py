@@ -12,6 +12,8 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +24,6 @@ from harness.records import Cell
 from harness.training.batches import Batch
 
 TIMEOUT_S = 60.0
-_OURS = "fused"
 _ERRORS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
            ValueError)  # fmt: skip
 """What programs raise that cannot do without data; a prediction is never worth a Cell."""
@@ -31,7 +32,8 @@ _ERRORS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupE
 def peak(cell: Cell, config: Mapping[str, Any], kind: str, parts: Sequence[Batch], others_B: int = 0) -> dict[str, Any]:
     """Return `peak_B`, `peak_by` and `no_peak` of a `Predicted`: of a step over `parts`, beside others_B bytes of data.
 
-    A library that cannot do without data is stood in for: a packed base by ours, a Method by its reference.
+    A library that cannot do without data is stood in for: a packed base by layers that hold and decode as much, a Method
+    by its reference.
     """
     if cell.training.steps == 0:
         return {}
@@ -39,24 +41,23 @@ def peak(cell: Cell, config: Mapping[str, Any], kind: str, parts: Sequence[Batch
         return {"no_peak": "what torch.compile keeps is known only when it has compiled"}
     dry_step.registry()  # here, and not anew in each child
     refusals = []
-    for by, one in _stand_ins(cell).items():
-        found = _apart(lambda one=one: dry_step.peak(dry_step.Question(one, config, kind), parts))
+    for by, question in _questions(dry_step.Question(cell, config, kind)).items():
+        found = _apart(partial(dry_step.peak, question, parts))
         if not isinstance(found, str):
             return {"peak_B": found + others_B, "peak_by": by}
         refusals.append(found)
     return {"no_peak": refusals[0]}
 
 
-def _stand_ins(cell: Cell) -> dict[str, Cell]:
-    """Map whose code stands in to the Cell that is then asked about: nobody's first, then ever more."""
-    found = {"": cell}
+def _questions(asked: dry_step.Question) -> dict[str, dry_step.Question]:
+    """Map whose code stands in to the question that is then asked: nobody's first, then ever more."""
+    found, cell = {"": asked}, asked.cell
     packed = cell.base.quantization != "none"
-    ours = cell.base.model_copy(update={"implementation": _OURS})
-    if packed and cell.base != ours:
-        found[f"base by {_OURS}"] = cell.model_copy(update={"base": ours})
+    if packed:
+        found["a stand-in for the base"] = replace(asked, stand_in=True)
     if cell.method not in UNREFERENCED and cell.implementation != "reference":
-        update: dict[str, Any] = {"implementation": "reference"} | ({"base": ours} if packed else {})
-        found["reference" + f", base by {_OURS}" * packed] = cell.model_copy(update=update)
+        by = "the reference" + " on a stand-in for the base" * packed
+        found[by] = replace(asked, cell=cell.model_copy(update={"implementation": "reference"}), stand_in=packed)
     return found
 
 

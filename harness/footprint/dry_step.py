@@ -20,6 +20,8 @@ from harness.assets import shapes, structure
 from harness.conformance.subject import DTYPES, adaptable_layers, configure
 from harness.footprint.counting import Undrawn
 from harness.footprint.live import Live
+from harness.kernels.nf4_linear import Nf4Linear
+from harness.kernels.packed_weight import PackedWeight
 from harness.methods import TARGET_WORDS, Adapted
 from harness.records import Cell
 from harness.registry import Registry, discover
@@ -28,6 +30,7 @@ from harness.training import loop, optimizers
 from harness.training import model as models
 from harness.training.batches import Batch, Example, collate
 from harness.training.head import in_head, new_head
+from reference.layers import replace as put
 
 _FEW = (2, 3)
 """Blocks of the two models that stand for a deeper one: in fewer, one block is the first and the last."""
@@ -35,11 +38,29 @@ _FEW = (2, 3)
 
 @dataclass(frozen=True)
 class Question:
-    """A Cell, its model's config.json (`request` of `harness.footprint.cells` tells of which classes) and kind."""
+    """A Cell, its model's config.json (`request` of `harness.footprint.cells` tells of which classes) and kind.
+
+    stand_in: whether the base is packed by `_Packed`, in the place of a library that cannot do without data.
+    """
 
     cell: Cell
     config: Mapping[str, Any]
     kind: str
+    stand_in: bool = False
+
+
+@dataclass(frozen=True)
+class _Codes(PackedWeight):
+    """A weight in 4 bits that one kernel decodes into fresh memory, as libraries do it."""
+
+    def lent(self, dtype: torch.dtype) -> Tensor:
+        return torch.empty(self.shape, dtype=dtype)
+
+
+class _Packed(Nf4Linear):
+    @property
+    def packed_weight(self) -> PackedWeight:
+        return _Codes(**vars(super().packed_weight))
 
 
 @cache
@@ -127,6 +148,7 @@ def _fill(model: nn.Module) -> None:
 
     old = [tensor for module in model.modules() for tensor in (*module.parameters(False), *module.buffers(False))]
     for module in model.modules():
+        tensors: Any
         for tensors in (module._parameters, module._buffers):
             tensors.update({name: of(tensor) for name, tensor in tensors.items() if tensor is not None})
     del old  # held until now, so that no two had one id
@@ -147,8 +169,13 @@ def _attached(question: Question, model: Any, head: Mapping[str, nn.Parameter]) 
     if hasattr(config, "targets") and (len(paths) < len(matched) or TARGET_WORDS & set(config.targets)):
         config = replace(config, targets=tuple(paths))
     del matched
-    forms = []
-    if packed:
+    forms: list[Any] = []
+    if packed and question.stand_in:
+        for path in paths:
+            layer = _Packed(model.get_submodule(path), DTYPES[cell.dtype], double=cell.base.quantization == "nf4-dq")
+            put(model, path, layer)
+            forms.append(layer.packed_weight.constants())
+    elif packed:
         packs = registry().find("base", cell.base.quantization, cell.base.implementation)
         forms = [packs(model, [path], DTYPES[cell.dtype]) for path in paths]
     with Undrawn(), _converting():
