@@ -156,8 +156,8 @@ def test_the_peak_of_a_step_is_shown_beside_the_count(tmp_path: Path) -> None:
     assert good.measurements is not None
     assert good.measurements.memory.predicted is not None
     for change, small, flag, why in (
-        ({"peak_B": 99 * recorded.MIB}, "≈ 99.0", "", "predicted 103,809,024 B, counted 104,857,600 B"),
-        ({"peak_B": 90 * recorded.MIB, "peak_by": "the reference"}, "≈ 90.0", "not as predicted", ", by the reference"),
+        ({"peak_B": 99 * recorded.MIB}, "≈ 99", "", "predicted 103,809,024 B, counted 104,857,600 B"),
+        ({"peak_B": 90 * recorded.MIB, "peak_by": "the reference"}, "≈ 90", "not as predicted", ", by the reference"),
         ({"no_peak": "it needs data"}, "", "", "not predicted: it needs data"),
     ):
         expected = good.measurements.memory.predicted.model_copy(update=change)

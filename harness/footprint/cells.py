@@ -1,5 +1,7 @@
 """The memory that Cells are predicted to take, from shapes alone. No torch: a child process counts for all of them at once.
 
+The peak of a step is counted in it too, once for all Cells that take the same step (`harness.footprint.apart`).
+
 What the child counts is what a Cell's own worker counts before it loads its model (`harness.footprint.counting`).
 """
 
