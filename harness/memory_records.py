@@ -19,6 +19,13 @@ class Predicted(Frozen):
     """Of the same; None too where only answers have logits."""
     step_B: Bytes = 0
     """What exists only while the optimizer steps, when activations and logits are gone: float32 gradients of its masters."""
+    peak_B: Bytes | None = None
+    """The most that tensors take at one time in a training step on a CPU, of `counted_peak_B` to be: by a step of the Cell's
+    own loop on tensors without data (`harness/footprint/dry_step.py`). In a Record of the very batches that were trained on,
+    in a plan of the longest texts. None without training, and where `no_peak` says why."""
+    peak_by: str = ""
+    """Whose code took that step, where the Cell's own, or that of its base, cannot do without data."""
+    no_peak: str = ""
 
     @property
     def passing_B(self) -> int:  # noqa: N802  # a unit, as of the fields

@@ -97,9 +97,10 @@ def _expected(row: Mapping[str, Any]) -> str:
         return "no prediction" if row["not_predicted"] else ""
     passing = parts["activations_B"]
     with_what = "" if passing is None else f", activations {mebibytes(passing + (parts['logits_B'] or 0))}"
+    peak = f", in a step at most {mebibytes(parts['peak_B'])}" if parts["peak_B"] is not None else ""
     step = f", the optimizer's step {mebibytes(parts['step_B'])}" if parts["step_B"] else ""
     host = f", {mebibytes(parts['optimizer_host_B'])} on the host" if parts["optimizer_host_B"] else ""
-    return f"{mebibytes(parts['total_B'])} MiB: weights {mebibytes(parts['weights_B'])}{with_what}{step}{host}"
+    return f"{mebibytes(parts['total_B'])} MiB: weights {mebibytes(parts['weights_B'])}{with_what}{step}{host}{peak}"
 
 
 def _worth(document: Mapping[str, Any]) -> list[str]:
@@ -109,12 +110,18 @@ def _worth(document: Mapping[str, Any]) -> list[str]:
         said.append(
             "memory is predicted from shapes, at the longest texts: tensors of weights, training and activations, without "
             "what an allocator wastes; activations only for models like Llama, and their logits where every token has a "
-            "loss. `peft-harness fit` tells more"
+            "loss. What is in a step at most is counted by the step itself on tensors without data, on a CPU; where only "
+            "answers have a loss, of answers of one token. `peft-harness fit` tells more"
         )
     reasons: dict[str, int] = {}
+    refused: dict[str, int] = {}
     for row in document["cells"]:
         if row["not_predicted"]:
             reasons[row["not_predicted"]] = reasons.get(row["not_predicted"], 0) + 1
+    for row in document["cells"]:
+        if row["predicted"] and (why := row["predicted"]["no_peak"]):
+            refused[why] = refused.get(why, 0) + 1
+    said += [f"no step was counted for {n} Cell{'s' if n != 1 else ''}: {why}" for why, n in refused.items()]
     return said + [f"no prediction for {n} Cell{'s' if n != 1 else ''}: {why}" for why, n in reasons.items()]
 
 

@@ -12,11 +12,25 @@ from report_page import row
 
 from harness import planning, suites
 from harness.expand import expand
+from harness.footprint import cells
 from harness.records import Evaluation, Predicted, Record
 from harness.report import facts, tables
 from harness.tasks import Answers
 
 
+@pytest.fixture
+def _no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the steps without data out, a second each: only what the formulas say is looked at."""
+    counted = cells._counted
+
+    def formulas(requests: list[Any]) -> Any:
+        of_models = [request for request in requests if "cell" not in request]
+        return [*counted(of_models), *({} for _ in requests[len(of_models) :])]
+
+    monkeypatch.setattr(cells, "_counted", formulas)
+
+
+@pytest.mark.usefixtures("_no_steps")
 def test_the_headline_suite_is_predicted_and_fits() -> None:
     suite = suites.load("headline-gpu")
     plan = expand(suite)
@@ -37,6 +51,7 @@ def test_the_headline_suite_is_predicted_and_fits() -> None:
     assert f"{len(plan.cells)} Cells; the largest is predicted to take" in planning.as_text(document)
 
 
+@pytest.mark.usefixtures("_no_steps")
 def test_logits_are_predicted_where_every_token_has_a_loss() -> None:
     suite = suites.load("headline-gpu")
     plan = expand(suite)
@@ -134,6 +149,46 @@ def test_what_tensors_took_in_a_step_is_shown_where_it_was_counted(tmp_path: Pat
     memory = good.measurements.memory.model_copy(update={"counted_peak_B": 5 * recorded.MIB})
     counted = good.model_copy(update={"measurements": good.measurements.model_copy(update={"memory": memory})})
     assert ledger(counted, tmp_path / "counted")["Tensors in a step"]["text"] == "5.00"
+
+
+def test_the_peak_of_a_step_is_shown_beside_the_count(tmp_path: Path) -> None:
+    good = beside(0)
+    assert good.measurements is not None
+    assert good.measurements.memory.predicted is not None
+    for change, small, flag, why in (
+        ({"peak_B": 99 * recorded.MIB}, "≈ 99", "", "predicted 103,809,024 B, counted 104,857,600 B"),
+        ({"peak_B": 90 * recorded.MIB, "peak_by": "the reference"}, "≈ 90", "not as predicted", ", by the reference"),
+        ({"no_peak": "it needs data"}, "", "", "not predicted: it needs data"),
+    ):
+        expected = good.measurements.memory.predicted.model_copy(update=change)
+        memory = good.measurements.memory.model_copy(
+            update={"predicted": expected, "counted_peak_B": 100 * recorded.MIB}
+        )
+        changed = good.model_copy(update={"measurements": good.measurements.model_copy(update={"memory": memory})})
+        shown = ledger(changed, tmp_path / str(len(why)))["Tensors in a step"]
+        assert (shown["text"], shown["small"], shown["flag"]) == ("100", small, flag)
+        assert shown["why"].endswith(why)
+
+
+def test_cells_that_differ_in_seed_or_learning_rate_share_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = suites.load("headline-rehearsal")
+    plan = expand(suite)
+    one = next(cell for cell in plan.cells if cell.method == "lora" and cell.training.steps)
+    other = one.model_copy(update={"seed": 7, "training": one.training.model_copy(update={"lr": 0.5})})
+    longer = one.model_copy(update={"training": one.training.model_copy(update={"max_tokens": 96})})
+    asked: list[Any] = []
+    counted = cells._counted
+
+    def spy(requests: list[Any]) -> Any:
+        asked.extend(request for request in requests if "cell" in request)
+        return counted(requests)
+
+    monkeypatch.setattr(cells, "_counted", spy)
+    found = planning.predictions(suite, dataclasses.replace(plan, cells=(one, other, longer)))
+    assert len(asked) == 2
+    peaks = [p.peak_B for c in (one, other, longer) if isinstance(p := found[c.cell_id], Predicted)]
+    assert peaks[0] is not None
+    assert peaks[0] == peaks[1] != peaks[2]
 
 
 def test_the_ledger_says_why_nothing_was_predicted(tmp_path: Path) -> None:

@@ -33,10 +33,10 @@ from harness.runner import attempt, worker
 from harness.runner.executors.local import Local
 from harness.runner.progress import Progress
 from harness.runner.work import Work
-from harness.tolerances import EPSILON
+from harness.tolerances import EPSILON, FOOTPRINT_LEDGER
 
 PHASES = [
-    "start-up", "predict", "load", "data", "attach", "parity", "warm-up", "train", "count", "save", "evaluate", "latency",
+    "start-up", "load", "data", "predict", "attach", "parity", "warm-up", "train", "count", "save", "evaluate", "latency",
 ]  # fmt: skip
 
 
@@ -65,6 +65,18 @@ def test_smoke_passes(smoke: tuple[Finished, store.Run]) -> None:
     assert "Traceback" not in finished.err
     assert finished.err.count(" ok ") == len(run.records)  # one line a Cell, and standard output is for the summary
     assert finished.out.splitlines()[-1] == f"report: {Path('run', 'report.html')}"
+
+
+def test_smoke_peaks_are_as_predicted(smoke: tuple[Finished, store.Run]) -> None:
+    """Of every Cell that trains: so nothing of the gate's, such as its copy of the model, is there any more."""
+    _, run = smoke
+    trained = [r.measurements.memory for r in run.records if r.measurements and r.cell.training.steps]
+    assert trained
+    for memory in trained:
+        assert memory.predicted is not None
+        assert memory.predicted.peak_B is not None, memory.predicted.no_peak
+        assert memory.counted_peak_B is not None
+        assert abs(memory.predicted.peak_B - memory.counted_peak_B) <= FOOTPRINT_LEDGER * memory.counted_peak_B
 
 
 def test_smoke_report_says_how_torch_was_built(smoke: tuple[Finished, store.Run]) -> None:

@@ -20,7 +20,7 @@ PATH_STARTS = ("./", "../", "/", "~")
 _PRESETS = Path(__file__).with_name("shapes.yaml")
 _CUT = re.compile(r"(?P<name>[^/]+)/(?P<blocks>[1-9]\d*)-blocks?")
 """A preset of its true width with its first blocks only: `llama-65b/2-blocks`."""
-_DEPTHS = ("num_hidden_layers", "n_layer")
+DEPTHS = ("num_hidden_layers", "n_layer")
 """What configurations call the number of blocks."""
 
 
@@ -56,13 +56,13 @@ def preset(address: str) -> Preset | None:
 
 def first_blocks(config: dict[str, Any], few: int) -> dict[str, Any]:
     """Return a configuration with so many of its blocks."""
-    depth = next(key for key in _DEPTHS if key in config)
+    depth = next(key for key in DEPTHS if key in config)
     return {**config, depth: few}
 
 
 def blocks(config: dict[str, Any]) -> int:
     """Return how many blocks a configuration has."""
-    return int(next(config[key] for key in _DEPTHS if key in config))
+    return int(next(config[key] for key in DEPTHS if key in config))
 
 
 def unknown(address: str) -> str:

@@ -1,5 +1,7 @@
 """The memory that Cells are predicted to take, from shapes alone. No torch: a child process counts for all of them at once.
 
+The peak of a step is counted in it too, once for all Cells that take the same step (`harness.footprint.apart`).
+
 What the child counts is what a Cell's own worker counts before it loads its model (`harness.footprint.counting`).
 """
 
@@ -16,12 +18,14 @@ from harness.assets import fetch, process, shapes
 from harness.errors import HarnessError
 from harness.footprint import choices
 from harness.footprint.fit import ledger
-from harness.records import Cell, Predicted
+from harness.records import Cell, Evaluation, Predicted
 
 if TYPE_CHECKING:
     from harness.assets.table import Source
 
 _TIMEOUT_S = 600.0
+_SAME = {"lr": 1e-3, "head_lr": None, "warmup": 0, "weight_decay": 0.0}
+"""What a learning rate is does not change the memory of a step: Cells that differ in it share one."""
 
 
 def request(cell: Cell, config: Mapping[str, Any], kind: str, labels: int) -> dict[str, Any]:
@@ -91,7 +95,9 @@ def predictions(
         methods = of_models.setdefault(_model_of(one), one | {"methods": {}})["methods"]
         configs_of = methods.setdefault(cell.method, [])
         configs_of += [cell.config] if cell.config not in configs_of else []
-    counts = _counted(list(of_models.values()))
+    steps: dict[str, dict[str, Any]] = {}
+    step_of = {id_: _step(cell, one, steps, every_token) for id_, (cell, one) in asked.items()}
+    counts = _counted([*of_models.values(), *steps.values()])
     for cell_id, (cell, one) in asked.items():
         if isinstance(counts, str):
             found[cell_id] = counts
@@ -100,8 +106,31 @@ def predictions(
         here = counts[at]
         if "error" not in here:
             here = here | {"methods": {cell.method: [here["methods"][cell.method][counted.index(cell.config)]]}}
-        found[cell_id] = predicted(cell, here, every_token=cell.task in every_token)
+        of_shape = predicted(cell, here, every_token=cell.task in every_token)
+        if isinstance(of_shape, Predicted):
+            of_shape = of_shape.model_copy(update=counts[len(of_models) + step_of[cell_id]])
+        found[cell_id] = of_shape
     return found
+
+
+def _step(cell: Cell, one: Mapping[str, Any], steps: dict[str, dict[str, Any]], every_token: Collection[str]) -> int:
+    """Ask for a Cell's training step, unless one like it is in `steps`; return which of them it is."""
+    same = {
+        "seed": 0,
+        "evaluation": Evaluation(items=0),
+        "task": "",
+        "training": cell.training.model_copy(update=_SAME),
+    }
+    whole = cell.task in every_token or cell.evaluation.items == 0
+    step = {
+        "cell": cell.model_copy(update=same).model_dump(mode="json"),
+        "config": one["config"],
+        "kind": one["kind"],
+        "answer": cell.training.max_tokens if whole else 1,
+    }
+    key = json.dumps(step, sort_keys=True)
+    steps.setdefault(key, step)
+    return list(steps).index(key)
 
 
 def _model_of(asked: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 What trains is counted by attaching the reference of each Method, and what an adapted layer keeps for its backward pass by
 calling it; nothing is drawn and nothing computed. Run as `python -m harness.footprint.counting JSON`, or with @FILE, which
-holds a list of questions; the last line printed is JSON.
+holds a list of questions, of which those of a `cell` are for `harness.footprint.apart`; the last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Counted:
     activations: tuple[int, int] | None = None
 
 
-class _Undrawn(TorchFunctionMode):
+class Undrawn(TorchFunctionMode):
     """Leave out what is drawn from a generator: here no number is looked at, and of a large model draws take minutes."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -132,7 +132,7 @@ def attached(model: Any, method: str, config: Any) -> Iterator[Any]:
 
 
 def _attach(model: Any, method: str, config: Any) -> Any:
-    with _Undrawn():
+    with Undrawn():
         return attach_reference(method, model, config, None, torch.Generator())
 
 
@@ -223,6 +223,9 @@ def _sentence(error: BaseException) -> str:
 
 if __name__ == "__main__":
     if sys.argv[1].startswith("@"):
-        print(json.dumps([answer(asked) for asked in json.loads(Path(sys.argv[1][1:]).read_bytes())]))
+        from harness.footprint import apart  # which counts by this module
+
+        several = json.loads(Path(sys.argv[1][1:]).read_bytes())
+        print(json.dumps([apart.answer(asked) if "cell" in asked else answer(asked) for asked in several]))
     else:
         print(json.dumps(count(**json.loads(sys.argv[1]))))

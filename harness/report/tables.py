@@ -196,7 +196,8 @@ def memory(facts: RunFacts) -> Table:
         _column(
             "Tensors in a step",
             "the most that tensors took at one time in a training step, counted; on a CPU in one more step after the "
-            "training, so that GaLore's SVD is in it only where that step has one",
+            "training, so that GaLore's SVD is in it only where that step has one; after ≈ the same step on tensors "
+            f"without data, flagged where they part by more than {FOOTPRINT_LEDGER:.0%}",
         ),
         *(_column(f"Peak: {name}", f"highest memory inside the phase “{name}”") for name in names),
         _column("Source", "how the peaks were taken", number=False),
@@ -215,9 +216,7 @@ def memory(facts: RunFacts) -> Table:
             _bytes(peak - taken) | _rest(m.memory.predicted)
             if peak is not None
             else unmeasured("no peak of a training phase"),
-            _bytes(most)
-            if (most := m.memory.counted_peak_B) is not None
-            else unmeasured("not trained, or not counted"),
+            _in_step(m.memory),
             *(
                 _bytes(size) if (size := peaks.get(name)) is not None else unmeasured("no such phase, or no peak of it")
                 for name in names
@@ -241,6 +240,17 @@ def _beside(size: int, part: str, memory: Memory) -> Figure:
         "why": why,
         "flag": "not as predicted" if off else "",
     }
+
+
+def _in_step(memory: Memory) -> Figure:
+    """Show what tensors took in a step, and beside it what the same step on tensors without data let expect."""
+    if (counted := memory.counted_peak_B) is None:
+        return unmeasured("not trained, or not counted")
+    predicted = memory.predicted
+    if predicted is None or predicted.peak_B is None:
+        return _bytes(counted) | {"why": f"not predicted: {why}" if predicted and (why := predicted.no_peak) else ""}
+    shown = _beside(counted, "peak", memory)
+    return shown | {"why": shown["why"] + (f", by {predicted.peak_by}" if predicted.peak_by else "")}
 
 
 def _with_host(shown: Figure, memory: Memory) -> Figure:

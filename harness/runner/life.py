@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from harness.adapter_config import UNREFERENCED
 from harness.assets import shapes
-from harness.conformance import fingerprint, gate
+from harness.conformance import gate
 from harness.conformance.observe import inference
 from harness.conformance.room import free_B
 from harness.conformance.subject import (
@@ -27,7 +26,7 @@ from harness.conformance.subject import (
 )
 from harness.cost_records import Energy
 from harness.errors import HarnessError, UsageError
-from harness.footprint import cells, counting
+from harness.footprint import apart, cells, counting
 from harness.measure import checkpoint, latency
 from harness.measure.memory import PeakMeter, model_tensors, optimizer_tensors, tensor_bytes
 from harness.measure.phases import PhaseClock
@@ -44,13 +43,14 @@ from harness.records import (
     TrainingMeasured,
 )
 from harness.registry import Registry
-from harness.runner import packing, serving, unreferenced
+from harness.runner import changed, packing, serving, unreferenced
 from harness.runner.data import CellData
 from harness.runner.random_data import RandomData
 from harness.runner.work import Work
 from harness.training import loop, optimizers, shape
 from harness.training import model as models
-from harness.training.counted_step import copied_B, most_in_step
+from harness.training.batches import Batch
+from harness.training.counted_step import copied_B, most_in_step, most_tokens
 from harness.training.head import draw as draw_head
 from harness.training.head import in_head, new_head
 from harness.training.movement import Movement
@@ -89,14 +89,14 @@ class Life:
         kind = work.model.source.kind
         quantised = cell.base.quantization != "none"
 
-        with self.clock.phase("predict"):
-            expected = self._predict()
         with self.clock.phase("load"):
             loaded = self._load(dtype, device, whole=not quantised)
         model: Any = loaded.model
         model_B = checkpoint.whole(model)  # before it is packed
         with self.clock.phase("data"):
             task = CellData(work, loaded, self.emit) if work.data else RandomData(work, loaded)
+        with self.clock.phase("predict"):
+            expected = self._predict(task.batches)
         config = configure(cell.method, cell.config)
         matched = adaptable_layers(model, config)
         if quantised:
@@ -149,7 +149,8 @@ class Life:
                     gate.gate(subject, cell.seed, run_model, base_output, start=start, forward=task.logits, base=who)
                 )
             # Only the gate needed the copy and the codes, and memory is measured from here on.
-            subject.original = Original(None)
+            original = subject.original = Original(None)
+            del base_output
             subject.expected_codes.clear()
             for parameter in loaded.head.values():
                 parameter.requires_grad_(True)
@@ -209,17 +210,25 @@ class Life:
             energy=Energy(source=self.clock.energy.source, because=self.clock.energy.because),
         )
 
-    def _predict(self) -> Predicted | str:
-        """Predict the ledger from the model's shape alone; or say why not."""
+    def _predict(self, batches: list[Batch]) -> Predicted | str:
+        """Predict the ledger from the model's shape alone, and the peak of a step over these batches; or say why not."""
         work = self.work
         try:
             config = shapes.read(Path(work.model.path) / "config.json", work.model.source.name)
         except HarnessError as error:
             return error.what
         with torch.random.fork_rng(devices=[]):
-            counted = counting.answer(cells.request(work.cell, config, work.model.source.kind, work.task.labels))
+            asked = cells.request(work.cell, config, work.model.source.kind, work.task.labels)
+            counted = counting.answer(asked)
         every = work.task.answers is not None and work.task.answers.loss == "all"
-        return cells.predicted(work.cell, counted, on_cpu=work.device == "cpu", every_token=every)
+        found = cells.predicted(work.cell, counted, on_cpu=work.device == "cpu", every_token=every)
+        if isinstance(found, str) or not batches:
+            return found
+        if work.device != "cpu":
+            return found.model_copy(update={"no_peak": "of a CPU's kernels only is it known what they keep"})
+        parts = most_tokens(batches, work.cell.training.accumulate)
+        peak = apart.peak(work.cell, asked["config"], asked["kind"], parts, apart.bytes_of(batches))
+        return found.model_copy(update=peak)
 
     def _load(self, dtype: torch.dtype, device: torch.device, whole: bool) -> models.Loaded:
         """Load the model; of a shape, draw the weights now if `whole`, else as its layers are packed."""
@@ -248,10 +257,10 @@ class Life:
     ) -> tuple[TrainingMeasured, torch.optim.Optimizer, int]:
         cell, model, batches, adapted = self.work.cell, loaded.model, data.batches, subject.adapted
         head = list(loaded.head.values())
-        began_from = _state_sha256(adapted.tensors() | loaded.head)
-        before = _fingerprints(model)
+        began_from = changed.state_sha256(adapted.tensors() | loaded.head)
+        before = changed.fingerprints(model)
         # Of a large model not everything that trains has a copy in `start`: samples show whether it moved.
-        trained = _of_bases(subject) | subject.added() if hasattr(subject.config, "targets") else {}
+        trained = changed.of_bases(subject) | subject.added() if hasattr(subject.config, "targets") else {}
         spots = {name: sampled(t) for name, t in trained.items() if name not in start}
         parts = Movement(spots, lambda t: sampled(optimizers.held(t, optimizer)))
         whole = Movement(
@@ -285,12 +294,14 @@ class Life:
         trainable = [*adapted.parameters(), *head]
         gradients = tensor_bytes({id(p): p.grad for p in trainable if p.grad is not None}.values())
         gradients += self.layerwise.most_B if self.layerwise else 0
-        after = _fingerprints(model)
-        changed = [name for name in before if before[name] != after.get(name)]
+        after = changed.fingerprints(model)
+        thawed = [name for name in before if before[name] != after.get(name)]
         # In the first step a tensor may have no gradient by design (LoRA's A, since B is zero); from the second on it must.
         now = adapted.tensors() if len(batches) > 1 else {}
         still = whole.still(now) + parts.still(now)
-        self._pass([_found(cell, "frozen", changed, "changed"), _found(cell, "moved", still, "never moved")])
+        self._pass(
+            [changed.found(cell, "frozen", thawed, "changed"), changed.found(cell, "moved", still, "never moved")]
+        )
         measured = TrainingMeasured(
             losses=samples.losses,
             step_seconds=samples.seconds,
@@ -364,34 +375,3 @@ def _count(adapted: Any, loaded: models.Loaded, model: Any) -> Parameters:
         for p in model.parameters()
     )
     return Parameters(adapter=adapter, head=head, total=total)
-
-
-def _fingerprints(model: Any) -> dict[str, int]:
-    """Return a checksum of every frozen parameter."""
-    return fingerprint.of_all({name: p for name, p in model.named_parameters() if not p.requires_grad})
-
-
-def _of_bases(subject: Subject) -> dict[str, Tensor]:
-    """Return those of the trained tensors that are the adapted layers' own weights."""
-    own = {id(p) for base in subject.bases.values() for p in base.parameters()}
-    return {name: t for name, t in subject.adapted.tensors().items() if id(t) in own}
-
-
-def _state_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Hash names, dtypes, shapes and bytes, by name, so that no order of ours is in it."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _found(cell: Any, name: str, odd: list[str], what: str) -> CheckResult:
-    return CheckResult(
-        check=f"{cell.method}/{name}/{cell.dtype}/trained",
-        outcome=Outcome.FAIL if odd else Outcome.PASS,
-        error=float(len(odd)),
-        allowed=0.0,
-        policy="exact",
-        detail=f"{', '.join(odd[:3])} {what}" if odd else "",
-    )

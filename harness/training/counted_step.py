@@ -35,7 +35,7 @@ def most_in_step(
     numpy, and of a generator that a module has as an attribute. Not put back: the optimizer; gradients, which are gone; and
     what else code keeps for itself, e.g. a counter or a cache that is no buffer, or a generator in a closure.
     """
-    parts = max((batch.parts(accumulate) for batch in batches), key=lambda p: max(part.padded_tokens for part in p))
+    parts = most_tokens(batches, accumulate)
     optimizer.zero_grad(set_to_none=True)
     with _put_back(adapted, loop.trainable(adapted, head)) as copies:
         try:
@@ -43,6 +43,11 @@ def most_in_step(
         finally:
             optimizer.zero_grad(set_to_none=True)
         return None if most is None else most - tensor_bytes(copies)
+
+
+def most_tokens(batches: Sequence[Batch], accumulate: int) -> list[Batch]:
+    """Return the parts of that batch of which the model takes the most tokens at once."""
+    return max((batch.parts(accumulate) for batch in batches), key=lambda p: max(part.padded_tokens for part in p))
 
 
 def copied_B(adapted: Adapted, head: Sequence[nn.Parameter]) -> int:  # noqa: N802  # a unit

@@ -1,0 +1,179 @@
+"""The predicted peak of a training step, against the peak that is counted in one that runs."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from harness.conformance.subject import DTYPES, adaptable_layers, configure
+from harness.footprint import apart, dry_step
+from harness.measure.allocations import most_while
+from harness.records import Base, Cell, Evaluation, Training
+from harness.registry import discover
+from harness.runner import packing
+from harness.tolerances import FOOTPRINT_LEDGER
+from harness.training import loop, optimizers
+from harness.training import model as models
+from harness.training.batches import Batch
+from harness.training.counted_step import most_in_step
+from harness.training.head import new_head
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 1024, "max_position_embeddings": 128,
+}  # fmt: skip
+BERT = {
+    "model_type": "bert", "hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "vocab_size": 2000, "max_position_embeddings": 128, "type_vocab_size": 2,
+}  # fmt: skip
+LINEAR = ["q_proj", "v_proj", "down_proj"]
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 8, "targets": LINEAR},
+    "qlora": {"rank": 8, "targets": LINEAR},
+    "dora": {"rank": 8, "targets": LINEAR},
+    "adalora": {"rank": 8, "target_rank": 4, "targets": LINEAR},
+    "vera": {"rank": 32, "targets": LINEAR},
+    "pissa": {"rank": 8, "targets": ["q_proj", "down_proj"]},
+    "galore": {"rank": 16, "targets": LINEAR},
+    "full": {},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _only_ours() -> Iterator[None]:
+    """Put what other tests left out of the collector's sight, as a worker does with its imports: it takes its time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def cell(method: str = "lora", implementation: str = "reference", **facts: Any) -> Cell:
+    recipe = {"steps": 1, "batch": 4, "max_tokens": 64} | facts.pop("training", {})
+    facts = {"model": "small", "task": "synthetic", "config": METHODS[method], "dtype": "float32"} | facts
+    recipes = {"training": Training(**recipe), "evaluation": Evaluation(items=0)}
+    return Cell(method=method, implementation=implementation, **facts, **recipes)
+
+
+def counted(cell: Cell, config: dict[str, Any], kind: str) -> int:
+    """Return the peak of a step that runs, as a worker counts it, without the batch itself."""
+    if cell.base.implementation == "bitsandbytes":
+        import_module("bitsandbytes")  # which makes tables
+    before = most_while(lambda: None)
+    factory: Any = AutoModelForSequenceClassification if kind == "encoder" else AutoModelForCausalLM
+    facts = {k: v for k, v in config.items() if k != "model_type"}
+    model = factory.from_config(CONFIG_MAPPING[config["model_type"]](**facts), dtype=DTYPES[cell.dtype]).train()
+    head, chosen = list(new_head(model, kind).values()), configure(cell.method, cell.config)
+    packed = None
+    if cell.base.quantization != "none":
+        paths = adaptable_layers(model, chosen)
+        packed = packing.pack(model, list(paths), cell.base, DTYPES[cell.dtype], discover()).forms
+        del paths
+    attach = discover().find("method", cell.method, cell.implementation)
+    adapted = attach(model, chosen, torch.Generator().manual_seed(0))
+    for parameter in head:
+        parameter.requires_grad_(True)
+    optimizer, schedule = optimizers.make(adapted, head, cell.training, cell.optimizer, cell.implementation)
+    batch, accumulate = whole(dry_step.longest(cell, kind, cell.training.max_tokens)), cell.training.accumulate
+    with models.checkpointing(model, cell.training.checkpointing):
+        layerwise = optimizers.layerwise(optimizer, cell.training)
+        quiet: dict[str, Any] = {"seed": 0, "report": lambda step, loss: None, "layerwise": layerwise}
+        loop.train(adapted, head, [batch], optimizer, schedule, **quiet, accumulate=accumulate)
+        most = most_in_step(adapted, head, [batch], optimizer, accumulate)
+    del packed
+    assert before is not None
+    assert most is not None
+    return most - before - apart.bytes_of([batch])
+
+
+def whole(parts: list[Batch]) -> Batch:
+    inputs = {name: torch.cat([part.inputs[name] for part in parts]) for name in parts[0].inputs}
+    answers = tuple(answer for part in parts for answer in part.answers)
+    tokens = sum(part.padded_tokens for part in parts)
+    return Batch(inputs, torch.cat([part.labels for part in parts]), answers, tokens, tokens)
+
+
+def predicted(cell: Cell, config: dict[str, Any], kind: str = "causal") -> dict[str, Any]:
+    return apart.peak(cell, config, kind, dry_step.longest(cell, kind, cell.training.max_tokens))
+
+
+def agree(cell: Cell, config: dict[str, Any], kind: str = "causal") -> None:
+    found, real = predicted(cell, config, kind), counted(cell, config, kind)
+    assert abs(found["peak_B"] - real) <= FOOTPRINT_LEDGER * real, (found, real)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method(method: str, dtype: str) -> None:
+    agree(cell(method, dtype=dtype), LLAMA)
+
+
+@pytest.mark.parametrize("by", ["bitsandbytes", "fused"])
+@pytest.mark.parametrize("base", ["nf4", "nf4-dq"])
+def test_a_packed_base(base: str, by: str) -> None:
+    on = Base(quantization=base, implementation=by)  # type: ignore[arg-type]
+    agree(cell("lora", base=on, dtype="bfloat16"), LLAMA)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("optimizer", ["adamw-8bit", "paged-adamw"])
+def test_optimizers(optimizer: str, method: str) -> None:
+    agree(cell(method, optimizer=optimizer), LLAMA)
+
+
+@pytest.mark.parametrize("training", [{"checkpointing": True}, {"accumulate": 4}], ids=str)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_only_changes_the_cost(method: str, training: dict[str, Any]) -> None:
+    agree(cell(method, training={"batch": 8} | training), LLAMA)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-8bit"])
+def test_layerwise_updates(optimizer: str) -> None:
+    agree(cell("galore", optimizer=optimizer, training={"layerwise": True}), LLAMA)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_an_encoder(method: str) -> None:
+    config = {"rank": 8, "targets": ["query", "value"]} if method == "lora" else {}
+    agree(cell(method, config=config), BERT, "encoder")
+
+
+@pytest.mark.parametrize("implementation", ["hf-peft", "fused"])
+def test_other_implementations_take_the_step_themselves(implementation: str) -> None:
+    one = cell("lora", implementation)
+    assert predicted(one, LLAMA)["peak_by"] == ""
+    agree(one, LLAMA)
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "adalora"])
+def test_two_and_three_blocks_tell_of_any_number(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, deep = cell(method), LLAMA | {"num_hidden_layers": 7}
+    told = predicted(one, deep)
+    monkeypatch.setattr(dry_step, "_depth", lambda config: None)
+    assert abs(told["peak_B"] - predicted(one, deep)["peak_B"]) < 100  # counters of steps, a few bytes each
+
+
+def test_a_model_of_unlike_blocks_is_taken_whole() -> None:
+    one = cell(config={"rank": 8, "targets": ["layers.2.self_attn.q_proj"]})
+    agree(one, LLAMA | {"num_hidden_layers": 4})
+
+
+def test_no_weight_is_there_and_nothing_stays_behind() -> None:
+    wide = LLAMA | {"hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80, "num_attention_heads": 64}
+    before = most_while(lambda: None)
+    found = predicted(cell(dtype="bfloat16", training={"batch": 1}), wide | {"num_key_value_heads": 64})
+    assert found["peak_B"] > 80 * 12 * 8192**2
+    assert most_while(lambda: None) == before
+
+
+def test_what_cannot_be_had_is_said() -> None:
+    assert "torch.compile" in predicted(cell(training={"compile": True}), LLAMA)["no_peak"]
+    assert predicted(cell(training={"steps": 0}), LLAMA) == {}
+    odd = predicted(cell(config={"rank": 8, "targets": ["nothing"]}), LLAMA)
+    assert odd["no_peak"].startswith("a step cannot be taken without data: ValueError: no linear")
