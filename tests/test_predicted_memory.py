@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import recorded_run as recorded
+from conftest import Bench, eventually
 from report_page import row
 
 from harness import planning, suites
@@ -194,3 +197,19 @@ def test_cells_that_differ_in_seed_or_learning_rate_share_a_step(monkeypatch: py
 def test_the_ledger_says_why_nothing_was_predicted(tmp_path: Path) -> None:
     figures = ledger(beside(0, "nobody counted"), tmp_path)
     assert (figures["Weights"]["small"], figures["Weights"]["why"]) == ("", "not predicted: nobody counted")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork, which a tie to the parent needs")
+def test_who_counts_ends_with_a_command_that_is_killed(bench: Bench) -> None:
+    planned = bench.start("fit", "llama-7b", "--memory", "24GiB")
+    counting = f"{cells.__name__.rpartition('.')[0]}.counting"
+    found: list[psutil.Process] = []
+
+    def counts() -> bool:
+        found[:] = [c for c in psutil.Process(planned.pid).children(recursive=True) if counting in c.cmdline()]
+        return bool(found)
+
+    eventually(counts, "somebody counts")
+    planned.kill()
+    planned.communicate()
+    eventually(lambda: not any(c.is_running() and c.status() != "zombie" for c in found), "nobody counts any more")

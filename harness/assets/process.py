@@ -69,6 +69,21 @@ def python(arguments: Sequence[str], environment: Mapping[str, str], keep: Seque
         listener.join(timeout=2)  # the pipe ends with the last process that holds it
 
 
+@contextmanager
+def tied(module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Iterator[Child]:
+    """Start a module of ours, which ends when this process does, whatever ends it.
+
+    Its first argument is a descriptor for `harness.runner.lifeline.hold`; then come `arguments`. Else as `python`.
+    """
+    watched, line = os.pipe()
+    try:
+        with python(["-P", "-m", module, str(watched), *arguments], environment, [watched]) as child:
+            yield child
+    finally:
+        os.close(watched)
+        os.close(line)
+
+
 def _listen(pipe: IO[str], lines: deque[str]) -> None:
     with pipe:
         lines.extend(pipe)

@@ -8,6 +8,7 @@ holds a list of questions, of which those of a `cell` are for `harness.footprint
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +28,7 @@ from harness.footprint import activations, kept, states
 from harness.footprint.choices import BASES, OWN
 from harness.measure.latency import positions
 from harness.measure.memory import model_tensors
+from harness.runner import lifeline
 from harness.training.head import in_head, new_head
 from reference import layers as surgery
 from reference.layers import kind_of
@@ -222,10 +224,12 @@ def _sentence(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1].startswith("@"):
+    if hasattr(os, "fork"):
+        lifeline.hold(int(sys.argv[1]))
+    if sys.argv[2].startswith("@"):
         from harness.footprint import apart  # which counts by this module
 
-        several = json.loads(Path(sys.argv[1][1:]).read_bytes())
+        several = json.loads(Path(sys.argv[2][1:]).read_bytes())
         print(json.dumps([apart.answer(asked) if "cell" in asked else answer(asked) for asked in several]))
     else:
-        print(json.dumps(count(**json.loads(sys.argv[1]))))
+        print(json.dumps(count(**json.loads(sys.argv[2]))))

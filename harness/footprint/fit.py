@@ -155,8 +155,7 @@ def counts(asked: Asked) -> dict[str, Any]:
         "targets": list(asked.targets),
     }  # fmt: skip
     print(f"counting {asked.model.name} without its weights ...", file=sys.stderr)
-    arguments = ["-P", "-m", "harness.footprint.counting", json.dumps(words)]
-    with process.python(arguments, {"HF_HUB_OFFLINE": "1"}) as child:
+    with process.tied("harness.footprint.counting", [json.dumps(words)], {"HF_HUB_OFFLINE": "1"}) as child:
         try:
             code = child.process.wait(_TIMEOUT_S)
         except subprocess.TimeoutExpired:
