@@ -23,7 +23,7 @@ from harness.footprint import dry_step
 from harness.records import Cell
 from harness.training.batches import Batch
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 30.0
 _ERRORS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
            ValueError)  # fmt: skip
 """What programs raise that cannot do without data; a prediction is never worth a Cell."""
@@ -32,8 +32,8 @@ _ERRORS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupE
 def peak(cell: Cell, config: Mapping[str, Any], kind: str, parts: Sequence[Batch], others_B: int = 0) -> dict[str, Any]:
     """Return `peak_B`, `peak_by` and `no_peak` of a `Predicted`: of a step over `parts`, beside others_B bytes of data.
 
-    A library that cannot do without data is stood in for: a packed base by layers that hold and decode as much, a Method
-    by its reference.
+    A base in 4 bits is stood in for by layers that hold and decode as much, and a library that cannot do without data by
+    the reference of its Method.
     """
     if cell.training.steps == 0:
         return {}
@@ -50,14 +50,12 @@ def peak(cell: Cell, config: Mapping[str, Any], kind: str, parts: Sequence[Batch
 
 
 def _questions(asked: dry_step.Question) -> dict[str, dry_step.Question]:
-    """Map whose code stands in to the question that is then asked: nobody's first, then ever more."""
-    found, cell = {"": asked}, asked.cell
-    packed = cell.base.quantization != "none"
-    if packed:
-        found["a stand-in for the base"] = replace(asked, stand_in=True)
+    """Map whose code stands in to the question that is then asked: the Cell's own first."""
+    cell, base = asked.cell, asked.cell.base.quantization != "none"
+    found = {"a stand-in for the base" * base: asked}
     if cell.method not in UNREFERENCED and cell.implementation != "reference":
-        by = "the reference" + " on a stand-in for the base" * packed
-        found[by] = replace(asked, cell=cell.model_copy(update={"implementation": "reference"}), stand_in=packed)
+        by = "the reference" + " on a stand-in for the base" * base
+        found[by] = replace(asked, cell=cell.model_copy(update={"implementation": "reference"}))
     return found
 
 

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from harness.assets import shapes, structure
 from harness.conformance.subject import DTYPES, adaptable_layers, configure
+from harness.footprint import states
 from harness.footprint.counting import Undrawn
 from harness.footprint.live import Live
+from harness.kernels import nf4
 from harness.kernels.nf4_linear import Nf4Linear
 from harness.kernels.packed_weight import PackedWeight
 from harness.methods import TARGET_WORDS, Adapted
@@ -38,15 +40,11 @@ _FEW = (2, 3)
 
 @dataclass(frozen=True)
 class Question:
-    """A Cell, its model's config.json (`request` of `harness.footprint.cells` tells of which classes) and kind.
-
-    stand_in: whether the base is packed by `_Packed`, in the place of a library that cannot do without data.
-    """
+    """A Cell, its model's config.json (`request` of `harness.footprint.cells` tells of which classes) and kind."""
 
     cell: Cell
     config: Mapping[str, Any]
     kind: str
-    stand_in: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,22 @@ class _Codes(PackedWeight):
 
 
 class _Packed(Nf4Linear):
+    """A layer with a base in 4 bits as it is once packed: packing a large one takes thousands of operations."""
+
+    def __init__(self, dense: nn.Linear, compute_dtype: torch.dtype, double: bool) -> None:
+        nn.Linear.__init__(self, dense.in_features, dense.out_features, bias=False, device="meta")
+        blocks = -(-dense.weight.numel() // states.BLOCK)
+        of_second = 4 * -(-blocks // nf4.BLOCK2)
+        sizes = {"absmax": blocks, "absmax2": of_second, "offset": 4} if double else {"absmax": 4 * blocks}
+        for name in ("absmax", "absmax2", "offset"):
+            self.register_buffer(name, torch.empty(sizes[name], dtype=torch.uint8) if name in sizes else None)
+        self.compute_dtype, self.block = compute_dtype, states.BLOCK
+        codes = torch.empty(-(-dense.weight.numel() // 2), dtype=torch.uint8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        if dense.bias is not None:
+            self.bias = nn.Parameter(torch.empty_like(dense.bias), requires_grad=False)
+        self.train(dense.training)
+
     @property
     def packed_weight(self) -> PackedWeight:
         return _Codes(**vars(super().packed_weight))
@@ -156,10 +170,7 @@ def _fill(model: nn.Module) -> None:
 
 
 def _attached(question: Question, model: Any, head: Mapping[str, nn.Parameter]) -> tuple[Adapted, list[Any]]:
-    """Pack the base and attach the Method, as the worker does: by the Cell's own implementations.
-
-    Also return what packing tells of every layer, which the worker holds: constants that are in 8 bits are decoded in it.
-    """
+    """Put a base in 4 bits under it, and attach the Method; also return what a worker holds of the packing."""
     cell = question.cell
     config = configure(cell.method, cell.config)
     matched = adaptable_layers(model, config)
@@ -171,14 +182,11 @@ def _attached(question: Question, model: Any, head: Mapping[str, nn.Parameter]) 
         config = replace(config, targets=tuple(paths))
     del matched
     forms: list[Any] = []
-    if packed and question.stand_in:
-        for path in paths:
-            layer = _Packed(model.get_submodule(path), DTYPES[cell.dtype], double=cell.base.quantization == "nf4-dq")
-            put(model, path, layer)
-            forms.append(layer.packed_weight.constants())
-    elif packed:
-        packs = registry().find("base", cell.base.quantization, cell.base.implementation)
-        forms = [packs(model, [path], DTYPES[cell.dtype]) for path in paths]
+    double = cell.base.quantization == "nf4-dq"
+    for path in paths if packed else ():
+        put(model, path, _Packed(model.get_submodule(path), DTYPES[cell.dtype], double))
+        # What a worker holds to judge the codes by: constants that are in 8 bits are decoded in it.
+        forms.append(torch.empty(-(-model.get_submodule(path).weight.numel() * 2 // states.BLOCK)) if double else None)
     with Undrawn(), _converting():
         implementation = registry().find("method", cell.method, cell.implementation)
         return implementation(model, config, torch.Generator()), forms
