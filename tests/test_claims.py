@@ -307,9 +307,9 @@ def test_a_reading_that_was_not_computed_might_have_come_out(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("found", "verdict", "said"),
     [
-        (Found(150, ""), Verdict.REPRODUCED, "at a reduced scale: a rehearsal"),
-        (Found(200, ""), Verdict.INCONCLUSIVE, "it comes out otherwise at a reduced scale"),
-        (Found(100, "", most=200), Verdict.INCONCLUSIVE, "nothing is certain at a reduced scale"),
+        (Found(150, ""), Verdict.REPRODUCED, "by a stand-in: a rehearsal"),
+        (Found(200, ""), Verdict.INCONCLUSIVE, "it comes out otherwise by a stand-in"),
+        (Found(100, "", most=200), Verdict.INCONCLUSIVE, "nothing is certain by a stand-in"),
     ],
 )
 def test_nothing_is_refuted_at_a_reduced_scale(tmp_path: Path, found: Found, verdict: Verdict, said: str) -> None:

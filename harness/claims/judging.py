@@ -89,7 +89,7 @@ def judge(claim: Claim, answers: Sequence[Found | Missing]) -> Judged:
         if isinstance(found, Missing) or (words := _comes_out(claim, found)) is None:
             continue
         under = "; ".join(filter(None, [one.under, words]))
-        why = f"at a reduced scale: {claim.scale}" if claim.scale else ""
+        why = f"by a stand-in: {claim.scale}" if claim.scale else ""
         return _judged(claim, Verdict.UNDER if under else Verdict.REPRODUCED, tried, one, under=under, why=why)
     own, found = tried[0], answers[0]
     if isinstance(found, Missing):
@@ -101,7 +101,7 @@ def judge(claim: Claim, answers: Sequence[Found | Missing]) -> Judged:
         return _judged(claim, Verdict.INCONCLUSIVE, tried, own, why=why, failed=failed)
     if claim.scale:
         shows = "nothing is certain" if _open(claim, found) else "it comes out otherwise"
-        why = f"{shows} at a reduced scale ({claim.scale}), which refutes no paper"
+        why = f"{shows} by a stand-in ({claim.scale}), which refutes no paper"
         return _judged(claim, Verdict.INCONCLUSIVE, tried, own, why=why)
     if _open(claim, found):
         why = "some of the values that it can have come out, and some do not"
