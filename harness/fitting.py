@@ -8,6 +8,7 @@ seconds.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.adapter_config import virtual_tokens
-from harness.assets import fetch, model_folder, process
+from harness.assets import fetch, model_folder, process, structure
 from harness.assets.table import resolve
 from harness.errors import Problem, SuiteError
 from harness.methods import TARGET_WORDS
@@ -125,10 +126,17 @@ def _looked_for(asked: tuple[tuple[Path, str, tuple[str, ...]], ...]) -> list[di
 
     Of a model that cannot be built here nothing is said: its Cells will report that, with the whole traceback.
     """
-    lines = json.dumps([[str(folder), kind, names] for folder, kind, names in asked])
-    with process.python(["-P", "-m", "harness.assets.structure", lines], {"HF_HUB_OFFLINE": "1"}) as child:
-        try:
-            code = child.process.wait(_TIMEOUT_S * len(asked))
-        except subprocess.TimeoutExpired:
-            return [{}] * len(asked)
-    return list(json.loads(child.said.splitlines()[-1])) if code == 0 else [{}] * len(asked)
+    found: list[dict[str, str]] = []
+    while left := asked[len(found) :]:
+        lines = json.dumps([[str(folder), kind, names] for folder, kind, names in left])
+        words = ["-P", "-m", "harness.assets.structure", lines]
+        late = contextlib.suppress(subprocess.TimeoutExpired)
+        with process.python(words, {"HF_HUB_OFFLINE": "1"}) as child, late:
+            child.process.wait(_TIMEOUT_S * len(left))
+        said = [
+            line.removeprefix(structure.ANSWER) for line in child.said.splitlines() if line.startswith(structure.ANSWER)
+        ]
+        found += [json.loads(line) for line in said]
+        if len(said) < len(left):
+            found.append({})  # the process ended, or hung, over this one; the others are asked again
+    return found

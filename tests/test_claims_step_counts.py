@@ -150,10 +150,3 @@ def test_a_pager_that_keeps_too_much_or_loses_states_does_not_pass(
 ) -> None:
     monkeypatch.setattr(Paged, broken, lambda *_: None)
     assert not paging.paging_survives_a_spike().value
-
-
-def test_states_that_fit_never_move(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert paging.paging_moves_nothing_that_fits().value
-    room = Paged.make_room
-    monkeypatch.setattr(Paged, "make_room", lambda self, budget: room(self, budget // 2))
-    assert not paging.paging_moves_nothing_that_fits().value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -181,12 +182,15 @@ def test_one_child_builds_every_model_that_must_be_looked_at(folder: Path, monke
     assert len(started) == 1
     config = folder / "tied" / "config.json"
     whole = config.read_text()
-    config.write_text(whole.replace('"llama"', '"of the future"'))
-    try:
-        fitting._looked_for.cache_clear()
-        assert refused(folder, old, new) == found[1:]
-    finally:
-        config.write_text(whole)
+    width = re.search(r'"hidden_size": \d+', whole)
+    assert width is not None
+    for wrong in (whole.replace('"llama"', '"of the future"'), whole.replace(width[0], '"hidden_size": "wide"')):
+        config.write_text(wrong)  # the second ends the child that builds it
+        try:
+            fitting._looked_for.cache_clear()
+            assert refused(folder, old, new) == found[1:]
+        finally:
+            config.write_text(whole)
 
 
 def test_what_cannot_be_read_tells_nothing(tmp_path: Path) -> None:

@@ -45,11 +45,11 @@ def test_a_slow_down_is_told_with_what_lies_between_and_how_to_confirm_it(
     assert c["change"] > 0
     assert c["between"]["revisions"] == list(nights.SHAS)
     assert c["between"]["software"] == ["peft 0.19.0 -> 0.20.0"]
-    pairs = f"peft-harness gate --pairs {'a' * 12} {'b' * 12} --suite quick --only {FIRST} --device cpu"
+    pairs = f"peft-harness gate --pairs {'a' * 12} {'b' * 12} --suite quick --only {FIRST} --device cpu --cores 2"
     assert c["between"]["confirm"] == pairs
     assert main(["history", "detect", "--dir", str(folder)]) == Exit.PASS
     text = capsys.readouterr().out
-    assert f"    confirm: {pairs}\n" in text
+    assert f"    confirm: {pairs} (pairs run both with today's libraries, and peft 0.19.0 -> 0.20.0 since)\n" in text
     assert "worse, not confirmed" in text
     assert detect(folder, capsys, "--strict")[0] == Exit.INCONCLUSIVE
 

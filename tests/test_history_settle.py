@@ -21,21 +21,30 @@ from harness.cli import main
 from harness.errors import Exit, HarnessError
 from harness.gate import pair_command
 from harness.history import files
+from harness.history import settle as settling
 
 LAST = 13
 A_MONTH = 15_000
 """Cell-nights of 500 Cells in a month."""
 
 
-def history(tmp_path: Path, since: int = LAST, by: float = 1.06, more: str = "") -> Path:
-    """Write fourteen nights; FIRST, and the Cell whose id is `more`, are slower from night `since` on, with other code."""
+def history(
+    tmp_path: Path, since: int = LAST, by: float = 1.06, more: str = "", count: int = LAST + 1, libraries: bool = False
+) -> Path:
+    """Write nights; FIRST, and the Cell whose id is `more`, are slower from night `since` on, with other code.
+
+    libraries: whether a library is another one from then on, too.
+    """
 
     def level(cell: str, index: int) -> float:
         return (by if cell == FIRST else 1.1) if cell in (FIRST, more) and index >= since else 1.0
 
-    return nights.write(
-        tmp_path / "h", CELLS, nights.noisy(0, level), nights=LAST + 1, revision=lambda i: SHAS[i >= since]
+    folder = nights.write(
+        tmp_path / "h", CELLS, nights.noisy(0, level), nights=count, revision=lambda i: SHAS[i >= since]
     )
+    for path in folder.glob("2026-*.jsonl") if not libraries else ():
+        path.write_text(path.read_text().replace("0.20.0", "0.19.0"))
+    return folder
 
 
 Paired = Callable[..., list[pair_command.Asked]]
@@ -45,7 +54,9 @@ Paired = Callable[..., list[pair_command.Asked]]
 def paired(monkeypatch: pytest.MonkeyPatch) -> Paired:
     """Let pairs say a word; return what they are asked."""
 
-    def let(word: str | None, *, cut: str = "", closed: bool = False, fails: bool = False) -> list[pair_command.Asked]:
+    def let(
+        word: str | None, *, cut: str = "", closed: bool = False, fails: bool = False, elsewhere: bool = False
+    ) -> list[pair_command.Asked]:
         asked: list[pair_command.Asked] = []
 
         def gate(one: pair_command.Asked, as_json: bool) -> Exit:
@@ -63,6 +74,7 @@ def paired(monkeypatch: pytest.MonkeyPatch) -> Paired:
             return Exit.PASS
 
         monkeypatch.setattr(pair_command, "gate", gate)
+        monkeypatch.setattr(settling, "_elsewhere", lambda where, runs: ["CPU a -> b"] if elsewhere else [])
         return asked
 
     return let
@@ -124,6 +136,94 @@ def test_a_suspicion_that_pairs_refute_is_none_and_is_tried_once(
     assert (code, found["candidates"], found["suspects"]) == (Exit.PASS, [], [])
 
 
+def test_pairs_that_say_faster_refute_a_slow_down(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:
+    folder = history(tmp_path)
+    paired("faster")
+    assert settle(folder) == Exit.PASS
+    assert detect(folder, capsys, "--strict")[0] == Exit.PASS
+
+
+def test_pairs_that_say_slower_make_a_speed_up_a_regression(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:
+    folder = history(tmp_path, since=LAST - 4, by=0.94)
+    assert detect(folder, capsys)[1]["candidates"][0]["worse"] is False
+    paired("slower")
+    assert settle(folder) == Exit.PASS
+    assert detect(folder, capsys)[0] == Exit.FAIL
+
+
+def test_a_slow_down_of_another_library_is_not_refuted_by_pairs_of_the_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:
+    folder = history(tmp_path, libraries=True)
+    paired("same")
+    assert (settle(folder), written(folder)) == (Exit.INCONCLUSIVE, [])
+    assert "still open: the code alone is not it, and since then peft 0.19.0 -> 0.20.0" in capsys.readouterr().out
+    assert len(detect(folder, capsys)[1]["suspects"]) == 1
+
+
+def test_what_was_confirmed_fails_until_it_is_reset_whatever_the_next_nights_show(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:
+    folder = history(tmp_path)
+    paired("slower")
+    settle(folder)
+    after = history(tmp_path / "later", since=99, count=LAST + 3)
+    for night in (LAST + 1, LAST + 2):
+        name = f"{nights.night(night)}.jsonl"
+        (folder / name).write_text((after / name).read_text())
+        code, found = detect(folder, capsys)
+        assert (code, [c["standing"] for c in found["candidates"]]) == (Exit.FAIL, ["confirmed"])
+    at = ["--night", nights.night(LAST + 1), "--dir", str(folder), "--author", "A"]
+    assert main(["history", "reset", FIRST, "step_s", *at, "--reason", "taken back"]) == Exit.PASS
+    assert detect(folder, capsys)[0] == Exit.PASS
+
+
+def test_what_all_cells_have_in_common_is_tried_by_nobody(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:
+    values = nights.noisy(0, lambda cell, index: 1.1 if index >= LAST - 4 else 1.0)
+    folder = nights.write(tmp_path / "h", CELLS, values, nights=LAST + 1, revision=lambda i: SHAS[i >= LAST - 4])
+    assert [c["cell"] for c in detect(folder, capsys)[1]["candidates"]] == ["*"]
+    asked = paired("same")
+    assert (settle(folder), asked, written(folder)) == (Exit.PASS, [], [])
+    assert "only step times of single Cells are tried here: `peft-harness gate --pairs" in capsys.readouterr().out
+
+
+def test_pairs_stand_a_little_apart_as_the_place_of_a_change_may_be_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shas = [f"{i:x}" * 40 for i in range(16)]
+    values = nights.noisy(0, lambda cell, index: 1.06 if cell == FIRST and index >= 8 else 1.0)
+    folder = nights.write(tmp_path / "h", CELLS, values, nights=LAST + 1, revision=lambda i: shas[i])
+    (c,) = detect(folder, capsys)[1]["candidates"]
+    old, new = (shas.index(sha) for sha in c["between"]["paired"])
+    assert [shas.index(sha) for sha in c["between"]["revisions"]] == [old + 2, new - 2]
+
+
+def test_two_revisions_of_the_same_code_are_not_paired(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:
+    folder, asked = history(tmp_path), paired("slower")
+    for path in folder.glob("2026-*.jsonl"):
+        path.write_text(path.read_text().replace("code-bbbb", "code-aaaa"))
+    assert (settle(folder), asked) == (Exit.PASS, [])
+    assert "both nights ran the same code of two revisions" in capsys.readouterr().out
+
+
+def test_a_suspicion_of_a_place_that_has_ended_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = history(tmp_path)
+    late = nights.write(
+        tmp_path / "other", CELLS, nights.noisy(1), nights=LAST + 2, place=lambda _: nights.PLACE | {"torch": "2.14.0"}
+    )
+    name = f"{nights.night(LAST + 1)}.jsonl"
+    (folder / name).write_text((late / name).read_text())
+    assert detect(folder, capsys)[1]["suspects"] == []
+
+
 def test_what_was_refuted_of_two_revisions_says_nothing_of_a_later_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
 ) -> None:
@@ -142,6 +242,12 @@ def test_what_was_refuted_of_two_revisions_says_nothing_of_a_later_one(
         ("slower", {"closed": True}, Exit.INCONCLUSIVE, "still open: too many alarms"),
         (None, {}, Exit.INFRASTRUCTURE, "still open: nothing was timed"),
         ("inconclusive", {"cut": "ended by SIGTERM"}, Exit.INFRASTRUCTURE, "still open"),
+        (
+            "slower",
+            {"elsewhere": True},
+            Exit.INCONCLUSIVE,
+            "the pairs ran at another place than the night (CPU a -> b)",
+        ),
         ("slower", {"fails": True}, Exit.INFRASTRUCTURE, "not tried: gave no Record"),
     ],
 )

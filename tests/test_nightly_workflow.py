@@ -28,7 +28,10 @@ case "$1 $2" in
   "history add")
     if [ "$ROWS" = 1 ]; then mkdir -p results/history; echo "$4" > "results/history/$4.jsonl"; fi
     exit "${ADD:-0}" ;;
-  "history settle") echo "what was tried"; exit "${SETTLE:-0}" ;;
+  "history settle")
+    echo "what was tried"
+    if [ "${SETTLE:-0}" = 3 ]; then echo '{}' >> results/history/confirmations.jsonl; fi
+    exit "${SETTLE:-0}" ;;
   "history detect") echo "what changed"; exit "${DETECT:-0}" ;;
   *) exit "${GATE:-0}" ;;
 esac
@@ -116,6 +119,9 @@ def test_what_pairs_left_open_fails_nothing_and_pairs_that_did_not_run_do(
     found = night(tmp_path, SETTLE=code)
     assert found.failed == (["Try what looks slower"] if fails else [])
     assert [call.split()[1] for call in found.calls[-2:]] == ["settle", "detect"]
+    said = [subject for subject in found.pushed if subject.startswith("History: what pairs said")]
+    assert len(said) == (code == 3)  # here it left a line
+    assert any(subject.startswith("History: the night of") for subject in found.pushed)
 
 
 @pytest.mark.parametrize("code", [1, 4])

@@ -23,6 +23,8 @@ STEP, PEAK, ACCURACY, PARAMETERS = "step_s", "training_peak_B", "accuracy", "par
 LATENCY = "latency_s"
 SENTINEL = f"{LATENCY}/base/"
 """The bare base model, which no adapter's code touches: every Cell with latencies measures it."""
+BESIDE = "beside it"
+"""The part of a place that says whether other Cells ran at the same time."""
 COUNTED = (PARAMETERS, "weights_B", "adapter_B", "gradients_B", "optimizer_B", "adapter_file_B", "model_B")
 PEAK_BYTES, PEAK_SHARE = 16 * 2**20, 0.01
 """A peak must change by more than both. Training again at another learning rate moved the resident peak of nine Cells on a
@@ -97,7 +99,7 @@ def place(record: Record) -> dict[str, str]:
     """Return where a Record was made, as far as its numbers must never be compared with those of another place."""
     e = record.environment
     software = {name: e.software.get(name, "none") for name in ("torch", "triton")}
-    beside = {"beside it": "other Cells"} if any(AT_ONCE in note for note in record.notes) else {}
+    beside = {BESIDE: "other Cells"} if any(AT_ONCE in note for note in record.notes) else {}
     threads = {"threads": str(e.threads or "unknown")}
     if record.device in ("", "cpu"):
         names = {"CPU": "cpu", "architecture": "architecture", "cores": "cores"}

@@ -1,7 +1,7 @@
 """A model from its config alone, on the meta device: without weights. And which names fit no layer of it.
 
-Run as `python -m harness.assets.structure JSON` with a list of [FOLDER, KIND, NAMES]; the last line printed is JSON, for
-each of them name to sentence.
+Run as `python -m harness.assets.structure JSON` with a list of [FOLDER, KIND, NAMES]; for each of them it prints, as soon as
+it is known, a line that begins with ANSWER and goes on with JSON: name to sentence.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+ANSWER = "answer: "
 _ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 """What transformers raises for a config that it cannot build."""
 
@@ -60,9 +61,10 @@ def of_model(model: Any, names: Sequence[str]) -> dict[str, str]:
 def _answer(folder: str, kind: str, names: Sequence[str]) -> dict[str, str]:
     try:
         return misfits(folder, kind, names)
-    except _ERRORS:  # of this model: the others are looked at all the same
+    except _ERRORS:
         return {}
 
 
 if __name__ == "__main__":
-    print(json.dumps([_answer(*one) for one in json.loads(sys.argv[1])]))
+    for one in json.loads(sys.argv[1]):
+        print(ANSWER + json.dumps(_answer(*one)), flush=True)

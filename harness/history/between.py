@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from harness import resources
 from harness.analysis.watched import PEAK, STEP
 from harness.history.changes import Change
-from harness.history.decisions import EVERY
+from harness.history.decisions import EVERY, NEAR, start
 from harness.history.files import History, Line, Night
 
 PAIRED = (STEP, PEAK)
@@ -20,8 +20,9 @@ PAIRED = (STEP, PEAK)
 class Between:
     """From the last night of the old level to the first of the new one. revisions: of git, empty where not recorded.
 
-    software: `name old -> new` of every library that changed. confirm: a command, or empty. because: why there is none, or
-    what to know of it.
+    software: `name old -> new` of every library that changed. confirm: a command, or empty: it compares nights a little
+    further apart, as the place of a change may be off. paired: the revisions of these; libraries: what else changed between
+    them. because: why there is no command, or what to know of it.
     """
 
     old_night: str
@@ -31,6 +32,8 @@ class Between:
     software: tuple[str, ...]
     confirm: str
     because: str = ""
+    paired: tuple[str, str] = ("", "")
+    libraries: tuple[str, ...] = ()
 
 
 def between(history: History, change: Change) -> Between:
@@ -38,14 +41,19 @@ def between(history: History, change: Change) -> Between:
     old, new = (history.nights[i] for i in change.nights)
     a, b = _passes(old, change)[-1], _passes(new, change)[0]
     code = (str(a.get("code_version", "")), str(b.get("code_version", "")))
-    revisions = (_revision(a), _revision(b))
-    notes = ["a night ran changes that are in no commit"] if _dirty(a, b) else []
-    suite, strange = _suite(b)
+    outer = _outer(history, change)
+    c, d = _passes(outer[0], change)[-1], _passes(outer[1], change)[0]
+    paired, libraries = (_revision(c), _revision(d)), _software(c, d)
+    notes = ["a night ran changes that are in no commit"] if _dirty(c, d) else []
+    suite, strange = _suite(d)
     words = ["--suite", shlex.quote(suite)]
     if change.cell != EVERY:
         words += ["--only", change.cell]
-    if (device := str(new.places[change.on].get("device", "")).partition(":")[0]) in ("cpu", "cuda"):
+    place = new.places[change.on]
+    if (device := str(place.get("device", "")).partition(":")[0]) in ("cpu", "cuda"):
         words += ["--device", device]
+    # A change may show only where as many threads work together as did that night.
+    cores = ["--cores", str(place["threads"])] if device == "cpu" and str(place.get("threads")).isdecimal() else []
     confirm = ""
     if change.sure:
         notes = ["counted: there is nothing to confirm"]
@@ -56,15 +64,36 @@ def between(history: History, change: Change) -> Between:
     elif _searches(history, change.cell):
         why = "it is a try of a search for a learning rate, which pairs leave out; a rerun of the suite tells"
         notes = [why, *notes]
-    elif not all(revisions):
+    elif not all(paired):
         notes = ["a night was not run from a git checkout: no revisions to build the pairs from"]
-    elif revisions[0] == revisions[1]:
+    elif paired[0] == paired[1]:
         also = ", with changes that are in no commit" if notes else ""
         notes = [f"both nights ran the same revision{also}"]
+    elif not notes and c.get("code_version") and c["code_version"] == d.get("code_version"):
+        notes = ["both nights ran the same code of two revisions: look at libraries, driver and machine"]
     else:
-        confirm = " ".join(["peft-harness gate --pairs", *(revision[:12] for revision in revisions), *words])
-        notes = [*strange, *notes]
-    return Between(old.night, new.night, code, revisions, _software(a, b), confirm, "; ".join(notes))
+        confirm = " ".join(["peft-harness gate --pairs", *(revision[:12] for revision in paired), *words, *cores])
+        today = [f"pairs run both with today's libraries, and {', '.join(libraries)} since"] if libraries else []
+        notes = [*strange, *today, *notes]
+    return Between(
+        old.night, new.night, code, (_revision(a), _revision(b)), _software(a, b), confirm, "; ".join(notes), paired,
+        libraries,
+    )  # fmt: skip
+
+
+def _outer(history: History, change: Change) -> tuple[Night, Night]:
+    """Return the nights to compare: NEAR further from the change on either side, as far as its Cell has them there.
+
+    Levels have more nights than that; a young one ends with its last.
+    """
+    begin = start(history.resets, change.cell, change.metric)
+    there = [
+        i for i, night in enumerate(history.nights)
+        if night.night >= begin and any(change.cell in (EVERY, row["cell"]) and row["on"] == change.on for row in night.rows)
+    ]  # fmt: skip
+    before, after = there.index(change.nights[0]), there.index(change.nights[1])
+    last = after if change.young else min(after + NEAR, len(there) - 1)
+    return history.nights[there[max(0, before - NEAR)]], history.nights[there[last]]
 
 
 def _suite(run: Line) -> tuple[str, list[str]]:

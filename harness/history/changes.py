@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from harness.analysis import anchor, change_points, watched
 from harness.analysis.change_points import FEWEST, Step
-from harness.history.decisions import EVERY
+from harness.history.decisions import EVERY, NEAR
 from harness.history.series import Series
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ TIMED_LEAST = 0.02
 SCORE_LEAST = 0.01
 """An accuracy, by one point."""
 _SCORE_FLOOR = SCORE_LEAST / 5
-_NEAR = 2
-"""A change of level is known to about so many nights."""
 
 Unit = Literal["share", "points", "bytes"]
 
@@ -62,8 +60,9 @@ class Change:
 @dataclass
 class Seen:
     """What was found. compared: series long enough to show a change. machine: the anchor's own changes that the sentinels
-    share. unanchored: places and families without an anchor, with how many series they have.
-    loose: places, families and those of their nights that have none, so that their times are not judged.
+    share. unanchored: places and families without an anchor, with how many series they have. loose: places, families and
+    those of their nights that have none, so that their times are not judged. last: the history's last night; only a level
+    that is there is young.
     """
 
     changes: list[Change] = field(default_factory=list)
@@ -71,6 +70,7 @@ class Seen:
     unanchored: list[tuple[str, str, int]] = field(default_factory=list)
     loose: list[tuple[str, str, list[int]]] = field(default_factory=list)
     compared: int = 0
+    last: int = 0
 
 
 def changes(series: Sequence[Series], quantization: Mapping[str, str], sentinels: frozenset[str]) -> Seen:
@@ -79,7 +79,7 @@ def changes(series: Sequence[Series], quantization: Mapping[str, str], sentinels
     quantization: of each Cell's base. sentinels: cell_ids whose times only watch the machine, beside those of the bare base
     models; neither is a candidate itself.
     """
-    seen = Seen()
+    seen = Seen(last=max((night for one in series for night in one.nights), default=0))
     for one in series:
         if watched.kind(one.metric) in ("counted", "peak"):
             seen.compared += len(one.nights) > 1
@@ -162,7 +162,7 @@ def _timed(family: str, judged: Sequence[Series], guards: Sequence[Series], seen
         own = [nights[i] for i in there]
         found = _steps(one, own, row, shared)
         seen.changes += found
-        if own[-1] == nights[-1]:
+        if own[-1] == seen.last:
             since = own.index(found[-1].nights[1]) if found else 0
             seen.changes += _suspicion(one, own, row, shared, since)
     _anchor(Series(EVERY, family, on, nights, [], []), common, _logs(guards, nights), seen)
@@ -183,7 +183,7 @@ def _anchor(one: Series, common: Array, guards: Array, seen: Seen) -> None:
     apart = common - quiet
     own = _steps(one, [one.nights[i] for i in np.flatnonzero(both)], apart[both], 0.0)
     seen.changes += [_noted(move, "all series but the sentinels") for move in own]
-    seen.machine += [move for move in moves if all(abs(move.nights[1] - o.nights[1]) > _NEAR for o in own)]
+    seen.machine += [move for move in moves if all(abs(move.nights[1] - o.nights[1]) > NEAR for o in own)]
 
 
 def _steps(one: Series, nights: Sequence[int], logs: Array, shared: float) -> list[Change]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from harness import store
 from harness.analysis import watched
@@ -19,6 +19,8 @@ from harness.history import files
 from harness.history.files import Line
 
 EVERY = "*"
+NEAR = 2
+"""A change of level is known to about so many nights; a decision holds for a change up to so many away."""
 Verdict = Literal["regressed", "improved", "refuted"]
 
 
@@ -35,15 +37,18 @@ def reset(folder: Path, cell: str, metric: str, night: str, reason: str, author:
 
 def confirm(
     folder: Path, cell: str, metric: str, night: str, verdict: Verdict, evidence: str, author: str | None,
-    revisions: Sequence[str] = (),
+    revisions: Sequence[str] = (), seen: Mapping[str, Any] | None = None,
 ) -> Line:  # fmt: skip
     """Write down what pairs of runs said of a candidate; return the line.
 
-    revisions: the two that were compared, where that is known. Other arguments and errors as for `reset`.
+    revisions: the two that were compared, where that is known. seen: what made one try it: `old_night`, `place`, `before`
+    and `after`. Other arguments and errors as for `reset`.
     """
     line = _line(folder, cell, metric, night, evidence, author) | {"verdict": verdict}
     if revisions:
         line["revisions"] = list(revisions)
+    if seen:
+        line["seen"] = dict(seen)
     _append(folder, files.CONFIRMATIONS, line)
     return line
 

@@ -17,13 +17,12 @@ from harness.errors import Exit
 from harness.history import changes, decisions, files, lost
 from harness.history.between import between
 from harness.history.changes import Change, Seen
+from harness.history.confirmed import standing
+from harness.history.decisions import NEAR
 from harness.history.files import History, Line
 from harness.history.names import named, picked
 from harness.history.series import Series, series
 from harness.last_words import say
-
-_NEAR = 2
-"""A decision holds for a change up to so many nights away: as nights are added, the best place of a change may move."""
 
 
 def detect(
@@ -52,6 +51,7 @@ def document(
     seen = changes.changes(known, _quantization(history), guards)
     names = named(history)
     told = [change for change in seen.changes if only is None or change.cell in only]
+    told += [one for one in standing(history, seen.changes) if only is None or one.cell in only]
     judged = [_candidate(history, change, names) for change in sorted(told, key=_order)]
     # A suspicion that pairs confirmed stands as any change does; one that they refuted was none.
     candidates = [one for one in judged if one["standing"] not in ("suspect", "unfounded")]
@@ -120,12 +120,14 @@ def _plain(history: History, change: Change, names: Mapping[str, str]) -> dict[s
 
 def _candidate(history: History, change: Change, names: Mapping[str, str]) -> dict[str, Any]:
     lies = between(history, change)
-    said = _confirmation(history, change, lies.revisions)
-    standing = "counted" if change.sure else "suspect" if change.young else "candidate"
-    if said is not None:
-        refuted = "unfounded" if change.young else "refuted"
-        standing = refuted if said.get("verdict") == "refuted" else "confirmed"
-    return _plain(history, change, names) | {"standing": standing, "confirmation": said, "between": asdict(lies)}
+    said = _confirmation(history, change, lies.paired)
+    told = _plain(history, change, names)
+    word = "counted" if change.sure else "suspect" if change.young else "candidate"
+    if said is not None and said["verdict"] == "refuted":
+        word = "unfounded" if change.young else "refuted"
+    elif said is not None:
+        word, told["worse"] = "confirmed", said["verdict"] == "regressed"  # whatever the nights look like
+    return told | {"standing": word, "confirmation": said, "between": asdict(lies)}
 
 
 def _confirmation(history: History, change: Change, revisions: tuple[str, str]) -> Line | None:
@@ -143,7 +145,7 @@ def _confirmation(history: History, change: Change, revisions: tuple[str, str]) 
         and (line["verdict"] != "refuted" or line.get("revisions", list(revisions))[1:] == [revisions[1]])
         and decisions.concerns(line, change.cell, change.metric)
     ]
-    near = [(apart, made, line) for apart, made, line in about if -apart <= _NEAR]
+    near = [(apart, made, line) for apart, made, line in about if -apart <= NEAR]
     return max(near, key=lambda one: one[:2])[2] if near else None
 
 

@@ -10,19 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from harness import store
+from harness.analysis import watched
 from harness.analysis.paired import Finding
 from harness.analysis.watched import STEP
 from harness.errors import Exit, HarnessError
 from harness.gate import pair_command
 from harness.history import decisions, files
-from harness.history.decisions import Verdict
+from harness.history.decisions import EVERY, Verdict
 from harness.history.detect import document
 from harness.history.names import picked
 from harness.last_words import say
-
-_VERDICTS: Mapping[str, Verdict] = {
-    Finding.SLOWER: "regressed", Finding.FASTER: "improved", Finding.SAME: "refuted",
-}  # fmt: skip
 
 
 def settle(folder: Path, cell: str | None, most: int, author: str | None, out: Path | None) -> Exit:
@@ -31,11 +28,12 @@ def settle(folder: Path, cell: str | None, most: int, author: str | None, out: P
     history = files.read(folder)
     found = document(history, only=picked(history, cell) if cell else None)
     open_ = [c for c in (*found["suspects"], *found["candidates"]) if _is_open(c)]
-    mine = sorted((c for c in open_ if c["metric"] == STEP and c["between"]["confirm"]), key=_by_size)
+    mine = sorted((c for c in open_ if _by_pairs(c)), key=_by_size)
     runs = out or store.RUNS / f"{store.now().replace(':', '').replace('-', '')}-settle-{secrets.token_hex(3)}"
     codes: list[Exit] = []
     for number, one in enumerate(mine[:most]):
-        code, cut = _tried(folder, one, author, runs / str(number))
+        where = next(night.places[one["place"]] for night in history.nights if one["place"] in night.places)
+        code, cut = _tried(folder, one, where, author, runs / str(number))
         codes.append(code)
         if cut:
             break
@@ -50,11 +48,16 @@ def _is_open(c: Mapping[str, Any]) -> bool:
     return c["settled"] is None and c["standing"] in ("suspect", "candidate")
 
 
+def _by_pairs(c: Mapping[str, Any]) -> bool:
+    """Say whether pairs settle it: the step time of one Cell. What all Cells have in common no Cell can speak for."""
+    return c["metric"] == STEP and c["cell"] != EVERY and bool(c["between"]["confirm"])
+
+
 def _by_size(c: Mapping[str, Any]) -> float:
     return -abs(float(c["change"]))
 
 
-def _tried(folder: Path, c: Mapping[str, Any], author: str, out: Path) -> tuple[Exit, bool]:
+def _tried(folder: Path, c: Mapping[str, Any], where: Mapping[str, str], author: str, out: Path) -> tuple[Exit, bool]:
     """Run the pairs of one change, and write the verdict down if they give one; say whether somebody cut them short."""
     try:
         told = _pairs(c["between"]["confirm"], out)
@@ -62,18 +65,42 @@ def _tried(folder: Path, c: Mapping[str, Any], author: str, out: Path) -> tuple[
         say(f"{c['name']}: not tried: {error}")
         return Exit.INFRASTRUCTURE, False
     timed = told["cells"][0]["verdict"] if told["cells"] else None
-    said = timed["sentence"] if timed else told["verdict"]["reason"]
-    verdict = _VERDICTS.get(timed["word"]) if timed and not told["closed"] else None
+    said, verdict = timed["sentence"] if timed else told["verdict"]["reason"], None
+    if timed and told["closed"]:
+        said = told["canaries"]
+    elif timed and (elsewhere := _elsewhere(where, out)):
+        said = f"the pairs ran at another place than the night ({'; '.join(elsewhere)}): {said}"
+    elif timed:
+        verdict = _verdict(timed["word"], c["worse"])
+    if verdict == "refuted" and (libraries := c["between"]["libraries"]):
+        verdict, said = None, f"the code alone is not it, and since then {', '.join(libraries)}: {said}"
     if verdict is None:
-        why = told["canaries"] if told["closed"] else said
-        say(f"{c['name']}: still open: {why}")
+        say(f"{c['name']}: still open: {said}")
         return (Exit.INFRASTRUCTURE if told["cut"] or not timed else Exit.INCONCLUSIVE), bool(told["cut"])
+    seen = {"old_night": c["between"]["old_night"], **{name: c[name] for name in ("place", "before", "after")}}
     line = decisions.confirm(
         folder, c["cell"], c["metric"], c["night"], verdict, f"{said}; seed {told['seed']}", author,
-        c["between"]["revisions"],
+        c["between"]["paired"], seen,
     )  # fmt: skip
     say(f"{c['name']}: {verdict} from {c['night']} on: {line['reason']}")
     return Exit.PASS, bool(told["cut"])
+
+
+def _verdict(word: str, worse: bool) -> Verdict | None:
+    """Return what pairs say of a change; that it went the other way refutes one for the worse."""
+    if word == Finding.SLOWER:
+        return "regressed"
+    if word == Finding.FASTER:
+        return "refuted" if worse else "improved"
+    return "refuted" if word == Finding.SAME else None
+
+
+def _elsewhere(where: Mapping[str, str], runs: Path) -> list[str]:
+    """List what the place of the process runs in a folder has otherwise, but for Cells that ran beside others."""
+    folders = [run for run in sorted(runs.iterdir()) if (run / "run.json").is_file()]
+    here = [watched.place(record) for run in folders for record in store.read_run(run).records]
+    moved = [watched.moved(where, one | {k: v for k, v in where.items() if k == watched.BESIDE}) for one in here]
+    return sorted({what for of_run in moved for what in of_run})
 
 
 def _pairs(command: str, out: Path) -> dict[str, Any]:
@@ -81,6 +108,8 @@ def _pairs(command: str, out: Path) -> dict[str, Any]:
     words = iter(shlex.split(command)[3:])  # peft-harness gate --pairs OLD NEW --option value ...
     old, new = next(words), next(words)
     options: dict[str, Any] = {name.removeprefix("--"): next(words) for name in words}
+    if "cores" in options:
+        options["cores"] = int(options["cores"])
     pair_command.gate(pair_command.Asked(old, new, out=out, canary=False, **options), as_json=False)
     found: dict[str, Any] = json.loads((out / pair_command.DOCUMENT).read_text(encoding="utf-8"))
     return found
@@ -92,4 +121,8 @@ def _left(open_: Sequence[Any], mine: Sequence[Any], tried: int) -> Iterator[str
         yield f"{c['name']}: not tried, {100 * c['change']:+.1f} %: `{c['between']['confirm']}`"
     for c in open_:
         if c not in mine:
-            yield f"{c['name']}: {c['metric']}: not by pairs: {c['between']['because'] or 'they do not judge it'}"
+            b = c["between"]
+            by_hand = (
+                f"only step times of single Cells are tried here: `{b['confirm']}`" if b["confirm"] else b["because"]
+            )
+            yield f"{c['name']}: {c['metric']}: not tried: {by_hand}"

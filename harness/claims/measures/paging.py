@@ -51,16 +51,6 @@ def paging_survives_a_spike(
     return Found(fits and run.out > 0 and run.same, how)
 
 
-@measure("property")
-def paging_moves_nothing_that_fits(
-    matrices: Positive = 6, rows: Positive = 400, columns: Positive = 300, steps: Positive = 5
-) -> Found:
-    """Whether a paged AdamW moves no state at all while the device holds what the batch takes beside them."""
-    run = _train(0.0, matrices, rows, columns, steps)
-    how = f"{run.out + run.back:,} B moved in {steps} steps, of {run.states:,} B of states on a device that holds them"
-    return Found(run.out + run.back == 0 and run.same, how)
-
-
 def _train(spike: float, matrices: int, rows: int, columns: int, steps: int) -> _Run:
     import torch
 

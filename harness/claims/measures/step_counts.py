@@ -43,8 +43,9 @@ def training_operations(
 def time_more_by_operations(of: Count, than: Count) -> Found:
     """By which share `of` takes longer than `than` by the law that time grows with operations, for numbers of these.
 
-    From nothing, if time is spent on what both do alike, to what it is if products of matrices are all: any of these is
-    possible, and none is measured.
+    From nothing, if time is spent on what both do alike, to what it is if products of matrices are all: what these alone
+    would explain. It is no bound, since an optimizer's step, norms, dequantisation and what cards tell each other are not in
+    it; and no time is measured.
     """
     more = of / than - 1
     ends = sorted((Fraction(0), more))

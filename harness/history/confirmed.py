@@ -1,0 +1,31 @@
+"""What pairs confirmed stands until somebody resets it, whether or not the nights show it by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from harness.history import decisions
+from harness.history.changes import Change
+from harness.history.decisions import NEAR
+from harness.history.files import History
+
+
+def standing(history: History, found: Sequence[Change]) -> Iterator[Change]:
+    """Yield the slow-downs that `history settle` wrote down and that no change of `found` is.
+
+    Such are one or two nights old, so that they are no level yet; or the next nights were not as slow.
+    """
+    index = {night.night: i for i, night in enumerate(history.nights)}
+    for line in history.confirmations:
+        seen = line.get("seen")
+        if line.get("verdict") != "regressed" or not isinstance(seen, dict) or line["night"] not in index:
+            continue
+        if decisions.start(history.resets, line["cell"], line["metric"]) > seen["old_night"]:
+            continue
+        at = index[line["night"]]
+        told = [c for c in found if decisions.concerns(line, c.cell, c.metric) and abs(c.nights[1] - at) <= NEAR]
+        if not told and seen["old_night"] in index:
+            yield Change(
+                line["cell"], line["metric"], seen["place"], (index[seen["old_night"]], at), seen["before"], seen["after"],
+                worse=True, young=True, note="it stands until `peft-harness history reset`",
+            )  # fmt: skip
