@@ -17,6 +17,7 @@ import recorded_run as recorded
 from conftest import Bench
 
 from harness import suites
+from harness.analysis import naming
 from harness.analysis.baseline_costs import ALLOCATED, COUNTED_PEAK, PEAK
 from harness.analysis.baseline_rows import COUNTED_PEAK_B, Row
 from harness.analysis.canaries import Canaries
@@ -421,9 +422,13 @@ def test_revisions_of_a_guests_own_repository_are_what_runs(
         (top / "kernels" / "src" / "misbehaving.py").write_text(_GUEST.format(number))
         _git(top, "add", ".")
         _git(top, "commit", "-qm", number)
-    suite = Path(bench.suite("{implementation: raises}"))
+    suite = Path(bench.suite("{implementation: raises}", "{implementation: reference}"))
     plan = expand(suites.load(suite))
     with arms.opened("HEAD~1", arms.HERE, plan, top / "kernels") as sides:
+        assert [pair.old for pair in arms.pairs(plan, naming.full(plan.cells), sides)] == [plan.cells[0]]
+        ours = expand(suites.load("sentinels"))
+        with pytest.raises(UsageError, match="no Cell of this suite is computed by misbehaving"):
+            arms.pairs(ours, naming.full(ours.cells), sides)
         said = [arms.run(arm, suite, plan.cells[0], tmp_path / str(i)).because for i, arm in enumerate(sides)]
     assert ["revision one" in said[0], "revision two" in said[1]] == [True, True], said
     strange = pytest.raises(HarnessError, match=r"holds no package of an installed plug-in; .*misbehaving from ")

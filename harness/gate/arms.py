@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness import resources, store
@@ -17,6 +17,7 @@ from harness.expand import Plan
 from harness.gate import guests
 from harness.measure import environment
 from harness.records import Cell, Record
+from harness.registry import discover
 from harness.spelling import near
 
 _PATIENCE_S = 15.0
@@ -30,12 +31,14 @@ class Arm:
     """One side. said: what it is, for sentences. code: what its processes have first on Python's path: a folder with another
     `harness`, or with a plug-in's package; None: nothing, so that all is as installed.
 
-    implementation: whose Cells it runs, where the sides are implementations; else every Cell as it is.
+    implementation: whose Cells it runs, where the sides are implementations; else every Cell as it is. packages: of a
+    plug-in, whose Cells alone it runs, where the sides are revisions of its repository.
     """
 
     said: str
     code: Path | None = None
     implementation: str | None = None
+    packages: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,9 @@ def opened(old: str, new: str, plan: Plan, repo: Path | None = None) -> Iterator
     if repo is not None:
         guest = guests.find(repo)
         with _revisions(guest.top, (old, new), ()) as found:
-            first, second = (Arm(said, guest.code(tree)) for said, tree in found)
-            for arm in (first, second):
-                guests.refuse_others(arm.said, arm.code or guest.top, _variables(arm))
+            sides = [Arm(said, guest.code(tree)) for said, tree in found]
+            theirs = [guests.packages(arm.said, arm.code or guest.top, _variables(arm)) for arm in sides]
+            first, second = (replace(arm, packages=theirs[0] & theirs[1]) for arm in sides)
             yield first, second
         return
     known = sorted({cell.implementation for cell in plan.cells})
@@ -109,6 +112,16 @@ def pairs(plan: Plan, names: dict[str, str], arms: tuple[Arm, Arm]) -> list[Pair
     names: by cell_id. Raises UsageError where nothing matches.
     """
     old, new = (arm.implementation for arm in arms)
+    if (packages := arms[0].packages) is not None:
+        registry = discover()
+        mine = [cell for cell in plan.cells if guests.uses(cell, registry, packages)]
+        if not mine:
+            raise UsageError(
+                f"no Cell of this suite is computed by {', '.join(sorted(packages))}",
+                where="--repo",
+                mend="name a suite by --suite whose Cells have `implementation:` of that package",
+            )
+        return [Pair(names[cell.cell_id], cell, cell) for cell in mine]
     if old is None or new is None:
         return [Pair(names[cell.cell_id], cell, cell) for cell in plan.cells]
     found = {(_but(cell), cell.implementation): cell for cell in plan.cells}

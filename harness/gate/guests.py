@@ -1,4 +1,7 @@
-"""Revisions of somebody else's repository: where its packages lie, and whether they are what runs."""
+"""Revisions of somebody else's repository: where its packages lie, whether they are what runs, and which Cells run them.
+
+Python code, that is: of what is compiled, and of packages beside the plug-in's own, each side must find its build by itself.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import HarnessError, UsageError
-from harness.registry import GROUP
+from harness.records import Cell
+from harness.registry import GROUP, Registry, doors
 
 _PROBE = """
 import json, sys
@@ -55,10 +59,11 @@ def find(folder: Path) -> Guest:
     return Guest(top, folder.resolve().relative_to(top))
 
 
-def refuse_others(said: str, code: Path, variables: Mapping[str, str]) -> None:
-    """Raise HarnessError unless a plug-in's package is imported from `code`: else both sides would run the installed one.
+def packages(said: str, code: Path, variables: Mapping[str, str]) -> frozenset[str]:
+    """Return the packages of plug-ins that are imported from `code`.
 
-    said: the side, for the sentence; variables: of the processes that will run it.
+    said: the side, for the sentence; variables: of the processes that will run it. Raises HarnessError where there is none:
+    both sides would run what is installed.
     """
     done = subprocess.run(
         [sys.executable, "-P", "-c", _PROBE, GROUP], env=dict(variables), capture_output=True, text=True, check=False,
@@ -66,11 +71,27 @@ def refuse_others(said: str, code: Path, variables: Mapping[str, str]) -> None:
     )  # fmt: skip
     found: dict[str, list[str]] = json.loads(done.stdout) if done.returncode == 0 else {}
     places = {package: where for package, where in found.items() if package != "harness"}
-    if any(Path(one).resolve().is_relative_to(code.resolve()) for where in places.values() for one in where):
-        return
+    top = code.resolve()
+    mine = {
+        name
+        for name, where in places.items()
+        if where and all(Path(one).resolve().is_relative_to(top) for one in where)
+    }
+    if mine:
+        return frozenset(mine)
     others = ", ".join(f"{package} from {where[0] if where else 'nowhere'}" for package, where in places.items())
     raise HarnessError(
         f"{said} holds no package of an installed plug-in; imported would be: {others or 'none'}",
         where=f"--repo, {code}",
         mend=f"name the folder that holds the package, and install its entry point (`{GROUP}`), e.g. by `pip install -e`",
+    )
+
+
+def uses(cell: Cell, registry: Registry, of: frozenset[str]) -> bool:
+    """Say whether a Cell's Method or base is an implementation of these packages."""
+    asked = [("method", cell.method, cell.implementation), ("base", cell.base.quantization, cell.base.implementation)]
+    points = {(i.kind, i.target, i.name): i.point for i in registry.implementations}
+    there = doors()
+    return any(
+        points[key] in there and there[points[key]].module.partition(".")[0] in of for key in asked if key in points
     )
