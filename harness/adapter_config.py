@@ -39,6 +39,7 @@ _REFUSED_STARTS = {
     "corda": "it wants to see texts first (peft's `preprocess_corda`)",
     "eva": "it wants to see texts first (peft's `initialize_lora_eva_weights`)",
     "lora_ga": "it wants to see gradients first (peft's `preprocess_loraga`)",
+    "pissa_niter": "its fast SVD draws anew when peft loads the adapter, over another residual; write `pissa`",
 }
 """Values of LoRA's `init_lora_weights`. peft itself would train without a word what is no EVA and no LoRA-GA."""
 _VIRTUAL = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE")
@@ -116,6 +117,7 @@ class AdapterConfigField(FieldInfo):
         if refused := [key for key in _REFUSED_KEYS if value.get(key)]:
             return f"has {refused[0]}, which is not offered: {_REFUSED_KEYS[refused[0]]}"
         start = str(value.get("init_lora_weights")).lower()
+        start = "pissa_niter" if start.startswith("pissa_niter") else start
         if start in _REFUSED_STARTS:
             return f"has init_lora_weights {start}, which is not offered: {_REFUSED_STARTS[start]}"
         if kind in _VIRTUAL and not virtual_tokens({KEY: value}):

@@ -97,7 +97,8 @@ def _expected(row: Mapping[str, Any]) -> str:
         return "no prediction" if row["not_predicted"] else ""
     passing = parts["activations_B"]
     with_what = "" if passing is None else f", activations {mebibytes(passing + (parts['logits_B'] or 0))}"
-    peak = f", in a step at most {mebibytes(parts['peak_B'])}" if parts["peak_B"] is not None else ""
+    by = f" by {parts['peak_by']}" if parts["peak_by"] else ""
+    peak = f", in a step at most {mebibytes(parts['peak_B'])}{by}" if parts["peak_B"] is not None else ""
     step = f", the optimizer's step {mebibytes(parts['step_B'])}" if parts["step_B"] else ""
     host = f", {mebibytes(parts['optimizer_host_B'])} on the host" if parts["optimizer_host_B"] else ""
     return f"{mebibytes(parts['total_B'])} MiB: weights {mebibytes(parts['weights_B'])}{with_what}{step}{host}{peak}"

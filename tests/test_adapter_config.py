@@ -245,6 +245,7 @@ def without(key: str) -> dict[str, Any]:
             "has init_lora_weights eva, which is not offered: it wants to see texts",
         ),
         ({**LORA, "init_lora_weights": "lora_ga"}, "not offered: it wants to see gradients first"),
+        ({**LORA, "init_lora_weights": "pissa_niter_4"}, "pissa_niter, which is not offered: its fast SVD draws anew"),
         ({**IA3, "task_type": "TOKEN_CLS"}, "has task_type TOKEN_CLS; the harness has models for CAUSAL_LM, SEQ_CLS"),
         ({**IA3, "task_type": "SEQ_CLS"}, "has task_type SEQ_CLS, and the model is of the kind `causal`"),
         ({**IA3, "modules_to_save": ["embed_tokens"]}, "has modules_to_save embed_tokens"),

@@ -16,7 +16,7 @@ from harness.adapter_config import KEY, AdapterConfigField, peft_types
 from harness.conformance import gate
 from harness.conformance.observe import inference
 from harness.conformance.subject import Original, Subject, configure
-from harness.errors import Exit, Unsupported, UsageError
+from harness.errors import Exit, ImplementationError, Unsupported, UsageError
 from harness.evaluation.generation import generate
 from harness.implementations.hf_peft import any_config
 from harness.implementations.hf_peft.any_config import any_method
@@ -123,7 +123,20 @@ def test_encoders_read_virtual_tokens_too(kind: str, tmp_path: Path) -> None:
     assert set(trained(subject)) == set(subject.adapted.tensors())
 
 
+def test_an_adapter_of_the_head_is_loaded_as_it_was() -> None:
+    keys = {"peft_type": "LORA", "r": 4, "target_modules": ["lm_head", "q_proj"]}
+    _, results = attached(keys, llama())
+    assert failed(results) == []
+
+
 # ---- virtual tokens
+
+
+def test_a_prompt_of_another_models_width_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ImplementationError, match="peft refuses this adapter_config"):
+        any_method(
+            llama(), configure("peft", {KEY: saved("PROMPT_TUNING", tmp_path) | {"token_dim": 24}}), torch.Generator()
+        )
 
 
 class Words:

@@ -60,6 +60,14 @@ def row(found: dict[str, Any], method: str, base: str = "none") -> dict[str, Any
 
 
 @pytest.mark.usefixtures("counted")
+def test_an_optimizer_that_a_method_cannot_have_is_not_answered_for_another(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--memory", "80GB", "--method", "galore", "--optimizer", "paged-adamw")
+    (galore,) = document(capsys, *words)["rows"]
+    assert galore["because"] == "it steps by its own optimizer: adamw or adamw-8bit"
+    assert galore["ledger"] is None
+
+
+@pytest.mark.usefixtures("counted")
 def test_each_row_is_the_largest_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     found = document(capsys, "--memory", "24GiB")
     fits = [one for one in found["rows"] if one["ledger"] and not one["because"]]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from conftest import Bench, eventually
 from report_page import row
 
 from harness import planning, suites
+from harness.assets import process
 from harness.expand import expand
 from harness.footprint import cells
 from harness.records import Evaluation, Predicted, Record
@@ -213,3 +216,27 @@ def test_who_counts_ends_with_a_command_that_is_killed(bench: Bench) -> None:
     planned.kill()
     planned.communicate()
     eventually(lambda: not any(c.is_running() and c.status() != "zombie" for c in found), "nobody counts any more")
+
+
+def test_steps_that_take_too_long_take_no_formula_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child is ended while it takes the first step; the counts of models were there before."""
+    monkeypatch.setattr(cells, "_TIMEOUT_S", 60.0)
+    tied = process.tied
+
+    @contextlib.contextmanager
+    def ended(*words: Any) -> Iterator[Any]:
+        with tied(*words) as child:
+            eventually(lambda: "{" in child.said, "the models are counted")
+            wait = child.process.wait
+            brief = {60.0: 0.01}
+            monkeypatch.setattr(child.process, "wait", lambda limit=None: wait(brief.get(limit, limit)))
+            yield child
+
+    monkeypatch.setattr(process, "tied", ended)
+    suite = suites.load("headline-gpu")
+    plan = expand(suite)
+    lora = tuple(cell for cell in plan.cells if plan.ids[cell.cell_id] == "lora-7b")
+    (found,) = planning.predictions(suite, dataclasses.replace(plan, cells=lora)).values()
+    assert isinstance(found, Predicted)
+    assert found.weights_B > 7e9
+    assert (found.peak_B, found.no_peak) == (None, "the steps before it took 60 s")

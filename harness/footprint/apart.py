@@ -19,13 +19,14 @@ from typing import Any
 import torch
 
 from harness.adapter_config import UNREFERENCED
+from harness.errors import HarnessError
 from harness.footprint import dry_step
 from harness.records import Cell
 from harness.training.batches import Batch
 
 TIMEOUT_S = 30.0
-_ERRORS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
-           ValueError)  # fmt: skip
+_ERRORS = (HarnessError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError,
+           TypeError, ValueError)  # fmt: skip
 """What programs raise that cannot do without data; a prediction is never worth a Cell."""
 
 

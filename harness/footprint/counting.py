@@ -230,6 +230,7 @@ if __name__ == "__main__":
         from harness.footprint import apart  # which counts by this module
 
         several = json.loads(Path(sys.argv[2][1:]).read_bytes())
-        print(json.dumps([apart.answer(asked) if "cell" in asked else answer(asked) for asked in several]))
+        for asked in several:
+            print(json.dumps(apart.answer(asked) if "cell" in asked else answer(asked)), flush=True)
     else:
         print(json.dumps(count(**json.loads(sys.argv[2]))))

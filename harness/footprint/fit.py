@@ -185,7 +185,9 @@ def _rows(asked: Asked, counted: Mapping[str, Any], method: str, tokens: int) ->
         yield Row(method, "-", "-", because="nothing of this model trains")
         return
     own = list(of_ranks[0]["optimizer"])
-    wanted = [name for name in asked.optimizers if name in own] or own[:1]
+    wanted = own if choices.OWN in own else [name for name in asked.optimizers if name in own]
+    if not wanted:
+        yield Row(method, "-", "-", because=f"it steps by its own optimizer: {' or '.join(own)}")
     bases = [base for base in of_ranks[0]["weights"] if base in (*asked.bases, choices.OWN)]
     if not bases:
         yield Row(method, "-", "-", because="it trains the weights themselves, which a packed base does not let it")

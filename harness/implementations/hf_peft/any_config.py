@@ -49,7 +49,9 @@ def any_method(model: Any, config: Any, generator: Any) -> AnyPeft:
                 _try(model)
             else:
                 around = PeftModel(model, wanted, ADAPTER)  # as get_peft_model, but for a wrapper around the head
-        except (TypeError, ValueError, KeyError, OSError) as error:
+        except (TypeError, ValueError, KeyError, OSError, RuntimeError) as error:
+            if shortage(error):
+                raise
             what = f"peft refuses this adapter_config: {error}"
             raise ImplementationError(
                 what, where=str(keys["peft_type"]), mend="change its keys, or the model"
@@ -173,7 +175,8 @@ class AnyPeft(PeftAdapted):
         from peft import PeftModel
 
         config.task_type = None  # or peft would wrap a classifier's head
-        PeftModel.from_pretrained(base, folder, adapter_name=ADAPTER, config=config)
+        # Trainable: of weights that need no gradient torch may take other products, which differ in their last digits.
+        PeftModel.from_pretrained(base, folder, adapter_name=ADAPTER, config=config, is_trainable=True)
         _tell_tasks(base)
 
 
