@@ -110,7 +110,7 @@ def test_random_data_of_another_batch_or_length_have_another_name() -> None:
     def named(**change: int) -> str:
         training = Training(steps=2, batch=2, max_tokens=8).model_copy(update=change)
         model = SimpleNamespace(config=SimpleNamespace(vocab_size=50), named_modules=lambda: [])
-        cell = SimpleNamespace(training=training, seed=0, model="m")
+        cell = SimpleNamespace(training=training, seed=0, model="m", config={})
         source = SimpleNamespace(kind="causal")
         work: Any = SimpleNamespace(cell=cell, device="cpu", model=SimpleNamespace(source=source))
         loaded: Any = SimpleNamespace(model=model)

@@ -20,8 +20,6 @@ _UNSET = {_aten.empty, _aten.empty_strided}
 _FILLED = {_aten.zeros, _aten.ones, _aten.full, _aten.rand, _aten.randn}
 _REAL_B = 2**24
 """Bytes up to which what follows from no weight (masks, positions) is computed: programs branch on it."""
-_ENGINE_REFS = 4
-"""References to a gradient while autograd adds to it (`_adds_in_place`); an operand in somebody's code has one more."""
 
 
 class Live(TorchDispatchMode):
@@ -39,7 +37,7 @@ class Live(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake, self._engine_refs = FakeTensorMode(allow_non_fake_inputs=True), _engine_refs()
         self.now, self.stage, self.attaching = 0, "", True
         self.most: dict[str, int] = defaultdict(int)
         self._seen: dict[int, weakref.ref[Any]] = {}
@@ -56,7 +54,9 @@ class Live(TorchDispatchMode):
             return args[0].fake_device
         if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return args[0].dtype == torch.bool or (1.0 if args[0].is_floating_point() else 1)
-        if func is _aten.add.Tensor and _adds_in_place(args[0]):
+        # Autograd adds in the memory of the first gradient if nobody else has that; but out of place to subclasses, as
+        # tensors without data are, to be right for any of them.
+        if func is _aten.add.Tensor and _in_backward(args[0]) and _references(args[0]) <= self._engine_refs:
             return args[0].add_(args[1])
         made = self._made(func, args, kwargs)
         for leaf in tree_leaves(made):
@@ -92,12 +92,38 @@ class Live(TorchDispatchMode):
         return gone
 
 
-def _adds_in_place(old: Any) -> bool:
-    """Say whether autograd adds here, which it does in the memory of the first gradient if nobody else has that.
+class _Watch(TorchDispatchMode):
+    """Keeps how many references a gradient has while autograd adds to it."""
 
-    To subclasses, as tensors without data are, it adds out of place, to be right for any of them.
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _aten.add.Tensor and _in_backward(args[0]):
+            self.seen.append(_references(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+def _engine_refs() -> int:
+    """Return how many references a gradient has while autograd alone has it and adds to it.
+
+    Looked at each time, for it depends on what else goes on in the process. An operand in somebody's code has one more.
     """
-    if torch._C._current_graph_task_id() == -1 or not isinstance(old, FakeTensor):
-        return False
+    watch = _Watch()
+    with FakeTensorMode():
+        x = torch.empty(1, requires_grad=True)
+        with watch:
+            y = x * 2
+            ((y * 3).sum() + (y * 4).sum()).backward()
+    return max(watch.seen)
+
+
+def _in_backward(old: Any) -> bool:
+    return torch._C._current_graph_task_id() != -1 and isinstance(old, FakeTensor)
+
+
+def _references(old: Tensor) -> int:
+    """Count the references to a tensor; without end where another tensor has its memory too."""
     alone = torch._C._storage_Use_Count(old.untyped_storage()._cdata) == 2  # one of them is this call's
-    return alone and sys.getrefcount(old) <= _ENGINE_REFS
+    return sys.getrefcount(old) if alone else sys.maxsize
