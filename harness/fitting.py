@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.adapter_config import virtual_tokens
-from harness.assets import fetch, model_folder, process, structure
+from harness.assets import fetch, model_folder, process
 from harness.assets.table import resolve
 from harness.errors import Problem, SuiteError
 from harness.methods import TARGET_WORDS
@@ -134,7 +134,7 @@ def _looked_for(asked: tuple[tuple[Path, str, tuple[str, ...]], ...]) -> list[di
         with process.python(words, {"HF_HUB_OFFLINE": "1"}) as child, late:
             child.process.wait(_TIMEOUT_S * len(left))
         said = [
-            line.removeprefix(structure.ANSWER) for line in child.said.splitlines() if line.startswith(structure.ANSWER)
+            line.removeprefix(process.ANSWER) for line in child.said.splitlines() if line.startswith(process.ANSWER)
         ]
         found += [json.loads(line) for line in said]
         if len(said) < len(left):

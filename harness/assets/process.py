@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO
 
+ANSWER = "answer: "
+"""Begins the lines in which a module of ours answers, between what libraries say."""
 _KEPT_LINES = 1000
 
 

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.assets import process
+
 if TYPE_CHECKING:
     import torch
 
-ANSWER = "answer: "
 _ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 """What transformers raises for a config that it cannot build."""
 
@@ -67,4 +68,4 @@ def _answer(folder: str, kind: str, names: Sequence[str]) -> dict[str, str]:
 
 if __name__ == "__main__":
     for one in json.loads(sys.argv[1]):
-        print(ANSWER + json.dumps(_answer(*one)), flush=True)
+        print(process.ANSWER + json.dumps(_answer(*one)), flush=True)
