@@ -177,3 +177,11 @@ def test_what_cannot_be_had_is_said() -> None:
     assert predicted(cell(training={"steps": 0}), LLAMA) == {}
     odd = predicted(cell(config={"rank": 8, "targets": ["nothing"]}), LLAMA)
     assert odd["no_peak"].startswith("a step cannot be taken without data: ValueError: no linear")
+
+
+def test_what_takes_too_long_is_told_by_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another's code may take several times the memory of code that goes piece by piece."""
+    monkeypatch.setattr(apart, "TIMEOUT_S", 0.0)
+    found = predicted(cell("lora", "fused"), LLAMA)
+    assert found.keys() == {"no_peak"}
+    assert "took more than" in found["no_peak"]
