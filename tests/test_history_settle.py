@@ -142,7 +142,9 @@ def test_pairs_that_say_faster_refute_a_slow_down(
     folder = history(tmp_path)
     paired("faster")
     assert settle(folder) == Exit.PASS
-    assert detect(folder, capsys, "--strict")[0] == Exit.PASS
+    assert [line["verdict"] for line in written(folder)] == ["refuted"]
+    code, found = detect(folder, capsys, "--strict")
+    assert (code, found["candidates"], found["suspects"]) == (Exit.PASS, [], [])
 
 
 def test_pairs_that_say_slower_make_a_speed_up_a_regression(
