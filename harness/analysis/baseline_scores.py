@@ -114,12 +114,12 @@ def _scored(record: Record) -> Accuracy | None:
     return record.measurements.accuracy if record.measurements else None
 
 
-def _answers(a: Accuracy) -> list[tuple[str, int]]:
-    return sorted((i.id, i.correct) for i in a.items)
+def _answers(a: Accuracy) -> dict[str, int]:
+    return {i.id: i.correct for i in a.items}
 
 
 def _table(left: Accuracy, right: Accuracy) -> tuple[int, int, int, int]:
     """Count the items that both, only `left`, only `right` and neither got right; both scored the same ones."""
-    other = {i.id: i.correct for i in right.items}
+    other = _answers(right)
     answers = [(i.correct, other[i.id]) for i in left.items]
     return answers.count((1, 1)), answers.count((1, 0)), answers.count((0, 1)), answers.count((0, 0))
