@@ -25,7 +25,8 @@ from harness.training import model as models
 from harness.training.batches import Example, answer_examples, classification_examples, collate, order
 from harness.training.texts import Prompts, answered_examples, rules
 
-_PROBED = 8
+_PROBED, _PROBED_CAUSAL = 8, 4
+"""Texts of the parity gate: an encoder gives a few numbers for each, a causal model one for every word it knows."""
 
 Emit = Callable[..., None]
 
@@ -71,7 +72,7 @@ class CellData:
                     return answered_examples(some, prompts, make.pair, answers)
                 return answer_examples(some, make.prompt, make.answers, encode, limit)
 
-            side, probe = "left", tokenise(test_rows[:_PROBED])
+            side, probe = "left", tokenise(test_rows[:_PROBED_CAUSAL])
         chosen = order(_Tokenised(train_rows, tokenise), wanted, batch, cell.seed) if wanted else []
         ids = [[example.id for example in group] for group in chosen]
         self.order_sha256 = hashlib.sha256(json.dumps(ids, separators=(",", ":")).encode()).hexdigest()
