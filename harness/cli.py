@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from harness import options
 from harness.claims.command import claims
 from harness.errors import Exit, HarnessError, UsageError
 from harness.gate import verbs as gate_verbs
@@ -22,8 +23,6 @@ from harness.history.command import history
 from harness.last_words import bug, fail, say, silence
 
 _KINDS = ("methods", "implementations", "suites", "models", "tasks", "checks", "claims", "measures")
-_ONLY = "Cells to keep, e.g. `method=lora,rank=8`; see below."
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
 def _finite(_: click.Context, __: click.Parameter, value: float) -> float:
@@ -64,7 +63,7 @@ def verbs() -> None:
 
 @verbs.command("list")
 @click.argument("kinds", nargs=-1, type=click.Choice(_KINDS), metavar=f"[{'|'.join(_KINDS)}]...")
-@_json
+@options.as_json
 def list_(kinds: tuple[str, ...], as_json: bool) -> Exit:
     """List what a suite can name.
 
@@ -77,27 +76,10 @@ def list_(kinds: tuple[str, ...], as_json: bool) -> Exit:
     return Exit.PASS
 
 
-def _only(command: Any) -> Any:
-    """Add `--only` and its grammar, which is documented where it is implemented."""
-    command.help += """
-
-    \b
-    EXPR of --only: terms separated by commas.
-      key=value  id, model, task, method, implementation, base, optimizer,
-                 dtype, seed, lr, accumulate, checkpointing, lr_ratio, compile, layerwise,
-                 or a key of the config
-      word       the start of a cell_id, or a part of an id or name
-    Terms of the same key are alternatives; different keys must all hold:
-    `method=lora,implementation=fused,implementation=hf-peft`.
-    """
-    command.params.append(click.Option(["--only"], metavar="EXPR", help=_ONLY))
-    return command
-
-
-@_only
+@options.only
 @verbs.command()
 @click.argument("suite")
-@_json
+@options.as_json
 def plan(suite: str, only: str | None, as_json: bool) -> Exit:
     """Check a suite and print its Cells.
 
@@ -132,7 +114,7 @@ def plan(suite: str, only: str | None, as_json: bool) -> Exit:
 @click.option("--dtype", default="bfloat16", show_default=True, metavar="D", help="Of weights and adapter.")
 @click.option("--checkpointing", is_flag=True, help="Keep only the inputs of blocks, and compute them again.")
 @click.option("--layerwise", is_flag=True, help="Layer-wise updates, by methods that train the model's own weights.")
-@_json
+@options.as_json
 def fit(
     model: str, memory: str, methods: tuple[str, ...], bases: tuple[str, ...], optimizers: tuple[str, ...],
     targets: tuple[str, ...], ranks: tuple[int, ...], tokens: int | None, dtype: str, checkpointing: bool, layerwise: bool,
@@ -156,7 +138,7 @@ def fit(
     return Exit.PASS
 
 
-@_only
+@options.only
 @verbs.command()
 @click.argument("suite")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Run folder [results/runs/<run>].")
@@ -258,7 +240,7 @@ def export(runs: tuple[str, ...], form: Any, out: Path | None) -> Exit:
 )
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write a page.")
 @click.option("--self-test", is_flag=True, help="Check the checks instead: does each planted fault show?")
-@_json
+@options.as_json
 def check(
     implementations: tuple[str, ...],
     methods: tuple[str, ...],
@@ -315,7 +297,7 @@ def check(
     "--export-pytest-benchmark", "export", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
     help="Write what `pytest-benchmark compare` reads.",
 )  # fmt: skip
-@_json
+@options.as_json
 def bench(
     operations: tuple[str, ...],
     steps: tuple[str, ...],
@@ -341,7 +323,7 @@ def bench(
 
 
 @verbs.command()
-@_json
+@options.as_json
 def doctor(as_json: bool) -> Exit:
     """Say what can run here, and why not."""
     from harness import doctor as doctor_

@@ -94,6 +94,15 @@ def test_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: p
     assert "same-losses: both implementations of LoRA" in printed.out
 
 
+@pytest.mark.parametrize(
+    "words", [["--only", "method=lora", "--only", "dtype=float64"], ["--only", "method=lora,dtype=float64"]]
+)
+def test_only_given_twice_is_one_expression(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "smoke", "--json", *words]) == Exit.PASS
+    planned = [c["cell"] for c in json.loads(capsys.readouterr().out)["cells"]]
+    assert [(c["method"], c["dtype"]) for c in planned] == [("lora", "float64")]
+
+
 def test_plan_json_holds_whole_cells(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "smoke", "--json"]) == Exit.PASS
     document = json.loads(capsys.readouterr().out)

@@ -8,6 +8,7 @@ from typing import get_args
 
 import click
 
+from harness import options
 from harness.claims.claim import Tier
 from harness.errors import Exit, UsageError
 from harness.last_words import say
@@ -30,7 +31,7 @@ from harness.last_words import say
     help="Compute nothing, check nothing: show what --json wrote.",
 )
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write a page.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@options.as_json
 def claims(
     papers: tuple[str, ...], tiers: tuple[Tier, ...], ids: tuple[str, ...], files: tuple[Path, ...],
     runs: tuple[str, ...], jobs: int | None, strict: bool, show: Path | None, html: Path | None, as_json: bool,

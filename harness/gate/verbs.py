@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
+from harness import options
 from harness.errors import Exit
 
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 _file = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -45,7 +45,7 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
     help="Of --pairs: the folder of your own package, whose revisions OLD and NEW are.  [the harness's]",
 )  # fmt: skip
 @click.option("--suite", metavar="SUITE", help="Of --pairs: whose Cells.  [sentinels]")
-@click.option("--only", metavar="EXPR", help="Of --pairs: Cells to keep, as of `run`.")
+@options.cells("--only", "Of --pairs: Cells to keep, as of `run`.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Of --pairs.  [auto]")
 @click.option(
     "--cores", type=click.IntRange(1), metavar="N", help="Of --pairs: both sides get these.  [CPU: 1; GPU: all]"
@@ -54,7 +54,7 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
 @click.option("--seed", type=click.IntRange(0), metavar="S", help="Of --pairs: fixes the order.  [drawn, and told]")
 @click.option("--no-canary", is_flag=True, help="Of --pairs: run no Cell of OLD against itself.")
 @click.option("--strict", is_flag=True, help="Exit with 3 if a question stays open.")
-@_json
+@options.as_json
 def gate(run: str | None, baseline: str | None, pairs: tuple[str, str] | None, strict: bool, **told: Any) -> Exit:
     """Compare a run with a baseline, or two sides by pairs.
 
@@ -147,7 +147,7 @@ def promote(run: str, name: str, reason: str, author: str, replace: bool) -> Exi
 
 
 @baseline.command("list")
-@_json
+@options.as_json
 def list_(as_json: bool) -> Exit:
     """List the baselines there are."""
     from harness.gate import command

@@ -10,16 +10,14 @@ from typing import Any
 
 import click
 
+from harness import options
 from harness.errors import Exit
 
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 _dir = click.option(
     "--dir", "folder", type=click.Path(path_type=Path, file_okay=False), default=Path("results/history"), show_default=True,
     metavar="DIR", help="Where the history is kept.",
 )  # fmt: skip
-_cell = click.option(
-    "--cell", metavar="EXPR", help="Cells, as `--only` of `run` names them, e.g. `method=lora,rank=8`."
-)
+_cell = options.cells("--cell", "Cells, as `--only` of `run` names them, e.g. `method=lora,rank=8`.")
 _author = click.option("--author", metavar="NAME", help="Who decides this.  [git's user]")
 _night = click.option("--night", required=True, metavar="DATE", help="The first night of the new level.")
 
@@ -55,7 +53,7 @@ def add(runs: tuple[str, ...], night: str | None, folder: Path) -> Exit:
 @click.option("--metric", metavar="M", help="Only this metric, e.g. step_s, or `latency_s` for all latencies.")
 @click.option("--nights", "each_night", is_flag=True, help="A line per night.")
 @_dir
-@_json
+@options.as_json
 def show(cell: str | None, metric: str | None, each_night: bool, folder: Path, as_json: bool) -> Exit:
     """Show the series.
 
@@ -69,12 +67,10 @@ def show(cell: str | None, metric: str | None, each_night: bool, folder: Path, a
 
 @history.command()
 @_cell
-@click.option(
-    "--sentinel", metavar="EXPR", help="Cells that nobody changes: they tell the machine from what is under test."
-)
+@options.cells("--sentinel", "Cells that nobody changes: they tell the machine from what is under test.")
 @click.option("--strict", is_flag=True, help="Exit with 3 if a change is not confirmed.")
 @_dir
-@_json
+@options.as_json
 def detect(cell: str | None, sentinel: str | None, strict: bool, folder: Path, as_json: bool) -> Exit:
     """Find changes of level.
 
