@@ -44,9 +44,11 @@ _REFUSED_STARTS = {
 """Values of LoRA's `init_lora_weights`. peft itself would train without a word what is no EVA and no LoRA-GA."""
 _VIRTUAL = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE")
 """Types that put virtual tokens before every text."""
-_OF_CAUSAL = dict.fromkeys(
-    ("PREFIX_TUNING", "CARTRIDGE"), "gives its tokens as a key-value cache, which no encoder has"
-) | {"ADAPTION_PROMPT": "is made for the attention of Llama, Mistral and GPT-2"}
+IN_THE_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
+"""Types whose virtual tokens are keys and values of every block; of the others they are embeddings."""
+_OF_CAUSAL = dict.fromkeys(IN_THE_CACHE, "gives its tokens as a key-value cache, which no encoder has") | {
+    "ADAPTION_PROMPT": "is made for the attention of Llama, Mistral and GPT-2"
+}
 _KINDS = {"CAUSAL_LM": "causal", "SEQ_CLS": "encoder"}
 """What peft calls the tasks of the harness's two kinds of models."""
 _HEADS = {"classifier", "score"}

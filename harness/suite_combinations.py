@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from harness.adapter_config import UNREFERENCED
+from harness.adapter_config import IN_THE_CACHE, KEY, UNREFERENCED
 from harness.methods import MethodInfo
 from harness.suite_file import BaseKeys, CellKeys
 
@@ -87,7 +87,7 @@ def _bases(info: MethodInfo, bases: list[BaseKeys]) -> Iterator[Found]:
 
 
 def of_training(
-    names: Iterable[str],
+    config: Mapping[str, Mapping[str, list[Any]]],
     methods: Mapping[str, MethodInfo],
     keys: CellKeys,
     training: Mapping[str, list[Any]],
@@ -95,11 +95,11 @@ def of_training(
 ) -> Iterator[Found]:
     """Yield what cannot be trained so.
 
-    names: of the entry's Methods that are known; training: the values of each of its keys that are written; steps: of the
-    training.
+    config: as of `impossible`; training: the values of each of its keys that are written; steps: of the training.
     """
-    infos = [methods[name] for name in names]
+    infos = [methods[name] for name in config]
     yield from _optimizers(infos, keys, steps)
+    yield from _checkpointing(config, training)
     able = " and ".join(info.name for info in methods.values() if info.trains_weights)
     for index, layerwise in enumerate(training.get("layerwise", ())):
         if layerwise:
@@ -120,6 +120,17 @@ def _optimizers(infos: list[MethodInfo], keys: CellKeys, steps: int) -> Iterator
                 what = f"`optimizer` is {optimizer}, and {info.name} steps by its own, {info.optimizer}"
                 mend = f"give {info.name} an entry with `optimizer: {'` or `'.join(info.optimizers)}`"
                 yield ("optimizer", index), what, mend
+
+
+def _checkpointing(config: Mapping[str, Mapping[str, list[Any]]], training: Mapping[str, list[Any]]) -> Iterator[Found]:
+    """Blocks that are computed again are given no cache, in which some adapters are."""
+    adapters = {value["peft_type"] for fields in config.values() for value in fields.get(KEY, ())}
+    for index, checkpointing in enumerate(training.get("checkpointing", ())):
+        for kind in sorted(adapters & set(IN_THE_CACHE)) if checkpointing else ():
+            what = (
+                f"`checkpointing` is true, and {kind} gives its tokens as a cache, which gradient checkpointing drops"
+            )
+            yield ("training", "checkpointing", index), what, f"leave `checkpointing` out for {kind}"
 
 
 def _layerwise(

@@ -12,11 +12,12 @@ from conftest import Bench
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from harness import suites
 from harness.adapter_config import KEY, AdapterConfigField, peft_types
 from harness.conformance import gate
 from harness.conformance.observe import inference
 from harness.conformance.subject import Original, Subject, configure
-from harness.errors import Exit, ImplementationError, Unsupported, UsageError
+from harness.errors import Exit, ImplementationError, SuiteError, Unsupported, UsageError
 from harness.evaluation.generation import generate
 from harness.implementations.hf_peft import any_config
 from harness.implementations.hf_peft.any_config import any_method
@@ -191,6 +192,18 @@ matrix:
     evaluation: {items: 4}
     config: {adapter_config: ./adapter_config.json}
 """
+
+
+@pytest.mark.parametrize(("kind", "refused"), [("PREFIX_TUNING", 1), ("CARTRIDGE", 1), ("PROMPT_TUNING", 0)])
+def test_a_suite_that_checkpoints_a_prefix_is_refused(kind: str, refused: int, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind, **VIRTUAL}), encoding="utf-8")
+    (tmp_path / "suite.yaml").write_text(SUITE.replace("MOST}", "64, checkpointing: [false, true]}"), encoding="utf-8")
+    said = []
+    try:
+        suites.load(tmp_path / "suite.yaml")
+    except SuiteError as error:
+        said = [p.what for p in error.problems if "which gradient checkpointing drops" in p.what]
+    assert len(said) == refused
 
 
 def test_prompt_tuning_lives_through_a_run(bench: Bench, tmp_path: Path) -> None:

@@ -16,11 +16,9 @@ from typing import Any
 
 import torch
 
+from harness.adapter_config import IN_THE_CACHE
 from harness.errors import UsageError
 from harness.measure.latency import CACHES
-
-_IN_THE_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
-"""Types whose virtual tokens are keys and values; of the others they are embeddings."""
 
 
 def put_before(model: Any, wanted: Any, name: str) -> Any:
@@ -80,7 +78,7 @@ def _prompted(
         if position_ids is not None:
             given["position_ids"] = position_ids + model.virtual_tokens
         return plain(input_ids=input_ids, attention_mask=attention_mask, **given)
-    if kind in _IN_THE_CACHE:
+    if kind in IN_THE_CACHE:
         if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             what = f"{kind.value} gives its tokens as a cache, which gradient checkpointing drops"
             raise UsageError(what, where="peft", mend="write `checkpointing: false`")
