@@ -23,6 +23,8 @@ from reference.randomised_svd import randomised_svd
 
 PAPER = "arXiv:2404.02948v4"
 FACTORS = ("A", "B")
+INSTEAD = "residual"
+"""What of `state()` stands in the place of the weight, of which no product is taken."""
 SPLIT = ("residual",)
 """What `attach` takes off the weight beside the factors: it belongs to these factors and to no others."""
 QUICK_START = {"niter": 1}

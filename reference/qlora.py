@@ -22,6 +22,8 @@ from reference.layers import dense_copy, dense_weight, floating_dtype, replace, 
 
 PAPER = "arXiv:2305.14314v1"
 FACTORS = ("A", "B")
+INSTEAD = "codes"
+"""What of `state()` stands in the place of the weight, of which no product is taken."""
 DEVIATIONS = (
     (
         "NF4, double quantisation",

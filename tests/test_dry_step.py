@@ -23,6 +23,7 @@ from harness.training import model as models
 from harness.training.batches import Batch
 from harness.training.counted_step import most_in_step
 from harness.training.head import new_head
+from harness.training.set_aside import drop, unused
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -76,7 +77,9 @@ def counted(cell: Cell, config: dict[str, Any], kind: str) -> int:
         packed = packing.pack(model, list(paths), cell.base, DTYPES[cell.dtype], discover()).forms
         del paths
     attach = discover().find("method", cell.method, cell.implementation)
+    bases = {path: model.get_submodule(path) for path in adaptable_layers(model, chosen)}
     adapted = attach(model, chosen, torch.Generator().manual_seed(0))
+    drop(unused(cell.method, adapted, bases))
     for parameter in head:
         parameter.requires_grad_(True)
     optimizer, schedule = optimizers.make(adapted, head, cell.training, cell.optimizer, cell.implementation)
@@ -119,6 +122,15 @@ def test_every_method(method: str, dtype: str) -> None:
 def test_a_packed_base(base: str, by: str) -> None:
     on = Base(quantization=base, implementation=by)  # type: ignore[arg-type]
     agree(cell("lora", base=on, dtype="bfloat16"), LLAMA)
+
+
+@pytest.mark.parametrize("by", ["bitsandbytes", "fused"])
+def test_what_a_packed_base_is_decoded_into(by: str) -> None:
+    """One decodes into memory that it keeps, which is there when logits take the most, and the other into fresh memory."""
+    wide = LLAMA | {"hidden_size": 256, "intermediate_size": 8448, "vocab_size": 16384}
+    on = Base(quantization="nf4", implementation=by)
+    config = {"rank": 4, "targets": ["gate_proj", "up_proj", "down_proj"]}
+    agree(cell("lora", base=on, config=config, training={"batch": 2}), wide)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -124,6 +124,14 @@ def test_encoders_read_virtual_tokens_too(kind: str, tmp_path: Path) -> None:
     assert set(trained(subject)) == set(subject.adapted.tensors())
 
 
+def test_what_scales_a_bias_of_zeros_is_no_defect(tmp_path: Path) -> None:
+    keys = {**saved("GLORA", tmp_path), "task_type": "SEQ_CLS", "target_modules": ["query", "value"]}
+    model = bert()
+    assert not any(module.bias.any() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    _, results = attached(keys, model)
+    assert failed(results) == []
+
+
 def test_an_adapter_of_the_head_is_loaded_as_it_was() -> None:
     keys = {"peft_type": "LORA", "r": 4, "target_modules": ["lm_head", "q_proj"]}
     _, results = attached(keys, llama())

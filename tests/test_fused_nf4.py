@@ -168,16 +168,16 @@ def test_threads_do_not_decode_into_each_other_s_buffer() -> None:
 
 
 def test_the_buffer_is_used_again_grows_and_outlives_inference_mode() -> None:
-    packed_weight._buffers.of.clear()
+    packed_weight._own.buffers.of.clear()
     with torch.inference_mode():
         made(8, 64, 0)(torch.randn(2, 64))
-    first = packed_weight._buffers.of[torch.float32].data_ptr()
+    first = packed_weight._own.buffers.of[torch.float32].data_ptr()
     x = torch.randn(2, 64, requires_grad=True)
     made(8, 64, 1)(x).sum().backward()
     assert x.grad is not None
-    assert packed_weight._buffers.of[torch.float32].data_ptr() == first
+    assert packed_weight._own.buffers.of[torch.float32].data_ptr() == first
     made(80, 64, 1)(x)
-    assert packed_weight._buffers.of[torch.float32].numel() == 80 * 64
+    assert packed_weight._own.buffers.of[torch.float32].numel() == 80 * 64
 
 
 @pytest.mark.parametrize("double", [False, True])

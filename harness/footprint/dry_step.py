@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from harness.footprint.counting import Undrawn
 from harness.footprint.live import Live
 from harness.kernels import nf4
 from harness.kernels.nf4_linear import Nf4Linear
-from harness.kernels.packed_weight import PackedWeight
+from harness.kernels.packed_weight import Buffers, PackedWeight
 from harness.methods import TARGET_WORDS, Adapted
 from harness.records import Cell
 from harness.registry import Registry, discover
@@ -32,6 +33,7 @@ from harness.training import loop, optimizers
 from harness.training import model as models
 from harness.training.batches import Batch, Example, collate
 from harness.training.head import in_head, new_head
+from harness.training.set_aside import drop, unused
 from reference.layers import replace as put
 
 _FEW = (2, 3)
@@ -49,23 +51,27 @@ class Question:
 
 @dataclass(frozen=True)
 class _Codes(PackedWeight):
-    """A weight in 4 bits that one kernel decodes into fresh memory, as libraries do it."""
+    """A weight in 4 bits that one kernel decodes: into `buffers`, or as libraries do it, into fresh memory."""
+
+    buffers: Buffers | None = None
 
     def lent(self, dtype: torch.dtype) -> Tensor:
-        return torch.empty(self.shape, dtype=dtype)
+        if self.buffers is None:
+            return torch.empty(self.shape, dtype=dtype)
+        return self.buffers.room(prod(self.shape), dtype).view(self.shape)
 
 
 class _Packed(Nf4Linear):
     """A layer with a base in 4 bits as it is once packed: packing a large one takes thousands of operations."""
 
-    def __init__(self, dense: nn.Linear, compute_dtype: torch.dtype, double: bool) -> None:
+    def __init__(self, dense: nn.Linear, compute_dtype: torch.dtype, double: bool, buffers: Buffers | None) -> None:
         nn.Linear.__init__(self, dense.in_features, dense.out_features, bias=False, device="meta")
         blocks = -(-dense.weight.numel() // states.BLOCK)
         of_second = 4 * -(-blocks // nf4.BLOCK2)
         sizes = {"absmax": blocks, "absmax2": of_second, "offset": 4} if double else {"absmax": 4 * blocks}
         for name in ("absmax", "absmax2", "offset"):
             self.register_buffer(name, torch.empty(sizes[name], dtype=torch.uint8) if name in sizes else None)
-        self.compute_dtype, self.block = compute_dtype, states.BLOCK
+        self.compute_dtype, self.block, self._into = compute_dtype, states.BLOCK, buffers
         codes = torch.empty(-(-dense.weight.numel() // 2), dtype=torch.uint8)
         self.weight = nn.Parameter(codes, requires_grad=False)
         if dense.bias is not None:
@@ -74,7 +80,7 @@ class _Packed(Nf4Linear):
 
     @property
     def packed_weight(self) -> PackedWeight:
-        return _Codes(**vars(super().packed_weight))
+        return _Codes(**vars(super().packed_weight), buffers=self._into)
 
 
 @cache
@@ -183,13 +189,17 @@ def _attached(question: Question, model: Any, head: Mapping[str, nn.Parameter]) 
     del matched
     forms: list[Any] = []
     double = cell.base.quantization == "nf4-dq"
+    buffers = Buffers() if cell.base.implementation == "fused" else None
     for path in paths if packed else ():
-        put(model, path, _Packed(model.get_submodule(path), DTYPES[cell.dtype], double))
+        put(model, path, _Packed(model.get_submodule(path), DTYPES[cell.dtype], double, buffers))
         # What a worker holds to judge the codes by: constants that are in 8 bits are decoded in it.
         forms.append(torch.empty(-(-model.get_submodule(path).weight.numel() * 2 // states.BLOCK)) if double else None)
+    bases = {path: model.get_submodule(path) for path in paths}
     with Undrawn(), _converting():
         implementation = registry().find("method", cell.method, cell.implementation)
-        return implementation(model, config, torch.Generator()), forms
+        adapted = implementation(model, config, torch.Generator())
+    drop(unused(cell.method, adapted, bases))
+    return adapted, forms
 
 
 @contextmanager

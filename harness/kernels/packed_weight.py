@@ -12,13 +12,14 @@ from torch import Tensor
 from harness.kernels import nf4
 
 
-class _Buffers(threading.local):
-    """What this thread decodes into. A layer that is decoded for each product would else pay for fresh memory each time."""
+class Buffers:
+    """What weights are decoded into. A layer that is decoded for each product would else pay for fresh memory each time."""
 
     def __init__(self) -> None:
         self.of: dict[torch.dtype, Tensor] = {}
 
     def room(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Return `count` elements that the next call overwrites."""
         if dtype not in self.of or self.of[dtype].numel() < count:
             self.of.pop(dtype, None)  # free the smaller one first
             with torch.inference_mode(False):  # or nobody outside of inference mode could write to it
@@ -26,7 +27,12 @@ class _Buffers(threading.local):
         return self.of[dtype][:count]
 
 
-_buffers = _Buffers()
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.buffers = Buffers()
+
+
+_own = _OfThread()
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class PackedWeight:
         knows about streams.
         """
         on_cpu = self.packed.device.type == "cpu"
-        return self._decoded(dtype, _buffers.room(prod(self.shape), dtype) if on_cpu else None)
+        return self._decoded(dtype, _own.buffers.room(prod(self.shape), dtype) if on_cpu else None)
 
     def _decoded(self, dtype: torch.dtype, out: Tensor | None) -> Tensor:
         with torch.no_grad():

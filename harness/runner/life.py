@@ -54,6 +54,7 @@ from harness.training.counted_step import copied_B, most_in_step, most_tokens
 from harness.training.head import draw as draw_head
 from harness.training.head import in_head, new_head
 from harness.training.movement import Movement
+from harness.training.set_aside import SetAside, unused
 from reference.layerwise import Layerwise
 
 # The optimizer makes its state in step 1, and allocators settle: the first steps are marked as not steady.
@@ -155,6 +156,7 @@ class Life:
             for parameter in loaded.head.values():
                 parameter.requires_grad_(True)
             counts = _count(adapted, loaded, model)
+            aside = self._set_aside(subject)
             if cell.training.steps:
                 with models.checkpointing(model, cell.training.checkpointing):
                     trained, optimizer, gradients = self._train(subject, loaded, task, start)
@@ -192,6 +194,7 @@ class Life:
         with self.clock.phase("latency"):
             causal, vocabulary = kind == "causal", int(model.config.vocab_size)
             try:
+                aside.put_back()
                 measured = self._latency(subject, causal, vocabulary, task.logits)
             except (MemoryError, RuntimeError) as error:
                 if not shortage(error):
@@ -251,6 +254,16 @@ class Life:
             first = red[0]
             size = f"error {first.error:.3g}, allowed {first.allowed:.3g}" if first.error is not None else first.worst
             raise NonconformingError(f"{first.check} failed at {first.tensor or first.detail}: {size}")
+
+    def _set_aside(self, subject: Subject) -> SetAside:
+        """Let go of weights that no product takes until latencies are measured, of the base too."""
+        bases = {} if subject.method in UNREFERENCED else subject.bases
+        weights = unused(subject.method, subject.adapted, bases) if bases else {}
+        try:
+            return SetAside(weights, Path(self.work.folder))
+        except (OSError, RuntimeError) as error:
+            self.notes.append(f"weights that no product takes stayed in memory: {error}".partition("\n")[0])
+            return SetAside({}, Path(self.work.folder))
 
     def _train(
         self, subject: Subject, loaded: models.Loaded, data: CellData | RandomData, start: dict[str, Tensor]

@@ -11,7 +11,7 @@ from harness.registry import implements
 def qlora(model: Any, config: Any, generator: Any) -> Any:
     """Attach layers that compute by `packed_lora_linear` to what `config.targets` names; config as `reference.qlora.Config`.
 
-    The original layers are kept for `detach`, so memory is to be measured with `lora` on a base in `nf4`, not here.
+    The original layers are kept for `detach`; a Cell sets their weights aside while it trains.
     """
     from harness.implementations.fused.layers.qlora import FusedQloraLinear
     from reference.qlora import attach

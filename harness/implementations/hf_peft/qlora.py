@@ -14,7 +14,7 @@ from harness.registry import implements
 def qlora(model: Any, config: Any, generator: Any) -> PeftAdapted:
     """Quantise linear layers to NF4 and attach peft's LoRA; config as `reference.qlora.Config`.
 
-    The original layers are kept for `detach`, so memory is to be measured with `lora` on a base in `nf4`, not here.
+    The original layers are kept for `detach`; a Cell sets their weights aside while it trains.
     """
     from peft import LoraConfig
 
