@@ -158,6 +158,15 @@ def test_text_names_source_printed_ours_and_verdict(ledger: tuple[int, str]) -> 
     assert text.endswith("4 claims: 1 reproduced, 1 reproduced-under, 1 not-reproduced, 1 not-run")
 
 
+def test_text_says_what_came_out_by_a_stand_in(ledger: tuple[int, str]) -> None:
+    rows = [Judged.model_validate_json(json.dumps(row)) for row in json.loads(ledger[1])["claims"]]
+    small = [row.model_copy(update={"why": "by a stand-in: small scale"} if row.id == "one" else {}) for row in rows]
+    text = table.as_text(small)
+    after = text[text.index("reproduced        one:") :].splitlines()
+    assert after[1].strip() == "by a stand-in: small scale"
+    assert text.endswith("4 claims: 1 reproduced (1 by a stand-in), 1 reproduced-under, 1 not-reproduced, 1 not-run")
+
+
 @pytest.mark.parametrize(
     ("verdicts", "failed", "strict", "code"),
     [

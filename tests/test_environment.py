@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import psutil
@@ -111,3 +113,21 @@ def test_a_driver_that_does_not_answer_shows_no_card(tmp_path: Path, monkeypatch
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert environment.gpus.__wrapped__() == ()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="wants git")
+@pytest.mark.parametrize(
+    ("written", "dirty"), [("results/canaries.jsonl", False), ("results/history/n.jsonl", False), ("kernel.py", True)]
+)
+def test_what_runs_write_makes_no_checkout_dirty(
+    written: str, dirty: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run(["git", "-C", str(tmp_path), "init", "-q"], check=True)
+    monkeypatch.setattr(environment.resources, "checkout", lambda: tmp_path)
+    (tmp_path / written).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / written).write_text("{}\n")
+    environment._git.cache_clear()
+    try:
+        assert environment._git()[1] is dirty
+    finally:
+        environment._git.cache_clear()

@@ -356,13 +356,15 @@ def test_each_gate_adds_a_canary_and_torn_lines_are_told(
     file = tmp_path / "canaries.jsonl"
     gated(Stand())
     assert len(file.read_text().splitlines()) == 1
-    file.write_text(file.read_text() + '{"at": "2026\n')
+    newer = {**json.loads(file.read_text()), "schema": 2}
+    file.write_text(file.read_text() + '{"at": "2026\n' + json.dumps(newer) + "\n")
     gated(Stand())
     lines = file.read_text().splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 4
     found, broken = canary_file.read(file, recorded.environment().id, 0.25)
     assert found.runs == 2
     assert broken[0].startswith(f"{file}:2: ")
+    assert broken[1] == f"{file}:3: written with schema 2, this version reads up to 1"
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -299,6 +299,14 @@ def test_rerun_gives_the_exact_commands(tmp_path: Path) -> None:
     assert section["cells"][0]["command"] == f"peft-harness run 'my suite.yaml' --only {cell}"
 
 
+@pytest.mark.parametrize("given", ["quick", "quick.yaml", "../mine/quick.yaml"])
+def test_a_cell_is_rerun_from_the_suite_as_it_was_given(given: str, tmp_path: Path) -> None:
+    argv = ["peft-harness", "run", "--jobs", "2", given, "--device", "cpu"]
+    run = recorded.write_run(tmp_path / "r", argv=argv, suite_file="quick.yaml")
+    (command, *_) = [row["command"] for row in view.build([run])["runs"][0]["rerun"]["cells"]]
+    assert command == f"peft-harness run {given} --only {run.manifest.cells[0].cell_id}"
+
+
 def test_golden_keys_of_the_view(good: store.Run) -> None:
     built = view.build([good])
     assert sorted(built) == ["data", "generated", "reproducibility", "runs", "title"]

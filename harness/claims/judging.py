@@ -33,6 +33,9 @@ MEANING = {
 }
 
 
+_STAND_IN = "by a stand-in"
+
+
 @dataclass(frozen=True)
 class Missing:
     """Why a measure found nothing. failed: whether it should have."""
@@ -75,6 +78,11 @@ class Judged(Frozen):
     """Whether it should have been computed and was not."""
 
     @property
+    def stood_in(self) -> bool:
+        """Whether it came out by something smaller than the paper's own: a rehearsal, a small model."""
+        return self.why.startswith(_STAND_IN)
+
+    @property
     def got(self) -> str:
         """What was found, as part of a sentence; empty where nothing was."""
         is_property = any(isinstance(one.value, bool) for one in self.tried)
@@ -89,7 +97,7 @@ def judge(claim: Claim, answers: Sequence[Found | Missing]) -> Judged:
         if isinstance(found, Missing) or (words := _comes_out(claim, found)) is None:
             continue
         under = "; ".join(filter(None, [one.under, words]))
-        why = f"by a stand-in: {claim.scale}" if claim.scale else ""
+        why = f"{_STAND_IN}: {claim.scale}" if claim.scale else ""
         return _judged(claim, Verdict.UNDER if under else Verdict.REPRODUCED, tried, one, under=under, why=why)
     own, found = tried[0], answers[0]
     if isinstance(found, Missing):

@@ -26,7 +26,12 @@ def as_text(rows: Sequence[Judged]) -> str:
 def summary(rows: Sequence[Judged]) -> str:
     """Say how many claims got each verdict."""
     counts = Counter(row.verdict for row in rows)
-    said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict])
+    in_small = Counter(row.verdict for row in rows if row.stood_in)
+    said = ", ".join(
+        f"{counts[verdict]} {verdict}{f' ({small} by a stand-in)' if (small := in_small[verdict]) else ''}"
+        for verdict in Verdict
+        if counts[verdict]
+    )
     return f"{len(rows)} claim{'s' * (len(rows) != 1)}{': ' * bool(said)}{said}"
 
 
@@ -35,6 +40,8 @@ def _claim(row: Judged) -> Iterator[str]:
     yield f"  {row.verdict:<16}  {row.id}: the paper prints {row.printed}{got}  [{row.source}]"
     indent = " " * 20
     if row.verdict is Verdict.REPRODUCED:
+        if row.stood_in:
+            yield f"{indent}{row.why}"
         return
     yield f"{indent}{row.sentence}"
     if row.under:

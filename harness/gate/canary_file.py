@@ -12,13 +12,15 @@ from harness.analysis.canaries import Canaries, canaries
 from harness.errors import StoreError
 
 FILE = Path("results") / "canaries.jsonl"
+SCHEMA = 1
 KEPT = 200
 """The last so many of a machine count: an older one speaks of another time."""
 
 
 def add(path: Path, place: str, cell_id: str, log_ratios: Sequence[float]) -> None:
     """Add a canary. place: the environment id of its Records, within which canaries are counted together."""
-    line = json.dumps({"at": store.now(), "place": place, "cell_id": cell_id, "log_ratios": list(log_ratios)}) + "\n"
+    facts = {"schema": SCHEMA, "at": store.now(), "place": place, "cell_id": cell_id, "log_ratios": list(log_ratios)}
+    line = json.dumps(facts) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # One write to the end: two gates on one file lose no line.
@@ -40,9 +42,12 @@ def read(path: Path, place: str, trim: float) -> tuple[Canaries, list[str]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
+            if (schema := row.get("schema", 1)) > SCHEMA:
+                broken.append(f"{path}:{number}: written with schema {schema}, this version reads up to {SCHEMA}")
+                continue
             ratios = [float(ratio) for ratio in row["log_ratios"]]
             if row["place"] == place and len(ratios) > 1:
                 found.append(ratios)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             broken.append(f"{path}:{number}: {type(error).__name__}: {error}")
     return canaries(found[-KEPT:], trim), broken

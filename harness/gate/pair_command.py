@@ -23,7 +23,7 @@ from harness.gate.pairs import Bench, Measured
 from harness.measure import cores, environment
 from harness.runner.stop import on_request
 
-DOCUMENT = "pairs.json"
+DOCUMENT, SCHEMA = "pairs.json", 1
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,7 @@ def _document(
             "pairs": [[old.run, new.run] for old, new in one.records],
         })  # fmt: skip
     return {
+        "schema": SCHEMA,
         "old": {"asked": asked.old, "is": said[0]}, "new": {"asked": asked.new, "is": said[1]},
         "suite": asked.suite, "only": asked.only, "seed": seed, "design": asdict(design), "cells": cells,
         "findings": [asdict(row) for row in judged.rows if not row.same],

@@ -176,5 +176,6 @@ def _git() -> tuple[str, bool | None]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     sha = ask("rev-parse", "HEAD")
-    status = ask("status", "--porcelain")
+    # What runs write is no change of what they run: canaries, a night that is not committed yet.
+    status = ask("status", "--porcelain", "--", ".", ":!results")
     return (sha or ""), (None if status is None else bool(status))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -309,7 +310,9 @@ def _failure(facts: RunFacts, record: Record) -> Section:
 def rerun(facts: RunFacts) -> Section:
     """Give the commands that repeat the run, or one Cell of it."""
     m = facts.run.manifest
-    suite = shlex.quote(m.suite_file)
+    # As it was given: a path, or the name of a suite that ships.
+    given = (m.suite_file, m.suite_file.rpartition(".")[0])
+    suite = shlex.quote(next((word for word in m.argv if Path(word).name in given), m.suite_file))
     return {
         "command": shlex.join(m.argv),
         "cells": [
