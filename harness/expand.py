@@ -118,10 +118,10 @@ def _configs(fields: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
 def only(plan: Plan, expr: str) -> Plan:
     """Keep the Cells that `expr` names; raises UsageError if there are none.
 
-    Terms are separated by commas. `key=value` compares one key: id, model, task, method, implementation, base,
-    optimizer, dtype, seed, lr, accumulate, checkpointing, lr_ratio, compile, layerwise, tune (true for a search's Cells), or
-    a key of the config. A bare word is the start of a cell_id, or any part of the id or of the name that `plan` prints.
-    Terms of the same key are alternatives; different keys must all hold.
+    Terms are separated by commas. `key=value` compares one key: id, model, task, method, implementation, base, optimizer,
+    dtype, seed, lr, batch, max_tokens, accumulate, checkpointing, lr_ratio, compile, layerwise, tune (true for a search's
+    Cells), or a key of the config. A bare word is the start of a cell_id, or any part of the id or of the name that `plan`
+    prints. Terms of the same key are alternatives; different keys must all hold.
     """
     wanted: dict[str, list[str]] = {}
     for term in filter(None, (part.strip() for part in expr.split(","))):
@@ -168,7 +168,7 @@ def _facts(cell: Cell, entry_id: str) -> dict[str, Any]:
         **{key: getattr(cell, key) for key in plain},
         "id": entry_id,
         "base": cell.base.quantization,
-        **{key: getattr(cell.training, key) for key in ("lr", *LATER)},
+        **{key: getattr(cell.training, key) for key in ("lr", "batch", "max_tokens", *LATER)},
     }
 
 

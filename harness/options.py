@@ -13,8 +13,8 @@ _GRAMMAR = """
     \b
     EXPR of --only: terms separated by commas.
       key=value  id, model, task, method, implementation, base, optimizer,
-                 dtype, seed, lr, accumulate, checkpointing, lr_ratio, compile, layerwise,
-                 tune (true: a search's Cells), or a key of the config
+                 dtype, seed, lr, batch, max_tokens, accumulate, checkpointing, lr_ratio,
+                 compile, layerwise, tune (true: a search's Cells), or a key of the config
       word       the start of a cell_id, or a part of an id or name
     Terms of the same key are alternatives; different keys must all hold:
     `method=lora,implementation=fused,implementation=hf-peft`.

@@ -342,9 +342,11 @@ class _EntryReader:
         for i, ratio in enumerate(_listed(written.get("lr_ratio"))):
             self._ratio(config, ratio, self._way("training", "lr_ratio", i))
         for i, parts in enumerate(_listed(written.get("accumulate"))):
-            if (batch := training[0].batch) % parts and not self._cut("training", "batch"):
+            batches = {} if self._cut("training", "batch") else dict.fromkeys(t.batch for t in training)
+            if batch := next((batch for batch in batches if batch % parts), None):
                 what = f"`accumulate` is {parts}, which does not divide the batch of {batch} examples"
-                mend = f"write one of {', '.join(str(n) for n in range(1, batch + 1) if batch % n == 0)}"
+                whole = math.gcd(*batches)
+                mend = f"write one of {', '.join(str(n) for n in range(1, whole + 1) if whole % n == 0)}"
                 self.reading.problem(self._way("training", "accumulate", i), what, mend)
         return training
 

@@ -41,13 +41,13 @@ class TrainingKeys(Keys):
     """`training:` of a Cell; the fields of records.Training."""
 
     steps: Count | None = None
-    batch: Positive | None = None
+    batch: OneOrMany[Positive] | None = None
     lr: OneOrMany[Rate] | None = None
     head_lr: Rate | None = None
     warmup: Count | None = None
     weight_decay: Annotated[float, Field(ge=0, le=1)] | None = None
     # Two special tokens of an encoder and two of text, or a prompt of some tokens and its answer.
-    max_tokens: Annotated[int, Field(ge=4, le=1_000_000)] | None = None
+    max_tokens: OneOrMany[Annotated[int, Field(ge=4, le=1_000_000)]] | None = None
     accumulate: OneOrMany[Positive] | None = None
     checkpointing: OneOrMany[bool] | None = None
     lr_ratio: OneOrMany[Annotated[float, Field(gt=0, le=10_000)]] | None = None

@@ -11,7 +11,7 @@ import pytest
 
 from harness import suite_entry, suite_file, suites
 from harness.analysis import naming
-from harness.errors import UsageError
+from harness.errors import SuiteError, UsageError
 from harness.expand import Plan, expand, only
 from harness.methods import methods
 from harness.records import Base, Cell, Evaluation, Optimizer, Training
@@ -114,6 +114,20 @@ def test_an_optimizer_and_how_a_batch_is_gone_through_are_axes(read) -> None:
     assert [cell.label.partition("] ")[2] for cell in only(plan, "accumulate=2,checkpointing=true").cells] == [
         "accumulate=2 checkpointing",
         "paged-adamw-8bit accumulate=2 checkpointing",
+    ]
+
+
+def test_batches_and_lengths_are_axes(read) -> None:
+    plan = read("      - {method: lora, training: {batch: [2, 4], max_tokens: [16, 32], accumulate: [1, 2]}}")
+    assert [(c.training.batch, c.training.max_tokens) for c in only(plan, "accumulate=2").cells] == [
+        (2, 16), (2, 32), (4, 16), (4, 32)
+    ]  # fmt: skip
+    assert [c.training.accumulate for c in only(plan, "batch=4,max_tokens=32").cells] == [1, 2]
+    with pytest.raises(SuiteError) as caught:
+        read("      - {method: lora, training: {batch: [2, 6, 9], accumulate: [1, 2, 3]}}")
+    assert [(p.what, p.mend) for p in caught.value.problems] == [
+        ("`accumulate` is 2, which does not divide the batch of 9 examples", "write one of 1"),
+        ("`accumulate` is 3, which does not divide the batch of 2 examples", "write one of 1"),
     ]
 
 
