@@ -25,6 +25,7 @@ from harness.analysis.pair_verdict import Sides, judge
 from harness.analysis.paired import Design, decide
 from harness.analysis.words import Word
 from harness.cli import main
+from harness.cost_records import GpuPhase, GpuState
 from harness.errors import Exit, HarnessError, UsageError
 from harness.expand import expand
 from harness.gate import arms, canary_file, pair_command
@@ -320,6 +321,22 @@ def test_what_differs_between_the_sides_besides_their_code_is_named_in_the_verdi
     assert code == Exit.PASS
     assert document["residue"] == ["software torch: 2.9.1+cpu, 9.9 (6 of 6 pairs)"]
     assert "not the same: software torch" in said.splitlines()[-1]
+
+
+def test_a_gpu_that_one_side_had_slower_is_named(gated) -> None:
+    def hot(record: Record) -> Record:
+        end = GpuState(uuid="GPU-1", sm_clock_Hz=1_200_000_000, throttle=["software-thermal"])
+        phases = [
+            p.model_copy(update={"gpu": GpuPhase(start=end, end=end)}) if p.name == "train" else p
+            for p in record.phases
+        ]
+        return record.model_copy(update={"phases": phases})
+
+    _, _, document = gated(Stand(wrong=hot))
+    assert document["residue"] == [
+        "GPU throttled in training by: nothing, software-thermal (6 of 6 pairs)",
+        "SM clock as training ended: unknown, 1,200 MHz",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from nights import CELLS, FIRST, SLOWER, detect, regressed
 
 from harness import cli, suites
 from harness.analysis import watched
+from harness.analysis.baseline_rows import COUNTED_PEAK_B
 from harness.cli import main
 from harness.errors import Exit
 from harness.expand import expand, only
@@ -284,6 +285,18 @@ def test_a_peak_must_grow_by_sixteen_mebibytes(
 
     folder = nights.write(tmp_path / "h", CELLS, values, nights=2)
     assert bool(detect(folder, capsys)[1]["candidates"]) == told
+
+
+@pytest.mark.parametrize(("more", "code"), [(0, Exit.PASS), (1, Exit.FAIL)])
+def test_what_a_step_takes_is_counted_and_may_grow_by_no_more_than_the_gate_lets_it(
+    more: int, code: Exit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def values(cell: str, index: int, _: int) -> dict[str, float]:
+        return {"counted_peak_B": 500 * 2**20 + (COUNTED_PEAK_B + more if cell == FIRST and index else 0)}
+
+    folder = nights.write(tmp_path / "h", CELLS, values, nights=2)
+    got, found = detect(folder, capsys)
+    assert (got, len(found["candidates"])) == (code, more)
 
 
 def test_a_fall_of_accuracy_is_worse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

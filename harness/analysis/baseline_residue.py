@@ -28,7 +28,7 @@ def rows(pairs: Sequence[tuple[Record, Record]]) -> Iterator[Row]:
     for lines, same in assets.items():
         if lines:
             yield _row(Kind.ASSETS, Word.INCONCLUSIVE, lines, same)
-    clocks = [_clocks(side) for side in zip(*pairs, strict=True)]
+    clocks = [clocks_of(side) for side in zip(*pairs, strict=True)]
     if len(clocks) == 2 and clocks[0] != clocks[1]:
         line = f"SM clock as training ended: {clocks[0]}, {clocks[1]}"
         yield _row(Kind.ENVIRONMENT, Word.PASS, [line], pairs)
@@ -47,7 +47,7 @@ def _surroundings(base: Record, new: Record) -> list[str]:
         found.append(f"commit: {a.git_sha[:12] or 'none'}, {b.git_sha[:12] or 'none'}")
     if a.git_dirty != b.git_dirty:
         found.append(f"uncommitted changes: {_dirty(a)}, {_dirty(b)}")
-    if (before := _throttled(base)) != (now := _throttled(new)):
+    if (before := throttled(base)) != (now := throttled(new)):
         found.append(f"GPU throttled in training by: {before or 'nothing'}, {now or 'nothing'}")
     return found
 
@@ -56,13 +56,14 @@ def _dirty(e: Environment) -> str:
     return "unknown" if e.git_dirty is None else "yes" if e.git_dirty else "no"
 
 
-def _throttled(record: Record) -> str:
+def throttled(record: Record) -> str:
+    """Return what slowed the GPU down in training, by the driver's words; empty for nothing."""
     gpu = training_gpu(record)
     states = [s for s in (gpu.start, gpu.end) if s is not None] if gpu else []
     return ", ".join(sorted({why for s in states for why in s.throttle or () if why != "idle"}))
 
 
-def _clocks(records: Sequence[Record]) -> str:
+def clocks_of(records: Sequence[Record]) -> str:
     """Return the range of the clocks, to the MHz that drivers tell; empty without a GPU."""
     gpus = [gpu for r in records if (gpu := training_gpu(r)) is not None]
     found = sorted({gpu.end.sm_clock_Hz // 10**6 for gpu in gpus if gpu.end and gpu.end.sm_clock_Hz})

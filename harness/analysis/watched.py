@@ -3,6 +3,7 @@
 step_s, latency_s/<variant>/<kind>/<batch>x<tokens>   medians of raw samples; none where a check or the machine forbids it
 training_peak_B                                       the highest memory in training
 parameters, weights_B, adapter_B, ...                 counted, not measured: equal on every night unless something changed
+counted_peak_B                                        what tensors take at one time in a step: the same, but for 64 KiB
 accuracy                                              of the Cell's own seed
 """
 
@@ -16,16 +17,27 @@ from statistics import median
 from typing import Literal
 
 from harness.analysis import contention, measured, parity
+from harness.analysis.baseline_rows import COUNTED_PEAK_B
 from harness.cost_records import AT_ONCE
 from harness.records import Measurements, Record, Status
 
 STEP, PEAK, ACCURACY, PARAMETERS = "step_s", "training_peak_B", "accuracy", "parameters"
+COUNTED_PEAK = "counted_peak_B"
 LATENCY = "latency_s"
 SENTINEL = f"{LATENCY}/base/"
 """The bare base model, which no adapter's code touches: every Cell with latencies measures it."""
 BESIDE = "beside it"
 """The part of a place that says whether other Cells ran at the same time."""
-COUNTED = (PARAMETERS, "weights_B", "adapter_B", "gradients_B", "optimizer_B", "adapter_file_B", "model_B")
+COUNTED = (
+    PARAMETERS,
+    "weights_B",
+    "adapter_B",
+    "gradients_B",
+    "optimizer_B",
+    "adapter_file_B",
+    "model_B",
+    COUNTED_PEAK,
+)
 PEAK_BYTES, PEAK_SHARE = 16 * 2**20, 0.01
 """A peak must change by more than both. Training again at another learning rate moved the resident peak of nine Cells on a
 CPU by 6.2 MiB at most."""
@@ -50,6 +62,13 @@ def kind(metric: str) -> Kind | None:
     return {PEAK: "peak", ACCURACY: "score"}.get(metric)  # type: ignore[return-value]
 
 
+def slack(metric: str, level: float) -> float:
+    """Return by how much a metric that is no time and no score may differ from its level without having changed."""
+    if metric == PEAK:
+        return max(PEAK_BYTES, PEAK_SHARE * level)
+    return COUNTED_PEAK_B if metric == COUNTED_PEAK else 0
+
+
 def kept(record: Record) -> Kept:
     """Return the numbers of a Record; none of one that is not ok, and no times of a Cell that waited for its CPU."""
     m = record.measurements
@@ -59,6 +78,8 @@ def kept(record: Record) -> Kept:
         PARAMETERS: m.parameters.trainable,
         **{name: getattr(m.memory, name) for name in ("weights_B", "adapter_B", "gradients_B", "optimizer_B")},
     }
+    if m.memory.counted_peak_B is not None:
+        values[COUNTED_PEAK] = m.memory.counted_peak_B
     if m.checkpoint is not None:
         values["model_B"] = m.checkpoint.model_B
         if m.checkpoint.adapter_file_B is not None:

@@ -106,23 +106,21 @@ def _counted(one: Series) -> Iterator[Change]:
     """Yield a change on the first night on which bytes or parameters are not those of the level before."""
     if min(one.values) == max(one.values):
         return
-    peak = watched.kind(one.metric) == "peak"
     level, last = one.values[0], one.nights[0]
     levels = [(last, level)]
     before = []
     for night, value in zip(one.nights[1:], one.values[1:], strict=True):
-        allowed = max(watched.PEAK_BYTES, watched.PEAK_SHARE * level) if peak else 0
-        if abs(value - level) > allowed:
+        if abs(value - level) > watched.slack(one.metric, level):
             levels.append((night, value))
             before.append(last)
             level = value
         last = night
     for place, (last, (_, old), (night, new)) in enumerate(zip(before, levels, levels[1:], strict=False)):
         worse = new > old or one.metric == watched.PARAMETERS
-        allowed = max(watched.PEAK_BYTES, watched.PEAK_SHARE * old) if peak else 0
+        allowed, counted = watched.slack(one.metric, old), watched.kind(one.metric) == "counted"
         back = (n for n, later in levels[place + 2 :] if (later <= old + allowed if new > old else later == old))
         yield Change(
-            one.cell, one.metric, one.on, (last, night), old, new, worse, next(back, None), sure=not peak
+            one.cell, one.metric, one.on, (last, night), old, new, worse, next(back, None), sure=counted
         )  # fmt: skip
 
 
