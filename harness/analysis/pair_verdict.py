@@ -114,11 +114,8 @@ def _residue(cells: Sequence[Sides]) -> tuple[str, ...]:
     pairs = sum(len(cell.records) for cell in cells)
     told = [f"{what} ({count} of {pairs} pairs)" for what, count in found.items()]
     clocks = [clocks_of([pair[side] for cell in cells for pair in cell.records]) for side in (0, 1)]
-    told += (
-        [f"SM clock as training ended: {clocks[0] or 'unknown'}, {clocks[1] or 'unknown'}"]
-        if clocks[0] != clocks[1]
-        else []
-    )
+    if clocks[0] != clocks[1]:
+        told.append(f"SM clock as training ended: {clocks[0] or 'unknown'}, {clocks[1] or 'unknown'}")
     waited = sum(bool(busy(record)) for cell in cells for pair in cell.records for record in pair)
     return (*told, *([f"{waited} of {2 * pairs} process runs waited for a CPU"] if waited else []))
 
