@@ -26,7 +26,7 @@ def stub(folder: Path, cells: Sequence[Cell], here: Environment, acts: Mapping[i
     records = folder / "records"
     records.mkdir(exist_ok=True)
     for cell in cells:
-        record = recorded_run.record("reference", cell, environment=here, duration_s=0.01, device="cpu")
+        record = recorded_run.record("reference", cell, environment=here, duration_s=0.01, device="cpu", provider=None)
         (records / f"{cell.seed}.json").write_text(record.model_dump_json(by_alias=True), encoding="utf-8")
     program = Path(__file__).with_name("stub_worker.py")
     return [sys.executable, "-S", str(program), str(records), json.dumps(acts or {})]

@@ -117,13 +117,20 @@ def test_a_suspicion_that_pairs_confirm_fails_from_then_on(
     folder, asked = history(tmp_path), paired("slower")
     assert settle(folder) == Exit.PASS
     (one,) = asked
-    assert (one.old, one.new, one.only, one.canary) == (SHAS[0][:12], SHAS[1][:12], FIRST, False)
+    assert (one.old, one.new, one.only, one.suite) == (SHAS[0][:12], SHAS[1][:12], FIRST, "quick")
     (line,) = written(folder)
     assert (line["verdict"], line["author"], line["revisions"]) == ("regressed", "A", list(SHAS))
     assert line["reason"] == "slower, they say; seed 3"
     assert f"regressed from {nights.night(LAST)} on" in capsys.readouterr().out
     code, found = detect(folder, capsys)
     assert (code, [c["standing"] for c in found["candidates"]], found["suspects"]) == (Exit.FAIL, ["confirmed"], [])
+
+
+def test_the_first_pairs_bring_a_canary_and_a_suite_of_ones_own_is_named(tmp_path: Path, paired: Paired) -> None:
+    folder, asked = history(tmp_path, more=list(CELLS)[1]), paired("same")
+    (mine := tmp_path / "mine.yaml").write_text("")
+    assert settle(folder, "--suite", str(mine)) == Exit.PASS
+    assert [(one.canary, one.suite) for one in asked] == [(True, str(mine)), (False, str(mine))]
 
 
 def test_a_suspicion_that_pairs_refute_is_none_and_is_tried_once(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import itertools
 import os
 import resource
@@ -21,7 +22,7 @@ from harness.analysis import verdict
 from harness.errors import Exit, HarnessError
 from harness.manifest import Footer
 from harness.measure import environment
-from harness.records import Status
+from harness.records import Provider, Status
 from harness.runner import attempt, gpus
 from harness.runner.executors.local import Local
 from harness.runner.progress import Progress
@@ -98,6 +99,14 @@ def test_a_cell_whose_newest_attempt_failed_is_measured_again(tmp_path: Path) ->
     assert not wanted.exists()  # what a killed runner left with Slurm is called back
     run.folder.write_record(recorded_run.failed(first, Status.OOM, attempt=2))
     assert done() == works.keys() - {first.cell_id}
+    # So is one whose plug-in is another one by now, or gone.
+    installed = importlib.metadata.version("numpy")
+    for attempt_, (name, version, counts) in enumerate(
+        [("numpy", installed, True), ("numpy", "0.0", False), ("gone-since", "1.0", False)], start=3
+    ):
+        by = Provider(distribution=name, version=version)
+        run.folder.write_record(first.model_copy(update={"attempt": attempt_, "provider": by}))
+        assert (first.cell_id in done()) is counts
 
 
 def test_what_ends_a_run_ends_all_that_is_at_work(tmp_path: Path) -> None:

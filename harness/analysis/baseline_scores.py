@@ -81,14 +81,14 @@ def _difference(pairs: Sequence[_Matched]) -> _Difference | tuple[Word, str]:
 
 def _judge(d: _Difference, p: float, margin: float) -> tuple[Word, str]:
     low, high = d.interval
-    stated = f"margin {100 * margin:g} points"
+    stated = f"margin {100 * margin:g} points; it would have found {100 * d.detectable:.1f} points"
     if low > -margin:
         rose = d.value > 0 and p <= 1 - LEVEL
         return Word.PASS, f"rose ({stated})" if rose else f"no worse by the margin ({stated})"
     if d.value < 0 and p <= 1 - LEVEL:
         return Word.FAIL, f"dropped ({stated}, p = {p:.2g} over all comparisons)"
     luck = "; below 0 alone, not among so many comparisons" if high < 0 else ""
-    return Word.INCONCLUSIVE, f"undecided ({stated}; it would have found {100 * d.detectable:.1f} points){luck}"
+    return Word.INCONCLUSIVE, f"undecided ({stated}){luck}"
 
 
 def _row(

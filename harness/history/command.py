@@ -102,14 +102,21 @@ def detect(cell: str | None, sentinel: str | None, strict: bool, folder: Path, a
     "--most", type=click.IntRange(1), default=10, show_default=True, metavar="N", help="Of the largest changes."
 )
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Run folders.")
+@click.option(
+    "--suite",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    metavar="FILE",
+    help="The nights' suite, where it is your own.",
+)
 @_author
 @_dir
-def settle(cell: str | None, most: int, out: Path | None, author: str | None, folder: Path) -> Exit:
+def settle(cell: str | None, most: int, out: Path | None, suite: Path | None, author: str | None, folder: Path) -> Exit:
     """Try by pairs what `detect` suspects.
 
     For each step time whose last night lies above its level, and each change of level that nobody confirmed, runs `gate
     --pairs` with the revisions of before and after, and writes what they say down, as `confirm` does: `regressed`,
-    `improved` or `refuted`. What pairs leave open stays open.
+    `improved` or `refuted`. What pairs leave open stays open. The first pairs bring a canary, a revision against itself;
+    where canaries alarm too often, nothing is written down.
 
     \b
     Exit codes:
@@ -119,7 +126,7 @@ def settle(cell: str | None, most: int, out: Path | None, author: str | None, fo
     """
     from harness.history import settle as settling
 
-    return settling.settle(folder, cell, most, author, out)
+    return settling.settle(folder, cell, most, author, out, suite)
 
 
 @history.command()

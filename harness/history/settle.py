@@ -22,8 +22,13 @@ from harness.history.names import picked
 from harness.last_words import say
 
 
-def settle(folder: Path, cell: str | None, most: int, author: str | None, out: Path | None) -> Exit:
-    """Run the pairs, print a line for each; see the help of the verb. Raises UsageError for what fits no Cell."""
+def settle(
+    folder: Path, cell: str | None, most: int, author: str | None, out: Path | None, suite: Path | None = None
+) -> Exit:
+    """Run the pairs, print a line for each; see the help of the verb. Raises UsageError for what fits no Cell.
+
+    suite: the file of the nights' suite, where it is not one that ships. The first pairs come with a canary.
+    """
     author = decisions.who(author)  # before anything runs whose verdict nobody could then sign
     history = files.read(folder)
     found = document(history, only=picked(history, cell) if cell else None)
@@ -33,7 +38,8 @@ def settle(folder: Path, cell: str | None, most: int, author: str | None, out: P
     codes: list[Exit] = []
     for number, one in enumerate(mine[:most]):
         where = next(night.places[one["place"]] for night in history.nights if one["place"] in night.places)
-        code, cut = _tried(folder, one, where, author, runs / str(number))
+        asked = {"canary": number == 0} | ({"suite": str(suite)} if suite else {})
+        code, cut = _tried(folder, one, where, author, runs / str(number), asked)
         codes.append(code)
         if cut:
             break
@@ -57,10 +63,12 @@ def _by_size(c: Mapping[str, Any]) -> float:
     return -abs(float(c["change"]))
 
 
-def _tried(folder: Path, c: Mapping[str, Any], where: Mapping[str, str], author: str, out: Path) -> tuple[Exit, bool]:
+def _tried(
+    folder: Path, c: Mapping[str, Any], where: Mapping[str, str], author: str, out: Path, asked: Mapping[str, Any]
+) -> tuple[Exit, bool]:
     """Run the pairs of one change, and write the verdict down if they give one; say whether somebody cut them short."""
     try:
-        told = _pairs(c["between"]["confirm"], out)
+        told = _pairs(c["between"]["confirm"], out, asked)
     except HarnessError as error:
         say(f"{c['name']}: not tried: {error}")
         return Exit.INFRASTRUCTURE, False
@@ -103,14 +111,14 @@ def _elsewhere(where: Mapping[str, str], runs: Path) -> list[str]:
     return sorted({what for of_run in moved for what in of_run})
 
 
-def _pairs(command: str, out: Path) -> dict[str, Any]:
-    """Run what `detect` would have one run, and return the document of it."""
+def _pairs(command: str, out: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Run what `detect` would have one run, but as it is `asked`, and return the document of it."""
     words = iter(shlex.split(command)[3:])  # peft-harness gate --pairs OLD NEW --option value ...
     old, new = next(words), next(words)
     options: dict[str, Any] = {name.removeprefix("--"): next(words) for name in words}
     if "cores" in options:
         options["cores"] = int(options["cores"])
-    pair_command.gate(pair_command.Asked(old, new, out=out, canary=False, **options), as_json=False)
+    pair_command.gate(pair_command.Asked(old, new, out=out, **(options | asked)), as_json=False)
     found: dict[str, Any] = json.loads((out / pair_command.DOCUMENT).read_text(encoding="utf-8"))
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import os
 import sys
 import time
@@ -23,7 +24,7 @@ from harness.expand import Plan, expand
 from harness.expand import only as keep_only
 from harness.manifest import Footer, Manifest
 from harness.measure import environment
-from harness.records import Environment, Status
+from harness.records import Environment, Provider, Status
 from harness.report import html, text
 from harness.runner import stop, task_assets
 from harness.runner.attempt import Terms
@@ -248,7 +249,7 @@ def _reopen(
     *,
     elsewhere: bool,
 ) -> tuple[store.RunFolder, str, set[str]]:
-    """Return an old run's folder, its id, and the Cells that need not run again: same machine, code, device, assets.
+    """Return an old run's folder, its id, and the Cells that need not run again: same machine, code, device, data, plug-in.
 
     elsewhere: Cells run on many machines, of which the runner's may be none: the same software has to do.
     """
@@ -268,10 +269,19 @@ def _reopen(
         and (record.environment.software == here.software if elsewhere else record.environment.id == here.id)
         and record.environment.code_version == here.code_version
         and record.device == device
+        and (record.provider is None or _is_installed(record.provider))
         and record.cell_id in works
         and record.assets == used(*works[record.cell_id])
     }
     return folder, old.manifest.run, done
+
+
+def _is_installed(provider: Provider) -> bool:
+    """Say whether an implementation would come from the same version of its package as then."""
+    try:
+        return (importlib.metadata.version(provider.distribution) or "") == provider.version
+    except importlib.metadata.PackageNotFoundError:
+        return provider.distribution == "unknown"
 
 
 def _open(
