@@ -17,6 +17,7 @@ from typing import Any
 
 from harness.errors import UsageError
 from harness.methods import FieldInfo, MethodInfo
+from harness.resources import named
 from harness.spelling import near
 
 FILE = "adapter_config.json"
@@ -85,18 +86,20 @@ class AdapterConfigField(FieldInfo):
         """Read the file that a suite in `folder` names. Raises UsageError where it cannot be read."""
         if not isinstance(value, str) or not value:
             return value
-        path = folder / value
-        path = path / FILE if path.is_dir() else path
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            path = folder / named(value)
+            path = path / FILE if path.is_dir() else path
+            found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+            json.dumps(found, ensure_ascii=False).encode()  # a lone surrogate can be read, and not be written
         except OSError as error:
             raise UsageError(
                 f"{value} cannot be read: {error.strerror}", mend="paths start from the suite's folder"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(
                 f"{value} is no JSON: {error}", mend=f"peft's `save_pretrained` writes an {FILE}"
             ) from error
+        return found
 
     def canonical(self, value: Any) -> Any:
         """Return the value: nothing of the file is changed."""
@@ -142,6 +145,10 @@ class AdapterConfigField(FieldInfo):
             return f"has peft_type {value['peft_type']}, which {why}"
         wants = _KINDS.get(value.get("task_type") or "", kind)
         return "" if wants == kind else f"has task_type {value['task_type']}, and the model is of the kind `{kind}`"
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def virtual_tokens(config: Mapping[str, Any]) -> int:

@@ -126,6 +126,8 @@ def only(plan: Plan, expr: str) -> Plan:
     wanted: dict[str, list[str]] = {}
     for term in filter(None, (part.strip() for part in expr.split(","))):
         key, equals, value = (part.strip() for part in term.partition("="))
+        if equals and not key:
+            raise UsageError(f"`{term}` names no key", where=f"--only {expr}", mend="write key=value, or a word alone")
         wanted.setdefault(key if equals else "", []).append(value if equals else key)
     swept = {cell_id for tuning in plan.tuning for cell_id in tuning.sweep}
     # A later knob stands in no Cell at its default, and can be named all the same.
@@ -146,14 +148,25 @@ def only(plan: Plan, expr: str) -> Plan:
         if key and key not in known:
             raise UsageError(f"unknown key `{key}`", where=f"--only {expr}", mend=near(key, known, "keys"))
 
-    def fits(cell: Cell) -> bool:
+    def has(cell: Cell, key: str, value: str) -> bool:
         fact = facts[cell.cell_id]
-        return all(
-            any(_is(fact.get(key), v) if key else _mentions(cell, fact["id"], names[cell.cell_id], v) for v in values)
-            for key, values in wanted.items()
-        )
+        return _is(fact.get(key), value) if key else _mentions(cell, fact["id"], names[cell.cell_id], value)
+
+    def fits(cell: Cell) -> bool:
+        return all(any(has(cell, key, value) for value in values) for key, values in wanted.items())
 
     kept = tuple(cell for cell in plan.cells if fits(cell))
+    if kept:  # of alternatives one that fits nothing is a slip of the pen
+        terms = [(key, value) for key, values in wanted.items() for value in values]
+        for key, value in terms:
+            if not any(has(cell, key, value) for cell in plan.cells):
+                said = f"{key}={value}" if key else value
+                mend = (
+                    near(value, sorted({_shown(f.get(key)) for f in facts.values()} - {""}), f"`{key}` is")
+                    if key
+                    else ""
+                )
+                raise UsageError(f"no Cell fits `{said}`", where=f"--only {expr}", mend=mend or "leave that term out")
     if not kept or not wanted:
         there = [f"id={plan.ids[c.cell_id]}  {c.cell_id}  {names[c.cell_id]}" for c in plan.cells]
         shown = [*there[:20], *([f"... and {len(there) - 20} more"] if len(there) > 20 else [])]
@@ -172,7 +185,13 @@ def _facts(cell: Cell, entry_id: str) -> dict[str, Any]:
     }
 
 
+def _shown(fact: Any) -> str:
+    return "" if fact is None else str(fact).lower() if isinstance(fact, bool) else str(fact)
+
+
 def _is(fact: Any, value: str) -> bool:
+    if isinstance(fact, list):
+        return value in map(str, fact)
     if isinstance(fact, float):
         try:
             return fact == float(value)

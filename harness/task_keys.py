@@ -65,7 +65,7 @@ def written(spec: dict[str, Any]) -> int:
 
 def _found(data: dict[str, Any], labels: int | None) -> _Found:
     kind = data.get("output_type", "multiple_choice")
-    if kind not in _OWN:
+    if not isinstance(kind, str) or kind not in _OWN:
         yield ("output_type",), f"`output_type` is {kind!r}", f"write one that is offered: {', '.join(_OWN)}"
         kind = "multiple_choice"
     needed = (*_NEEDED, *_OWN[kind])

@@ -14,7 +14,7 @@ from harness.assets import fetch, lm_eval_files, rows
 from harness.assets.table import Rows, Source, resolve
 from harness.errors import HarnessError, Problem, SuiteError, UsageError
 from harness.records import Frozen
-from harness.resources import folder
+from harness.resources import folder, named
 from harness.spelling import near
 from harness.suite_file import explain
 
@@ -152,7 +152,7 @@ def load(name: str, base: Path, sources: Mapping[str, Source]) -> Task:
 
 def _find(name: str, base: Path) -> Path:
     if name.endswith((".yaml", ".yml")):
-        return base / name
+        return base / named(name)
     if name not in names():
         raise UsageError(f"unknown task `{name}`", mend=near(name, names(), "a path to an lm-eval YAML, or one of"))
     return folder("suites") / "tasks" / f"{name}.yaml"

@@ -229,6 +229,11 @@ def without(key: str) -> dict[str, Any]:
     [
         ("./nowhere.json", "nowhere.json cannot be read: No such file"),
         ("./broken.json", "is no JSON: Expecting property name enclosed in double quotes: line 2 column 1"),
+        ("./nan.json", "is no JSON: NaN is no number of JSON"),
+        ("./surrogate.json", "is no JSON: 'utf-8' codec can't encode"),
+        ("./deep.json", "is no JSON: maximum recursion depth exceeded"),
+        ("./zero\0.json", "is no path: it holds a zero byte"),
+        ("~nobody-of-this-name/adapter_config.json", "is no path: Could not determine home directory"),
         (None, "`adapter_config` of peft is missing"),
         ({}, "has no `peft_type` (it is empty)"),
         ({**IA3, "task_type": ["CAUSAL_LM"]}, "has task_type ['CAUSAL_LM']; the harness has models for"),
@@ -253,6 +258,9 @@ def without(key: str) -> dict[str, Any]:
 )
 def test_mistakes_are_found_with_the_suite(tmp_path: Path, value: Any, says: str) -> None:
     (tmp_path / "broken.json").write_text("{\n", encoding="utf-8")
+    (tmp_path / "nan.json").write_text('{"peft_type": "IA3", "x": NaN}', encoding="utf-8")
+    (tmp_path / "surrogate.json").write_text('{"peft_type": "IA3", "x": "\\ud800"}', encoding="utf-8")
+    (tmp_path / "deep.json").write_text("[" * 100_000, encoding="utf-8")
     with pytest.raises(SuiteError) as caught:
         suites.load(suite(tmp_path, value))
     assert says in str(caught.value)

@@ -45,6 +45,12 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
         (("data: toy-sentiment", "data: tiny-llama"), 11, "`tiny-llama` is a model", "kind data"),
         (("output_type: multiple_choice\n", ""), 1, "`output_type` is missing", "an lm-eval task needs"),
         (
+            ("output_type: multiple_choice", "output_type: [multiple_choice]"),
+            2,
+            "`output_type` is ['multiple_choice']",
+            "offered: multiple_choice, generate_until",
+        ),
+        (
             ("output_type: multiple_choice", "output_type: loglikelihood_rolling"),
             2,
             "`output_type` is 'loglikelihood_rolling'",

@@ -283,7 +283,9 @@ def test_sizes(text: str, number_B: int) -> None:
     [
         ("24G", "`24G` may be 24GiB"), ("24", "`24` may be 24GiB"), ("24gb", "`24gb` may be 24GiB"), ("24m", "24MiB"),
         ("24Gb", "may be"), ("24XB", "no unit of memory"), ("-1GiB", "no size"), ("0GiB", "no size that a machine"),
-        ("nan", "no size"), ("1e9GiB", "no size"), ("9999999999TiB", "no size that a machine"), ("", "no size"),
+        ("nan", "no size"), ("1e9GiB", "no size"),
+        ("9" * 400, "no size that a machine"), ("9" * 400 + "GiB", "no size that a machine"),
+        ("9999999999TiB", "no size that a machine"), ("", "no size"),
     ],
 )  # fmt: skip
 def test_what_is_no_size(text: str, says: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -482,6 +483,19 @@ def test_a_run_changed_after_its_footer_is_refused(here: Path, capsys: pytest.Ca
     file.write_text(file.read_text(encoding="utf-8") + " ", encoding="utf-8")
     assert promote() == Exit.USAGE
     assert "was changed after the run" in capsys.readouterr().err
+
+
+def test_a_footer_that_names_a_file_elsewhere_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "results" / "evil.txt").write_text("mine\n", encoding="utf-8")
+    run = here / "results" / "runs" / "base"
+    (here / "evil.txt").write_text("theirs\n", encoding="utf-8")
+    (run / "../../../evil.txt").resolve(strict=True)
+    footer = json.loads((run / "footer.json").read_text(encoding="utf-8"))
+    footer["sha256"]["../../../evil.txt"] = hashlib.sha256(b"theirs\n").hexdigest()
+    (run / "footer.json").write_text(json.dumps(footer), encoding="utf-8")
+    assert promote() == Exit.USAGE
+    assert "names '../../../evil.txt', which is no file of a run" in capsys.readouterr().err
+    assert (here / "results" / "evil.txt").read_text(encoding="utf-8") == "mine\n"
 
 
 def test_all_reasons_are_given_at_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -311,6 +311,21 @@ def test_one_byte_more_of_what_is_counted_is_found(gated) -> None:
     assert "optimizer grew" in said
 
 
+def test_what_is_refused_leaves_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "pairs"
+    assert main(["gate", "--pairs", "no-such-thing", "fused", "--suite", "sentinels", "--out", str(out)]) == Exit.USAGE
+    assert "no-such-thing" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_any_seed_is_the_one_that_is_used(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[pair_command.Asked] = []
+    monkeypatch.setattr(pair_command, "gate", lambda one, as_json: asked.append(one) or Exit.PASS)
+    assert main(["gate", "--pairs", "reference", "fused", "--seed", str(seed)]) == Exit.PASS
+    assert [one.seed for one in asked] == [seed]
+
+
 def _elsewhere(record: Record) -> Record:
     changed = record.environment.model_copy(update={"software": {**record.environment.software, "torch": "9.9"}})
     return record.model_copy(update={"environment": changed})

@@ -174,6 +174,51 @@ def test_a_slow_down_of_another_library_is_not_refuted_by_pairs_of_the_code(
     assert len(detect(folder, capsys)[1]["suspects"]) == 1
 
 
+def test_what_somebody_confirms_by_hand_stands_on_later_nights_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = history(tmp_path)
+    said = ["--verdict", "regressed", "--evidence", "12 pairs", "--dir", str(folder), "--author", "A"]
+    assert main(["history", "confirm", FIRST, "step_s", "--night", nights.night(LAST - 6), *said]) == Exit.USAGE
+    assert "no change of step_s within 2 nights of" in capsys.readouterr().err
+    assert written(folder) == []
+    assert main(["history", "confirm", FIRST, "step_s", "--night", nights.night(LAST), *said]) == Exit.PASS
+    after = history(tmp_path / "later", since=99, count=LAST + 2)
+    name = f"{nights.night(LAST + 1)}.jsonl"
+    (folder / name).write_text((after / name).read_text())
+    code, found = detect(folder, capsys)
+    assert (code, [c["standing"] for c in found["candidates"]]) == (Exit.FAIL, ["confirmed"])
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"seen": {}}, {"revisions": 5}, {"seen": {"old_night": "x", "place": 1, "before": 1.0, "after": 2.0}}],
+    ids=str,
+)
+def test_a_decision_that_somebody_spoilt_is_left_out_and_named(
+    odd: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:
+    folder = history(tmp_path)
+    paired("slower")
+    settle(folder)
+    (line,) = written(folder)
+    (folder / files.CONFIRMATIONS).write_text(json.dumps(line | odd) + "\n")
+    code, found = detect(folder, capsys)
+    assert (code, list(found["left_out"])) == (Exit.INFRASTRUCTURE, [files.CONFIRMATIONS])
+
+
+def test_what_was_confirmed_at_a_place_that_is_not_there_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:
+    folder = history(tmp_path)
+    paired("slower")
+    settle(folder)
+    (line,) = written(folder)
+    line["seen"]["place"], line["metric"] = "elsewhere", "latency_s"
+    (folder / files.CONFIRMATIONS).write_text(json.dumps(line) + "\n")
+    assert detect(folder, capsys)[1]["candidates"] == []
+
+
 def test_what_was_confirmed_fails_until_it_is_reset_whatever_the_next_nights_show(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
 ) -> None:

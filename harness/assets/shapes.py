@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from harness import yaml_lines
+from harness import resources, yaml_lines
 from harness.errors import UsageError
 from harness.spelling import near
 
@@ -79,7 +79,7 @@ def unknown(address: str) -> str:
 def config_of(address: str) -> dict[str, Any]:
     """Return the configuration that an address stands for: of a preset, or of a file. Raises UsageError as `read` does."""
     found = preset(address)
-    return found.config if found else read(Path(address).expanduser())
+    return found.config if found else read(resources.named(address))
 
 
 def read(path: Path, name: str = "") -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
-from harness import yaml_lines
+from harness import resources, yaml_lines
 from harness.assets import made, shapes
 from harness.errors import Problem, SuiteError, UsageError
 from harness.records import Bytes, Frozen
@@ -231,7 +231,7 @@ def _placed(source: Source, base: Path) -> Source:
     """Make the path of a local source absolute."""
     if source.scheme not in ("folder", "file", "shape") or shapes.preset(source.address):
         return source
-    path = (base / Path(source.address).expanduser()).resolve()
+    path = (base / resources.named(source.address)).resolve()
     return source.model_copy(update={"source": f"{source.scheme}:{path}"})
 
 

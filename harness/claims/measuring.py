@@ -18,6 +18,7 @@ from typing import Annotated, Any, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, create_model
 
+from harness import resources
 from harness.claims.printed import Dimension
 
 Number = int | float | Fraction
@@ -94,9 +95,9 @@ def _shape(address: str, info: ValidationInfo) -> str:
         raise ValueError(f"{wrong}; a path begins with ./" if "/" in name or name.endswith(".json") else wrong)
     if not name.startswith(shapes.PATH_STARTS):
         return name
-    path = (info.context or {}).get(FOLDER, Path()) / Path(name).expanduser()
-    file = path / "config.json" if path.is_dir() else path
     try:
+        path = (info.context or {}).get(FOLDER, Path()) / resources.named(name)
+        file = path / "config.json" if path.is_dir() else path
         shapes.read(file)
     except UsageError as error:
         raise ValueError(f"{error.what}; {error.mend}") from error

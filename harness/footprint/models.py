@@ -12,7 +12,7 @@ from typing import Any
 from harness.assets import fetch, shapes
 from harness.assets.table import Source, load_table
 from harness.errors import UsageError
-from harness.resources import folder
+from harness.resources import folder, named
 from harness.spelling import near
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -37,7 +37,7 @@ def find(name: str) -> Model:
     if name in table:
         return _of_table(table[name])
     if name.startswith((".", "/", "~")):
-        return _in_folder(name, Path(name).expanduser())
+        return _in_folder(name, named(name))
     if name.count("/") == 1:
         return _of_hub(name)
     raise UsageError(

@@ -28,6 +28,7 @@ from harness.store import Run
 
 BASELINES = Path("results") / "baselines"
 PROVENANCE = "baseline.json"
+_OF_A_RUN = re.compile(r"run\.json|cells/[0-9a-f]+\.\d+\.json")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
 _SHOWN = 3
 
@@ -146,6 +147,9 @@ def _unfit(run: Run) -> Iterator[Problem]:
             yield Problem(f"cells/{file}", why, "move the file away and --resume the run")
     for file, what in run.changed.items():
         yield Problem(file, what, "put back what the run left, or run the suite anew")
+    for file in run.footer.sha256 if run.footer else ():
+        if not _OF_A_RUN.fullmatch(file):
+            yield Problem("footer.json", f"names {file!r}, which is no file of a run", "run the suite anew")
     environments = [run.manifest.environment, *(record.environment for record in run.records)]
     if dirty := sum(e.git_dirty is True for e in environments[1:]):
         yield Problem("cells/", f"{dirty} of {len(run.records)} Records made from uncommitted changes", again)

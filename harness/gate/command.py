@@ -31,6 +31,7 @@ def gate(
         base, new = store.read_run(kept.path), store.read_run(path)
         against = against_baseline.judge(base, new, margins=margins, strict=strict)
         title = f"{new.manifest.run} against {kept.name}"
+        title += ", which is the same run" if new.manifest.run == base.manifest.run else ""
         outputs.write(against, title)
         if as_json:
             say(json.dumps(document.document(against, kept, new), indent=1))

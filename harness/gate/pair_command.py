@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import sys
@@ -58,7 +59,11 @@ def gate(asked: Asked, as_json: bool, design: Design | None = None) -> Exit:
     design = design or Design()
     asked.outputs.refuse()
     path = suites.find(asked.suite)
-    plan = _trained(expand(suites.load(path)), asked.only)
+    plan = _trained(expand(suites.load(path)), asked.only, asked.suite)
+    wanted = _cores(asked)
+    if wanted is not None and wanted > (there := cores.allowed()):
+        what = f"{wanted} cores are asked for, and this process may use {there}"
+        raise UsageError(what, where="--cores", mend=f"ask for at most {there}")
     folder = _folder(asked)
     seed = secrets.randbits(32) if asked.seed is None else asked.seed
     names = naming.full(plan.cells)
@@ -73,7 +78,7 @@ def gate(asked: Asked, as_json: bool, design: Design | None = None) -> Exit:
     try:
         with (
             on_request(),
-            cores.held_to(_cores(asked)) as held,
+            cores.held_to(wanted) as held,
             arms.opened(asked.old, asked.new, plan, asked.repo) as sides,
         ):
             matched = arms.pairs(plan, names, sides)
@@ -90,8 +95,12 @@ def gate(asked: Asked, as_json: bool, design: Design | None = None) -> Exit:
                 if canary:
                     place = watched.first[0][0].environment.id
                     canary_file.add(asked.canaries, place, watched.pair.old.cell_id, canary)
-    except KeyboardInterrupt as stopped:
+    except BaseException as stopped:
         if bench is None:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # empty: nothing was run
+            raise
+        if not isinstance(stopped, KeyboardInterrupt):
             raise
         cut = f"ended by {str(stopped) or 'Ctrl-C'}"
         say(f"{cut}; what was measured is judged")
@@ -117,12 +126,13 @@ def gate(asked: Asked, as_json: bool, design: Design | None = None) -> Exit:
     return code
 
 
-def _trained(plan: Plan, only: str | None) -> Plan:
+def _trained(plan: Plan, only: str | None, suite: str = "") -> Plan:
     """Return the plan's Cells that train: what has no step has no time of one."""
     swept = {cell_id for tuning in plan.tuning for cell_id in tuning.sweep}
     kept = tuple(cell for cell in plan.cells if cell.training.steps and cell.cell_id not in swept)
     if not kept:
-        raise UsageError("no Cell of this suite trains, and pairs compare the time of a training step", where="SUITE")
+        what = "no Cell of this suite trains, and pairs compare the time of a training step"
+        raise UsageError(what, where=f"--suite {suite}", mend="name a suite with `steps` above 0, such as sentinels")
     trained = Plan(kept, {c.cell_id: plan.ids[c.cell_id] for c in kept}, ())
     return keep_only(trained, only) if only is not None else trained
 

@@ -11,11 +11,13 @@ from harness import options
 from harness.errors import Exit
 
 _file = click.Path(path_type=Path, dir_okay=False)
+_DIGITS = 20
+"""Of a number of bytes; no machine has more."""
 
 
 def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
     """Read a number of bytes, or a size with its unit."""
-    if value is None or value.isdecimal():
+    if value is None or (value.isdecimal() and len(value) <= _DIGITS):
         return None if value is None else int(value)
     from harness.footprint import sizes
 
@@ -84,7 +86,7 @@ def gate(run: str | None, baseline: str | None, pairs: tuple[str, str] | None, s
     A file that cannot be read and takes no Cell away is named, and changes no
     code. `peft-harness explain gate` tells the rule of every kind of finding.
     """
-    given = {name for name, value in told.items() if value not in (None, False)} - {"as_json"}
+    given = {name for name, value in told.items() if value is not None and value is not False} - {"as_json"}
     if pairs is None:
         return _against(run, baseline, strict, given, told)
     if run is not None or baseline is not None or given & _OF_BASELINES:

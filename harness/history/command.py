@@ -162,9 +162,9 @@ def confirm(cell: str, metric: str, night: str, verdict: Any, evidence: str, aut
     After pairs of runs of both revisions have decided it. A line of confirmations.jsonl: commit it. It holds for a change
     of that series up to two nights away.
     """
-    from harness.history import decisions
+    from harness.history import by_hand
 
-    _said(decisions.confirm(folder, cell, metric, night, verdict, evidence, author))
+    _said(by_hand.confirm(folder, cell, metric, night, verdict, evidence, author))
     return Exit.PASS
 
 

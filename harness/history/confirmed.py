@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from harness.history import decisions
 from harness.history.changes import Change
-from harness.history.decisions import NEAR
-from harness.history.files import History
+from harness.history.decisions import EVERY, NEAR
+from harness.history.files import History, Night
 
 
 def standing(history: History, found: Sequence[Change]) -> Iterator[Change]:
@@ -24,8 +24,17 @@ def standing(history: History, found: Sequence[Change]) -> Iterator[Change]:
             continue
         at = index[line["night"]]
         told = [c for c in found if decisions.concerns(line, c.cell, c.metric) and abs(c.nights[1] - at) <= NEAR]
-        if not told and seen["old_night"] in index:
+        before = index.get(seen["old_night"])
+        if (
+            not told
+            and before is not None
+            and all(_ran(history.nights[i], line["cell"], seen["place"]) for i in (before, at))
+        ):
             yield Change(
-                line["cell"], line["metric"], seen["place"], (index[seen["old_night"]], at), seen["before"], seen["after"],
+                line["cell"], line["metric"], seen["place"], (before, at), seen["before"], seen["after"],
                 worse=True, young=True, note="it stands until `peft-harness history reset`",
             )  # fmt: skip
+
+
+def _ran(night: Night, cell: str, place: str) -> bool:
+    return any(cell in (EVERY, row["cell"]) and row["on"] == place for row in night.rows)

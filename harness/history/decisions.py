@@ -77,13 +77,14 @@ def _line(folder: Path, cell: str, metric: str, night: str, reason: str, author:
         what = "no such metric in this history" if watched.kind(metric) else "not a metric"
         raise UsageError(f"{what}: {metric!r}", where="METRIC", mend="`peft-harness history show` names them; or `*`")
     return {
-        "schema": files.SCHEMA, "cell": _known(history.cells, cell), "metric": metric, "night": night,
+        "schema": files.SCHEMA, "cell": known(history.cells, cell), "metric": metric, "night": night,
         "reason": " ".join(reason.split()), "author": who(author),
         "made": store.now(),
     }  # fmt: skip
 
 
-def _known(cells: Iterable[str], start: str) -> str:
+def known(cells: Iterable[str], start: str) -> str:
+    """Return the one cell_id that begins so, or `*` for itself. Raises UsageError for none and for several."""
     found = [EVERY] if start == EVERY else [cell_id for cell_id in cells if start and cell_id.startswith(start)]
     if len(found) == 1:
         return found[0]

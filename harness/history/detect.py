@@ -50,11 +50,9 @@ def document(
     guards = picked(history, sentinel, "--sentinel") if sentinel else frozenset()
     seen = changes.changes(known, _quantization(history), guards)
     names = named(history)
-    told = [change for change in seen.changes if only is None or change.cell in only]
-    told += [one for one in standing(history, seen.changes) if only is None or one.cell in only]
-    judged = [_candidate(history, change, names) for change in sorted(told, key=_order)]
+    told = [one for one in judged(history, seen, names) if only is None or one["cell"] in only]
     # A suspicion that pairs confirmed stands as any change does; one that they refuted was none.
-    candidates = [one for one in judged if one["standing"] not in ("suspect", "unfounded")]
+    candidates = [one for one in told if one["standing"] not in ("suspect", "unfounded")]
     stopped = [one for one in lost.stopped(history, names) if only is None or one["cell"] in only]
     ended = {one["cell"] for one in stopped}
     gone = [one for one in lost.gone(history, known, names, ended) if only is None or one["cell"] in only]
@@ -65,7 +63,7 @@ def document(
         "compared": seen.compared,
         "least": {"time": changes.TIMED_LEAST, "accuracy": changes.SCORE_LEAST, "peak_B": watched.PEAK_BYTES},
         "candidates": candidates,
-        "suspects": [one for one in judged if one["standing"] == "suspect"],
+        "suspects": [one for one in told if one["standing"] == "suspect"],
         "machine": [_plain(history, change, names) for change in seen.machine],
         "residue": list(_residue(history, known)),
         "unanchored": [{"place": on, "metric": family, "series": count} for on, family, count in seen.unanchored],
@@ -80,6 +78,18 @@ def document(
         "left_out": dict(sorted(history.broken.items())),
         "exit": int(_exit(history, candidates, seen, strict, missing=bool(stopped or gone))),
     }
+
+
+def judged(history: History, seen: Seen, names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return every change, and what became of it, the open ones first."""
+    told = [*seen.changes, *standing(history, seen.changes)]
+    return [_candidate(history, change, names) for change in sorted(told, key=_order)]
+
+
+def all_changes(history: History) -> list[dict[str, Any]]:
+    """Return every change of every series, also those that were refuted."""
+    seen = changes.changes(series(history), _quantization(history), frozenset())
+    return judged(history, seen, named(history))
 
 
 def _exit(

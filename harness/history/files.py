@@ -235,4 +235,20 @@ def _is_cell(line: Line) -> bool:
 def _is_decision(line: Line) -> bool:
     """A decision with all that it needs; one of a newer schema is not understood, and so not obeyed."""
     words = ("cell", "metric", "night", "reason", "author")
-    return line.get("schema") == SCHEMA and all(isinstance(line.get(word), str) and line[word] for word in words)
+    whole = line.get("schema") == SCHEMA and all(isinstance(line.get(word), str) and line[word] for word in words)
+    revisions, seen = line.get("revisions", []), line.get("seen")
+    return (
+        whole
+        and isinstance(revisions, list)
+        and all(isinstance(one, str) for one in revisions)
+        and (seen is None or _is_seen(seen))
+    )
+
+
+def _is_seen(seen: Any) -> bool:
+    """Say whether this is what made one try a change: a night and a place, and two numbers."""
+    return (
+        isinstance(seen, dict)
+        and all(isinstance(seen.get(word), str) for word in ("old_night", "place"))
+        and all(isinstance(seen.get(word), (int, float)) for word in ("before", "after"))
+    )

@@ -8,6 +8,12 @@ from contextlib import contextmanager
 import psutil
 
 
+def allowed() -> int:
+    """Return how many cores this process may use."""
+    process = psutil.Process()
+    return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count() or 1
+
+
 @contextmanager
 def held_to(count: int | None) -> Iterator[list[int]]:
     """Let this process, and those that it starts, use only so many of its cores; yield their numbers.

@@ -281,7 +281,7 @@ class Life:
         )
         start.clear()  # nobody needs the rest, and memory is measured: each copy goes as soon as its tensor has moved
         optimizer, schedule = optimizers.make(adapted, head, cell.training, cell.optimizer, cell.implementation)
-        with self.clock.phase("warm-up"):
+        with self.clock.phase("warm-up"), loop.dropping(loop.trainable(adapted, head), cell.training.layerwise):
             model.train()
             for batch in batches[:WARMUP_PASSES]:
                 for part in batch.parts(cell.training.accumulate):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -65,6 +66,21 @@ def last_logits(model: nn.Module, inputs: dict[str, Tensor], count: int) -> Tens
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         return model(**inputs, logits_to_keep=count, use_cache=False).logits  # type: ignore[no-any-return]
     return model(**inputs, use_cache=False).logits[:, -count:]  # type: ignore[no-any-return]
+
+
+@contextmanager
+def dropping(tensors: Iterable[Tensor], wanted: bool) -> Iterator[None]:
+    """Let go of each gradient as soon as it is there, if `wanted`: who trains layer by layer has no room for all of them."""
+    hooks = [t.register_post_accumulate_grad_hook(_drop) for t in tensors] if wanted else []
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _drop(tensor: Tensor) -> None:
+    tensor.grad = None
 
 
 def notes(optimizer: torch.optim.Optimizer, losses: Sequence[float] = ()) -> list[str]:
