@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
+
+_C = TypeVar("_C", bound=Callable[..., Any])
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
@@ -26,12 +29,12 @@ def _together(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> 
     return ",".join(given) if given else None
 
 
-def cells(name: str, help_: str) -> Any:
+def cells(name: str, help_: str) -> Callable[[_C], _C]:
     """Return an option that names Cells, by an expression (see `expand.only`). Given twice, both are one expression."""
     return click.option(name, multiple=True, callback=_together, metavar="EXPR", help=help_)
 
 
-def only(command: Any) -> Any:
+def only(command: click.Command) -> click.Command:
     """Add `--only`, with its grammar, to a command."""
-    command.help += _GRAMMAR
+    command.help = (command.help or "") + _GRAMMAR
     return cells("--only", "Cells to keep, e.g. `method=lora,rank=8`; see below.")(command)

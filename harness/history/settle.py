@@ -118,7 +118,7 @@ def _pairs(command: str, out: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {name.removeprefix("--"): next(words) for name in words}
     if "cores" in options:
         options["cores"] = int(options["cores"])
-    pair_command.gate(pair_command.Asked(old, new, out=out, **(options | asked)), as_json=False)
+    pair_command.gate(pair_command.Asked(old, new, out=out, **{**options, **asked}), as_json=False)
     found: dict[str, Any] = json.loads((out / pair_command.DOCUMENT).read_text(encoding="utf-8"))
     return found
 
