@@ -90,7 +90,7 @@ class AdapterConfigField(FieldInfo):
             path = folder / named(value)
             path = path / FILE if path.is_dir() else path
             found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
-            json.dumps(found, ensure_ascii=False).encode()  # a lone surrogate can be read, and not be written
+            json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # 1e999 and a lone surrogate can be read
         except OSError as error:
             raise UsageError(
                 f"{value} cannot be read: {error.strerror}", mend="paths start from the suite's folder"

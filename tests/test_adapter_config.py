@@ -230,6 +230,7 @@ def without(key: str) -> dict[str, Any]:
         ("./nowhere.json", "nowhere.json cannot be read: No such file"),
         ("./broken.json", "is no JSON: Expecting property name enclosed in double quotes: line 2 column 1"),
         ("./nan.json", "is no JSON: NaN is no number of JSON"),
+        ("./infinite.json", "is no JSON: Out of range float values are not JSON compliant"),
         ("./surrogate.json", "is no JSON: 'utf-8' codec can't encode"),
         ("./deep.json", "is no JSON: maximum recursion depth exceeded"),
         ("./zero\0.json", "is no path: it holds a zero byte"),
@@ -259,6 +260,7 @@ def without(key: str) -> dict[str, Any]:
 def test_mistakes_are_found_with_the_suite(tmp_path: Path, value: Any, says: str) -> None:
     (tmp_path / "broken.json").write_text("{\n", encoding="utf-8")
     (tmp_path / "nan.json").write_text('{"peft_type": "IA3", "x": NaN}', encoding="utf-8")
+    (tmp_path / "infinite.json").write_text('{"peft_type": "IA3", "x": 1e999}', encoding="utf-8")
     (tmp_path / "surrogate.json").write_text('{"peft_type": "IA3", "x": "\\ud800"}', encoding="utf-8")
     (tmp_path / "deep.json").write_text("[" * 100_000, encoding="utf-8")
     with pytest.raises(SuiteError) as caught:

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import nights
 import pytest
+import recorded_run as recorded
 from nights import CELLS, FIRST, detect
 
+from harness.analysis import watched
+from harness.analysis.baseline_costs import ALLOCATED
 from harness.cli import main
 from harness.errors import Exit
 from harness.history import files
@@ -106,3 +109,23 @@ def test_a_cell_that_is_no_longer_measured_is_named(tmp_path: Path, capsys: pyte
     )
     (stopped,) = detect(folder, capsys)[1]["stopped"]
     assert (stopped["cell"], stopped["status"], stopped["ok"]) == (FIRST, "oom", nights.night(8))
+
+
+def test_what_a_step_takes_need_not_be_counted_every_night(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is counted where memory has room for a copy of what the step changes, and there may be less of that."""
+
+    def values(cell: str, index: int, _: int) -> dict[str, float]:
+        return {"adapter_B": 8} | ({} if cell == FIRST and index == 9 else {"counted_peak_B": 2**30})
+
+    code, found = detect(nights.write(tmp_path / "h", CELLS, values, nights=10), capsys)
+    assert (code, found["gone"]) == (Exit.PASS, [])
+
+
+@pytest.mark.parametrize(("source", "kept"), [(ALLOCATED, False), ("resident, sampled", True)])
+def test_a_gpus_peak_is_watched_once(source: str, kept: bool) -> None:
+    record = recorded.record("fused", recorded.cells()["fused"])
+    assert record.measurements is not None
+    memory = record.measurements.memory.model_copy(update={"counted_peak_B": 5, "source": source})
+    measured = record.measurements.model_copy(update={"memory": memory})
+    values = watched.kept(record.model_copy(update={"measurements": measured})).values
+    assert ("counted_peak_B" in values, "training_peak_B" in values) == (kept, True)

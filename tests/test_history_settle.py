@@ -179,10 +179,13 @@ def test_what_somebody_confirms_by_hand_stands_on_later_nights_too(
 ) -> None:
     folder = history(tmp_path)
     said = ["--verdict", "regressed", "--evidence", "12 pairs", "--dir", str(folder), "--author", "A"]
-    assert main(["history", "confirm", FIRST, "step_s", "--night", nights.night(LAST - 6), *said]) == Exit.USAGE
-    assert "no change of step_s within 2 nights of" in capsys.readouterr().err
-    assert written(folder) == []
-    assert main(["history", "confirm", FIRST, "step_s", "--night", nights.night(LAST), *said]) == Exit.PASS
+    for metric, when in (("step_s", LAST - 6), ("*", LAST)):  # of no change, and of whatever is near
+        assert main(["history", "confirm", FIRST, metric, "--night", nights.night(when), *said]) == Exit.PASS
+    assert capsys.readouterr().err.count("no change of step_s is seen within 2 nights of") == 1
+    assert not any("seen" in line for line in written(folder))
+    (folder / files.CONFIRMATIONS).unlink()
+    assert main(["history", "confirm", FIRST, "step_s", "--night", nights.night(LAST - 1), *said]) == Exit.PASS
+    assert [line["night"] for line in written(folder)] == [nights.night(LAST)]
     after = history(tmp_path / "later", since=99, count=LAST + 2)
     name = f"{nights.night(LAST + 1)}.jsonl"
     (folder / name).write_text((after / name).read_text())

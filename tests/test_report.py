@@ -301,7 +301,7 @@ def test_rerun_gives_the_exact_commands(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("given", ["quick", "quick.yaml", "../mine/quick.yaml"])
 def test_a_cell_is_rerun_from_the_suite_as_it_was_given(given: str, tmp_path: Path) -> None:
-    argv = ["peft-harness", "run", "--jobs", "2", given, "--device", "cpu"]
+    argv = ["peft-harness", "run", "--out", "runs/quick", given, "--device", "cpu"]
     run = recorded.write_run(tmp_path / "r", argv=argv, suite_file="quick.yaml")
     (command, *_) = [row["command"] for row in view.build([run])["runs"][0]["rerun"]["cells"]]
     assert command == f"peft-harness run {given} --only {run.manifest.cells[0].cell_id}"

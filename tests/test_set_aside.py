@@ -65,6 +65,16 @@ def test_what_another_layer_uses_stays() -> None:
     assert unused("pissa", adapted, bases).keys() == bases.keys() - {"model.embed_tokens"}
 
 
+def test_a_tied_table_stays_though_its_layer_is_out_of_the_model() -> None:
+    """hf-peft's QLoRA takes the dense output layer out of the model, whose table is that very weight."""
+    model = llama("float32")
+    model.lm_head.weight = model.model.embed_tokens.weight
+    config = configure("qlora", {"rank": 4, "targets": ["lm_head", "q_proj"]})
+    bases = adaptable_layers(model, config)
+    adapted = discover().find("method", "qlora", "hf-peft")(model, config, torch.Generator().manual_seed(0))
+    assert unused("qlora", adapted, bases).keys() == bases.keys() - {"lm_head"}
+
+
 @pytest.mark.parametrize("method", ["lora", "dora", "vera", "galore", "full"])
 def test_methods_that_multiply_by_the_weight_keep_it(method: str) -> None:
     _, adapted, bases = attached(method, "reference")

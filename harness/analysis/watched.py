@@ -17,6 +17,7 @@ from statistics import median
 from typing import Literal
 
 from harness.analysis import contention, measured, parity
+from harness.analysis.baseline_costs import ALLOCATED
 from harness.analysis.baseline_rows import COUNTED_PEAK_B
 from harness.cost_records import AT_ONCE
 from harness.records import Measurements, Record, Status
@@ -78,7 +79,8 @@ def kept(record: Record) -> Kept:
         PARAMETERS: m.parameters.trainable,
         **{name: getattr(m.memory, name) for name in ("weights_B", "adapter_B", "gradients_B", "optimizer_B")},
     }
-    if m.memory.counted_peak_B is not None:
+    # As allocated on a GPU it is the peak of training itself.
+    if m.memory.counted_peak_B is not None and m.memory.source != ALLOCATED:
         values[COUNTED_PEAK] = m.memory.counted_peak_B
     if m.checkpoint is not None:
         values["model_B"] = m.checkpoint.model_B

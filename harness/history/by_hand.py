@@ -2,48 +2,41 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Any
 
-from harness.errors import UsageError
 from harness.history import decisions, files
 from harness.history.decisions import NEAR, Verdict
 from harness.history.detect import all_changes
-from harness.history.files import History, Line
+from harness.history.files import Line
 
 
 def confirm(
     folder: Path, cell: str, metric: str, night: str, verdict: Verdict, evidence: str, author: str | None
 ) -> Line:
-    """Write a verdict down with what made one try it, so that it stands on later nights too; return the line.
+    """Write a verdict down; return the line. Of a change of that very series, with its own night and what it looks like, so
+    that the verdict stands on later nights too; where no change is near, that is said.
 
-    Raises UsageError as `decisions.confirm` does, and where the history has no such change near that night.
+    Raises UsageError as `decisions.confirm` does.
     """
     history = files.read(folder)
-    seen = None
-    if night in (nights := [n.night for n in history.nights]):
-        seen = _seen(history, decisions.known(history.cells, cell), metric, nights.index(night))
-        if seen is None:
-            raise UsageError(
-                f"no change of {metric} within {NEAR} nights of {night}: there is nothing to confirm",
-                where="--night",
-                mend="`peft-harness history detect` names the changes, each with its night",
-            )
-    return decisions.confirm(folder, cell, metric, night, verdict, evidence, author, seen=seen)
-
-
-def _seen(history: History, cell: str, metric: str, at: int) -> dict[str, Any] | None:
-    """Return what the nearest such change looks like to `detect`, or None where there is none near that night."""
-    index = {n.night: i for i, n in enumerate(history.nights)}
-    near = [
-        (abs(index[c["night"]] - at), c)
-        for c in all_changes(history)
-        if decisions.concerns({"cell": cell, "metric": metric}, c["cell"], c["metric"])
-    ]
-    apart, change = min(near, key=lambda one: one[0], default=(NEAR + 1, {}))
-    if apart > NEAR:
-        return None
-    return {
+    if night not in (nights := [n.night for n in history.nights]):
+        return decisions.confirm(folder, cell, metric, night, verdict, evidence, author)
+    of, at = decisions.known(history.cells, cell), nights.index(night)
+    about = {"cell": of, "metric": metric}
+    every = [c for c in all_changes(history) if decisions.concerns(about, c["cell"], c["metric"])]
+    near = [c for c in every if abs(nights.index(c["night"]) - at) <= NEAR]
+    own = [c for c in near if (c["cell"], c["metric"]) == (of, metric)]
+    if not near:
+        told = (
+            f"no change of {metric} is seen within {NEAR} nights of {night}: this holds for one that `detect` may show"
+        )
+        print(told, file=sys.stderr)
+    if not own:
+        return decisions.confirm(folder, cell, metric, night, verdict, evidence, author)
+    change = min(own, key=lambda c: abs(nights.index(c["night"]) - at))
+    seen = {
         "old_night": change["between"]["old_night"],
         **{name: change[name] for name in ("place", "before", "after")},
     }
+    return decisions.confirm(folder, cell, metric, change["night"], verdict, evidence, author, seen=seen)

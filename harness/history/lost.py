@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
+from harness.analysis import watched
 from harness.history import decisions
 from harness.history.decisions import EVERY
 from harness.history.files import History
@@ -44,6 +45,10 @@ def gone(
     last = {on: index for index, night in enumerate(history.nights) for on in night.places}
     missing: dict[tuple[str, str, int], list[str]] = {}
     for one in known:
+        if (
+            one.metric == watched.COUNTED_PEAK
+        ):  # a step is counted only where memory has room for a copy of what it changes
+            continue
         if one.nights[-1] < last[one.on] and one.cell not in ended:
             missing.setdefault((one.cell, one.on, one.nights[-1]), []).append(one.metric)
     there: dict[tuple[str, str], set[str]] = {}

@@ -36,10 +36,12 @@ def settle(
     mine = sorted((c for c in open_ if _by_pairs(c)), key=_by_size)
     runs = out or store.RUNS / f"{store.now().replace(':', '').replace('-', '')}-settle-{secrets.token_hex(3)}"
     codes: list[Exit] = []
+    watched_over = False  # by a canary
     for number, one in enumerate(mine[:most]):
         where = next(night.places[one["place"]] for night in history.nights if one["place"] in night.places)
-        asked = {"canary": number == 0} | ({"suite": str(suite)} if suite else {})
+        asked = {"canary": not watched_over} | ({"suite": str(suite)} if suite else {})
         code, cut = _tried(folder, one, where, author, runs / str(number), asked)
+        watched_over = watched_over or (runs / str(number) / pair_command.DOCUMENT).exists()
         codes.append(code)
         if cut:
             break

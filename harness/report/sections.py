@@ -311,8 +311,9 @@ def rerun(facts: RunFacts) -> Section:
     """Give the commands that repeat the run, or one Cell of it."""
     m = facts.run.manifest
     # As it was given: a path, or the name of a suite that ships.
-    given = (m.suite_file, m.suite_file.rpartition(".")[0])
-    suite = shlex.quote(next((word for word in m.argv if Path(word).name in given), m.suite_file))
+    paths = [word for word in m.argv[2:] if Path(word).name == m.suite_file]
+    names = [word for word in m.argv[2:] if word == m.suite_file.rpartition(".")[0]]
+    suite = shlex.quote([*paths, *names, m.suite_file][0])
     return {
         "command": shlex.join(m.argv),
         "cells": [

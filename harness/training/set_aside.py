@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import tempfile
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -29,14 +28,16 @@ def unused(method: str, adapted: Adapted, bases: Mapping[str, nn.Module]) -> dic
     if instead is None:
         return {}
     state = adapted.state()
-    uses = Counter(id(p) for _, p in adapted.model.named_parameters(remove_duplicate=False))
+    own = {id(base) for base in bases.values()}
+    others = (module for module in adapted.model.modules() if id(module) not in own)
+    elsewhere = {id(p) for module in others for p in module.parameters(recurse=False)}
     found = {}
     base: Any
     for path, base in bases.items():
         weight, form = base.weight, state.get(f"{path}.{instead}")
         if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or form is None:
             continue
-        if uses[id(weight)] < 2 and form.untyped_storage()._cdata != weight.untyped_storage()._cdata:
+        if id(weight) not in elsewhere and form.untyped_storage()._cdata != weight.untyped_storage()._cdata:
             found[path] = weight
     return found
 
