@@ -15,7 +15,7 @@ from harness import store, suites
 from harness.analysis import naming
 from harness.analysis.pair_verdict import Judged, Sides, judge
 from harness.analysis.paired import Design
-from harness.errors import Exit, UsageError
+from harness.errors import Exit, HarnessError, UsageError
 from harness.expand import Plan, expand
 from harness.expand import only as keep_only
 from harness.gate import arms, canary_file, pair_findings, pair_table
@@ -95,12 +95,13 @@ def gate(asked: Asked, as_json: bool, design: Design | None = None) -> Exit:
                 if canary:
                     place = watched.first[0][0].environment.id
                     canary_file.add(asked.canaries, place, watched.pair.old.cell_id, canary)
-    except BaseException as stopped:
+    except HarnessError:
         if bench is None:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # empty: nothing was run
-            raise
-        if not isinstance(stopped, KeyboardInterrupt):
+            _forget(folder)
+        raise
+    except KeyboardInterrupt as stopped:
+        if bench is None:
+            _forget(folder)
             raise
         cut = f"ended by {str(stopped) or 'Ctrl-C'}"
         say(f"{cut}; what was measured is judged")
@@ -151,6 +152,12 @@ def _folder(asked: Asked) -> Path:
         raise UsageError("holds something already", where=f"--out {folder}", mend="name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _forget(folder: Path) -> None:
+    """Take a folder away in which nothing was run."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _because(one: Measured, cut: str) -> str:

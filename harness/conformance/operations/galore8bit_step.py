@@ -28,10 +28,32 @@ def arguments(dtype: torch.dtype, generator: torch.Generator, **case: Any) -> di
     return given
 
 
-def reference(M: Tensor, M_absmax: Tensor, V: Tensor, V_absmax: Tensor, **given: Any) -> tuple[Tensor, ...]:
-    """Return W, M, M_absmax, V and V_absmax after step number `step`. given: the other arguments, as of `galore_step`."""
-    moments = {"M": M, "M_absmax": M_absmax, "V": V, "V_absmax": V_absmax}
-    return galore_step.stepped(moments, **given)
+def reference(
+    W: Tensor,
+    G: Tensor,
+    P: Tensor | None,
+    Q: Tensor | None,
+    M: Tensor,
+    M_absmax: Tensor,
+    V: Tensor,
+    V_absmax: Tensor,
+    side: str,
+    step: int,
+    lr: float,
+    scale: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> tuple[Tensor, ...]:
+    """Return W, M, M_absmax, V and V_absmax after step number `step`."""
+    bases = {name: t for name, t in (("P", P), ("Q", Q)) if t is not None}
+    codes = {"M": M.clone(), "M_absmax": M_absmax.clone(), "V": V.clone(), "V_absmax": V_absmax.clone()}
+    W = W.clone()
+    galore.galore_step(
+        W, G, {"step": step - 1, **codes, **bases}, lr=lr, rank=min(t.shape[1] for t in bases.values()),
+        update_gap=1_000_000, scale=scale, side=side, weight_decay=weight_decay, beta1=betas[0], beta2=betas[1], eps=eps,
+    )  # fmt: skip
+    return W, *codes.values()
 
 
 def judge(outputs: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[Judgement, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,18 +53,13 @@ def arguments(
     }
 
 
-def reference(M: Tensor, V: Tensor, **given: Any) -> tuple[Tensor, ...]:
-    """Return W, M and V after step number `step`. given: the other arguments."""
-    return stepped({"M": M, "V": V}, **given)
-
-
-def stepped(
-    moments: Mapping[str, Tensor],
-    *,
+def reference(
     W: Tensor,
     G: Tensor,
     P: Tensor | None,
     Q: Tensor | None,
+    M: Tensor,
+    V: Tensor,
     side: str,
     step: int,
     lr: float,
@@ -72,16 +67,16 @@ def stepped(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-) -> tuple[Tensor, ...]:
-    """Return W and the moments, as they are kept and in their order, after step number `step`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return W, M and V after step number `step`."""
     bases = {name: t for name, t in (("P", P), ("Q", Q)) if t is not None}
-    state: dict[str, Any] = {"step": step - 1, **bases} | {name: t.clone() for name, t in moments.items()}
+    state: dict[str, Any] = {"step": step - 1, "M": M.clone(), "V": V.clone(), **bases}
     W = W.clone()
     galore.galore_step(
         W, G, state, lr=lr, rank=min(t.shape[1] for t in bases.values()), update_gap=1_000_000, scale=scale, side=side,
         weight_decay=weight_decay, beta1=betas[0], beta2=betas[1], eps=eps,
     )  # fmt: skip
-    return W, *(state[name] for name in moments)
+    return W, state["M"], state["V"]
 
 
 OPERATION = Operation("galore_step", ("W", "M", "V"), arguments, reference)
