@@ -157,16 +157,14 @@ def only(plan: Plan, expr: str) -> Plan:
 
     kept = tuple(cell for cell in plan.cells if fits(cell))
     if kept:  # of alternatives one that fits nothing is a slip of the pen
-        terms = [(key, value) for key, values in wanted.items() for value in values]
-        for key, value in terms:
-            if not any(has(cell, key, value) for cell in plan.cells):
-                said = f"{key}={value}" if key else value
-                mend = (
-                    near(value, sorted({_shown(f.get(key)) for f in facts.values()} - {""}), f"`{key}` is")
-                    if key
-                    else ""
-                )
-                raise UsageError(f"no Cell fits `{said}`", where=f"--only {expr}", mend=mend or "leave that term out")
+        for key, value in ((key, value) for key, values in wanted.items() for value in values):
+            if any(has(cell, key, value) for cell in plan.cells):
+                continue
+            said, mend = value, "leave that term out"
+            if key:
+                told = {_shown(fact.get(key)) for fact in facts.values()} - {""}
+                said, mend = f"{key}={value}", near(value, sorted(told), f"`{key}` is")
+            raise UsageError(f"no Cell fits `{said}`", where=f"--only {expr}", mend=mend)
     if not kept or not wanted:
         there = [f"id={plan.ids[c.cell_id]}  {c.cell_id}  {names[c.cell_id]}" for c in plan.cells]
         shown = [*there[:20], *([f"... and {len(there) - 20} more"] if len(there) > 20 else [])]

@@ -193,6 +193,16 @@ def test_what_somebody_confirms_by_hand_stands_on_later_nights_too(
     assert (code, [c["standing"] for c in found["candidates"]]) == (Exit.FAIL, ["confirmed"])
 
 
+def settled_otherwise(tmp_path: Path, paired: Paired, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Path:
+    """Return a history of which pairs confirmed the one suspicion, by a line that somebody has changed since."""
+    folder = history(tmp_path)
+    paired("slower")
+    settle(folder)
+    (line,) = written(folder)
+    (folder / files.CONFIRMATIONS).write_text(json.dumps(change(line)) + "\n")
+    return folder
+
+
 @pytest.mark.parametrize(
     "odd",
     [{"seen": {}}, {"revisions": 5}, {"seen": {"old_night": "x", "place": 1, "before": 1.0, "after": 2.0}}],
@@ -201,11 +211,7 @@ def test_what_somebody_confirms_by_hand_stands_on_later_nights_too(
 def test_a_decision_that_somebody_spoilt_is_left_out_and_named(
     odd: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
 ) -> None:
-    folder = history(tmp_path)
-    paired("slower")
-    settle(folder)
-    (line,) = written(folder)
-    (folder / files.CONFIRMATIONS).write_text(json.dumps(line | odd) + "\n")
+    folder = settled_otherwise(tmp_path, paired, lambda line: line | odd)
     code, found = detect(folder, capsys)
     assert (code, list(found["left_out"])) == (Exit.INFRASTRUCTURE, [files.CONFIRMATIONS])
 
@@ -213,12 +219,10 @@ def test_a_decision_that_somebody_spoilt_is_left_out_and_named(
 def test_what_was_confirmed_at_a_place_that_is_not_there_changes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
 ) -> None:
-    folder = history(tmp_path)
-    paired("slower")
-    settle(folder)
-    (line,) = written(folder)
-    line["seen"]["place"], line["metric"] = "elsewhere", "latency_s"
-    (folder / files.CONFIRMATIONS).write_text(json.dumps(line) + "\n")
+    def elsewhere(line: dict[str, Any]) -> dict[str, Any]:
+        return line | {"seen": line["seen"] | {"place": "elsewhere"}, "metric": "latency_s"}
+
+    folder = settled_otherwise(tmp_path, paired, elsewhere)
     assert detect(folder, capsys)[1]["candidates"] == []
 
 

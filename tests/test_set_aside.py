@@ -25,7 +25,8 @@ KEEPING = [("qlora", "reference"), ("qlora", "fused"), ("qlora", "hf-peft"), ("p
 
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
-    return model.eval()(input_ids=IDS).logits  # type: ignore[no-any-return]
+    found: torch.Tensor = model.eval()(input_ids=IDS).logits
+    return found
 
 
 def attached(method: str, implementation: str) -> tuple[Any, Any, dict[str, Any]]:
@@ -54,25 +55,21 @@ def test_a_weight_that_no_product_takes(method: str, implementation: str, tmp_pa
     assert torch.equal(logits(model), before)
 
 
-def test_what_another_layer_uses_stays() -> None:
-    """The table of a model whose output layer has the same weight is looked up in for every logit."""
+@pytest.mark.parametrize(
+    ("method", "implementation", "tied"),
+    [
+        ("pissa", "reference", "model.embed_tokens"),  # the output layer has the same weight
+        ("qlora", "hf-peft", "lm_head"),  # it takes the dense output layer out of the model, whose table is that weight
+    ],
+)
+def test_what_another_layer_uses_stays(method: str, implementation: str, tied: str) -> None:
     model = llama("float32")
     model.lm_head.weight = model.model.embed_tokens.weight
-    config = configure("pissa", {"rank": 4, "targets": ["embed_tokens", "q_proj"]})
+    config = configure(method, {"rank": 4, "targets": [tied, "q_proj"]})
     bases = adaptable_layers(model, config)
-    adapted = discover().find("method", "pissa", "reference")(model, config, torch.Generator().manual_seed(0))
-    assert "model.embed_tokens" in bases
-    assert unused("pissa", adapted, bases).keys() == bases.keys() - {"model.embed_tokens"}
-
-
-def test_a_tied_table_stays_though_its_layer_is_out_of_the_model() -> None:
-    """hf-peft's QLoRA takes the dense output layer out of the model, whose table is that very weight."""
-    model = llama("float32")
-    model.lm_head.weight = model.model.embed_tokens.weight
-    config = configure("qlora", {"rank": 4, "targets": ["lm_head", "q_proj"]})
-    bases = adaptable_layers(model, config)
-    adapted = discover().find("method", "qlora", "hf-peft")(model, config, torch.Generator().manual_seed(0))
-    assert unused("qlora", adapted, bases).keys() == bases.keys() - {"lm_head"}
+    adapted = discover().find("method", method, implementation)(model, config, torch.Generator().manual_seed(0))
+    assert tied in bases
+    assert unused(method, adapted, bases).keys() == bases.keys() - {tied}
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "vera", "galore", "full"])

@@ -47,17 +47,20 @@ def _surroundings(base: Record, new: Record) -> list[str]:
         found.append(f"commit: {a.git_sha[:12] or 'none'}, {b.git_sha[:12] or 'none'}")
     if a.git_dirty != b.git_dirty:
         found.append(f"uncommitted changes: {_dirty(a)}, {_dirty(b)}")
-    if (before := throttled(base)) != (now := throttled(new)):
-        found.append(f"GPU throttled in training by: {before or 'nothing'}, {now or 'nothing'}")
-    return found
+    return found + slowed(base, new)
+
+
+def slowed(base: Record, new: Record) -> list[str]:
+    """Say what slowed the GPU down in training, where that is not the same in both."""
+    before, now = _throttled(base), _throttled(new)
+    return [f"GPU throttled in training by: {before or 'nothing'}, {now or 'nothing'}"] if before != now else []
 
 
 def _dirty(e: Environment) -> str:
     return "unknown" if e.git_dirty is None else "yes" if e.git_dirty else "no"
 
 
-def throttled(record: Record) -> str:
-    """Return what slowed the GPU down in training, by the driver's words; empty for nothing."""
+def _throttled(record: Record) -> str:
     gpu = training_gpu(record)
     states = [s for s in (gpu.start, gpu.end) if s is not None] if gpu else []
     return ", ".join(sorted({why for s in states for why in s.throttle or () if why != "idle"}))

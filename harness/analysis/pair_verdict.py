@@ -8,7 +8,7 @@ from statistics import median
 
 from harness.analysis import baseline_costs, parity
 from harness.analysis.baseline_costs import ALLOCATED, COUNTED_PEAK, PEAK
-from harness.analysis.baseline_residue import clocks_of, throttled
+from harness.analysis.baseline_residue import clocks_of, slowed
 from harness.analysis.baseline_rows import COUNTED_PEAK_B, Kind, Row
 from harness.analysis.canaries import Canaries
 from harness.analysis.contention import busy
@@ -107,9 +107,7 @@ def _residue(cells: Sequence[Sides]) -> tuple[str, ...]:
     for cell in cells:
         for old, new in cell.records:
             changed = [what for what in circumstances(old, new) if not what.startswith(_MEANT)]
-            if (before := throttled(old)) != (now := throttled(new)):
-                changed.append(f"GPU throttled in training by: {before or 'nothing'}, {now or 'nothing'}")
-            for what in changed:
+            for what in (*changed, *slowed(old, new)):
                 found[what] = found.get(what, 0) + 1
     pairs = sum(len(cell.records) for cell in cells)
     told = [f"{what} ({count} of {pairs} pairs)" for what, count in found.items()]

@@ -29,16 +29,8 @@ SENTINEL = f"{LATENCY}/base/"
 """The bare base model, which no adapter's code touches: every Cell with latencies measures it."""
 BESIDE = "beside it"
 """The part of a place that says whether other Cells ran at the same time."""
-COUNTED = (
-    PARAMETERS,
-    "weights_B",
-    "adapter_B",
-    "gradients_B",
-    "optimizer_B",
-    "adapter_file_B",
-    "model_B",
-    COUNTED_PEAK,
-)
+LEDGER = ("weights_B", "adapter_B", "gradients_B", "optimizer_B")
+COUNTED = (PARAMETERS, *LEDGER, "adapter_file_B", "model_B", COUNTED_PEAK)
 PEAK_BYTES, PEAK_SHARE = 16 * 2**20, 0.01
 """A peak must change by more than both. Training again at another learning rate moved the resident peak of nine Cells on a
 CPU by 6.2 MiB at most."""
@@ -77,7 +69,7 @@ def kept(record: Record) -> Kept:
         return Kept({})
     values: dict[str, float] = {
         PARAMETERS: m.parameters.trainable,
-        **{name: getattr(m.memory, name) for name in ("weights_B", "adapter_B", "gradients_B", "optimizer_B")},
+        **{name: getattr(m.memory, name) for name in LEDGER},
     }
     # As allocated on a GPU it is the peak of training itself.
     if m.memory.counted_peak_B is not None and m.memory.source != ALLOCATED:

@@ -9,9 +9,8 @@ UNITS = {
     "GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6, "TiB": 2**40, "TB": 10**12, "KiB": 2**10, "kB": 10**3,
 }  # fmt: skip
 _FORM = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?|\.\d+)\s*(?P<unit>[A-Za-z]*)\s*", re.ASCII)
-_DIGITS = 20
-_MOST = 2**60
-"""Bytes; no machine has more."""
+DIGITS, _MOST = 20, 2**60
+"""Digits of a size as it is written, and bytes; no machine has more."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,8 @@ def parse(text: str) -> Size:
     if match is None:
         raise ValueError(f"{text!r} is no size of memory; write a number and its unit: 24GiB or 24GB")
     number, unit = match["number"], match["unit"]
-    if len(number) > _DIGITS:
-        raise ValueError(f"{number[:_DIGITS]}... is no size that a machine can have; write e.g. 24GiB")
+    if len(number) > DIGITS:
+        raise ValueError(f"{number[:DIGITS]}... is no size that a machine can have; write e.g. 24GiB")
     if unit not in UNITS:
         raise ValueError(_which(number, unit))
     found = int(float(number) * UNITS[unit])

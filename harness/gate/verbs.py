@@ -11,16 +11,16 @@ from harness import options
 from harness.errors import Exit
 
 _file = click.Path(path_type=Path, dir_okay=False)
-_DIGITS = 20
-"""Of a number of bytes; no machine has more."""
 
 
 def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
     """Read a number of bytes, or a size with its unit."""
-    if value is None or (value.isdecimal() and len(value) <= _DIGITS):
-        return None if value is None else int(value)
+    if value is None:
+        return None
     from harness.footprint import sizes
 
+    if value.isdecimal() and len(value) <= sizes.DIGITS:
+        return int(value)
     try:
         return sizes.parse(value).number_B
     except ValueError as error:

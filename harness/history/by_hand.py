@@ -19,24 +19,19 @@ def confirm(
 
     Raises UsageError as `decisions.confirm` does.
     """
-    history = files.read(folder)
-    if night not in (nights := [n.night for n in history.nights]):
-        return decisions.confirm(folder, cell, metric, night, verdict, evidence, author)
-    of, at = decisions.known(history.cells, cell), nights.index(night)
-    about = {"cell": of, "metric": metric}
-    every = [c for c in all_changes(history) if decisions.concerns(about, c["cell"], c["metric"])]
-    near = [c for c in every if abs(nights.index(c["night"]) - at) <= NEAR]
-    own = [c for c in near if (c["cell"], c["metric"]) == (of, metric)]
-    if not near:
-        told = (
-            f"no change of {metric} is seen within {NEAR} nights of {night}: this holds for one that `detect` may show"
-        )
-        print(told, file=sys.stderr)
-    if not own:
-        return decisions.confirm(folder, cell, metric, night, verdict, evidence, author)
-    change = min(own, key=lambda c: abs(nights.index(c["night"]) - at))
-    seen = {
-        "old_night": change["between"]["old_night"],
-        **{name: change[name] for name in ("place", "before", "after")},
-    }
-    return decisions.confirm(folder, cell, metric, change["night"], verdict, evidence, author, seen=seen)
+    history, seen = files.read(folder), None
+    nights = [n.night for n in history.nights]
+    if night in nights:
+        about, at = {"cell": decisions.known(history.cells, cell), "metric": metric}, nights.index(night)
+        near = [
+            c for c in all_changes(history)
+            if decisions.concerns(about, c["cell"], c["metric"]) and abs(nights.index(c["night"]) - at) <= NEAR
+        ]  # fmt: skip
+        if not near:
+            told = f"no change of {metric} is seen within {NEAR} nights of {night}: "
+            print(f"{told}this holds for one that `detect` may show", file=sys.stderr)
+        if own := [c for c in near if about.items() <= c.items()]:
+            change = min(own, key=lambda c: abs(nights.index(c["night"]) - at))
+            night, facts = change["night"], {name: change[name] for name in ("place", "before", "after")}
+            seen = {"old_night": change["between"]["old_night"], **facts}
+    return decisions.confirm(folder, cell, metric, night, verdict, evidence, author, seen=seen)

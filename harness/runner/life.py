@@ -257,10 +257,8 @@ class Life:
 
     def _set_aside(self, subject: Subject) -> SetAside:
         """Let go of weights that no product takes until latencies are measured, of the base too."""
-        bases = {} if subject.method in UNREFERENCED else subject.bases
-        weights = unused(subject.method, subject.adapted, bases) if bases else {}
         try:
-            return SetAside(weights, Path(self.work.folder))
+            return SetAside(unused(subject.method, subject.adapted, subject.bases), Path(self.work.folder))
         except (OSError, RuntimeError) as error:
             self.notes.append(f"weights that no product takes stayed in memory: {error}".partition("\n")[0])
             return SetAside({}, Path(self.work.folder))

@@ -15,6 +15,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
+from harness.adapter_config import UNREFERENCED
 from harness.methods import Adapted
 
 
@@ -24,8 +25,8 @@ def unused(method: str, adapted: Adapted, bases: Mapping[str, nn.Module]) -> dic
     bases: path to the layer under the adapter. Left out is what another module of the model uses too (a tied embedding), and
     a weight that is itself that form.
     """
-    instead = getattr(importlib.import_module(f"reference.{method}"), "INSTEAD", None)
-    if instead is None:
+    of = None if method in UNREFERENCED else importlib.import_module(f"reference.{method}")
+    if (instead := getattr(of, "INSTEAD", None)) is None:
         return {}
     state = adapted.state()
     own = {id(base) for base in bases.values()}
