@@ -21,7 +21,7 @@ from harness.measure.memory import PeakMeter, optimizer_tensors, tensor_bytes
 from harness.measure.phases import PhaseClock
 from harness.records import AssetUse, Cell, Evaluation, Memory, Outcome, Training
 from harness.registry import discover
-from harness.runner.life import Life
+from harness.runner.life import WARMUP_PASSES, Life
 from harness.runner.work import Asset, TaskWork, Work
 from harness.tasks import SYNTHETIC
 from harness.tolerances import FOOTPRINT_LEDGER
@@ -241,3 +241,28 @@ def test_a_cell_takes_less_by_what_was_predicted(tmp_path: Path) -> None:
     gone = plain.counted_peak_B - small.counted_peak_B
     # Not all of it: of so small a model the temporaries of one matrix's step weigh much, and now lie on its backward pass.
     assert saved / 2 < gone < saved
+
+
+@pytest.mark.parametrize("layerwise", [True, False])
+def test_a_cell_that_has_room_for_one_gradient_warms_up_with_one(
+    layerwise: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    passes: list[nn.Module] = []
+    real = loop.loss_of
+
+    def watched(model: nn.Module, batch: Batch) -> Tensor:
+        def count(_: Tensor) -> None:
+            if len(passes) <= WARMUP_PASSES:
+                held.append(sum(p.grad is not None for p in model.parameters()))
+
+        if not passes:
+            for parameter in model.parameters():
+                parameter.register_post_accumulate_grad_hook(count)
+        passes.append(model)
+        return real(model, batch)
+
+    monkeypatch.setattr(loop, "loss_of", watched)
+    lived(tmp_path / "cell", "adamw-8bit" if layerwise else "adamw", layerwise)
+    assert len(passes) > WARMUP_PASSES
+    assert (max(held) <= 1) is layerwise
