@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -142,13 +143,36 @@ def test_what_was_computed_is_shown_again(
     text = page.read_text()
     assert all(f'id="{row["id"]}"' in text for row in json.loads(ledger[1])["claims"])
     assert main(["claims", "--show", str(file), "--id", "one"]) == Exit.PASS
+    assert main(["claims", "--show", str(file), "--headlines"]) == Exit.USAGE
+    assert "none of these claims is part of a headline" in capsys.readouterr().err
     file.write_text(ledger[1][:-20])
     assert main(["claims", "--show", str(file)]) == Exit.USAGE
-    file.write_text(ledger[1].replace('"schema": 1', '"schema": 99'))
+    file.write_text(ledger[1].replace('"schema": 2', '"schema": 99'))
     assert main(["claims", "--show", str(file)]) == Exit.USAGE
     said = capsys.readouterr().err
     assert "no JSON" in said
     assert "has schema 99" in said
+
+
+def test_headlines_have_a_page_of_their_own(
+    ledger: tuple[int, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It counts what was decided at full size apart from what a rehearsal stood in for."""
+    written = json.loads(ledger[1])
+    one, wider, other, _ = written["claims"]
+    one["headline"] = wider["headline"] = "few <parameters>"
+    wider |= {"tier": "gpu-synthetic", "scale": "CPU rehearsal", "verdict": "reproduced"}
+    file, page = tmp_path / "claims.json", tmp_path / "headlines.html"
+    file.write_text(json.dumps(written))
+    assert main(["claims", "--show", str(file), "--headlines", "--html", str(page)]) == Exit.PASS
+    assert "2 claims: 2 reproduced (1 by a stand-in)" in capsys.readouterr().out
+    text = " ".join(page.read_text().split())
+    overview = re.search(r'<a href="#headline-1">Few &lt;parameters&gt;</a></th>(.*?)</tr>', text)
+    assert overview
+    cells = [re.sub(r"<[^>]+>", "", cell).strip() for cell in overview[1].split("</td>") if cell]
+    assert cells == ["✓ 1 reproduced", "–", "✓ 1 reproduced", "–"]
+    assert f'id="{other["id"]}"' not in text
+    assert one["how"] in text
 
 
 def test_text_names_source_printed_ours_and_verdict(ledger: tuple[int, str]) -> None:
@@ -160,7 +184,10 @@ def test_text_names_source_printed_ours_and_verdict(ledger: tuple[int, str]) -> 
 
 def test_text_says_what_came_out_by_a_stand_in(ledger: tuple[int, str]) -> None:
     rows = [Judged.model_validate_json(json.dumps(row)) for row in json.loads(ledger[1])["claims"]]
-    small = [row.model_copy(update={"why": "by a stand-in: small scale"} if row.id == "one" else {}) for row in rows]
+    small = [
+        row.model_copy(update={"scale": "small scale", "why": "by a stand-in: small scale"} if row.id == "one" else {})
+        for row in rows
+    ]
     text = table.as_text(small)
     after = text[text.index("reproduced        one:") :].splitlines()
     assert after[1].strip() == "by a stand-in: small scale"

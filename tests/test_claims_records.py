@@ -188,6 +188,29 @@ def test_a_ratio_of_step_times_has_the_order_statistics_of_both(runs: Recorded) 
     assert (more.value, more.most) == (0, Fraction(7, 2))
 
 
+def test_a_step_and_what_it_trains_on_in_a_second_are_as_uncertain_as_processes_differ(runs: Recorded) -> None:
+    """Steps of 2 and of 4 s with 100 and with 400 tokens: rates of 50 and 100, whatever the warm-up did."""
+    steps, tokens = [9.0, 9.0] + [2.0, 4.0] * 6, [1, 1] + [100, 400] * 6
+    one = changed(made.record("fused", cell()), training={"step_seconds": steps, "tokens": tokens, "timing_warmup": 2})
+    runs(a=[one])
+    for found, median, least, most in (
+        (times.step_time("made", "a"), 3, 2, 4),
+        (times.throughput("made", "a"), 75, 50, 100),
+    ):
+        factor = math.exp(1.959964 * 0.05)
+        assert [float(found.value), float(found.most or 0)] == pytest.approx([least / factor, most * factor])
+        assert "one process, so" in found.how
+        assert judged(found, str(median), "number", rule="about").verdict is Verdict.INCONCLUSIVE
+
+
+def test_tokens_a_second_are_written_as_such() -> None:
+    printed, wrong = parse("32.5 tokens/s", "rate"), parse("43.1", "rate")
+    assert (printed.number, wrong.number) == (Fraction(65, 2), Fraction(431, 10))
+    assert judged(Found(Fraction(3251, 100), "counted"), "32.5 tokens/s", "rate").ours == "32.51 tokens/s"
+    with pytest.raises(ValueError, match="the measure is in rate; write it as one of: tokens/s"):
+        parse("32.5 s", "rate")
+
+
 @pytest.mark.parametrize(("processes", "verdict"), [(1, Verdict.INCONCLUSIVE), (3, Verdict.REPRODUCED)])
 def test_one_process_each_is_too_few_to_decide_by_some_per_cent(
     runs: Recorded, processes: int, verdict: Verdict
@@ -222,6 +245,8 @@ def test_times_of_a_machine_that_others_used_decide_nothing(runs: Recorded) -> N
         with pytest.raises(NotRunError, match=rf"its times are not its own \(.*{why}.*\); run .* with --jobs 1"):
             times.step_time_ratio("made", entry, entry)
         with pytest.raises(NotRunError, match="its times are not its own"):
+            times.throughput("made", entry)
+        with pytest.raises(NotRunError, match="its times are not its own"):
             times.latency_ratio("made", entry, "merged", "base", "forward")
         with pytest.raises(NotRunError, match="its times are not its own"):
             times.phase_ratio("made", "train", entry, entry)
@@ -233,6 +258,11 @@ def test_too_few_steps_have_no_interval_and_decide_nothing(runs: Recorded) -> No
     runs(a=[changed(made.record("fused", cell()), training=few)])
     with pytest.raises(NotRunError, match=r"5 timed steps of .* too few for an interval at 95 %"):
         times.step_time_ratio("made", "a", "a")
+    runs(
+        "stopped", a=[changed(made.record("fused", cell()), training={"step_seconds": [0.0] * 12, "tokens": [5] * 12})]
+    )
+    with pytest.raises(NotRunError, match="in which the clock moves"):
+        times.throughput("made", "a")
 
 
 def test_latencies_are_compared_within_one_process(runs: Recorded) -> None:

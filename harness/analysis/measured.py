@@ -28,6 +28,12 @@ def step_seconds(record: Record) -> float | None:
     return step_time(training).value if training and training.step_seconds else None
 
 
+def step_rate(training: TrainingMeasured) -> Median | None:
+    """Return the median over steady steps of real tokens (no padding) per second; None if a step's clock did not move."""
+    seconds, tokens = training.step_seconds[steady(training)], training.tokens[steady(training)]
+    return median_interval([t / s for t, s in zip(tokens, seconds, strict=True)]) if min(seconds) > 0 else None
+
+
 def throughput(training: TrainingMeasured) -> float | None:
     """Return real tokens (no padding) per second of steady steps; None if the clock did not move."""
     seconds = sum(training.step_seconds[steady(training)])

@@ -18,6 +18,7 @@ from harness.last_words import say
 @click.argument("papers", nargs=-1, metavar="[PAPER]...")
 @click.option("--tier", "tiers", multiple=True, type=click.Choice(get_args(Tier)), help="[all of them]; again.")
 @click.option("--id", "ids", multiple=True, metavar="ID", help="Only claims whose id begins so; may be given again.")
+@click.option("--headlines", is_flag=True, help="Only the papers' headlines; --html then writes their own page.")
 @click.option(
     "--file", "files", multiple=True, type=click.Path(path_type=Path), metavar="YAML", help="Your own; again."
 )
@@ -33,7 +34,7 @@ from harness.last_words import say
 @click.option("--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write a page.")
 @options.as_json
 def claims(
-    papers: tuple[str, ...], tiers: tuple[Tier, ...], ids: tuple[str, ...], files: tuple[Path, ...],
+    papers: tuple[str, ...], tiers: tuple[Tier, ...], ids: tuple[str, ...], headlines: bool, files: tuple[Path, ...],
     runs: tuple[str, ...], jobs: int | None, strict: bool, show: Path | None, html: Path | None, as_json: bool,
 ) -> Exit:  # fmt: skip
     """Compute again what papers claim.
@@ -56,14 +57,14 @@ def claims(
         if papers or files or runs:
             raise UsageError("--show computes nothing", where="--show", mend="leave PAPER, --file and --run out")
         written, software = document.read(show)
-        rows = selection.chosen(written, tiers, ids)
+        rows = selection.chosen(written, tiers, ids, headlines=headlines)
     else:
         read = claim_file.load([*claim_file.paths(papers or (() if files else claim_file.names())), *files])
         folders = [store.find_run(name).resolve() for name in runs]
         with on_request():  # or a child would outlive this process
             software = environment.describe().software
-            rows = computing.judged(selection.chosen(read, tiers, ids), jobs, folders)
+            rows = computing.judged(selection.chosen(read, tiers, ids, headlines=headlines), jobs, folders)
     if page:
-        claims_page.write_page(rows, software, page)
+        claims_page.write_page(rows, software, page, headlines=headlines)
     say(json.dumps(document.document(rows, software), indent=1) if as_json else table.as_text(rows))
     return selection.exit_of(rows, strict=strict)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from harness.claims.judging import Judged
 from harness.errors import UsageError
 
-SCHEMA = 1
+SCHEMA = 2
 KIND = "claims"
 
 

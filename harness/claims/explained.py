@@ -31,6 +31,7 @@ A claim file is YAML. `peft-harness claims --file mine.yaml` computes it; suites
       rounding: nearest              # or cut, magnitude, {about: 5%}
       otherwise:                     # other readings, tried where this one does not come out
         - {under: "of base and adapter together", with: {of: base+adapter}}
+      headline: few parameters       # which of the paper's headlines it is part of, for `claims --headlines`
       needs: the text's length       # what the paper leaves out, if it cannot be decided
       note: what is known of the difference
     - id: mine-table                 # a table: its rows share what they do not say themselves

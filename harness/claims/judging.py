@@ -33,9 +33,6 @@ MEANING = {
 }
 
 
-_STAND_IN = "by a stand-in"
-
-
 @dataclass(frozen=True)
 class Missing:
     """Why a measure found nothing. failed: whether it should have."""
@@ -73,14 +70,16 @@ class Judged(Frozen):
     how: str
     why: str
     note: str
+    scale: str
+    """Of something smaller than the paper's own (a rehearsal, a small model): what it is."""
     tried: list[Tried]
     failed: bool = False
     """Whether it should have been computed and was not."""
 
     @property
     def stood_in(self) -> bool:
-        """Whether it came out by something smaller than the paper's own: a rehearsal, a small model."""
-        return self.why.startswith(_STAND_IN)
+        """Whether it came out by something smaller than the paper's own."""
+        return bool(self.scale) and self.verdict in (Verdict.REPRODUCED, Verdict.UNDER)
 
     @property
     def got(self) -> str:
@@ -97,7 +96,7 @@ def judge(claim: Claim, answers: Sequence[Found | Missing]) -> Judged:
         if isinstance(found, Missing) or (words := _comes_out(claim, found)) is None:
             continue
         under = "; ".join(filter(None, [one.under, words]))
-        why = f"{_STAND_IN}: {claim.scale}" if claim.scale else ""
+        why = f"by a stand-in: {claim.scale}" if claim.scale else ""
         return _judged(claim, Verdict.UNDER if under else Verdict.REPRODUCED, tried, one, under=under, why=why)
     own, found = tried[0], answers[0]
     if isinstance(found, Missing):
@@ -190,6 +189,7 @@ def _judged(
         how=by.how,
         why=why,
         note=claim.note,
+        scale=claim.scale,
         tried=tried,
         failed=failed,
     )

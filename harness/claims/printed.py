@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from harness.spelling import near
 
-Dimension = Literal["count", "bytes", "bits", "share", "ratio", "seconds", "number", "property"]
-"""What a measure is in. count: of things; share: of a whole; property: it holds or it does not, and nothing is printed."""
+Dimension = Literal["count", "bytes", "bits", "share", "ratio", "seconds", "rate", "number", "property"]
+"""What a measure is in. count: of things; share: of a whole; rate: tokens a second; property: it holds or it does not, and
+nothing is printed."""
 
 _THOUSANDS: dict[str, Fraction] = {"K": Fraction(10**3), "M": Fraction(10**6), "B": Fraction(10**9)}
 _BYTES: dict[str, Fraction] = {
@@ -28,13 +29,14 @@ UNITS: dict[Dimension, dict[str, Fraction]] = {
     "share": {"%": Fraction(1, 100), "": Fraction(1)},
     "ratio": {"x": Fraction(1), "": Fraction(1)},
     "seconds": {"s": Fraction(1), "ms": Fraction(1, 1000), "min": Fraction(60)},
+    "rate": {"tokens/s": Fraction(1), "": Fraction(1)},
     "number": {"": Fraction(1)},
     "property": {},
 }
 _QUOTED = 60
 _DIGITS = r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30})(?:\.[0-9]{1,30})?(?:e[+-]?[0-9]{1,2})?"
 """Of a number; so few that none can be written to stop the machine."""
-_FORM = re.compile(rf"(?P<relation><=|>=|<|>)?\s*(?P<digits>{_DIGITS})\s*(?P<unit>[A-Za-z%]*)")
+_FORM = re.compile(rf"(?P<relation><=|>=|<|>)?\s*(?P<digits>{_DIGITS})\s*(?P<unit>[A-Za-z%/]*)")
 _NUMBER = re.compile(rf"{_DIGITS}(?:/[0-9]{{1,30}})?%?")
 
 
@@ -187,4 +189,4 @@ def shown(value: Fraction, dimension: Dimension, unit: str = "") -> str:
         return f"{float(value * 100):.6g}%"
     if dimension == "seconds":
         return f"{float(value / UNITS['seconds'].get(unit, Fraction(1))):.4g} {unit or 's'}"
-    return exact + {"ratio": "x", "bits": " bit"}.get(dimension, "")
+    return exact + {"ratio": "x", "bits": " bit", "rate": " tokens/s"}.get(dimension, "")

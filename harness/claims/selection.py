@@ -13,13 +13,24 @@ from harness.spelling import near
 _Claim = TypeVar("_Claim", Claim, Judged)
 
 
-def chosen(claims: Sequence[_Claim], tiers: Sequence[str], ids: Sequence[str]) -> list[_Claim]:
-    """Return the claims of these tiers whose ids begin so. Raises UsageError where none does."""
+def chosen(
+    claims: Sequence[_Claim], tiers: Sequence[str], ids: Sequence[str], *, headlines: bool = False
+) -> list[_Claim]:
+    """Return the claims of these tiers whose ids begin so. Raises UsageError where none does.
+
+    headlines: only those that are part of a headline; raises UsageError where none is.
+    """
     for start in ids:
         if not any(claim.id.startswith(start) for claim in claims):
             mend = near(start, [claim.id for claim in claims], "`peft-harness list claims` shows all; ids here")
             raise UsageError(f"no claim's id begins with `{start}`", where="--id", mend=mend)
-    return [c for c in claims if (not tiers or c.tier in tiers) and (not ids or c.id.startswith(tuple(ids)))]
+    several = [c for c in claims if (not tiers or c.tier in tiers) and (not ids or c.id.startswith(tuple(ids)))]
+    if not headlines:
+        return several
+    if not (parts := [c for c in several if c.headline]):
+        mend = "leave it out, or write `headline: its name` into the claims that are its parts"
+        raise UsageError("none of these claims is part of a headline", where="--headlines", mend=mend)
+    return parts
 
 
 def exit_of(rows: Sequence[Judged], *, strict: bool) -> Exit:

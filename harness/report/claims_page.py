@@ -1,4 +1,4 @@
-"""The claim ledger as one HTML page, in the style of the report of a run: headlines first, then paper by paper. No torch."""
+"""The claim ledger as an HTML page in the style of the report of a run: paper by paper, or of the headlines. No torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from harness.claims.judging import MEANING, Judged, Verdict
 from harness.report import html
 from harness.report.facts import ICONS
 
-TEMPLATE = "claims.html.j2"
+LEDGER = "claims.html.j2"
+HEADLINES = "headlines.html.j2"
+_WAYS = ("by arithmetic", "on a GPU", "by a rehearsal", "by training at small scale")
+"""How a claim can be decided, as columns."""
 _TONES = {
     Verdict.REPRODUCED: "good", Verdict.UNDER: "open", Verdict.NOT_REPRODUCED: "bad", Verdict.INCONCLUSIVE: "open",
     Verdict.NOT_RUN: "quiet",
@@ -21,14 +24,14 @@ _TONES = {
 _ICONS = {"quiet": "–", **ICONS}
 
 
-def write_page(rows: Sequence[Judged], software: Mapping[str, str], out: Path) -> None:
-    """Write the page to `out`, whole or not at all."""
-    store.write_atomic(out, html.fill(TEMPLATE, build(rows, software)).encode(errors="backslashreplace"))
+def write_page(rows: Sequence[Judged], software: Mapping[str, str], out: Path, *, headlines: bool = False) -> None:
+    """Write the page to `out`, whole or not at all. headlines: that of the headlines, else of the whole ledger."""
+    filled = html.fill(HEADLINES if headlines else LEDGER, build(rows, software))
+    store.write_atomic(out, filled.encode(errors="backslashreplace"))
 
 
 def build(rows: Sequence[Judged], software: Mapping[str, str]) -> dict[str, Any]:
     """Return what the page shows as one plain dict."""
-    counts = Counter(row.verdict for row in rows)
     rows = sorted(rows, key=lambda row: row.version)  # the numbers of arXiv are in the order of time
     headlines: dict[str, list[Judged]] = {}
     papers: dict[str, list[Judged]] = {}
@@ -37,13 +40,18 @@ def build(rows: Sequence[Judged], software: Mapping[str, str]) -> dict[str, Any]
         if row.headline:
             headlines.setdefault(row.headline, []).append(row)
     return {
-        "counts": [_badge(verdict) | {"count": counts[verdict]} for verdict in Verdict if counts[verdict]],
+        "counts": _counted(rows),
         "meanings": [_badge(verdict) | {"meaning": meaning} for verdict, meaning in MEANING.items()],
         "total": len(rows),
         "headlines": [
-            {"name": name, "rows": [_row(one) for one in sorted(several, key=_weight)]}
+            {
+                "name": name,
+                "rows": [_row(one) for one in sorted(several, key=_weight)],
+                "ways": [_counted([one for one in several if _way(one) == way]) for way in _WAYS],
+            }
             for name, several in headlines.items()
         ],
+        "ways": _WAYS,
         "findings": [
             _row(one) for kind in (Verdict.NOT_REPRODUCED, Verdict.UNDER) for one in rows if one.verdict is kind
         ],
@@ -59,6 +67,19 @@ def build(rows: Sequence[Judged], software: Mapping[str, str]) -> dict[str, Any]
 def _weight(row: Judged) -> int:
     """Put what was decided before what was not run."""
     return list(Verdict).index(row.verdict)
+
+
+def _way(row: Judged) -> str:
+    if row.tier == "trained":
+        return _WAYS[3]
+    if row.tier == "exact":
+        return _WAYS[0]
+    return _WAYS[2] if row.scale else _WAYS[1]
+
+
+def _counted(rows: Sequence[Judged]) -> list[dict[str, Any]]:
+    counts = Counter(row.verdict for row in rows)
+    return [_badge(verdict) | {"count": counts[verdict]} for verdict in Verdict if counts[verdict]]
 
 
 def _badge(verdict: Verdict) -> dict[str, Any]:

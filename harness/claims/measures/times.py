@@ -14,10 +14,29 @@ from harness.analysis.process_runs import ASSUMED, FEWEST
 from harness.claims import recorded
 from harness.claims.measures.records import Interval, Suite, pair
 from harness.claims.measuring import Found, NotRunError, measure
-from harness.records import Latency, Record
+from harness.records import Latency, Record, TrainingMeasured
 
 Variant = Literal["base", "unmerged", "merged"]
 Kind = Literal["forward", "prefill", "decode"]
+
+
+@measure("seconds")
+def step_time(suite: Suite, cell: str) -> Found:
+    """How long a step of a Cell takes: the median, in an interval as wide as processes may differ.
+
+    Seconds are those of the machine that the Records name, and carry over to no other.
+    """
+    (own,) = recorded.records(suite, cell)
+    seconds, rests = _between_processes(_steps(own), own)
+    return seconds.found(f"a step of {own[0].cell.label}, {rests}; {recorded.place(own[0])}")
+
+
+@measure("rate")
+def throughput(suite: Suite, cell: str) -> Found:
+    """Real tokens (no padding) that a Cell trains on in a second: the median of its steps' rates, else as `step_time`."""
+    (own,) = recorded.records(suite, cell)
+    rate, rests = _between_processes(_merge([_rate(record) for record in own]), own)
+    return rate.found(f"steps of {own[0].cell.label}, {rests}; {recorded.place(own[0])}")
 
 
 @measure("ratio")
@@ -91,13 +110,24 @@ def _step(record: Record) -> Interval:
     return _certain(_step_time(record), f"steps of {record.cell.label}")
 
 
+def _rate(record: Record) -> Interval:
+    if (rate := measured.step_rate(_trained(record))) is None:
+        raise NotRunError(f"a step of {record.cell.label} in which the clock moves")
+    return _certain(rate, f"steps of {record.cell.label}")
+
+
 def _step_time(record: Record) -> Median:
+    return measured.step_time(_trained(record))
+
+
+def _trained(record: Record) -> TrainingMeasured:
+    """Return what was measured of a Record's training; raises NotRunError where its times decide nothing."""
     training = record.measurements.training if record.measurements else None
     if why := parity.no_speed(record) or recorded.shared(record):
         raise NotRunError(f"{record.cell.label}: {why}")
     if training is None or not training.step_seconds:
         raise NotRunError(f"{record.cell.label} trained nothing")
-    return measured.step_time(training)
+    return training
 
 
 def _certain(m: Median, of: str) -> Interval:
@@ -137,13 +167,14 @@ def _seconds(x: Interval) -> str:
 
 
 def _between_processes(ratio: Interval, *sides: Sequence[Record]) -> tuple[Interval, str]:
-    """Widen a ratio of times where either side has too few processes to show how much these differ, and say so."""
+    """Widen a time, or a ratio of two, where a side has too few processes to show how much these differ, and say so."""
     counts = [len(side) for side in sides]
-    each = "one process each" if max(counts) == 1 else f"{min(counts)} processes each"
+    count = "one process" if max(counts) == 1 else f"{min(counts)} processes"
+    each = count + " each" * (len(counts) > 1)
     if min(counts) >= FEWEST:
         return ratio, each
     error = ASSUMED * math.sqrt(sum(1 / n for n in counts))
     factor = Fraction(math.exp(NormalDist().inv_cdf(0.5 + LEVEL / 2) * error))
     wider = Interval(ratio.value, ratio.least / factor, ratio.most * factor)
-    seen = f"{float(ratio.least):.4g}x to {float(ratio.most):.4g}x"
+    seen = f"{float(ratio.least):.4g} to {float(ratio.most):.4g}"
     return wider, f"{each}, so {seen} is widened by a deviation of {100 * ASSUMED:g} % from one to another, assumed"
