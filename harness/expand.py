@@ -12,7 +12,7 @@ from harness.analysis import naming
 from harness.errors import UsageError
 from harness.manifest import Comparison, Tuning
 from harness.methods import methods
-from harness.records import Cell
+from harness.records import Cell, Evaluation
 from harness.spelling import near
 from harness.training_records import LATER
 
@@ -94,9 +94,8 @@ def _searches(entry: Entry) -> list[tuple[list[str], list[Cell]]]:
     if tune is None:
         return []
     found: dict[tuple[str, ...], tuple[list[str], list[Cell]]] = {}
-    evaluation = entry.evaluation.model_copy(
-        update={"items": tune.items, "skip": entry.evaluation.items, "latency": False}
-    )
+    asked = entry.evaluation  # but for its prompts: a try has no latencies
+    evaluation = Evaluation(items=tune.items, batch=asked.batch, skip=asked.items, latency=False)
     for cell in cells(entry):
         # As in `cells`: in the order of the method's fields, and what is None in no Cell.
         values = {**cell.config, **tune.config.get(cell.method, {})}

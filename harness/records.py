@@ -58,6 +58,9 @@ class Base(Frozen):
         return self.quantization if not self.implementation else f"{self.quantization} ({self.implementation})"
 
 
+_LATER = ("skip", "latency", "prompt_batch", "prompt_tokens", "passes")
+
+
 class Evaluation(Frozen):
     """What is scored."""
 
@@ -68,6 +71,17 @@ class Evaluation(Frozen):
     """Test items passed over before the first that is scored: what chooses a learning rate must not be what ranks it."""
     latency: bool = True
     """Whether latencies are measured as well: of Cells that differ in the seed alone, those of one may do."""
+    prompt_batch: int = 1
+    """Of latencies: prompts in a forward pass."""
+    prompt_tokens: int = 32
+    """Of latencies: tokens of each prompt, or as many as the model has positions for."""
+    passes: int | None = None
+    """Of latencies: timed passes (when decoding, tokens) of each variant, at least; None: a few."""
+
+    def later(self) -> dict[str, Json]:
+        """Return the fields that old Records lack, where they are not at their defaults."""
+        defaults = Evaluation(items=0)
+        return {name: value for name in _LATER if (value := getattr(self, name)) != getattr(defaults, name)}
 
 
 class Cell(Frozen):
@@ -97,10 +111,9 @@ class Cell(Frozen):
 
         A later field of Training or Evaluation is in it only where it is not at its default: an old Cell keeps its id.
         """
-        defaults = Evaluation(items=0)
         absent = {
             "training": {*LATER} - self.training.later().keys(),
-            "evaluation": {n for n in ("skip", "latency") if getattr(self.evaluation, n) == getattr(defaults, n)},
+            "evaluation": {*_LATER} - self.evaluation.later().keys(),
         }
         values = self.model_dump(mode="json", exclude=absent)
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
@@ -221,7 +234,7 @@ class Latency(Frozen):
     because: str = ""
     """Why there are no samples, if there are none."""
     adapters: int | None = None
-    """Of `multi-adapter`: how many adapters the batch mixes."""
+    """How many adapters a batch of several mixes: as many as rows, or 1, the same batch beside it. None of other batches."""
 
 
 class Item(Frozen):

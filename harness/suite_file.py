@@ -62,6 +62,15 @@ class EvaluationKeys(Keys):
     batch: Positive | None = None
 
 
+class PromptKeys(Keys):
+    """`prompts:` of a Cell, of its latencies; fields of records.Evaluation."""
+
+    batch: Positive | None = Field(default=None, serialization_alias="prompt_batch")
+    tokens: Positive | None = Field(default=None, serialization_alias="prompt_tokens")
+    # The least that have an interval at 95 %.
+    passes: Annotated[int, Field(ge=6, le=1_000_000)] | None = None
+
+
 class TuneKeys(Keys):
     """`tune:` of a Cell; see suite_tuning."""
 
@@ -91,6 +100,7 @@ class CellKeys(Keys):
     training: TrainingKeys = TrainingKeys()
     evaluation: EvaluationKeys = EvaluationKeys()
     latency: Timed = "every-seed"
+    prompts: PromptKeys = PromptKeys()
     tune: TuneKeys | None = None
 
 

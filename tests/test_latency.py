@@ -23,9 +23,11 @@ from transformers import (
 from harness.conformance.subject import configure
 from harness.errors import ImplementationError
 from harness.measure import latency
+from harness.records import Evaluation
 from harness.registry import discover
 
 VOCABULARY = 20
+USUAL = Evaluation(items=0)
 
 
 def llama(positions: int = 64) -> Any:
@@ -51,8 +53,8 @@ def adapted(model: Any, targets: tuple[str, ...] = ("q_proj",)) -> Any:
     return attach(model, configure("lora", {"rank": 1, "targets": list(targets)}), torch.Generator())
 
 
-def measure(it: Any, causal: bool = True, **how: Any) -> dict[tuple[str, str], Any]:
-    return {(m.variant, m.kind): m for m in latency.measure(it, causal, VOCABULARY, "", **how)}
+def measure(it: Any, causal: bool = True, asked: Evaluation = USUAL, **how: Any) -> dict[tuple[str, str], Any]:
+    return {(m.variant, m.kind): m for m in latency.measure(it, causal, VOCABULARY, "", asked, **how)}
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,15 @@ def test_a_prompt_is_no_longer_than_the_model_can_read(
     assert set(measured) == {(v, k) for v in ("base", "unmerged", "merged") for k in kinds}
     assert all(m.seconds and not m.because for m in measured.values())
     assert {m.tokens for (_, kind), m in measured.items() if kind != "decode"} == {tokens}
+
+
+@pytest.mark.parametrize(("passes", "prefill", "decode"), [(None, 12, 21), (6, 6, 21), (100, 102, 105)])
+def test_as_many_prompts_and_passes_as_are_asked_for(passes: int | None, prefill: int, decode: int) -> None:
+    """At least: in three blocks of equal size, and decoding eight tokens at a time of which the first warms up."""
+    asked = Evaluation(items=0, prompt_batch=3, prompt_tokens=40, passes=passes)
+    for (_, kind), m in measure(adapted(llama(64)), asked=asked).items():
+        assert (m.batch, m.tokens) == (3, 8 if kind == "decode" else 40)
+        assert len(m.seconds) == (decode if kind == "decode" else prefill)
 
 
 def test_no_room_to_decode_is_said_and_the_prompt_is_timed() -> None:

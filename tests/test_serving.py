@@ -14,6 +14,7 @@ from report_page import row
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from harness.analysis import watched
 from harness.analysis.percentiles import percentile
 from harness.conformance.subject import Subject, adaptable_layers, configure
 from harness.export import rows
@@ -78,7 +79,7 @@ def test_who_offers_it_is_checked_and_timed_and_left_as_it_was(implementation: s
     assert check.allowed is not None
     assert {(x.variant, x.kind, x.batch, x.adapters) for x in found} == {
         (variant, kind, serving.ADAPTERS, adapters)
-        for variant, adapters in (("unmerged", None), ("multi-adapter", serving.ADAPTERS))
+        for variant, adapters in (("unmerged", 1), ("multi-adapter", serving.ADAPTERS))
         for kind in ("prefill", "decode")
     }
     assert all(len(x.seconds) > 1 and min(x.seconds) > 0 and not x.because for x in found)
@@ -224,6 +225,30 @@ def with_mixed(name: str, made: Any) -> Any:
     outcome = Outcome.PASS if name == "fused" else Outcome.FAIL
     check = CheckResult(check="lora/multi-adapter/float32/trained", outcome=outcome, error=1.0, allowed=2.0)
     return made.model_copy(update={"measurements": measured, "checks": [*made.checks, check]})
+
+
+def as_told_now(name: str, made: Any) -> Any:
+    """Say which batch the mixed one is held against, and time one of its size on its own besides."""
+    found = with_mixed(name, made)
+    if found is made:
+        return made
+    *own, one, several = found.measurements.latency
+    as_large = [x.model_copy(update={"batch": 4, "tokens": 32, "seconds": [0.007] * 20}) for x in own]
+    told = [*as_large, one.model_copy(update={"adapters": 1}), several]
+    return found.model_copy(update={"measurements": found.measurements.model_copy(update={"latency": told})})
+
+
+def test_a_batch_as_large_as_the_mixed_one_is_its_own(tmp_path: Path) -> None:
+    run = recorded.write_run(tmp_path / "run", change=as_told_now)
+    built = view.build([run])["runs"][0]
+    fused = next(r for r in run.records if r.cell.implementation == "fused" and r.cell.method == "lora")
+    shown = row(built["mixed"], fused)
+    assert (shown["One for all, ms"]["text"], shown["One each, ms"]["text"]) == ("2.00", "3.00")
+    alone = row(built["latency"], fused)
+    assert (alone["What"]["text"], alone["Unmerged, ms"]["text"]) == ("forward 4 × 32", "7.00")
+    times = {name: value for name, value in watched.kept(fused).values.items() if "4x32" in name}
+    assert times["latency_s/unmerged/forward/4x32"] == 0.007
+    assert times["latency_s/unmerged-beside-several/forward/4x32"] == 0.002
 
 
 def test_the_report_has_them_beside_one_adapter_for_all(tmp_path: Path) -> None:

@@ -131,6 +131,25 @@ def test_batches_and_lengths_are_axes(read) -> None:
     ]
 
 
+def test_what_latencies_are_taken_of_is_asked_for(read) -> None:
+    """A search for a learning rate has none: its tries stay the Cells that they were, as do those that ask for the usual."""
+    entry = "{{method: lora, prompts: {}, tune: {{lr: [1e-3, 1e-2], items: 8}}}}"
+    asked, usual = (
+        read(f"      - {entry.format(prompts)}") for prompts in ("{batch: 16, tokens: 256, passes: 100}", "{batch: 1}")
+    )
+    plain = read("      - {method: lora, tune: {lr: [1e-3, 1e-2], items: 8}}")
+    (long,) = (c for c in asked.cells if not c.evaluation.skip)
+    assert (long.evaluation.prompt_batch, long.evaluation.prompt_tokens, long.evaluation.passes) == (16, 256, 100)
+    assert [c.cell_id for c in usual.cells] == [c.cell_id for c in plain.cells]
+    same = {c.cell_id for c in asked.cells} & {c.cell_id for c in plain.cells}
+    assert same == {c.cell_id for c in plain.cells if c.evaluation.skip}
+    with pytest.raises(SuiteError) as caught:
+        read("      - {method: lora, prompts: {batch: 0, tokens: many, passes: 5, length: 3}}")
+    assert {p.what for p in caught.value.problems} == {
+        "`batch` is 0", "`tokens` is 'many'", "`passes` is 5", "unknown key `length`"
+    }  # fmt: skip
+
+
 def test_latencies_of_the_first_seed_alone(read) -> None:
     def of(latency: str) -> Plan:
         return read(f"      - {{method: lora, seed: [4, 5], latency: {latency}, tune: {{lr: [1e-3, 1e-2], items: 8}}}}")
@@ -320,12 +339,12 @@ def test_methods_are_read_as_python_would_import_them(name: str) -> None:
 
 def test_suite_keys_are_those_of_the_records() -> None:
     assert set(suite_file.TrainingKeys.model_fields) == set(Training.model_fields)
-    assert set(suite_file.EvaluationKeys.model_fields) == set(Evaluation.model_fields) - {
-        "skip",
-        "latency",
-    }  # `tune` and `latency`
+    prompts = {field.serialization_alias or name for name, field in suite_file.PromptKeys.model_fields.items()}
+    elsewhere = {"skip", "latency"} | prompts  # `tune`, `latency` and `prompts`
+    assert set(suite_file.EvaluationKeys.model_fields) == set(Evaluation.model_fields) - elsewhere
+    assert prompts < set(Evaluation.model_fields)
     assert set(suite_file.BaseKeys.model_fields) == set(Base.model_fields)
-    assert set(suite_file.CellKeys.model_fields) - {"id", "tune", "latency"} == set(Cell.model_fields)
+    assert set(suite_file.CellKeys.model_fields) - {"id", "tune", "latency", "prompts"} == set(Cell.model_fields)
     of_the_file = {"id", "where", "places", "tune", "latency"}
     assert {f.name for f in dataclasses.fields(suite_entry.Entry)} - of_the_file == set(Cell.model_fields) - {"method"}
 

@@ -95,7 +95,8 @@ def _times(record: Record, m: Measurements) -> dict[str, float]:
     refused = {"merged": parity.no_merged_speed(record), "multi-adapter": parity.no_mixed_speed(record)}
     for one in m.latency:
         if one.seconds and not refused.get(one.variant):
-            found[f"{LATENCY}/{one.variant}/{one.kind}/{one.batch}x{one.tokens}"] = median(one.seconds)
+            beside = "-beside-several" if one.adapters == 1 else ""
+            found[f"{LATENCY}/{one.variant}{beside}/{one.kind}/{one.batch}x{one.tokens}"] = median(one.seconds)
     # A clock that did not move has measured nothing.
     return {name: _short(seconds) for name, seconds in found.items() if seconds > 0}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,17 +14,18 @@ from torch import Tensor, nn
 
 from harness.errors import ImplementationError
 from harness.methods import Adapted
-from harness.records import Latency
+from harness.records import Evaluation, Latency
 from reference.layers import replace
 
 Variant = Literal["base", "unmerged", "merged", "multi-adapter"]
 Kind = Literal["forward", "prefill", "decode"]
-TOKENS = 32
 WARMUP = 1
+BLOCKS = 3
 PER_BLOCK = 4
 SLOW_S, FEWER = 0.1, 2
 """Of forward passes that take longer there are fewer: six in three blocks, the least that have an interval at 95 %."""
 DECODED = 8
+"""Tokens that are decoded after a prompt, again and again where more are asked for; so a cache has one size of its own."""
 _ORDER: tuple[Variant, ...] = ("base", "unmerged", "merged")
 CACHES = ("cache", "past_key_values", "cache_params")
 """What a key-value cache is called: by transformers from 5.24 on, before, and before by state-space models."""
@@ -34,20 +36,21 @@ def measure(
     causal: bool,
     vocabulary: int,
     merged_refused: str,
-    blocks: int = 3,
+    asked: Evaluation,
     *,
+    blocks: int = BLOCKS,
     layers: Mapping[str, nn.Module] | None = None,
 ) -> list[Latency]:
-    """Return forward (encoder) or prefill and decode (causal) times, batch 1, for every variant there is.
+    """Return forward (encoder) or prefill and decode (causal) times for every variant there is.
 
-    The prompt has 32 tokens, or as many as the model has positions for. Variants alternate in blocks, so that a slow
-    spell of the machine touches all; after each change of variant the first runs are thrown away. The model is left as
-    it was. Raises ImplementationError if the adapter's own methods fail.
+    Variants alternate in blocks, so that a slow spell of the machine touches all; after each change of variant the first
+    runs are thrown away. The model is left as it was. Raises ImplementationError if the adapter's own methods fail.
 
+    asked: how many prompts of how many tokens, and how many passes; where it leaves these open, twelve, or six slow ones.
     merged_refused: why merging is not to be tried, or empty. layers: the adapted layers by path as they were before
     anybody called `detach`, which may forget them; None if nobody has.
     """
-    timed = Prompt(adapted.model, causal, vocabulary)
+    timed = Prompt(adapted.model, causal, vocabulary, asked)
     block = timed.block
     refused: dict[Variant, str] = {}
     if not adapted.can_merge:
@@ -70,20 +73,26 @@ def measure(
     return [found for variant in _ORDER for found in timed.latencies(variant, refused.get(variant, ""))]
 
 
-def unmeasured(model: Any, causal: bool, vocabulary: int, because: str) -> list[Latency]:
+def unmeasured(model: Any, causal: bool, vocabulary: int, because: str, asked: Evaluation) -> list[Latency]:
     """Return what `measure` does where there is nothing to tell but why."""
-    timed = Prompt(model, causal, vocabulary)
+    timed = Prompt(model, causal, vocabulary, asked)
     return [found for variant in _ORDER for found in timed.latencies(variant, because)]
 
 
 class Prompt:
-    """A batch of prompts of equal length for one model, and the times that were taken with it so far."""
+    """A batch of prompts of equal length for one model, and the times that were taken with it so far.
 
-    def __init__(self, model: Any, causal: bool, vocabulary: int, batch: int = 1) -> None:
+    batch: another than is asked for, of rows that have adapters of their own.
+    """
+
+    def __init__(self, model: Any, causal: bool, vocabulary: int, asked: Evaluation, batch: int | None = None) -> None:
         self.model, self.causal = model.eval(), causal
-        self.length, self.no_decoding = _prompt(model, causal)
+        self.length, self.no_decoding = _prompt(model, causal, asked.prompt_tokens)
+        self.passes = None if asked.passes is None else math.ceil(asked.passes / BLOCKS)
         generator, device = torch.Generator().manual_seed(0), next(model.parameters()).device
-        self.ids = torch.randint(0, vocabulary, (batch, self.length), generator=generator).to(device)
+        self.ids = torch.randint(0, vocabulary, (batch or asked.prompt_batch, self.length), generator=generator).to(
+            device
+        )
         self.kinds: Sequence[Kind] = ("prefill", "decode") if causal else ("forward",)
         self.samples: dict[tuple[Variant, Kind], list[float]] = {}
 
@@ -93,7 +102,7 @@ class Prompt:
             if kind == "decode" and self.no_decoding:
                 continue
             run = _decode if kind == "decode" else _forward
-            self.samples.setdefault((variant, kind), []).extend(run(self.model, self.ids, self.causal))
+            self.samples.setdefault((variant, kind), []).extend(run(self.model, self.ids, self.causal, self.passes))
 
     def latencies(self, variant: Variant, because: str = "", adapters: int | None = None) -> list[Latency]:
         """Return what was taken of a variant, for each kind. because: why nothing was, if so."""
@@ -124,16 +133,16 @@ def positions(model: Any) -> int | None:
     return most
 
 
-def _prompt(model: Any, causal: bool) -> tuple[int, str]:
+def _prompt(model: Any, causal: bool, tokens: int) -> tuple[int, str]:
     """Return the length of the prompt, and why nothing can be decoded after it, or an empty string."""
-    most = positions(model) or TOKENS + DECODED
+    most = positions(model) or tokens + DECODED
     if not causal:
-        return min(TOKENS, most), ""
+        return min(tokens, most), ""
     if not _cache(model):
-        return min(TOKENS, most), f"the model's forward takes no key-value cache ({', '.join(CACHES)})"
+        return min(tokens, most), f"the model's forward takes no key-value cache ({', '.join(CACHES)})"
     if most > DECODED:
-        return min(TOKENS, most - DECODED), ""
-    return min(TOKENS, most), f"the model has {most} positions, no room to decode {DECODED} tokens after a prompt"
+        return min(tokens, most - DECODED), ""
+    return min(tokens, most), f"the model has {most} positions, no room to decode {DECODED} tokens after a prompt"
 
 
 def _cache(model: Any) -> str:
@@ -210,19 +219,27 @@ def _timed(run: Callable[[], object], device: torch.device) -> float:
 
 
 @torch.inference_mode()
-def _forward(model: Any, ids: Tensor, causal: bool) -> list[float]:
+def _forward(model: Any, ids: Tensor, causal: bool, passes: int | None) -> list[float]:
     options = {"use_cache": False} if causal else {}
 
     def once() -> float:
         return _timed(lambda: model(input_ids=ids, **options), ids.device)
 
     slowest = max(once() for _ in range(WARMUP))
-    return [once() for _ in range(FEWER if slowest > SLOW_S else PER_BLOCK)]
+    return [once() for _ in range(passes or (FEWER if slowest > SLOW_S else PER_BLOCK))]
 
 
 @torch.inference_mode()
-def _decode(model: Any, ids: Tensor, causal: bool) -> list[float]:
+def _decode(model: Any, ids: Tensor, causal: bool, passes: int | None) -> list[float]:
     """Return seconds per token of greedy decoding, one after the other, with a key-value cache."""
+    times: list[float] = []
+    while len(times) < (passes or 1):
+        times += _decoded(model, ids)
+    return times
+
+
+def _decoded(model: Any, ids: Tensor) -> list[float]:
+    """Return the times of the tokens after one prompt; of the first, which warms up, none."""
     name, seen = _cache(model), model(input_ids=ids, use_cache=True)
     times = []
     for _ in range(DECODED):

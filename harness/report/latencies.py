@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import median
 
 from harness.analysis import parity
@@ -50,6 +51,16 @@ def ratio(latency: Latency | None, base: Latency | None, refused: str) -> Figure
     return figure(f"{quotient:.2f}", quotient)
 
 
+def mixed(found: Sequence[Latency]) -> list[Latency]:
+    """Return the batches of several adapters, and the one adapter that these are held against.
+
+    Records of before 2026-11-26T14:00Z do not say which that is, and have no other batch of its size.
+    """
+    batches = {x.batch for x in found if x.variant == "multi-adapter"}
+    told = any(x.adapters == 1 for x in found)
+    return [x for x in found if (x.adapters is not None if told else x.batch in batches)]
+
+
 def several(facts: RunFacts) -> Table:
     """Tabulate batches whose rows have adapters of their own, beside the same batch with one adapter for all."""
     columns = [
@@ -64,9 +75,9 @@ def several(facts: RunFacts) -> Table:
         record = facts.latest[cell.cell_id]
         refused, one_refused = parity.no_mixed_speed(record), parity.no_speed(record)
         for x in m.latency:
-            if x.adapters is None:
+            if x.variant != "multi-adapter":
                 continue
-            same = [y for y in m.latency if (y.kind, y.batch, y.tokens) == (x.kind, x.batch, x.tokens)]
+            same = [y for y in mixed(m.latency) if (y.kind, y.batch, y.tokens) == (x.kind, x.batch, x.tokens)]
             one = next((y for y in same if y.variant == "unmerged"), None)
             figures = [
                 figure(f"{x.kind} {x.batch} × {x.tokens}", f"{x.kind} {x.batch:06} {x.tokens:06}"),

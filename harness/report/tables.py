@@ -163,10 +163,9 @@ def latency(facts: RunFacts) -> Table:
     ]
     rows = []
     for cell, m in _measurements(facts):
-        mixed = {x.batch for x in m.latency if x.adapters is not None}  # in a table of their own
-        workloads = dict.fromkeys((x.kind, x.batch, x.tokens) for x in m.latency if x.batch not in mixed)
-        for kind, batch, tokens in workloads:
-            found = {x.variant: x for x in m.latency if (x.kind, x.batch, x.tokens) == (kind, batch, tokens)}
+        alone = [x for x in m.latency if x not in latencies.mixed(m.latency)]  # those have a table of their own
+        for kind, batch, tokens in dict.fromkeys((x.kind, x.batch, x.tokens) for x in alone):
+            found = {x.variant: x for x in alone if (x.kind, x.batch, x.tokens) == (kind, batch, tokens)}
             base, unmerged, merged = (found.get(v) for v in ("base", "unmerged", "merged"))
             record = facts.latest[cell.cell_id]
             refused, merged_refused = parity.no_speed(record), parity.no_merged_speed(record)

@@ -202,7 +202,7 @@ class Life:
                 # What was trained and scored stays: the times are what there was no memory for.
                 because = f"out of memory: {error}".partition("\n")[0]
                 timed = cell.evaluation.latency
-                measured = latency.unmeasured(model, causal, vocabulary, because) if timed else []
+                measured = latency.unmeasured(model, causal, vocabulary, because, cell.evaluation) if timed else []
         return Measurements(
             parameters=counts,
             training=trained,
@@ -373,7 +373,8 @@ class Life:
             )
         if not timed:
             return []
-        return latency.measure(subject.adapted, causal, vocabulary, refused, layers=layers) + mixed
+        asked = self.work.cell.evaluation
+        return latency.measure(subject.adapted, causal, vocabulary, refused, asked, layers=layers) + mixed
 
 
 def _count(adapted: Any, loaded: models.Loaded, model: Any) -> Parameters:

@@ -15,14 +15,13 @@ from harness.conformance.results import skipped
 from harness.conformance.several import Adapters, Mixed
 from harness.conformance.subject import Subject
 from harness.errors import ImplementationError, Unsupported
-from harness.measure.latency import Prompt
+from harness.measure.latency import BLOCKS, Prompt
 from harness.records import Cell, CheckResult, Latency, Outcome
 from harness.registry import Registry
 from reference.layers import replace
 
 ADAPTERS = 4
 """Rows of the batch, each with an adapter of its own."""
-BLOCKS = 3
 _ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -46,7 +45,7 @@ def measure(
     implementation mixes adapters by its Operation `multi_lora_linear`, or by a method `mixed` of its Adapted, for those
     that have a way of their own: a function of several adapters (each as `tensors()`), that returns a context manager.
     """
-    prompt = Prompt(subject.model, causal, vocabulary, ADAPTERS)
+    prompt = Prompt(subject.model, causal, vocabulary, cell.evaluation, ADAPTERS)
     try:
         mixed = _way(subject, cell, registry)
         several.rows_must_reach(subject, ADAPTERS, lambda: _run(prompt))
@@ -68,7 +67,7 @@ def measure(
     except _ERRORS as error:
         prompt.samples.clear()
         return _failed(prompt, subject, cell, error)
-    return prompt.latencies("unmerged") + prompt.latencies("multi-adapter", adapters=ADAPTERS), [result]
+    return prompt.latencies("unmerged", adapters=1) + prompt.latencies("multi-adapter", adapters=ADAPTERS), [result]
 
 
 def _failed(
