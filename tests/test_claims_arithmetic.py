@@ -23,6 +23,12 @@ def test_a_quotient_of_printed_figures_is_as_wide_as_their_last_digits() -> None
     assert arithmetic.ratio(TEN, THREE).within is arithmetic.share(TEN, THREE).within is None
 
 
+def test_a_sum_of_printed_figures_is_as_wide_as_all_of_them_leave_open() -> None:
+    found = arithmetic.bytes_sum([TEN, THREE, ONE], ONE)
+    assert (found.value, found.within) == (14, (Fraction("12.5"), Fraction("15.5")))
+    assert arithmetic.bytes_sum([TEN, THREE]).within is None
+
+
 def test_the_most_of_several_is_as_wide_as_any_of_them_leaves_open() -> None:
     found = galore.most_share_less(of=[THREE, Fraction(9)], than=[TEN, TEN], last=ONE)
     assert found.value == Fraction(7, 10)
@@ -35,6 +41,7 @@ def test_the_most_of_several_is_as_wide_as_any_of_them_leaves_open() -> None:
     [
         ("printed: 4x, measure: ratio, with: {of: 10, to: 3", "2.71429x to 4.2x"),
         ("printed: 35%, measure: share, with: {of: 3, to: 10", "23.8095% to 36.8421%"),
+        ("printed: 9B, measure: bytes_sum, with: {of: [3, 5]", "7 B to 9 B"),
         ("printed: 75%, measure: most_share_less, with: {of: [3, 9], than: [10, 10]", "63.1579% to 76.1905%"),
     ],
 )

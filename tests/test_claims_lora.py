@@ -108,6 +108,10 @@ def test_binary_millions() -> None:
     assert value("in_binary_millions", of=3 * 2**20) == 3_000_000
 
 
+def test_gigabytes_that_are_binary_in_one_step_and_decimal_in_two() -> None:
+    assert value("in_gigabytes_of_1024_million", of=3 * 1024 * 1000 * 1000) == 3_000_000_000
+
+
 def test_rank_times_sides_holds_of_lora_and_not_of_dora_which_trains_magnitudes(shape: str) -> None:
     config = {"rank": 2, "targets": ["all-linear"]}
     assert value("rank_times_sides", model=shape, method="lora", config=config, split=SPLIT) is True

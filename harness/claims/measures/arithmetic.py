@@ -49,9 +49,12 @@ def count_product(of: Counts) -> Found:
 
 
 @measure("bytes")
-def bytes_sum(of: Sizes) -> Found:
-    """The sum of bytes."""
-    return Found(sum(of, Fraction(0)), " + ".join(f"{written(one)} B" for one in of))
+def bytes_sum(of: Sizes, last: Quantity = Fraction(0)) -> Found:
+    """The sum of bytes. last: of printed figures, one in the last digit of the coarsest."""
+    found = sum(of, Fraction(0))
+    half = len(of) * last / 2  # half a last digit of each
+    within = (found - half, found + half) if last else None
+    return Found(found, " + ".join(f"{written(one)} B" for one in of), within=within)
 
 
 @measure("bytes")

@@ -1,4 +1,4 @@
-"""Measures: a count as people say it, where that has fewer digits than are printed. No torch."""
+"""Measures: a count as people say it, in fewer digits than are printed or in a unit of their own. No torch."""
 
 from __future__ import annotations
 
@@ -17,3 +17,9 @@ def whole_multiple(of: Quantity, to: Quantity, cut: bool = False) -> Found:
 def in_binary_millions(of: Quantity) -> Found:
     """A count for a table whose M is 2^20: so many of these, as millions."""
     return Found(of * 10**6 / 2**20, f"{written(of)} / 2^20, in millions")
+
+
+@measure("bytes")
+def in_gigabytes_of_1024_million(of: Quantity) -> Found:
+    """Bytes for a table whose G is 1,024 x 10^6 of them, binary in one step and decimal in two: so many of these, as GB."""
+    return Found(of * 1000 / 1024, f"{written(of)} B / (1,024 x 10^6), in GB")
