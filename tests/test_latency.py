@@ -135,7 +135,9 @@ def test_decoding_goes_on_from_the_cache_whatever_it_is_called(kind: type[Rememb
     model = kind()
     decode = measure(SimpleNamespace(model=model, can_merge=False), blocks=1)["base", "decode"]
     assert len(decode.seconds) == latency.DECODED - latency.WARMUP
-    assert model.saw[-latency.DECODED - 1 :] == list(range(USUAL.prompt_tokens, latency.TOKENS + latency.DECODED + 1))
+    assert model.saw[-latency.DECODED - 1 :] == list(
+        range(USUAL.prompt_tokens, USUAL.prompt_tokens + latency.DECODED + 1)
+    )
 
 
 def test_a_model_without_a_cache_is_not_said_to_decode() -> None:
