@@ -44,6 +44,8 @@ class Manifest(Frozen):
     about: str = ""
     suite_file: str
     suite_sha256: str
+    suite_text: str = ""
+    """The YAML as it was read: its file may be anywhere, and be another one later. Empty in runs from before it was kept."""
     comparisons: list[Comparison] = Field(default=[])
     tuning: list[Tuning] = Field(default=[])
     cells: list[Cell]

@@ -37,7 +37,7 @@ class Compared:
 class Suite:
     """A suite that can run.
 
-    sha256: of its file. sources: the built-in table and the suite's own rows. tasks: those that its entries name.
+    sha256, text: of its file. sources: the built-in table and the suite's own rows. tasks: those that its entries name.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Suite:
     about: str
     path: Path
     sha256: str
+    text: str
     entries: tuple[Entry, ...]
     comparisons: tuple[Compared, ...]
     sources: dict[str, Source]
@@ -99,6 +100,7 @@ def _suite(reading: Reading, keys: SuiteKeys) -> Suite:
         about=keys.about,
         path=reading.document.path,
         sha256=hashlib.sha256(reading.document.raw).hexdigest(),
+        text=reading.document.raw.decode(errors="replace"),
         entries=tuple(entries),
         comparisons=tuple(c for c in comparisons if c is not None),
         sources=reading.sources,

@@ -36,7 +36,8 @@ def _evil_run(folder: Path) -> store.Run:
     bad = recorded.failed(other, because=EVIL, failure=failure, phases=[Phase(name=EVIL, seconds=1.0)])
     return recorded.write_run(
         folder, only=["head"], cells=[cell, other.cell], change=lambda *_: None, extra=[good, bad],
-        title=EVIL, about=EVIL, argv=[EVIL], suite_file=EVIL, environment=recorded.environment(machine={EVIL: EVIL}),
+        title=EVIL, about=EVIL, argv=[EVIL], suite_file=EVIL, suite_text=EVIL,
+        environment=recorded.environment(machine={EVIL: EVIL}),
     )  # fmt: skip
 
 

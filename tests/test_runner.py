@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,14 @@ def test_smoke_report_shows_every_cell(smoke: tuple[Finished, store.Run]) -> Non
     _, run = smoke
     page = (run.path / "report.html").read_text(encoding="utf-8")
     assert [c.cell_id for c in run.manifest.cells if c.cell_id not in page] == []
+
+
+def test_smoke_keeps_its_suite_as_it_was_read(smoke: tuple[Finished, store.Run]) -> None:
+    """The file may be gone or changed when somebody wants to repeat the run."""
+    _, run = smoke
+    text = run.manifest.suite_text
+    assert hashlib.sha256(text.encode()).hexdigest() == run.manifest.suite_sha256
+    assert escape(text[:200]) in (run.path / "report.html").read_text(encoding="utf-8")
 
 
 def adds_up(footer: Footer) -> bool:

@@ -316,6 +316,8 @@ def rerun(facts: RunFacts) -> Section:
     suite = shlex.quote([*paths, *names, m.suite_file][0])
     return {
         "command": shlex.join(m.argv),
+        "file": m.suite_file,
+        "text": m.suite_text,
         "cells": [
             {**facts.row(cell), "command": f"peft-harness run {suite} --only {cell.cell_id}"} for cell in m.cells
         ],

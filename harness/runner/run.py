@@ -303,6 +303,7 @@ def _open(
         about=suite.about.strip(),
         suite_file=suite.path.name,
         suite_sha256=suite.sha256,
+        suite_text=suite.text,
         comparisons=list(plan.comparisons),
         tuning=list(plan.tuning),
         cells=list(plan.cells),
