@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeque
 
 from harness.conformance.subject import DTYPES, adaptable_layers, configure
 from harness.footprint import apart, dry_step
+from harness.kernels.nf4_linear import Nf4Linear
 from harness.measure.allocations import most_while
 from harness.records import Base, Cell, Evaluation, Training
 from harness.registry import discover
@@ -169,6 +170,14 @@ def test_two_and_three_blocks_tell_of_any_number(method: str, monkeypatch: pytes
     told = predicted(one, deep)
     monkeypatch.setattr(dry_step, "_depth", lambda config: None)
     assert abs(told["peak_B"] - predicted(one, deep)["peak_B"]) < 100  # counters of steps, a few bytes each
+
+
+def test_memory_that_is_kept_for_the_next_weight_is_counted_once() -> None:
+    """Neither what this process decoded into, nor what the model of two blocks did, is counted of the next model."""
+    one = cell("qlora", "fused", config={"rank": 8, "targets": ["query", "key", "value", "dense"]})
+    Nf4Linear(torch.nn.Linear(2048, 2048, bias=False), torch.float32)(torch.ones(1, 2048))
+    agree(one, BERT, "encoder")
+    agree(one, BERT | {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 8}, "encoder")
 
 
 def test_a_model_of_unlike_blocks_is_taken_whole() -> None:

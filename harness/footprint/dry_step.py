@@ -22,7 +22,7 @@ from harness.conformance.subject import DTYPES, adaptable_layers, configure
 from harness.footprint import states
 from harness.footprint.counting import Undrawn
 from harness.footprint.live import Live
-from harness.kernels import nf4
+from harness.kernels import nf4, packed_weight
 from harness.kernels.nf4_linear import Nf4Linear
 from harness.kernels.packed_weight import Buffers, PackedWeight
 from harness.methods import TARGET_WORDS, Adapted
@@ -133,6 +133,7 @@ def _stages(question: Question, parts: Sequence[Batch], alike: bool = False) -> 
     """Take a step; return the peak of each of its stages. alike: return None where the model's blocks are not all alike."""
     cell = question.cell
     model = structure.build(question.config, question.kind, DTYPES[cell.dtype])
+    packed_weight.forget()  # what a worker decoded into, or the step before this one
     with Live() as live:
         with live.fake, live:
             _fill(model)

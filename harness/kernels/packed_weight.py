@@ -35,6 +35,11 @@ class _OfThread(threading.local):
 _own = _OfThread()
 
 
+def forget() -> None:
+    """Free what this thread decodes into; the next call makes it anew."""
+    _own.buffers = Buffers()
+
+
 @dataclass(frozen=True)
 class PackedWeight:
     """A matrix (E, D) in NF4.
