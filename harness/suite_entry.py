@@ -67,8 +67,9 @@ class Entry:
 class Reading:
     """What is shared while one suite is read.
 
-    ids: every id of the file and where it stands, also of entries that are wrong. entries: what each says, by its id;
-    unknown: what a comparison might judge it by, and a mistake keeps from being known.
+    wrong_sources: names of rows that are wrong, and told of. ids: every id of the file and where it stands, also of entries
+    that are wrong. entries: what each says, by its id; unknown: what a comparison might judge it by, and a mistake keeps
+    from being known.
     """
 
     document: Document
@@ -76,6 +77,7 @@ class Reading:
     registry: Registry
     methods: dict[str, MethodInfo]
     sources: dict[str, Source] = field(default_factory=dict)
+    wrong_sources: set[str] = field(default_factory=set)
     tasks: dict[str, Task] = field(default_factory=dict)
     ids: dict[str, str] = field(default_factory=dict)
     entries: dict[str, CellKeys] = field(default_factory=dict)
@@ -262,6 +264,8 @@ class _EntryReader:
 
     def _model(self, name: str, way: Way) -> Source | None:
         sources = self.reading.sources
+        if name in self.reading.wrong_sources:
+            return None
         try:
             source = resolve(name, sources, self.reading.base)
         except HarnessError as error:

@@ -110,6 +110,7 @@ def _sources(reading: Reading, keys: SuiteKeys) -> None:
             source = parse_source(row, reading.base)
         except ValidationError as error:
             reading.problems += [p for _, p in suite_file.explain(error, Source, reading.document, way)]
+            reading.wrong_sources.add(str(row.get("name")))
             continue
         # A cell_id holds the name alone, so a name must not come to stand for something else.
         if source.name in reading.sources:

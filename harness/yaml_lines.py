@@ -186,9 +186,11 @@ class _Builder:
         self.unreadable: set[Way] = set()
         self.cut: set[Way] = set()
         self._constructor = YAML(typ="safe", pure=True).constructor
-        self._open: list[int] = []
+        self._open: set[int] = set()
         self._built = 0
         self._told: set[int] = set()
+        self._parts: dict[Node, set[int]] = {}
+        """Of what was put together, the nodes that it was made of: an alias may name either."""
 
     def build(self, node: Node, way: Way) -> Any:
         """Return the plain value of a node; `way` is where it goes."""
@@ -199,17 +201,18 @@ class _Builder:
             what = f"more than {_MOST_NODES} values once aliases are followed"
             mend = "write it without so many aliases"
             raise SuiteError([*self.problems, Problem(f"{self.path}:1", what, mend)])
-        if id(node) in self._open:
+        parts = self._parts.get(node, {id(node)})
+        if parts & self._open:
             return self._lost(node, way, "an alias that contains itself", "write the value out")
         if isinstance(node, ScalarNode):
             return self._scalar(node, way)
-        self._open.append(id(node))
+        self._open.update(parts)
         try:
             if isinstance(node, MappingNode):
                 return self._mapping(node, way)
             return [self.build(item, (*way, index)) for index, item in enumerate(node.value)]
         finally:
-            self._open.pop()
+            self._open.difference_update(parts)
 
     def _problem(self, node: Node, what: str, mend: str) -> None:
         self.problems.append(Problem(f"{self.path}:{node.start_mark.line + 1}", what, mend))
@@ -263,13 +266,17 @@ class _Builder:
             # That the key of both is there twice says it of the keys in both too.
             names = {str(key.value) for key, _ in first.value}
             self._told |= {id(key) for key, _ in second.value if str(key.value) in names}
-            return MappingNode(first.tag, [*first.value, *second.value], first.start_mark, first.end_mark)
-        if isinstance(first, SequenceNode) and isinstance(second, SequenceNode):
-            items = [*first.value, *second.value]
-            if any(isinstance(item, MappingNode) for item in items):
-                return SequenceNode(first.tag, items, first.start_mark, first.end_mark)
+            return self._together(MappingNode, first, second)
+        are_lists = isinstance(first, SequenceNode) and isinstance(second, SequenceNode)
+        if are_lists and any(isinstance(item, MappingNode) for item in (*first.value, *second.value)):
+            return self._together(SequenceNode, first, second)
         self.cut.add(way)
         return first
+
+    def _together(self, kind: type[Node], first: Node, second: Node) -> Node:
+        node = kind(first.tag, [*first.value, *second.value], first.start_mark, first.end_mark)
+        self._parts[node] = {part for one in (first, second) for part in self._parts.get(one, {id(one)})}
+        return node
 
     def _pairs(self, node: MappingNode) -> Iterator[tuple[ScalarNode, Node]]:
         for key, value in node.value:

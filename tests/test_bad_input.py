@@ -270,6 +270,13 @@ BAD_SUITES = {
     "anchor that is nearly known": ("[q_proj]}\n", "&all [q_proj], init: *al}\n", 11, "no `&al` is above it", "`all`?"),
     "merge of a word": ("{rank: 4,", "{<<: lora, rank: 4,", 11, "`<<` merges something that has no keys", "*anchor"),
     "alias in itself": ("[q_proj]}\n      -", "&t [*t]}\n      -", 11, "an alias that contains itself", "write"),
+    "alias in itself, given twice": (
+        "title:",
+        "a: &a {b: *a}\na: &c {b: *c}\nb:",
+        2,
+        "an alias that contains itself",
+        "write",
+    ),
     "tag": ("tiny-llama", "!env MODEL", 4, "a tag, `!env`, which is not allowed", "write a plain value"),
     "key that is a list": ("title:", "[a]:", 2, "a key that is not a word", "write `key: value`"),
     "two documents": ("matrix:", "---\nmatrix:", 3, "not YAML: but found another document", "mend the YAML"),
@@ -420,6 +427,35 @@ def test_an_ill_typed_entry_of_an_axis_hides_no_other(tmp_path: Path) -> None:
         (24, "an entry of `dtype` is 1, which is none of float64, float32, bfloat16, float16"),
         (27, "`as` names `exact`, which is not float64"),
     ]
+
+
+def test_what_was_taken_out_is_told_once(tmp_path: Path) -> None:
+    # With the default in its place, `exact` would be the same Cell as `a`, and no float64 for the comparison.
+    assert mistakes(tmp_path / "suite.yaml", SUITE.replace("float64", "float63")) == [
+        (14, "`dtype` is 'float63', which is none of float64, float32, bfloat16, float16")
+    ]
+
+
+def test_a_model_whose_source_is_wrong_is_not_unknown_too(tmp_path: Path) -> None:
+    sources = "sources:\n  - {name: mine, kind: causl, source: 'made:tiny-llama'}\nmatrix:"
+    text = SUITE.replace("matrix:", sources).replace("model: tiny-llama", "model: [mine, tiny-lama]")
+    assert mistakes(tmp_path / "suite.yaml", text) == [
+        (4, "`kind` is 'causl', which is none of encoder, causal, data"),
+        (6, "no model or data set named 'tiny-lama'"),
+    ]
+
+
+def test_a_block_s_mistake_hides_nothing_of_a_cell_that_overrides_it(tmp_path: Path) -> None:
+    text = SUITE.replace("steps: 4", "steps: -4").replace("id: a\n", "id: a\n        training: {steps: 0}\n")
+    assert mistakes(tmp_path / "suite.yaml", text) == [
+        (6, "`steps` is -4"),
+        (18, "`a` does not train, so it has no losses"),
+    ]
+
+
+def test_a_comparison_without_a_sentence_is_judged_all_the_same(tmp_path: Path) -> None:
+    text = SUITE.replace("as: exact, says: the same run", "as: exakt")
+    assert mistakes(tmp_path / "suite.yaml", text) == [(17, "`as` names no id: `exakt`"), (17, "not a comparison")]
 
 
 def test_a_misspelt_key_is_read_as_the_one_that_is_meant(tmp_path: Path) -> None:
