@@ -454,8 +454,20 @@ def test_a_block_s_mistake_hides_nothing_of_a_cell_that_overrides_it(tmp_path: P
 
 
 def test_a_comparison_without_a_sentence_is_judged_all_the_same(tmp_path: Path) -> None:
-    text = SUITE.replace("as: exact, says: the same run", "as: exakt")
-    assert mistakes(tmp_path / "suite.yaml", text) == [(17, "`as` names no id: `exakt`"), (17, "not a comparison")]
+    text = SUITE.replace("as: exact, says: the same run", "as: [a, exakt]")
+    assert mistakes(tmp_path / "suite.yaml", text) == [
+        (17, "`as` names `a`, which is not float64"),
+        (17, "`as` names no id: `exakt`"),
+        (17, "a comparison of a thing with itself"),
+        (17, "not a comparison"),
+    ]
+
+
+def test_a_shared_key_may_be_of_a_method_that_was_taken_out(tmp_path: Path) -> None:
+    text = SUITE.replace("    cells:\n", "    config: {total_steps: 4}\n    cells:\n")
+    assert mistakes(tmp_path / "suite.yaml", text.replace("method: lora", "method: [3, lora]", 1)) == [
+        (11, "an entry of `method` is 3")
+    ]
 
 
 def test_a_misspelt_key_is_read_as_the_one_that_is_meant(tmp_path: Path) -> None:
