@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UsageError
-from harness.methods import FieldInfo, MethodInfo
+from harness.methods import FieldInfo, Found, MethodInfo
 from harness.resources import named
 from harness.spelling import near
 
@@ -40,7 +41,7 @@ _REFUSED_STARTS = {
     "corda": "it wants to see texts first (peft's `preprocess_corda`)",
     "eva": "it wants to see texts first (peft's `initialize_lora_eva_weights`)",
     "lora_ga": "it wants to see gradients first (peft's `preprocess_loraga`)",
-    "pissa_niter": "its fast SVD draws anew when peft loads the adapter, over another residual; write `pissa`",
+    "pissa_niter": "its fast SVD draws anew when peft loads the adapter, over another residual",
 }
 """Values of LoRA's `init_lora_weights`. peft itself would train without a word what is no EVA and no LoRA-GA."""
 _VIRTUAL = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE")
@@ -65,7 +66,10 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class AdapterConfigField(FieldInfo):
-    """The one knob: the path of an adapter_config.json, or of its folder, or its keys themselves."""
+    """The one knob: the path of an adapter_config.json, or of its folder, or its keys themselves.
+
+    What a mend says to write can be pasted into JSON and YAML alike.
+    """
 
     @property
     def called(self) -> str:
@@ -83,22 +87,26 @@ class AdapterConfigField(FieldInfo):
         return f"write `{KEY}: ./my-adapter/{FILE}`, as peft's `save_pretrained` makes it"
 
     def resolved(self, value: Any, folder: Path) -> Any:
-        """Read the file that a suite in `folder` names. Raises UsageError where it cannot be read."""
+        """Read the file that a suite in `folder` names. Raises UsageError where it is none of keys and values."""
         if not isinstance(value, str) or not value:
             return value
+        mend = f"peft's `save_pretrained` writes an {FILE}"
         try:
             path = folder / named(value)
             path = path / FILE if path.is_dir() else path
-            found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
-            json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # 1e999 and a lone surrogate can be read
+            found = json.loads(path.read_bytes().decode("utf-8-sig"))
+        except FileNotFoundError as error:
+            mend = f"put it at {path}, or correct the path, which starts from the suite's folder"
+            raise UsageError(f"{value} cannot be read: {error.strerror}", mend=mend) from error
         except OSError as error:
-            raise UsageError(
-                f"{value} cannot be read: {error.strerror}", mend="paths start from the suite's folder"
-            ) from error
+            mend = "name a file that you may read"
+            raise UsageError(f"{value} cannot be read: {error.strerror}", mend=mend) from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{value} is not UTF-8: {error.reason}", mend="save the file as UTF-8") from error
         except (ValueError, RecursionError) as error:
-            raise UsageError(
-                f"{value} is no JSON: {error}", mend=f"peft's `save_pretrained` writes an {FILE}"
-            ) from error
+            raise UsageError(f"{value} is no JSON: {error}", mend=f"mend it there; {mend}") from error
+        if not isinstance(found, dict):
+            raise UsageError(f"{value} holds no keys and values", mend=f"name another file; {mend}")
         return found
 
     def canonical(self, value: Any) -> Any:
@@ -106,49 +114,97 @@ class AdapterConfigField(FieldInfo):
         return value
 
     def problem(self, value: Any) -> str:
-        """Say what is wrong with the keys of a config, or return an empty string."""
-        if value is None:
-            return "is missing"
+        """Say all that is wrong with the keys of a config, or return an empty string."""
+        return "; ".join(what for _, what, _ in self.problems(value))
+
+    def is_legible(self, value: Any) -> bool:
+        """Say whether the config tells its type."""
+        return isinstance(value, dict) and isinstance(value.get("peft_type"), str)
+
+    def problems(self, value: Any) -> Iterator[Found]:
+        """Yield all that is wrong with a config; where is one of its keys."""
         if not isinstance(value, dict):
-            return f"must be {self.called}, got {value!r}"
-        kind, known = value.get("peft_type"), peft_types()
-        if not isinstance(kind, str):
-            keys = f"{', '.join(sorted(map(str, value))[:5])} ..." if value else "it is empty"
-            return f"has no `peft_type` ({keys}); is it an {FILE}?"
-        if known and kind not in known:
-            return f"has peft_type {kind}, which the installed peft does not have; {near(kind, known, 'it has')}"
-        if kind in _REFUSED:
-            return f"has peft_type {kind}, which is not offered: {_REFUSED[kind]}"
-        if refused := [key for key in _REFUSED_KEYS if value.get(key)]:
-            return f"has {refused[0]}, which is not offered: {_REFUSED_KEYS[refused[0]]}"
+            what = "is missing" if value is None else f"must be {self.called}, got {value!r}"
+            yield (), what, self.mend
+            return
+        yield from _unwritable(value)
+        yield from _of_type(value)
+        for key in _REFUSED_KEYS:
+            if value.get(key):
+                yield (
+                    (key,),
+                    f"has {key}, which is not offered: {_REFUSED_KEYS[key]}",
+                    f'take `{key}` out, or write "{key}": null',
+                )
         start = str(value.get("init_lora_weights")).lower()
         start = "pissa_niter" if start.startswith("pissa_niter") else start
         if start in _REFUSED_STARTS:
-            return f"has init_lora_weights {start}, which is not offered: {_REFUSED_STARTS[start]}"
-        if kind in _VIRTUAL and not virtual_tokens({KEY: value}):
-            return f"has num_virtual_tokens {value.get('num_virtual_tokens')}; {kind} wants a whole number, at least 1"
+            what = f"has init_lora_weights {start}, which is not offered: {_REFUSED_STARTS[start]}"
+            usual = '"pissa"' if start == "pissa_niter" else "true"
+            yield ("init_lora_weights",), what, f'write "init_lora_weights": {usual}'
         task, saved = value.get("task_type"), value.get("modules_to_save")
         if task is not None and (not isinstance(task, str) or task not in _KINDS):
-            return f"has task_type {task}; the harness has models for {', '.join(_KINDS)}"
+            what = f"has task_type {task}; the harness has models for {', '.join(_KINDS)}"
+            yield ("task_type",), what, "write one of these, or take `task_type` out"
         if saved is not None and (not isinstance(saved, list) or not all(isinstance(name, str) for name in saved)):
-            return f"has modules_to_save {saved!r}, which is no list of names"
-        more = set(saved or ()) - _HEADS
-        if more:
-            return (
-                f"has modules_to_save {', '.join(sorted(more))}; the harness trains the adapter and a new head, no more"
-            )
-        return ""
+            what = f"has modules_to_save {saved!r}, which is no list of names"
+            yield ("modules_to_save",), what, 'take `modules_to_save` out, or write "modules_to_save": null'
+        elif more := set(saved or ()) - _HEADS:
+            names = ", ".join(sorted(more))
+            what = f"has modules_to_save {names}; the harness trains the adapter and a new head, no more"
+            yield ("modules_to_save",), what, f"take {names} out of `modules_to_save`"
 
-    def misfit(self, value: Any, kind: str) -> str:
-        """Say why a sound config is not one for a model of this kind (`causal`, `encoder`), or return an empty string."""
+    def misfits(self, value: Any, kind: str) -> Iterator[Found]:
+        """Yield why a config is not one for a model of this kind (`causal`, `encoder`); a mend names another `model`."""
         if kind == "encoder" and (why := _OF_CAUSAL.get(value["peft_type"])):
-            return f"has peft_type {value['peft_type']}, which {why}"
-        wants = _KINDS.get(value.get("task_type") or "", kind)
-        return "" if wants == kind else f"has task_type {value['task_type']}, and the model is of the kind `{kind}`"
+            yield (
+                ("peft_type",),
+                f"has peft_type {value['peft_type']}, which {why}",
+                "take another `peft_type`, or another model",
+            )
+        task = value.get("task_type")
+        wants = _KINDS.get(task) if isinstance(task, str) else None
+        if wants and wants != kind:
+            right = next(name for name, one in _KINDS.items() if one == kind)
+            what = f"has task_type {task}, and the model is of the kind `{kind}`"
+            yield ("task_type",), what, f'write "task_type": "{right}", or take another model'
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of JSON")
+def _of_type(value: Mapping[str, Any]) -> Iterator[Found]:
+    kind, known = value.get("peft_type"), peft_types()
+    offered = [one for one in known if one not in _REFUSED]
+    if not isinstance(kind, str):
+        keys = f"{', '.join(sorted(map(str, value))[:5])} ..." if value else "it is empty"
+        mend = f'add it, e.g. "peft_type": "LORA", or name the {FILE} that peft wrote'
+        yield (), f"has no `peft_type` ({keys}); is it an {FILE}?", mend
+    elif kind in _REFUSED:
+        mend = f"write another: {', '.join(offered)}" if offered else "write another"
+        yield ("peft_type",), f"has peft_type {kind}, which is not offered: {_REFUSED[kind]}", mend
+    elif known and kind not in known:
+        what = f"has peft_type {kind}, which the installed peft does not have"
+        yield ("peft_type",), what, near(kind.upper(), offered, "it has")
+    elif kind in _VIRTUAL and not virtual_tokens({KEY: value}):
+        what = f"has num_virtual_tokens {value.get('num_virtual_tokens')!r}; {kind} wants a whole number, at least 1"
+        yield ("num_virtual_tokens",), what, 'write e.g. "num_virtual_tokens": 8, without quotes around the number'
+
+
+def _unwritable(config: Any) -> Iterator[Found]:
+    """Yield what JSON can be read with and not written, by which no Cell could be named: NaN, 1e999, half a character."""
+    left: list[tuple[tuple[str | int, ...], Any]] = [((), config)]
+    while left:
+        where, value = left.pop()
+        if isinstance(value, dict):
+            left += [((*where, key), key) for key in value] + [((*where, key), one) for key, one in value.items()]
+        elif isinstance(value, list):
+            left += [((*where, index), one) for index, one in enumerate(value)]
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield where, f"has {_path(where)} {value}, which is no number of JSON", "write a finite number"
+        elif isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+            yield where, f"has half a character in {_path(where)}", "write the character itself"
+
+
+def _path(where: tuple[str | int, ...]) -> str:
+    return ascii(".".join(map(str, where)))[1:-1]
 
 
 def virtual_tokens(config: Mapping[str, Any]) -> int:

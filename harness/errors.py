@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -54,6 +54,16 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.where}: {self.what}" + (f"\n    mend: {self.mend}" if self.mend else "")
+
+
+def in_order(problems: Iterable[Problem]) -> list[Problem]:
+    """Return the problems of files in the order of their lines, each once: what many share is met in each of them."""
+
+    def place(problem: Problem) -> tuple[str, int, str]:
+        path, _, line = problem.where.rpartition(":")
+        return path, int(line), problem.what
+
+    return sorted(set(problems), key=place)
 
 
 class SuiteError(UsageError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,10 @@ _CALLED = {
     "str": "a word",
     "tuple[str, ...]": "a list of words",
 }
+
+
+Found = tuple[tuple[str | int, ...], str, str]
+"""Where in what was looked at, what is wrong, and the mend."""
 
 
 class Adapted(Protocol):
@@ -112,9 +117,13 @@ class FieldInfo:
         """Return the value that a suite in `folder` means: here the value itself."""
         return value
 
-    def misfit(self, value: Any, kind: str) -> str:
-        """Say why a valid value is not for a model of this kind (`causal`, `encoder`), or return an empty string."""
-        return ""
+    def misfits(self, value: Any, kind: str) -> Iterator[Found]:
+        """Yield why a legible value is not for a model of this kind (`causal`, `encoder`)."""
+        yield from ()
+
+    def is_legible(self, value: Any) -> bool:
+        """Say whether a value, be it right or wrong, tells enough to go on with; here what is right."""
+        return not self.problem(value)
 
     def canonical(self, value: Any) -> Any:
         """Return the one spelling of a valid value (`16` for a float becomes 16.0), as JSON can hold it.
@@ -126,6 +135,11 @@ class FieldInfo:
         if self.is_list:
             return [value] if isinstance(value, str) else list(value)
         return float(value) if self.type == "float" else value
+
+    def problems(self, value: Any) -> Iterator[Found]:
+        """Yield all that is wrong with a value."""
+        if what := self.problem(value):
+            yield (), what, self.mend
 
     def problem(self, value: Any) -> str:
         """Say what is wrong with a value, or return an empty string."""

@@ -1,36 +1,33 @@
-"""What of a suite's entry is sound by itself and impossible together: of methods, their configs, bases, models, training."""
+"""What of a suite's entry is sound by itself and impossible together: of methods, their configs, bases, training."""
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from harness.adapter_config import IN_THE_CACHE, KEY, UNREFERENCED
-from harness.methods import MethodInfo
-from harness.suite_file import BaseKeys, CellKeys
+from harness.methods import Found, MethodInfo
+from harness.suite_file import BaseKeys, CellKeys, shortened
 
-Found = tuple[tuple[str | int, ...], str, str]
-"""Where in the entry, what is wrong, and the mend."""
+_AXES = ("model", "task", "implementation", "base", "optimizer", "dtype", "seed")
 
 
 def impossible(
     config: Mapping[str, Mapping[str, list[Any]]],
     methods: Mapping[str, MethodInfo],
     bases: list[BaseKeys],
-    kinds: Mapping[str, str],
     steps: int,
 ) -> Iterator[Found]:
     """Yield every combination that no Cell can live through.
 
-    config: for each method, the values of each of its fields; kinds: of each model that is known, `causal` or `encoder`;
-    steps: of the training.
+    config: for each method, the values of each of its fields; steps: of the training.
     """
     for name, fields in config.items():
         yield from _starts(name, fields)
         yield from _budgets(name, fields)
         yield from _schedules(name, fields, steps)
-        yield from _models(methods[name], fields, kinds)
         yield from _bases(methods[name], bases)
 
 
@@ -65,15 +62,6 @@ def _schedules(name: str, fields: Mapping[str, list[Any]], steps: int) -> Iterat
             yield ("config", "total_steps"), what, f"write `total_steps: {steps}`"
 
 
-def _models(info: MethodInfo, fields: Mapping[str, list[Any]], kinds: Mapping[str, str]) -> Iterator[Found]:
-    for key, knob in info.fields.items():
-        for value in fields.get(key, ()):
-            for model, kind in kinds.items():
-                if what := knob.misfit(value, kind):
-                    mend = f"take another model than {model}, or a config for its kind"
-                    yield ("config", key), f"`{key}` of {info.name} {what}", mend
-
-
 def _bases(info: MethodInfo, bases: list[BaseKeys]) -> Iterator[Found]:
     for index, base in enumerate(bases):
         if base.quantization == "none":
@@ -84,6 +72,19 @@ def _bases(info: MethodInfo, bases: list[BaseKeys]) -> Iterator[Found]:
         elif info.name in UNREFERENCED:
             what = f"{info.name} is offered on a base that is not quantised, and base is {base.quantization}"
             yield ("base", index), what, f"give {info.name} an entry without `base:`"
+
+
+def listed_twice(keys: CellKeys, config: Mapping[str, Mapping[str, list[Any]]]) -> Iterator[Found]:
+    """Yield the values that an axis has more than once: two of one value are two of one Cell."""
+    axes: dict[tuple[str, ...], Any] = {(key,): getattr(keys, key) for key in _AXES}
+    axes |= {("training", key): values for key, values in keys.training}
+    axes |= {("config", key): values for fields in config.values() for key, values in fields.items()}
+    for way, values in axes.items():
+        counted = Counter(map(repr, values)) if isinstance(values, list) else {}
+        for value, times in counted.items():
+            if times > 1:
+                what = f"`{way[-1]}` lists {shortened(value)} {times} times"
+                yield way, what, "remove a value that is listed twice"
 
 
 def of_training(

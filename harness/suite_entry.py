@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from harness import suite_tuning, tasks, unscored
 from harness.assets import model_folder, shapes
 from harness.assets.table import Source, resolve
 from harness.errors import HarnessError, Problem, SuiteError
-from harness.methods import MethodInfo
+from harness.methods import Found, MethodInfo
 from harness.records import Base, Dtype, Evaluation, Optimizer, Training
 from harness.registry import Registry
-from harness.spelling import near
-from harness.suite_combinations import Found, impossible, of_training
+from harness.spelling import closest, near
+from harness.suite_combinations import impossible, listed_twice, of_training
+from harness.suite_cuts import CutsOfEntries
 from harness.suite_file import BaseKeys, CellKeys, Timed, TuneKeys
 from harness.suite_tuning import Tune
 from harness.tasks import Task
@@ -32,6 +34,8 @@ _JUDGED_LATER = (
     ("evaluation", "items"),
 )
 _NEEDED = (("model",), ("task",), ("method",), ("training", "steps"), ("evaluation", "items"))
+_COMPARED = (("task",), ("dtype",), ("training", "steps"), ("evaluation", "items"))
+"""What the two sides of a comparison are judged by."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +67,26 @@ class Entry:
 class Reading:
     """What is shared while one suite is read.
 
-    cut: ways of the values that were taken out as wrong; their absence is no second mistake. ids: every id of the file
-    and where it stands, also of entries that are wrong. entries: what each says by its id, but for those that something
-    was taken out of.
+    wrong_sources: names of rows that are wrong, and told of. ids: every id of the file and where it stands, also of entries
+    that are wrong. entries: what each says, by its id; unknown: what a comparison might judge it by, and a mistake keeps
+    from being known.
     """
 
     document: Document
-    cut: set[Way]
     problems: list[Problem]
     registry: Registry
     methods: dict[str, MethodInfo]
     sources: dict[str, Source] = field(default_factory=dict)
+    wrong_sources: set[str] = field(default_factory=set)
     tasks: dict[str, Task] = field(default_factory=dict)
     ids: dict[str, str] = field(default_factory=dict)
     entries: dict[str, CellKeys] = field(default_factory=dict)
+    unknown: dict[str, set[str]] = field(default_factory=dict)
+
+    @cached_property
+    def cuts(self) -> CutsOfEntries:
+        """What was cut, by entry."""
+        return CutsOfEntries(self.document)
 
     @property
     def base(self) -> Path:
@@ -98,15 +108,16 @@ class _EntryReader:
         self.reading, self.block, self.cell = reading, block, cell
         shared = {key: value for key, value in reading.document.at(block).items() if key != "cells"}
         self.keys = CellKeys.model_validate(shared if block == cell else _merged(shared, reading.document.at(cell)))
+        self.cuts = reading.cuts.of(block, cell)
 
     def read(self) -> Entry | None:
         keys, before = self.keys, len(self.reading.problems)
         name = self._id()
         complete = self._is_complete()
-        config = self._configs()
         models = {i: self._model(model, self._way("model", i)) for i, model in enumerate(keys.model or [])}
         known = {i: source for i, source in models.items() if source}
         kinds: dict[str, str] = {(keys.model or [])[i]: source.kind for i, source in known.items()}
+        config = self._configs(kinds)
         encoders = [source.name for source in known.values() if source.kind == "encoder"]
         for i, task in enumerate(keys.task or []):
             self._task(task, self._way("task", i), encoders)
@@ -117,17 +128,17 @@ class _EntryReader:
                 self._offer("method", method, implementation, self._way("implementation", i))
         for i, base in enumerate(keys.base):
             self._base(base, self._way("base", i))
-        wrong = list(self._impossible(config, kinds))
-        for where, what, mend in wrong:
+        wrong = list(self._impossible(config))
+        for where, what, mend in (*wrong, *listed_twice(self.keys, config)):
             self.reading.problem(self._way(*where), what, mend)
         training = self._training(config)
         tune = self._tune(keys.tune, config, training) if training and keys.tune else None
         if tune:
             tried = {name: fields | tune.axes(name) for name, fields in config.items()}
-            for where, what, mend in self._impossible(tried, kinds):
+            for where, what, mend in self._impossible(tried):
                 if (where, what, mend) not in wrong:
                     self.reading.problem(self._way("tune", *where), what, mend)
-        if not complete or len(self.reading.problems) > before:
+        if not complete or self.cuts.leave_defaults or len(self.reading.problems) > before:
             return None
         return Entry(
             id=name,
@@ -166,20 +177,13 @@ class _EntryReader:
             self.reading.problem(
                 self._way("id"), f"a second id `{name}`, first at {ids[name]}", "rename one of the two"
             )
-        elif not self._cut():
+        else:
             self.reading.entries[name] = self.keys
+            # One wrong dtype leaves the others as wrong as they are; with another task two sides might be alike.
+            held = {key[-1] for key in _COMPARED if self.cuts.hold(*key)}
+            self.reading.unknown[name] = held | ({"task"} if self.cuts.touch("task") else set())
         ids.setdefault(name, self.reading.document.where(*self.cell))
         return name
-
-    def _cut(self, *rest: str | int) -> bool:
-        """Say whether a value of the entry was taken out as wrong; without `rest`, whether any was."""
-        for way in self.reading.cut:
-            for start in (self.block, self.cell):
-                # Another cell's mistake lies inside the block too, and is none of this entry's.
-                inside = way[len(start) :] if way[: len(start)] == start else ("cells",)
-                if inside[:1] != ("cells",) and (rest[: len(inside)] == inside or not rest):
-                    return True
-        return False
 
     def _is_complete(self) -> bool:
         complete = True
@@ -189,46 +193,50 @@ class _EntryReader:
                 value = getattr(value, part)
             if value is None and not (need == ("evaluation", "items") and unscored.is_meant(self.keys)):
                 complete = False
-                if not self._cut(*need):
+                if not self.cuts.hold(*need):
                     self.reading.problem(self.cell, f"`{'.'.join(need)}` is missing", "add it here or to the block")
         return complete
 
-    def _configs(self) -> dict[str, dict[str, list[Any]]]:
+    def _configs(self, kinds: dict[str, str]) -> dict[str, dict[str, list[Any]]]:
         configs, methods = {}, self.reading.methods
         for i, name in enumerate(self.keys.method or []):
-            if name in methods:
-                configs[name] = self._config(methods[name])
-            else:
+            if name not in methods:
                 self.reading.problem(self._way("method", i), f"unknown method `{name}`", near(name, methods, "methods"))
+            if info := self._method(name):
+                configs[info.name] = self._config(info, kinds)
         self._unknown_config_keys()
         return configs
+
+    def _method(self, name: str) -> MethodInfo | None:
+        """Return a Method, or of a name that is misspelt the one that seems to be meant."""
+        methods = self.reading.methods
+        return methods.get(name) or methods.get(closest(name, methods))
 
     def _unknown_config_keys(self) -> None:
         """A shared config goes to those Methods that have the key; a key that none of them has is a mistake.
 
         The Methods that share it are the entry's own, or for what the block says, those of all its entries.
         """
-        if any(
-            way[: len(self.block)] == self.block and (way[-1] == "method" or isinstance(way[-1], int))
-            for way in self.reading.cut
-        ):
-            return  # a Method that was taken out as wrong might have it
         block = self.reading.document.at(self.block)
         own = self.reading.document.at(self.cell).get("config", {})
         everybody = [
             method for entry in [block, *(block.get("cells") or [])] for method in _listed(entry.get("method"))
         ]
         for key in self.keys.config:
-            sharing = (self.keys.method or []) if key in own and self.cell != self.block else everybody
-            infos = {name: self.reading.methods.get(name) for name in sharing}
+            is_own = key in own and self.cell != self.block
+            if self.cuts.touch("method") if is_own else self.reading.cuts.lose_methods(self.block):
+                continue  # a Method that was taken out as wrong might have it
+            sharing = (self.keys.method or []) if is_own else everybody
+            infos = {name: self._method(name) for name in sharing}
             if not infos or any(info is None or key in info.fields for info in infos.values()):
                 continue  # no Method, or an unknown one that might have it, has been told of
             known = dict.fromkeys(field for info in infos.values() if info for field in info.fields)
-            names = ", ".join(f"`{name}`" for name in infos)
+            names = ", ".join(f"`{info.name}`" for info in infos.values() if info)
             what = f"{names} has no `{key}`" if len(infos) == 1 else f"none of {names} has a `{key}`"
             self.reading.problem(self._way("config", key), what, near(key, known, "keys"))
 
-    def _config(self, info: MethodInfo) -> dict[str, list[Any]]:
+    def _config(self, info: MethodInfo, kinds: dict[str, str]) -> dict[str, list[Any]]:
+        """Return the values of each field, but for what cannot be told from them. kinds: of each model that is known."""
         written = self.keys.config
         values: dict[str, list[Any]] = {}
         for key, knob in info.fields.items():
@@ -239,24 +247,28 @@ class _EntryReader:
                 self.reading.problem(
                     self._way("config", key), f"`{key}` is an empty list", "leave it out for its default"
                 )
-            for one in value if is_axis else [value]:
+            for i, one in enumerate(value if is_axis else [value]):
+                place: Way = ("config", key, i) if is_axis else ("config", key)
                 try:
                     meant = knob.resolved(one, self.reading.base)
                 except HarnessError as error:
-                    self.reading.problem(self._way("config", key), f"`{key}` of {info.name}: {error.what}", error.mend)
+                    self.reading.problem(self._way(*place), f"`{key}` of {info.name}: {error.what}", error.mend)
                     continue
-                if what := knob.problem(meant):
-                    self.reading.problem(
-                        self._way("config", key),
-                        f"`{key}` of {info.name} {what}",
-                        knob.mend,
-                    )
-                else:
-                    values.setdefault(key, []).append(knob.canonical(meant))
+                subject = f"`{key}` of {info.name}" + (f" ({one})" if meant is not one else "")
+                for where, what, mend in knob.problems(meant):
+                    self.reading.problem(self._way(*place, *where), f"{subject} {what}", mend)
+                if not knob.is_legible(meant):
+                    continue
+                values.setdefault(key, []).append(knob.canonical(meant))
+                for model, kind in kinds.items():
+                    for where, what, mend in knob.misfits(meant, kind):
+                        self.reading.problem(self._way(*place, *where), f"{subject} {what}", f"{mend} than {model}")
         return values
 
     def _model(self, name: str, way: Way) -> Source | None:
         sources = self.reading.sources
+        if name in self.reading.wrong_sources:
+            return None
         try:
             source = resolve(name, sources, self.reading.base)
         except HarnessError as error:
@@ -275,8 +287,8 @@ class _EntryReader:
             self.reading.problem(way, f"{error.what} ({error.where})", error.mend)
         return source
 
-    def _impossible(self, config: dict[str, dict[str, list[Any]]], kinds: dict[str, str]) -> Iterator[Found]:
-        return impossible(config, self.reading.methods, self.keys.base, kinds, self.keys.training.steps or 0)
+    def _impossible(self, config: dict[str, dict[str, list[Any]]]) -> Iterator[Found]:
+        return impossible(config, self.reading.methods, self.keys.base, self.keys.training.steps or 0)
 
     def _task(self, name: str, way: Way, encoders: list[str]) -> None:
         reading, items = self.reading, self.keys.evaluation.items
@@ -321,7 +333,7 @@ class _EntryReader:
         elif base.quantization != "none":
             offered = ", ".join(self.reading.registry.names("base", base.quantization)) or "nobody that is installed"
             self.reading.problem(way, f"base {base.quantization} has no `implementation`", f"who offers it: {offered}")
-        elif base.implementation and (*way, "quantization") not in self.reading.cut:
+        elif base.implementation and not self.reading.document.is_cut((*way, "quantization")):
             what = f"base has an `implementation`, {base.implementation}, but no `quantization`"
             self.reading.problem(way, what, "add `quantization:`, or remove `base:`")
 
@@ -345,7 +357,7 @@ class _EntryReader:
         for i, ratio in enumerate(_listed(written.get("lr_ratio"))):
             self._ratio(config, ratio, self._way("training", "lr_ratio", i))
         for i, parts in enumerate(_listed(written.get("accumulate"))):
-            batches = {} if self._cut("training", "batch") else dict.fromkeys(t.batch for t in training)
+            batches = {} if self.cuts.hold("training", "batch") else dict.fromkeys(t.batch for t in training)
             if batch := next((batch for batch in batches if batch % parts), None):
                 what = f"`accumulate` is {parts}, which does not divide the batch of {batch} examples"
                 whole = math.gcd(*batches)
@@ -355,7 +367,7 @@ class _EntryReader:
 
     def _tune(self, tune: TuneKeys, config: dict[str, Any], training: list[Training]) -> Tune | None:
         keys, reading = self.keys, self.reading
-        if any((*start, "tune") == way[: len(start) + 1] for way in reading.cut for start in (self.block, self.cell)):
+        if self.cuts.touch("tune"):
             return None  # what was taken out as wrong is not also missing
 
         def problem(place: tuple[str, ...], what: str, mend: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from harness.errors import Problem
 from harness.records import Dtype, Frozen, Optimizer, Quantization
-from harness.spelling import near
+from harness.spelling import closest, near
 from harness.yaml_lines import Document, Way
 
 _T = TypeVar("_T")
@@ -132,31 +133,83 @@ class SuiteKeys(Keys):
 
 
 _ENTRIES = ("matrix", "cells", "comparisons", "sources", "claims", "rows", "otherwise")
-"""Lists whose entries stand each for themselves: a wrong value in one takes nothing from the others."""
+"""Lists whose entries stand each for themselves; other lists are axes of values."""
 
 
-def read(document: Document, model: type[_Model]) -> tuple[_Model, list[Problem], set[Way]]:
-    """Validate a file's keys. Returns what is sound, the problems, and the ways of what was taken out for them.
+def read(document: Document, model: type[_Model]) -> tuple[_Model, list[Problem]]:
+    """Validate a file's keys. Returns what is sound, and all problems, those of the file as YAML too.
 
-    Wrong values are cut out and the rest goes on to the checks of meaning, so that one reading finds every mistake.
-    Changes `document.data`.
+    Wrong values are taken out, and a key that is nearly one of those here is taken for it; the rest goes on to the checks
+    of meaning, so that one reading finds every mistake. Changes the document.
     """
-    problems: list[Problem] = []
-    cut: set[Way] = set()
+    problems = list(document.problems)
+    take_out(document, document.unreadable)
     while True:
         try:
-            return model.model_validate(document.data), problems, cut
+            return model.model_validate(document.data), problems
         except ValidationError as error:
-            for way, problem in explain(error, model, document):
-                problems.append(problem)
-                cut.add(_cut_out(document.data, way))
+            found = list(_findings(error, model, document))
+            problems += [problem for _, problem, _ in found]
+            meant = {way: name for way, _, name in found if name and name not in document.at(way[:-1])}
+            take_out(document, (way for way, _, _ in found if way not in meant))
+            _respell(document, meant)
 
 
 def explain(
     error: ValidationError, model: type[BaseModel], document: Document, at: Way = ()
 ) -> list[tuple[Way, Problem]]:
     """Put pydantic's findings about the part of a document at `at` into sentences; each with its way."""
-    found = []
+    return [(way, problem) for way, problem, _ in _findings(error, model, document, at)]
+
+
+def take_out(document: Document, ways: Iterable[Way]) -> None:
+    """Take values out of a document's data and note them as cut.
+
+    An entry leaves an empty one in its place. Of an axis one value goes, and those behind it move up; the last takes the
+    axis with it.
+    """
+    gone: dict[Way, set[int]] = {}
+    for way in ways:
+        document.cut.add(way)
+        *above, last = way
+        if is_entry(way):
+            document.at(tuple(above))[last] = {}
+        elif isinstance(last, int):
+            gone.setdefault(tuple(above), set()).add(last)
+        else:
+            document.at(tuple(above)).pop(last, None)
+    moves: dict[Way, dict[str | int, str | int | None]] = {}
+    for axis in sorted(gone, key=len, reverse=True):
+        values = document.at(axis)
+        left = [index for index in range(len(values)) if index not in gone[axis]]
+        if left:
+            values[:] = [values[index] for index in left]
+            moves[axis] = {**dict.fromkeys(gone[axis]), **{old: new for new, old in enumerate(left)}}
+        else:
+            take_out(document, [axis])
+    document.move(moves)
+
+
+def is_entry(way: Way) -> bool:
+    """Say whether `way` leads to one entry of a list of entries, and not to a value of an axis."""
+    return len(way) > 1 and isinstance(way[-1], int) and way[-2] in _ENTRIES
+
+
+def _respell(document: Document, meant: Mapping[Way, str]) -> None:
+    """Give keys the names that were meant."""
+    moves: dict[Way, dict[str | int, str | int | None]] = {}
+    for (*above, key), name in meant.items():
+        keys = document.at(tuple(above))
+        if name not in keys:  # else another key was taken for it
+            keys[name] = keys.pop(key)
+            moves.setdefault(tuple(above), {})[key] = name
+    document.move(moves)
+
+
+def _findings(
+    error: ValidationError, model: type[BaseModel], document: Document, at: Way = ()
+) -> Iterator[tuple[Way, Problem, str]]:
+    """Yield the way of each finding, what it is, and of an unknown key the one that seems to be meant."""
     for detail in error.errors(include_url=False):
         way = (*at, *_within(document.data, at, detail["loc"]))
         named = [part for part in (*at, *detail["loc"]) if isinstance(part, str)]
@@ -164,8 +217,9 @@ def explain(
         # Of an axis written as a list, one entry is wrong.
         listed = f"an entry of {key}" if way and isinstance(way[-1], int) else key
         what, mend = _sentence(dict(detail), key, listed, model)
-        found.append((way, Problem(document.where(*way), what, mend)))
-    return found
+        unknown = detail["type"] == "extra_forbidden"
+        meant = closest(named[-1], _known_keys(model, detail["loc"][:-1])) if unknown else ""
+        yield way, Problem(document.where(*way), what, mend), meant
 
 
 def _sentence(detail: dict[str, Any], key: str, subject: str, model: type[BaseModel]) -> tuple[str, str]:
@@ -177,8 +231,7 @@ def _sentence(detail: dict[str, Any], key: str, subject: str, model: type[BaseMo
         return f"{key} is missing", f"add {key}"
     if kind == "value_error":
         return detail["msg"].removeprefix("Value error, "), "suites/sources.yaml shows the forms"
-    shown = repr(given)
-    what = f"{subject} is {shown if len(shown) <= 60 else shown[:57] + '...'}"
+    what = f"{subject} is {shortened(repr(given))}"
     if kind == "literal_error":
         choices = re.findall(r"'([^']+)'", limits["expected"])
         return f"{what}, which is none of {', '.join(choices)}", near(str(given), choices, "one of")
@@ -190,6 +243,11 @@ def _sentence(detail: dict[str, Any], key: str, subject: str, model: type[BaseMo
     if kind in ("too_short", "string_too_short"):
         return f"{subject} is empty", "give it a value, or leave it out"
     return what, _FORMS.get(kind, detail["msg"])
+
+
+def shortened(shown: str) -> str:
+    """Return a value's text, or its beginning where it is long."""
+    return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
@@ -232,20 +290,3 @@ def _within(data: Any, at: Way, loc: tuple[str | int, ...]) -> Way:
             data = data[part]  # type: ignore[index]
             way = (*way, part)
     return way
-
-
-def _cut_out(data: Any, way: Way) -> Way:
-    """Take a wrong value out and return the way of what went. An entry leaves an empty one: indexes stay right."""
-    kept = list(way)
-    while isinstance(kept[-1], int) and kept[-2] not in _ENTRIES:
-        kept.pop()  # one wrong value of an axis takes the axis with it
-    *above, last = kept
-    for part in above:
-        if isinstance(data, dict) and part not in data:
-            return tuple(kept)  # gone already, with another mistake
-        data = data[part]
-    if isinstance(last, int):
-        data[last] = {}
-    else:
-        data.pop(last, None)
-    return tuple(kept)

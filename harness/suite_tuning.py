@@ -91,8 +91,8 @@ def _config(
             wrong(("config", key), f"`tune.config` has a `{key}`, which no method here has", near(key, known, "keys"))
         for info in having:
             knob = info.fields[key]
-            if what := knob.problem(value):
-                wrong(("config", key), f"`{key}` of {info.name} {what}", knob.mend)
-            else:
+            for where, what, mend in knob.problems(value):
+                wrong(("config", key, *where), f"`{key}` of {info.name} {what}", mend)
+            if knob.is_legible(value):
                 config[info.name][key] = knob.canonical(value)
     return config

@@ -12,13 +12,13 @@ from pydantic import ValidationError
 from harness import expand, suite_file, tasks, yaml_lines
 from harness.adapter_config import UNREFERENCED
 from harness.assets.table import Source, load_table, parse_source
-from harness.errors import Problem, SuiteError, UsageError
+from harness.errors import Problem, SuiteError, UsageError, in_order
 from harness.methods import methods
 from harness.registry import Registry, discover
 from harness.resources import folder
 from harness.spelling import near
 from harness.suite_entry import MOST_CELLS, Entry, Reading, read_entry
-from harness.suite_file import ComparisonKeys, SuiteKeys
+from harness.suite_file import ComparisonKeys, SuiteKeys, is_entry
 from harness.tasks import Task
 from harness.yaml_lines import Way
 
@@ -71,24 +71,18 @@ def find(name_or_path: str | Path) -> Path:
 
 def load(name_or_path: str | Path, *, registry: Registry | None = None) -> Suite:
     """Read and check a suite; raises SuiteError with all its mistakes. `registry` defaults to what is installed."""
-    document = yaml_lines.load(find(name_or_path))
-    keys, problems, cut = suite_file.read(document, SuiteKeys)
-    reading = Reading(document, cut, problems, registry or discover(), methods() | UNREFERENCED)
+    document = yaml_lines.read(find(name_or_path))
+    keys, problems = suite_file.read(document, SuiteKeys)
+    reading = Reading(document, problems, registry or discover(), methods() | UNREFERENCED)
     suite = _suite(reading, keys)
     if problems:
-        # A mistake in a block is met once in each of its cells.
-        raise SuiteError(sorted(set(problems), key=_place))
+        raise SuiteError(in_order(problems))
     return suite
-
-
-def _place(problem: Problem) -> tuple[str, int, str]:
-    path, _, line = problem.where.rpartition(":")
-    return path, int(line), problem.what
 
 
 def _suite(reading: Reading, keys: SuiteKeys) -> Suite:
     for name in ("suite", "matrix"):
-        if getattr(keys, name) is None and (name,) not in reading.cut:
+        if getattr(keys, name) is None and not reading.document.is_cut((name,)):
             reading.problem((), f"`{name}` is missing", f"add `{name}:`")
     _sources(reading, keys)
     entries = [entry for ways in _ways(reading, keys) if (entry := read_entry(reading, *ways)) is not None]
@@ -112,12 +106,13 @@ def _sources(reading: Reading, keys: SuiteKeys) -> None:
     reading.sources = load_table(folder("suites") / "sources.yaml")
     for index, row in enumerate(keys.sources):
         way: Way = ("sources", index)
-        if way in reading.cut:
+        if way in reading.document.cut:
             continue
         try:
             source = parse_source(row, reading.base)
         except ValidationError as error:
             reading.problems += [p for _, p in suite_file.explain(error, Source, reading.document, way)]
+            reading.wrong_sources.add(str(row.get("name")))
             continue
         # A cell_id holds the name alone, so a name must not come to stand for something else.
         if source.name in reading.sources:
@@ -129,10 +124,10 @@ def _ways(reading: Reading, keys: SuiteKeys) -> list[tuple[Way, Way]]:
     """List (block, cell) of every entry; a block without cells is an entry itself."""
     ways: list[tuple[Way, Way]] = []
     for i, block in enumerate(keys.matrix or []):
-        if ("matrix", i, "cells") in reading.cut:
+        if block.cells is None and ("matrix", i, "cells") in reading.document.cut:
             continue
         inside: list[Way] = [("matrix", i, "cells", j) for j in range(len(block.cells or []))]
-        ways += [(("matrix", i), way) for way in inside or [("matrix", i)] if way not in reading.cut]
+        ways += [(("matrix", i), way) for way in inside or [("matrix", i)] if way not in reading.document.cut]
     return ways
 
 
@@ -147,35 +142,36 @@ def _no_equal_cells(reading: Reading, entries: list[Entry]) -> None:
             first = seen.get(cell.cell_id)
             if first is not None:
                 what = f"`{entry.id}` and `{first.id}` hold the same Cell, {cell.label}"
-                mend = "remove a value that is listed twice" if first is entry else f"the other is at {first.where}"
-                reading.problems.append(Problem(entry.where, what, mend))
+                reading.problems.append(Problem(entry.where, what, f"the other is at {first.where}"))
                 break
             seen[cell.cell_id] = entry
 
 
 def _comparison(reading: Reading, index: int, keys: ComparisonKeys) -> Compared | None:
     way: Way = ("comparisons", index)
+    before = len(reading.problems)
     sides = {"better": keys.better, "than": keys.than, "same-losses": keys.same_losses, "as": keys.as_}
     given = {key: ids for key, ids in sides.items() if ids is not None}
-    if list(given) not in (["better", "than"], ["same-losses", "as"]) or keys.says is None:
-        if not any(gone[:2] == way for gone in reading.cut):
-            form = "{better: ID, than: ID, says: SENTENCE} or {same-losses: ID, as: ID, says: SENTENCE}"
-            reading.problem(way, "not a comparison", f"write {form}")
-        return None
-    before = len(reading.problems)
+    is_pair = list(given) in (["better", "than"], ["same-losses", "as"])
+    if not (is_pair and keys.says) and not any(gone[:2] == way for gone in reading.document.cut):
+        form = "{better: ID, than: ID, says: SENTENCE} or {same-losses: ID, as: ID, says: SENTENCE}"
+        reading.problem(way, "not a comparison", f"write {form}")
     # When entries or ids were taken out as wrong, one of them may be what is named here.
     lost = any(
-        cut[0] == "matrix" and (cut[-1] in ("matrix", "cells", "id") or isinstance(cut[-1], int)) for cut in reading.cut
+        cut[:1] in ((), ("matrix",)) and (is_entry(cut) or cut[-1:] in ((), ("matrix",), ("cells",), ("id",)))
+        for cut in reading.document.cut
     )
     for key, ids in given.items():
         for i, name in enumerate(ids):
             if name not in reading.ids and not lost:
                 reading.problem((*way, key, i), f"`{key}` names no id: `{name}`", near(name, reading.ids, "ids"))
+    if not is_pair:
+        return None
     left, right = given.values()
     if set(left) & set(right):
         reading.problem(way, "a comparison of a thing with itself", "name different ids")
     _comparable(reading, way, keys, left, right)
-    if len(reading.problems) > before:
+    if len(reading.problems) > before or keys.says is None:
         return None
     return Compared("better" if keys.better else "same-losses", tuple(left), tuple(right), keys.says)
 
@@ -183,7 +179,15 @@ def _comparison(reading: Reading, index: int, keys: ComparisonKeys) -> Compared 
 def _comparable(reading: Reading, way: Way, keys: ComparisonKeys, left: list[str], right: list[str]) -> None:
     """Judge the two sides by what the entries say, which also those do that are wrong elsewhere."""
     sides = {name: entry for name, entry in reading.entries.items() if name in (*left, *right)}
-    scored = [(*entry.task, entry.evaluation.items) for entry in sides.values() if entry.task]
+
+    def is_known(name: str, *keys: str) -> bool:
+        return not reading.unknown[name].intersection(keys)
+
+    scored = [
+        (*entry.task, entry.evaluation.items)
+        for name, entry in sides.items()
+        if entry.task and is_known(name, "task", "items")
+    ]
     if keys.better and len({items for items in scored if items[-1] or tasks.SYNTHETIC in items}) > 1:
         reading.problem(way, "the two sides are not scored on the same items", "give them one task and one `items`")
     for name, entry in sides.items() if keys.better else ():
@@ -191,7 +195,7 @@ def _comparable(reading: Reading, way: Way, keys: ComparisonKeys, left: list[str
             what = f"`better` compares accuracies, and `{name}` scores nothing: its task is {tasks.SYNTHETIC}"
             reading.problem(way, what, "compare Cells that are scored, or ask for `same-losses`")
     for name, entry in sides.items() if keys.same_losses else ():
-        if name in right and set(entry.dtype) != {"float64"}:
+        if name in right and set(entry.dtype) != {"float64"} and is_known(name, "dtype"):
             reading.problem(way, f"`as` names `{name}`, which is not float64", "compare with a float64 Cell")
-        if entry.training.steps == 0:
+        if entry.training.steps == 0 and is_known(name, "steps"):
             reading.problem(way, f"`{name}` does not train, so it has no losses", "compare Cells that train")

@@ -49,7 +49,8 @@ _Found = Iterator[tuple[Way, str, str]]
 
 def problems(document: Document, labels: int | None) -> list[Problem]:
     """Say what a task's file lacks, and what in it training or scoring would not follow."""
-    return [Problem(document.where(*way), what, mend) for way, what, mend in _found(document.data, labels)]
+    found = ((way, what, mend) for way, what, mend in _found(document.data, labels) if not document.is_cut(way))
+    return [Problem(document.where(*way), what, mend) for way, what, mend in found]
 
 
 def filters(data: dict[str, Any]) -> list[str]:

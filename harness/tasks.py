@@ -16,7 +16,7 @@ from harness.errors import HarnessError, Problem, SuiteError, UsageError
 from harness.records import Frozen
 from harness.resources import folder, named
 from harness.spelling import near
-from harness.suite_file import explain
+from harness.suite_file import explain, take_out
 
 SYNTHETIC = "synthetic"
 """The task without texts: see `harness.unscored`."""
@@ -115,9 +115,11 @@ def load(name: str, base: Path, sources: Mapping[str, Source]) -> Task:
         return Task(name, Path(name), {}, None, None, labels=2, test=0, shuffle_seed=0, answers=None)
     if name.startswith(lm_eval_files.PREFIX):
         return _own(name)
-    document = yaml_lines.load(_find(name, base))
+    document = yaml_lines.read(_find(name, base))
+    take_out(document, document.unreadable)
     generates = document.data.get("output_type") == "generate_until"
     metadata, problems = _metadata(document, AnsweredMetadata if generates else LabelledMetadata)
+    problems += document.problems
     labels, answers = 0, None
     if isinstance(metadata, LabelledMetadata):
         labels = metadata.labels
@@ -223,7 +225,8 @@ def _metadata(document: yaml_lines.Document, kind: type[Metadata]) -> tuple[Meta
         return kind.model_validate(document.data.get("metadata", {})), []
     except ValidationError as error:
         at = ("metadata",) if "metadata" in document.data else ()
-        return None, [problem for _, problem in explain(error, kind, document, at)]
+        found = explain(error, kind, document, at)
+        return None, [problem for way, problem in found if not document.is_cut(way)]
 
 
 def _unclear(document: yaml_lines.Document, judge: str, filters: list[str]) -> list[Problem]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
+from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from harness.errors import Problem, SuiteError
+from harness.errors import Problem, SuiteError, in_order
+from harness.spelling import near
 
 Way = tuple[str | int, ...]
 """The way to a value, e.g. `("matrix", 0, "cells", 2, "config", "rank")`."""
 
 _TAG = "tag:yaml.org,2002:"
+_UNDEFINED = "!undefined alias "
 _SCALARS = {_TAG + kind for kind in ("null", "bool", "int", "float", "str")}
 # Aliases may repeat a node inside a node inside a node: a file of a few lines can stand for gigabytes.
 _MOST_NODES = 200_000
@@ -24,12 +28,19 @@ _MOST_NODES = 200_000
 
 @dataclass(frozen=True)
 class Document:
-    """One YAML file: its data and the line each value was written on (for a merged key, the line of its anchor)."""
+    """One YAML file: its data and the line each value was written on (for a merged key, the line of its anchor).
+
+    problems: what is wrong with it as YAML. unreadable: ways of values that could not be read, in whose place is None. cut:
+    ways of what was taken out as wrong or may be meant otherwise; what lacks for it is no second mistake.
+    """
 
     path: Path
     raw: bytes
     data: dict[str, Any]
     lines: dict[Way, int]
+    problems: list[Problem] = field(default_factory=list)
+    unreadable: set[Way] = field(default_factory=set)
+    cut: set[Way] = field(default_factory=set)
 
     def at(self, way: Way) -> Any:
         """Return the value at `way`."""
@@ -43,6 +54,25 @@ class Document:
         while way and way not in self.lines:
             way = way[:-1]
         return f"{self.path}:{self.lines.get(way, 1)}"
+
+    def is_cut(self, way: Way) -> bool:
+        """Say whether a value, or what it would stand in, was cut."""
+        return any(way[:length] in self.cut for length in range(len(way) + 1))
+
+    def move(self, moves: Mapping[Way, Mapping[str | int, str | int | None]]) -> None:
+        """Let lines follow what was moved in the data: within each way, from the old key or index to the new; None: gone."""
+        if not moves:
+            return
+        lengths = sorted({len(way) for way in moves})
+        old = dict(self.lines)
+        self.lines.clear()
+        for way, line in old.items():
+            new = list(way)
+            for n in lengths:
+                if n < len(way) and (parts := moves.get(way[:n])):
+                    new[n] = parts.get(way[n], way[n])  # type: ignore[assignment]
+            if None not in new:
+                self.lines[tuple(new)] = line
 
 
 _START = "`suite: NAME`, or see suites/smoke.yaml"
@@ -60,25 +90,34 @@ class Written(float):
         return made
 
 
-def load(path: Path, *, tags: bool = False, texts: bool = False, start: str = _START) -> Document:
-    """Read a file whose top level is a mapping; raises SuiteError with everything that is wrong with it as YAML.
+def load(path: Path, *, tags: bool = False) -> Document:
+    """Read a file as `read` does; raises SuiteError with everything that is wrong with it as YAML."""
+    document = read(path, tags=tags)
+    if document.problems:
+        raise SuiteError(in_order(document.problems))
+    return document
+
+
+def read(path: Path, *, tags: bool = False, texts: bool = False, start: str = _START) -> Document:
+    """Read a file whose top level is a mapping. Raises SuiteError if it is none; other problems stand in the Document.
+
+    A key that is given twice counts as if the two were one: mappings and lists of mappings are put together; else the
+    first counts. So whoever checks the data finds the mistakes of both.
 
     tags: whether values may have tags of their own, such as `!function f.g`; such a value is its text. texts: whether
     numbers with a fraction keep their characters, as `Written`. start: how such a file begins, for a message.
     """
-    raw = _read(path)
+    raw = _bytes(path)
     root = _compose(path, _decode(path, raw))
     builder = _Builder(path, tags, texts)
     data = builder.build(root, ()) if root is not None else None
-    if root is None or not isinstance(data, dict):
+    if not isinstance(data, dict):
         what = "the file is empty" if root is None else f"expected keys and values, got {_kind(data)}"
-        builder.problems.append(Problem(f"{path}:1", what, f"start with {start}"))
-    if builder.problems or not isinstance(data, dict):
-        raise SuiteError(builder.problems)
-    return Document(path, raw, data, builder.lines)
+        raise SuiteError([*builder.problems, Problem(f"{path}:1", what, f"start with {start}")])
+    return Document(path, raw, data, builder.lines, builder.problems, builder.unreadable, builder.cut)
 
 
-def _read(path: Path) -> bytes:
+def _bytes(path: Path) -> bytes:
     if path.exists() and not path.is_file():
         raise SuiteError([Problem(f"{path}:1", "not a file", "name a YAML file")])
     try:
@@ -99,8 +138,10 @@ def _decode(path: Path, raw: bytes) -> str:
 
 
 def _compose(path: Path, text: str) -> Node | None:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Composer = _Composer
     try:
-        return YAML(typ="safe", pure=True).compose(text)  # type: ignore[no-any-return]
+        return yaml.compose(text)  # type: ignore[no-any-return]
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         mend = "indent with spaces" if "\\t" in (error.problem or "") else "mend the YAML here or just above"
@@ -117,6 +158,24 @@ def _kind(data: object) -> str:
     return {list: "a list", dict: "keys and values", type(None): "nothing"}.get(type(data), f"`{data}`")
 
 
+class _Composer(Composer):  # type: ignore[misc]
+    """Makes nodes of a file; an alias whose anchor is nowhere becomes a tag that `_Builder` finds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Return the next node."""
+        event = self.parser.peek_event()
+        if not isinstance(event, AliasEvent) or event.anchor in self.anchors:
+            return super().compose_node(parent, index)
+        self.parser.get_event()
+        value = near(event.anchor, self.anchors, "write the value out; anchors above it")
+        return ScalarNode(_UNDEFINED + event.anchor, value, event.start_mark, event.end_mark)
+
+
+def _undefined(alias: Node) -> tuple[str, str]:
+    name = str(alias.tag).removeprefix(_UNDEFINED)
+    return f"`*{name}` stands for nothing: no `&{name}` is above it", alias.value
+
+
 class _Builder:
     """Turns nodes into data; collects lines and problems on the way."""
 
@@ -124,73 +183,100 @@ class _Builder:
         self.path, self.tags, self.texts = path, tags, texts
         self.lines: dict[Way, int] = {}
         self.problems: list[Problem] = []
+        self.unreadable: set[Way] = set()
+        self.cut: set[Way] = set()
         self._constructor = YAML(typ="safe", pure=True).constructor
-        self._open: list[int] = []
+        self._open: set[int] = set()
         self._built = 0
+        self._told: set[int] = set()
+        self._parts: dict[Node, set[int]] = {}
+        """Of what was put together, the nodes that it was made of: an alias may name either."""
 
     def build(self, node: Node, way: Way) -> Any:
         """Return the plain value of a node; `way` is where it goes."""
         self._built += 1
         # The key's line stands already when this is a value; a value on the next line is less helpful.
         self.lines.setdefault(way, node.start_mark.line + 1)
-        if self._built > _MOST_NODES or id(node) in self._open:
-            self._too_much(node)
-            return None
+        if self._built > _MOST_NODES:
+            what = f"more than {_MOST_NODES} values once aliases are followed"
+            mend = "write it without so many aliases"
+            raise SuiteError([*self.problems, Problem(f"{self.path}:1", what, mend)])
+        parts = self._parts.get(node, {id(node)})
+        if parts & self._open:
+            return self._lost(node, way, "an alias that contains itself", "write the value out")
         if isinstance(node, ScalarNode):
-            return self._scalar(node)
-        self._open.append(id(node))
+            return self._scalar(node, way)
+        self._open.update(parts)
         try:
             if isinstance(node, MappingNode):
                 return self._mapping(node, way)
             return [self.build(item, (*way, index)) for index, item in enumerate(node.value)]
         finally:
-            self._open.pop()
+            self._open.difference_update(parts)
 
     def _problem(self, node: Node, what: str, mend: str) -> None:
         self.problems.append(Problem(f"{self.path}:{node.start_mark.line + 1}", what, mend))
 
-    def _too_much(self, node: Node) -> None:
-        if id(node) in self._open:
-            self._problem(node, "an alias that contains itself", "write the value out")
-        elif self._built == _MOST_NODES + 1:
-            what = f"more than {_MOST_NODES} values once aliases are followed"
-            self.problems.append(Problem(f"{self.path}:1", what, "write it without so many aliases"))
+    def _lost(self, node: Node, way: Way, what: str, mend: str) -> None:
+        """Note a value that cannot be read."""
+        self._problem(node, what, mend)
+        self.unreadable.add(way)
 
-    def _scalar(self, node: ScalarNode) -> Any:
+    def _scalar(self, node: ScalarNode, way: Way) -> Any:
         tag = str(node.tag)
+        if tag.startswith(_UNDEFINED):
+            return self._lost(node, way, *_undefined(node))
         if tag not in _SCALARS:
             if tag != _TAG + "timestamp" and not self.tags:  # what looks like a date is text here
-                self._problem(node, f"a tag, `{tag}`, which is not allowed here", "write a plain value")
+                return self._lost(node, way, f"a tag, `{tag}`, which is not allowed here", "write a plain value")
             return node.value
         try:
             value = self._constructor.construct_object(node)
         except ValueError as error:  # Python reads no whole number of thousands of digits
-            self._problem(node, f"no number that can be read: {error}", "write fewer digits")
-            return None
+            return self._lost(node, way, f"no number that can be read: {error}", "write fewer digits")
         if self.texts and isinstance(value, float):
             return Written(value, node.value)
         try:
             str(value).encode()
         except UnicodeEncodeError:  # an escape like "\ud800" could not be written to a Record
-            self._problem(node, "half a character, which no file can hold", "write the character itself")
+            return self._lost(node, way, "half a character, which no file can hold", "write the character itself")
         return value
 
     def _mapping(self, node: MappingNode, way: Way) -> dict[str, Any]:
-        own: dict[str, Any] = {}
+        nodes: dict[str, tuple[ScalarNode, Node]] = {}
         for key, value in self._pairs(node):
             name = str(key.value)
-            if name in own:
-                first = self.lines[(*way, name)]
-                self._problem(key, f"`{name}` is given twice, first in line {first}", "keep one of them")
-                continue
+            first, given = nodes.setdefault(name, (key, value))
+            if first is not key:
+                if id(key) not in self._told:
+                    what = f"`{name}` is given twice, first in line {first.start_mark.line + 1}"
+                    self._problem(key, what, "keep one of them")
+                nodes[name] = first, self._united(given, value, (*way, name))
+        for key, value in self._merged(node, way):
+            nodes.setdefault(str(key.value), (key, value))
+        built = {}
+        for name, (key, value) in nodes.items():
             self.lines[(*way, name)] = key.start_mark.line + 1
-            own[name] = self.build(value, (*way, name))
-        for key, value in self._merged(node):
-            name = str(key.value)
-            if name not in own:
-                self.lines[(*way, name)] = key.start_mark.line + 1
-                own[name] = self.build(value, (*way, name))
-        return own
+            built[name] = self.build(value, (*way, name))
+        return built
+
+    def _united(self, first: Node, second: Node, way: Way) -> Node:
+        """Return what counts of two values of one key."""
+        if isinstance(first, MappingNode) and isinstance(second, MappingNode):
+            # That the key of both is there twice says it of the keys in both too.
+            names = {str(key.value) for key, _ in first.value}
+            self._told |= {id(key) for key, _ in second.value if str(key.value) in names}
+            return self._together(MappingNode, first, second)
+        are_lists = isinstance(first, SequenceNode) and isinstance(second, SequenceNode)
+        if are_lists and any(isinstance(item, MappingNode) for item in (*first.value, *second.value)):
+            return self._together(SequenceNode, first, second)
+        self.cut.add(way)
+        return first
+
+    def _together(self, kind: type[Node], first: Node, second: Node) -> Node:
+        node = kind(first.tag, [*first.value, *second.value], first.start_mark, first.end_mark)
+        self._parts[node] = {part for one in (first, second) for part in self._parts.get(one, {id(one)})}
+        return node
 
     def _pairs(self, node: MappingNode) -> Iterator[tuple[ScalarNode, Node]]:
         for key, value in node.value:
@@ -199,16 +285,20 @@ class _Builder:
             elif str(key.tag) != _TAG + "merge":
                 yield key, value
 
-    def _merged(self, node: MappingNode, inside: tuple[int, ...] = ()) -> Iterator[tuple[ScalarNode, Node]]:
+    def _merged(self, node: MappingNode, way: Way, inside: tuple[int, ...] = ()) -> Iterator[tuple[ScalarNode, Node]]:
         """Yield the pairs that `<<` brings in, nearest first."""
         if id(node) in inside:
             self._problem(node, "an alias that contains itself", "write the value out")
             return
         for key, value in node.value:
             if isinstance(key, ScalarNode) and str(key.tag) == _TAG + "merge":
-                for source in [value] if isinstance(value, MappingNode) else value.value:
-                    if not isinstance(source, MappingNode):
+                for source in value.value if isinstance(value, SequenceNode) else [value]:
+                    if isinstance(source, MappingNode):
+                        yield from self._pairs(source)
+                        yield from self._merged(source, way, (*inside, id(node)))
+                        continue
+                    self.cut.add(way)  # it might bring any of the keys that are missing
+                    if str(source.tag).startswith(_UNDEFINED):
+                        self._problem(source, *_undefined(source))
+                    else:
                         self._problem(key, "`<<` merges something that has no keys", "write `<<: *anchor` of a mapping")
-                        return
-                    yield from self._pairs(source)
-                    yield from self._merged(source, (*inside, id(node)))

@@ -229,9 +229,11 @@ def without(key: str) -> dict[str, Any]:
     [
         ("./nowhere.json", "nowhere.json cannot be read: No such file"),
         ("./broken.json", "is no JSON: Expecting property name enclosed in double quotes: line 2 column 1"),
-        ("./nan.json", "is no JSON: NaN is no number of JSON"),
-        ("./infinite.json", "is no JSON: Out of range float values are not JSON compliant"),
-        ("./surrogate.json", "is no JSON: 'utf-8' codec can't encode"),
+        ("./list.json", "list.json holds no keys and values"),
+        ("./nan.json", "`adapter_config` of peft (./nan.json) has x nan, which is no number of JSON"),
+        ("./infinite.json", "has x.1 inf, which is no number of JSON"),
+        ("./surrogate.json", "has half a character in x"),
+        ("./latin.json", "latin.json is not UTF-8"),
         ("./deep.json", "is no JSON: maximum recursion depth exceeded"),
         ("./zero\0.json", "is no path: it holds a zero byte"),
         ("~nobody-of-this-name/adapter_config.json", "is no path: Could not determine home directory"),
@@ -242,7 +244,7 @@ def without(key: str) -> dict[str, Any]:
         ({**IA3, "modules_to_save": "score"}, "has modules_to_save 'score', which is no list of names"),
         (7, "must be the path of an adapter_config.json, or its keys, got 7"),
         (without("peft_type"), "has no `peft_type`"),
-        ({**IA3, "peft_type": "IA4"}, "has peft_type IA4, which the installed peft does not have; did you mean `IA3`?"),
+        ({**IA3, "peft_type": "IA4"}, "has peft_type IA4, which the installed peft does not have"),
         ({**IA3, "peft_type": "XLORA"}, "has peft_type XLORA, which is not offered: it mixes adapters"),
         ({**IA3, "peft_type": "PROMPT_TUNING"}, "has num_virtual_tokens None; PROMPT_TUNING wants a whole number"),
         ({**LORA, "arrow_config": {"top_k": 1}}, "has arrow_config, which is not offered: it mixes adapters"),
@@ -260,13 +262,77 @@ def without(key: str) -> dict[str, Any]:
 def test_mistakes_are_found_with_the_suite(tmp_path: Path, value: Any, says: str) -> None:
     (tmp_path / "broken.json").write_text("{\n", encoding="utf-8")
     (tmp_path / "nan.json").write_text('{"peft_type": "IA3", "x": NaN}', encoding="utf-8")
-    (tmp_path / "infinite.json").write_text('{"peft_type": "IA3", "x": 1e999}', encoding="utf-8")
+    (tmp_path / "infinite.json").write_text('{"peft_type": "IA3", "x": [1, 1e999]}', encoding="utf-8")
+    (tmp_path / "list.json").write_text('["IA3"]', encoding="utf-8")
+    (tmp_path / "latin.json").write_bytes(b'{"peft_type": "\xe9"}')
     (tmp_path / "surrogate.json").write_text('{"peft_type": "IA3", "x": "\\ud800"}', encoding="utf-8")
     (tmp_path / "deep.json").write_text("[" * 100_000, encoding="utf-8")
     with pytest.raises(SuiteError) as caught:
         suites.load(suite(tmp_path, value))
     assert says in str(caught.value)
     assert "suite.yaml:10: " in str(caught.value)
+
+
+# Of each mistake the mend, and the keys of a reader who did what it says.
+MENDS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
+    ({"peft_type": None}, 'add it, e.g. "peft_type": "LORA"', {"peft_type": "LORA"}),
+    ({"peft_type": "IA4"}, "did you mean `IA3`?", {"peft_type": "IA3"}),
+    ({"peft_type": "lora"}, "did you mean `LORA`?", {"peft_type": "LORA"}),
+    ({"peft_type": "XLORA"}, "write another: PROMPT_TUNING, ", {"peft_type": "VERA"}),
+    ({"peft_type": "P_TUNING"}, 'write e.g. "num_virtual_tokens": 8', {"peft_type": "P_TUNING", "num_virtual_tokens": 8}),
+    ({"arrow_config": {"top_k": 1}}, 'or write "arrow_config": null', {"arrow_config": None}),
+    ({"init_lora_weights": "eva"}, 'write "init_lora_weights": true', {"init_lora_weights": True}),
+    ({"init_lora_weights": "pissa_niter_4"}, 'write "init_lora_weights": "pissa"', {"init_lora_weights": "pissa"}),
+    ({"task_type": "TOKEN_CLS"}, "write one of these, or take `task_type` out", {}),
+    ({"task_type": "SEQ_CLS"}, 'write "task_type": "CAUSAL_LM", or take another model than', {"task_type": "CAUSAL_LM"}),
+    ({"modules_to_save": "score"}, 'or write "modules_to_save": null', {"modules_to_save": None}),
+    ({"modules_to_save": ["lm_head", "score"]}, "take lm_head out of", {"modules_to_save": ["score"]}),
+    ({"lora_alpha": float("inf")}, "write a finite number", {"lora_alpha": 16}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("wrong", "mend", "right"), MENDS, ids=lambda value: str(value)[:40])
+def test_what_a_mend_says_to_write_is_right(
+    tmp_path: Path, wrong: dict[str, Any], mend: str, right: dict[str, Any]
+) -> None:
+    (tmp_path / "wrong.json").write_text(json.dumps({**LORA, **wrong}), encoding="utf-8")
+    with pytest.raises(SuiteError) as caught:
+        suites.load(suite(tmp_path, "./wrong.json"))
+    (problem,) = caught.value.problems
+    assert mend in problem.mend
+    assert suites.load(suite(tmp_path, {**LORA, **right})).entries
+
+
+def test_all_mistakes_of_a_config_come_at_once_each_in_its_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"peft_type": "PREFIX_TUNING", "task_type": "SEQ_CLS"}), encoding="utf-8"
+    )
+    configs = """
+      adapter_config:
+        - {peft_type: lorra, arrow_config: {top_k: 1}, init_lora_weights: eva,
+           modules_to_save: 5, lora_alpha: .nan}
+        - ./config.json
+        - ./nowhere
+        - {peft_type: CARTRIDGE, num_virtual_tokens: 4,
+           task_type: SEQ_CLS}
+"""
+    path = suite(tmp_path, "HERE")
+    text = path.read_text(encoding="utf-8").replace('{adapter_config: "HERE"}', configs)
+    path.write_text(text.replace("max_tokens: 24", "max_tokens: 24, checkpointing: true"), encoding="utf-8")
+    with pytest.raises(SuiteError) as caught:
+        suites.load(path)
+    said = [
+        (int(p.where.rpartition(":")[2]), p.what.removeprefix("`adapter_config` of peft"))
+        for p in caught.value.problems
+    ]
+    expected = [
+        (8, "`checkpointing` is true, and CARTRIDGE"), (8, "`checkpointing` is true, and PREFIX_TUNING"),
+        (12, " has arrow_config"), (12, " has init_lora_weights eva"), (12, " has peft_type lorra"),
+        (13, " has lora_alpha nan"), (13, " has modules_to_save 5"),
+        (14, " (./config.json) has num_virtual_tokens None"), (14, " (./config.json) has task_type SEQ_CLS, and the model"),
+        (15, ": ./nowhere cannot be read"), (17, " has task_type SEQ_CLS, and the model"),
+    ]  # fmt: skip
+    assert [(line, what[: len(start)]) for (line, what), (_, start) in zip(said, expected, strict=True)] == expected
 
 
 def test_a_model_that_is_named_directly_has_a_kind_too(tmp_path: Path) -> None:

@@ -208,7 +208,21 @@ BAD_SUITES = {
     "duplicate id": ("id: exact", "id: a", 12, "a second id `a`, first at", "rename"),
     "id with a comma": ("id: exact", "id: 'a,b'", 12, "`id` is 'a,b'", "write letters"),
     "equal cells": ("dtype: float64", "dtype: float32", 12, "`exact` and `a` hold the same Cell", "the other is at"),
-    "a value listed twice": ("id: a", "id: a\n        seed: [1, 1]", 9, "hold the same Cell", "listed twice"),
+    "axis with ill-typed entries": (
+        "id: a",
+        "id: a\n        seed: [0, x]",
+        10,
+        "an entry of `seed` is 'x'",
+        "whole number",
+    ),
+    "list for an entry of an axis": (
+        "tiny-llama",
+        "[tiny-llama, [tiny-llama]]",
+        4,
+        "an entry of `model` is ['tiny-llama']",
+        "write a word",
+    ),
+    "a value listed twice": ("id: a", "id: a\n        seed: [1, 1]", 10, "`seed` lists 1 2 times", "listed twice"),
     "too many cells": (
         "id: a",
         f"id: a\n        seed: [{', '.join(map(str, range(10_001)))}]",
@@ -252,9 +266,17 @@ BAD_SUITES = {
         "rename",
     ),
     "source without a kind": ("matrix:", "sources:\n  - {name: m, source: 'made:m'}\nmatrix:", 4, "`kind` is", "add"),
-    "unknown anchor": ("{rank: 4,", "{<<: *lora, rank: 4,", 11, "not YAML: found undefined alias", "mend the YAML"),
+    "unknown anchor": ("{rank: 4,", "{<<: *lora, rank: 4,", 11, "`*lora` stands for nothing", "write the value out"),
+    "anchor that is nearly known": ("[q_proj]}\n", "&all [q_proj], init: *al}\n", 11, "no `&al` is above it", "`all`?"),
     "merge of a word": ("{rank: 4,", "{<<: lora, rank: 4,", 11, "`<<` merges something that has no keys", "*anchor"),
     "alias in itself": ("[q_proj]}\n      -", "&t [*t]}\n      -", 11, "an alias that contains itself", "write"),
+    "alias in itself, given twice": (
+        "title:",
+        "a: &a {b: *a}\na: &c {b: *c}\nb:",
+        2,
+        "an alias that contains itself",
+        "write",
+    ),
     "tag": ("tiny-llama", "!env MODEL", 4, "a tag, `!env`, which is not allowed", "write a plain value"),
     "key that is a list": ("title:", "[a]:", 2, "a key that is not a word", "write `key: value`"),
     "two documents": ("matrix:", "---\nmatrix:", 3, "not YAML: but found another document", "mend the YAML"),
@@ -288,6 +310,175 @@ def test_bad_suite(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (where, number) == (str(path), str(line)) and message in what and mend in how
         for where, number, what, how in found
     ), said
+
+
+FAR = """\
+  - model: [tiny-lama, 3]
+    task: toy-sentiment
+    method: lora
+    optimizer: adamw
+    optimizer: sgd
+    training: {steps: 1, lr: [1e-3, abc]}
+    evaluation: {item: 65}
+    config: {rank: 0}
+"""
+FAR_MISTAKES = {
+    "no model or data set named 'tiny-lama'",
+    "an entry of `model` is 3",
+    "an entry of `lr` is 'abc'",
+    "`optimizer` is given twice, first in line N",
+    "unknown key `item`",
+    "`items` is 65, but toy-sentiment has 64 test items",
+    "`rank` of lora must be at least 1, got 0",
+}
+# Of what is no YAML nothing can be read, nor of what stands under a key that nobody knows.
+HIDING = {name for name, row in BAD_SUITES.items() if "not YAML" in row[3]} | {"no matrix", "scalar for a list"}
+
+
+def mistakes(path: Path, text: str) -> list[tuple[int, str]]:
+    """Return the line of each mistake of a suite, and what it is."""
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(SuiteError) as caught:
+        suites.load(path)
+    assert all(problem.mend for problem in caught.value.problems)
+    return [(int(problem.where.rpartition(":")[2]), problem.what) for problem in caught.value.problems]
+
+
+@pytest.mark.parametrize("name", sorted(BAD_SUITES.keys() - HIDING))
+def test_no_mistake_hides_those_of_another_entry(name: str, tmp_path: Path) -> None:
+    text = SUITE.replace(*BAD_SUITES[name][:2], 1)
+    alone, both = (
+        {re.sub(r"line \d+", "line N", what) for _, what in mistakes(tmp_path / "suite.yaml", written)}
+        for written in (text, text.replace("comparisons:", f"{FAR}comparisons:", 1))
+    )
+    assert both == alone | FAR_MISTAKES
+
+
+def test_a_key_that_is_given_twice_hides_nothing_of_either(tmp_path: Path) -> None:
+    text = """\
+suite: one
+suite: my suite
+matrix:
+  - model: tiny-llama
+    task: toy-sentiment
+    training: {steps: 1, lr: 7}
+    training: {lr: 8, batch: 0}
+    evaluation: {items: 8}
+    cells:
+      - {id: a, method: lorra}
+    cells:
+      - {id: b, method: lora, seed: 0, seed: 1}
+      - {id: c, method: lora, config: {rank: 0}, config: {rank: 1, alpa: 2}}
+comparisons:
+  - {better: b, than: c, says: more}
+matrix:
+  - {model: tiny-lama, task: toy-sentiment, method: [full, 3], training: {steps: 1}, evaluation: {items: 65}}
+comparisons:
+  - {better: b, than: d, says: more}
+"""
+    assert mistakes(tmp_path / "suite.yaml", text) == [
+        (2, "`suite` is given twice, first in line 1"),
+        (6, "`lr` is 7"),
+        (7, "`batch` is 0"),
+        (7, "`training` is given twice, first in line 6"),
+        (10, "unknown method `lorra`"),
+        (11, "`cells` is given twice, first in line 9"),
+        (12, "`seed` is given twice, first in line 12"),
+        (13, "`config` is given twice, first in line 13"),
+        (13, "`lora` has no `alpa`"),
+        (13, "`rank` of lora must be at least 1, got 0"),
+        (16, "`matrix` is given twice, first in line 3"),
+        (17, "`items` is 65, but toy-sentiment has 64 test items"),
+        (17, "an entry of `method` is 3"),
+        (17, "no model or data set named 'tiny-lama'"),
+        (18, "`comparisons` is given twice, first in line 14"),
+        (19, "`than` names no id: `d`"),
+    ]
+
+
+def test_an_ill_typed_entry_of_an_axis_hides_no_other(tmp_path: Path) -> None:
+    axes = """\
+    training:
+      steps: 4
+      batch: [x, 6]
+      accumulate:
+        - many
+        - 4
+      lr:
+        - 1e-3
+        - "abc"
+        - 7
+        - [1e-4]
+"""
+    text = SUITE.replace("    training: {steps: 4, batch: 2, lr: 1e-3}\n", axes).replace("[q_proj]", "[q_proj, 3]", 1)
+    text = text.replace("model: tiny-llama", "model: [3, tiny-lama, 4, tiny-llama]")
+    text = text.replace("dtype: float64", "dtype: [1, float32]")
+    assert mistakes(tmp_path / "suite.yaml", text) == [
+        (4, "an entry of `model` is 3"),
+        (4, "an entry of `model` is 4"),
+        (4, "no model or data set named 'tiny-lama'"),
+        (8, "an entry of `batch` is 'x'"),
+        (10, "an entry of `accumulate` is 'many'"),
+        (11, "`accumulate` is 4, which does not divide the batch of 6 examples"),
+        (14, "an entry of `lr` is 'abc'"),
+        (15, "an entry of `lr` is 7"),
+        (16, "an entry of `lr` is [0.0001]"),
+        (21, "`targets` of lora must be a list of words, got ['q_proj', 3]"),
+        (24, "an entry of `dtype` is 1, which is none of float64, float32, bfloat16, float16"),
+        (27, "`as` names `exact`, which is not float64"),
+    ]
+
+
+def test_what_was_taken_out_is_told_once(tmp_path: Path) -> None:
+    # With the default in its place, `exact` would be the same Cell as `a`, and no float64 for the comparison.
+    assert mistakes(tmp_path / "suite.yaml", SUITE.replace("float64", "float63")) == [
+        (14, "`dtype` is 'float63', which is none of float64, float32, bfloat16, float16")
+    ]
+
+
+def test_a_model_whose_source_is_wrong_is_not_unknown_too(tmp_path: Path) -> None:
+    sources = "sources:\n  - {name: mine, kind: causl, source: 'made:tiny-llama'}\nmatrix:"
+    text = SUITE.replace("matrix:", sources).replace("model: tiny-llama", "model: [mine, tiny-lama]")
+    assert mistakes(tmp_path / "suite.yaml", text) == [
+        (4, "`kind` is 'causl', which is none of encoder, causal, data"),
+        (6, "no model or data set named 'tiny-lama'"),
+    ]
+
+
+def test_a_block_s_mistake_hides_nothing_of_a_cell_that_overrides_it(tmp_path: Path) -> None:
+    text = SUITE.replace("steps: 4", "steps: -4").replace("id: a\n", "id: a\n        training: {steps: 0}\n")
+    assert mistakes(tmp_path / "suite.yaml", text) == [
+        (6, "`steps` is -4"),
+        (18, "`a` does not train, so it has no losses"),
+    ]
+
+
+def test_a_comparison_without_a_sentence_is_judged_all_the_same(tmp_path: Path) -> None:
+    text = SUITE.replace("as: exact, says: the same run", "as: [a, exakt]")
+    assert mistakes(tmp_path / "suite.yaml", text) == [
+        (17, "`as` names `a`, which is not float64"),
+        (17, "`as` names no id: `exakt`"),
+        (17, "a comparison of a thing with itself"),
+        (17, "not a comparison"),
+    ]
+
+
+def test_a_shared_key_may_be_of_a_method_that_was_taken_out(tmp_path: Path) -> None:
+    text = SUITE.replace("    cells:\n", "    config: {total_steps: 4}\n    cells:\n")
+    assert mistakes(tmp_path / "suite.yaml", text.replace("method: lora", "method: [3, lora]", 1)) == [
+        (11, "an entry of `method` is 3")
+    ]
+
+
+def test_a_misspelt_key_is_read_as_the_one_that_is_meant(tmp_path: Path) -> None:
+    text = SUITE.replace("matrix:", "matirx:").replace("cells:", "cell:").replace("steps: 4", "step: -4")
+    assert mistakes(tmp_path / "suite.yaml", text.replace("method: lora", "method: lorra", 1)) == [
+        (3, "unknown key `matirx`"),
+        (6, "`steps` is -4"),
+        (6, "unknown key `step`"),
+        (8, "unknown key `cell`"),
+        (10, "unknown method `lorra`"),
+    ]
 
 
 def test_the_sound_suite_is_sound(tmp_path: Path) -> None:

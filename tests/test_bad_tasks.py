@@ -97,6 +97,24 @@ def test_bad_task(
     assert mend in said
 
 
+def test_a_key_that_is_given_twice_hides_nothing_of_a_task(tmp_path: Path) -> None:
+    body = TASK.partition("\n")[2] if TASK.startswith("#") else TASK
+    body = body.replace("doc_to_target: label", "doc_to_target: label\ndoc_to_target: !env TARGET")
+    body = body.replace("doc_to_choice: [bad, good]", "doc_to_choice: !env CHOICES")
+    (tmp_path / "task.yaml").write_text(body.replace("{{text}}", "{{txt}}").replace("test: 64", "test: many"))
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(SUITE.replace("task: toy-sentiment", "task: task.yaml").replace("method: lora", "method: lorra"))
+    with pytest.raises(SuiteError) as caught:
+        suites.load(suite)
+    assert [p.where.rpartition("/")[2] + " " + p.what for p in caught.value.problems] == [
+        "suite.yaml:5 unknown method `lorra`",
+        "task.yaml:3 `doc_to_text` uses `txt`, which no row has",
+        "task.yaml:5 `doc_to_target` is given twice, first in line 4",
+        "task.yaml:6 a tag, `!env`, which is not allowed here",
+        "task.yaml:15 `test` is 'many'",
+    ]
+
+
 ANSWERED = """\
 task: digits
 output_type: generate_until

@@ -268,6 +268,65 @@ def test_every_mistake_of_a_file_is_told_at_once_with_its_line(
     assert f"{len(expected)} mistakes in the claim file" in said
 
 
+def test_no_mistake_of_a_claim_file_hides_another(tmp_path: Path) -> None:
+    claims = """\
+  - id: one
+    sentence: 'It is {printed} {nobody}.'
+    source: Table 1
+    source: Table 2
+    tier: exact
+    printed: 3 GB
+    measure: ratio
+    with: {of: 1, to: 1}
+  - id: two
+    sentence: s
+    tier: exact
+    printed: 3
+    measure: trainable_parameter
+    with: {model: llama-7, method: lora, config: {rank: 0, ranks: 2}}
+  - id: table
+    sentence: s
+    source: Table 3
+    tier: exact
+    measure: trainable_parameters
+    with: {model: llama-7b, method: lora}
+    rows:
+      - {id: a, printed: 3 GB}
+      - 7
+      - {id: a, printed: 3}
+      - {id: !x b, printed: much, with: 7, rounding: up}
+      - {id: c, printed: *nothing, otherwise: [{under: x, measure: ratio, with: {of: many, to: 1}}]}
+claims:
+  - id: two
+    sentence: s
+    source: Table 4
+    tier: exact
+    printed: 1x
+    measure: ratio
+    with:
+      of: {measure: linear_layer, with: {x: 1}}
+      to: {measure: ratio, with: {of: 1, over: 2}}
+      to: 1
+"""
+    with pytest.raises(SuiteError) as caught:
+        claim_file.load([write(tmp_path, claims)])
+    found = [(int(p.where.rpartition(":")[2]), p.what.replace(str(tmp_path), "")) for p in caught.value.problems]
+    expected = [
+        (5, "the sentence has a place `{nobody}`"), (8, "`source` is given twice, first in line 7"),
+        (10, "'3 GB' has the unit 'GB'"), (13, "`source` is missing"), (17, "no measure is called `trainable_parameter`"),
+        (18, "`model` of `trainable_parameters` is 'llama-7'"), (18, "`rank` of lora: must be at least 1"),
+        (18, "lora has no `ranks`"), (26, "'3 GB' has the unit 'GB'"), (27, "an entry of `rows` is 7"),
+        (28, "the id `table-a` is taken already, at /mine.yaml:26"), (29, "'much' is no figure"),
+        (29, "`rounding` is 'up'"), (29, "`with` is 7"), (29, "a tag, `!x`"), (30, "'many' is no quantity"),
+        (30, "`*nothing` stands for nothing"), (30, "`ratio` is in ratio, but the claim's `trainable_parameters` is in"),
+        (31, "`claims` is given twice, first in line 4"), (32, "the id `two` is taken already, at /mine.yaml:13"),
+        (39, "`linear_layers` has no argument `x`"), (39, "`linear_layers` needs `sides`"),
+        (39, "no measure is called `linear_layer`"), (40, "`ratio` has no argument `over`"),
+        (41, "`to` is given twice, first in line 40"),
+    ]  # fmt: skip
+    assert [(line, what[: len(said)]) for (line, what), (_, said) in zip(found, expected, strict=True)] == expected
+
+
 @pytest.mark.parametrize(
     ("argument", "said"),
     [

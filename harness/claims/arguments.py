@@ -13,7 +13,7 @@ from harness.claims.measuring import FOLDER, Measure, measures
 from harness.claims.printed import Dimension, exact, shortly
 from harness.errors import Problem
 from harness.methods import methods
-from harness.spelling import near
+from harness.spelling import closest, near
 from harness.yaml_lines import Document, Way
 
 
@@ -30,14 +30,17 @@ class Arguments:
             self.problems.append(one)
 
     def measure(self, name: str | None, at: Way, inherited: bool, way: Way) -> Measure | None:
-        """Return the measure of a claim at `at`. inherited: whether its table at `way` names it."""
+        """Return the measure of a claim at `at`, or the one that a misspelt name seems to mean.
+
+        inherited: whether its table at `way` names it.
+        """
         if not name:
             return None
         if name not in measures():
             place = (*way, "measure") if inherited else (*at, "measure")
             self.problem(place, f"no measure is called `{name}`", near(name, measures()))
-            return None
-        return measures()[name]
+            name = closest(name, measures())
+        return measures().get(name)
 
     def asking(self, measure: Measure, arguments: Mapping[str, Any], at: Way, also: list[Way]) -> Asking | None:
         """Check the arguments of a measure. also: where else a key may stand, for a row inherits those of its table."""
@@ -55,6 +58,9 @@ class Arguments:
         except ValidationError as error:
             for detail in error.errors(include_url=False):
                 self._argument(measure, dict(detail), at, also)
+            wrong = {detail["loc"][0] for detail in error.errors(include_url=False)}
+            if "config" in given and not wrong & {"method", "config"}:
+                self._config(given.get("method"), given["config"], self._place("config", at, also))
             return None
         checked = {key: getattr(model, key) for key in given if key in measure.arguments.model_fields}
         if "config" in checked:
@@ -71,7 +77,8 @@ class Arguments:
         if detail["type"] == "extra_forbidden":
             self.problem(place, f"`{measure.name}` has no argument `{key}`", near(key, known, "it takes"))
         elif detail["type"] == "missing":
-            self.problem(place, f"`{measure.name}` needs `{key}`", f"add {key} to `with`")
+            if not any(self.document.is_cut((*one, key)) for one in (at, *also)):
+                self.problem(place, f"`{measure.name}` needs `{key}`", f"add {key} to `with`")
         else:
             what = detail["msg"].removeprefix("Value error, ")
             self.problem(
@@ -108,7 +115,6 @@ class Arguments:
             what = "finds no number" if inner.dimension == "property" else f"is in {inner.dimension}"
             mend = f"name a measure in {' or '.join(dimensions)}" if dimensions else "name a measure that does"
             self.problem(way, f"`{inner.name}` {what}", mend)
-            return None
         return self.asking(inner, inside, (*way, "with"), [])
 
     def _config(self, method: str | None, config: Mapping[str, Any], way: Way) -> None:

@@ -15,7 +15,7 @@ from harness.claims.arguments import Arguments
 from harness.claims.claim import Claim, Reading, Tier
 from harness.claims.measuring import Measure
 from harness.claims.printed import Printed, Rounding, parse
-from harness.errors import Problem, SuiteError, UsageError
+from harness.errors import Problem, SuiteError, UsageError, in_order
 from harness.resources import folder
 from harness.spelling import near
 from harness.suite_file import Id, Keys, Word
@@ -107,9 +107,10 @@ def load(paths: Iterable[Path]) -> list[Claim]:
     """Read claim files. Raises SuiteError with every mistake of all of them."""
     found: list[Claim] = []
     problems: list[Problem] = []
+    first: dict[str, str] = {}
     for path in paths:
         try:
-            document = yaml_lines.load(
+            document = yaml_lines.read(
                 path, texts=True, start="`paper: NAME`; `peft-harness explain claims` shows a file"
             )
         except SuiteError as error:
@@ -118,33 +119,32 @@ def load(paths: Iterable[Path]) -> list[Claim]:
         reading = _Reading(document)
         found += reading.claims()
         problems += reading.problems
-    first: dict[str, str] = {}
-    for claim in found:
-        if claim.id in first:
-            what = f"the id `{claim.id}` is taken already, at {first[claim.id]}"
-            problems.append(Problem(claim.where, what, "give each claim an id of its own"))
-        first.setdefault(claim.id, claim.where)
+        for where, name in reading.ids.items():
+            if name in first:
+                what = f"the id `{name}` is taken already, at {first[name]}"
+                problems.append(Problem(where, what, "give each claim an id of its own"))
+            first.setdefault(name, where)
     if problems:
-        raise SuiteError(problems, "claim file")
+        raise SuiteError(in_order(problems), "claim file")
     return found
 
 
 class _Reading:
-    """One reading of one file; collects the problems on the way."""
+    """One reading of one file; collects the problems on the way, and the id of each place, also of claims that are wrong."""
 
     def __init__(self, document: Document) -> None:
         self.document = document
         self.problems: list[Problem] = []
-        self.cut: set[Way] = set()
+        self.ids: dict[str, str] = {}
         self.arguments = Arguments(document, self.problems)
 
     def claims(self) -> list[Claim]:
-        keys, problems, self.cut = suite_file.read(self.document, FileKeys)
+        keys, problems = suite_file.read(self.document, FileKeys)
         self.problems += problems
         for name in ("paper", "title", "version"):
-            if not getattr(keys, name) and (name,) not in self.cut:
+            if not getattr(keys, name) and not self.document.is_cut((name,)):
                 self.problem((), f"`{name}` is missing", _MISSING[name])
-        if keys.claims is None and ("claims",) not in self.cut:
+        if keys.claims is None and not self.document.is_cut(("claims",)):
             self.problem((), "`claims` is missing", "write a list of claims: `peft-harness explain claims` shows one")
         return [
             one for index, claim in enumerate(keys.claims or ()) for one in self._rows(keys, claim, ("claims", index))
@@ -154,7 +154,7 @@ class _Reading:
         self.arguments.problem(way, what, mend)
 
     def _rows(self, keys: FileKeys, table: ClaimKeys, way: Way) -> Iterator[Claim]:
-        if {way, (*way, "rows")} & self.cut:
+        if way in self.document.cut or (table.rows is None and (*way, "rows") in self.document.cut):
             return  # no claim at all, or no rows, and told already
         if table.rows is None:
             found = self._claim(keys, table, table, way, way)
@@ -164,7 +164,7 @@ class _Reading:
         if table.printed:
             self.problem((*way, "printed"), "`printed` stands beside `rows`", "give it to each row")
         for index, row in enumerate(table.rows):
-            if (*way, "rows", index) in self.cut:
+            if (*way, "rows", index) in self.document.cut:
                 continue
             found = self._claim(keys, table, row, way, (*way, "rows", index))
             if found is not None:
@@ -180,8 +180,11 @@ class _Reading:
         values["tier"], values["printed"] = table.tier, row.printed
         for name, value in (*values.items(), ("id", row.id), *([("id of the table", table.id)] if is_row else [])):
             place = at if name in ("printed", "id") else way
-            if not value and (*place, name.partition(" ")[0]) not in self.cut:
+            if not value and not self.document.is_cut((*place, name.partition(" ")[0])):
                 self.problem(place, f"`{name}` is missing", _MISSING[name.partition(" ")[0]])
+        name = f"{table.id}-{row.id}" if is_row else str(row.id)
+        if row.id and table.id:
+            self.ids[self.document.where(*at)] = name
         arguments = dict(table.with_) | (dict(row.with_) if is_row else {})
         measure = self.arguments.measure(values["measure"], at, is_row and row.measure is None, way)
         asking = self.arguments.asking(measure, arguments, (*at, "with"), [(*way, "with")]) if measure else None
@@ -194,20 +197,13 @@ class _Reading:
             for index, other in enumerate(otherwise or ())
             if (reading := self._otherwise(other, values["measure"], measure, arguments, (*owner, "otherwise", index)))
         ]
-        if (
-            len(self.problems) > before
-            or asking is None
-            or measure is None
-            or any(gone[: len(at)] == at for gone in self.cut)
-        ):
+        sentence = self._filled(values["sentence"] or "", values["printed"] or "", arguments)
+        if asking and (left := _PLACE.findall(sentence)):
+            place = at if row.sentence else way
+            self.problem(place, f"the sentence has a place `{left[0]}`, which nothing fills", _FILL)
+        is_cut = any(gone[: len(at)] == at for gone in self.document.cut)
+        if len(self.problems) > before or asking is None or measure is None or is_cut:
             return None
-        sentence = self._filled(values["sentence"], values["printed"], arguments)
-        if left := _PLACE.findall(sentence):
-            self.problem(
-                at if row.sentence else way, f"the sentence has a place `{left[0]}`, which nothing fills", _FILL
-            )
-            return None
-        name = f"{table.id}-{row.id}" if is_row else str(row.id)
         return Claim(
             id=name,
             sentence=" ".join(sentence.split()),
@@ -265,24 +261,24 @@ class _Reading:
     def _otherwise(
         self, other: OtherwiseKeys, name: str | None, measure: Measure | None, arguments: Mapping[str, Any], at: Way
     ) -> Reading | None:
-        if not other.under and (*at, "under") not in self.cut:
+        if not other.under and not self.document.is_cut((*at, "under")):
             self.problem(at, "`under` is missing", "say in words which convention, rank or unit this is")
         same = measure
         if other.measure and (same := self.arguments.measure(other.measure, at, False, at)) is None:
             return None
         if same is None or measure is None:
             return None
-        if same.dimension != measure.dimension:
+        is_same_unit = same.dimension == measure.dimension
+        if not is_same_unit:
             what = f"`{same.name}` is in {same.dimension}, but the claim's `{name}` is in {measure.dimension}"
             self.problem((*at, "measure"), what, "name a measure in the same unit")
-            return None
         inherited = arguments if other.measure is None else {}
         changed = {**inherited, **other.with_}
         own, another = inherited.get("config"), other.with_.get("config")
         if isinstance(own, dict) and isinstance(another, dict):
             changed["config"] = own | another
         asking = self.arguments.asking(same, changed, (*at, "with"), [(*at[:-2], "with")])
-        return Reading(other.under or "", asking) if asking else None
+        return Reading(other.under or "", asking) if asking and is_same_unit else None
 
 
 _MISSING = {
