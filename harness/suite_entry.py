@@ -152,10 +152,7 @@ class _EntryReader:
             dtype=keys.dtype,
             seed=keys.seed,
             training=training,
-            evaluation=Evaluation(
-                **{"items": 0} | keys.evaluation.model_dump(exclude_none=True),
-                **keys.prompts.model_dump(exclude_none=True, by_alias=True),
-            ),
+            evaluation=Evaluation(**{"items": 0} | keys.of_evaluation()),
             latency=keys.latency,
             tune=tune,
             places={way[-1]: self.reading.document.where(*self._way(*way)) for way in _JUDGED_LATER},

@@ -104,6 +104,11 @@ class CellKeys(Keys):
     prompts: PromptKeys = PromptKeys()
     tune: TuneKeys | None = None
 
+    def of_evaluation(self) -> dict[str, Any]:
+        """Return what is asked of records.Evaluation, by its fields."""
+        prompts = self.prompts.model_dump(exclude_none=True, by_alias=True)
+        return self.evaluation.model_dump(exclude_none=True) | prompts
+
 
 class BlockKeys(CellKeys):
     """One entry of `matrix:`; its keys are shared by its `cells`."""
