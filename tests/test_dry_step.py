@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from harness.conformance.subject import DTYPES, adaptable_layers, configure
-from harness.footprint import apart, dry_step
+from harness.footprint import apart, dry_step, outcomes
+from harness.kernels import adamw8bit
 from harness.measure.allocations import most_while
 from harness.records import Base, Cell, Evaluation, Training
 from harness.registry import discover
@@ -150,6 +153,15 @@ def test_layerwise_updates(optimizer: str) -> None:
     agree(cell("galore", optimizer=optimizer, training={"layerwise": True}), LLAMA)
 
 
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_moments_in_8_bits_by_chunks(layerwise: bool) -> None:
+    """`fused` steps them a cache-full at a time: of thousands of chunks three are taken without data."""
+    one = cell("galore", "fused", optimizer="adamw-8bit", dtype="bfloat16", training={"layerwise": layerwise})
+    large = LLAMA | {"vocab_size": 8200}  # whose embeddings have many chunks, and a last one that is not whole
+    assert predicted(one, large)["peak_by"] == ""
+    agree(one, large)
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_an_encoder(method: str) -> None:
     config = {"rank": 8, "targets": ["query", "value"]} if method == "lora" else {}
@@ -169,6 +181,45 @@ def test_two_and_three_blocks_tell_of_any_number(method: str, monkeypatch: pytes
     told = predicted(one, deep)
     monkeypatch.setattr(dry_step, "_depth", lambda config: None)
     assert abs(told["peak_B"] - predicted(one, deep)["peak_B"]) < 100  # counters of steps, a few bytes each
+
+
+def test_no_product_is_asked_about_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch takes long to say what an operation makes: a plan of large models took minutes when each block asked anew."""
+    asked: list[Any] = []
+    ask = FakeTensorMode.dispatch
+
+    def watched(mode: Any, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if func is torch.ops.aten.mm.default:
+            asked.append([(t.shape, t.stride(), t.dtype) for t in args])
+        return ask(mode, func, types, args, kwargs)
+
+    monkeypatch.setattr(FakeTensorMode, "dispatch", watched)
+    monkeypatch.setattr(outcomes, "_known", {})
+    one = cell("lora", training={"checkpointing": True})
+    deep = dry_step.Question(one, LLAMA | {"num_hidden_layers": 7}, "causal")
+    dry_step.peak(deep, dry_step.longest(one, "causal", one.training.max_tokens))
+    assert asked
+    assert all(asked.count(product) == 1 for product in asked)
+
+
+def test_chunks_are_not_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 7B model has thousands in one tensor, which took longer than a step may."""
+    one, decode = cell("galore", "fused", optimizer="adamw-8bit"), adamw8bit.decode
+    taken: list[int] = []
+
+    def watched(codes: Tensor, *how: Any) -> Tensor:
+        taken.append(len(codes))
+        return decode(codes, *how)
+
+    monkeypatch.setattr(adamw8bit, "decode", watched)
+
+    def chunks(vocabulary: int) -> int:
+        taken.clear()
+        question = dry_step.Question(one, LLAMA | {"vocab_size": vocabulary}, "causal")
+        dry_step.peak(question, dry_step.longest(one, "causal", one.training.max_tokens))
+        return len(taken)
+
+    assert 0 < chunks(8200) == chunks(16400)
 
 
 def test_a_model_of_unlike_blocks_is_taken_whole() -> None:
