@@ -168,6 +168,15 @@ def test_an_encoder(method: str) -> None:
     agree(cell(method, config=config), BERT, "encoder")
 
 
+def test_what_is_written_into_memory_that_is_there_is_no_tensor_more() -> None:
+    """Torch says of a product into `out` that it made one: MiniLM's `fused` QLoRA was predicted 4 % too high."""
+    wide = BERT | {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 4}
+    one = cell(
+        "qlora", "fused", config={"rank": 2, "targets": ["query", "key", "value", "dense"]}, training={"batch": 1}
+    )
+    agree(one, wide, "encoder")
+
+
 @pytest.mark.parametrize("implementation", ["hf-peft", "fused"])
 def test_other_implementations_take_the_step_themselves(implementation: str) -> None:
     one = cell("lora", implementation)
@@ -193,13 +202,19 @@ def test_no_product_is_asked_about_twice(monkeypatch: pytest.MonkeyPatch) -> Non
             asked.append([(t.shape, t.stride(), t.dtype) for t in args])
         return ask(mode, func, types, args, kwargs)
 
-    monkeypatch.setattr(FakeTensorMode, "dispatch", watched)
-    monkeypatch.setattr(outcomes, "_known", {})
     one = cell("lora", training={"checkpointing": True})
-    deep = dry_step.Question(one, LLAMA | {"num_hidden_layers": 7}, "causal")
-    dry_step.peak(deep, dry_step.longest(one, "causal", one.training.max_tokens))
+    deep, parts = LLAMA | {"num_hidden_layers": 7}, dry_step.longest(one, "causal", one.training.max_tokens)
+    monkeypatch.setattr(FakeTensorMode, "dispatch", watched)
+    monkeypatch.setattr(outcomes, "known", {})
+    dry_step.peak(dry_step.Question(one, deep, "causal"), parts)
     assert asked
     assert all(asked.count(product) == 1 for product in asked)
+
+    outcomes.known.clear()
+    apart.peak(one, deep, "causal", parts)  # which tells what it asked
+    asked.clear()
+    dry_step.peak(dry_step.Question(one, deep, "causal"), parts)
+    assert not asked
 
 
 def test_chunks_are_not_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

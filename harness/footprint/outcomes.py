@@ -31,25 +31,28 @@ class _Unnamed(Exception):  # noqa: N818
     """An argument that no key can be made of."""
 
 
-_known: dict[Hashable, _Outcome] = {}
+known: dict[Hashable, _Outcome] = {}
+"""What has been asked in this process, or was told by one that asked; it can be pickled."""
 
 
 def outcome(fake: FakeTensorMode, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Return what `func(*args, **kwargs)` makes, where at least one argument is a tensor; others may have data."""
     if func._schema.is_mutable:
-        return args[0] if _writes_only(func, args) else func(*args, **kwargs)
+        made = args[0] if _writes_only(func, args) else func(*args, **kwargs)
+        return kwargs.get("out", made)  # torch's own memory of shapes makes a second tensor beside `out`
     given: list[Tensor] = []
     try:
-        key = (func, _key(args, given), *((name, _key(value, given)) for name, value in kwargs.items()))
+        named = [(name, _key(value, given)) for name, value in kwargs.items()]
+        key = (str(func), torch.get_default_dtype(), _key(args, given), *named)
     except _Unnamed:
         return func(*args, **kwargs)
     if not any(isinstance(t, FakeTensor) for t in given):
         return func(*args, **kwargs)
-    if key in _known:
-        return _again(fake, _known[key], given)
+    if key in known:
+        return _again(fake, known[key], given)
     made = func(*args, **kwargs)
     if (found := _looked_at(made, given)) is not None:
-        _known[key] = found
+        known[key] = found
     return made
 
 
@@ -63,7 +66,7 @@ def _key(value: Any, given: list[Tensor]) -> Hashable:
     """Return all that an outcome depends on of an argument; add the tensors in it to `given`. Raises _Unnamed."""
     if isinstance(value, Tensor):
         given.append(value)
-        return type(value), value.shape, value.stride(), value.dtype, value.storage_offset()
+        return isinstance(value, FakeTensor), value.shape, value.stride(), value.dtype, value.storage_offset()
     if isinstance(value, (list, tuple)):
         return tuple([_key(one, given) for one in value])
     if isinstance(value, _PLAIN):
