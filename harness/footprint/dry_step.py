@@ -22,7 +22,7 @@ from harness.conformance.subject import DTYPES, adaptable_layers, configure
 from harness.footprint import states
 from harness.footprint.counting import Undrawn
 from harness.footprint.live import Live
-from harness.kernels import nf4, packed_weight
+from harness.kernels import adamw8bit, nf4, packed_weight
 from harness.kernels.nf4_linear import Nf4Linear
 from harness.kernels.packed_weight import Buffers, PackedWeight
 from harness.methods import TARGET_WORDS, Adapted
@@ -133,10 +133,9 @@ def _stages(question: Question, parts: Sequence[Batch], alike: bool = False) -> 
     """Take a step; return the peak of each of its stages. alike: return None where the model's blocks are not all alike."""
     cell = question.cell
     model = structure.build(question.config, question.kind, DTYPES[cell.dtype])
-    packed_weight.forget()  # what a worker decoded into, or the step before this one
-    with Live() as live:
-        with live.fake, live:
-            _fill(model)
+    packed_weight.forget()  # what a worker decoded into is none of this step
+    with Live() as live, _few_chunks():
+        _fill(model)
         head = new_head(model, question.kind)
         try:
             adapted, forms = _attached(question, model, head)
@@ -164,7 +163,7 @@ def _fill(model: nn.Module) -> None:
 
     def of(old: Tensor) -> Tensor:
         if id(old) not in filled:
-            new = torch.empty_like(old, device="cpu")
+            new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype)
             filled[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         return filled[id(old)]
 
@@ -226,6 +225,20 @@ def _stepped(adapted: Adapted, head: list[nn.Parameter], cell: Cell) -> torch.op
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return optimizer
+
+
+@contextmanager
+def _few_chunks() -> Iterator[None]:
+    """Let a step of 8-bit moments take three of its chunks, of thousands: they take as much memory as all.
+
+    They are the first, the second, which begins while what the first made is there, as with any later one, and the last.
+    """
+    every = adamw8bit.firsts
+    adamw8bit.firsts = lambda n, chunk: sorted({*(found := every(n, chunk))[:2], *found[-1:]})
+    try:
+        yield
+    finally:
+        adamw8bit.firsts = every
 
 
 def _lists(model: nn.Module) -> list[nn.ModuleList]:

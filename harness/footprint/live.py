@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from harness.footprint.outcomes import outcome
+
 _aten = torch.ops.aten
 _FLASH = _aten._scaled_dot_product_flash_attention_for_cpu.default
 _UNSET = {_aten.empty, _aten.empty_strided}
@@ -69,7 +71,7 @@ class Live(TorchDispatchMode):
             # Laid out as its query is, which what torch knows of its shape does not say: a copy more would be counted.
             return torch.empty_like(args[0]), *func(*args, **kwargs)[1:]
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
-            return func(*args, **kwargs)
+            return outcome(self.fake, func, args, kwargs)
         with self.fake:  # made from nothing, e.g. by `torch.zeros`: is it small?
             made = func(*args, **kwargs)
         no_data = func.overloadpacket in (_UNSET | _FILLED if self.attaching else _UNSET)

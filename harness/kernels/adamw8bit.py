@@ -7,6 +7,7 @@ absmax per block of 256. On a GPU Triton does the whole step in one launch.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def adamw8bit_step_(
     n, dtype, signed, unsigned = p.numel(), _working(p), tables(p.device, True), tables(p.device, False)
     flat, gradient = p.view(-1), g.reshape(-1)
     chunk = CHUNK if p.device.type == "cpu" else max(1, n)
-    for first in range(0, n, chunk):
+    for first in firsts(n, chunk):
         part, blocks = slice(first, first + chunk), slice(first // BLOCK, -(-min(first + chunk, n) // BLOCK))
         G = gradient[part].to(dtype)
         M = decode(m[part], m_absmax[blocks], BLOCK, signed).to(dtype)
@@ -91,6 +92,11 @@ def adamw8bit_step_(
         flat[part] = _moved(flat[part].to(dtype), G, M, V, **how)
         m[part], m_absmax[blocks] = encode(M.float(), BLOCK, signed)
         v[part], v_absmax[blocks] = encode(V.float(), BLOCK, unsigned)
+
+
+def firsts(n: int, chunk: int) -> Sequence[int]:
+    """Return where each chunk of n elements begins; who counts memory without data takes a few of them for all."""
+    return range(0, n, chunk)
 
 
 def _working(p: Tensor) -> torch.dtype:
