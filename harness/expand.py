@@ -12,7 +12,7 @@ from harness.analysis import naming
 from harness.errors import UsageError
 from harness.manifest import Comparison, Tuning
 from harness.methods import methods
-from harness.records import Cell, Evaluation
+from harness.records import Cell
 from harness.spelling import near
 from harness.training_records import LATER
 
@@ -81,7 +81,9 @@ def cells(entry: Entry) -> Iterator[Cell]:
         entry.seed,
     ):
         timed = entry.latency == "every-seed" or (entry.latency == "first-seed" and seed == entry.seed[0])
+        # Seeds without latencies keep their prompts: they are of one recipe with the one that has them.
         evaluation = entry.evaluation.model_copy(update={"latency": timed})
+        evaluation = evaluation.untimed() if entry.latency == "never" else evaluation
         yield Cell(
             model=model, task=task, method=method, implementation=implementation, config=config, base=base,
             optimizer=optimizer, dtype=dtype, seed=seed, training=training, evaluation=evaluation,
@@ -94,8 +96,7 @@ def _searches(entry: Entry) -> list[tuple[list[str], list[Cell]]]:
     if tune is None:
         return []
     found: dict[tuple[str, ...], tuple[list[str], list[Cell]]] = {}
-    asked = entry.evaluation  # but for its prompts: a try has no latencies
-    evaluation = Evaluation(items=tune.items, batch=asked.batch, skip=asked.items, latency=False)
+    evaluation = entry.evaluation.untimed().model_copy(update={"items": tune.items, "skip": entry.evaluation.items})
     for cell in cells(entry):
         # As in `cells`: in the order of the method's fields, and what is None in no Cell.
         values = {**cell.config, **tune.config.get(cell.method, {})}

@@ -78,6 +78,10 @@ class Evaluation(Frozen):
     passes: int | None = None
     """Of latencies: timed passes (when decoding, tokens) of each variant, at least; None: a few."""
 
+    def untimed(self) -> Evaluation:
+        """Return the same without latencies, and so of no prompts."""
+        return Evaluation(items=self.items, batch=self.batch, skip=self.skip, latency=False)
+
     def later(self) -> dict[str, Json]:
         """Return the fields that old Records lack, where they are not at their defaults."""
         defaults = Evaluation(items=0)

@@ -171,8 +171,23 @@ def test_headlines_have_a_page_of_their_own(
     assert overview
     cells = [re.sub(r"<[^>]+>", "", cell).strip() for cell in overview[1].split("</td>") if cell]
     assert cells == ["✓ 1 reproduced", "–", "✓ 1 reproduced", "–"]
+    assert "of 2 claims that 1 headline is made of" in text
     assert f'id="{other["id"]}"' not in text
     assert one["how"] in text
+
+
+def test_a_ledger_of_schema_1_is_read(
+    ledger: tuple[int, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says what stood in for the paper's scale in words alone."""
+    written = json.loads(ledger[1]) | {"schema": 1}
+    for claim in written["claims"]:
+        del claim["scale"]
+    written["claims"][0]["why"] = "by a stand-in: CPU rehearsal"
+    file = tmp_path / "claims.json"
+    file.write_text(json.dumps(written))
+    assert main(["claims", "--show", str(file), "--id", "one"]) == Exit.PASS
+    assert capsys.readouterr().out.endswith("1 claim: 1 reproduced (1 by a stand-in)\n")
 
 
 def test_text_names_source_printed_ours_and_verdict(ledger: tuple[int, str]) -> None:

@@ -112,7 +112,7 @@ def test_the_rows_are_judged_by_their_own_adapters() -> None:
     for wrong in (one_for_all, turned, unscaled, one_row_wrong):
         found, (check,) = measure(subject_of("reference", llama()), "reference", fake(wrong))
         assert check.outcome is Outcome.FAIL, wrong.__name__
-        assert [x.seconds for x in found] == [[], []]
+        assert [x.seconds for x in found] == [[], [], [], []]
         assert all(x.because.startswith("no speed without parity: lora/multi-adapter/float32/trained") for x in found)
     _, (check,) = measure(subject_of("reference", llama()), "reference", fake(plain))
     assert check.outcome is Outcome.PASS
@@ -156,7 +156,9 @@ def test_what_cannot_mix_loses_no_cell(error: Exception, after: int) -> None:
     found, (check,) = measure(subject, "reference", fake(broken))
     assert (check.check, check.outcome) == ("lora/multi-adapter/float32/trained", Outcome.SKIPPED)
     assert check.detail == f"could not be tried: {type(error).__name__}: {error}"
-    assert {(x.variant, x.because, tuple(x.seconds)) for x in found} == {("multi-adapter", check.detail, ())}
+    assert {(x.variant, x.adapters, x.because, tuple(x.seconds)) for x in found} == {
+        ("unmerged", 1, check.detail, ()), ("multi-adapter", serving.ADAPTERS, check.detail, ())
+    }  # fmt: skip
     assert all(subject.model.get_submodule(path) is layer for path, layer in layers.items())
 
 
@@ -165,7 +167,8 @@ def test_who_does_not_offer_it_says_why() -> None:
         latencies, checks = found
         assert checks == []
         assert {(x.variant, x.adapters, tuple(x.seconds)) for x in latencies} == {
-            ("multi-adapter", serving.ADAPTERS, ())
+            ("unmerged", 1, ()),
+            ("multi-adapter", serving.ADAPTERS, ()),
         }
         (why,) = {x.because for x in latencies}
         return why
@@ -246,9 +249,33 @@ def test_a_batch_as_large_as_the_mixed_one_is_its_own(tmp_path: Path) -> None:
     assert (shown["One for all, ms"]["text"], shown["One each, ms"]["text"]) == ("2.00", "3.00")
     alone = row(built["latency"], fused)
     assert (alone["What"]["text"], alone["Unmerged, ms"]["text"]) == ("forward 4 × 32", "7.00")
-    times = {name: value for name, value in watched.kept(fused).values.items() if "4x32" in name}
-    assert times["latency_s/unmerged/forward/4x32"] == 0.007
-    assert times["latency_s/unmerged-beside-several/forward/4x32"] == 0.002
+    asked = fused.cell.evaluation.model_copy(update={"prompt_batch": 4})
+    for cell, own, beside in (
+        (fused.cell.model_copy(update={"evaluation": asked}), 0.007, 0.002),
+        (fused.cell, 0.002, None),  # as histories and baselines have called it
+    ):
+        times = watched.kept(fused.model_copy(update={"cell": cell})).values
+        assert times["latency_s/unmerged/forward/4x32"] == own
+        assert times.get("latency_s/unmerged-beside-several/forward/4x32") == beside
+
+
+def refused(name: str, made: Any) -> Any:
+    """As told now, where several adapters cannot be mixed."""
+    found = as_told_now(name, made)
+    if found is made:
+        return made
+    *own, one, several = found.measurements.latency
+    none = {"seconds": [], "because": "hf-peft offers no multi_lora_linear"}
+    told = [*own, one.model_copy(update=none), several.model_copy(update=none)]
+    return found.model_copy(update={"measurements": found.measurements.model_copy(update={"latency": told})})
+
+
+def test_a_batch_as_large_as_one_that_cannot_be_mixed_is_shown(tmp_path: Path) -> None:
+    run = recorded.write_run(tmp_path / "run", change=refused)
+    built = view.build([run])["runs"][0]
+    fused = next(r for r in run.records if r.cell.implementation == "fused" and r.cell.method == "lora")
+    assert row(built["latency"], fused)["Unmerged, ms"]["text"] == "7.00"
+    assert row(built["mixed"], fused)["One for all, ms"]["why"] == "hf-peft offers no multi_lora_linear"
 
 
 def test_the_report_has_them_beside_one_adapter_for_all(tmp_path: Path) -> None:

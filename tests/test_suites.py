@@ -143,6 +143,8 @@ def test_what_latencies_are_taken_of_is_asked_for(read) -> None:
     assert [c.cell_id for c in usual.cells] == [c.cell_id for c in plain.cells]
     same = {c.cell_id for c in asked.cells} & {c.cell_id for c in plain.cells}
     assert same == {c.cell_id for c in plain.cells if c.evaluation.skip}
+    never, bare = (read(f"      - {{method: lora, latency: never{more}}}") for more in (", prompts: {passes: 9}", ""))
+    assert [c.cell_id for c in never.cells] == [c.cell_id for c in bare.cells]
     with pytest.raises(SuiteError) as caught:
         read("      - {method: lora, prompts: {batch: 0, tokens: many, passes: 5, length: 3}}")
     assert {p.what for p in caught.value.problems} == {

@@ -7,9 +7,9 @@ from statistics import median
 
 from harness.analysis import parity
 from harness.analysis.baseline_rows import COUNTED_PEAK_B, PROCESS_PEAK_B, TIMES, Kind, Margins, Row, Unit
-from harness.analysis.measured import above_imports, step_time, training_peak
+from harness.analysis.measured import above_imports, beside_several, step_time, training_peak
 from harness.analysis.words import Word
-from harness.records import Latency, Measurements, Memory, Record
+from harness.records import Cell, Latency, Measurements, Memory, Record
 
 ALLOCATED = "cuda allocated"
 """Such peaks are exact: a byte more is one."""
@@ -139,9 +139,10 @@ def _times(record: Record) -> dict[str, float]:
     if m is None or parity.no_speed(record):
         return {}
     found = {"step": step_time(m.training).value} if m.training and m.training.step_seconds else {}
-    return found | {_latency(latency): median(latency.seconds) for latency in m.latency if latency.seconds}
+    return found | {_latency(record.cell, one): median(one.seconds) for one in m.latency if one.seconds}
 
 
-def _latency(latency: Latency) -> str:
-    several = f" of {latency.adapters}" if latency.adapters else ""
+def _latency(cell: Cell, latency: Latency) -> str:
+    several = f" of {latency.adapters}" if latency.variant == "multi-adapter" else ""
+    several += " beside several" if beside_several(cell, latency) else ""
     return f"{latency.kind} {latency.variant}{several}, {latency.batch} x {latency.tokens}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from harness.analysis.intervals import Median, median_interval
 from harness.cost_records import AT_ONCE, GpuPhase
-from harness.records import Record, TrainingMeasured
+from harness.records import Cell, Latency, Record, TrainingMeasured
 
 STARTUP = "start-up"
 """The phase from the start of the process to the Cell's first own work."""
@@ -38,6 +38,11 @@ def throughput(training: TrainingMeasured) -> float | None:
     """Return real tokens (no padding) per second of steady steps; None if the clock did not move."""
     seconds = sum(training.step_seconds[steady(training)])
     return sum(training.tokens[steady(training)]) / seconds if seconds > 0 else None
+
+
+def beside_several(cell: Cell, latency: Latency) -> bool:
+    """Say whether a batch through one adapter, timed beside one of several, would pass for one that its Cell asks for."""
+    return latency.adapters == 1 and latency.batch == cell.evaluation.prompt_batch
 
 
 def training_peak(record: Record) -> int | None:

@@ -95,7 +95,7 @@ def _times(record: Record, m: Measurements) -> dict[str, float]:
     refused = {"merged": parity.no_merged_speed(record), "multi-adapter": parity.no_mixed_speed(record)}
     for one in m.latency:
         if one.seconds and not refused.get(one.variant):
-            beside = "-beside-several" if one.adapters == 1 else ""
+            beside = "-beside-several" if measured.beside_several(record.cell, one) else ""
             found[f"{LATENCY}/{one.variant}{beside}/{one.kind}/{one.batch}x{one.tokens}"] = median(one.seconds)
     # A clock that did not move has measured nothing.
     return {name: _short(seconds) for name, seconds in found.items() if seconds > 0}

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from harness.claims.judging import Judged
+from harness.claims.judging import STAND_IN, Judged
 from harness.errors import UsageError
 
 SCHEMA = 2
@@ -23,7 +23,7 @@ def document(rows: Sequence[Judged], software: Mapping[str, str]) -> dict[str, A
 
 
 def read(path: Path) -> tuple[list[Judged], dict[str, str]]:
-    """Read what `--json` printed. Raises UsageError for another file, a torn one, or one of a newer schema."""
+    """Read what `--json` printed. Raises UsageError for another file, a torn one, or one of another schema than 1 and 2."""
     mend = "name a file that `peft-harness claims --json > FILE` wrote"
     try:
         data = json.loads(path.read_bytes())
@@ -33,13 +33,14 @@ def read(path: Path) -> tuple[list[Judged], dict[str, str]]:
         raise UsageError(f"no JSON: {error}", where=str(path), mend=mend) from error
     if not isinstance(data, dict) or data.get("kind") != KIND:
         raise UsageError("no ledger of claims", where=str(path), mend=mend)
-    if data.get("schema") != SCHEMA:
-        what = f"has schema {data.get('schema')!r}, and this version reads {SCHEMA}"
-        raise UsageError(what, where=str(path), mend="update peft-harness, or compute the claims again")
+    if (schema := data.get("schema")) not in (1, SCHEMA):
+        what = f"has schema {schema!r}, and this version reads 1 and {SCHEMA}"
+        newer = isinstance(schema, int) and schema > SCHEMA
+        raise UsageError(what, where=str(path), mend="update peft-harness, or " * newer + "compute the claims again")
     if not isinstance(data.get("claims"), list) or not isinstance(data.get("software"), dict):
         raise UsageError("lacks `claims` or `software`", where=str(path), mend="compute the claims again")
     try:
-        rows, software = [Judged.model_validate_json(json.dumps(one)) for one in data["claims"]], dict(data["software"])
+        rows, software = [_row(one, schema) for one in data["claims"]], dict(data["software"])
     except (ValidationError, KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"not as it was written: {str(error).splitlines()[0]}", where=str(path), mend="compute the claims again"
@@ -47,3 +48,10 @@ def read(path: Path) -> tuple[list[Judged], dict[str, str]]:
     if len({row.id for row in rows}) < len(rows):
         raise UsageError("a claim stands in it twice", where=str(path), mend="compute the claims again")
     return rows, software
+
+
+def _row(written: Any, schema: int) -> Judged:
+    row = Judged.model_validate_json(json.dumps(written))
+    if schema == 1 and row.why.startswith(STAND_IN):  # which said it in words alone
+        return row.model_copy(update={"scale": row.why.removeprefix(STAND_IN)})
+    return row

@@ -33,6 +33,9 @@ MEANING = {
 }
 
 
+STAND_IN = "by a stand-in: "
+
+
 @dataclass(frozen=True)
 class Missing:
     """Why a measure found nothing. failed: whether it should have."""
@@ -70,7 +73,7 @@ class Judged(Frozen):
     how: str
     why: str
     note: str
-    scale: str
+    scale: str = ""
     """Of something smaller than the paper's own (a rehearsal, a small model): what it is."""
     tried: list[Tried]
     failed: bool = False
@@ -96,7 +99,7 @@ def judge(claim: Claim, answers: Sequence[Found | Missing]) -> Judged:
         if isinstance(found, Missing) or (words := _comes_out(claim, found)) is None:
             continue
         under = "; ".join(filter(None, [one.under, words]))
-        why = f"by a stand-in: {claim.scale}" if claim.scale else ""
+        why = f"{STAND_IN}{claim.scale}" if claim.scale else ""
         return _judged(claim, Verdict.UNDER if under else Verdict.REPRODUCED, tried, one, under=under, why=why)
     own, found = tried[0], answers[0]
     if isinstance(found, Missing):

@@ -213,7 +213,7 @@ _SAMPLES = (
     Column("variant", TEXT, "", "of a latency: base, unmerged, merged, multi-adapter"),
     Column("latency_batch", INTEGER, "1", "of a latency: its batch"),
     Column("latency_tokens", INTEGER, "1", "of a latency: tokens of the prompt, or for decode tokens generated"),
-    Column("latency_adapters", INTEGER, "1", "of multi-adapter: adapters in the batch, a row each"),
+    Column("latency_adapters", INTEGER, "1", "adapters that a batch of several mixes, or 1: the same batch beside it"),
     Column("index", INTEGER, "1", "which sample of its kind and variant, in the order taken, from 0"),
     Column("value", FLOAT, "", "the sample, in the unit beside it"),
     Column("unit", TEXT, "", "s, or 1: losses are in nats, tokens are counts"),

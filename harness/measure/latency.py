@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -89,12 +90,15 @@ class Prompt:
         self.model, self.causal = model.eval(), causal
         self.length, self.no_decoding = _prompt(model, causal, asked.prompt_tokens)
         self.passes = None if asked.passes is None else math.ceil(asked.passes / BLOCKS)
-        generator, device = torch.Generator().manual_seed(0), next(model.parameters()).device
-        self.ids = torch.randint(0, vocabulary, (batch or asked.prompt_batch, self.length), generator=generator).to(
-            device
-        )
+        self.shape, self.vocabulary = (batch or asked.prompt_batch, self.length), vocabulary
         self.kinds: Sequence[Kind] = ("prefill", "decode") if causal else ("forward",)
         self.samples: dict[tuple[Variant, Kind], list[float]] = {}
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """The prompts, made when they are wanted: who only says why there are no times may have no memory for them."""
+        drawn = torch.randint(0, self.vocabulary, self.shape, generator=torch.Generator().manual_seed(0))
+        return drawn.to(next(self.model.parameters()).device)
 
     def block(self, variant: Variant) -> None:
         """Take a block of times of the model as it stands."""
@@ -110,7 +114,7 @@ class Prompt:
             Latency(
                 variant=variant,
                 kind=kind,
-                batch=len(self.ids),
+                batch=self.shape[0],
                 tokens=DECODED if kind == "decode" else self.length,
                 seconds=self.samples.get((variant, kind), []),
                 because=because or (self.no_decoding if kind == "decode" else ""),

@@ -15,7 +15,7 @@ from harness.report.facts import ICONS
 
 LEDGER = "claims.html.j2"
 HEADLINES = "headlines.html.j2"
-_WAYS = ("by arithmetic", "on a GPU", "by a rehearsal", "by training at small scale")
+_WAYS = ("by arithmetic", "on a GPU", "by a rehearsal", "by training")
 """How a claim can be decided, as columns."""
 _TONES = {
     Verdict.REPRODUCED: "good", Verdict.UNDER: "open", Verdict.NOT_REPRODUCED: "bad", Verdict.INCONCLUSIVE: "open",

@@ -53,12 +53,12 @@ def measure(
         with torch.random.fork_rng():
             result = several.check_rows(subject, adapters, mixed, lambda: _run(prompt), cell.seed)
     except Unsupported as error:
-        return prompt.latencies("multi-adapter", str(error), ADAPTERS), []
+        return _untimed(prompt, str(error)), []
     except _ERRORS as error:
         return _failed(prompt, subject, cell, error)
     if result.outcome is not Outcome.PASS:
         refused = f"no speed without parity: {result.check} {result.outcome.value}: {result.detail or result.worst}"
-        return prompt.latencies("multi-adapter", refused, ADAPTERS), [result]
+        return _untimed(prompt, refused), [result]
     try:
         for _ in range(BLOCKS):
             prompt.block("unmerged")
@@ -76,7 +76,12 @@ def _failed(
     """Return that several adapters in one batch could not be tried: no reason to lose what was trained and scored."""
     because = f"could not be tried: {type(error).__name__}: {error}".partition("\n")[0]
     case = Case("trained", seed=cell.seed)
-    return prompt.latencies("multi-adapter", because, ADAPTERS), [skipped(subject, case, several.NAME, because)]
+    return _untimed(prompt, because), [skipped(subject, case, several.NAME, because)]
+
+
+def _untimed(prompt: Prompt, because: str) -> list[Latency]:
+    """Return that neither was timed: so it is told apart from a batch of this size that a suite asks for."""
+    return prompt.latencies("unmerged", because, 1) + prompt.latencies("multi-adapter", because, ADAPTERS)
 
 
 def _run(prompt: Prompt) -> None:

@@ -33,7 +33,10 @@ def step_time(suite: Suite, cell: str) -> Found:
 
 @measure("rate")
 def throughput(suite: Suite, cell: str) -> Found:
-    """Real tokens (no padding) that a Cell trains on in a second: the median of its steps' rates, else as `step_time`."""
+    """Real tokens (no padding) that a Cell trains on in a second: the median of its steps' rates, else as `step_time`.
+
+    Reports divide all tokens by all seconds, which has no interval; the two part where texts differ in length.
+    """
     (own,) = recorded.records(suite, cell)
     rate, rests = _between_processes(_merge([_rate(record) for record in own]), own)
     return rate.found(f"steps of {own[0].cell.label}, {rests}; {recorded.place(own[0])}")
@@ -166,15 +169,15 @@ def _seconds(x: Interval) -> str:
     return f"{float(x.value):.4g} s ({float(x.least):.4g} to {float(x.most):.4g})"
 
 
-def _between_processes(ratio: Interval, *sides: Sequence[Record]) -> tuple[Interval, str]:
+def _between_processes(found: Interval, *sides: Sequence[Record]) -> tuple[Interval, str]:
     """Widen a time, or a ratio of two, where a side has too few processes to show how much these differ, and say so."""
     counts = [len(side) for side in sides]
     count = "one process" if max(counts) == 1 else f"{min(counts)} processes"
     each = count + " each" * (len(counts) > 1)
     if min(counts) >= FEWEST:
-        return ratio, each
+        return found, each
     error = ASSUMED * math.sqrt(sum(1 / n for n in counts))
     factor = Fraction(math.exp(NormalDist().inv_cdf(0.5 + LEVEL / 2) * error))
-    wider = Interval(ratio.value, ratio.least / factor, ratio.most * factor)
-    seen = f"{float(ratio.least):.4g} to {float(ratio.most):.4g}"
+    wider = Interval(found.value, found.least / factor, found.most * factor)
+    seen = f"{float(found.least):.4g} to {float(found.most):.4g}"
     return wider, f"{each}, so {seen} is widened by a deviation of {100 * ASSUMED:g} % from one to another, assumed"
