@@ -15,7 +15,7 @@ import pytest
 from harness.assets import made, shapes
 from harness.cli import main
 from harness.errors import Exit, UsageError
-from harness.footprint import fit, models, sizes
+from harness.footprint import asking, fit, models, sizes, table
 from harness.footprint.choices import OPTIMIZERS, OWN
 from harness.footprint.counting import count
 from harness.tolerances import FOOTPRINT_LEDGER
@@ -208,6 +208,54 @@ def test_a_folder_with_a_config_is_enough(tmp_path: Path, capsys: pytest.Capture
     assert found["rows"][0]["longest"] == 256
     assert main(["fit", str(tmp_path), "--memory", "64MiB", "--tokens", "257"]) == Exit.USAGE
     assert "reads 256 tokens at once, and 257 are asked for" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("counted")
+@pytest.mark.parametrize("share", [0.4, 0.97, 1.3, 3.0])
+def test_a_step_says_how_many_texts_fit(
+    share: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever a text takes in truth, the formula's count or another: the largest batch is found, and no more is tried."""
+    words = ("--memory", "24GiB", "--method", "lora", "--method", "full")
+    plain = {(r["method"], r["base"]): r for r in document(capsys, *words)["rows"]}
+    tried: list[int] = []
+
+    def took(cell: dict[str, Any]) -> int:
+        ledger = plain[cell["method"], cell["base"]["quantization"]]["ledger"]
+        a_text = (ledger["activations_B"] + ledger["logits_B"]) / plain[cell["method"], "none"]["batch"]
+        return int(16e9 + 0.3e9 + share * a_text * cell["training"]["batch"])
+
+    def ask(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        tried.extend(step["cell"]["training"]["batch"] for step in steps)
+        return [{"peak_B": took(step["cell"])} for step in steps]
+
+    monkeypatch.setattr(asking, "ask", ask)
+    found = document(capsys, *words, "--check")
+    for one in found["rows"]:
+        cell = {"method": one["method"], "base": {"quantization": one["base"]}, "training": {"batch": one["batch"]}}
+        more = cell | {"training": {"batch": one["batch"] + 1}}
+        assert one["peak_B"] == took(cell)
+        assert (one["because"] == "") == (one["peak_B"] <= found["memory_B"])
+        assert one["because"] == "" or one["batch"] == 1
+        assert took(more) > found["memory_B"]
+        assert one["peak_by"] == ("fused" if one["method"] == "lora" else "reference")
+        ledger = one["ledger"]
+        lasting = sum(ledger[part] for part in ("weights_B", "adapter_B", "gradients_B", "optimizer_B"))
+        assert ledger["total_B"] == lasting + max(ledger["activations_B"] + ledger["logits_B"], ledger["step_B"])
+    assert len(tried) <= 6 * len(found["rows"])
+
+
+def test_a_step_of_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made.tiny_llama(tmp_path)
+    words = ["--memory", "16MiB", "--method", "lora", "--method", "frozen", "--base", "none", "--rank", "4", "--check"]
+    assert main(["fit", str(tmp_path), *words, "--json"]) == Exit.PASS
+    found = json.loads(capsys.readouterr().out)
+    lora, frozen = sorted(found["rows"], key=lambda one: one["method"], reverse=True)
+    assert 0.8 * 16 * 2**20 < lora["peak_B"] <= 16 * 2**20
+    assert (frozen["peak_B"], frozen["no_peak"]) == (None, "nothing of this model trains")
+    printed = " ".join(table.as_text(found).split())
+    assert "total peak left" in printed
+    assert "(`fused` of lora)" in printed
 
 
 def test_all_mistakes_come_at_once(capsys: pytest.CaptureFixture[str]) -> None:

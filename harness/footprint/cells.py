@@ -8,22 +8,18 @@ What the child counts is what a Cell's own worker counts before it loads its mod
 from __future__ import annotations
 
 import json
-import subprocess
-import tempfile
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.assets import fetch, process, shapes
+from harness.assets import fetch, shapes
 from harness.errors import HarnessError
-from harness.footprint import choices
+from harness.footprint import asking, choices
 from harness.footprint.fit import ledger
 from harness.records import Cell, Evaluation, Predicted
 
 if TYPE_CHECKING:
     from harness.assets.table import Source
 
-_TIMEOUT_S = 600.0
 _SAME = {"lr": 1e-3, "head_lr": None, "warmup": 0, "weight_decay": 0.0}
 """What a learning rate is does not change the memory of a step: Cells that differ in it share one."""
 
@@ -97,9 +93,9 @@ def predictions(
         configs_of += [cell.config] if cell.config not in configs_of else []
     steps: dict[str, dict[str, Any]] = {}
     step_of = {id_: _step(cell, one, steps, every_token) for id_, (cell, one) in asked.items()}
-    counts = _counted([*of_models.values(), *steps.values()])
+    counts = asking.ask([*of_models.values(), *steps.values()])
     if not isinstance(counts, str):
-        late = {"no_peak": f"the steps before it took {_TIMEOUT_S:.0f} s"}
+        late = {"no_peak": f"the steps before it took {asking.TIMEOUT_S:.0f} s"}
         counts += [late] * (len(of_models) + len(steps) - len(counts))
     for cell_id, (cell, one) in asked.items():
         if isinstance(counts, str):
@@ -148,27 +144,3 @@ def _config(source: Source) -> dict[str, Any] | str:
         return shapes.read(here / "config.json", source.name)
     except HarnessError as error:
         return error.what
-
-
-def _counted(requests: list[dict[str, Any]]) -> list[dict[str, Any]] | str:
-    """Let one child process count for all; return its answers in their order, or why there are none.
-
-    A step without data may take long: where time runs out, there are fewer answers than requests, of all models at least.
-    """
-    if not requests:
-        return []
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "requests.json"  # the command line would hold few of them
-        file.write_text(json.dumps(requests), encoding="utf-8")
-        with process.tied("harness.footprint.counting", [f"@{file}"], {"HF_HUB_OFFLINE": "1"}) as child:
-            try:
-                code = child.process.wait(_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                code = None
-    answers = [json.loads(line) for line in child.said.splitlines() if line.startswith("{")]
-    if code is None and len(answers) < sum("cell" not in one for one in requests):
-        return f"counting took more than {_TIMEOUT_S:.0f} s"
-    if code:
-        last = child.said.strip().splitlines()
-        return f"the process that counts ended with {code}: {last[-1] if last else 'it said nothing'}"
-    return answers

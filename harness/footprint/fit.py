@@ -149,7 +149,7 @@ def answer(asked: Asked) -> dict[str, Any]:
 
 def counts(asked: Asked) -> dict[str, Any]:
     """Let a child process build the model without weights, and count. Raises UsageError with what it said if it cannot."""
-    configs = {name: [_config(methods()[name], rank) for rank in ranks] for name, ranks in asked.methods.items()}
+    configs = {name: [config_at(methods()[name], rank) for rank in ranks] for name, ranks in asked.methods.items()}
     words = {
         "config": asked.model.config, "kind": asked.model.kind, "dtype": asked.dtype, "methods": configs,
         "targets": list(asked.targets),
@@ -168,7 +168,7 @@ def counts(asked: Asked) -> dict[str, Any]:
     return dict(json.loads(child.said.splitlines()[-1]))
 
 
-def _config(info: MethodInfo, rank: int | None) -> dict[str, Any]:
+def config_at(info: MethodInfo, rank: int | None) -> dict[str, Any]:
     """Return a Method's config at a rank: its defaults, and none of its other ranks (AdaLoRA's target) above that."""
     if rank is None:
         return {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.footprint.sizes import UNITS, Size
@@ -20,6 +20,7 @@ def as_text(document: Mapping[str, Any]) -> str:
     size = Size(document["memory_B"], document["unit"])
     known = document["activations_known"]
     shown = [part for part in _PARTS if known or part not in ("activations", "logits")]
+    shown[-1:-1] = ["peak"] if document.get("checked") else []
     shown += ["host"] if any(row["ledger"] and row["ledger"]["host_B"] for row in document["rows"]) else []
     several = len({row["optimizer"] for row in document["rows"]} - {"-"}) > 1
     head = [
@@ -42,10 +43,7 @@ def as_text(document: Mapping[str, Any]) -> str:
             str(row["rank"] or "-"),
             *([str(row["batch"]), _tokens(row["longest"]) if fits else "-"] if known else []),
         ]
-        sizes = [
-            _left(size, row["ledger"]["left_B"]) if p == "left" else size.shown(row["ledger"][f"{p}_B"]) for p in shown
-        ]
-        rows.append([*name, *at, short_count(row["trainable"]), *sizes])
+        rows.append([*name, *at, short_count(row["trainable"]), *(_size(size, row, part) for part in shown)])
     lines = [
         *_question(document, size, several),
         "",
@@ -79,6 +77,7 @@ def _worth(document: Mapping[str, Any], size: Size) -> list[str]:
         "This is a prediction from shapes: nothing was run. It leaves out what the allocator keeps and wastes, the "
         "workspace of kernels, temporary tensors, the CUDA context (hundreds of MiB) and other programs: leave them room.",
     ]
+    said += _of_steps(document["rows"]) if document.get("checked") else []
     if known:
         said.append(
             f"How far off it was: weights, adapter, gradients and optimizer within {FOOTPRINT_LEDGER:.0%} of the ledgers of "
@@ -95,8 +94,31 @@ def _worth(document: Mapping[str, Any], size: Size) -> list[str]:
     return [line for text in said for line in textwrap.wrap(text, _WIDTH)]
 
 
+def _of_steps(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    by: dict[str, list[str]] = {}
+    for row in rows:
+        if row["peak_B"] is not None and row["method"] not in by.setdefault(row["peak_by"], []):
+            by[row["peak_by"]].append(row["method"])
+    whose = "; ".join(f"`{name}` of {', '.join(several)}" for name, several in by.items())
+    return [
+        f"peak: the most that tensors take at one time in a training step, taken without data by code for a CPU ({whose}). "
+        "Each batch is the largest whose step fits, and `left` is beside the peak; `total`, `longest` and the choice of "
+        "ranks are those of formulas.",
+        *(f"No peak of {row['method']}: {row['no_peak']}." for row in rows if row["ledger"] and row["no_peak"]),
+    ]
+
+
 def _tokens(number: int) -> str:
     return f"{number:,}"
+
+
+def _size(size: Size, row: Mapping[str, Any], part: str) -> str:
+    peak, ledger = row.get("peak_B"), row["ledger"]
+    if part == "peak":
+        return "-" if peak is None else size.shown(peak)
+    if part == "left":
+        return _left(size, ledger["left_B"] if peak is None else ledger["total_B"] + ledger["left_B"] - peak)
+    return size.shown(ledger[f"{part}_B"])
 
 
 def _left(size: Size, number_B: int) -> str:
