@@ -223,6 +223,15 @@ BAD_SUITES = {
         "write a word",
     ),
     "a value listed twice": ("id: a", "id: a\n        seed: [1, 1]", 10, "`seed` lists 1 2 times", "listed twice"),
+    "a base listed twice": ("id: a", "id: a\n        base: [{}, {}]", 10, "`base` lists none 2 times", "listed twice"),
+    "a quantised base listed twice": (
+        "id: a",
+        "id: a\n        base: [&q {quantization: nf4, implementation: fused}, *q]",
+        10,
+        "`base` lists nf4 (fused) 2 times",
+        "listed twice",
+    ),
+    "a method listed twice": ("method: lora", "method: [lora, lora]", 10, "`method` lists 'lora' 2 times", "twice"),
     "too many cells": (
         "id: a",
         f"id: a\n        seed: [{', '.join(map(str, range(10_001)))}]",
