@@ -9,9 +9,10 @@ from typing import Any
 
 from harness.adapter_config import IN_THE_CACHE, KEY, UNREFERENCED
 from harness.methods import Found, MethodInfo
+from harness.records import Base
 from harness.suite_file import BaseKeys, CellKeys, shortened
 
-_AXES = ("model", "task", "implementation", "base", "optimizer", "dtype", "seed")
+_AXES = ("model", "task", "method", "implementation", "base", "optimizer", "dtype", "seed")
 
 
 def impossible(
@@ -80,11 +81,15 @@ def listed_twice(keys: CellKeys, config: Mapping[str, Mapping[str, list[Any]]]) 
     axes |= {("training", key): values for key, values in keys.training}
     axes |= {("config", key): values for fields in config.values() for key, values in fields.items()}
     for way, values in axes.items():
-        counted = Counter(map(repr, values)) if isinstance(values, list) else {}
+        counted = Counter(map(_shown, values)) if isinstance(values, list) else {}
         for value, times in counted.items():
             if times > 1:
                 what = f"`{way[-1]}` lists {shortened(value)} {times} times"
                 yield way, what, "remove a value that is listed twice"
+
+
+def _shown(value: object) -> str:
+    return str(Base(**value.model_dump())) if isinstance(value, BaseKeys) else repr(value)
 
 
 def of_training(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -156,8 +157,8 @@ def read(document: Document, model: type[_Model]) -> tuple[_Model, list[Problem]
             found = list(_findings(error, model, document))
             problems += [problem for _, problem, _ in found]
             meant = {way: name for way, _, name in found if name and name not in document.at(way[:-1])}
+            _respell(document, meant)  # before anything moves up
             take_out(document, (way for way, _, _ in found if way not in meant))
-            _respell(document, meant)
 
 
 def explain(
@@ -173,25 +174,27 @@ def take_out(document: Document, ways: Iterable[Way]) -> None:
     An entry leaves an empty one in its place. Of an axis one value goes, and those behind it move up; the last takes the
     axis with it.
     """
-    gone: dict[Way, set[int]] = {}
-    for way in ways:
-        document.cut.add(way)
-        *above, last = way
-        if is_entry(way):
-            document.at(tuple(above))[last] = {}
-        elif isinstance(last, int):
-            gone.setdefault(tuple(above), set()).add(last)
-        else:
-            document.at(tuple(above)).pop(last, None)
-    moves: dict[Way, dict[str | int, str | int | None]] = {}
-    for axis in sorted(gone, key=len, reverse=True):
-        values = document.at(axis)
-        left = [index for index in range(len(values)) if index not in gone[axis]]
-        if left:
-            values[:] = [values[index] for index in left]
-            moves[axis] = {**dict.fromkeys(gone[axis]), **{old: new for new, old in enumerate(left)}}
-        else:
-            take_out(document, [axis])
+    gone: dict[Way, set[Any]] = defaultdict(set)
+    for *around, last in ways:
+        gone[tuple(around)].add(last)
+    moves: dict[Way, dict[str | int, str | int]] = {}
+    # From the innermost outwards: what is moved leads to nothing that is still to be taken out.
+    for length in range(max(map(len, gone), default=0), -1, -1):
+        for way in [way for way in gone if len(way) == length]:
+            parts, inside = gone[way], document.at(way)
+            document.cut.update((*way, part) for part in parts)
+            if isinstance(inside, dict):
+                for key in parts:
+                    del inside[key]
+            elif is_entry((*way, 0)):
+                for index in parts:
+                    inside[index] = {}
+            elif left := [index for index in range(len(inside)) if index not in parts]:
+                inside[:] = [inside[index] for index in left]
+                # A cut stays known, behind the values that are left.
+                moves[way] = {old: new for new, old in enumerate([*left, *sorted(parts)])}
+            else:
+                gone[way[:-1]].add(way[-1])
     document.move(moves)
 
 
@@ -202,7 +205,7 @@ def is_entry(way: Way) -> bool:
 
 def _respell(document: Document, meant: Mapping[Way, str]) -> None:
     """Give keys the names that were meant."""
-    moves: dict[Way, dict[str | int, str | int | None]] = {}
+    moves: dict[Way, dict[str | int, str | int]] = {}
     for (*above, key), name in meant.items():
         keys = document.at(tuple(above))
         if name not in keys:  # else another key was taken for it

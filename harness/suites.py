@@ -94,7 +94,7 @@ def _suite(reading: Reading, keys: SuiteKeys) -> Suite:
         about=keys.about,
         path=reading.document.path,
         sha256=hashlib.sha256(reading.document.raw).hexdigest(),
-        text=reading.document.raw.decode(errors="replace"),
+        text=reading.document.raw.decode(),
         entries=tuple(entries),
         comparisons=tuple(c for c in comparisons if c is not None),
         sources=reading.sources,
@@ -106,12 +106,14 @@ def _sources(reading: Reading, keys: SuiteKeys) -> None:
     reading.sources = load_table(folder("suites") / "sources.yaml")
     for index, row in enumerate(keys.sources):
         way: Way = ("sources", index)
-        if way in reading.document.cut:
+        if reading.document.is_emptied(way):
             continue
         try:
             source = parse_source(row, reading.base)
         except ValidationError as error:
-            reading.problems += [p for _, p in suite_file.explain(error, Source, reading.document, way)]
+            found = suite_file.explain(error, Source, reading.document, way)
+            # What the row lacks was perhaps in what was cut of it.
+            reading.problems += [p for at, p in found if at not in reading.document.cut]
             reading.wrong_sources.add(str(row.get("name")))
             continue
         # A cell_id holds the name alone, so a name must not come to stand for something else.
@@ -127,7 +129,7 @@ def _ways(reading: Reading, keys: SuiteKeys) -> list[tuple[Way, Way]]:
         if block.cells is None and ("matrix", i, "cells") in reading.document.cut:
             continue
         inside: list[Way] = [("matrix", i, "cells", j) for j in range(len(block.cells or []))]
-        ways += [(("matrix", i), way) for way in inside or [("matrix", i)] if way not in reading.document.cut]
+        ways += [(("matrix", i), way) for way in inside or [("matrix", i)] if not reading.document.is_emptied(way)]
     return ways
 
 

@@ -59,20 +59,23 @@ class Document:
         """Say whether a value, or what it would stand in, was cut."""
         return any(way[:length] in self.cut for length in range(len(way) + 1))
 
-    def move(self, moves: Mapping[Way, Mapping[str | int, str | int | None]]) -> None:
-        """Let lines follow what was moved in the data: within each way, from the old key or index to the new; None: gone."""
+    def is_emptied(self, entry: Way) -> bool:
+        """Say whether an entry was cut whole, so that nothing of it is left to judge."""
+        return entry in self.cut and not self.at(entry)
+
+    def move(self, moves: Mapping[Way, Mapping[str | int, str | int]]) -> None:
+        """Let lines and cuts follow what was moved in the data: within each way, from the old key or index to the new."""
         if not moves:
             return
-        lengths = sorted({len(way) for way in moves})
-        old = dict(self.lines)
+
+        def moved(way: Way) -> Way:
+            return tuple(moves[way[:n]].get(part, part) if way[:n] in moves else part for n, part in enumerate(way))
+
+        lines, cut = {moved(way): line for way, line in self.lines.items()}, {moved(way) for way in self.cut}
         self.lines.clear()
-        for way, line in old.items():
-            new = list(way)
-            for n in lengths:
-                if n < len(way) and (parts := moves.get(way[:n])):
-                    new[n] = parts.get(way[n], way[n])  # type: ignore[assignment]
-            if None not in new:
-                self.lines[tuple(new)] = line
+        self.lines.update(lines)
+        self.cut.clear()
+        self.cut.update(cut)
 
 
 _START = "`suite: NAME`, or see suites/smoke.yaml"
@@ -110,7 +113,12 @@ def read(path: Path, *, tags: bool = False, texts: bool = False, start: str = _S
     raw = _bytes(path)
     root = _compose(path, _decode(path, raw))
     builder = _Builder(path, tags, texts)
-    data = builder.build(root, ()) if root is not None else None
+    try:
+        data = builder.build(root, ()) if root is not None else None
+    except RecursionError:
+        what = "nested too deeply once aliases are followed"
+        problem = Problem(f"{path}:1", what, "write it without so many aliases")
+        raise SuiteError([*builder.problems, problem]) from None
     if not isinstance(data, dict):
         what = "the file is empty" if root is None else f"expected keys and values, got {_kind(data)}"
         raise SuiteError([*builder.problems, Problem(f"{path}:1", what, f"start with {start}")])
@@ -187,20 +195,16 @@ class _Builder:
         self.cut: set[Way] = set()
         self._constructor = YAML(typ="safe", pure=True).constructor
         self._open: set[int] = set()
-        self._built = 0
+        self._gone_through = 0
         self._told: set[int] = set()
         self._parts: dict[Node, set[int]] = {}
         """Of what was put together, the nodes that it was made of: an alias may name either."""
 
     def build(self, node: Node, way: Way) -> Any:
         """Return the plain value of a node; `way` is where it goes."""
-        self._built += 1
+        self._count(1)
         # The key's line stands already when this is a value; a value on the next line is less helpful.
         self.lines.setdefault(way, node.start_mark.line + 1)
-        if self._built > _MOST_NODES:
-            what = f"more than {_MOST_NODES} values once aliases are followed"
-            mend = "write it without so many aliases"
-            raise SuiteError([*self.problems, Problem(f"{self.path}:1", what, mend)])
         parts = self._parts.get(node, {id(node)})
         if parts & self._open:
             return self._lost(node, way, "an alias that contains itself", "write the value out")
@@ -213,6 +217,14 @@ class _Builder:
             return [self.build(item, (*way, index)) for index, item in enumerate(node.value)]
         finally:
             self._open.difference_update(parts)
+
+    def _count(self, nodes: int) -> None:
+        """Count what is gone through; raises SuiteError where aliases make too much of it."""
+        self._gone_through += nodes
+        if self._gone_through > _MOST_NODES:
+            what = f"more than {_MOST_NODES} values once aliases are followed"
+            mend = "write it without so many aliases"
+            raise SuiteError([*self.problems, Problem(f"{self.path}:1", what, mend)])
 
     def _problem(self, node: Node, what: str, mend: str) -> None:
         self.problems.append(Problem(f"{self.path}:{node.start_mark.line + 1}", what, mend))
@@ -233,7 +245,10 @@ class _Builder:
         try:
             value = self._constructor.construct_object(node)
         except ValueError as error:  # Python reads no whole number of thousands of digits
-            return self._lost(node, way, f"no number that can be read: {error}", "write fewer digits")
+            return self._lost(node, way, f"no number that can be read: {error}", "write a number of fewer digits")
+        except (KeyError, IndexError):
+            kind = tag.removeprefix(_TAG)
+            return self._lost(node, way, f"a text that is no {kind}, after the tag `!!{kind}`", "leave the tag out")
         if self.texts and isinstance(value, float):
             return Written(value, node.value)
         try:
@@ -244,7 +259,7 @@ class _Builder:
 
     def _mapping(self, node: MappingNode, way: Way) -> dict[str, Any]:
         nodes: dict[str, tuple[ScalarNode, Node]] = {}
-        for key, value in self._pairs(node):
+        for key, value in self._pairs(node, way):
             name = str(key.value)
             first, given = nodes.setdefault(name, (key, value))
             if first is not key:
@@ -264,24 +279,32 @@ class _Builder:
         """Return what counts of two values of one key."""
         if isinstance(first, MappingNode) and isinstance(second, MappingNode):
             # That the key of both is there twice says it of the keys in both too.
+            # Only of their first there: a third one is a mistake of its own.
             names = {str(key.value) for key, _ in first.value}
-            self._told |= {id(key) for key, _ in second.value if str(key.value) in names}
+            told = {str(key.value): id(key) for key, _ in reversed(second.value)}
+            self._told |= {told[name] for name in names & told.keys()}
             return self._together(MappingNode, first, second)
         are_lists = isinstance(first, SequenceNode) and isinstance(second, SequenceNode)
         if are_lists and any(isinstance(item, MappingNode) for item in (*first.value, *second.value)):
             return self._together(SequenceNode, first, second)
-        self.cut.add(way)
-        return first
+        # A collection says more than a scalar, which may be null, and then nobody means it.
+        counts, other = sorted((first, second), key=lambda node: isinstance(node, ScalarNode))
+        if str(other.tag) != _TAG + "null":
+            self.cut.add(way)
+        return counts
 
     def _together(self, kind: type[Node], first: Node, second: Node) -> Node:
         node = kind(first.tag, [*first.value, *second.value], first.start_mark, first.end_mark)
         self._parts[node] = {part for one in (first, second) for part in self._parts.get(one, {id(one)})}
         return node
 
-    def _pairs(self, node: MappingNode) -> Iterator[tuple[ScalarNode, Node]]:
+    def _pairs(self, node: MappingNode, way: Way) -> Iterator[tuple[ScalarNode, Node]]:
         for key, value in node.value:
             if not isinstance(key, ScalarNode):
                 self._problem(key, "a key that is not a word", "write `key: value`")
+            elif str(key.tag).startswith(_UNDEFINED):
+                self._problem(key, *_undefined(key))
+                self.cut.add(way)  # it might be any of the keys that are missing
             elif str(key.tag) != _TAG + "merge":
                 yield key, value
 
@@ -294,7 +317,8 @@ class _Builder:
             if isinstance(key, ScalarNode) and str(key.tag) == _TAG + "merge":
                 for source in value.value if isinstance(value, SequenceNode) else [value]:
                     if isinstance(source, MappingNode):
-                        yield from self._pairs(source)
+                        self._count(1 + len(source.value))
+                        yield from self._pairs(source, way)
                         yield from self._merged(source, way, (*inside, id(node)))
                         continue
                     self.cut.add(way)  # it might bring any of the keys that are missing

@@ -5,7 +5,10 @@ Suites are written as one change to a sound suite: (what to replace, by what) ->
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +40,9 @@ comparisons:
 # Nine levels of nine aliases each: 400 million values in nine lines.
 LEVELS = [b"a%d: &a%d [%s]\n" % (n, n, b", ".join([b"*a%d" % (n - 1)] * 9)) for n in range(1, 10)]
 BOMB = b"a0: &a0 [x]\n" + b"".join(LEVELS)
+# Of two merges each: 67 million in 26 lines, though the keys stay one.
+MERGES = b"a0: &a0 {b: 1}\n" + b"".join(b"a%d: &a%d {<<: [*a%d, *a%d]}\n" % (n, n, n - 1, n - 1) for n in range(1, 27))
+DEEP = b"a0: &a0 {b: 1}\n" + b"".join(b"a%d: &a%d {b: *a%d}\n" % (n, n, n - 1) for n in range(1, 600))
 
 # name: (replaced, by, line, message, mend)
 BAD_SUITES = {
@@ -223,6 +229,15 @@ BAD_SUITES = {
         "write a word",
     ),
     "a value listed twice": ("id: a", "id: a\n        seed: [1, 1]", 10, "`seed` lists 1 2 times", "listed twice"),
+    "a base listed twice": ("id: a", "id: a\n        base: [{}, {}]", 10, "`base` lists none 2 times", "listed twice"),
+    "a quantised base listed twice": (
+        "id: a",
+        "id: a\n        base: [&q {quantization: nf4, implementation: fused}, *q]",
+        10,
+        "`base` lists nf4 (fused) 2 times",
+        "listed twice",
+    ),
+    "a method listed twice": ("method: lora", "method: [lora, lora]", 10, "`method` lists 'lora' 2 times", "twice"),
     "too many cells": (
         "id: a",
         f"id: a\n        seed: [{', '.join(map(str, range(10_001)))}]",
@@ -277,6 +292,21 @@ BAD_SUITES = {
         "an alias that contains itself",
         "write",
     ),
+    "unknown anchor as a key": (
+        "{rank: 4,",
+        "{rank: 4, *lora : 3,",
+        11,
+        "`*lora` stands for nothing",
+        "write the value",
+    ),
+    "tag that its text does not fit": (
+        "lr: 1e-3",
+        "compile: !!bool maybe",
+        6,
+        "no bool, after the tag `!!bool`",
+        "leave",
+    ),
+    "tag of nothing": ("steps: 4", "steps: !!int ''", 6, "a text that is no int", "leave the tag out"),
     "tag": ("tiny-llama", "!env MODEL", 4, "a tag, `!env`, which is not allowed", "write a plain value"),
     "key that is a list": ("title:", "[a]:", 2, "a key that is not a word", "write `key: value`"),
     "two documents": ("matrix:", "---\nmatrix:", 3, "not YAML: but found another document", "mend the YAML"),
@@ -352,6 +382,116 @@ def test_no_mistake_hides_those_of_another_entry(name: str, tmp_path: Path) -> N
         for written in (text, text.replace("comparisons:", f"{FAR}comparisons:", 1))
     )
     assert both == alone | FAR_MISTAKES
+
+
+TAKEN_OUT = {
+    "a key that is misspelt behind a bad value": (
+        "base: [5, {quantisation: nf4, implementation: fused}]",
+        ["an entry of `base` is 5", "unknown key `quantisation`"],
+    ),
+    "a key that is misspelt between others": (
+        "base: [5, {quantisation: nf4}, {implementation: x}]",
+        [
+            "an entry of `base` is 5",
+            "base has an `implementation`, x, but no `quantization`",
+            "base nf4 has no `implementation`",
+            "unknown key `quantisation`",
+        ],
+    ),
+    "what a later value lacks, as it was taken out": (
+        "base: [5, {}, {quantization: zzz, implementation: fused}]",
+        ["`quantization` is 'zzz', which is none of none, nf4, nf4-dq", "an entry of `base` is 5"],
+    ),
+    "what the value behind it lacks": (
+        "base: [5, {implementation: fused}]",
+        ["an entry of `base` is 5", "base has an `implementation`, fused, but no `quantization`"],
+    ),
+    "all of an inner list, and a part of the next": (
+        "config: {targets: [[*a], [*b, q_proj]]}",
+        ["`*a` stands for nothing: no `&a` is above it", "`*b` stands for nothing: no `&b` is above it"],
+    ),
+    "a value of a key that is misspelt": (
+        "trainig: {steps: *a}",
+        ["`*a` stands for nothing: no `&a` is above it", "unknown key `trainig`"],
+    ),
+    "what an unknown anchor might have brought": (
+        "*a : 3",
+        ["`*a` stands for nothing: no `&a` is above it"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN_OUT)
+def test_what_is_taken_out_leaves_the_rest_in_its_place(name: str, tmp_path: Path) -> None:
+    written, found = TAKEN_OUT[name]
+    needed = "training: {steps: 1}, " if "steps" not in written else ""
+    text = f"""\
+suite: small
+matrix:
+  - {{model: tiny-llama, task: toy-sentiment, {needed}evaluation: {{items: 8}}, method: lora,
+     {written}}}
+"""
+    assert mistakes(tmp_path / "suite.yaml", text) == [(4, what) for what in found]
+
+
+def test_mistakes_come_in_one_order_whatever_python_hashes(tmp_path: Path) -> None:
+    """Values that cannot be read are a set, and where two emptied lists once met, its order decided on a traceback."""
+    path = tmp_path / "suite.yaml"
+    path.write_text(SUITE.replace("[q_proj]", "[[*a], [*b, q_proj], [*c], [*d, *e]]", 1), encoding="utf-8")
+    command = [sys.executable, "-m", "harness.cli", "plan", str(path)]
+    said = {
+        subprocess.run(
+            command, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=False
+        ).stderr
+        for seed in ("1", "2", "3")
+    }
+    (told,) = said
+    assert "5 mistakes in the suite" in told
+
+
+def test_an_unknown_anchor_hides_no_mistake_of_what_it_was_to_be_merged_into(tmp_path: Path) -> None:
+    entry = "  - {<<: *nix, id: c, method: loar, model: nope, config: {rank: -3}}\ncomparisons:"
+    sources = "sources:\n  - {<<: *nix, name: a, kind: causl}\n  - {<<: *nix, name: b}\nmatrix:"
+    text = SUITE.replace("comparisons:", entry).replace("matrix:", sources).replace("tiny-llama", "[tiny-llama, a, b]")
+    assert mistakes(tmp_path / "suite.yaml", text) == [
+        (4, "`*nix` stands for nothing: no `&nix` is above it"),
+        (4, "`kind` is 'causl', which is none of encoder, causal, data"),
+        (5, "`*nix` stands for nothing: no `&nix` is above it"),
+        (19, "`*nix` stands for nothing: no `&nix` is above it"),
+        (19, "`rank` of lora must be at least 1, got -3"),
+        (19, "no model or data set named 'nope'"),
+        (19, "unknown method `loar`"),
+    ]
+
+
+def test_nothing_in_the_place_of_a_collection_does_not_hide_it(tmp_path: Path) -> None:
+    text = SUITE.replace("cells:\n", "cells:\n    cells:\n").replace(
+        "training: {steps: 4, ", "training:\n    training: {"
+    )
+    assert mistakes(tmp_path / "suite.yaml", text.replace("rank: 4", "rank: 0", 1)) == [
+        (7, "`training` is given twice, first in line 6"),
+        (10, "`cells` is given twice, first in line 9"),
+        (11, "`training.steps` is missing"),
+        (13, "`rank` of lora must be at least 1, got 0"),
+        (14, "`training.steps` is missing"),
+    ]
+
+
+def test_a_scalar_in_the_place_of_a_collection_does_not_hide_it(tmp_path: Path) -> None:
+    # What the keys lack is no mistake: perhaps the scalar was meant.
+    text = SUITE.replace("training: {steps: 4, ", "training: 5\n    training: {").replace("lr: 1e-3", "lr: 7")
+    assert mistakes(tmp_path / "suite.yaml", text) == [
+        (7, "`lr` is 7"),
+        (7, "`training` is given twice, first in line 6"),
+    ]
+
+
+def test_a_key_that_is_given_three_times_is_told_twice(tmp_path: Path) -> None:
+    text = SUITE.replace("lr: 1e-3}", "lr: 1e-3}\n    training:\n      steps: 4\n      steps: 5")
+    assert mistakes(tmp_path / "suite.yaml", text) == [
+        (7, "`training` is given twice, first in line 6"),
+        (9, "`steps` is given twice, first in line 6"),
+    ]
 
 
 def test_a_key_that_is_given_twice_hides_nothing_of_either(tmp_path: Path) -> None:
@@ -498,6 +638,8 @@ def test_the_sound_suite_is_sound(tmp_path: Path) -> None:
         ("suite: a\n".encode("utf-16"), 1, "byte 0xff is not UTF-8"),
         (b"a: " + b"[" * 5000, 1, "not YAML that can be read: nested too deeply"),
         (BOMB, 1, "more than 200000 values"),
+        (MERGES, 1, "more than 200000 values"),
+        (DEEP, 1, "nested too deeply once aliases are followed"),
     ],
 )
 def test_files_that_are_no_suite(

@@ -474,6 +474,33 @@ def test_two_claims_of_one_id_are_refused(tmp_path: Path) -> None:
         claim_file.load([write(tmp_path, line(tmp_path, "1") + line(tmp_path, "2"))])
 
 
+def test_two_claims_of_one_id_in_one_line_are_refused(tmp_path: Path) -> None:
+    rows = ", rows: [{id: a, printed: 112}, {id: a, printed: 113}]"
+    table = line(tmp_path, "x", more=rows).replace("printed: 'x', ", "")
+    with pytest.raises(SuiteError, match="the id `one-a` is taken already"):
+        claim_file.load([write(tmp_path, table)])
+
+
+def test_tables_that_share_their_rows_want_ids_of_their_own(tmp_path: Path) -> None:
+    first, second = (
+        line(tmp_path, "x", more=f", rows: {rows}").replace("printed: 'x', ", "")
+        for rows in ("&rows [{id: a, printed: 112}]", "*rows")
+    )
+    other = second.replace("id: one", "id: two")
+    assert [claim.id for claim in claim_file.load([write(tmp_path, first + other)])] == ["one-a", "two-a"]
+    with pytest.raises(SuiteError, match="the id `one-a` is taken already"):
+        claim_file.load([write(tmp_path, first + second)])
+
+
+def test_an_unknown_anchor_hides_no_mistake_of_its_claim(tmp_path: Path) -> None:
+    claim = line(tmp_path, "two").replace("{id: one", "{<<: *nix, id: one")
+    with pytest.raises(SuiteError) as raised:
+        claim_file.load([write(tmp_path, claim)])
+    printed, nix = raised.value.problems
+    assert "`*nix` stands for nothing" in nix.what
+    assert "two" in printed.what
+
+
 def test_what_a_paper_leaves_out_is_not_decided(tmp_path: Path) -> None:
     file = write(tmp_path, line(tmp_path, "150", more=", needs: the ranks that were learnt"))
     (claim,) = claim_file.load([file])

@@ -119,7 +119,7 @@ def load(paths: Iterable[Path]) -> list[Claim]:
         reading = _Reading(document)
         found += reading.claims()
         problems += reading.problems
-        for where, name in reading.ids.items():
+        for where, name in reading.ids:
             if name in first:
                 what = f"the id `{name}` is taken already, at {first[name]}"
                 problems.append(Problem(where, what, "give each claim an id of its own"))
@@ -130,12 +130,12 @@ def load(paths: Iterable[Path]) -> list[Claim]:
 
 
 class _Reading:
-    """One reading of one file; collects the problems on the way, and the id of each place, also of claims that are wrong."""
+    """One reading of one file; collects the problems on the way, and the ids, each with its place, also of wrong claims."""
 
     def __init__(self, document: Document) -> None:
         self.document = document
         self.problems: list[Problem] = []
-        self.ids: dict[str, str] = {}
+        self.ids: list[tuple[str, str]] = []
         self.arguments = Arguments(document, self.problems)
 
     def claims(self) -> list[Claim]:
@@ -154,7 +154,7 @@ class _Reading:
         self.arguments.problem(way, what, mend)
 
     def _rows(self, keys: FileKeys, table: ClaimKeys, way: Way) -> Iterator[Claim]:
-        if way in self.document.cut or (table.rows is None and (*way, "rows") in self.document.cut):
+        if self.document.is_emptied(way) or (table.rows is None and (*way, "rows") in self.document.cut):
             return  # no claim at all, or no rows, and told already
         if table.rows is None:
             found = self._claim(keys, table, table, way, way)
@@ -164,7 +164,7 @@ class _Reading:
         if table.printed:
             self.problem((*way, "printed"), "`printed` stands beside `rows`", "give it to each row")
         for index, row in enumerate(table.rows):
-            if (*way, "rows", index) in self.document.cut:
+            if self.document.is_emptied((*way, "rows", index)):
                 continue
             found = self._claim(keys, table, row, way, (*way, "rows", index))
             if found is not None:
@@ -184,7 +184,7 @@ class _Reading:
                 self.problem(place, f"`{name}` is missing", _MISSING[name.partition(" ")[0]])
         name = f"{table.id}-{row.id}" if is_row else str(row.id)
         if row.id and table.id:
-            self.ids[self.document.where(*at)] = name
+            self.ids.append((self.document.where(*at), name))
         arguments = dict(table.with_) | (dict(row.with_) if is_row else {})
         measure = self.arguments.measure(values["measure"], at, is_row and row.measure is None, way)
         asking = self.arguments.asking(measure, arguments, (*at, "with"), [(*way, "with")]) if measure else None
