@@ -79,6 +79,10 @@ def _too_long(folder: Path, cells: list[tuple[Cell, dict[str, str]]], suite: Sui
         elif limit + answer > most:
             what = f"a prompt of {limit} tokens and an answer of {answer} exceed the {most} positions of {cell.model}"
             yield Problem(places["max_tokens"], what, "lower `max_tokens`, or the task's `max_gen_toks`")
+        prompt = cell.evaluation.later().get("prompt_tokens")  # the usual one is cut to what the model reads
+        if cell.evaluation.latency and isinstance(prompt, int) and prompt > most:
+            what = f"`prompts` have {prompt} tokens, and {cell.model} has {most} positions"
+            yield Problem(places["tokens"], what, f"write at most {most}")
 
 
 def _unseen(folder: Path, kind: str, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[_Unseen]:

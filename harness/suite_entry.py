@@ -32,6 +32,7 @@ _JUDGED_LATER = (
     ("config", "adapter_config"),
     ("training", "max_tokens"),
     ("evaluation", "items"),
+    ("prompts", "tokens"),
 )
 _NEEDED = (("model",), ("task",), ("method",), ("training", "steps"), ("evaluation", "items"))
 _COMPARED = (("task",), ("dtype",), ("training", "steps"), ("evaluation", "items"))

@@ -113,6 +113,17 @@ def test_no_more_tokens_than_positions(
     ]
 
 
+@pytest.mark.usefixtures("no_child")
+def test_no_longer_prompt_than_the_model_reads(folder: Path) -> None:
+    """The usual 32 tokens are cut to it, as nobody has asked for them; nor has who wants no latencies."""
+    prompts = "{batch: 4}\n        prompts: {tokens: 25}"
+    assert refused(folder, "{batch: 4}", prompts) == [
+        (18, "`prompts` have 25 tokens, and bert has 24 positions", "write at most 24")
+    ]
+    assert refused(folder, "{batch: 4}", prompts.replace("25", "24")) == []
+    assert refused(folder, "{batch: 4}", f"{prompts}\n        latency: never") == []
+
+
 TASK = """\
 task: digits
 output_type: generate_until
