@@ -22,6 +22,7 @@ from harness.assets import fetch, model_folder, process
 from harness.assets.table import resolve
 from harness.errors import Problem, SuiteError
 from harness.methods import TARGET_WORDS
+from harness.records import DECODED
 from harness.task_keys import written
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def refuse(suite: Suite, plan: Plan) -> None:
         source = resolve(model, suite.sources, suite.path.resolve().parent)
         folder = fetch.at_hand(source)
         if folder is not None:
-            found += _too_long(folder, cells, suite)
+            found += _too_long(folder, source.kind, cells, suite)
             found += _none_of_them(folder, cells)
             unseen += _unseen(folder, source.kind, cells)
     found += _no_layers(unseen)
@@ -62,7 +63,7 @@ def refuse(suite: Suite, plan: Plan) -> None:
         raise SuiteError(list(dict.fromkeys(found)))
 
 
-def _too_long(folder: Path, cells: list[tuple[Cell, dict[str, str]]], suite: Suite) -> Iterator[Problem]:
+def _too_long(folder: Path, kind: str, cells: list[tuple[Cell, dict[str, str]]], suite: Suite) -> Iterator[Problem]:
     most = model_folder.positions(folder)
     if most is None:
         return
@@ -80,9 +81,11 @@ def _too_long(folder: Path, cells: list[tuple[Cell, dict[str, str]]], suite: Sui
             what = f"a prompt of {limit} tokens and an answer of {answer} exceed the {most} positions of {cell.model}"
             yield Problem(places["max_tokens"], what, "lower `max_tokens`, or the task's `max_gen_toks`")
         prompt = cell.evaluation.later().get("prompt_tokens")  # the usual one is cut to what the model reads
-        if cell.evaluation.latency and isinstance(prompt, int) and prompt > most:
-            what = f"`prompts` have {prompt} tokens, and {cell.model} has {most} positions"
-            yield Problem(places["tokens"], what, f"write at most {most}")
+        decoded = DECODED if kind == "causal" else 0
+        if cell.evaluation.latency and isinstance(prompt, int) and prompt + decoded > most:
+            more = f", and {decoded} are decoded after them" if decoded else ""
+            what = f"`prompts` have {prompt} tokens{more}; {cell.model} has {most} positions"
+            yield Problem(places["tokens"], what, f"write at most {most - decoded}")
 
 
 def _unseen(folder: Path, kind: str, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[_Unseen]:

@@ -112,7 +112,7 @@ def _worth(document: Mapping[str, Any]) -> list[str]:
             "memory is predicted from shapes, at the longest texts: tensors of weights, training and activations, without "
             "what an allocator wastes; activations only for models like Llama, and their logits where every token has a "
             "loss. What is in a step at most is counted by the step itself on tensors without data, on a CPU; where only "
-            "answers have a loss, of answers of one token. `peft-harness fit` tells more"
+            "answers have a loss, of answers of one token. Scoring and latencies are not in it. `peft-harness fit` says more"
         )
     reasons: dict[str, int] = {}
     refused: dict[str, int] = {}

@@ -58,6 +58,8 @@ class Base(Frozen):
         return self.quantization if not self.implementation else f"{self.quantization} ({self.implementation})"
 
 
+DECODED = 8
+"""Tokens that are decoded after a prompt of latencies, again and again where more are asked for; they take positions too."""
 _LATER = ("skip", "latency", "prompt_batch", "prompt_tokens", "passes")
 
 

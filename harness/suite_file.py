@@ -247,7 +247,8 @@ def _sentence(detail: dict[str, Any], key: str, subject: str, model: type[BaseMo
         return what, "write letters, digits and . _ + - only"
     for bound, words in _BOUNDS.items():
         if bound in limits:
-            return what, f"write {words} {limits[bound]:g}"
+            limit = limits[bound]
+            return what, f"write {words} {f'{limit:g}' if isinstance(limit, float) else limit}"
     if kind in ("too_short", "string_too_short"):
         return f"{subject} is empty", "give it a value, or leave it out"
     return what, _FORMS.get(kind, detail["msg"])

@@ -258,6 +258,15 @@ def test_a_step_of_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "(`fused` of lora)" in printed
 
 
+def test_a_check_that_nothing_can_be_tried_of_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--memory", "4GB", "--method", "lora", "--rank", "8", "--base", "none", "--check"]
+    assert main(["fit", "roberta-base", *words]) == Exit.PASS
+    printed = capsys.readouterr()
+    assert "Not checked: lora on none; no formula says which batch to try." in " ".join(printed.out.split())
+    assert "peak" not in printed.out
+    assert "0 rows" not in printed.err
+
+
 def test_all_mistakes_come_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     wrong = ["--memory", "24G", "--method", "lorra", "--base", "nf5", "--dtype", "float8", "--tokens", "0"]
     assert main(["fit", "lama-7b", *wrong, "--optimizer", "sgd"]) == Exit.USAGE

@@ -118,10 +118,14 @@ def test_no_longer_prompt_than_the_model_reads(folder: Path) -> None:
     """The usual 32 tokens are cut to it, as nobody has asked for them; nor has who wants no latencies."""
     prompts = "{batch: 4}\n        prompts: {tokens: 25}"
     assert refused(folder, "{batch: 4}", prompts) == [
-        (18, "`prompts` have 25 tokens, and bert has 24 positions", "write at most 24")
+        (18, "`prompts` have 25 tokens; bert has 24 positions", "write at most 24")
     ]
     assert refused(folder, "{batch: 4}", prompts.replace("25", "24")) == []
     assert refused(folder, "{batch: 4}", f"{prompts}\n        latency: never") == []
+    causal = "[q_proj, v_proj]}, prompts: {tokens: 33}"
+    what = "`prompts` have 33 tokens, and 8 are decoded after them; tied has 40 positions"
+    assert refused(folder, "[q_proj, v_proj]}", causal) == [(13, what, "write at most 32")]
+    assert refused(folder, "[q_proj, v_proj]}", causal.replace("33", "32")) == []
 
 
 TASK = """\

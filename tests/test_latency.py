@@ -23,7 +23,7 @@ from transformers import (
 from harness.conformance.subject import configure
 from harness.errors import ImplementationError
 from harness.measure import latency
-from harness.records import Evaluation
+from harness.records import DECODED, Evaluation
 from harness.registry import discover
 
 VOCABULARY = 20
@@ -134,10 +134,8 @@ class Forgetful(Remembering):
 def test_decoding_goes_on_from_the_cache_whatever_it_is_called(kind: type[Remembering]) -> None:
     model = kind()
     decode = measure(SimpleNamespace(model=model, can_merge=False), blocks=1)["base", "decode"]
-    assert len(decode.seconds) == latency.DECODED - latency.WARMUP
-    assert model.saw[-latency.DECODED - 1 :] == list(
-        range(USUAL.prompt_tokens, USUAL.prompt_tokens + latency.DECODED + 1)
-    )
+    assert len(decode.seconds) == DECODED - latency.WARMUP
+    assert model.saw[-DECODED - 1 :] == list(range(USUAL.prompt_tokens, USUAL.prompt_tokens + DECODED + 1))
 
 
 def test_a_model_without_a_cache_is_not_said_to_decode() -> None:

@@ -18,8 +18,7 @@ from harness.analysis import watched
 from harness.analysis.percentiles import percentile
 from harness.conformance.subject import Subject, adaptable_layers, configure
 from harness.export import rows
-from harness.measure.latency import DECODED
-from harness.records import Cell, CheckResult, Evaluation, Latency, Outcome, Training
+from harness.records import DECODED, Cell, CheckResult, Evaluation, Latency, Outcome, Training
 from harness.registry import discover
 from harness.report import view
 from harness.runner import serving

@@ -217,7 +217,7 @@ def resolve(name: str, table: Mapping[str, Source], base: Path, kind: Kind = "ca
             )
         rows = Rows(format="hub") if kind == "data" else None
         return Source(name=name, kind=kind, source=f"hub:{repository}", revision=revision, rows=rows)
-    near = difflib.get_close_matches(name, table, n=1)
+    near = [f"shape:{name}"] if shapes.preset(name) else difflib.get_close_matches(name, table, n=1)
     raise UsageError(
         f"no model or data set named {name!r}",
         mend=f"did you mean {near[0]!r}?"

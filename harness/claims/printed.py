@@ -29,7 +29,7 @@ UNITS: dict[Dimension, dict[str, Fraction]] = {
     "share": {"%": Fraction(1, 100), "": Fraction(1)},
     "ratio": {"x": Fraction(1), "": Fraction(1)},
     "seconds": {"s": Fraction(1), "ms": Fraction(1, 1000), "min": Fraction(60)},
-    "rate": {"tokens/s": Fraction(1), "": Fraction(1)},
+    "rate": {"tokens/s": Fraction(1)},
     "number": {"": Fraction(1)},
     "property": {},
 }
@@ -88,7 +88,7 @@ def parse(text: str, dimension: Dimension) -> Printed:
 
 def _example(dimension: Dimension) -> str:
     unit = next(iter(units)) if (units := [u for u in UNITS[dimension] if u]) else ""
-    return f"`12.3{unit}`"
+    return f"`12.3 {unit}`".replace(" `", "`")
 
 
 def exact(written: Any) -> Fraction | None:

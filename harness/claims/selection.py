@@ -28,7 +28,7 @@ def chosen(
     if not headlines:
         return several
     if not (parts := [c for c in several if c.headline]):
-        mend = "leave it out, or write `headline: its name` into the claims that are its parts"
+        mend = "ask for fewer of --tier and --id, or in claims of your own write `headline: its name`"
         raise UsageError("none of these claims is part of a headline", where="--headlines", mend=mend)
     return parts
 

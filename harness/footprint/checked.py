@@ -28,14 +28,16 @@ def checked(asked: Asked, document: Mapping[str, Any]) -> dict[str, Any]:
     """Return the document of `fit.answer` with the largest batch of each row whose step fits, and that step's peak.
 
     peak_B: of the row's batch, or where none fits of the smallest that was tried; None of a row for which nothing could be
-    tried, and `no_peak` says why. peak_by: whose code's. Ranks stay those that the formulas chose; `longest` stays theirs.
+    tried: `no_peak` says why, and its batch is the formulas'. peak_by: whose code's. Ranks stay those that the formulas
+    chose; `longest` stays theirs.
     """
     rows = [
         dict(row) | {"peak_B": None, "peak_by": _whose(row["method"]), "no_peak": _untried(row)}
         for row in document["rows"]
     ]
     tried: dict[int, dict[int, int]] = {n: {} for n, row in enumerate(rows) if not row["no_peak"]}
-    print(f"taking a step without data for each of {len(tried)} rows ...", file=sys.stderr)
+    if tried:
+        print(f"taking a step without data for each of {len(tried)} rows ...", file=sys.stderr)
     room, tokens = document["memory_B"], document["tokens"]
     for _ in range(_ROUNDS):
         batches = {n: batch for n in tried if (batch := _next(rows[n], tried[n], room)) is not None}
@@ -51,7 +53,7 @@ def checked(asked: Asked, document: Mapping[str, Any]) -> dict[str, Any]:
             else:
                 tried[n][batch] = peak - rows[n]["ledger"]["host_B"]
     settled = [_settled(row, tried[n], room) if tried.get(n) else row for n, row in enumerate(rows)]
-    return dict(document) | {"checked": True, "rows": settled}
+    return dict(document) | {"checked": any(row["peak_B"] is not None for row in settled), "rows": settled}
 
 
 @cache

@@ -261,6 +261,8 @@ def ledger(
 
 def _document(row: Row) -> dict[str, Any]:
     parts = {f"{part}_B": size for part, size in asdict(row.ledger).items()} if row.ledger else None
+    if parts and row.batch is None:
+        parts |= {"activations_B": None, "logits_B": None}  # nothing is known of them, which is not nothing
     total = {"total_B": row.ledger.total, "left_B": row.left} if row.ledger else {}
     facts = {k: v for k, v in asdict(row).items() if k not in ("ledger", "left")}
     return facts | {"ledger": parts and parts | total}

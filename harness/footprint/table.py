@@ -77,7 +77,7 @@ def _worth(document: Mapping[str, Any], size: Size) -> list[str]:
         "This is a prediction from shapes: nothing was run. It leaves out what the allocator keeps and wastes, the "
         "workspace of kernels, temporary tensors, the CUDA context (hundreds of MiB) and other programs: leave them room.",
     ]
-    said += _of_steps(document["rows"]) if document.get("checked") else []
+    said += _of_steps(document["rows"])
     if known:
         said.append(
             f"How far off it was: weights, adapter, gradients and optimizer within {FOOTPRINT_LEDGER:.0%} of the ledgers of "
@@ -97,14 +97,17 @@ def _worth(document: Mapping[str, Any], size: Size) -> list[str]:
 def _of_steps(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     by: dict[str, list[str]] = {}
     for row in rows:
-        if row["peak_B"] is not None and row["method"] not in by.setdefault(row["peak_by"], []):
+        if row.get("peak_B") is not None and row["method"] not in by.setdefault(row["peak_by"], []):
             by[row["peak_by"]].append(row["method"])
     whose = "; ".join(f"`{name}` of {', '.join(several)}" for name, several in by.items())
-    return [
+    untried = [row for row in rows if row["ledger"] and row.get("no_peak")]
+    how = [
         f"peak: the most that tensors take at one time in a training step, taken without data by code for a CPU ({whose}). "
-        "Each batch is the largest whose step fits, and `left` is beside the peak; `total`, `longest` and the choice of "
-        "ranks are those of formulas.",
-        *(f"No peak of {row['method']}: {row['no_peak']}." for row in rows if row["ledger"] and row["no_peak"]),
+        "The batch of a row with a peak is the largest whose step fits, and its `left` is beside the peak; `total`, "
+        "`longest` and the choice of ranks are those of formulas."
+    ]
+    return (how if by else []) + [
+        f"Not checked: {row['method']} on {row['base']}; {row['no_peak']}." for row in untried
     ]
 
 

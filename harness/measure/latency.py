@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from harness.errors import ImplementationError
 from harness.methods import Adapted
-from harness.records import Evaluation, Latency
+from harness.records import DECODED, Evaluation, Latency
 from reference.layers import replace
 
 Variant = Literal["base", "unmerged", "merged", "multi-adapter"]
@@ -25,8 +25,6 @@ BLOCKS = 3
 PER_BLOCK = 4
 SLOW_S, FEWER = 0.1, 2
 """Of forward passes that take longer there are fewer: six in three blocks, the least that have an interval at 95 %."""
-DECODED = 8
-"""Tokens that are decoded after a prompt, again and again where more are asked for; so a cache has one size of its own."""
 _ORDER: tuple[Variant, ...] = ("base", "unmerged", "merged")
 CACHES = ("cache", "past_key_values", "cache_params")
 """What a key-value cache is called: by transformers from 5.24 on, before, and before by state-space models."""

@@ -65,7 +65,7 @@ def several(facts: RunFacts) -> Table:
     """Tabulate batches whose rows have adapters of their own, beside the same batch with one adapter for all."""
     columns = [
         column("What", "kind of forward pass, batch x tokens", number=False),
-        column("Adapters", "each row of the batch goes through another"),
+        column("Adapters", "each row of the batch goes through another; always four, whatever batch was asked for"),
         column("One for all, ms", f"the same batch through one unmerged adapter: {TITLE}"),
         column("One each, ms", TITLE),
         column("Each / all", "ratio of medians: what mixing costs"),
