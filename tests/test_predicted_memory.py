@@ -18,7 +18,7 @@ from report_page import row
 from harness import planning, suites
 from harness.assets import process
 from harness.expand import expand
-from harness.footprint import cells
+from harness.footprint import asking, cells
 from harness.records import Evaluation, Predicted, Record
 from harness.report import facts, tables
 from harness.tasks import Answers
@@ -27,13 +27,13 @@ from harness.tasks import Answers
 @pytest.fixture
 def _no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the steps without data out, a second each: only what the formulas say is looked at."""
-    counted = cells._counted
+    counted = asking.ask
 
     def formulas(requests: list[Any]) -> Any:
         of_models = [request for request in requests if "cell" not in request]
         return [*counted(of_models), *({} for _ in requests[len(of_models) :])]
 
-    monkeypatch.setattr(cells, "_counted", formulas)
+    monkeypatch.setattr(asking, "ask", formulas)
 
 
 @pytest.mark.usefixtures("_no_steps")
@@ -183,13 +183,13 @@ def test_cells_that_differ_in_seed_or_learning_rate_share_a_step(monkeypatch: py
     other = one.model_copy(update={"seed": 7, "training": one.training.model_copy(update={"lr": 0.5})})
     longer = one.model_copy(update={"training": one.training.model_copy(update={"max_tokens": 96})})
     asked: list[Any] = []
-    counted = cells._counted
+    counted = asking.ask
 
     def spy(requests: list[Any]) -> Any:
         asked.extend(request for request in requests if "cell" in request)
         return counted(requests)
 
-    monkeypatch.setattr(cells, "_counted", spy)
+    monkeypatch.setattr(asking, "ask", spy)
     found = planning.predictions(suite, dataclasses.replace(plan, cells=(one, other, longer)))
     assert len(asked) == 2
     peaks = [p.peak_B for c in (one, other, longer) if isinstance(p := found[c.cell_id], Predicted)]
@@ -220,7 +220,7 @@ def test_who_counts_ends_with_a_command_that_is_killed(bench: Bench) -> None:
 
 def test_steps_that_take_too_long_take_no_formula_along(monkeypatch: pytest.MonkeyPatch) -> None:
     """The child is ended while it takes the first step; the counts of models were there before."""
-    monkeypatch.setattr(cells, "_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(asking, "TIMEOUT_S", 60.0)
     tied = process.tied
 
     @contextlib.contextmanager
