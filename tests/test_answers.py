@@ -299,8 +299,8 @@ matrix:
 SMALLER = {
     "llama-3.2-3b": "./model", "llama-3.1-8b": "./larger", "metamath-gsm8k": "task.yaml", "steps: 5000": "steps: 8",
     "warmup: 500": "warmup: 1", "max_tokens: 768": "max_tokens: 60", "lr: 1e-5": "lr: 1e-2",
-    "tinit: 200": "tinit: 2", "tfinal: 500": "tfinal: 2", "items: 1319": "items: 6", "tokens: 512, passes: 102": "tokens: 8, passes: 6", "batch: 50": "batch: 6",
-    "matrix:\n": SOURCES,
+    "tinit: 200": "tinit: 2", "tfinal: 500": "tfinal: 2", "items: 1319": "items: 6", "batch: 50": "batch: 6",
+    "tokens: 512, passes: 102": "tokens: 8, passes: 6", "matrix:\n": SOURCES,
 }  # fmt: skip
 OF_TASK = {"data: gsm8k": "data: digits-test", "train: metamathqa": "train: digits-train", "test: 1319": "test: 20",
            "max_gen_toks: 300": "max_gen_toks: 10"}  # fmt: skip

@@ -16,7 +16,7 @@ from harness import store, suites
 from harness.assets import fetch, table
 from harness.records import Status
 
-KILLS, CELLS = 20, 200
+KILLS, CELLS = 20, 100
 
 # Lives are forked from one process: each would spend a second on imports otherwise, and the test would be about these.
 _LIVES = """
@@ -45,7 +45,7 @@ def records():
 
 moments, found = random.Random(20), []
 for _ in range(kills):
-    more, soon = moments.randint(0, 16), moments.uniform(0.0, 0.06)
+    more, soon = moments.randint(0, 8), moments.uniform(0.0, 0.06)
     enough = records() + more
     child = os.fork()
     if not child:
