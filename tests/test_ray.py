@@ -35,10 +35,12 @@ class Joined(Ray):
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    heard = signal.getsignal(signal.SIGTERM)
-    with Ray():
-        assert signal.getsignal(signal.SIGTERM) is heard  # by which a run is asked to end
-        yield ray.get_runtime_context().gcs_address
+    heard, cores = signal.getsignal(signal.SIGTERM), max(2, environment.physical_cores())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(environment, "physical_cores", lambda: cores)  # two Cells at a time, also where there is one core
+        with Ray():
+            assert signal.getsignal(signal.SIGTERM) is heard  # by which a run is asked to end
+            yield ray.get_runtime_context().gcs_address
 
 
 def _gone(pid: int) -> bool:
