@@ -69,6 +69,8 @@ def count(entry: Entry) -> int:
 
 def cells(entry: Entry) -> Iterator[Cell]:
     """Yield an entry's Cells; the last axis, the seed, turns fastest."""
+    # Seeds without latencies keep their prompts: they are of one recipe with the one that has them.
+    asked = entry.evaluation.untimed() if entry.latency == "never" else entry.evaluation
     for model, task, base, (method, config), implementation, optimizer, dtype, training, seed in itertools.product(
         entry.model,
         entry.task,
@@ -81,9 +83,7 @@ def cells(entry: Entry) -> Iterator[Cell]:
         entry.seed,
     ):
         timed = entry.latency == "every-seed" or (entry.latency == "first-seed" and seed == entry.seed[0])
-        # Seeds without latencies keep their prompts: they are of one recipe with the one that has them.
-        evaluation = entry.evaluation.model_copy(update={"latency": timed})
-        evaluation = evaluation.untimed() if entry.latency == "never" else evaluation
+        evaluation = asked.model_copy(update={"latency": timed})
         yield Cell(
             model=model, task=task, method=method, implementation=implementation, config=config, base=base,
             optimizer=optimizer, dtype=dtype, seed=seed, training=training, evaluation=evaluation,

@@ -98,9 +98,10 @@ def _apart(run: Callable[[], int]) -> int | str:
             return _LATE
         if not said:
             return "the process of a step without data ended and said nothing"
+        found: int | str
         found, asked = pickle.loads(said)  # noqa: S301  # of our own fork
         outcomes.known.update(asked)  # shapes alone, which the next step need not ask again
-        return found  # type: ignore[no-any-return]
+        return found
     finally:
         os.close(told)
         os.kill(child, signal.SIGKILL)  # it has no name of its own in any group; after its end this does nothing

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from harness.footprint import asking, choices
-from harness.footprint.fit import Asked, config_at
+from harness.footprint.fit import DOES_NOT_FIT, Asked, config_at
 from harness.methods import methods
 from harness.records import Base, Cell, Evaluation, Training
 from harness.registry import discover
@@ -21,7 +21,6 @@ OURS = "fused"
 _ROUNDS = 8
 """Batches that are tried of a row at most; three mostly do: what a text takes, what fits, and that one more does not."""
 _OF_BATCH = ("activations_B", "logits_B")
-DOES_NOT_FIT = "does not fit"
 
 
 def checked(asked: Asked, document: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,12 +37,12 @@ def checked(asked: Asked, document: Mapping[str, Any]) -> dict[str, Any]:
     tried: dict[int, dict[int, int]] = {n: {} for n, row in enumerate(rows) if not row["no_peak"]}
     if tried:
         print(f"taking a step without data for each of {len(tried)} rows ...", file=sys.stderr)
-    room, tokens = document["memory_B"], document["tokens"]
+    room = document["memory_B"]
     for _ in range(_ROUNDS):
         batches = {n: batch for n in tried if (batch := _next(rows[n], tried[n], room)) is not None}
         if not batches:
             break
-        steps = [_step(asked, rows[n], document["targets"], tokens, batch) for n, batch in batches.items()]
+        steps = [_step(asked, document, rows[n], batch) for n, batch in batches.items()]
         answers = asking.ask(steps)
         for at, (n, batch) in enumerate(batches.items()):
             found = {"no_peak": answers} if isinstance(answers, str) else answers[at] if at < len(answers) else {}
@@ -85,10 +84,11 @@ def _lasting(row: Mapping[str, Any]) -> int:
     return sum(int(row["ledger"][part]) for part in ("weights_B", "adapter_B", "gradients_B", "optimizer_B"))
 
 
-def _step(asked: Asked, row: Mapping[str, Any], targets: list[str], tokens: int, batch: int) -> dict[str, Any]:
+def _step(asked: Asked, document: Mapping[str, Any], row: Mapping[str, Any], batch: int) -> dict[str, Any]:
     """Return the question for a step of a row, over a base that `fused` packed, with a loss of every token."""
     info = methods()[row["method"]]
-    config = config_at(info, row["rank"]) | ({"targets": targets} if "targets" in info.fields else {})
+    tokens, targets = document["tokens"], {"targets": document["targets"]}
+    config = config_at(info, row["rank"]) | (targets if "targets" in info.fields else {})
     packed = row["base"] not in ("none", choices.OWN)
     layerwise = asked.layerwise and info.trains_weights
     cell = Cell(
@@ -99,7 +99,7 @@ def _step(asked: Asked, row: Mapping[str, Any], targets: list[str], tokens: int,
         config=config,
         base=Base(quantization=row["base"], implementation=OURS) if packed else Base(),
         optimizer="adamw" if row["optimizer"] == choices.OWN else row["optimizer"],
-        dtype=asked.dtype,  # type: ignore[arg-type]  # `fit.ask` has looked
+        dtype=document["dtype"],
         training=Training(
             steps=1, batch=batch, max_tokens=tokens, lr=1e-3, checkpointing=asked.checkpointing, layerwise=layerwise
         ),

@@ -25,6 +25,7 @@ RANKS = tuple(2**n for n in range(9))
 """The ranks that are tried, where none is given: 1 to 256, the range that the Methods' papers look at."""
 TOKENS = 512
 """Of each text, where no number is given and the model reads so many."""
+DOES_NOT_FIT = "does not fit"
 _TIMEOUT_S = 600.0
 _LAST_LINES = 5
 
@@ -228,7 +229,7 @@ def _best(
         return found[1]
     least = ledger(of_ranks[0], base, optimizer, counted["logits"], tokens, *how)
     return Row(
-        method, base, optimizer, "does not fit", of_ranks[0]["rank"], of_ranks[0]["trainable"], 1 if known else None,
+        method, base, optimizer, DOES_NOT_FIT, of_ranks[0]["rank"], of_ranks[0]["trainable"], 1 if known else None,
         ledger=least, left=room - least.total,
     )  # fmt: skip
 

@@ -163,7 +163,8 @@ def latency(facts: RunFacts) -> Table:
     ]
     rows = []
     for cell, m in _measurements(facts):
-        alone = [x for x in m.latency if x not in latencies.mixed(m.latency)]  # those have a table of their own
+        mixed = latencies.mixed(m.latency)  # those have a table of their own
+        alone = [x for x in m.latency if x not in mixed]
         for kind, batch, tokens in dict.fromkeys((x.kind, x.batch, x.tokens) for x in alone):
             found = {x.variant: x for x in alone if (x.kind, x.batch, x.tokens) == (kind, batch, tokens)}
             base, unmerged, merged = (found.get(v) for v in ("base", "unmerged", "merged"))
