@@ -101,7 +101,7 @@ _CELLS = (
     Column("evaluation.latency", BOOLEAN, "", "whether latencies were asked for"),
     Column("evaluation.prompt_batch", INTEGER, "1", "of latencies: prompts in a forward pass"),
     Column("evaluation.prompt_tokens", INTEGER, "1", "of latencies: tokens asked for in each prompt"),
-    Column("evaluation.passes", INTEGER, "1", "of latencies: timed passes of each variant, at least; none: the harness's few"),
+    Column("evaluation.passes", INTEGER, "1", "of latencies: timed passes of each variant, at least"),
     Column(
         "evaluation.skip", INTEGER, "1", "test items passed over first; not 0: a try of a search for a learning rate"
     ),
