@@ -14,6 +14,7 @@ import pytest
 import recorded_run as made
 from recorded_run import MIB
 
+from harness import expand, suites
 from harness.analysis.process_runs import FEWEST
 from harness.claims import claim_file, recorded, worker
 from harness.claims.claim import Asking, Claim
@@ -24,6 +25,7 @@ from harness.claims.measuring import Found, NotRunError
 from harness.claims.printed import Dimension, Rounding, parse
 from harness.cli import main
 from harness.cost_records import GpuPhase
+from harness.errors import Exit
 from harness.expand import Plan
 from harness.memory_records import Predicted
 from harness.records import Cell, Latency, Outcome, Phase, Record, Status
@@ -404,6 +406,76 @@ def test_an_entry_of_several_recipes_is_refused(runs: Recorded) -> None:
     runs(a=[made.record(name, cell(name=name)) for name in ("fused", "lora-r1")])
     with pytest.raises(ValueError, match="more than one Cell and its seeds"):
         measures.peak_memory("made", "a")
+
+
+OWN_SUITE = """\
+suite: my-own
+matrix:
+  - id: small
+    model: tiny-llama
+    task: toy-sentiment
+    method: lora
+    implementation: fused
+    dtype: float32
+    config: {rank: 4}
+    training: {steps: 2, batch: 2, max_tokens: 16, lr: 1e-3}
+    evaluation: {items: 20}
+"""
+OWN_CLAIM = """\
+paper: mine
+title: Mine
+version: v1
+claims:
+  - id: one
+    sentence: It takes {printed}.
+    source: Table 1
+    tier: gpu-synthetic
+    printed: 200 MiB
+    rounding: {about: 2%}
+    measure: peak_memory
+    with: {suite: SUITE, cell: CELL}
+"""
+
+
+def own_claim(folder: Path, suite: str, entry: str) -> str:
+    """Write a claim file in a folder of its own, beside that of the suite; return its path."""
+    (folder / "papers").mkdir(parents=True, exist_ok=True)
+    (folder / "mine.yaml").write_text(OWN_SUITE)
+    file = folder / "papers" / "claims.yaml"
+    file.write_text(OWN_CLAIM.replace("SUITE", suite).replace("CELL", entry))
+    return str(file)
+
+
+def test_a_claim_of_ones_own_is_judged_by_a_suite_of_ones_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = own_claim(tmp_path, "../mine.yaml", "small")
+    assert main(["claims", "--file", file]) == Exit.NOTHING_COMPARED
+    assert f"peft-harness run {tmp_path / 'mine.yaml'}" in " ".join(capsys.readouterr().out.split())
+    (one,) = expand.expand(suites.load(tmp_path / "mine.yaml")).cells
+    record = peaking(made.record("fused", one), 200)
+    made.write_run(tmp_path / "run", run="own", suite="my-own", cells=[one], change=lambda *_: None, extra=[record])
+    assert main(["claims", "--file", file, "--run", str(tmp_path / "run"), "--json"]) == Exit.PASS
+    (judged,) = json.loads(capsys.readouterr().out)["claims"]
+    assert judged["verdict"] == "reproduced"
+
+
+@pytest.mark.parametrize(
+    ("suite", "entry", "said"),
+    [
+        ("../mine.yaml", "smal", "has no entry `smal`; did you mean `small`?"),
+        ("../none.yaml", "small", "none.yaml:1: cannot read"),
+        ("claims-smal", "small", "no suite is called `claims-smal`; did you mean `claims-small`?"),
+        ("claims-small", "small", "the suite claims-small has no entry `small`"),
+    ],
+)
+def test_an_entry_that_is_not_there_is_a_mistake_of_the_claim_file(
+    suite: str, entry: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["claims", "--file", own_claim(tmp_path, suite, entry)]) == Exit.USAGE
+    err = " ".join(capsys.readouterr().err.split())
+    assert said in err
+    assert "claims.yaml:12: " in err
 
 
 HIGH, LOW, TORN = [0.80, 0.81, 0.80, 0.81, 0.80], [0.70, 0.71, 0.70, 0.71, 0.70], [0.60, 0.95, 0.62, 0.93, 0.75]

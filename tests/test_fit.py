@@ -15,9 +15,10 @@ import pytest
 from harness.assets import made, shapes
 from harness.cli import main
 from harness.errors import Exit, UsageError
-from harness.footprint import asking, fit, models, sizes, table
+from harness.footprint import apart, asking, fit, models, sizes, table
 from harness.footprint.choices import OPTIMIZERS, OWN
 from harness.footprint.counting import count
+from harness.records import Cell
 from harness.tolerances import FOOTPRINT_LEDGER
 
 # Weights as the papers print them, in thousand millions: tables 2, 3 and 2.1.
@@ -48,9 +49,10 @@ def counted(of_llama_7b: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(fit, "counts", lambda asked: of_llama_7b)
 
 
-def document(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+def document(capsys: pytest.CaptureFixture[str], *words: str, steps: bool = False) -> dict[str, Any]:
     methods = [word for name in ASKED for word in ("--method", name)] if "--method" not in words else []
-    assert main(["fit", "llama-7b", *words, *methods, "--json"]) == Exit.PASS
+    by_formulas = [] if steps else ["--formulas"]
+    assert main(["fit", "llama-7b", *words, *methods, *by_formulas, "--json"]) == Exit.PASS
     return dict(json.loads(capsys.readouterr().out))
 
 
@@ -123,13 +125,17 @@ def test_paged_states_are_counted_apart(capsys: pytest.CaptureFixture[str]) -> N
     together = row(document(capsys, "--memory", "1TB", "--optimizer", "adamw"), "full")["ledger"]
     assert apart["host_B"] > apart["optimizer_B"]
     assert together["host_B"] == 0
-    assert main(["fit", "llama-7b", "--memory", "1TB", "--method", "full", "--optimizer", "paged-adamw"]) == Exit.PASS
+    assert (
+        main(["fit", "llama-7b", "--memory", "1TB", "--method", "full", "--optimizer", "paged-adamw", "--formulas"])
+        == Exit.PASS
+    )
     assert "  host" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("counted")
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["fit", "llama-7b", "--memory", "24 GB", *(w for n in ASKED for w in ("--method", n))]) == Exit.PASS
+    words = [word for name in ASKED for word in ("--method", name)]
+    assert main(["fit", "llama-7b", "--memory", "24 GB", *words, "--formulas"]) == Exit.PASS
     printed = capsys.readouterr()
     assert printed.err == ""
     assert "memory: 24.00 GB = 24,000,000,000 bytes; texts of 512 tokens, adamw" in printed.out
@@ -154,8 +160,8 @@ def test_more_tokens_leave_room_for_fewer_texts(capsys: pytest.CaptureFixture[st
 def test_the_answer_comes_from_a_child_process_and_the_command_imports_no_torch() -> None:
     code = (
         "import sys\nfrom harness.cli import main\n"
-        "words = ['fit', 'gpt-3-175b-shape', '--memory', '2TiB', '--method', 'lora', '--method', 'dora', '--rank', '4']\n"
-        "code = main(words)\n"
+        "words = ['--memory', '2TiB', '--method', 'lora', '--method', 'dora', '--rank', '4', '--formulas']\n"
+        "code = main(['fit', 'gpt-3-175b-shape', *words])\n"
         "sys.exit('imports torch' if 'torch' in sys.modules else code)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -180,7 +186,7 @@ def test_an_encoder_is_counted_with_its_new_head_and_without_activations(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["roberta-base", "--memory", "8GiB", "--method", "lora", "--method", "full", "--rank", "8"]
-    assert main(["fit", *words, "--json"]) == Exit.PASS
+    assert main(["fit", *words, "--formulas", "--json"]) == Exit.PASS
     found = json.loads(capsys.readouterr().out)
     assert found["targets"] == ["query", "key", "value", "output.dense", "intermediate.dense"]  # not its head's `dense`
     head, inside = 768 * 768 + 768 + 2 * 768 + 2, 12 * 8 * (4 * (768 + 768) + 2 * (768 + 3072))
@@ -188,7 +194,7 @@ def test_an_encoder_is_counted_with_its_new_head_and_without_activations(
     assert row(found, "full")["trainable"] == found["parameters"] == RELEASED["roberta-base"]
     counted = count(shapes.presets()["roberta-base"].config, "encoder", "bfloat16", {"lora": [{"rank": 8}]}, [])
     monkeypatch.setattr(fit, "counts", lambda asked: counted)
-    words = [*words[:5], "--rank", "8"]
+    words = [*words[:5], "--rank", "8", "--formulas"]
     assert main(["fit", *words]) == Exit.PASS
     assert "Activations are not predicted" in capsys.readouterr().out
     # Two of its 514 positions are for padding.
@@ -200,7 +206,7 @@ def test_a_folder_with_a_config_is_enough(tmp_path: Path, capsys: pytest.Capture
     made.tiny_llama(tmp_path)
     for file in tmp_path.glob("*.safetensors"):
         file.unlink()
-    words = ["--memory", "64MiB", "--method", "lora", "--rank", "4", "--json"]
+    words = ["--memory", "64MiB", "--method", "lora", "--rank", "4", "--formulas", "--json"]
     assert main(["fit", str(tmp_path), *words]) == Exit.PASS
     found = json.loads(capsys.readouterr().out)
     assert found["tokens"] == 256
@@ -212,10 +218,10 @@ def test_a_folder_with_a_config_is_enough(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.usefixtures("counted")
 @pytest.mark.parametrize("share", [0.4, 0.97, 1.3, 3.0])
-def test_a_step_says_how_many_texts_fit(
+def test_a_step_says_what_fits(
     share: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever a text takes in truth, the formula's count or another: the largest batch is found, and no more is tried."""
+    """Whatever a text takes in truth, the formula's count or another: the largest is found, and little more is tried."""
     words = ("--memory", "24GiB", "--method", "lora", "--method", "full")
     plain = {(r["method"], r["base"]): r for r in document(capsys, *words)["rows"]}
     tried: list[int] = []
@@ -223,31 +229,67 @@ def test_a_step_says_how_many_texts_fit(
     def took(cell: dict[str, Any]) -> int:
         ledger = plain[cell["method"], cell["base"]["quantization"]]["ledger"]
         a_text = (ledger["activations_B"] + ledger["logits_B"]) / plain[cell["method"], "none"]["batch"]
-        return int(16e9 + 0.3e9 + share * a_text * cell["training"]["batch"])
+        recipe = cell["training"]
+        return int(16e9 + 0.3e9 + share * a_text * recipe["batch"] * recipe["max_tokens"] / 512)
 
-    def ask(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        tried.extend(step["cell"]["training"]["batch"] for step in steps)
-        return [{"peak_B": took(step["cell"])} for step in steps]
+    def peak(cell: Cell, *_: Any, **__: Any) -> dict[str, Any]:
+        tried.append(cell.training.batch)
+        return {"peak_B": took(cell.model_dump(mode="json")), "peak_by": ""}
 
-    monkeypatch.setattr(asking, "ask", ask)
-    found = document(capsys, *words, "--check")
+    monkeypatch.setattr(apart, "peak", peak)
+    monkeypatch.setattr(asking, "ask", answered_here)
+    found = document(capsys, *words, steps=True)
     for one in found["rows"]:
-        cell = {"method": one["method"], "base": {"quantization": one["base"]}, "training": {"batch": one["batch"]}}
-        more = cell | {"training": {"batch": one["batch"] + 1}}
+        at = {"batch": one["batch"], "max_tokens": 512}
+        cell = {"method": one["method"], "base": {"quantization": one["base"]}, "training": at}
         assert one["peak_B"] == took(cell)
         assert (one["because"] == "") == (one["peak_B"] <= found["memory_B"])
         assert one["because"] == "" or one["batch"] == 1
-        assert took(more) > found["memory_B"]
+        assert took(cell | {"training": at | {"batch": one["batch"] + 1}}) > found["memory_B"]
+        if not one["because"]:
+            of_one = cell | {"training": {"batch": 1, "max_tokens": one["longest"]}}
+            longer = cell | {"training": {"batch": 1, "max_tokens": int(1.02 * one["longest"])}}
+            assert took(of_one) <= found["memory_B"]
+            assert one["longest"] == 2048 or took(longer) > found["memory_B"]
         assert one["peak_by"] == ("fused" if one["method"] == "lora" else "reference")
         ledger = one["ledger"]
         lasting = sum(ledger[part] for part in ("weights_B", "adapter_B", "gradients_B", "optimizer_B"))
         assert ledger["total_B"] == lasting + max(ledger["activations_B"] + ledger["logits_B"], ledger["step_B"])
-    assert len(tried) <= 6 * len(found["rows"])
+    assert len(tried) <= 12 * len(found["rows"])
+
+
+def answered_here(questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Answer as the child process does, by the words of JSON."""
+    said = [apart.largest(one) if "largest" in one else apart.answer(one) for one in questions]
+    return list(json.loads(json.dumps(said)))
+
+
+@pytest.mark.usefixtures("counted")
+@pytest.mark.parametrize(
+    ("memory", "of_rank", "rank"), [("24GiB", 2**28, 32), ("13GiB", 2**20, 256), ("24GiB", 2**34, 1)]
+)
+def test_where_formulas_are_wrong_about_the_rank_a_step_chooses_it(
+    memory: str, of_rank: int, rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 24 GiB the formulas say that a rank of 256 fits, of 13 GiB that none does; here a step takes what it takes."""
+    room = {"24GiB": 24 * 2**30, "13GiB": 13 * 2**30}[memory]
+
+    def peak(cell: Cell, *_: Any, **__: Any) -> dict[str, Any]:
+        rank = cell.config["rank"]
+        assert isinstance(rank, int)
+        return {"peak_B": room - 2**34 * (memory == "24GiB") // 2 - 2**30 + rank * of_rank, "peak_by": ""}
+
+    monkeypatch.setattr(apart, "peak", peak)
+    monkeypatch.setattr(asking, "ask", answered_here)
+    words = ("--memory", memory, "--method", "lora", "--base", "none")
+    (by_formulas,), (one,) = document(capsys, *words)["rows"], document(capsys, *words, steps=True)["rows"]
+    assert by_formulas["rank"] != one["rank"] == rank
+    assert (one["because"] == "") == (one["peak_B"] <= room)
 
 
 def test_a_step_of_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made.tiny_llama(tmp_path)
-    words = ["--memory", "16MiB", "--method", "lora", "--method", "frozen", "--base", "none", "--rank", "4", "--check"]
+    words = ["--memory", "16MiB", "--method", "lora", "--method", "frozen", "--base", "none", "--rank", "4"]
     assert main(["fit", str(tmp_path), *words, "--json"]) == Exit.PASS
     found = json.loads(capsys.readouterr().out)
     lora, frozen = sorted(found["rows"], key=lambda one: one["method"], reverse=True)
@@ -258,13 +300,16 @@ def test_a_step_of_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "(`fused` of lora)" in printed
 
 
-def test_a_check_that_nothing_can_be_tried_of_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--memory", "4GB", "--method", "lora", "--rank", "8", "--base", "none", "--check"]
-    assert main(["fit", "roberta-base", *words]) == Exit.PASS
-    printed = capsys.readouterr()
-    assert "Not checked: lora on none; no formula says which batch to try." in " ".join(printed.out.split())
-    assert "peak" not in printed.out
-    assert "0 rows" not in printed.err
+def test_a_model_without_a_formula_is_answered_by_steps_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "hidden_size": 64,
+             "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 1000}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    words = ["--memory", "256MiB", "--method", "lora", "--rank", "8", "--base", "none"]
+    assert main(["fit", str(tmp_path), *words]) == Exit.PASS
+    printed = capsys.readouterr().out
+    ((batch, peak),) = re.findall(r"^  lora +none +8 +(\d+) .* ([\d.]+) +[\d.]+$", printed, re.MULTILINE)
+    assert int(batch) > 1
+    assert 0.8 * 256 < float(peak) <= 256
 
 
 def test_all_mistakes_come_at_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -694,6 +694,19 @@ def test_a_tool_that_only_says_that_it_is_at_work_is_quoted_once(capsys: pytest.
     assert capsys.readouterr().err.splitlines() == ["tiny-llama: making", "toy-sentiment: making"]
 
 
+def test_latencies_that_there_was_no_memory_for_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    (cell,) = [one for name, one in recorded_run.cells().items() if name == "fused"]
+    good = recorded_run.record("fused", cell)
+    assert good.measurements is not None
+    lost = [one.model_copy(update={"because": "out of memory: 2.00 GiB"}) for one in good.measurements.latency]
+    short = good.model_copy(update={"measurements": good.measurements.model_copy(update={"latency": lost})})
+    progress = Progress([cell])
+    progress.end(good)
+    progress.end(short)
+    before, after = capsys.readouterr().err.splitlines()
+    assert after == f"{before}  no latencies: out of memory: 2.00 GiB"
+
+
 def test_a_worker_that_cannot_be_started(
     inside: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,12 +25,13 @@ def look_in(runs: Iterable[Path]) -> None:
 
 @cache
 def runs_of(suite: str) -> tuple[store.Run, ...]:
-    """Return the complete runs of a suite: those that are named, then the published ones, each from the newest on."""
+    """Return the complete runs of a suite, by its name or its file: the named, then the published, newest first."""
     top = checkout()  # what is published stands in no wheel
     published = sorted(path.parent for path in (top / "results" / "published").glob("*/run.json")) if top else []
     found: list[store.Run] = []
+    name = _read(suite).name if suite.endswith(".yaml") else suite
     for several in (_named, published):
-        whole = [store.read_run(path) for path in several if store.read_manifest(path).suite == suite]
+        whole = [store.read_run(path) for path in several if store.read_manifest(path).suite == name]
         whole = [run for run in whole if run.footer is not None and run.footer.how == "finished"]
         found += sorted(whole, key=lambda run: run.manifest.started, reverse=True)
     return tuple(found)
@@ -85,9 +86,24 @@ def shared(record: Record) -> str:
     return f"its times are not its own ({why}); {mend}" if why else ""
 
 
+def entries(suite: str) -> list[str]:
+    """List the ids of the entries of a suite, by its name or the path of its file. Raises SuiteError for a wrong one."""
+    return [entry.id for entry in _read(suite).entries]
+
+
+def unknown(suite: str, entry: str, there: Sequence[str]) -> str:
+    """Say that a suite has no such entry, and what it has."""
+    return f"the suite {suite} has no entry `{entry}`; {near(entry, sorted(there))}"
+
+
+@cache
+def _read(suite: str) -> suites.Suite:
+    return suites.load(suite)
+
+
 @cache
 def _plan(suite: str) -> expand.Plan:
-    return expand.expand(suites.load(suite))
+    return expand.expand(_read(suite))
 
 
 def _cells(suite: str, entry: str) -> list[str]:
@@ -95,7 +111,7 @@ def _cells(suite: str, entry: str) -> list[str]:
     tried = {cell_id for search in plan.tuning for cell_id in search.sweep}
     found = [cell_id for cell_id, name in plan.ids.items() if name == entry and cell_id not in tried]
     if not found:
-        raise ValueError(f"the suite {suite} has no entry `{entry}`; {near(entry, sorted(set(plan.ids.values())))}")
+        raise ValueError(unknown(suite, entry, entries(suite)))
     recipes = {cell.recipe_id: cell.label for cell in plan.cells if cell.cell_id in found}
     if len(recipes) > 1:
         several = ", ".join(recipes.values())
@@ -104,7 +120,7 @@ def _cells(suite: str, entry: str) -> list[str]:
 
 
 def _missing(suite: str, entries: Sequence[str]) -> str:
-    about = " ".join(suites.load(suite).about.split())
+    about = " ".join(_read(suite).about.split())
     told = f" of the suite as it is now, with {', '.join(f'`{entry}`' for entry in entries)}" if runs_of(suite) else ""
     return (
         f"no complete run{told} is published or named by --run: `peft-harness run {suite}`, then "

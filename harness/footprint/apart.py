@@ -5,6 +5,7 @@ A fork of this one, for the libraries are imported here already: it takes a hund
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import select
@@ -12,16 +13,19 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import Any
 
 import torch
 
 from harness.adapter_config import UNREFERENCED
+from harness.assets import structure
 from harness.errors import HarnessError
 from harness.footprint import dry_step, outcomes
+from harness.footprint.largest import find
 from harness.records import Cell
 from harness.training.batches import Batch
 
@@ -66,8 +70,38 @@ def _questions(asked: dry_step.Question) -> dict[str, dry_step.Question]:
 
 def answer(asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return the same for a Cell whose texts are not here: for the longest, `answer` tokens of each with a loss."""
-    cell = Cell.model_validate(asked["cell"])
-    parts = dry_step.longest(cell, asked["kind"], asked["answer"])
+    return _answer(Cell.model_validate(asked["cell"]), asked, asked["answer"])
+
+
+def largest(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `tried`, the peaks of a Cell's steps by what differs between them, with `peak_by`; or `no_peak`.
+
+    `largest` of the question holds `of`, `batch` or `max_tokens`, and what `harness.footprint.largest.find` is told.
+    """
+    cell, told = Cell.model_validate(asked["cell"]), dict(asked["largest"])
+    of, by = told.pop("of"), ""
+    _import_classes(json.dumps(asked["config"]), asked["kind"])
+
+    def taken(number: int) -> int | str:
+        nonlocal by
+        one = cell.model_copy(update={"training": cell.training.model_copy(update={of: number})})
+        found = _answer(one, asked, one.training.max_tokens)
+        by = found.get("peak_by", by)
+        return int(found["peak_B"]) if "peak_B" in found else str(found["no_peak"])
+
+    tried = find(taken, **told)
+    return {"no_peak": tried} if isinstance(tried, str) else {"tried": tried, "peak_by": by}
+
+
+@cache
+def _import_classes(config: str, kind: str) -> None:
+    """Build a model without weights, so that what transformers imports for it is here, and not anew in each fork."""
+    with suppress(*_ERRORS):  # each step will tell
+        structure.build(json.loads(config), kind, torch.float32)
+
+
+def _answer(cell: Cell, asked: Mapping[str, Any], answer: int) -> dict[str, Any]:
+    parts = dry_step.longest(cell, asked["kind"], answer)
     return peak(cell, asked["config"], asked["kind"], parts, cell.training.steps * bytes_of(parts))
 
 

@@ -1,4 +1,4 @@
-"""The answers of `fit`, each held against a step without data, whose peak says which batch fits. No torch.
+"""The answers of `fit`, each held against steps without data, whose peaks say what fits. No torch.
 
 The formulas leave out what exists for a moment; a step of code that runs, taken without data, has it all. It is that of
 `fused`, the harness's own, or of the reference where `fused` does not offer the Method.
@@ -11,112 +11,177 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from harness.footprint import asking, choices
+from harness.footprint import asking, choices, fit
 from harness.footprint.fit import DOES_NOT_FIT, Asked, config_at
+from harness.footprint.largest import fitting
 from harness.methods import methods
 from harness.records import Base, Cell, Evaluation, Training
 from harness.registry import discover
 
-OURS = "fused"
-_ROUNDS = 8
-"""Batches that are tried of a row at most; three mostly do: what a text takes, what fits, and that one more does not."""
+OURS, _REFERENCE = "fused", "reference"
+_LATE = "the steps before it took too long"
 _OF_BATCH = ("activations_B", "logits_B")
+_GRAIN = 0.01
+"""Of the longest text: how far above it a length may lie that is known not to fit."""
+
+Row = dict[str, Any]
 
 
-def checked(asked: Asked, document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the document of `fit.answer` with the largest batch of each row whose step fits, and that step's peak.
+def checked(asked: Asked, counted: Mapping[str, Any], document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the document of `fit.answer` with what fits by steps: batch, longest text, and the peak of the batch's step.
 
-    peak_B: of the row's batch, or where none fits of the smallest that was tried; None of a row for which nothing could be
-    tried: `no_peak` says why, and its batch is the formulas'. peak_by: whose code's. Ranks stay those that the formulas
-    chose; `longest` stays theirs.
+    peak_B: of the row's batch, or where none fits of a single text; None of a row for which nothing could be tried:
+    `no_peak` says why, and the rest is the formulas'. peak_by: whose code's. The rank is that of the formulas, unless it
+    does not fit, or theirs was that none does: then it is the largest of which one text fits.
     """
     rows = [
-        dict(row) | {"peak_B": None, "peak_by": _whose(row["method"]), "no_peak": _untried(row)}
-        for row in document["rows"]
+        row | {"peak_B": None, "peak_by": _whose(row["method"]), "no_peak": _untried(row)} for row in document["rows"]
     ]
-    tried: dict[int, dict[int, int]] = {n: {} for n, row in enumerate(rows) if not row["no_peak"]}
-    if tried:
-        print(f"taking a step without data for each of {len(tried)} rows ...", file=sys.stderr)
-    room = document["memory_B"]
-    for _ in range(_ROUNDS):
-        batches = {n: batch for n in tried if (batch := _next(rows[n], tried[n], room)) is not None}
-        if not batches:
-            break
-        steps = [_step(asked, document, rows[n], batch) for n, batch in batches.items()]
-        answers = asking.ask(steps)
-        for at, (n, batch) in enumerate(batches.items()):
-            found = {"no_peak": answers} if isinstance(answers, str) else answers[at] if at < len(answers) else {}
-            if (peak := found.get("peak_B")) is None:
-                rows[n]["no_peak"] = found.get("no_peak") or "the steps before it took too long"
-                del tried[n]
-            else:
-                tried[n][batch] = peak - rows[n]["ledger"]["host_B"]
-    settled = [_settled(row, tried[n], room) if tried.get(n) else row for n, row in enumerate(rows)]
-    return dict(document) | {"checked": any(row["peak_B"] is not None for row in settled), "rows": settled}
+    there = [n for n, row in enumerate(rows) if not row["no_peak"]]
+    if there:
+        print(f"taking steps without data for each of {len(there)} rows ...", file=sys.stderr)
+    search = _Search(asked, counted, document)
+    for n, row in zip(there, search.batches([rows[n] for n in there]), strict=True):
+        rows[n] = row
+    others = {n: ranks for n in there if (ranks := search.other_ranks(rows[n], document["rows"][n]))}
+    for n, row in zip(others, search.reranked([rows[n] for n in others], list(others.values())), strict=True):
+        rows[n] = row
+    shorter = [
+        n
+        for n in there
+        if rows[n]["peak_B"] is not None and (not rows[n]["because"] or _lasting(rows[n]) < search.room)
+    ]
+    for n, row in zip(shorter, search.lengths([rows[n] for n in shorter]), strict=True):
+        rows[n] = row
+    return dict(document) | {"checked": any(row["peak_B"] is not None for row in rows), "rows": rows}
 
 
 @cache
 def _whose(method: str) -> str:
-    return OURS if OURS in discover().names("method", method) else "reference"
+    return OURS if OURS in discover().names("method", method) else _REFERENCE
 
 
 def _untried(row: Mapping[str, Any]) -> str:
-    if row["ledger"] is None:
-        return str(row["because"])
-    return "" if row["batch"] else "no formula says which batch to try"
+    return str(row["because"]) if row["ledger"] is None else ""
 
 
-def _next(row: Mapping[str, Any], tried: Mapping[int, int], room: int) -> int | None:
-    """Return the batch to try next; None where one is known to fit and the next larger one not to, or none to fit."""
-    if not tried:
-        return int(row["batch"])
-    fits = max((batch for batch, peak in tried.items() if peak <= room), default=0)
-    fails = min((batch for batch, peak in tried.items() if peak > room), default=None)
-    if fails == fits + 1:
-        return None
-    (low, least), (high, most) = sorted([(0, _lasting(row)), *tried.items()])[-2:]
-    a_text = (most - least) // (high - low)  # less than nothing where the formula was far too high
-    guess = high + (room - most) // a_text if a_text > 0 else 2 * high
-    return max(fits + 1, guess if fails is None else min(guess, fails - 1))
+class _Search:
+    """Questions to the process that takes steps, and what its answers make of rows. What is asked together shares it."""
+
+    def __init__(self, asked: Asked, counted: Mapping[str, Any], document: Mapping[str, Any]) -> None:
+        self.asked, self.counted, self.document = asked, counted, document
+        self.room, self.tokens = int(document["memory_B"]), int(document["tokens"])
+
+    def batches(self, rows: list[Row]) -> list[Row]:
+        """Return the rows with the largest batch whose step fits."""
+        steps = [
+            self._largest(row, "batch", self.tokens, first=row["batch"] or 1, lasting=_lasting(row)) for row in rows
+        ]
+        return [self._settled(row, found) for row, found in zip(rows, _answers(steps), strict=True)]
+
+    def lengths(self, rows: list[Row]) -> list[Row]:
+        """Return the rows with the longest text of which one fits, no longer than the model reads."""
+        most = self.counted["positions"]
+        steps = []
+        for row in rows:
+            first = max(1, self.tokens // 2) if row["because"] else row["longest"] or self.tokens * row["batch"]
+            told = {"first": first, "lasting": _lasting(row), "most": most, "grain": _GRAIN}
+            steps.append(self._largest(row, "max_tokens", first, **told))
+        found = [_tried(row, one) for row, one in zip(rows, _answers(steps), strict=True)]
+        longest = [
+            fitting(one, self.room) or None if one else row["longest"] for row, one in zip(rows, found, strict=True)
+        ]
+        return [row | {"longest": one} for row, one in zip(rows, longest, strict=True)]
+
+    def other_ranks(self, row: Row, by_formulas: Row) -> list[int]:
+        """Return the ranks that a row should be tried at too, as formulas and steps disagree about the one it has."""
+        tried = [one["rank"] for one in self._ranks(row) if one["rank"] is not None]
+        if row["peak_B"] is None or bool(row["because"]) == bool(by_formulas["because"]):
+            return []
+        return [rank for rank in tried if (rank < row["rank"] if row["because"] else rank > row["rank"])]
+
+    def reranked(self, rows: list[Row], ranks: list[list[int]]) -> list[Row]:
+        """Return the rows at the largest of these ranks of which one text fits, or, as it takes the least, at the smallest.
+
+        A row that fits as it is stays where none of the others, which are larger, does.
+        """
+        pairs = [(n, self._at(rows[n], rank)) for n, several in enumerate(ranks) for rank in sorted(several)]
+        answers = _answers([self._step(one, 1, self.tokens) for _, one in pairs])
+        found: dict[int, Row] = {}
+        for (n, one), answer in zip(pairs, answers, strict=True):
+            fits = "peak_B" in answer and answer["peak_B"] - one["ledger"]["host_B"] <= self.room
+            if fits or (rows[n]["because"] and n not in found):
+                found[n] = one
+        settled = dict(zip(found, self.batches(list(found.values())), strict=True))
+        return [settled.get(n, row) for n, row in enumerate(rows)]
+
+    def _ranks(self, row: Row) -> list[dict[str, Any]]:
+        return [one for one in self.counted["methods"][row["method"]] if not one["error"]]
+
+    def _at(self, row: Row, rank: int) -> Row:
+        of_rank = [one for one in self._ranks(row) if one["rank"] == rank]
+        names = row["method"], row["base"], row["optimizer"]
+        by_formulas = fit.document_of(fit.best(self.asked, self.counted, self.tokens, of_rank, *names))
+        return row | by_formulas | {"peak_B": None, "no_peak": ""}
+
+    def _largest(self, row: Row, of: str, tokens: int, **told: Any) -> dict[str, Any]:
+        # What is paged lies in host memory, which on the CPU of a step without data is the device's.
+        about = {"of": of, "room": self.room + row["ledger"]["host_B"], **told}
+        return self._step(row, 1, tokens) | {"largest": about}
+
+    def _step(self, row: Row, batch: int, tokens: int) -> dict[str, Any]:
+        """Return the question for a step of a row, over a base that `fused` packed, with a loss of every token."""
+        info = methods()[row["method"]]
+        targets = {"targets": self.document["targets"]} if "targets" in info.fields else {}
+        packed = row["base"] not in ("none", choices.OWN)
+        recipe = Training(
+            steps=1, batch=batch, max_tokens=tokens, lr=1e-3, checkpointing=self.asked.checkpointing,
+            layerwise=self.asked.layerwise and info.trains_weights,
+        )  # fmt: skip
+        cell = Cell(
+            model=self.asked.model.name,
+            task="synthetic",
+            method=row["method"],
+            implementation=_whose(row["method"]),
+            config=config_at(info, row["rank"]) | targets,
+            base=Base(quantization=row["base"], implementation=OURS) if packed else Base(),
+            optimizer="adamw" if row["optimizer"] == choices.OWN else row["optimizer"],
+            dtype=self.document["dtype"],
+            training=recipe,
+            evaluation=Evaluation(items=0),
+        )
+        model = self.asked.model
+        return {
+            "cell": cell.model_dump(mode="json"), "config": model.config, "kind": model.kind, "answer": tokens
+        }  # fmt: skip
+
+    def _settled(self, row: Row, found: Mapping[str, Any]) -> Row:
+        tried = _tried(row, found)
+        if not tried:
+            return row | {"no_peak": found.get("no_peak", _LATE)}
+        fits = fitting(tried, self.room)
+        batch, ledger = fits or min(tried), dict(row["ledger"])
+        if row["batch"]:
+            for part in _OF_BATCH:
+                ledger[part] = ledger[part] // row["batch"] * batch
+            ledger["total_B"] = _lasting(row) + max(sum(ledger[part] for part in _OF_BATCH), ledger["step_B"])
+            ledger["left_B"] = self.room - ledger["total_B"]
+        by = _REFERENCE if _REFERENCE in found["peak_by"] else row["peak_by"]
+        said = {"because": "" if fits else DOES_NOT_FIT, "peak_B": tried[batch], "peak_by": by}
+        return row | {"batch": batch, "ledger": ledger} | said
 
 
-def _lasting(row: Mapping[str, Any]) -> int:
+def _answers(questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    answers = asking.ask(questions)
+    if isinstance(answers, str):
+        return [{"no_peak": answers}] * len(questions)
+    return answers + [{}] * (len(questions) - len(answers))
+
+
+def _tried(row: Row, found: Mapping[str, Any]) -> dict[int, int]:
+    """Return the peaks on the device, by what they are of. JSON makes words of the numbers."""
+    return {int(number): peak - row["ledger"]["host_B"] for number, peak in found.get("tried", {}).items()}
+
+
+def _lasting(row: Row) -> int:
     return sum(int(row["ledger"][part]) for part in ("weights_B", "adapter_B", "gradients_B", "optimizer_B"))
-
-
-def _step(asked: Asked, document: Mapping[str, Any], row: Mapping[str, Any], batch: int) -> dict[str, Any]:
-    """Return the question for a step of a row, over a base that `fused` packed, with a loss of every token."""
-    info = methods()[row["method"]]
-    tokens, targets = document["tokens"], {"targets": document["targets"]}
-    config = config_at(info, row["rank"]) | (targets if "targets" in info.fields else {})
-    packed = row["base"] not in ("none", choices.OWN)
-    layerwise = asked.layerwise and info.trains_weights
-    cell = Cell(
-        model=asked.model.name,
-        task="synthetic",
-        method=row["method"],
-        implementation=row["peak_by"],
-        config=config,
-        base=Base(quantization=row["base"], implementation=OURS) if packed else Base(),
-        optimizer="adamw" if row["optimizer"] == choices.OWN else row["optimizer"],
-        dtype=document["dtype"],
-        training=Training(
-            steps=1, batch=batch, max_tokens=tokens, lr=1e-3, checkpointing=asked.checkpointing, layerwise=layerwise
-        ),
-        evaluation=Evaluation(items=0),
-    )
-    return {
-        "cell": cell.model_dump(mode="json"), "config": asked.model.config, "kind": asked.model.kind, "answer": tokens
-    }  # fmt: skip
-
-
-def _settled(row: Mapping[str, Any], tried: Mapping[int, int], room: int) -> dict[str, Any]:
-    fitting = [batch for batch, peak in tried.items() if peak <= room]
-    batch = max(fitting) if fitting else min(tried)
-    ledger = dict(row["ledger"])
-    for part in _OF_BATCH:
-        ledger[part] = ledger[part] // row["batch"] * batch
-    ledger["total_B"] = _lasting(row) + max(sum(ledger[part] for part in _OF_BATCH), ledger["step_B"])
-    ledger["left_B"] = room - ledger["total_B"]
-    because = "" if fitting else DOES_NOT_FIT
-    return dict(row) | {"batch": batch, "because": because, "ledger": ledger, "peak_B": tried[batch]}

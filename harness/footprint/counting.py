@@ -1,8 +1,8 @@
 """The bytes of everything that a training step keeps, counted on a model that is built on the meta device: no weights.
 
 What trains is counted by attaching the reference of each Method, and what an adapted layer keeps for its backward pass by
-calling it; nothing is drawn and nothing computed. Run as `python -m harness.footprint.counting JSON`, or with @FILE, which
-holds a list of questions, of which those of a `cell` are for `harness.footprint.apart`; the last line printed is JSON.
+calling it; nothing is drawn and nothing computed. Run as `python -m harness.footprint.counting FILE`, which holds a list of
+questions, of which those of a `cell` are for `harness.footprint.apart`; of each a line of JSON is printed.
 """
 
 from __future__ import annotations
@@ -226,11 +226,8 @@ def _sentence(error: BaseException) -> str:
 if __name__ == "__main__":
     if hasattr(os, "fork"):
         lifeline.hold(int(sys.argv[1]))
-    if sys.argv[2].startswith("@"):
-        from harness.footprint import apart  # which counts by this module
+    from harness.footprint import apart  # which counts by this module
 
-        several = json.loads(Path(sys.argv[2][1:]).read_bytes())
-        for asked in several:
-            print(json.dumps(apart.answer(asked) if "cell" in asked else answer(asked)), flush=True)
-    else:
-        print(json.dumps(count(**json.loads(sys.argv[2]))))
+    for asked in json.loads(Path(sys.argv[2]).read_bytes()):
+        answered = apart.largest if "largest" in asked else apart.answer if "cell" in asked else answer
+        print(json.dumps(answered(asked)), flush=True)

@@ -23,8 +23,9 @@ from harness.footprint import states
 from harness.footprint.counting import Undrawn
 from harness.footprint.live import Live
 from harness.kernels import adamw8bit, nf4, packed_weight
+from harness.kernels.compiled import LARGE
 from harness.kernels.nf4_linear import Nf4Linear
-from harness.kernels.packed_weight import Buffers, PackedWeight
+from harness.kernels.packed_weight import PackedWeight
 from harness.methods import TARGET_WORDS, Adapted
 from harness.records import Cell
 from harness.registry import Registry, discover
@@ -49,29 +50,24 @@ class Question:
     kind: str
 
 
-@dataclass(frozen=True)
-class _Codes(PackedWeight):
-    """A weight in 4 bits that one kernel decodes: into `buffers`, or as libraries do it, into fresh memory."""
-
-    buffers: Buffers | None = None
+class _Fresh(PackedWeight):
+    """A weight in 4 bits that is decoded into fresh memory each time, as libraries do it."""
 
     def lent(self, dtype: torch.dtype) -> Tensor:
-        if self.buffers is None:
-            return torch.empty(self.shape, dtype=dtype)
-        return self.buffers.room(prod(self.shape), dtype).view(self.shape)
+        return self.decoded(dtype)
 
 
 class _Packed(Nf4Linear):
     """A layer with a base in 4 bits as it is once packed: packing a large one takes thousands of operations."""
 
-    def __init__(self, dense: nn.Linear, compute_dtype: torch.dtype, double: bool, buffers: Buffers | None) -> None:
+    def __init__(self, dense: nn.Linear, compute_dtype: torch.dtype, double: bool) -> None:
         nn.Linear.__init__(self, dense.in_features, dense.out_features, bias=False, device="meta")
         blocks = -(-dense.weight.numel() // states.BLOCK)
         of_second = 4 * -(-blocks // nf4.BLOCK2)
         sizes = {"absmax": blocks, "absmax2": of_second, "offset": 4} if double else {"absmax": 4 * blocks}
         for name in ("absmax", "absmax2", "offset"):
             self.register_buffer(name, torch.empty(sizes[name], dtype=torch.uint8) if name in sizes else None)
-        self.compute_dtype, self.block, self._into = compute_dtype, states.BLOCK, buffers
+        self.compute_dtype, self.block = compute_dtype, states.BLOCK
         codes = torch.empty(-(-dense.weight.numel() // 2), dtype=torch.uint8)
         self.weight = nn.Parameter(codes, requires_grad=False)
         if dense.bias is not None:
@@ -80,7 +76,7 @@ class _Packed(Nf4Linear):
 
     @property
     def packed_weight(self) -> PackedWeight:
-        return _Codes(**vars(super().packed_weight), buffers=self._into)
+        return _Fresh(**vars(super().packed_weight))
 
 
 @cache
@@ -134,7 +130,7 @@ def _stages(question: Question, parts: Sequence[Batch], alike: bool = False) -> 
     cell = question.cell
     model = structure.build(question.config, question.kind, DTYPES[cell.dtype])
     packed_weight.forget()  # what a worker decoded into is none of this step
-    with Live() as live, _few_chunks():
+    with Live() as live, _few_chunks(), _decoded_at_once():
         _fill(model)
         head = new_head(model, question.kind)
         try:
@@ -189,9 +185,11 @@ def _attached(question: Question, model: Any, head: Mapping[str, nn.Parameter]) 
     del matched
     forms: list[Any] = []
     double = cell.base.quantization == "nf4-dq"
-    buffers = Buffers() if cell.base.implementation == "fused" else None
     for path in paths if packed else ():
-        put(model, path, _Packed(model.get_submodule(path), DTYPES[cell.dtype], double, buffers))
+        layer: Nf4Linear = _Packed(model.get_submodule(path), DTYPES[cell.dtype], double)
+        if cell.base.implementation == "fused":  # then it is just such a layer, over which `fused` has ways of its own
+            layer.__class__ = Nf4Linear
+        put(model, path, layer)
         # What a worker holds to judge the codes by: constants that are in 8 bits are decoded in it.
         forms.append(torch.empty(-(-model.get_submodule(path).weight.numel() * 2 // states.BLOCK)) if double else None)
     bases = {path: model.get_submodule(path) for path in paths}
@@ -239,6 +237,24 @@ def _few_chunks() -> Iterator[None]:
         yield
     finally:
         adamw8bit.firsts = every
+
+
+@contextmanager
+def _decoded_at_once() -> Iterator[None]:
+    """Let a large weight in 4 bits be decoded by one kernel, as compiled code does it: thousands of pieces take no more."""
+
+    def decoded(self: PackedWeight, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+        if prod(self.shape) < LARGE:
+            return by_pieces(self, dtype, out)
+        self.constants()
+        return torch.empty(self.shape, dtype=dtype) if out is None else out.view(self.shape)
+
+    by_pieces = PackedWeight._decoded
+    PackedWeight._decoded = decoded  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PackedWeight._decoded = by_pieces  # type: ignore[method-assign]
 
 
 def _lists(model: nn.Module) -> list[nn.ModuleList]:

@@ -6,16 +6,13 @@ tokens the largest product is taken, and of equals the smallest rank.
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from harness.assets import process
 from harness.errors import HarnessError, Problem, UsageError
-from harness.footprint import choices, models, sizes
+from harness.footprint import asking, choices, models, sizes
 from harness.footprint.ledger import Ledger
 from harness.footprint.models import Model
 from harness.methods import MethodInfo, methods
@@ -26,8 +23,6 @@ RANKS = tuple(2**n for n in range(9))
 TOKENS = 512
 """Of each text, where no number is given and the model reads so many."""
 DOES_NOT_FIT = "does not fit"
-_TIMEOUT_S = 600.0
-_LAST_LINES = 5
 
 
 @dataclass(frozen=True)
@@ -117,12 +112,11 @@ def ask(
     return Asked(found, size, tried, of_base, of_optimizer, tuple(targets), tokens, dtype, checkpointing, layerwise)
 
 
-def answer(asked: Asked) -> dict[str, Any]:
-    """Return the answer as one document, ready for JSON; sizes in bytes.
+def answer(asked: Asked, counted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the answer by formulas as one document, ready for JSON; sizes in bytes. counted: what `counts` returned.
 
-    Raises UsageError for a model that cannot be built, targets that it does not have, and texts longer than it reads.
+    Raises UsageError for targets that the model does not have, and texts longer than it reads.
     """
-    counted = counts(asked)
     if misfits := counted.get("misfits"):
         mend = f"name layers of {asked.model.name}"
         raise UsageError("; ".join(misfits.values()), where="--target", mend=mend)
@@ -144,7 +138,8 @@ def answer(asked: Asked) -> dict[str, Any]:
         "gradient_checkpointing": asked.checkpointing,
         "layerwise_updates": asked.layerwise,
         "activations_known": counted["logits"] is not None,
-        "rows": [_document(row) for row in rows],
+        "checked": False,
+        "rows": [document_of(row) for row in rows],
     }
 
 
@@ -156,17 +151,12 @@ def counts(asked: Asked) -> dict[str, Any]:
         "targets": list(asked.targets),
     }  # fmt: skip
     print(f"counting {asked.model.name} without its weights ...", file=sys.stderr)
-    with process.tied("harness.footprint.counting", [json.dumps(words)], {"HF_HUB_OFFLINE": "1"}) as child:
-        try:
-            code = child.process.wait(_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            code = None
-    if code != 0:
-        ended = f"took more than {_TIMEOUT_S:.0f} s" if code is None else f"ended with {code}"
-        last = "\n    ".join(child.said.strip().splitlines()[-_LAST_LINES:])
-        what = f"{asked.model.name} cannot be built from its config; the process {ended} and said last:\n    {last}"
-        raise UsageError(what, where=asked.model.source, mend="look at config.json and at the version of transformers")
-    return dict(json.loads(child.said.splitlines()[-1]))
+    answers = asking.ask([words])
+    found = {"error": answers} if isinstance(answers, str) else answers[0]
+    if why := found.get("error"):
+        mend = "look at config.json and at the version of transformers"
+        raise UsageError(f"{asked.model.name}: {why}", where=asked.model.source, mend=mend)
+    return found
 
 
 def config_at(info: MethodInfo, rank: int | None) -> dict[str, Any]:
@@ -194,10 +184,10 @@ def _rows(asked: Asked, counted: Mapping[str, Any], method: str, tokens: int) ->
         yield Row(method, "-", "-", because="it trains the weights themselves, which a packed base does not let it")
     for base in bases:
         for optimizer in wanted:
-            yield _best(asked, counted, tokens, of_ranks, method, base, optimizer)
+            yield best(asked, counted, tokens, of_ranks, method, base, optimizer)
 
 
-def _best(
+def best(
     asked: Asked,
     counted: Mapping[str, Any],
     tokens: int,
@@ -260,7 +250,8 @@ def ledger(
     )
 
 
-def _document(row: Row) -> dict[str, Any]:
+def document_of(row: Row) -> dict[str, Any]:
+    """Return a row as the document has it."""
     parts = {f"{part}_B": size for part, size in asdict(row.ledger).items()} if row.ledger else None
     if parts and row.batch is None:
         parts |= {"activations_B": None, "logits_B": None}  # nothing is known of them, which is not nothing

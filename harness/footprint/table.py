@@ -18,9 +18,10 @@ _WIDTH = 110
 def as_text(document: Mapping[str, Any]) -> str:
     """Lay the document of `fit.answer` out."""
     size = Size(document["memory_B"], document["unit"])
-    known = document["activations_known"]
-    shown = [part for part in _PARTS if known or part not in ("activations", "logits")]
-    shown[-1:-1] = ["peak"] if document.get("checked") else []
+    checked, by_formula = document["checked"], document["activations_known"]
+    known = by_formula or checked
+    shown = [part for part in _PARTS if by_formula or part not in ("activations", "logits", "total" * checked)]
+    shown[-1:-1] = ["peak"] if checked else []
     shown += ["host"] if any(row["ledger"] and row["ledger"]["host_B"] for row in document["rows"]) else []
     several = len({row["optimizer"] for row in document["rows"]} - {"-"}) > 1
     head = [
@@ -38,10 +39,9 @@ def as_text(document: Mapping[str, Any]) -> str:
         if row["ledger"] is None:
             refused.append(f"  {row['method']}: {row['because']}")
             continue
-        fits = not row["because"]
         at = [
             str(row["rank"] or "-"),
-            *([str(row["batch"]), _tokens(row["longest"]) if fits else "-"] if known else []),
+            *([_batch(row), _tokens(row["longest"])] if known else []),
         ]
         rows.append([*name, *at, short_count(row["trainable"]), *(_size(size, row, part) for part in shown)])
     lines = [
@@ -68,29 +68,30 @@ def _question(document: Mapping[str, Any], size: Size, several: bool) -> list[st
 
 def _worth(document: Mapping[str, Any], size: Size) -> list[str]:
     """Say how to read the table, that it is a prediction, what is left out, and how far off it was."""
-    known = document["activations_known"]
-    largest = "the largest rank x batch that fits" if known else "the largest rank that fits"
+    by_formula, checked = document["activations_known"], document["checked"]
+    largest = "the largest rank x batch that fits" if by_formula or checked else "the largest rank that fits"
     said = [
         f"Sizes in {size.unit} ({UNITS[size.unit]:,} bytes). Each row is {largest}; a row with a negative `left` does not "
         "fit, and shows the least that it takes."
-        + (" longest: tokens of one text alone, at that rank, no more than the model reads." if known else ""),
-        "This is a prediction from shapes: nothing was run. It leaves out what the allocator keeps and wastes, the "
-        "workspace of kernels, temporary tensors, the CUDA context (hundreds of MiB) and other programs: leave them room.",
+        + (" longest: tokens of one text alone, at that rank, no more than the model reads." * (by_formula or checked)),
+        "This is a prediction from shapes: nothing was trained. It leaves out what the allocator keeps and wastes, the "
+        "workspace of kernels, the CUDA context (hundreds of MiB) and other programs: leave them room.",
     ]
     said += _of_steps(document["rows"])
-    if known:
+    if by_formula:
         said.append(
-            f"How far off it was: weights, adapter, gradients and optimizer within {FOOTPRINT_LEDGER:.0%} of the ledgers of "
-            f"real Cells, activations within {FOOTPRINT_ACTIVATIONS:.0%} of what autograd saved in small Llamas for the "
-            "references (both are tests). Libraries may keep more: hf-peft in 16 bits casts what adapters read to float32. "
-            "A whole process is larger, by what is left out. On a GPU nothing has been measured. `peft-harness explain "
-            "activations` tells what is counted."
+            f"How far off formulas were: weights, adapter, gradients and optimizer within {FOOTPRINT_LEDGER:.0%} of the "
+            f"ledgers of real Cells, activations within {FOOTPRINT_ACTIVATIONS:.0%} of what autograd saved in small Llamas "
+            "for the references (both are tests). Libraries may keep more: hf-peft in 16 bits casts what adapters read to "
+            "float32. On a GPU nothing has been measured. `peft-harness explain activations` tells what is counted."
         )
-    else:
+    elif not checked:
         said.append(
             "Activations are not predicted: there is a formula for Llama-like models only. `left` is what they may take. "
             f"The rest was within {FOOTPRINT_LEDGER:.0%} of the ledgers of real Cells (a test)."
         )
+    if not checked:
+        said.append("Temporary tensors are left out too: without --formulas a training step tells of them.")
     return [line for text in said for line in textwrap.wrap(text, _WIDTH)]
 
 
@@ -103,16 +104,20 @@ def _of_steps(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     untried = [row for row in rows if row["ledger"] and row.get("no_peak")]
     how = [
         f"peak: the most that tensors take at one time in a training step, taken without data by code for a CPU ({whose}). "
-        "The batch of a row with a peak is the largest whose step fits, and its `left` is beside the peak; `total`, "
-        "`longest` and the choice of ranks are those of formulas."
+        f"It was within {FOOTPRINT_LEDGER:.0%} of what steps of small models took (a test). It says which batch and which "
+        "length fit, and `left` is beside it; `total` and the choice among ranks that fit are those of formulas."
     ]
     return (how if by else []) + [
         f"Not checked: {row['method']} on {row['base']}; {row['no_peak']}." for row in untried
     ]
 
 
-def _tokens(number: int) -> str:
-    return f"{number:,}"
+def _batch(row: Mapping[str, Any]) -> str:
+    return "-" if row["batch"] is None else str(row["batch"])
+
+
+def _tokens(number: int | None) -> str:
+    return "-" if number is None else f"{number:,}"
 
 
 def _size(size: Size, row: Mapping[str, Any], part: str) -> str:

@@ -85,12 +85,18 @@ class Progress:
         """Leave the Cell's line behind."""
         self._at_work.pop(record.cell_id, None)
         self._seconds.append(record.duration_s)
-        accuracy = record.measurements.accuracy if record.measurements else None
+        measured = record.measurements
+        accuracy = measured.accuracy if measured else None
         result = (
             f"accuracy {accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]" if accuracy else record.because
         )
         first = result.splitlines()[0] if result else ""
-        self._leave(record.cell_id, record.status.value, f"{first}  {record.duration_s:.1f} s")
+        # What a model cannot do is in the report; what there was no memory for, another machine may have it for.
+        short = next(
+            (one.because for one in (measured.latency if measured else []) if "out of memory" in one.because), ""
+        )
+        lost = f"  no latencies: {short}" if short else ""
+        self._leave(record.cell_id, record.status.value, f"{first}  {record.duration_s:.1f} s{lost}")
 
     def resumed(self, cell: Cell) -> None:
         """Leave the line of a Cell behind that need not run again."""

@@ -9,29 +9,49 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo
 
+from harness import resources
 from harness.analysis import measured
 from harness.assets import shapes
 from harness.claims import recorded
-from harness.claims.measuring import Found, Model, NotRunError, measure
+from harness.claims.measuring import FOLDER, Found, Model, NotRunError, measure
+from harness.errors import SuiteError
 from harness.records import Cell, Predicted, Record
 
 
-def _suite(name: str) -> str:
+def _suite(name: str, info: ValidationInfo) -> str:
     from harness import suites
     from harness.spelling import near
 
-    if name not in (there := suites.names()):
-        raise ValueError(f"no suite is called `{name}`; {near(name, there)}")
+    if not name.endswith(".yaml"):
+        if name not in (there := suites.names()):
+            raise ValueError(f"no suite is called `{name}`; {near(name, there)}; or write the path of a .yaml file")
+        return name
+    path = (info.context or {}).get(FOLDER, Path()) / resources.named(name)
+    try:
+        recorded.entries(str(path.resolve()))
+    except SuiteError as error:
+        several = f"{len(error.problems)} mistakes, the first is " if len(error.problems) > 1 else ""
+        raise ValueError(f"{several}{error.problems[0]}") from error
+    return str(path.resolve())
+
+
+def _entry(name: str, info: ValidationInfo) -> str:
+    suite = [value for key, value in info.data.items() if key.endswith("suite")]  # the last: that of this argument
+    if suite and name not in (there := recorded.entries(suite[-1])):
+        raise ValueError(recorded.unknown(suite[-1], name, there))
     return name
 
 
 Suite = Annotated[str, AfterValidator(_suite)]
-"""A parameter that names a suite; its Cells are named by the ids of their entries there."""
-Depths = Annotated[list[str], Field(min_length=2)]
+"""A parameter that names a suite, or the path of one's own, from the claim file on; entries are named by their ids there."""
+Entry = Annotated[str, AfterValidator(_entry)]
+"""A parameter that names an entry of the suite that the parameter before it names."""
+Depths = Annotated[list[Entry], Field(min_length=2)]
 """Entries that differ in the number of the model's blocks alone."""
 _RECIPE = ("method", "base", "dtype", "optimizer")
 """What a Cell has in common with its rehearsal at a smaller size."""
@@ -63,7 +83,7 @@ class Interval:
 
 
 @measure("bytes")
-def peak_memory(suite: Suite, cell: str) -> Found:
+def peak_memory(suite: Suite, cell: Entry) -> Found:
     """The most memory at a time while a Cell trained: of tensors on a GPU (its own context comes on top), of the process on
     a CPU, above what it took after its imports. Of several seeds, the least and the most.
     """
@@ -72,7 +92,7 @@ def peak_memory(suite: Suite, cell: str) -> Found:
 
 
 @measure("bytes")
-def device_memory(suite: Suite, cell: str) -> Found:
+def device_memory(suite: Suite, cell: Entry) -> Found:
     """What a Cell took of its GPU while it trained, for a claim that one has enough: from the most of its tensors at a time
     to all that its allocator held or its driver counted. The driver counts CUDA's context too, and others' use of the GPU.
 
@@ -90,14 +110,14 @@ def device_memory(suite: Suite, cell: str) -> Found:
 
 
 @measure("ratio")
-def memory_ratio(suite: Suite, of: str, to: str) -> Found:
+def memory_ratio(suite: Suite, of: Entry, to: Entry) -> Found:
     """How many times the peak of training of `to` goes into that of `of`."""
     (a, b) = pair(suite, of, to)
     return _peak(a).over(_peak(b)).found(f"{_peaks(a)} / {_peaks(b)}; {recorded.place(a[0])}")
 
 
 @measure("share")
-def memory_less(suite: Suite, of: str, than: str) -> Found:
+def memory_less(suite: Suite, of: Entry, than: Entry) -> Found:
     """By which share the peak of training of `of` is less than that of `than`."""
     (a, b) = pair(suite, of, than)
     quotient = _peak(a).over(_peak(b))
@@ -106,7 +126,7 @@ def memory_less(suite: Suite, of: str, than: str) -> Found:
 
 
 @measure("bytes")
-def memory_more(suite: Suite, of: str, than: str) -> Found:
+def memory_more(suite: Suite, of: Entry, than: Entry) -> Found:
     """By how many bytes the peak of training of `of` is more than that of `than`; negative where it is less."""
     (a, b) = pair(suite, of, than)
     x, y = _peak(a), _peak(b)
@@ -134,7 +154,7 @@ def extrapolated_memory_ratio(suite: Suite, of: Depths, to: Depths) -> Found:
 
 
 @measure("bytes")
-def scaled_memory(suite: Suite, cells: Depths, whole_suite: Suite, whole: str) -> Found:
+def scaled_memory(suite: Suite, cells: Depths, whole_suite: Suite, whole: Entry) -> Found:
     """The memory that a Cell would need by the law that bytes grow with parameters, in blocks and outside them.
 
     cells: of a narrower model with one and with two blocks, its ranks as much smaller as it is narrower. What is scaled are
@@ -165,7 +185,7 @@ def scaled_memory_ratio(suite: Suite, of: Depths, to: Depths, model: Model) -> F
 
 
 @measure("count")
-def trained_parameters(suite: Suite, cell: str) -> Found:
+def trained_parameters(suite: Suite, cell: Entry) -> Found:
     """How many numbers of the Method a Cell trained, without a new head."""
     (own,) = recorded.records(suite, cell)
     counts = {record.measurements.parameters.adapter for record in own if record.measurements}

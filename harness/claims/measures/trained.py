@@ -13,27 +13,27 @@ from harness.analysis import over_seeds
 from harness.analysis.baseline_rows import ACCURACY
 from harness.analysis.over_seeds import Spread
 from harness.claims import recorded
-from harness.claims.measures.records import Suite
+from harness.claims.measures.records import Entry, Suite
 from harness.claims.measuring import Found, NotRunError, measure
 from harness.records import Accuracy, Record
 
 
 @measure("property")
-def scores_higher(suite: Suite, of: str, than: str) -> Found:
+def scores_higher(suite: Suite, of: Entry, than: Entry) -> Found:
     """The mean accuracy of `of` is above that of `than`: decided if the interval of the difference does not hold 0."""
     spread, how = _scores(suite, of, than)
     return _above(spread, 0.0, how)
 
 
 @measure("property")
-def scores_no_lower(suite: Suite, of: str, than: str) -> Found:
+def scores_no_lower(suite: Suite, of: Entry, than: Entry) -> Found:
     """The mean accuracy of `of` is not below that of `than` by 2 points, which is the margin of `peft-harness gate`."""
     spread, how = _scores(suite, of, than)
     return _above(spread, -ACCURACY, f"{how}; margin {100 * ACCURACY:g} points")
 
 
 @measure("property")
-def loss_falls_faster(suite: Suite, of: str, than: str) -> Found:
+def loss_falls_faster(suite: Suite, of: Entry, than: Entry) -> Found:
     """The training loss of `of`, averaged over all steps, is below that of `than`: paired by seed, on the same batches."""
     a, b = _seeds(suite, of, than)
     means = [[fmean(_losses(record)) for record in side] for side in (a, b)]

@@ -23,8 +23,8 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 def dora(model: Any, config: Any, generator: Any) -> Any:
     """Attach layers that compute by `dora_linear` to what `config.targets` names; config as `reference.dora.Config`.
 
-    Raises Unsupported for a magnitude per input and for a norm with a gradient. A layer over a base that is neither a plain
-    nn.Linear nor our own in NF4 computes as the reference does; so does the latter with dropout.
+    Raises Unsupported for a magnitude per input and for a norm with a gradient. A layer over another quantised base computes
+    as the reference does, with the base's own product in the place of one with its decoded weight.
     """
     from harness.implementations.fused.layers.dora import FusedDoraLinear
     from harness.kernels.siblings import meet
