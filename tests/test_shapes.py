@@ -44,7 +44,10 @@ DEBERTA = {
     "position_buckets": 16, "norm_rel_ebd": "layer_norm", "share_att_key": True, "pos_att_type": "p2c|c2p",
     "position_biased_input": False, "conv_kernel_size": 3, "conv_act": "gelu",
 }  # fmt: skip
+GPT2 = {"model_type": "gpt2", "vocab_size": 256, "n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 64}
+MIXTRAL = {**TINY, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 LAYERS = {
+    "gpt2": ["c_attn", "c_fc"], "mixtral": ["q_proj", "v_proj"],
     "llama": ["q_proj", "v_proj", "down_proj"], "roberta": ["query", "value", "intermediate.dense"],
     "deberta-v2": ["query_proj", "value_proj", "intermediate.dense"],
 }  # fmt: skip
@@ -233,7 +236,8 @@ def lived(
         evaluation=Evaluation(items=0, latency=latency),
     )  # fmt: skip
     use = AssetUse(name="tiny-shape", source="shape:tiny")
-    source = Source(name="tiny-shape", kind="causal" if config is TINY else "encoder", source="shape:./config.json")
+    kind: Any = "encoder" if config in (ROBERTA, DEBERTA) else "causal"
+    source = Source(name="tiny-shape", kind=kind, source="shape:./config.json")
     task = TaskWork(name=SYNTHETIC, spec={}, labels=2, test=0, shuffle_seed=0, use=use)
     work = Work(
         run="r", folder="f", attempt=1, cell=cell, data=None, task=task, device="cpu", launched=0.0,
@@ -327,6 +331,24 @@ def test_what_a_large_model_does_not_train_is_noticed(
     )
     with pytest.raises(NonconformingError, match=f"{method}/moved/bfloat16/trained failed at .* never moved"):
         lived(tmp_path, method)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "fused"])
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "adalora", "pissa", "qlora", "galore"])
+def test_layers_of_gpt2_are_linear_to_every_method(method: str, implementation: str, tmp_path: Path) -> None:
+    """transformers' Conv1D, which most methods and libraries refuse."""
+    life, found = lived(tmp_path, method, implementation=implementation, config=GPT2, latency=False)
+    assert found.training is not None
+    assert not [check.check for check in life.checks if check.outcome is Outcome.FAIL]
+    assert {path.rpartition(".")[2] for path in life.layers} == {"c_attn", "c_fc"}
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_mixture_of_experts(method: str, tmp_path: Path) -> None:
+    """Its experts are one tensor, multiplied at once; of float64, in which the gate judges, torch has no such product."""
+    life, found = lived(tmp_path, method, config=MIXTRAL, latency=False)
+    assert found.training is not None
+    assert not [check.check for check in life.checks if check.outcome is Outcome.FAIL]
 
 
 def test_a_cell_keeps_its_training_where_its_latency_has_no_memory(

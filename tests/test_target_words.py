@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from harness.assets import structure
 from harness.conformance.subject import adaptable_layers, configure
@@ -105,7 +106,7 @@ def test_a_word_that_stands_for_nothing_or_for_too_much_says_so() -> None:
     with pytest.raises(ValueError, match="'all-linear' stands for no layer of this ReLU"):
         targets(nn.ReLU(), ["all-linear"])
     with pytest.raises(ValueError, match=r"stands for .*c_attn too, a Conv1D, which this method does not support"):
-        targets(build("gpt2"), ["attention"])
+        targets(GPT2LMHeadModel(GPT2Config(**GPT2)), ["attention"])
 
 
 def test_a_word_is_one_value_however_it_is_written() -> None:

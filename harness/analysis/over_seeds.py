@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from statistics import NormalDist, fmean, variance
 
 from harness.analysis.intervals import LEVEL, POWER
+from harness.analysis.seed_spread import Prior
 from harness.records import Accuracy
 
 INTERVAL = f"{100 * LEVEL:g} % for new items and new seeds (t, Satterthwaite)"
+MODERATED = f"{INTERVAL[:-1]}; spread over seeds moderated by the other recipes)"
 
 
 @dataclass(frozen=True)
@@ -47,23 +49,31 @@ class Spread:
         return (_quantile(0.5 + LEVEL / 2, self.df) + NormalDist().inv_cdf(POWER)) * self.error
 
 
-def mean(runs: Sequence[Accuracy]) -> Spread | None:
-    """Return the mean accuracy of two or more runs; None unless all of them scored the same items."""
+def mean(runs: Sequence[Accuracy], prior: Prior | None = None) -> Spread | None:
+    """Return the mean accuracy of two or more runs; None unless all of them scored the same items.
+
+    prior: what the other recipes tell of the variance between seeds, if anything.
+    """
     if not same_items(runs):
         return None
     items = _means(runs)
-    return _spread(fmean(items), [_of_items(items), _of_seeds(runs)])
+    return _spread(fmean(items), [_of_items(items), _of_seeds(runs, prior)])
 
 
-def difference(left: Sequence[Accuracy], right: Sequence[Accuracy]) -> Spread | None:
+def difference(
+    left: Sequence[Accuracy], right: Sequence[Accuracy], priors: tuple[Prior | None, Prior | None] = (None, None)
+) -> Spread | None:
     """Return mean(left) - mean(right); None unless all of them scored the same items.
 
-    Its squared error is var(per-item difference of the runs' means) / items + var(accuracies) / runs, of each side.
+    Its squared error is var(per-item difference of the runs' means) / items + var(accuracies) / runs, of each side. priors:
+    of each side, as in `mean`; what both share counts once.
     """
     if not same_items((*left, *right)):
         return None
     apart = [a - b for a, b in zip(_means(left), _means(right), strict=True)]
-    return _spread(fmean(apart), [_of_items(apart), _of_seeds(left), _of_seeds(right)])
+    of_seeds = _spread(0.0, [_of_seeds(left, priors[0]), _of_seeds(right, priors[1])])
+    most = min((one.most for one in priors if one is not None), default=math.inf)
+    return _spread(fmean(apart), [_of_items(apart), (of_seeds.error**2, min(of_seeds.df, most))])
 
 
 def paired(left: Sequence[Accuracy], right: Sequence[Accuracy]) -> Spread | None:
@@ -101,8 +111,11 @@ def _of_items(values: Sequence[float]) -> tuple[float, float]:
     return (variance(values) / len(values), len(values) - 1) if len(values) > 1 else (math.inf, 1)
 
 
-def _of_seeds(runs: Sequence[Accuracy]) -> tuple[float, float]:
-    return variance([run.value for run in runs]) / len(runs), len(runs) - 1
+def _of_seeds(runs: Sequence[Accuracy], prior: Prior | None = None) -> tuple[float, float]:
+    own, df = variance([run.value for run in runs]), float(len(runs) - 1)
+    if prior is not None:
+        own, df = prior.moderated(own, df)
+    return own / len(runs), df
 
 
 def _means(runs: Sequence[Accuracy]) -> list[float]:

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
-from harness.analysis import over_seeds
+from harness.analysis import over_seeds, seed_spread
 from harness.analysis.intervals import LEVEL, detectable, holm, mcnemar, wilson
+from harness.analysis.seed_spread import Prior
 from harness.records import Accuracy, Cell, Record
 from harness.store import Run
 
 Standing = Literal["best", "tied", "below", "untrained"]
 Basis = Literal["tied", "all", "independent", "seeds"]
+Priors = tuple[Prior | None, Prior | None]
 
 
 @dataclass(frozen=True)
@@ -179,19 +181,23 @@ def groups(run: Run) -> tuple[Group, ...]:
     return tuple(of_trained + [_group(budget, 0, [], scored) for budget, scored in alone.items()])
 
 
-def score(records: Sequence[Record]) -> Score:
-    """Return the accuracy of one Record with its own interval, or the mean of several with one over seeds and items."""
+def score(records: Sequence[Record], prior: Prior | None = None) -> Score:
+    """Return the accuracy of one Record with its own interval, or the mean of several with one over seeds and items.
+
+    prior: what other recipes tell of the spread over seeds.
+    """
     scored = accuracies(records)
     if len(scored) == 1:
         (only,) = scored
         return Score(only.value, only.low, only.high, only.interval)
-    found = over_seeds.mean(scored)
+    found = over_seeds.mean(scored, prior)
     if found is None:
         return Score(fmean(a.value for a in scored), 0.0, 1.0, "none: the runs did not score the same items")
     low, high = found.interval
     if not found.error:  # every run right on every item, or wrong: that is not certain of the next item
         low, high = wilson(round(found.value * (n := len(scored[0].items))), n)
-    return Score(found.value, max(0.0, low), min(1.0, high), over_seeds.INTERVAL)
+    how = over_seeds.MODERATED if prior else over_seeds.INTERVAL
+    return Score(found.value, max(0.0, low), min(1.0, high), how)
 
 
 def accuracies(records: Sequence[Record]) -> list[Accuracy]:
@@ -204,14 +210,19 @@ def _scored(record: Record) -> Accuracy | None:
 
 
 def _group(budget: Budget, tries: int, scored: Sequence[_Scored], untrained: Sequence[_Scored]) -> Group:
-    scores = {records[0].id: score(records) for records in (*scored, *untrained)}
+    # What was not trained has no luck with its seeds, and tells nothing of that of others.
+    spread = seed_spread.prior([accuracies(records) for records in scored])
+    priors = {records[0].id: spread for records in scored}
+    scores = {r[0].id: score(r, priors.get(r[0].id)) for r in (*scored, *untrained)}
 
     def highest_first(some: Sequence[_Scored]) -> list[_Scored]:
         return sorted(some, key=lambda records: -scores[records[0].id].value)
 
     everyone = [*highest_first(scored), *highest_first(untrained)]
     best = everyone[0]
-    found = {r[0].id: Pair.of(best, r) for r in everyone if r is not best}
+    found = {
+        r[0].id: Pair.of(best, r, (priors.get(best[0].id), priors.get(r[0].id))) for r in everyone if r is not best
+    }
     # Which is best was read off the same items, so every pair was looked at, not only those with the best one.
     pairs = len(everyone) * (len(everyone) - 1) // 2
     p = holm({i: pair.p for i, pair in found.items() if pair is not None}, pairs)
@@ -252,13 +263,16 @@ class Pair:
     disagreement: float | None
 
     @classmethod
-    def of(cls, left: Sequence[Record], right: Sequence[Record]) -> Pair | None:
-        """Compare; None where the items are not the same, or one side has one run and the other several."""
+    def of(cls, left: Sequence[Record], right: Sequence[Record], priors: Priors = (None, None)) -> Pair | None:
+        """Compare; None where the items are not the same, or one side has one run and the other several.
+
+        priors: what other recipes tell of each side's spread over seeds.
+        """
         a, b = accuracies(left), accuracies(right)
         if (len(a) > 1) != (len(b) > 1):
             return None
         if len(a) > 1:
-            spread = over_seeds.difference(a, b)
+            spread = over_seeds.difference(a, b, priors)
             return Pair(spread.value, spread.p, spread.detectable, None) if spread else None
         table = _discordant(a[0], b[0])
         if table is None:

@@ -22,12 +22,14 @@ _ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, R
 
 
 def build(config: Mapping[str, Any], kind: str, dtype: torch.dtype) -> Any:
-    """Return the model of this config.json on the meta device, in training mode: every layer, no weights.
+    """Return the model of this config.json on the meta device, in training mode: every layer, no weights, no Conv1D.
 
     Raises ValueError for a type that is not transformers'.
     """
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from harness.assets import conv1d
 
     facts = dict(config)
     name = facts.pop("model_type", None)
@@ -35,7 +37,9 @@ def build(config: Mapping[str, Any], kind: str, dtype: torch.dtype) -> Any:
         raise ValueError(f"transformers has no model of the type {name!r}")
     factory: Any = AutoModelForSequenceClassification if kind == "encoder" else AutoModelForCausalLM
     with torch.device("meta"):
-        return factory.from_config(CONFIG_MAPPING[name].from_dict(facts), dtype=dtype).train()
+        model = factory.from_config(CONFIG_MAPPING[name].from_dict(facts), dtype=dtype).train()
+    conv1d.as_linear(model)
+    return model
 
 
 def misfits(folder: str, kind: str, names: Sequence[str]) -> dict[str, str]:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from harness.conformance.subject import DTYPES, Subject, attach_reference
 from reference.layers import replace
+
+
+def copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a copy of a model in `dtype`; in float64 one whose experts are multiplied one by one: no grouped product is."""
+    made: Any = copy.deepcopy(model).to(dtype)
+    if dtype == torch.float64 and hasattr(made, "set_experts_implementation"):
+        made.set_experts_implementation("eager")
+    found: nn.Module = made
+    return found
 
 
 def reference(subject: Subject, dtype: str) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -20,7 +30,7 @@ def reference(subject: Subject, dtype: str) -> tuple[nn.Module, dict[str, Tensor
     """
     if subject.original.model is None:
         raise ValueError("the model was too large to be copied before attaching")
-    model = copy.deepcopy(subject.original.model).to(DTYPES[dtype])
+    model = copied(subject.original.model, DTYPES[dtype])
     if not subject.added():  # full fine-tuning: what trains is the model itself
         named = dict(model.named_parameters(remove_duplicate=False))
         tensors: dict[str, Tensor] = {name: named[name] for name in subject.adapted.tensors()}
@@ -43,7 +53,7 @@ def base(subject: Subject, dtype: str) -> nn.Module:
     """
     if subject.original.model is None:
         raise ValueError("the model was too large to be copied before attaching")
-    model = copy.deepcopy(subject.original.model)
+    model = copied(subject.original.model, DTYPES[dtype])
     for path in subject.packed:
         replace(model, path, subject.dense_base(path, DTYPES[dtype]))
     return model.to(DTYPES[dtype]).eval()

@@ -29,7 +29,6 @@ from harness.kernels.packed_weight import PackedWeight
 from harness.methods import TARGET_WORDS, Adapted
 from harness.records import Cell
 from harness.registry import Registry, discover
-from harness.runner import packing
 from harness.training import loop, optimizers
 from harness.training import model as models
 from harness.training.batches import Batch, Example, collate
@@ -177,8 +176,6 @@ def _attached(question: Question, model: Any, head: Mapping[str, nn.Parameter]) 
     config = configure(cell.method, cell.config)
     matched = adaptable_layers(model, config)
     packed = cell.base.quantization != "none"
-    if packed:
-        matched = packing.packable(model, config, matched)
     paths = [path for path in matched if not in_head(path, head)]
     if hasattr(config, "targets") and (len(paths) < len(matched) or TARGET_WORDS & set(config.targets)):
         config = replace(config, targets=tuple(paths))

@@ -8,6 +8,7 @@ from typing import Any
 
 from harness import store
 from harness.analysis import divergence, measured, parity, reproducibility
+from harness.analysis.over_seeds import MODERATED
 from harness.analysis.ranking import Budget, Entry, Group
 from harness.analysis.verdict import Judgement
 from harness.records import Record, Status
@@ -210,6 +211,11 @@ def _sentences(f: RunFacts, g: Group) -> list[str]:
     return [*sentences, *_what_it_sees(g)]
 
 
+def _moderated(g: Group) -> str:
+    shared = any(entry.score.means == MODERATED for entry in g.ranked)
+    return f", moderated by that of the other {len(g.ranked) - 1} recipes" if shared else ""
+
+
 def _what_it_sees(g: Group) -> list[str]:
     """Say what the tests of a group are about, and how small a difference they find."""
     finds = (
@@ -218,8 +224,8 @@ def _what_it_sees(g: Group) -> list[str]:
     if len(g.ranked[0].records if g.ranked else ()) > 1:
         about = (
             f"Each is the mean of {len(g.seeds)} training runs (seeds {', '.join(map(str, g.seeds))}). Intervals, ties and"
-            " p values (t test of paired items plus the spread over seeds, Holm-adjusted) speak of new seeds and new test"
-            " items, on the same training data."
+            f" p values (t test of paired items plus the spread over seeds{_moderated(g)}, Holm-adjusted) speak of new seeds"
+            " and new test items, on the same training data."
         )
         return (
             [about] if g.detectable is None else [about, f"{finds} ({g.budget.items:,} items, {len(g.seeds)} seeds)."]

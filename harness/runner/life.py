@@ -92,6 +92,7 @@ class Life:
 
         with self.clock.phase("load"):
             loaded = self._load(dtype, device, whole=not quantised)
+            self.notes += loaded.notes
         model: Any = loaded.model
         model_B = checkpoint.whole(model)  # before it is packed
         with self.clock.phase("data"):
@@ -100,8 +101,6 @@ class Life:
             expected = self._predict(task.batches)
         config = configure(cell.method, cell.config)
         matched = adaptable_layers(model, config)
-        if quantised:
-            matched = packing.packable(model, config, matched)
         bases = {p: m for p, m in matched.items() if not in_head(p, loaded.head)}
         if hasattr(config, "targets") and (len(bases) < len(matched) or TARGET_WORDS & set(config.targets)):
             # A target's name also fits a layer of the new head, which trains as a whole, or it is a word for layers of which

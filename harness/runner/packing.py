@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from harness.conformance.packed_codes import judge_in_pieces
 from harness.conformance.subject import ExpectedCodes, Packed, is_small
@@ -15,21 +14,7 @@ from harness.conformance.tolerance import Judgement
 from harness.errors import UsageError
 from harness.records import Base
 from harness.registry import Registry
-from reference.layers import kind_of, replace
-
-_CONV1D = "Conv1D"
-
-
-def packable(model: nn.Module, config: Any, matched: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """Return the layers that a quantised base packs: those that the Method adapts, or every one of the model.
-
-    matched: what `adaptable_layers` gives, which of a Method without targets leaves Conv1D out: a GPT-2 would have nothing
-    but its output layer packed.
-    """
-    found = dict(matched)
-    if not hasattr(config, "targets"):
-        found |= {path: layer for path, layer in model.named_modules() if kind_of(layer) == _CONV1D}
-    return found
+from reference.layers import kind_of
 
 
 @dataclass
@@ -62,7 +47,7 @@ def pack(
     paths = list(paths)
     for path in paths:
         layer = model.get_submodule(path)
-        if kind_of(layer) not in ("linear", _CONV1D):
+        if kind_of(layer) != "linear":
             raise UsageError(
                 f"`targets` name {path} ({type(layer).__name__}); a base in {base.quantization} packs linear layers only",
                 mend="name linear layers, or leave out `base:`",
@@ -72,8 +57,7 @@ def pack(
     found, count = PackedBase(), 0
     for here in ready or [paths]:
         for path in (path for path in paths if path in here):
-            if kind_of(layer := model.get_submodule(path)) == _CONV1D:
-                replace(model, path, layer := _linear(layer))
+            layer = model.get_submodule(path)
             if small:
                 found.expected[path] = ExpectedCodes.of(layer)
             found.forms[path] = Packed(*packs(model, [path], dtype)[path])
@@ -85,14 +69,3 @@ def pack(
         f"base {base.quantization}: {len(paths)} layers with {count:,} of the model's {weights:,} weights are packed"
     )
     return found
-
-
-def _linear(layer: Any) -> nn.Linear:
-    """Return a linear layer that computes what a Conv1D does, which keeps its weight as (in, out).
-
-    Blocks then run along the input features, as those of every other layer, and as transformers packs a Conv1D itself.
-    """
-    dense = nn.Linear(layer.nx, layer.nf, device="meta").train(layer.training)
-    dense.weight = nn.Parameter(layer.weight.detach().T.contiguous(), requires_grad=False)
-    dense.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
-    return dense

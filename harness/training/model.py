@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from harness.assets import conv1d
 from harness.errors import AssetError, UsageError
 from harness.out_of_memory import shortage
 from harness.tolerances import FORESIGHT
@@ -23,11 +24,15 @@ _PROBED_TOKENS = 4
 
 @dataclass
 class Loaded:
-    """model: on its device; head: path -> parameter of a head that the checkpoint does not have, trained by every method."""
+    """model: on its device; head: path -> parameter of a head that the checkpoint does not have, trained by every method.
+
+    notes: what a Record should say of it.
+    """
 
     model: Any
     tokenizer: Any
     head: dict[str, nn.Parameter]
+    notes: list[str] = field(default_factory=list)
 
 
 def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.device, seed: int) -> Loaded:
@@ -57,6 +62,7 @@ def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.d
             where=str(path),
             mend="is it an encoder? then declare it with kind: encoder",
         )
+    written = conv1d.as_linear(model)
     model.to(device)
     if kind == "causal" and (share := foresight(model)) > FORESIGHT:
         raise AssetError(
@@ -69,7 +75,8 @@ def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.d
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     parameters = dict(model.named_parameters())
-    return Loaded(model, tokenizer, head.draw(model, [name for name in missing if name in parameters], seed))
+    drawn = head.draw(model, [name for name in missing if name in parameters], seed)
+    return Loaded(model, tokenizer, drawn, [conv1d.NOTE.format(written)] if written else [])
 
 
 @contextmanager

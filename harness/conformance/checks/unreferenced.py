@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.adapter_config import NO_REFERENCE
+from harness.conformance import whole_model
 from harness.conformance.case import Case
 from harness.conformance.results import judged, listed, skipped
 from harness.conformance.subject import LARGEST_COPY, Subject
@@ -62,7 +63,7 @@ def check_start(subject: Subject, case: Case) -> CheckResult:
         return judged(subject, case, "start", same, "to the last bit")
     if subject.original.model is None:
         return skipped(subject, case, "start", f"not to the last bit, and {_TOO_LARGE}")
-    truth = {"logits": _run(case, copy.deepcopy(subject.original.model).double().eval())}
+    truth = {"logits": _run(case, whole_model.copied(subject.original.model, torch.float64).eval())}
     return judged(subject, case, "start", noise_floor(mine, truth, base, subject.dtype, case.factor("start")))
 
 
