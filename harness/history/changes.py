@@ -154,15 +154,16 @@ def _timed(family: str, judged: Sequence[Series], guards: Sequence[Series], seen
             seen.loose.append((on, family, loose))
     rows = [(one, np.flatnonzero(np.isfinite(row)), row) for one, row in zip(judged, beside, strict=True)]
     rows = [(one, there, row[there]) for one, there, row in rows if len(there) >= FEWEST]
-    shared = float(np.median([change_points.noise(row) for _, _, row in rows])) if rows else 0.0
-    for one, there, row in rows:
+    noises = [change_points.noise(row) for _, _, row in rows]
+    shared = float(np.median(noises)) if rows else 0.0
+    for (one, there, row), noise in zip(rows, noises, strict=True):
         seen.compared += 1
-        own = [nights[i] for i in there]
-        found = _steps(one, own, row, shared)
+        own = nights if len(there) == len(nights) else [nights[i] for i in there]
+        found = _steps(one, own, row, shared, noise)
         seen.changes += found
         if own[-1] == seen.last:
             since = own.index(found[-1].nights[1]) if found else 0
-            seen.changes += _suspicion(one, own, row, shared, since)
+            seen.changes += _suspicion(one, own, row, shared, noise, since)
     _anchor(Series(EVERY, family, on, nights, [], []), common, _logs(guards, nights), seen)
 
 
@@ -184,9 +185,9 @@ def _anchor(one: Series, common: Array, guards: Array, seen: Seen) -> None:
     seen.machine += [move for move in moves if all(abs(move.nights[1] - o.nights[1]) > NEAR for o in own)]
 
 
-def _steps(one: Series, nights: Sequence[int], logs: Array, shared: float) -> list[Change]:
+def _steps(one: Series, nights: Sequence[int], logs: Array, shared: float, noise: float | None = None) -> list[Change]:
     least = math.log1p(TIMED_LEAST)
-    found = change_points.steps(logs, least=least, shared=shared)
+    found = change_points.steps(logs, least=least, shared=shared, own=noise)
     return [
         _change(
             one, nights, step, math.exp(step.before), math.exp(step.after), step.change > 0,
@@ -196,8 +197,10 @@ def _steps(one: Series, nights: Sequence[int], logs: Array, shared: float) -> li
     ]  # fmt: skip
 
 
-def _suspicion(one: Series, nights: Sequence[int], logs: Array, shared: float, since: int) -> list[Change]:
-    step = change_points.suspect(logs, since=since, least=math.log1p(TIMED_LEAST), shared=shared)
+def _suspicion(
+    one: Series, nights: Sequence[int], logs: Array, shared: float, noise: float, since: int
+) -> list[Change]:
+    step = change_points.suspect(logs, since=since, least=math.log1p(TIMED_LEAST), shared=shared, own=noise)
     if step is None:
         return []
     edge = (nights[step.at - 1], nights[-1])

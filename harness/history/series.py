@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from harness.analysis import watched
 from harness.history import decisions
@@ -28,29 +29,38 @@ def series(history: History, only: Container[str] | None = None) -> list[Series]
 
     Never of two places: another machine, driver or torch begins another series.
     """
-    table: dict[tuple[str, str], dict[str, Series]] = {}
+    table: dict[tuple[str, str], list[tuple[int, list[dict[str, float]]]]] = {}
     for index, night in enumerate(history.nights):
         passes: dict[tuple[str, str], list[dict[str, float]]] = {}
         for row in night.rows:
             if "values" in row and (only is None or row["cell"] in only):
                 passes.setdefault((row["cell"], row["on"]), []).append(row["values"])
-        for (cell, on), values in passes.items():
-            known = table.setdefault((cell, on), {})
-            for metric in values[0] if len(values) == 1 else {name: None for of in values for name in of}:
-                one = known.get(metric)
-                if one is None:
-                    one = known[metric] = Series(cell, metric, on, [], [], [])
-                got = [of[metric] for of in values if metric in of]
-                one.nights.append(index)
-                one.values.append(got[0] if got.count(got[0]) == len(got) else _middle(metric, got))
-                one.passes.append(len(got))
+        for place, values in passes.items():
+            table.setdefault(place, []).append((index, values))
     found = (
-        _since(known[metric], history)
-        for _, known in sorted(table.items())
-        for metric in sorted(known)
-        if watched.kind(metric)  # a newer harness may keep more
+        _since(one, history)
+        for (cell, on), nights in sorted(table.items(), key=lambda item: item[0])
+        for one in _of_cell(cell, on, nights)
+        if watched.kind(one.metric)  # a newer harness may keep more
     )
     return [one for one in found if one.nights]
+
+
+def _of_cell(cell: str, on: str, nights: list[tuple[int, list[dict[str, float]]]]) -> Iterator[Series]:
+    """Yield the series of a Cell at a place, by metric. nights: of each its index, and the values of its passes."""
+    order = tuple(nights[0][1][0])
+    if all(tuple(values) == order for _, passes in nights for values in passes):
+        # So it nearly always is, of millions of values: nobody need be asked for each by its name.
+        there, numbers = [index for index, _ in nights], [len(passes) for _, passes in nights]
+        rows = [_middles(order, passes) for _, passes in nights]
+        columns = dict(zip(order, zip(*rows, strict=True), strict=True))
+        for metric in sorted(order):
+            yield Series(cell, metric, on, there, list(columns[metric]), numbers)
+        return
+    for metric in sorted({name for _, passes in nights for values in passes for name in values}):
+        some = [(index, got) for index, passes in nights if (got := [one[metric] for one in passes if metric in one])]
+        values = [_middle(metric, got) for _, got in some]
+        yield Series(cell, metric, on, [index for index, _ in some], values, [len(got) for _, got in some])
 
 
 def _since(one: Series, history: History) -> Series:
@@ -60,8 +70,19 @@ def _since(one: Series, history: History) -> Series:
     return Series(one.cell, one.metric, one.on, one.nights[skip:], one.values[skip:], one.passes[skip:])
 
 
-def _middle(metric: str, values: list[float]) -> float:
-    if watched.kind(metric) == "counted":
+def _middles(order: Sequence[str], passes: list[dict[str, float]]) -> list[float]:
+    """Return of each metric in this order, in which all passes have them, the value that counts."""
+    together = zip(order, zip(*(values.values() for values in passes), strict=True), strict=True)
+    return [got[0] if got.count(got[0]) == len(got) else _middle(metric, got) for metric, got in together]
+
+
+@cache
+def _is_counted(metric: str) -> bool:
+    return watched.kind(metric) == "counted"
+
+
+def _middle(metric: str, values: Sequence[float]) -> float:
+    if _is_counted(metric):
         return max(values)
     ordered, half = sorted(values), len(values) // 2
     return ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) / 2
