@@ -80,7 +80,7 @@ def largest(asked: Mapping[str, Any]) -> dict[str, Any]:
     """
     cell, told = Cell.model_validate(asked["cell"]), dict(asked["largest"])
     of, by = told.pop("of"), ""
-    _import_classes(json.dumps(asked["config"]), asked["kind"])
+    import_classes(json.dumps(asked["config"]), asked["kind"])
 
     def taken(number: int) -> int | str:
         nonlocal by
@@ -94,7 +94,7 @@ def largest(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def _import_classes(config: str, kind: str) -> None:
+def import_classes(config: str, kind: str) -> None:
     """Build a model without weights, so that what transformers imports for it is here, and not anew in each fork."""
     with suppress(*_ERRORS):  # each step will tell
         structure.build(json.loads(config), kind, torch.float32)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationInfo
 
@@ -53,6 +53,8 @@ Entry = Annotated[str, AfterValidator(_entry)]
 """A parameter that names an entry of the suite that the parameter before it names."""
 Depths = Annotated[list[Entry], Field(min_length=2)]
 """Entries that differ in the number of the model's blocks alone."""
+LABELS = 2
+"""Of an encoder's new head, as tasks of random labels have."""
 _RECIPE = ("method", "base", "dtype", "optimizer")
 """What a Cell has in common with its rehearsal at a smaller size."""
 _LEFT_OUT = "CUDA's own context, and what the allocator holds beyond tensors, are left out"
@@ -164,7 +166,7 @@ def scaled_memory(suite: Suite, cells: Depths, whole_suite: Suite, whole: Entry)
     what the step adds.
     """
     at = recorded.cell(whole_suite, whole)
-    whole_is = _predicted(at)
+    whole_is = predicted(at)
     value, how, own = _scaled(suite, cells, at.model.removeprefix(shapes.PREFIX), whole_is.optimizer_B)
     if unlike := [key for key in _RECIPE if getattr(own.cell, key) != getattr(at, key)]:
         raise ValueError(f"{own.cell.label} is no rehearsal of {at.label}: another {', '.join(unlike)}")
@@ -271,16 +273,25 @@ def _is_paged(record: Record) -> bool:
     return record.cell.optimizer.startswith("paged")
 
 
-def _predicted(cell: Cell) -> Predicted:
+def predicted(cell: Cell) -> Predicted:
     """Return what a Cell of a shape is predicted to take on a GPU."""
-    from harness.footprint import cells, counting, models
+    from harness.footprint import cells, counting
 
-    config = shapes.config_of(cell.model.removeprefix(shapes.PREFIX))
-    asked = cells.request(cell, config, models.kind_of(config), 0)
-    found = cells.predicted(cell, counting.answer(asked), every_token=True)
+    config, kind = shape_of(cell)
+    found = cells.predicted(cell, counting.answer(cells.request(cell, config, kind, LABELS)), every_token=True)
     if isinstance(found, str):
         raise NotRunError(f"the memory of {cell.label}, which cannot be predicted: {found}")
     return found
+
+
+def shape_of(cell: Cell) -> tuple[dict[str, Any], str]:
+    """Return the config.json of a Cell's shape, and its kind."""
+    from harness.footprint import models
+
+    address = cell.model.removeprefix(shapes.PREFIX)
+    preset, config = shapes.preset(address), shapes.config_of(address)
+    kind = preset.kind if preset else models.kind_of(config)
+    return (shapes.with_classes(config, LABELS) if kind == "encoder" else config), kind
 
 
 def _pass(cell: Cell) -> str:

@@ -1,0 +1,47 @@
+"""Measures: the peak of a Cell's training step at its whole shape, taken without data. No torch before one is taken."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+
+from harness.assets import shapes
+from harness.claims import recorded
+from harness.claims.measures.records import Entry, Suite, predicted, shape_of
+from harness.claims.measuring import Found, NotRunError, measure
+
+
+@measure("bytes")
+def step_peak(suite: Suite, cell: Entry) -> Found:
+    """The most that tensors take at one time in a training step of a Cell of a shape, by that very step of code for a CPU.
+
+    Nothing of it has data, so that a model of any size will do; its texts are as long as they may be. What is paged lies in
+    host memory, and is left out, as are workspaces, what an allocator wastes and CUDA's context.
+    """
+    own = recorded.cell(suite, cell)
+    peak, by = _peak(suite, cell)
+    host = predicted(own).optimizer_host_B
+    how = f"a training step of {own.label} at its whole shape, without data, by {by or 'its own code'} for a CPU: {peak:,} B"
+    return Found(peak - host, f"{how}, of which {host:,} B are paged states in host memory" if host else how)
+
+
+@measure("bytes")
+def step_peak_more(suite: Suite, of: Entry, than: Entry) -> Found:
+    """By how many bytes the `step_peak` of `of` is more than that of `than`."""
+    a, b = step_peak(suite, of), step_peak(suite, than)
+    return Found(a.value - b.value, f"{a.value:,} B - {b.value:,} B: {a.how}; {b.how}")
+
+
+@cache
+def _peak(suite: str, entry: str) -> tuple[int, str]:
+    from harness.footprint import apart, dry_step
+
+    cell = recorded.cell(suite, entry)
+    if not cell.model.startswith(shapes.PREFIX):
+        raise NotRunError(f"a shape: {cell.model} has its weights in files")
+    config, kind = shape_of(cell)
+    apart.import_classes(json.dumps(config), kind)
+    found = apart.peak(cell, config, kind, dry_step.longest(cell, kind, cell.training.max_tokens))
+    if "peak_B" not in found:
+        raise NotRunError(f"a step that can be taken without data: {found.get('no_peak', 'this Cell trains nothing')}")
+    return int(found["peak_B"]), str(found["peak_by"])
