@@ -36,6 +36,15 @@ def disturbed(share: float) -> Luck:
     return luck
 
 
+def wider(factor: float) -> Luck:
+    """Return the noise of processes that differ so many times as much, as on a machine that others use too."""
+
+    def luck(rng: np.random.Generator, shape: tuple[int, int]) -> Floats:
+        return rng.normal(0.0, factor * PROCESS, shape) + _median_of_steps(rng, shape)
+
+    return luck
+
+
 def two_speeds(share: float, apart: float) -> Luck:
     """Return the noise of processes of which `share` run in a mode that is slower by `apart`, as after autotuning."""
 

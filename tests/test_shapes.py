@@ -236,7 +236,7 @@ def lived(
         evaluation=Evaluation(items=0, latency=latency),
     )  # fmt: skip
     use = AssetUse(name="tiny-shape", source="shape:tiny")
-    kind: Any = "encoder" if config in (ROBERTA, DEBERTA) else "causal"
+    kind: Any = "encoder" if config in (ROBERTA, DEBERTA) or "architectures" in config else "causal"
     source = Source(name="tiny-shape", kind=kind, source="shape:./config.json")
     task = TaskWork(name=SYNTHETIC, spec={}, labels=2, test=0, shuffle_seed=0, use=use)
     work = Work(
@@ -341,6 +341,14 @@ def test_layers_of_gpt2_are_linear_to_every_method(method: str, implementation: 
     assert found.training is not None
     assert not [check.check for check in life.checks if check.outcome is Outcome.FAIL]
     assert {path.rpartition(".")[2] for path in life.layers} == {"c_attn", "c_fc"}
+
+
+def test_a_decoder_with_a_head_of_classes(tmp_path: Path) -> None:
+    """It looks for the last token that is no padding, of which a shape has none."""
+    _, found = lived(
+        tmp_path, "lora", config={**TINY, "architectures": ["LlamaForSequenceClassification"]}, latency=False
+    )
+    assert found.training is not None
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

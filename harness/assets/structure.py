@@ -39,7 +39,15 @@ def build(config: Mapping[str, Any], kind: str, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
         model = factory.from_config(CONFIG_MAPPING[name].from_dict(facts), dtype=dtype).train()
     conv1d.as_linear(model)
+    if kind == "encoder":
+        without_padding(model)
     return model
+
+
+def without_padding(model: Any) -> None:
+    """Let a decoder with a head of classes take a batch of texts of one length also where nobody told it how to pad."""
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = -1  # no token's
 
 
 def misfits(folder: str, kind: str, names: Sequence[str]) -> dict[str, str]:

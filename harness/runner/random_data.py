@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.assets import structure
 from harness.runner.data import refuse_long
 from harness.runner.work import Work
 from harness.training import loop
@@ -36,6 +37,8 @@ class RandomData:
         training, vocabulary = cell.training, int(loaded.model.config.vocab_size)
         generator = torch.Generator().manual_seed(cell.seed)
         self._encoder = work.model.source.kind == "encoder"
+        if self._encoder:
+            structure.without_padding(loaded.model)
         of = "the labels, which are random too" if self._encoder else "every token but the first"
         self.text_rules = f"random tokens; loss of {of}; nothing is scored"
 
