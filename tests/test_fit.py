@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from harness.assets import made, shapes
 from harness.cli import main
 from harness.errors import Exit, UsageError
-from harness.footprint import apart, asking, fit, models, sizes, table
+from harness.footprint import apart, asking, fit, largest, models, sizes, table
 from harness.footprint.choices import OPTIMIZERS, OWN
 from harness.footprint.counting import count
 from harness.records import Cell
@@ -256,6 +257,36 @@ def test_a_step_says_what_fits(
         lasting = sum(ledger[part] for part in ("weights_B", "adapter_B", "gradients_B", "optimizer_B"))
         assert ledger["total_B"] == lasting + max(ledger["activations_B"] + ledger["logits_B"], ledger["step_B"])
     assert len(tried) <= 12 * len(found["rows"])
+
+
+@pytest.mark.parametrize("grain", [0.0, 0.01])
+@pytest.mark.parametrize("first", [1, 60, 3000])
+@pytest.mark.parametrize(
+    "grows",
+    [
+        lambda n: 10 * n, lambda n: max(2 * n, 10 * n - 500), lambda n: n * n // 9, lambda n: max(0, n - 100) * 50,
+        lambda n: 400,
+    ],
+    ids=["line", "kink", "square", "late", "flat"],
+)  # fmt: skip
+def test_the_largest_is_found_however_a_peak_grows(grows: Callable[[int], int], first: int, grain: float) -> None:
+    """Of several stages the highest counts, and attention without a kernel of its own grows as the square of the length."""
+    lasting, room, most = 1_000, 2_000, 4_096
+    tried = largest.find(lambda n: lasting + grows(n), room, first, lasting, most, grain)
+    assert isinstance(tried, dict)
+    found = largest.fitting(tried, room)
+    true = max(n for n in range(most + 1) if lasting + grows(n) <= room)
+    assert true / (1 + grain) <= found <= true or (true - 1 <= found <= true and grain)
+
+
+def test_what_cannot_be_tried_is_said_unless_something_fits() -> None:
+    def peak(n: int) -> int | str:
+        return 10 * n if n < 8 else "too slow"
+
+    assert largest.find(peak, 100, 9, 0) == "too slow"
+    found = largest.find(peak, 100, 7, 0)
+    assert isinstance(found, dict)
+    assert largest.fitting(found, 100) == 7
 
 
 def answered_here(questions: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, variance
 
@@ -93,14 +93,19 @@ def test_a_detectable_difference_is_found_and_a_third_of_it_mostly_not() -> None
     assert found(first.detectable) > 1 / 2 > found(first.detectable / 3)
 
 
-def _groups(rng: random.Random, trials: int, skills: list[float]) -> Iterator[list[list[Accuracy]]]:
-    """Draw groups of recipes with these skills, each with a spread over seeds of its own, some of them wide."""
-    for _ in range(trials):
-        hard = [rng.uniform(-0.2, 0.2) for _ in range(200)]
-        yield [_arm(rng, hard, skill, 0.02 * math.exp(rng.gauss(0, 0.7))) for skill in skills]
+def _exact(value: float) -> Accuracy:
+    """Return an accuracy whose items leave nothing open: then only the seeds do. Its unit is not shares."""
+    items = [Item.model_construct(id=name, correct=value) for name in ("a", "b")]
+    return Accuracy.model_construct(metric="acc", scored_by="harness", value=value, items=items)
 
 
-def _apart(group: list[list[Accuracy]], *, moderated: bool) -> set[int]:
+def _group(rng: random.Random, skills: Sequence[float], seeds: int, width: float) -> list[list[Accuracy]]:
+    """Draw recipes with these skills, each with a spread over seeds of its own: 2 times a lognormal of this width."""
+    spreads = [2 * math.exp(rng.gauss(0, width)) for _ in skills]
+    return [[_exact(rng.gauss(s, spread)) for _ in range(seeds)] for s, spread in zip(skills, spreads, strict=True)]
+
+
+def _apart(group: list[list[Accuracy]], *, moderated: bool = True) -> set[int]:
     """Return which recipes the best is told apart from, as a ranking does it."""
     prior = seed_spread.prior(group) if moderated else None
     first, *others = sorted(range(len(group)), key=lambda n: -fmean(run.value for run in group[n]))
@@ -110,26 +115,40 @@ def _apart(group: list[list[Accuracy]], *, moderated: bool) -> set[int]:
     return {int(n) for n, p in adjusted.items() if p <= 1 - intervals.LEVEL}
 
 
-def test_what_other_recipes_tell_of_the_spread_makes_no_false_order_and_finds_more() -> None:
-    """Of two degrees of freedom each, hardly any difference is found beside the others: eight recipes have sixteen."""
-    trials = 60
-    false = sum(bool(_apart(group, moderated=True)) for group in _groups(random.Random(2), trials, [0.7] * 8))
+@pytest.mark.parametrize(
+    ("recipes", "seeds", "width"),
+    [
+        (seed_spread.FEWEST, seed_spread.FEWEST_SEEDS, 0.7),
+        (seed_spread.FEWEST, 3, 1.2),
+        (8, 3, 0.0),
+        (8, 5, 0.7),
+        (12, 3, 1.2),
+    ],
+)
+def test_moderated_spreads_make_no_false_order(recipes: int, seeds: int, width: float) -> None:
+    rng, trials = random.Random(f"{recipes} {seeds} {width}"), 1_200
+    false = sum(bool(_apart(_group(rng, [0.0] * recipes, seeds, width))) for _ in range(trials))
     assert intervals.wilson(false, trials)[0] <= 1 - intervals.LEVEL
-    worse = list(_groups(random.Random(3), trials, [0.7] * 6 + [0.45] * 2))
-    with_others, alone = (sum(len(_apart(g, moderated=m) & {6, 7}) for g in worse) for m in (True, False))
-    assert intervals.wilson(with_others, 2 * trials)[0] > intervals.wilson(alone, 2 * trials)[1]
-    assert with_others / (2 * trials) > intervals.POWER
+
+
+def test_moderated_spreads_find_more() -> None:
+    rng, trials = random.Random(3), 300
+    groups = [_group(rng, [0.0] * 7 + [-10.0], 3, 0.7) for _ in range(trials)]
+    moderated, alone = (sum(7 in _apart(group, moderated=m) for group in groups) for m in (True, False))
+    assert intervals.wilson(moderated, trials)[0] > 1.5 * intervals.wilson(alone, trials)[1]
 
 
 def test_spreads_that_do_not_differ_are_one_and_few_recipes_tell_nothing() -> None:
-    rng = random.Random(4)
-    (group,) = _groups(rng, 1, [0.7] * seed_spread.FEWEST)
+    group = _group(random.Random(4), [0.0] * seed_spread.FEWEST, 3, 0.7)
+    assert seed_spread.prior(group) is not None
     assert seed_spread.prior(group[1:]) is None
+    assert seed_spread.prior([runs[:2] for runs in group]) is None
     assert seed_spread.prior([*group[1:], group[0][:2]]) is None
     steady = [[accuracy([1] * (70 + k % 3) + [0] * (30 - k % 3)) for k in (n, n + 1, n + 2)] for n in range(6)]
     prior = seed_spread.prior(steady)
     assert prior is not None
-    assert (prior.df, prior.moderated(1.0, 2)) == (math.inf, (pytest.approx(variance([0.70, 0.71, 0.72])), 12.0))
+    assert (prior.df, prior.moderated(0.0, 2)) == (math.inf, (pytest.approx(variance([0.70, 0.71, 0.72])), 12.0))
+    assert prior.moderated(1.0, 2) == (1.0, 12.0)  # a recipe whose seeds lie apart keeps its own
 
 
 def test_equal_seeds_are_not_taken_for_no_spread_at_all() -> None:

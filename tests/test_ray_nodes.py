@@ -24,6 +24,7 @@ from harness.runner.executors.ray import Ray
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
 os.environ["RAY_ADDRESS"] = cluster.address
 run = stubbed.Stubbed(Path(sys.argv[1]), 5)
+started = run.folder.path / "started"
 pid = run.folder.path / "pid"
 
 def measure(executor):
@@ -31,16 +32,16 @@ def measure(executor):
     found.append({r.cell.seed: r for r in executor.run(run.works("cuda"), run.terms, run.nobody)})
 
 found = []
-with Ray(None, run.command({2: "hang"}), patience=60.0) as executor:
+with Ray(None, run.command({1: "hang", 2: "hang"}), patience=60.0) as executor:
     executor._seen_s = 0.5  # one machine sees at once what another of its nodes wrote
-    measuring = threading.Thread(target=measure, args=[executor])
+    measuring = threading.Thread(target=measure, args=[executor], daemon=True)
     measuring.start()
     node = cluster.add_node(num_cpus=2, num_gpus=2)  # Ray wants this of the first thread
-    eventually(pid.exists, "a worker hangs")
-    eventually(lambda: len(list(run.folder.path.glob("cells/*.json"))) >= 2, "others are measured beside it")
+    # One Cell is measured, and two hang on the node's two GPUs: what is left is another node's.
+    eventually(lambda: started.exists() and len(started.read_text().split()) == 3, "two workers hang")
     cluster.remove_node(node, allow_graceful=False)
     cluster.add_node(num_cpus=2, num_gpus=2)
-    measuring.join()
+    measuring.join(60)
 device, records = found
 hung = int(pid.read_text())
 eventually(lambda: not psutil.pid_exists(hung) or psutil.Process(hung).status() == "zombie", "its worker is gone")
@@ -53,15 +54,12 @@ def test_a_node_with_gpus_joins_late_and_is_lost_and_another_takes_over(tmp_path
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     done = subprocess.run(
         [sys.executable, "-c", _CLUSTER, str(tmp_path)], env={**os.environ, "PYTHONPATH": path}, capture_output=True,
-        text=True, check=False,
+        text=True, check=False, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     device, found = json.loads(done.stdout.splitlines()[-1])
     assert device == "cuda"
-    assert found.keys() == {"0", "1", "2", "3", "4"}
-    lost = {seed: because for seed, (status, because) in found.items() if status == "lost"}
-    assert "2" in lost
-    assert lost["2"].startswith("Ray lost the worker or its machine: ")
-    assert {status for seed, (status, _) in found.items() if seed not in lost} == {"ok"}
-    assert len(lost) <= 2  # what was on the node at that moment, two GPUs
-    assert found["4"][0] == "ok"  # by the node that joined when the first was lost
+    assert {seed: status for seed, (status, _) in found.items()} == {
+        "0": "ok", "1": "lost", "2": "lost", "3": "ok", "4": "ok",
+    }  # fmt: skip
+    assert all(found[seed][1].startswith("Ray lost the worker or its machine: ") for seed in ("1", "2"))

@@ -17,7 +17,7 @@ from harness.analysis.seed_spread import Prior
 from harness.records import Accuracy
 
 INTERVAL = f"{100 * LEVEL:g} % for new items and new seeds (t, Satterthwaite)"
-MODERATED = f"{INTERVAL[:-1]}; spread over seeds moderated by the other recipes)"
+MODERATED = f"{INTERVAL[:-1]}; spread over seeds moderated by that of all recipes)"
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,14 @@ def as_linear(model: nn.Module) -> int:
 
     Most methods, and libraries, are written for linear layers. What is adapted of a Conv1D itself, `check` looks at.
     """
-    paths = [path for path, layer in model.named_modules() if kind_of(layer) == "Conv1D"]
-    for path in paths:
-        layer: Any = model.get_submodule(path)
-        linear = nn.Linear(layer.nx, layer.nf, device="meta").train(layer.training)
-        weight = layer.weight.detach().T.contiguous()
-        linear.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
-        linear.bias = layer.bias
-        replace(model, path, linear)
-    return len(paths)
+    found = [(path, layer) for path, layer in model.named_modules(remove_duplicate=False) if kind_of(layer) == "Conv1D"]
+    made: dict[int, nn.Linear] = {}  # a layer that stands in two places stays one
+    for path, layer in found:
+        conv1d: Any = layer
+        if id(layer) not in made:
+            made[id(layer)] = linear = nn.Linear(conv1d.nx, conv1d.nf, device="meta").train(layer.training)
+            weight = conv1d.weight.detach().T.contiguous()
+            linear.weight = nn.Parameter(weight, requires_grad=conv1d.weight.requires_grad)
+            linear.bias = conv1d.bias
+        replace(model, path, made[id(layer)])
+    return len(made)

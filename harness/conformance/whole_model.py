@@ -15,11 +15,15 @@ from reference.layers import replace
 
 def copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return a copy of a model in `dtype`; in float64 one whose experts are multiplied one by one: no grouped product is."""
-    made: Any = copy.deepcopy(model).to(dtype)
-    if dtype == torch.float64 and hasattr(made, "set_experts_implementation"):
-        made.set_experts_implementation("eager")
-    found: nn.Module = made
-    return found
+    made = copy.deepcopy(model).to(dtype)
+    one_by_one(made, dtype)
+    return made
+
+
+def one_by_one(model: Any, dtype: torch.dtype) -> None:
+    """Let the experts of a model in float64 be multiplied one by one."""
+    if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
 
 
 def reference(subject: Subject, dtype: str) -> tuple[nn.Module, dict[str, Tensor]]:

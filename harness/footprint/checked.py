@@ -74,9 +74,7 @@ class _Search:
 
     def batches(self, rows: list[Row]) -> list[Row]:
         """Return the rows with the largest batch whose step fits."""
-        steps = [
-            self._largest(row, "batch", self.tokens, first=row["batch"] or 1, lasting=_lasting(row)) for row in rows
-        ]
+        steps = [self._largest(row, "batch", self.tokens, first=row["batch"] or 1) for row in rows]
         return [self._settled(row, found) for row, found in zip(rows, _answers(steps), strict=True)]
 
     def lengths(self, rows: list[Row]) -> list[Row]:
@@ -85,8 +83,7 @@ class _Search:
         steps = []
         for row in rows:
             first = max(1, self.tokens // 2) if row["because"] else row["longest"] or self.tokens * row["batch"]
-            told = {"first": first, "lasting": _lasting(row), "most": most, "grain": _GRAIN}
-            steps.append(self._largest(row, "max_tokens", first, **told))
+            steps.append(self._largest(row, "max_tokens", first, first=first, most=most, grain=_GRAIN))
         found = [_tried(row, one) for row, one in zip(rows, _answers(steps), strict=True)]
         longest = [
             fitting(one, self.room) or None if one else row["longest"] for row, one in zip(rows, found, strict=True)
@@ -109,11 +106,13 @@ class _Search:
         answers = _answers([self._step(one, 1, self.tokens) for _, one in pairs])
         found: dict[int, Row] = {}
         for (n, one), answer in zip(pairs, answers, strict=True):
-            fits = "peak_B" in answer and answer["peak_B"] - one["ledger"]["host_B"] <= self.room
+            if "peak_B" not in answer:
+                continue
+            fits = answer["peak_B"] - one["ledger"]["host_B"] <= self.room
             if fits or (rows[n]["because"] and n not in found):
                 found[n] = one
         settled = dict(zip(found, self.batches(list(found.values())), strict=True))
-        return [settled.get(n, row) for n, row in enumerate(rows)]
+        return [settled[n] if n in settled and settled[n]["peak_B"] is not None else row for n, row in enumerate(rows)]
 
     def _ranks(self, row: Row) -> list[dict[str, Any]]:
         return [one for one in self.counted["methods"][row["method"]] if not one["error"]]
@@ -126,7 +125,8 @@ class _Search:
 
     def _largest(self, row: Row, of: str, tokens: int, **told: Any) -> dict[str, Any]:
         # What is paged lies in host memory, which on the CPU of a step without data is the device's.
-        about = {"of": of, "room": self.room + row["ledger"]["host_B"], **told}
+        host = row["ledger"]["host_B"]
+        about = {"of": of, "room": self.room + host, **told, "lasting": _lasting(row) + host}
         return self._step(row, 1, tokens) | {"largest": about}
 
     def _step(self, row: Row, batch: int, tokens: int) -> dict[str, Any]:
@@ -160,12 +160,16 @@ class _Search:
         if not tried:
             return row | {"no_peak": found.get("no_peak", _LATE)}
         fits = fitting(tried, self.room)
-        batch, ledger = fits or min(tried), dict(row["ledger"])
+        if not fits and 1 not in tried:
+            return row | {"no_peak": f"no step of {min(tried)} texts or more fits, and of fewer none was taken"}
+        batch, ledger = fits or 1, dict(row["ledger"])
+        ledger["left_B"] = self.room - tried[batch]
         if row["batch"]:
             for part in _OF_BATCH:
                 ledger[part] = ledger[part] // row["batch"] * batch
             ledger["total_B"] = _lasting(row) + max(sum(ledger[part] for part in _OF_BATCH), ledger["step_B"])
-            ledger["left_B"] = self.room - ledger["total_B"]
+        else:
+            ledger["total_B"] = None  # of formulas, which know no activations here
         by = _REFERENCE if _REFERENCE in found["peak_by"] else row["peak_by"]
         said = {"because": "" if fits else DOES_NOT_FIT, "peak_B": tried[batch], "peak_by": by}
         return row | {"batch": batch, "ledger": ledger} | said

@@ -108,7 +108,7 @@ def count(
 
 def default_targets(model: Any) -> list[str]:
     """Return the names of all linear layers but those of the output: as few last parts of each as fit no other layer."""
-    inner = surgery.targets(model, ("all-linear",), kept.LINEAR)
+    inner = surgery.targets(model, ("all-linear",), surgery.LINEAR)
     outside = {end for path, _ in model.named_modules() if path not in inner for end in _ends(path)}
     return list(dict.fromkeys(next((end for end in _ends(path) if end not in outside), path) for path in inner))
 
@@ -208,7 +208,7 @@ def _weights(every: int, frozen: list[Tensor], calls: bool, dtype: torch.dtype) 
 def _frozen(layers: Mapping[str, Any]) -> list[Tensor]:
     """List the weights of linear layers that a packed base would keep in 4 bits: those that do not train."""
     under = [getattr(layer, "base", layer) for layer in layers.values()]
-    return [layer.weight for layer in under if kind_of(layer) in kept.LINEAR and not layer.weight.requires_grad]
+    return [layer.weight for layer in under if kind_of(layer) in surgery.LINEAR and not layer.weight.requires_grad]
 
 
 def answer(asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.footprint.activations import Kept, Shape
-from reference.layers import kind_of
+from reference.layers import LINEAR, kind_of
 
-LINEAR = ("linear", "Conv1D")
 _PARTS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 _PART = {
     "self_attn.q_proj": 1, "self_attn.k_proj": 1, "self_attn.v_proj": 1, "self_attn.o_proj": 2, "mlp.gate_proj": 3,
@@ -81,7 +80,7 @@ def of_layers(layers: Mapping[str, Any], dtype: torch.dtype) -> tuple[dict[str, 
         under: Any = getattr(layer, "base", layer)
         if kind_of(under) not in LINEAR:
             continue
-        D, E = (under.nx, under.nf) if kind_of(under) == "Conv1D" else (under.in_features, under.out_features)
+        D, E = under.in_features, under.out_features
         same = (type(layer), D, E, under.weight.requires_grad)
         if same not in known:
             calls: list[bool] = []

@@ -101,15 +101,17 @@ def _of_steps(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if row.get("peak_B") is not None and row["method"] not in by.setdefault(row["peak_by"], []):
             by[row["peak_by"]].append(row["method"])
     whose = "; ".join(f"`{name}` of {', '.join(several)}" for name, several in by.items())
-    untried = [row for row in rows if row["ledger"] and row.get("no_peak")]
+    unchecked: dict[str, list[str]] = {}
+    for row in rows:
+        if row["ledger"] and row.get("no_peak"):
+            name = f"{row['method']} on {row['base']} by {row['optimizer']}"
+            unchecked.setdefault(row["no_peak"], []).append(name)
     how = [
         f"peak: the most that tensors take at one time in a training step, taken without data by code for a CPU ({whose}). "
         f"It was within {FOOTPRINT_LEDGER:.0%} of what steps of small models took (a test). It says which batch and which "
         "length fit, and `left` is beside it; `total` and the choice among ranks that fit are those of formulas."
     ]
-    return (how if by else []) + [
-        f"Not checked: {row['method']} on {row['base']}; {row['no_peak']}." for row in untried
-    ]
+    return (how if by else []) + [f"Not checked: {', '.join(rows)}; {why}." for why, rows in unchecked.items()]
 
 
 def _batch(row: Mapping[str, Any]) -> str:
@@ -125,8 +127,8 @@ def _size(size: Size, row: Mapping[str, Any], part: str) -> str:
     if part == "peak":
         return "-" if peak is None else size.shown(peak)
     if part == "left":
-        return _left(size, ledger["left_B"] if peak is None else ledger["total_B"] + ledger["left_B"] - peak)
-    return size.shown(ledger[f"{part}_B"])
+        return _left(size, ledger["left_B"])
+    return "-" if ledger[f"{part}_B"] is None else size.shown(ledger[f"{part}_B"])
 
 
 def _left(size: Size, number_B: int) -> str:

@@ -27,7 +27,7 @@ def over_seeds(facts: RunFacts) -> Table | None:
         return None
     columns = [
         column("Seeds", "training runs that were scored"),
-        column("Accuracy", f"mean over the seeds; brackets: {INTERVAL}; of five recipes or more by the spread of all"),
+        column("Accuracy", f"mean over the seeds; brackets: {INTERVAL}"),
         column("Between seeds", "standard deviation of the runs' accuracies, in points"),
         column("Each run", "in the order of the seeds", number=False),
         column(

@@ -213,7 +213,7 @@ def _sentences(f: RunFacts, g: Group) -> list[str]:
 
 def _moderated(g: Group) -> str:
     shared = any(entry.score.means == MODERATED for entry in g.ranked)
-    return f", moderated by that of the other {len(g.ranked) - 1} recipes" if shared else ""
+    return f", moderated by that of all {len(g.ranked)} recipes" if shared else ""
 
 
 def _what_it_sees(g: Group) -> list[str]:

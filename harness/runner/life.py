@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harness.adapter_config import UNREFERENCED
 from harness.assets import shapes
-from harness.conformance import gate
+from harness.conformance import gate, whole_model
 from harness.conformance.observe import inference
 from harness.conformance.room import free_B
 from harness.conformance.subject import (
@@ -94,6 +94,7 @@ class Life:
             loaded = self._load(dtype, device, whole=not quantised)
             self.notes += loaded.notes
         model: Any = loaded.model
+        whole_model.one_by_one(model, dtype)
         model_B = checkpoint.whole(model)  # before it is packed
         with self.clock.phase("data"):
             task = CellData(work, loaded, self.emit) if work.data else RandomData(work, loaded)

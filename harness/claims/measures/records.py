@@ -41,16 +41,16 @@ def _suite(name: str, info: ValidationInfo) -> str:
 
 
 def _entry(name: str, info: ValidationInfo) -> str:
-    suite = [value for key, value in info.data.items() if key.endswith("suite")]  # the last: that of this argument
-    if suite and name not in (there := recorded.entries(suite[-1])):
-        raise ValueError(recorded.unknown(suite[-1], name, there))
+    suite = info.data.get("whole_suite" if info.field_name == "whole" else "suite")  # none: it is wrong itself
+    if suite is not None and name not in (there := recorded.entries(suite)):
+        raise ValueError(recorded.unknown(suite, name, there))
     return name
 
 
 Suite = Annotated[str, AfterValidator(_suite)]
 """A parameter that names a suite, or the path of one's own, from the claim file on; entries are named by their ids there."""
 Entry = Annotated[str, AfterValidator(_entry)]
-"""A parameter that names an entry of the suite that the parameter before it names."""
+"""A parameter that names an entry of `suite`, or if it is called `whole` of `whole_suite`."""
 Depths = Annotated[list[Entry], Field(min_length=2)]
 """Entries that differ in the number of the model's blocks alone."""
 LABELS = 2

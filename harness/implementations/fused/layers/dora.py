@@ -58,8 +58,7 @@ class FusedDoraLinear(Sibling, DoraLinear):
         g = gain(self.m, row_norms(dense_weight(base), self.A, self.B, self.scaling))
         y: Tensor = base(x)
         dropped = self.dropout(x) if self.training and self.dropout.p else x
-        of_dropped = y if dropped is x else base(dropped)
-        W0_d = of_dropped if base.bias is None else of_dropped - base.bias
+        W0_d = y if base.bias is None and dropped is x else _without_bias(base, dropped)
         return y + (g - 1) * W0_d + g * self.scaling * linear(linear(dropped, self.A), self.B)
 
     def _by_itself(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -78,3 +77,13 @@ class FusedDoraLinear(Sibling, DoraLinear):
         """Return what the product without gain and bias is made of."""
         factors = factors_over(self.base, x, self.A, self.B, self.scaling)
         return None if factors is None else replace(factors, bias=None)
+
+
+def _without_bias(base: Any, x: Tensor) -> Tensor:
+    """Return W0 x, which (W0 x + b) - b would round."""
+    bias, base.bias = base.bias, None
+    try:
+        y: Tensor = base(x)
+    finally:
+        base.bias = bias
+    return y
