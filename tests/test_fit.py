@@ -169,8 +169,7 @@ def test_the_answer_comes_from_a_child_process_and_the_command_imports_no_torch(
     assert (done.returncode, done.stderr) == (0, "counting gpt-3-175b-shape without its weights ...\n")
     assert "174,604," in done.stdout
     assert "Activations are not predicted" in done.stdout
-    assert "dora: " in done.stdout
-    assert "does not support" in done.stdout
+    assert re.search(r"^  dora +none +4 ", done.stdout, re.MULTILINE)  # whose layers are GPT-2's
 
 
 def test_a_shape_has_the_weights_of_the_model_that_it_is_named_after() -> None:
@@ -308,7 +307,11 @@ def test_where_formulas_are_wrong_about_the_rank_a_step_chooses_it(
     def peak(cell: Cell, *_: Any, **__: Any) -> dict[str, Any]:
         rank = cell.config["rank"]
         assert isinstance(rank, int)
-        return {"peak_B": room - 2**34 * (memory == "24GiB") // 2 - 2**30 + rank * of_rank, "peak_by": ""}
+        texts = cell.training.batch * cell.training.max_tokens / 512 - 1
+        return {
+            "peak_B": int(room - 2**33 * (memory == "24GiB") - 2**30 + rank * of_rank + texts * 2**36),
+            "peak_by": "",
+        }
 
     monkeypatch.setattr(apart, "peak", peak)
     monkeypatch.setattr(asking, "ask", answered_here)

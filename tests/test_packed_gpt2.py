@@ -9,13 +9,14 @@ import torch
 from conftest import Bench
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from harness.assets import made
+from harness.assets import conv1d, made
 from harness.conformance.tolerance import exact
 from harness.errors import Exit, Unsupported, UsageError
 from harness.implementations.bitsandbytes import nf4
 from harness.records import Base, Outcome, Record
 from harness.registry import discover
 from harness.runner import packing
+from harness.tolerances import EPSILON
 from reference.layers import dense_weight
 
 SUITE = """\
@@ -83,6 +84,7 @@ def test_a_conv1d_is_packed_as_transformers_packs_it() -> None:
     base = Base(quantization="nf4", implementation="bitsandbytes")
     x = torch.randn(3, 4 * WIDTH, generator=torch.Generator().manual_seed(0))
     biases = {path: model.get_submodule(path).bias.clone() for path in paths}
+    assert conv1d.as_linear(model) == 4 * LAYERS
     packing.pack(model, paths, base, torch.float32, discover())
     for name, path in zip("ab", paths, strict=True):
         layer, wanted = model.get_submodule(path), linear.get_submodule(name)
@@ -95,8 +97,23 @@ def test_what_is_not_linear_is_refused_before_anything_is_packed() -> None:
     model = gpt2(vocab_size=64)
     paths = ["transformer.h.0.attn.c_attn", "transformer.wte"]
     before = {path: type(model.get_submodule(path)) for path in paths}
-    with pytest.raises(UsageError, match=r"transformer\.wte \(Embedding\)"):
+    with pytest.raises(UsageError, match=r"transformer\.h\.0\.attn\.c_attn \(Conv1D\)"):
         packing.pack(model, paths, Base(quantization="nf4", implementation="bitsandbytes"), torch.float32, discover())
+    with pytest.raises(UsageError, match=r"transformer\.wte \(Embedding\)"):
+        packing.pack(
+            model, paths[1:], Base(quantization="nf4", implementation="bitsandbytes"), torch.float32, discover()
+        )
     with pytest.raises(Unsupported, match="c_attn is a Conv1D; bitsandbytes packs linear layers"):
         nf4(model, paths, torch.float32)
     assert {path: type(model.get_submodule(path)) for path in paths} == before
+
+
+def test_a_conv1d_that_stands_in_two_places_stays_one_and_computes_the_same() -> None:
+    model = gpt2(vocab_size=64)
+    model.transformer.h[1].mlp.c_fc = model.transformer.h[0].mlp.c_fc
+    ids = torch.arange(12).view(2, 6)
+    before, wanted = sum(p.numel() for p in model.parameters()), model(ids).logits
+    assert conv1d.as_linear(model) == 4 * LAYERS - 1
+    assert model.transformer.h[1].mlp.c_fc is model.transformer.h[0].mlp.c_fc
+    assert sum(p.numel() for p in model.parameters()) == before
+    assert torch.allclose(model(ids).logits, wanted, atol=EPSILON["float32"] * WIDTH)

@@ -12,7 +12,7 @@ import torch
 from conftest import Bench
 
 from harness import suites
-from harness.assets import fetch, shapes
+from harness.assets import conv1d, fetch, shapes
 from harness.assets.table import Source
 from harness.conformance.subject import Packed
 from harness.errors import AssetError, Exit, SuiteError
@@ -206,6 +206,7 @@ def check_spread(config: Any, model: Any, factory: Any) -> None:
     facts = {k: v for k, v in config.items() if k != "model_type"}
     torch.manual_seed(0)
     own = factory.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(facts))
+    conv1d.as_linear(own)
     assert {n: t.shape for n, t in model.named_parameters()} == {n: t.shape for n, t in own.named_parameters()}
     for (name, mine), other in zip(model.named_parameters(), own.parameters(), strict=True):
         ratio = float(mine.detach().square().mean().sqrt() / other.detach().square().mean().sqrt().clamp(min=1e-9))
@@ -230,6 +231,7 @@ def lived(
 ) -> tuple[Life, Measurements]:  # fmt: skip
     """Live a Cell of a shape in this process."""
     ranks = {} if method in ("full", "frozen") else {"rank": 4, "targets": LAYERS[config["model_type"]]}
+    ranks |= {"target_rank": 2} if method == "adalora" else {}
     cell = Cell(
         model="tiny-shape", task=SYNTHETIC, method=method, implementation=implementation, config=ranks, base=base,
         dtype="bfloat16", seed=seed, training=Training(steps=2, batch=2, max_tokens=32),

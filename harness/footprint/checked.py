@@ -21,6 +21,8 @@ from harness.registry import discover
 OURS, _REFERENCE = "fused", "reference"
 _LATE = "the steps before it took too long"
 _OF_BATCH = ("activations_B", "logits_B")
+_MOST_TEXTS = 2**16
+"""Of a batch: more are not tried of a model that takes next to nothing for each."""
 _GRAIN = 0.01
 """Of the longest text: how far above it a length may lie that is known not to fit."""
 
@@ -74,7 +76,7 @@ class _Search:
 
     def batches(self, rows: list[Row]) -> list[Row]:
         """Return the rows with the largest batch whose step fits."""
-        steps = [self._largest(row, "batch", self.tokens, first=row["batch"] or 1) for row in rows]
+        steps = [self._largest(row, "batch", self.tokens, first=row["batch"] or 1, most=_MOST_TEXTS) for row in rows]
         return [self._settled(row, found) for row, found in zip(rows, _answers(steps), strict=True)]
 
     def lengths(self, rows: list[Row]) -> list[Row]:
