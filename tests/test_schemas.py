@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import cache
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ def test_the_shipped_schemas_are_those_of_the_models() -> None:
         assert fields(shipped) == fields(json.loads(text)), f"{name} is old: python -m harness.schemas"
 
 
+@cache
 def validator(kind: str) -> Draft202012Validator:
     schema = json.loads((FOLDER / f"{kind}.schema.json").read_text(encoding="utf-8"))
     Draft202012Validator.check_schema(schema)

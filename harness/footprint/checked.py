@@ -48,13 +48,6 @@ def checked(asked: Asked, counted: Mapping[str, Any], document: Mapping[str, Any
     others = {n: ranks for n in there if (ranks := search.other_ranks(rows[n], document["rows"][n]))}
     for n, row in zip(others, search.reranked([rows[n] for n in others], list(others.values())), strict=True):
         rows[n] = row
-    shorter = [
-        n
-        for n in there
-        if rows[n]["peak_B"] is not None and (not rows[n]["because"] or _lasting(rows[n]) < search.room)
-    ]
-    for n, row in zip(shorter, search.lengths([rows[n] for n in shorter]), strict=True):
-        rows[n] = row
     return dict(document) | {"checked": any(row["peak_B"] is not None for row in rows), "rows": rows}
 
 
@@ -75,22 +68,21 @@ class _Search:
         self.room, self.tokens = int(document["memory_B"]), int(document["tokens"])
 
     def batches(self, rows: list[Row]) -> list[Row]:
-        """Return the rows with the largest batch whose step fits."""
-        steps = [self._largest(row, "batch", self.tokens, first=row["batch"] or 1, most=_MOST_TEXTS) for row in rows]
-        return [self._settled(row, found) for row, found in zip(rows, _answers(steps), strict=True)]
-
-    def lengths(self, rows: list[Row]) -> list[Row]:
-        """Return the rows with the longest text of which one fits, no longer than the model reads."""
+        """Return the rows with the largest batch whose step fits, and the longest text of which one does."""
         most = self.counted["positions"]
-        steps = []
-        for row in rows:
-            first = max(1, self.tokens // 2) if row["because"] else row["longest"] or self.tokens * row["batch"]
-            steps.append(self._largest(row, "max_tokens", first, first=first, most=most, grain=_GRAIN))
-        found = [_tried(row, one) for row, one in zip(rows, _answers(steps), strict=True)]
-        longest = [
-            fitting(one, self.room) or None if one else row["longest"] for row, one in zip(rows, found, strict=True)
-        ]
-        return [row | {"longest": one} for row, one in zip(rows, longest, strict=True)]
+        steps = [self._largest(row, "batch", self.tokens, first=row["batch"] or 1, most=_MOST_TEXTS) for row in rows]
+        longer = [n for n, row in enumerate(rows) if _lasting(row) < self.room]
+        for n in longer:
+            first = rows[n]["longest"] or self.tokens
+            steps.append(self._largest(rows[n], "max_tokens", first, first=first, most=most, grain=_GRAIN))
+        answers = _answers(steps)
+        settled = [self._settled(row, found) for row, found in zip(rows, answers, strict=False)]
+        lengths = dict(zip(longer, answers[len(rows) :], strict=True))
+        for n, row in enumerate(settled):
+            if row["peak_B"] is not None:
+                tried = _tried(row, lengths.get(n, {}))
+                settled[n] = row | {"longest": fitting(tried, self.room) or None}
+        return settled
 
     def other_ranks(self, row: Row, by_formulas: Row) -> list[int]:
         """Return the ranks that a row should be tried at too, as formulas and steps disagree about the one it has."""
