@@ -71,18 +71,18 @@ class _Search:
         """Return the rows with the largest batch whose step fits, and the longest text of which one does."""
         most = self.counted["positions"]
         steps = [self._largest(row, "batch", self.tokens, first=row["batch"] or 1, most=_MOST_TEXTS) for row in rows]
-        longer = [n for n, row in enumerate(rows) if _lasting(row) < self.room]
-        for n in longer:
-            first = rows[n]["longest"] or self.tokens
-            steps.append(self._largest(rows[n], "max_tokens", first, first=first, most=most, grain=_GRAIN))
+        for row in rows:
+            first = row["longest"] or self.tokens
+            steps.append(self._largest(row, "max_tokens", first, first=first, most=most, grain=_GRAIN))
         answers = _answers(steps)
         settled = [self._settled(row, found) for row, found in zip(rows, answers, strict=False)]
-        lengths = dict(zip(longer, answers[len(rows) :], strict=True))
-        for n, row in enumerate(settled):
-            if row["peak_B"] is not None:
-                tried = _tried(row, lengths.get(n, {}))
-                settled[n] = row | {"longest": fitting(tried, self.room) or None}
-        return settled
+        lengths = [
+            fitting(_tried(row, one), self.room) or None for row, one in zip(rows, answers[len(rows) :], strict=True)
+        ]
+        return [
+            row if row["peak_B"] is None else row | {"longest": longest}
+            for row, longest in zip(settled, lengths, strict=True)
+        ]
 
     def other_ranks(self, row: Row, by_formulas: Row) -> list[int]:
         """Return the ranks that a row should be tried at too, as formulas and steps disagree about the one it has."""
