@@ -255,7 +255,7 @@ def test_a_step_says_what_fits(
         ledger = one["ledger"]
         lasting = sum(ledger[part] for part in ("weights_B", "adapter_B", "gradients_B", "optimizer_B"))
         assert ledger["total_B"] == lasting + max(ledger["activations_B"] + ledger["logits_B"], ledger["step_B"])
-    assert len(tried) <= 12 * len(found["rows"])
+    assert len(tried) <= 16 * len(found["rows"])  # of a batch and of a length, where formulas are three times off
 
 
 @pytest.mark.parametrize("grain", [0.0, 0.01])

@@ -48,7 +48,7 @@ def _next(tried: Mapping[int, int], room: int, lasting: int, most: int | None, g
     taken = tried.get(fits, lasting)
     if fails is not None:
         way, climbs = fails - fits, tried[fails] - taken
-        on_line = fits + (room - taken) * way // climbs if climbs > 0 and room > taken else fits
+        on_line = fits + (room - taken) * way // climbs if climbs > 0 and room > taken else fits + way // 2
         return min(max(fits + way // 2 if streak > 1 else on_line, fits + 1), fails - 1)
     before = max((n for n in tried if n < fits), default=0)
     each = (taken - tried.get(before, lasting)) // (fits - before)
