@@ -247,7 +247,7 @@ def _decoded_at_once() -> Iterator[None]:
         return torch.empty(self.shape, dtype=dtype) if out is None else out.view(self.shape)
 
     by_pieces = PackedWeight._decoded
-    PackedWeight._decoded = decoded  # type: ignore[method-assign]
+    PackedWeight._decoded = decoded  # type: ignore[method-assign]  # of every layer's, also those that methods make
     try:
         yield
     finally:

@@ -52,8 +52,7 @@ def _next(tried: Mapping[int, int], room: int, lasting: int, most: int | None, g
         return min(max(fits + way // 2 if streak > 1 else on_line, fits + 1), fails - 1)
     before = max((n for n in tried if n < fits), default=0)
     each = (taken - tried.get(before, lasting)) // (fits - before)
-    guess = (
-        fits + (room - taken) // each if each > 0 else 2 * fits
-    )  # nothing more, where what lasts was thought too large
-    guess = max(guess, 2 * fits) if streak > 2 else guess  # a line that stays behind is bent
+    guess = fits + (room - taken) // each if each > 0 else 2 * fits  # none each: what lasts was thought too large
+    if streak > 2:  # a line that stays behind is bent
+        guess = max(guess, 2 * fits)
     return max(fits + 1, guess if most is None else min(guess, most))
