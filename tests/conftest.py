@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from harness import store
@@ -183,6 +184,14 @@ def eventually(happens: Callable[[], bool], what: str) -> None:
     while not happens():
         assert time.monotonic() < deadline, f"in vain waited until {what}"
         time.sleep(0.02)
+
+
+def gone(pid: int) -> bool:
+    """Whether the process has ended, if only its parent has yet to hear of it; it may do so while it is looked at."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def make_bench(folder: Path, cache: Path) -> Bench:

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from conftest import eventually, gone
 
 from harness.claims import claim_file, explained, selection, table, worker
 from harness.claims.judging import Judged, Missing, Verdict, judge
@@ -446,16 +447,7 @@ def test_sigterm_ends_the_children_too(tmp_path: Path) -> None:
     assert running.returncode == Exit.INFRASTRUCTURE
     assert "interrupted" in said
     assert children
-    assert not _alive(children)
-
-
-def _alive(pids: list[int]) -> list[int]:
-    """Return those that do not end: the last to learn that its parent is gone has a moment for it."""
-    for _ in range(100):
-        if not (alive := [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]):
-            break
-        time.sleep(0.1)
-    return alive
+    eventually(lambda: all(map(gone, children)), "what was computing is gone")
 
 
 def _workers(pid: int) -> list[int]:

@@ -131,3 +131,18 @@ def test_what_runs_write_makes_no_checkout_dirty(
         assert environment._git()[1] is dirty
     finally:
         environment._git.cache_clear()
+
+
+def test_a_git_that_does_not_answer_is_no_reason_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    git = tmp_path / "git"
+    git.write_text("#!/bin/sh\nexec sleep 60\n", encoding="utf-8")
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(environment, "_GIT_S", 0.1)
+    monkeypatch.setattr(environment.resources, "checkout", lambda: tmp_path)
+    environment._git.cache_clear()
+    try:
+        described = environment.describe()
+    finally:
+        environment._git.cache_clear()
+    assert (described.git_sha, described.git_dirty) == ("", None)

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import stubbed
-from conftest import PATIENCE_S, eventually
+from conftest import PATIENCE_S, eventually, gone
 
 from harness.errors import HarnessError, StoreError
 from harness.measure import environment
@@ -43,10 +42,6 @@ def address() -> Iterator[str]:
             yield ray.get_runtime_context().gcs_address
 
 
-def _gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-
-
 def _hanging(run: stubbed.Stubbed) -> int:
     eventually((run.folder.path / "pid").exists, "a worker hangs")
     return int((run.folder.path / "pid").read_text())
@@ -66,7 +61,7 @@ def test_what_ray_loses_is_lost_and_the_rest_goes_on(tmp_path: Path) -> None:
     assert records[0].failure.kind == "WorkerCrashedError"
     assert records[1].because == "the worker was killed by SIGKILL in phase pretending"
     pid = _hanging(run)
-    eventually(lambda: _gone(pid), "the worker of a task that is gone is gone too")
+    eventually(lambda: gone(pid), "the worker of a task that is gone is gone too")
     started = (run.folder.path / "started").read_text().split()
     assert sorted(started) == ["0", "1", "2", "3"]  # nothing was tried again behind our back
     share = str(max(1, environment.threads() // 2))
@@ -81,7 +76,7 @@ def test_ending_a_run_ends_its_tasks(tmp_path: Path) -> None:
     with contextlib.closing(executor.run(run.works(), run.terms, run.nobody)) as records:
         assert next(records).cell.seed == 0
         pid = _hanging(run)
-    eventually(lambda: _gone(pid), "the worker is gone")
+    eventually(lambda: gone(pid), "the worker is gone")
 
 
 @pytest.mark.usefixtures("address")
@@ -146,4 +141,4 @@ def test_a_killed_runner_leaves_no_worker(tmp_path: Path, address: str) -> None:
         pid = int(pid_file.read_text())
         runner.kill()
         assert runner.wait(PATIENCE_S) == -signal.SIGKILL
-    eventually(lambda: _gone(pid), "the worker of a killed runner is gone")
+    eventually(lambda: gone(pid), "the worker of a killed runner is gone")

@@ -16,8 +16,8 @@ pytest.importorskip("ray.cluster_utils", reason="the extra `ray` is not installe
 _CLUSTER = """
 import json, os, sys, threading
 from pathlib import Path
-import psutil, stubbed
-from conftest import eventually
+import stubbed
+from conftest import eventually, gone
 from ray.cluster_utils import Cluster
 from harness.runner.executors.ray import Ray
 
@@ -44,7 +44,7 @@ with Ray(None, run.command({1: "hang", 2: "hang"}), patience=60.0) as executor:
     measuring.join(60)
 device, records = found
 hung = int(pid.read_text())
-eventually(lambda: not psutil.pid_exists(hung) or psutil.Process(hung).status() == "zombie", "its worker is gone")
+eventually(lambda: gone(hung), "its worker is gone")
 cluster.shutdown()
 print(json.dumps([device, {seed: [r.status.value, r.because] for seed, r in sorted(records.items())}]))
 """

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import pytest
 import recorded_run
-from conftest import PATIENCE_S, Bench, Finished, eventually, make_bench
+from conftest import PATIENCE_S, Bench, Finished, eventually, gone, make_bench
 
 from harness import store, suites
 from harness.assets import fetch, table
@@ -369,19 +369,12 @@ def test_a_rerun_gives_the_same_losses_to_the_last_bit(
 # --- time-out, kill, Ctrl-C, resume ----------------------------------------------------------------------------------
 
 
-def _gone(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE  # dead; whether anybody counts it is not ours
-    except psutil.NoSuchProcess:
-        return True
-
-
 def test_a_hanging_worker_is_killed_with_its_children(bench: Bench) -> None:
     finished = bench.command(
         "run", bench.suite("{implementation: hangs}"), "--out", "run", "--timeout", "8"
     )  # fmt: skip
     pids = bench.hanging()
-    eventually(lambda: all(map(_gone, pids)), "the worker and its child are gone")
+    eventually(lambda: all(map(gone, pids)), "the worker and its child are gone")
     (record,) = bench.read().records
     assert (record.status, record.measurements) == (Status.TIMEOUT, None)
     assert record.because == "not done after 8 s, in phase start-up"
@@ -421,7 +414,7 @@ def story(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, St
                 os.kill(pid, blow)  # a batch system tells every process of a job, in any order
             process.send_signal(blow)
         finished = bench.finish(process, began)
-        eventually(lambda: all(map(_gone, pids)), "the worker and its child are gone")
+        eventually(lambda: all(map(gone, pids)), "the worker and its child are gone")
         page = bench.run_folder / "report.html"
         stages[name] = Stage(finished, bench.read(), page.read_text(encoding="utf-8") if page.exists() else "")
         page.unlink(missing_ok=True)
@@ -575,10 +568,10 @@ def test_a_lifeline_that_was_cut_before_it_was_held(held: tuple[subprocess.Popen
 def test_a_cut_lifeline_takes_the_children_along(held: tuple[subprocess.Popen[bytes], int, int]) -> None:
     process, line, events = held
     child = int(os.read(events, 100))
-    assert not _gone(child)
+    assert not gone(child)
     assert process.poll() is None
     os.close(line)
-    eventually(lambda: process.poll() is not None and _gone(child), "both are gone")
+    eventually(lambda: process.poll() is not None and gone(child), "both are gone")
 
 
 @pytest.mark.parametrize("held", [{"LEAVE": "1"}], indirect=True)
@@ -592,7 +585,7 @@ def test_the_end_of_a_worker_is_seen_while_its_lifeline_stands(
     assert os.read(events, 1) == b""
     process.wait()
     os.close(line)
-    eventually(lambda: _gone(child), "the child of a worker that has ended is gone too")
+    eventually(lambda: gone(child), "the child of a worker that has ended is gone too")
 
 
 # --- the run around its Cells ----------------------------------------------------------------------------------------

@@ -13,11 +13,10 @@ import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import psutil
 import pytest
 import recorded_run
 import stubbed
-from conftest import PATIENCE_S, eventually
+from conftest import PATIENCE_S, eventually, gone
 
 from harness import store
 from harness.cli import main
@@ -88,10 +87,6 @@ def locally(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(LOCAL, "local")
 
 
-def _gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-
-
 class _Ends(stubbed.Nobody):
     """Ends element 1 as Slurm does, at a time limit say: it notes the state and kills it, once its Cell hangs."""
 
@@ -113,9 +108,10 @@ def test_an_array_of_slurm(tmp_path: Path, cluster: Path) -> None:
     with Slurm(2, options, run.command({1: "hang"})) as executor:
         assert executor.device("auto") == "cuda"
         records = run.run(executor)
-    assert {seed: r.status for seed, r in records.items()} == {0: Status.OK, 1: Status.TIMEOUT, 2: Status.OK}
+    ends = {0: Status.OK, 1: Status.TIMEOUT, 2: Status.OK}
+    assert {seed: r.status for seed, r in records.items()} == ends, [r.because for r in records.values()]
     assert records[1].because.startswith("its Slurm job 71_1 ended (TIMEOUT) and left no Record")
-    eventually(lambda: _gone(int((run.folder.path / "pid").read_text())), "the worker went with its element")
+    eventually(lambda: gone(int((run.folder.path / "pid").read_text())), "the worker went with its element")
     told = set(re.findall(r"^#SBATCH --(.*)", (cluster / "submitted.sh").read_text(), re.MULTILINE))
     assert {"array=0-2%2", "no-requeue", "partition=gpu", "gres=gpu:1", "mem-per-cpu=4G", "time=25"} < told
     assert not (cluster / "cancelled").exists()
@@ -221,7 +217,7 @@ def test_ending_a_run_cancels_its_array(tmp_path: Path, cluster: Path) -> None:
             eventually((run.folder.path / "pid").exists, "a worker hangs")
     assert (cluster / "state.1").read_text() == "CANCELLED by 1000\n"  # it was waited for
     assert "71_1" in (cluster / "cancelled").read_text()
-    eventually(lambda: _gone(int((run.folder.path / "pid").read_text())), "the worker is gone")
+    eventually(lambda: gone(int((run.folder.path / "pid").read_text())), "the worker is gone")
 
 
 @pytest.mark.usefixtures("locally")
@@ -267,7 +263,7 @@ def test_cells_that_are_called_back(tmp_path: Path) -> None:
     finally:
         element.kill()  # and so what it had started; nothing to do where it has ended
     assert "UnwantedError" in said
-    assert _gone(int((run.folder.path / "pid").read_text()))
+    assert gone(int((run.folder.path / "pid").read_text()))
 
 
 def test_where_there_is_no_slurm(

@@ -10,9 +10,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-import psutil
 import pytest
-from conftest import COMMAND, PATIENCE_S, Bench, eventually
+from conftest import COMMAND, PATIENCE_S, Bench, eventually, gone
 
 from harness.errors import Exit
 from harness.runner import stop
@@ -75,8 +74,4 @@ def test_a_lost_terminal_ends_a_run_cleanly(bench: Bench) -> None:
     assert run.footer is not None
     assert (run.footer.how, len(run.records), len(run.footer.missing)) == ("interrupted", 1, 1)
     assert run.footer.missing[0] in (bench.run_folder / "report.html").read_text(encoding="utf-8")
-    eventually(lambda: not any(map(_lives, pids)), "the worker and its child are gone")
-
-
-def _lives(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    eventually(lambda: all(map(gone, pids)), "the worker and its child are gone")

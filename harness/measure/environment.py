@@ -22,6 +22,7 @@ LIBRARIES = (
     "torch", "transformers", "peft", "bitsandbytes", "torchao", "triton", "lm-eval", "tokenizers", "numpy", "safetensors",
     "datasets", "galore-torch", "loralib",
 )  # fmt: skip
+_GIT_S = 30.0
 _GPU_QUERY = "gpu=uuid,name,driver_version,memory.total"
 
 
@@ -170,8 +171,8 @@ def _git() -> tuple[str, bool | None]:
     def ask(*words: str) -> str | None:
         command = ["git", "-C", str(top), *words]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-        except OSError:  # no process can be started: what cannot be asked is unknown, and no reason to stop
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_GIT_S)
+        except (OSError, subprocess.TimeoutExpired):  # what cannot be asked is unknown, and no reason to stop
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
