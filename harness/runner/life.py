@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,7 @@ class Life:
     checks: list[CheckResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     layers: list[str] = field(default_factory=list)
+    adapted: Mapping[str, object] = field(default_factory=dict)
     layerwise: Layerwise | None = None
 
     def run(self) -> Measurements:
@@ -136,6 +137,7 @@ class Life:
                 self.layers, self.notes = list(bases), [*self.notes, *unreferenced.notes(adapted)]
             for path in [p for p in adapted.layers if in_head(p, loaded.head)]:
                 del adapted.layers[path]
+            self.adapted = adapted.layers
         subject = Subject(
             cell.method, config, cell.dtype, model, adapted, bases, own, original, packed.forms, packed.expected,
             packed.judged,

@@ -23,7 +23,7 @@ from harness.measure import environment
 from harness.out_of_memory import shortage
 from harness.records import Failure, Phase, Provider, Record, Status
 from harness.registry import Implementation, discover
-from harness.runner import lifeline, stop
+from harness.runner import bypassed, lifeline, stop
 from harness.runner.work import Work
 
 _LOUD_LINES = 40
@@ -82,7 +82,7 @@ def attempt(work: Work, emit: Any) -> Record:
         status, because = Status.ERROR, str(error)
         failure = _failure(error, life)
     except Exception as error:  # noqa: BLE001 - the one place where a crash becomes data
-        status, because = _classify(error)
+        status, because = _classify(error, life)
         failure = _failure(error, life)
     return Record(
         run=work.run,
@@ -177,14 +177,15 @@ def _reproducibility(device: Any) -> list[str]:
     return []
 
 
-def _classify(error: Exception) -> tuple[Status, str]:
+def _classify(error: Exception, life: Any) -> tuple[Status, str]:
     kind, text = type(error).__name__, _plain(str(error))
     first = text.splitlines()[0] if text else kind
     if kind in ("NonconformingError", "Diverged", "Untrained"):
         return Status.NONCONFORMING, first
     if short := shortage(error):
         return Status.OOM, f"the {short.whose}'s memory ran out: {first}"
-    return Status.ERROR, f"{kind}: {first}"
+    around = bypassed.told(error, life.adapted) if life else ""
+    return Status.ERROR, around or f"{kind}: {first}"
 
 
 def _failure(error: BaseException, life: Any) -> Failure:

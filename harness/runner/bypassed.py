@@ -1,0 +1,16 @@
+"""A model that reads an adapted layer's weight instead of calling the layer, as Mamba's does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+def told(error: Exception, layers: Mapping[str, object]) -> str:
+    """Return what to tell if `error` is that of such a model, else nothing. layers: the adapted ones by their paths."""
+    path = next((path for path, layer in layers.items() if layer is getattr(error, "obj", None)), None)
+    if path is None or not isinstance(error, AttributeError):
+        return ""
+    name = path.rsplit(".", 1)[-1]
+    others = ", ".join(sorted({other.rsplit(".", 1)[-1] for other in layers} - {name}))
+    mend = f"name others as `targets`, of {others} those that it calls" if others else "adapt other layers"
+    return f"the model reads the `{error.name}` of {path} itself instead of calling that layer: no adapter on it counts; {mend}"
