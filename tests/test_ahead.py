@@ -42,7 +42,9 @@ def command(*arguments: str, older: bool = False) -> subprocess.CompletedProcess
 def test_every_kernel_passes_its_gates(older: bool) -> None:
     if older and not OLDER.is_dir():
         pytest.skip(f"Triton 3.6 is not in {OLDER.name}: pip install --no-deps --target {OLDER.name} triton==3.6.0")
-    done = command("--arch", "80", "--arch", "90", "--arch", "100", older=older)
+    # Of an older Triton that of the GPUs that it is met on: each further one takes as long again.
+    architectures = ["90"] if older else ["80", "90", "100"]
+    done = command(*(word for one in architectures for word in ("--arch", one)), older=older)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nf4.dequantize-bf16-64 " in done.stdout
 

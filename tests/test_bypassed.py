@@ -49,7 +49,7 @@ def test_a_layer_that_its_model_does_not_call(bypassed: str, tmp_path: Path, mon
     record = lived(tmp_path, ["in_proj", bypassed], monkeypatch)
     assert (record.status, record.because) == (
         Status.ERROR,
-        f"the model reads the `weight` of backbone.layers.0.mixer.{bypassed} itself instead of calling that layer: no adapter "
-        "on it counts; name others as `targets`, of in_proj those that it calls",
+        f"the model reads the `weight` of backbone.layers.0.mixer.{bypassed} itself and does not call it: no adapter on it "
+        "counts; name others as `targets`, of in_proj those that it calls",
     )
     assert lived(tmp_path, ["in_proj"], monkeypatch).status is Status.OK

@@ -13,4 +13,4 @@ def told(error: Exception, layers: Mapping[str, object]) -> str:
     name = path.rsplit(".", 1)[-1]
     others = ", ".join(sorted({other.rsplit(".", 1)[-1] for other in layers} - {name}))
     mend = f"name others as `targets`, of {others} those that it calls" if others else "adapt other layers"
-    return f"the model reads the `{error.name}` of {path} itself instead of calling that layer: no adapter on it counts; {mend}"
+    return f"the model reads the `{error.name}` of {path} itself and does not call it: no adapter on it counts; {mend}"
