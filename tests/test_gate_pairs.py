@@ -23,6 +23,7 @@ from harness.analysis.baseline_rows import COUNTED_PEAK_B, Row
 from harness.analysis.canaries import Canaries
 from harness.analysis.pair_verdict import Sides, judge
 from harness.analysis.paired import Design, decide
+from harness.analysis.watched import STEP
 from harness.analysis.words import Word
 from harness.cli import main
 from harness.cost_records import GpuPhase, GpuState
@@ -52,10 +53,12 @@ MIB = 2**20
 class Stand:
     """Stands in for the process runs: the new side's step takes `slower` times as long, and both have some noise.
 
-    luck: another draw of the noise. counted_B: what tensors took, of the new side or the old one.
+    slower_merged: so does its merged forward pass. luck: another draw of the noise. counted_B: what tensors took, of the new
+    side or the old one.
     """
 
     slower: float = 1.0
+    slower_merged: float = 1.0
     noise: float = 0.01
     grown_B: int = 0
     new_status: Status = Status.OK
@@ -88,13 +91,22 @@ class Stand:
         ]
         counted = self.counted_B(new)
         memory = record.measurements.memory.model_copy(update={"counted_peak_B": counted})
-        measured = record.measurements.model_copy(update={"training": training, "memory": memory})
+        latency = [
+            one.model_copy(update={"seconds": [s * self._latency(one.variant, new, drawn) for s in one.seconds]})
+            for one in record.measurements.latency
+        ]
+        changes = {"training": training, "memory": memory, "latency": latency}
+        measured = record.measurements.model_copy(update=changes)
         record = record.model_copy(update={"measurements": measured, "phases": phases})
         if new and self.new_status is not Status.OK:
             return recorded.failed(record, self.new_status)
         if folder.name.endswith(f"first-{self.old_fails_at:02}-old"):
             return recorded.failed(record)
         return self.wrong(record) if new else record
+
+    def _latency(self, variant: str, new: bool, drawn: random.Random) -> float:
+        slower = {"merged": self.slower_merged, "base": 2.0}.get(variant, 1.0) if new else 1.0
+        return slower * math.exp(drawn.gauss(0, self.noise))
 
 
 @pytest.fixture
@@ -169,6 +181,41 @@ def test_a_speed_up_is_told_and_no_failure(gated) -> None:
     assert "does it still do the same work?" in document["cells"][0]["verdict"]["sentence"]
 
 
+def test_a_slow_latency_is_found_beside_a_step_that_is_the_same(gated) -> None:
+    """And not that of the bare base, which the stand doubles: no adapter has a part in it."""
+    code, said, document = gated(Stand(slower_merged=1.05))
+    assert code == Exit.FAIL
+    (cell,) = document["cells"]
+    assert cell["verdict"]["word"] == "same"
+    found = {metric: time["verdict"]["word"] for metric, time in cell["latencies"].items()}
+    assert found == {"latency_s/unmerged/forward/1x40": "same", "latency_s/merged/forward/1x40": "slower"}
+    assert f"{cell['name']}, merged forward 1x40 is slower" in said.splitlines()[-1]
+    merged = cell["latencies"]["latency_s/merged/forward/1x40"]
+    assert 1.03 < merged["new_s"] / merged["old_s"] < 1.07
+    assert (
+        len([line for line in said.splitlines() if line.startswith(cell["name"])]) == 3
+    )  # a row of the table for each
+
+
+def test_one_time_may_be_judged_alone(gated) -> None:
+    code, _, document = gated(Stand(slower_merged=1.05), metric="step_s")
+    assert (code, document["cells"][0]["latencies"]) == (Exit.PASS, {})
+    code, _, document = gated(Stand(slower_merged=1.05), metric="latency_s/merged/forward/1x40")
+    assert (code, document["cells"][0]["verdict"]) == (Exit.FAIL, None)
+
+
+def test_a_latency_that_the_new_side_has_no_more_is_a_finding(gated) -> None:
+    def unmerged_only(record: Record) -> Record:
+        assert record.measurements is not None
+        kept = [one for one in record.measurements.latency if one.variant != "merged"]
+        return record.model_copy(update={"measurements": record.measurements.model_copy(update={"latency": kept})})
+
+    code, said, document = gated(Stand(wrong=unmerged_only))
+    assert code == Exit.FAIL
+    assert list(document["cells"][0]["latencies"]) == ["latency_s/unmerged/forward/1x40"]
+    assert "merged forward 1x40 is measured by the old side only" in said.splitlines()[-1]
+
+
 def test_what_cannot_be_decided_is_no_success_where_asked_strictly(gated) -> None:
     code, said, document = gated(Stand(noise=0.5), strict=True)
     assert code == Exit.INCONCLUSIVE
@@ -215,7 +262,7 @@ def _peaks(*sides: tuple[int | None, int | None], source: str = "VmHWM") -> dict
         return made.model_copy(update={"measurements": made.measurements.model_copy(update={"memory": memory})})
 
     records = [(record(old), record(new)) for old, new in sides]
-    rows = judge([Sides("a", records, None, "not timed")], Canaries(0, 0)).rows
+    rows = judge([Sides("a", records, {}, "not timed")], Canaries(0, 0)).rows
     return {row.what: row for row in rows if row.what in (PEAK, COUNTED_PEAK)}
 
 
@@ -277,8 +324,8 @@ def test_what_could_not_be_timed_is_no_success(gated) -> None:
 def test_one_cell_that_could_not_be_timed_is_not_lost_among_others() -> None:
     record = recorded.record("fused", recorded.cells()["fused"])
     same = decide([0.001, -0.001, 0.002, -0.002, 0.001, -0.001], [], Design())
-    timed = Sides("timed", [(record, record)] * 6, same)
-    flaky = Sides("flaky", [(recorded.failed(record), record)], None, "the old side is error")
+    timed = Sides("timed", [(record, record)] * 6, {STEP: same})
+    flaky = Sides("flaky", [(recorded.failed(record), record)], {}, "the old side is error")
     assert judge([timed], Canaries(0, 0)).exit == Exit.PASS
     judged = judge([timed, flaky], Canaries(0, 0))
     assert judged.exit == Exit.INFRASTRUCTURE
@@ -532,7 +579,7 @@ def test_every_output_leaves_open_what_is_undecided(told) -> None:
     assert found.code == Exit.PASS
     assert found.tags("speed") == ["skipped"]
     assert "| inconclusive: " in found.markdown
-    assert [note.partition(" ")[0] for note in found.annotations] == ["::warning"]
+    assert [note.partition(" ")[0] for note in found.annotations] == ["::warning"] * 3  # of the step and two latencies
 
 
 def test_every_output_tells_what_is_no_time(told) -> None:

@@ -47,6 +47,7 @@ def history(
     return folder
 
 
+MERGED = "latency_s/merged/forward/1x40"
 Paired = Callable[..., list[pair_command.Asked]]
 
 
@@ -65,7 +66,8 @@ def paired(monkeypatch: pytest.MonkeyPatch) -> Paired:
                 raise HarnessError("gave no Record")
             timed = {"word": word, "sentence": f"{word}, they say"} if word else None
             told = {
-                "cells": [{"verdict": timed}], "seed": 3, "cut": cut, "closed": closed, "canaries": "too many alarms",
+                "cells": [{"verdict": timed, "latencies": {MERGED: {"verdict": timed}}}], "seed": 3,
+                "cut": cut, "closed": closed, "canaries": "too many alarms",
                 "verdict": {"word": "not run", "reason": "nothing was timed"},
             }  # fmt: skip
             assert one.out is not None
@@ -243,6 +245,26 @@ def test_what_was_confirmed_fails_until_it_is_reset_whatever_the_next_nights_sho
     assert detect(folder, capsys)[0] == Exit.PASS
 
 
+def test_a_latency_is_tried_by_pairs_that_judge_it_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:
+    step, since = nights.noisy(0), LAST - 4
+    merged = nights.noisy(1, lambda cell, index: 1.1 if cell == FIRST and index >= since else 1.0)
+    folder = nights.write(
+        tmp_path / "h", CELLS, lambda *at: {**dict(step(*at)), MERGED: dict(merged(*at))["step_s"]},  # type: ignore[arg-type]
+        nights=LAST + 1, revision=lambda i: SHAS[i >= since],
+    )  # fmt: skip
+    for path in folder.glob("2026-*.jsonl"):
+        path.write_text(path.read_text().replace("0.20.0", "0.19.0"))
+    assert [(c["cell"], c["metric"]) for c in detect(folder, capsys)[1]["candidates"]] == [(FIRST, MERGED)]
+    asked = paired("slower")
+    assert settle(folder) == Exit.PASS
+    assert [one.metric for one in asked] == [MERGED]
+    assert [(line["cell"], line["metric"], line["verdict"]) for line in written(folder)] == [
+        (FIRST, MERGED, "regressed")
+    ]
+
+
 def test_what_all_cells_have_in_common_is_tried_by_nobody(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
 ) -> None:
@@ -251,7 +273,7 @@ def test_what_all_cells_have_in_common_is_tried_by_nobody(
     assert [c["cell"] for c in detect(folder, capsys)[1]["candidates"]] == ["*"]
     asked = paired("same")
     assert (settle(folder), asked, written(folder)) == (Exit.PASS, [], [])
-    assert "only step times of single Cells are tried here: `peft-harness gate --pairs" in capsys.readouterr().out
+    assert "only times of single Cells are tried here: `peft-harness gate --pairs" in capsys.readouterr().out
 
 
 def test_pairs_stand_a_little_apart_as_the_place_of_a_change_may_be_off(

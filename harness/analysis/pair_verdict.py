@@ -1,9 +1,9 @@
-"""What pairs of process runs say of two sides: of each Cell's time, of its memory and its outcome, and of all together."""
+"""What pairs of process runs say of two sides: of each Cell's times, of its memory and its outcome, and of all together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import median
 
 from harness.analysis import baseline_costs, parity
@@ -12,10 +12,12 @@ from harness.analysis.baseline_residue import clocks_of, slowed
 from harness.analysis.baseline_rows import COUNTED_PEAK_B, Kind, Row
 from harness.analysis.canaries import Canaries
 from harness.analysis.contention import busy
-from harness.analysis.measured import above_imports, step_seconds, training_peak
+from harness.analysis.measured import above_imports, training_peak
+from harness.analysis.pair_ratio import named, times
 from harness.analysis.paired import Finding, family
 from harness.analysis.paired import Verdict as Timed
 from harness.analysis.reproducibility import circumstances
+from harness.analysis.watched import STEP
 from harness.analysis.words import Verdict, Word
 from harness.errors import Exit
 from harness.records import Record, Status
@@ -30,16 +32,20 @@ _PEAK_LEVEL = 0.0011
 
 @dataclass(frozen=True)
 class Sides:
-    """One Cell, by both sides. records: pairs (old, new). timed: None where there was nothing to time; then `because`."""
+    """One Cell, by both sides. records: pairs (old, new). timed: by metric; none where nothing was; then `because`."""
 
     name: str
     records: Records
-    timed: Timed | None
+    timed: Mapping[str, Timed] = field(default_factory=dict)
     because: str = ""
 
-    def seconds(self, side: int) -> float | None:
-        """Return the median over the process runs of a side (0 old, 1 new) of what each took a step."""
-        found = [s for pair in self.records if (s := step_seconds(pair[side])) is not None]
+    def called(self, metric: str) -> str:
+        """Return the Cell's name, with what was timed of it unless that is its step."""
+        return self.name if metric == STEP else f"{self.name}, {named(metric)}"
+
+    def seconds(self, side: int, metric: str = STEP) -> float | None:
+        """Return the median over the process runs of a side (0 old, 1 new) of what each took."""
+        found = [s for pair in self.records if (s := times(pair[side]).get(metric)) is not None]
         return median(found) if found else None
 
 
@@ -47,8 +53,8 @@ class Sides:
 class Judged:
     """The sides, judged.
 
-    adjusted: Benjamini-Hochberg adjusted p by name. rows: all that was compared besides times. residue: what was not the
-    same between the two sides though it should be, and process runs that were disturbed.
+    adjusted: Benjamini-Hochberg adjusted p of each time, by what it is called. rows: all that was compared besides times.
+    residue: what was not the same between the two sides though it should be, and process runs that were disturbed.
     """
 
     verdict: Verdict
@@ -66,15 +72,16 @@ def judge(cells: Sequence[Sides], canaries: Canaries, *, strict: bool = False) -
     Exit codes, the first that holds: NOTHING_COMPARED where no Cell is ok on both sides; FAIL for a Cell that is slower,
     that takes more memory or other counts, or that was ok by the old side alone; INFRASTRUCTURE for a Cell that could not be
     timed, and where the canaries close the gate, which then judges no time; with `strict` INCONCLUSIVE for any Cell that is
-    so, in its time or because not all its process runs counted their memory; else PASS. Each Cell's time is judged by
-    itself, at the level of the Design, whose false alarms are rare enough for 500 Cells; the adjusted p are told beside.
+    so, in a time or because not all its process runs counted their memory; else PASS. Each time, of a step or a latency, is
+    judged by itself, at the level of the Design, whose false alarms are rare enough for 500; the adjusted p are told beside.
     Were they the verdict, ten or twenty pairs could not reach it: +3 % in one Cell of 8 would be found (simulated) in 83 %
     of the gates in place of 99 %, in one of 50 in 53 %.
     """
     rows = [row for cell in cells for row in _rows(cell)]
-    adjusted = family({cell.name: cell.timed for cell in cells if cell.timed})
-    slower = [] if canaries.closed else [c for c in cells if c.timed and c.timed.word is Finding.SLOWER]
-    open_ = [c for c in cells if c.timed and c.timed.word is Finding.INCONCLUSIVE]
+    verdicts = {cell.called(metric): timed for cell in cells for metric, timed in cell.timed.items()}
+    adjusted = family(verdicts)
+    slower = [] if canaries.closed else [name for name, timed in verdicts.items() if timed.word is Finding.SLOWER]
+    open_ = [name for name, timed in verdicts.items() if timed.word is Finding.INCONCLUSIVE]
     uncounted = [row for row in rows if row.word is Word.INCONCLUSIVE]
     red = [row for row in rows if row.word is Word.FAIL]
     timed = [c for c in cells if c.timed]
@@ -83,7 +90,7 @@ def judge(cells: Sequence[Sides], canaries: Canaries, *, strict: bool = False) -
     if not timed and not red:
         word, code, reason = Word.NOT_RUN, Exit.NOTHING_COMPARED, "nothing was compared: no Cell could be timed"
     elif slower or red:
-        told = [f"{c.name} is slower" for c in slower] + [f"{row.name}: {row.what} {row.reason}" for row in red]
+        told = [f"{name} is slower" for name in slower] + [f"{row.name}: {row.what} {row.reason}" for row in red]
         word, code, reason = Word.FAIL, Exit.FAIL, "; ".join(told)
     elif canaries.closed:
         word, code, reason = Word.NOT_RUN, Exit.INFRASTRUCTURE, f"no time was judged: {canaries.sentence}"
@@ -91,7 +98,8 @@ def judge(cells: Sequence[Sides], canaries: Canaries, *, strict: bool = False) -
         told = [f"{c.name} ({c.because})" for c in lacking]
         word, code, reason = Word.NOT_RUN, Exit.INFRASTRUCTURE, f"not timed: {', '.join(told)}"
     elif open_ or uncounted:
-        told = [f"{len(open_)} of {len(timed)} Cells are neither slower nor proven the same"] if open_ else []
+        what = "Cells" if len(verdicts) == len(timed) else f"times of {len(timed)} Cells"
+        told = [f"{len(open_)} of {len(verdicts)} {what} are neither slower nor proven the same"] if open_ else []
         told += [f"{row.name}: {row.what} {row.reason}" for row in uncounted]
         word, reason = Word.INCONCLUSIVE, "; ".join(told)
         code = Exit.INCONCLUSIVE if strict else Exit.PASS
@@ -127,6 +135,7 @@ def _rows(cell: Sides) -> list[Row]:
     whole = [pair for pair in cell.records if _ok(pair)]
     if whole:
         rows += baseline_costs.counted(cell.name, *whole[0])
+        rows += _untimed(cell.name, *whole[0])
         rows += _peaks(cell.name, whole)
     return rows
 
@@ -147,6 +156,17 @@ def _outcome(name: str, pair: tuple[Record, Record]) -> Row | None:
         new.because if was_ok else f"the old side is {old.status.value}: {old.because}",
         old.status.value, new.status.value, records=(old.id, new.id),
     )  # fmt: skip
+
+
+def _untimed(name: str, old: Record, new: Record) -> Iterator[Row]:
+    """Yield a row for each latency that the old side has and the new one has not."""
+    there = times(new)
+    for metric, before in times(old).items():
+        if metric not in there:
+            reason, ids = "is measured by the old side only", (old.id, new.id)
+            yield Row(
+                Kind.SPEED, Word.FAIL, name, (old.cell_id,), named(metric), reason, before, None, "s", records=ids
+            )
 
 
 def _peaks(name: str, whole: Records) -> list[Row]:

@@ -20,7 +20,7 @@ from harness.analysis import contention, measured, parity
 from harness.analysis.baseline_costs import ALLOCATED
 from harness.analysis.baseline_rows import COUNTED_PEAK_B
 from harness.cost_records import AT_ONCE
-from harness.records import Measurements, Record, Status
+from harness.records import Record, Status
 
 STEP, PEAK, ACCURACY, PARAMETERS = "step_s", "training_peak_B", "accuracy", "parameters"
 COUNTED_PEAK = "counted_peak_B"
@@ -85,11 +85,14 @@ def kept(record: Record) -> Kept:
     untimed = parity.no_speed(record)
     if not untimed and (busy := contention.busy(record)):
         untimed = f"its steps waited for a CPU: {busy}"
-    return Kept(values if untimed else values | _times(record, m), untimed)
+    return Kept(values if untimed else values | times(record), untimed)
 
 
-def _times(record: Record, m: Measurements) -> dict[str, float]:
-    found = {}
+def times(record: Record) -> dict[str, float]:
+    """Return the seconds of a Record's steady step and of its latencies, by metric; none of what its check refused."""
+    m, found = record.measurements, dict[str, float]()
+    if m is None:
+        return found
     if m.training is not None and m.training.step_seconds:
         found[STEP] = measured.step_time(m.training).value
     refused = {"merged": parity.no_merged_speed(record), "multi-adapter": parity.no_mixed_speed(record)}

@@ -15,6 +15,7 @@ from harness import store, suites
 from harness.analysis import naming
 from harness.analysis.pair_verdict import Judged, Sides, judge
 from harness.analysis.paired import Design
+from harness.analysis.watched import STEP
 from harness.errors import Exit, HarnessError, UsageError
 from harness.expand import Plan, expand
 from harness.expand import only as keep_only
@@ -32,8 +33,8 @@ class Asked:
     """What is compared, how, and where it is told.
 
     repo: whose revisions old and new are; None: the harness's own, or they are implementations.
-    cores: how many both sides are held to, in turn; None: one on a CPU, all on a GPU. canary: whether a Cell of the old side
-    is run against itself, too.
+    cores: how many both sides are held to, in turn; None: one on a CPU, all on a GPU. metric: the one time to judge, named
+    as in a history; all of a Cell, if empty. canary: whether a Cell of the old side is run against itself, too.
     """
 
     old: str
@@ -45,6 +46,7 @@ class Asked:
     device: str = "auto"
     cores: int | None = None
     seed: int | None = None
+    metric: str = ""
     canary: bool = True
     canaries: Path = canary_file.FILE
     strict: bool = False
@@ -82,7 +84,7 @@ def gate(asked: Asked, as_json: bool, design: Design | None = None) -> Exit:
             arms.opened(asked.old, asked.new, plan, asked.repo) as sides,
         ):
             matched = arms.pairs(plan, names, sides)
-            bench = Bench(sides, path, folder, design, seed, ("--device", asked.device), say)
+            bench = Bench(sides, path, folder, design, seed, ("--device", asked.device), say, asked.metric)
             where = f"on core {', '.join(map(str, held))}" if held else "on any core"
             say(
                 f"{sides[0].said} against {sides[1].said}: {len(matched)} Cells, {design.first} pairs each, up to "
@@ -111,7 +113,9 @@ def gate(asked: Asked, as_json: bool, design: Design | None = None) -> Exit:
         say(f"unreadable: {line}")
     if no_canary:
         say(f"no canary of this gate: {no_canary}")
-    cells = [Sides(one.pair.name, one.records, one.verdict(design), _because(one, cut)) for one in bench.found]
+    cells = [
+        Sides(one.pair.name, one.records, one.verdicts(design, asked.metric), one.broken or cut) for one in bench.found
+    ]
     judged = judge(cells, canaries, strict=asked.strict)
     said = (bench.sides[0].said, bench.sides[1].said)
     # What was found stands; but what was cut short is no success.
@@ -160,21 +164,16 @@ def _forget(folder: Path) -> None:
         folder.rmdir()
 
 
-def _because(one: Measured, cut: str) -> str:
-    return one.broken or cut
-
-
 def _document(
     asked: Asked, said: tuple[str, str], seed: int, design: Design, measured: Sequence[Measured], judged: Judged,
     canary: list[float] | None,
 ) -> dict[str, Any]:  # fmt: skip
     cells = []
     for one, cell in zip(measured, judged.cells, strict=True):
-        verdict = asdict(cell.timed) if cell.timed else None
+        times = {metric: _time(cell, metric, judged) for metric in cell.timed}
         cells.append({
-            "name": cell.name, "old": one.pair.old.cell_id, "new": one.pair.new.cell_id,
-            "old_s": cell.seconds(0), "new_s": cell.seconds(1), "because": cell.because,
-            "verdict": verdict, "adjusted_p": judged.adjusted.get(cell.name),
+            "name": cell.name, "old": one.pair.old.cell_id, "new": one.pair.new.cell_id, "because": cell.because,
+            **times.pop(STEP, _time(cell, STEP, judged)), "latencies": times,
             "pairs": [[old.run, new.run] for old, new in one.records],
         })  # fmt: skip
     return {
@@ -185,4 +184,12 @@ def _document(
         "residue": list(judged.residue), "canary": canary, "canaries": judged.canaries.sentence,
         "closed": judged.canaries.closed,
         "verdict": {"word": judged.verdict.word.value, "reason": judged.verdict.reason},
+    }  # fmt: skip
+
+
+def _time(cell: Sides, metric: str, judged: Judged) -> dict[str, Any]:
+    timed = cell.timed.get(metric)
+    return {
+        "old_s": cell.seconds(0, metric), "new_s": cell.seconds(1, metric), "verdict": asdict(timed) if timed else None,
+        "adjusted_p": judged.adjusted.get(cell.called(metric)),
     }  # fmt: skip

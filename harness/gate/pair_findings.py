@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from harness.analysis.baseline_rows import Findings, Kind, Row
+from harness.analysis.pair_ratio import named
 from harness.analysis.pair_verdict import Judged, Sides
 from harness.analysis.paired import Finding
+from harness.analysis.watched import STEP
 from harness.analysis.words import Verdict, Word
 
 _WORDS = {
@@ -13,25 +15,25 @@ _WORDS = {
 
 
 def findings(judged: Judged, cut: str = "") -> Findings:
-    """Return a row for each Cell's time beside the rows of all else. cut: how the pairs were cut short, if they were."""
+    """Return a row for each time of a Cell beside the rows of all else. cut: how the pairs were cut short, if they were."""
     verdict = judged.verdict
-    rows = [*judged.rows, *(_speed(cell, judged) for cell in judged.cells)]
+    rows = [*judged.rows, *(_speed(cell, metric, judged) for cell in judged.cells for metric in cell.timed or (STEP,))]
     reason = f"{verdict.reason}; {judged.canaries.sentence}"
     word = verdict.word
     if cut:
         rows.append(Row(Kind.MISSING, Word.NOT_RUN, "all Cells", (), "pairs", cut))
         word, reason = word if word is Word.FAIL else Word.NOT_RUN, f"{cut}; {reason}"
-    compared = sum(cell.timed is not None for cell in judged.cells) or len(judged.rows)
+    compared = sum(bool(cell.timed) for cell in judged.cells) or len(judged.rows)
     return Findings(verdict=Verdict(word, reason, verdict.records), rows=tuple(rows), compared=compared)
 
 
-def _speed(cell: Sides, judged: Judged) -> Row:
-    timed, old, new = cell.timed, cell.seconds(0), cell.seconds(1)
+def _speed(cell: Sides, metric: str, judged: Judged) -> Row:
+    timed, old, new = cell.timed.get(metric), cell.seconds(0, metric), cell.seconds(1, metric)
     ids = tuple(dict.fromkeys(record.cell_id for pair in cell.records for record in pair))
     if timed is None:
         why = f"not timed: {cell.because or 'it has no steps that could be timed'}"
-        return Row(Kind.SPEED, Word.NOT_RUN, cell.name, ids, "step", why, old, new, "s")
+        return Row(Kind.SPEED, Word.NOT_RUN, cell.name, ids, named(metric), why, old, new, "s")
     word, reason = _WORDS[timed.word], timed.sentence.removeprefix("inconclusive: ")
     if judged.canaries.closed:
         word, reason = Word.NOT_RUN, f"the canaries closed the gate, so this is not judged: {reason}"
-    return Row(Kind.SPEED, word, cell.name, ids, "step", reason, old, new, "s", timed.interval)
+    return Row(Kind.SPEED, word, cell.name, ids, named(metric), reason, old, new, "s", timed.interval)

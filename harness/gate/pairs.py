@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness.analysis.measured import step_seconds
 from harness.analysis.pair_order import order
-from harness.analysis.pair_ratio import log_ratio
+from harness.analysis.pair_ratio import log_ratio, times
 from harness.analysis.paired import Design, Verdict, decide
+from harness.analysis.watched import STEP
 from harness.errors import HarnessError
 from harness.gate import arms
 from harness.gate.arms import Arm, Pair
@@ -41,22 +41,25 @@ class Measured:
             for side, record in zip(("old", "new"), pair, strict=True):
                 if record.status is not Status.OK:
                     return f"the {side} side is {record.status.value}: {record.because}"
-                if not step_seconds(record):
+                if STEP not in times(record):
                     return f"the {side} side has no steps that took any time"
         return self.lost
 
-    def verdict(self, design: Design) -> Verdict | None:
-        """Judge the times; None where there are none to judge."""
+    def verdicts(self, design: Design, only: str = "") -> dict[str, Verdict]:
+        """Judge each time that all process runs have, or that one alone, by its metric; none where nothing can be judged."""
         if self.broken or len(self.first) < design.first:
-            return None
-        return decide(_ratios(self.first), _ratios(self.fresh), design)
+            return {}
+        shared = set.intersection(*(set(times(record)) for pair in self.records for record in pair))
+        metrics = [metric for metric in times(self.first[0][0]) if metric in shared and only in ("", metric)]
+        return {m: decide(_ratios(self.first, m), _ratios(self.fresh, m), design) for m in metrics}
 
 
 @dataclass
 class Bench:
     """Where and how pairs are run. folder: gets a run folder for each process run. options: of `peft-harness run`.
 
-    say: talk, a line for each pair. found: what was measured so far, also when somebody interrupts.
+    say: talk, a line for each pair. only: the one metric to judge, or none for all. found: what was measured so far, also
+    when somebody interrupts.
     """
 
     sides: tuple[Arm, Arm]
@@ -66,6 +69,7 @@ class Bench:
     seed: int
     options: Sequence[str] = ()
     say: Callable[[str], None] = print
+    only: str = ""
     found: list[Measured] = field(default_factory=list)
 
     def measure(self, pairs: Sequence[Pair]) -> None:
@@ -90,8 +94,7 @@ class Bench:
         return (_ratios(one.first), "") if not one.broken else (None, one.broken)
 
     def _more(self, one: Measured) -> int:
-        verdict = one.verdict(self.design)
-        return verdict.more if verdict else 0
+        return max((verdict.more for verdict in one.verdicts(self.design, self.only).values()), default=0)
 
     def _run(self, one: Measured, into: list[tuple[Record, Record]], count: int, stage: str) -> None:
         pair = one.pair
@@ -115,12 +118,12 @@ class Bench:
         return arms.run(arm, self.suite, cell, self.folder / name, self.options)
 
 
-def _ratios(pairs: Sequence[tuple[Record, Record]]) -> list[float]:
-    return [log_ratio(old, new) for old, new in pairs]
+def _ratios(pairs: Sequence[tuple[Record, Record]], metric: str = STEP) -> list[float]:
+    return [log_ratio(old, new, metric) for old, new in pairs]
 
 
 def _said(pair: tuple[Record, Record]) -> str:
-    old, new = (step_seconds(record) for record in pair)
+    old, new = (times(record).get(STEP) for record in pair)
     if old is None or new is None:
         return ", ".join(record.status.value for record in pair)
     return f"{1e3 * old:.1f} ms, {1e3 * new:.1f} ms"

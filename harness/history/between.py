@@ -7,13 +7,10 @@ import shlex
 from dataclasses import dataclass
 
 from harness import resources
-from harness.analysis.watched import PEAK, STEP
+from harness.analysis import watched
 from harness.history.changes import Change
 from harness.history.decisions import EVERY, NEAR, start
 from harness.history.files import History, Line, Night
-
-PAIRED = (STEP, PEAK)
-"""What pairs of runs judge and a night does not settle by itself."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def between(history: History, change: Change) -> Between:
     confirm = ""
     if change.sure:
         notes = ["counted: there is nothing to confirm"]
-    elif change.metric not in PAIRED:
+    elif not _by_pairs(change.metric):
         again = " ".join(["peft-harness run", *words[1:]])  # to `run` the suite is an argument
         why = f"pairs do not measure {change.metric}; a rerun of the suite by both does: `{again}`"
         notes = [why, *strange, *notes]
@@ -79,6 +76,11 @@ def between(history: History, change: Change) -> Between:
         old.night, new.night, code, (_revision(a), _revision(b)), _software(a, b), confirm, "; ".join(notes), paired,
         libraries,
     )  # fmt: skip
+
+
+def _by_pairs(metric: str) -> bool:
+    """Say whether pairs of runs judge it: the times that code can change, and peaks."""
+    return metric == watched.PEAK or (watched.kind(metric) == "timed" and not metric.startswith(watched.SENTINEL))
 
 
 def _outer(history: History, change: Change) -> tuple[Night, Night]:

@@ -113,7 +113,7 @@ def detect(cell: str | None, sentinel: str | None, strict: bool, folder: Path, a
 def settle(cell: str | None, most: int, out: Path | None, suite: Path | None, author: str | None, folder: Path) -> Exit:
     """Try by pairs what `detect` suspects.
 
-    For each step time whose last night lies above its level, and each change of level that nobody confirmed, runs `gate
+    For each step time whose last night lies above its level, and each change of a time that nobody confirmed, runs `gate
     --pairs` with the revisions of before and after, and writes what they say down, as `confirm` does: `regressed`,
     `improved` or `refuted`. What pairs leave open stays open. The first pairs bring a canary, a revision against itself;
     where canaries alarm too often, nothing is written down.

@@ -48,7 +48,7 @@ def settle(
     for line in _left(open_, mine, len(codes)):
         say(line)
     if not open_:
-        say("nothing to try: no step time lies above its level")
+        say("nothing to try: no time lies above its level")
     return max(codes, default=Exit.PASS)
 
 
@@ -57,8 +57,8 @@ def _is_open(c: Mapping[str, Any]) -> bool:
 
 
 def _by_pairs(c: Mapping[str, Any]) -> bool:
-    """Say whether pairs settle it: the step time of one Cell. What all Cells have in common no Cell can speak for."""
-    return c["metric"] == STEP and c["cell"] != EVERY and bool(c["between"]["confirm"])
+    """Say whether pairs settle it: a time of one Cell. What all Cells have in common no Cell can speak for."""
+    return watched.kind(c["metric"]) == "timed" and c["cell"] != EVERY and bool(c["between"]["confirm"])
 
 
 def _by_size(c: Mapping[str, Any]) -> float:
@@ -70,11 +70,12 @@ def _tried(
 ) -> tuple[Exit, bool]:
     """Run the pairs of one change, and write the verdict down if they give one; say whether somebody cut them short."""
     try:
-        told = _pairs(c["between"]["confirm"], out, asked)
+        told = _pairs(c["between"]["confirm"], out, {**asked, "metric": c["metric"]})
     except HarnessError as error:
         say(f"{c['name']}: not tried: {error}")
         return Exit.INFRASTRUCTURE, False
-    timed = told["cells"][0]["verdict"] if told["cells"] else None
+    cell = told["cells"][0] if told["cells"] else {}
+    timed = (cell if c["metric"] == STEP else cell.get("latencies", {}).get(c["metric"], {})).get("verdict")
     said, verdict = timed["sentence"] if timed else told["verdict"]["reason"], None
     if timed and told["closed"]:
         said = told["canaries"]
@@ -132,7 +133,5 @@ def _left(open_: Sequence[Any], mine: Sequence[Any], tried: int) -> Iterator[str
     for c in open_:
         if c not in mine:
             b = c["between"]
-            by_hand = (
-                f"only step times of single Cells are tried here: `{b['confirm']}`" if b["confirm"] else b["because"]
-            )
+            by_hand = f"only times of single Cells are tried here: `{b['confirm']}`" if b["confirm"] else b["because"]
             yield f"{c['name']}: {c['metric']}: not tried: {by_hand}"
