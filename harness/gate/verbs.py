@@ -69,8 +69,9 @@ def gate(run: str | None, baseline: str | None, pairs: tuple[str, str] | None, s
     standard. What is not the same around two Records (machine, driver, libraries, code) is named in the verdict.
 
     --pairs runs each Cell of a suite by both sides in turn, a process each, in an order fixed before the first: six pairs,
-    and where these do not prove it the same, ten or twenty fresh ones that alone decide. It compares memory, parameters and
-    outcomes too. A Cell of OLD is run against itself besides, a canary: where these alarm too often the gate is closed.
+    and where these do not prove it the same, ten or twenty fresh ones that alone decide. It judges the step, each latency
+    that the suite measures but those of the bare base, memory, parameters and outcomes. A Cell of OLD is run against itself
+    besides, a canary: where these alarm too often the gate is closed.
 
     \b
     Exit codes, the first that holds:
