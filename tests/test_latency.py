@@ -84,13 +84,31 @@ def test_a_prompt_is_no_longer_than_the_model_can_read(
     assert {m.tokens for (_, kind), m in measured.items() if kind != "decode"} == {tokens}
 
 
-@pytest.mark.parametrize(("passes", "prefill", "decode"), [(None, 12, 21), (6, 6, 21), (100, 102, 105)])
+@pytest.mark.parametrize(("passes", "prefill", "decode"), [(None, 12, 28), (6, 8, 28), (100, 100, 112)])
 def test_as_many_prompts_and_passes_as_are_asked_for(passes: int | None, prefill: int, decode: int) -> None:
-    """At least: in three blocks of equal size, and decoding eight tokens at a time of which the first warms up."""
+    """At least: in four blocks of equal size, and decoding eight tokens at a time of which the first warms up."""
     asked = Evaluation(items=0, prompt_batch=3, prompt_tokens=40, passes=passes)
     for (_, kind), m in measure(adapted(llama(64)), asked=asked).items():
         assert (m.batch, m.tokens) == (3, 8 if kind == "decode" else 40)
         assert len(m.seconds) == (decode if kind == "decode" else prefill)
+
+
+def test_no_variant_comes_later_than_another_on_the_average() -> None:
+    """Or a machine that slows down would make it slower."""
+    it, seen = adapted(llama(64)), list[str]()
+    kinds = {"base": "Linear", "unmerged": "LoraLinear"}
+    merged, unmerge = it.merge, it.unmerge
+    it.merge = lambda: (kinds.update(base="merged"), merged())
+    it.unmerge = lambda: (kinds.update(base="Linear"), unmerge())
+
+    def note(*_: object) -> None:
+        layer = it.model.get_submodule("model.layers.0.self_attn.q_proj")
+        now = "unmerged" if type(layer).__name__ == "LoraLinear" else "merged" if kinds["base"] == "merged" else "base"
+        seen.extend([now] * (seen[-1:] != [now]))
+
+    it.model.register_forward_pre_hook(note)
+    measure(it)
+    assert seen == ["unmerged", "merged", "base", "merged", "unmerged", "merged", "base", "merged", "unmerged"]
 
 
 def test_no_room_to_decode_is_said_and_the_prompt_is_timed() -> None:
@@ -164,7 +182,7 @@ def test_a_detach_that_forgets_its_layers_is_measured_as_any(monkeypatch: pytest
 
     it.detach = detach
     measured = measure(it, blocks=2)
-    assert seen == [wrapped, "Linear", "Linear"] * 2  # unmerged, merged, base
+    assert seen == [wrapped, *["Linear"] * 4, wrapped]  # unmerged, merged, base, and back
     assert len(measured["base", "prefill"].seconds) == len(measured["merged", "prefill"].seconds)
     assert it.layers == original
     assert here() == wrapped != "Linear"

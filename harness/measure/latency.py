@@ -21,10 +21,11 @@ from reference.layers import replace
 Variant = Literal["base", "unmerged", "merged", "multi-adapter"]
 Kind = Literal["forward", "prefill", "decode"]
 WARMUP = 1
-BLOCKS = 3
-PER_BLOCK = 4
+BLOCKS = 4
+"""An even number, so that every variant comes as early as late, on the average."""
+PER_BLOCK = 3
 SLOW_S, FEWER = 0.1, 2
-"""Of forward passes that take longer there are fewer: six in three blocks, the least that have an interval at 95 %."""
+"""Of forward passes that take longer there are fewer: eight, of which six are the least that have an interval at 95 %."""
 _ORDER: tuple[Variant, ...] = ("base", "unmerged", "merged")
 CACHES = ("cache", "past_key_values", "cache_params")
 """What a key-value cache is called: by transformers from 5.24 on, before, and before by state-space models."""
@@ -42,10 +43,11 @@ def measure(
 ) -> list[Latency]:
     """Return forward (encoder) or prefill and decode (causal) times for every variant there is.
 
-    Variants alternate in blocks, so that a slow spell of the machine touches all; after each change of variant the first
-    runs are thrown away. The model is left as it was. Raises ImplementationError if the adapter's own methods fail.
+    Variants alternate in blocks, in an order that turns round from each to the next, so that a slow spell of the machine
+    touches all and a drift none more than the others; after each change of variant the first runs are thrown away. The model
+    is left as it was. Raises ImplementationError if the adapter's own methods fail.
 
-    asked: how many prompts of how many tokens, and how many passes; where it leaves these open, twelve, or six slow ones.
+    asked: how many prompts of how many tokens, and how many passes; where it leaves these open, twelve, or eight slow ones.
     merged_refused: why merging is not to be tried, or empty. layers: the adapted layers by path as they were before
     anybody called `detach`, which may forget them; None if nobody has.
     """
@@ -60,16 +62,17 @@ def measure(
     else:
         refused = {"merged": merged_refused} if merged_refused else {}
         variants = _Variants(adapted, adapted.layers if layers is None else layers)
-        for _ in range(blocks):
-            block("unmerged")
-            if not merged_refused:
-                variants.merge()
-                block("merged")
-                variants.unmerge()
-            variants.detach()
-            block("base")
-            variants.attach()
+        each: list[Variant] = ["unmerged", "base"] if merged_refused else ["unmerged", "merged", "base"]
+        for variant in in_turn(each, blocks):
+            with variants.being(variant):
+                block(variant)
     return [found for variant in _ORDER for found in timed.latencies(variant, refused.get(variant, ""))]
+
+
+def in_turn(variants: Sequence[Variant], blocks: int = BLOCKS) -> Iterator[Variant]:
+    """Yield each variant once a block; what was last in one is first in the next."""
+    for index in range(blocks):
+        yield from variants[:: -1 if index % 2 else 1]
 
 
 def unmeasured(model: Any, causal: bool, vocabulary: int, because: str, asked: Evaluation) -> list[Latency]:
@@ -169,6 +172,19 @@ class _Variants:
         if self._off and (again := getattr(self._adapted, "attach_again", None)) is not None:
             again()  # what is no layer: virtual tokens
         self._off = False
+
+    @contextmanager
+    def being(self, variant: Variant) -> Iterator[None]:
+        """Be a variant, and what was attached again afterwards."""
+        if variant == "merged":
+            self.merge()
+        elif variant == "base":
+            self.detach()
+        yield
+        if variant == "merged":
+            self.unmerge()
+        elif variant == "base":
+            self.attach()
 
     def merge(self) -> None:
         """Merge; some libraries do it inside the layer, so that what then stands at its path says nothing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from harness.conformance.results import skipped
 from harness.conformance.several import Adapters, Mixed
 from harness.conformance.subject import Subject
 from harness.errors import ImplementationError, Unsupported
-from harness.measure.latency import BLOCKS, Prompt
+from harness.measure.latency import BLOCKS, Prompt, in_turn
 from harness.records import Cell, CheckResult, Latency, Outcome
 from harness.registry import Registry
 from reference.layers import replace
@@ -60,10 +60,9 @@ def measure(
         refused = f"no speed without parity: {result.check} {result.outcome.value}: {result.detail or result.worst}"
         return _untimed(prompt, refused), [result]
     try:
-        for _ in range(BLOCKS):
-            prompt.block("unmerged")
-            with mixed(adapters):
-                prompt.block("multi-adapter")
+        for variant in in_turn(("unmerged", "multi-adapter"), BLOCKS):
+            with mixed(adapters) if variant == "multi-adapter" else nullcontext():
+                prompt.block(variant)
     except _ERRORS as error:
         prompt.samples.clear()
         return _failed(prompt, subject, cell, error)
