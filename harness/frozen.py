@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Seconds = Annotated[float, Field(ge=0)]
 Bytes = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
 Joules = Annotated[float, Field(ge=0)]
 Scalar = bool | int | float | str
 Json = Scalar | None | list[Any] | dict[str, Any]
@@ -19,3 +20,13 @@ class Frozen(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def mistake(problem: ValidationError | None) -> str:
+    """Say what is wrong with a file: the first mistake, by its place in the file, and how many there are."""
+    found = problem.errors(include_url=False, include_context=False, include_input=False) if problem else []
+    if not found:
+        return "nothing in it"
+    where = ".".join(map(str, found[0]["loc"]))
+    more = f", and {len(found) - 1} more mistakes" if len(found) > 1 else ""
+    return f"{where}: {found[0]['msg']}{more}" if where else f"{found[0]['msg']}{more}"

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from enum import StrEnum
 from functools import cached_property
+from statistics import fmean
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from harness.cost_records import Checkpoint, Energy, GpuPhase
 from harness.frozen import Bytes as Bytes
+from harness.frozen import Count, Joules
 from harness.frozen import Frozen as Frozen
-from harness.frozen import Joules
 from harness.frozen import Json as Json
 from harness.frozen import Scalar as Scalar
 from harness.frozen import Seconds as Seconds
@@ -182,6 +184,16 @@ class CheckResult(Frozen):
     detail: str = ""
     """Why it failed or was skipped, and what else a reader needs."""
 
+    @model_validator(mode="after")
+    def _numbers_decide_the_outcome(self) -> CheckResult:
+        beyond = self.error is not None and self.allowed is not None and self.error > self.allowed
+        if self.outcome is Outcome.PASS and (beyond or self.nonfinite):
+            found = (
+                f"{self.nonfinite} elements not finite" if self.nonfinite else f"{self.error} of {self.allowed} allowed"
+            )
+            raise ValueError(f"{self.check} did not pass: {found}")
+        return self
+
 
 class Phase(Frozen):
     """One phase in the life of a Cell."""
@@ -204,15 +216,15 @@ class TrainingMeasured(Frozen):
     """Raw training samples, one entry per optimizer step. Warm-up steps are real steps, only marked."""
 
     losses: list[float]
-    step_seconds: list[float]
+    step_seconds: list[Seconds]
     """Forward, backward, optimizer step; no tokenising, no evaluation."""
-    tokens: list[int]
+    tokens: list[Count]
     """Real tokens of each step, padding not counted."""
-    padded_tokens: list[int]
+    padded_tokens: list[Count]
     gradient_norms: list[float]
     timing_warmup: int
     """The first steps, not to be counted as steady state."""
-    cpu_seconds: float | None = None
+    cpu_seconds: Seconds | None = None
     """CPU time of the whole process, all its threads, over the time of all `step_seconds`: far less than that time times
     the threads means that they waited, e.g. for other processes."""
     optimizer: dict[str, Json] = {}
@@ -236,7 +248,7 @@ class Latency(Frozen):
     """`decode` is seconds per generated token, with a key-value cache."""
     batch: int
     tokens: int
-    seconds: list[float]
+    seconds: list[Seconds]
     because: str = ""
     """Why there are no samples, if there are none."""
     adapters: int | None = None
@@ -265,13 +277,19 @@ class Accuracy(Frozen):
     cut_items: int | None = None
     """Of the items, those whose text was longer than `max_tokens` and lost something; None where nobody counted."""
 
+    @model_validator(mode="after")
+    def _items_decide_the_value(self) -> Accuracy:
+        if self.items and not math.isclose(share := fmean(item.correct for item in self.items), self.value):
+            raise ValueError(f"an accuracy of {self.value} over items of which {share} are right")
+        return self
+
 
 class Parameters(Frozen):
     """Counts of scalars. `adapter` and `head` train, the rest of `total` is frozen (or trains, for full fine-tuning)."""
 
-    adapter: int
-    head: int
-    total: int
+    adapter: Count
+    head: Count
+    total: Count
 
     @property
     def trainable(self) -> int:

@@ -24,6 +24,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from harness.errors import StoreError, UsageError
+from harness.frozen import mistake
 from harness.manifest import Footer, Manifest
 from harness.records import SCHEMA, Record
 
@@ -130,9 +131,8 @@ def _read(path: Path, kind: type[_Model]) -> _Model:
             mend="install a newer peft-harness",
         )
     if found is None:
-        first = str(problem).splitlines()
         raise StoreError(
-            f"not a whole {kind.__name__}: {' '.join(first[:3])}", where=str(path), mend=_TORN[kind]
+            f"not a whole {kind.__name__}: {mistake(problem)}", where=str(path), mend=_TORN[kind]
         ) from problem
     return found
 
@@ -392,6 +392,8 @@ def find_run(name: str, runs: Path = RUNS) -> Path:
         return matches[0]
     if matches:
         raise UsageError(f"{name!r} fits {len(matches)} runs", where=str(runs), mend="give more of its id")
+    if folder := next((folder for folder in (Path(name), runs / name) if folder.is_dir()), None):
+        raise UsageError("is no run: it has no run.json", where=str(folder), mend="copy it from where the run was made")
     recent = ", ".join(p.name for p in known[-3:])
     raise UsageError(
         f"no run {name!r}", where=str(runs), mend=f"runs here: {recent}" if recent else "`peft-harness run quick` first"

@@ -22,14 +22,14 @@ from harness import store
 from harness.analysis import over_seeds
 from harness.analysis.against_baseline import Against, judge
 from harness.analysis.baseline_costs import COUNTED_PEAK
-from harness.analysis.baseline_rows import COUNTED_PEAK_B, ONE_SEED, PROCESS_PEAK_B, TIMES, Kind, Margins, Row
+from harness.analysis.baseline_rows import COUNTED_PEAK_B, ONE_SEED, PROCESS_PEAK_B, TIMES, Findings, Kind, Margins, Row
 from harness.analysis.intervals import paired_difference
 from harness.analysis.measured import above_imports, training_peak
-from harness.analysis.words import Word
+from harness.analysis.words import Verdict, Word
 from harness.cli import main
 from harness.errors import Exit
 from harness.explain import explain
-from harness.gate import baselines, markdown
+from harness.gate import baselines, github, junit, markdown
 from harness.manifest import Footer
 from harness.records import AssetUse, Measurements, Outcome, Phase, Record, Status
 
@@ -115,6 +115,59 @@ def test_a_time_ten_times_as_long_fails_nothing(base: store.Run) -> None:
     result = against(base, only("fused", slower))
     assert result.exit == Exit.PASS
     assert [row.new for row in found(result, Kind.TIME) if row.what == "step" and row.cells == (FUSED,)] == [9.0]
+
+
+def test_times_that_are_taken_no_more_are_missing(base: store.Run) -> None:
+    untimed = against(base, only("fused", lambda r: measured(r, latency=[])))
+    missing = found(untimed, Kind.MISSING)
+    assert [row.what for row in missing] == [f"forward {of}, 1 x 40" for of in ("base", "unmerged", "merged")]
+    assert (untimed.exit, untimed.verdict.word) == (Exit.FAIL, Word.FAIL)
+    untrained = against(base, only("fused", lambda r: measured(r, training=None)))
+    assert "step" in [row.what for row in found(untrained, Kind.MISSING)]
+
+
+def with_losses(factor: float) -> Callable[[Record], Record]:
+    def change(record: Record) -> Record:
+        training = measurements(record).training
+        assert training is not None
+        return measured(record, training=training.model_copy(update={"losses": [factor * x for x in training.losses]}))
+
+    return change
+
+
+@pytest.mark.parametrize(("factor", "code"), [(100.0, Exit.FAIL), (1.001, Exit.PASS), (0.5, Exit.PASS)])
+def test_a_training_loss_that_rose_is_a_finding(factor: float, code: Exit, base: store.Run) -> None:
+    result = against(base, only("fused", with_losses(factor)))
+    (row,) = found(result, Kind.LOSS)
+    assert (row.cells, result.exit) == ((FUSED,), code)
+    assert row.new == pytest.approx(factor * row.base)  # type: ignore[operator]
+
+
+def test_a_check_that_allows_far_more_leaves_its_question_open(base: store.Run) -> None:
+    def looser(times: float) -> Change:
+        def change(record: Record) -> Record:
+            first, *rest = record.checks
+            return record.model_copy(
+                update={"checks": [first.model_copy(update={"allowed": times * (first.allowed or 0)}), *rest]}
+            )
+
+        return only("fused", change)
+
+    result = against(base, looser(1e6))
+    (row,) = found(result, Kind.PARITY)
+    assert (row.word, result.verdict.word) == (Word.INCONCLUSIVE, Word.INCONCLUSIVE)
+    assert row.reason == "more is allowed than in the baseline: lora/forward/float32/init (1e+06 times)"
+    assert against(base, looser(1.5)).verdict.word is Word.PASS  # as another machine's noise may be
+
+
+def test_a_run_whose_hashes_were_taken_away_is_no_green_light(base: store.Run) -> None:
+    folder = base.path.with_name("new")
+    new = recorded.write_run(folder, run="new", only=FEW)
+    assert new.footer is not None
+    store.write(folder / "footer.json", new.footer.model_copy(update={"sha256": {}}))
+    result = judge(base, store.read_run(folder))
+    assert (result.verdict.word, result.exit) == (Word.INCONCLUSIVE, Exit.INFRASTRUCTURE)
+    assert "the run has no footer with hashes" in result.verdict.reason
 
 
 def test_a_check_that_passed_and_fails(base: store.Run) -> None:
@@ -534,6 +587,13 @@ def test_every_output_tells_the_regression(worse: Path, capsys: pytest.CaptureFi
     assert [suites["memory"].get(key) for key in ("tests", "failures", "errors", "skipped")] == ["3", "1", "0", "0"]
     assert [suites["time"].get(key) for key in ("tests", "failures", "errors", "skipped")] == ["1", "0", "0", "1"]
     assert "| fail: grew |" in Path("a.md").read_text(encoding="utf-8")
+
+
+def test_a_byte_that_no_digit_shows_is_written_out() -> None:
+    row = Row(Kind.MEMORY, Word.FAIL, "a", ("0",), "adapter", "grew", 1_400_000, 1_400_001, "B")
+    told = Findings(verdict=Verdict(Word.FAIL, ""), rows=(row,), compared=1)
+    assert "adapter 1.3 MiB, now 1.3 MiB (+1 B" in github.lines(told)[0]
+    assert b"adapter: 1.3 MiB, now 1.3 MiB (+1 B" in junit.render(told)
 
 
 def test_json_is_one_document_with_everything(worse: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import recorded_run
@@ -78,6 +79,51 @@ def test_what_no_record_can_hold_is_not_read(run: store.Run, field: dict[str, ob
     path.write_text(json.dumps({**json.loads(path.read_text()), **field}))
     with pytest.raises(StoreError, match="not a whole Record"):
         store.read_record(path)
+
+
+def _change(record: Record, *path: str | int, to: object) -> dict[str, Any]:
+    whole = record.model_dump(mode="json", by_alias=True)
+    *way, last = path
+    inner: Any = whole
+    for step in way:
+        inner = inner[step]
+    inner[last] = to
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("path", "to", "says"),
+    [
+        (("checks", 0, "error"), 1e9, "did not pass"),
+        (("checks", 0, "nonfinite"), 7, "7 elements not finite"),
+        (("measurements", "accuracy", "value"), 0.99, "an accuracy of 0.99 over items of which"),
+        (
+            ("measurements", "training", "step_seconds", 0),
+            -1.0,
+            "measurements.training.step_seconds.0: Input should be",
+        ),
+        (("measurements", "parameters", "adapter"), -5, "measurements.parameters.adapter: Input should be"),
+    ],
+)
+def test_a_record_that_contradicts_itself_is_not_read(
+    run: store.Run, path: tuple[str | int, ...], to: object, says: str
+) -> None:
+    whole = next(r for r in run.records if r.checks and r.measurements and r.measurements.training)
+    file = _path(run, whole)
+    file.write_text(json.dumps(_change(whole, *path, to=to)))
+    with pytest.raises(StoreError) as caught:
+        store.read_record(file)
+    assert "not a whole Record: " in caught.value.what
+    assert says in caught.value.what
+    assert "pydantic" not in caught.value.what
+
+
+def test_a_folder_that_is_no_run_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "odd").mkdir()
+    for name, runs in ((str(tmp_path / "odd"), tmp_path / "none"), ("odd", tmp_path)):
+        with pytest.raises(UsageError, match="it has no run") as caught:
+            store.find_run(name, runs)
+        assert caught.value.where == str(tmp_path / "odd")
 
 
 def test_attempt_numbers_are_never_used_again(run: store.Run) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.analysis import baseline_costs, baseline_residue, baseline_scores, naming, parity
-from harness.analysis.baseline_rows import Findings, Kind, Margins, Row
+from harness.analysis import baseline_costs, baseline_losses, baseline_residue, baseline_scores, naming, parity
+from harness.analysis.baseline_rows import LOOSER, Findings, Kind, Margins, Row
 from harness.analysis.words import Verdict, Word
 from harness.errors import Exit
 from harness.records import Cell, Outcome, Record, Status
@@ -50,17 +50,18 @@ def judge(base: Run, new: Run, *, margins: Margins | None = None, strict: bool =
         rows.append(_standing(names[a.cell_id], a, b))
     for a, b in measured:
         rows += baseline_costs.rows(names[a.cell_id], a, b, margins)
+        rows += baseline_losses.rows(names[a.cell_id], a, b)
     rows += baseline_scores.rows(measured, recipes, _called(cells, recipes, names), margins)
     rows += baseline_residue.rows(pairs)
     sides = (("baseline", base), ("run", new))
     unreadable = tuple(f"{side}: {name}: {why}" for side, run in sides for name, why in run.broken.items())
     changed = tuple(f"{side}: {name} {what}" for side, run in sides for name, what in run.changed.items())
     notes: tuple[str, ...] = () if _finished(new) else (f"the run is {new.footer.how if new.footer else 'incomplete'}",)
-    if base.footer is None or not base.footer.sha256:
-        # Nothing else would show that somebody has edited it.
-        notes += (
-            "the baseline has no footer with hashes, so that nobody knows whether its Records are as they were made",
-        )
+    for side, run in sides:
+        # Nothing else would show that somebody has edited it. That a run did not finish is told anyway.
+        if not (run.footer.sha256 if run.footer else side == "run"):
+            what = "has no footer with hashes, so that nobody knows whether its Records are as they were made"
+            notes += (f"the {side} {what}",)
     verdict, code = _whole(rows, len(pairs), unreadable, changed, notes, strict)
     return Against(
         verdict=verdict, rows=tuple(rows), compared=len(pairs), unreadable=unreadable, changed=changed,
@@ -124,14 +125,24 @@ def _standing(name: str, base: Record, new: Record) -> Row:
         return Row(Kind.OUTCOME, Word.FAIL, name, cell, "status", new.because, *ends, records=ids)
     red = [c.check for c in parity.failed(new)]
     passed, now = ({c.check for c in r.checks if c.outcome is Outcome.PASS} for r in (base, new))
-    untried = sorted(passed - now)
+    untried, looser = sorted(passed - now), _looser(base, new)
     if parity.nonconforming(new):
         word, reason = Word.FAIL, f"{_some(red)} failed" if red else new.because
     elif untried:
         word, reason = Word.INCONCLUSIVE, f"passed in the baseline, not tried now: {_some(untried)}"
+    elif looser:
+        word, reason = Word.INCONCLUSIVE, f"more is allowed than in the baseline: {_some(looser)}"
     else:
         word, reason = Word.PASS, ""
     return Row(Kind.PARITY, word, name, cell, "checks passed", reason, len(passed), len(now), records=ids)
+
+
+def _looser(base: Record, new: Record) -> list[str]:
+    """Name the checks that allow much more than they did, the loosest first, with how many times as much."""
+    before = {c.check: c.allowed for c in base.checks if c.outcome is Outcome.PASS and c.allowed}
+    times = {c.check: c.allowed / before[c.check] for c in new.checks if c.allowed and c.check in before}
+    found = sorted((x for x in times.items() if x[1] > LOOSER), key=lambda x: -x[1])
+    return [f"{check} ({factor:.3g} times)" for check, factor in found]
 
 
 def _called(cells: Mapping[str, Cell], recipes: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:

@@ -29,7 +29,10 @@ def rows(name: str, base: Record, new: Record, margins: Margins) -> Iterator[Row
     yield from pair.peak(a.memory.source, b.memory.source, margins)
     before, now = _times(base), _times(new)
     for what in dict.fromkeys([*before, *now]):
-        yield pair.row(Kind.TIME, Word.NOT_RUN, what, TIMES, before.get(what), now.get(what), "s")
+        if what in now or parity.no_speed(new):  # that, another row tells
+            yield pair.row(Kind.TIME, Word.NOT_RUN, what, TIMES, before.get(what), now.get(what), "s")
+        else:
+            yield pair.lost_or_new(what, before[what], None, "s")
 
 
 def counted(name: str, base: Record, new: Record) -> Iterator[Row]:
@@ -62,7 +65,7 @@ class _Pair:
             if a is None and b is None:
                 continue
             if a is None or b is None:
-                yield self._lost_or_new(what, a, b, unit)
+                yield self.lost_or_new(what, a, b, unit)
                 continue
             bad = a != b if kind is Kind.PARAMETERS else b > a
             reason = "" if a == b else "grew" if b > a else "shrank"
@@ -74,7 +77,7 @@ class _Pair:
         if (a is None and b is None) or ALLOCATED in (before.source, now.source):
             return
         if a is None or b is None:
-            yield self._lost_or_new(COUNTED_PEAK, a, b, "B")
+            yield self.lost_or_new(COUNTED_PEAK, a, b, "B")
             return
         allowed = COUNTED_PEAK_B if margins.memory_B is None else margins.memory_B
         yield self._grown(COUNTED_PEAK, a, b, allowed, "counted")
@@ -94,7 +97,7 @@ class _Pair:
             what = PEAK
             a, b = (None if p is None else above_imports(r, p) for r, p in ((self.base, a), (self.new, b)))
         if a is None or b is None:
-            yield self._lost_or_new(what, a, b, "B")
+            yield self.lost_or_new(what, a, b, "B")
             return
         yield self._grown(what, a, b, allowed, now)
 
@@ -104,7 +107,7 @@ class _Pair:
         reason = f"{says} (margin {allowed:,} B, {how})" if says else ""
         return self.row(Kind.MEMORY, Word.FAIL if grew > allowed else Word.PASS, what, reason, a, b, "B")
 
-    def _lost_or_new(self, what: str, base: float | None, new: float | None, unit: Unit) -> Row:
+    def lost_or_new(self, what: str, base: float | None, new: float | None, unit: Unit) -> Row:
         if base is None:
             return self.row(Kind.NEW, Word.NOT_RUN, what, "was not measured in the baseline", base, new, unit)
         return self.row(Kind.MISSING, Word.FAIL, what, "was measured in the baseline, and is not now", base, new, unit)

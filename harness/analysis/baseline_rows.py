@@ -20,6 +20,12 @@ chosen, not measured: thirty Cells of a small Llama (six methods, packed bases, 
 paged optimizers, checkpointing, torch.compile) took the same to the byte in each of two processes."""
 ACCURACY = 0.02
 """The drop of an accuracy that is still called no worse."""
+LOOSER = 10.0
+"""How many times as much a check may allow as in the baseline without a question: allowances follow the noise that each run
+measures, which differs between machines."""
+LOSS_SHARE, LOSS = 0.1, 0.05
+"""How much higher a training loss is no finding, in parts of it and in nats together. Chosen, not measured: the same Cell
+sees the same batches in the same order, so that only rounding differs, which may grow as it trains."""
 ONE_SEED = "one seed: this checkpoint, not the method"
 TIMES = "not judged here: `peft-harness gate --pairs` judges times"
 
@@ -35,6 +41,7 @@ class Kind(StrEnum):
     MEMORY = "memory"
     CHECKPOINT = "checkpoint"
     ACCURACY = "accuracy"
+    LOSS = "loss"
     ASSETS = "assets"
     ENVIRONMENT = "environment"
     SPEED = "speed"
@@ -43,11 +50,11 @@ class Kind(StrEnum):
 
 MEANING: dict[Kind, str] = {
     Kind.PARITY: "fails where a Cell that computed what its Method says now does not, or a check that passed fails; "
-    "inconclusive where a check that passed was not tried",
+    "inconclusive where a check that passed was not tried, or allows more than ten times what it did",
     Kind.OUTCOME: "fails where a Cell that was ok now ends otherwise: oom, timeout, error, lost or skipped",
     Kind.MISSING: "a Cell, or a number of one, that the baseline has and the run has not. Fails where the run does not plan "
-    "the Cell, or its Record was changed after the run; not-run where the run did not come to it, or its Record cannot be "
-    "read",
+    "the Cell, its Record was changed after the run, or the number was measured before; not-run where the run did not come "
+    "to it, or its Record cannot be read",
     Kind.NEW: "what the run has and the baseline has not: told, not judged",
     Kind.PARAMETERS: "counts of scalars: fails at any difference, since the Cell is the same",
     Kind.MEMORY: "bytes of tensors, counted one by one: fails at one more. The peak of training: on a GPU as allocated, "
@@ -59,6 +66,8 @@ MEANING: dict[Kind, str] = {
     "difference lies above minus the margin (--accuracy-points), fails where it does not and the drop is significant at 5 % "
     "over all comparisons of the gate together (Holm), else inconclusive. One seed speaks for this checkpoint, not for the "
     "method",
+    Kind.LOSS: "the training loss, mean over the last quarter of the steps: fails where it is higher by more than a tenth "
+    "and 0.05. The batches are the same, so that only rounding may differ",
     Kind.ASSETS: "inconclusive where a model, a data set or a task is not the same one",
     Kind.ENVIRONMENT: "inconclusive where machine, driver, libraries, threads, variables or device are not the same, so "
     "that a difference need not come from the code; another code version or commit is told",
@@ -70,7 +79,7 @@ MEANING: dict[Kind, str] = {
 }
 
 Value = int | float | str | None
-Unit = Literal["B", "1", "s", "share", ""]
+Unit = Literal["B", "1", "s", "share", "nats", ""]
 
 
 @dataclass(frozen=True)

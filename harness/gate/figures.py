@@ -49,7 +49,17 @@ def value(v: Value, unit: Unit) -> str:
         return v
     if unit == "B":
         return f"{v:,.0f} B" if v < MIB else f"{v / MIB:,.1f} MiB"
+    if unit == "nats":
+        return f"{v:.3f}"
     return _time(v) if unit == "s" else percent(v) if unit == "share" else f"{v:,}"
+
+
+def change(row: Row) -> str:
+    """Write both values in words, and by how much they differ where they are written alike; nothing without any."""
+    if not row.valued:
+        return ""
+    before, now = value(row.base, row.unit), value(row.new, row.unit)
+    return f"{before}, now {now}" + (f" ({delta(row)})" if before == now and row.base != row.new else "")
 
 
 def delta(row: Row) -> str:
@@ -58,6 +68,8 @@ def delta(row: Row) -> str:
     if d is None or row.base == row.new:
         return "=" if row.base == row.new and row.base is not None else ""
     sign = MINUS if d < 0 else "+"
+    if row.unit == "nats":
+        return f"{sign}{abs(d):.3f}"
     if row.unit == "share":
         return f"{sign}{100 * abs(d):.1f} points"
     share = f" ({sign}{abs(d) / row.base:.1%})" if row.unit and isinstance(row.base, int | float) and row.base else ""

@@ -31,7 +31,7 @@ def _level(level: str, rows: Sequence[Row], files: Sequence[str]) -> list[str]:
 def _sentence(row: Row) -> str:
     if row.kind in (Kind.ENVIRONMENT, Kind.ASSETS):
         return f"{row.name}: {row.reason}"
-    values = f" {figures.value(row.base, row.unit)}, now {figures.value(row.new, row.unit)}" if row.valued else ""
+    values = f" {change}" if (change := figures.change(row)) else ""
     return f"{row.name}: {row.what}{values}: {row.reason}" if row.reason else f"{row.name}: {row.what}{values}"
 
 

@@ -49,5 +49,5 @@ def _by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _said(row: Row) -> str:
-    values = f": {figures.value(row.base, row.unit)}, now {figures.value(row.new, row.unit)}" if row.valued else ""
+    values = f": {change}" if (change := figures.change(row)) else ""
     return f"{row.what}{values}: {row.reason}" if row.reason else f"{row.what}{values}"
