@@ -96,6 +96,16 @@ def test_what_is_left_out_is_named_and_the_rest_is_kept(
     assert FUSED.cell_id not in {row["cell"] for row in rows}
 
 
+def test_a_run_without_its_hashes_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = recorded.write_run(tmp_path / "run", only=["fused"])
+    add = ["history", "add", str(run.path), "--dir", str(tmp_path / "history")]
+    assert main(add) == Exit.PASS
+    assert run.footer is not None
+    store.write(run.path / "footer.json", run.footer.model_copy(update={"sha256": {}}))
+    assert main(add) == Exit.INFRASTRUCTURE
+    assert "its footer holds no hashes" in capsys.readouterr().err
+
+
 def test_a_run_is_a_pass_of_one_night_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = recorded.write_run(tmp_path / "run", only=["fused"])
     add = ["history", "add", str(run.path), "--dir", str(tmp_path / "history"), "--night"]

@@ -31,8 +31,8 @@ def add(names: Sequence[str], folder: Path, night: str | None = None) -> Exit:
     """Add runs to a history, say what was added, return the exit code.
 
     night: of all these runs; else each run's own, the date in UTC on which it began. 1 where a file was changed after its
-    run, 4 where a Record cannot be read or is missing, 5 where there was nothing to add. Raises UsageError for what is no
-    run, no date, or a run that another night has already.
+    run, 4 where a Record cannot be read or is missing, or nothing would show a change, 5 where there was nothing to add.
+    Raises UsageError for what is no run, no date, or a run that another night has already.
     """
     if night is not None and not files.is_night(night):
         raise UsageError(f"{night!r} is no date", where="--night", mend="write it as 2026-01-31")
@@ -131,9 +131,14 @@ def _tell(run: Run, done: Added) -> None:
         done.told.append(f"left out: {run.path}: {name} {what}")
     for cell_id in run.missing():
         done.told.append(f"left out: {run.path}: {cell_id} has no Record")
+    unsealed = run.footer is not None and not run.footer.sha256
+    if unsealed:
+        done.told.append(
+            f"{run.path}: its footer holds no hashes, so that nobody knows whether its Records are as it left them"
+        )
     if run.changed:
         done.serious.add(Exit.FAIL)
-    if run.broken or run.missing():
+    if run.broken or run.missing() or unsealed:
         done.serious.add(Exit.INFRASTRUCTURE)
 
 

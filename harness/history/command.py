@@ -41,7 +41,8 @@ def add(runs: tuple[str, ...], night: str | None, folder: Path) -> Exit:
     RUN is what `report` takes; each is a pass of its night. A run that is added again changes nothing, or adds what it
     has more since. Kept are step time, latencies, peak and counted bytes, parameters and accuracy of every Cell; no time
     of a Cell that failed a check, or that waited for its CPU. Names what had to be left out, and then exits with 1
-    (changed after its run) or 4 (unreadable, missing); with 5 where there is nothing to add.
+    (changed after its run) or 4 (unreadable, missing, no hashes that would show a change); with 5 where there is nothing
+    to add.
     """
     from harness.history import adding
 
