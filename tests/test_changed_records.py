@@ -34,7 +34,8 @@ def record_path(run: store.Run, attempt: int = 1) -> Path:
 def edit(path: Path) -> None:
     """Raise what a Record says of its accuracy, as whoever wants to look better might."""
     said = json.loads(path.read_text())
-    said["measurements"]["accuracy"]["value"] = 0.99
+    accuracy = said["measurements"]["accuracy"]
+    accuracy |= {"value": 1.0, "items": [{**item, "correct": 1} for item in accuracy["items"]]}
     path.write_text(json.dumps(said, indent=1) + "\n")
 
 
@@ -72,7 +73,7 @@ def test_a_record_that_was_changed_does_not_count(
     assert shown["figures"][0]["text"] == "✗ changed"
     assert {figure["why"] for figure in shown["figures"]} == {f"{name} {what}"}
     words = Page(html.render([again])).text
-    assert "99.0 %" not in words
+    assert "100.0 %" not in words
     assert f"{name} {what}" in words
 
 
