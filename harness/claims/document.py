@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from harness.claims.judging import STAND_IN, Judged
 from harness.errors import UsageError
 
-SCHEMA = 2
+SCHEMA = 3
 KIND = "claims"
 
 
@@ -23,7 +23,7 @@ def document(rows: Sequence[Judged], software: Mapping[str, str]) -> dict[str, A
 
 
 def read(path: Path) -> tuple[list[Judged], dict[str, str]]:
-    """Read what `--json` printed. Raises UsageError for another file, a torn one, or one of another schema than 1 and 2."""
+    """Read what `--json` printed. Raises UsageError for another file, a torn one, or one of another schema than 1 to 3."""
     mend = "name a file that `peft-harness claims --json > FILE` wrote"
     try:
         data = json.loads(path.read_bytes())
@@ -33,8 +33,9 @@ def read(path: Path) -> tuple[list[Judged], dict[str, str]]:
         raise UsageError(f"no JSON: {error}", where=str(path), mend=mend) from error
     if not isinstance(data, dict) or data.get("kind") != KIND:
         raise UsageError("no ledger of claims", where=str(path), mend=mend)
-    if (schema := data.get("schema")) not in (1, SCHEMA):
-        what = f"has schema {schema!r}, and this version reads 1 and {SCHEMA}"
+    schema = data.get("schema")
+    if not isinstance(schema, int) or not 1 <= schema <= SCHEMA:
+        what = f"has schema {schema!r}, and this version reads 1 to {SCHEMA}"
         newer = isinstance(schema, int) and schema > SCHEMA
         raise UsageError(what, where=str(path), mend="update peft-harness, or " * newer + "compute the claims again")
     if not isinstance(data.get("claims"), list) or not isinstance(data.get("software"), dict):
