@@ -45,12 +45,14 @@ A claim file is YAML. `peft-harness claims --file mine.yaml` computes it; suites
         - {id: r8, printed: 2.1M, with: {config: {rank: 8, targets: [q_proj]}}}
 
 An argument that is a quantity is a number that the paper prints, or {measure: NAME, with: {...}}.
-Every mistake of a file is told at once, with its line."""
+Mistakes of a file are told at once, each with its line, and nothing is computed. Only what shows on the model itself, such
+as a layer's name in `targets` that it does not have, is told when the claim is computed, with its line: the claim is
+`not-run` and the exit code 4. All other claims are computed."""
 
 ROUNDING = {
     "nearest": "ours rounds to the figure as it is printed: it is away by half of one in its last digit at most. Where "
-    "nothing else is said, this is the rule. Where ours comes out only with digits cut off, or with MB read as MiB, the claim is "
-    "`reproduced-under` that",
+    "nothing else is said, this is the rule. Where ours comes out only with digits cut off, or with MB read as MiB, the "
+    "claim is `reproduced-under` that",
     "cut": f"{RULES['cut']}: ours is less than one in the last digit above the figure",
     "magnitude": f"{RULES['magnitude']} on the scale of logarithms: 10x is from 3.2x to 31x. For what a paper itself tells "
     "by powers of ten",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from fractions import Fraction
 from typing import Any
@@ -97,6 +97,7 @@ class Judged(Frozen):
 
 def judge(claim: Claim, answers: Sequence[Found | Missing]) -> Judged:
     """Judge a claim by what was found for its own reading and then for each of `otherwise`."""
+    answers = [_placed(claim, one) for one in answers]
     readings = [("", claim.asking), *((one.under, one.asking) for one in claim.otherwise)]
     tried = [_tried(claim, under, asking, found) for (under, asking), found in zip(readings, answers, strict=True)]
     for one, found in zip(tried, answers, strict=True):
@@ -127,6 +128,13 @@ def judge(claim: Claim, answers: Sequence[Found | Missing]) -> Judged:
     if claim.needs and found.most is None:
         return _judged(claim, Verdict.INCONCLUSIVE, tried, own, why=f"the paper leaves out {claim.needs}")
     return _judged(claim, Verdict.NOT_REPRODUCED, tried, own)
+
+
+def _placed(claim: Claim, answer: Found | Missing) -> Found | Missing:
+    """Say of what should have been found where the claim is written, for whoever has to mend it."""
+    if isinstance(answer, Found) or not answer.failed:
+        return answer
+    return replace(answer, why=f"{claim.where}: {answer.why}")
 
 
 def _comes_out(claim: Claim, found: Found) -> str | None:
