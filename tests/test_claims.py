@@ -506,7 +506,18 @@ def test_an_unknown_paper_and_an_unknown_id_are_wrong_use(capsys: pytest.Capture
     assert main(["claims", "lorra"]) == Exit.USAGE
     assert "did you mean `lora`?" in capsys.readouterr().err
     assert main(["claims", "lora", "--id", "nothing-of-this"]) == Exit.USAGE
-    assert "no claim's id begins with" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no claim's id here begins with `nothing-of-this`" in said
+    assert "`peft-harness list claims`" in said
+    assert len(said) < 400  # there are hundreds of ids
+
+
+def test_an_id_of_another_paper_is_told_with_its_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["claims", "qlora", "--id", "lora-gpt3-r4", "--id", "qlora-kept-56b"]) == Exit.USAGE
+    said = capsys.readouterr().err
+    assert "2 mistakes" in said
+    assert "`lora-gpt3-r4`\n    mend: ids of lora begin so: `peft-harness claims lora --id lora-gpt3-r4`" in said
+    assert re.search(r"`qlora-kept-56b`\n    mend: did you mean .*`qlora-kept-65b`", said)
 
 
 def test_the_example_that_explain_shows_is_a_claim_file(tmp_path: Path) -> None:
