@@ -156,6 +156,31 @@ def test_what_was_computed_is_shown_again(
     assert "has schema 99" in said
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"verdict": "maybe"}, "`verdict` of the claim wider is 'maybe'"),
+        ({"ours": 7}, "`ours` of the claim wider is 7"),
+        ({"tried": [{"under": ""}]}, "the claim wider lacks `tried.0.measure`"),
+        ({"more": 1}, "the claim wider has an unknown key `more`"),
+        ({"id": None}, "`id` of claim number 2 is None"),
+        ({"id": "one"}, "the claim one stands in it twice"),
+    ],
+)
+def test_a_damaged_ledger_is_told_by_claim_and_key(
+    ledger: tuple[int, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], said: str
+) -> None:
+    written = json.loads(ledger[1])
+    written["claims"][1] |= change
+    file = tmp_path / "claims.json"
+    file.write_text(json.dumps(written))
+    assert main(["claims", "--show", str(file)]) == Exit.USAGE
+    told = capsys.readouterr().err
+    assert f"{file}: {said}" in told
+    assert "compute the claims again" in told
+    assert "validation error" not in told
+
+
 def test_headlines_have_a_page_of_their_own(
     ledger: tuple[int, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

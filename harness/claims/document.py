@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from harness.claims.judging import STAND_IN, Judged
+from harness.claims.printed import shortly
 from harness.errors import UsageError
 
 SCHEMA = 3
@@ -40,15 +42,36 @@ def read(path: Path) -> tuple[list[Judged], dict[str, str]]:
         raise UsageError(what, where=str(path), mend="update peft-harness, or " * newer + "compute the claims again")
     if not isinstance(data.get("claims"), list) or not isinstance(data.get("software"), dict):
         raise UsageError("lacks `claims` or `software`", where=str(path), mend="compute the claims again")
-    try:
-        rows, software = [_row(one, schema) for one in data["claims"]], dict(data["software"])
-    except (ValidationError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"not as it was written: {str(error).splitlines()[0]}", where=str(path), mend="compute the claims again"
-        ) from error
-    if len({row.id for row in rows}) < len(rows):
-        raise UsageError("a claim stands in it twice", where=str(path), mend="compute the claims again")
-    return rows, software
+    rows: list[Judged] = []
+    wrong: list[str] = []
+    for number, one in enumerate(data["claims"], start=1):
+        try:
+            rows.append(_row(one, schema))
+        except ValidationError as error:
+            wrong.append(_told(one, number, error))
+    if wrong:
+        more = f"; and so {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        mend = "restore that as it was, or compute the claims again: `peft-harness claims --json > FILE`"
+        raise UsageError(f"{wrong[0]}{more}", where=str(path), mend=mend)
+    counts = Counter(row.id for row in rows)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        mend = "take one of the two out, or compute the claims again"
+        raise UsageError(f"the claim {twice[0]} stands in it twice", where=str(path), mend=mend)
+    return rows, dict(data["software"])
+
+
+def _told(written: Any, number: int, error: ValidationError) -> str:
+    """Say which claim is not as it was written, and the first of what is wrong with it."""
+    name = written.get("id") if isinstance(written, dict) else None
+    which = f"the claim {name}" if isinstance(name, str) else f"claim number {number}"
+    first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"{which} lacks `{key}`"
+    if first["type"] == "extra_forbidden":
+        return f"{which} has an unknown key `{key}`"
+    what = f"`{key}` of {which} is {shortly(first['input'])}" if key else f"{which} is {shortly(first['input'])}"
+    return f"{what}: {first['msg'][:1].lower()}{first['msg'][1:]}"
 
 
 def _row(written: Any, schema: int) -> Judged:
