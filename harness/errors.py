@@ -66,6 +66,14 @@ def in_order(problems: Iterable[Problem]) -> list[Problem]:
     return sorted(set(problems), key=place)
 
 
+def wrong_use(problems: Sequence[Problem]) -> UsageError:
+    """Return one error of all mistakes of a command line, each with its option and mend."""
+    if len(problems) == 1:
+        (one,) = problems
+        return UsageError(one.what, where=one.where, mend=one.mend)
+    return UsageError("\n".join([f"{len(problems)} mistakes", *(f"  {p}" for p in problems)]))
+
+
 class SuiteError(UsageError):
     """A file that cannot be run. All its mistakes are reported together, each with file and line. Nothing was run.
 

@@ -130,8 +130,9 @@ def test_another_reading_is_named_in_the_verdict(ledger: tuple[int, str]) -> Non
 def test_one_claim_that_cannot_be_computed_takes_no_other(ledger: tuple[int, str]) -> None:
     rows = json.loads(ledger[1])["claims"]
     assert [row["verdict"] for row in rows] == ["reproduced", "not-reproduced", "reproduced-under", "not-run"]
-    assert "could not be computed: ValueError: no" in rows[3]["why"]
-    assert "layer is named 'nowhere'" in rows[3]["why"]
+    assert re.search(r"mine\.yaml:8: could not be computed: no .* layer is named 'nowhere'", rows[3]["why"])
+    assert "`peft-harness explain trainable_parameters`" in rows[3]["why"]
+    assert "Error" not in rows[3]["why"]
 
 
 def test_what_was_computed_is_shown_again(
@@ -148,11 +149,36 @@ def test_what_was_computed_is_shown_again(
     assert "none of these claims is part of a headline" in capsys.readouterr().err
     file.write_text(ledger[1][:-20])
     assert main(["claims", "--show", str(file)]) == Exit.USAGE
-    file.write_text(ledger[1].replace('"schema": 2', '"schema": 99'))
+    file.write_text(ledger[1].replace('"schema": 3', '"schema": 99'))
     assert main(["claims", "--show", str(file)]) == Exit.USAGE
     said = capsys.readouterr().err
     assert "no JSON" in said
     assert "has schema 99" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"verdict": "maybe"}, "`verdict` of the claim wider is 'maybe'"),
+        ({"ours": 7}, "`ours` of the claim wider is 7"),
+        ({"tried": [{"under": ""}]}, "the claim wider lacks `tried.0.measure`"),
+        ({"more": 1}, "the claim wider has an unknown key `more`"),
+        ({"id": None}, "`id` of claim number 2 is None"),
+        ({"id": "one"}, "the claim one stands in it twice"),
+    ],
+)
+def test_a_damaged_ledger_is_told_by_claim_and_key(
+    ledger: tuple[int, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], said: str
+) -> None:
+    written = json.loads(ledger[1])
+    written["claims"][1] |= change
+    file = tmp_path / "claims.json"
+    file.write_text(json.dumps(written))
+    assert main(["claims", "--show", str(file)]) == Exit.USAGE
+    told = capsys.readouterr().err
+    assert f"{file}: {said}" in told
+    assert "compute the claims again" in told
+    assert "validation error" not in told
 
 
 def test_headlines_have_a_page_of_their_own(
@@ -411,7 +437,7 @@ def test_a_reading_that_was_not_computed_might_have_come_out(tmp_path: Path) -> 
     (claim,) = claim_file.load([write(tmp_path, line(tmp_path, "150", more=more))])
     row = judge(claim, [Found(112, ""), Missing("the process ended", failed=True)])
     assert (row.verdict, row.failed) == (Verdict.INCONCLUSIVE, True)
-    assert "not computed under rank 3: the process ended" in row.why
+    assert f"not computed under rank 3: {tmp_path / 'mine.yaml'}:5: the process ended" in row.why
     assert judge(claim, [Found(112, ""), Found(168, "")]).verdict is Verdict.NOT_REPRODUCED
 
 
@@ -505,7 +531,18 @@ def test_an_unknown_paper_and_an_unknown_id_are_wrong_use(capsys: pytest.Capture
     assert main(["claims", "lorra"]) == Exit.USAGE
     assert "did you mean `lora`?" in capsys.readouterr().err
     assert main(["claims", "lora", "--id", "nothing-of-this"]) == Exit.USAGE
-    assert "no claim's id begins with" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no claim's id here begins with `nothing-of-this`" in said
+    assert "`peft-harness list claims`" in said
+    assert len(said) < 400  # there are hundreds of ids
+
+
+def test_an_id_of_another_paper_is_told_with_its_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["claims", "qlora", "--id", "lora-gpt3-r4", "--id", "qlora-kept-56b"]) == Exit.USAGE
+    said = capsys.readouterr().err
+    assert "2 mistakes" in said
+    assert "`lora-gpt3-r4`\n    mend: ids of lora begin so: `peft-harness claims lora --id lora-gpt3-r4`" in said
+    assert re.search(r"`qlora-kept-56b`\n    mend: did you mean .*`qlora-kept-65b`", said)
 
 
 def test_the_example_that_explain_shows_is_a_claim_file(tmp_path: Path) -> None:

@@ -56,3 +56,8 @@ class Claim:
     needs: str = ""
     note: str = ""
     where: str = ""
+
+    @property
+    def rule(self) -> str:
+        """By what other rule than rounding a number comes out as the figure, in words; `<` is one itself."""
+        return "" if self.figure is None or self.figure.relation else self.rounding.words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from harness.claims.judging import STAND_IN, Judged
+from harness.claims.printed import shortly
 from harness.errors import UsageError
 
-SCHEMA = 2
+SCHEMA = 3
 KIND = "claims"
 
 
@@ -23,7 +25,7 @@ def document(rows: Sequence[Judged], software: Mapping[str, str]) -> dict[str, A
 
 
 def read(path: Path) -> tuple[list[Judged], dict[str, str]]:
-    """Read what `--json` printed. Raises UsageError for another file, a torn one, or one of another schema than 1 and 2."""
+    """Read what `--json` printed. Raises UsageError for another file, a torn one, or one of another schema than 1 to 3."""
     mend = "name a file that `peft-harness claims --json > FILE` wrote"
     try:
         data = json.loads(path.read_bytes())
@@ -33,21 +35,43 @@ def read(path: Path) -> tuple[list[Judged], dict[str, str]]:
         raise UsageError(f"no JSON: {error}", where=str(path), mend=mend) from error
     if not isinstance(data, dict) or data.get("kind") != KIND:
         raise UsageError("no ledger of claims", where=str(path), mend=mend)
-    if (schema := data.get("schema")) not in (1, SCHEMA):
-        what = f"has schema {schema!r}, and this version reads 1 and {SCHEMA}"
+    schema = data.get("schema")
+    if not isinstance(schema, int) or not 1 <= schema <= SCHEMA:
+        what = f"has schema {schema!r}, and this version reads 1 to {SCHEMA}"
         newer = isinstance(schema, int) and schema > SCHEMA
         raise UsageError(what, where=str(path), mend="update peft-harness, or " * newer + "compute the claims again")
     if not isinstance(data.get("claims"), list) or not isinstance(data.get("software"), dict):
         raise UsageError("lacks `claims` or `software`", where=str(path), mend="compute the claims again")
-    try:
-        rows, software = [_row(one, schema) for one in data["claims"]], dict(data["software"])
-    except (ValidationError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"not as it was written: {str(error).splitlines()[0]}", where=str(path), mend="compute the claims again"
-        ) from error
-    if len({row.id for row in rows}) < len(rows):
-        raise UsageError("a claim stands in it twice", where=str(path), mend="compute the claims again")
-    return rows, software
+    rows: list[Judged] = []
+    wrong: list[str] = []
+    for number, one in enumerate(data["claims"], start=1):
+        try:
+            rows.append(_row(one, schema))
+        except ValidationError as error:
+            wrong.append(_told(one, number, error))
+    if wrong:
+        more = f"; and so {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        mend = "restore that as it was, or compute the claims again: `peft-harness claims --json > FILE`"
+        raise UsageError(f"{wrong[0]}{more}", where=str(path), mend=mend)
+    counts = Counter(row.id for row in rows)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        mend = "take one of the two out, or compute the claims again"
+        raise UsageError(f"the claim {twice[0]} stands in it twice", where=str(path), mend=mend)
+    return rows, dict(data["software"])
+
+
+def _told(written: Any, number: int, error: ValidationError) -> str:
+    """Say which claim is not as it was written, and the first of what is wrong with it."""
+    name = written.get("id") if isinstance(written, dict) else None
+    which = f"the claim {name}" if isinstance(name, str) else f"claim number {number}"
+    first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"{which} lacks `{key}`"
+    if first["type"] == "extra_forbidden":
+        return f"{which} has an unknown key `{key}`"
+    what = f"`{key}` of {which} is {shortly(first['input'])}" if key else f"{which} is {shortly(first['input'])}"
+    return f"{what}: {first['msg'][:1].lower()}{first['msg'][1:]}"
 
 
 def _row(written: Any, schema: int) -> Judged:

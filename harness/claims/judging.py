@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from fractions import Fraction
 from typing import Any
@@ -25,7 +25,8 @@ class Verdict(StrEnum):
 
 
 MEANING = {
-    Verdict.REPRODUCED: "comes out as the paper prints it, computed as the paper says",
+    Verdict.REPRODUCED: "comes out as the paper prints it, computed as the paper says: ours rounds to the figure, or the "
+    "claim has a looser rule, which stands beside ours (`explain rounding`)",
     Verdict.UNDER: "comes out under another convention, rank or unit than the paper states; which one is said",
     Verdict.NOT_REPRODUCED: "does not come out under any reading that was tried; what does is shown with its arithmetic",
     Verdict.INCONCLUSIVE: "cannot be decided: the paper leaves something out, or what was measured is too uncertain",
@@ -73,6 +74,8 @@ class Judged(Frozen):
     how: str
     why: str
     note: str
+    rule: str = ""
+    """By what other rule than rounding ours comes out as what is printed, in words; empty in ledgers of schema 1 and 2."""
     scale: str = ""
     """Of something smaller than the paper's own (a rehearsal, a small model): what it is."""
     tried: list[Tried]
@@ -86,13 +89,15 @@ class Judged(Frozen):
 
     @property
     def got(self) -> str:
-        """What was found, as part of a sentence; empty where nothing was."""
+        """What was found, and the rule if it is not plain rounding, as part of a sentence; empty where nothing was."""
         is_property = any(isinstance(one.value, bool) for one in self.tried)
-        return f"{'ours' if is_property else 'we get'} {self.ours}" if self.ours else ""
+        rule = f" (rule: {self.rule})" if self.rule else ""
+        return f"{'ours' if is_property else 'we get'} {self.ours}{rule}" if self.ours else ""
 
 
 def judge(claim: Claim, answers: Sequence[Found | Missing]) -> Judged:
     """Judge a claim by what was found for its own reading and then for each of `otherwise`."""
+    answers = [_placed(claim, one) for one in answers]
     readings = [("", claim.asking), *((one.under, one.asking) for one in claim.otherwise)]
     tried = [_tried(claim, under, asking, found) for (under, asking), found in zip(readings, answers, strict=True)]
     for one, found in zip(tried, answers, strict=True):
@@ -123,6 +128,13 @@ def judge(claim: Claim, answers: Sequence[Found | Missing]) -> Judged:
     if claim.needs and found.most is None:
         return _judged(claim, Verdict.INCONCLUSIVE, tried, own, why=f"the paper leaves out {claim.needs}")
     return _judged(claim, Verdict.NOT_REPRODUCED, tried, own)
+
+
+def _placed(claim: Claim, answer: Found | Missing) -> Found | Missing:
+    """Say of what should have been found where the claim is written, for whoever has to mend it."""
+    if isinstance(answer, Found) or not answer.failed:
+        return answer
+    return replace(answer, why=f"{claim.where}: {answer.why}")
 
 
 def _comes_out(claim: Claim, found: Found) -> str | None:
@@ -192,6 +204,7 @@ def _judged(
         how=by.how,
         why=why,
         note=claim.note,
+        rule=claim.rule,
         scale=claim.scale,
         tried=tried,
         failed=failed,

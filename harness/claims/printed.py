@@ -65,9 +65,21 @@ class Rounding:
     rule: Literal["nearest", "cut", "magnitude", "about"] = "nearest"
     within: Fraction = Fraction(0)
 
+    @property
+    def words(self) -> str:
+        """What a number must be to come out by it, in words; empty of `nearest`, where it rounds to the figure."""
+        if self.rule == "about" and self.within:
+            return f"within {shown(self.within, 'share')} of what is printed"
+        return RULES[self.rule]
 
-NEAREST = Rounding()
+
 _CUT = "digits cut off, not rounded"
+RULES = {
+    "nearest": "", "cut": _CUT, "magnitude": "of the same order of magnitude, by the nearest power of ten",
+    "about": "exactly what is printed",
+}  # fmt: skip
+"""The rules of Rounding in words; `about` as it is within 0%."""
+NEAREST = Rounding()
 
 
 def parse(text: str, dimension: Dimension) -> Printed:

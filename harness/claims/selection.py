@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import TypeVar
 
+from harness.claims import claim_file
 from harness.claims.claim import Claim
 from harness.claims.judging import Judged, Verdict
-from harness.errors import Exit, UsageError
-from harness.spelling import near
+from harness.errors import Exit, Problem, UsageError, wrong_use
 
+_NAMED = 3
+"""Ids in a message."""
 _Claim = TypeVar("_Claim", Claim, Judged)
 
 
@@ -20,10 +23,12 @@ def chosen(
 
     headlines: only those that are part of a headline; raises UsageError where none is.
     """
-    for start in ids:
-        if not any(claim.id.startswith(start) for claim in claims):
-            mend = near(start, [claim.id for claim in claims], "`peft-harness list claims` shows all; ids here")
-            raise UsageError(f"no claim's id begins with `{start}`", where="--id", mend=mend)
+    known = [claim.id for claim in claims]
+    wrong = [start for start in ids if not any(name.startswith(start) for name in known)]
+    if wrong:
+        raise wrong_use(
+            [Problem("--id", f"no claim's id here begins with `{start}`", _mend(start, known)) for start in wrong]
+        )
     several = [c for c in claims if (not tiers or c.tier in tiers) and (not ids or c.id.startswith(tuple(ids)))]
     if not headlines:
         return several
@@ -31,6 +36,16 @@ def chosen(
         mend = "ask for fewer of --tier and --id, or in claims of your own write `headline: its name`"
         raise UsageError("none of these claims is part of a headline", where="--headlines", mend=mend)
     return parts
+
+
+def _mend(start: str, known: Sequence[str]) -> str:
+    """Say of which paper ids begin so, else which are nearest: there are hundreds."""
+    every = claim_file.load(claim_file.paths(claim_file.names()))
+    if papers := sorted({claim.paper for claim in every if claim.id.startswith(start)} if start else ()):
+        return f"ids of {' and '.join(papers)} begin so: `peft-harness claims {' '.join(papers)} --id {start}`"
+    close = get_close_matches(start, known, n=_NAMED)
+    few = f"did you mean {' or '.join(f'`{name}`' for name in close)}? " if close else ""
+    return f"{few}`peft-harness list claims` shows those of all papers, e.g. `{every[0].id}`"
 
 
 def exit_of(rows: Sequence[Judged], *, strict: bool) -> Exit:

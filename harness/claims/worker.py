@@ -57,8 +57,16 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
     except NotRunError as error:
         return {"missing": str(error), "failed": False}
     except (*_ERRORS, HarnessError) as error:
-        return {"missing": f"could not be computed: {type(error).__name__}: {error}", "failed": True}
+        mend = getattr(error, "mend", "") or f"correct its `with`: `peft-harness explain {asked['measure']}`"
+        return {"missing": f"could not be computed: {_told(error)}; {mend}", "failed": True}
     return {"how": found.how, **numbers, "within": within}
+
+
+def _told(error: Exception) -> str:
+    """Return an error as part of a sentence. Of what nobody wrote for a reader, such as a KeyError, its kind too."""
+    if isinstance(error, HarnessError):
+        return f"{error.what} ({error.where})" if error.where else error.what
+    return str(error) if isinstance(error, ValueError) and str(error) else f"{type(error).__name__}: {error}"
 
 
 def _written(value: Any) -> bool | str | None:
