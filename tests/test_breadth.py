@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from harness.cli import main
 from harness.conformance import matrix, suite
 from harness.conformance.breadth import FEW, Breadth
 from harness.errors import Exit
-from harness.registry import Implementation
+from harness.methods import methods
+from harness.records import Outcome
+from harness.registry import DTYPES, Implementation
 from reference import lora, multi_lora
 
 DRAWN = Breadth(drawn=8, seed=11)  # among them rank 101, and more than 130 tokens
@@ -37,7 +43,7 @@ def test_a_seed_always_draws_the_same_cases_and_another_seed_others(target: str)
 def wrong_at_other_ranks(model: Any, config: lora.Config, generator: torch.Generator) -> Any:
     adapted = lora.attach(model, config, generator)
     for layer in adapted.layers.values():
-        layer.scaling *= 2.0 if 17 < config.rank < 128 else 1.0  # type: ignore[attr-defined]
+        layer.scaling *= 2.0 if 64 < config.rank < 128 else 1.0  # type: ignore[attr-defined]
     return adapted
 
 
@@ -47,7 +53,7 @@ def test_an_implementation_that_is_wrong_at_other_ranks_only_fails_a_drawn_case(
     drawn = [one for one in matrix.run(mine, breadth=DRAWN) if one.standing.value == "fail"]
     assert "fail" not in usual
     assert {one.check for one in drawn} >= {"forward", "gradient"}
-    assert all(17 < int(one.case.split("rank=")[1].split()[0]) < 128 for one in drawn)
+    assert all(64 < int(one.case.split("rank=")[1].split()[0]) < 128 for one in drawn)
 
 
 def test_an_operation_that_is_wrong_beyond_130_tokens_only_fails_a_drawn_case() -> None:
@@ -90,3 +96,51 @@ def test_who_offers_one_dtype_only_meets_every_config_and_shape_in_it(dtype: str
 def test_a_seed_without_cases_to_draw_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "fused", "--seed", "3"]) == Exit.USAGE
     assert "--drawn" in capsys.readouterr().err
+
+
+PLAIN = {"rank", "target_rank", "alpha", "eps"}
+RANKED = [name for name in methods() if "rank" in methods()[name].fields and name in suite.names()]
+DROPPING = [name for name in methods() if "dropout" in methods()[name].fields and name in suite.names()]
+
+
+def changed(target: str, change: Callable[[Any, Any], None]) -> Implementation:
+    """Return the reference of a Method; change: takes each adapted layer and the config."""
+
+    def attach(model: nn.Module, config: Any, generator: torch.Generator) -> Any:
+        adapted = importlib.import_module(f"reference.{target}").attach(model, config, generator)
+        for layer in adapted.layers.values():
+            change(layer, config)
+        return adapted
+
+    return Implementation("mine", "method", target, attach, dtypes=DTYPES)
+
+
+def failing(implementation: Implementation, cases: Iterable[suite.MethodCase]) -> set[str]:
+    """Return the checks that fail in one of these cases."""
+    plan = suite.load(implementation.target)
+    results = itertools.chain.from_iterable(matrix.one_case(implementation, plan, case) for case in cases)
+    return {result.check.split("/")[1] for result in results if result.outcome is Outcome.FAIL}
+
+
+def is_wrong_above_rank_16(layer: Any, config: Any) -> None:
+    right = layer.forward
+    layer.forward = lambda x: right(x) * (1.05 if config.rank > 16 else 1.0)
+
+
+def drops_when_evaluating(layer: Any, config: Any) -> None:
+    for child in layer.modules():
+        if isinstance(child, nn.Dropout):
+            child.forward = lambda x: nn.functional.dropout(x, config.dropout)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("target", RANKED)
+def test_who_is_wrong_at_large_ranks_fails_without_offering_anything_optional(target: str) -> None:
+    plain = [case for case in suite.load(target).cases(FEW, ["float32"]) if set(case.config) <= PLAIN]
+    assert "forward" in failing(changed(target, is_wrong_above_rank_16), plain)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("target", DROPPING)
+def test_dropout_is_tried_in_every_dtype(target: str, dtype: str) -> None:
+    cases = [case for case in suite.load(target).cases(FEW) if case.dtype == dtype and case.config.get("dropout")]
+    assert "dropout" in failing(changed(target, drops_when_evaluating), cases[:1])

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from harness.conformance import matrix, operations
+from harness.conformance import matrix, operations, suite
+from harness.conformance.breadth import FEW
+from harness.records import Outcome
 from harness.registry import Implementation
 from reference import fp4, multi_lora, nf4
 
@@ -50,7 +52,7 @@ def on_output(target: str, index: int, wrong: Callable[[torch.Tensor], torch.Ten
     """Return the reference with one of its outputs changed."""
 
     def call(**given: Any) -> Any:
-        outputs = list(right(target)(**given))
+        outputs = list(operations.every()[target].named(right(target)(**given)).values())
         outputs[index] = wrong(outputs[index])
         return tuple(outputs)
 
@@ -141,6 +143,71 @@ FAULTS = {
 def test_a_wrong_implementation_is_caught_by_the_check_that_names_it(fault: str) -> None:
     target, function, check = FAULTS[fault]
     assert check in failing(target, function)
+
+
+def in_float64(target: str) -> Function:
+    """Return the reference with every floating output cast: all values stay what they are."""
+
+    def call(**given: Any) -> Any:
+        outputs = right(target)(**given)
+        several = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+        return tuple(t.double() if t.is_floating_point() else t for t in several)
+
+    return call
+
+
+@pytest.mark.parametrize("target", operations.every())
+def test_a_right_value_of_a_wrong_dtype_fails_and_says_what_it_should_be(target: str) -> None:
+    plan = suite.load_operation(target)
+    values, dtype = list(plan.calls(FEW))[-1]
+    mine = Implementation("mine", "operation", target, in_float64(target), dtypes=(dtype,))
+    (found,) = [r for r in matrix.one_call(mine, plan, values, dtype) if r.check.split("/")[1] == "outputs"]
+    assert found.outcome is Outcome.FAIL
+    assert found.worst.startswith("dtype torch.float64, should be torch.")
+    assert found.tensor
+
+
+def test_a_gradient_of_a_wrong_dtype_fails() -> None:
+    """By torch's own switch for it, which lets a leaf take a gradient of any dtype."""
+
+    def wide(x: torch.Tensor, **given: Any) -> Any:
+        if x.requires_grad:
+            x.grad_dtype = None
+        return right("nf4_linear")(x=Widened.apply(x), **given)
+
+    assert "backward" in failing("nf4_linear", wide, "bfloat16")
+    assert "backward" not in failing("nf4_linear", wide, "float64")
+
+
+class Widened(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+        return dy.double()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda W: W.flatten(), "shape (8192,), should be (128, 64)"),
+        (lambda W: W.to("meta"), "device meta, should be cpu"),
+    ],
+)
+def test_a_wrong_shape_and_a_wrong_device_are_told(wrong: Callable[[torch.Tensor], torch.Tensor], said: str) -> None:
+    function = on_output("nf4_dequantize", 0, wrong)
+    first = next(iter(matrix.run(Implementation("mine", "operation", "nf4_dequantize", function, dtypes=("float32",)))))
+    assert (first.result.check, first.result.worst) == ("nf4_dequantize/outputs/float32/call", said)
+
+
+def test_a_dtype_that_is_wrong_for_a_view_only_fails_the_layouts() -> None:
+    def wide_if_gapped(absmax: torch.Tensor, **given: Any) -> torch.Tensor:
+        W: torch.Tensor = right("nf4_dequantize")(absmax=absmax, **given)
+        return W if absmax.is_contiguous() else W.double()
+
+    assert failing("nf4_dequantize", wide_if_gapped).keys() == {"layouts"}
 
 
 def test_only_the_cases_in_which_blocks_cross_rows_show_a_decoder_that_ignores_it() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,17 +16,30 @@ from harness.tolerances import PERTURBED_DRAWS
 
 
 def judge(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> tuple[Judgement, str]:
-    """Judge outputs by the Operation's own rule, or by the noise floor."""
+    """Judge outputs by the Operation's own rule, or by the noise floor; first of all their form."""
+    own = _reference(subject, subject.arguments)
+    if (odd := ill_formed(mine, own)) is not None:
+        return odd, ""
     if subject.operation.judge is not None:
         return subject.operation.judge(mine, subject.arguments)
     exactly = cloned(subject.arguments, {DTYPES[subject.dtype]: torch.float64})
 
     def draws() -> Iterator[dict[str, Tensor]]:
-        yield _reference(subject, cloned(subject.arguments))
+        yield own
         for salt in range(PERTURBED_DRAWS):
             yield _reference(subject, _moved(exactly, subject.dtype, case.generator(salt=70 + salt)))
 
     return noise_floor(mine, _reference(subject, exactly), draws(), subject.dtype, case.factor("outputs")), ""
+
+
+def ill_formed(mine: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Judgement | None:
+    """Return a failure for the first tensor that has not the dtype, the shape and the device of the reference's own."""
+    for name in mine.keys() & own.keys():
+        forms = ({"dtype": t.dtype, "shape": tuple(t.shape), "device": t.device} for t in (mine[name], own[name]))
+        for (part, have), want in zip(next(forms).items(), next(forms).values(), strict=True):
+            if have != want:
+                return Judgement(False, None, None, name, f"{part} {have}, should be {want}", "exact", 0)
+    return None
 
 
 def judgements(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> Iterator[tuple[Judgement, str]]:

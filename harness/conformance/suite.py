@@ -73,7 +73,7 @@ class ParitySuite(Frozen):
 
         The few: the first kind of layer, since many implementations offer no other, meets every config and every shape in
         float32, or where that is not wanted in the first dtype that is, and another share of them in each other; so does
-        each other kind, with one config in a dtype.
+        each other kind, with one config in a dtype. Dropout is in every share.
         """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         if not there:
@@ -98,6 +98,8 @@ class ParitySuite(Frozen):
         for dtype in dtypes:
             shift, every = _share(self.dtypes, dtypes, dtype)
             configs, shapes = self.configs[every] or self.configs, self.shapes[every] or self.shapes
+            if not any(map(_drops, configs)):  # what differs in training, no other config shows
+                configs = [*configs, *filter(_drops, self.configs)][: len(configs) + 1]
             for index in range(max(len(configs), len(shapes))):
                 shape = shapes[(index + shift) % len(shapes)]
                 yield MethodCase(configs[index % len(configs)], self.layers[0], shape, dtype)
@@ -156,6 +158,10 @@ class OperationSuite(Frozen):
 
 
 Plan = ParitySuite | OperationSuite
+
+
+def _drops(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("dropout"))
 
 
 def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype) -> tuple[int, slice]:

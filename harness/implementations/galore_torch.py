@@ -72,6 +72,8 @@ def galore_step_8bit(
 ) -> tuple[Any, Any, Any]:
     """Take the same step by GaLoreAdamW8bit, whose moments are in 32 bits where they are of fewer than 4096 elements.
 
+    It keeps those in float32 whatever the weight is in; they are returned in the dtype of the ones that were given.
+
     Raises Unsupported for larger ones.
     """
     import torch
@@ -91,7 +93,7 @@ def galore_step_8bit(
     # It waits for CUDA after every parameter, also for one on the CPU, and raises where there is no CUDA.
     with patch("torch.cuda.synchronize") if not torch.cuda.is_available() else nullcontext():
         optimizer.step()
-    return p.detach(), state["state1"], state["state2"]
+    return p.detach(), state["state1"].to(M.dtype), state["state2"].to(V.dtype)
 
 
 def _in_8_bits(groups: list[dict[str, Any]], **how: Any) -> Any:

@@ -18,7 +18,9 @@ from harness.records import CheckResult
 
 
 def check_outputs(subject: OperationSubject, case: Case) -> CheckResult:
-    """Every output of the Operation is the reference's: bit for bit where it is a code, else within the noise floor."""
+    """Every output of the Operation has the dtype, shape and device of the reference's, and its values: bit for bit where it
+    is a code, else within the noise floor.
+    """
     return judged(subject, case, "outputs", *passes.judge(subject, subject.call(), case))
 
 
@@ -30,13 +32,18 @@ def check_output_codes(subject: OperationSubject, case: Case) -> CheckResult:
 
 
 def check_backward(subject: OperationSubject, case: Case) -> CheckResult:
-    """The gradients that reach the Operation's differentiable arguments are the reference's; none counts as zero."""
+    """The gradients that reach the Operation's differentiable arguments are the reference's, dtype included; none counts as
+    zero.
+    """
     if not subject.operation.differentiable:
         return skipped(subject, case, "backward", "this Operation has no gradient")
     mine = passes.gradients(subject, subject.function, DTYPES[subject.dtype], case)
     truth = passes.gradients(subject, subject.operation.reference, torch.float64, case)
     rounded = passes.gradients(subject, subject.operation.reference, DTYPES[subject.dtype], case)
-    return judged(subject, case, "backward", noise_floor(mine, truth, rounded, subject.dtype, case.factor("backward")))
+    verdict = passes.ill_formed(mine, rounded) or noise_floor(
+        mine, truth, rounded, subject.dtype, case.factor("backward")
+    )
+    return judged(subject, case, "backward", verdict)
 
 
 def check_arguments(subject: OperationSubject, case: Case) -> CheckResult:
@@ -62,7 +69,7 @@ def check_layouts(subject: OperationSubject, case: Case) -> CheckResult:
     for name, change in (("every second element", _gapped), ("transposed", _transposed)):
         given = passes.changed(cloned(subject.arguments), change)
         mine = subject.operation.named(subject.function(**given))
-        verdict = exact(_told(mine), _told(plain))
+        verdict = passes.ill_formed(mine, plain) or exact(_told(mine), _told(plain))
         if not verdict.passed:
             verdict = worst_of([one for one, _ in passes.judgements(subject, mine, case)], "as outputs")
         found.append(replace(verdict, tensor=f"{name}: {verdict.tensor}"))

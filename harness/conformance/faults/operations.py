@@ -107,6 +107,12 @@ def evaluates_in_bfloat16(its: Copy) -> None:
     its.line("return linear(x, ", "x = x if training else x.bfloat16().to(x.dtype)\n    return linear(x, ")
 
 
+@planted("nf4_linear", "outputs", values=_LAYER, dtype="bfloat16")
+def answers_in_float64(its: Copy) -> None:
+    """Every value is right, and the next layer stops at the dtype."""
+    its.line("x.dtype), bias)", "x.dtype), bias).double()")
+
+
 @planted("nf4_linear", "repeatable", values=_LAYER)
 def sums_in_another_order_each_time(its: Copy) -> None:
     its.line("x.dtype), bias)", "x.dtype), bias) * (1 + torch.finfo(x.dtype).eps * (torch.rand(()) * 4).round())")
