@@ -20,15 +20,19 @@ def new_head(model: Any, kind: str) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def draw(model: Any, names: Collection[str], seed: int) -> dict[str, nn.Parameter]:
-    """Draw the head's parameters, of these names, in place from the Cell's seed alone, and return them by name."""
+    """Draw the head's parameters, of these names, in place from the Cell's seed alone, and return them by name.
+
+    The matrices and the biases of linear layers. What else there is stays as the model's own initialiser has left it: a norm
+    that starts at zero would let nothing through, and no gradient back.
+    """
     generator = torch.Generator().manual_seed(seed)
     head = {name: model.get_parameter(name) for name in names}
-    for parameter in head.values():
+    for name, parameter in head.items():
         if parameter.dim() > 1:
             # Drawn in float64 so that every dtype starts from the same numbers.
             drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * _SPREAD
             parameter.copy_(drawn)
-        else:
+        elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear):
             parameter.zero_()
     return head
 
