@@ -7,13 +7,39 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertModel, PreTrainedModel
+from conftest import Bench
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    ModernBertConfig,
+    ModernBertModel,
+    PreTrainedModel,
+)
 
 from harness.assets import made
+from harness.records import Status
 from harness.training import model as models
 
 SMALL = {"vocab_size": 60, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8, "intermediate_size": 8}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+SUITE = """\
+suite: heads
+title: Heads of encoders
+sources:
+  - {name: mine, kind: encoder, source: "folder:./mine"}
+matrix:
+  - model: mine
+    task: toy-sentiment
+    training: {steps: 4, batch: 4, warmup: 1, max_tokens: 24, lr: 5e-3}
+    evaluation: {items: 8, batch: 8}
+    latency: never
+    cells:
+"""
+LORA = {"r": 4, "target_modules": ["q_lin", "v_lin"]}
 CPU = torch.device("cpu")
 
 
@@ -65,3 +91,46 @@ def test_a_new_linear_head_is_drawn_from_the_seed_alone(tokenizer: Path, tmp_pat
     assert torch.equal(heads[1]["classifier.weight"], drawn.float())
     assert not torch.equal(heads[2]["classifier.weight"], drawn.float())
     assert not heads[0]["classifier.bias"].any()
+
+
+def distilbert(labels: int = 2) -> Any:
+    torch.manual_seed(0)
+    small = {"vocab_size": 60, "dim": 8, "hidden_dim": 8, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 64}
+    return DistilBertForSequenceClassification(DistilBertConfig(**small, num_labels=labels))
+
+
+def test_a_head_of_the_checkpoint_is_kept_as_it_is_and_noted(tokenizer: Path, tmp_path: Path) -> None:
+    model = distilbert()
+    loaded = load(saved(model, tokenizer, tmp_path / "mine"))
+    assert [*loaded.head] == [f"{layer}.{p}" for layer in ("classifier", "pre_classifier") for p in ("bias", "weight")]
+    assert all(torch.equal(parameter, model.get_parameter(name)) for name, parameter in loaded.head.items())
+    (note,) = loaded.notes
+    assert "classifier.weight" in note
+    assert "came with the checkpoint" in note
+
+
+def test_a_head_of_the_checkpoint_trains_with_every_method_as_with_peft_itself(
+    tokenizer: Path, bench: Bench, tmp_path: Path
+) -> None:
+    folder = saved(distilbert(), tokenizer, tmp_path / "mine")
+    stock = get_peft_model(
+        AutoModelForSequenceClassification.from_pretrained(folder), LoraConfig(**LORA, task_type="SEQ_CLS")
+    )
+    stock.save_pretrained(tmp_path / "adapter")
+    cells = (
+        "{id: frozen, method: frozen, implementation: reference}",
+        "{id: full, method: full, implementation: reference}",
+        "{id: lora, method: lora, implementation: fused, config: {rank: 4, targets: [q_lin, v_lin]}}",
+        "{id: dropped-in, method: peft, implementation: hf-peft, config: {adapter_config: ./adapter}}",
+    )
+    suite = tmp_path / "heads.yaml"
+    suite.write_text(SUITE + "".join(f"      - {cell}\n" for cell in cells), encoding="utf-8")
+    finished = bench.command("run", str(suite), "--out", "run")
+    records = {record.cell.method: record for record in bench.read().records}
+    assert {name: record.status for name, record in records.items()} == dict.fromkeys(records, Status.OK), finished.err
+    counts = {name: record.measurements.parameters for name, record in records.items() if record.measurements}
+    head = sum(p.numel() for name, p in stock.named_parameters() if "modules_to_save" in name)
+    assert {name: count.head for name, count in counts.items()} == dict.fromkeys(records, head)
+    assert counts["frozen"].trainable == head
+    assert counts["lora"].trainable == counts["peft"].trainable == stock.get_nb_trainable_parameters()[0]
+    assert all("came with the checkpoint" in " ".join(record.notes) for record in records.values())

@@ -29,7 +29,7 @@ from harness.footprint.choices import BASES, OWN
 from harness.measure.latency import positions
 from harness.measure.memory import model_tensors
 from harness.runner import lifeline
-from harness.training.head import in_head, new_head
+from harness.training.head import head_of, in_head
 from reference import layers as surgery
 from reference.layers import kind_of
 
@@ -78,7 +78,7 @@ def count(
     Raises ValueError for a model that transformers does not know.
     """
     model = structure.build(config, kind, DTYPES[dtype])
-    head = new_head(model, kind)
+    head = head_of(model, kind)
     if misfits := structure.of_model(model, targets):
         return {"misfits": misfits}
     names = targets or default_targets(model)
@@ -95,7 +95,7 @@ def count(
                 model = structure.build(
                     config, kind, DTYPES[dtype]
                 )  # of the old one some layers may have been replaced
-                head = new_head(model, kind)
+                head = head_of(model, kind)
             found[method].append(asdict(counted))
     return {
         "parameters": total,

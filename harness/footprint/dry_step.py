@@ -32,7 +32,7 @@ from harness.registry import Registry, discover
 from harness.training import loop, optimizers
 from harness.training import model as models
 from harness.training.batches import Batch, Example, collate
-from harness.training.head import in_head, new_head
+from harness.training.head import head_of, in_head
 from harness.training.set_aside import drop, unused
 from reference.layers import replace as put
 
@@ -131,7 +131,7 @@ def _stages(question: Question, parts: Sequence[Batch], alike: bool = False) -> 
     packed_weight.forget()  # what a worker decoded into is none of this step
     with Live() as live, _few_chunks(), _decoded_at_once():
         _fill(model)
-        head = new_head(model, question.kind)
+        head = head_of(model, question.kind)
         try:
             adapted, forms = _attached(question, model, head)
         except ValueError:

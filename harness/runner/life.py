@@ -52,7 +52,7 @@ from harness.training import model as models
 from harness.training.batches import Batch
 from harness.training.counted_step import copied_B, most_in_step, most_tokens
 from harness.training.head import draw as draw_head
-from harness.training.head import in_head, new_head
+from harness.training.head import head_of, in_head
 from harness.training.movement import Movement
 from harness.training.set_aside import SetAside, unused
 from reference.layerwise import Layerwise
@@ -105,10 +105,10 @@ class Life:
         matched = adaptable_layers(model, config)
         bases = {p: m for p, m in matched.items() if not in_head(p, loaded.head)}
         if hasattr(config, "targets") and (len(bases) < len(matched) or TARGET_WORDS & set(config.targets)):
-            # A target's name also fits a layer of the new head, which trains as a whole, or it is a word for layers of which
+            # A target's name also fits a layer of the head, which trains as a whole, or it is a word for layers of which
             # only the model can tell the names: name them by their paths.
             if not bases:
-                what = f"`targets` name nothing but the new head ({', '.join(matched)}), which trains as a whole anyway"
+                what = f"`targets` name nothing but the head ({', '.join(matched)}), which trains as a whole anyway"
                 raise UsageError(what, where=cell.model, mend="name layers of the model, or choose `method: frozen`")
             config = replace(config, targets=tuple(bases))
         self.layers = [] if cell.method in UNREFERENCED else list(bases)
@@ -243,7 +243,7 @@ class Life:
         kind = work.model.source.kind
         model = shape.build(path, dtype, kind, work.task.labels)
         self.notes.append(shape.NOTE)
-        head = new_head(model, kind)
+        head = head_of(model, kind)
         if whole:
             shape.draw(model, device)
             head = draw_head(model, head, work.cell.seed)

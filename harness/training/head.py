@@ -1,4 +1,4 @@
-"""The new head of an encoder: it trains as a whole, and no adapter sits on it."""
+"""The classification head of an encoder: it trains as a whole with every Method, and no adapter sits on it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ _SPREAD = 0.02
 """BERT's own: the standard deviation of new weights."""
 
 
-def new_head(model: Any, kind: str) -> dict[str, nn.Parameter]:
-    """Return the parameters of an encoder's new head: those outside the encoder itself, which no checkpoint has."""
+def head_of(model: Any, kind: str, lacks: Collection[str] = ()) -> dict[str, nn.Parameter]:
+    """Return the parameters of an encoder's head by name: those outside the encoder itself, new or from a checkpoint.
+
+    lacks: names of the parameters that the checkpoint lacks. Those inside the encoder, such as the pooler of one that was
+    trained to fill gaps, belong to the head too: they start at random, and frozen they would stand in its way.
+    """
+    if kind != "encoder":
+        return {}
     start = f"{model.base_model_prefix}."
-    return {n: p for n, p in model.named_parameters() if kind == "encoder" and not n.startswith(start)}
+    return {n: p for n, p in model.named_parameters() if n in lacks or not n.startswith(start)}
 
 
 @torch.no_grad()
 def draw(model: Any, names: Collection[str], seed: int) -> dict[str, nn.Parameter]:
-    """Draw the head's parameters, of these names, in place from the Cell's seed alone, and return them by name.
+    """Draw parameters of the head, of these names, in place from the Cell's seed alone, and return them by name.
 
     The matrices and the biases of linear layers. What else there is stays as the model's own initialiser has left it: a norm
     that starts at zero would let nothing through, and no gradient back.

@@ -1,4 +1,4 @@
-"""Loading a model for a task, with a new head whose start depends on the seed alone."""
+"""Loading a model for a task, with a classification head: its own, or a new one whose start depends on the seed alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PROBED_TOKENS = 4
 
 @dataclass
 class Loaded:
-    """model: on its device; head: path -> parameter of a head that the checkpoint does not have, trained by every method.
+    """model: on its device; head: path -> parameter of an encoder's head, trained by every method.
 
     notes: what a Record should say of it.
     """
@@ -74,9 +74,12 @@ def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.d
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    parameters = dict(model.named_parameters())
-    drawn = head.draw(model, [name for name in missing if name in parameters], seed)
-    return Loaded(model, tokenizer, drawn, [conv1d.NOTE.format(written)] if written else [])
+    trains = head.head_of(model, kind, missing)
+    drawn = head.draw(model, [name for name in sorted(trains) if name in missing], seed)
+    notes = [conv1d.NOTE.format(written)] if written else []
+    if kept := [name for name in trains if name not in drawn]:
+        notes.append(f"of the head, {', '.join(kept)} came with the checkpoint: training goes on from there")
+    return Loaded(model, tokenizer, {name: trains[name] for name in sorted(trains)}, notes)
 
 
 @contextmanager
