@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
+    BertForMaskedLM,
     BertModel,
     DistilBertConfig,
     DistilBertForSequenceClassification,
@@ -20,8 +21,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from harness import planning, suites
 from harness.assets import made
-from harness.records import Status
+from harness.expand import expand
+from harness.records import Predicted, Status
+from harness.tolerances import FOOTPRINT_LEDGER
 from harness.training import model as models
 
 SMALL = {"vocab_size": 60, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8, "intermediate_size": 8}
@@ -134,3 +138,36 @@ def test_a_head_of_the_checkpoint_trains_with_every_method_as_with_peft_itself(
     assert counts["frozen"].trainable == head
     assert counts["lora"].trainable == counts["peft"].trainable == stock.get_nb_trainable_parameters()[0]
     assert all("came with the checkpoint" in " ".join(record.notes) for record in records.values())
+
+
+def test_what_a_checkpoint_lacks_of_the_encoder_trains_with_the_head_and_is_predicted(
+    tokenizer: Path, bench: Bench, tmp_path: Path
+) -> None:
+    small = {**SMALL, "hidden_size": 64, "intermediate_size": 64}
+    folder = saved(BertForMaskedLM(BertConfig(**small)), tokenizer, tmp_path / "mine")
+    pooler = ["bert.pooler.dense.bias", "bert.pooler.dense.weight"]
+    assert [*load(folder).head] == [*pooler, "classifier.bias", "classifier.weight"]
+    (note,) = load(folder).notes
+    assert all(name in note for name in pooler)
+    assert "classifier" not in note
+    lora = "method: lora, implementation: fused, config: {rank: 4, targets:"
+    path = tmp_path / "heads.yaml"
+    cells = f"      - {{id: all, {lora} all-linear}}}}\n      - {{id: named, {lora} [dense]}}}}\n"  # the pooler's too
+    path.write_text(SUITE + cells, encoding="utf-8")
+    finished = bench.command("run", str(path), "--out", "run")
+    suite = suites.load(path)
+    planned = planning.predictions(suite, expand(suite))
+    for record in bench.read().records:
+        assert record.measurements is not None, finished.err
+        assert record.measurements.parameters.head == 64 * 64 + 64 + 2 * 64 + 2
+        memory, before = record.measurements.memory, planned[record.cell_id]
+        expected = memory.predicted
+        assert expected is not None
+        assert isinstance(before, Predicted)
+        assert expected.peak_B is not None
+        assert memory.counted_peak_B is not None
+        for found in (expected, before):
+            assert (found.adapter_B, found.gradients_B) == (memory.adapter_B, memory.gradients_B)
+            assert abs(found.optimizer_B - memory.optimizer_B) <= FOOTPRINT_LEDGER * memory.optimizer_B
+            assert abs(found.weights_B - memory.weights_B) <= FOOTPRINT_LEDGER * memory.weights_B
+        assert abs(expected.peak_B - memory.counted_peak_B) <= FOOTPRINT_LEDGER * memory.counted_peak_B

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+
+from harness.errors import UsageError
+from harness.methods import TARGET_WORDS
 
 _SPREAD = 0.02
 """BERT's own: the standard deviation of new weights."""
@@ -41,6 +45,23 @@ def draw(model: Any, names: Collection[str], seed: int) -> dict[str, nn.Paramete
         elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear):
             parameter.zero_()
     return head
+
+
+def beside(config: Any, matched: Collection[str], head: Collection[str]) -> Any:
+    """Return a Method's config without targets that fit layers of the head. matched: paths of all layers that they fit.
+
+    They are named by their paths then, and also instead of a word for layers of which only the model can tell the names.
+    Raises UsageError where nothing is left.
+    """
+    if not hasattr(config, "targets"):
+        return config
+    paths = tuple(path for path in matched if not in_head(path, head))
+    if len(paths) == len(matched) and not TARGET_WORDS & {*config.targets}:
+        return config
+    if not paths:
+        what = f"`targets` name nothing but the head ({', '.join(matched)}), which trains as a whole anyway"
+        raise UsageError(what, mend="name layers of the model, or choose `method: frozen`")
+    return replace(config, targets=paths)
 
 
 def in_head(path: str, head: Collection[str]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ _PROBED_TOKENS = 4
 """No suite lets a model read fewer."""
 
 
+_NAMED = 6
+"""Of the weights that a note is about: those of any usual head."""
+
+
 @dataclass
 class Loaded:
     """model: on its device; head: path -> parameter of an encoder's head, trained by every method.
@@ -37,28 +42,13 @@ class Loaded:
 
 def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.device, seed: int) -> Loaded:
     """Load an encoder with a classification head of `labels` classes, or a causal model, from a local folder."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    factory: Any = AutoModelForSequenceClassification if kind == "encoder" else AutoModelForCausalLM
-    options = {"num_labels": labels} if kind == "encoder" else {}
-    try:
-        model, info = factory.from_pretrained(
-            path, dtype=dtype, local_files_only=True, output_loading_info=True, **options
-        )
-    except (SafetensorError, OSError, ValueError) as error:
-        if shortage(error):
-            raise
-        said = (str(error).splitlines() or [""])[0]
-        raise AssetError(
-            f"the model cannot be read: {type(error).__name__}: {said}",
-            where=str(path),
-            mend="copy or fetch its folder again, or take one that this release of transformers knows",
-        ) from error
+    model, info = _read(path, kind, dtype=dtype, **({"num_labels": labels} if kind == "encoder" else {}))
     missing = sorted(info["missing_keys"])
     if kind == "causal" and missing:
         raise AssetError(
-            f"the checkpoint lacks {len(missing)} weights of a causal model: {', '.join(missing[:3])} ...",
+            f"the checkpoint lacks {len(missing)} weights of a causal model: {_some(missing)}",
             where=str(path),
             mend="is it an encoder? then declare it with kind: encoder",
         )
@@ -77,9 +67,45 @@ def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.d
     trains = head.head_of(model, kind, missing)
     drawn = head.draw(model, [name for name in sorted(trains) if name in missing], seed)
     notes = [conv1d.NOTE.format(written)] if written else []
+    start = f"{model.base_model_prefix}."
+    if inside := [name for name in drawn if name.startswith(start)]:
+        notes.append(f"the checkpoint lacks {_some(inside)}: drawn anew, they train with the head")
     if kept := [name for name in trains if name not in drawn]:
-        notes.append(f"of the head, {', '.join(kept)} came with the checkpoint: training goes on from there")
+        notes.append(f"of the head, {_some(kept)} came with the checkpoint: training goes on from there")
     return Loaded(model, tokenizer, {name: trains[name] for name in sorted(trains)}, notes)
+
+
+def _read(path: Path, kind: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    factory: Any = AutoModelForSequenceClassification if kind == "encoder" else AutoModelForCausalLM
+    try:
+        model, info = factory.from_pretrained(path, local_files_only=True, output_loading_info=True, **options)
+    except (SafetensorError, OSError, ValueError) as error:
+        if shortage(error):
+            raise
+        said = (str(error).splitlines() or [""])[0]
+        raise AssetError(
+            f"the model cannot be read: {type(error).__name__}: {said}",
+            where=str(path),
+            mend="copy or fetch its folder again, or take one that this release of transformers knows",
+        ) from error
+    return model, info
+
+
+def _some(names: list[str]) -> str:
+    """Name weights, but not all of hundreds."""
+    return ", ".join(names[:_NAMED]) + (f" ... ({len(names)} in all)" if len(names) > _NAMED else "")
+
+
+@cache
+def lacks(checkpoint: str) -> frozenset[str]:
+    """Return the names of an encoder's weights that the checkpoint in a folder lacks; none for no folder (a shape).
+
+    No weight is read: the model is loaded onto the meta device. Raises AssetError as `load` does.
+    """
+    return frozenset(_read(Path(checkpoint), "encoder", device_map="meta")[1]["missing_keys"] if checkpoint else ())
 
 
 @contextmanager
