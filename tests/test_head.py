@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from transformers import (
     BertModel,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     ModernBertConfig,
     ModernBertModel,
     PreTrainedModel,
@@ -23,6 +26,7 @@ from transformers import (
 
 from harness import planning, suites
 from harness.assets import made
+from harness.errors import AssetError
 from harness.expand import expand
 from harness.records import Predicted, Status
 from harness.tolerances import FOOTPRINT_LEDGER
@@ -171,3 +175,27 @@ def test_what_a_checkpoint_lacks_of_the_encoder_trains_with_the_head_and_is_pred
             assert abs(found.optimizer_B - memory.optimizer_B) <= FOOTPRINT_LEDGER * memory.optimizer_B
             assert abs(found.weights_B - memory.weights_B) <= FOOTPRINT_LEDGER * memory.weights_B
         assert abs(expected.peak_B - memory.counted_peak_B) <= FOOTPRINT_LEDGER * memory.counted_peak_B
+
+
+def test_a_head_of_another_number_of_classes_is_drawn_anew_and_noted(tokenizer: Path, tmp_path: Path) -> None:
+    model = distilbert(labels=3)
+    loaded = load(saved(model, tokenizer, tmp_path / "mine"), seed=1)
+    drawn = torch.randn(2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.02
+    assert torch.equal(loaded.head["classifier.weight"], drawn.float())
+    assert not loaded.head["classifier.bias"].any()
+    assert torch.equal(loaded.head["pre_classifier.weight"], model.pre_classifier.weight)
+    anew, kept = loaded.notes
+    assert "not of 2 classes: classifier.bias, classifier.weight drawn anew" in anew
+    assert "pre_classifier.bias came with the checkpoint" in kept
+
+
+@pytest.mark.parametrize("kind", ["encoder", "causal"])
+def test_weights_of_other_sizes_than_the_config_says_are_refused(kind: str, tokenizer: Path, tmp_path: Path) -> None:
+    model = distilbert() if kind == "encoder" else LlamaForCausalLM(LlamaConfig(**SMALL))
+    folder = saved(model, tokenizer, tmp_path / "mine")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 61}))
+    with pytest.raises(AssetError, match=r"\.weight has the shape \(60, 8\), and by the config \(61, 8\)") as caught:
+        models.load(folder, kind, 2, torch.float32, CPU, seed=0)
+    assert caught.value.where == str(folder)
+    assert "correct config.json" in caught.value.mend

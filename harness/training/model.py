@@ -41,7 +41,11 @@ class Loaded:
 
 
 def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.device, seed: int) -> Loaded:
-    """Load an encoder with a classification head of `labels` classes, or a causal model, from a local folder."""
+    """Load an encoder with a classification head of `labels` classes, or a causal model, from a local folder.
+
+    A head of another number of classes is drawn anew, as with transformers' `ignore_mismatched_sizes`. Raises AssetError for
+    what cannot be read, lacks weights of a causal model, or has weights of other sizes than its config.json.
+    """
     from transformers import AutoTokenizer
 
     model, info = _read(path, kind, dtype=dtype, **({"num_labels": labels} if kind == "encoder" else {}))
@@ -51,6 +55,15 @@ def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.d
             f"the checkpoint lacks {len(missing)} weights of a causal model: {_some(missing)}",
             where=str(path),
             mend="is it an encoder? then declare it with kind: encoder",
+        )
+    trains = head.head_of(model, kind, missing)
+    sizes = {name: (tuple(saved), tuple(wanted)) for name, saved, wanted in info["mismatched_keys"]}
+    if wrong := sorted(sizes.keys() - trains.keys()):
+        saved, wanted = sizes[wrong[0]]
+        raise AssetError(
+            f"the weights are not those of its config.json: {wrong[0]} has the shape {saved}, and by the config {wanted}",
+            where=str(path),
+            mend="copy or fetch its folder again, or correct config.json",
         )
     written = conv1d.as_linear(model)
     model.to(device)
@@ -64,15 +77,16 @@ def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.d
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    trains = head.head_of(model, kind, missing)
-    drawn = head.draw(model, [name for name in sorted(trains) if name in missing], seed)
+    drawn = head.draw(model, [name for name in sorted(trains) if name in missing or name in sizes], seed)
     notes = [conv1d.NOTE.format(written)] if written else []
     start = f"{model.base_model_prefix}."
     if inside := [name for name in drawn if name.startswith(start)]:
         notes.append(f"the checkpoint lacks {_some(inside)}: drawn anew, they train with the head")
+    if others := [name for name in drawn if name in sizes]:
+        notes.append(f"the checkpoint's head is not of {labels} classes: {_some(others)} drawn anew")
     if kept := [name for name in trains if name not in drawn]:
         notes.append(f"of the head, {_some(kept)} came with the checkpoint: training goes on from there")
-    return Loaded(model, tokenizer, {name: trains[name] for name in sorted(trains)}, notes)
+    return Loaded(model, tokenizer, {name: model.get_parameter(name) for name in sorted(trains)}, notes)
 
 
 def _read(path: Path, kind: str, **options: Any) -> tuple[Any, dict[str, Any]]:
@@ -80,8 +94,9 @@ def _read(path: Path, kind: str, **options: Any) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     factory: Any = AutoModelForSequenceClassification if kind == "encoder" else AutoModelForCausalLM
+    options |= {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, info = factory.from_pretrained(path, local_files_only=True, output_loading_info=True, **options)
+        model, info = factory.from_pretrained(path, **options)
     except (SafetensorError, OSError, ValueError) as error:
         if shortage(error):
             raise
