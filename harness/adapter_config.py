@@ -54,7 +54,7 @@ _OF_CAUSAL = dict.fromkeys(IN_THE_CACHE, "gives its tokens as a key-value cache,
 _KINDS = {"CAUSAL_LM": "causal", "SEQ_CLS": "encoder"}
 """What peft calls the tasks of the harness's two kinds of models."""
 _HEADS = {"classifier", "score"}
-"""What peft adds to `modules_to_save` of a classifier; the harness trains every new head anyway."""
+"""What peft adds to `modules_to_save` of a classifier; the harness trains every head anyway."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class AdapterConfigField(FieldInfo):
             yield ("modules_to_save",), what, 'take `modules_to_save` out, or write "modules_to_save": null'
         elif more := set(saved or ()) - _HEADS:
             names = ", ".join(sorted(more))
-            what = f"has modules_to_save {names}; the harness trains the adapter and a new head, no more"
+            what = f"has modules_to_save {names}; the harness trains the adapter and the head, no more"
             yield ("modules_to_save",), what, f"take {names} out of `modules_to_save`"
 
     def misfits(self, value: Any, kind: str) -> Iterator[Found]:

@@ -17,7 +17,7 @@ class Checkpoint(Frozen):
     """What a user would save. Both sizes are of safetensors."""
 
     adapter_file_B: Bytes | None = None
-    """The adapter and the new head in one file: all that trains, and nothing that can be made again (VeRA's projections,
+    """The adapter and the head in one file: all that trains, and nothing that can be made again (VeRA's projections,
     PiSSA's residual). Written to a disk, looked at, removed. None where there is neither adapter nor head, see `because`."""
     head_B: Bytes = 0
     """Of that, the tensors of the head."""

@@ -176,7 +176,7 @@ def test_a_key_of_a_newer_peft_is_left_out_as_peft_does_and_noted() -> None:
 
 def test_an_adapter_on_a_new_head_is_refused() -> None:
     subject, _ = attached("IA3")
-    with pytest.raises(UsageError, match=r"adapts the new head \(second\)"):
+    with pytest.raises(UsageError, match=r"adapts the head \(second\)"):
         taken(subject.adapted, ["second.weight"])
 
 

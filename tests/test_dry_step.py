@@ -26,7 +26,7 @@ from harness.training import loop, optimizers
 from harness.training import model as models
 from harness.training.batches import Batch
 from harness.training.counted_step import most_in_step
-from harness.training.head import new_head
+from harness.training.head import head_of
 from harness.training.set_aside import drop, unused
 
 LLAMA = {
@@ -75,7 +75,7 @@ def counted(cell: Cell, config: dict[str, Any], kind: str) -> int:
     factory: Any = AutoModelForSequenceClassification if kind == "encoder" else AutoModelForCausalLM
     facts = {k: v for k, v in config.items() if k != "model_type"}
     model = factory.from_config(CONFIG_MAPPING[config["model_type"]](**facts), dtype=DTYPES[cell.dtype]).train()
-    head, chosen = list(new_head(model, kind).values()), configure(cell.method, cell.config)
+    head, chosen = list(head_of(model, kind).values()), configure(cell.method, cell.config)
     packed = None
     if cell.base.quantization != "none":
         paths = adaptable_layers(model, chosen)

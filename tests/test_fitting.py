@@ -252,5 +252,5 @@ def test_a_target_that_is_only_the_new_head_is_wrong_use(folder: Path, bench: Be
     assert bench.command("run", str(path), "--only", "id=encoder", "--out", "run").code == Exit.INFRASTRUCTURE
     (record,) = bench.read().records
     assert record.status is Status.ERROR
-    assert "`targets` name nothing but the new head (classifier)" in record.because
+    assert "`targets` name nothing but the head (classifier)" in record.because
     assert "method: frozen" in record.because

@@ -133,9 +133,7 @@ _CELLS = (
     ),
     Column("energy.source", TEXT, "", "who counts it: nvml (the GPU), rapl (all CPU packages)"),
     Column("energy.because", TEXT, "", "why nobody does"),
-    Column(
-        "checkpoint.adapter_file_B", INTEGER, "B", "size of a safetensors file with adapter and new head, as written"
-    ),
+    Column("checkpoint.adapter_file_B", INTEGER, "B", "size of a safetensors file with adapter and head, as written"),
     Column("checkpoint.head_B", INTEGER, "B", "of that, the head's tensors"),
     Column(
         "checkpoint.model_B", INTEGER, "B", "the whole model as saved when merged or fully trained, summed over tensors"

@@ -27,6 +27,7 @@ from harness.errors import HarnessError
 from harness.footprint import dry_step, outcomes
 from harness.footprint.largest import find
 from harness.records import Cell
+from harness.training import model as models
 from harness.training.batches import Batch
 
 TIMEOUT_S = 30.0
@@ -36,8 +37,17 @@ _ERRORS = (HarnessError, ArithmeticError, AssertionError, AttributeError, Import
 """What programs raise that cannot do without data; a prediction is never worth a Cell."""
 
 
-def peak(cell: Cell, config: Mapping[str, Any], kind: str, parts: Sequence[Batch], others_B: int = 0) -> dict[str, Any]:
+def peak(
+    cell: Cell,
+    config: Mapping[str, Any],
+    kind: str,
+    parts: Sequence[Batch],
+    others_B: int = 0,
+    lacks: frozenset[str] = frozenset(),
+) -> dict[str, Any]:
     """Return `peak_B`, `peak_by` and `no_peak` of a `Predicted`: of a step over `parts`, beside others_B bytes of data.
+
+    lacks: names of an encoder's weights that its checkpoint lacks.
 
     A base in 4 bits is stood in for by layers that hold and decode as much, and a library that cannot do without data by
     the reference of its Method.
@@ -48,7 +58,7 @@ def peak(cell: Cell, config: Mapping[str, Any], kind: str, parts: Sequence[Batch
         return {"no_peak": "what torch.compile keeps is known only when it has compiled"}
     dry_step.registry()  # here, and not anew in each child
     refusals = []
-    for by, question in _questions(dry_step.Question(cell, config, kind)).items():
+    for by, question in _questions(dry_step.Question(cell, config, kind, lacks)).items():
         found = _apart(partial(dry_step.peak, question, parts))
         if not isinstance(found, str):
             return {"peak_B": found + others_B, "peak_by": by}
@@ -102,7 +112,11 @@ def import_classes(config: str, kind: str) -> None:
 
 def _answer(cell: Cell, asked: Mapping[str, Any], answer: int) -> dict[str, Any]:
     parts = dry_step.longest(cell, asked["kind"], answer)
-    return peak(cell, asked["config"], asked["kind"], parts, cell.training.steps * bytes_of(parts))
+    try:
+        lacks = models.lacks(asked.get("checkpoint", ""))
+    except HarnessError as error:
+        return {"no_peak": error.what}
+    return peak(cell, asked["config"], asked["kind"], parts, cell.training.steps * bytes_of(parts), lacks)
 
 
 def bytes_of(batches: Sequence[Batch]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.assets import fetch, shapes
@@ -24,10 +25,18 @@ _SAME = {"lr": 1e-3, "head_lr": None, "warmup": 0, "weight_decay": 0.0}
 """What a learning rate is does not change the memory of a step: Cells that differ in it share one."""
 
 
-def request(cell: Cell, config: Mapping[str, Any], kind: str, labels: int) -> dict[str, Any]:
-    """Return what `counting.answer` is asked for one Cell. config: the model's config.json; labels: of an encoder's head."""
+def request(
+    cell: Cell, config: Mapping[str, Any], kind: str, labels: int, checkpoint: str | Path = ""
+) -> dict[str, Any]:
+    """Return what `counting.answer` is asked for one Cell. config: the model's config.json; labels: of an encoder's head.
+
+    checkpoint: the folder of the weights; empty for a shape.
+    """
     facts = shapes.with_classes(config, labels) if kind == "encoder" else dict(config)
-    return {"config": facts, "kind": kind, "dtype": cell.dtype, "methods": {cell.method: [cell.config]}, "targets": []}
+    return {
+        "config": facts, "kind": kind, "dtype": cell.dtype, "methods": {cell.method: [cell.config]}, "targets": [],
+        "checkpoint": str(checkpoint) if kind == "encoder" else "",
+    }  # fmt: skip
 
 
 def predicted(
@@ -84,7 +93,9 @@ def predictions(
         if isinstance(config, str):
             found[cell.cell_id] = config
         else:
-            asked[cell.cell_id] = cell, request(cell, config, sources[cell.model].kind, labels[cell.task])
+            source = sources[cell.model]
+            checkpoint = fetch.at_hand(source) if source.scheme != "shape" else None
+            asked[cell.cell_id] = cell, request(cell, config, source.kind, labels[cell.task], checkpoint or "")
     of_models: dict[str, dict[str, Any]] = {}
     for cell, one in asked.values():
         # A model is built once for all its Cells; those that differ in what is not counted (a seed, a batch) share a count.
@@ -125,6 +136,7 @@ def _step(cell: Cell, one: Mapping[str, Any], steps: dict[str, dict[str, Any]], 
         "cell": cell.model_copy(update=same).model_dump(mode="json"),
         "config": one["config"],
         "kind": one["kind"],
+        "checkpoint": one["checkpoint"],
         "answer": cell.training.max_tokens if whole else 1,
     }
     key = json.dumps(step, sort_keys=True)

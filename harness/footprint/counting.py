@@ -23,13 +23,15 @@ from torch.overrides import TorchFunctionMode
 
 from harness.adapter_config import UNREFERENCED
 from harness.assets import structure
-from harness.conformance.subject import DTYPES, attach_reference, configure
+from harness.conformance.subject import DTYPES, adaptable_layers, attach_reference, configure
+from harness.errors import AssetError, UsageError
 from harness.footprint import activations, kept, states
 from harness.footprint.choices import BASES, OWN
 from harness.measure.latency import positions
 from harness.measure.memory import model_tensors
 from harness.runner import lifeline
-from harness.training.head import in_head, new_head
+from harness.training import model as models
+from harness.training.head import beside, head_of, in_head
 from reference import layers as surgery
 from reference.layers import kind_of
 
@@ -69,16 +71,22 @@ class Undrawn(TorchFunctionMode):
 
 
 def count(
-    config: Mapping[str, Any], kind: str, dtype: str, methods: Mapping[str, list[dict[str, Any]]], targets: list[str]
+    config: Mapping[str, Any],
+    kind: str,
+    dtype: str,
+    methods: Mapping[str, list[dict[str, Any]]],
+    targets: list[str],
+    checkpoint: str = "",
 ) -> dict[str, Any]:
     """Count a model of this config.json in a dtype, for every config of each Method.
 
+    checkpoint: the folder of an encoder's, for what it lacks trains too; empty: a shape's, which lacks nothing.
     targets: what a config without its own adapts; empty: every linear layer but those of the output. Where one fits no layer
     that any Method adapts, only `misfits` comes back: the name, and what is wrong with it.
-    Raises ValueError for a model that transformers does not know.
+    Raises ValueError for a model that transformers does not know, and AssetError for a checkpoint that cannot be read.
     """
-    model = structure.build(config, kind, DTYPES[dtype])
-    head = new_head(model, kind)
+    model, lacks = structure.build(config, kind, DTYPES[dtype]), models.lacks(checkpoint)
+    head = head_of(model, kind, lacks)
     if misfits := structure.of_model(model, targets):
         return {"misfits": misfits}
     names = targets or default_targets(model)
@@ -95,7 +103,7 @@ def count(
                 model = structure.build(
                     config, kind, DTYPES[dtype]
                 )  # of the old one some layers may have been replaced
-                head = new_head(model, kind)
+                head = head_of(model, kind, lacks)
             found[method].append(asdict(counted))
     return {
         "parameters": total,
@@ -154,7 +162,10 @@ def of_method(
     knobs = configure(method, {})
     chosen = configure(method, ({"targets": names} if hasattr(knobs, "targets") else {}) | dict(config))
     try:
+        chosen = beside(chosen, adaptable_layers(model, chosen), head)
         adapted = _attach(model, method, chosen)
+    except UsageError as error:
+        return Counted(rank, error=error.what)
     except ValueError as error:
         return Counted(rank, error=str(error))
     layers = {path: layer for path, layer in adapted.layers.items() if not in_head(path, head)}
@@ -215,6 +226,8 @@ def answer(asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `count` gives for these arguments, or {"error": why} for a model that cannot be built or counted."""
     try:
         return count(**asked)
+    except AssetError as error:
+        return {"error": error.what}
     except _ERRORS as error:
         return {"error": _sentence(error)}
 

@@ -26,13 +26,13 @@ from harness.kernels import adamw8bit, nf4, packed_weight
 from harness.kernels.compiled import LARGE
 from harness.kernels.nf4_linear import Nf4Linear
 from harness.kernels.packed_weight import PackedWeight
-from harness.methods import TARGET_WORDS, Adapted
+from harness.methods import Adapted
 from harness.records import Cell
 from harness.registry import Registry, discover
 from harness.training import loop, optimizers
 from harness.training import model as models
 from harness.training.batches import Batch, Example, collate
-from harness.training.head import in_head, new_head
+from harness.training.head import beside, head_of, in_head
 from harness.training.set_aside import drop, unused
 from reference.layers import replace as put
 
@@ -42,11 +42,15 @@ _FEW = (2, 3)
 
 @dataclass(frozen=True)
 class Question:
-    """A Cell, its model's config.json (`request` of `harness.footprint.cells` tells of which classes) and kind."""
+    """A Cell, its model's config.json (`request` of `harness.footprint.cells` tells of which classes) and kind.
+
+    lacks: names of an encoder's weights that its checkpoint lacks.
+    """
 
     cell: Cell
     config: Mapping[str, Any]
     kind: str
+    lacks: frozenset[str] = frozenset()
 
 
 class _Fresh(PackedWeight):
@@ -131,7 +135,7 @@ def _stages(question: Question, parts: Sequence[Batch], alike: bool = False) -> 
     packed_weight.forget()  # what a worker decoded into is none of this step
     with Live() as live, _few_chunks(), _decoded_at_once():
         _fill(model)
-        head = new_head(model, question.kind)
+        head = head_of(model, question.kind, question.lacks)
         try:
             adapted, forms = _attached(question, model, head)
         except ValueError:
@@ -177,8 +181,7 @@ def _attached(question: Question, model: Any, head: Mapping[str, nn.Parameter]) 
     matched = adaptable_layers(model, config)
     packed = cell.base.quantization != "none"
     paths = [path for path in matched if not in_head(path, head)]
-    if hasattr(config, "targets") and (len(paths) < len(matched) or TARGET_WORDS & set(config.targets)):
-        config = replace(config, targets=tuple(paths))
+    config = beside(config, matched, head)
     del matched
     forms: list[Any] = []
     double = cell.base.quantization == "nf4-dq"

@@ -18,10 +18,8 @@ _QUIET = {"idle"}
 def costs(facts: RunFacts) -> Table:
     """Tabulate checkpoint sizes and the energy of training."""
     columns = [
-        column(
-            "Adapter's file, MiB", "a safetensors file with the adapter and the new head: written, looked at, removed"
-        ),
-        column("Head in it, MiB", "of that, the tensors of the new head"),
+        column("Adapter's file, MiB", "a safetensors file with the adapter and the head: written, looked at, removed"),
+        column("Head in it, MiB", "of that, the tensors of the head"),
         column("Whole model, MiB", "its tensors as saved when merged or fully trained: summed up, no file was written"),
         column("Energy of training, J", "of the training phase, as a counter of the driver or the kernel says"),
         column("Per 1000 tokens, J", "of real tokens, padding not counted"),

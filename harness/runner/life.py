@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,11 @@ from harness.conformance.subject import (
     sampled,
 )
 from harness.cost_records import Energy
-from harness.errors import HarnessError, UsageError
+from harness.errors import HarnessError
 from harness.footprint import apart, cells, counting
 from harness.measure import checkpoint, latency
 from harness.measure.memory import PeakMeter, model_tensors, optimizer_tensors, tensor_bytes
 from harness.measure.phases import PhaseClock
-from harness.methods import TARGET_WORDS
 from harness.out_of_memory import shortage
 from harness.records import (
     CheckResult,
@@ -51,8 +50,8 @@ from harness.training import loop, optimizers, shape
 from harness.training import model as models
 from harness.training.batches import Batch
 from harness.training.counted_step import copied_B, most_in_step, most_tokens
+from harness.training.head import beside, head_of, in_head
 from harness.training.head import draw as draw_head
-from harness.training.head import in_head, new_head
 from harness.training.movement import Movement
 from harness.training.set_aside import SetAside, unused
 from reference.layerwise import Layerwise
@@ -104,13 +103,7 @@ class Life:
         config = configure(cell.method, cell.config)
         matched = adaptable_layers(model, config)
         bases = {p: m for p, m in matched.items() if not in_head(p, loaded.head)}
-        if hasattr(config, "targets") and (len(bases) < len(matched) or TARGET_WORDS & set(config.targets)):
-            # A target's name also fits a layer of the new head, which trains as a whole, or it is a word for layers of which
-            # only the model can tell the names: name them by their paths.
-            if not bases:
-                what = f"`targets` name nothing but the new head ({', '.join(matched)}), which trains as a whole anyway"
-                raise UsageError(what, where=cell.model, mend="name layers of the model, or choose `method: frozen`")
-            config = replace(config, targets=tuple(bases))
+        config = beside(config, matched, loaded.head)
         self.layers = [] if cell.method in UNREFERENCED else list(bases)
         packed = packing.PackedBase()
         if quantised:
@@ -223,7 +216,8 @@ class Life:
         except HarnessError as error:
             return error.what
         with torch.random.fork_rng(devices=[]):
-            asked = cells.request(work.cell, config, work.model.source.kind, work.task.labels)
+            checkpoint = work.model.path if work.model.source.scheme != "shape" else ""
+            asked = cells.request(work.cell, config, work.model.source.kind, work.task.labels, checkpoint)
             counted = counting.answer(asked)
         every = work.task.answers is not None and work.task.answers.loss == "all"
         found = cells.predicted(work.cell, counted, on_cpu=work.device == "cpu", every_token=every)
@@ -232,7 +226,8 @@ class Life:
         if work.device != "cpu":
             return found.model_copy(update={"no_peak": "of a CPU's kernels only is it known what they keep"})
         parts = most_tokens(batches, work.cell.training.accumulate)
-        peak = apart.peak(work.cell, asked["config"], asked["kind"], parts, apart.bytes_of(batches))
+        lacks = models.lacks(asked["checkpoint"])
+        peak = apart.peak(work.cell, asked["config"], asked["kind"], parts, apart.bytes_of(batches), lacks)
         return found.model_copy(update=peak)
 
     def _load(self, dtype: torch.dtype, device: torch.device, whole: bool) -> models.Loaded:
@@ -243,7 +238,7 @@ class Life:
         kind = work.model.source.kind
         model = shape.build(path, dtype, kind, work.task.labels)
         self.notes.append(shape.NOTE)
-        head = new_head(model, kind)
+        head = head_of(model, kind)
         if whole:
             shape.draw(model, device)
             head = draw_head(model, head, work.cell.seed)

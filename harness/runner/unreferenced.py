@@ -15,12 +15,12 @@ from harness.training.head import in_head
 def taken(adapted: Any, head: Collection[str]) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
     """Return the layers under those that the adapter put in, by path, and copies of what trains, by name.
 
-    head: names of the parameters of a new head. Raises UsageError if the adapter sits on it.
+    head: names of the parameters of the head. Raises UsageError if the adapter sits on it.
     """
     bases: dict[str, nn.Module] = adapted.bases()
     if on_head := [path for path in bases if in_head(path, head)]:
         raise UsageError(
-            f"the adapter_config adapts the new head ({', '.join(on_head)}), which trains as a whole",
+            f"the adapter_config adapts the head ({', '.join(on_head)}), which trains as a whole",
             mend="name other `target_modules`, or write it into `exclude_modules`",
         )
     return bases, {name: t.detach().clone() for name, t in adapted.tensors().items()}

@@ -1,10 +1,11 @@
-"""Loading a model for a task, with a new head whose start depends on the seed alone."""
+"""Loading a model for a task, with a classification head: its own, or a new one whose start depends on the seed alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,13 @@ _PROBED_TOKENS = 4
 """No suite lets a model read fewer."""
 
 
+_NAMED = 6
+"""Of the weights that a note is about: those of any usual head."""
+
+
 @dataclass
 class Loaded:
-    """model: on its device; head: path -> parameter of a head that the checkpoint does not have, trained by every method.
+    """model: on its device; head: path -> parameter of an encoder's head, trained by every method.
 
     notes: what a Record should say of it.
     """
@@ -36,31 +41,29 @@ class Loaded:
 
 
 def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.device, seed: int) -> Loaded:
-    """Load an encoder with a classification head of `labels` classes, or a causal model, from a local folder."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    """Load an encoder with a classification head of `labels` classes, or a causal model, from a local folder.
 
-    factory: Any = AutoModelForSequenceClassification if kind == "encoder" else AutoModelForCausalLM
-    options = {"num_labels": labels} if kind == "encoder" else {}
-    try:
-        model, info = factory.from_pretrained(
-            path, dtype=dtype, local_files_only=True, output_loading_info=True, **options
-        )
-    except (SafetensorError, OSError, ValueError) as error:
-        if shortage(error):
-            raise
-        said = (str(error).splitlines() or [""])[0]
-        raise AssetError(
-            f"the model cannot be read: {type(error).__name__}: {said}",
-            where=str(path),
-            mend="copy or fetch its folder again, or take one that this release of transformers knows",
-        ) from error
+    A head of another number of classes is drawn anew, as with transformers' `ignore_mismatched_sizes`. Raises AssetError for
+    what cannot be read, lacks weights of a causal model, or has weights of other sizes than its config.json.
+    """
+    from transformers import AutoTokenizer
+
+    model, info = _read(path, kind, dtype=dtype, **({"num_labels": labels} if kind == "encoder" else {}))
     missing = sorted(info["missing_keys"])
     if kind == "causal" and missing:
         raise AssetError(
-            f"the checkpoint lacks {len(missing)} weights of a causal model: {', '.join(missing[:3])} ...",
+            f"the checkpoint lacks {len(missing)} weights of a causal model: {_some(missing)}",
             where=str(path),
             mend="is it an encoder? then declare it with kind: encoder",
+        )
+    trains = head.head_of(model, kind, missing)
+    sizes = {name: (tuple(saved), tuple(wanted)) for name, saved, wanted in info["mismatched_keys"]}
+    if wrong := sorted(sizes.keys() - trains.keys()):
+        saved, wanted = sizes[wrong[0]]
+        raise AssetError(
+            f"the weights are not those of its config.json: {wrong[0]} has the shape {saved}, and by the config {wanted}",
+            where=str(path),
+            mend="copy or fetch its folder again, or correct config.json",
         )
     written = conv1d.as_linear(model)
     model.to(device)
@@ -74,9 +77,50 @@ def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.d
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    parameters = dict(model.named_parameters())
-    drawn = head.draw(model, [name for name in missing if name in parameters], seed)
-    return Loaded(model, tokenizer, drawn, [conv1d.NOTE.format(written)] if written else [])
+    drawn = head.draw(model, [name for name in sorted(trains) if name in missing or name in sizes], seed)
+    notes = [conv1d.NOTE.format(written)] if written else []
+    start = f"{model.base_model_prefix}."
+    if inside := [name for name in drawn if name.startswith(start)]:
+        notes.append(f"the checkpoint lacks {_some(inside)}: drawn anew, they train with the head")
+    if others := [name for name in drawn if name in sizes]:
+        notes.append(f"the checkpoint's head is not of {labels} classes: {_some(others)} drawn anew")
+    if kept := [name for name in trains if name not in drawn]:
+        notes.append(f"of the head, {_some(kept)} came with the checkpoint: training goes on from there")
+    return Loaded(model, tokenizer, {name: model.get_parameter(name) for name in sorted(trains)}, notes)
+
+
+def _read(path: Path, kind: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    factory: Any = AutoModelForSequenceClassification if kind == "encoder" else AutoModelForCausalLM
+    options |= {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, info = factory.from_pretrained(path, **options)
+    except (SafetensorError, OSError, ValueError) as error:
+        if shortage(error):
+            raise
+        said = (str(error).splitlines() or [""])[0]
+        raise AssetError(
+            f"the model cannot be read: {type(error).__name__}: {said}",
+            where=str(path),
+            mend="copy or fetch its folder again, or take one that this release of transformers knows",
+        ) from error
+    return model, info
+
+
+def _some(names: list[str]) -> str:
+    """Name weights, but not all of hundreds."""
+    return ", ".join(names[:_NAMED]) + (f" ... ({len(names)} in all)" if len(names) > _NAMED else "")
+
+
+@cache
+def lacks(checkpoint: str) -> frozenset[str]:
+    """Return the names of an encoder's weights that the checkpoint in a folder lacks; none for no folder (a shape).
+
+    No weight is read: the model is loaded onto the meta device. Raises AssetError as `load` does.
+    """
+    return frozenset(_read(Path(checkpoint), "encoder", device_map="meta")[1]["missing_keys"] if checkpoint else ())
 
 
 @contextmanager

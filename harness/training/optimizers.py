@@ -48,7 +48,7 @@ def make(
     body = [p for p in adapted.parameters() if id(p) not in heads]
     if not body and not head:
         raise UsageError(
-            "nothing of this model trains: the method adds no tensors, and a causal model gets no new head",
+            "nothing of this model trains: the method adds no tensors, and a causal model has no head to train",
             mend="write `training: {steps: 0}`, or choose a method that trains",
         )
     head_lr = recipe.lr if recipe.head_lr is None else recipe.head_lr

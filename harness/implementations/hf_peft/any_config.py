@@ -35,7 +35,7 @@ def any_method(model: Any, config: Any, generator: Any) -> AnyPeft:
     from harness.implementations.hf_peft import prompts
 
     keys = {**config.adapter_config, "inference_mode": False}  # saved adapters say true
-    # A new head is the harness's to train, whatever its name.
+    # A head is the harness's to train, whatever its name.
     keys |= {"modules_to_save": None} if "modules_to_save" in keys else {}
     if keys.get("init_lora_weights") == "loftq" and not _gpu():
         raise Unsupported("peft's LoftQ quantises on a GPU, and there is none")
