@@ -34,8 +34,10 @@ class Predicted(Frozen):
 
     @property
     def total_B(self) -> int:  # noqa: N802
-        """The most that is on the device at one time, as far as it is known."""
-        return self.weights_B + self.adapter_B + self.gradients_B + self.optimizer_B + self.passing_B
+        """The most that is on the device at one time, as far as it is known, by formulas or by a step: the larger."""
+        by_formulas = self.weights_B + self.adapter_B + self.gradients_B + self.optimizer_B + self.passing_B
+        # The step was on a CPU, whose memory is that of the device and the host.
+        return max(by_formulas, (self.peak_B or 0) - self.optimizer_host_B)
 
 
 class Memory(Frozen):
