@@ -26,6 +26,8 @@ class Predicted(Frozen):
     peak_by: str = ""
     """Whose code took that step, where the Cell's own, or that of its base, cannot do without data."""
     no_peak: str = ""
+    untouched: str = ""
+    """How many weights neither `all-linear` nor a base in 4 bits reaches, though the Cell means all: those of experts."""
 
     @property
     def passing_B(self) -> int:  # noqa: N802  # a unit, as of the fields
