@@ -26,6 +26,8 @@ class Predicted(Frozen):
     peak_by: str = ""
     """Whose code took that step, where the Cell's own, or that of its base, cannot do without data."""
     no_peak: str = ""
+    untouched: str = ""
+    """How many weights neither `all-linear` nor a base in 4 bits reaches, though the Cell means all: those of experts."""
 
     @property
     def passing_B(self) -> int:  # noqa: N802  # a unit, as of the fields
@@ -34,8 +36,10 @@ class Predicted(Frozen):
 
     @property
     def total_B(self) -> int:  # noqa: N802
-        """The most that is on the device at one time, as far as it is known."""
-        return self.weights_B + self.adapter_B + self.gradients_B + self.optimizer_B + self.passing_B
+        """The most that is on the device at one time, as far as it is known, by formulas or by a step: the larger."""
+        by_formulas = self.weights_B + self.adapter_B + self.gradients_B + self.optimizer_B + self.passing_B
+        # The step was on a CPU, whose memory is that of the device and the host.
+        return max(by_formulas, (self.peak_B or 0) - self.optimizer_host_B)
 
 
 class Memory(Frozen):

@@ -114,6 +114,11 @@ def _worth(document: Mapping[str, Any]) -> list[str]:
             "loss. What is in a step at most is counted by the step itself on tensors without data, on a CPU; where only "
             "answers have a loss, of answers of one token. Scoring and latencies are not in it. `peft-harness fit` says more"
         )
+    untouched: dict[str, int] = {}
+    for row in document["cells"]:
+        if row["predicted"] and (what := row["predicted"]["untouched"]):
+            untouched[what] = untouched.get(what, 0) + 1
+    said += [f"of {n} Cell{'s' if n != 1 else ''}: {what}" for what, n in untouched.items()]
     reasons: dict[str, int] = {}
     refused: dict[str, int] = {}
     for row in document["cells"]:

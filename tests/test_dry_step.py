@@ -37,6 +37,7 @@ BERT = {
     "model_type": "bert", "hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
     "vocab_size": 2000, "max_position_embeddings": 128, "type_vocab_size": 2,
 }  # fmt: skip
+MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 8, "targets": LINEAR},
@@ -272,6 +273,19 @@ def test_no_weight_is_there_and_nothing_stays_behind() -> None:
     found = predicted(cell(dtype="bfloat16", training={"batch": 1}), wide | {"num_key_value_heads": 64})
     assert found["peak_B"] > 80 * 12 * 8192**2
     assert most_while(lambda: None) == before
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_experts(method: str, dtype: str) -> None:
+    config = {"rank": 8, "targets": ["all-linear"]} if method == "lora" else {}
+    agree(cell(method, config=config, dtype=dtype), MIXTRAL)
+
+
+def test_experts_that_are_multiplied_one_by_one_need_data() -> None:
+    found = predicted(cell(config={"rank": 8, "targets": ["q_proj"]}, dtype="float64"), MIXTRAL)
+    assert found.keys() == {"no_peak"}
+    assert found["no_peak"].endswith("as of experts that are multiplied one by one, in float64")
 
 
 def test_what_cannot_be_had_is_said() -> None:

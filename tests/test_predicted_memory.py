@@ -74,6 +74,25 @@ def test_logits_are_predicted_where_every_token_has_a_loss() -> None:
     assert found["all"].logits_B == 256 * 32000 * (2 + 2 * 4)
 
 
+def test_what_a_step_took_is_the_total_where_it_is_more_than_the_formulas_know() -> None:
+    plan = expand(suites.load("smoke"))
+    first, second, *_ = (cell.cell_id for cell in plan.cells)
+    of_weights = Predicted(weights_B=700 * recorded.MIB, adapter_B=0, gradients_B=0, optimizer_B=0)
+    known = {
+        first: of_weights,
+        second: of_weights.model_copy(
+            update={"peak_B": 9000 * recorded.MIB, "optimizer_host_B": 1000 * recorded.MIB, "peak_by": "the reference"}
+        ),
+    }
+    document = planning.planning(suites.load("smoke"), plan, Path("nowhere"), known)
+    sizes = {row["cell_id"]: row["predicted"]["total_B"] for row in document["cells"] if row["predicted"]}
+    assert sizes == {first: 700 * recorded.MIB, second: 8000 * recorded.MIB}  # what is paged is not on the device
+    assert document["estimate"]["predicted_B"] == 8000 * recorded.MIB
+    said = planning.as_text(document)
+    assert "the largest is predicted to take 8,000 MiB" in said
+    assert "8,000 MiB: weights 700" in said
+
+
 def test_a_model_that_is_not_here_is_not_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFT_HARNESS_CACHE", str(tmp_path))
     suite = suites.load("smoke")

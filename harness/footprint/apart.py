@@ -20,6 +20,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from harness.adapter_config import UNREFERENCED
 from harness.assets import structure
@@ -167,6 +168,11 @@ def _be_child(run: Callable[[], int], tell: int) -> None:
         before = len(outcomes.known)
         try:
             found: int | str = run()
+        except DynamicOutputShapeException as error:
+            found = (
+                f"how many numbers some of its tensors have is known only with data ({error.func}), as of experts that "
+                "are multiplied one by one, in float64"
+            )
         except _ERRORS as error:
             said = (str(error).strip().splitlines() or [""])[0]
             found = f"a step cannot be taken without data: {type(error).__name__}: {said}"

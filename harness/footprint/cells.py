@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.assets import fetch, shapes
 from harness.errors import HarnessError
-from harness.footprint import asking, choices
+from harness.footprint import asking, choices, experts
 from harness.footprint.fit import ledger
 from harness.records import Cell, Evaluation, Predicted
 
@@ -74,6 +74,7 @@ def predicted(
         activations_B=found.activations if trains and known else None,
         logits_B=found.logits if trains and known and (every_token or cell.evaluation.items == 0) else None,
         step_B=found.step if trains else 0,
+        untouched=experts.told(one["untouched"], counted["parameters"]) if experts.means_all(cell) else "",
     )
 
 

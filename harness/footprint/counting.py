@@ -25,7 +25,7 @@ from harness.adapter_config import UNREFERENCED
 from harness.assets import structure
 from harness.conformance.subject import DTYPES, adaptable_layers, attach_reference, configure
 from harness.errors import AssetError, UsageError
-from harness.footprint import activations, kept, states
+from harness.footprint import activations, experts, kept, states
 from harness.footprint.choices import BASES, OWN
 from harness.measure.latency import positions
 from harness.measure.memory import model_tensors
@@ -44,6 +44,7 @@ class Counted:
     """What one Method keeps at one rank, in bytes. error: why it cannot be attached; then the rest is empty.
 
     weights: by base. optimizer: by its name, (on the device, in host memory). step: what exists only while it steps.
+    untouched: weights of experts that do not train.
     layerwise: what gradients and that take with layer-wise updates: those of the largest tensor alone. activations: a token,
     (without, with) gradient checkpointing; None where there is no formula for the model.
     """
@@ -51,6 +52,7 @@ class Counted:
     rank: int | None
     error: str = ""
     trainable: int = 0
+    untouched: int = 0
     weights: dict[str, int] = field(default_factory=dict)
     adapter: int = 0
     gradients: int = 0
@@ -179,6 +181,7 @@ def of_method(
     found = Counted(
         rank=rank,
         trainable=sum(p.numel() for p in trains),
+        untouched=experts.untouched(model),
         weights=_weights(every, _frozen(layers), calls, dtype),
         adapter=bytes_of(added),
         gradients=bytes_of(trains),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.assets import shapes, structure
+from harness.conformance import whole_model
 from harness.conformance.subject import DTYPES, adaptable_layers, configure
 from harness.footprint import states
 from harness.footprint.counting import Undrawn
@@ -132,6 +133,7 @@ def _stages(question: Question, parts: Sequence[Batch], alike: bool = False) -> 
     """Take a step; return the peak of each of its stages. alike: return None where the model's blocks are not all alike."""
     cell = question.cell
     model = structure.build(question.config, question.kind, DTYPES[cell.dtype])
+    whole_model.one_by_one(model, DTYPES[cell.dtype])
     packed_weight.forget()  # what a worker decoded into is none of this step
     with Live() as live, _few_chunks(), _decoded_at_once():
         _fill(model)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from harness.errors import HarnessError, Problem, UsageError
-from harness.footprint import asking, choices, models, sizes
+from harness.footprint import asking, choices, experts, models, sizes
 from harness.footprint.ledger import Ledger
 from harness.footprint.models import Model
 from harness.methods import MethodInfo, methods
@@ -48,7 +48,8 @@ class Asked:
 @dataclass(frozen=True)
 class Row:
     """One answer. because: why nothing fits. batch: None where nothing is known of activations. longest: tokens of the
-    longest text that fits alone, at this rank. left: bytes of the memory that stay free.
+    longest text that fits alone, at this rank. left: bytes of the memory that stay free. untouched:
+    which weights neither an adapter nor a packed base reaches, where all linear layers are meant.
     """
 
     method: str
@@ -61,6 +62,7 @@ class Row:
     longest: int | None = None
     ledger: Ledger | None = None
     left: int = 0
+    untouched: str = ""
 
 
 def ask(
@@ -200,6 +202,8 @@ def best(
     found: tuple[int, Row] | None = None
     room, known, most = asked.memory.number_B, counted["logits"] is not None, counted["positions"]
     how = (asked.checkpointing, asked.layerwise and methods()[method].trains_weights)
+    means_all = not asked.targets or experts.ALL_LINEAR in asked.targets
+    untouched = experts.told(of_ranks[0]["untouched"], counted["parameters"]) if means_all else ""
     for one in of_ranks:
         a_token = one["activations"][asked.checkpointing] + counted["logits"] if known else 0
         smallest = ledger(one, base, optimizer, counted["logits"], tokens, *how)
@@ -211,6 +215,7 @@ def best(
         row = Row(
             method, base, optimizer, rank=one["rank"], trainable=one["trainable"], batch=batch, ledger=largest,
             longest=min(longest, most) if longest is not None and most else longest, left=room - largest.total,
+            untouched=untouched,
         )  # fmt: skip
         value = (one["rank"] or 1) * (batch or 1)
         if found is None or value > found[0]:
@@ -220,7 +225,7 @@ def best(
     least = ledger(of_ranks[0], base, optimizer, counted["logits"], tokens, *how)
     return Row(
         method, base, optimizer, DOES_NOT_FIT, of_ranks[0]["rank"], of_ranks[0]["trainable"], 1 if known else None,
-        ledger=least, left=room - least.total,
+        ledger=least, left=room - least.total, untouched=untouched,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from harness.footprint.outcomes import outcome
 
 _aten = torch.ops.aten
 _FLASH = _aten._scaled_dot_product_flash_attention_for_cpu.default
+_GROUPED = _aten._grouped_mm.default
 _UNSET = {_aten.empty, _aten.empty_strided}
 _FILLED = {_aten.zeros, _aten.ones, _aten.full, _aten.rand, _aten.randn}
 _REAL_B = 2**24
@@ -70,6 +71,8 @@ class Live(TorchDispatchMode):
         if func is _FLASH:
             # Laid out as its query is, which what torch knows of its shape does not say: a copy more would be counted.
             return torch.empty_like(args[0]), *func(*args, **kwargs)[1:]
+        if func is _GROUPED:  # which a CPU computes in other dtypes too; torch knows its shape in bfloat16 alone
+            return _of_experts(*args, **kwargs)
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
             return outcome(self.fake, func, args, kwargs)
         with self.fake:  # made from nothing, e.g. by `torch.zeros`: is it small?
@@ -92,6 +95,12 @@ class Live(TorchDispatchMode):
             self.now -= size
 
         return gone
+
+
+def _of_experts(rows: Tensor, weights: Tensor, offsets: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Return a product of rows with the matrix of each one's expert; or of two matrices, the gradient of these."""
+    own = () if weights.dim() > 2 else (len(offsets),)
+    return rows.new_empty(*own, rows.shape[-2], weights.shape[-1])
 
 
 class _Watch(TorchDispatchMode):

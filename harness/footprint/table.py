@@ -77,6 +77,7 @@ def _worth(document: Mapping[str, Any], size: Size) -> list[str]:
         "This is a prediction from shapes: nothing was trained. It leaves out what the allocator keeps and wastes, the "
         "workspace of kernels, the CUDA context (hundreds of MiB) and other programs: leave them room.",
     ]
+    said += _untouched(document["rows"])
     said += _of_steps(document["rows"])
     if by_formula:
         said.append(
@@ -93,6 +94,14 @@ def _worth(document: Mapping[str, Any], size: Size) -> list[str]:
     if not checked:
         said.append("Temporary tensors are left out too: without --formulas a training step tells of them.")
     return [line for text in said for line in textwrap.wrap(text, _WIDTH)]
+
+
+def _untouched(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row["ledger"] and row["untouched"] and row["method"] not in found.setdefault(row["untouched"], []):
+            found[row["untouched"]].append(row["method"])
+    return [f"Of {', '.join(names)}: {what}." for what, names in found.items()]
 
 
 def _of_steps(rows: Sequence[Mapping[str, Any]]) -> list[str]:

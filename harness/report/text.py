@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from harness.analysis import divergence, parity
+from harness.footprint.experts import UNREACHED
 from harness.report import facts, recipes, sections, tables
 from harness.report.display import Figure
 from harness.store import Run
@@ -27,6 +28,10 @@ def summary(run: Run) -> list[str]:
         lines.append(f"{facts.icon(j.verdict.word)} {j.verdict.word.value}: {j.comparison.says}")
         lines.append(f"    {j.verdict.reason}")
     lines += [f"! {note}" for note in table["notes"]]
+    for note in sections.notes(f):
+        if UNREACHED in note["text"]:  # of the others it is enough that they are on the page
+            names = (f.titles[source["id"].partition(".")[0]] for source in note["sources"])
+            lines.append(f"! {note['text']}: {', '.join(names)}")
     p = f.verdict.parity
     lines.append(f"parity: {p.passed} checks passed, {p.failed} failed, {p.skipped} skipped")
     lines += [f"failed: {f.titles[r.cell_id]}: {sections.told(c)}" for r in f.latest.values() for c in parity.failed(r)]

@@ -26,7 +26,7 @@ from harness.conformance.subject import (
 )
 from harness.cost_records import Energy
 from harness.errors import HarnessError
-from harness.footprint import apart, cells, counting
+from harness.footprint import apart, cells, counting, experts
 from harness.measure import checkpoint, latency
 from harness.measure.memory import PeakMeter, model_tensors, optimizer_tensors, tensor_bytes
 from harness.measure.phases import PhaseClock
@@ -151,6 +151,7 @@ class Life:
             for parameter in loaded.head.values():
                 parameter.requires_grad_(True)
             counts = _count(adapted, loaded, model)
+            self.notes += experts.notes(cell, model, counts.total - counts.adapter)
             aside = self._set_aside(subject)
             if cell.training.steps:
                 with models.checkpointing(model, cell.training.checkpointing):
