@@ -34,6 +34,17 @@ def shape(tmp_path: Path) -> str:
     return f"{tmp_path}/config.json"
 
 
+def test_a_refresh_decomposes_each_matrix_once_every_gap_steps(shape: str) -> None:
+    def svd(m: int, n: int) -> int:
+        return 6 * m * n * n + 20 * n * n * n
+
+    found = galore.refresh_operations(shape, "galore", {"rank": 2, "targets": TARGETS})
+    assert found.value == 3 * (svd(12, 12) + svd(12, 6) + svd(20, 12))
+    share = galore.refresh_share_by_operations(Fraction(found.value), Fraction(found.value, 4), 200)
+    assert share.value == Fraction(4, 200)
+    assert "took 5 times as long" in share.how
+
+
 def held(optimizer: torch.optim.Optimizer, names: tuple[str, ...]) -> int:
     """Count the numbers in an optimizer's states of these names."""
     return sum(kept[name].numel() for kept in optimizer.state.values() for name in names if name in kept)

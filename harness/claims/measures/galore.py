@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from harness.claims.measures.arithmetic import quotients, written
 from harness.claims.measures.parameters import fitting
-from harness.claims.measuring import Config, Found, Method, Model, Positive, Quantities, Quantity, measure
+from harness.claims.measuring import Config, Count, Found, Method, Model, Positive, Quantities, Quantity, measure
 
 Side = Literal["std", "reverse_std", "paper", "left", "right", "full"]
 """Which side of a matrix is projected; `std` is that of the authors' code."""
@@ -45,6 +45,38 @@ def matrix_states(rows: Positive, columns: Positive, rank: Positive, side: Side 
 
     return Found(
         state_elements(rows, columns, rank, side), f"projector and two moments of {rows}x{columns}, r = {rank}"
+    )
+
+
+@measure("count")
+def refresh_operations(model: Model, method: Method, config: Config = {}) -> Found:
+    """Operations of one refresh of all projectors: a singular value decomposition of the gradient of each matrix.
+
+    6 m n^2 + 20 n^3 of an m x n one, m >= n, with both bases (R-SVD; Golub and Van Loan, Matrix Computations, section 8.6).
+    """
+    shapes: Counter[tuple[int, int]] = Counter()
+    for (shape, _, projector), number in _kept(model, method, config, None).items():
+        if projector:
+            n, m = sorted(map(int, shape.split("x")))
+            shapes[m, n] += number
+    said = " + ".join(f"{number} x (6 x {m} x {n}^2 + 20 x {n}^3)" for (m, n), number in shapes.items())
+    whole = sum(number * (6 * m * n**2 + 20 * n**3) for (m, n), number in shapes.items())
+    return Found(whole, f"{said} = {whole:.4g}")
+
+
+@measure("share")
+def refresh_share_by_operations(refresh: Count, step: Count, gap: Positive) -> Found:
+    """What a refresh every `gap` steps adds to training, by the law that time grows with operations, for numbers of these.
+
+    An operation of a decomposition takes longer than one of a product of matrices; no time is measured.
+    """
+    share = refresh / (gap * step)
+    how = (
+        f"{float(refresh):.6g} / ({gap} x {float(step):.6g}) = {float(100 * share):.3g}%, if both take as long for each"
+    )
+    return Found(
+        share,
+        f"{how}; a tenth it would be if those of a decomposition took {float(1 / (10 * share)):.3g} times as long",
     )
 
 
