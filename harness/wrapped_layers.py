@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.conformance import fingerprint
 from harness.errors import Unsupported
 from reference.adapted import Adapted
 from reference.layers import KINDS, dense_copy, kind_of, replace, targets
@@ -32,9 +33,11 @@ def wrap(
         replace(model, path, layer.train(bases[path].training))
     wrapped = WrappedLayers(model, bases, layers, names, update)
     if getattr(config, "init", "kaiming") != "kaiming":  # LoRA's usual start is the layers' own; they know of no other
-        tensors, generator = wrapped.tensors(), torch.Generator().manual_seed(0)
+        tensors = wrapped.tensors()
         for path in bases:
             if {f"{path}.A", f"{path}.B"} <= tensors.keys():  # otherwise `parameters` says so
+                # The layer has drawn its A from the generator that `attach` was given: so this start follows that as well.
+                generator = torch.Generator().manual_seed(fingerprint.of(tensors[f"{path}.A"]))
                 put(config.init, tensors[f"{path}.A"], tensors[f"{path}.B"], generator)
     return wrapped
 

@@ -26,6 +26,7 @@ from harness.conformance.defects import Defect
 from harness.conformance.tried import Tried
 from harness.errors import Exit
 from harness.records import CheckResult, Outcome
+from harness.registry import Implementation, Registry
 from harness.report import conformance_page, junit
 
 EVIL = "x</script><img src=x onerror=alert(1)>\x00\udcff"
@@ -159,7 +160,7 @@ def test_a_field_holds_the_worst_and_a_crash_is_in_all_of_them(report: Report) -
         ({"tried": [tried()], "broken": {}}, Exit.FAIL),
         ({"tried": [tried()], "broken": {}, "complaints": []}, Exit.PASS),
         ({"tried": [], "broken": {}, "complaints": []}, Exit.NOTHING_COMPARED),
-        ({"tried": [], "broken": {}, "complaints": [], "untried": ["absent"]}, Exit.NOTHING_COMPARED),
+        ({"tried": [], "broken": {}, "complaints": [], "untried": ["absent"]}, Exit.INFRASTRUCTURE),
         ({"tried": [tried()], "broken": {}, "complaints": [], "untried": ["absent"]}, Exit.INFRASTRUCTURE),
         ({"tried": [tried(found=result(outcome=Outcome.FAIL), defect="x")], "broken": {}, "complaints": []}, Exit.PASS),
         ({"interrupted": True}, Exit.INFRASTRUCTURE),
@@ -194,6 +195,49 @@ def test_every_unknown_name_is_said_at_once(capsys: pytest.CaptureFixture[str]) 
         "operation 'nf4_quantise': did you mean `nf4_quantize`?", "dtype 'float8': ",
     ):  # fmt: skip
         assert part in said, part
+
+
+def test_an_unknown_name_may_be_of_an_entry_point_that_could_not_be_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = Implementation("acme", "operation", "nf4_dequantize", print)
+    found = Registry((one,), {"b4": "TypeError: name must be a word", "torn": "SyntaxError: oh"})
+    monkeypatch.setattr(command.isolated, "discover", lambda patience: found)
+    assert main(["check", "wexit"]) == Exit.USAGE
+    said = capsys.readouterr().err
+    assert "'wexit': there are: acme;" in said  # entry points are no implementations
+    assert "could not be used: `b4` (TypeError: name must be a word), `torn` (SyntaxError: oh)" in said
+
+
+def test_where_nothing_is_broken_an_unknown_name_says_nothing_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "wexit"]) == Exit.USAGE
+    assert "could not be used" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("offers", "dtypes", "said"),
+    [
+        (("float32", "bfloat16"), ("bfloat16",), "its parity suite has cases in float32 only; asked for were bfloat16"),
+        (("bfloat16", "float16"), (), "offers bfloat16, float16; its parity suite has cases in float32"),
+        (
+            ("bfloat16",),
+            ("bfloat16", "float32"),
+            "offers bfloat16; of the dtypes asked for, its parity suite has cases in float32",
+        ),
+    ],
+)
+def test_why_no_dtype_is_left_to_try(
+    offers: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    one = Implementation("acme", "operation", "double_dequantize", print, dtypes=offers)
+    monkeypatch.setattr(command.isolated, "discover", lambda patience: Registry((one,)))
+    asked = itertools.chain.from_iterable(("--dtype", dtype) for dtype in dtypes)
+    assert main(["check", "acme", *asked]) == Exit.INFRASTRUCTURE
+    assert f"not checked: acme double_dequantize: {said}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -341,6 +341,14 @@ def test_what_a_plugin_prints_is_on_stderr(misbehaving) -> None:
     assert "hello" in misbehaving[0].stderr
 
 
+def test_who_declines_everything_could_not_be_tried(tmp_path: Path) -> None:
+    body = "from harness import Unsupported; raise Unsupported('none at all')"
+    distribution(tmp_path / "site", "declines", CALLED.format(name="declines", body=body))
+    done = run([*COMMAND, "check", "declines", "--method", "frozen", "--dtype", "float32"], tmp_path / "site", tmp_path)
+    assert done.returncode == Exit.INFRASTRUCTURE, done.stdout + done.stderr
+    assert "asked for, but could not be tried: declines" in done.stdout
+
+
 # ---- guests that are wrong
 
 MISTAKEN = """

@@ -22,7 +22,8 @@ class Case:
     state: `init` (as attached) or `warm` (random adapter tensors; the subject is in it already). tokens: rows of a
     layer's input. inputs: runs the whole model on fixed inputs and returns its output; base_output: the same before
     attaching. forward: runs a given model on those inputs, differentiably. fresh: attaches the same implementation anew,
-    to the same weights, with some values of the config changed. factors: check name -> a factor on the noise floor that is
+    to the same weights, with some values of the config changed; `seed`: by another generator; `square`: to a model whose
+    two layers are of one shape. factors: check name -> a factor on the noise floor that is
     not the usual one.
     """
 

@@ -72,18 +72,18 @@ class Report:
 
     @property
     def exit(self) -> Exit:
-        """Interrupted is 4; a failure, a broken plug-in or a defect that did not show is 1; nothing compared is 5.
+        """Interrupted is 4; a failure, a broken plug-in or a defect that did not show is 1; an implementation asked for by
+        name, of which nothing was compared, is 4; nothing compared at all is 5.
 
-        What fails as its library is known to was compared. Who asks for an implementation by name and gets nothing of it
-        gets no 0 either, but 4.
+        What fails as its library is known to was compared.
         """
         if self.interrupted:
             return Exit.INFRASTRUCTURE
         if self.count(Standing.FAIL) or self.complaints or self.broken:
             return Exit.FAIL
-        if not self.count(Standing.PASS) and not self.count(Standing.KNOWN_DEFECT):
-            return Exit.NOTHING_COMPARED
-        return Exit.INFRASTRUCTURE if self.untried else Exit.PASS
+        if self.untried:
+            return Exit.INFRASTRUCTURE
+        return Exit.PASS if self.count(Standing.PASS) or self.count(Standing.KNOWN_DEFECT) else Exit.NOTHING_COMPARED
 
     def document(self) -> dict[str, Any]:
         """Return everything as JSON can hold it."""
@@ -220,11 +220,8 @@ def _tasks(
         if one.target not in plans:
             none = f"there is no parity suite {path_of(one.target).name}"
             skipped[f"{one.name} {one.target}"] = NO_REFERENCE if one.target in UNREFERENCED else none
-        elif not [d for d in one.dtypes if d in plans[one.target].dtypes and d in (asked.dtypes or DTYPES)]:
-            skipped[f"{one.name} {one.target}"] = (
-                f"offers {', '.join(one.dtypes)}; asked for were "
-                f"{', '.join(d for d in plans[one.target].dtypes if d in (asked.dtypes or DTYPES)) or 'others'}"
-            )
+        elif why := _no_case(one, plans[one.target], asked):
+            skipped[f"{one.name} {one.target}"] = why
         else:
             grouped.setdefault(one.point, []).append(one)
     tasks = [
@@ -233,6 +230,17 @@ def _tasks(
     ]
     # The longest first, so that at the end no core waits long for another.
     return sorted(tasks, key=lambda task: -sum(_size(plans[target]) for *_, target in task.targets)), skipped
+
+
+def _no_case(one: Implementation, plan: Plan, asked: Asked) -> str:
+    """Say why no case of its parity suite is left for an implementation; nothing if one is."""
+    there = [dtype for dtype in plan.dtypes if dtype in (asked.dtypes or DTYPES)]
+    if set(one.dtypes) & set(there):
+        return ""
+    if not there:
+        return f"its parity suite has cases in {', '.join(plan.dtypes)} only; asked for were {', '.join(asked.dtypes)}"
+    of_these = "of the dtypes asked for, its" if asked.dtypes else "its"
+    return f"offers {', '.join(one.dtypes)}; {of_these} parity suite has cases in {', '.join(there)}"
 
 
 def _size(plan: Plan) -> int:
@@ -253,8 +261,11 @@ def _known_names(asked: Asked, registry: Registry) -> None:
 def _unknown(asked: Asked, registry: Registry) -> Iterator[str]:
     kinds = targets()
     there = {kind: sorted(name for name, of in kinds.items() if of == kind) for kind in get_args(Kind)}
-    names = sorted({i.name for i in registry.implementations} | registry.broken.keys())
+    names = sorted({i.name for i in registry.implementations})
     yours = f"; yours? name it in an entry point of the group {GROUP}, and install it"
+    if registry.broken:
+        broken = ", ".join(f"`{point}` ({why})" for point, why in registry.broken.items())
+        yours += f"; or is it of an entry point that could not be used: {broken}"
     for what, given, known in (
         ("implementation", asked.implementations, names),
         ("method", asked.methods, [*there["method"], *there["base"]]),
@@ -262,7 +273,7 @@ def _unknown(asked: Asked, registry: Registry) -> Iterator[str]:
         ("dtype", asked.dtypes, DTYPES),
     ):
         for name in given:
-            if name in known:
+            if name in known or (what == "implementation" and name in registry.broken):
                 continue
             mend = near(name, known, "there are")
             if what != "dtype" and name in kinds:

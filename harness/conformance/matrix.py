@@ -118,11 +118,15 @@ def attach(
 ) -> tuple[Subject, Case]:
     """Attach an implementation to a fresh parity model on `device`; return it and the case around it."""
     method = plan.method
-    pristine = ParityModel(of.kind, of.shape, DTYPES[of.dtype], SEED).eval().to(device)
+
+    def built(shape: suite.Shape) -> ParityModel:
+        return ParityModel(of.kind, shape, DTYPES[of.dtype], SEED).eval().to(device)
+
+    pristine = built(of.shape)
     twins: dict[tuple[str, str], Twin] = {}  # one weight, one config: one reference, of every subject made here
 
-    def fresh(**changed: Any) -> Subject:
-        model = copy.deepcopy(pristine)
+    def fresh(*, seed: int = SEED, square: bool = False, **changed: Any) -> Subject:
+        model = built(of.shape.square()) if square else copy.deepcopy(pristine)
         settled = configure(method, of.config | changed)
         if hasattr(settled, "targets"):
             settled = dataclasses.replace(settled, targets=TARGETS)
@@ -135,13 +139,13 @@ def attach(
             packed = {path: Packed(*form) for path, form in forms.items()}
             bases = _adaptable(model, settled)
         original, own = Original.of(model), list(model.parameters())
-        generator = torch.Generator().manual_seed(SEED)
+        generator = torch.Generator().manual_seed(seed)
         if plan.base:
             adapted = attach_reference(method, model, settled, None, generator)
         else:
             adapted = implementation(model, settled, generator)
-        # Not where the config is another, nor on a base of which somebody else might make something else each time.
-        shared = {} if changed or plan.base else twins
+        # Not where config or weights are others, nor on a base of which somebody else might make something else each time.
+        shared = {} if changed or square or plan.base else twins
         return Subject(method, settled, of.dtype, model, adapted, bases, own, original, packed, expected, twins=shared)
 
     subject = fresh()

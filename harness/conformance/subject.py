@@ -259,6 +259,16 @@ def initial_tensors(
     return {name: t.detach().clone() for name, t in (tensors | rest).items() if not (large and id(t) in own)}
 
 
+def drawn_tensors(method: str, bases: Mapping[str, nn.Module], config: Any) -> set[str]:
+    """Name the initial tensors over `bases` that the reference draws: none of a start that is an SVD of the weight, which
+    may draw on its way.
+    """
+    if _taken_off(method):
+        return set()
+    one, other = (initial_tensors(method, bases, config, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    return {name for name, tensor in one.items() if not torch.equal(tensor, other[name])}
+
+
 def initial_shapes(
     method: str, bases: Mapping[str, nn.Module], config: Any, generator: torch.Generator
 ) -> dict[str, tuple[int, ...]]:

@@ -34,6 +34,11 @@ class Shape(Frozen):
     inputs: int = Field(ge=1, alias="in")
     outputs: int = Field(ge=1, alias="out")
 
+    def square(self) -> Shape:
+        """Return the shape whose two layers are of one size, the smaller."""
+        side = min(self.inputs, self.outputs)
+        return Shape.model_validate({"tokens": self.tokens, "in": side, "out": side})
+
     def __str__(self) -> str:
         return f"{self.tokens}x{self.inputs}x{self.outputs}"
 

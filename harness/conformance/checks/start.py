@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
+import torch
+
+from harness.conformance import settings
 from harness.conformance.case import Case
 from harness.conformance.results import listed
-from harness.conformance.subject import Subject, initial_tensors
+from harness.conformance.subject import Subject, drawn_tensors, initial_tensors
 from harness.records import CheckResult
 from harness.tolerances import INITIAL_SIGMAS
 
@@ -13,7 +19,8 @@ def check_initial(subject: Subject, case: Case) -> CheckResult:
     """The implementation's own start has the distribution that the reference states, and the same tensors are zero.
 
     A tensor that the reference fills with one value must hold that value. One that it draws or computes must have the
-    reference's mean and mean square, within the standard errors of two samples of that size.
+    reference's mean and mean square, within the standard errors of two samples of that size. What is drawn is drawn from the
+    generator that `attach` is given, and no other: its seed decides the start, and two layers of one shape start apart.
     """
     bases = {path: subject.original_base(path) for path in subject.bases}
     wanted = initial_tensors(subject.method, bases, subject.config, case.generator(salt=2))
@@ -38,4 +45,27 @@ def check_initial(subject: Subject, case: Case) -> CheckResult:
         spread = INITIAL_SIGMAS * (2 * float(want.var(correction=0)) / mine.numel()) ** 0.5
         if abs(float(mine.mean() - want.mean())) > spread:
             odd.append(f"{name}: mean is {float(mine.mean()):.3g}, should be {float(want.mean()):.3g} +- {spread:.2g}")
-    return listed(subject, case, "initial", odd)
+    return listed(subject, case, "initial", [*odd, *_not_by_the_generator(case)])
+
+
+def _not_by_the_generator(case: Case) -> Iterator[str]:
+    # What is drawn from elsewhere must show: torch's own generator is another for the second.
+    one, again, other = (_attached(case, seed, elsewhere) for seed, elsewhere in ((1, 1), (1, 2), (2, 1)))
+    if one is None or again is None or other is None:
+        return
+    bases = {path: one.original_base(path) for path in one.bases}
+    mine, same, apart = (subject.added() for subject in (one, again, other))
+    drawn = sorted(drawn_tensors(one.method, bases, one.config) & mine.keys())
+    for name in drawn:
+        if not torch.equal(mine[name], same[name]):
+            yield f"{name} starts otherwise with a generator of the same seed: it is drawn from elsewhere"
+        elif torch.equal(mine[name], apart[name]):
+            yield f"{name} starts alike with generators of two seeds"
+    for name, further in itertools.combinations(drawn, 2):
+        if mine[name].shape == mine[further].shape and torch.equal(mine[name], mine[further]):
+            yield f"{name} and {further} start alike"
+
+
+def _attached(case: Case, seed: int, elsewhere: int) -> Subject | None:
+    settings.seed(elsewhere)
+    return case.anew(seed=seed, square=True)

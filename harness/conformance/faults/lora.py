@@ -195,6 +195,28 @@ def starts_with_a_too_wide(its: Copy) -> None:
     its.line("bound = 1 / math.sqrt(inputs)", "bound = math.sqrt(6 / inputs)", file="lora_start")
 
 
+@planted("lora", "initial", values=_USUAL)
+def draws_its_start_from_the_global_generator(its: Copy) -> None:
+    its.line("A.uniform_(-bound, bound, generator=generator)", "A.uniform_(-bound, bound)", file="lora_start")
+
+
+@planted("lora", "initial", values=_USUAL)
+def starts_alike_whatever_the_seed(its: Copy) -> None:
+    its.line(
+        "    layers: dict[str, AdaptedLayer] = {}",
+        "    generator = torch.Generator().manual_seed(7)\n    layers: dict[str, AdaptedLayer] = {}",
+    )
+
+
+@planted("lora", "initial", values=_USUAL)
+def starts_every_layer_alike(its: Copy) -> None:
+    """By a seed of its own for each layer, which is the same seed."""
+    its.line(
+        "layers[path] = _adapted(base, config, generator)",
+        "layers[path] = _adapted(base, config, torch.Generator().manual_seed(generator.initial_seed()))",
+    )
+
+
 @planted("lora", "initial", "identity", values=_USUAL)
 def starts_with_b_not_zero(its: Copy) -> None:
     its.line("torch.zeros(outputs, rank, dtype", "torch.full((outputs, rank), 0.01, dtype", file="lora_start")
