@@ -341,8 +341,9 @@ def doctor(as_json: bool) -> Exit:
 def explain(name: str) -> Exit:
     """Explain a name.
 
-    A method, an operation, a check, a known defect, a claim, a measure, an error, an exit code, a status, or a part of
-    what `fit` predicts. `peft-harness explain claims` shows how a claim file is written.
+    A method, a key of its config, an operation, a check, a known defect, a claim, a measure, an error, an exit code, a
+    status, a part of what `fit` predicts, or a word of the README. `peft-harness explain claims` shows how a claim
+    file is written.
     """
     from harness.explain import explain as explained
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -72,6 +73,15 @@ def wrong_use(problems: Sequence[Problem]) -> UsageError:
         (one,) = problems
         return UsageError(one.what, where=one.where, mend=one.mend)
     return UsageError("\n".join([f"{len(problems)} mistakes", *(f"  {p}" for p in problems)]))
+
+
+@contextmanager
+def noted(problems: list[Problem]) -> Iterator[None]:
+    """Put the UsageError that ends a block among `problems`, so that what comes after it is checked too."""
+    try:
+        yield
+    except UsageError as error:
+        problems.append(Problem(error.where, error.what, error.mend))
 
 
 class SuiteError(UsageError):

@@ -16,6 +16,8 @@ from harness.analysis.baseline_rows import MEANING
 from harness.errors import Exit, HarnessError, UsageError
 from harness.footprint import activations, fit
 from harness.footprint.ledger import PARTS
+from harness.glossary import SAME
+from harness.glossary import WORDS as WORDS_OF_README
 from harness.methods import FieldInfo, MethodInfo, methods
 from harness.records import Optimizer, Status, Training
 from harness.resources import folder
@@ -92,8 +94,8 @@ def checks() -> dict[str, str]:
 
 
 def explain(name: str) -> str:
-    """Explain a method, operation, check, known defect, optimizer, key of `training:`, claim, measure, verdict, error, exit
-    code, status, or a part of what `fit` predicts.
+    """Explain a method, operation, check, known defect, optimizer, key of `training:` or `config:`, claim, measure, verdict,
+    error, exit code, status, a part of what `fit` predicts, or a word of the README; in capitals too.
 
     A check may be named as a Record names it, e.g. `lora/gradient/float32/warm`. Raises UsageError for any other name.
     """
@@ -103,16 +105,16 @@ def explain(name: str) -> str:
     topics = [topic for topic in _of_checks() if len(parts) == 4 and topic[0] == wanted] or list(_topics())
     # Files are read only where nothing of ours has the name: a mistake in one must not silence the rest.
     for read in (_claims, _defects):
-        if wanted not in {topic for topic, _ in topics}:
+        if wanted not in {topic.lower() for topic, _ in topics}:
             topics += read()
-    found = [text() for topic, text in topics if topic == wanted]
+    found = [text() for topic, text in topics if topic.lower() == wanted]
     if not found:
-        mend = near(name, sorted({topic for topic, _ in topics}))
+        mend = near(wanted, sorted({topic for topic, _ in topics}))
         if not mend.startswith("did you mean"):  # all names together would fill the screen
             mend = (
                 "`peft-harness list methods`, `list checks`, `list claims` and `list measures` show names; operations, known"
-                " defects, optimizers, keys of `training:`, verdicts, errors, exit codes (0 to 5) and statuses (ok, oom)"
-                " can be explained too"
+                " defects, optimizers, keys of `training:` and `config:`, verdicts, errors, exit codes (0 to 5), statuses"
+                " (ok, oom) and words of the README (canary, history) can be explained too"
             )
         raise UsageError(f"nothing is called `{name}`", where="explain", mend=mend)
     return "\n\n".join(found)
@@ -148,8 +150,23 @@ def _topics() -> Iterator[Topic]:
     for key, field in Training.model_fields.items():
         default = "" if field.is_required() else f"\ndefault: {str(field.default).lower()}"
         yield key, partial(_titled, f"training.{key}", f"{field.description or ''}{default}".strip())
+    yield from _of_configs()
+    for word in (*WORDS_OF_README, *SAME):
+        meant = SAME.get(word, word)
+        yield word, partial(_titled, meant, "\n".join(textwrap.wrap(f"{WORDS_OF_README[meant]}.", 100)))
     for status, text in STATUSES.items():
         yield status.value, partial(_titled, f"status {status.value}", f"{text}.")
+
+
+def _of_configs() -> Iterator[Topic]:
+    """Yield each key that a Method's `config:` may have, with what it is for each Method."""
+    of_key: dict[str, list[str]] = {}
+    for info in methods().values():
+        for key, field in info.fields.items():
+            of_key.setdefault(key, []).append(f"{info.name}: {_field(field)}")
+    for key, told in of_key.items():
+        more = "`peft-harness explain METHOD` tells what its keys mean there"
+        yield key, partial(_titled, f"config.{key}", "\n".join([*told, more]))
 
 
 def _of_checks() -> Iterator[Topic]:

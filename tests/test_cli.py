@@ -150,6 +150,16 @@ def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> Non
         ("checkpointing", "default: false"),
         ("lr_ratio", "arXiv:2402.12354"),
         ("compile", "torch.compile"),
+        ("LoRA", "arXiv:2106.09685"),
+        ("NF4", "4-bit NormalFloat"),
+        ("nf4-dq", "double quantisation"),
+        ("rank", "lora: a whole number, default 8"),
+        ("rank", "inner width"),
+        ("rounding", "magnitude: of the same order"),
+        ("history", "`history reset` accepts a level"),
+        ("settle", "`history settle` tries by pairs"),
+        ("canary", "a comparison of a revision with itself"),
+        ("LORA-10000X", "claim lora-10000x"),
     ],
 )
 def test_explain(name: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,6 +147,31 @@ def test_a_reset_that_says_nothing_is_refused(
     assert not (folder / files.RESETS).exists()
 
 
+@pytest.mark.parametrize(("verb", "text"), [(["reset"], "reason"), (["confirm", "--verdict", "regressed"], "evidence")])
+def test_all_mistakes_of_a_decision_are_told_at_once(
+    verb: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("GLOBAL", "SYSTEM"):
+        monkeypatch.setenv(f"GIT_CONFIG_{place}", str(tmp_path / "none"))
+    monkeypatch.chdir(tmp_path)
+    folder = nights.write(tmp_path / "h", CELLS, nights.noisy(0), nights=2)
+    command = ["history", *verb, "nope", "speed", "--night", "2026-10-99", f"--{text}", " ", "--dir"]
+    assert main([*command, str(folder)]) == Exit.USAGE
+    said = capsys.readouterr().err
+    expected = [
+        "CELL: no Cell 'nope' in this history", "METRIC: not a metric: 'speed'", "--night: no night '2026-10-99'",
+        f"--{text}: an empty {text} explains nothing", "--author: who decides this?",
+    ]  # fmt: skip
+    assert f"{len(expected)} mistakes" in said
+    assert all(f"\n  {one}" in said for one in expected), said
+    assert not {files.RESETS, files.CONFIRMATIONS} & {path.name for path in folder.iterdir()}
+    (tmp_path / "empty").mkdir()
+    assert main([*command, str(tmp_path / "empty"), "--author", "A"]) == Exit.USAGE
+    said = capsys.readouterr().err
+    assert "2 mistakes" in said
+    assert f"--dir: no night is kept in {tmp_path / 'empty'}" in said
+
+
 def test_the_author_is_whom_git_knows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,7 +50,7 @@ def read(path: Path) -> tuple[list[Judged], dict[str, str]]:
         except ValidationError as error:
             wrong.append(_told(one, number, error))
     if wrong:
-        more = f"; and so {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        more = f"; {len(wrong) - 1} more of its claims are damaged" if len(wrong) > 1 else ""
         mend = "restore that as it was, or compute the claims again: `peft-harness claims --json > FILE`"
         raise UsageError(f"{wrong[0]}{more}", where=str(path), mend=mend)
     counts = Counter(row.id for row in rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from harness.history import decisions, files
+from harness.history import decisions
 from harness.history.decisions import NEAR, Verdict
 from harness.history.detect import all_changes
 from harness.history.files import Line
@@ -19,19 +19,18 @@ def confirm(
 
     Raises UsageError as `decisions.confirm` does.
     """
-    history, seen = files.read(folder), None
-    nights = [n.night for n in history.nights]
-    if night in nights:
-        about, at = {"cell": decisions.known(history.cells, cell), "metric": metric}, nights.index(night)
-        near = [
-            c for c in all_changes(history)
-            if decisions.concerns(about, c["cell"], c["metric"]) and abs(nights.index(c["night"]) - at) <= NEAR
-        ]  # fmt: skip
-        if not near:
-            told = f"no change of {metric} is seen within {NEAR} nights of {night}: "
-            print(f"{told}this holds for one that `detect` may show", file=sys.stderr)
-        if own := [c for c in near if about.items() <= c.items()]:
-            change = min(own, key=lambda c: abs(nights.index(c["night"]) - at))
-            night, facts = change["night"], {name: change[name] for name in ("place", "before", "after")}
-            seen = {"old_night": change["between"]["old_night"], **facts}
+    history, line = decisions.checked(folder, cell, metric, night, evidence, author, "--evidence")
+    nights, seen = [n.night for n in history.nights], None
+    about, at = {"cell": line["cell"], "metric": metric}, nights.index(night)
+    near = [
+        c for c in all_changes(history)
+        if decisions.concerns(about, c["cell"], c["metric"]) and abs(nights.index(c["night"]) - at) <= NEAR
+    ]  # fmt: skip
+    if not near:
+        told = f"no change of {metric} is seen within {NEAR} nights of {night}: "
+        print(f"{told}this holds for one that `detect` may show", file=sys.stderr)
+    if own := [c for c in near if about.items() <= c.items()]:
+        change = min(own, key=lambda c: abs(nights.index(c["night"]) - at))
+        night, facts = change["night"], {name: change[name] for name in ("place", "before", "after")}
+        seen = {"old_night": change["between"]["old_night"], **facts}
     return decisions.confirm(folder, cell, metric, night, verdict, evidence, author, seen=seen)

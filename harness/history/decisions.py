@@ -14,23 +14,24 @@ from typing import Any, Literal
 
 from harness import store
 from harness.analysis import watched
-from harness.errors import StoreError, UsageError
+from harness.errors import Problem, StoreError, UsageError, noted, wrong_use
 from harness.history import files
-from harness.history.files import Line
+from harness.history.files import History, Line
 
 EVERY = "*"
 NEAR = 2
 """A change of level is known to about so many nights; a decision holds for a change up to so many away."""
 Verdict = Literal["regressed", "improved", "refuted"]
+_SAYS = {"--reason": "say why, e.g. which change it is", "--evidence": "say what was run and what it said"}
 
 
 def reset(folder: Path, cell: str, metric: str, night: str, reason: str, author: str | None) -> Line:
     """Accept the level of a series from `night` on, and write down who did and why; return the line.
 
     cell: the start of a cell_id, or `*`. metric: a name, or `*`. author: git's user if None. Raises UsageError for a Cell,
-    metric or night that the history does not have, an empty reason, or nobody.
+    metric or night that the history does not have, an empty reason, or nobody; for all of them at once.
     """
-    line = _line(folder, cell, metric, night, reason, author)
+    _, line = checked(folder, cell, metric, night, reason, author)
     _append(folder, files.RESETS, line)
     return line
 
@@ -44,7 +45,8 @@ def confirm(
     revisions: the two that were compared, where that is known. seen: what made one try it: `old_night`, `place`, `before`
     and `after`. Other arguments and errors as for `reset`.
     """
-    line = _line(folder, cell, metric, night, evidence, author) | {"verdict": verdict}
+    _, line = checked(folder, cell, metric, night, evidence, author, "--evidence")
+    line["verdict"] = verdict
     if revisions:
         line["revisions"] = list(revisions)
     if seen:
@@ -64,23 +66,56 @@ def start(resets: Iterable[Line], cell: str, metric: str) -> str:
     return max((line["night"] for line in resets if concerns(line, cell, metric)), default="")
 
 
-def _line(folder: Path, cell: str, metric: str, night: str, reason: str, author: str | None) -> Line:
+def checked(
+    folder: Path, cell: str, metric: str, night: str, reason: str, author: str | None, text: str = "--reason"
+) -> tuple[History, Line]:
+    """Return the history and the line of a decision about it; nothing is written.
+
+    text: the option that `reason` was given by. Raises UsageError with every mistake, each with its argument or option.
+    """
+    problems: list[Problem] = []
+    with noted(problems):
+        history = _kept(folder)
+    if not problems:
+        with noted(problems):
+            cell = known(history.cells, cell)
+        with noted(problems):
+            _metric(history, metric)
+        with noted(problems):
+            _night(history, night)
+    with noted(problems):
+        if not reason.strip():
+            raise UsageError(f"an empty {text.strip('-')} explains nothing", where=text, mend=_SAYS[text])
+    with noted(problems):
+        author = who(author)
+    if problems:
+        raise wrong_use(problems)
+    return history, {
+        "schema": files.SCHEMA, "cell": cell, "metric": metric, "night": night, "reason": " ".join(reason.split()),
+        "author": author, "made": store.now(),
+    }  # fmt: skip
+
+
+def _kept(folder: Path) -> History:
     history = files.read(folder)
-    if not reason.strip():
-        raise UsageError("an empty reason explains nothing", where="--reason", mend="say why, e.g. which change it is")
-    nights = [n.night for n in history.nights]
-    if night not in nights:
-        shown = f"the last ones are {', '.join(nights[-3:])}" if nights else "add a run first"
-        raise UsageError(f"no night {night!r} in this history", where="--night", mend=shown)
+    if not history.nights:
+        mend = "`peft-harness history add RUN` keeps one; or name the history's folder"
+        raise UsageError(f"no night is kept in {folder}", where="--dir", mend=mend)
+    return history
+
+
+def _metric(history: History, metric: str) -> None:
     there = {name for n in history.nights for row in n.rows for name in row.get("values", ())}
     if metric not in there | {name.partition("/")[0] for name in there} | {EVERY}:
         what = "no such metric in this history" if watched.kind(metric) else "not a metric"
         raise UsageError(f"{what}: {metric!r}", where="METRIC", mend="`peft-harness history show` names them; or `*`")
-    return {
-        "schema": files.SCHEMA, "cell": known(history.cells, cell), "metric": metric, "night": night,
-        "reason": " ".join(reason.split()), "author": who(author),
-        "made": store.now(),
-    }  # fmt: skip
+
+
+def _night(history: History, night: str) -> None:
+    nights = [n.night for n in history.nights]
+    if night not in nights:
+        mend = f"the last ones are {', '.join(nights[-3:])}"
+        raise UsageError(f"no night {night!r} in this history", where="--night", mend=mend)
 
 
 def known(cells: Iterable[str], start: str) -> str:
