@@ -48,7 +48,7 @@ def as_text(document: Mapping[str, Any]) -> str:
         *_question(document, size, several),
         "",
         *aligned(rows),
-        *(["", "not possible:", *refused] if refused else []),
+        *(["", "not possible:", *dict.fromkeys(refused)] if refused else []),
     ]
     return "\n".join([*lines, "", *_worth(document, size)])
 
