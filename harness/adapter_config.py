@@ -1,7 +1,7 @@
 """`method: peft`: any method of HF peft by its adapter_config.json: a Method without a reference. No torch.
 
 The file is read when the suite is, and its content stands in the Cell: a cell_id hashes what it says, not where it lay. What
-only peft can tell (a key that it does not know, layers that the model does not have) comes up in the worker.
+only peft can tell (a value that it does not take, layers that the model does not have) comes up in the worker.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from harness import peft_keys
 from harness.errors import UsageError
 from harness.methods import FieldInfo, Found, MethodInfo
 from harness.resources import named
-from harness.spelling import near
+from harness.spelling import closest, near
 
 FILE = "adapter_config.json"
 KEY = "adapter_config"
@@ -129,6 +130,7 @@ class AdapterConfigField(FieldInfo):
             return
         yield from _unwritable(value)
         yield from _of_type(value)
+        yield from _unknown(value)
         for key in _REFUSED_KEYS:
             if value.get(key):
                 yield (
@@ -186,6 +188,17 @@ def _of_type(value: Mapping[str, Any]) -> Iterator[Found]:
     elif kind in _VIRTUAL and not virtual_tokens({KEY: value}):
         what = f"has num_virtual_tokens {value.get('num_virtual_tokens')!r}; {kind} wants a whole number, at least 1"
         yield ("num_virtual_tokens",), what, 'write e.g. "num_virtual_tokens": 8, without quotes around the number'
+
+
+def _unknown(value: Mapping[str, Any]) -> Iterator[Found]:
+    """Yield the keys that peft would ignore. Those of another peft that say nothing (null) are left alone."""
+    kind = value.get("peft_type")
+    known = peft_keys.keys_of(kind) if isinstance(kind, str) else frozenset()
+    for key in value:
+        if known and key not in known and value[key] is not None:
+            close = closest(str(key), known)
+            mend = f"did you mean `{close}`?" if close else f"take `{key}` out"
+            yield (key,), f"has {_path((key,))}, which the installed peft's {kind} does not have and would ignore", mend
 
 
 def _unwritable(config: Any) -> Iterator[Found]:

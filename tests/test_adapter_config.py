@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import torch
 from conftest import Bench
 from torch import nn
 
-from harness import suites
-from harness.adapter_config import KEY, NO_REFERENCE, peft_types
+from harness import peft_keys, suites
+from harness.adapter_config import KEY, NO_REFERENCE, PEFT, AdapterConfigField, peft_types
 from harness.analysis import parity
 from harness.conformance import checks, gate
 from harness.conformance.case import Case
@@ -172,6 +173,34 @@ def test_what_peft_refuses_comes_up_in_its_own_words() -> None:
 def test_a_key_of_a_newer_peft_is_left_out_as_peft_does_and_noted() -> None:
     subject, _ = attached("IA3", of_the_future=3)
     assert "of_the_future" in " ".join(subject.adapted.notes)  # type: ignore[attr-defined]
+
+
+def told(config: dict[str, Any]) -> list[Any]:
+    field = PEFT.fields[KEY]
+    assert isinstance(field, AdapterConfigField)
+    return list(field.problems(config))
+
+
+def test_a_key_that_peft_would_ignore_is_a_mistake_of_the_suite() -> None:
+    ((where, what, mend),) = told({"peft_type": "LORA", "r": 4, "lora_alhpa": 7})
+    assert where == ("lora_alhpa",)
+    assert what == "has lora_alhpa, which the installed peft's LORA does not have and would ignore"
+    assert mend == "did you mean `lora_alpha`?"
+    assert told({"peft_type": "LORA", "r": 4, "of_the_future": None}) == []  # a newer peft's, and unset
+
+
+def test_the_keys_are_those_of_peft() -> None:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    assert PEFT_TYPE_TO_CONFIG_MAPPING
+    for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        assert peft_keys.keys_of(kind.value) == set(inspect.signature(config.__init__).parameters) - {"self"}, kind
+
+
+def test_target_parameters_that_fit_none_are_refused() -> None:
+    """peft trains what else the config names, without a word."""
+    with pytest.raises(ImplementationError, match=r"none of the model's parameters is `nope\.weight`"):
+        attached("LORA", target_parameters=["nope.weight"])
 
 
 def test_an_adapter_on_a_new_head_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM
 
 from harness.assets.table import Source
+from harness.cli import main
+from harness.footprint import apart, dry_step
 from harness.measure.memory import PeakMeter
 from harness.measure.phases import PhaseClock
 from harness.records import AssetUse, Cell, Evaluation, Record, Status, Training
@@ -18,17 +21,13 @@ from harness.runner.life import Life
 from harness.runner.work import Asset, TaskWork, Work
 from harness.tasks import SYNTHETIC
 
+MAMBA = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+
 
 def lived(folder: Path, targets: list[str], monkeypatch: pytest.MonkeyPatch) -> Record:
     """Live a Cell of LoRA on a small Mamba in this process."""
-    MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)).save_pretrained(
-        folder
-    )
-    cell = Cell(
-        model="mamba", task=SYNTHETIC, method="lora", implementation="reference", config={"rank": 2, "targets": targets},
-        dtype="float32", seed=0, training=Training(steps=2, batch=2, max_tokens=8),
-        evaluation=Evaluation(items=0, latency=False),
-    )  # fmt: skip
+    MambaForCausalLM(MambaConfig(**MAMBA)).save_pretrained(folder)
+    cell = asked(targets)
     use = AssetUse(name="mamba", source="folder:mamba")
     work = Work(
         run="r", folder=str(folder), attempt=1, cell=cell, data=None, device="cpu", launched=0.0,
@@ -44,6 +43,14 @@ def lived(folder: Path, targets: list[str], monkeypatch: pytest.MonkeyPatch) -> 
     return worker.attempt(work, lambda *_, **__: None)
 
 
+def asked(targets: list[str]) -> Cell:
+    return Cell(
+        model="mamba", task=SYNTHETIC, method="lora", implementation="reference", config={"rank": 2, "targets": targets},
+        dtype="float32", seed=0, training=Training(steps=2, batch=2, max_tokens=8),
+        evaluation=Evaluation(items=0, latency=False),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("bypassed", ["dt_proj", "x_proj"])  # one as it evaluates, the other only as it trains
 def test_a_layer_that_its_model_does_not_call(bypassed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = lived(tmp_path, ["in_proj", bypassed], monkeypatch)
@@ -53,3 +60,20 @@ def test_a_layer_that_its_model_does_not_call(bypassed: str, tmp_path: Path, mon
         "counts; name others as `targets`, of in_proj those that it calls",
     )
     assert lived(tmp_path, ["in_proj"], monkeypatch).status is Status.OK
+
+
+def test_a_step_without_data_tells_it_in_the_same_words() -> None:
+    cell, config = asked(["in_proj", "dt_proj"]), MAMBA | {"model_type": "mamba"}
+    assert apart.peak(cell, config, "causal", dry_step.longest(cell, "causal", 8)) == {
+        "no_peak": "the model reads the `weight` of backbone.layers.0.mixer.dt_proj itself and does not call it: no adapter "
+        "on it counts; name others as `targets`, of in_proj those that it calls"
+    }
+
+
+def test_fit_says_that_such_a_row_is_not_possible(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = MAMBA | {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    words = ["fit", str(tmp_path), "--memory", "1GiB", "--method", "lora", "--base", "none", "--rank", "2"]
+    assert main([*words, "--tokens", "8", "--target", "dt_proj"]) == 0
+    said = capsys.readouterr().out
+    assert "not possible:\n  lora: the model reads the `weight` of backbone.layers.0.mixer.dt_proj itself" in said

@@ -346,6 +346,20 @@ def test_a_model_without_a_formula_is_answered_by_steps_too(tmp_path: Path, caps
     assert 0.8 * 256 < float(peak) <= 256
 
 
+def test_a_rank_that_a_method_cannot_have_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made.tiny_llama(tmp_path)
+    words = ["fit", str(tmp_path), "--memory", "1GiB", "--formulas", "--rank", "4", "--rank", "3000"]
+    words += ["--method", "pissa", "--method", "lora", "--base", "none"]
+    assert main(words) == Exit.PASS
+    printed = capsys.readouterr().out
+    assert "not tried of pissa: rank 3000: " in printed
+    assert "singular values" in printed
+    assert "not tried of lora" not in printed
+    assert main([*words, "--json"]) == Exit.PASS
+    (one,) = json.loads(capsys.readouterr().out)["left_out"]
+    assert (one["method"], one["rank"]) == ("pissa", 3000)
+
+
 def test_all_mistakes_come_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     wrong = ["--memory", "24G", "--method", "lorra", "--base", "nf5", "--dtype", "float8", "--tokens", "0"]
     assert main(["fit", "lama-7b", *wrong, "--optimizer", "sgd"]) == Exit.USAGE

@@ -144,3 +144,29 @@ def test_causal_models_are_loaded_and_left_as_they_were(
     assert models.foresight(model) == 0
     assert all(p.grad is None for p in model.parameters())
     assert not model.get_input_embeddings()._forward_hooks
+
+
+@pytest.mark.parametrize(("kind", "does"), [("causal", "predicts the next token"), ("encoder", "classifies texts")])
+def test_what_reads_no_texts_is_neither(
+    kind: str, does: str, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved(gpt2(), tokenizer, tmp_path / "mine")
+    (folder / "config.json").write_text('{"model_type": "vit", "architectures": ["ViTForImageClassification"]}')
+    code, said = plan(folder, kind, capsys)
+    assert code == Exit.USAGE
+    assert (
+        f"kinds.yaml:6: model mine is of the type `vit`, of which the installed transformers has none that {does}"
+        in said
+    )
+
+
+def test_fit_refuses_what_a_suite_cannot_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for facts, says in (
+        ({"model_type": "t5", "is_encoder_decoder": True}, "is an encoder-decoder (t5)"),
+        ({"model_type": "vit", "architectures": ["ViTForImageClassification"]}, "is of the type `vit`"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(facts))
+        assert main(["fit", str(tmp_path), "--memory", "1GiB"]) == Exit.USAGE
+        said = capsys.readouterr().err
+        assert f"{tmp_path / 'config.json'}: model {tmp_path} {says}" in said
+        assert "mend: name a" in said

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from harness.assets import text_models
 from harness.assets.carrier import sha256
 from harness.assets.table import Source
 from harness.errors import AssetError
@@ -32,7 +34,7 @@ def check(folder: Path, source: Source) -> Path:
             mend="name the folder that `model.save_pretrained(FOLDER)` wrote",
         )
     if source.scheme == "shape":
-        _refuse_architecture(folder, source)
+        refuse_architecture(_config(folder), source.name, source.kind, folder / "config.json")
         return folder
     absent = [path.name for path in _weights(folder) if not path.is_file()]
     if absent:
@@ -51,7 +53,7 @@ def check(folder: Path, source: Source) -> Path:
             where=str(folder),
             mend="write it there with `tokenizer.save_pretrained(FOLDER)`",
         )
-    _refuse_architecture(folder, source)
+    refuse_architecture(_config(folder), source.name, source.kind, folder / "config.json")
     return folder
 
 
@@ -87,25 +89,35 @@ def positions(folder: Path) -> int | None:
     return most if isinstance(most, int) and most > 0 else None
 
 
-def _refuse_architecture(folder: Path, source: Source) -> None:
-    """Raise AssetError for what no Cell can score. A config that tells nothing is left to the Cell, which probes."""
-    config = _config(folder)
+def refuse_architecture(config: Mapping[str, Any], name: str, kind: str, where: Path) -> None:
+    """Raise AssetError for what no Cell can score. A config that tells nothing is left to the Cell, which probes.
+
+    where: the file that the config came from.
+    """
+    model_type = config.get("model_type")
     if config.get("is_encoder_decoder") is True:
         raise AssetError(
-            f"model {source.name} is an encoder-decoder ({config.get('model_type', 'of an unnamed type')}); only encoders "
-            "and causal models are trained and scored",
-            where=str(folder / "config.json"),
+            f"model {name} is an encoder-decoder ({model_type or 'of an unnamed type'}); only encoders and causal models "
+            "are trained and scored",
+            where=str(where),
             mend="name an encoder (a BERT) with `kind: encoder`, or a causal model (a Llama, a GPT)",
         )
     names = config.get("architectures")
-    name = next((n for n in names if str(n).endswith(_TWO_SIDED)), None) if isinstance(names, list) else None
+    masked = next((n for n in names if str(n).endswith(_TWO_SIDED)), None) if isinstance(names, list) else None
     # The same weights may serve a decoder, if the config makes the attention look back only.
-    if source.kind == "causal" and name is not None and config.get("is_decoder") is not True:
+    if kind == "causal" and masked is not None and config.get("is_decoder") is not True:
         raise AssetError(
-            f"model {source.name} is declared causal and is a masked language model ({name}): it sees the answer that it is "
+            f"model {name} is declared causal and is a masked language model ({masked}): it sees the answer that it is "
             "to predict, so that no score of it would mean anything",
-            where=str(folder / "config.json"),
+            where=str(where),
             mend="declare it in a row under `sources:` with `kind: encoder`",
+        )
+    if isinstance(model_type, str) and text_models.lacks(kind, model_type):
+        does = "classifies texts" if kind == "encoder" else "predicts the next token"
+        raise AssetError(
+            f"model {name} is of the type `{model_type}`, of which the installed transformers has none that {does}",
+            where=str(where),
+            mend="name a model of texts (a BERT, a Llama), and its `kind`",
         )
 
 

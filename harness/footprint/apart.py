@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from harness.adapter_config import UNREFERENCED
 from harness.assets import structure
-from harness.errors import HarnessError
+from harness.errors import HarnessError, UsageError
 from harness.footprint import dry_step, outcomes
 from harness.footprint.largest import find
 from harness.records import Cell
@@ -173,6 +173,8 @@ def _be_child(run: Callable[[], int], tell: int) -> None:
                 f"how many numbers some of its tensors have is known only with data ({error.func}), as of experts that "
                 "are multiplied one by one, in float64"
             )
+        except UsageError as error:
+            found = error.what  # of the Cell, with data or without
         except _ERRORS as error:
             said = (str(error).strip().splitlines() or [""])[0]
             found = f"a step cannot be taken without data: {type(error).__name__}: {said}"

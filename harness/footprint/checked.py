@@ -17,6 +17,7 @@ from harness.footprint.largest import fitting
 from harness.methods import methods
 from harness.records import Base, Cell, Evaluation, Training
 from harness.registry import discover
+from harness.training.bypassed import COUNTS_NOT
 
 OURS, _REFERENCE = "fused", "reference"
 _LATE = "the steps before it took too long"
@@ -152,7 +153,8 @@ class _Search:
     def _settled(self, row: Row, found: Mapping[str, Any]) -> Row:
         tried = _tried(row, found)
         if not tried:
-            return row | {"no_peak": found.get("no_peak", _LATE)}
+            why = found.get("no_peak", _LATE)
+            return row | {"no_peak": why} | ({"ledger": None, "because": why} if COUNTS_NOT in why else {})
         fits = fitting(tried, self.room)
         if not fits and 1 not in tried:
             return row | {"no_peak": f"no step of {min(tried)} texts or more fits, and of fewer none was taken"}

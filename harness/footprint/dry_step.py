@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from harness.assets import shapes, structure
 from harness.conformance import whole_model
 from harness.conformance.subject import DTYPES, adaptable_layers, configure
+from harness.errors import UsageError
 from harness.footprint import states
 from harness.footprint.counting import Undrawn
 from harness.footprint.live import Live
@@ -30,7 +31,7 @@ from harness.kernels.packed_weight import PackedWeight
 from harness.methods import Adapted
 from harness.records import Cell
 from harness.registry import Registry, discover
-from harness.training import loop, optimizers
+from harness.training import bypassed, loop, optimizers
 from harness.training import model as models
 from harness.training.batches import Batch, Example, collate
 from harness.training.head import beside, head_of, in_head
@@ -153,7 +154,12 @@ def _stages(question: Question, parts: Sequence[Batch], alike: bool = False) -> 
         model.train()
         live.attaching = False
         with models.checkpointing(model, cell.training.checkpointing), _staged(live, model, optimizer):
-            loop.step(adapted, parts, optimizer, seed=0)
+            try:
+                loop.step(adapted, parts, optimizer, seed=0)
+            except AttributeError as error:
+                if said := bypassed.told(error, adapted.layers):
+                    raise UsageError(said) from error
+                raise
     del forms, layerwise
     return dict(live.most)
 

@@ -142,6 +142,12 @@ def answer(asked: Asked, counted: Mapping[str, Any]) -> dict[str, Any]:
         "activations_known": counted["logits"] is not None,
         "checked": False,
         "rows": [document_of(row) for row in rows],
+        "left_out": [
+            {"method": method, "rank": one["rank"], "because": one["error"]}
+            for method in asked.methods
+            for one in counted["methods"][method]
+            if one["error"] and one["rank"] is not None
+        ],
     }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.assets import fetch, shapes
+from harness.assets.model_folder import refuse_architecture
 from harness.assets.table import Source, load_table
 from harness.errors import UsageError
 from harness.resources import folder, named
@@ -57,8 +58,7 @@ def _of_table(source: Source) -> Model:
 
 
 def _in_folder(name: str, path: Path) -> Model:
-    config = shapes.read(path / "config.json", name)
-    return Model(name, config, kind_of(config), str(path))
+    return _of_file(path / "config.json", name, str(path))
 
 
 def _of_hub(name: str) -> Model:
@@ -76,8 +76,15 @@ def _of_hub(name: str) -> Model:
             where="MODEL",
             mend=f"`hf download {repository} config.json`, or write ./{name} if it is a folder here",
         )
-    config = shapes.read(Path(found), name)
-    return Model(name, config, kind_of(config), f"hub:{repository}")
+    return _of_file(Path(found), name, f"hub:{repository}")
+
+
+def _of_file(file: Path, name: str, source: str) -> Model:
+    """Return the model of a config.json. Raises AssetError for one that no suite could train either."""
+    config = shapes.read(file, name)
+    kind = kind_of(config)
+    refuse_architecture(config, name, kind, file)
+    return Model(name, config, kind, source)
 
 
 def kind_of(config: dict[str, Any]) -> str:

@@ -48,9 +48,23 @@ def as_text(document: Mapping[str, Any]) -> str:
         *_question(document, size, several),
         "",
         *aligned(rows),
-        *(["", "not possible:", *refused] if refused else []),
+        *(["", *left_out] if (left_out := _left_out(document)) else []),
+        *(["", "not possible:", *dict.fromkeys(refused)] if refused else []),
     ]
     return "\n".join([*lines, "", *_worth(document, size)])
+
+
+def _left_out(document: Mapping[str, Any]) -> list[str]:
+    """Say which ranks a Method cannot have that has rows at others."""
+    there = {row["method"] for row in document["rows"] if row["rank"] is not None}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for one in document["left_out"]:
+        if one["method"] in there:
+            found.setdefault(one["method"], []).append(one)
+    return [
+        f"not tried of {method}: rank {', '.join(str(one['rank']) for one in several)}: {several[0]['because']}"
+        for method, several in found.items()
+    ]
 
 
 def _question(document: Mapping[str, Any], size: Size, several: bool) -> list[str]:

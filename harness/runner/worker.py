@@ -23,8 +23,9 @@ from harness.measure import environment
 from harness.out_of_memory import shortage
 from harness.records import Failure, Phase, Provider, Record, Status
 from harness.registry import Implementation, discover
-from harness.runner import bypassed, lifeline, stop
+from harness.runner import lifeline, stop
 from harness.runner.work import Work
+from harness.training import bypassed
 
 _LOUD_LINES = 40
 

@@ -39,6 +39,7 @@ def any_method(model: Any, config: Any, generator: Any) -> AnyPeft:
     keys |= {"modules_to_save": None} if "modules_to_save" in keys else {}
     if keys.get("init_lora_weights") == "loftq" and not _gpu():
         raise Unsupported("peft's LoftQ quantises on a GPU, and there is none")
+    _refuse_unfit(keys.get("target_parameters"), {name for name, _ in model.named_parameters()})
     with warnings.catch_warnings(record=True) as said, torch.random.fork_rng():
         warnings.simplefilter("always")
         torch.manual_seed(generator.initial_seed())
@@ -58,6 +59,15 @@ def any_method(model: Any, config: Any, generator: Any) -> AnyPeft:
             ) from error
     ignored = [str(w.message) for w in said if "Unexpected keyword arguments" in str(w.message)]
     return (PromptPeft if wanted.is_prompt_learning else AnyPeft)(model, around, ignored)
+
+
+def _refuse_unfit(wanted: Any, there: set[str]) -> None:
+    """Raise ImplementationError for `target_parameters` that fit none: peft leaves them out without a word."""
+    for name in wanted if isinstance(wanted, list) else ():
+        if not any(own == name or own.endswith(f".{name}") for own in there):
+            ends = sorted({own.rpartition(".")[2] for own in there})
+            what = f"none of the model's parameters is `{name}`, which is one of the adapter_config's target_parameters"
+            raise ImplementationError(what, where="peft", mend=f"name others; the model's end in {', '.join(ends)}")
 
 
 def _gpu() -> bool:

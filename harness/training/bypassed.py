@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+COUNTS_NOT = "no adapter on it counts"
+
 
 def told(error: Exception, layers: Mapping[str, object]) -> str:
     """Return what to tell if `error` is that of such a model, else nothing. layers: the adapted ones by their paths."""
@@ -13,4 +15,4 @@ def told(error: Exception, layers: Mapping[str, object]) -> str:
     name = path.rsplit(".", 1)[-1]
     others = ", ".join(sorted({other.rsplit(".", 1)[-1] for other in layers} - {name}))
     mend = f"name others as `targets`, of {others} those that it calls" if others else "adapt other layers"
-    return f"the model reads the `{error.name}` of {path} itself and does not call it: no adapter on it counts; {mend}"
+    return f"the model reads the `{error.name}` of {path} itself and does not call it: {COUNTS_NOT}; {mend}"
