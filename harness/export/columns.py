@@ -171,7 +171,10 @@ _CELLS = (
     Column("memory.predicted.peak_by", TEXT, "", "whose code took that step, where it was not the Cell's own"),
     Column("memory.predicted.no_peak", TEXT, "", "why there is none"),
     Column(
-        "memory.predicted.untouched", TEXT, "", "how many weights neither all-linear nor a base in 4 bits reaches: experts"
+        "memory.predicted.untouched",
+        TEXT,
+        "",
+        "how many weights neither all-linear nor a base in 4 bits reaches: experts",
     ),
     Column("memory.not_predicted", TEXT, "", "why nothing was predicted"),
     Column("step_s", FLOAT, "s", "median time of a steady step; NA where no_speed says why"),
