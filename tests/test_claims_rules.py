@@ -50,24 +50,34 @@ def test_the_rule_stands_beside_ours(
     (written,) = document.document([row], {})["claims"]
     assert written["rule"] == rule
     said = f" (rule: {rule})" if rule else ""
-    assert f"the paper prints {printed}; we get {ours}x{said}  [t]" in table.as_text([row])
+    text = table.as_text([row])
+    assert f"the paper prints {printed}; we get {ours}x{said}  [t]" in text
+    assert table.RULES_UNTOLD not in text
     for headlines in (False, True):
         page = tmp_path / "page.html"
         claims_page.write_page([row.model_copy(update={"headline": "h"})], {}, page, headlines=headlines)
-        text = page.read_text()
+        shown = page.read_text()
         # Quotes and signs are escaped on the page; what is printed is told before ours.
-        assert f"; we get {ours}x{said}" in text
-        assert f'<td class="wrap" data-v="{rule}">{rule}</td>' in text or headlines
+        assert f"; we get {ours}x{said}" in shown
+        assert f'<td class="wrap" data-v="{rule}">{rule}</td>' in shown or headlines
 
 
 @pytest.mark.parametrize("schema", [1, 2])
-def test_a_ledger_without_rules_is_read(tmp_path: Path, schema: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_ledger_without_rules_is_read_and_does_not_pass_for_rounding(
+    tmp_path: Path, schema: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     written = document.document([judged(tmp_path, "10x", "6.857", "magnitude")], {}) | {"schema": schema}
     del written["claims"][0]["rule"]
     file = tmp_path / "claims.json"
     file.write_text(json.dumps(written))
-    assert main(["claims", "--show", str(file)]) == Exit.PASS
-    assert "we get 6.857x  [t]" in capsys.readouterr().out
+    page = tmp_path / "page.html"
+    assert main(["claims", "--show", str(file), "--html", str(page)]) == Exit.PASS
+    said = capsys.readouterr().out
+    assert "we get 6.857x  [t]" in said
+    assert table.RULES_UNTOLD in said
+    assert '<td class="wrap" data-v="not said">not said</td>' in page.read_text()
+    assert main(["claims", "--show", str(file), "--json"]) == Exit.PASS
+    assert json.loads(capsys.readouterr().out)["claims"][0]["rule"] is None
 
 
 def test_explain_tells_the_rules(capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,8 +74,8 @@ class Judged(Frozen):
     how: str
     why: str
     note: str
-    rule: str = ""
-    """By what other rule than rounding ours comes out as what is printed, in words; empty in ledgers of schema 1 and 2."""
+    rule: str | None = None
+    """By what other rule than rounding ours comes out as what is printed, in words. None where a ledger does not say it."""
     scale: str = ""
     """Of something smaller than the paper's own (a rehearsal, a small model): what it is."""
     tried: list[Tried]

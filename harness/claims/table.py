@@ -10,6 +10,10 @@ from harness.claims.judging import Judged, Verdict
 _WIDEST_HOW = 160
 """Characters of arithmetic in a line; all of it stands in the JSON document and on the page."""
 
+RULES_UNTOLD = (
+    "This ledger is of an older version, and does not say which figures come out by a looser rule than rounding."
+)
+
 
 def as_text(rows: Sequence[Judged]) -> str:
     """Lay the ledger out: a line for each claim, and the arithmetic of those that do not plainly come out."""
@@ -20,7 +24,8 @@ def as_text(rows: Sequence[Judged]) -> str:
             paper = row.paper
             lines += [""] * bool(lines) + [f"{paper} ({row.version})"]
         lines += _claim(row)
-    return "\n".join([*lines, "", summary(rows)])
+    untold = ["", RULES_UNTOLD] * any(row.rule is None for row in rows)
+    return "\n".join([*lines, *untold, "", summary(rows)])
 
 
 def summary(rows: Sequence[Judged]) -> str:

@@ -96,7 +96,7 @@ def _row(row: Judged) -> dict[str, Any]:
         "tier": row.tier,
         "printed": row.printed,
         "ours": row.ours or "—",
-        "rule": row.rule,
+        "rule": "not said" if row.rule is None else row.rule,
         "got": row.got or "not computed here",
         "badge": _badge(row.verdict),
         "under": row.under,
