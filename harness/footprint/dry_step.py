@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from harness.assets import shapes, structure
 from harness.conformance.subject import DTYPES, adaptable_layers, configure
+from harness.errors import UsageError
 from harness.footprint import states
 from harness.footprint.counting import Undrawn
 from harness.footprint.live import Live
@@ -138,7 +139,7 @@ def _stages(question: Question, parts: Sequence[Batch], alike: bool = False) -> 
         head = head_of(model, question.kind, question.lacks)
         try:
             adapted, forms = _attached(question, model, head)
-        except ValueError:
+        except (ValueError, UsageError):
             if alike:  # a target that only a deeper model has
                 return None
             raise
