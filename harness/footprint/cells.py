@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.assets import fetch, shapes
@@ -25,9 +24,7 @@ _SAME = {"lr": 1e-3, "head_lr": None, "warmup": 0, "weight_decay": 0.0}
 """What a learning rate is does not change the memory of a step: Cells that differ in it share one."""
 
 
-def request(
-    cell: Cell, config: Mapping[str, Any], kind: str, labels: int, checkpoint: str | Path = ""
-) -> dict[str, Any]:
+def request(cell: Cell, config: Mapping[str, Any], kind: str, labels: int, checkpoint: str = "") -> dict[str, Any]:
     """Return what `counting.answer` is asked for one Cell. config: the model's config.json; labels: of an encoder's head.
 
     checkpoint: the folder of the weights; empty for a shape.
@@ -35,7 +32,7 @@ def request(
     facts = shapes.with_classes(config, labels) if kind == "encoder" else dict(config)
     return {
         "config": facts, "kind": kind, "dtype": cell.dtype, "methods": {cell.method: [cell.config]}, "targets": [],
-        "checkpoint": str(checkpoint) if kind == "encoder" else "",
+        "checkpoint": checkpoint if kind == "encoder" else "",
     }  # fmt: skip
 
 
@@ -88,15 +85,14 @@ def predictions(
     """
     found: dict[str, Predicted | str] = {}
     asked: dict[str, tuple[Cell, dict[str, Any]]] = {}
-    configs: dict[str, dict[str, Any] | str] = {name: _config(source) for name, source in sources.items()}
+    here = {name: _at_hand(source) for name, source in sources.items()}
     for cell in cells:
-        config = configs[cell.model]
-        if isinstance(config, str):
-            found[cell.cell_id] = config
+        model = here[cell.model]
+        if isinstance(model, str):
+            found[cell.cell_id] = model
         else:
-            source = sources[cell.model]
-            checkpoint = fetch.at_hand(source) if source.scheme != "shape" else None
-            asked[cell.cell_id] = cell, request(cell, config, source.kind, labels[cell.task], checkpoint or "")
+            config, checkpoint = model
+            asked[cell.cell_id] = cell, request(cell, config, sources[cell.model].kind, labels[cell.task], checkpoint)
     of_models: dict[str, dict[str, Any]] = {}
     for cell, one in asked.values():
         # A model is built once for all its Cells; those that differ in what is not counted (a seed, a batch) share a count.
@@ -114,10 +110,10 @@ def predictions(
             found[cell_id] = counts
             continue
         at, counted = list(of_models).index(_model_of(one)), of_models[_model_of(one)]["methods"][cell.method]
-        here = counts[at]
-        if "error" not in here:
-            here = here | {"methods": {cell.method: [here["methods"][cell.method][counted.index(cell.config)]]}}
-        of_shape = predicted(cell, here, every_token=cell.task in every_token)
+        answer = counts[at]
+        if "error" not in answer:
+            answer = answer | {"methods": {cell.method: [answer["methods"][cell.method][counted.index(cell.config)]]}}
+        of_shape = predicted(cell, answer, every_token=cell.task in every_token)
         if isinstance(of_shape, Predicted):
             of_shape = of_shape.model_copy(update=counts[len(of_models) + step_of[cell_id]])
         found[cell_id] = of_shape
@@ -149,11 +145,11 @@ def _model_of(asked: Mapping[str, Any]) -> str:
     return json.dumps({key: value for key, value in asked.items() if key != "methods"}, sort_keys=True)
 
 
-def _config(source: Source) -> dict[str, Any] | str:
-    """Return the config.json of a model on this machine, or why there is none."""
+def _at_hand(source: Source) -> tuple[dict[str, Any], str] | str:
+    """Return the config.json of a model on this machine and the folder of its weights, empty for a shape; or why not."""
     try:
         if (here := fetch.at_hand(source)) is None:
             return f"{source.name} is not on this machine yet"
-        return shapes.read(here / "config.json", source.name)
+        return shapes.read(here / "config.json", source.name), str(here) if source.scheme != "shape" else ""
     except HarnessError as error:
         return error.what

@@ -141,7 +141,7 @@ def _stages(question: Question, parts: Sequence[Batch], alike: bool = False) -> 
         head = head_of(model, question.kind, question.lacks)
         try:
             adapted, forms = _attached(question, model, head)
-        except ValueError:
+        except (ValueError, UsageError):
             if alike:  # a target that only a deeper model has
                 return None
             raise

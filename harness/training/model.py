@@ -21,8 +21,6 @@ from harness.training import head
 _COMPILER = ("torch._dynamo", "torch._inductor")
 _PROBED_TOKENS = 4
 """No suite lets a model read fewer."""
-
-
 _NAMED = 6
 """Of the weights that a note is about: those of any usual head."""
 
