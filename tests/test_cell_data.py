@@ -9,7 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from harness import suites
 from harness.assets import fetch, made, rows, table
@@ -104,6 +107,26 @@ def test_the_order_of_data_has_a_name(tokenizer: Any, monkeypatch: pytest.Monkey
     assert one.order_sha256 != _data(longer, tokenizer, monkeypatch, texts).order_sha256
     (moved := list(texts)).reverse()
     assert one.order_sha256 != _data(cell, tokenizer, monkeypatch, moved).order_sha256
+
+
+@pytest.mark.parametrize("special", [False, True], ids=["nothing", "special tokens alone"])
+@pytest.mark.parametrize("kind", ["causal", "encoder"])
+def test_a_tokenizer_that_makes_no_tokens_is_told_with_its_folder(
+    kind: str, special: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = Tokenizer(BPE({"[PAD]": 0, "[CLS]": 1, "[EOS]": 2}, []))  # which knows no letter, and says nothing of any
+    if special:
+        around = [("[CLS]", 1)]
+        tokens.post_processor = TemplateProcessing(single="[CLS] $A", pair="[CLS] $A $B", special_tokens=around)
+    deaf = PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="[PAD]", eos_token="[EOS]", cls_token="[CLS]")
+    cell = next(c for c in expand(suites.load("smoke")).cells if c.method == "lora")
+    source = table.resolve(cell.model, suites.load("smoke").sources, Path())
+    monkeypatch.setattr(table, "resolve", lambda *_: source.model_copy(update={"kind": kind}))
+    model = SimpleNamespace(config=SimpleNamespace(), named_modules=list)
+    with pytest.raises(UsageError, match="the texts have no tokens") as caught:
+        _data(cell, deaf, monkeypatch, TEXTS, model)
+    assert caught.value.where == "unused"
+    assert "tokenizer.save_pretrained" in caught.value.mend
 
 
 def test_random_data_of_another_batch_or_length_have_another_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -325,3 +326,30 @@ def test_import_harness_is_light_and_load_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(REAL)], capture_output=True, text=True, check=True)
     assert done.stdout == "['pandas']\n"
+
+
+def test_labels_tell_configurations_apart_and_not_seeds(tmp_path: Path) -> None:
+    keys = {"peft_type": "LORA", "r": 4}
+    configs: list[dict[str, Any]] = [keys, keys | {"bias": "all"}, {"peft_type": "IA3"}]
+    peft = {"method": "peft", "implementation": "hf-peft"}
+    asked = [FUSED.model_copy(update=peft | {"config": {"adapter_config": one}}) for one in configs]
+    asked.append(asked[0].model_copy(update={"seed": 7}))
+    notes = ["no reference", "a second; with a semicolon"]
+    good = recorded.record("fused", FUSED)
+    written = [
+        good.model_copy(update={"cell": one, "cell_id": one.cell_id, "notes": notes if one is asked[1] else []})
+        for one in asked
+    ]
+    run = recorded.write_run(
+        tmp_path / "run", only=["fused"], change=lambda *_: None, extra=written, footer=False, cells=asked
+    )
+    with pytest.warns(UserWarning, match="left out") if run.missing() else contextlib.nullcontext():
+        frame = harness.load(run.path).cells
+    plain, biased, ia3, again = (cell(frame, one.cell_id) for one in asked)
+    assert plain["label"] == again["label"]
+    assert len({plain["label"], biased["label"], ia3["label"]}) == 3
+    assert biased["label"].endswith(" bias=all")
+    assert (plain["rank"], biased["rank"]) == (4, 4)
+    assert pd.isna(ia3["rank"])
+    assert json.loads(biased["notes"]) == notes
+    assert pd.isna(plain["notes"])

@@ -62,7 +62,9 @@ _CELLS = (
     Column("latest", BOOLEAN, "", "whether this attempt stands for its Cell in the run; older attempts do not count"),
     Column("status", TEXT, "", "ok, or how the attempt ended; `peft-harness explain STATUS`"),
     Column("because", TEXT, "", "why the status is not ok"),
-    Column("label", TEXT, "", "a short name for plots; cell_id alone is unique"),
+    Column(
+        "label", TEXT, "", "a name for plots, which Cells share that differ in the seed alone; cell_id alone is unique"
+    ),
     Column("model", TEXT, "", "the base model"),
     Column("task", TEXT, "", "what is trained and scored"),
     Column("method", TEXT, "", "e.g. lora; `peft-harness list methods`"),
@@ -75,7 +77,7 @@ _CELLS = (
     Column("dtype", TEXT, "", "of the weights and the computation"),
     Column("seed", INTEGER, "1", "of everything drawn at random"),
     Column("device", TEXT, "", "cpu or cuda"),
-    Column("rank", INTEGER, "1", "config.rank, where it is a whole number"),
+    Column("rank", INTEGER, "1", "config.rank, or r of an adapter_config, where it is a whole number"),
     Column(
         "config.*", "", "1", "a knob of the method; lists and mappings as JSON; NA: not a knob of this method, or unset"
     ),
@@ -184,6 +186,7 @@ _CELLS = (
     Column("tokens_per_s", FLOAT, "1/s", "real tokens, padding not counted, over the steady steps; NA as step_s"),
     Column("no_speed", TEXT, "", "why no speed of this Cell may be told: a check failed, or there is no reference"),
     Column("busy", TEXT, "", "in numbers, that the steps waited for a CPU that others were using"),
+    Column("notes", TEXT, "", "what a reader of the attempt must know: a list, as JSON"),
     Column("started", TIME, "", "when the attempt began"),
     Column("duration_s", FLOAT, "s", "wall time of the whole attempt, start-up and all"),
     Column("phase_s.*", FLOAT, "s", "wall time of a phase of the attempt"),

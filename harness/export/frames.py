@@ -71,11 +71,11 @@ def of(runs: Sequence[store.Run]) -> Numbers:
                     f"{run.path}: Record {record.id} is not as in another folder of this run, loaded before"
                 )
         for record in run.latest().values():
-            place = (record.run, record.cell_id)
-            newest[place] = max(record.attempt, newest.get(place, 0))
+            newest[_cell(record)] = max(record.attempt, newest.get(_cell(record), 0))
+    names = naming.recipes(record.cell for record in found.values())
     made: dict[str, list[Row]] = {
         "cells": [
-            rows.cell(record, latest=newest.get((record.run, record.cell_id)) == record.attempt)
+            rows.cell(record, names[record.cell.recipe_id], latest=newest.get(_cell(record)) == record.attempt)
             for record in found.values()
         ],
         "samples": [row for record in found.values() for row in rows.samples(record)],
@@ -99,6 +99,10 @@ def of(runs: Sequence[store.Run]) -> Numbers:
         columns=pd.DataFrame(described, dtype=TEXT),
         left_out=tuple(dict.fromkeys(left_out)),
     )
+
+
+def _cell(record: Record) -> tuple[str, str]:
+    return record.run, record.cell_id
 
 
 def _left_out(run: store.Run) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 
+from harness.adapter_config import KEY
 from harness.analysis import contention, measured, parity
 from harness.cost_records import Checkpoint, Energy
 from harness.export.columns import GPU_EDGES, GPU_PHASE, GPU_STATE
@@ -19,16 +20,17 @@ def key(record: Record) -> Row:
     return {"run": record.run, "cell_id": record.cell_id, "attempt": record.attempt}
 
 
-def cell(record: Record, *, latest: bool) -> Row:
+def cell(record: Record, label: str, *, latest: bool) -> Row:
     """Return the one row of an attempt."""
     asked, failure = record.cell, record.failure
-    rank = asked.config.get("rank")
+    keys = asked.config.get(KEY)
+    rank = keys.get("r") if isinstance(keys, dict) else asked.config.get("rank")
     return {
         **key(record),
         "latest": latest,
         "status": record.status.value,
         "because": record.because,
-        "label": asked.label,
+        "label": label,
         **{name: getattr(asked, name) for name in ("model", "task", "method", "implementation")},
         "provider": record.provider.distribution if record.provider else None,
         "provider_version": record.provider.version if record.provider else None,
@@ -42,6 +44,7 @@ def cell(record: Record, *, latest: bool) -> Row:
         **{f"evaluation.{name}": value for name, value in asked.evaluation.model_dump().items()},
         **_measured(record.measurements),
         **_of_training(record),
+        "notes": json.dumps(record.notes, ensure_ascii=False) if record.notes else None,
         "started": record.started,
         "duration_s": record.duration_s,
         **_phases(record),

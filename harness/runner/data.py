@@ -59,6 +59,7 @@ class CellData:
 
             self._test = tokenise(test_rows)
             side, probe = "right", self._test[:_PROBED]
+            refuse_tokenless(self._test, work.model.path, tokenizer.num_special_tokens_to_add())
         else:
             from harness.evaluation.likelihood import CausalScorer
             from harness.evaluation.lm_eval_task import LmEvalTask
@@ -73,7 +74,10 @@ class CellData:
                 return answer_examples(some, make.prompt, make.answers, encode, limit)
 
             side, probe = "left", tokenise(test_rows[:_PROBED_CAUSAL])
+            refuse_tokenless(probe, work.model.path)
         chosen = order(_Tokenised(train_rows, tokenise), wanted, batch, cell.seed) if wanted else []
+        for group in chosen:
+            refuse_tokenless(group, work.model.path)
         ids = [[example.id for example in group] for group in chosen]
         self.order_sha256 = hashlib.sha256(json.dumps(ids, separators=(",", ":")).encode()).hexdigest()
         self.cut_examples = sum(example.cut for group in chosen for example in group) if task.answers else None
@@ -119,6 +123,14 @@ def refuse_long(model: Any, cell: Cell, written: int = 0) -> None:
     if most is not None and limit + written > most:
         what = f"a prompt of {limit} tokens and an answer of {written} exceed the {most} positions of {cell.model}"
         raise UsageError(what, mend="lower `training.max_tokens`, or the task's `max_gen_toks`")
+
+
+def refuse_tokenless(examples: Sequence[Example], folder: str, special: int = 0) -> None:
+    """Raise UsageError if no text has a token beside the `special` ones that the tokenizer in `folder` adds to each."""
+    if examples and all(len(example.tokens) <= special for example in examples):
+        what = "the texts have no tokens: the tokenizer makes nothing of what is in them"
+        mend = "write the model's own tokenizer there with `tokenizer.save_pretrained(FOLDER)`"
+        raise UsageError(what, where=folder, mend=mend)
 
 
 def _split(work: Work, data: Asset) -> tuple[list[rows.AnyRow], list[rows.AnyRow]]:
