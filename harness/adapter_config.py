@@ -193,7 +193,7 @@ def _of_type(value: Mapping[str, Any]) -> Iterator[Found]:
 def _unknown(value: Mapping[str, Any]) -> Iterator[Found]:
     """Yield the keys that peft would ignore. Those of another peft that say nothing (null) are left alone."""
     kind = value.get("peft_type")
-    known = peft_keys.keys_of(kind) if isinstance(kind, str) else frozenset()
+    known = peft_keys.keys_of(kind) if isinstance(kind, str) and kind not in _REFUSED else frozenset()
     for key in value:
         if known and key not in known and value[key] is not None:
             close = closest(str(key), known)
