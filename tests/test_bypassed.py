@@ -59,6 +59,9 @@ def test_a_layer_that_its_model_does_not_call(bypassed: str, tmp_path: Path, mon
         f"the model reads the `weight` of backbone.layers.0.mixer.{bypassed} itself and does not call it: no adapter on it "
         "counts; name others as `targets`, of in_proj those that it calls",
     )
+
+
+def test_a_layer_that_its_model_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lived(tmp_path, ["in_proj"], monkeypatch).status is Status.OK
 
 

@@ -285,16 +285,16 @@ def test_joules_of_a_whole_machine_are_not_those_of_one_of_its_cells(source: str
     assert figures["Energy of training, J"]["text"] == shown
     why = "the counter (rapl) is the whole machine's; up to 2 Cells ran at once" if source == "rapl" else "by nvml"
     assert figures["Energy of training, J"]["why"] == why
-    exported = rows.cell(fused, latest=True)
+    exported = rows.cell(fused, "a", latest=True)
     joules = None if source == "rapl" else 450.0
     assert (exported["training_energy_J"], exported.get("phase_energy_J.train")) == (joules, joules)
     failed = recorded.failed(fused, Status.TIMEOUT).model_copy(update={"phases": fused.phases, "notes": note})
-    assert "phase_energy_J.train" not in rows.cell(failed, latest=True)
+    assert "phase_energy_J.train" not in rows.cell(failed, "a", latest=True)
 
 
 def test_the_tables_hold_them_too(tmp_path: Path) -> None:
     run = recorded.write_run(tmp_path / "run", change=on_gpu)
-    made = {r.cell.implementation: rows.cell(r, latest=True) for r in run.records if r.cell.method == "lora"}
+    made = {r.cell.implementation: rows.cell(r, "a", latest=True) for r in run.records if r.cell.method == "lora"}
     fused, other = made["fused"], made["hf-peft"]
     assert (fused["training_energy_J"], fused["phase_energy_J.train"], fused["energy.source"]) == (450.0, 450.0, "nvml")
     assert (fused["checkpoint.adapter_file_B"], fused["gpu.reserved_B"]) == (2**20, 3 * 2**20)

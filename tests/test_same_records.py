@@ -1,4 +1,4 @@
-"""A suite, two Cells at a time, on this machine, in Ray's tasks, in submitit's elements: the same Records but for times."""
+"""A suite on this machine, and two Cells at a time in Ray's tasks and submitit's elements: Records alike but for times."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from conftest import Finished, make_bench
 
 from harness import store
+from harness.cost_records import AT_ONCE
 from harness.errors import Exit
 from harness.records import Record
 from harness.runner.executors.slurm import LOCAL
@@ -27,6 +28,7 @@ def _but_for_times(record: Record) -> dict[str, Any]:
     assert found["measurements"] is not None, record.because
     found["environment"]["extra"].pop("variables")  # Ray's number of threads is one of them, and means the same
     found["phases"] = [phase["name"] for phase in found["phases"]]
+    found["notes"] = [note for note in found["notes"] if AT_ONCE not in note]  # where they shared the machine
     for times in ("step_seconds", "cpu_seconds"):
         (found["measurements"]["training"] or {}).pop(times, None)
     found["measurements"]["memory"].pop("baseline_B")
@@ -35,9 +37,11 @@ def _but_for_times(record: Record) -> dict[str, Any]:
     return found
 
 
-def test_local_ray_and_slurm_leave_the_same_records(cache: Path, tmp_path: Path) -> None:
-    found = {}
-    for name in ("local", "ray", "slurm"):
+def test_local_ray_and_slurm_leave_the_same_records(
+    smoke: tuple[Finished, store.Run], cache: Path, tmp_path: Path
+) -> None:
+    found = {"local": {cell: _but_for_times(record) for cell, record in smoke[1].latest().items()}}
+    for name in ("ray", "slurm"):
         bench = make_bench(tmp_path / name, cache)
         bench.environment[LOCAL] = "local"
         finished = bench.command("run", "smoke", "--out", "run", "--executor", name, "--jobs", "2")
