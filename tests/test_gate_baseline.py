@@ -22,7 +22,17 @@ from harness import store
 from harness.analysis import over_seeds
 from harness.analysis.against_baseline import Against, judge
 from harness.analysis.baseline_costs import COUNTED_PEAK
-from harness.analysis.baseline_rows import COUNTED_PEAK_B, ONE_SEED, PROCESS_PEAK_B, TIMES, Findings, Kind, Margins, Row
+from harness.analysis.baseline_rows import (
+    COUNTED_PEAK_B,
+    ONE_SEED,
+    PROCESS_PEAK_B,
+    PROCESS_SHARE,
+    TIMES,
+    Findings,
+    Kind,
+    Margins,
+    Row,
+)
 from harness.analysis.intervals import paired_difference
 from harness.analysis.measured import above_imports, training_peak
 from harness.analysis.words import Verdict, Word
@@ -251,10 +261,16 @@ def test_a_process_may_vary_by_what_was_measured_and_a_gpu_by_nothing(base: stor
     def grown(n: int, source: str = "VmHWM") -> Change:
         return only("fused", lambda r: memory(peak(r, n), source=source))
 
-    assert against(base, grown(PROCESS_PEAK_B)).exit == Exit.PASS
-    assert against(base, grown(PROCESS_PEAK_B + 1)).exit == Exit.FAIL
-    assert against(base, grown(PROCESS_PEAK_B + 1), margins=Margins(memory_B=2 * PROCESS_PEAK_B)).exit == Exit.PASS
+    (row,) = found(against(base, grown(1)), Kind.MEMORY)
+    assert isinstance(row.base, int)
+    usual = max(PROCESS_PEAK_B, int(PROCESS_SHARE * row.base))
+    assert against(base, grown(usual)).exit == Exit.PASS
+    assert against(base, grown(usual + 1)).exit == Exit.FAIL
+    assert against(base, grown(usual + 1), margins=Margins(memory_B=2 * usual)).exit == Exit.PASS
     assert against(base, grown(1), margins=Margins(memory_B=0)).exit == Exit.FAIL
+    large = recorded.write_run(base.path.with_name("large"), only=FEW, change=grown(2**31))
+    for share, code in ((0.03, Exit.PASS), (0.08, Exit.FAIL)):
+        assert against(large, grown(2**31 + int(share * 2**31))).exit == code
     assert found(against(base, grown(0, "sampled")), Kind.MEMORY)[0].word is Word.INCONCLUSIVE
     gpu = recorded.write_run(base.path.with_name("gpu"), only=FEW, change=grown(0, "cuda allocated"))
     assert against(gpu, grown(0, "cuda allocated")).exit == Exit.PASS

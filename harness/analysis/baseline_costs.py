@@ -6,7 +6,16 @@ from collections.abc import Iterator, Mapping
 from statistics import median
 
 from harness.analysis import parity
-from harness.analysis.baseline_rows import COUNTED_PEAK_B, PROCESS_PEAK_B, TIMES, Kind, Margins, Row, Unit
+from harness.analysis.baseline_rows import (
+    COUNTED_PEAK_B,
+    PROCESS_PEAK_B,
+    PROCESS_SHARE,
+    TIMES,
+    Kind,
+    Margins,
+    Row,
+    Unit,
+)
 from harness.analysis.measured import above_imports, beside_several, step_time, training_peak
 from harness.analysis.words import Word
 from harness.records import Cell, Latency, Measurements, Memory, Record
@@ -92,14 +101,14 @@ class _Pair:
             reason = f"taken in two ways: {before}, {now}"
             yield self.row(Kind.MEMORY, Word.INCONCLUSIVE, what, reason, a, b, "B")
             return
-        allowed = margins.memory_B if margins.memory_B is not None else 0 if now == ALLOCATED else PROCESS_PEAK_B
         if now != ALLOCATED:
             what = PEAK
             a, b = (None if p is None else above_imports(r, p) for r, p in ((self.base, a), (self.new, b)))
         if a is None or b is None:
             yield self.lost_or_new(what, a, b, "B")
             return
-        yield self._grown(what, a, b, allowed, now)
+        usual = 0 if now == ALLOCATED else max(PROCESS_PEAK_B, int(PROCESS_SHARE * a))
+        yield self._grown(what, a, b, usual if margins.memory_B is None else margins.memory_B, now)
 
     def _grown(self, what: str, a: int, b: int, allowed: int, how: str) -> Row:
         grew = b - a

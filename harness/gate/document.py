@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from harness.analysis.against_baseline import Against
-from harness.analysis.baseline_rows import COUNTED_PEAK_B, MEANING, PROCESS_PEAK_B, Row
+from harness.analysis.baseline_rows import COUNTED_PEAK_B, MEANING, PROCESS_PEAK_B, PROCESS_SHARE, Row
 from harness.gate.baselines import Baseline
 from harness.store import Run
 
@@ -29,6 +29,7 @@ def document(against: Against, baseline: Baseline, run: Run) -> dict[str, Any]:
             "memory_B": against.margins.memory_B,
             "counted_peak_B": COUNTED_PEAK_B if against.margins.memory_B is None else against.margins.memory_B,
             "process_peak_B": PROCESS_PEAK_B if against.margins.memory_B is None else against.margins.memory_B,
+            "process_share": PROCESS_SHARE if against.margins.memory_B is None else 0.0,
             "accuracy": against.margins.accuracy,
         },
         "rows": [_row(row) for row in against.rows],
