@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -184,6 +185,26 @@ def eventually(happens: Callable[[], bool], what: str) -> None:
     while not happens():
         assert time.monotonic() < deadline, f"in vain waited until {what}"
         time.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tokenizer of the tiny Llama, and nothing else."""
+    from harness.assets import made
+
+    made.tiny_llama(folder := tmp_path_factory.mktemp("tokenizer"))
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def saved(model: Any, tokenizer: Path, folder: Path) -> Path:
+    """Save a model of transformers with a tokenizer that need not be its own."""
+    model.save_pretrained(folder)
+    for file in tokenizer.iterdir():
+        if not (folder / file.name).exists():
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
 
 
 def gone(pid: int) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Bench
+from conftest import Bench, saved
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
@@ -21,11 +21,9 @@ from transformers import (
     LlamaForCausalLM,
     ModernBertConfig,
     ModernBertModel,
-    PreTrainedModel,
 )
 
 from harness import planning, suites
-from harness.assets import made
 from harness.errors import AssetError
 from harness.expand import expand
 from harness.records import Predicted, Status
@@ -49,23 +47,6 @@ matrix:
 """
 LORA = {"r": 4, "target_modules": ["q_lin", "v_lin"]}
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made.tiny_llama(folder := tmp_path_factory.mktemp("tokenizer"))
-    (folder / "config.json").unlink()
-    (folder / "model.safetensors").unlink()
-    return folder
-
-
-def saved(model: PreTrainedModel, tokenizer: Path, folder: Path) -> Path:
-    """Save a model with a tokenizer of as many tokens."""
-    model.save_pretrained(folder)
-    for file in tokenizer.iterdir():
-        if not (folder / file.name).exists():
-            (folder / file.name).write_bytes(file.read_bytes())
-    return folder
 
 
 def load(folder: Path, seed: int = 0, labels: int = 2, dtype: torch.dtype = torch.float32) -> models.Loaded:

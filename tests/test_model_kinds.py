@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import saved
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -21,7 +22,6 @@ from transformers import (
 )
 
 from harness import suites
-from harness.assets import made
 from harness.cli import main
 from harness.errors import AssetError, Exit
 from harness.training import model as models
@@ -51,23 +51,6 @@ def t5() -> Any:
 
 def gpt2() -> Any:
     return GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=8, n_layer=1, n_head=2))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made.tiny_llama(folder := tmp_path_factory.mktemp("tokenizer"))
-    (folder / "config.json").unlink()
-    (folder / "model.safetensors").unlink()
-    return folder
-
-
-def saved(model: Any, tokenizer: Path, folder: Path) -> Path:
-    """Save a model with a tokenizer that is not its own; nothing here reads text."""
-    model.save_pretrained(folder)
-    for file in tokenizer.iterdir():
-        if not (folder / file.name).exists():
-            (folder / file.name).write_bytes(file.read_bytes())
-    return folder
 
 
 def plan(folder: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:

@@ -21,10 +21,8 @@ def rows(name: str, base: Record, new: Record) -> Iterator[Row]:
     ids = (base.id, new.id)
     rose = now > allowed
     says = "rose" if rose else "within the margin" if now != before else ""
-    word, reason = (
-        Word.FAIL if rose else Word.PASS,
-        f"{says} (margin {100 * LOSS_SHARE:g} % and {LOSS:g})" if says else "",
-    )
+    reason = f"{says} (margin {100 * LOSS_SHARE:g} % and {LOSS:g})" if says else ""
+    word = Word.FAIL if rose else Word.PASS
     yield Row(Kind.LOSS, word, name, (base.cell_id,), "training loss", reason, before, now, "nats", records=ids)
 
 
