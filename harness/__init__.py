@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from harness.errors import Unsupported
-    from harness.export.frames import load
-    from harness.registry import Implementation, implements
+    from harness.methods.registry import Implementation, implements
+    from harness.report.export.frames import load
 
     __version__: str
 
@@ -25,11 +25,11 @@ def __getattr__(name: str) -> Any:
 
         return Unsupported
     if name == "load":
-        from harness.export.frames import load
+        from harness.report.export.frames import load
 
         return load
     if name in __all__:
-        import harness.registry
+        import harness.methods.registry
 
-        return getattr(harness.registry, name)
+        return getattr(harness.methods.registry, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Set up the gate, where it is asked for: not in a worker of xdist, and not where nothing is to run."""
     if config.getoption("harness_gate") and not hasattr(config, "workerinput") and not config.option.collectonly:
-        from harness.pytest_gate import Gate
+        from harness.regression.pytest_gate import Gate
 
         config.pluginmanager.register(Gate(config, CaseItem), "peft-harness-gate")
 

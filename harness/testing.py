@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from harness.conformance import suite
-from harness.conformance.breadth import FEW, Breadth
+from harness.assets.did_you_mean import near
+from harness.conformance import parity_suite
+from harness.conformance.case_selection import FEW, Breadth
+from harness.conformance.outcomes import Standing, Tried
 from harness.conformance.summary import failure
-from harness.conformance.tried import Standing, Tried
 from harness.errors import UsageError
-from harness.registry import Implementation
-from harness.spelling import near
+from harness.methods.registry import Implementation
 
 if TYPE_CHECKING:
-    from reference.adapted import Adapted
+    from reference.shared.adapted import Adapted
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,22 @@ class Conforming:
 
     def cases(self) -> Iterator[tuple[str, Callable[[], list[Tried]]]]:
         """Yield each case's name, and what tries it: every check of the suite."""
-        plan, dtypes = suite.load_either(self.implementation.target), self.implementation.dtypes
+        plan, dtypes = parity_suite.load_either(self.implementation.target), self.implementation.dtypes
         found: Iterable[tuple[str, str, Any]]
-        if isinstance(plan, suite.OperationSuite):
-            found = ((suite.in_words(values), dtype, values) for values, dtype in plan.calls(self.breadth, dtypes))
+        if isinstance(plan, parity_suite.OperationSuite):
+            found = (
+                (parity_suite.in_words(values), dtype, values) for values, dtype in plan.calls(self.breadth, dtypes)
+            )
         else:
             found = ((str(case), case.dtype, case) for case in plan.cases(self.breadth, dtypes))
         for words, dtype, case in found:
             yield f"{words} {dtype}", partial(self._try, plan, words, dtype, case)
 
-    def _try(self, plan: suite.Plan, words: str, dtype: str, case: Any) -> list[Tried]:
+    def _try(self, plan: parity_suite.Plan, words: str, dtype: str, case: Any) -> list[Tried]:
         from harness.conformance import matrix
 
         it = self.implementation
-        if isinstance(plan, suite.OperationSuite):
+        if isinstance(plan, parity_suite.OperationSuite):
             results = matrix.one_call(it, plan, case, dtype)
         else:
             results = matrix.one_case(it, plan, case)
@@ -88,9 +90,11 @@ def conformance(
     """
     if not isinstance(target, str):
         raise UsageError("@conformance stands without a name", where="@conformance", mend='write @conformance("lora")')
-    if not suite.path_of(target).is_file():
-        raise UsageError(f"nothing here is called {target!r}", where="@conformance", mend=near(target, suite.names()))
-    kind, there = suite.kind_of(target), suite.load_either(target).dtypes
+    if not parity_suite.path_of(target).is_file():
+        raise UsageError(
+            f"nothing here is called {target!r}", where="@conformance", mend=near(target, parity_suite.names())
+        )
+    kind, there = parity_suite.kind_of(target), parity_suite.load_either(target).dtypes
 
     def wrap(function: Callable[..., Any]) -> Conforming:
         name = getattr(function, "__name__", "function").strip("<>")  # a lambda's is in brackets
@@ -121,6 +125,6 @@ def wrap_layers(
     update: takes such a module and returns what is added to the base weight when merging; without it nothing merges.
     Where LoRA's config asks for another start than the usual one (`init`), it is written into A and B afterwards.
     """
-    from harness.wrapped_layers import wrap
+    from harness.methods.wrap import wrap
 
     return wrap(model, config, make_layer, names, update)

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from reference.adapted import Adapted
-from reference.layers import dense_copy, floating_dtype, replace, targets
+from reference.shared.adapted import Adapted
+from reference.shared.layers import dense_copy, floating_dtype, replace, targets
 
 PAPER = "arXiv:2303.10512v2"
 FACTORS = ("A", "B")

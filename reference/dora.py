@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from reference.adapted import Adapted
-from reference.layers import dense_copy, dense_weight, floating_dtype, replace, targets
+from reference.shared.adapted import Adapted
+from reference.shared.layers import dense_copy, dense_weight, floating_dtype, replace, targets
 
 PAPER = "arXiv:2402.09353v6"
 FACTORS = ("A", "B")

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reference import galore_moments
-from reference.adamw8bit import restore_dtypes
-from reference.layers import targets
-from reference.randomised_svd import randomised_svd
+from reference.operations.adamw8bit import restore_dtypes
+from reference.shared import galore_moments
+from reference.shared.layers import targets
+from reference.shared.randomised_svd import randomised_svd
 
 PAPER = "arXiv:2403.03507v2"
 TRAINS_WEIGHTS = True
@@ -76,7 +76,7 @@ DEVIATIONS = (
     (
         "8-bit moments",
         "section 4.3 combines it with 8-bit Adam, and says no more",
-        "`bits: 8`: codes between two steps as in reference/adamw8bit, of what trains without a subspace too; the step "
+        "`bits: 8`: codes between two steps as in reference/operations/adamw8bit, of what trains without a subspace too; the step "
         "itself is that of 32 bits, eps and decay as above, and the projectors keep the gradient's dtype",
         "the authors' GaLoreAdamW8bit takes bitsandbytes' step, whose eps is algorithm 2's: sqrt(V / (1 - beta2^t)) + eps",
     ),

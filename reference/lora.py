@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reference.adapted import Adapted, AdaptedLayer
-from reference.layers import KINDS, dense_copy, floating_dtype, kind_of, replace, targets
-from reference.lora_layers import LoraConv2d, LoraConv2dKernel, LoraEmbedding
-from reference.lora_start import start
+from reference.shared.adapted import Adapted, AdaptedLayer
+from reference.shared.layers import KINDS, dense_copy, floating_dtype, kind_of, replace, targets
+from reference.shared.lora_layers import LoraConv2d, LoraConv2dKernel, LoraEmbedding
+from reference.shared.lora_start import start
 
 PAPER = "arXiv:2106.09685v2"
 FACTORS = ("A", "B")

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from reference.adapted import Adapted, AdaptedLayer
-from reference.layers import dense_copy, dense_weight, floating_dtype, kind_of, replace, targets
-from reference.lora_layers import LoraEmbedding
-from reference.randomised_svd import randomised_svd
+from reference.shared.adapted import Adapted, AdaptedLayer
+from reference.shared.layers import dense_copy, dense_weight, floating_dtype, kind_of, replace, targets
+from reference.shared.lora_layers import LoraEmbedding
+from reference.shared.randomised_svd import randomised_svd
 
 PAPER = "arXiv:2404.02948v4"
 FACTORS = ("A", "B")

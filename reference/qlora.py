@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from reference import double_quant, nf4
-from reference.adapted import Adapted
-from reference.layers import dense_copy, dense_weight, floating_dtype, replace, targets
+from reference.operations import double_quant, nf4
+from reference.shared.adapted import Adapted
+from reference.shared.layers import dense_copy, dense_weight, floating_dtype, replace, targets
 
 PAPER = "arXiv:2305.14314v1"
 FACTORS = ("A", "B")

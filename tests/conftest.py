@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from harness import store
+from harness.records import store
 
 # Several workers side by side, each with a thread per core, would wait for each other in loops. Before torch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -190,9 +190,9 @@ def eventually(happens: Callable[[], bool], what: str) -> None:
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tokenizer of the tiny Llama, and nothing else."""
-    from harness.assets import made
+    from harness.assets import generated
 
-    made.tiny_llama(folder := tmp_path_factory.mktemp("tokenizer"))
+    generated.tiny_llama(folder := tmp_path_factory.mktemp("tokenizer"))
     (folder / "config.json").unlink()
     (folder / "model.safetensors").unlink()
     return folder

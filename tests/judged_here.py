@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from harness.claims import claim_file
-from harness.claims.judging import Judged, judge, plain
+from harness.claims.judge import Judged, judge, plain
 from harness.claims.worker import find
 
 

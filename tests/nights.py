@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import recorded_run as recorded
 
-from harness.analysis import watched
+from harness.analysis import tracked_metrics
 from harness.cli import main
-from harness.history import files
-from harness.history.files import Line, Night
-from harness.records import Cell
+from harness.records.record import Cell
+from harness.regression.history import night_files
+from harness.regression.history.night_files import Line, Night
 
 PLACE = {"device": "cpu", "CPU": "Example 4-core", "torch": "2.13.0", "threads": "2"}
 SHAS = ("a" * 40, "b" * 40)
@@ -46,10 +46,10 @@ def write(
 ) -> Path:
     """Write a history. values: takes cell_id, index of the night and pass; a word in place of numbers is a status."""
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_cells(folder, {i: cell.model_dump(mode="json") for i, cell in cells.items()})
+    night_files.write_cells(folder, {i: cell.model_dump(mode="json") for i, cell in cells.items()})
     for index in range(nights):
         where = place(index)
-        on = watched.place_id(where)
+        on = tracked_metrics.place_id(where)
         runs = {f"run-{index}-{p}": head(index, p, revision(index)) for p in range(passes)}
         rows: list[Line] = []
         for p, run in enumerate(runs):
@@ -57,7 +57,7 @@ def write(
                 got = values(cell_id, index, p)
                 what = {"status": got} if isinstance(got, str) else {"values": dict(got)}
                 rows.append({"cell": cell_id, "run": run, "attempt": 1, "on": on} | what)
-        files.write_night(folder, Night(night(index), runs, {on: where}, rows))
+        night_files.write_night(folder, Night(night(index), runs, {on: where}, rows))
     return folder
 
 

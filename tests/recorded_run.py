@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import store
-from harness.analysis.intervals import wilson
-from harness.manifest import Comparison, Footer, Manifest
-from harness.records import (
+from harness.analysis.statistics.intervals import wilson
+from harness.conformance.tolerance_table import EPSILON
+from harness.records import store
+from harness.records.manifest import Comparison, Footer, Manifest
+from harness.records.record import (
     Accuracy,
     AssetUse,
     Base,
@@ -32,7 +33,6 @@ from harness.records import (
     Training,
     TrainingMeasured,
 )
-from harness.tolerances import EPSILON
 
 STARTED = "2026-01-05T09:00:00Z"
 MIB = 1024 * 1024

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html.parser import HTMLParser
 from typing import Any
 
-from harness.records import Record
+from harness.records.record import Record
 
 
 class Page(HTMLParser):

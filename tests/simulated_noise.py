@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.analysis import pair_order
-from harness.analysis.paired import Design, look
+from harness.analysis.statistics import pair_order
+from harness.analysis.statistics.paired import Design, look
 
 Floats = NDArray[np.float64]
 Luck = Callable[[np.random.Generator, tuple[int, int]], Floats]

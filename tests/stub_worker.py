@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from harness.runner import lifeline
+from harness.process import lifeline
 
 
 def main() -> None:

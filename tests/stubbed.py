@@ -10,13 +10,12 @@ from typing import Any
 
 import recorded_run
 
-from harness import store
 from harness.assets import table
-from harness.manifest import Manifest
-from harness.measure import environment
-from harness.records import Cell, Environment, Record
+from harness.cell.job import Asset, TaskWork, Work
+from harness.records import environment, store
+from harness.records.manifest import Manifest
+from harness.records.record import Cell, Environment, Record
 from harness.runner.attempt import Terms
-from harness.runner.work import Asset, TaskWork, Work
 
 SOURCE = table.Source(name="tiny-llama", kind="causal", source="made:tiny-llama")
 

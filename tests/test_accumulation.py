@@ -13,15 +13,15 @@ from torch import Tensor
 from trainee import EXAMPLES, Encoder, batches, nothing, setting
 from transformers import AutoModelForCausalLM
 
-from harness.assets import made
+from harness.assets import generated
+from harness.cell.training import loop, optimizers
+from harness.cell.training import model as models
+from harness.cell.training.batches import Batch, Example, collate
 from harness.conformance.subject import DTYPES, configure
-from harness.conformance.tolerance import exact, noise_floor
+from harness.conformance.tolerance_policies import exact, noise_floor
 from harness.errors import UsageError
-from harness.records import Training
-from harness.registry import discover
-from harness.training import loop, optimizers
-from harness.training import model as models
-from harness.training.batches import Batch, Example, collate
+from harness.methods.registry import discover
+from harness.records.record import Training
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "down_proj"]
 # Longer and longer texts, whose answers differ in length within every pair: a mean of means would weigh them wrongly.
@@ -30,7 +30,7 @@ UNEVEN = [Example(f"t{i}", tuple(range(5, 9 + 2 * i)), 0, answer) for i, answer 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made.tiny_llama(path := tmp_path_factory.mktemp("tiny-llama"))
+    generated.tiny_llama(path := tmp_path_factory.mktemp("tiny-llama"))
     return path
 
 

@@ -13,19 +13,20 @@ import torch
 from conftest import Bench
 from torch import nn
 
-from harness import peft_keys, suites
-from harness.adapter_config import KEY, NO_REFERENCE, PEFT, AdapterConfigField, peft_types
-from harness.analysis import parity
-from harness.conformance import checks, gate
+from harness.analysis import failed_checks
+from harness.cell.unreferenced_method import taken
+from harness.conformance import checks, parity_gate
 from harness.conformance.case import Case
 from harness.conformance.checks.unreferenced import nudged
-from harness.conformance.observe import inference
+from harness.conformance.observations import inference
 from harness.conformance.subject import DTYPES, Original, Subject, configure
 from harness.errors import Exit, ImplementationError, SuiteError, UsageError
-from harness.expand import expand
-from harness.implementations.hf_peft.any_config import any_method
-from harness.records import CheckResult, Outcome, Status
-from harness.runner.unreferenced import taken
+from harness.methods import peft_schema
+from harness.methods.implementations.hf_peft.any_config import any_method
+from harness.methods.peft_config import KEY, NO_REFERENCE, PEFT, AdapterConfigField, peft_types
+from harness.records.record import CheckResult, Outcome, Status
+from harness.suites import loader
+from harness.suites.expand import expand
 
 LAYERS = ["first", "second"]
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -68,7 +69,7 @@ def attached(kind: str, dtype: str = "float32", **keys: Any) -> tuple[Subject, C
 def gated(subject: Subject, case: Case) -> dict[str, CheckResult]:
     assert case.inputs is not None
     assert case.base_output is not None
-    found = gate.gate(subject, 0, case.inputs, case.base_output, forward=logits)
+    found = parity_gate.gate(subject, 0, case.inputs, case.base_output, forward=logits)
     return {"/".join(result.check.split("/")[1::2]): result for result in found}
 
 
@@ -194,7 +195,7 @@ def test_the_keys_are_those_of_peft() -> None:
 
     assert PEFT_TYPE_TO_CONFIG_MAPPING
     for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items():
-        assert peft_keys.keys_of(kind.value) == set(inspect.signature(config.__init__).parameters) - {"self"}, kind
+        assert peft_schema.keys_of(kind.value) == set(inspect.signature(config.__init__).parameters) - {"self"}, kind
 
 
 def test_target_parameters_that_fit_none_are_refused() -> None:
@@ -235,7 +236,7 @@ def suite(folder: Path, value: Any) -> Path:
 
 
 def cell_id(folder: Path, value: Any) -> str:
-    (cell,) = expand(suites.load(suite(folder, value))).cells
+    (cell,) = expand(loader.load(suite(folder, value))).cells
     assert cell.label == "tiny-llama peft ia3 [hf-peft]"
     return cell.cell_id
 
@@ -297,7 +298,7 @@ def test_mistakes_are_found_with_the_suite(tmp_path: Path, value: Any, says: str
     (tmp_path / "surrogate.json").write_text('{"peft_type": "IA3", "x": "\\ud800"}', encoding="utf-8")
     (tmp_path / "deep.json").write_text("[" * 100_000, encoding="utf-8")
     with pytest.raises(SuiteError) as caught:
-        suites.load(suite(tmp_path, value))
+        loader.load(suite(tmp_path, value))
     assert says in str(caught.value)
     assert "suite.yaml:10: " in str(caught.value)
 
@@ -327,10 +328,10 @@ def test_what_a_mend_says_to_write_is_right(
     others = {} if "peft_type" in wrong else LORA  # whose keys another type does not have
     (tmp_path / "wrong.json").write_text(json.dumps({**others, **wrong}), encoding="utf-8")
     with pytest.raises(SuiteError) as caught:
-        suites.load(suite(tmp_path, "./wrong.json"))
+        loader.load(suite(tmp_path, "./wrong.json"))
     (problem,) = caught.value.problems
     assert mend in problem.mend
-    assert suites.load(suite(tmp_path, {**others, **right})).entries
+    assert loader.load(suite(tmp_path, {**others, **right})).entries
 
 
 def test_all_mistakes_of_a_config_come_at_once_each_in_its_line(tmp_path: Path) -> None:
@@ -350,7 +351,7 @@ def test_all_mistakes_of_a_config_come_at_once_each_in_its_line(tmp_path: Path) 
     text = path.read_text(encoding="utf-8").replace('{adapter_config: "HERE"}', configs)
     path.write_text(text.replace("max_tokens: 24", "max_tokens: 24, checkpointing: true"), encoding="utf-8")
     with pytest.raises(SuiteError) as caught:
-        suites.load(path)
+        loader.load(path)
     said = [
         (int(p.where.rpartition(":")[2]), p.what.removeprefix("`adapter_config` of peft"))
         for p in caught.value.problems
@@ -370,7 +371,7 @@ def test_a_model_that_is_named_directly_has_a_kind_too(tmp_path: Path) -> None:
     text = path.read_text(encoding="utf-8").replace("tiny-llama", f'"org/model@{"0" * 40}"')
     path.write_text(text, encoding="utf-8")
     with pytest.raises(SuiteError, match="has task_type SEQ_CLS, and the model is of the kind `causal`"):
-        suites.load(path)
+        loader.load(path)
 
 
 @pytest.mark.parametrize(
@@ -395,7 +396,7 @@ def test_impossible_combinations(tmp_path: Path, more: str, says: str) -> None:
             text = text.replace(f"{line}\n", "")
     path.write_text(text + f"    {more}\n", encoding="utf-8")
     with pytest.raises(SuiteError) as caught:
-        suites.load(path)
+        loader.load(path)
     assert says in str(caught.value)
 
 
@@ -413,7 +414,7 @@ def test_it_lives_through_a_run_and_no_time_of_it_is_told(bench: Bench, tmp_path
     assert record.measurements is not None
     assert record.measurements.training is not None
     assert record.measurements.training.step_seconds
-    assert parity.no_speed(record) == f"no speed without parity: {NO_REFERENCE}"
+    assert failed_checks.no_speed(record) == f"no speed without parity: {NO_REFERENCE}"
     assert "ok, no reference" in finished.out
     assert "1 of them without a reference to compare with" in finished.out
     passed = {check.check.split("/")[1] for check in record.checks if check.outcome is Outcome.PASS}

@@ -15,9 +15,9 @@ import pytest
 
 pytest.importorskip("triton", reason="there is no Triton for this system")
 
-from harness.kernels.gpu import ahead
-from harness.kernels.gpu.machine_code import MachineCode
-from harness.kernels.gpu.specimen import Specimen
+from harness.kernels.triton import ahead
+from harness.kernels.triton.machine_code import MachineCode
+from harness.kernels.triton.specimen import Specimen
 
 ROOT = Path(__file__).parent.parent
 OLDER = ROOT / ".triton36"
@@ -33,7 +33,7 @@ def command(*arguments: str, older: bool = False) -> subprocess.CompletedProcess
     if older:
         environment["PYTHONPATH"] = os.pathsep.join([str(OLDER), str(ROOT)])
     return subprocess.run(
-        [sys.executable, "-m", "harness.kernels.gpu.ahead", *arguments],
+        [sys.executable, "-m", "harness.kernels.triton.ahead", *arguments],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import recorded_run as recorded
 
-from harness.analysis import intervals, naming, ranking, trajectories, verdict
-from harness.analysis.words import Word, joint
+from harness.analysis import ranking, trajectories, verdict
+from harness.analysis.statistics import intervals
+from harness.analysis.verdict_kind import Word, joint
 from harness.errors import Exit
-from harness.manifest import Comparison
-from harness.records import CheckResult, Failure, Outcome, Record, Status
-from harness.store import Run
+from harness.records import naming
+from harness.records.manifest import Comparison
+from harness.records.record import CheckResult, Failure, Outcome, Record, Status
+from harness.records.store import Run
 
 # ---- intervals
 

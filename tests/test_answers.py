@@ -13,22 +13,22 @@ import torch
 from conftest import Bench
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness import suites
 from harness.assets.rows import Answered, Text
 from harness.assets.rows import read as read_rows
 from harness.assets.table import parse_source
+from harness.cell.evaluation.generation import generate
+from harness.cell.evaluation.likelihood import CausalScorer
+from harness.cell.evaluation.lm_eval_task import LmEvalTask
+from harness.cell.training.batches import Example, collate, order
+from harness.cell.training.loop import loss_of
+from harness.cell.training.texts import Prompts, answered_examples
 from harness.conformance.subject import configure
 from harness.errors import Exit
-from harness.evaluation.generation import generate
-from harness.evaluation.likelihood import CausalScorer
-from harness.evaluation.lm_eval_task import LmEvalTask
-from harness.expand import expand
-from harness.records import Accuracy, Record, Status, TrainingMeasured
-from harness.registry import discover
-from harness.tasks import Answers
-from harness.training.batches import Example, collate, order
-from harness.training.loop import loss_of
-from harness.training.texts import Prompts, answered_examples
+from harness.methods.registry import discover
+from harness.records.record import Accuracy, Record, Status, TrainingMeasured
+from harness.suites import loader
+from harness.suites.expand import expand
+from harness.suites.tasks import Answers
 from harness.yaml_lines import load as read_yaml
 
 ROWS = [
@@ -321,7 +321,7 @@ def rehearsed(folder: Path) -> Path:
         ("llama-8b.yaml", folder / "suite.yaml", SMALLER),
         ("tasks/metamath-gsm8k.yaml", folder / "task.yaml", OF_TASK),
     ):
-        text = (suites.folder("suites") / name).read_text(encoding="utf-8")
+        text = (loader.folder("suites") / name).read_text(encoding="utf-8")
         for old, new in changes.items():
             assert old in text
             text = text.replace(old, new)
@@ -331,8 +331,8 @@ def rehearsed(folder: Path) -> Path:
 
 def test_llama_8b_rehearsed(bench: Bench) -> None:
     path = rehearsed(bench.folder)
-    plan = expand(suites.load(path))
-    original = expand(suites.load("llama-8b"))
+    plan = expand(loader.load(path))
+    original = expand(loader.load("llama-8b"))
     assert list(plan.ids.values()) == list(original.ids.values())
     wanted = {("full", "reference"), ("lora-r32", "hf-peft")}
     chosen = [c.cell_id for c in plan.cells if (plan.ids[c.cell_id], c.implementation) in wanted]

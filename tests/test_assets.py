@@ -17,8 +17,9 @@ from pathlib import Path
 import assets_carriers as made_up
 import pytest
 
-from harness.assets import cache, carrier, fetch, process, rows, table, unpack
+from harness.assets import cache, carrier, fetch, rows, table, unpack
 from harness.errors import AssetError
+from harness.process import child as process
 
 REPOSITORY = Path(__file__).parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

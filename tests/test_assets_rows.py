@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.assets import made, rows, table
+from harness.assets import generated, rows, table
 from harness.errors import AssetError, UsageError
 
 
@@ -167,13 +167,13 @@ def test_toy_data_are_seeded_balanced_and_need_a_majority(tmp_path: Path) -> Non
     written = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        made.toy_sentiment(tmp_path / name)
+        generated.toy_sentiment(tmp_path / name)
         written.append((tmp_path / name / "rows.jsonl").read_bytes())
     assert written[0] == written[1]
     found = rows.read(source, tmp_path / "a" / "rows.jsonl")
     assert len({row.text for row in found}) == len(found) == 600
     assert sum(row.label for row in found) == 300
-    good = [sum(word in made.OPINIONS[1] for word in row.text.split()) for row in found]
-    bad = [sum(word in made.OPINIONS[0] for word in row.text.split()) for row in found]
+    good = [sum(word in generated.OPINIONS[1] for word in row.text.split()) for row in found]
+    bad = [sum(word in generated.OPINIONS[0] for word in row.text.split()) for row in found]
     assert all((g > b) == bool(row.label) for g, b, row in zip(good, bad, found, strict=True))
     assert sum(min(g, b) for g, b in zip(good, bad, strict=True)) > 200, "many sentences hold both kinds"

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from harness import suites
 from harness.cli import main
 from harness.errors import Exit, SuiteError
+from harness.suites import loader
 
 SUITE = """\
 suite: small
@@ -369,7 +369,7 @@ def mistakes(path: Path, text: str) -> list[tuple[int, str]]:
     """Return the line of each mistake of a suite, and what it is."""
     path.write_text(text, encoding="utf-8")
     with pytest.raises(SuiteError) as caught:
-        suites.load(path)
+        loader.load(path)
     assert all(problem.mend for problem in caught.value.problems)
     return [(int(problem.where.rpartition(":")[2]), problem.what) for problem in caught.value.problems]
 
@@ -624,7 +624,7 @@ def test_a_misspelt_key_is_read_as_the_one_that_is_meant(tmp_path: Path) -> None
 def test_the_sound_suite_is_sound(tmp_path: Path) -> None:
     path = tmp_path / "suite.yaml"
     path.write_text(SUITE, encoding="utf-8")
-    assert len(suites.load(path).entries) == 2
+    assert len(loader.load(path).entries) == 2
 
 
 @pytest.mark.parametrize(
@@ -663,7 +663,7 @@ def test_every_mistake_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
         text = text.replace(old, new, 1)
     path.write_text(text, encoding="utf-8")
     with pytest.raises(SuiteError) as caught:
-        suites.load(path)
+        loader.load(path)
     assert [int(p.where.rpartition(":")[2]) for p in caught.value.problems] == [2, 4, 6, 7, 10, 12, 18]
 
 
@@ -675,7 +675,7 @@ def test_mistakes_of_how_it_is_trained_come_all_at_once(tmp_path: Path) -> None:
     )
     path.write_text(text.replace("{rank: 4, alpha: 8,", "{rank: 4,", 1), encoding="utf-8")
     with pytest.raises(SuiteError) as caught:
-        suites.load(path)
+        loader.load(path)
     assert [(int(p.where.rpartition(":")[2]), p.what.partition(",")[0]) for p in caught.value.problems] == [
         (6, "`accumulate` is 4"),
         (6, "`lr_ratio` is 8"),
@@ -694,7 +694,7 @@ def test_all_that_layerwise_updates_cannot_be_with_is_said_at_once(tmp_path: Pat
     )
     path.write_text(text.replace("{rank: 4, alpha: 8,", "{rank: 4,", 1), encoding="utf-8")
     with pytest.raises(SuiteError) as caught:
-        suites.load(path)
+        loader.load(path)
     said = [p for p in caught.value.problems if p.what.startswith("`layerwise` is true, and ")]
     assert {p.where.rpartition(":")[2] for p in said} == {"7"}
     for part in ("`accumulate` is 2", "`compile` is true", "dtype is float16", "lora does not train"):
@@ -711,7 +711,7 @@ def test_what_is_missing_hides_no_other_mistake(tmp_path: Path) -> None:
     text = text.replace("a, as: exact", "exact, as: a")
     path.write_text(text + "  - {better: a, than: exact, says: more}\n", encoding="utf-8")
     with pytest.raises(SuiteError) as caught:
-        suites.load(path)
+        loader.load(path)
     assert [(int(p.where.rpartition(":")[2]), p.what.partition(",")[0]) for p in caught.value.problems] == [
         (6, "`accumulate` is 4"),
         (6, "`lr_ratio` is 8"),
@@ -730,7 +730,7 @@ def test_a_batch_that_was_taken_out_is_not_divided(tmp_path: Path) -> None:
     path = tmp_path / "suite.yaml"
     path.write_text(SUITE.replace("batch: 2,", "batch: 0, accumulate: 5,", 1), encoding="utf-8")
     with pytest.raises(SuiteError) as caught:
-        suites.load(path)
+        loader.load(path)
     assert [p.what for p in caught.value.problems] == ["`batch` is 0"]
 
 
@@ -738,7 +738,7 @@ def test_a_mistake_in_a_block_is_told_once(tmp_path: Path) -> None:
     path = tmp_path / "suite.yaml"
     path.write_text(SUITE.replace("tiny-llama", "tiny-lama"), encoding="utf-8")
     with pytest.raises(SuiteError) as caught:
-        suites.load(path)
+        loader.load(path)
     assert len(caught.value.problems) == 1
 
 
@@ -746,7 +746,7 @@ def test_a_wrong_value_is_not_also_missing(tmp_path: Path) -> None:
     path = tmp_path / "suite.yaml"
     path.write_text(SUITE.replace("steps: 4", "steps: four").replace("items: 8", "items: []"), encoding="utf-8")
     with pytest.raises(SuiteError) as caught:
-        suites.load(path)
+        loader.load(path)
     assert [p.what for p in caught.value.problems] == ["`steps` is 'four'", "`items` is []"]
 
 

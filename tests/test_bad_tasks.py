@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from harness import suites
 from harness.cli import main
 from harness.errors import Exit, SuiteError
+from harness.suites import loader
 
 SUITE = """\
 suite: small
@@ -19,7 +19,7 @@ matrix:
     training: {steps: 4, batch: 2}
     evaluation: {items: 3}
 """
-TASK = (suites.folder("suites") / "tasks" / "toy-sentiment.yaml").read_text(encoding="utf-8")
+TASK = (loader.folder("suites") / "tasks" / "toy-sentiment.yaml").read_text(encoding="utf-8")
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
@@ -105,7 +105,7 @@ def test_a_key_that_is_given_twice_hides_nothing_of_a_task(tmp_path: Path) -> No
     suite = tmp_path / "suite.yaml"
     suite.write_text(SUITE.replace("task: toy-sentiment", "task: task.yaml").replace("method: lora", "method: lorra"))
     with pytest.raises(SuiteError) as caught:
-        suites.load(suite)
+        loader.load(suite)
     assert [p.where.rpartition("/")[2] + " " + p.what for p in caught.value.problems] == [
         "suite.yaml:5 unknown method `lorra`",
         "task.yaml:3 `doc_to_text` uses `txt`, which no row has",
@@ -149,7 +149,7 @@ def answered(folder: Path, task: str = ANSWERED, asked: str = ASKED, taught: str
 
 
 def test_a_sound_generative_task(tmp_path: Path) -> None:
-    (task,) = suites.load(answered(tmp_path)).tasks.values()
+    (task,) = loader.load(answered(tmp_path)).tasks.values()
     assert task.answers is not None
     assert (task.answers.filter, task.answers.loss, task.answers.eos) == ("first", "answer", True)
     assert task.train is not None
@@ -211,7 +211,7 @@ def test_all_mistakes_of_both_sets_and_the_suite_come_at_once(tmp_path: Path) ->
         suite=SUITE.replace("steps: 4", "steps: -4"),
     )
     with pytest.raises(SuiteError) as caught:
-        suites.load(path)
+        loader.load(path)
     assert [(Path(p.where).name, p.what) for p in caught.value.problems] == [
         ("asked.jsonl:1", "cannot read asked: no column 'answer'; there are prompt"),
         ("asked.jsonl:2", "cannot read asked: the prompt is empty"),
@@ -224,9 +224,9 @@ def test_all_mistakes_of_both_sets_and_the_suite_come_at_once(tmp_path: Path) ->
 def test_one_set_may_be_tested_and_train_and_is_then_counted_for_both(tmp_path: Path) -> None:
     both = ANSWERED.replace("train: taught", "train: asked")
     three = ASKED + '{"prompt": "c", "answer": "3"}\n'
-    assert suites.load(answered(tmp_path, both, asked=three)).tasks
+    assert loader.load(answered(tmp_path, both, asked=three)).tasks
     with pytest.raises(SuiteError, match="asked has 2 rows, and the task keeps 2 of them for its test: none is left"):
-        suites.load(answered(tmp_path, both))
+        loader.load(answered(tmp_path, both))
 
 
 def test_an_encoder_writes_no_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -288,14 +288,14 @@ def test_a_local_data_file_that_is_not_there(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_sound_local_data(tmp_path: Path) -> None:
-    assert suites.load(local_data(tmp_path, "text,label\none,0\ntwo,1\nthree,1\nfour,0\n")).entries
+    assert loader.load(local_data(tmp_path, "text,label\none,0\ntwo,1\nthree,1\nfour,0\n")).entries
 
 
 def test_mistakes_in_data_come_with_those_of_the_suite(tmp_path: Path) -> None:
     path = local_data(tmp_path, "text,label\none,0\ntwo,5\nthree,x\nfour,x\n,1\n")
     path.write_text(path.read_text(encoding="utf-8").replace("steps: 4", "steps: -4"), encoding="utf-8")
     with pytest.raises(SuiteError) as caught:
-        suites.load(path)
+        loader.load(path)
     places = [(Path(p.where).name, p.what) for p in caught.value.problems]
     assert [place for place, _ in places] == ["reviews.csv:3", "reviews.csv:4", "reviews.csv:6", "suite.yaml:8"]
 
@@ -303,7 +303,7 @@ def test_mistakes_in_data_come_with_those_of_the_suite(tmp_path: Path) -> None:
 def test_of_many_wrong_rows_the_first_are_shown(tmp_path: Path) -> None:
     path = local_data(tmp_path, "text,label\n" + "".join(f"text {n},{n}\n" for n in range(100)))
     with pytest.raises(SuiteError) as caught:
-        suites.load(path)
+        loader.load(path)
     *shown, rest = caught.value.problems
     assert [p.what.partition(" of")[0] for p in shown] == [f"label {n}" for n in range(2, 7)]
     assert rest.what == "93 more mistakes from here on"

@@ -10,8 +10,15 @@ import pytest
 import torch
 
 from harness.assets.rows import Row
+from harness.cell.training.batches import (
+    Example,
+    answer_examples,
+    classification_examples,
+    collate,
+    order,
+    order_indices,
+)
 from harness.errors import UsageError
-from harness.training.batches import Example, answer_examples, classification_examples, collate, order, order_indices
 
 GOLDEN_ORDER = [[20, 46, 9, 11], [27, 40, 3, 42], [29, 5, 7, 33]]
 EXAMPLES = [Example(f"e{i}", tuple(range(1, 2 + i * 7 % 13)), i % 2) for i in range(50)]

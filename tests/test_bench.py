@@ -15,20 +15,32 @@ from typing import Any
 import pytest
 import torch
 
-from harness.bench import calls, command, planning, products, pytest_benchmark, results, table, timing, training
+from harness.bench import (
+    matrix_flops,
+    planning,
+    pytest_benchmark,
+    results,
+    step_benchmark,
+    table,
+    timing,
+)
+from harness.bench import (
+    operation_benchmark as calls,
+)
+from harness.bench.adapted_llama import Trainee
 from harness.bench.operations import OPERATIONS
 from harness.bench.planning import Asked, Task
 from harness.bench.results import Ceilings, Row, Samples
 from harness.bench.sizes import MOST_PRODUCTS, MOST_WEIGHTS, SHAPES, Size, sizes
 from harness.bench.steps import STEPS, Backbone
-from harness.bench.trainee import Trainee
+from harness.cli import bench as command
 from harness.cli import main
-from harness.conformance import operations, suite
-from harness.conformance.tried import Tried
+from harness.conformance import operations, parity_suite
+from harness.conformance.outcomes import Tried
 from harness.errors import Exit, StoreError, UsageError
-from harness.measure.environment import describe
-from harness.records import CheckResult, Outcome
-from harness.registry import Implementation, Registry, discover, implements
+from harness.methods.registry import Implementation, Registry, discover, implements
+from harness.records.environment import describe
+from harness.records.record import CheckResult, Outcome
 from reference.galore import attach
 
 CPU = torch.device("cpu")
@@ -155,7 +167,7 @@ def test_a_step_whose_update_is_a_little_off_gets_no_speed(registry: Registry) -
         return adapted
 
     both = (registry.find("method", "lora", "reference"), offered("acme", "lora", wrong, "method"))
-    one = training.row("lora", STEPS["lora"], both, ("", ""), LITTLE, "float32", CPU, 5, registry, {})
+    one = step_benchmark.row("lora", STEPS["lora"], both, ("", ""), LITTLE, "float32", CPU, 5, registry, {})
     assert (one.outcome, one.samples, one.red) == ("refused", None, True)
     assert "no parity: acme fails lora/" in one.because
 
@@ -167,7 +179,7 @@ def test_a_step_whose_update_is_a_little_off_gets_no_speed(registry: Registry) -
 def test_a_step_is_timed_beside_the_frozen_pass(registry: Registry, name: str) -> None:
     step = STEPS[name]
     both = (registry.find("method", step.method, "reference"), registry.find("method", step.method, "hf-peft"))
-    one = training.row(name, step, both, ("", ""), LITTLE, "float32", CPU, 5, registry, {})
+    one = step_benchmark.row(name, step, both, ("", ""), LITTLE, "float32", CPU, 5, registry, {})
     assert one.outcome == "measured", one.because
     assert one.samples is not None
     assert len(one.samples.limit) == 5
@@ -186,21 +198,21 @@ def test_a_step_is_timed_beside_the_frozen_pass(registry: Registry, name: str) -
 def test_products_are_counted_in_every_form() -> None:
     left, right, into = torch.randn(8, 4), torch.randn(4, 6), torch.zeros(8, 6)
     calls = (lambda: left @ right, lambda: torch.addmm(into, left, right), lambda: into.addmm_(left, right))
-    assert [products.flops(call) for call in calls] == [2 * 8 * 4 * 6] * 3
+    assert [matrix_flops.flops(call) for call in calls] == [2 * 8 * 4 * 6] * 3
 
 
 def test_a_refresh_counts_once_in_two_hundred_steps() -> None:
     ordinary, refresh = 0.01, 2.0
     times = [ordinary] * 4 + [refresh] + [ordinary] * 6
-    assert training._per_step(times) == pytest.approx((199 * ordinary + refresh) / 200)
+    assert step_benchmark._per_step(times) == pytest.approx((199 * ordinary + refresh) / 200)
 
 
 def test_a_galore_step_is_made_of_whole_cycles(registry: Registry) -> None:
     both = (registry.find("method", "galore", "reference"),) * 2
-    one = training.row("galore", STEPS["galore"], both, ("", ""), LITTLE, "float32", CPU, 5, registry, {})
+    one = step_benchmark.row("galore", STEPS["galore"], both, ("", ""), LITTLE, "float32", CPU, 5, registry, {})
     assert one.outcome == "measured", one.because
     assert one.samples is not None
-    assert [len(cycle) for cycle in one.samples.parts["ours"]] == [training.CYCLE] * 5
+    assert [len(cycle) for cycle in one.samples.parts["ours"]] == [step_benchmark.CYCLE] * 5
     assert len(one.samples.limit) == 5
     assert "x its two products" in table.as_text([one])
     assert one.judged
@@ -208,7 +220,7 @@ def test_a_galore_step_is_made_of_whole_cycles(registry: Registry) -> None:
 
 def test_memory_of_a_step_is_that_above_the_bare_process(registry: Registry) -> None:
     it = registry.find("method", "lora", "reference")
-    taken = training.memory(STEPS["lora"], it, "", LITTLE, "float32", CPU, registry)
+    taken = step_benchmark.memory(STEPS["lora"], it, "", LITTLE, "float32", CPU, registry)
     assert taken["peak_B"] >= taken["rest_B"] > 0
     two = row(memory={"fused": {"peak_B": 300, "rest_B": 200, "bare_B": 100}, "acme": {"peak_B": 500, "bare_B": 100}})
     assert two.memory_ratio == 2
@@ -224,7 +236,9 @@ def test_a_galore_step_is_judged_on_the_device_that_is_timed(registry: Registry)
     both = (offered("acme", "galore", spying, "method"),) * 2
     # What computes nothing can pass nothing; where it was tried shows all the same.
     meta = torch.device("meta")
-    one = training.row("galore-exact", STEPS["galore-exact"], both, ("", ""), LITTLE, "float32", meta, 5, registry, {})
+    one = step_benchmark.row(
+        "galore-exact", STEPS["galore-exact"], both, ("", ""), LITTLE, "float32", meta, 5, registry, {}
+    )
     assert one.outcome == "refused"
     assert len(devices) > len(both)  # beside the layers that are timed, those of the parity suite
     assert all(seen == {"meta"} for seen in devices)
@@ -240,11 +254,11 @@ def test_a_galore_step_has_its_weight_once_while_its_memory_is_taken(
         square = (LITTLE.features, LITTLE.features)
         seen.append(len({t.data_ptr() for t in tensors if t.shape == square}))
 
-    monkeypatch.setattr(training._Galore, "step", step)
-    training.memory(
+    monkeypatch.setattr(step_benchmark._Galore, "step", step)
+    step_benchmark.memory(
         STEPS["galore"], registry.find("method", "galore", "reference"), "", LITTLE, "float32", CPU, registry
     )
-    assert seen == [1] * training.MEASURED_STEPS
+    assert seen == [1] * step_benchmark.MEASURED_STEPS
 
 
 def test_while_training_nothing_is_kept_that_only_the_parity_needed(registry: Registry) -> None:
@@ -749,7 +763,7 @@ def test_the_interpreter_is_no_machine_to_time(
 
 def test_what_reads_and_plans_imports_no_torch() -> None:
     code = (
-        "import sys, harness.bench.command, harness.bench.table\n"
+        "import sys, harness.cli.bench, harness.bench.table\n"
         "from harness.cli import main\n"
         "main(['bench', '--help'])\n"
         "assert 'torch' not in sys.modules, 'torch'"
@@ -761,5 +775,5 @@ def test_what_reads_and_plans_imports_no_torch() -> None:
 
 def test_dtypes_and_names_of_the_table_are_those_of_the_suites() -> None:
     for name in OPERATIONS:
-        assert suite.load_operation(name).dtypes
+        assert parity_suite.load_operation(name).dtypes
     assert results.MOSTLY_CALL < 1

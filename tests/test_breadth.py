@@ -13,26 +13,27 @@ import torch
 from torch import nn
 
 from harness.cli import main
-from harness.conformance import matrix, suite
-from harness.conformance.breadth import FEW, Breadth
+from harness.conformance import matrix, parity_suite
+from harness.conformance.case_selection import FEW, Breadth
 from harness.errors import Exit
-from harness.methods import methods
-from harness.records import Outcome
-from harness.registry import DTYPES, Implementation
-from reference import lora, multi_lora
+from harness.methods.registry import DTYPES, Implementation
+from harness.methods.spec import methods
+from harness.records.record import Outcome
+from reference import lora
+from reference.operations import multi_lora
 
 DRAWN = Breadth(drawn=8, seed=11)  # among them rank 101, and more than 130 tokens
 
 
 def beyond(target: str, breadth: Breadth) -> list[Any]:
     """Return the cases that are drawn."""
-    plan = suite.load_either(target)
-    if isinstance(plan, suite.OperationSuite):
+    plan = parity_suite.load_either(target)
+    if isinstance(plan, parity_suite.OperationSuite):
         return list(plan.calls(breadth))[len(list(plan.calls(FEW))) :]
     return list(plan.cases(breadth))[len(list(plan.cases(FEW))) :]
 
 
-@pytest.mark.parametrize("target", suite.names())
+@pytest.mark.parametrize("target", parity_suite.names())
 def test_a_seed_always_draws_the_same_cases_and_another_seed_others(target: str) -> None:
     first = beyond(target, DRAWN)
     assert len(first) == DRAWN.drawn
@@ -71,7 +72,7 @@ def test_check_draws_what_it_is_asked_to_and_names_the_sizes(capsys: pytest.Capt
     asked = ["check", "reference", "--op", "multi_lora_linear", "--dtype", "float32", "--drawn", "8", "--seed", "3"]
     assert main([*asked, "--json"]) == Exit.PASS
     cases = {row["case"] for row in json.loads(capsys.readouterr().out)["checks"]}
-    named = [suite.in_words(values) for values, dtype in beyond("multi_lora_linear", Breadth(drawn=8, seed=3))]
+    named = [parity_suite.in_words(values) for values, dtype in beyond("multi_lora_linear", Breadth(drawn=8, seed=3))]
     assert cases & set(named)
 
 
@@ -82,8 +83,8 @@ def test_nothing_can_be_drawn_of_the_planted_faults(capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 def test_who_offers_one_dtype_only_meets_every_config_and_shape_in_it(dtype: str) -> None:
-    for name in (name for name in suite.names() if suite.kind_of(name) != "operation"):
-        plan = suite.load(name)
+    for name in (name for name in parity_suite.names() if parity_suite.kind_of(name) != "operation"):
+        plan = parity_suite.load(name)
         met = list(plan.cases(FEW, [dtype]))
         if dtype in plan.dtypes:
             assert {case.dtype for case in met} == {dtype}
@@ -99,8 +100,8 @@ def test_a_seed_without_cases_to_draw_is_wrong_use(capsys: pytest.CaptureFixture
 
 
 PLAIN = {"rank", "target_rank", "alpha", "eps"}
-RANKED = [name for name in methods() if "rank" in methods()[name].fields and name in suite.names()]
-DROPPING = [name for name in methods() if "dropout" in methods()[name].fields and name in suite.names()]
+RANKED = [name for name in methods() if "rank" in methods()[name].fields and name in parity_suite.names()]
+DROPPING = [name for name in methods() if "dropout" in methods()[name].fields and name in parity_suite.names()]
 
 
 def changed(target: str, change: Callable[[Any, Any], None]) -> Implementation:
@@ -115,9 +116,9 @@ def changed(target: str, change: Callable[[Any, Any], None]) -> Implementation:
     return Implementation("mine", "method", target, attach, dtypes=DTYPES)
 
 
-def failing(implementation: Implementation, cases: Iterable[suite.MethodCase]) -> set[str]:
+def failing(implementation: Implementation, cases: Iterable[parity_suite.MethodCase]) -> set[str]:
     """Return the checks that fail in one of these cases."""
-    plan = suite.load(implementation.target)
+    plan = parity_suite.load(implementation.target)
     results = itertools.chain.from_iterable(matrix.one_case(implementation, plan, case) for case in cases)
     return {result.check.split("/")[1] for result in results if result.outcome is Outcome.FAIL}
 
@@ -135,12 +136,14 @@ def drops_when_evaluating(layer: Any, config: Any) -> None:
 
 @pytest.mark.parametrize("target", RANKED)
 def test_who_is_wrong_at_large_ranks_fails_without_offering_anything_optional(target: str) -> None:
-    plain = [case for case in suite.load(target).cases(FEW, ["float32"]) if set(case.config) <= PLAIN]
+    plain = [case for case in parity_suite.load(target).cases(FEW, ["float32"]) if set(case.config) <= PLAIN]
     assert "forward" in failing(changed(target, is_wrong_above_rank_16), plain)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("target", DROPPING)
 def test_dropout_is_tried_in_every_dtype(target: str, dtype: str) -> None:
-    cases = [case for case in suite.load(target).cases(FEW) if case.dtype == dtype and case.config.get("dropout")]
+    cases = [
+        case for case in parity_suite.load(target).cases(FEW) if case.dtype == dtype and case.config.get("dropout")
+    ]
     assert "dropout" in failing(changed(target, drops_when_evaluating), cases[:1])

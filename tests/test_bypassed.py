@@ -11,15 +11,15 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM
 
 from harness.assets.table import Source
+from harness.cell import worker
+from harness.cell.job import Asset, TaskWork, Work
+from harness.cell.lifecycle import Life
+from harness.cell.measure.memory import PeakMeter
+from harness.cell.measure.phases import PhaseClock
 from harness.cli import main
-from harness.footprint import apart, dry_step
-from harness.measure.memory import PeakMeter
-from harness.measure.phases import PhaseClock
-from harness.records import AssetUse, Cell, Evaluation, Record, Status, Training
-from harness.runner import worker
-from harness.runner.life import Life
-from harness.runner.work import Asset, TaskWork, Work
-from harness.tasks import SYNTHETIC
+from harness.memory_model import dry_step, isolated_step
+from harness.records.record import AssetUse, Cell, Evaluation, Record, Status, Training
+from harness.suites.tasks import SYNTHETIC
 
 MAMBA = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
 
@@ -67,7 +67,7 @@ def test_a_layer_that_its_model_calls(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_step_without_data_tells_it_in_the_same_words() -> None:
     cell, config = asked(["in_proj", "dt_proj"]), MAMBA | {"model_type": "mamba"}
-    assert apart.peak(cell, config, "causal", dry_step.longest(cell, "causal", 8)) == {
+    assert isolated_step.peak(cell, config, "causal", dry_step.longest(cell, "causal", 8)) == {
         "no_peak": "the model reads the `weight` of backbone.layers.0.mixer.dt_proj itself and does not call it: no adapter "
         "on it counts; name others as `targets`, of in_proj those that it calls"
     }

@@ -14,15 +14,15 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from harness import suites
-from harness.assets import fetch, made, rows, table
+from harness.assets import fetch, generated, rows, table
+from harness.cell import data
+from harness.cell.job import Work
+from harness.cell.synthetic_data import RandomData
+from harness.cell.training.batches import Example, order
 from harness.errors import UsageError
-from harness.expand import expand
-from harness.records import Cell, Training
-from harness.runner import data
-from harness.runner.random_data import RandomData
-from harness.runner.work import Work
-from harness.training.batches import Example, order
+from harness.records.record import Cell, Training
+from harness.suites import loader
+from harness.suites.expand import expand
 
 TEXTS = [rows.Row(f"r{i}", "word " * (1 + i * 7 % 13), i % 2) for i in range(5000)]
 
@@ -47,15 +47,15 @@ def test_only_what_is_looked_at_is_tokenised() -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made.tiny_llama(path := tmp_path_factory.mktemp("tiny-llama"))
+    generated.tiny_llama(path := tmp_path_factory.mktemp("tiny-llama"))
     return AutoTokenizer.from_pretrained(path)
 
 
 def _data(
     cell: Cell, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, read: list[rows.Row], model: Any = None
 ) -> data.CellData:
-    task = suites.load("smoke").tasks[cell.task]
-    source = table.resolve(cell.model, suites.load("smoke").sources, Path())
+    task = loader.load("smoke").tasks[cell.task]
+    source = table.resolve(cell.model, loader.load("smoke").sources, Path())
     monkeypatch.setattr(rows, "read", lambda *_: read)
     use = {"name": "unused", "source": "unused"}
     work = Work.model_validate(
@@ -75,7 +75,7 @@ def test_no_more_tokens_than_the_loaded_model_has_positions(monkeypatch: pytest.
         config=SimpleNamespace(max_position_embeddings=25),
         named_modules=lambda: [("roberta.embeddings.position_embeddings", embeddings)],
     )
-    cell = next(c for c in expand(suites.load("smoke")).cells if c.method == "lora")
+    cell = next(c for c in expand(loader.load("smoke")).cells if c.method == "lora")
     assert cell.training.max_tokens == 24
     with pytest.raises(UsageError, match=r"`training\.max_tokens` is 24, and tiny-llama has 23 positions") as caught:
         _data(cell, None, monkeypatch, TEXTS, model)
@@ -87,7 +87,7 @@ def test_the_order_of_data_has_a_name(tokenizer: Any, monkeypatch: pytest.Monkey
     texts = [
         rows.Row(f"r{i}", " ".join(rng.choices(["good", "bad", "film"], k=5)) + f" {i}", i % 2) for i in range(500)
     ]
-    cell = next(c for c in expand(suites.load("smoke")).cells if c.method == "lora")
+    cell = next(c for c in expand(loader.load("smoke")).cells if c.method == "lora")
     seen = []
     real = data.answer_examples
 
@@ -119,8 +119,8 @@ def test_a_tokenizer_that_makes_no_tokens_is_told_with_its_folder(
         around = [("[CLS]", 1)]
         tokens.post_processor = TemplateProcessing(single="[CLS] $A", pair="[CLS] $A $B", special_tokens=around)
     deaf = PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="[PAD]", eos_token="[EOS]", cls_token="[CLS]")
-    cell = next(c for c in expand(suites.load("smoke")).cells if c.method == "lora")
-    source = table.resolve(cell.model, suites.load("smoke").sources, Path())
+    cell = next(c for c in expand(loader.load("smoke")).cells if c.method == "lora")
+    source = table.resolve(cell.model, loader.load("smoke").sources, Path())
     monkeypatch.setattr(table, "resolve", lambda *_: source.model_copy(update={"kind": kind}))
     model = SimpleNamespace(config=SimpleNamespace(), named_modules=list)
     with pytest.raises(UsageError, match="the texts have no tokens") as caught:

@@ -11,8 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy.special import betaincinv
 
-from harness.analysis import anchor, change_points
-from harness.analysis.change_points import FEWEST, LEVEL_NIGHTS
+from harness.analysis.statistics import anchor, change_points
+from harness.analysis.statistics.change_points import FEWEST, LEVEL_NIGHTS
 
 Array = NDArray[np.float64]
 LEAST = math.log1p(0.02)
@@ -163,7 +163,7 @@ def test_false_alarms_are_rarer_than_one_in_a_thousand_cell_nights() -> None:
 
 def test_nothing_heavy_is_imported_before_something_is_judged() -> None:
     code = (
-        "import sys\nfrom harness.analysis import anchor, change_points\nfrom harness.history import changes, detect, show\n"
+        "import sys\nfrom harness.analysis.statistics import anchor, change_points\nfrom harness.regression.history import changes, detect, show\n"
         "sys.exit(str({'torch', 'numpy', 'scipy', 'ruptures', 'pandas'} & set(sys.modules) or '') or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -10,13 +10,13 @@ import pytest
 import recorded_run as recorded
 from report_page import Page, row
 
-from harness import store
 from harness.analysis import verdict
 from harness.cli import main
 from harness.errors import Exit
-from harness.manifest import Footer
-from harness.records import Status
-from harness.report import html, text, view
+from harness.records import store
+from harness.records.manifest import Footer
+from harness.records.record import Status
+from harness.report import html, terminal, view
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 FUSED = recorded.cells()["fused"]
@@ -108,7 +108,7 @@ def test_a_cell_cannot_be_taken_out_of_the_manifest(run: store.Run) -> None:
     again = store.read_run(run.path)
     assert again.changed == {"run.json": "was changed after the run"}
     assert verdict.judge(again).exit is Exit.FAIL
-    assert "changed: run.json was changed after the run, and does not count" in text.summary(again)
+    assert "changed: run.json was changed after the run, and does not count" in terminal.summary(again)
 
 
 def close(folder: store.RunFolder, run: store.Run) -> store.Run:

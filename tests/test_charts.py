@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from harness.report import charts, labels, scales
-from harness.report.labels import Box
+from harness.report.svg import charts, labels, scales
+from harness.report.svg.labels import Box
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -18,16 +18,19 @@ import pytest
 from conftest import COMMAND, PATIENCE_S, Bench, eventually
 from report_page import Page
 
-from harness import resources, store
+from harness.assets import resources
+from harness.cli import check as command
 from harness.cli import main
-from harness.conformance import command, defects, suite, summary
-from harness.conformance.command import Report
+from harness.cli.check import Report
+from harness.conformance import defects, summary
+from harness.conformance import parity_suite as suite
 from harness.conformance.defects import Defect
-from harness.conformance.tried import Tried
+from harness.conformance.outcomes import Tried
 from harness.errors import Exit
-from harness.records import CheckResult, Outcome
-from harness.registry import Implementation, Registry
-from harness.report import conformance_page, junit
+from harness.methods.registry import Implementation, Registry
+from harness.records import store
+from harness.records.record import CheckResult, Outcome
+from harness.report import check_junit, check_page
 
 EVIL = "x</script><img src=x onerror=alert(1)>\x00\udcff"
 SCRIPT = "print('<b>wrong</b>')\n"
@@ -73,7 +76,7 @@ def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
 
 
 def test_the_page_shows_everything_with_its_numbers(report: Report) -> None:
-    text = Page(conformance_page.render(report)).text
+    text = Page(check_page.render(report)).text
     for part in (
         "✗ fail", "3 failed", "1 passed", "1 by known defects", "lora/gradient/float32/warm", "0.5", "first: y",
         "[1, 2]: 3, should be 4", "acme-wrong", "merges into thin air", ">=1, here 1.4", "print('<b>wrong</b>')",
@@ -84,7 +87,7 @@ def test_the_page_shows_everything_with_its_numbers(report: Report) -> None:
 
 
 def test_the_page_is_inert_and_needs_no_network(report: Report) -> None:
-    page = Page(conformance_page.render(report))
+    page = Page(check_page.render(report))
     assert not [tag for tag, _ in page.tags if tag in ("img", "iframe", "object", "embed", "link", "base", "form", "b")]
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on") or name == "style"]
     (policy,) = [a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
@@ -100,7 +103,7 @@ def test_the_page_is_inert_and_needs_no_network(report: Report) -> None:
 def test_a_link_that_is_no_web_address_is_text(report: Report) -> None:
     evil = report.defects[0].model_copy(update={"link": "javascript:alert(1)"})
     changed = Report(**{**vars(report), "defects": [evil]})
-    page = Page(conformance_page.render(changed))
+    page = Page(check_page.render(changed))
     assert "javascript:alert(1)" in page.text
     assert not [link for link in page.attributes("href") if not link.startswith("#")]
 
@@ -114,14 +117,14 @@ def test_a_link_that_is_no_web_address_is_text(report: Report) -> None:
     ],
 )
 def test_the_page_says_what_came_of_it(report: Report, change: dict, word: str) -> None:
-    assert word in Page(conformance_page.render(Report(**{**vars(report), **change}))).text
+    assert word in Page(check_page.render(Report(**{**vars(report), **change}))).text
 
 
 # ---- JUnit
 
 
 def test_junit_has_a_case_of_everything(report: Report) -> None:
-    root = ET.fromstring(junit.render(report))
+    root = ET.fromstring(check_junit.render(report))
     cases = {case.get("name"): case for case in root.iter("testcase")}
     assert len(cases) == len(report.tried) + 3
     failed = cases["lora/gradient/float32/warm (rank=3 63x128x48)"].find("failure")

@@ -16,14 +16,14 @@ import psutil
 import pytest
 from conftest import eventually, gone
 
-from harness.claims import claim_file, explained, selection, table, worker
-from harness.claims.judging import Judged, Missing, Verdict, judge
+from harness.claims import claim_file, explain, selection, table, worker
+from harness.claims.judge import Judged, Missing, Verdict, judge
+from harness.claims.measure import Found, measures
 from harness.claims.measures.conformance import conforms
-from harness.claims.measuring import Found, measures
-from harness.claims.printed import Rounding, agrees, parse
+from harness.claims.printed_number import Rounding, agrees, parse
 from harness.cli import main
 from harness.errors import Exit, SuiteError
-from harness.registry import Registry, implements
+from harness.methods.registry import Registry, implements
 from reference import lora
 
 SHAPE = {
@@ -546,7 +546,7 @@ def test_an_id_of_another_paper_is_told_with_its_paper(capsys: pytest.CaptureFix
 
 
 def test_the_example_that_explain_shows_is_a_claim_file(tmp_path: Path) -> None:
-    example = explained.FORM.partition("\n\n")[2].rpartition("\n\nAn argument")[0]
+    example = explain.FORM.partition("\n\n")[2].rpartition("\n\nAn argument")[0]
     path = tmp_path / "mine.yaml"
     path.write_text("\n".join(one.removeprefix("  ") for one in example.splitlines()))
     assert [claim.id for claim in claim_file.load([path])] == ["mine-params", "mine-table-r4", "mine-table-r8"]
@@ -580,7 +580,7 @@ def test_a_method_that_fails_its_check_does_not_hold(monkeypatch: pytest.MonkeyP
 
     twice = implements("lora", name="twice")(attach)
     right = implements("lora", name="right")(lora.attach)
-    monkeypatch.setattr("harness.registry.discover", lambda: Registry((twice, right)))
+    monkeypatch.setattr("harness.methods.registry.discover", lambda: Registry((twice, right)))
     assert conforms("lora", "forward", "right").value is True
     found = conforms("lora", "forward", "twice")
     assert found.value is False

@@ -13,7 +13,7 @@ import torch
 
 import reference.adalora
 from harness.claims import claim_file
-from harness.claims.judging import Judged, Verdict, judge, plain
+from harness.claims.judge import Judged, Verdict, judge, plain
 from harness.claims.measures import adalora, baselines
 from harness.claims.worker import find
 from reference.adalora import AdaLoraAdapted, AdaLoraLinear, Config

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from harness.claims import claim_file
-from harness.claims.judging import Verdict, judge, plain
+from harness.claims.judge import Verdict, judge, plain
 from harness.claims.measures import arithmetic, galore
 from harness.claims.worker import find
 

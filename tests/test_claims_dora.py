@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import reference.dora
-from harness.claims import claim_file, computing
-from harness.claims.judging import Judged, Verdict, judge, plain
-from harness.claims.measures import bart, baselines, dora, scores
+from harness.claims import claim_file, compute
+from harness.claims.judge import Judged, Verdict, judge, plain
+from harness.claims.measures import bart_parameters, baselines, dora, reported_figures
 from harness.claims.worker import answer, find
 
 D, KV, F, LAYERS, V = 8, 4, 16, 3, 100
@@ -85,10 +85,10 @@ def test_a_vision_tower_has_as_many_parameters_as_transformers_builds() -> None:
 def test_bart_attends_once_in_the_encoder_and_twice_in_the_decoder() -> None:
     config = {"rank": 2, "targets": ["q_proj", "v_proj"]}
     blocks = BART["encoder_layers"] + 2 * BART["decoder_layers"]
-    assert bart.bart_trainable_parameters(BART, "lora", config).value == blocks * 2 * 2 * (8 + 8)
+    assert bart_parameters.bart_trainable_parameters(BART, "lora", config).value == blocks * 2 * 2 * (8 + 8)
     norms = 2 + 2 * BART["encoder_layers"] + 3 * BART["decoder_layers"]
     biases = blocks * 4 * 8 + (BART["encoder_layers"] + BART["decoder_layers"]) * (16 + 8) + norms * 8
-    assert bart.bart_parameters(BART, only=["bias"]).value == biases
+    assert bart_parameters.bart_parameters(BART, only=["bias"]).value == biases
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_a_magnitude_belongs_to_an_output() -> None:
 
 
 def test_scores_of_one_task_count_once() -> None:
-    found = scores.mean_score([[90.0, 80.0], 60.1], last=Fraction("0.1"))
+    found = reported_figures.mean_score([[90.0, 80.0], 60.1], last=Fraction("0.1"))
     assert found.value == Fraction("72.55")
     assert found.within == (Fraction("72.5"), Fraction("72.6"))
 
@@ -150,7 +150,7 @@ def test_printed_figures_stand_for_all_that_is_rounded_to_them() -> None:
     ids = ["dora-mean-text-lora-r8", "dora-mean-t6-7b-dora", "dora-table7-llama", "dora-margin-r4"]
     claims = [claim for claim in claim_file.load(claim_file.paths(["dora"])) if claim.id in ids]
     # As between the processes: an answer is written down as JSON and read again.
-    found = {c.id: judge(c, [computing._read(json.dumps(answer(plain(c.asking))))]) for c in claims}
+    found = {c.id: judge(c, [compute._read(json.dumps(answer(plain(c.asking))))]) for c in claims}
     mean = found["dora-mean-text-lora-r8"]
     assert (mean.verdict, mean.ours) == (Verdict.INCONCLUSIVE, "40.7625")
     assert mean.why.endswith("are rounded; they allow 40.7125 to 40.8125")

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.claims import claim_file
-from harness.claims.judging import Verdict, judge, plain
+from harness.claims.judge import Verdict, judge, plain
 from harness.claims.measures import galore
 from harness.claims.worker import find
 from harness.conformance.subject import configure

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import reference.lora
+from harness.cell.training import optimizers
 from harness.claims import claim_file
-from harness.claims.judging import plain
-from harness.claims.measuring import measures
+from harness.claims.judge import plain
+from harness.claims.measure import measures
 from harness.claims.worker import answer, find
-from harness.training import optimizers
 
 WIDTH, DEPTH = 8, 3
 SHAPE = {"model_type": "gpt2", "vocab_size": 50, "n_embd": WIDTH, "n_layer": DEPTH, "n_head": 2, "n_positions": 16}

@@ -9,9 +9,10 @@ import torch
 from judged_here import verdicts
 from torch import Tensor
 
-from harness.claims.judging import Verdict
+from harness.claims.judge import Verdict
 from harness.claims.measures import pissa as measures
-from reference import nf4, pissa
+from reference import pissa
+from reference.operations import nf4
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])

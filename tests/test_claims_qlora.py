@@ -11,11 +11,11 @@ import torch
 from judged_here import verdicts
 
 from harness.claims import claim_file
-from harness.claims.judging import Verdict
-from harness.claims.measures import comparing, four_bit, four_bit_bytes
+from harness.claims.judge import Verdict
+from harness.claims.measures import comparisons, four_bit, four_bit_bytes
 from harness.errors import SuiteError
-from reference import double_quant, nf4
-from reference.nf4 import codebook
+from reference.operations import double_quant, nf4
+from reference.operations.nf4 import codebook
 
 SHAPE = {
     "model_type": "llama", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -149,7 +149,9 @@ def test_bins_are_as_full_as_they_are() -> None:
 def test_the_type_of_the_constants_is_no_float_but_a_float_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert four_bit.constants_are("e4m3").value is False
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    monkeypatch.setattr("reference.dynamic_map.dynamic_map", lambda signed: (every[every.isfinite()] / 448).unique())
+    monkeypatch.setattr(
+        "reference.operations.dynamic_map.dynamic_map", lambda signed: (every[every.isfinite()] / 448).unique()
+    )
     assert four_bit.constants_are("e4m3").value is True
     assert four_bit.constants_are("e5m2").value is False
 
@@ -168,13 +170,13 @@ def test_blocks_that_begin_anew_in_each_row_are_seen(monkeypatch: pytest.MonkeyP
 
 
 def test_comparisons_by_hand() -> None:
-    assert comparing.mean([1, 2, 6]).value == 3
-    assert comparing.wins([3, 2, 5], [1, 2, 7]).value == 1
-    assert comparing.wins([3, 2], [1, 2]).how == "2 <= 2; 1 of 2 are larger"
-    assert comparing.increasing([1, 2, 3]).value is True
-    assert comparing.increasing([1, 1]).value is False
+    assert comparisons.mean([1, 2, 6]).value == 3
+    assert comparisons.wins([3, 2, 5], [1, 2, 7]).value == 1
+    assert comparisons.wins([3, 2], [1, 2]).how == "2 <= 2; 1 of 2 are larger"
+    assert comparisons.increasing([1, 2, 3]).value is True
+    assert comparisons.increasing([1, 1]).value is False
     with pytest.raises(ValueError, match="`of` has 1 numbers and `over` 2; write as many in both"):
-        comparing.wins([1], [1, 2])
+        comparisons.wins([1], [1, 2])
 
 
 def test_arguments_that_a_measure_does_not_take_are_named(tmp_path: Path) -> None:

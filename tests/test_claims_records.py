@@ -14,21 +14,21 @@ import pytest
 import recorded_run as made
 from recorded_run import MIB
 
-from harness import expand, suites
-from harness.analysis.process_runs import FEWEST
-from harness.claims import claim_file, recorded, worker
+from harness.analysis.statistics.process_runs import FEWEST
+from harness.claims import claim_file, record_sources, worker
 from harness.claims.claim import Asking, Claim
-from harness.claims.judging import Judged, Missing, Verdict, judge
+from harness.claims.judge import Judged, Missing, Verdict, judge
+from harness.claims.measure import Found, NotRunError
 from harness.claims.measures import records as measures
-from harness.claims.measures import times, trained
-from harness.claims.measuring import Found, NotRunError
-from harness.claims.printed import Dimension, Rounding, parse
+from harness.claims.measures import times, training_results
+from harness.claims.printed_number import Dimension, Rounding, parse
 from harness.cli import main
-from harness.cost_records import GpuPhase
 from harness.errors import Exit
-from harness.expand import Plan
-from harness.memory_records import Predicted
-from harness.records import Cell, Latency, Outcome, Phase, Record, Status
+from harness.records.cost import GpuPhase
+from harness.records.memory import Predicted
+from harness.records.record import Cell, Latency, Outcome, Phase, Record, Status
+from harness.suites import expand, loader
+from harness.suites.expand import Plan
 
 BASELINE = 410 * MIB
 Recorded = Callable[..., Path]
@@ -74,12 +74,12 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
             tmp_path / name, run=name, suite="made", cells=asked, change=lambda *_: None, extra=records, footer=footer,
             started=f"2026-01-0{len(list(tmp_path.iterdir())) + 1}T09:00:00Z",
         )  # fmt: skip
-        monkeypatch.setattr(recorded, "_plan", lambda _: Plan(tuple(asked), ids, ()))
-        recorded.look_in(path for path in tmp_path.iterdir() if path.is_dir())
+        monkeypatch.setattr(record_sources, "_plan", lambda _: Plan(tuple(asked), ids, ()))
+        record_sources.look_in(path for path in tmp_path.iterdir() if path.is_dir())
         return tmp_path / name
 
     yield write
-    recorded.look_in([])
+    record_sources.look_in([])
 
 
 def judged(
@@ -452,7 +452,7 @@ def test_a_claim_of_ones_own_is_judged_by_a_suite_of_ones_own(
     file = own_claim(tmp_path, "../mine.yaml", "small")
     assert main(["claims", "--file", file]) == Exit.NOTHING_COMPARED
     assert f"peft-harness run {tmp_path / 'mine.yaml'}" in " ".join(capsys.readouterr().out.split())
-    (one,) = expand.expand(suites.load(tmp_path / "mine.yaml")).cells
+    (one,) = expand.expand(loader.load(tmp_path / "mine.yaml")).cells
     record = peaking(made.record("fused", one), 200)
     made.write_run(tmp_path / "run", run="own", suite="my-own", cells=[one], change=lambda *_: None, extra=[record])
     assert main(["claims", "--file", file, "--run", str(tmp_path / "run"), "--json"]) == Exit.PASS
@@ -493,7 +493,7 @@ def test_scores_over_seeds_support_a_paper_or_leave_it_open(
     runs: Recorded, of: list[float], than: list[float], higher: Verdict, no_lower: Verdict
 ) -> None:
     runs(a=several(of), b=several(than, "lora-r1"))
-    for measure, verdict in ((trained.scores_higher, higher), (trained.scores_no_lower, no_lower)):
+    for measure, verdict in ((training_results.scores_higher, higher), (training_results.scores_no_lower, no_lower)):
         row = judged(measure("made", "a", "b"), "better", "property", tier="trained")
         assert row.verdict is verdict
         assert verdict is Verdict.REPRODUCED or "refutes no paper" in row.why
@@ -503,16 +503,18 @@ def test_equal_scores_are_no_lower_and_not_higher(runs: Recorded) -> None:
     same = several(HIGH)
     twins = [r.model_copy(update={"cell": (c := cell(r.cell.seed, "hf-peft")), "cell_id": c.cell_id}) for r in same]
     runs(a=same, b=twins)
-    assert trained.scores_no_lower("made", "a", "b") == Found(True, trained.scores_no_lower("made", "a", "b").how)
-    assert trained.scores_higher("made", "a", "b").value is False
-    assert judged(trained.scores_higher("made", "a", "b"), "better", "property").ours == "undecided"
+    assert training_results.scores_no_lower("made", "a", "b") == Found(
+        True, training_results.scores_no_lower("made", "a", "b").how
+    )
+    assert training_results.scores_higher("made", "a", "b").value is False
+    assert judged(training_results.scores_higher("made", "a", "b"), "better", "property").ours == "undecided"
 
 
 def test_differences_of_scores_are_told_in_hundredths_of_a_point(runs: Recorded) -> None:
     """Of floats an equal mean may leave a difference of 1e-17."""
     shares = [0.1, 0.2, 0.3, 0.4, 0.5]
     runs(a=several(shares), b=several(shares[::-1], "lora-r1"))
-    said = trained.scores_higher("made", "a", "b").how
+    said = training_results.scores_higher("made", "a", "b").how
     assert re.search(r"accuracy 30\.0 % against 30\.0 %, \+0\.00 \[-\d+\.\d\d, \+\d+\.\d\d\] points", said)
 
 
@@ -522,16 +524,16 @@ def test_a_loss_that_falls_faster_in_every_seed_is_told(runs: Recorded) -> None:
         return [made.with_losses(r, [1 - by * t - 0.001 * r.cell.seed for t in range(60)]) for r in own]
 
     runs(fast=falling("fused", 0.004), slow=falling("lora-r1", 0.002))
-    found = trained.loss_falls_faster("made", "fast", "slow")
+    found = training_results.loss_falls_faster("made", "fast", "slow")
     assert (found.value, found.most) == (True, None)
     assert "0.8800 against 0.9390" in found.how  # 1 - 29.5 x 0.004 - 0.002, 1 - 29.5 x 0.002 - 0.002
-    assert trained.loss_falls_faster("made", "slow", "fast").value is False
+    assert training_results.loss_falls_faster("made", "slow", "fast").value is False
 
 
 def test_sides_with_other_seeds_are_refused(runs: Recorded) -> None:
     runs(a=several(HIGH), b=several(LOW[:3], "lora-r1"))
     with pytest.raises(ValueError, match=r"seeds \[0, 1, 2, 3, 4\] and b \[0, 1, 2\]"):
-        trained.scores_higher("made", "a", "b")
+        training_results.scores_higher("made", "a", "b")
 
 
 def test_what_a_refresh_adds_at_most_is_spread_over_its_gap(runs: Recorded) -> None:
@@ -578,7 +580,7 @@ def test_every_cell_that_a_claim_names_is_in_its_suite() -> None:
     wrong = []
     for suite, entry in sorted(asked):
         try:
-            recorded._cells(suite, entry)
+            record_sources._cells(suite, entry)
         except ValueError as error:
             wrong.append(str(error))
     assert not wrong
@@ -603,7 +605,7 @@ def test_steps_that_are_compared_to_a_few_per_cent_have_enough_processes() -> No
         for one in _askings(claim)
         if one.measure in ("step_time_ratio", "step_time_more") and one.arguments["suite"] == "headline-gpu"
         for key in ("of", "to", "than")
-        if (entry := one.arguments.get(key)) and len(recorded._cells("headline-gpu", entry)) < FEWEST
+        if (entry := one.arguments.get(key)) and len(record_sources._cells("headline-gpu", entry)) < FEWEST
     ]
     assert not few
 
@@ -624,7 +626,7 @@ claims:
 
 
 def test_a_named_run_decides_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = recorded._plan("claims-small")
+    plan = record_sources._plan("claims-small")
     cells = [one for one in plan.cells if plan.ids[one.cell_id] == "vera"]
     records = [_ok(one) for one in cells]
     made.write_run(tmp_path / "run", suite="claims-small", cells=cells, change=lambda *_: None, extra=records)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from harness.claims import claim_file, document, table
-from harness.claims.judging import Judged, Verdict, judge
-from harness.claims.measuring import Found
-from harness.claims.printed import RULES
+from harness.claims.judge import Judged, Verdict, judge
+from harness.claims.measure import Found
+from harness.claims.printed_number import RULES
 from harness.cli import main
 from harness.errors import Exit
 from harness.report import claims_page

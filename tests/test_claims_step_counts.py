@@ -11,9 +11,9 @@ import pytest
 from judged_here import verdicts
 
 from harness.claims import meta_step
-from harness.claims.judging import Verdict
+from harness.claims.judge import Verdict
 from harness.claims.measures import paging, step_counts
-from reference.paged import Paged
+from reference.operations.paged import Paged
 
 D, F, V, T, BLOCKS, RANK = 64, 96, 100, 16, 5, 3
 """Features of the residual stream and of the MLP, words, tokens of a text; of a small Llama with as many keys as queries."""

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from harness.claims import attached, claim_file
-from harness.claims.judging import Verdict, judge, plain
+from harness.claims import attached_model, claim_file
+from harness.claims.judge import Verdict, judge, plain
+from harness.claims.measure import Found
 from harness.claims.measures import parameters, vera
-from harness.claims.measuring import Found
 from harness.claims.worker import find
 from harness.errors import SuiteError
 
@@ -49,10 +49,10 @@ def test_the_formula_holds_until_a_vector_is_not_trained(shape: str, monkeypatch
         True, "L = 6, d = 12; r = 1: VeRA 78, LoRA 144; r = 5: VeRA 102, LoRA 720"  # 6 (12 + r) and 2 * 6 * 12 r
     )  # fmt: skip
 
-    attached._trained.cache_clear()
+    attached_model._trained.cache_clear()
     monkeypatch.setattr("reference.vera.VeraLinear.tensors", lambda layer: {"b": layer.b})
     assert not vera.counts_by_formula(shape, ["q_proj", "o_proj"], [1, 5]).value
-    attached._trained.cache_clear()
+    attached_model._trained.cache_clear()
 
 
 def test_the_formula_is_refused_for_layers_that_are_not_square(shape: str) -> None:

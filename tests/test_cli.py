@@ -13,15 +13,18 @@ import click
 import pytest
 import recorded_run
 
-from harness import cli, listing, planning, store, suites
-from harness.adapter_config import UNREFERENCED
-from harness.cli import main
+from harness import cli
+from harness.cli import listing, main
+from harness.cli import plan as planning
+from harness.cli.explain import EXITS, OPTIMIZERS, STATUSES
 from harness.errors import Exit, HarnessError
-from harness.expand import expand
-from harness.explain import EXITS, OPTIMIZERS, STATUSES
-from harness.methods import methods
-from harness.records import Optimizer, Record, Status, Training
+from harness.methods.peft_config import UNREFERENCED
+from harness.methods.spec import methods
+from harness.records import store
+from harness.records.record import Optimizer, Record, Status, Training
 from harness.runner.executors.local import Local
+from harness.suites import loader
+from harness.suites.expand import expand
 
 COMMAND = (sys.executable, "-m", "harness.cli")
 
@@ -106,13 +109,13 @@ def test_only_given_twice_is_one_expression(words: list[str], capsys: pytest.Cap
 def test_plan_json_holds_whole_cells(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "smoke", "--json"]) == Exit.PASS
     document = json.loads(capsys.readouterr().out)
-    cells = expand(suites.load("smoke")).cells
+    cells = expand(loader.load("smoke")).cells
     assert [c["cell_id"] for c in document["cells"]] == [c.cell_id for c in cells]
     assert [c["cell"] for c in document["cells"]] == [c.model_dump(mode="json") for c in cells]
 
 
 def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> None:
-    suite = suites.load("smoke")
+    suite = loader.load("smoke")
     plan = expand(suite)
     torn, known, failed = plan.cells[:3]
     for n, seconds in enumerate([9.0, 7.0]):
@@ -214,7 +217,7 @@ def test_a_time_out_that_no_clock_can_wait_for(timeout: str, capsys: pytest.Capt
 
 _BUG = """
 import sys
-from harness import explain
+from harness.cli import explain
 from harness.cli import main
 def explained(name):
     raise {raised}
@@ -292,7 +295,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 def test_a_reader_that_leaves_in_the_middle_is_no_finding() -> None:
     code = (
-        "import sys\nfrom harness import explain\nfrom harness.cli import main\n"
+        "import sys\nfrom harness.cli import explain\nfrom harness.cli import main\n"
         "def explained(name): raise BrokenPipeError\n"
         "explain.explain = explained\nsys.exit(main(['explain', 'lora']))"
     )

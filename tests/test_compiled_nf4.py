@@ -14,9 +14,9 @@ import torch
 import torch.utils.cpp_extension
 from torch import Tensor
 
-from harness.conformance import settings
-from harness.kernels import compiled, nf4, nf4_compiled
-from reference import nf4 as reference
+from harness.conformance import process_settings
+from harness.kernels.torch import compiled, nf4, nf4_compiled
+from reference.operations import nf4 as reference
 
 PATIENCE = 120
 """Seconds after which a thread that waits for another is taken to wait for good."""
@@ -28,7 +28,7 @@ COUNT = compiled.LARGE + 4096 + 5
 def _no_warning() -> Iterator[None]:
     """A compiler that fails would leave all else here green."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="harness.kernels.compiled", category=RuntimeWarning)
+        warnings.filterwarnings("error", message="harness.kernels.torch.compiled", category=RuntimeWarning)
         yield
 
 
@@ -109,7 +109,7 @@ def test_codes_and_values_are_the_reference_s(block: int, dtype: torch.dtype, ca
 def test_a_size_a_mode_or_a_setting_compiles_nothing_anew(fresh: None) -> None:
     W, made = special(torch.float32), torch._dynamo.utils.counters["stats"]
     agrees(W, 64)
-    before, kept, threads = made["unique_graphs"], settings.now(), torch.get_num_threads()
+    before, kept, threads = made["unique_graphs"], process_settings.now(), torch.get_num_threads()
     agrees(special(torch.float32, COUNT + 640), 64)
     with torch.inference_mode():
         agrees(special(torch.float32), 64)
@@ -122,18 +122,20 @@ def test_a_size_a_mode_or_a_setting_compiles_nothing_anew(fresh: None) -> None:
     finally:
         torch.set_num_threads(threads)
     assert made["unique_graphs"] == before > 0
-    assert settings.changed(kept) == []
+    assert process_settings.changed(kept) == []
 
 
 def test_compiling_leaves_settings_and_random_numbers_alone(fresh: None, calls: list[bool]) -> None:
-    W, kept, random = special(torch.float32), settings.now(), settings._random_states()
+    W, kept, random = special(torch.float32), process_settings.now(), process_settings._random_states()
     with torch.inference_mode():
         packed, absmax = nf4.quantize(W, 64)
     assert calls == [True]
     assert packed.is_inference()
     assert absmax.is_inference()
-    assert settings.changed(kept) == []
-    assert all(settings._alike(state, random[name]) for name, state in settings._random_states().items())
+    assert process_settings.changed(kept) == []
+    assert all(
+        process_settings._alike(state, random[name]) for name, state in process_settings._random_states().items()
+    )
 
 
 def test_a_buffer_s_version_counts_what_is_written() -> None:
@@ -226,8 +228,8 @@ def test_a_compiler_that_fails_is_one_warning_and_the_same_result(monkeypatch: p
     W = special(torch.float32)
     with pytest.warns(RuntimeWarning, match=r"no working C\+\+ compiler[\s\S]*PEFT_HARNESS_COMPILE=0") as seen:
         twice(W)
-    assert sum(str(one.message).startswith("harness.kernels.compiled: nf4_encode") for one in seen) == 1
-    assert sum(str(one.message).startswith("harness.kernels.compiled: nf4_decode") for one in seen) == 1
+    assert sum(str(one.message).startswith("harness.kernels.torch.compiled: nf4_encode") for one in seen) == 1
+    assert sum(str(one.message).startswith("harness.kernels.torch.compiled: nf4_decode") for one in seen) == 1
 
 
 def test_what_fails_when_it_runs_is_not_blamed_on_the_compiler(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:

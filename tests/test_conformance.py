@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from harness.conformance import checks, matrix, suite
-from harness.conformance.breadth import FEW
-from harness.conformance.observe import observe
+from harness.conformance import checks, matrix, parity_suite
+from harness.conformance.case_selection import FEW
+from harness.conformance.observations import observe
+from harness.conformance.outcomes import Standing, Tried
 from harness.conformance.subject import DTYPES, warm
-from harness.conformance.tolerance import exact
-from harness.conformance.tried import Standing, Tried
-from harness.records import Outcome
-from harness.registry import Implementation, discover, implements
+from harness.conformance.tolerance_policies import exact
+from harness.methods.registry import Implementation, discover, implements
+from harness.records.record import Outcome
 
 SEED = 4
 
@@ -30,19 +30,19 @@ def failed(tried: list[Tried]) -> set[str]:
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> suite.ParitySuite:
+def small(monkeypatch: pytest.MonkeyPatch) -> parity_suite.ParitySuite:
     """Let the parity suite of LoRA have one square case: enough for a fault to show."""
-    few = {"configs": [{"rank": 3, "alpha": 8}], "shapes": [suite.Shape(tokens=9, **{"in": 64, "out": 64})]}
-    plan = suite.load("lora").model_copy(update={**few, "dtypes": ["float32"]})
-    monkeypatch.setattr(suite, "load", lambda name: plan)
+    few = {"configs": [{"rank": 3, "alpha": 8}], "shapes": [parity_suite.Shape(tokens=9, **{"in": 64, "out": 64})]}
+    plan = parity_suite.load("lora").model_copy(update={**few, "dtypes": ["float32"]})
+    monkeypatch.setattr(parity_suite, "load", lambda name: plan)
     return plan
 
 
 @pytest.mark.parametrize("name", ["reference", "fused", "hf-peft"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_implementations_of_lora_conform(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = suite.load("lora").model_copy(update={"layers": ["linear"]})
-    monkeypatch.setattr(suite, "load", lambda _: plan)
+    plan = parity_suite.load("lora").model_copy(update={"layers": ["linear"]})
+    monkeypatch.setattr(parity_suite, "load", lambda _: plan)
     tried = list(matrix.run(method(name), dtypes=(dtype,)))
     assert failed(tried) == set()
     assert len({t.case for t in tried}) == len(plan.configs)
@@ -54,7 +54,7 @@ def test_the_implementations_of_lora_conform(name: str, dtype: str, monkeypatch:
 def test_the_baselines_conform(target: str) -> None:
     tried = list(matrix.run(method("reference", target)))
     assert failed(tried) == set()
-    assert {t.check for t in tried if t.standing is Standing.PASS} == set(suite.load(target).checks)
+    assert {t.check for t in tried if t.standing is Standing.PASS} == set(parity_suite.load(target).checks)
 
 
 def test_observing_leaves_gradients_and_mode_as_they_were() -> None:
@@ -69,7 +69,7 @@ def test_observing_leaves_gradients_and_mode_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("state", ["init", "warm"])
-def test_checks_leave_the_subject_as_they_found_it(state: str, small: suite.ParitySuite) -> None:
+def test_checks_leave_the_subject_as_they_found_it(state: str, small: parity_suite.ParitySuite) -> None:
     subject, case = matrix.attach(method("reference"), small, next(small.cases(FEW)))
     if state == "warm":
         warm(subject.added(), torch.Generator().manual_seed(SEED))
@@ -81,7 +81,7 @@ def test_checks_leave_the_subject_as_they_found_it(state: str, small: suite.Pari
 
 
 def test_what_forward_saw_of_the_gradients_is_not_used_for_another_case() -> None:
-    plan = suite.load("lora")
+    plan = parity_suite.load("lora")
     subject, case = matrix.attach(method("reference"), plan, next(plan.cases(FEW)))
     warm(subject.added(), case.generator(salt=1))
     assert checks.every()["forward"](subject, case).outcome is Outcome.PASS
@@ -90,7 +90,7 @@ def test_what_forward_saw_of_the_gradients_is_not_used_for_another_case() -> Non
     assert checks.every()["gradient"](subject, dataclasses.replace(case, state="warm")).outcome is Outcome.FAIL
 
 
-def test_tensors_that_cannot_be_listed_are_one_finding_in_each_case(small: suite.ParitySuite) -> None:
+def test_tensors_that_cannot_be_listed_are_one_finding_in_each_case(small: parity_suite.ParitySuite) -> None:
     def attach(model: nn.Module, config: Any, generator: torch.Generator) -> Any:
         adapted = method("reference")(model, config, generator)
         adapted.tensors = lambda: 1 / 0

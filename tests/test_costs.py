@@ -17,15 +17,15 @@ from report_page import row
 from safetensors.torch import load
 from torch import nn
 
-from harness.cost_records import AT_ONCE, Checkpoint, Energy, GpuPhase, GpuState
-from harness.export import rows
-from harness.measure import checkpoint, energy, gpu, nvml
-from harness.measure.energy import EnergyMeter
-from harness.measure.gpu import GpuWatch
-from harness.measure.memory import PeakMeter
-from harness.measure.phases import PhaseClock
-from harness.records import Status
+from harness.cell.measure import checkpoint_size, energy, gpu, nvml
+from harness.cell.measure.energy import EnergyMeter
+from harness.cell.measure.gpu import GpuWatch
+from harness.cell.measure.memory import PeakMeter
+from harness.cell.measure.phases import PhaseClock
+from harness.records.cost import AT_ONCE, Checkpoint, Energy, GpuPhase, GpuState
+from harness.records.record import Status
 from harness.report import view
+from harness.report.export import rows
 
 UUID = "GPU-8a3c"
 
@@ -205,14 +205,14 @@ def test_a_checkpoint_is_as_large_as_its_file(tmp_path: Path, monkeypatch: pytes
     adapter = {"q.A": torch.zeros(4, 64), "q.B": torch.zeros(64, 4).T}
     head = {"score.weight": torch.zeros(2, 64, dtype=torch.bfloat16)}
     written: list[bytes] = []
-    plain = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda held: written.append(plain(held)) or written[-1])
-    found = checkpoint.measure(adapter, head, 5, tmp_path)
+    plain = checkpoint_size.save
+    monkeypatch.setattr(checkpoint_size, "save", lambda held: written.append(plain(held)) or written[-1])
+    found = checkpoint_size.measure(adapter, head, 5, tmp_path)
     assert found == Checkpoint(adapter_file_B=len(written[0]), head_B=2 * 64 * 2, model_B=5)
     assert set(load(written[0])) == {"q.A", "q.B", "head.score.weight"}
     assert list(tmp_path.iterdir()) == []
-    assert checkpoint.measure({}, {}, 5, tmp_path).because == "nothing is trained"
-    whole = checkpoint.measure({}, head, 5, tmp_path, trains_base=True)
+    assert checkpoint_size.measure({}, {}, 5, tmp_path).because == "nothing is trained"
+    whole = checkpoint_size.measure({}, head, 5, tmp_path, trains_base=True)
     assert (whole.adapter_file_B, whole.model_B) == (None, 5)
     assert "all of them are saved" in whole.because
 
@@ -221,16 +221,16 @@ def test_a_full_disk_costs_a_size_and_no_cell(tmp_path: Path, monkeypatch: pytes
     def full(*_: Any, **__: Any) -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "TemporaryFile", full)
-    found = checkpoint.measure({"A": torch.zeros(3)}, {}, 5, tmp_path)
+    monkeypatch.setattr(checkpoint_size, "TemporaryFile", full)
+    found = checkpoint_size.measure({"A": torch.zeros(3)}, {}, 5, tmp_path)
     assert (found.adapter_file_B, found.because) == (None, "the file could not be written: No space left on device")
 
 
 def test_a_whole_model_counts_tied_weights_once() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False))
-    assert checkpoint.whole(model) == (64 + 8 + 64) * 4
+    assert checkpoint_size.whole(model) == (64 + 8 + 64) * 4
     model[1].weight = model[0].weight
-    assert checkpoint.whole(model) == (64 + 8) * 4
+    assert checkpoint_size.whole(model) == (64 + 8) * 4
 
 
 # --- what a reader sees ----------------------------------------------------------------------------------------------

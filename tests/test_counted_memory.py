@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from trainee import Encoder, batches, nothing, setting
 
-from harness.measure.allocations import most_while
-from harness.training import loop
-from harness.training.counted_step import copied_B, most_in_step
+from harness.cell.measure.allocations import most_while
+from harness.cell.training import loop
+from harness.cell.training.counted_step import copied_B, most_in_step
 
 Plant = Callable[[Any], "Tensor | None"]
 MIB = 2**20

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.tolerance import noise_floor
-from harness.implementations.fused.layers import dora as layers
-from harness.kernels.siblings import Family
-from harness.records import Base
-from harness.registry import discover
-from harness.runner import packing
+from harness.cell import base_quantisation
+from harness.conformance.tolerance_policies import noise_floor
+from harness.kernels.torch.shared_input import Family
+from harness.methods.implementations.fused.layers import dora as layers
+from harness.methods.registry import discover
+from harness.records.record import Base
 from reference.dora import Config, DoraLinear
-from reference.layers import dense_copy
+from reference.shared.layers import dense_copy
 
 D, E, R, T = 128, 192, 4, 24
 
@@ -47,7 +47,7 @@ def test_it_computes_what_the_reference_does(by: str, bias: bool, p: float, monk
     model: Any = nn.Sequential(nn.Linear(D, E, bias=bias))
     if bias:
         nn.init.constant_(model[0].bias, 100.0)  # in whose last digits (W0 x + b) - b would lose the product's
-    packing.pack(model, ["0"], Base(quantization="nf4", implementation=by), torch.float32, discover())
+    base_quantisation.pack(model, ["0"], Base(quantization="nf4", implementation=by), torch.float32, discover())
     A, B = (torch.randn(shape, generator=generator) for shape in ((R, D), (E, R)))
     x, dy = torch.randn(T, D, generator=generator), torch.randn(T, E, generator=generator)
     mask = (torch.rand(T, D, generator=generator) >= p).float()

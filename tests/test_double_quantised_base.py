@@ -7,11 +7,12 @@ from typing import Any, get_args
 
 from conftest import Bench
 
-from harness import records, store
 from harness.errors import Exit
-from harness.records import Outcome, Record
-from harness.report import text
-from harness.schemas import FOLDER
+from harness.records import record as records
+from harness.records import store
+from harness.records.record import Outcome, Record
+from harness.records.schemas import FOLDER
+from harness.report import terminal
 
 # Rows of whole blocks: what bitsandbytes does on some CPUs with others is not the matter here.
 _CELL = "{{id: {0}, config: {{targets: [q_proj, v_proj]}}, base: {{quantization: {0}, implementation: bitsandbytes}}}}"
@@ -33,7 +34,7 @@ def test_a_suite_names_it_and_its_cells_live(bench: Bench) -> None:
     )
     assert _losses(twice) != _losses(once)
     assert _saved(once, twice) == LAYERS * sum(map(_less, (WIDTH * WIDTH, WIDTH * NARROW)))
-    assert any("[reference] on nf4-dq (bitsandbytes)" in line for line in text.summary(run))
+    assert any("[reference] on nf4-dq (bitsandbytes)" in line for line in terminal.summary(run))
     assert "on nf4-dq (bitsandbytes)" in (run.path / "report.html").read_text(encoding="utf-8")
     again = store.read_run(run.path).latest()[twice.cell_id]
     assert again.cell.base.quantization == "nf4-dq"

@@ -13,21 +13,21 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from harness.cell import base_quantisation
+from harness.cell.measure.allocations import most_while
+from harness.cell.training import loop, optimizers
+from harness.cell.training import model as models
+from harness.cell.training.batches import Batch
+from harness.cell.training.counted_step import most_in_step
+from harness.cell.training.head import head_of
+from harness.cell.training.offloaded_weights import drop, unused
 from harness.conformance.subject import DTYPES, adaptable_layers, configure
-from harness.footprint import apart, dry_step, outcomes
-from harness.kernels import adamw8bit, packed_weight
-from harness.kernels.nf4_linear import Nf4Linear
-from harness.measure.allocations import most_while
-from harness.records import Base, Cell, Evaluation, Training
-from harness.registry import discover
-from harness.runner import packing
-from harness.tolerances import FOOTPRINT_LEDGER
-from harness.training import loop, optimizers
-from harness.training import model as models
-from harness.training.batches import Batch
-from harness.training.counted_step import most_in_step
-from harness.training.head import head_of
-from harness.training.set_aside import drop, unused
+from harness.conformance.tolerance_table import FOOTPRINT_LEDGER
+from harness.kernels.torch import adamw8bit, packed_weight
+from harness.kernels.torch.nf4_linear import Nf4Linear
+from harness.memory_model import dry_step, isolated_step, shape_cache
+from harness.methods.registry import discover
+from harness.records.record import Base, Cell, Evaluation, Training
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -80,7 +80,7 @@ def counted(cell: Cell, config: dict[str, Any], kind: str) -> int:
     packed = None
     if cell.base.quantization != "none":
         paths = adaptable_layers(model, chosen)
-        packed = packing.pack(model, list(paths), cell.base, DTYPES[cell.dtype], discover()).forms
+        packed = base_quantisation.pack(model, list(paths), cell.base, DTYPES[cell.dtype], discover()).forms
         del paths
     attach = discover().find("method", cell.method, cell.implementation)
     bases = {path: model.get_submodule(path) for path in adaptable_layers(model, chosen)}
@@ -98,7 +98,7 @@ def counted(cell: Cell, config: dict[str, Any], kind: str) -> int:
     del packed
     assert before is not None
     assert most is not None
-    return most - before - apart.bytes_of([batch])
+    return most - before - isolated_step.bytes_of([batch])
 
 
 def whole(parts: list[Batch]) -> Batch:
@@ -109,7 +109,7 @@ def whole(parts: list[Batch]) -> Batch:
 
 
 def predicted(cell: Cell, config: dict[str, Any], kind: str = "causal") -> dict[str, Any]:
-    return apart.peak(cell, config, kind, dry_step.longest(cell, kind, cell.training.max_tokens))
+    return isolated_step.peak(cell, config, kind, dry_step.longest(cell, kind, cell.training.max_tokens))
 
 
 def agree(cell: Cell, config: dict[str, Any], kind: str = "causal") -> None:
@@ -230,13 +230,13 @@ def test_no_product_is_asked_about_twice(monkeypatch: pytest.MonkeyPatch) -> Non
     one = cell("lora", training={"checkpointing": True})
     deep, parts = LLAMA | {"num_hidden_layers": 7}, dry_step.longest(one, "causal", one.training.max_tokens)
     monkeypatch.setattr(FakeTensorMode, "dispatch", watched)
-    monkeypatch.setattr(outcomes, "known", {})
+    monkeypatch.setattr(shape_cache, "known", {})
     dry_step.peak(dry_step.Question(one, deep, "causal"), parts)
     assert asked
     assert all(asked.count(product) == 1 for product in asked)
 
-    outcomes.known.clear()
-    apart.peak(one, deep, "causal", parts)  # which tells what it asked
+    shape_cache.known.clear()
+    isolated_step.peak(one, deep, "causal", parts)  # which tells what it asked
     asked.clear()
     dry_step.peak(dry_step.Question(one, deep, "causal"), parts)
     assert not asked
@@ -297,7 +297,7 @@ def test_what_cannot_be_had_is_said() -> None:
 
 def test_what_takes_too_long_is_told_by_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another's code may take several times the memory of code that goes piece by piece."""
-    monkeypatch.setattr(apart, "TIMEOUT_S", 0.0)
+    monkeypatch.setattr(isolated_step, "TIMEOUT_S", 0.0)
     found = predicted(cell("lora", "fused"), LLAMA)
     assert found.keys() == {"no_peak"}
     assert "took more than" in found["no_peak"]

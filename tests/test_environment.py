@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.measure import environment
+from harness.records import environment
 
 
 def _cgroup(folder: Path, own: str, limits: dict[str, str]) -> tuple[Path, Path]:

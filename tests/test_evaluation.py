@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness import tasks
-from harness.assets import made, table
+from harness.assets import generated, table
+from harness.assets.resources import folder
 from harness.assets.rows import Row
-from harness.conformance.tolerance import noise_floor
+from harness.cell.evaluation import classification
+from harness.cell.evaluation.likelihood import CausalScorer
+from harness.cell.evaluation.lm_eval_task import LmEvalTask
+from harness.cell.training.batches import Example, answer_examples, collate
+from harness.conformance.tolerance_policies import noise_floor
 from harness.errors import UsageError
-from harness.evaluation import classification
-from harness.evaluation.likelihood import CausalScorer
-from harness.evaluation.lm_eval_task import LmEvalTask
-from harness.resources import folder
-from harness.training.batches import Example, answer_examples, collate
+from harness.suites import tasks
 
 TEXTS = (
     "the film is sweet and now warm",
@@ -34,7 +34,7 @@ ROWS = [Row(f"row-{i}", text, int(i in (0, 3))) for i, text in enumerate(TEXTS)]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made.tiny_llama(path := tmp_path_factory.mktemp("tiny-llama"))
+    generated.tiny_llama(path := tmp_path_factory.mktemp("tiny-llama"))
     loaded = AutoModelForCausalLM.from_pretrained(path)
     loaded.tokenizer = AutoTokenizer.from_pretrained(path)
     return loaded

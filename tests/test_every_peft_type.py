@@ -12,19 +12,19 @@ from conftest import Bench
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from harness import suites
-from harness.adapter_config import KEY, AdapterConfigField, peft_types
-from harness.conformance import gate
-from harness.conformance.observe import inference
+from harness.cell.evaluation.generation import generate
+from harness.cell.training import loop, optimizers
+from harness.cell.training.batches import Batch, Example, collate
+from harness.cell.unreferenced_method import taken
+from harness.conformance import parity_gate
+from harness.conformance.observations import inference
 from harness.conformance.subject import Original, Subject, configure
 from harness.errors import Exit, ImplementationError, SuiteError, Unsupported, UsageError
-from harness.evaluation.generation import generate
-from harness.implementations.hf_peft import any_config
-from harness.implementations.hf_peft.any_config import any_method
-from harness.records import CheckResult, Outcome, Status, Training
-from harness.runner.unreferenced import taken
-from harness.training import loop, optimizers
-from harness.training.batches import Batch, Example, collate
+from harness.methods.implementations.hf_peft import any_config
+from harness.methods.implementations.hf_peft.any_config import any_method
+from harness.methods.peft_config import KEY, AdapterConfigField, peft_types
+from harness.records.record import CheckResult, Outcome, Status, Training
+from harness.suites import loader
 
 VOCABULARY = 32
 SMALL: dict[str, Any] = {
@@ -82,7 +82,7 @@ def attached(keys: dict[str, Any], model: Any) -> tuple[Subject, list[CheckResul
     adapted = any_method(model, config, torch.Generator().manual_seed(0))
     bases, _ = taken(adapted, [])
     subject = Subject("peft", config, "float32", model, adapted, bases, own, original)  # type: ignore[arg-type]
-    return subject, gate.gate(subject, 0, run, base_output, forward=forward)
+    return subject, parity_gate.gate(subject, 0, run, base_output, forward=forward)
 
 
 def trained(subject: Subject) -> list[str]:
@@ -208,7 +208,7 @@ def test_a_suite_that_checkpoints_a_prefix_is_refused(kind: str, refused: int, t
     (tmp_path / "suite.yaml").write_text(SUITE.replace("MOST}", "64, checkpointing: [false, true]}"), encoding="utf-8")
     said = []
     try:
-        suites.load(tmp_path / "suite.yaml")
+        loader.load(tmp_path / "suite.yaml")
     except SuiteError as error:
         said = [p.what for p in error.problems if "which gradient checkpointing drops" in p.what]
     assert len(said) == refused

@@ -11,15 +11,16 @@ import recorded_run as recorded
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from harness import planning, suites
 from harness.assets import structure
 from harness.cli import main
+from harness.cli import plan as planning
 from harness.conformance.subject import configure
-from harness.expand import expand
-from harness.footprint import experts
-from harness.records import Base, Cell, Record
-from harness.registry import discover
-from harness.report import text
+from harness.memory_model import experts
+from harness.methods.registry import discover
+from harness.records.record import Base, Cell, Record
+from harness.report import terminal
+from harness.suites import loader
+from harness.suites.expand import expand
 
 MIXTRAL = {
     "model_type": "mixtral", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -80,7 +81,7 @@ def test_it_is_at_the_end_of_a_run(tmp_path: Path) -> None:
     def noted(_: str, old: Record) -> Record:
         return old.model_copy(update={"notes": ["of no matter", note]})
 
-    lines = text.summary(recorded.write_run(tmp_path / "run", change=noted, only=["fused"]))
+    lines = terminal.summary(recorded.write_run(tmp_path / "run", change=noted, only=["fused"]))
     (line,) = (line for line in lines if SAID in line)
     assert line.startswith(f"! {note}: ")
     assert not any("of no matter" in line for line in lines)
@@ -119,7 +120,7 @@ matrix:
       - {id: all, config: {rank: 2, targets: all-linear}}
       - {id: some, config: {rank: 2, targets: [q_proj]}}
 """)
-    suite = suites.load(str(tmp_path / "suite.yaml"))
+    suite = loader.load(str(tmp_path / "suite.yaml"))
     plan = expand(suite)
     said = planning.as_text(
         planning.planning(suite, plan, tmp_path / "none", planning.predictions(suite, plan))

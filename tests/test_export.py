@@ -16,10 +16,10 @@ import recorded_run as recorded
 from conftest import Bench, Finished
 
 import harness
-from harness import store
 from harness.cli import main
 from harness.errors import Exit
-from harness.export.columns import TABLES
+from harness.records import store
+from harness.report.export.columns import TABLES
 
 TOP = Path(__file__).resolve().parents[1]
 REAL = TOP / "results" / "published" / "2026-11-24-quick-cpu"

@@ -15,17 +15,18 @@ import torch
 from conftest import Bench
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from harness import store, suites
 from harness.assets import fetch, table
+from harness.cell import worker
+from harness.cell.job import Work
+from harness.cell.training import model as models
 from harness.cli import main
 from harness.errors import AssetError, Exit
-from harness.out_of_memory import Shortage, shortage
-from harness.records import Cell, Evaluation, Record, Status, Training
-from harness.registry import Registry, implements
+from harness.methods.registry import Registry, implements
+from harness.process.out_of_memory import Shortage, shortage
+from harness.records import store
+from harness.records.record import Cell, Evaluation, Record, Status, Training
 from harness.runner import attempt as attempts
-from harness.runner import worker
-from harness.runner.work import Work
-from harness.training import model as models
+from harness.suites import loader
 
 # As torch's allocator of CUDA says it.
 CUDA = (
@@ -75,7 +76,7 @@ def test_every_allocator_has_words_of_its_own(error: Exception, found: Shortage 
 
 def work_of(name: str) -> Work:
     budget: Any = {"training": Training(steps=1), "evaluation": Evaluation(items=1)}
-    source = table.resolve("toy-sentiment", suites.load("smoke").sources, Path())
+    source = table.resolve("toy-sentiment", loader.load("smoke").sources, Path())
     asset = {"path": "unused", "source": source, "use": fetch.use(source)}
     task = {"name": "toy", "spec": {}, "labels": 2, "test": 1, "shuffle_seed": 0, "use": fetch.use(source)}
     return Work.model_validate(

@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 
-from harness.assets import made, shapes
+from harness.assets import generated, shapes
 from harness.cli import main
+from harness.conformance.tolerance_table import FOOTPRINT_LEDGER
 from harness.errors import Exit, UsageError
-from harness.footprint import apart, asking, fit, largest, models, sizes, table
-from harness.footprint.choices import OPTIMIZERS, OWN
-from harness.footprint.counting import count
-from harness.records import Cell
-from harness.tolerances import FOOTPRINT_LEDGER
+from harness.memory_model import counting_client, fit, largest_batch, models, size_units
+from harness.memory_model import isolated_step as apart
+from harness.memory_model.choices import OPTIMIZERS, OWN
+from harness.memory_model.counting import count
+from harness.records.record import Cell
+from harness.report import fit_table
 
 # Weights as the papers print them, in thousand millions: tables 2, 3 and 2.1.
 PRINTED = {
@@ -203,7 +205,7 @@ def test_an_encoder_is_counted_with_its_new_head_and_without_activations(
 
 
 def test_a_folder_with_a_config_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made.tiny_llama(tmp_path)
+    generated.tiny_llama(tmp_path)
     for file in tmp_path.glob("*.safetensors"):
         file.unlink()
     words = ["--memory", "64MiB", "--method", "lora", "--rank", "4", "--formulas", "--json"]
@@ -237,7 +239,7 @@ def test_a_step_says_what_fits(
         return {"peak_B": took(cell.model_dump(mode="json")), "peak_by": ""}
 
     monkeypatch.setattr(apart, "peak", peak)
-    monkeypatch.setattr(asking, "ask", answered_here)
+    monkeypatch.setattr(counting_client, "ask", answered_here)
     found = document(capsys, *words, steps=True)
     for one in found["rows"]:
         at = {"batch": one["batch"], "max_tokens": 512}
@@ -271,9 +273,9 @@ def test_a_step_says_what_fits(
 def test_the_largest_is_found_however_a_peak_grows(grows: Callable[[int], int], first: int, grain: float) -> None:
     """Of several stages the highest counts, and attention without a kernel of its own grows as the square of the length."""
     lasting, room, most = 1_000, 2_000, 4_096
-    tried = largest.find(lambda n: lasting + grows(n), room, first, lasting, most, grain)
+    tried = largest_batch.find(lambda n: lasting + grows(n), room, first, lasting, most, grain)
     assert isinstance(tried, dict)
-    found = largest.fitting(tried, room)
+    found = largest_batch.fitting(tried, room)
     true = max(n for n in range(most + 1) if lasting + grows(n) <= room)
     assert true / (1 + grain) <= found <= true or (true - 1 <= found <= true and grain)
 
@@ -282,10 +284,10 @@ def test_what_cannot_be_tried_is_said_unless_something_fits() -> None:
     def peak(n: int) -> int | str:
         return 10 * n if n < 8 else "too slow"
 
-    assert largest.find(peak, 100, 9, 0) == "too slow"
-    found = largest.find(peak, 100, 7, 0)
+    assert largest_batch.find(peak, 100, 9, 0) == "too slow"
+    found = largest_batch.find(peak, 100, 7, 0)
     assert isinstance(found, dict)
-    assert largest.fitting(found, 100) == 7
+    assert largest_batch.fitting(found, 100) == 7
 
 
 def answered_here(questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -314,7 +316,7 @@ def test_where_formulas_are_wrong_about_the_rank_a_step_chooses_it(
         }
 
     monkeypatch.setattr(apart, "peak", peak)
-    monkeypatch.setattr(asking, "ask", answered_here)
+    monkeypatch.setattr(counting_client, "ask", answered_here)
     words = ("--memory", memory, "--method", "lora", "--base", "none")
     (by_formulas,), (one,) = document(capsys, *words)["rows"], document(capsys, *words, steps=True)["rows"]
     assert by_formulas["rank"] != one["rank"] == rank
@@ -322,14 +324,14 @@ def test_where_formulas_are_wrong_about_the_rank_a_step_chooses_it(
 
 
 def test_a_step_of_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made.tiny_llama(tmp_path)
+    generated.tiny_llama(tmp_path)
     words = ["--memory", "16MiB", "--method", "lora", "--method", "frozen", "--base", "none", "--rank", "4"]
     assert main(["fit", str(tmp_path), *words, "--json"]) == Exit.PASS
     found = json.loads(capsys.readouterr().out)
     lora, frozen = sorted(found["rows"], key=lambda one: one["method"], reverse=True)
     assert 0.8 * 16 * 2**20 < lora["peak_B"] <= 16 * 2**20
     assert (frozen["peak_B"], frozen["no_peak"]) == (None, "nothing of this model trains")
-    printed = " ".join(table.as_text(found).split())
+    printed = " ".join(fit_table.as_text(found).split())
     assert "total peak left" in printed
     assert "(`fused` of lora)" in printed
 
@@ -347,7 +349,7 @@ def test_a_model_without_a_formula_is_answered_by_steps_too(tmp_path: Path, caps
 
 
 def test_a_rank_that_a_method_cannot_have_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made.tiny_llama(tmp_path)
+    generated.tiny_llama(tmp_path)
     words = ["fit", str(tmp_path), "--memory", "1GiB", "--formulas", "--rank", "4", "--rank", "3000"]
     words += ["--method", "pissa", "--method", "lora", "--base", "none"]
     assert main(words) == Exit.PASS
@@ -375,7 +377,7 @@ def test_all_mistakes_come_at_once(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_target_that_fits_no_layer_and_a_rank_that_no_method_has(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made.tiny_llama(tmp_path)
+    generated.tiny_llama(tmp_path)
     wrong = ["--target", "q_projj", "--target", "query", "--method", "lora"]
     assert main(["fit", str(tmp_path), "--memory", "64MiB", *wrong]) == Exit.USAGE
     said = capsys.readouterr().err
@@ -425,7 +427,7 @@ def test_a_repository_is_looked_for_in_the_cache_alone(tmp_path: Path) -> None:
     ],
 )
 def test_sizes(text: str, number_B: int) -> None:
-    assert sizes.parse(text).number_B == number_B
+    assert size_units.parse(text).number_B == number_B
 
 
 @pytest.mark.parametrize(
@@ -440,7 +442,7 @@ def test_sizes(text: str, number_B: int) -> None:
 )  # fmt: skip
 def test_what_is_no_size(text: str, says: str) -> None:
     with pytest.raises(ValueError, match=re.escape(says)):
-        sizes.parse(text)
+        size_units.parse(text)
 
 
 def test_models_of_the_table_are_not_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

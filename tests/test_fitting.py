@@ -10,13 +10,14 @@ import pytest
 from conftest import Bench
 from transformers import BertConfig, BertModel, BertTokenizerFast, LlamaConfig, LlamaForCausalLM
 
-from harness import fitting, suites
-from harness.assets import fetch, made, model_folder, process
+from harness.assets import fetch, generated, model_folder
 from harness.cli import main
 from harness.errors import Exit, SuiteError
-from harness.expand import expand, only
-from harness.records import Status
+from harness.process import child
+from harness.records.record import Status
 from harness.runner import run
+from harness.suites import loader, model_checks
+from harness.suites.expand import expand, only
 
 SUITE = """\
 suite: fit
@@ -50,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
     }
-    made.tiny_llama(here / "tied")
+    generated.tiny_llama(here / "tied")
     for old in (here / "tied").glob("*.safetensors"):
         old.unlink()
     tied = LlamaConfig(**small, max_position_embeddings=40, tie_word_embeddings=True)
@@ -68,7 +69,7 @@ def no_child(monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*_: object) -> Any:
         raise AssertionError("a child process was started")
 
-    monkeypatch.setattr(process, "python", none)
+    monkeypatch.setattr(child, "python", none)
 
 
 def refused(folder: Path, old: str = "", new: str = "", expr: str = "") -> list[tuple[int, str, str]]:
@@ -76,10 +77,10 @@ def refused(folder: Path, old: str = "", new: str = "", expr: str = "") -> list[
     path = folder / "fit.yaml"
     assert old in SUITE
     path.write_text(SUITE.replace(old, new, 1) if old else SUITE, encoding="utf-8")
-    suite = suites.load(path)
+    suite = loader.load(path)
     plan = only(expand(suite), expr) if expr else expand(suite)
     try:
-        fitting.refuse(suite, plan)
+        model_checks.refuse(suite, plan)
     except SuiteError as error:
         return [(int(p.where.rpartition(":")[2]), p.what, p.mend) for p in error.problems]
     return []
@@ -153,12 +154,12 @@ def test_a_prompt_and_its_answer_fit_together(folder: Path, tokens: int) -> None
     path.write_text(
         suite.replace("toy-sentiment", "task.yaml").replace("max_tokens: 16", f"max_tokens: {tokens}"), encoding="utf-8"
     )
-    loaded = suites.load(path)
+    loaded = loader.load(path)
     if tokens == 32:
-        fitting.refuse(loaded, expand(loaded))
+        model_checks.refuse(loaded, expand(loaded))
         return
     with pytest.raises(SuiteError, match="a prompt of 33 tokens and an answer of 8 exceed the 40 positions of tied"):
-        fitting.refuse(loaded, expand(loaded))
+        model_checks.refuse(loaded, expand(loaded))
 
 
 def test_a_target_without_weights_of_its_own_is_looked_for_in_the_model(folder: Path) -> None:
@@ -180,16 +181,16 @@ def test_a_model_that_cannot_be_built_here_is_left_to_its_cells(folder: Path) ->
     whole = config.read_text()
     config.write_text(whole.replace('"llama"', '"of the future"'))
     try:
-        fitting._looked_for.cache_clear()
+        model_checks._looked_for.cache_clear()
         assert refused(folder, "[q_proj, v_proj]", "[nothing]") == []
     finally:
         config.write_text(whole)
 
 
 def test_one_child_builds_every_model_that_must_be_looked_at(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started, start = [], process.python
-    monkeypatch.setattr(process, "python", lambda *asked: started.append(asked) or start(*asked))
-    fitting._looked_for.cache_clear()
+    started, start = [], child.python
+    monkeypatch.setattr(child, "python", lambda *asked: started.append(asked) or start(*asked))
+    model_checks._looked_for.cache_clear()
     old = SUITE[SUITE.index("[q_proj, v_proj]") : SUITE.index("[query]") + len("[query]")]
     new = old.replace("[q_proj, v_proj]", "[nothing]").replace("[query]", "[neither]")
     found = refused(folder, old, new)
@@ -202,7 +203,7 @@ def test_one_child_builds_every_model_that_must_be_looked_at(folder: Path, monke
     for wrong in (whole.replace('"llama"', '"of the future"'), whole.replace(width[0], '"hidden_size": "wide"')):
         config.write_text(wrong)  # the second ends the child that builds it
         try:
-            fitting._looked_for.cache_clear()
+            model_checks._looked_for.cache_clear()
             assert refused(folder, old, new) == found[1:]
         finally:
             config.write_text(whole)

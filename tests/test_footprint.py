@@ -10,19 +10,19 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from harness import store
 from harness.assets import structure
+from harness.cell import base_quantisation
+from harness.cell.measure.memory import model_tensors, optimizer_tensors, tensor_bytes
+from harness.cell.training import optimizers
+from harness.cell.training.offloaded_weights import drop, unused
 from harness.conformance.subject import DTYPES, adaptable_layers, configure
-from harness.footprint import counting, kept
-from harness.footprint.choices import OPTIMIZERS, OWN
-from harness.measure.memory import model_tensors, optimizer_tensors, tensor_bytes
-from harness.records import Base, Record, Training
-from harness.registry import discover
-from harness.runner import packing
-from harness.tolerances import FOOTPRINT_ACTIVATIONS, FOOTPRINT_LEDGER
-from harness.training import optimizers
-from harness.training.set_aside import drop, unused
-from reference.paged import Paged
+from harness.conformance.tolerance_table import FOOTPRINT_ACTIVATIONS, FOOTPRINT_LEDGER
+from harness.memory_model import counting, saved_activations
+from harness.memory_model.choices import OPTIMIZERS, OWN
+from harness.methods.registry import discover
+from harness.records import store
+from harness.records.record import Base, Record, Training
+from reference.operations.paged import Paged
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published" / "2026-11-24-quick-cpu" / "cells"
 # What config.json of the two models says; their weights need not be here.
@@ -82,7 +82,7 @@ def attached(method: str, dtype: str, implementation: str = "reference", base: s
     if base != "none":
         paths = list(adaptable_layers(model, config))
         of = Base(quantization=base, implementation="bitsandbytes")  # type: ignore[arg-type]
-        packing.pack(model, paths, of, DTYPES[dtype], discover())
+        base_quantisation.pack(model, paths, of, DTYPES[dtype], discover())
     bases = adaptable_layers(model, config)
     adapted = discover().find("method", method, implementation)(model, config, torch.Generator().manual_seed(0))
     drop(unused(method, adapted, bases))  # as a Cell does before it trains
@@ -211,7 +211,7 @@ def saved(model: Any) -> float:
 
     def at(tokens: int) -> int:
         ids = torch.arange(2 * tokens).view(2, tokens)
-        return sum(kept.saved_by(model, input_ids=ids, use_cache=False).values())
+        return sum(saved_activations.saved_by(model, input_ids=ids, use_cache=False).values())
 
     return (at(96) - at(32)) / (2 * 64)
 

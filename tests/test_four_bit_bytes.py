@@ -9,7 +9,7 @@ import torch
 from bitsandbytes import functional as bitsandbytes
 from torch import Tensor
 
-from reference import fp4, nf4
+from reference.operations import fp4, nf4
 
 KINDS: dict[str, Any] = {"nf4": nf4, "fp4": fp4}
 kinds = pytest.mark.parametrize("kind", KINDS)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.tolerance import noise_floor
-from harness.implementations.fused import nf4 as offered
-from harness.kernels import fresh, nf4, packed_weight, pieces
-from harness.kernels.nf4_linear import Nf4Linear, nf4_linear
-from harness.kernels.nf4_lora_linear import nf4_lora_linear, packed_lora_linear
-from reference import double_quant
-from reference import nf4 as reference
+from harness.conformance.tolerance_policies import noise_floor
+from harness.kernels.torch import chunks, huge_pages, nf4, packed_weight
+from harness.kernels.torch.nf4_linear import Nf4Linear, nf4_linear
+from harness.kernels.torch.nf4_lora_linear import nf4_lora_linear, packed_lora_linear
+from harness.methods.implementations.fused import nf4 as offered
+from reference.operations import double_quant
+from reference.operations import nf4 as reference
 
 
 @pytest.fixture(params=[1, 2])
@@ -83,9 +83,9 @@ def test_large_results_are_right_in_inference_mode_too(threads: int) -> None:
 
 def test_advice_on_pages_stays_inside_of_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[tuple[int, int]] = []
-    monkeypatch.setattr(fresh, "_advise", lambda: lambda first, size, _: given.append((first, size)))
-    out = fresh.empty((2900, 2900), torch.float32, torch.device("cpu"))
-    fresh.empty((100, 100), torch.float32, torch.device("cpu"))
+    monkeypatch.setattr(huge_pages, "_advise", lambda: lambda first, size, _: given.append((first, size)))
+    out = huge_pages.empty((2900, 2900), torch.float32, torch.device("cpu"))
+    huge_pages.empty((100, 100), torch.float32, torch.device("cpu"))
     ((first, size),) = given
     assert out.data_ptr() <= first
     assert first + size <= out.data_ptr() + 2900 * 2900 * 4
@@ -93,10 +93,10 @@ def test_advice_on_pages_stays_inside_of_the_tensor(monkeypatch: pytest.MonkeyPa
 
 def test_without_huge_pages_results_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("mmap.MADV_HUGEPAGE", raising=False)
-    fresh._advise.cache_clear()
-    assert fresh._advise() is None
-    assert fresh.empty((2900, 2900), torch.float32, torch.device("cpu")).shape == (2900, 2900)
-    fresh._advise.cache_clear()
+    huge_pages._advise.cache_clear()
+    assert huge_pages._advise() is None
+    assert huge_pages.empty((2900, 2900), torch.float32, torch.device("cpu")).shape == (2900, 2900)
+    huge_pages._advise.cache_clear()
 
 
 def test_an_error_in_a_thread_reaches_the_caller(threads: int) -> None:
@@ -104,7 +104,7 @@ def test_an_error_in_a_thread_reaches_the_caller(threads: int) -> None:
         raise ArithmeticError(str(number))
 
     with pytest.raises(ArithmeticError):
-        pieces.for_each(work, [(1,), (2,)], values=1 << 30)
+        chunks.for_each(work, [(1,), (2,)], values=1 << 30)
 
 
 def test_refuses_what_does_not_fit() -> None:

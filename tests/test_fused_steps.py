@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from harness.conformance.tolerance import noise_floor
-from harness.kernels import galore, range_finder
-from harness.kernels.adamw8bit import AdamW8bit
-from harness.kernels.dropout import keep_mask
-from harness.kernels.dynamic_quantize import dynamic_map, dynamic_quantize, nearest, tables
-from harness.kernels.galore_optimizer import GaLore
-from harness.kernels.multi_lora_linear import multi_lora_linear
-from harness.kernels.paged import Paged, bytes_of, is_paged
-from harness.kernels.range_finder import leading_svd, leading_vectors, orthonormal
+from harness.conformance.tolerance_policies import noise_floor
+from harness.kernels.torch import galore, range_finder
+from harness.kernels.torch.adamw8bit import AdamW8bit
+from harness.kernels.torch.dropout import keep_mask
+from harness.kernels.torch.dynamic_quantize import dynamic_map, dynamic_quantize, nearest, tables
+from harness.kernels.torch.galore_optimizer import GaLore
+from harness.kernels.torch.multi_lora_linear import multi_lora_linear
+from harness.kernels.torch.paged import Paged, bytes_of, is_paged
+from harness.kernels.torch.range_finder import leading_svd, leading_vectors, orthonormal
 from reference import pissa
-from reference.dynamic_map import dynamic_map as reference_map
-from reference.dynamic_map import quantize_blockwise
 from reference.galore import GaLore as ReferenceGaLore
 from reference.galore import Projector, projector
-from reference.multi_lora import multi_lora_linear as multi_lora_reference
+from reference.operations.dynamic_map import dynamic_map as reference_map
+from reference.operations.dynamic_map import quantize_blockwise
+from reference.operations.multi_lora import multi_lora_linear as multi_lora_reference
 
 ROWS, COLUMNS, RANK = 96, 80, 8
 EVERY = torch.arange(1, COLUMNS + 1, dtype=torch.float64)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.conformance import checks, faults, gate, room
+from harness.conformance import checks, faults, memory_headroom, parity_gate
 from harness.conformance.case import Case
 from harness.conformance.faults import Copy
 from harness.conformance.subject import (
@@ -23,13 +23,13 @@ from harness.conformance.subject import (
     initial_tensors,
     warm,
 )
-from harness.conformance.tolerance import exact
+from harness.conformance.tolerance_policies import exact
 from harness.errors import Unsupported
-from harness.implementations import bitsandbytes
-from harness.records import CheckResult, Outcome
-from harness.registry import Implementation, discover
-from reference import nf4
-from reference.layers import dense_weight
+from harness.methods.implementations import bitsandbytes
+from harness.methods.registry import Implementation, discover
+from harness.records.record import CheckResult, Outcome
+from reference.operations import nf4
+from reference.shared.layers import dense_weight
 
 SEED = 4
 CONFIG = {"rank": 3, "alpha": 8, "targets": ["a", "b"]}
@@ -87,7 +87,7 @@ def through_the_gate(
     def forward(some: nn.Module) -> Tensor:
         return some(x.to(some.get_submodule("other").weight.dtype))
 
-    return subject, gate.gate(subject, SEED, run_model, base_output, forward=forward, base="nf4 by somebody")
+    return subject, parity_gate.gate(subject, SEED, run_model, base_output, forward=forward, base="nf4 by somebody")
 
 
 def spoilt(name: str) -> Any:
@@ -131,7 +131,7 @@ def test_dropout_is_off_at_the_gate(name: str) -> None:
 def test_merging_after_training_is_checked(name: str) -> None:
     subject, _ = through_the_gate(method(name))
     warm(subject.added(), torch.Generator().manual_seed(SEED))
-    (result,) = gate.after_training(subject, SEED)
+    (result,) = parity_gate.after_training(subject, SEED)
     assert (result.check, result.outcome) == ("lora/merge/float32/trained", Outcome.PASS)
 
 
@@ -143,7 +143,7 @@ def test_a_merge_that_is_not_offered_is_said_and_no_error(monkeypatch: pytest.Mo
         raise Unsupported("not into what is packed")
 
     monkeypatch.setattr(subject.adapted, "merge", merge)
-    (result,) = gate.after_training(subject, SEED)
+    (result,) = parity_gate.after_training(subject, SEED)
     assert (result.outcome, result.detail) == (Outcome.SKIPPED, "unsupported: not into what is packed")
 
 
@@ -151,20 +151,22 @@ def test_merging_is_refused_where_a_packed_base_has_no_room_to_be_dense(monkeypa
     subject, _ = through_the_gate(method("reference"), None, bitsandbytes.nf4)
     sizes = [layer.base.in_features * layer.base.out_features for layer in subject.adapted.layers.values()]
     need = 4 * sum(sizes) + 32 * max(sizes)
-    monkeypatch.setattr(room, "free_B", lambda _: need)
-    assert not room.lacking(subject)
-    monkeypatch.setattr(room, "free_B", lambda _: need - 1)
+    monkeypatch.setattr(memory_headroom, "free_B", lambda _: need)
+    assert not memory_headroom.lacking(subject)
+    monkeypatch.setattr(memory_headroom, "free_B", lambda _: need - 1)
     monkeypatch.setattr(subject.adapted, "merge", lambda: pytest.fail("it was merged"))
-    (result,) = gate.after_training(subject, SEED)
+    (result,) = parity_gate.after_training(subject, SEED)
     assert (result.check, result.outcome) == ("lora/merge/float32/trained", Outcome.SKIPPED)
     assert result.detail.startswith(f"merging may unpack all {len(sizes)} packed layers at once")
-    assert not room.lacking(through_the_gate(method("reference"))[0])  # of a dense base there is nothing to unpack
+    assert not memory_headroom.lacking(
+        through_the_gate(method("reference"))[0]
+    )  # of a dense base there is nothing to unpack
 
 
 def test_a_wrong_merge_is_noticed_after_training() -> None:
     subject, _ = through_the_gate(spoilt("merges_the_transpose"), Square())
     warm(subject.added(), torch.Generator().manual_seed(SEED))
-    assert failed(gate.after_training(subject, SEED)) == {"merge"}
+    assert failed(parity_gate.after_training(subject, SEED)) == {"merge"}
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -188,7 +190,7 @@ def test_a_merge_that_spoils_the_base_weight_is_noticed_though_it_is_taken_back(
             weight.data.copy_(weight.data.bfloat16().float())
 
     monkeypatch.setattr(subject.adapted, "merge", rough)
-    (result,) = gate.after_training(subject, SEED)
+    (result,) = parity_gate.after_training(subject, SEED)
     assert (result.outcome, result.detail) == (Outcome.FAIL, "after merging")
 
 
@@ -311,7 +313,7 @@ def test_full_fine_tuning_of_tied_weights_conforms() -> None:
     adapted = method("reference", "full")(model, settled, torch.Generator())
     assert len(adapted.parameters()) == 1
     subject = Subject("full", settled, "float32", model, adapted, layers, own, original)
-    results = gate.gate(subject, SEED, run_model, run_model(), forward=lambda some: some(ids))
+    results = parity_gate.gate(subject, SEED, run_model, run_model(), forward=lambda some: some(ids))
     assert failed(results) == set()
     assert {r.check.split("/")[1] for r in results if r.outcome is Outcome.PASS} >= {"gradient", "model"}
 

@@ -18,11 +18,9 @@ import pytest
 import recorded_run as recorded
 from scipy import stats
 
-from harness import store
-from harness.analysis import over_seeds
-from harness.analysis.against_baseline import Against, judge
-from harness.analysis.baseline_costs import COUNTED_PEAK
-from harness.analysis.baseline_rows import (
+from harness.analysis.comparison.against_baseline import Against, judge
+from harness.analysis.comparison.baseline_costs import COUNTED_PEAK
+from harness.analysis.comparison.baseline_rows import (
     COUNTED_PEAK_B,
     ONE_SEED,
     PROCESS_PEAK_B,
@@ -33,15 +31,18 @@ from harness.analysis.baseline_rows import (
     Margins,
     Row,
 )
-from harness.analysis.intervals import paired_difference
-from harness.analysis.measured import above_imports, training_peak
-from harness.analysis.words import Verdict, Word
+from harness.analysis.measurements import above_imports, training_peak
+from harness.analysis.statistics import over_seeds
+from harness.analysis.statistics.intervals import paired_difference
+from harness.analysis.verdict_kind import Verdict, Word
 from harness.cli import main
+from harness.cli.explain import explain
 from harness.errors import Exit
-from harness.explain import explain
-from harness.gate import baselines, github, junit, markdown
-from harness.manifest import Footer
-from harness.records import AssetUse, Measurements, Outcome, Phase, Record, Status
+from harness.records import store
+from harness.records.manifest import Footer
+from harness.records.record import AssetUse, Measurements, Outcome, Phase, Record, Status
+from harness.regression.baseline import store as baselines
+from harness.regression.outputs import github, junit, markdown
 
 Change = Callable[[str, Record], Record | None]
 TOP = Path(__file__).resolve().parents[1]

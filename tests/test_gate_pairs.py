@@ -16,24 +16,24 @@ import pytest
 import recorded_run as recorded
 from conftest import Bench
 
-from harness import suites
-from harness.analysis import naming
-from harness.analysis.baseline_costs import ALLOCATED, COUNTED_PEAK, PEAK
-from harness.analysis.baseline_rows import COUNTED_PEAK_B, Row
-from harness.analysis.canaries import Canaries
-from harness.analysis.pair_verdict import Sides, judge
-from harness.analysis.paired import Design, decide
-from harness.analysis.watched import STEP
-from harness.analysis.words import Word
-from harness.cli import main
-from harness.cost_records import GpuPhase, GpuState
+from harness.analysis.comparison.baseline_costs import ALLOCATED, COUNTED_PEAK, PEAK
+from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B, Row
+from harness.analysis.comparison.pair_verdict import Sides, judge
+from harness.analysis.statistics.canaries import Canaries
+from harness.analysis.statistics.paired import Design, decide
+from harness.analysis.tracked_metrics import STEP
+from harness.analysis.verdict_kind import Word
+from harness.cli import gate_pairs, main
 from harness.errors import Exit, HarnessError, UsageError
-from harness.expand import expand
-from harness.gate import arms, canary_file, pair_command
-from harness.gate.arms import Arm
-from harness.gate.outputs import Outputs
-from harness.measure import environment
-from harness.records import Cell, Record, Status
+from harness.records import environment, naming
+from harness.records.cost import GpuPhase, GpuState
+from harness.records.record import Cell, Record, Status
+from harness.regression.outputs.files import Outputs
+from harness.regression.pairs import canary_file
+from harness.regression.pairs import sides as arms
+from harness.regression.pairs.sides import Arm
+from harness.suites import loader
+from harness.suites.expand import expand
 
 SUITE = """
 suite: gated
@@ -120,8 +120,8 @@ def gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
         asked = {"old": "reference", "new": "fused", "suite": str(suite), "out": out, "seed": 3}
         asked |= {"canaries": tmp_path / "canaries.jsonl"} | changes
-        code = pair_command.gate(pair_command.Asked(**asked), as_json=False)  # type: ignore[arg-type]
-        return code, capsys.readouterr().out, json.loads((out / pair_command.DOCUMENT).read_text())
+        code = gate_pairs.gate(gate_pairs.Asked(**asked), as_json=False)  # type: ignore[arg-type]
+        return code, capsys.readouterr().out, json.loads((out / gate_pairs.DOCUMENT).read_text())
 
     return gate
 
@@ -367,8 +367,8 @@ def test_what_is_refused_leaves_no_folder(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_any_seed_is_the_one_that_is_used(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[pair_command.Asked] = []
-    monkeypatch.setattr(pair_command, "gate", lambda one, as_json: asked.append(one) or Exit.PASS)
+    asked: list[gate_pairs.Asked] = []
+    monkeypatch.setattr(gate_pairs, "gate", lambda one, as_json: asked.append(one) or Exit.PASS)
     assert main(["gate", "--pairs", "reference", "fused", "--seed", str(seed)]) == Exit.PASS
     assert [one.seed for one in asked] == [seed]
 
@@ -463,7 +463,7 @@ def test_revisions_are_checked_out_and_taken_away_again(tmp_path: Path, monkeypa
         commits.append(_git(top, "rev-parse", "HEAD"))
     (top / "file").write_text("three")
     monkeypatch.setattr(arms.resources, "checkout", lambda: top)
-    plan = expand(suites.load("smoke"))
+    plan = expand(loader.load("smoke"))
     with arms.opened(commits[0], arms.HERE, plan) as (old, new):
         assert old.code is not None
         assert (old.code / "file").read_text() == "one"
@@ -504,10 +504,10 @@ def test_revisions_of_a_guests_own_repository_are_what_runs(
         _git(top, "add", ".")
         _git(top, "commit", "-qm", number)
     suite = Path(bench.suite("{implementation: raises}", "{implementation: reference}"))
-    plan = expand(suites.load(suite))
+    plan = expand(loader.load(suite))
     with arms.opened("HEAD~1", arms.HERE, plan, top / "kernels") as sides:
         assert [pair.old for pair in arms.pairs(plan, naming.full(plan.cells), sides)] == [plan.cells[0]]
-        ours = expand(suites.load("sentinels"))
+        ours = expand(loader.load("sentinels"))
         with pytest.raises(UsageError, match="no Cell of this suite is computed by misbehaving"):
             arms.pairs(ours, naming.full(ours.cells), sides)
         said = [arms.run(arm, suite, plan.cells[0], tmp_path / str(i)).because for i, arm in enumerate(sides)]

@@ -23,12 +23,13 @@ from transformers import (
     ModernBertModel,
 )
 
-from harness import planning, suites
+from harness.cell.training import model as models
+from harness.cli import plan
+from harness.conformance.tolerance_table import FOOTPRINT_LEDGER
 from harness.errors import AssetError
-from harness.expand import expand
-from harness.records import Predicted, Status
-from harness.tolerances import FOOTPRINT_LEDGER
-from harness.training import model as models
+from harness.records.record import Predicted, Status
+from harness.suites import loader
+from harness.suites.expand import expand
 
 SMALL = {"vocab_size": 60, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8, "intermediate_size": 8}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
@@ -140,8 +141,8 @@ def test_what_a_checkpoint_lacks_of_the_encoder_trains_with_the_head_and_is_pred
     cells = f"      - {{id: all, {lora} all-linear}}}}\n      - {{id: named, {lora} [dense]}}}}\n"  # the pooler's too
     path.write_text(SUITE + cells, encoding="utf-8")
     finished = bench.command("run", str(path), "--out", "run")
-    suite = suites.load(path)
-    planned = planning.predictions(suite, expand(suite))
+    suite = loader.load(path)
+    planned = plan.predictions(suite, expand(suite))
     for record in bench.read().records:
         assert record.measurements is not None, finished.err
         assert record.measurements.parameters.head == 64 * 64 + 64 + 2 * 64 + 2

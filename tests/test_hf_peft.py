@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from harness.adapter_config import UNREFERENCED
 from harness.conformance.subject import DTYPES, configure
-from harness.conformance.tolerance import noise_floor
-from harness.implementations import hf_peft
-from harness.registry import Implementation
+from harness.conformance.tolerance_policies import noise_floor
+from harness.methods.implementations import hf_peft
+from harness.methods.peft_config import UNREFERENCED
+from harness.methods.registry import Implementation
 
 METHODS = {
     one.target: one
@@ -44,7 +44,7 @@ def attached(method: str, dtype: str = "float32", model: nn.Module | None = None
 
 
 def test_one_entry_point_offers_them_all() -> None:
-    from harness.registry import discover
+    from harness.methods.registry import discover
 
     found = {(i.kind, i.target) for i in discover(["hf-peft"]).implementations}
     assert found == {(i.kind, i.target) for i in hf_peft.implementations()}

@@ -15,12 +15,12 @@ import pytest
 import recorded_run as recorded
 from nights import CELLS, FIRST
 
-from harness import store
-from harness.analysis import watched
+from harness.analysis import tracked_metrics
 from harness.cli import main
 from harness.errors import Exit
-from harness.history import files
-from harness.records import CheckResult, Outcome, Record
+from harness.records import store
+from harness.records.record import CheckResult, Outcome, Record
+from harness.regression.history import night_files
 
 FUSED = recorded.cells()["fused"]
 
@@ -44,7 +44,7 @@ def test_a_run_is_kept_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_what_is_kept_of_a_record(tmp_path: Path) -> None:
     run = recorded.write_run(tmp_path / "run", only=["fused"])
     assert main(["history", "add", str(run.path), "--dir", str(tmp_path / "history")]) == Exit.PASS
-    history = files.read(tmp_path / "history")
+    history = night_files.read(tmp_path / "history")
     (night,) = history.nights
     (row,) = night.rows
     m = run.latest()[FUSED.cell_id].measurements
@@ -53,7 +53,7 @@ def test_what_is_kept_of_a_record(tmp_path: Path) -> None:
     assert row["values"]["parameters"] == m.parameters.trainable
     assert row["values"]["training_peak_B"] == 806 * recorded.MIB
     assert {f"latency_s/{v}/forward/1x40" for v in ("base", "unmerged", "merged")} <= row["values"].keys()
-    assert all(watched.kind(name) for name in row["values"])
+    assert all(tracked_metrics.kind(name) for name in row["values"])
     assert night.places[row["on"]]["threads"] == "2"
     assert history.cells == {FUSED.cell_id: FUSED.model_dump(mode="json")}
 
@@ -65,8 +65,8 @@ def test_no_speed_of_what_failed_a_check(red: str, tmp_path: Path, capsys: pytes
 
     run = recorded.write_run(tmp_path / "run", only=["fused"], change=fail)
     assert main(["history", "add", str(run.path), "--dir", str(tmp_path / "history")]) == Exit.PASS
-    (row,) = files.read(tmp_path / "history").nights[0].rows
-    times = {name for name in row["values"] if watched.kind(name) == "timed"}
+    (row,) = night_files.read(tmp_path / "history").nights[0].rows
+    times = {name for name in row["values"] if tracked_metrics.kind(name) == "timed"}
     if "merge" in red:
         assert times == {"step_s", "latency_s/base/forward/1x40", "latency_s/unmerged/forward/1x40"}
     else:
@@ -91,7 +91,7 @@ def test_what_is_left_out_is_named_and_the_rest_is_kept(
     printed = capsys.readouterr().err
     assert f"left out: {run.path}: " in printed
     assert FUSED.cell_id in printed
-    rows = files.read(tmp_path / "history").nights[0].rows
+    rows = night_files.read(tmp_path / "history").nights[0].rows
     assert len(rows) == 9
     assert FUSED.cell_id not in {row["cell"] for row in rows}
 
@@ -144,7 +144,7 @@ def test_a_reset_that_says_nothing_is_refused(
     command = ["history", "reset", a["cell"], a["metric"], "--night", a["night"], "--reason", a["reason"]]
     assert main([*command, "--dir", str(folder), "--author", "A. Nyone"]) == Exit.USAGE
     assert told in capsys.readouterr().err
-    assert not (folder / files.RESETS).exists()
+    assert not (folder / night_files.RESETS).exists()
 
 
 @pytest.mark.parametrize(("verb", "text"), [(["reset"], "reason"), (["confirm", "--verdict", "regressed"], "evidence")])
@@ -164,7 +164,7 @@ def test_all_mistakes_of_a_decision_are_told_at_once(
     ]  # fmt: skip
     assert f"{len(expected)} mistakes" in said
     assert all(f"\n  {one}" in said for one in expected), said
-    assert not {files.RESETS, files.CONFIRMATIONS} & {path.name for path in folder.iterdir()}
+    assert not {night_files.RESETS, night_files.CONFIRMATIONS} & {path.name for path in folder.iterdir()}
     (tmp_path / "empty").mkdir()
     assert main([*command, str(tmp_path / "empty"), "--author", "A"]) == Exit.USAGE
     said = capsys.readouterr().err
@@ -186,7 +186,7 @@ def test_the_author_is_whom_git_knows(
     assert "git knows no user.name here" in capsys.readouterr().err
     config.write_text("[user]\n\tname = N. Ight\n\temail = n@example.org\n")
     assert main(command) == Exit.PASS
-    (line,) = files.read(folder).resets
+    (line,) = night_files.read(folder).resets
     assert (line["author"], line["reason"]) == ("N. Ight <n@example.org>", "new card")
 
 

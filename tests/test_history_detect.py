@@ -13,14 +13,14 @@ import nights
 import pytest
 from nights import CELLS, FIRST, SLOWER, detect, regressed
 
-from harness import cli, suites
-from harness.analysis import watched
-from harness.analysis.baseline_rows import COUNTED_PEAK_B
-from harness.cli import main
+from harness import cli
+from harness.analysis import tracked_metrics
+from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B
+from harness.cli import gate_pairs, main
 from harness.errors import Exit
-from harness.expand import expand, only
-from harness.gate import pair_command
-from harness.history import files
+from harness.regression.history import night_files
+from harness.suites import loader
+from harness.suites.expand import expand, only
 
 
 def bytes_only(change: Mapping[int, int]) -> nights.Values:
@@ -55,15 +55,15 @@ def test_a_slow_down_is_told_with_what_lies_between_and_how_to_confirm_it(
     assert detect(folder, capsys, "--strict")[0] == Exit.INCONCLUSIVE
 
 
-def asked_of(confirm: str, monkeypatch: pytest.MonkeyPatch) -> pair_command.Asked:
+def asked_of(confirm: str, monkeypatch: pytest.MonkeyPatch) -> gate_pairs.Asked:
     """Give a printed command to the command line and return what it would have compared."""
-    asked: list[pair_command.Asked] = []
+    asked: list[gate_pairs.Asked] = []
 
-    def gate(what: pair_command.Asked, _: bool) -> Exit:
+    def gate(what: gate_pairs.Asked, _: bool) -> Exit:
         asked.append(what)
         return Exit.PASS
 
-    monkeypatch.setattr(pair_command, "gate", gate)
+    monkeypatch.setattr(gate_pairs, "gate", gate)
     name, *words = shlex.split(confirm)
     assert (name, main(words)) == ("peft-harness", Exit.PASS)
     return asked[0]
@@ -74,7 +74,7 @@ def asked_of(confirm: str, monkeypatch: pytest.MonkeyPatch) -> pair_command.Aske
 def test_the_command_that_confirms_finds_the_cell_and_the_device(
     metric: str, device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cells = {c.cell_id: c for c in expand(suites.load("quick")).cells if c.training.steps}
+    cells = {c.cell_id: c for c in expand(loader.load("quick")).cells if c.training.steps}
     slow = list(cells)[-1]
     usual = nights.noisy(0, lambda cell, i: 1.06 if cell == slow and i >= SLOWER else 1.0)
 
@@ -89,7 +89,7 @@ def test_the_command_that_confirms_finds_the_cell_and_the_device(
     (c,) = detect(folder, capsys)[1]["candidates"]
     asked = asked_of(c["between"]["confirm"], monkeypatch)
     assert (asked.old, asked.new, asked.device) == ("a" * 12, "b" * 12, device)
-    plan = pair_command._trained(expand(suites.load(asked.suite)), asked.only)
+    plan = gate_pairs._trained(expand(loader.load(asked.suite)), asked.only)
     assert [cell.cell_id for cell in plan.cells] == [slow]
 
 
@@ -108,7 +108,7 @@ def test_what_all_cells_share_is_confirmed_by_their_whole_suite(
 def test_what_pairs_do_not_measure_names_the_rerun_that_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cells = {c.cell_id: c for c in expand(suites.load("quick")).cells}
+    cells = {c.cell_id: c for c in expand(loader.load("quick")).cells}
     worse = next(iter(cells))
     folder = nights.write(
         tmp_path / "h", cells, lambda c, i, _: {"accuracy": 0.80 if c != worse or i < 7 else 0.78}, nights=12,
@@ -121,7 +121,7 @@ def test_what_pairs_do_not_measure_names_the_rerun_that_does(
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(said)]
     _, *words = shlex.split(line.removeprefix(said).removesuffix("`)"))
     run = cli.run.make_context("run", words[1:]).params
-    assert [cell.cell_id for cell in only(expand(suites.load(run["suite"])), run["only"]).cells] == [worse]
+    assert [cell.cell_id for cell in only(expand(loader.load(run["suite"])), run["only"]).cells] == [worse]
     assert run["device"] == "cpu"
 
 
@@ -137,7 +137,7 @@ def test_a_command_that_would_not_find_its_cell_says_so(
     if what == "search":
         cells = {i: cell.model_dump(mode="json") for i, cell in CELLS.items()}
         cells[FIRST]["evaluation"]["skip"] = 1000
-        files.write_cells(folder, cells)
+        night_files.write_cells(folder, cells)
     else:
         for path in folder.glob("2026-*.jsonl"):
             path.write_text(path.read_text().replace('"suite":"quick"', '"suite":"our own"'))
@@ -159,7 +159,7 @@ def test_a_slow_down_counts_once_it_is_confirmed_and_no_more_once_accepted(
     assert (
         main(["history", "confirm", FIRST, "step_s", *at, "--verdict", "refuted", "--evidence", "again"]) == Exit.PASS
     )
-    path = folder / files.CONFIRMATIONS
+    path = folder / night_files.CONFIRMATIONS
     later = path.read_text().splitlines()
     later[1] = json.dumps(json.loads(later[1]) | {"made": "2099-01-01T00:00:00Z"})  # the same second would be a draw
     path.write_text("\n".join(later) + "\n")
@@ -281,7 +281,7 @@ def test_a_peak_must_grow_by_sixteen_mebibytes(
     more: int, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def values(cell: str, index: int, _: int) -> dict[str, float]:
-        return {"training_peak_B": 500 * 2**20 + (watched.PEAK_BYTES + more if cell == FIRST and index else 0)}
+        return {"training_peak_B": 500 * 2**20 + (tracked_metrics.PEAK_BYTES + more if cell == FIRST and index else 0)}
 
     folder = nights.write(tmp_path / "h", CELLS, values, nights=2)
     assert bool(detect(folder, capsys)[1]["candidates"]) == told

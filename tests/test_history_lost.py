@@ -10,11 +10,11 @@ import pytest
 import recorded_run as recorded
 from nights import CELLS, FIRST, detect
 
-from harness.analysis import watched
-from harness.analysis.baseline_costs import ALLOCATED
+from harness.analysis import tracked_metrics
+from harness.analysis.comparison.baseline_costs import ALLOCATED
 from harness.cli import main
 from harness.errors import Exit
-from harness.history import files
+from harness.regression.history import night_files
 
 
 def losing(what: str, cell: str = FIRST) -> nights.Values:
@@ -34,10 +34,10 @@ def losing(what: str, cell: str = FIRST) -> nights.Values:
 def drop(folder: Path, cell: str, since: int, until: int) -> None:
     """Take a Cell's rows out of some nights, as a suite that no longer has it would."""
     for index in range(since, until):
-        night = files.read_night(folder / f"{nights.night(index)}.jsonl", {})
+        night = night_files.read_night(folder / f"{nights.night(index)}.jsonl", {})
         assert night is not None
         night.rows = [row for row in night.rows if row["cell"] != cell]
-        files.write_night(folder, night)
+        night_files.write_night(folder, night)
 
 
 @pytest.mark.parametrize(
@@ -127,5 +127,5 @@ def test_a_gpus_peak_is_watched_once(source: str, kept: bool) -> None:
     assert record.measurements is not None
     memory = record.measurements.memory.model_copy(update={"counted_peak_B": 5, "source": source})
     measured = record.measurements.model_copy(update={"memory": memory})
-    values = watched.kept(record.model_copy(update={"measurements": measured})).values
+    values = tracked_metrics.kept(record.model_copy(update={"measurements": measured})).values
     assert ("counted_peak_B" in values, "training_peak_B" in values) == (kept, True)

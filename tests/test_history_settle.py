@@ -15,13 +15,12 @@ from nights import CELLS, FIRST, SHAS, detect
 from scipy.special import betaincinv
 from test_change_points import LEAST, NIGHT, simulated
 
-from harness.analysis import anchor, change_points
-from harness.analysis.paired import Design
-from harness.cli import main
+from harness.analysis.statistics import anchor, change_points
+from harness.analysis.statistics.paired import Design
+from harness.cli import gate_pairs, main
 from harness.errors import Exit, HarnessError
-from harness.gate import pair_command
-from harness.history import files
-from harness.history import settle as settling
+from harness.regression.history import night_files
+from harness.regression.history import verify as settling
 
 LAST = 13
 A_MONTH = 15_000
@@ -48,7 +47,7 @@ def history(
 
 
 MERGED = "latency_s/merged/forward/1x40"
-Paired = Callable[..., list[pair_command.Asked]]
+Paired = Callable[..., list[gate_pairs.Asked]]
 
 
 @pytest.fixture
@@ -57,10 +56,10 @@ def paired(monkeypatch: pytest.MonkeyPatch) -> Paired:
 
     def let(
         word: str | None, *, cut: str = "", closed: bool = False, fails: bool = False, elsewhere: bool = False
-    ) -> list[pair_command.Asked]:
-        asked: list[pair_command.Asked] = []
+    ) -> list[gate_pairs.Asked]:
+        asked: list[gate_pairs.Asked] = []
 
-        def gate(one: pair_command.Asked, as_json: bool) -> Exit:
+        def gate(one: gate_pairs.Asked, as_json: bool) -> Exit:
             asked.append(one)
             if fails:
                 raise HarnessError("gave no Record")
@@ -72,10 +71,10 @@ def paired(monkeypatch: pytest.MonkeyPatch) -> Paired:
             }  # fmt: skip
             assert one.out is not None
             one.out.mkdir(parents=True)
-            (one.out / pair_command.DOCUMENT).write_text(json.dumps(told))
+            (one.out / gate_pairs.DOCUMENT).write_text(json.dumps(told))
             return Exit.PASS
 
-        monkeypatch.setattr(pair_command, "gate", gate)
+        monkeypatch.setattr(gate_pairs, "gate", gate)
         monkeypatch.setattr(settling, "_elsewhere", lambda where, runs: ["CPU a -> b"] if elsewhere else [])
         return asked
 
@@ -88,7 +87,7 @@ def settle(folder: Path, *more: str) -> int:
 
 
 def written(folder: Path) -> list[Any]:
-    path = folder / files.CONFIRMATIONS
+    path = folder / night_files.CONFIRMATIONS
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -185,7 +184,7 @@ def test_what_somebody_confirms_by_hand_stands_on_later_nights_too(
         assert main(["history", "confirm", FIRST, metric, "--night", nights.night(when), *said]) == Exit.PASS
     assert capsys.readouterr().err.count("no change of step_s is seen within 2 nights of") == 1
     assert not any("seen" in line for line in written(folder))
-    (folder / files.CONFIRMATIONS).unlink()
+    (folder / night_files.CONFIRMATIONS).unlink()
     assert main(["history", "confirm", FIRST, "step_s", "--night", nights.night(LAST - 1), *said]) == Exit.PASS
     assert [line["night"] for line in written(folder)] == [nights.night(LAST)]
     after = history(tmp_path / "later", since=99, count=LAST + 2)
@@ -201,7 +200,7 @@ def settled_otherwise(tmp_path: Path, paired: Paired, change: Callable[[dict[str
     paired("slower")
     settle(folder)
     (line,) = written(folder)
-    (folder / files.CONFIRMATIONS).write_text(json.dumps(change(line)) + "\n")
+    (folder / night_files.CONFIRMATIONS).write_text(json.dumps(change(line)) + "\n")
     return folder
 
 
@@ -215,7 +214,7 @@ def test_a_decision_that_somebody_spoilt_is_left_out_and_named(
 ) -> None:
     folder = settled_otherwise(tmp_path, paired, lambda line: line | odd)
     code, found = detect(folder, capsys)
-    assert (code, list(found["left_out"])) == (Exit.INFRASTRUCTURE, [files.CONFIRMATIONS])
+    assert (code, list(found["left_out"])) == (Exit.INFRASTRUCTURE, [night_files.CONFIRMATIONS])
 
 
 def test_what_was_confirmed_at_a_place_that_is_not_there_changes_nothing(

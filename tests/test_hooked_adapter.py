@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.conformance import matrix, suite
+from harness.conformance import matrix, parity_suite
 from harness.errors import Unsupported
-from harness.records import Outcome
-from harness.registry import Implementation, implements
+from harness.methods.registry import Implementation, implements
+from harness.records.record import Outcome
 
 
 class Hooked:
@@ -95,8 +95,8 @@ def by_hooks(wrong: float) -> Implementation:
 @pytest.fixture(autouse=True)
 def on_adaptable_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     # A hook for an embedding or a convolution would be another formula.
-    plan = suite.load("lora").model_copy(update={"layers": ["linear"]})
-    monkeypatch.setattr(suite, "load", lambda _: plan)
+    plan = parity_suite.load("lora").model_copy(update={"layers": ["linear"]})
+    monkeypatch.setattr(parity_suite, "load", lambda _: plan)
 
 
 def failed(implementation: Implementation, dtype: str) -> set[str]:

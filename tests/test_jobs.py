@@ -17,12 +17,11 @@ import recorded_run
 import stubbed
 from conftest import Bench, eventually
 
-from harness import store
 from harness.analysis import verdict
 from harness.errors import Exit, HarnessError
-from harness.manifest import Footer
-from harness.measure import environment
-from harness.records import Provider, Status
+from harness.records import environment, store
+from harness.records.manifest import Footer
+from harness.records.record import Provider, Status
 from harness.runner import attempt, gpus
 from harness.runner.executors.local import Local
 from harness.runner.progress import Progress

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import Bench
 
-from harness import store, suites
 from harness.assets import fetch, table
-from harness.records import Status
+from harness.records import store
+from harness.records.record import Status
+from harness.suites import loader
 
 KILLS, CELLS = 20, 200
 
@@ -23,8 +24,8 @@ _LIVES = """
 import contextlib, json, os, random, signal, sys, time
 from pathlib import Path
 import stubbed
-from harness import expand, suites
-from harness.measure import environment
+from harness.suites import expand, loader as suites
+from harness.cell.measure import environment
 from harness.report import html
 from harness.runner import run
 from harness.runner.executors.local import Local
@@ -69,7 +70,7 @@ print(json.dumps(found))
 def assets(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFT_HARNESS_CACHE", bench.environment["PEFT_HARNESS_CACHE"])
     for name in ("tiny-llama", "toy-sentiment"):
-        fetch.ensure(table.resolve(name, suites.load("smoke").sources, Path()))
+        fetch.ensure(table.resolve(name, loader.load("smoke").sources, Path()))
 
 
 @pytest.mark.usefixtures("assets")

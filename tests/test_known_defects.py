@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from harness.conformance import defects, matrix, suite
-from harness.conformance.breadth import FEW
+from harness.conformance import defects, matrix, parity_suite
+from harness.conformance.case_selection import FEW
 from harness.conformance.defects import Defect
-from harness.conformance.tried import Tried
-from harness.records import CheckResult, Outcome
-from harness.registry import discover
+from harness.conformance.outcomes import Tried
+from harness.methods.registry import discover
+from harness.records.record import CheckResult, Outcome
 
 
 def known(name: str = "one", **changed: Any) -> Defect:
@@ -68,8 +68,8 @@ def test_a_check_of_an_entry_that_passes_is_said() -> None:
 
 
 def test_every_implementation_of_adaptable_layers_meets_every_config_and_shape_in_two_dtypes() -> None:
-    for name in (name for name in suite.names() if suite.kind_of(name) != "operation"):
-        plan = suite.load(name)
+    for name in (name for name in parity_suite.names() if parity_suite.kind_of(name) != "operation"):
+        plan = parity_suite.load(name)
         met = [case for case in plan.cases(FEW) if case.kind == plan.layers[0]]
         for one in (*plan.configs, *plan.shapes):
             dtypes = {case.dtype for case in met if one in (case.config, case.shape)}
@@ -78,7 +78,7 @@ def test_every_implementation_of_adaptable_layers_meets_every_config_and_shape_i
 
 
 def test_lora_of_convolutions_meets_most_configs_and_every_kind_of_layer_two_dtypes() -> None:
-    plan = suite.load("lora")
+    plan = parity_suite.load("lora")
     cases = list(plan.cases(FEW))
     met = [config for config in plan.configs if any(c.config == config and "conv2d" in c.kind for c in cases)]
     assert len(met) > len(plan.configs) / 2

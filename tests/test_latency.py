@@ -20,11 +20,11 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from harness.cell.measure import latency
 from harness.conformance.subject import configure
 from harness.errors import ImplementationError
-from harness.measure import latency
-from harness.records import DECODED, Evaluation
-from harness.registry import discover
+from harness.methods.registry import discover
+from harness.records.record import DECODED, Evaluation
 
 VOCABULARY = 20
 USUAL = Evaluation(items=0)

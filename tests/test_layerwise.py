@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.assets.table import Source
+from harness.cell.job import Asset, TaskWork, Work
+from harness.cell.lifecycle import WARMUP_PASSES, Life
+from harness.cell.measure.memory import PeakMeter, optimizer_tensors, tensor_bytes
+from harness.cell.measure.phases import PhaseClock
+from harness.cell.training import loop, optimizers
+from harness.cell.training import model as models
+from harness.cell.training.batches import Batch
 from harness.conformance.subject import DTYPES, configure
+from harness.conformance.tolerance_table import FOOTPRINT_LEDGER
 from harness.errors import UsageError
-from harness.footprint import counting
-from harness.measure.memory import PeakMeter, optimizer_tensors, tensor_bytes
-from harness.measure.phases import PhaseClock
-from harness.records import AssetUse, Cell, Evaluation, Memory, Outcome, Training
-from harness.registry import discover
-from harness.runner.life import WARMUP_PASSES, Life
-from harness.runner.work import Asset, TaskWork, Work
-from harness.tasks import SYNTHETIC
-from harness.tolerances import FOOTPRINT_LEDGER
-from harness.training import loop, optimizers
-from harness.training import model as models
-from harness.training.batches import Batch
+from harness.memory_model import counting
+from harness.methods.registry import discover
+from harness.records.record import AssetUse, Cell, Evaluation, Memory, Outcome, Training
+from harness.suites.tasks import SYNTHETIC
 
 # Of projected matrices of 128 x 256 the moments have more than 4096 elements, of those of 64 x 128 fewer.
 LLAMA = {
@@ -181,7 +181,9 @@ def test_a_saved_state_keeps_its_codes(implementation: str) -> None:
 def test_the_authors_optimizer_has_8_bit_moments_in_a_cell() -> None:
     _, samples, _, optimizer = trained("galore", "float32", "adamw-8bit", "galore-torch")
     assert samples.losses[-1] < samples.losses[0]
-    assert optimizers.facts(optimizer)["class"] == "harness.implementations.galore_torch.AnywhereGaLoreAdamW8bit"
+    assert (
+        optimizers.facts(optimizer)["class"] == "harness.methods.implementations.galore_torch.AnywhereGaLoreAdamW8bit"
+    )
     narrow = [t for t in optimizer_tensors(optimizer) if t.dtype == torch.uint8]
     # Of each block three matrices in the subspace, and q and o; and the embedding.
     assert sum(t.numel() for t in narrow) == 2 * (4 * (3 * 24 * 256 + 2 * 128**2) + 512 * 128)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from conftest import Bench
 
 from harness.errors import Exit
-from harness.records import Outcome, Status
+from harness.records.record import Outcome, Status
 
 SUITE = """\
 suite: packed

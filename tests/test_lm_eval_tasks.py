@@ -13,16 +13,16 @@ import digits
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness import suites, tasks
 from harness.assets import fetch, lm_eval_files
 from harness.assets.table import resolve
+from harness.cell.data import CellData
+from harness.cell.job import Asset, Work
 from harness.cli import main
 from harness.errors import AssetError, Exit, UsageError
-from harness.expand import expand
-from harness.records import AssetUse, Cell
+from harness.records.record import AssetUse, Cell
 from harness.runner import task_assets
-from harness.runner.data import CellData
-from harness.runner.work import Asset, Work
+from harness.suites import loader, tasks
+from harness.suites.expand import expand
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -121,7 +121,7 @@ def suite(folder: Path, task: str, more: str = "") -> Path:
 
 
 def data_of(path: Path, **change: Any) -> tuple[CellData, Any, Cell]:
-    loaded = suites.load(path)
+    loaded = loader.load(path)
     (cell,) = expand(loaded).cells
     cell = cell.model_copy(update=change)
     source = resolve("./model", {}, path.parent)
@@ -251,7 +251,7 @@ def test_hub_data_are_read_at_their_commit(tmp_path: Path, monkeypatch: pytest.M
     assert asked == [(("openai/gsm8k", "main"), {"split": split, "revision": COMMIT}) for split in ("test", "train")]
     use = fetch.use(task.data)
     assert (use.source, use.revision, len(use.sha256)) == ("lm-eval:gsm8k", COMMIT, 64)
-    from harness.evaluation.own_task import OwnTask
+    from harness.cell.evaluation.own_task import OwnTask
 
     own = OwnTask(task.path, folder, range(1), "flexible-extract")
     assert own.training() == []  # the only question is in the test
@@ -296,7 +296,7 @@ def test_more_items_than_there_are_is_said_with_its_place_before_anything_runs(
 
 def test_finding_a_task_imports_neither_lm_eval_nor_torch() -> None:
     code = (
-        "import sys; from pathlib import Path; from harness import tasks; "
+        "import sys; from pathlib import Path; from harness.suites import tasks; "
         f"print(tasks.load('lm-eval:arc_easy@{COMMIT}', Path(), {{}}).own.splits, {{'lm_eval', 'torch'}} & set(sys.modules))"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -22,8 +22,8 @@ from test_reference_lora_layers import (
 )
 
 from harness.conformance.subject import load, warm
-from harness.conformance.tolerance import noise_floor
-from harness.implementations import hf_peft, loralib
+from harness.conformance.tolerance_policies import noise_floor
+from harness.methods.implementations import hf_peft, loralib
 from reference import lora
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from trainee import Encoder, batches, nothing, setting
 
-from harness.measure.memory import PeakMeter, model_tensors, optimizer_tensors, tensor_bytes
-from harness.measure.phases import PhaseClock
-from harness.training import loop
-from harness.training.batches import Example, collate, order
+from harness.cell.measure.memory import PeakMeter, model_tensors, optimizer_tensors, tensor_bytes
+from harness.cell.measure.phases import PhaseClock
+from harness.cell.training import loop
+from harness.cell.training.batches import Example, collate, order
 
 MIB = 2**20
 CPU = torch.device("cpu")
@@ -23,8 +23,8 @@ CPU = torch.device("cpu")
 # In a process of its own: what other tests have allocated and freed must not decide this one.
 _PEAKS = """
 import torch
-from harness.measure.memory import PeakMeter
-from harness.measure.phases import PhaseClock
+from harness.cell.measure.memory import PeakMeter
+from harness.cell.measure.phases import PhaseClock
 meter = PeakMeter(torch.device("cpu"))
 clock = PhaseClock(meter, lambda name: None)
 torch.ones(1000).sum()
@@ -53,8 +53,8 @@ def test_each_phase_has_a_peak_of_its_own() -> None:
 
 _PIECES = """
 import torch
-from harness.measure.memory import PeakMeter
-from harness.measure.phases import PhaseClock
+from harness.cell.measure.memory import PeakMeter
+from harness.cell.measure.phases import PhaseClock
 clock = PhaseClock(PeakMeter(torch.device("cpu")), lambda name: None)
 with clock.phase("many"):
     held = [bytearray(60_000) for _ in range(4000)]

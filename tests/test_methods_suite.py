@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from conftest import Bench
 
-from harness import fitting, suites
 from harness.errors import Exit
-from harness.expand import expand
-from harness.methods import methods
-from harness.records import Record, Status
+from harness.methods.spec import methods
+from harness.records.record import Record, Status
+from harness.suites import loader, model_checks
+from harness.suites.expand import expand
 
 # Steps of 1e-6 are far below what bfloat16 can tell apart: only the masters move.
 _UNSEEN = "{implementation: reference, method: dora, dtype: bfloat16, training: {lr: 1e-6}}"
@@ -20,9 +20,9 @@ _SHRINKING = (
 
 
 def test_the_suite_holds_every_method_and_fits() -> None:
-    suite = suites.load("methods")
+    suite = loader.load("methods")
     plan = expand(suite)
-    fitting.refuse(suite, plan)
+    model_checks.refuse(suite, plan)
     # What trains nothing cannot be tried by training.
     assert {(cell.method, cell.dtype) for cell in plan.cells} == {
         (method, dtype) for method in methods() if method != "frozen" for dtype in ("float32", "bfloat16")

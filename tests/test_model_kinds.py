@@ -21,10 +21,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from harness import suites
+from harness.cell.training import model as models
 from harness.cli import main
 from harness.errors import AssetError, Exit
-from harness.training import model as models
+from harness.suites import loader
 
 SUITE = """\
 suite: kinds
@@ -97,7 +97,7 @@ def test_a_config_that_tells_nothing_is_left_to_the_cell(config: str, tokenizer:
     folder = saved(gpt2(), tokenizer, tmp_path / "mine")
     (folder / "config.json").write_text(config)
     (tmp_path / "kinds.yaml").write_text(SUITE.replace("KIND", "causal"), encoding="utf-8")
-    assert suites.load(tmp_path / "kinds.yaml").entries
+    assert loader.load(tmp_path / "kinds.yaml").entries
 
 
 def load(folder: Path, dtype: torch.dtype) -> Any:

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import recorded_run as recorded
 
-from harness import planning, suites
-from harness.analysis import naming, verdict
+from harness.analysis import verdict
+from harness.cli import plan as planning
 from harness.errors import UsageError
-from harness.expand import Plan, expand, only
-from harness.records import Cell, Status
+from harness.records import naming
+from harness.records.record import Cell, Status
 from harness.runner.progress import Progress
+from harness.suites import loader
+from harness.suites.expand import Plan, expand, only
 
 
 def _variants() -> list[Cell]:
@@ -65,11 +67,11 @@ def test_a_name_says_no_more_than_it_must() -> None:
     assert naming.full(quick) == {c.cell_id: c.label for c in quick}
 
 
-def _two_seeds(tmp_path: Path) -> tuple[suites.Suite, Plan]:
+def _two_seeds(tmp_path: Path) -> tuple[loader.Suite, Plan]:
     path = tmp_path / "seeds.yaml"
-    text = suites.find("smoke").read_text(encoding="utf-8").partition("comparisons:")[0]
+    text = loader.find("smoke").read_text(encoding="utf-8").partition("comparisons:")[0]
     path.write_text(text.replace("    task:", "    seed: [1, 2]\n    task:"), encoding="utf-8")
-    suite = suites.load(path)
+    suite = loader.load(path)
     return suite, only(expand(suite), "id=lora,implementation=fused")
 
 

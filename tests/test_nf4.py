@@ -7,8 +7,8 @@ import torch
 from bitsandbytes import functional as bitsandbytes
 from torch import Tensor
 
-from harness.conformance.tolerance import exact
-from reference import nf4
+from harness.conformance.tolerance_policies import exact
+from reference.operations import nf4
 
 BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
 SHAPES = ((64, 64), (129, 64), (7, 33), (3, 100), (65,), (1,), (4, 2048))

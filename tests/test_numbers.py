@@ -17,12 +17,12 @@ import recorded_run as recorded
 from conftest import Finished
 
 import harness
-from harness import store
-from harness.analysis.parity import no_merged_speed
+from harness.analysis.failed_checks import no_merged_speed
 from harness.errors import UsageError
-from harness.export.columns import COLUMNS, TABLES
-from harness.export.frames import Numbers
-from harness.records import Failure, Memory, Outcome, Predicted, Record, Status
+from harness.records import store
+from harness.records.record import Failure, Memory, Outcome, Predicted, Record, Status
+from harness.report.export.columns import COLUMNS, TABLES
+from harness.report.export.frames import Numbers
 
 TOP = Path(__file__).resolve().parents[1]
 REAL = TOP / "results" / "published" / "2026-11-24-quick-cpu"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import stubbed
 
-from harness.records import Status
+from harness.records.record import Status
 from harness.runner import attempt
 from harness.runner.executors.local import Local
 from harness.runner.oom_kills import KernelKills

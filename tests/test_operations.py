@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from harness.conformance import matrix, operations, suite
-from harness.conformance.breadth import FEW
-from harness.records import Outcome
-from harness.registry import Implementation
-from reference import fp4, multi_lora, nf4
+from harness.conformance import matrix, operations, parity_suite
+from harness.conformance.case_selection import FEW
+from harness.methods.registry import Implementation
+from harness.records.record import Outcome
+from reference.operations import fp4, multi_lora, nf4
 
 Function = Callable[..., Any]
 
@@ -158,7 +158,7 @@ def in_float64(target: str) -> Function:
 
 @pytest.mark.parametrize("target", operations.every())
 def test_a_right_value_of_a_wrong_dtype_fails_and_says_what_it_should_be(target: str) -> None:
-    plan = suite.load_operation(target)
+    plan = parity_suite.load_operation(target)
     values, dtype = list(plan.calls(FEW))[-1]
     mine = Implementation("mine", "operation", target, in_float64(target), dtypes=(dtype,))
     (found,) = [r for r in matrix.one_call(mine, plan, values, dtype) if r.check.split("/")[1] == "outputs"]

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 from trainee import Encoder, batches, nothing, setting
 
+from harness.cell.measure.memory import optimizer_tensors, tensor_bytes
+from harness.cell.training import loop, optimizers
 from harness.conformance.subject import configure
-from harness.conformance.tolerance import exact
+from harness.conformance.tolerance_policies import exact
 from harness.errors import UsageError
-from harness.measure.memory import optimizer_tensors, tensor_bytes
-from harness.methods import methods
-from harness.records import Optimizer, Training
-from harness.registry import discover
-from harness.training import loop, optimizers
-from reference.adamw8bit import state_bytes
+from harness.methods.registry import discover
+from harness.methods.spec import methods
+from harness.records.record import Optimizer, Training
+from reference.operations.adamw8bit import state_bytes
 
 ELEMENTS = 16 * 8192
 
@@ -45,13 +45,18 @@ def trained(model: nn.Module, name: Optimizer, implementation: str = "fused", **
     [
         ("adamw", "reference", "torch.optim.adamw.AdamW", None),
         ("adamw", "fused", "torch.optim.adamw.AdamW", None),
-        ("adamw-8bit", "reference", "reference.adamw8bit.AdamW8bit", None),
-        ("adamw-8bit", "fused", "harness.kernels.adamw8bit.AdamW8bit", None),
-        ("adamw-8bit", "hf-peft", "harness.kernels.adamw8bit.AdamW8bit", None),
-        ("paged-adamw", "reference", "torch.optim.adamw.AdamW", "reference.paged.Paged"),
-        ("paged-adamw", "fused", "torch.optim.adamw.AdamW", "harness.kernels.paged.Paged"),
-        ("paged-adamw-8bit", "reference", "reference.adamw8bit.AdamW8bit", "reference.paged.Paged"),
-        ("paged-adamw-8bit", "fused", "harness.kernels.adamw8bit.AdamW8bit", "harness.kernels.paged.Paged"),
+        ("adamw-8bit", "reference", "reference.operations.adamw8bit.AdamW8bit", None),
+        ("adamw-8bit", "fused", "harness.kernels.torch.adamw8bit.AdamW8bit", None),
+        ("adamw-8bit", "hf-peft", "harness.kernels.torch.adamw8bit.AdamW8bit", None),
+        ("paged-adamw", "reference", "torch.optim.adamw.AdamW", "reference.operations.paged.Paged"),
+        ("paged-adamw", "fused", "torch.optim.adamw.AdamW", "harness.kernels.torch.paged.Paged"),
+        (
+            "paged-adamw-8bit",
+            "reference",
+            "reference.operations.adamw8bit.AdamW8bit",
+            "reference.operations.paged.Paged",
+        ),
+        ("paged-adamw-8bit", "fused", "harness.kernels.torch.adamw8bit.AdamW8bit", "harness.kernels.torch.paged.Paged"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

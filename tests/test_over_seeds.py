@@ -12,12 +12,13 @@ import pytest
 import recorded_run as recorded
 from report_page import Page
 
-from harness.analysis import intervals, over_seeds, ranking, seed_spread, verdict
-from harness.analysis.words import Word
-from harness.manifest import Comparison, Tuning
-from harness.records import Accuracy, Cell, Evaluation, Item, Record, Status
-from harness.report import html, text
-from harness.store import Run
+from harness.analysis import ranking, verdict
+from harness.analysis.statistics import intervals, over_seeds, seed_spread
+from harness.analysis.verdict_kind import Word
+from harness.records.manifest import Comparison, Tuning
+from harness.records.record import Accuracy, Cell, Evaluation, Item, Record, Status
+from harness.records.store import Run
+from harness.report import html, terminal
 
 SEEDS = (0, 1, 2)
 
@@ -228,7 +229,7 @@ def test_better_over_seeds_is_judged_by_the_interval_of_the_difference(tmp_path:
 
 def test_terminal_and_page_show_means_with_their_test(tmp_path: Path) -> None:
     run = _run(tmp_path / "r", _cells("full", "reference", "head"))
-    said = "\n".join(text.summary(run))
+    said = "\n".join(terminal.summary(run))
     assert "over seeds" in said
     page = Page(html.render([run])).text
     assert "Means over seeds" in page

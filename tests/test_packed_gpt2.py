@@ -9,14 +9,14 @@ import torch
 from conftest import Bench
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from harness.assets import conv1d, made
-from harness.conformance.tolerance import exact
+from harness.assets import conv1d, generated
+from harness.cell import base_quantisation
+from harness.conformance.tolerance_policies import exact
 from harness.errors import Exit, Unsupported, UsageError
-from harness.implementations.bitsandbytes import nf4
-from harness.records import Base, Outcome, Record
-from harness.registry import discover
-from harness.runner import packing
-from reference.layers import dense_weight
+from harness.methods.implementations.bitsandbytes import nf4
+from harness.methods.registry import discover
+from harness.records.record import Base, Outcome, Record
+from reference.shared.layers import dense_weight
 
 SUITE = """\
 suite: packed
@@ -50,7 +50,7 @@ def gpt2(**more: Any) -> Any:
 def records(bench: Bench) -> dict[str, Record]:
     """Return the Records of the suite's two Cells, by their methods."""
     folder = bench.folder / "gpt2"
-    made.tiny_llama(folder)
+    generated.tiny_llama(folder)
     for name in ("config.json", "model.safetensors", "generation_config.json"):
         (folder / name).unlink(missing_ok=True)
     gpt2(vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2).save_pretrained(folder)
@@ -84,7 +84,7 @@ def test_a_conv1d_is_packed_as_transformers_packs_it() -> None:
     x = torch.randn(3, 4 * WIDTH, generator=torch.Generator().manual_seed(0))
     biases = {path: model.get_submodule(path).bias.clone() for path in paths}
     assert conv1d.as_linear(model) == 4 * LAYERS
-    packing.pack(model, paths, base, torch.float32, discover())
+    base_quantisation.pack(model, paths, base, torch.float32, discover())
     for name, path in zip("ab", paths, strict=True):
         layer, wanted = model.get_submodule(path), linear.get_submodule(name)
         assert exact({"W": dense_weight(layer)}, {"W": dense_weight(wanted)}).passed
@@ -97,9 +97,11 @@ def test_what_is_not_linear_is_refused_before_anything_is_packed() -> None:
     paths = ["transformer.h.0.attn.c_attn", "transformer.wte"]
     before = {path: type(model.get_submodule(path)) for path in paths}
     with pytest.raises(UsageError, match=r"transformer\.h\.0\.attn\.c_attn \(Conv1D\)"):
-        packing.pack(model, paths, Base(quantization="nf4", implementation="bitsandbytes"), torch.float32, discover())
+        base_quantisation.pack(
+            model, paths, Base(quantization="nf4", implementation="bitsandbytes"), torch.float32, discover()
+        )
     with pytest.raises(UsageError, match=r"transformer\.wte \(Embedding\)"):
-        packing.pack(
+        base_quantisation.pack(
             model, paths[1:], Base(quantization="nf4", implementation="bitsandbytes"), torch.float32, discover()
         )
     with pytest.raises(Unsupported, match="c_attn is a Conv1D; bitsandbytes packs linear layers"):

@@ -13,11 +13,11 @@ import pytest
 import recorded_run
 from scipy.stats import ttest_ind, wilcoxon
 
-from harness.analysis import canaries, pair_order, paired, trimmed
-from harness.analysis.pair_ratio import log_ratio
-from harness.analysis.paired import Design, Finding, Verdict
+from harness.analysis.comparison.pair_ratio import log_ratio
+from harness.analysis.statistics import canaries, pair_order, paired, trimmed
+from harness.analysis.statistics.paired import Design, Finding, Verdict
 from harness.errors import HarnessError, UsageError
-from harness.records import Record
+from harness.records.record import Record
 
 TOP = Path(__file__).resolve().parent.parent
 DESIGN = Design()
@@ -270,7 +270,7 @@ def test_canaries_are_counted_from_pairs_in_either_direction() -> None:
 def test_judging_never_imports_torch_and_reading_verdicts_not_even_numpy() -> None:
     code = (
         "import sys\n"
-        "from harness.analysis import canaries, pair_order, paired\n"
+        "from harness.analysis.statistics import canaries, pair_order, paired\n"
         "early = {'torch', 'numpy', 'scipy'} & set(sys.modules)\n"
         "pairs = [0.01 * k for k in range(6)]\n"
         "v = paired.judge(pairs, paired.Design(), 'first')\n"

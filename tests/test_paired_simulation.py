@@ -9,9 +9,9 @@ import pytest
 import simulated_noise as noise
 from scipy.special import betaincinv
 
-from harness.analysis.intervals import POWER
-from harness.analysis.paired import Design, Finding, decide, judge, look
-from harness.analysis.trimmed import trimmed
+from harness.analysis.statistics.intervals import POWER
+from harness.analysis.statistics.paired import Design, Finding, decide, judge, look
+from harness.analysis.statistics.trimmed import trimmed
 
 DESIGN = Design()
 SURE = 0.95

@@ -15,30 +15,31 @@ import recorded_run as recorded
 from conftest import Bench, eventually
 from report_page import row
 
-from harness import planning, suites
-from harness.assets import process
-from harness.expand import expand
-from harness.footprint import asking, cells
-from harness.records import Evaluation, Predicted, Record
-from harness.report import facts, tables
-from harness.tasks import Answers
+from harness.cli import plan as planning
+from harness.memory_model import cells, counting_client
+from harness.process import child as process
+from harness.records.record import Evaluation, Predicted, Record
+from harness.report import run_facts, tables
+from harness.suites import loader
+from harness.suites.expand import expand
+from harness.suites.tasks import Answers
 
 
 @pytest.fixture
 def _no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the steps without data out, a second each: only what the formulas say is looked at."""
-    counted = asking.ask
+    counted = counting_client.ask
 
     def formulas(requests: list[Any]) -> Any:
         of_models = [request for request in requests if "cell" not in request]
         return [*counted(of_models), *({} for _ in requests[len(of_models) :])]
 
-    monkeypatch.setattr(asking, "ask", formulas)
+    monkeypatch.setattr(counting_client, "ask", formulas)
 
 
 @pytest.mark.usefixtures("_no_steps")
 def test_the_headline_suite_is_predicted_and_fits() -> None:
-    suite = suites.load("headline-gpu")
+    suite = loader.load("headline-gpu")
     plan = expand(suite)
     predicted = planning.predictions(suite, plan)
     document = planning.planning(suite, plan, Path("nowhere"), predicted)
@@ -59,7 +60,7 @@ def test_the_headline_suite_is_predicted_and_fits() -> None:
 
 @pytest.mark.usefixtures("_no_steps")
 def test_logits_are_predicted_where_every_token_has_a_loss() -> None:
-    suite = suites.load("headline-gpu")
+    suite = loader.load("headline-gpu")
     plan = expand(suite)
     (lora,) = (cell for cell in plan.cells if plan.ids[cell.cell_id] == "lora-7b")
     scored = lora.model_copy(update={"evaluation": Evaluation(items=10)})
@@ -75,7 +76,7 @@ def test_logits_are_predicted_where_every_token_has_a_loss() -> None:
 
 
 def test_what_a_step_took_is_the_total_where_it_is_more_than_the_formulas_know() -> None:
-    plan = expand(suites.load("smoke"))
+    plan = expand(loader.load("smoke"))
     first, second, *_ = (cell.cell_id for cell in plan.cells)
     of_weights = Predicted(weights_B=700 * recorded.MIB, adapter_B=0, gradients_B=0, optimizer_B=0)
     known = {
@@ -84,7 +85,7 @@ def test_what_a_step_took_is_the_total_where_it_is_more_than_the_formulas_know()
             update={"peak_B": 9000 * recorded.MIB, "optimizer_host_B": 1000 * recorded.MIB, "peak_by": "the reference"}
         ),
     }
-    document = planning.planning(suites.load("smoke"), plan, Path("nowhere"), known)
+    document = planning.planning(loader.load("smoke"), plan, Path("nowhere"), known)
     sizes = {row["cell_id"]: row["predicted"]["total_B"] for row in document["cells"] if row["predicted"]}
     assert sizes == {first: 700 * recorded.MIB, second: 8000 * recorded.MIB}  # what is paged is not on the device
     assert document["estimate"]["predicted_B"] == 8000 * recorded.MIB
@@ -95,7 +96,7 @@ def test_what_a_step_took_is_the_total_where_it_is_more_than_the_formulas_know()
 
 def test_a_model_that_is_not_here_is_not_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFT_HARNESS_CACHE", str(tmp_path))
-    suite = suites.load("smoke")
+    suite = loader.load("smoke")
     plan = expand(suite)
     found = planning.predictions(suite, plan)
     assert set(found.values()) == {"tiny-llama is not on this machine yet"}
@@ -118,7 +119,7 @@ def beside(change: int, why: str = "") -> Record:
 def ledger(record: Record, folder: Path) -> dict[str, dict[str, Any]]:
     """Return the record's row of the report's memory table, by the names of its columns."""
     run = recorded.write_run(folder / "run", change=lambda _, old: record, only=["fused"])
-    return row(tables.memory(facts.gather(run)), record)
+    return row(tables.memory(run_facts.gather(run)), record)
 
 
 @pytest.mark.parametrize(
@@ -196,19 +197,19 @@ def test_the_peak_of_a_step_is_shown_beside_the_count(tmp_path: Path) -> None:
 
 
 def test_cells_that_differ_in_seed_or_learning_rate_share_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    suite = suites.load("headline-rehearsal")
+    suite = loader.load("headline-rehearsal")
     plan = expand(suite)
     one = next(cell for cell in plan.cells if cell.method == "lora" and cell.training.steps)
     other = one.model_copy(update={"seed": 7, "training": one.training.model_copy(update={"lr": 0.5})})
     longer = one.model_copy(update={"training": one.training.model_copy(update={"max_tokens": 96})})
     asked: list[Any] = []
-    counted = asking.ask
+    counted = counting_client.ask
 
     def spy(requests: list[Any]) -> Any:
         asked.extend(request for request in requests if "cell" in request)
         return counted(requests)
 
-    monkeypatch.setattr(asking, "ask", spy)
+    monkeypatch.setattr(counting_client, "ask", spy)
     found = planning.predictions(suite, dataclasses.replace(plan, cells=(one, other, longer)))
     assert len(asked) == 2
     peaks = [p.peak_B for c in (one, other, longer) if isinstance(p := found[c.cell_id], Predicted)]
@@ -239,7 +240,7 @@ def test_who_counts_ends_with_a_command_that_is_killed(bench: Bench) -> None:
 
 def test_steps_that_take_too_long_take_no_formula_along(monkeypatch: pytest.MonkeyPatch) -> None:
     """The child is ended while it takes the first step; the counts of models were there before."""
-    monkeypatch.setattr(asking, "TIMEOUT_S", 60.0)
+    monkeypatch.setattr(counting_client, "TIMEOUT_S", 60.0)
     tied = process.tied
 
     @contextlib.contextmanager
@@ -252,7 +253,7 @@ def test_steps_that_take_too_long_take_no_formula_along(monkeypatch: pytest.Monk
             yield child
 
     monkeypatch.setattr(process, "tied", ended)
-    suite = suites.load("headline-gpu")
+    suite = loader.load("headline-gpu")
     plan = expand(suite)
     lora = tuple(cell for cell in plan.cells if plan.ids[cell.cell_id] == "lora-7b")
     (found,) = planning.predictions(suite, dataclasses.replace(plan, cells=lora)).values()

@@ -9,8 +9,8 @@ import pytest
 from process_rounds import FIVE, rounds, runs
 from scipy import optimize, stats
 
-from harness.analysis.intervals import POWER
-from harness.analysis.process_runs import ALARM, ASSUMED, Pace, judge
+from harness.analysis.statistics.intervals import POWER
+from harness.analysis.statistics.process_runs import ALARM, ASSUMED, Pace, judge
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,12 @@ import scipy.special  # noqa: F401
 from process_rounds import FIVE, rounds
 
 from harness import pytest_plugin
-from harness.analysis.baseline_rows import Findings, Kind
-from harness.analysis.words import Word
+from harness.analysis.comparison.baseline_rows import Findings, Kind
+from harness.analysis.verdict_kind import Word
 from harness.bench import pytest_benchmark
 from harness.bench.pytest_benchmark import Saved
 from harness.errors import UsageError
-from harness.gate.benchmarks import Session, compare
+from harness.regression.benchmarks import Session, compare
 
 pytest_plugins = ["pytester"]
 HERE = {"cpu": "an EPYC", "python": "CPython 3.11.7", "torch": "2.9.1"}
@@ -220,9 +220,9 @@ def test_red(benchmark):
 """
 # As `@conformance` makes it, but for the case, which would import torch.
 WRONG = """
-from harness.conformance.tried import Tried
-from harness.records import CheckResult, Outcome
-from harness.registry import Implementation
+from harness.conformance.outcomes import Tried
+from harness.records.record import CheckResult, Outcome
+from harness.methods.registry import Implementation
 from harness.testing import Conforming
 
 OF = {"implementation": "mine", "kind": "operation", "target": "op", "dtype": "float32", "case": "c"}
@@ -359,5 +359,7 @@ def test_what_cannot_be_judged_is_refused_before_any_test_runs(
 
 
 def test_without_the_option_nobody_needs_pytest_benchmark_or_loads_the_gate(project, pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(test_k="import sys\ndef test_it():\n    assert 'harness.pytest_gate' not in sys.modules")
+    pytester.makepyfile(
+        test_k="import sys\ndef test_it():\n    assert 'harness.regression.pytest_gate' not in sys.modules"
+    )
     assert project("-p", "no:benchmark")[0] == pytest.ExitCode.OK

@@ -16,8 +16,8 @@ import stubbed
 from conftest import PATIENCE_S, eventually, gone
 
 from harness.errors import HarnessError, StoreError
-from harness.measure import environment
-from harness.records import Status
+from harness.records import environment
+from harness.records.record import Status
 from harness.runner.executors.ray import Ray
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")

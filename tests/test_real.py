@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from harness import store
-from harness.records import Record, Status
+from harness.records import store
+from harness.records.record import Record, Status
 
 pytestmark = pytest.mark.real
 ASKED = "id=head,id=lora-r8,id=lora-r8-nf4,id=zero-shot,implementation=reference"

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from two_layers import draw
 
 from harness.conformance.subject import DTYPES
-from harness.conformance.tolerance import exact, noise_floor
-from reference import adamw8bit
-from reference.adamw8bit import AdamW8bit, adamw8bit_step, init_state, moments
-from reference.dynamic_map import dynamic_map, quantize_blockwise
+from harness.conformance.tolerance_policies import exact, noise_floor
+from reference.operations import adamw8bit
+from reference.operations.adamw8bit import AdamW8bit, adamw8bit_step, init_state, moments
+from reference.operations.dynamic_map import dynamic_map, quantize_blockwise
 
 N = 4096 + 300  # the last block is short
 KNOBS: dict[str, Any] = {"lr": 0.1, "betas": (0.7, 0.9), "eps": 1e-3, "weight_decay": 0.3}

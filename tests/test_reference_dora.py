@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from two_layers import Two, draw, generator
 
 from harness.conformance.subject import DTYPES, configure, warm
-from harness.conformance.tolerance import exact, noise_floor
-from harness.implementations import bitsandbytes
+from harness.conformance.tolerance_policies import exact, noise_floor
+from harness.methods.implementations import bitsandbytes
 from reference import dora, lora
-from reference.layers import dense_copy, dense_weight
+from reference.shared.layers import dense_copy, dense_weight
 
 both_axes = pytest.mark.parametrize("per", ["output", "input"])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)

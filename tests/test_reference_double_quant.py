@@ -9,8 +9,8 @@ import torch
 from bitsandbytes import functional as bitsandbytes
 from torch import Tensor
 
-from reference import double_quant, nf4
-from reference.dynamic_map import dequantize_blockwise, dynamic_map, quantize_blockwise
+from reference.operations import double_quant, nf4
+from reference.operations.dynamic_map import dequantize_blockwise, dynamic_map, quantize_blockwise
 
 SIGNED, UNSIGNED = dynamic_map(signed=True), dynamic_map(signed=False)
 maps = pytest.mark.parametrize("code", [SIGNED, UNSIGNED], ids=["signed", "unsigned"])

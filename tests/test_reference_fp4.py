@@ -7,7 +7,7 @@ import torch
 from bitsandbytes import functional as bitsandbytes
 from torch import Tensor
 
-from reference import fp4, nf4
+from reference.operations import fp4, nf4
 
 TABLE = fp4.codebook()
 MAGNITUDES = TABLE[:8].sort().values

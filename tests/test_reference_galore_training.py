@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from two_layers import draw
 
 from harness.conformance.subject import DTYPES, configure
-from harness.conformance.tolerance import exact, noise_floor
+from harness.conformance.tolerance_policies import exact, noise_floor
 from reference import galore
 from reference.galore import GaLore, galore_step
 

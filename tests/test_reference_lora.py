@@ -13,12 +13,12 @@ from torch.utils.checkpoint import checkpoint
 from two_layers import Two, assert_same, draw, generator
 
 from harness.conformance.subject import DTYPES, configure, load, warm
-from harness.conformance.tolerance import exact, noise_floor
-from harness.implementations import bitsandbytes
-from harness.implementations.fused.lora import lora as fused_lora
-from harness.kernels.lora_linear import lora_linear_over
+from harness.conformance.tolerance_policies import exact, noise_floor
+from harness.kernels.torch.lora_linear import lora_linear_over
+from harness.methods.implementations import bitsandbytes
+from harness.methods.implementations.fused.lora import lora as fused_lora
 from reference import lora
-from reference.layers import dense_copy
+from reference.shared.layers import dense_copy
 
 ATTACH: dict[str, Callable[..., Any]] = {"reference": lora.attach, "fused": fused_lora}
 implementations = pytest.mark.parametrize("attach", ATTACH.values(), ids=ATTACH)

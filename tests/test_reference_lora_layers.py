@@ -14,10 +14,10 @@ from transformers.pytorch_utils import Conv1D
 from two_layers import assert_same, generator
 
 from harness.conformance.subject import DTYPES, configure, load, warm
-from harness.conformance.tolerance import exact, noise_floor
+from harness.conformance.tolerance_policies import exact, noise_floor
 from reference import lora
-from reference.layers import KINDS, kind_of, targets
-from reference.lora_layers import ungrouped
+from reference.shared.layers import KINDS, kind_of, targets
+from reference.shared.lora_layers import ungrouped
 
 R, ALPHA = 4, 6.0
 GEOMETRIES: dict[str, dict[str, Any]] = {

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from two_layers import assert_same, draw
 
 from harness.conformance.subject import DTYPES
-from harness.conformance.tolerance import noise_floor
+from harness.conformance.tolerance_policies import noise_floor
 from reference.lora import LoraLinear
-from reference.multi_lora import multi_lora_linear
+from reference.operations.multi_lora import multi_lora_linear
 
 D, E = 12, 10
 RANKS, SCALINGS = (3, 1, 5), (8 / 3, 0.5, 2.0)

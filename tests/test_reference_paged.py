@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reference.adamw8bit import AdamW8bit
 from reference.galore import GaLore
-from reference.paged import MIN_PAGED_ELEMENTS, Paged, is_paged
+from reference.operations.adamw8bit import AdamW8bit
+from reference.operations.paged import MIN_PAGED_ELEMENTS, Paged, is_paged
 
 LEAST = MIN_PAGED_ELEMENTS
 NUMELS = (LEAST, 5, LEAST + 1000, LEAST - 1, LEAST + 3000)  # the second and fourth are too small

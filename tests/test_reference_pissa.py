@@ -11,11 +11,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from two_layers import Two, assert_same, draw, generator
 
-from harness.conformance.tolerance import exact, noise_floor
-from harness.implementations import bitsandbytes
+from harness.conformance.tolerance_policies import exact, noise_floor
+from harness.methods.implementations import bitsandbytes
 from reference import lora, pissa
-from reference.layers import dense_weight
 from reference.pissa import Config
+from reference.shared.layers import dense_weight
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from two_layers import Two, assert_same, draw, generator
 
 from harness.conformance.subject import DTYPES, configure, warm
-from harness.conformance.tolerance import exact, noise_floor
-from reference import double_quant, lora, nf4, qlora
+from harness.conformance.tolerance_policies import exact, noise_floor
+from reference import lora, qlora
+from reference.operations import double_quant, nf4
 
 DOUBLE = pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from two_layers import draw, generator
 
 from harness.conformance.subject import DTYPES, configure, warm
-from harness.conformance.tolerance import exact, noise_floor
-from harness.implementations import bitsandbytes
+from harness.conformance.tolerance_policies import exact, noise_floor
+from harness.methods.implementations import bitsandbytes
 from reference import vera
-from reference.layers import dense_copy
+from reference.shared.layers import dense_copy
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 

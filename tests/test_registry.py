@@ -11,7 +11,7 @@ import pytest
 
 import harness
 from harness.errors import HarnessError, ImplementationError
-from harness.registry import Implementation, Registry, discover, implements
+from harness.methods.registry import Implementation, Registry, discover, implements
 
 GOOD = """
 from harness import implements
@@ -156,7 +156,7 @@ def test_implementations_cannot_be_changed() -> None:
 def test_the_door_costs_no_torch() -> None:
     code = (
         "import sys, harness; harness.implements; harness.__version__\n"
-        "from harness.registry import discover; from harness import suites, expand\n"
+        "from harness.methods.registry import discover; from harness.suites import loader as suites, expand\n"
         "discover(); expand.expand(suites.load('quick')); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

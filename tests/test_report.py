@@ -12,11 +12,12 @@ import pytest
 import recorded_run as recorded
 from report_page import Page, row
 
-from harness import resources, store
+from harness.assets import resources
 from harness.errors import StoreError
-from harness.records import Failure, Phase, Record, Status
-from harness.report import html, text, view
-from harness.report.display import DASH
+from harness.records import store
+from harness.records.record import Failure, Phase, Record, Status
+from harness.report import html, terminal, view
+from harness.report.formatting import DASH
 
 EVIL = "x</script><img src=x onerror=alert(1)>"
 
@@ -110,9 +111,9 @@ def test_reports_are_made_without_torch(good: store.Run, tmp_path: Path) -> None
     script = """
 import sys
 from pathlib import Path
-from harness import store, tolerances
-from harness.analysis import intervals, measured, ranking, reproducibility, trajectories, verdict
-from harness.report import html, text
+from harness.records import store; from harness.conformance import tolerance_table as tolerances
+from harness.analysis.statistics import intervals; from harness.analysis import measurements as measured, ranking, trajectories, verdict; from harness.analysis.comparison import reproducibility
+from harness.report import html, terminal as text
 run = store.read_run(Path(sys.argv[1]))
 html.write_report([run, run], Path(sys.argv[2]))
 text.summary(run)
@@ -141,8 +142,8 @@ def test_missing_torn_and_unfinished_are_at_the_top(tmp_path: Path) -> None:
     assert alerts[2]["items"][0].startswith("0123456789abcdef.1.json: ")
     words = Page(html.render([run])).text
     assert 0 < words.index("0123456789abcdef.1.json") < words.index("Questions of the suite")
-    assert any(line.startswith("missing: ") for line in text.summary(run))
-    assert any("0123456789abcdef.1.json" in line for line in text.summary(run))
+    assert any(line.startswith("missing: ") for line in terminal.summary(run))
+    assert any("0123456789abcdef.1.json" in line for line in terminal.summary(run))
 
 
 def test_a_whole_run_raises_no_alert(good: store.Run) -> None:
@@ -207,7 +208,7 @@ def test_a_run_in_which_every_cell_failed(tmp_path: Path) -> None:
     words = Page(html.render([run])).text
     assert "mat1 and mat2 shapes cannot be multiplied" in words
     assert words.count("RuntimeError: ...") == 10
-    assert text.summary(run)[-1].startswith("? inconclusive: 10 Cells not measured")
+    assert terminal.summary(run)[-1].startswith("? inconclusive: 10 Cells not measured")
 
 
 def test_a_run_that_has_not_begun(tmp_path: Path) -> None:
@@ -321,7 +322,7 @@ def test_golden_keys_of_the_view(good: store.Run) -> None:
 
 
 def test_the_terminal_table_is_aligned(good: store.Run) -> None:
-    lines = text.summary(good)
+    lines = terminal.summary(good)
     table = lines[: lines.index("")]
     assert table[0].startswith("minilm-l6 · movie-sentiment")
     ends = {len(line) for line in table}

@@ -8,11 +8,13 @@ import pytest
 import recorded_run as recorded
 from report_page import Page, row
 
-from harness import cli, store
-from harness.analysis import contention, divergence
-from harness.records import CheckResult, Outcome, Record
-from harness.report import display, html, text, view
-from harness.report.display import DASH
+from harness import cli
+from harness.analysis import contention
+from harness.cell.training import divergence
+from harness.records import store
+from harness.records.record import CheckResult, Outcome, Record
+from harness.report import formatting, html, terminal, view
+from harness.report.formatting import DASH
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +74,12 @@ def test_a_busy_machine_is_said_beside_its_numbers_with_the_rule(good: store.Run
     words = Page(html.render([run])).text
     assert words.count("! busy") == 3  # twice in the row, once with the rule
     assert contention.RULE in words
-    said = text.summary(run)
+    said = terminal.summary(run)
     assert [line for line in said if line.endswith("] !") and "lora r=8 [fused]" in line]
     assert [line for line in said if contention.RULE in line]
     # Records from before there was CPU time to compare say nothing.
     assert not view.build([good])["runs"][0]["comparison"]["notes"]
-    assert "busy" not in "\n".join(text.summary(good))
+    assert "busy" not in "\n".join(terminal.summary(good))
 
 
 def _red(check: str) -> CheckResult:
@@ -112,7 +114,7 @@ def test_a_failed_merge_takes_the_merged_latency_away_and_fails_the_run(tmp_path
     told = "lora/merge/float32/trained: error 0.5, 0.25 allowed; in layer.0.query; worst element [3]: 1.5, should be 1"
     assert built["alerts"][0]["items"] == [f"minilm-l6 lora r=8 [fused]: {told}"]
     assert built["failures"][0]["checks"] == [told]
-    assert f"failed: minilm-l6 lora r=8 [fused]: {told}" in text.summary(run)
+    assert f"failed: minilm-l6 lora r=8 [fused]: {told}" in terminal.summary(run)
 
 
 def test_any_other_failed_check_takes_all_speeds_away(tmp_path: Path) -> None:
@@ -141,7 +143,7 @@ def test_a_resumed_run_says_whose_time_it_tells(good: store.Run) -> None:
     inside = sum(r.duration_s for r in good.latest().values())
     said = view.build([resumed])["runs"][0]["duration"]
     assert said.startswith("resumed: the last invocation took 75.0 s and kept 4 of 10 Cells from earlier")
-    assert said.endswith(f"all Cells took {display.seconds(inside)} together")
+    assert said.endswith(f"all Cells took {formatting.seconds(inside)} together")
     assert view.build([resumed])["runs"][0]["time"]["sentence"].startswith("In the last invocation, outside the Cells")
 
 
@@ -186,6 +188,6 @@ def test_a_finite_divergence_is_told_beside_what_was_measured(good: store.Run, t
     assert alert["text"].startswith("Measured, although training diverged (a lower `lr`, ")
     (item,) = alert["items"]
     assert item.startswith("minilm-l6 lora r=8 [fused]: the loss rose from 0.847 to ")
-    assert f"diverged: {item}" in text.summary(run)
+    assert f"diverged: {item}" in terminal.summary(run)
     assert item in Page(html.render([run])).text
-    assert not [line for line in text.summary(good) if line.startswith("diverged")]
+    assert not [line for line in terminal.summary(good) if line.startswith("diverged")]

@@ -9,11 +9,11 @@ import pytest
 import recorded_run as recorded
 
 from harness import cli
-from harness.analysis import reproducibility
+from harness.analysis.comparison import reproducibility
 from harness.errors import Exit
-from harness.records import Provider, Record
-from harness.report import html, repeats, view
-from harness.store import Run
+from harness.records.record import Provider, Record
+from harness.records.store import Run
+from harness.report import html, reruns, view
 
 Change = Callable[[str, Record], Record | None]
 
@@ -162,4 +162,4 @@ def test_the_page_shows_what_differs_and_why(first: Run, tmp_path: Path) -> None
 
 def test_cells_measured_once_are_counted(first: Run, tmp_path: Path) -> None:
     part = recorded.write_run(tmp_path / "part", run="part", only=["fused", "head"])
-    assert "8 others have no second ok Record" in repeats.section([first, part])["sentence"]
+    assert "8 others have no second ok Record" in reruns.section([first, part])["sentence"]

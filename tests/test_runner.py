@@ -24,18 +24,20 @@ import pytest
 import recorded_run
 from conftest import PATIENCE_S, Bench, Finished, eventually, gone, make_bench
 
-from harness import store, suites
 from harness.assets import fetch, table
+from harness.cell import worker
+from harness.cell.job import Work
 from harness.cli import main
+from harness.conformance.tolerance_table import EPSILON, FOOTPRINT_LEDGER
 from harness.errors import Exit
-from harness.manifest import Footer
-from harness.records import Outcome, Record, Status, TrainingMeasured
+from harness.records import store
+from harness.records.manifest import Footer
+from harness.records.record import Outcome, Record, Status, TrainingMeasured
 from harness.report import html
-from harness.runner import attempt, worker
+from harness.runner import attempt
 from harness.runner.executors.local import Local
 from harness.runner.progress import Progress
-from harness.runner.work import Work
-from harness.tolerances import EPSILON, FOOTPRINT_LEDGER
+from harness.suites import loader
 
 PHASES = [
     "start-up", "load", "data", "predict", "attach", "parity", "warm-up", "train", "count", "save", "evaluate", "latency",
@@ -46,7 +48,7 @@ PHASES = [
 
 
 def _source(name: str) -> table.Source:
-    return table.resolve(name, suites.load("smoke").sources, Path())
+    return table.resolve(name, loader.load("smoke").sources, Path())
 
 
 def _cells(run: store.Run, method: str = "lora") -> list[Record]:
@@ -529,7 +531,7 @@ def test_a_run_with_a_torn_footer_is_reported_and_resumed(story: dict[str, Stage
 
 _HOLD = """
 import os, subprocess, sys, time
-from harness.runner import lifeline
+from harness.process import lifeline
 watched, events = map(int, sys.argv[1:])
 lifeline.hold(watched, events)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -723,7 +725,7 @@ def test_a_worker_that_cannot_be_started(
 
 def test_a_bug_in_the_middle_of_a_run_says_what_is_kept(bench: Bench) -> None:
     code = (
-        "import sys\nfrom harness import cli, store\n"
+        "import sys\nfrom harness import cli; from harness.records import store\n"
         "def write_record(*_): raise KeyError('ours')\nstore.RunFolder.write_record = write_record\n"
         "sys.exit(cli.main(sys.argv[1:]))"
     )

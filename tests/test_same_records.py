@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from conftest import Finished, make_bench
 
-from harness import store
-from harness.cost_records import AT_ONCE
 from harness.errors import Exit
-from harness.records import Record
+from harness.records import store
+from harness.records.cost import AT_ONCE
+from harness.records.record import Record
 from harness.runner.executors.slurm import LOCAL
 
 pytestmark = pytest.mark.skipif(

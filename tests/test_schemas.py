@@ -14,8 +14,8 @@ from conftest import Finished
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
-from harness import store
-from harness.schemas import FOLDER, current
+from harness.records import store
+from harness.records.schemas import FOLDER, current
 
 PUBLISHED = sorted(p.parent for p in (Path(__file__).parents[1] / "results" / "published").glob("*/run.json"))
 
@@ -29,7 +29,7 @@ def fields(schema: dict[str, Any]) -> dict[str, tuple[list[str], list[str]]]:
 def test_the_shipped_schemas_are_those_of_the_models() -> None:
     for name, text in current().items():
         shipped = json.loads((FOLDER / name).read_text(encoding="utf-8"))
-        assert fields(shipped) == fields(json.loads(text)), f"{name} is old: python -m harness.schemas"
+        assert fields(shipped) == fields(json.loads(text)), f"{name} is old: python -m harness.records.schemas"
 
 
 @cache

@@ -11,7 +11,7 @@ from harness.conformance import checks, faults, operations, self_test
 from harness.conformance.checks.unreferenced import ALONE
 from harness.conformance.faults import Copy, Fault, planted
 from harness.errors import Exit
-from harness.methods import methods
+from harness.methods.spec import methods
 
 LEAST = 40
 PLAIN = {"rank": 3, "alpha": 8.0}

@@ -14,14 +14,14 @@ from report_page import row
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from harness.analysis import watched
-from harness.analysis.percentiles import percentile
+from harness.analysis import tracked_metrics
+from harness.analysis.statistics.percentiles import percentile
+from harness.cell.measure import multi_adapter_latency
 from harness.conformance.subject import Subject, adaptable_layers, configure
-from harness.export import rows
-from harness.records import DECODED, Cell, CheckResult, Evaluation, Latency, Outcome, Training
-from harness.registry import discover
+from harness.methods.registry import discover
+from harness.records.record import DECODED, Cell, CheckResult, Evaluation, Latency, Outcome, Training
 from harness.report import view
-from harness.runner import serving
+from harness.report.export import rows
 
 VOCABULARY = 20
 TARGETS = ("q_proj", "k_proj", "down_proj")
@@ -29,7 +29,7 @@ TARGETS = ("q_proj", "k_proj", "down_proj")
 
 @pytest.fixture(autouse=True)
 def _one_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "BLOCKS", 1)
+    monkeypatch.setattr(multi_adapter_latency, "BLOCKS", 1)
 
 
 def llama() -> Any:
@@ -62,7 +62,7 @@ def cell(implementation: str, method: str = "lora") -> Cell:
 
 def measure(subject: Subject, implementation: str, registry: Any = None) -> tuple[list[Latency], list[CheckResult]]:
     asked = cell(implementation, subject.method)
-    return serving.measure(subject, asked, True, VOCABULARY, registry or discover())
+    return multi_adapter_latency.measure(subject, asked, True, VOCABULARY, registry or discover())
 
 
 @pytest.mark.parametrize("implementation", ["reference", "fused", "hf-peft"])
@@ -77,8 +77,8 @@ def test_who_offers_it_is_checked_and_timed_and_left_as_it_was(implementation: s
     assert (check.check, check.outcome) == ("lora/multi-adapter/float32/trained", Outcome.PASS)
     assert check.allowed is not None
     assert {(x.variant, x.kind, x.batch, x.adapters) for x in found} == {
-        (variant, kind, serving.ADAPTERS, adapters)
-        for variant, adapters in (("unmerged", 1), ("multi-adapter", serving.ADAPTERS))
+        (variant, kind, multi_adapter_latency.ADAPTERS, adapters)
+        for variant, adapters in (("unmerged", 1), ("multi-adapter", multi_adapter_latency.ADAPTERS))
         for kind in ("prefill", "decode")
     }
     assert all(len(x.seconds) > 1 and min(x.seconds) > 0 and not x.because for x in found)
@@ -156,7 +156,7 @@ def test_what_cannot_mix_loses_no_cell(error: Exception, after: int) -> None:
     assert (check.check, check.outcome) == ("lora/multi-adapter/float32/trained", Outcome.SKIPPED)
     assert check.detail == f"could not be tried: {type(error).__name__}: {error}"
     assert {(x.variant, x.adapters, x.because, tuple(x.seconds)) for x in found} == {
-        ("unmerged", 1, check.detail, ()), ("multi-adapter", serving.ADAPTERS, check.detail, ())
+        ("unmerged", 1, check.detail, ()), ("multi-adapter", multi_adapter_latency.ADAPTERS, check.detail, ())
     }  # fmt: skip
     assert all(subject.model.get_submodule(path) is layer for path, layer in layers.items())
 
@@ -167,7 +167,7 @@ def test_who_does_not_offer_it_says_why() -> None:
         assert checks == []
         assert {(x.variant, x.adapters, tuple(x.seconds)) for x in latencies} == {
             ("unmerged", 1, ()),
-            ("multi-adapter", serving.ADAPTERS, ()),
+            ("multi-adapter", multi_adapter_latency.ADAPTERS, ()),
         }
         (why,) = {x.because for x in latencies}
         return why
@@ -253,7 +253,7 @@ def test_a_batch_as_large_as_the_mixed_one_is_its_own(tmp_path: Path) -> None:
         (fused.cell.model_copy(update={"evaluation": asked}), 0.007, 0.002),
         (fused.cell, 0.002, None),  # as histories and baselines have called it
     ):
-        times = watched.kept(fused.model_copy(update={"cell": cell})).values
+        times = tracked_metrics.kept(fused.model_copy(update={"cell": cell})).values
         assert times["latency_s/unmerged/forward/4x32"] == own
         assert times.get("latency_s/unmerged-beside-several/forward/4x32") == beside
 

@@ -10,13 +10,13 @@ import torch
 from conftest import Bench
 from test_footprint import METHODS, llama, off, predicted
 
-from harness import store
+from harness.cell.measure.memory import model_tensors, tensor_bytes
+from harness.cell.training.offloaded_weights import SetAside, unused
 from harness.conformance.subject import adaptable_layers, configure
-from harness.footprint.choices import OWN
-from harness.measure.memory import model_tensors, tensor_bytes
-from harness.registry import discover
-from harness.tolerances import FOOTPRINT_LEDGER
-from harness.training.set_aside import SetAside, unused
+from harness.conformance.tolerance_table import FOOTPRINT_LEDGER
+from harness.memory_model.choices import OWN
+from harness.methods.registry import discover
+from harness.records import store
 
 IDS = torch.arange(32)[None]
 KEEPING = [("qlora", "reference"), ("qlora", "fused"), ("qlora", "hf-peft"), ("pissa", "reference"), ("pissa", "fused")]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.conformance import settings
+from harness.conformance import process_settings
 
 
 def newer_precision() -> None:
@@ -29,12 +29,12 @@ def newer_precision() -> None:
     ],
 )
 def test_a_changed_setting_is_named_and_put_back(change: object, name: str) -> None:
-    before = settings.now()
-    with settings.kept() as changed:
+    before = process_settings.now()
+    with process_settings.kept() as changed:
         change()  # type: ignore[operator]
     assert changed
     assert all(name in one for one in changed)
-    assert settings.now() == before
+    assert process_settings.now() == before
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_changed_setting_is_named_and_put_back(change: object, name: str) -> N
 )
 def test_seeding_is_noticed_and_put_back(act: object, name: str) -> None:
     torch.manual_seed(11)
-    (found,) = settings.seeded(act)  # type: ignore[arg-type]
+    (found,) = process_settings.seeded(act)  # type: ignore[arg-type]
     assert name in found
     after = torch.rand(1)
     torch.manual_seed(11)
@@ -58,10 +58,10 @@ def test_products_are_as_exact_as_before_low_precision_was_allowed() -> None:
     """On a CPU with instructions for bfloat16 the older way of allowing it changes what float32 products are."""
     x = torch.randn(64, 64)
     before = x @ x
-    with settings.kept():
+    with process_settings.kept():
         torch.set_float32_matmul_precision("medium")
     assert torch.equal(x @ x, before)
 
 
 def test_drawing_is_no_seeding() -> None:
-    assert settings.seeded(lambda: (torch.rand(3), random.random(), np.random.rand(3))) == []
+    assert process_settings.seeded(lambda: (torch.rand(3), random.random(), np.random.rand(3))) == []

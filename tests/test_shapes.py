@@ -11,23 +11,23 @@ import pytest
 import torch
 from conftest import Bench
 
-from harness import suites
 from harness.assets import conv1d, fetch, shapes
 from harness.assets.table import Source
+from harness.cell import base_quantisation
+from harness.cell.job import Asset, TaskWork, Work
+from harness.cell.lifecycle import Life, NonconformingError
+from harness.cell.measure import latency
+from harness.cell.measure.memory import PeakMeter
+from harness.cell.measure.phases import PhaseClock
+from harness.cell.training import loop, optimizers, random_model
 from harness.conformance.subject import Packed
+from harness.conformance.tolerance_table import FOOTPRINT_LEDGER
 from harness.errors import AssetError, Exit, SuiteError
-from harness.expand import expand
-from harness.measure import latency
-from harness.measure.memory import PeakMeter
-from harness.measure.phases import PhaseClock
-from harness.records import AssetUse, Base, Cell, Evaluation, Measurements, Outcome, Status, Training
-from harness.registry import discover
-from harness.runner import packing
-from harness.runner.life import Life, NonconformingError
-from harness.runner.work import Asset, TaskWork, Work
-from harness.tasks import SYNTHETIC
-from harness.tolerances import FOOTPRINT_LEDGER
-from harness.training import loop, optimizers, shape
+from harness.methods.registry import discover
+from harness.records.record import AssetUse, Base, Cell, Evaluation, Measurements, Outcome, Status, Training
+from harness.suites import loader
+from harness.suites.expand import expand
+from harness.suites.tasks import SYNTHETIC
 
 # Rows of whole blocks of 64: bitsandbytes decodes others wrongly on some CPUs, which is another test's matter.
 TINY = {
@@ -83,7 +83,7 @@ def written(folder: Path, model: str = "tiny-shape", task: str = SYNTHETIC, more
 
 def mistakes(path: Path) -> list[str]:
     with pytest.raises(SuiteError) as caught:
-        suites.load(path)
+        loader.load(path)
     return [str(problem) for problem in caught.value.problems]
 
 
@@ -92,7 +92,7 @@ def mistakes(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("model", ['"shape:llama-7b"', '"shape:./tiny.json"', "tiny-shape"])
 def test_a_suite_names_a_preset_or_a_file(model: str, tmp_path: Path) -> None:
-    cells = expand(suites.load(written(tmp_path, model))).cells
+    cells = expand(loader.load(written(tmp_path, model))).cells
     assert [(cell.model, cell.evaluation.items) for cell in cells] == [(model.strip('"'), 0)] * 2
 
 
@@ -144,7 +144,7 @@ def dense(model: Any) -> int:
 
 def test_a_packed_shape_never_exists_in_its_first_form(tmp_path: Path) -> None:
     deep = TINY | {"num_hidden_layers": 6}
-    model, registry = shape.build(folder_of(deep, tmp_path), torch.bfloat16), discover()
+    model, registry = random_model.build(folder_of(deep, tmp_path), torch.bfloat16), discover()
     paths = [p for p, m in model.named_modules() if type(m) is torch.nn.Linear and p != "lm_head"]
     block = sum(m.weight.numel() for p, m in model.named_modules() if p in paths) // 6
     most, alive, held, pack = [], [], list[Any](), registry.find("base", "nf4", "fused")
@@ -160,15 +160,15 @@ def test_a_packed_shape_never_exists_in_its_first_form(tmp_path: Path) -> None:
             return packs
 
     base = Base(quantization="nf4", implementation="fused")
-    found = packing.pack(model, paths, base, torch.bfloat16, Watched(), shape.drawn(model, CPU))  # type: ignore[arg-type]
+    found = base_quantisation.pack(model, paths, base, torch.bfloat16, Watched(), random_model.drawn(model, CPU))  # type: ignore[arg-type]
     assert set(found.forms) == set(paths)
     assert max(most) == block
     assert max(alive) <= 1  # nobody else keeps what was packed: at most the one just replaced is still to be freed
     assert not any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers()))
     # The same numbers as without a base: a Cell's base must not be another model.
-    whole = shape.build(tmp_path, torch.bfloat16)
-    shape.draw(whole, CPU)
-    again = packing.pack(whole, paths, base, torch.bfloat16, registry)
+    whole = random_model.build(tmp_path, torch.bfloat16)
+    random_model.draw(whole, CPU)
+    again = base_quantisation.pack(whole, paths, base, torch.bfloat16, registry)
     for path, form in again.forms.items():
         assert torch.equal(form.data, found.forms[path].data)
     assert torch.equal(whole.lm_head.weight, model.lm_head.weight)
@@ -186,7 +186,7 @@ def test_a_packed_shape_never_exists_in_its_first_form(tmp_path: Path) -> None:
 def test_weights_are_spread_as_the_models_own(config: Any, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    check_spread(config, shape.build(folder_of(config, tmp_path), torch.float32), AutoModelForCausalLM)
+    check_spread(config, random_model.build(folder_of(config, tmp_path), torch.float32), AutoModelForCausalLM)
 
 
 @pytest.mark.parametrize("config", [ROBERTA, DEBERTA], ids=["roberta", "deberta"])
@@ -195,14 +195,14 @@ def test_so_are_those_of_encoders(config: Any, tmp_path: Path) -> None:
 
     config = config | {"type_vocab_size": 8}  # of one row alone the spread is anything
     folder = folder_of(config | {"id2label": {"0": "A"}, "label2id": {"A": 0}}, tmp_path)
-    model = shape.build(folder, torch.float32, "encoder", labels=9)
+    model = random_model.build(folder, torch.float32, "encoder", labels=9)
     check_spread(config | {"num_labels": 9}, model, AutoModelForSequenceClassification)
 
 
 def check_spread(config: Any, model: Any, factory: Any) -> None:
     from transformers import CONFIG_MAPPING
 
-    shape.draw(model, CPU)
+    random_model.draw(model, CPU)
     facts = {k: v for k, v in config.items() if k != "model_type"}
     torch.manual_seed(0)
     own = factory.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(facts))
@@ -216,10 +216,10 @@ def check_spread(config: Any, model: Any, factory: Any) -> None:
 
 
 def test_what_no_initialiser_sets_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = shape.build(folder_of(TINY, tmp_path), torch.float32)
+    model = random_model.build(folder_of(TINY, tmp_path), torch.float32)
     model.model.layers[0].mlp.register_parameter("gate", torch.nn.Parameter(torch.empty(3, device="meta")))
     with pytest.raises(AssetError, match=r"no initialiser for model\.layers\.0\.mlp\.gate"):
-        shape.draw(model, CPU)
+        random_model.draw(model, CPU)
 
 
 # ---- whole Cells
@@ -268,7 +268,7 @@ def test_a_cell_of_a_shape_measures_cost_and_scores_nothing(method: str, base: B
     assert not [check.check for check in life.checks if check.outcome is Outcome.FAIL]
     assert any("the weights are random" in note for note in life.notes)
     assert any(one.seconds for one in found.latency)
-    whole = shape.build(folder_of(TINY, tmp_path), torch.bfloat16).state_dict().values()
+    whole = random_model.build(folder_of(TINY, tmp_path), torch.bfloat16).state_dict().values()
     assert found.checkpoint is not None
     assert found.checkpoint.model_B == 2 * sum(tensor.numel() for tensor in whole)
     expected = found.memory.predicted
@@ -436,8 +436,8 @@ def test_codes_judged_in_pieces_are_judged_as_a_whole(double: bool, monkeypatch:
 
 
 def test_what_attaching_changes_in_a_large_model_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from harness.cell.lifecycle import NonconformingError
     from harness.conformance import subject
-    from harness.runner.life import NonconformingError
     from reference import lora
 
     monkeypatch.setattr(subject, "LARGEST_COPY", 1000)
@@ -448,7 +448,7 @@ def test_what_attaching_changes_in_a_large_model_is_seen(tmp_path: Path, monkeyp
             model.get_submodule("model.norm").weight[7] += 1
         return attach(model, config, generator)
 
-    monkeypatch.setattr("harness.registry.Registry.find", lambda *_: meddling)
+    monkeypatch.setattr("harness.methods.registry.Registry.find", lambda *_: meddling)
     with pytest.raises(NonconformingError, match=r"lora/base/bfloat16/init failed at model\.norm\.weight has changed"):
         lived(tmp_path, "lora")
 

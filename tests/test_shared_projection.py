@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.conformance.tolerance import noise_floor
-from harness.kernels import vera_linear
-from harness.kernels.vera_linear import SharedProjection
+from harness.conformance.tolerance_policies import noise_floor
+from harness.kernels.torch import vera_linear
+from harness.kernels.torch.vera_linear import SharedProjection
 
 T, D, E, R = 6, 20, 14, 5
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from harness.conformance.subject import configure
-from harness.conformance.tolerance import noise_floor
-from harness.kernels import siblings
-from harness.kernels.nf4_linear import Nf4Linear
-from harness.registry import discover
+from harness.conformance.tolerance_policies import noise_floor
+from harness.kernels.torch import shared_input
+from harness.kernels.torch.nf4_linear import Nf4Linear
+from harness.methods.registry import discover
 
 NAMES = ("q", "k", "v")
 D, R = 48, 3
@@ -91,13 +91,13 @@ def are_those_of_the_reference(
 def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many layers each call had that computed several."""
     seen: list[int] = []
-    right = siblings.lora_linears
+    right = shared_input.lora_linears
 
     def counted(x: Tensor, layers: Any, *rest: Any) -> list[Tensor]:
         seen.append(len(layers))
         return right(x, layers, *rest)
 
-    monkeypatch.setattr(siblings, "lora_linears", counted)
+    monkeypatch.setattr(shared_input, "lora_linears", counted)
     return seen
 
 
@@ -143,21 +143,21 @@ def test_any_order_any_choice_and_twice(names: tuple[str, ...]) -> None:
 
 def test_who_is_never_asked_is_no_longer_computed(together: list[int]) -> None:
     adapted = attached()
-    for _ in range(3 * siblings.PATIENCE):  # as often asked as not
+    for _ in range(3 * shared_input.PATIENCE):  # as often asked as not
         adapted.model(given())
         adapted.model(given(), ("q", "k"))
     assert set(together) == {3}
-    for _ in range(3 * siblings.PATIENCE):  # buys no patience
+    for _ in range(3 * shared_input.PATIENCE):  # buys no patience
         adapted.model(given())
-    for _ in range(siblings.PATIENCE + 1):
+    for _ in range(shared_input.PATIENCE + 1):
         adapted.model(given(), ("q", "k"))
     assert together[-2:] == [3, 2]
 
 
 def test_layers_beside_each_other_with_other_names_and_of_other_parents_are_strangers() -> None:
     paths = ("0.q_proj", "0.o_proj", "1.v_proj", "1.k_proj", "1.q_proj", "v_proj")  # OPT and BART have q last
-    layers = {path: siblings.Sibling() for path in paths}
-    siblings.meet(layers)
+    layers = {path: shared_input.Sibling() for path in paths}
+    shared_input.meet(layers)
     families = [one.family for one in layers.values()]
     assert families[2] is families[3] is families[4]
     assert len({id(one) for one in families}) == 4
@@ -294,9 +294,9 @@ def test_checkpointing_from_the_first_step_on(reentrant: bool) -> None:
 def test_checkpointing_of_what_ceases_to_be_computed_in_advance() -> None:
     """A recomputation that kept other tensors than the first pass would be refused."""
     adapted = attached()
-    for _ in range(siblings.PATIENCE + 3):
+    for _ in range(shared_input.PATIENCE + 3):
         gradients(adapted, given(), lambda m, x: checkpoint(_cross, m, x, use_reentrant=False))
-    for _ in range(siblings.PATIENCE + 3):
+    for _ in range(shared_input.PATIENCE + 3):
         adapted.model(given(), ("q",))
     gradients(adapted, given(), lambda m, x: checkpoint(_cross, m, x, use_reentrant=False))
 

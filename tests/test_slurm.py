@@ -18,11 +18,10 @@ import recorded_run
 import stubbed
 from conftest import PATIENCE_S, eventually, gone
 
-from harness import store
 from harness.cli import main
 from harness.errors import Exit, HarnessError, UsageError
-from harness.measure import environment
-from harness.records import Status
+from harness.records import environment, store
+from harness.records.record import Status
 from harness.runner.attempt import Ending
 from harness.runner.executors import node, slurm, slurm_states
 from harness.runner.executors.slurm import LOCAL, Slurm

@@ -14,26 +14,26 @@ import pytest
 from conftest import COMMAND, PATIENCE_S, Bench, eventually, gone
 
 from harness.errors import Exit
-from harness.runner import stop
+from harness.process import termination
 
 
 @pytest.fixture
 def heard() -> Iterator[None]:
     """Whoever runs the tests under nohup has SIGHUP ignored, and so have its children."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in stop.ASKING}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in termination.ASKING}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("heard")
-@pytest.mark.parametrize("asked", stop.ASKING)
+@pytest.mark.parametrize("asked", termination.ASKING)
 def test_a_signal_is_heard_only_while_a_run_goes_on(asked: signal.Signals) -> None:
     before = signal.getsignal(asked)
-    with stop.on_request():
-        with pytest.raises(stop.Terminated, match=asked.name):
+    with termination.on_request():
+        with pytest.raises(termination.Terminated, match=asked.name):
             os.kill(os.getpid(), asked)
-        for number in stop.ASKING:
+        for number in termination.ASKING:
             os.kill(os.getpid(), number)  # nothing cuts the clean end short
     assert signal.getsignal(asked) is before
 
@@ -41,7 +41,7 @@ def test_a_signal_is_heard_only_while_a_run_goes_on(asked: signal.Signals) -> No
 def test_what_nohup_ignores_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with stop.on_request():
+        with termination.on_request():
             os.kill(os.getpid(), signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import recorded_run
 
-from harness import store
 from harness.errors import StoreError, UsageError
-from harness.records import Record, Status
+from harness.records import store
+from harness.records.record import Record, Status
 
 
 @pytest.fixture
@@ -312,7 +312,7 @@ def test_two_new_runs_into_one_folder(run: store.Run, tmp_path: Path, monkeypatc
 
 def test_a_killed_writer_leaves_no_lock(run: store.Run) -> None:
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom harness import store\n"
+        "import sys, time\nfrom pathlib import Path\nfrom harness.records import store\n"
         "folder = store.RunFolder.take(Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(run.path)], stdout=subprocess.PIPE, text=True) as holder:

@@ -9,12 +9,13 @@ from typing import get_args
 
 import pytest
 
-from harness import suite_entry, suite_file, suites
-from harness.analysis import naming
 from harness.errors import SuiteError, UsageError
-from harness.expand import Plan, expand, only
-from harness.methods import methods
-from harness.records import Base, Cell, Evaluation, Optimizer, Training
+from harness.methods.spec import methods
+from harness.records import naming
+from harness.records.record import Base, Cell, Evaluation, Optimizer, Training
+from harness.suites import entry as suite_entry
+from harness.suites import loader, schema
+from harness.suites.expand import Plan, expand, only
 
 SUITE = """
 suite: small
@@ -34,19 +35,19 @@ def read(tmp_path: Path):
     def plan(text: str) -> Plan:
         path = tmp_path / "suite.yaml"
         path.write_text(text if "suite:" in text else SUITE + text, encoding="utf-8")
-        return expand(suites.load(path))
+        return expand(loader.load(path))
 
     return plan
 
 
 def test_built_in_suites_are_sound() -> None:
-    assert {"quick", "smoke"} <= set(suites.names())
-    for name in suites.names():
-        assert expand(suites.load(name)).cells
+    assert {"quick", "smoke"} <= set(loader.names())
+    for name in loader.names():
+        assert expand(loader.load(name)).cells
 
 
 def test_smoke_in_order() -> None:
-    suite = suites.load("smoke")
+    suite = loader.load("smoke")
     plan = expand(suite)
     assert [(plan.ids[c.cell_id], c.implementation, c.dtype) for c in plan.cells] == [
         ("frozen", "reference", "float32"),
@@ -257,7 +258,7 @@ def test_own_sources_and_tasks_start_from_the_suites_folder(tmp_path: Path, monk
     (folder / "model").mkdir(parents=True)
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (folder / "model" / name).write_text("{}", encoding="utf-8")
-    task = Path(suites.folder("suites") / "tasks" / "toy-sentiment.yaml").read_text(encoding="utf-8")
+    task = Path(loader.folder("suites") / "tasks" / "toy-sentiment.yaml").read_text(encoding="utf-8")
     (folder / "task.yaml").write_text(task.replace("data: toy-sentiment", "data: reviews"), encoding="utf-8")
     (folder / "suite.yaml").write_text(
         SUITE.replace("tiny-llama", "./model").replace("toy-sentiment", "task.yaml")
@@ -268,7 +269,7 @@ def test_own_sources_and_tasks_start_from_the_suites_folder(tmp_path: Path, monk
     rows = "".join(f"text {n},{n % 2}\n" for n in range(65))
     (folder / "reviews.csv").write_text(f"text,label\n{rows}", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    suite = suites.load("mine/suite.yaml")
+    suite = loader.load("mine/suite.yaml")
     assert suite.tasks["task.yaml"].data.address == str(folder / "reviews.csv")
 
 
@@ -295,7 +296,7 @@ def test_too_many_cells_are_refused_without_making_them(read) -> None:
     ],
 )
 def test_only(expr: str, kept: int) -> None:
-    plan = expand(suites.load("smoke"))
+    plan = expand(loader.load("smoke"))
     chosen = only(plan, expr)
     assert len(chosen.cells) == kept
     assert set(chosen.ids) == {c.cell_id for c in chosen.cells}
@@ -303,20 +304,20 @@ def test_only(expr: str, kept: int) -> None:
 
 
 def test_only_by_the_start_of_a_cell_id() -> None:
-    plan = expand(suites.load("smoke"))
+    plan = expand(loader.load("smoke"))
     assert only(plan, plan.cells[2].cell_id[:8]).cells == (plan.cells[2],)
 
 
 @pytest.mark.parametrize("expr", ["method=dora", "id=lora,dtype=bfloat16", "nothing", "", " , "])
 def test_only_without_a_match_lists_what_there_is(expr: str) -> None:
     with pytest.raises(UsageError, match="no Cell fits") as caught:
-        only(expand(suites.load("smoke")), expr)
+        only(expand(loader.load("smoke")), expr)
     assert "id=lora-float64" in caught.value.mend
 
 
 def test_only_with_a_mistyped_key() -> None:
     with pytest.raises(UsageError, match="unknown key `methd`") as caught:
-        only(expand(suites.load("smoke")), "methd=lora")
+        only(expand(loader.load("smoke")), "methd=lora")
     assert "did you mean `method`?" in caught.value.mend
 
 
@@ -340,13 +341,13 @@ def test_methods_are_read_as_python_would_import_them(name: str) -> None:
 
 
 def test_suite_keys_are_those_of_the_records() -> None:
-    assert set(suite_file.TrainingKeys.model_fields) == set(Training.model_fields)
-    prompts = {field.serialization_alias or name for name, field in suite_file.PromptKeys.model_fields.items()}
+    assert set(schema.TrainingKeys.model_fields) == set(Training.model_fields)
+    prompts = {field.serialization_alias or name for name, field in schema.PromptKeys.model_fields.items()}
     elsewhere = {"skip", "latency"} | prompts  # `tune`, `latency` and `prompts`
-    assert set(suite_file.EvaluationKeys.model_fields) == set(Evaluation.model_fields) - elsewhere
+    assert set(schema.EvaluationKeys.model_fields) == set(Evaluation.model_fields) - elsewhere
     assert prompts < set(Evaluation.model_fields)
-    assert set(suite_file.BaseKeys.model_fields) == set(Base.model_fields)
-    assert set(suite_file.CellKeys.model_fields) - {"id", "tune", "latency", "prompts"} == set(Cell.model_fields)
+    assert set(schema.BaseKeys.model_fields) == set(Base.model_fields)
+    assert set(schema.CellKeys.model_fields) - {"id", "tune", "latency", "prompts"} == set(Cell.model_fields)
     of_the_file = {"id", "where", "places", "tune", "latency"}
     assert {f.name for f in dataclasses.fields(suite_entry.Entry)} - of_the_file == set(Cell.model_fields) - {"method"}
 
@@ -367,14 +368,14 @@ def test_suite_keys_are_those_of_the_records() -> None:
     ],
 )
 def test_values_of_knobs(kind: str, value: object, problem: str) -> None:
-    from harness.methods import FieldInfo
+    from harness.methods.spec import FieldInfo
 
     limits = {"least": 1, "most": 8} if kind in ("int", "float") else {}
     assert problem in FieldInfo(kind, None, **limits).problem(value)
 
 
 def test_choices_of_knobs() -> None:
-    from harness.methods import FieldInfo
+    from harness.methods.spec import FieldInfo
 
     field = FieldInfo("str", "a", choices=("a", "b"))
     assert field.problem("c") == "must be one of a, b; got 'c'"

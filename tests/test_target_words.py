@@ -11,10 +11,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from harness.assets import structure
 from harness.conformance.subject import adaptable_layers, configure
-from harness.footprint import counting
-from harness.methods import TARGET_WORDS, methods
-from harness.registry import discover
-from reference.layers import KINDS, WORDS, targets
+from harness.memory_model import counting
+from harness.methods.registry import discover
+from harness.methods.spec import TARGET_WORDS, methods
+from reference.shared.layers import KINDS, WORDS, targets
 
 SIZES = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 64,

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import COMMAND, PATIENCE_S
 
-from harness.conformance.suite import load, load_operation
+from harness.conformance.parity_suite import load, load_operation
 from harness.errors import Exit, UsageError
 from harness.testing import conformance, wrap_layers
 from reference import lora

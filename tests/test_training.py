@@ -12,28 +12,23 @@ from torch import Tensor, nn
 from trainee import EXAMPLES, Encoder, batches, nothing, setting
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness.assets import made
+from harness.assets import generated
 from harness.assets.rows import Row
+from harness.cell.evaluation.likelihood import CausalScorer
+from harness.cell.training import loop, optimizers
+from harness.cell.training.batches import Batch, Example, answer_examples, collate
+from harness.cell.training.master_weights import Masters
+from harness.cell.training.update_tracker import Movement
 from harness.conformance.subject import configure
-from harness.conformance.tolerance import exact, noise_floor
+from harness.conformance.tolerance_policies import exact, noise_floor
 from harness.errors import UsageError
-from harness.evaluation.likelihood import CausalScorer
-from harness.records import Training
-from harness.registry import discover
-from harness.training import loop, optimizers
-from harness.training.batches import (
-    Batch,
-    Example,
-    answer_examples,
-    collate,
-)
-from harness.training.master import Masters
-from harness.training.movement import Movement
+from harness.methods.registry import discover
+from harness.records.record import Training
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made.tiny_llama(path := tmp_path_factory.mktemp("tiny-llama"))
+    generated.tiny_llama(path := tmp_path_factory.mktemp("tiny-llama"))
     return path
 
 

@@ -12,9 +12,9 @@ from conftest import Bench
 from report_page import Page
 
 from harness.analysis import verdict
-from harness.analysis.words import Word
+from harness.analysis.verdict_kind import Word
 from harness.errors import Exit
-from harness.records import Outcome, Record, Status, TrainingMeasured
+from harness.records.record import Outcome, Record, Status, TrainingMeasured
 from harness.report import html
 
 SUITE = """
@@ -72,7 +72,7 @@ def test_a_suite_with_optimizers_and_parts_runs_end_to_end(clean: Bench) -> None
     assert (judgement.verdict.word, len(judgement.verdict.records)) == (Word.PASS, 5)
 
     (full,) = (r for r in run.records if r.cell.method == "full")
-    assert trained(full).optimizer["class"] == "reference.adamw8bit.AdamW8bit"
+    assert trained(full).optimizer["class"] == "reference.operations.adamw8bit.AdamW8bit"
     assert full.measurements is not None
     in_32_bits = 2 * 4 * full.measurements.parameters.trainable
     assert full.measurements.memory.optimizer_B < in_32_bits / 2  # most of this model is in tensors of 4096 and more
@@ -80,8 +80,8 @@ def test_a_suite_with_optimizers_and_parts_runs_end_to_end(clean: Bench) -> None
 
     (plus,) = (r for r in run.records if r.cell.training.lr_ratio != 1)
     facts = trained(plus).optimizer
-    assert facts["class"] == "harness.kernels.adamw8bit.AdamW8bit"
-    assert (facts["paged_by"], facts["page_budget_B"]) == ("harness.kernels.paged.Paged", 0)
+    assert facts["class"] == "harness.kernels.torch.adamw8bit.AdamW8bit"
+    assert (facts["paged_by"], facts["page_budget_B"]) == ("harness.kernels.torch.paged.Paged", 0)
     assert [group["lr"] for group in facts["groups"]] == [5e-3, 4 * 5e-3]  # type: ignore[union-attr, index, call-overload]
     assert any("states of 0 of" in note for note in plus.notes)  # nothing of the tiny model is large enough
 

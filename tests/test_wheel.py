@@ -46,7 +46,7 @@ def test_code_suites_and_templates_are_inside_and_nothing_else(wheel: Path) -> N
         want = {f"{inside}/{p.relative_to(TOP / top).as_posix()}" for p in (TOP / top).rglob("*") if p.is_file()}
         assert len(want) > 3
         assert want == {n for n in names if n.startswith(f"{inside}/")}
-    assert {"harness/cli.py", "harness/assets/shapes.yaml", "reference/lora.py"} <= names
+    assert {"harness/cli/__init__.py", "harness/assets/shapes.yaml", "reference/lora.py"} <= names
     tops = {n.partition("/")[0] for n in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"harness", "reference"}
     assert not [n for n in names if n.endswith(".pyc")]
@@ -64,7 +64,7 @@ def test_the_command_and_the_door_are_declared(unpacked: Path) -> None:
 def test_a_suite_loads_from_the_wheel(unpacked: Path, tmp_path: Path, name: str) -> None:
     code = (
         "import sys, harness\n"
-        "from harness import resources, suites\n"
+        "from harness.assets import resources; from harness.suites import loader as suites\n"
         f"loaded = suites.load({name!r})\n"
         "print(harness.__file__, resources.folder('suites'), resources.checkout(), len(loaded.tasks), sep='\\n')"
     )
@@ -99,7 +99,7 @@ def test_a_report_renders_from_the_wheel(unpacked: Path, tmp_path: Path) -> None
 
 def test_methods_and_parity_suites_are_found_in_the_wheel(unpacked: Path, tmp_path: Path) -> None:
     code = (
-        "from harness.conformance import suite\nfrom harness.methods import methods\n"
+        "from harness.conformance import parity_suite as suite\nfrom harness.methods.spec import methods\n"
         "print(*[f'{m}:{len(suite.load(m).checks)}' for m in methods()])"
     )
     done = python(code, unpacked, tmp_path)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.cell.training import optimizers
+from harness.cell.training.batches import Batch, Example, collate, order
 from harness.conformance.subject import configure
-from harness.records import Training
-from harness.registry import discover
-from harness.training import optimizers
-from harness.training.batches import Batch, Example, collate, order
+from harness.methods.registry import discover
+from harness.records.record import Training
 
 EXAMPLES = [Example(f"e{i}", tuple(range(1, 2 + i * 7 % 13)), i % 2) for i in range(50)]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.subject import DTYPES
-from harness.conformance.tolerance import noise_floor
+from harness.conformance.tolerance_policies import noise_floor
 
 
 class Two(nn.Module):

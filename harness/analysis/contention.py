@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from harness.analysis.measured import TRAIN
-from harness.records import Record
+from harness.analysis.measurements import TRAIN
+from harness.records.record import Record
 
 ONE_CORE = 0.9
 """At any moment of a step at least one thread has work, so an undisturbed process gets about one core or more."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
-from harness.analysis import over_seeds, seed_spread
-from harness.analysis.intervals import LEVEL, detectable, holm, mcnemar, wilson
-from harness.analysis.seed_spread import Prior
-from harness.records import Accuracy, Cell, Record
-from harness.store import Run
+from harness.analysis.statistics import over_seeds, seed_spread
+from harness.analysis.statistics.intervals import LEVEL, detectable, holm, mcnemar, wilson
+from harness.analysis.statistics.seed_spread import Prior
+from harness.records.record import Accuracy, Cell, Record
+from harness.records.store import Run
 
 Standing = Literal["best", "tied", "below", "untrained"]
 Basis = Literal["tied", "all", "independent", "seeds"]

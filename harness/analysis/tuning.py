@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from harness.analysis.ranking import Score
-from harness.manifest import Tuning
-from harness.records import Cell, Record
-from harness.store import Run
+from harness.records.manifest import Tuning
+from harness.records.record import Cell, Record
+from harness.records.store import Run
 
 
 @dataclass(frozen=True)

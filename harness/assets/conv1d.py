@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from reference.layers import kind_of, replace
+from reference.shared.layers import kind_of, replace
 
 NOTE = "{} Conv1D layers are linear layers here, with the same weights: so every method and base takes them"
 

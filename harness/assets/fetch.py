@@ -7,13 +7,14 @@ import json
 import time
 from pathlib import Path
 
-from harness.assets import cache, carrier, hub, model_folder, process, shapes, splits, unpack
+from harness.assets import cache, carrier, hub, model_folder, shapes, splits, unpack
 from harness.assets.carrier import Progress
 from harness.assets.table import Source
 from harness.errors import AssetError
-from harness.records import AssetUse
+from harness.process import child as process
+from harness.records.record import AssetUse
 
-_MAKER = Path(__file__).with_name("made.py")
+_MAKER = Path(__file__).with_name("generated.py")
 _CONVERTER = Path(__file__).with_name("gguf_model.py")
 _POLL_S = 0.2
 _LAST_LINES = 8

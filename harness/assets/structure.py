@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.assets import process
+from harness.process import child
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +60,7 @@ def misfits(folder: str, kind: str, names: Sequence[str]) -> dict[str, str]:
 
 def of_model(model: Any, names: Sequence[str]) -> dict[str, str]:
     """Return the same of a model that is built already."""
-    from reference.layers import KINDS, targets
+    from reference.shared.layers import KINDS, targets
 
     found = {}
     for name in names:
@@ -80,4 +80,4 @@ def _answer(folder: str, kind: str, names: Sequence[str]) -> dict[str, str]:
 
 if __name__ == "__main__":
     for one in json.loads(sys.argv[1]):
-        print(process.ANSWER + json.dumps(_answer(*one)), flush=True)
+        print(child.ANSWER + json.dumps(_answer(*one)), flush=True)

@@ -11,10 +11,10 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
-from harness import resources, yaml_lines
-from harness.assets import made, shapes
+from harness import yaml_lines
+from harness.assets import generated, resources, shapes
 from harness.errors import Problem, SuiteError, UsageError
-from harness.records import Bytes, Frozen
+from harness.records.record import Bytes, Frozen
 
 Kind = Literal["encoder", "causal", "data"]
 
@@ -114,7 +114,7 @@ class Source(Frozen):
                 raise ValueError(f"{self.source} needs member: what to take out of the carrier")
         if self.scheme == "hub" and not _COMMIT.fullmatch(self.revision):
             raise ValueError(f"{self.source} needs revision, the 40 hex digits of a commit: a branch or tag can move")
-        makers = made.DATA if self.kind == "data" else made.MODELS
+        makers = generated.DATA if self.kind == "data" else generated.MODELS
         if self.scheme == "made" and self.address not in makers:
             what = "data set" if self.kind == "data" else "model"
             raise ValueError(f"the harness makes no {what} {self.address!r}; it makes {', '.join(makers)}")

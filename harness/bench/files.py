@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness import store
 from harness.bench.results import Row
 from harness.errors import StoreError, UsageError
-from harness.records import Environment
+from harness.records import store
+from harness.records.record import Environment
 
 SCHEMA = 1
 

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from harness.assets.did_you_mean import near
 from harness.bench.operations import OPERATIONS
 from harness.bench.results import Row
 from harness.bench.sizes import Size, sizes
 from harness.bench.steps import STEPS, Backbone
-from harness.conformance import suite
+from harness.conformance import parity_suite
 from harness.errors import UsageError
-from harness.registry import DTYPES, Registry, targets
-from harness.spelling import near
+from harness.methods.registry import DTYPES, Registry, targets
 
 OURS = "fused"
 REFERENCE = "reference"
@@ -119,7 +119,7 @@ def _operation(asked: Asked, registry: Registry, device: str, name: str) -> Iter
             asked, name, device, "*", "it has no sizes in harness/bench/operations.py: it is asked, not timed"
         )
         return
-    there = suite.load_operation(name).dtypes
+    there = parity_suite.load_operation(name).dtypes
     usual = _DTYPE[device]
     wanted = list(dict.fromkeys(asked.dtypes)) or [usual if usual in there else there[0]]
     per_token = OPERATIONS[name].per_token

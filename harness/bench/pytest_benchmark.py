@@ -20,7 +20,7 @@ from typing import Any
 
 from harness.bench.results import Row
 from harness.errors import UsageError
-from harness.records import Environment
+from harness.records.record import Environment
 
 VERSION = "5.0.0"
 """The version of pytest-benchmark whose form this is."""

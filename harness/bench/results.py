@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from harness.analysis.intervals import Median, median_interval
-from harness.conformance.tried import Standing, Tried
-from harness.records import Frozen, Json, Seconds
+from harness.analysis.statistics.intervals import Median, median_interval
+from harness.conformance.outcomes import Standing, Tried
+from harness.records.record import Frozen, Json, Seconds
 
 Outcome = Literal["measured", "refused", "not-run", "failed"]
 NO_GPU, INTERRUPTED = "no GPU", "interrupted"

@@ -7,7 +7,7 @@ from statistics import median
 
 from harness.bench.results import FEWEST, INTERRUPTED, NO_GPU, Row
 from harness.bench.steps import PRODUCTS
-from harness.conformance.tried import Standing
+from harness.conformance.outcomes import Standing
 
 _HEAD = ("benchmark", "shape", "dtype", "on", "{0}", "other", "", "other/{0}", "limit", "memory", "parity")
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from harness.bench.results import Outcome
 from harness.conformance import defects
-from harness.conformance.tried import Standing, Tried
+from harness.conformance.outcomes import Standing, Tried
 
 
 def standing(parity: Sequence[Tried]) -> tuple[list[Tried], Outcome, str]:

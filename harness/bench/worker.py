@@ -16,9 +16,9 @@ from typing import Any
 
 from harness.bench.sizes import Size
 from harness.bench.steps import STEPS, Backbone
-from harness.conformance.speaking import Say, speaker
 from harness.errors import Unsupported
-from harness.registry import Implementation, discover, told
+from harness.methods.registry import Implementation, discover, told
+from harness.process.events import Say, speaker
 
 
 class _LastWords:
@@ -59,7 +59,7 @@ def _work(task: dict[str, Any], found: list[Implementation], registry: Any, say:
 
     device, facts = torch.device(task["device"]), _facts(task)
     if task["kind"] == "operation":
-        from harness.bench.calls import Bench
+        from harness.bench.operation_benchmark import Bench
 
         ours, other = found
         bench = Bench(task["target"], ours, other, task["dtype"], device, task["pairs"], facts)
@@ -69,15 +69,15 @@ def _work(task: dict[str, Any], found: list[Implementation], registry: Any, say:
                 say(row=row.model_dump(mode="json"))
             say(end=number)
         return
-    from harness.bench import training
+    from harness.bench import step_benchmark
 
     step, shape, packers = STEPS[task["step"]], Backbone(**task["backbone"]), task["packers"]
     say(begin=0)
     if len(found) == 1:
-        taken = training.memory(step, found[0], packers[0], shape, task["dtype"], device, registry)
+        taken = step_benchmark.memory(step, found[0], packers[0], shape, task["dtype"], device, registry)
         say(memory=taken)
     else:
-        row = training.row(
+        row = step_benchmark.row(
             task["step"], step, (found[0], found[1]), (packers[0], packers[1]), shape, task["dtype"], device,
             task["pairs"], registry, facts,
         )  # fmt: skip

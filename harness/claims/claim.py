@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from harness.claims.printed import NEAREST, Dimension, Printed, Rounding
+from harness.claims.printed_number import NEAREST, Dimension, Printed, Rounding
 
 Tier = Literal["exact", "gpu-synthetic", "trained"]
 """What it takes to decide a claim: arithmetic or a small tensor; a GPU and random weights; training on data."""

@@ -10,15 +10,16 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from harness import suite_file, yaml_lines
+from harness import yaml_lines
+from harness.assets.did_you_mean import near
+from harness.assets.resources import folder
 from harness.claims.arguments import Arguments
 from harness.claims.claim import Claim, Reading, Tier
-from harness.claims.measuring import Measure
-from harness.claims.printed import Printed, Rounding, parse
+from harness.claims.measure import Measure
+from harness.claims.printed_number import Printed, Rounding, parse
 from harness.errors import Problem, SuiteError, UsageError, in_order
-from harness.resources import folder
-from harness.spelling import near
-from harness.suite_file import Id, Keys, Word
+from harness.suites import schema
+from harness.suites.schema import Id, Keys, Word
 from harness.yaml_lines import Document, Way
 
 
@@ -139,7 +140,7 @@ class _Reading:
         self.arguments = Arguments(document, self.problems)
 
     def claims(self) -> list[Claim]:
-        keys, problems = suite_file.read(self.document, FileKeys)
+        keys, problems = schema.read(self.document, FileKeys)
         self.problems += problems
         for name in ("paper", "title", "version"):
             if not getattr(keys, name) and not self.document.is_cut((name,)):

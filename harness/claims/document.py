@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from harness.claims.judging import STAND_IN, Judged
-from harness.claims.printed import shortly
+from harness.claims.judge import STAND_IN, Judged
+from harness.claims.printed_number import shortly
 from harness.errors import UsageError
 
 SCHEMA = 3

@@ -1,6 +1,6 @@
 """One training step of a shape on the meta device, a Method's reference attached: what it computes and what it keeps.
 
-It is run as `harness.training.loop` runs one, forward and backward: a gradient is computed where something that trains wants
+It is run as `harness.cell.training.loop` runs one, forward and backward: a gradient is computed where something that trains wants
 it, so not for frozen weights, and not before the first layer that trains. Of a deep model two and three blocks are run;
 what a block more takes is the same for each further one.
 """
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness.assets import shapes, structure
+from harness.cell.measure.latency import positions
+from harness.cell.training.model import checkpointing
 from harness.conformance.subject import DTYPES, configure
-from harness.footprint import counting, models
-from harness.measure.latency import positions
-from harness.training.model import checkpointing
+from harness.memory_model import counting, models
 
 _FEW = 2
 """From so many blocks on each further one takes the same: the first may lack the gradient of its input."""

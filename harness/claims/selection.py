@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from harness.claims import claim_file
 from harness.claims.claim import Claim
-from harness.claims.judging import Judged, Verdict
+from harness.claims.judge import Judged, Verdict
 from harness.errors import Exit, Problem, UsageError, wrong_use
 
 _NAMED = 3

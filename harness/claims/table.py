@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from harness.claims.judging import Judged, Verdict
+from harness.claims.judge import Judged, Verdict
 
 _WIDEST_HOW = 160
 """Characters of arithmetic in a line; all of it stands in the JSON document and on the page."""

@@ -13,10 +13,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from harness.claims import recorded
-from harness.claims.measuring import Found, NotRunError, measures
+from harness.claims import record_sources
+from harness.claims.measure import Found, NotRunError, measures
 from harness.errors import HarnessError
-from harness.runner import lifeline
+from harness.process import lifeline
 
 _ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, StopIteration,
@@ -80,7 +80,7 @@ def _written(value: Any) -> bool | str | None:
 
 if __name__ == "__main__":
     lifeline.hold(int(sys.argv[1]))
-    recorded.look_in(map(Path, sys.argv[4:]))
+    record_sources.look_in(map(Path, sys.argv[4:]))
     with Path(sys.argv[3]).open("w", encoding="utf-8") as answers:
         for line in Path(sys.argv[2]).read_text(encoding="utf-8").splitlines():
             print(json.dumps(answer(json.loads(line))), file=answers, flush=True)

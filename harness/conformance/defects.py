@@ -17,13 +17,14 @@ from pathlib import Path
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from pydantic import Field, ValidationError, field_validator
 
-from harness import suite_file, yaml_lines
-from harness.conformance.tried import Tried
+from harness import yaml_lines
+from harness.assets.did_you_mean import near
+from harness.assets.resources import folder
+from harness.cli.explain import checks
+from harness.conformance.outcomes import Tried
 from harness.errors import Problem, SuiteError
-from harness.explain import checks
-from harness.records import CheckResult, Frozen, Outcome
-from harness.resources import folder
-from harness.spelling import near
+from harness.records.record import CheckResult, Frozen, Outcome
+from harness.suites import schema
 
 
 class Defect(Frozen):
@@ -115,7 +116,7 @@ def known() -> tuple[Defect, ...]:
     try:
         defects = _File.model_validate(document.data).defects
     except ValidationError as error:
-        raise SuiteError([problem for _, problem in suite_file.explain(error, _File, document)]) from error
+        raise SuiteError([problem for _, problem in schema.explain(error, _File, document)]) from error
     problems, seen = [], set()
     for index, defect in enumerate(defects):
         where = document.where("defects", index)

@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from harness.conformance.breadth import FEW, Breadth
-from harness.conformance.children import Children
-from harness.conformance.tried import Standing, Tried
+from harness.conformance.case_selection import FEW, Breadth
+from harness.conformance.outcomes import Standing, Tried
 from harness.errors import HarnessError
-from harness.records import CheckResult, Outcome
-from harness.registry import Implementation, Kind, Registry, doors
+from harness.methods.registry import Implementation, Kind, Registry, doors
+from harness.process.workers import Children
+from harness.records.record import CheckResult, Outcome
 
 PATIENCE = 120.0
 """Seconds without a single result after which an implementation is said to hang. A check takes milliseconds."""
@@ -56,7 +56,7 @@ def discover(patience: float = PATIENCE) -> Registry:
     broken: dict[str, str] = {}
     while True:
         at, died, registry = "", "", None
-        for event in children.events("harness.conformance.scout", {"points": points}, patience):
+        for event in children.events("harness.conformance.discovery_worker", {"points": points}, patience):
             at = event.get("begin", at)
             died = event.get("died", "")
             if "offered" in event:

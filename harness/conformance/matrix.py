@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from harness.conformance import checks, operations, settings, suite
-from harness.conformance.breadth import FEW, Breadth
+from harness.conformance import checks, operations, parity_suite, process_settings
 from harness.conformance.case import Case
+from harness.conformance.case_selection import FEW, Breadth
+from harness.conformance.outcomes import Tried
 from harness.conformance.parity_model import TARGETS, ParityModel, whole
 from harness.conformance.subject import (
     DTYPES,
@@ -26,10 +27,9 @@ from harness.conformance.subject import (
     configure,
     warm,
 )
-from harness.conformance.tried import Tried
 from harness.errors import Unsupported
-from harness.records import CheckResult, Outcome
-from harness.registry import Implementation
+from harness.methods.registry import Implementation
+from harness.records.record import CheckResult, Outcome
 
 SEED = 20
 CPU = torch.device("cpu")
@@ -75,21 +75,24 @@ Tries = Callable[[], Iterator[CheckResult]]
 def _method(
     implementation: Implementation, breadth: Breadth, dtypes: Collection[str]
 ) -> Iterator[tuple[str, str, Tries]]:
-    plan = suite.load(implementation.target)
+    plan = parity_suite.load(implementation.target)
     for case in plan.cases(breadth, dtypes):
 
-        def tries(case: suite.MethodCase = case) -> Iterator[CheckResult]:
+        def tries(case: parity_suite.MethodCase = case) -> Iterator[CheckResult]:
             yield from one_case(implementation, plan, case)
 
         yield str(case), case.dtype, tries
 
 
 def one_case(
-    implementation: Implementation, plan: suite.ParitySuite, of: suite.MethodCase, device: torch.device = CPU
+    implementation: Implementation,
+    plan: parity_suite.ParitySuite,
+    of: parity_suite.MethodCase,
+    device: torch.device = CPU,
 ) -> Iterator[CheckResult]:
     """Yield the checks of one case of a Method, or of a quantised base, each in the states in which it sees most."""
     start = f"{plan.method}/attach/{of.dtype}/init"
-    with settings.kept() as disturbed:  # by the imports, perhaps, that the first attaching does
+    with process_settings.kept() as disturbed:  # by the imports, perhaps, that the first attaching does
         made = _guarded(start, lambda: attach(implementation, plan, of, device))
     if isinstance(made, CheckResult):
         yield made
@@ -114,12 +117,15 @@ def one_case(
 
 
 def attach(
-    implementation: Implementation, plan: suite.ParitySuite, of: suite.MethodCase, device: torch.device = CPU
+    implementation: Implementation,
+    plan: parity_suite.ParitySuite,
+    of: parity_suite.MethodCase,
+    device: torch.device = CPU,
 ) -> tuple[Subject, Case]:
     """Attach an implementation to a fresh parity model on `device`; return it and the case around it."""
     method = plan.method
 
-    def built(shape: suite.Shape) -> ParityModel:
+    def built(shape: parity_suite.Shape) -> ParityModel:
         return ParityModel(of.kind, shape, DTYPES[of.dtype], SEED).eval().to(device)
 
     pristine = built(of.shape)
@@ -166,17 +172,17 @@ def _adaptable(model: ParityModel, config: Any) -> dict[str, Any]:
 def _operation(
     implementation: Implementation, breadth: Breadth, dtypes: Collection[str]
 ) -> Iterator[tuple[str, str, Tries]]:
-    plan = suite.load_operation(implementation.target)
+    plan = parity_suite.load_operation(implementation.target)
     for values, dtype in plan.calls(breadth, dtypes):
 
         def tries(values: dict[str, Any] = values, dtype: str = dtype) -> Iterator[CheckResult]:
             yield from one_call(implementation, plan, values, dtype)
 
-        yield suite.in_words(values), dtype, tries
+        yield parity_suite.in_words(values), dtype, tries
 
 
 def one_call(
-    implementation: Implementation, plan: suite.OperationSuite, values: dict[str, Any], dtype: str
+    implementation: Implementation, plan: parity_suite.OperationSuite, values: dict[str, Any], dtype: str
 ) -> Iterator[CheckResult]:
     """Yield every check of one case of an Operation."""
     operation = operations.every()[plan.operation]
@@ -195,8 +201,8 @@ def tried(name: str, subject: Any, case: Case, identifier: str) -> CheckResult:
 
     def check() -> CheckResult:
         # What one check does to the process is a finding of `settings`, and no other's.
-        with torch.random.fork_rng(), settings.kept():
-            settings.seed(SEED)
+        with torch.random.fork_rng(), process_settings.kept():
+            process_settings.seed(SEED)
             return checks.every()[name](subject, case)
 
     return _guarded(identifier, check)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.subject import ExpectedCodes, Packed
-from harness.conformance.tolerance import Judgement, exact, noise_floor, worst_of
-from reference import double_quant, nf4
+from harness.conformance.tolerance_policies import Judgement, exact, noise_floor, worst_of
+from reference.operations import double_quant, nf4
 
 PIECE = 2**22
 """Weights that are judged at a time, in float64: a whole number of blocks and of bytes."""

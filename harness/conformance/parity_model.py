@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.drawn import SIDE
-from harness.conformance.observe import inference
-from harness.conformance.suite import Kind, Shape
+from harness.conformance.inputs import SIDE
+from harness.conformance.observations import inference
+from harness.conformance.parity_suite import Kind, Shape
 
 TARGETS = ("first", "second")
 _GEOMETRIES: dict[str, dict[str, Any]] = {

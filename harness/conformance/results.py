@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Protocol
 
 from harness.conformance.case import Case
-from harness.conformance.tolerance import Judgement
-from harness.records import CheckResult, Outcome
+from harness.conformance.tolerance_policies import Judgement
+from harness.records.record import CheckResult, Outcome
 
 
 class Named(Protocol):

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from harness.conformance import checks, faults, matrix, operations, suite
+from harness.conformance import checks, faults, matrix, operations, parity_suite
 from harness.conformance.checks.unreferenced import ALONE
 from harness.conformance.faults import Fault, Slice
-from harness.conformance.faults.copied import Copy
 from harness.conformance.faults.packed import pack
+from harness.conformance.faults.patched_copy import Copy
 from harness.errors import Exit
-from harness.methods import methods
-from harness.records import Outcome
-from harness.registry import Implementation, Kind
+from harness.methods.registry import Implementation, Kind
+from harness.methods.spec import methods
+from harness.records.record import Outcome
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,11 @@ def check(as_json: bool) -> Exit:
 def _failed(implementation: Implementation, where: Slice) -> tuple[str, ...]:
     """Return the checks that fail in the one case, in the suite's order."""
     if implementation.kind == "operation":
-        calls = suite.load_operation(implementation.target)
+        calls = parity_suite.load_operation(implementation.target)
         results = matrix.one_call(implementation, calls, where.values, where.dtype)
     else:
-        shape = suite.Shape.model_validate({"tokens": where.tokens, "in": where.inputs, "out": where.outputs})
-        case = suite.MethodCase(where.values, where.layer, shape, where.dtype)
+        shape = parity_suite.Shape.model_validate({"tokens": where.tokens, "in": where.inputs, "out": where.outputs})
+        case = parity_suite.MethodCase(where.values, where.layer, shape, where.dtype)
         results = matrix.one_case(implementation, _plan(implementation.target), case)
     failed = [result.check.split("/")[1] for result in results if result.outcome is Outcome.FAIL]
     return tuple(dict.fromkeys(failed))
@@ -136,8 +136,8 @@ def _spoilt(fault: Fault) -> Implementation:
 
 
 @cache
-def _plan(target: str) -> suite.ParitySuite:
-    return suite.load(target)
+def _plan(target: str) -> parity_suite.ParitySuite:
+    return parity_suite.load(target)
 
 
 @cache
@@ -149,7 +149,7 @@ def _kind(target: str) -> Kind:
 
 def _source(target: str) -> str:
     if _kind(target) == "base":
-        return "reference.nf4"
+        return "reference.operations.nf4"
     return f"harness.conformance.operations.{target}" if _kind(target) == "operation" else f"reference.{target}"
 
 

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from harness.adapter_config import UNREFERENCED, AdapterConfig
-from harness.conformance import fingerprint
-from harness.methods import Adapted
-from reference import nf4
-from reference.layers import KINDS, dense_weight, targets
+from harness.conformance import checksums
+from harness.methods.peft_config import UNREFERENCED, AdapterConfig
+from harness.methods.spec import Adapted
+from reference.operations import nf4
+from reference.shared.layers import KINDS, dense_weight, targets
 
 if TYPE_CHECKING:
     from harness.conformance.case import Case
-    from harness.conformance.tolerance import Judgement
+    from harness.conformance.tolerance_policies import Judgement
 
 DTYPES = {
     "float64": torch.float64,
@@ -85,7 +85,7 @@ class Original:
         if is_small(model):
             return cls(copy.deepcopy(model))
         named = dict(model.named_parameters())
-        return cls(None, fingerprint.of_all({**named, **fingerprint.beside(named), **dict(model.named_buffers())}))
+        return cls(None, checksums.of_all({**named, **checksums.beside(named), **dict(model.named_buffers())}))
 
 
 @dataclass

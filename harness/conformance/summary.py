@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from harness.conformance.tried import Standing, Tried
-from harness.registry import DTYPES
+from harness.conformance.outcomes import Standing, Tried
+from harness.methods.registry import DTYPES
 
 _WORST_FIRST = (Standing.FAIL, Standing.KNOWN_DEFECT, Standing.PASS, Standing.UNSUPPORTED, Standing.SKIPPED)
 

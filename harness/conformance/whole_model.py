@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.subject import DTYPES, Subject, attach_reference
-from reference.layers import replace
+from reference.shared.layers import replace
 
 
 def copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -11,19 +11,19 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from harness.conformance.breadth import Breadth
-from harness.conformance.speaking import Say, speaker
-from harness.conformance.tried import Tried
-from harness.records import CheckResult, Outcome
-from harness.registry import Implementation, discover, told
+from harness.conformance.case_selection import Breadth
+from harness.conformance.outcomes import Tried
+from harness.methods.registry import Implementation, discover, told
+from harness.process.events import Say, speaker
+from harness.records.record import CheckResult, Outcome
 
 
 def main(fd: int, line: int, task: dict[str, Any]) -> None:
     """Try what one entry point offers. task: point, its name; targets as [implementation, kind, target]; breadth; dtypes."""
     with speaker(fd, line) as say:
-        from harness.conformance import settings
+        from harness.conformance import process_settings
 
-        before = settings.now()
+        before = process_settings.now()
         registry = discover(only=[task["point"]])
         for name, kind, target in task["targets"]:
             implementation = registry.find(kind, target, name)
@@ -51,10 +51,10 @@ def _try(implementation: Implementation, task: dict[str, Any], before: dict[str,
                 if not f"{module}.".startswith(f"{error.name}."):
                     raise
                 return say(missing=f"needs {module}, which is not installed")
-        from harness.conformance import matrix, settings
+        from harness.conformance import matrix, process_settings
 
-        if changed := settings.changed(before):
-            settings.put_back(before)
+        if changed := process_settings.changed(before):
+            process_settings.put_back(before)
             say(tried=_failed(implementation, "settings", "import", f"importing it: {'; '.join(changed)}"))
         for tried in matrix.run(
             implementation, breadth=Breadth(**task["breadth"]), dtypes=tuple(task["dtypes"]), begin=begin

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import store
-from harness.claims.judging import MEANING, Judged, Verdict
+from harness.claims.judge import MEANING, Judged, Verdict
+from harness.records import store
 from harness.report import html
-from harness.report.facts import ICONS
+from harness.report.run_facts import ICONS
 
 LEDGER = "claims.html.j2"
 HEADLINES = "headlines.html.j2"

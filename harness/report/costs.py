@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from harness.analysis import measured
-from harness.cost_records import Checkpoint, Energy, GpuState
-from harness.records import Measurements, Record
-from harness.report import display
-from harness.report.display import Figure, figure, unmeasured
-from harness.report.facts import RunFacts
-from harness.report.grouped import Table, column, measurements, table
+from harness.analysis import measurements as measured
+from harness.records.cost import Checkpoint, Energy, GpuState
+from harness.records.record import Measurements, Record
+from harness.report import formatting
+from harness.report.formatting import Figure, figure, unmeasured
+from harness.report.run_facts import RunFacts
+from harness.report.table_model import Table, column, measurements, table
 
 _OLD = "the Record is from before this was measured"
 _QUIET = {"idle"}
@@ -41,7 +41,7 @@ def _sizes(c: Checkpoint | None) -> list[Figure]:
 
 
 def _bytes(size: int) -> Figure:
-    return figure(display.mebibytes(size), size, why=f"{size:,} bytes")
+    return figure(formatting.mebibytes(size), size, why=f"{size:,} bytes")
 
 
 def _energy(record: Record, m: Measurements) -> list[Figure]:
@@ -54,7 +54,7 @@ def _energy(record: Record, m: Measurements) -> list[Figure]:
     if not tokens:
         return [shown, unmeasured("no tokens were counted")]
     each = 1000 * spent / tokens
-    return [shown, figure(display.scientific(each), each)]
+    return [shown, figure(formatting.scientific(each), each)]
 
 
 def _no_energy(energy: Energy | None, trained: bool) -> str:

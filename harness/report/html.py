@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import resources, store
+from harness.assets import resources
 from harness.errors import UsageError
+from harness.records import store
+from harness.records.store import Run
 from harness.report import view
-from harness.store import Run
 
 TEMPLATE = "report.html.j2"
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from harness.analysis import parity
-from harness.analysis.intervals import median_interval
-from harness.analysis.percentiles import SHARES, needed, percentile
-from harness.records import Latency
-from harness.report import display
-from harness.report.display import Figure, figure, unmeasured
-from harness.report.facts import RunFacts
-from harness.report.grouped import Table, column, measurements, table
+from harness.analysis import failed_checks
+from harness.analysis.statistics.intervals import median_interval
+from harness.analysis.statistics.percentiles import SHARES, needed, percentile
+from harness.records.record import Latency
+from harness.report import formatting
+from harness.report.formatting import Figure, figure, unmeasured
+from harness.report.run_facts import RunFacts
+from harness.report.table_model import Table, column, measurements, table
 
 TITLE = "median with its 95 % interval, and the 95th percentile of 20 samples or more; the tooltip has all percentiles"
 
@@ -27,8 +27,8 @@ def shown(latency: Latency | None, refused: str = "") -> Figure:
         return unmeasured(latency.because or "no samples, and the Record does not say why")
     m = median_interval(latency.seconds)
     tail = percentile(latency.seconds, 0.95)
-    small = display.median_ms(m) + (f" p95 {display.milliseconds(tail)}" if tail is not None else "")
-    return figure(display.milliseconds(m.value), m.value, small=small, why=f"{m.count} samples; {_told(latency)}")
+    small = formatting.median_ms(m) + (f" p95 {formatting.milliseconds(tail)}" if tail is not None else "")
+    return figure(formatting.milliseconds(m.value), m.value, small=small, why=f"{m.count} samples; {_told(latency)}")
 
 
 def _told(latency: Latency) -> str:
@@ -36,7 +36,7 @@ def _told(latency: Latency) -> str:
     for share in SHARES:
         value, name = percentile(latency.seconds, share), f"p{100 * share:.0f}"
         said.append(
-            f"{name} {display.milliseconds(value)} ms" if value is not None else f"no {name} under {needed(share)}"
+            f"{name} {formatting.milliseconds(value)} ms" if value is not None else f"no {name} under {needed(share)}"
         )
     return ", ".join(said)
 
@@ -73,7 +73,7 @@ def several(facts: RunFacts) -> Table:
     rows = []
     for cell, m in measurements(facts):
         record = facts.latest[cell.cell_id]
-        refused, one_refused = parity.no_mixed_speed(record), parity.no_speed(record)
+        refused, one_refused = failed_checks.no_mixed_speed(record), failed_checks.no_speed(record)
         for x in m.latency:
             if x.variant != "multi-adapter":
                 continue

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from statistics import median, stdev
 from typing import Any
 
-from harness.analysis import measured, parity, ranking, tuning
-from harness.analysis.over_seeds import INTERVAL
+from harness.analysis import failed_checks, measurements, ranking, tuning
 from harness.analysis.ranking import Entry, Group
-from harness.records import Record
-from harness.report import display
-from harness.report.display import Figure, figure, unmeasured
-from harness.report.facts import RunFacts
-from harness.report.grouped import Table, column
+from harness.analysis.statistics.over_seeds import INTERVAL
+from harness.records.record import Record
+from harness.report import formatting
+from harness.report.formatting import Figure, figure, unmeasured
+from harness.report.run_facts import RunFacts
+from harness.report.table_model import Table, column
 
 
 def over_seeds(facts: RunFacts) -> Table | None:
@@ -44,18 +44,20 @@ def over_seeds(facts: RunFacts) -> Table | None:
 def _recipe(facts: RunFacts, g: Group, e: Entry) -> Table:
     runs = ranking.accuracies(e.records)
     found = [r.measurements for r in e.records if r.measurements]
-    peaks = [p for r in e.records if (p := measured.training_peak(r)) is not None]
-    refused = next((why for r in e.records if (why := parity.no_speed(r))), "")
+    peaks = [p for r in e.records if (p := measurements.training_peak(r)) is not None]
+    refused = next((why for r in e.records if (why := failed_checks.no_speed(r))), "")
     figures = [
         figure(str(len(runs)), len(runs), why=f"seeds {', '.join(str(r.cell.seed) for r in e.records)}"),
-        figure(display.percent(e.score.value), e.score.value, small=display.interval(e.score), why=e.score.means),
+        figure(formatting.percent(e.score.value), e.score.value, small=formatting.interval(e.score), why=e.score.means),
         figure(f"{100 * stdev(a.value for a in runs):.1f}", stdev(a.value for a in runs)),
         figure(" ".join(f"{100 * a.value:.1f}" for a in runs), None),
         _standing(g, e),
         figure(f"{found[0].parameters.trainable:,}", found[0].parameters.trainable),
-        figure(display.mebibytes(round(median(peaks))), median(peaks)) if peaks else unmeasured("no peak of training"),
+        figure(formatting.mebibytes(round(median(peaks))), median(peaks))
+        if peaks
+        else unmeasured("no peak of training"),
         _over(e.records, _rate, lambda x: f"{x:,.0f}", refused),
-        _over(e.records, _step, display.milliseconds, refused, ends=True),
+        _over(e.records, _step, formatting.milliseconds, refused, ends=True),
     ]
     first = e.record
     return {
@@ -83,12 +85,12 @@ def _over(
 
 def _rate(record: Record) -> float | None:
     training = record.measurements.training if record.measurements else None
-    return measured.throughput(training) if training and training.step_seconds else None
+    return measurements.throughput(training) if training and training.step_seconds else None
 
 
 def _step(record: Record) -> float | None:
     training = record.measurements.training if record.measurements else None
-    return measured.step_time(training).value if training and training.step_seconds else None
+    return measurements.step_time(training).value if training and training.step_seconds else None
 
 
 def _standing(g: Group, e: Entry) -> Figure:
@@ -96,8 +98,8 @@ def _standing(g: Group, e: Entry) -> Figure:
         return unmeasured("no other recipe has this budget and these seeds")
     if e.standing == "best":
         return figure("best", 0.0, tone="good")
-    why = display.probability(e.p) if e.p is not None else "the test items are not the same: judged by the intervals"
-    return figure(e.standing, e.difference, small=display.points(e.difference), why=why)
+    why = formatting.probability(e.p) if e.p is not None else "the test items are not the same: judged by the intervals"
+    return figure(e.standing, e.difference, small=formatting.points(e.difference), why=why)
 
 
 def searched(facts: RunFacts) -> Table | None:
@@ -139,7 +141,7 @@ def _tried(t: tuning.Try | None) -> Figure:
         return unmeasured("not tried")
     if t.score is None:
         return unmeasured(t.because)
-    return figure(display.percent(t.score.value), t.score.value, small=display.interval(t.score))
+    return figure(formatting.percent(t.score.value), t.score.value, small=formatting.interval(t.score))
 
 
 def _choice(search: tuning.Search) -> str:

@@ -8,14 +8,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from harness.analysis import measured, parity
-from harness.analysis.reproducibility import strangers, usual_environment
+from harness.analysis import failed_checks, measurements
+from harness.analysis.comparison.reproducibility import strangers, usual_environment
 from harness.analysis.trajectories import Judged
 from harness.analysis.verdict import Judgement
-from harness.records import CheckResult, Environment, Json, Outcome, Record, Status
-from harness.report import charts, display
-from harness.report.display import DASH, GIB
-from harness.report.facts import RunFacts, icon, tone
+from harness.records.record import CheckResult, Environment, Json, Outcome, Record, Status
+from harness.report import formatting
+from harness.report.formatting import DASH, GIB
+from harness.report.run_facts import RunFacts, icon, tone
+from harness.report.svg import charts
 
 Section = dict[str, Any]
 
@@ -76,10 +77,10 @@ def _subject(facts: RunFacts, s: Judged) -> Section:
         "word": s.verdict.word.value,
         "icon": icon(s.verdict.word),
         "tone": tone(s.verdict.word),
-        "ratio": display.scientific(s.ratio),
+        "ratio": formatting.scientific(s.ratio),
         "step": DASH if s.step is None else str(s.step),
-        "error": DASH if s.step is None else display.scientific(s.errors[s.step]),
-        "allowed": DASH if s.step is None else display.scientific(s.allowed[s.step]),
+        "error": DASH if s.step is None else formatting.scientific(s.errors[s.step]),
+        "allowed": DASH if s.step is None else formatting.scientific(s.allowed[s.step]),
         "reason": s.verdict.reason,
     }
 
@@ -92,7 +93,7 @@ def checks(facts: RunFacts) -> list[Section]:
         judged = [(r, c.check) for c in record.checks if (r := _share(c)) is not None]
         tightest = max(judged, default=None)
         summary = ", ".join(f"{n} {outcome.value}" for outcome, n in count.items() if n) or "no check was run"
-        red = [c.check for c in parity.failed(record)]
+        red = [c.check for c in failed_checks.failed(record)]
         if red:
             summary += f": {', '.join(red)}"
         elif tightest:
@@ -124,8 +125,8 @@ def _check(c: CheckResult) -> Section:
         "outcome": c.outcome.value,
         "icon": icon(c.outcome.value),
         "tone": "quiet" if c.outcome is Outcome.SKIPPED else tone(c.outcome.value),
-        "error": display.scientific(c.error),
-        "allowed": display.scientific(c.allowed),
+        "error": formatting.scientific(c.error),
+        "allowed": formatting.scientific(c.allowed),
         "share": DASH if share is None else f"{share:.2g}",
         "tensor": c.tensor or DASH,
         "worst": c.worst or DASH,
@@ -136,9 +137,9 @@ def _check(c: CheckResult) -> Section:
 
 def told(c: CheckResult) -> str:
     """Tell a check in one sentence, with the numbers it has."""
-    error = "not finite" if c.error is None and c.nonfinite else display.scientific(c.error, "")
+    error = "not finite" if c.error is None and c.nonfinite else formatting.scientific(c.error, "")
     parts = [
-        f"error {error}" + (f", {display.scientific(c.allowed)} allowed" if c.allowed is not None else "")
+        f"error {error}" + (f", {formatting.scientific(c.allowed)} allowed" if c.allowed is not None else "")
         if error
         else "",
         f"in {c.tensor}" if c.tensor else "",
@@ -154,13 +155,13 @@ def told(c: CheckResult) -> str:
 def duration(facts: RunFacts) -> str:
     """Say how long a run took. The footer of a resumed run speaks of its last invocation only."""
     footer = facts.run.footer
-    inside = display.seconds(sum(r.duration_s for r in facts.latest.values()))
+    inside = formatting.seconds(sum(r.duration_s for r in facts.latest.values()))
     if footer is None:
         return f"took an unknown time, for want of a footer; its Cells so far took {inside} together"
     if not footer.kept:
-        return f"took {display.seconds(footer.seconds_total)}"
+        return f"took {formatting.seconds(footer.seconds_total)}"
     return (
-        f"resumed: the last invocation took {display.seconds(footer.seconds_total)} and kept {footer.kept} of"
+        f"resumed: the last invocation took {formatting.seconds(footer.seconds_total)} and kept {footer.kept} of"
         f" {len(facts.run.manifest.cells)} Cells from earlier; all Cells took {inside} together"
     )
 
@@ -169,11 +170,11 @@ def time(facts: RunFacts) -> Section:
     """Say where the time went: in each Cell, and outside the Cells."""
     lives = []
     for record in facts.latest.values():
-        spent = [(p.name, p.seconds) for p in record.phases if p.name != measured.STARTUP]
-        rest = measured.unaccounted_seconds(record)
+        spent = [(p.name, p.seconds) for p in record.phases if p.name != measurements.STARTUP]
+        rest = measurements.unaccounted_seconds(record)
         own = [*spent, (charts.NO_PHASE, rest)] if record.phases and rest > 0 else spent
         if record.phases:
-            lives.append(charts.Life(facts.titles[record.cell_id], measured.startup_seconds(record), own))
+            lives.append(charts.Life(facts.titles[record.cell_id], measurements.startup_seconds(record), own))
     return {"chart": charts.phases("Phases of each Cell", lives) if lives else None, **_outside(facts)}
 
 
@@ -189,10 +190,10 @@ def _outside(facts: RunFacts) -> Section:
     where = "In the last invocation, outside" if footer.kept else "Outside"
     parts = [*footer.seconds_outside.items(), *([("other", outside - named)] if outside - named > 0.05 else [])]
     return {
-        "sentence": f"{where} the Cells: {display.seconds(outside)} of {display.seconds(footer.seconds_total)},"
-        f" {display.percent(share)}; the aim is under {100 * OUTSIDE_TARGET:.0f} %.",
+        "sentence": f"{where} the Cells: {formatting.seconds(outside)} of {formatting.seconds(footer.seconds_total)},"
+        f" {formatting.percent(share)}; the aim is under {100 * OUTSIDE_TARGET:.0f} %.",
         "tone": "good" if within else "bad",
-        "outside": [{"name": name, "text": display.seconds(s)} for name, s in parts],
+        "outside": [{"name": name, "text": formatting.seconds(s)} for name, s in parts],
     }
 
 
@@ -276,7 +277,7 @@ def _pairs(mapping: dict[str, str]) -> list[Section]:
 
 def failures(facts: RunFacts) -> list[Section]:
     """List every attempt that did not end well or failed a check, the last ones and earlier ones."""
-    ill = [r for r in facts.run.records if r.status is not Status.OK or parity.failed(r)]
+    ill = [r for r in facts.run.records if r.status is not Status.OK or failed_checks.failed(r)]
     return [_failure(facts, r) for r in ill if r.cell_id in facts.titles]
 
 
@@ -284,17 +285,17 @@ def _failure(facts: RunFacts, record: Record) -> Section:
     f = record.failure
     memory = []
     if f and f.requested_B is not None:
-        memory.append(f"asked for {display.mebibytes(f.requested_B)} MiB")
+        memory.append(f"asked for {formatting.mebibytes(f.requested_B)} MiB")
     if f and f.last_peak_B is not None:
-        memory.append(f"last peak {display.mebibytes(f.last_peak_B)} MiB")
+        memory.append(f"last peak {formatting.mebibytes(f.last_peak_B)} MiB")
     superseded = facts.latest[record.cell_id].id != record.id if record.cell_id in facts.latest else False
     return {
         **facts.row(record.cell),
         "name": facts.titles[record.cell_id],
         "record": record.id,
         "status": "ok, but a check failed" if record.status is Status.OK else record.status.value,
-        "icon": icon(Status.NONCONFORMING if parity.failed(record) else record.status),
-        "tone": tone(Status.NONCONFORMING if parity.failed(record) else record.status),
+        "icon": icon(Status.NONCONFORMING if failed_checks.failed(record) else record.status),
+        "tone": tone(Status.NONCONFORMING if failed_checks.failed(record) else record.status),
         "because": record.because or "Measured, although a check failed; speeds of what failed are not shown",
         "superseded": "a later attempt exists" if superseded else "",
         "kind": f.kind if f else "",
@@ -302,7 +303,7 @@ def _failure(facts: RunFacts, record: Record) -> Section:
         "phase": f.phase if f else "",
         "memory": ", ".join(memory),
         "traceback": f.traceback if f else "",
-        "checks": [told(c) for c in parity.failed(record)],
+        "checks": [told(c) for c in failed_checks.failed(record)],
         "log": f"logs/{record.id}.txt",
     }
 

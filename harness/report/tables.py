@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.analysis import contention, measured, parity
-from harness.records import Accuracy, Cell, Measurements, Memory, Predicted, Record
-from harness.report import display, latencies
-from harness.report.display import Figure, figure, unmeasured
-from harness.report.facts import RunFacts, icon, tone
-from harness.report.grouped import Table
-from harness.report.grouped import column as _column
-from harness.report.grouped import measurements as _measurements
-from harness.report.grouped import table as _table
-from harness.tolerances import FOOTPRINT_LEDGER, FOOTPRINT_SHOWN_B
+from harness.analysis import contention, failed_checks, measurements
+from harness.conformance.tolerance_table import FOOTPRINT_LEDGER, FOOTPRINT_SHOWN_B
+from harness.records.record import Accuracy, Cell, Measurements, Memory, Predicted, Record
+from harness.report import formatting, latencies
+from harness.report.formatting import Figure, figure, unmeasured
+from harness.report.run_facts import RunFacts, icon, tone
+from harness.report.table_model import Table
+from harness.report.table_model import column as _column
+from harness.report.table_model import measurements as _measurements
+from harness.report.table_model import table as _table
 
 _EXPECTED = (
     f"after ≈ what the model's shape alone lets expect, flagged where they part by more than {FOOTPRINT_LEDGER:.0%} and "
-    f"{FOOTPRINT_SHOWN_B // display.MIB} MiB"
+    f"{FOOTPRINT_SHOWN_B // formatting.MIB} MiB"
 )
 _NAMED = 3
 """Busy Cells that the note names; each is flagged in its row, and a whole run on a busy machine may be so."""
@@ -59,7 +59,7 @@ def comparison(facts: RunFacts) -> Table:
 
 def _unreferenced_note(facts: RunFacts) -> list[str]:
     """Say which Cells nothing could be compared with, so that nobody misses their times or takes them for checked."""
-    found = [(facts.titles[r.cell_id], why) for r in facts.latest.values() if (why := parity.unreferenced(r))]
+    found = [(facts.titles[r.cell_id], why) for r in facts.latest.values() if (why := failed_checks.unreferenced(r))]
     names = ", ".join(title for title, _ in found)
     return [f"{found[0][1]}, nor for what their papers say: {names}."] if found else []
 
@@ -74,11 +74,11 @@ def _busy_note(facts: RunFacts) -> list[str]:
 def _status(facts: RunFacts, cell: Cell) -> Figure:
     status = facts.status(cell)
     record = facts.latest.get(cell.cell_id)
-    red = parity.failed(record) if record else []
+    red = failed_checks.failed(record) if record else []
     if red and status == "ok":
         count = f"{len(red)} failed check{'s' * (len(red) != 1)}"
         return figure(f"{icon('fail')} ok, {count}", status, why=", ".join(c.check for c in red), tone=tone("fail"))
-    if status == "ok" and record and (alone := parity.unreferenced(record)):
+    if status == "ok" and record and (alone := failed_checks.unreferenced(record)):
         return figure(f"{icon(status)} ok, no reference", status, why=alone, tone=tone(status))
     why = "" if status == "ok" else facts.why_unmeasured(cell)
     return figure(f"{icon(status)} {status}", status, why=why, tone=tone(status))
@@ -89,16 +89,16 @@ def _measured(facts: RunFacts, cell: Cell, record: Record | None) -> list[Figure
         return [unmeasured(facts.why_unmeasured(cell))] * 6
     m = record.measurements
     trainable = m.parameters.trainable
-    peak = measured.training_peak(record)
+    peak = measurements.training_peak(record)
     no_peak = "the training phase has no memory peak" if m.training else "not trained"
     return [
-        figure(f"{trainable:,}", trainable, why=f"{display.short_count(m.parameters.total)} in all"),
-        figure(display.percent(m.accuracy.value), m.accuracy.value, small=display.interval(m.accuracy),
+        figure(f"{trainable:,}", trainable, why=f"{formatting.short_count(m.parameters.total)} in all"),
+        figure(formatting.percent(m.accuracy.value), m.accuracy.value, small=formatting.interval(m.accuracy),
                why=f"{m.accuracy.metric}, {m.accuracy.interval}, scored by {m.accuracy.scored_by}{_cut(m.accuracy, cell)}")
         if m.accuracy
         else unmeasured("not scored"),
         _standing(facts, cell),
-        figure(display.mebibytes(peak), peak) if peak is not None else unmeasured(no_peak),
+        figure(formatting.mebibytes(peak), peak) if peak is not None else unmeasured(no_peak),
         *_speed(record, m),
     ]  # fmt: skip
 
@@ -113,17 +113,17 @@ def _cut(accuracy: Accuracy, cell: Cell) -> str:
 def _speed(record: Record, m: Measurements) -> list[Figure]:
     if m.training is None or not m.training.step_seconds:
         return [unmeasured("not trained")] * 2
-    if refused := parity.no_speed(record):
+    if refused := failed_checks.no_speed(record):
         return [unmeasured(refused)] * 2
     busy = contention.busy(record)
     flag = "busy" if busy else ""
-    rate, step = measured.throughput(m.training), measured.step_time(m.training)
+    rate, step = measurements.throughput(m.training), measurements.step_time(m.training)
     return [
         figure(f"{rate:,.0f}", rate, flag=flag, why=busy) if rate is not None else unmeasured("the clock did not move"),
         figure(
-            display.milliseconds(step.value),
+            formatting.milliseconds(step.value),
             step.value,
-            small=display.median_ms(step),
+            small=formatting.median_ms(step),
             why="; ".join(filter(None, [f"{step.count} steps", busy])),
             flag=flag,
         ),
@@ -149,8 +149,8 @@ def _standing(facts: RunFacts, cell: Cell) -> Figure:
         test = "exact McNemar test of these two checkpoints"
         if len(entry.records) > 1:
             test = f"t test of the means over {len(entry.records)} seeds"
-        why = f"{display.probability(entry.p)}, {test}, Holm-adjusted"
-    return figure(entry.standing, entry.difference, small=display.points(entry.difference), why=why)
+        why = f"{formatting.probability(entry.p)}, {test}, Holm-adjusted"
+    return figure(entry.standing, entry.difference, small=formatting.points(entry.difference), why=why)
 
 
 def latency(facts: RunFacts) -> Table:
@@ -169,7 +169,7 @@ def latency(facts: RunFacts) -> Table:
             found = {x.variant: x for x in alone if (x.kind, x.batch, x.tokens) == (kind, batch, tokens)}
             base, unmerged, merged = (found.get(v) for v in ("base", "unmerged", "merged"))
             record = facts.latest[cell.cell_id]
-            refused, merged_refused = parity.no_speed(record), parity.no_merged_speed(record)
+            refused, merged_refused = failed_checks.no_speed(record), failed_checks.no_merged_speed(record)
             figures = [
                 figure(f"{kind} {batch} × {tokens}", f"{kind} {batch:06} {tokens:06}"),
                 latencies.shown(base),
@@ -207,7 +207,7 @@ def memory(facts: RunFacts) -> Table:
         record = facts.latest[cell.cell_id]
         parts = {name: getattr(m.memory, f"{name}_B") for name in ("weights", "adapter", "gradients", "optimizer")}
         taken = m.memory.baseline_B + sum(parts.values())
-        peak = measured.training_peak(record)
+        peak = measurements.training_peak(record)
         peaks = {p.name: p.peak_memory_B for p in record.phases}
         figures = [
             _bytes(m.memory.baseline_B),
@@ -236,7 +236,7 @@ def _beside(size: int, part: str, memory: Memory) -> Figure:
     off = apart > FOOTPRINT_LEDGER * size and apart > FOOTPRINT_SHOWN_B
     why = f"predicted {expected:,} B, counted {size:,} B"
     return _bytes(size) | {
-        "small": f"≈ {display.mebibytes(expected)}",
+        "small": f"≈ {formatting.mebibytes(expected)}",
         "why": why,
         "flag": "not as predicted" if off else "",
     }
@@ -260,21 +260,21 @@ def _with_host(shown: Figure, memory: Memory) -> Figure:
         return shown
     beside = f"{memory.optimizer_host_B:,} B more in the host's memory"
     beside += f", predicted {expected:,} B" if memory.predicted else ""
-    small = f"{shown['small']}, + {display.mebibytes(memory.optimizer_host_B)} on the host".removeprefix(", ")
+    small = f"{shown['small']}, + {formatting.mebibytes(memory.optimizer_host_B)} on the host".removeprefix(", ")
     return shown | {"small": small, "why": "; ".join(filter(None, [shown["why"], beside]))}
 
 
 def _rest(predicted: Predicted | None) -> Figure:
     if predicted is None or predicted.activations_B is None:
         return {}
-    return {"small": f"≈ {display.mebibytes(predicted.passing_B)}"}
+    return {"small": f"≈ {formatting.mebibytes(predicted.passing_B)}"}
 
 
 def _bytes(size: int) -> Figure:
     if size < 0:
         why = "less than the tensors add up to: some of them were never resident, or lie in shared pages"
-        return figure(f"{display.MINUS}{display.mebibytes(-size)}", size, why=why)
-    return figure(display.mebibytes(size), size)
+        return figure(f"{formatting.MINUS}{formatting.mebibytes(-size)}", size, why=why)
+    return figure(formatting.mebibytes(size), size)
 
 
 def raw(facts: RunFacts) -> list[dict[str, Any]]:
@@ -284,7 +284,7 @@ def raw(facts: RunFacts) -> list[dict[str, Any]]:
 
 def _raw(facts: RunFacts, cell: Cell, record: Record | None) -> dict[str, Any]:
     m = record.measurements if record else None
-    refused = parity.no_speed(record) if record else ""
+    refused = failed_checks.no_speed(record) if record else ""
     training = m.training if m and m.training and m.training.step_seconds and not refused else None
     return {
         "record": record.id if record else None,
@@ -296,9 +296,9 @@ def _raw(facts: RunFacts, cell: Cell, record: Record | None) -> dict[str, Any]:
         "accuracy": m.accuracy.value if m and m.accuracy else None,
         "accuracy_low": m.accuracy.low if m and m.accuracy else None,
         "accuracy_high": m.accuracy.high if m and m.accuracy else None,
-        "training_peak_B": measured.training_peak(record) if record and m else None,
-        "tokens_per_s": measured.throughput(training) if training else None,
-        "step_s": measured.step_time(training).value if training else None,
+        "training_peak_B": measurements.training_peak(record) if record and m else None,
+        "tokens_per_s": measurements.throughput(training) if training else None,
+        "step_s": measurements.step_time(training).value if training else None,
         "busy": contention.busy(record) if record else "",
         "duration_s": record.duration_s if record else None,
     }

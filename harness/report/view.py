@@ -6,25 +6,28 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from harness import store
-from harness.analysis import divergence, measured, parity, reproducibility
-from harness.analysis.over_seeds import MODERATED
+from harness.analysis import failed_checks, measurements
+from harness.analysis.comparison import reproducibility
 from harness.analysis.ranking import Budget, Entry, Group
+from harness.analysis.statistics.over_seeds import MODERATED
 from harness.analysis.verdict import Judgement
-from harness.records import Record, Status
-from harness.report import charts, costs, display, facts, latencies, recipes, repeats, sections, tables
-from harness.report.facts import RunFacts, icon, tone
-from harness.store import Run
+from harness.cell.training import divergence
+from harness.records import store
+from harness.records.record import Record, Status
+from harness.records.store import Run
+from harness.report import costs, formatting, latencies, recipes, reruns, run_facts, sections, tables
+from harness.report.run_facts import RunFacts, icon, tone
+from harness.report.svg import charts
 
 
 def build(runs: Sequence[Run]) -> dict[str, Any]:
     """Return the view of one or several runs."""
-    gathered = [facts.gather(run, f"run{i}-" if i else "") for i, run in enumerate(runs)]
+    gathered = [run_facts.gather(run, f"run{i}-" if i else "") for i, run in enumerate(runs)]
     return {
         "title": " and ".join(dict.fromkeys(run.manifest.title or run.manifest.suite for run in runs)),
         "generated": store.now(),
         "runs": [_run(f) for f in gathered],
-        "reproducibility": repeats.section(runs) if repeats.asked(runs) else None,
+        "reproducibility": reruns.section(runs) if reruns.asked(runs) else None,
         "data": [{"run": f.run.manifest.run, "suite": f.run.manifest.suite, "cells": tables.raw(f)} for f in gathered],
     }
 
@@ -81,7 +84,7 @@ def _verdict(f: RunFacts) -> dict[str, Any]:
         "word": v.word.value,
         "icon": icon(v.word),
         "tone": tone(v.word),
-        "reason": display.sentence(v.reason),
+        "reason": formatting.sentence(v.reason),
         "exit": f"exit code {f.verdict.exit.value} ({f.verdict.exit.name.lower().replace('_', ' ')})",
     }
 
@@ -95,7 +98,7 @@ def _alerts(f: RunFacts) -> list[dict[str, Any]]:
     if f.run.changed:
         text = "Not as the run left it, and not counted (move a Record out of cells/, and --resume measures its Cell again):"
         found.append({"text": text, "items": [f"{name} {what}" for name, what in f.run.changed.items()]})
-    red = [(r, c) for r in f.latest.values() if r.status is Status.OK for c in parity.failed(r)]
+    red = [(r, c) for r in f.latest.values() if r.status is Status.OK for c in failed_checks.failed(r)]
     if red:
         text = "Measured, although a check failed; speeds of what failed are not shown:"
         found.append({"text": text, "items": [f"{f.titles[r.cell_id]}: {sections.told(c)}" for r, c in red]})
@@ -129,7 +132,7 @@ def _question(f: RunFacts, j: Judgement) -> dict[str, Any]:
         "word": j.verdict.word.value,
         "icon": icon(j.verdict.word),
         "tone": tone(j.verdict.word),
-        "reason": display.sentence(j.verdict.reason),
+        "reason": formatting.sentence(j.verdict.reason),
         "sources": f.sources(j.verdict.records),
     }
 
@@ -162,7 +165,7 @@ def _alone(f: RunFacts, g: Group) -> dict[str, Any]:
     (entry,) = g.entries
     title = f"{entry.record.cell.model} {f.called(entry)}"
     return {
-        **f.row(entry.record.cell), "title": title, "accuracy": display.accuracy(entry.score), "budget": _budget(g)
+        **f.row(entry.record.cell), "title": title, "accuracy": formatting.accuracy(entry.score), "budget": _budget(g)
     }  # fmt: skip
 
 
@@ -195,12 +198,12 @@ def _sentences(f: RunFacts, g: Group) -> list[str]:
         tied = [e for e in g.ranked if e.standing == "tied"]
         below = [e for e in g.ranked if e.standing == "below"]
         sentences.append(
-            f"Highest accuracy: {f.called(best)}, {display.accuracy(best.score)}. "
+            f"Highest accuracy: {f.called(best)}, {formatting.accuracy(best.score)}. "
             + (f"Tied with it: {listed(tied)}. " if tied else "Nothing is tied with it. ")
             + (f"Below it: {listed(below)}." if below else "Nothing is below it for certain.")
         )
     elif g.ranked:
-        sentences.append(f"One trained Cell: {f.called(best)}, {display.accuracy(best.score)}.")
+        sentences.append(f"One trained Cell: {f.called(best)}, {formatting.accuracy(best.score)}.")
     if len(g.optimizers) > 1:
         differ = f"The optimizers differ ({', '.join(g.optimizers)})"
         sentences.append(f"{differ}: where two Cells do, their difference in accuracy may be the optimizer's.")
@@ -240,12 +243,12 @@ def _what_it_sees(g: Group) -> list[str]:
         "tied": "the best and the most different of those tied with it do",
         "all": "the best and the most different other do",
     }.get(g.basis, "independent answers would")
-    share = f"if two Cells disagree on {display.percent(g.disagreement)} of the items, as {observed}"
+    share = f"if two Cells disagree on {formatting.percent(g.disagreement)} of the items, as {observed}"
     return [about, f"{finds} ({g.budget.items:,} items; {share})."]
 
 
 def _gap(e: Entry) -> str:
-    return display.points(e.difference) + (f", {display.probability(e.p)}" if e.p is not None else "")
+    return formatting.points(e.difference) + (f", {formatting.probability(e.p)}" if e.p is not None else "")
 
 
 def _points(f: RunFacts, entries: Sequence[tuple[Entry, float]], cost: str) -> list[charts.Point]:
@@ -257,7 +260,7 @@ def _points(f: RunFacts, entries: Sequence[tuple[Entry, float]], cost: str) -> l
             low=e.score.low,
             high=e.score.high,
             tied=e.standing in ("best", "tied"),
-            tip=f"{f.called(e)}: {display.accuracy(e.score)}, {cost.format(value)}; {_records(e)}",
+            tip=f"{f.called(e)}: {formatting.accuracy(e.score)}, {cost.format(value)}; {_records(e)}",
             href=f"#{f.anchor(e.record.cell_id)}",
         )
         for e, value in entries
@@ -271,8 +274,8 @@ def _records(e: Entry) -> str:
 
 def _peak(e: Entry) -> float | None:
     """Return the peak of training above the imports, in MiB; of several seeds the median."""
-    peaks = [(r, measured.training_peak(r)) for r in e.records]
-    above = [measured.above_imports(r, peak) / display.MIB for r, peak in peaks if peak is not None]
+    peaks = [(r, measurements.training_peak(r)) for r in e.records]
+    above = [measurements.above_imports(r, peak) / formatting.MIB for r, peak in peaks if peak is not None]
     return median(above) if above else None
 
 
@@ -288,7 +291,8 @@ def _memory_chart(f: RunFacts, g: Group, levels: Sequence[charts.Level]) -> dict
 def _out_of_memory(f: RunFacts, g: Group) -> list[charts.Stopped]:
     return [
         charts.Stopped(
-            f"{f.names[r.cell_id]}: out of memory", measured.above_imports(r, r.failure.last_peak_B) / display.MIB
+            f"{f.names[r.cell_id]}: out of memory",
+            measurements.above_imports(r, r.failure.last_peak_B) / formatting.MIB,
         )
         for r in f.latest.values()
         if Budget.of(r.cell) == g.budget and r.status is Status.OOM and r.failure and r.failure.last_peak_B is not None
@@ -317,7 +321,7 @@ def _undrawn(f: RunFacts, g: Group) -> list[dict[str, str]]:
         record = f.latest.get(cell.cell_id)
         out_of_memory = record is not None and record.status is Status.OOM
         peak = record.failure.last_peak_B if record and record.failure and out_of_memory else None
-        at = f", last peak {display.mebibytes(peak)} MiB" if peak is not None else ""
+        at = f", last peak {formatting.mebibytes(peak)} MiB" if peak is not None else ""
         found.append({**f.row(cell), "why": f.why_unmeasured(cell) + at})
     no_peak = [e for e in g.ranked if _peak(e) is None]
     return found + [{**f.row(e.record.cell), "why": "no memory peak was recorded"} for e in no_peak]

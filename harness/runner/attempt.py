@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import store
+from harness.cell.job import Work
 from harness.errors import StoreError
-from harness.records import Environment, Failure, Record, Status
+from harness.records import store
+from harness.records.record import Environment, Failure, Record, Status
 from harness.runner.oom_kills import KernelKills
-from harness.runner.work import Work
 
 # -P: a file in the user's folder must not stand in for a library's module of the same name.
-WORKER = (sys.executable, "-P", "-m", "harness.runner.worker")
+WORKER = (sys.executable, "-P", "-m", "harness.cell.worker")
 
 _LAST_LINES = 15
 _GRACE_S = 5.0

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from harness.errors import HarnessError
-from harness.measure import nvidia_smi
+from harness.process import nvidia_smi
 
 # What the driver itself may hold on an idle card.
 _IDLE_MIB = 512

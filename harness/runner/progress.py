@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from harness.analysis import naming
-from harness.records import Cell, Record
+from harness.records import naming
+from harness.records.record import Cell, Record
 
 _REDRAW_S = 0.2
 _MOST_LINES = 8

@@ -15,23 +15,24 @@ from pathlib import Path
 from typing import Literal
 
 import harness
-from harness import fitting, store, suites
-from harness.analysis import naming, verdict
+from harness.analysis import verdict
 from harness.assets import fetch
 from harness.assets.table import Source, resolve
+from harness.cell.job import Asset, TaskWork, Work, used
 from harness.errors import Exit, HarnessError, Problem, StoreError, SuiteError, UsageError
-from harness.expand import Plan, expand
-from harness.expand import only as keep_only
-from harness.manifest import Footer, Manifest
-from harness.measure import environment
-from harness.records import Environment, Provider, Status
-from harness.report import html, text
-from harness.runner import stop, task_assets
+from harness.process import termination
+from harness.records import environment, naming, store
+from harness.records.manifest import Footer, Manifest
+from harness.records.record import Environment, Provider, Status
+from harness.report import html, terminal
+from harness.runner import task_assets
 from harness.runner.attempt import Terms
 from harness.runner.executors import Device, Executor, node
 from harness.runner.executors.local import Local
 from harness.runner.progress import Progress
-from harness.runner.work import Asset, TaskWork, Work, used
+from harness.suites import loader, model_checks
+from harness.suites.expand import Plan, expand
+from harness.suites.expand import only as keep_only
 
 DEFAULT_TIMEOUT_S = 3600.0
 
@@ -64,7 +65,7 @@ class _Times:
         return spent
 
 
-@stop.on_request()
+@termination.on_request()
 def run_suite(
     suite_name: str,
     *,
@@ -81,21 +82,21 @@ def run_suite(
     executor: where its Cells run; None for one at a time, here.
     """
     times = _Times()
-    suite = suites.load(suite_name)
+    suite = loader.load(suite_name)
     plan = expand(suite)
     if only is not None:
         plan = keep_only(plan, only)
     here = environment.describe(environment.threads())
     with contextlib.ExitStack() as held:
         old = _old(plan, out, resume, held)
-        fitting.refuse(suite, plan)
+        model_checks.refuse(suite, plan)
         place = held.enter_context(executor or Local())
         chosen = place.device(device)
         times.lap("startup")
         progress = Progress(plan.cells)
         held.callback(progress.close)
         works = _resolve(suite, plan, progress)
-        fitting.refuse(suite, plan)  # again: now every model is at hand
+        model_checks.refuse(suite, plan)  # again: now every model is at hand
         times.lap("fetch")
         if old:
             folder, run_id, done = _reopen(old, here, works, chosen, progress, elsewhere=place.elsewhere)
@@ -162,7 +163,7 @@ def _measure(todo: _Todo, place: Executor, terms: Terms) -> _How:
     except KeyboardInterrupt as error:
         how = "interrupted"
         todo.rest()
-        by = f" by {error}" if isinstance(error, stop.Terminated) else ""
+        by = f" by {error}" if isinstance(error, termination.Terminated) else ""
         progress.say(f"interrupted{by}: what was finished is kept; the report shows it")
     except BaseException:
         todo.rest()
@@ -189,7 +190,7 @@ def _saying_what_is_kept(folder: store.RunFolder) -> Iterator[None]:
         raise
 
 
-def _resolve(suite: suites.Suite, plan: Plan, progress: Progress) -> Works:
+def _resolve(suite: loader.Suite, plan: Plan, progress: Progress) -> Works:
     """Fetch every model and data set the plan names, before anything runs. Raises SuiteError for data that do not fit."""
     base = suite.path.resolve().parent
     ready: dict[str, Asset] = {}
@@ -285,7 +286,7 @@ def _is_installed(provider: Provider) -> bool:
 
 
 def _open(
-    suite: suites.Suite,
+    suite: loader.Suite,
     plan: Plan,
     here: Environment,
     out: Path | None,
@@ -340,7 +341,7 @@ def _report(folder: store.RunFolder, *, interrupted: bool, strict: bool) -> Exit
     run = store.read_run(folder.path)
     page = folder.path / "report.html"
     try:
-        print("\n".join(text.summary(run)))
+        print("\n".join(terminal.summary(run)))
         html.write_report([run], page)
     except BrokenPipeError:  # the reader of stdout has left; the command knows what to do
         raise

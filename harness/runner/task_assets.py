@@ -9,10 +9,10 @@ from pathlib import Path
 
 from harness.assets import splits
 from harness.assets.table import Source
+from harness.cell.job import Asset, TaskWork
 from harness.errors import Problem, SuiteError
-from harness.records import AssetUse
-from harness.runner.work import Asset, TaskWork
-from harness.tasks import Task
+from harness.records.record import AssetUse
+from harness.suites.tasks import Task
 
 
 def ready(task: Task, items: int, where: str, fetched: Callable[[Source], Asset]) -> tuple[Asset | None, TaskWork]:

@@ -17,11 +17,12 @@ import torch
 import triton
 
 from harness.conformance import operations
-from harness.kernels import device, gpu
-from harness.kernels.gpu.launch import launch
-from harness.kernels.lora_linear import lora_linear
-from harness.kernels.nf4 import quantize
-from harness.kernels.nf4_lora_linear import nf4_lora_linear
+from harness.kernels import device
+from harness.kernels import triton as gpu
+from harness.kernels.torch.lora_linear import lora_linear
+from harness.kernels.torch.nf4 import quantize
+from harness.kernels.torch.nf4_lora_linear import nf4_lora_linear
+from harness.kernels.triton.launch import launch
 
 
 def test_every_launch_goes_through_the_one_that_takes_the_tensors_device() -> None:
@@ -67,7 +68,7 @@ def drawn(name: str, dtype: torch.dtype, **case: Any) -> dict[str, Any]:
 def test_a_step_is_its_kernels_step(name: str, in_place: bool) -> None:
     module, kernels, case, states = STEPS[name]
     dispatched = importlib.import_module(f"harness.kernels.{module}")
-    of_gpu = importlib.import_module(f"harness.kernels.gpu.{kernels}")
+    of_gpu = importlib.import_module(f"harness.kernels.triton.{kernels}")
     given = drawn(name, torch.bfloat16, **case)
     want = getattr(of_gpu, name)(**given)
     if not in_place:

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.conformance import matrix, suite
-from harness.kernels.gpu.dora_gain import dora_gain
-from harness.kernels.gpu.dora_linear import dora_linear
-from harness.kernels.gpu.lora_linear import lora_linear
-from harness.kernels.gpu.nf4_lora_linear import nf4_lora_linear
-from harness.kernels.gpu.shrink import shrink
-from harness.kernels.gpu.token_sums import outer_sum, outer_sum_against, product_sum
-from harness.kernels.gpu.vera_linear import vera_linear
-from harness.records import Outcome
-from harness.registry import Implementation
+from harness.conformance import matrix, parity_suite
+from harness.kernels.triton.dora_gain import dora_gain
+from harness.kernels.triton.dora_linear import dora_linear
+from harness.kernels.triton.lora_linear import lora_linear
+from harness.kernels.triton.nf4_lora_linear import nf4_lora_linear
+from harness.kernels.triton.shrink import shrink
+from harness.kernels.triton.token_sums import outer_sum, outer_sum_against, product_sum
+from harness.kernels.triton.vera_linear import vera_linear
+from harness.methods.registry import Implementation
+from harness.records.record import Outcome
 
 NUMBERS = ("outputs", "backward")
 FLOATS = ("float32", "bfloat16", "float16")
@@ -49,8 +49,8 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
 
 def failures(operation: str, values: dict[str, Any], dtype: str, checks: tuple[str, ...]) -> list[str]:
     """Return what the conformance engine finds wrong with our kernels in one case."""
-    function = getattr(importlib.import_module(f"harness.kernels.gpu.{operation}"), operation)
-    plan = suite.load_operation(operation).model_copy(update={"checks": list(checks)})
+    function = getattr(importlib.import_module(f"harness.kernels.triton.{operation}"), operation)
+    plan = parity_suite.load_operation(operation).model_copy(update={"checks": list(checks)})
     subject = Implementation("triton", "operation", operation, function)
     results = list(matrix.one_call(subject, plan, values, dtype))
     assert len(results) == len(checks)
@@ -67,7 +67,7 @@ def test_outputs_and_gradients_are_those_of_the_reference(operation: str, values
 
 @pytest.mark.parametrize("operation", ["lora_linear", "nf4_lora_linear", "dora_linear", "vera_linear"])
 def test_any_layout_any_subset_of_gradients_and_the_same_bits_again(operation: str) -> None:
-    others = tuple(check for check in suite.load_operation(operation).checks if check not in NUMBERS)
+    others = tuple(check for check in parity_suite.load_operation(operation).checks if check not in NUMBERS)
     assert failures(operation, SMALL, "bfloat16", others) == []
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.subject import DTYPES, configure
-from harness.conformance.tolerance import noise_floor
-from harness.kernels.gpu import lora_linears as joint
-from harness.kernels.nf4_linear import Nf4Linear
-from harness.registry import discover
+from harness.conformance.tolerance_policies import noise_floor
+from harness.kernels.torch.nf4_linear import Nf4Linear
+from harness.kernels.triton import lora_linears as joint
+from harness.methods.registry import discover
 
 D, E, T = 64, 48, 7
 

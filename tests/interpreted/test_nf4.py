@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.conformance.codes import Kind, values
-from harness.kernels import nf4 as dispatched
-from harness.kernels import nf4_linear as linear_module
-from harness.kernels import nf4_lora_linear as lora_module
-from harness.kernels.gpu import nf4, nf4_linear
-from harness.kernels.packed_weight import PackedWeight
+from harness.conformance.quantised_codes import Kind, values
+from harness.kernels.torch import nf4 as dispatched
+from harness.kernels.torch import nf4_linear as linear_module
+from harness.kernels.torch import nf4_lora_linear as lora_module
+from harness.kernels.torch.packed_weight import PackedWeight
+from harness.kernels.triton import nf4, nf4_linear
 from harness.testing import conformance
-from reference import double_quant
-from reference import nf4 as reference
-from reference.dynamic_map import dynamic_map
+from reference.operations import double_quant
+from reference.operations import nf4 as reference
+from reference.operations.dynamic_map import dynamic_map
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN and overflow in the interpreter
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -12,11 +12,11 @@ from unittest import mock
 import pytest
 import torch
 
-from harness.conformance import matrix, operations, suite
-from harness.kernels.gpu import adalora_importance, adamw8bit, dynamic_quantize, galore_step, multi_lora_linear
-from harness.records import Outcome
-from harness.registry import implements
-from reference.dynamic_map import dynamic_map, quantize_blockwise
+from harness.conformance import matrix, operations, parity_suite
+from harness.kernels.triton import adalora_importance, adamw8bit, dynamic_quantize, galore_step, multi_lora_linear
+from harness.methods.registry import implements
+from harness.records.record import Outcome
+from reference.operations.dynamic_map import dynamic_map, quantize_blockwise
 
 DTYPES = ("float32", "bfloat16", "float16")
 CASES: list[tuple[Callable[..., Any], dict[str, Any]]] = [
@@ -46,13 +46,13 @@ def _met() -> list[Any]:
         for index, dtype in enumerate(DTYPES)
         if case is last[function] or number % 3 == index
     ]
-    return [pytest.param(*one, id=f"{one[0].__name__}-{suite.in_words(one[1])}-{one[2]}") for one in met]
+    return [pytest.param(*one, id=f"{one[0].__name__}-{parity_suite.in_words(one[1])}-{one[2]}") for one in met]
 
 
 @pytest.mark.parametrize(("function", "case", "dtype"), _met())
 def test_the_kernel_passes_every_check(function: Callable[..., Any], case: dict[str, Any], dtype: str) -> None:
     offered = implements(function.__name__, name="kernel", kind="operation", dtypes=DTYPES)(function)
-    plan = suite.load_operation(function.__name__)
+    plan = parity_suite.load_operation(function.__name__)
     results = list(matrix.one_call(offered, plan, case, dtype))
     assert results
     assert [f"{r.check}: {r.detail}" for r in results if r.outcome is Outcome.FAIL] == []
@@ -154,7 +154,7 @@ def test_ranks_and_sums_in_several_pieces_are_added_up() -> None:
     offered = implements("multi_lora_linear", name="kernel", kind="operation", dtypes=DTYPES)(
         multi_lora_linear.multi_lora_linear
     )
-    plan = suite.load_operation("multi_lora_linear").model_copy(update={"checks": ["outputs", "backward"]})
+    plan = parity_suite.load_operation("multi_lora_linear").model_copy(update={"checks": ["outputs", "backward"]})
     results = list(matrix.one_call(offered, plan, case, "float32"))
     assert [r.outcome for r in results] == [Outcome.PASS, Outcome.PASS]
 

@@ -7,7 +7,7 @@ from collections import Counter
 from fractions import Fraction
 from typing import Any, Literal
 
-from harness.claims.measuring import Found, Model, Positive, measure
+from harness.claims.measure import Found, Model, Positive, measure
 
 
 @measure("count")
@@ -16,10 +16,10 @@ def kept_parameters(model: Model, targets: list[str], rank: Positive, budget: Po
 
     rank: how many a layer has at the start, and so can keep at most. A triplet counts its lambda and both its vectors.
     """
-    from harness.claims import attached
+    from harness.claims import attached_model
 
     sizes: Counter[str] = Counter()
-    for name, shape in attached.trained(
+    for name, shape in attached_model.trained(
         model, "adalora", {"rank": 1, "target_rank": 1, "targets": targets}, {}
     ).items():
         sizes[name.rpartition(".")[0]] += math.prod(shape)
@@ -92,7 +92,7 @@ def regularizer_is_eq_4(form: Literal["mean-norm", "squared-sum"]) -> Found:
     """
     import torch
 
-    from harness.conformance.tolerance import noise_floor
+    from harness.conformance.tolerance_policies import noise_floor
     from reference.adalora import orthogonality
 
     def by_traces(layers: list[Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from harness.claims.measuring import Count, Counts, Found, Quantity, Sizes, measure
+from harness.claims.measure import Count, Counts, Found, Quantity, Sizes, measure
 
 
 @measure("ratio")

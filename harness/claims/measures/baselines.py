@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from harness.claims.measure import Found, Model, Positive, Quantity, measure
 from harness.claims.measures.arithmetic import written
-from harness.claims.measuring import Found, Model, Positive, Quantity, measure
-from harness.claims.summing import summed
+from harness.claims.sums import summed
 
 Sides = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 """The sides of a matrix, e.g. `[1024, 4096]`."""
@@ -21,9 +21,9 @@ _TELLING = 5
 @measure("share")
 def added_share(of: Quantity, model: Model, whole: Literal["base", "base+adapter"] = "base+adapter") -> Found:
     """Parameters that are added to a model, as a share of the model's own (`base`), or of those and the added together."""
-    from harness.claims import attached
+    from harness.claims import attached_model
 
-    base = sum(p.numel() for p in attached.parameters(model).values())
+    base = sum(p.numel() for p in attached_model.parameters(model).values())
     return Found(of / (base + of * (whole != "base")), f"{written(of)} / ({base:,}{' + it' * (whole != 'base')})")
 
 
@@ -110,7 +110,7 @@ def of_some(start: Fraction, step: Fraction, to: Fraction, last: Fraction, fitte
 
 
 def _layers(model: str, names: list[str] | None) -> list[Any]:
-    from harness.claims import attached
-    from reference import layers
+    from harness.claims import attached_model
+    from reference.shared import layers
 
-    return list(layers.targets(attached.model(model), names).values()) if names else []
+    return list(layers.targets(attached_model.model(model), names).values()) if names else []

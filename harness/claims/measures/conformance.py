@@ -6,12 +6,12 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-from harness.claims.measuring import Found, Method, NotRunError, measure
+from harness.claims.measure import Found, Method, NotRunError, measure
 
 
 def _check(name: str) -> str:
-    from harness import explain
-    from harness.spelling import near
+    from harness.assets.did_you_mean import near
+    from harness.cli import explain
 
     if name not in (there := explain.checks()):
         raise ValueError(f"no check is called `{name}`; {near(name, there)}")
@@ -28,12 +28,12 @@ def conforms(method: Method, check: Check, implementation: str = "reference") ->
 
     As `peft-harness check IMPLEMENTATION --method METHOD` has it: judged by the reference in float64, with its tolerances.
     """
-    from harness.conformance import matrix, suite
-    from harness.conformance.breadth import FEW
-    from harness.records import Outcome
-    from harness.registry import discover
+    from harness.conformance import matrix, parity_suite
+    from harness.conformance.case_selection import FEW
+    from harness.methods.registry import discover
+    from harness.records.record import Outcome
 
-    plan = suite.load(method)
+    plan = parity_suite.load(method)
     if check not in plan.checks:
         raise ValueError(f"the parity suite of {method} has no check `{check}`; it has {', '.join(plan.checks)}")
     plan = plan.model_copy(update={"checks": [check]})

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, Literal
 
-from harness.claims.measuring import Config, Found, Method, Model, measure
-from harness.claims.summing import summed
+from harness.claims.measure import Config, Found, Method, Model, measure
+from harness.claims.sums import summed
 
 _OUT, _IN, _RANK, _TOKENS = 24, 40, 4, 64
 """A layer that is not square, so that the two axes differ."""
@@ -19,10 +19,10 @@ def with_magnitudes(model: Model, method: Method, config: Config, magnitudes: li
     magnitudes: last parts of the paths of the layers that have them, in whatever number DoRA attaches. With `lora` this is
     DoRA, with `vera` DVoRA.
     """
-    from harness.claims import attached
+    from harness.claims import attached_model
 
-    directions = Counter(attached.trained(model, method, config, {}).values())
-    every = attached.trained(model, "dora", {"rank": 1, "targets": magnitudes}, {})
+    directions = Counter(attached_model.trained(model, method, config, {}).values())
+    every = attached_model.trained(model, "dora", {"rank": 1, "targets": magnitudes}, {})
     own = Counter(shape for name, shape in every.items() if name.endswith(".m"))
     return summed(directions + own)
 
@@ -108,7 +108,7 @@ def _layer(drawn: dict[str, Any], detach_norm: bool) -> Any:
 
 
 def _judged(have: dict[str, Any], truth: dict[str, Any], rounded: dict[str, Any], what: str) -> Found:
-    from harness.conformance.tolerance import noise_floor
+    from harness.conformance.tolerance_policies import noise_floor
 
     found = noise_floor(have, truth, rounded, "float32")
     return Found(

@@ -6,9 +6,9 @@ import json
 from functools import cache
 
 from harness.assets import shapes
-from harness.claims import recorded
+from harness.claims import record_sources
+from harness.claims.measure import Found, NotRunError, measure
 from harness.claims.measures.records import Entry, Suite, predicted, shape_of
-from harness.claims.measuring import Found, NotRunError, measure
 
 
 @measure("bytes")
@@ -18,7 +18,7 @@ def step_peak(suite: Suite, cell: Entry) -> Found:
     Nothing of it has data, so that a model of any size will do; its texts are as long as they may be. What is paged lies in
     host memory, and is left out, as are workspaces, what an allocator wastes and CUDA's context.
     """
-    own = recorded.cell(suite, cell)
+    own = record_sources.cell(suite, cell)
     peak, by = _peak(suite, cell)
     host = predicted(own).optimizer_host_B
     how = f"a training step of {own.label} at its whole shape, without data, by {by or 'its own code'} for a CPU: {peak:,} B"
@@ -34,14 +34,14 @@ def step_peak_more(suite: Suite, of: Entry, than: Entry) -> Found:
 
 @cache
 def _peak(suite: str, entry: str) -> tuple[int, str]:
-    from harness.footprint import apart, dry_step
+    from harness.memory_model import dry_step, isolated_step
 
-    cell = recorded.cell(suite, entry)
+    cell = record_sources.cell(suite, entry)
     if not cell.model.startswith(shapes.PREFIX):
         raise NotRunError(f"a shape: {cell.model} has its weights in files")
     config, kind = shape_of(cell)
-    apart.import_classes(json.dumps(config), kind)
-    found = apart.peak(cell, config, kind, dry_step.longest(cell, kind, cell.training.max_tokens))
+    isolated_step.import_classes(json.dumps(config), kind)
+    found = isolated_step.peak(cell, config, kind, dry_step.longest(cell, kind, cell.training.max_tokens))
     if "peak_B" not in found:
         raise NotRunError(f"a step that can be taken without data: {found.get('no_peak', 'this Cell trains nothing')}")
     return int(found["peak_B"]), str(found["peak_by"])

@@ -6,7 +6,7 @@ from itertools import pairwise
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Literal
 
-from harness.claims.measuring import Found, Positive, measure
+from harness.claims.measure import Found, Positive, measure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +57,7 @@ def equation_4_gives(printed: list[float], ends: Literal["as printed", "left out
 @measure("property")
 def equally_full_bins(type: Type, block: Positive = 64) -> Found:
     """Whether each level of a type gets an equal share of normal weights, up to what drawing them explains."""
-    from harness.tolerances import INITIAL_SIGMAS
+    from harness.conformance.tolerance_table import INITIAL_SIGMAS
 
     table = _levels(type).unique()
     codes, _ = _quantised(_normal(), table, block)
@@ -78,8 +78,8 @@ def squared_error(type: Type, block: Positive = 64, double: bool = False) -> Fou
     type: nf4, fp4 (bitsandbytes' float), e2m1, e3m0 (floats of so many bits of exponent and mantissa), int4 (-7 .. 7) or
     int4-both-ends (-8 .. 7). block: weights that share a constant. double: whether the constants are in 8 bits.
     """
-    from reference import double_quant
-    from reference.dynamic_map import dequantize_blockwise
+    from reference.operations import double_quant
+    from reference.operations.dynamic_map import dequantize_blockwise
 
     weights, table = _normal(), _levels(type).unique()
     codes, absmax = _quantised(weights, table, block)
@@ -93,8 +93,8 @@ def squared_error(type: Type, block: Positive = 64, double: bool = False) -> Fou
 @measure("number")
 def constants_error(centred: bool = True, block: Positive = 64) -> Found:
     """Mean relative error of the constants of normal weights in 8 bits, with their mean taken off before or not."""
-    from reference import double_quant
-    from reference.dynamic_map import dequantize_blockwise, dynamic_map, quantize_blockwise
+    from reference.operations import double_quant
+    from reference.operations.dynamic_map import dequantize_blockwise, dynamic_map, quantize_blockwise
 
     _, absmax = _quantised(_normal(), _levels("nf4"), block)
     if centred:
@@ -111,7 +111,7 @@ def constants_are(type: Literal["e4m3", "e5m2"]) -> Found:
     """Whether the 8-bit type of the constants is an 8-bit float of this format, its largest value scaled to 1."""
     import torch
 
-    from reference.dynamic_map import dynamic_map
+    from reference.operations.dynamic_map import dynamic_map
 
     table = dynamic_map(signed=True)
     format_ = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[type]
@@ -126,7 +126,7 @@ def constants_are(type: Literal["e4m3", "e5m2"]) -> Found:
 @measure("property")
 def blocks_run_over_rows(rows: Positive, columns: Positive, block: Positive = 64) -> Found:
     """Whether the constants of a matrix are the largest magnitudes of consecutive runs of its flattened form."""
-    from reference import nf4
+    from reference.operations import nf4
 
     weights = _normal()[: rows * columns].view(rows, columns)
     _, absmax = nf4.quantize(weights, block)
@@ -140,7 +140,7 @@ def _levels(type: Type) -> Tensor:
     """Return the levels of a type in the order of their codes, float32, the largest magnitude 1."""
     import torch
 
-    from reference import fp4, nf4
+    from reference.operations import fp4, nf4
 
     whole = torch.arange(-8.0, 8.0)
     tables = {
@@ -172,7 +172,7 @@ def _normal() -> Tensor:
 
 
 def _quantised(weights: Tensor, table: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    from reference.dynamic_map import quantize_blockwise
+    from reference.operations.dynamic_map import quantize_blockwise
 
     return quantize_blockwise(weights, table, block)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Literal
 
-from harness.claims.measuring import Config, Found, Method, Model, Positive, measure
+from harness.claims.measure import Config, Found, Method, Model, Positive, measure
 
 
 @measure("bits")
@@ -42,13 +42,13 @@ def four_bit_bytes(
     trains: 2 of it alone in 16 bits, 12 with its gradient in 16 and Adam's moments in 32. Raises ValueError for a Method
     that quantises nothing.
     """
-    from harness.claims import quantised
+    from harness.claims import quantised_model
     from harness.conformance.subject import configure
-    from reference.double_quant import BLOCK
+    from reference.operations.double_quant import BLOCK
 
     if method != "qlora":
         raise ValueError(f"{method} keeps nothing in 4 bits; `method` can be qlora")
-    found, knobs = quantised.of(model, config), configure(method, config)
+    found, knobs = quantised_model.of(model, config), configure(method, config)
     packed = found.bits(knobs.block, knobs.double_quant) // 8
     how = [
         f"{found.elements:,} weights in 4 bits with {_in_words(knobs.double_quant, knobs.block, BLOCK)}: {packed:,} B"
@@ -61,9 +61,9 @@ def four_bit_bytes(
 @measure("property")
 def every_linear_layer_but_the_output(model: Model, method: Method = "qlora", config: Config = {}) -> Found:
     """Whether what QLoRA quantises and adapts is every linear layer of a model but the one that gives the logits."""
-    from harness.claims import attached, quantised
+    from harness.claims import attached_model, quantised_model
 
-    found, built = quantised.of(model, config), attached.model(model)
+    found, built = quantised_model.of(model, config), attached_model.model(model)
     output = {path for path, layer in built.named_modules() if layer is built.get_output_embeddings()}
     left = ", ".join(sorted(set(found.outside) - output)[:3])
     how = f"{len(found.inside)} layers are in 4 bits; linear and not: {', '.join(found.outside) or 'none'}"
@@ -72,9 +72,9 @@ def every_linear_layer_but_the_output(model: Model, method: Method = "qlora", co
 
 def _constants(model: str, double: bool, block: int, second_block: int) -> tuple[int, int]:
     """Return (bits of all constants, weights that they are for)."""
-    from harness.claims import quantised
+    from harness.claims import quantised_model
 
-    found = quantised.of(model, {})
+    found = quantised_model.of(model, {})
     codes = 8 * sum(-(-numel // 2) * number for numel, number in found.weights.items())
     return found.bits(block, double, second_block) - codes, found.elements
 

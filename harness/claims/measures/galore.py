@@ -6,9 +6,9 @@ from collections import Counter
 from fractions import Fraction
 from typing import Any, Literal
 
+from harness.claims.measure import Config, Count, Found, Method, Model, Positive, Quantities, Quantity, measure
 from harness.claims.measures.arithmetic import quotients, written
 from harness.claims.measures.parameters import fitting
-from harness.claims.measuring import Config, Count, Found, Method, Model, Positive, Quantities, Quantity, measure
 
 Side = Literal["std", "reverse_std", "paper", "left", "right", "full"]
 """Which side of a matrix is projected; `std` is that of the authors' code."""
@@ -110,9 +110,9 @@ def most_share_less(of: Quantities, than: Quantities, last: Quantity = Fraction(
 @measure("count")
 def width(model: Model) -> Found:
     """The width of a model: numbers in which it holds a token between its layers."""
-    from harness.claims import attached
+    from harness.claims import attached_model
 
-    size = int(attached.model(model).config.hidden_size)
+    size = int(attached_model.model(model).config.hidden_size)
     return Found(size, f"hidden_size {size}")
 
 
@@ -137,7 +137,7 @@ def states_by_formula(rows: Positive, columns: Positive, ranks: list[Positive]) 
 @measure("property")
 def full_rank_keeps_gradient(rows: Positive, columns: Positive, side: Side) -> Found:
     """Whether at r = min(m, n) a gradient comes back as it was, projected and projected back (section 3.3)."""
-    from harness.conformance.tolerance import noise_floor
+    from harness.conformance.tolerance_policies import noise_floor
     from reference.galore import project, project_back, projector
 
     G = _gradient(rows, columns, 0)
@@ -150,7 +150,7 @@ def full_rank_keeps_gradient(rows: Positive, columns: Positive, side: Side) -> F
 @measure("property")
 def scale_ignores_rank(rows: Positive, columns: Positive, ranks: list[Positive], scale: Quantity) -> Found:
     """Whether at every rank the step with a scale is that many times the step with scale 1 (section 4.4)."""
-    from harness.conformance.tolerance import noise_floor
+    from harness.conformance.tolerance_policies import noise_floor
 
     G = _gradient(rows, columns, 0)
     worst, right = [], True
@@ -200,12 +200,12 @@ def refreshes_every(gap: Positive, steps: Positive, side: Side = "std") -> Found
 
 def _kept(model: str, method: str, config: Config, also: list[str] | None) -> Counter[tuple[str, int, int]]:
     """Count the tensors that train by shape, numbers in the moments of one, and numbers in its projector."""
-    from harness.claims import attached
+    from harness.claims import attached_model
     from harness.conformance.subject import configure
-    from harness.footprint import counting
+    from harness.memory_model import counting
     from reference.galore import sides, state_elements
 
-    built = attached.model(model)
+    built = attached_model.model(model)
     named = dict(built.named_parameters())
     own = [named[name] for name in fitting(named, also or [])]
     found: Counter[tuple[str, int, int]] = Counter()

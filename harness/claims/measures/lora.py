@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+from harness.claims.measure import Config, Found, Method, Model, Positive, measure
 from harness.claims.measures.parameters import Split
-from harness.claims.measuring import Config, Found, Method, Model, Positive, measure
 
 _INPUTS, _OUTPUTS, _TOKENS = 12, 20, 7
 
@@ -22,12 +22,12 @@ def rank_times_sides(model: Model, method: Method, config: Config = {}, split: S
 
     from torch import Size
 
-    from harness.claims import attached
+    from harness.claims import attached_model
     from harness.conformance.subject import configure
 
-    layers = dict(attached.model(model, json.dumps(split)).named_modules())
+    layers = dict(attached_model.model(model, json.dumps(split)).named_modules())
     counts: dict[str, int] = {}
-    for name, shape in attached.trained(model, method, config, split).items():
+    for name, shape in attached_model.trained(model, method, config, split).items():
         path = name.rpartition(".")[0]
         counts[path] = counts.get(path, 0) + Size(shape).numel()
     rank = configure(method, config).rank
@@ -104,8 +104,8 @@ def merged_has_the_bases_layers() -> Found:
 @measure("property")
 def b_learns_faster(ratio: Positive) -> Found:
     """Whether the optimizer gives every factor B `ratio` times the learning rate that A has (LoRA+, arXiv:2402.12354)."""
-    from harness.records import Training
-    from harness.training import optimizers
+    from harness.cell.training import optimizers
+    from harness.records.record import Training
 
     adapted = _attach(_plain(), rank=4, alpha=8)
     layer = adapted.layers["layer"]

@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from harness.claims.measure import Found, Model, Positive, Quantity, measure
 from harness.claims.measures.baselines import of_some
-from harness.claims.measuring import Found, Model, Positive, Quantity, measure
-from harness.claims.summing import in_words, total
+from harness.claims.sums import in_words, total
 
 Tokens = Annotated[int, Field(ge=0)]
 """A parameter that is a number of virtual tokens."""
@@ -65,10 +65,10 @@ def prefix_layer_of_some_length(model: Model, printed: Quantity, last: Quantity,
 @measure("count")
 def last_blocks(model: Model, blocks: Positive) -> Found:
     """Parameters of the last blocks of a model, all else frozen."""
-    from harness.claims import attached
+    from harness.claims import attached_model
 
     of_block: dict[int, Counter[tuple[int, ...]]] = {}
-    for name, tensor in attached.parameters(model).items():
+    for name, tensor in attached_model.parameters(model).items():
         if index := re.search(r"\.(\d+)\.", name):
             of_block.setdefault(int(index[1]), Counter())[tuple(tensor.shape)] += 1
     if blocks > len(of_block):
@@ -86,7 +86,7 @@ def _adapters(d: int, depth: int, design: str, rank: int) -> Found:
 
 
 def _width_and_depth(model: str) -> tuple[int, int]:
-    from harness.claims import attached
+    from harness.claims import attached_model
 
-    config = attached.model(model).config
+    config = attached_model.model(model).config
     return config.hidden_size, config.num_hidden_layers

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from harness.claims.measuring import Found, Positive, measure
+from harness.claims.measure import Found, Positive, measure
 
 Part = Annotated[float, Field(gt=0, lt=1)]
 """A parameter that is a part of all states."""
@@ -54,7 +54,7 @@ def paging_survives_a_spike(
 def _train(spike: float, matrices: int, rows: int, columns: int, steps: int) -> _Run:
     import torch
 
-    from reference.paged import Paged, is_paged
+    from reference.operations.paged import Paged, is_paged
 
     if not is_paged(rows * columns):
         raise ValueError(f"the states of {rows} x {columns} are too small to be paged")

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any, Literal
 
-from harness.claims.measuring import Config, Found, Method, Model, measure
-from harness.claims.summing import in_words, summed, total
+from harness.claims.measure import Config, Found, Method, Model, measure
+from harness.claims.sums import in_words, summed, total
 
 Split = dict[str, list[str]]
 """Layers that stand for several, e.g. `{c_attn: [q, k, v]}` of GPT-2; then `q` and `v` can be targets."""
@@ -51,9 +51,9 @@ def frozen_tensors_of_the_method(
     only: list[str] | None = None,
 ) -> Found:
     """Elements of what a Method makes and does not train (VeRA's projections), once where layers share it."""
-    from harness.claims import attached
+    from harness.claims import attached_model
 
-    every = attached.kept(model, method, config, split)
+    every = attached_model.kept(model, method, config, split)
     return summed(Counter(every[name] for name in fitting(every, only)))
 
 
@@ -78,9 +78,9 @@ def trainable_share(
 @measure("count")
 def adapted_layers(model: Model, method: Method, config: Config = {}, split: Split = {}) -> Found:
     """Layers that a Method adapts."""
-    from harness.claims import attached
+    from harness.claims import attached_model
 
-    paths = {name.rpartition(".")[0] for name in attached.trained(model, method, config, split)}
+    paths = {name.rpartition(".")[0] for name in attached_model.trained(model, method, config, split)}
     ends = Counter(path.rpartition(".")[2] for path in paths)
     return Found(len(paths), " + ".join(f"{number} of {name}" for name, number in sorted(ends.items())))
 
@@ -88,20 +88,20 @@ def adapted_layers(model: Model, method: Method, config: Config = {}, split: Spl
 def _trained(
     model: str, method: str, config: Config, split: Split, only: list[str] | None, also: list[str] | None
 ) -> Any:
-    from harness.claims import attached
+    from harness.claims import attached_model
 
-    by_method = attached.trained(model, method, config, split)
+    by_method = attached_model.trained(model, method, config, split)
     sizes = {name: by_method[name] for name in fitting(by_method, only)}
     if also:
-        own = attached.parameters(model)
+        own = attached_model.parameters(model)
         sizes |= {name: tuple(own[name].shape) for name in fitting(own, also)}
     return Counter(sizes.values())
 
 
 def _parameters(model: str, without: list[str] | None = None, only: list[str] | None = None) -> Any:
-    from harness.claims import attached
+    from harness.claims import attached_model
 
-    every = attached.parameters(model)
+    every = attached_model.parameters(model)
     left_out = set(fitting(every, without)) if without else set()
     return Counter(tuple(every[name].shape) for name in fitting(every, only) if name not in left_out)
 

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness.claims.measuring import Found, Positive, measure
+from harness.claims.measure import Found, Positive, measure
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from harness.conformance.tolerance import Judgement
+    from harness.conformance.tolerance_policies import Judgement
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 ResidualOf = Literal["this step", "the step before"]
@@ -173,7 +173,7 @@ def _loftq(W: Tensor, rank: int, iterations: int) -> Tensor:
 
 
 def _nf4(W: Tensor) -> Tensor:
-    from reference import nf4
+    from reference.operations import nf4
 
     return nf4.dequantize(*nf4.quantize(W)).view_as(W).double()
 
@@ -233,7 +233,7 @@ def _normal(rows: int, columns: int, seed: int = 3) -> Tensor:
 def _judged(mine: dict[str, Tensor], truth: dict[str, Tensor], dtype: str) -> Found:
     """Judge by what rounding the truth to the dtype loses, as the conformance suite does."""
     from harness.conformance.subject import DTYPES
-    from harness.conformance.tolerance import noise_floor
+    from harness.conformance.tolerance_policies import noise_floor
 
     rounded: dict[str, Any] = {name: t.to(DTYPES[dtype]).double() for name, t in truth.items()}
     found: Judgement = noise_floor(mine, truth, rounded, dtype)

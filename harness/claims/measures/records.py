@@ -14,26 +14,25 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationInfo
 
-from harness import resources
-from harness.analysis import measured
-from harness.assets import shapes
-from harness.claims import recorded
-from harness.claims.measuring import FOLDER, Found, Model, NotRunError, measure
+from harness.analysis import measurements
+from harness.assets import resources, shapes
+from harness.claims import record_sources
+from harness.claims.measure import FOLDER, Found, Model, NotRunError, measure
 from harness.errors import SuiteError
-from harness.records import Cell, Predicted, Record
+from harness.records.record import Cell, Predicted, Record
 
 
 def _suite(name: str, info: ValidationInfo) -> str:
-    from harness import suites
-    from harness.spelling import near
+    from harness.assets.did_you_mean import near
+    from harness.suites import loader
 
     if not name.endswith(".yaml"):
-        if name not in (there := suites.names()):
+        if name not in (there := loader.names()):
             raise ValueError(f"no suite is called `{name}`; {near(name, there)}; or write the path of a .yaml file")
         return name
     path = (info.context or {}).get(FOLDER, Path()) / resources.named(name)
     try:
-        recorded.entries(str(path.resolve()))
+        record_sources.entries(str(path.resolve()))
     except SuiteError as error:
         several = f"{len(error.problems)} mistakes, the first is " if len(error.problems) > 1 else ""
         raise ValueError(f"{several}{error.problems[0]}") from error
@@ -42,8 +41,8 @@ def _suite(name: str, info: ValidationInfo) -> str:
 
 def _entry(name: str, info: ValidationInfo) -> str:
     suite = info.data.get("whole_suite" if info.field_name == "whole" else "suite")  # none: it is wrong itself
-    if suite is not None and name not in (there := recorded.entries(suite)):
-        raise ValueError(recorded.unknown(suite, name, there))
+    if suite is not None and name not in (there := record_sources.entries(suite)):
+        raise ValueError(record_sources.unknown(suite, name, there))
     return name
 
 
@@ -89,8 +88,8 @@ def peak_memory(suite: Suite, cell: Entry) -> Found:
     """The most memory at a time while a Cell trained: of tensors on a GPU (its own context comes on top), of the process on
     a CPU, above what it took after its imports. Of several seeds, the least and the most.
     """
-    (own,) = recorded.records(suite, cell)
-    return _peak(own).found(f"{_peaks(own)}; {recorded.place(own[0])}")
+    (own,) = record_sources.records(suite, cell)
+    return _peak(own).found(f"{_peaks(own)}; {record_sources.place(own[0])}")
 
 
 @measure("bytes")
@@ -100,22 +99,22 @@ def device_memory(suite: Suite, cell: Entry) -> Found:
 
     Of a Record without these two, or of a CPU, as `peak_memory`.
     """
-    (own,) = recorded.records(suite, cell)
-    peak, seen = _peak(own), [gpu for record in own if (gpu := measured.training_gpu(record))]
+    (own,) = record_sources.records(suite, cell)
+    peak, seen = _peak(own), [gpu for record in own if (gpu := measurements.training_gpu(record))]
     held = max((gpu.reserved_B for gpu in seen if gpu.reserved_B), default=0)
     used = max((gpu.driver_B for gpu in seen if gpu.driver_B), default=0)
     said = [_peaks(own), f"the allocator held {held:,} B" * bool(held)]
     if seen:
         said += [f"its driver counted {used:,} B, with CUDA's context" if used else "CUDA's context is not counted"]
     whole = Interval(peak.value, peak.least, max(peak.most, Fraction(held), Fraction(used)))
-    return whole.found(f"{', '.join(filter(None, said))}; {recorded.place(own[0])}")
+    return whole.found(f"{', '.join(filter(None, said))}; {record_sources.place(own[0])}")
 
 
 @measure("ratio")
 def memory_ratio(suite: Suite, of: Entry, to: Entry) -> Found:
     """How many times the peak of training of `to` goes into that of `of`."""
     (a, b) = pair(suite, of, to)
-    return _peak(a).over(_peak(b)).found(f"{_peaks(a)} / {_peaks(b)}; {recorded.place(a[0])}")
+    return _peak(a).over(_peak(b)).found(f"{_peaks(a)} / {_peaks(b)}; {record_sources.place(a[0])}")
 
 
 @measure("share")
@@ -124,7 +123,7 @@ def memory_less(suite: Suite, of: Entry, than: Entry) -> Found:
     (a, b) = pair(suite, of, than)
     quotient = _peak(a).over(_peak(b))
     less = Interval(1 - quotient.value, 1 - quotient.most, 1 - quotient.least)
-    return less.found(f"1 - {_peaks(a)} / {_peaks(b)}; {recorded.place(a[0])}")
+    return less.found(f"1 - {_peaks(a)} / {_peaks(b)}; {record_sources.place(a[0])}")
 
 
 @measure("bytes")
@@ -133,7 +132,7 @@ def memory_more(suite: Suite, of: Entry, than: Entry) -> Found:
     (a, b) = pair(suite, of, than)
     x, y = _peak(a), _peak(b)
     more = Interval(x.value - y.value, x.least - y.most, x.most - y.least)
-    return more.found(f"{_peaks(a)} - {_peaks(b)}; {recorded.place(a[0])}")
+    return more.found(f"{_peaks(a)} - {_peaks(b)}; {record_sources.place(a[0])}")
 
 
 @measure("bytes")
@@ -143,7 +142,7 @@ def extrapolated_memory(suite: Suite, cells: Depths) -> Found:
     Of three or more Cells each two of neighbouring depth give a line; what is found is the least and the most of them.
     """
     value, how, own = _extrapolated(suite, cells)
-    return value.found(f"{how}; {recorded.place(own)}")
+    return value.found(f"{how}; {record_sources.place(own)}")
 
 
 @measure("ratio")
@@ -152,7 +151,7 @@ def extrapolated_memory_ratio(suite: Suite, of: Depths, to: Depths) -> Found:
     for a, b in zip(of, to, strict=True):
         pair(suite, a, b)
     (x, told, own), (y, its, _) = _extrapolated(suite, of), _extrapolated(suite, to)
-    return x.over(y).found(f"({told}) / ({its}); {recorded.place(own)}")
+    return x.over(y).found(f"({told}) / ({its}); {record_sources.place(own)}")
 
 
 @measure("bytes")
@@ -161,11 +160,11 @@ def scaled_memory(suite: Suite, cells: Depths, whole_suite: Suite, whole: Entry)
 
     cells: of a narrower model with one and with two blocks, its ranks as much smaller as it is narrower. What is scaled are
     tensors as they were counted, weights, adapter, gradients, the optimizer's states and what its step adds. By other laws,
-    and so by `harness.footprint` for the whole Cell, grow what a paged optimizer keeps on a GPU, as small tensors are not
+    and so by `harness.memory_model` for the whole Cell, grow what a paged optimizer keeps on a GPU, as small tensors are not
     paged, and activations and logits: without these the least, and with them the most, as if they were there at once with
     what the step adds.
     """
-    at = recorded.cell(whole_suite, whole)
+    at = record_sources.cell(whole_suite, whole)
     whole_is = predicted(at)
     value, how, own = _scaled(suite, cells, at.model.removeprefix(shapes.PREFIX), whole_is.optimizer_B)
     if unlike := [key for key in _RECIPE if getattr(own.cell, key) != getattr(at, key)]:
@@ -174,7 +173,7 @@ def scaled_memory(suite: Suite, cells: Depths, whole_suite: Suite, whole: Entry)
         raise NotRunError(f"a formula for what {at.label} keeps for its backward pass, which is not known")
     passing = whole_is.activations_B + whole_is.logits_B
     how += f"; at most {passing:,} B of activations and logits on top, by formula for {_pass(at)}; {_LEFT_OUT}"
-    return Found(value.least, f"{how}; {recorded.place(own)}", value.most + passing)
+    return Found(value.least, f"{how}; {record_sources.place(own)}", value.most + passing)
 
 
 @measure("ratio")
@@ -183,15 +182,15 @@ def scaled_memory_ratio(suite: Suite, of: Depths, to: Depths, model: Model) -> F
     for a, b in zip(of, to, strict=True):
         pair(suite, a, b)
     (x, told, own), (y, its, _) = _scaled(suite, of, model), _scaled(suite, to, model)
-    return x.over(y).found(f"({told}) / ({its}), without activations; {recorded.place(own)}")
+    return x.over(y).found(f"({told}) / ({its}), without activations; {record_sources.place(own)}")
 
 
 @measure("count")
 def trained_parameters(suite: Suite, cell: Entry) -> Found:
     """How many numbers of the Method a Cell trained, without a new head."""
-    (own,) = recorded.records(suite, cell)
+    (own,) = record_sources.records(suite, cell)
     counts = {record.measurements.parameters.adapter for record in own if record.measurements}
-    return Found(max(counts), f"counted in {own[0].cell.label}; {recorded.place(own[0])}")
+    return Found(max(counts), f"counted in {own[0].cell.label}; {record_sources.place(own[0])}")
 
 
 @measure("property")
@@ -202,14 +201,14 @@ def undecidable(needs: str) -> Found:
 
 def pair(suite: str, of: str, to: str) -> tuple[list[Record], list[Record]]:
     """Return the Records of two entries, which must have had the same model, texts and budget."""
-    a, b = recorded.records(suite, of, to)
-    recorded.comparable(a, b)
+    a, b = record_sources.records(suite, of, to)
+    record_sources.comparable(a, b)
     return a, b
 
 
 def _depths(suite: str, cells: Sequence[str]) -> tuple[str, dict[int, list[Record]]]:
     """Return the name of the model that some Cells have the first blocks of, and their Records by how many they have."""
-    sides = recorded.records(suite, *cells)
+    sides = record_sources.records(suite, *cells)
     names = {own[0].cell.model.removeprefix(shapes.PREFIX).partition("/")[0] for own in sides}
     else_equal = {own[0].cell.model_copy(update={"model": ""}).cell_id for own in sides}
     found = {_blocks(own[0].cell.model): own for own in sides}
@@ -255,9 +254,9 @@ def _blocks(address: str) -> int:
 
 def _sizes(model: str) -> tuple[int, int]:
     """Return the parameters of one block and of all that is outside the blocks."""
-    from harness.claims import attached
+    from harness.claims import attached_model
 
-    one, two = (sum(p.numel() for p in attached.parameters(f"{model}/{n}-blocks").values()) for n in (1, 2))
+    one, two = (sum(p.numel() for p in attached_model.parameters(f"{model}/{n}-blocks").values()) for n in (1, 2))
     return two - one, 2 * one - two
 
 
@@ -275,7 +274,7 @@ def _is_paged(record: Record) -> bool:
 
 def predicted(cell: Cell) -> Predicted:
     """Return what a Cell of a shape is predicted to take on a GPU."""
-    from harness.footprint import cells, counting
+    from harness.memory_model import cells, counting
 
     config, kind = shape_of(cell)
     found = cells.predicted(cell, counting.answer(cells.request(cell, config, kind, LABELS)), every_token=True)
@@ -286,7 +285,7 @@ def predicted(cell: Cell) -> Predicted:
 
 def shape_of(cell: Cell) -> tuple[dict[str, Any], str]:
     """Return the config.json of a Cell's shape, and its kind."""
-    from harness.footprint import models
+    from harness.memory_model import models
 
     address = cell.model.removeprefix(shapes.PREFIX)
     preset, config = shapes.preset(address), shapes.config_of(address)
@@ -301,7 +300,9 @@ def _pass(cell: Cell) -> str:
 
 def _peak(own: Sequence[Record]) -> Interval:
     peaks = [
-        measured.above_imports(record, peak) for record in own if (peak := measured.training_peak(record)) is not None
+        measurements.above_imports(record, peak)
+        for record in own
+        if (peak := measurements.training_peak(record)) is not None
     ]
     if len(peaks) < len(own):
         raise NotRunError(f"the system did not say how much {own[0].cell.label} took")

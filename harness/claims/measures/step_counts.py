@@ -11,8 +11,8 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Literal
 
+from harness.claims.measure import Config, Count, Found, Method, Model, Positive, measure
 from harness.claims.measures.arithmetic import written
-from harness.claims.measuring import Config, Count, Found, Method, Model, Positive, measure
 
 DType = Literal["float32", "bfloat16", "float16"]
 

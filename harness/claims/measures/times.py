@@ -8,13 +8,13 @@ from fractions import Fraction
 from statistics import NormalDist
 from typing import Literal
 
-from harness.analysis import measured, parity
-from harness.analysis.intervals import LEVEL, Median, median_interval
-from harness.analysis.process_runs import ASSUMED, FEWEST
-from harness.claims import recorded
+from harness.analysis import failed_checks, measurements
+from harness.analysis.statistics.intervals import LEVEL, Median, median_interval
+from harness.analysis.statistics.process_runs import ASSUMED, FEWEST
+from harness.claims import record_sources
+from harness.claims.measure import Found, NotRunError, measure
 from harness.claims.measures.records import Entry, Interval, Suite, pair
-from harness.claims.measuring import Found, NotRunError, measure
-from harness.records import Latency, Record, TrainingMeasured
+from harness.records.record import Latency, Record, TrainingMeasured
 
 Variant = Literal["base", "unmerged", "merged"]
 Kind = Literal["forward", "prefill", "decode"]
@@ -26,9 +26,9 @@ def step_time(suite: Suite, cell: Entry) -> Found:
 
     Seconds are those of the machine that the Records name, and carry over to no other.
     """
-    (own,) = recorded.records(suite, cell)
+    (own,) = record_sources.records(suite, cell)
     seconds, rests = _between_processes(_steps(own), own)
-    return seconds.found(f"a step of {own[0].cell.label}, {rests}; {recorded.place(own[0])}")
+    return seconds.found(f"a step of {own[0].cell.label}, {rests}; {record_sources.place(own[0])}")
 
 
 @measure("rate")
@@ -37,9 +37,9 @@ def throughput(suite: Suite, cell: Entry) -> Found:
 
     Reports divide all tokens by all seconds, which has no interval; the two part where texts differ in length.
     """
-    (own,) = recorded.records(suite, cell)
+    (own,) = record_sources.records(suite, cell)
     rate, rests = _between_processes(_merge([_rate(record) for record in own]), own)
-    return rate.found(f"steps of {own[0].cell.label}, {rests}; {recorded.place(own[0])}")
+    return rate.found(f"steps of {own[0].cell.label}, {rests}; {record_sources.place(own[0])}")
 
 
 @measure("ratio")
@@ -51,7 +51,7 @@ def step_time_ratio(suite: Suite, of: Entry, to: Entry) -> Found:
     (a, b) = pair(suite, of, to)
     x, y = _steps(a), _steps(b)
     quotient, rests = _between_processes(x.over(y), a, b)
-    return quotient.found(f"{_seconds(x)} / {_seconds(y)} a step; {rests}; {recorded.place(a[0])}")
+    return quotient.found(f"{_seconds(x)} / {_seconds(y)} a step; {rests}; {record_sources.place(a[0])}")
 
 
 @measure("share")
@@ -61,17 +61,17 @@ def step_time_more(suite: Suite, of: Entry, than: Entry) -> Found:
     x, y = _steps(a), _steps(b)
     quotient, rests = _between_processes(x.over(y), a, b)
     more = Interval(quotient.value - 1, quotient.least - 1, quotient.most - 1)
-    return more.found(f"{_seconds(x)} / {_seconds(y)} - 1; {rests}; {recorded.place(a[0])}")
+    return more.found(f"{_seconds(x)} / {_seconds(y)} - 1; {rests}; {record_sources.place(a[0])}")
 
 
 @measure("ratio")
 def latency_ratio(suite: Suite, cell: Entry, of: Variant, to: Variant, at: Kind) -> Found:
     """How many times as long a pass of one variant of a Cell's model takes as one of another, in the same process."""
-    (own,) = recorded.records(suite, cell)
+    (own,) = record_sources.records(suite, cell)
     x, y = (_merge([_latency(record, variant, at) for record in own]) for variant in (of, to))
     shape = next(one for one in _latencies(own[0]) if one.kind == at)
     said = f"{at} of {shape.batch} x {shape.tokens} tokens, {of} {_seconds(x)} / {to} {_seconds(y)}"
-    return x.over(y).found(f"{said}; {recorded.place(own[0])}")
+    return x.over(y).found(f"{said}; {record_sources.place(own[0])}")
 
 
 @measure("ratio")
@@ -81,7 +81,7 @@ def phase_ratio(suite: Suite, phase: str, of: Entry, to: Entry) -> Found:
     x, y = (_merge([_phase(record, phase) for record in side]) for side in (a, b))
     quotient, rests = _between_processes(x.over(y), a, b)
     said = f"{float(x.value):.3g} s / {float(y.value):.3g} s of {phase}"
-    return quotient.found(f"{said}; {rests}; {recorded.place(a[0])}")
+    return quotient.found(f"{said}; {rests}; {record_sources.place(a[0])}")
 
 
 @measure("share")
@@ -89,14 +89,14 @@ def refresh_share(suite: Suite, cell: Entry) -> Found:
     """What GaLore's refreshes of its projectors add to training: at most the first step, which has one, beyond a median
     step, spread over the steps from one to the next. As a first step also warms up, all from nothing to that is possible.
     """
-    (own,) = recorded.records(suite, cell)
+    (own,) = record_sources.records(suite, cell)
     training, gap = own[0].measurements and own[0].measurements.training, own[0].cell.config.get("update_gap")
     if not training or not isinstance(gap, int):
         raise ValueError(f"{own[0].cell.label} trains nothing that refreshes projectors")
     first, usual = Fraction(training.step_seconds[0]), Fraction(_step_time(own[0]).value)
     how = f"at most ({float(first):.4g} s - {float(usual):.4g} s) / {gap} / {float(usual):.4g} s"
     how += ", as a first step also warms up"
-    return Found(0, f"{how}; {recorded.place(own[0])}", max(Fraction(0), first - usual) / gap / usual)
+    return Found(0, f"{how}; {record_sources.place(own[0])}", max(Fraction(0), first - usual) / gap / usual)
 
 
 def _merge(several: Sequence[Interval]) -> Interval:
@@ -114,19 +114,19 @@ def _step(record: Record) -> Interval:
 
 
 def _rate(record: Record) -> Interval:
-    if (rate := measured.step_rate(_trained(record))) is None:
+    if (rate := measurements.step_rate(_trained(record))) is None:
         raise NotRunError(f"a step of {record.cell.label} in which the clock moves")
     return _certain(rate, f"steps of {record.cell.label}")
 
 
 def _step_time(record: Record) -> Median:
-    return measured.step_time(_trained(record))
+    return measurements.step_time(_trained(record))
 
 
 def _trained(record: Record) -> TrainingMeasured:
     """Return what was measured of a Record's training; raises NotRunError where its times decide nothing."""
     training = record.measurements.training if record.measurements else None
-    if why := parity.no_speed(record) or recorded.shared(record):
+    if why := failed_checks.no_speed(record) or record_sources.shared(record):
         raise NotRunError(f"{record.cell.label}: {why}")
     if training is None or not training.step_seconds:
         raise NotRunError(f"{record.cell.label} trained nothing")
@@ -144,8 +144,8 @@ def _latencies(record: Record) -> list[Latency]:
 
 
 def _latency(record: Record, variant: Variant, kind: Kind) -> Interval:
-    refused: Callable[[Record], str] = parity.no_merged_speed if variant == "merged" else parity.no_speed
-    if why := refused(record) or recorded.shared(record):
+    refused: Callable[[Record], str] = failed_checks.no_merged_speed if variant == "merged" else failed_checks.no_speed
+    if why := refused(record) or record_sources.shared(record):
         raise NotRunError(f"{record.cell.label}: {why}")
     one = next((x for x in _latencies(record) if (x.variant, x.kind) == (variant, kind)), None)
     if one is None or not one.seconds:
@@ -155,7 +155,7 @@ def _latency(record: Record, variant: Variant, kind: Kind) -> Interval:
 
 
 def _phase(record: Record, name: str) -> Interval:
-    if why := recorded.shared(record):
+    if why := record_sources.shared(record):
         raise NotRunError(f"{record.cell.label}: {why}")
     seconds = [phase.seconds for phase in record.phases if phase.name == name]
     if not seconds:

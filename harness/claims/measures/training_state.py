@@ -7,10 +7,10 @@ from typing import Annotated
 
 from pydantic import Field
 
+from harness.claims.measure import Config, Found, Method, Model, Quantity, measure
 from harness.claims.measures.arithmetic import written
 from harness.claims.measures.parameters import Split
-from harness.claims.measuring import Config, Found, Method, Model, Quantity, measure
-from harness.claims.summing import total
+from harness.claims.sums import total
 
 Each = Annotated[int, Field(ge=0)]
 """A parameter that is the bytes of one number; 0 of what is not kept, or not counted."""
@@ -30,10 +30,10 @@ def adam_training(
 
     `full` trains all of the model, `frozen` nothing.
     """
-    from harness.claims import attached
+    from harness.claims import attached_model
 
-    own = attached.parameters(model)
-    trained = attached.trained(model, method, config, split)
+    own = attached_model.parameters(model)
+    trained = attached_model.trained(model, method, config, split)
     base = sum(p.numel() for p in own.values())
     trains = total(Counter(trained.values()))
     added = total(Counter(shape for name, shape in trained.items() if name not in own))
@@ -48,9 +48,9 @@ def full_finetuning_of_unknown_precision(model: Model) -> Found:
     From 6 bytes a parameter (weights and moments in 16 bits, no gradient kept beyond its use) to the 16 of mixed precision
     (arXiv:1910.02054, section 3.1: weights and gradients in 16 bits; master weights and both moments in 32).
     """
-    from harness.claims import attached
+    from harness.claims import attached_model
 
-    count = sum(p.numel() for p in attached.parameters(model).values())
+    count = sum(p.numel() for p in attached_model.parameters(model).values())
     least, most = 2 + 2 * 2, 2 + 2 + 4 + 2 * 4
     return Found(least * count, f"(2 + 2 x 2) B to (2 + 2 + 4 + 2 x 4) B x {count:,}", most=most * count)
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from harness.claims.measure import Config, Found, Method, Model, Positive, measure
 from harness.claims.measures.parameters import Split
-from harness.claims.measuring import Config, Found, Method, Model, Positive, measure
-from harness.claims.summing import summed, total
+from harness.claims.sums import summed, total
 
 
 @measure("property")
 def counts_by_formula(model: Model, targets: list[str], ranks: list[Positive], split: Split = {}) -> Found:
     """Whether VeRA trains L (d + r) numbers and LoRA 2 L d r, attached to L square layers of width d (section 3.2)."""
-    from harness.claims import attached
+    from harness.claims import attached_model
 
     said, right = [], True
     for rank in ranks:
         config = {"rank": rank, "targets": targets}
-        vera, lora = (attached.trained(model, method, config, split) for method in ("vera", "lora"))
+        vera, lora = (attached_model.trained(model, method, config, split) for method in ("vera", "lora"))
         widths = {shape[-1] for name, shape in lora.items() if name.endswith(".A")}
         heights = {shape[0] for name, shape in lora.items() if name.endswith(".B")}
         if widths != heights or len(widths) != 1:
@@ -56,7 +56,7 @@ def product_keeps_variance(inputs: Positive, outputs: Positive, ranks: list[Posi
     """
     import torch
 
-    from harness.tolerances import INITIAL_SIGMAS
+    from harness.conformance.tolerance_table import INITIAL_SIGMAS
     from reference.vera import projections
 
     said, right = [], True
@@ -95,7 +95,7 @@ def vision_trainable(
 ) -> Found:
     """Parameters that train when a Method is attached to a vision transformer; its new head is not among them."""
     from harness.conformance.subject import configure
-    from harness.footprint import counting
+    from harness.memory_model import counting
 
     model = _vision(width, blocks, heads, mlp, patch, pixels)
     with counting.attached(model, method, configure(method, config)) as adapted:

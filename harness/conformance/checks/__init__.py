@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from harness.records import CheckResult
+from harness.records.record import CheckResult
 
 Check = Callable[[Any, Any], CheckResult]
 

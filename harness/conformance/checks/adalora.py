@@ -10,9 +10,9 @@ from torch import Tensor
 from harness.conformance.case import Case
 from harness.conformance.results import at, judged, listed, skipped
 from harness.conformance.subject import DTYPES, Subject, load
-from harness.conformance.tolerance import noise_floor, worst_of
-from harness.methods import Adapted
-from harness.records import CheckResult
+from harness.conformance.tolerance_policies import noise_floor, worst_of
+from harness.methods.spec import Adapted
+from harness.records.record import CheckResult
 
 # A whole life in two dozen steps: every kind of step is in it, and tfinal is no multiple of delta_t.
 _SHORT = {"total_steps": 24, "tinit": 4, "tfinal": 5, "delta_t": 3}

@@ -8,16 +8,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from harness.conformance import passes
-from harness.conformance.beside import beside
+from harness.conformance import operation_call
 from harness.conformance.case import Case
-from harness.conformance.drawn import inputs
-from harness.conformance.observe import given_back
+from harness.conformance.inputs import inputs
+from harness.conformance.layer_comparison import beside
+from harness.conformance.observations import given_back
 from harness.conformance.operations import OperationSubject, cloned
 from harness.conformance.results import at, judged, skipped
 from harness.conformance.subject import DTYPES, Subject
-from harness.conformance.tolerance import Judgement, noise_floor, worst_of
-from harness.records import CheckResult
+from harness.conformance.tolerance_policies import Judgement, noise_floor, worst_of
+from harness.records.record import CheckResult
 
 
 def check_overlap(subject: Subject | OperationSubject, case: Case) -> CheckResult:
@@ -63,23 +63,25 @@ def _both(
 
 
 def _of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
-    if not all(verdict.passed for verdict, _ in passes.judgements(subject, subject.call(), case)):
+    if not all(verdict.passed for verdict, _ in operation_call.judgements(subject, subject.call(), case)):
         return
     both = [subject, replace(subject, arguments=subject.another())]
     outputs = [one.operation.named(one.function(**cloned(one.arguments))) for one in both]
     for number, (one, mine) in enumerate(zip(both, outputs, strict=True), 1):
-        yield from (at(f"call {number}", verdict) for verdict, _ in passes.judgements(one, mine, case))
+        yield from (at(f"call {number}", verdict) for verdict, _ in operation_call.judgements(one, mine, case))
     if not subject.operation.differentiable:
         return
     dtype, factor = DTYPES[subject.dtype], case.factor("overlap")
     expected = []
     for one in both:
-        truth, rounded = (passes.gradients(one, one.operation.reference, to, case) for to in (torch.float64, dtype))
+        truth, rounded = (
+            operation_call.gradients(one, one.operation.reference, to, case) for to in (torch.float64, dtype)
+        )
         expected.append((truth, rounded))
-    alone = passes.gradients(subject, subject.function, dtype, case)
+    alone = operation_call.gradients(subject, subject.function, dtype, case)
     if not noise_floor(alone, *expected[0], subject.dtype, factor).passed:
         return
-    under_way = [passes.forward(one, subject.function, dtype) for one in both]
-    gradients = [passes.backward(y, leaves, case) for y, leaves in under_way]
+    under_way = [operation_call.forward(one, subject.function, dtype) for one in both]
+    gradients = [operation_call.backward(y, leaves, case) for y, leaves in under_way]
     for number, (mine, wanted) in enumerate(zip(gradients, expected, strict=True), 1):
         yield at(f"call {number}", noise_floor(mine, *wanted, subject.dtype, factor))

@@ -8,8 +8,8 @@ from harness.conformance.case import Case
 from harness.conformance.packed_codes import judge
 from harness.conformance.results import at, judged, skipped
 from harness.conformance.subject import Subject
-from harness.conformance.tolerance import worst_of
-from harness.records import CheckResult
+from harness.conformance.tolerance_policies import worst_of
+from harness.records.record import CheckResult
 
 
 def check_codes(subject: Subject, case: Case) -> CheckResult:

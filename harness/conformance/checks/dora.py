@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.case import Case
-from harness.conformance.drawn import inputs
-from harness.conformance.observe import observe
+from harness.conformance.inputs import inputs
+from harness.conformance.observations import observe
 from harness.conformance.results import at, judged, listed, skipped
 from harness.conformance.subject import DTYPES, Subject, load
-from harness.conformance.tolerance import noise_floor, worst_of
-from harness.records import CheckResult
+from harness.conformance.tolerance_policies import noise_floor, worst_of
+from harness.records.record import CheckResult
 from reference.dora import norms
-from reference.layers import floating_dtype
+from reference.shared.layers import floating_dtype
 
 
 def check_norm(subject: Subject, case: Case) -> CheckResult:

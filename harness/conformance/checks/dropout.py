@@ -9,15 +9,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.beside import beside, reference_runs
 from harness.conformance.case import Case
-from harness.conformance.drawn import inputs, takes_rows
-from harness.conformance.observe import observe
+from harness.conformance.inputs import inputs, takes_rows
+from harness.conformance.layer_comparison import beside, reference_runs
+from harness.conformance.observations import observe
 from harness.conformance.results import listed, skipped
 from harness.conformance.subject import DTYPES, Subject
-from harness.conformance.tolerance import noise_floor, rows_within
-from harness.records import CheckResult
-from harness.tolerances import DROPOUT_SIGMAS, DROPOUT_SURE_BITS
+from harness.conformance.tolerance_policies import noise_floor, rows_within
+from harness.conformance.tolerance_table import DROPOUT_SIGMAS, DROPOUT_SURE_BITS
+from harness.records.record import CheckResult
 
 FEATURES = 32
 """Of so many features at least one is dropped and one kept in any token, but for one in some thousands."""

@@ -12,8 +12,8 @@ from torch import Tensor
 from harness.conformance.case import Case
 from harness.conformance.results import at, judged, skipped
 from harness.conformance.subject import DTYPES, Subject
-from harness.conformance.tolerance import Judgement, noise_floor, worst_of
-from harness.records import CheckResult
+from harness.conformance.tolerance_policies import Judgement, noise_floor, worst_of
+from harness.records.record import CheckResult
 from reference.galore import Projector, galore_step, projector
 
 _STEPS, _GAP, _RANK = 5, 2, 2

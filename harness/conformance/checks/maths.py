@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from harness.conformance import whole_model
-from harness.conformance.beside import beside
 from harness.conformance.case import Case
-from harness.conformance.drawn import cast, inputs, takes_rows
-from harness.conformance.observe import observe
+from harness.conformance.inputs import cast, inputs, takes_rows
+from harness.conformance.layer_comparison import beside
+from harness.conformance.observations import observe
+from harness.conformance.optimizer_steps import optimizer_of
 from harness.conformance.results import at, judged, skipped
-from harness.conformance.stepping import optimizer_of
 from harness.conformance.subject import DTYPES, LARGEST_COPY, Subject
-from harness.conformance.tolerance import Judgement, carried_noise, exact, noise_floor, perturbed, worst_of
-from harness.records import CheckResult
-from harness.tolerances import CARRIED_DRAWS, CARRIED_FACTOR
+from harness.conformance.tolerance_policies import Judgement, carried_noise, exact, noise_floor, perturbed, worst_of
+from harness.conformance.tolerance_table import CARRIED_DRAWS, CARRIED_FACTOR
+from harness.records.record import CheckResult
 
 
 def check_identity(subject: Subject, case: Case) -> CheckResult:

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.beside import runs_of
 from harness.conformance.case import Case
-from harness.conformance.drawn import inputs
-from harness.conformance.observe import observe
+from harness.conformance.inputs import inputs
+from harness.conformance.layer_comparison import runs_of
+from harness.conformance.observations import observe
 from harness.conformance.results import at, judged, listed, skipped
 from harness.conformance.subject import DTYPES, Subject, Twin, load
-from harness.conformance.tolerance import Judgement, exact, noise_floor, worst_of
-from harness.records import CheckResult
+from harness.conformance.tolerance_policies import Judgement, exact, noise_floor, worst_of
+from harness.records.record import CheckResult
 
 HALF = 0.5
 """What is left of an adapter once it is moved: a power of two, by which nothing is rounded."""

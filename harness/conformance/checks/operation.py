@@ -7,21 +7,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from harness.conformance import passes
+from harness.conformance import operation_call
 from harness.conformance.case import Case
 from harness.conformance.operations import OperationSubject, cloned
-from harness.conformance.poisoned import fresh_memory
+from harness.conformance.poisoned_memory import fresh_memory
 from harness.conformance.results import judged, listed, skipped
 from harness.conformance.subject import DTYPES
-from harness.conformance.tolerance import exact, noise_floor, worst_of
-from harness.records import CheckResult
+from harness.conformance.tolerance_policies import exact, noise_floor, worst_of
+from harness.records.record import CheckResult
 
 
 def check_outputs(subject: OperationSubject, case: Case) -> CheckResult:
     """Every output of the Operation has the dtype, shape and device of the reference's, and its values: bit for bit where it
     is a code, else within the noise floor.
     """
-    return judged(subject, case, "outputs", *passes.judge(subject, subject.call(), case))
+    return judged(subject, case, "outputs", *operation_call.judge(subject, subject.call(), case))
 
 
 def check_output_codes(subject: OperationSubject, case: Case) -> CheckResult:
@@ -37,10 +37,10 @@ def check_backward(subject: OperationSubject, case: Case) -> CheckResult:
     """
     if not subject.operation.differentiable:
         return skipped(subject, case, "backward", "this Operation has no gradient")
-    mine = passes.gradients(subject, subject.function, DTYPES[subject.dtype], case)
-    truth = passes.gradients(subject, subject.operation.reference, torch.float64, case)
-    rounded = passes.gradients(subject, subject.operation.reference, DTYPES[subject.dtype], case)
-    verdict = passes.ill_formed(mine, rounded) or noise_floor(
+    mine = operation_call.gradients(subject, subject.function, DTYPES[subject.dtype], case)
+    truth = operation_call.gradients(subject, subject.operation.reference, torch.float64, case)
+    rounded = operation_call.gradients(subject, subject.operation.reference, DTYPES[subject.dtype], case)
+    verdict = operation_call.ill_formed(mine, rounded) or noise_floor(
         mine, truth, rounded, subject.dtype, case.factor("backward")
     )
     return judged(subject, case, "backward", verdict)
@@ -50,7 +50,12 @@ def check_arguments(subject: OperationSubject, case: Case) -> CheckResult:
     """A call leaves its arguments as they were."""
     given = cloned(subject.arguments)
     subject.function(**given)
-    return judged(subject, case, "arguments", exact(_told(passes.flat(given)), _told(passes.flat(subject.arguments))))
+    return judged(
+        subject,
+        case,
+        "arguments",
+        exact(_told(operation_call.flat(given)), _told(operation_call.flat(subject.arguments))),
+    )
 
 
 def check_repeatable(subject: OperationSubject, case: Case) -> CheckResult:
@@ -67,11 +72,11 @@ def check_layouts(subject: OperationSubject, case: Case) -> CheckResult:
     """
     plain, found = subject.call(), []
     for name, change in (("every second element", _gapped), ("transposed", _transposed)):
-        given = passes.changed(cloned(subject.arguments), change)
+        given = operation_call.changed(cloned(subject.arguments), change)
         mine = subject.operation.named(subject.function(**given))
-        verdict = passes.ill_formed(mine, plain) or exact(_told(mine), _told(plain))
+        verdict = operation_call.ill_formed(mine, plain) or exact(_told(mine), _told(plain))
         if not verdict.passed:
-            verdict = worst_of([one for one, _ in passes.judgements(subject, mine, case)], "as outputs")
+            verdict = worst_of([one for one, _ in operation_call.judgements(subject, mine, case)], "as outputs")
         found.append(replace(verdict, tensor=f"{name}: {verdict.tensor}"))
     return judged(subject, case, "layouts", worst_of(found, "exact"))
 
@@ -85,7 +90,7 @@ def check_written(subject: OperationSubject, case: Case) -> CheckResult:
     dtype, differentiable = DTYPES[subject.dtype], bool(subject.operation.differentiable)
 
     def seen() -> dict[str, Tensor]:
-        gradients = passes.gradients(subject, subject.function, dtype, case) if differentiable else {}
+        gradients = operation_call.gradients(subject, subject.function, dtype, case) if differentiable else {}
         return {n: t.detach().clone() for n, t in subject.call().items()} | gradients
 
     clean = seen()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from harness.conformance import settings
+from harness.conformance import process_settings
 from harness.conformance.case import Case
-from harness.conformance.drawn import inputs
-from harness.conformance.observe import observe
+from harness.conformance.inputs import inputs
+from harness.conformance.observations import observe
 from harness.conformance.operations import OperationSubject
 from harness.conformance.results import listed, skipped
 from harness.conformance.subject import DTYPES, Subject
-from harness.records import CheckResult
+from harness.records.record import CheckResult
 
 
 def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResult:
@@ -19,13 +19,13 @@ def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResu
     What others compute afterwards would depend on it. Drawing random numbers is allowed, seeding them is not.
     """
     if isinstance(subject, OperationSubject):
-        with settings.kept() as changed:
-            seeded = settings.seeded(subject.call)
+        with process_settings.kept() as changed:
+            seeded = process_settings.seeded(subject.call)
         return listed(subject, case, "settings", [*changed, *seeded])
     if case.fresh is None:
         return skipped(subject, case, "settings", "the case cannot attach anew")
-    with settings.kept() as changed:
-        seeded = settings.seeded(lambda: _use(case.anew(), case))
+    with process_settings.kept() as changed:
+        seeded = process_settings.seeded(lambda: _use(case.anew(), case))
     return listed(subject, case, "settings", [*subject.disturbed, *changed, *seeded])
 
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import torch
 
-from harness.conformance import settings
+from harness.conformance import process_settings
 from harness.conformance.case import Case
 from harness.conformance.results import listed
 from harness.conformance.subject import Subject, drawn_tensors, initial_tensors
-from harness.records import CheckResult
-from harness.tolerances import INITIAL_SIGMAS
+from harness.conformance.tolerance_table import INITIAL_SIGMAS
+from harness.records.record import CheckResult
 
 
 def check_initial(subject: Subject, case: Case) -> CheckResult:
@@ -67,5 +67,5 @@ def _not_by_the_generator(case: Case) -> Iterator[str]:
 
 
 def _attached(case: Case, seed: int, elsewhere: int) -> Subject | None:
-    settings.seed(elsewhere)
+    process_settings.seed(elsewhere)
     return case.anew(seed=seed, square=True)

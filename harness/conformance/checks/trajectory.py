@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from harness.conformance import whole_model
 from harness.conformance.case import Case
+from harness.conformance.optimizer_steps import optimizer_of
 from harness.conformance.results import judged, skipped
-from harness.conformance.stepping import optimizer_of
 from harness.conformance.subject import Subject, attach_reference, load
-from harness.conformance.tolerance import carried_noise
-from harness.methods import Adapted
-from harness.records import CheckResult
-from harness.tolerances import TRAJECTORY_FACTOR
+from harness.conformance.tolerance_policies import carried_noise
+from harness.conformance.tolerance_table import TRAJECTORY_FACTOR
+from harness.methods.spec import Adapted
+from harness.records.record import CheckResult
 
 STEPS = 3
 

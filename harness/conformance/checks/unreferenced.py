@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.adapter_config import NO_REFERENCE
 from harness.conformance import whole_model
 from harness.conformance.case import Case
 from harness.conformance.results import judged, listed, skipped
 from harness.conformance.subject import LARGEST_COPY, Subject
-from harness.conformance.tolerance import exact, noise_floor, perturbed
+from harness.conformance.tolerance_policies import exact, noise_floor, perturbed
 from harness.errors import UsageError
-from harness.out_of_memory import shortage
-from harness.records import CheckResult
+from harness.methods.peft_config import NO_REFERENCE
+from harness.process.out_of_memory import shortage
+from harness.records.record import CheckResult
 
 ALONE = ("reference", "start", "repeats", "untouched", "reached", "reload", "merge_itself")
 """The checks below: no parity suite has them, since a Method with a reference has better ones."""

@@ -8,8 +8,8 @@ from torch import Tensor
 from harness.conformance.case import Case
 from harness.conformance.results import judged, listed, skipped
 from harness.conformance.subject import Subject
-from harness.conformance.tolerance import exact
-from harness.records import CheckResult
+from harness.conformance.tolerance_policies import exact
+from harness.records.record import CheckResult
 
 
 def check_projections(subject: Subject, case: Case) -> CheckResult:

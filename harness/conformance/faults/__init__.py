@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from harness.conformance import suite
-from harness.conformance.faults.copied import Copy
+from harness.conformance import parity_suite
+from harness.conformance.faults.patched_copy import Copy
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,15 @@ class Slice:
     """
 
     values: dict[str, Any] = field(default_factory=dict)
-    dtype: suite.Dtype = "float32"
-    layer: suite.Kind = "linear"
+    dtype: parity_suite.Dtype = "float32"
+    layer: parity_suite.Kind = "linear"
     tokens: int = 9
     inputs: int = 40
     outputs: int = 24
 
     def __str__(self) -> str:
         shape = f"{self.tokens}x{self.inputs}x{self.outputs}"
-        return " ".join(filter(None, [suite.in_words(self.values), self.layer, shape, self.dtype]))
+        return " ".join(filter(None, [parity_suite.in_words(self.values), self.layer, shape, self.dtype]))
 
 
 @dataclass(frozen=True)

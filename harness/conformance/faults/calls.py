@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.faults import planted, planted_in
-from harness.conformance.faults.copied import Copy
+from harness.conformance.faults.patched_copy import Copy
 from harness.conformance.faults.shared import ALL, DROP
 
 Right = Callable[[Tensor], Tensor]

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from harness.conformance.faults import planted
-from harness.conformance.faults.copied import Copy
+from harness.conformance.faults.patched_copy import Copy
 
 
 @planted("full", "layers")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from harness.conformance.faults import planted
-from harness.conformance.faults.copied import Copy
+from harness.conformance.faults.patched_copy import Copy
 
 _USUAL = {"rank": 3}
 _WIDE = {"inputs": 40, "outputs": 36}  # wider than the sketch of a randomised SVD

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from harness.conformance.faults import planted
-from harness.conformance.faults.copied import Copy
+from harness.conformance.faults.patched_copy import Copy
 
 _PLAIN = {"shape": [24, 40], "rows": [9], "rank": 3}
 _DROP = {**_PLAIN, "dropout": 0.25}

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.faults import planted
-from harness.conformance.faults.copied import Copy
-from reference.layers import replace
+from harness.conformance.faults.patched_copy import Copy
+from reference.shared.layers import replace
 
 _USUAL = {"rank": 3, "alpha": 8.0}
 _SQUARE = {"values": _USUAL, "inputs": 32, "outputs": 32}

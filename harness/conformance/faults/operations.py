@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from harness.conformance.faults import planted
-from harness.conformance.faults.copied import Copy
+from harness.conformance.faults.patched_copy import Copy
 
 _TIES = {"shape": [8, 64], "block": 64, "kind": "ties"}
 _PLAIN = {"shape": [5, 96], "block": 64}

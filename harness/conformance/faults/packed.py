@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.faults.copied import Copy
-from reference.layers import replace
+from harness.conformance.faults.patched_copy import Copy
+from reference.shared.layers import replace
 
 _BLOCK = 64
 
@@ -40,7 +40,7 @@ def pack(copy: Copy, double: bool, model: Any, paths: list[str], dtype: Any) -> 
     double: quantise absmax as well.
     """
     forms = {}
-    double_quant = copy.module("reference.double_quant") if double else None
+    double_quant = copy.module("reference.operations.double_quant") if double else None
     for path in paths:
         packed = Packed(model.get_submodule(path), copy.module(), double_quant, dtype)
         replace(model, path, packed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from harness.conformance.faults import planted
-from harness.conformance.faults.copied import Copy
+from harness.conformance.faults.patched_copy import Copy
 
 _USUAL = {"rank": 3, "alpha": 8.0}
 

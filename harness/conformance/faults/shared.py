@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.faults import planted_in
-from harness.conformance.faults.copied import Copy
+from harness.conformance.faults.patched_copy import Copy
 
 _LOW = {"rank": 3, "alpha": 8.0}
 _ADDS: dict[str, dict[str, Any]] = {

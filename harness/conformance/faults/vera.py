@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from harness.conformance.faults import planted
-from harness.conformance.faults.copied import Copy
+from harness.conformance.faults.patched_copy import Copy
 
 _USUAL = {"rank": 3, "projection_key": 7}
 _SQUARE = {"values": {"rank": 24, "projection_key": 7}, "inputs": 24, "outputs": 24}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.conformance.tolerance import Judgement
+from harness.conformance.tolerance_policies import Judgement
 
 Judge = Callable[[Mapping[str, Tensor], Mapping[str, Any]], tuple[Judgement, str]]
 

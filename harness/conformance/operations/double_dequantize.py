@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from harness.conformance.operations import Operation, double_quantize
-from reference import double_quant
+from reference.operations import double_quant
 
 
 def arguments(

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.conformance.codes import judge_codes
 from harness.conformance.operations import Operation, draw
-from harness.conformance.tolerance import Judgement, noise_floor, worst_of
-from reference import double_quant, nf4
-from reference.dynamic_map import dynamic_map, quantize_blockwise
+from harness.conformance.quantised_codes import judge_codes
+from harness.conformance.tolerance_policies import Judgement, noise_floor, worst_of
+from reference.operations import double_quant, nf4
+from reference.operations.dynamic_map import dynamic_map, quantize_blockwise
 
 
 def arguments(

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.conformance.codes import Kind, judge_codes, values
 from harness.conformance.operations import Operation
-from harness.conformance.tolerance import Judgement
-from reference import nf4
-from reference.dynamic_map import dynamic_map, quantize_blockwise
+from harness.conformance.quantised_codes import Kind, judge_codes, values
+from harness.conformance.tolerance_policies import Judgement
+from reference.operations import nf4
+from reference.operations.dynamic_map import dynamic_map, quantize_blockwise
 
 
 def arguments(

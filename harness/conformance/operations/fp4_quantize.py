@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from harness.conformance.codes import FourBit
 from harness.conformance.operations import Operation
-from reference import fp4
+from harness.conformance.quantised_codes import FourBit
+from reference.operations import fp4
 
 _FORM = FourBit(fp4)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.conformance.applied import applied, around, dense, low_rank
+from harness.conformance.functional_layer import applied, around, dense, low_rank
 from harness.conformance.operations import Operation, draw
 from reference import lora
 

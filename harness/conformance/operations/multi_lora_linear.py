@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from harness.conformance.operations import Operation, draw
-from reference import multi_lora
+from reference.operations import multi_lora
 
 
 def arguments(

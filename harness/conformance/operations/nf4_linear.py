@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from harness.conformance.codes import FourBit
 from harness.conformance.operations import Operation, draw
-from reference import nf4
+from harness.conformance.quantised_codes import FourBit
+from reference.operations import nf4
 
 _FORM = FourBit(nf4)
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.conformance.applied import applied, around, dense, low_rank
-from harness.conformance.codes import FourBit
+from harness.conformance.functional_layer import applied, around, dense, low_rank
 from harness.conformance.operations import Operation
-from reference import lora, nf4
+from harness.conformance.quantised_codes import FourBit
+from reference import lora
+from reference.operations import nf4
 
 _FORM = FourBit(nf4)
 

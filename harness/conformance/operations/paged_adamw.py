@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from harness.conformance.operations import Operation, draw
-from reference import paged
+from reference.operations import paged
 
 
 def arguments(

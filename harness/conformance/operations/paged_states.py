@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from harness.conformance.operations import Operation, draw, paged_adamw
-from reference import paged
+from reference.operations import paged
 
 
 def arguments(dtype: torch.dtype, generator: torch.Generator, *, sizes: Sequence[int]) -> dict[str, Any]:

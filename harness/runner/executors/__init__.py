@@ -6,10 +6,10 @@ from collections.abc import Generator, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
+from harness.cell.job import Work
 from harness.errors import UsageError
-from harness.records import Cell, Record
+from harness.records.record import Cell, Record
 from harness.runner.attempt import Terms
-from harness.runner.work import Work
 
 Device = Literal["cpu", "cuda"]
 

@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Literal
 
-from harness import store
+from harness.cell.job import Work
 from harness.errors import HarnessError
-from harness.measure import environment
-from harness.records import Record, Status
+from harness.records import environment, store
+from harness.records.record import Record, Status
 from harness.runner import gpus
 from harness.runner.attempt import WORKER, Attempt, Ending, Terms, record_of
 from harness.runner.executors import Device, Listener
-from harness.runner.work import Work
 
 GPU_PATIENCE_S = 60.0
 _LOOK_S = 2.0  # nvidia-smi takes a third of a second itself

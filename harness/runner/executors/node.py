@@ -10,13 +10,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from harness import store
+from harness.cell.job import Work
 from harness.errors import HarnessError, StoreError
-from harness.measure import environment
-from harness.records import Cell, Record, Status
+from harness.records import environment, store
+from harness.records.record import Cell, Record, Status
 from harness.runner.attempt import WORKER, Ending, Terms, record_of
 from harness.runner.executors.local import Local
-from harness.runner.work import Work
 
 SEEN_S = 60.0
 """How late a network file system may show what another machine has written."""

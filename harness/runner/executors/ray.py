@@ -14,13 +14,12 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from harness import store
+from harness.cell.job import Work
 from harness.errors import HarnessError, StoreError
-from harness.measure import environment
-from harness.records import Record, Status
+from harness.records import environment, store
+from harness.records.record import Record, Status
 from harness.runner.attempt import Ending, Terms
 from harness.runner.executors import Device, Listener, node
-from harness.runner.work import Work
 
 JOIN_PATIENCE_S = 120.0
 _LOOK_S = 0.2

@@ -16,14 +16,13 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from harness import store
+from harness.cell.job import Work
 from harness.errors import HarnessError, UsageError
-from harness.measure import environment
-from harness.records import Record, Status
+from harness.records import environment, store
+from harness.records.record import Record, Status
 from harness.runner.attempt import Ending, Terms
 from harness.runner.executors import Device, Listener, node
 from harness.runner.executors.slurm_states import States
-from harness.runner.work import Work
 
 LOCAL = "PEFT_HARNESS_SLURM"
 _MOST_ELEMENTS = 1000  # Slurm's MaxArraySize is 1001 unless its administrator says otherwise

@@ -1,0 +1,217 @@
+"""Judge a run against a baseline: each Cell by the kinds of `baseline_rows`, then the run.
+
+"Nothing compared" is never green, and what is not the same around two Records is named beside every verdict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.analysis import failed_checks
+from harness.analysis.comparison import baseline_costs, baseline_losses, baseline_scores, environment_differences
+from harness.analysis.comparison.baseline_rows import LOOSER, Findings, Kind, Margins, Row
+from harness.analysis.verdict_kind import Verdict, Word
+from harness.errors import Exit
+from harness.records import naming
+from harness.records.record import Cell, Outcome, Record, Status
+from harness.records.store import Run
+
+_SHOWN = 3
+"""Names, and differences of environments, that a sentence gives."""
+_LAST = (Kind.ENVIRONMENT, Kind.ASSETS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Against(Findings):
+    """A run, judged against a baseline of so many `cells`. notes: what else the verdict rests on."""
+
+    exit: Exit
+    cells: int
+    margins: Margins
+    notes: tuple[str, ...]
+
+
+def judge(base: Run, new: Run, *, margins: Margins | None = None, strict: bool = False) -> Against:
+    """Compare every Cell of the baseline with the run's Record of it.
+
+    Exit codes, the first that holds: NOTHING_COMPARED without one Cell on both sides; FAIL for any failed row or a file that
+    was changed after its run; INFRASTRUCTURE for Cells that were not come to or whose Record cannot be read, and for a run
+    that did not finish; with `strict` INCONCLUSIVE for any row that is so; else PASS.
+    """
+    margins = margins or Margins()
+    # A cell_id is computed whenever it is asked for, and there may be thousands of Cells.
+    expected = [{cell.cell_id: cell for cell in run.manifest.cells} for run in (base, new)]
+    cells = expected[0] | expected[1]
+    names = naming.full(cells.values())
+    recipes = {i: cell.recipe_id for i, cell in cells.items()}
+    pairs, rows = _matched(base, new, names, expected)
+    measured = [(a, b) for a, b in pairs if a.measurements is not None and b.measurements is not None]
+    for a, b in pairs:
+        rows.append(_standing(names[a.cell_id], a, b))
+    for a, b in measured:
+        rows += baseline_costs.rows(names[a.cell_id], a, b, margins)
+        rows += baseline_losses.rows(names[a.cell_id], a, b)
+    rows += baseline_scores.rows(measured, recipes, _called(cells, recipes, names), margins)
+    rows += environment_differences.rows(pairs)
+    sides = (("baseline", base), ("run", new))
+    unreadable = tuple(f"{side}: {name}: {why}" for side, run in sides for name, why in run.broken.items())
+    changed = tuple(f"{side}: {name} {what}" for side, run in sides for name, what in run.changed.items())
+    notes: tuple[str, ...] = () if _finished(new) else (f"the run is {new.footer.how if new.footer else 'incomplete'}",)
+    for side, run in sides:
+        # Nothing else would show that somebody has edited it. That a run did not finish is told anyway.
+        if not (run.footer.sha256 if run.footer else side == "run"):
+            what = "has no footer with hashes, so that nobody knows whether its Records are as they were made"
+            notes += (f"the {side} {what}",)
+    verdict, code = _whole(rows, len(pairs), unreadable, changed, notes, strict)
+    return Against(
+        verdict=verdict, rows=tuple(rows), compared=len(pairs), unreadable=unreadable, changed=changed,
+        exit=code, cells=len(base.manifest.cells), margins=margins, notes=notes,
+    )  # fmt: skip
+
+
+def _matched(
+    base: Run, new: Run, names: Mapping[str, str], expected: Sequence[Mapping[str, Cell]]
+) -> tuple[list[tuple[Record, Record]], list[Row]]:
+    """Pair the Records of each Cell of the baseline; a row for every Cell that has none on one side."""
+    before, now = base.latest(), new.latest()
+    known, planned = expected
+    torn = {"baseline": _torn(base, before), "run": _torn(new, now)}
+    doubtful = {"baseline": base.doubtful(), "run": new.doubtful()}
+    pairs: list[tuple[Record, Record]] = []
+    rows: list[Row] = []
+    for i in known:
+        a, b = before.get(i), now.get(i)
+        odd = [(Word.FAIL, "the run does not plan this Cell")] if i not in planned else []
+        odd += [(Word.FAIL, f"{side}: {why[i]}") for side, why in doubtful.items() if i in why]
+        odd += [(Word.NOT_RUN, f"{side}: {why[i]}") for side, why in torn.items() if i in why]
+        if b is None and not odd:
+            odd.append((Word.NOT_RUN, "the run has no Record of this Cell"))
+        elif a is None and not odd:
+            odd.append((Word.NOT_RUN, "the baseline has no Record of this Cell"))
+        if odd:
+            word, reason = odd[0]
+            rows.append(Row(Kind.MISSING, word, names[i], (i,), "Cell", reason, _status(a), _status(b)))
+        elif a is not None and b is not None:
+            pairs.append((a, b))
+    for i in planned:
+        if i not in known:
+            reason = "is not in the baseline"
+            rows.append(Row(Kind.NEW, Word.NOT_RUN, names[i], (i,), "Cell", reason, None, _status(now.get(i))))
+    return pairs, rows
+
+
+def _status(record: Record | None) -> str | None:
+    return record.status.value if record else None
+
+
+def _torn(run: Run, latest: Mapping[str, Record]) -> dict[str, str]:
+    """Map each cell_id whose newest attempt cannot be read to the file and the reason. No older one may stand in."""
+    found = {}
+    for name, why in run.broken.items():
+        cell_id, _, attempt = Path(name).stem.partition(".")
+        if attempt.isdecimal() and (cell_id not in latest or latest[cell_id].attempt < int(attempt)):
+            found[cell_id] = f"{name}: {why}"
+    return found
+
+
+def _standing(name: str, base: Record, new: Record) -> Row:
+    """Judge how a Cell ended, and its checks: one row."""
+    cell, ids, ends = (base.cell_id,), (base.id, new.id), (base.status.value, new.status.value)
+    if base.status is not Status.OK:
+        word = Word.PASS if new.status is Status.OK else Word.INCONCLUSIVE
+        reason = f"was {base.status.value} in the baseline"
+        return Row(Kind.OUTCOME, word, name, cell, "status", reason, *ends, records=ids)
+    if new.status not in (Status.OK, Status.NONCONFORMING):
+        return Row(Kind.OUTCOME, Word.FAIL, name, cell, "status", new.because, *ends, records=ids)
+    red = [c.check for c in failed_checks.failed(new)]
+    passed, now = ({c.check for c in r.checks if c.outcome is Outcome.PASS} for r in (base, new))
+    untried, looser = sorted(passed - now), _looser(base, new)
+    if failed_checks.nonconforming(new):
+        word, reason = Word.FAIL, f"{_some(red)} failed" if red else new.because
+    elif untried:
+        word, reason = Word.INCONCLUSIVE, f"passed in the baseline, not tried now: {_some(untried)}"
+    elif looser:
+        word, reason = Word.INCONCLUSIVE, f"more is allowed than in the baseline: {_some(looser)}"
+    else:
+        word, reason = Word.PASS, ""
+    return Row(Kind.PARITY, word, name, cell, "checks passed", reason, len(passed), len(now), records=ids)
+
+
+def _looser(base: Record, new: Record) -> list[str]:
+    """Name the checks that allow much more than they did, the loosest first, with how many times as much."""
+    before = {c.check: c.allowed for c in base.checks if c.outcome is Outcome.PASS and c.allowed}
+    times = {c.check: c.allowed / before[c.check] for c in new.checks if c.allowed and c.check in before}
+    found = sorted((x for x in times.items() if x[1] > LOOSER), key=lambda x: -x[1])
+    return [f"{check} ({factor:.3g} times)" for check, factor in found]
+
+
+def _called(cells: Mapping[str, Cell], recipes: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
+    """Name recipes: one that has a single Cell as this Cell is named, so that nothing is called by two names."""
+    of: dict[str, list[str]] = {}
+    for cell_id, recipe in recipes.items():
+        of.setdefault(recipe, []).append(cell_id)
+    several = [cells[i] for ids in of.values() if len(ids) > 1 for i in ids]
+    return {recipe: names[ids[0]] for recipe, ids in of.items()} | naming.recipes(several)
+
+
+def _whole(
+    rows: Sequence[Row],
+    compared: int,
+    unreadable: Sequence[str],
+    changed: Sequence[str],
+    notes: Sequence[str],
+    strict: bool,
+) -> tuple[Verdict, Exit]:
+    judged = [row for row in rows if row.judged]
+    ids = tuple(dict.fromkeys(i for row in judged for i in row.records))
+    residue = _residue(rows)
+    files = [f"{len(unreadable)} unreadable file{'s' * (len(unreadable) != 1)}"] if unreadable else []
+    altered = [f"not as their run left them: {', '.join(changed)}"] if changed else []
+
+    def verdict(word: Word, reasons: Sequence[str]) -> Verdict:
+        return Verdict(word, "; ".join([*reasons, *residue]), ids)
+
+    if not compared:
+        nothing = "nothing was compared: no Cell has a Record both in the baseline and in the run"
+        return verdict(Word.NOT_RUN, [nothing, *altered, *files, *notes]), Exit.NOTHING_COMPARED
+    failed, gone = ([row for row in judged if row.word is word] for word in (Word.FAIL, Word.NOT_RUN))
+    lacking = [f"not compared: {', '.join(names)}" for names in [_counted(gone)] if names]
+    if changed or failed:
+        return verdict(Word.FAIL, [*_counted(failed), *altered, *lacking, *files, *notes]), Exit.FAIL
+    cells = f"{compared} Cell{'s' * (compared != 1)} compared, no regression"
+    if gone or notes:
+        return verdict(Word.INCONCLUSIVE, [cells, *lacking, *files, *notes]), Exit.INFRASTRUCTURE
+    if open_ := [row for row in judged if row.word is Word.INCONCLUSIVE]:
+        left = _counted([row for row in open_ if row.kind not in _LAST])
+        reasons = [cells, *([f"left open: {', '.join(left)}"] if left else []), *files]
+        return verdict(Word.INCONCLUSIVE, reasons), Exit.INCONCLUSIVE if strict else Exit.PASS
+    return verdict(Word.PASS, [cells, *files]), Exit.PASS
+
+
+def _counted(rows: Sequence[Row]) -> list[str]:
+    """Say for each kind how many Cells it concerns, and name the first ones."""
+    kinds: dict[Kind, list[str]] = {}
+    for row in rows:
+        kinds.setdefault(row.kind, []).append(row.name)
+    found = []
+    for kind in sorted(kinds, key=list(Kind).index):
+        names = list(dict.fromkeys(kinds[kind]))
+        found.append(f"{kind.value}: {_some(names)}")
+    return found
+
+
+def _residue(rows: Sequence[Row]) -> list[str]:
+    """Name what was not the same around the Records, each with its number of Cells."""
+    found = [f"{row.reason} ({row.name})" for row in rows if row.kind in _LAST]
+    return [f"not the same: {_some(found)}"] if found else []
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN])}{more}"
+
+
+def _finished(run: Run) -> bool:
+    return run.footer is not None and run.footer.how == "finished"

@@ -1,0 +1,73 @@
+"""What was not the same around a run and its baseline: named once for all Cells that share it, never averaged away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from harness.analysis.comparison import reproducibility
+from harness.analysis.comparison.baseline_rows import Kind, Row
+from harness.analysis.measurements import training_gpu
+from harness.analysis.verdict_kind import Word
+from harness.records.record import Environment, Record
+
+_CODE = ("code version: ", "commit: ", "uncommitted changes: ")
+"""What a gate is there to compare."""
+
+
+def rows(pairs: Sequence[tuple[Record, Record]]) -> Iterator[Row]:
+    """Group Cells by what differs: in the environment, in the assets; then the clocks of the GPUs, over all Cells."""
+    surroundings: dict[tuple[str, ...], list[tuple[Record, Record]]] = {}
+    assets: dict[tuple[str, ...], list[tuple[Record, Record]]] = {}
+    for base, new in pairs:
+        surroundings.setdefault(tuple(_surroundings(base, new)), []).append((base, new))
+        assets.setdefault(tuple(reproducibility.asset_differences(base, new)), []).append((base, new))
+    for lines, same in surroundings.items():
+        if lines:
+            code = all(line.startswith(_CODE) for line in lines)
+            yield _row(Kind.ENVIRONMENT, Word.PASS if code else Word.INCONCLUSIVE, lines, same)
+    for lines, same in assets.items():
+        if lines:
+            yield _row(Kind.ASSETS, Word.INCONCLUSIVE, lines, same)
+    clocks = [clocks_of(side) for side in zip(*pairs, strict=True)]
+    if len(clocks) == 2 and clocks[0] != clocks[1]:
+        line = f"SM clock as training ended: {clocks[0]}, {clocks[1]}"
+        yield _row(Kind.ENVIRONMENT, Word.PASS, [line], pairs)
+
+
+def _row(kind: Kind, word: Word, lines: Iterable[str], pairs: Sequence[tuple[Record, Record]]) -> Row:
+    cells = tuple(base.cell_id for base, _ in pairs)
+    return Row(kind, word, f"{len(cells)} Cell{'s' * (len(cells) != 1)}", cells, kind.value, "; ".join(lines))
+
+
+def _surroundings(base: Record, new: Record) -> list[str]:
+    # Not known is not different: an older Record says less, as does one of a Cell that ended early.
+    found = [line for line in reproducibility.surroundings(base, new) if "not recorded" not in line]
+    a, b = base.environment, new.environment
+    if a.git_sha != b.git_sha:
+        found.append(f"commit: {a.git_sha[:12] or 'none'}, {b.git_sha[:12] or 'none'}")
+    if a.git_dirty != b.git_dirty:
+        found.append(f"uncommitted changes: {_dirty(a)}, {_dirty(b)}")
+    return found + slowed(base, new)
+
+
+def slowed(base: Record, new: Record) -> list[str]:
+    """Say what slowed the GPU down in training, where that is not the same in both."""
+    before, now = _throttled(base), _throttled(new)
+    return [f"GPU throttled in training by: {before or 'nothing'}, {now or 'nothing'}"] if before != now else []
+
+
+def _dirty(e: Environment) -> str:
+    return "unknown" if e.git_dirty is None else "yes" if e.git_dirty else "no"
+
+
+def _throttled(record: Record) -> str:
+    gpu = training_gpu(record)
+    states = [s for s in (gpu.start, gpu.end) if s is not None] if gpu else []
+    return ", ".join(sorted({why for s in states for why in s.throttle or () if why != "idle"}))
+
+
+def clocks_of(records: Sequence[Record]) -> str:
+    """Return the range of the clocks, to the MHz that drivers tell; empty without a GPU."""
+    gpus = [gpu for r in records if (gpu := training_gpu(r)) is not None]
+    found = sorted({gpu.end.sm_clock_Hz // 10**6 for gpu in gpus if gpu.end and gpu.end.sm_clock_Hz})
+    return "" if not found else f"{found[0]:,} MHz" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,} MHz"

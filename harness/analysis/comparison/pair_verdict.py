@@ -1,0 +1,243 @@
+"""What pairs of process runs say of two sides: of each Cell's times, of its memory and its outcome, and of all together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+from harness.analysis import failed_checks
+from harness.analysis.comparison import baseline_costs
+from harness.analysis.comparison.baseline_costs import ALLOCATED, COUNTED_PEAK, PEAK
+from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B, Kind, Row
+from harness.analysis.comparison.environment_differences import clocks_of, slowed
+from harness.analysis.comparison.pair_ratio import named, times
+from harness.analysis.comparison.reproducibility import circumstances
+from harness.analysis.contention import busy
+from harness.analysis.measurements import above_imports, training_peak
+from harness.analysis.statistics.canaries import Canaries
+from harness.analysis.statistics.paired import Finding, family
+from harness.analysis.statistics.paired import Verdict as Timed
+from harness.analysis.tracked_metrics import STEP
+from harness.analysis.verdict_kind import Verdict, Word
+from harness.errors import Exit
+from harness.records.record import Record, Status
+
+Records = Sequence[tuple[Record, Record]]
+_MEANT = ("code version", "implementation from")
+"""What the two sides are to differ in."""
+PEAK_B = 2**20
+"""What the medians of two peaks of a process may differ by and still be called the same, however certain it is."""
+_PEAK_LEVEL = 0.0011
+
+
+@dataclass(frozen=True)
+class Sides:
+    """One Cell, by both sides. records: pairs (old, new). timed: by metric; none where nothing was; then `because`."""
+
+    name: str
+    records: Records
+    timed: Mapping[str, Timed] = field(default_factory=dict)
+    because: str = ""
+
+    def called(self, metric: str) -> str:
+        """Return the Cell's name, with what was timed of it unless that is its step."""
+        return self.name if metric == STEP else f"{self.name}, {named(metric)}"
+
+    def seconds(self, side: int, metric: str = STEP) -> float | None:
+        """Return the median over the process runs of a side (0 old, 1 new) of what each took."""
+        found = [s for pair in self.records if (s := times(pair[side]).get(metric)) is not None]
+        return median(found) if found else None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The sides, judged.
+
+    adjusted: Benjamini-Hochberg adjusted p of each time, by what it is called. rows: all that was compared besides times.
+    residue: what was not the same between the two sides though it should be, and process runs that were disturbed.
+    """
+
+    verdict: Verdict
+    exit: Exit
+    cells: tuple[Sides, ...]
+    adjusted: Mapping[str, float]
+    rows: tuple[Row, ...]
+    canaries: Canaries
+    residue: tuple[str, ...]
+
+
+def judge(cells: Sequence[Sides], canaries: Canaries, *, strict: bool = False) -> Judged:
+    """Judge all Cells of one comparison.
+
+    Exit codes, the first that holds: NOTHING_COMPARED where no Cell is ok on both sides; FAIL for a Cell that is slower,
+    that takes more memory or other counts, or that was ok by the old side alone; INFRASTRUCTURE for a Cell that could not be
+    timed, and where the canaries close the gate, which then judges no time; with `strict` INCONCLUSIVE for any Cell that is
+    so, in a time or because not all its process runs counted their memory; else PASS. Each time, of a step or a latency, is
+    judged by itself, at the level of the Design, whose false alarms are rare enough for 500; the adjusted p are told beside.
+    Were they the verdict, ten or twenty pairs could not reach it: +3 % in one Cell of 8 would be found (simulated) in 83 %
+    of the gates in place of 99 %, in one of 50 in 53 %.
+    """
+    rows = [row for cell in cells for row in _rows(cell)]
+    verdicts = {cell.called(metric): timed for cell in cells for metric, timed in cell.timed.items()}
+    adjusted = family(verdicts)
+    slower = [] if canaries.closed else [name for name, timed in verdicts.items() if timed.word is Finding.SLOWER]
+    open_ = [name for name, timed in verdicts.items() if timed.word is Finding.INCONCLUSIVE]
+    uncounted = [row for row in rows if row.word is Word.INCONCLUSIVE]
+    red = [row for row in rows if row.word is Word.FAIL]
+    timed = [c for c in cells if c.timed]
+    lacking = [c for c in cells if not c.timed]
+    word, code, reason = Word.PASS, Exit.PASS, f"none of {len(timed)} Cells is slower, larger or worse"
+    if not timed and not red:
+        word, code, reason = Word.NOT_RUN, Exit.NOTHING_COMPARED, "nothing was compared: no Cell could be timed"
+    elif slower or red:
+        told = [f"{name} is slower" for name in slower] + [f"{row.name}: {row.what} {row.reason}" for row in red]
+        word, code, reason = Word.FAIL, Exit.FAIL, "; ".join(told)
+    elif canaries.closed:
+        word, code, reason = Word.NOT_RUN, Exit.INFRASTRUCTURE, f"no time was judged: {canaries.sentence}"
+    elif lacking:
+        told = [f"{c.name} ({c.because})" for c in lacking]
+        word, code, reason = Word.NOT_RUN, Exit.INFRASTRUCTURE, f"not timed: {', '.join(told)}"
+    elif open_ or uncounted:
+        what = "Cells" if len(verdicts) == len(timed) else f"times of {len(timed)} Cells"
+        told = [f"{len(open_)} of {len(verdicts)} {what} are neither slower nor proven the same"] if open_ else []
+        told += [f"{row.name}: {row.what} {row.reason}" for row in uncounted]
+        word, reason = Word.INCONCLUSIVE, "; ".join(told)
+        code = Exit.INCONCLUSIVE if strict else Exit.PASS
+    residue = _residue(cells)
+    if residue:
+        reason = "; ".join([reason, *(f"not the same: {what}" for what in residue)])
+    records = tuple(record.id for cell in cells for pair in cell.records for record in pair)
+    return Judged(Verdict(word, reason, records), code, tuple(cells), adjusted, tuple(rows), canaries, residue)
+
+
+def _residue(cells: Sequence[Sides]) -> tuple[str, ...]:
+    found: dict[str, int] = {}
+    for cell in cells:
+        for old, new in cell.records:
+            changed = [what for what in circumstances(old, new) if not what.startswith(_MEANT)]
+            for what in (*changed, *slowed(old, new)):
+                found[what] = found.get(what, 0) + 1
+    pairs = sum(len(cell.records) for cell in cells)
+    told = [f"{what} ({count} of {pairs} pairs)" for what, count in found.items()]
+    clocks = [clocks_of([pair[side] for cell in cells for pair in cell.records]) for side in (0, 1)]
+    if clocks[0] != clocks[1]:
+        told.append(f"SM clock as training ended: {clocks[0] or 'unknown'}, {clocks[1] or 'unknown'}")
+    waited = sum(bool(busy(record)) for cell in cells for pair in cell.records for record in pair)
+    return (*told, *([f"{waited} of {2 * pairs} process runs waited for a CPU"] if waited else []))
+
+
+def _ok(pair: tuple[Record, Record]) -> bool:
+    return all(record.status is Status.OK for record in pair)
+
+
+def _rows(cell: Sides) -> list[Row]:
+    rows = [row for pair in cell.records if (row := _outcome(cell.name, pair))][:1]
+    whole = [pair for pair in cell.records if _ok(pair)]
+    if whole:
+        rows += baseline_costs.counted(cell.name, *whole[0])
+        rows += _untimed(cell.name, *whole[0])
+        rows += _peaks(cell.name, whole)
+    return rows
+
+
+def _outcome(name: str, pair: tuple[Record, Record]) -> Row | None:
+    old, new = pair
+    if _ok(pair):
+        before = {check.check for check in failed_checks.failed(old)}
+        red = [check.check for check in failed_checks.failed(new) if check.check not in before]
+        if not red:
+            return None
+        reason = f"{', '.join(red)} failed, by the old side not"
+        return Row(Kind.PARITY, Word.FAIL, name, (old.cell_id,), "checks", reason, records=(old.id, new.id))
+    was_ok = old.status is Status.OK
+    kind = Kind.PARITY if was_ok and new.status is Status.NONCONFORMING else Kind.OUTCOME
+    return Row(
+        kind, Word.FAIL if was_ok else Word.NOT_RUN, name, (old.cell_id,), "outcome",
+        new.because if was_ok else f"the old side is {old.status.value}: {old.because}",
+        old.status.value, new.status.value, records=(old.id, new.id),
+    )  # fmt: skip
+
+
+def _untimed(name: str, old: Record, new: Record) -> Iterator[Row]:
+    """Yield a row for each latency that the old side has and the new one has not."""
+    there = times(new)
+    for metric, before in times(old).items():
+        if metric not in there:
+            reason, ids = "is measured by the old side only", (old.id, new.id)
+            yield Row(
+                Kind.SPEED, Word.FAIL, name, (old.cell_id,), named(metric), reason, before, None, "s", records=ids
+            )
+
+
+def _peaks(name: str, whole: Records) -> list[Row]:
+    """Compare the peaks of training over all process runs of both sides: as counted where it was, and of a process beside.
+
+    What is counted is the same in equal process runs, so that a difference needs no test. A process takes more than its
+    tensors, e.g. what a library allocates by itself; on a GPU both are one number.
+    """
+    allocated = any(m.memory.source == ALLOCATED for pair in whole for r in pair if (m := r.measurements) is not None)
+    counted = _sides(whole, _counted)
+    of_process = _sides(whole, _above_imports)
+    rows = []
+    if counted is not None:
+        rows.append(_grown(name, whole, COUNTED_PEAK, counted, 0 if allocated else COUNTED_PEAK_B, exact=True))
+    elif not allocated and (lacking := _lacking(whole)):
+        word, ids = Word.INCONCLUSIVE, (whole[0][0].id, whole[0][1].id)
+        rows.append(Row(Kind.MEMORY, word, name, (whole[0][0].cell_id,), COUNTED_PEAK, lacking, unit="B", records=ids))
+    if of_process is not None and not (allocated and rows):
+        rows.append(_grown(name, whole, PEAK, of_process, 0 if allocated else PEAK_B, exact=False))
+    return rows
+
+
+def _sides(whole: Records, of: Callable[[Record], int | None]) -> tuple[list[int], list[int]] | None:
+    """Return a number of all process runs, old and new; None where one of them does not have it."""
+    old, new = ([of(pair[side]) for pair in whole] for side in (0, 1))
+    there = [n for n in old if n is not None], [n for n in new if n is not None]
+    return there if len(there[0]) == len(there[1]) == len(whole) else None
+
+
+def _lacking(whole: Records) -> str:
+    """Say how many process runs of which side have no count, where others have: likeliest of a side that grew."""
+    without = [sum(_counted(pair[side]) is None for pair in whole) for side in (0, 1)]
+    told = [f"{n} of {len(whole)} of the {side} side" for n, side in zip(without, ("old", "new"), strict=True) if n]
+    # Where no run has a count, it was not to be had: there is no training, or torch has no profiler.
+    return "" if sum(without) == 2 * len(whole) else f"not compared: not counted in {' and '.join(told)}"
+
+
+def _counted(record: Record) -> int | None:
+    return record.measurements.memory.counted_peak_B if record.measurements else None
+
+
+def _above_imports(record: Record) -> int | None:
+    peak = training_peak(record)
+    return None if peak is None else above_imports(record, peak)
+
+
+def _grown(
+    name: str, whole: Records, what: str, sides: tuple[list[int], list[int]], allowed: int, *, exact: bool
+) -> Row:
+    """Judge by the medians where `exact` and each side is alike within `allowed`; else by ranks too: one disturbed run
+    decides nothing."""
+    old, new = sides
+    a, b = int(median(old)), int(median(new))
+    alike = exact and all(max(side) - min(side) <= allowed for side in sides)
+    grew = b - a > allowed and (alike or _higher(new, old))
+    shrank = a - b > allowed and (alike or _higher(old, new))
+    how = f"counted, so that more than {allowed:,} B is a finding: " if alike else ""
+    span = f"old {_span(old)}, new {_span(new)} in {len(whole)} process runs each"
+    reason = f"{'grew: ' if grew else 'shrank: ' if shrank else ''}{how}{span}"
+    word, ids = Word.FAIL if grew else Word.PASS, (whole[0][0].id, whole[0][1].id)
+    return Row(Kind.MEMORY, word, name, (whole[0][0].cell_id,), what, reason, a, b, "B", records=ids)
+
+
+def _span(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,} B" if low == high else f"{low:,} to {high:,} B"
+
+
+def _higher(these: Sequence[int], those: Sequence[int]) -> bool:
+    """Say whether `these` rank higher: one-sided, exact for so few, at a level that six of each can just reach."""
+    from scipy.stats import mannwhitneyu
+
+    return float(mannwhitneyu(these, those, alternative="greater", method="exact").pvalue) <= _PEAK_LEVEL

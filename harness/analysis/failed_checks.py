@@ -1,0 +1,58 @@
+"""What a failed check takes away: no speed is shown of what does not compute the same.
+
+A Cell whose gate is red holds no measurements. Merging can only be tried after training, and a Record may come from
+anywhere, so an `ok` one may carry a failed check too.
+"""
+
+from __future__ import annotations
+
+from harness.records.record import CheckResult, Outcome, Record, Status
+
+
+def failed(record: Record) -> list[CheckResult]:
+    """Return the failed checks of a Record."""
+    return [check for check in record.checks if check.outcome is Outcome.FAIL]
+
+
+def nonconforming(record: Record) -> bool:
+    """Say whether a Record shows a departure from its Method; also an `ok` one."""
+    return record.status is Status.NONCONFORMING or bool(failed(record))
+
+
+def diverged(record: Record) -> bool:
+    """Say whether training went to NaN or infinity: a departure whose usual cause is the recipe, not the Method's code."""
+    return record.failure is not None and record.failure.kind == "Diverged"
+
+
+def unreferenced(record: Record) -> str:
+    """Say that there was no reference to compare with, where there was none; else return an empty string."""
+    alone = (c for c in record.checks if c.check.split("/")[1:2] == ["reference"] and c.outcome is Outcome.SKIPPED)
+    return next((f"no speed without parity: {check.detail}" for check in alone), "")
+
+
+def no_speed(record: Record) -> str:
+    """Say why no time of this Cell may be shown, or return an empty string."""
+    return _because([c for c in failed(record) if not _of_merging(c) and not _of_mixing(c)]) or unreferenced(record)
+
+
+def no_merged_speed(record: Record) -> str:
+    """Say why no time of this Cell's merged model may be shown, or return an empty string."""
+    return no_speed(record) or _because([c for c in failed(record) if _of_merging(c)])
+
+
+def no_mixed_speed(record: Record) -> str:
+    """Say why no time of several adapters in one batch may be shown, or return an empty string."""
+    return no_speed(record) or _because([c for c in failed(record) if _of_mixing(c)])
+
+
+def _of_mixing(check: CheckResult) -> bool:
+    return check.check.split("/")[1:2] == ["multi-adapter"]
+
+
+def _of_merging(check: CheckResult) -> bool:
+    """Read the second part of `method/check/dtype/state`."""
+    return "merge" in "".join(check.check.split("/")[1:2])
+
+
+def _because(red: list[CheckResult]) -> str:
+    return f"no speed without parity: {', '.join(c.check for c in red)} failed" if red else ""

@@ -1,0 +1,92 @@
+"""What one Record's raw samples come to: steady throughput, step time, the peak of its training."""
+
+from __future__ import annotations
+
+from harness.analysis.statistics.intervals import Median, median_interval
+from harness.records.cost import AT_ONCE, GpuPhase
+from harness.records.record import Cell, Latency, Record, TrainingMeasured
+
+STARTUP = "start-up"
+"""The phase from the start of the process to the Cell's first own work."""
+TRAIN = "train"
+_WHOLE_MACHINE = "rapl"
+
+
+def steady(training: TrainingMeasured) -> slice:
+    """Return the steps that count as steady state; all of them if the run was no longer than its warm-up."""
+    return slice(training.timing_warmup if training.timing_warmup < len(training.step_seconds) else 0, None)
+
+
+def step_time(training: TrainingMeasured) -> Median:
+    """Return the median time of a steady step."""
+    return median_interval(training.step_seconds[steady(training)])
+
+
+def step_seconds(record: Record) -> float | None:
+    """Return the one number that a process run contributes: the median time of a steady step; None if it trains nothing."""
+    training = record.measurements.training if record.measurements else None
+    return step_time(training).value if training and training.step_seconds else None
+
+
+def step_rate(training: TrainingMeasured) -> Median | None:
+    """Return the median over steady steps of real tokens (no padding) per second; None if a step's clock did not move."""
+    seconds, tokens = training.step_seconds[steady(training)], training.tokens[steady(training)]
+    return median_interval([t / s for t, s in zip(tokens, seconds, strict=True)]) if min(seconds) > 0 else None
+
+
+def throughput(training: TrainingMeasured) -> float | None:
+    """Return real tokens (no padding) per second of steady steps; None if the clock did not move."""
+    seconds = sum(training.step_seconds[steady(training)])
+    return sum(training.tokens[steady(training)]) / seconds if seconds > 0 else None
+
+
+def beside_several(cell: Cell, latency: Latency) -> bool:
+    """Say whether a batch through one adapter, timed beside one of several, would pass for one that its Cell asks for."""
+    return latency.adapters == 1 and latency.batch == cell.evaluation.prompt_batch
+
+
+def training_peak(record: Record) -> int | None:
+    """Return the highest memory inside the training phase; None if it was not trained or not measured."""
+    peaks = [p.peak_memory_B for p in record.phases if p.name == TRAIN]
+    return max((peak for peak in peaks if peak is not None), default=None)
+
+
+def training_energy(record: Record) -> float | None:
+    """Return the joules of the training phase; None if it was not trained or not measured, and see `not_its_own_energy`."""
+    if not_its_own_energy(record):
+        return None
+    found = [p.energy_J for p in record.phases if p.name == TRAIN and p.energy_J is not None]
+    return sum(found) if found else None
+
+
+def not_its_own_energy(record: Record) -> str:
+    """Say why a Record's joules are not its Cell's: the counter is of the whole machine, and others ran on that at the same
+    time. Empty if they are its own, or there are none."""
+    energy = record.measurements.energy if record.measurements else None
+    # A Record that failed does not say who counted; on a CPU no other counter is asked.
+    counter = energy.source if energy else _WHOLE_MACHINE if record.device in ("", "cpu") else ""
+    beside = next((note.partition(":")[0] for note in record.notes if AT_ONCE in note), "")
+    return f"the counter ({counter}) is the whole machine's; {beside}" if beside and counter == _WHOLE_MACHINE else ""
+
+
+def training_gpu(record: Record) -> GpuPhase | None:
+    """Return what was seen of the GPU in the training phase; None without a GPU or training."""
+    return next((p.gpu for p in record.phases if p.name == TRAIN and p.gpu), None)
+
+
+def above_imports(record: Record, memory: int) -> int:
+    """Return what of `memory` is the Cell's own: libraries that a provider imports are not its method's cost."""
+    if record.measurements is not None:
+        return max(0, memory - record.measurements.memory.baseline_B)
+    started = [p.end_memory_B for p in record.phases if p.name == STARTUP and p.end_memory_B is not None]
+    return max(0, memory - (started[0] if started else 0))
+
+
+def startup_seconds(record: Record) -> float:
+    """Return the Cell's own start-up: interpreter, imports."""
+    return sum(p.seconds for p in record.phases if p.name == STARTUP)
+
+
+def unaccounted_seconds(record: Record) -> float:
+    """Return the part of the Cell's duration that lies in none of its phases."""
+    return max(0.0, record.duration_s - sum(p.seconds for p in record.phases))

@@ -1,0 +1,1 @@
+"""Statistics: intervals, paired tests, change points. Knows samples, not Records."""

@@ -1,0 +1,50 @@
+"""What all series have in common on a night: the machine's own good and bad nights.
+
+Every time of a night is divided by the night's anchor, the median over series of value / the series' usual value. A slow
+night of the whole machine is then no change of any Cell. But neither is a slow-down that hits every Cell: so the anchor is
+watched as well, beside sentinels, which are times that no code under test can change.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harness.analysis.statistics.change_points import Array
+
+FEWEST_SERIES = 5
+"""With fewer there is no anchor: one series would be divided by itself."""
+
+
+FEWEST_SENTINELS = 3
+
+
+def anchor(logs: Array, fewest: int = FEWEST_SERIES) -> Array:
+    """Return the log of each night's anchor, shape (nights,), of log times of shape (series, nights), NaN where missing.
+
+    NaN on nights with fewer series than `fewest`. Only series with half of the nights or more take part: the usual value
+    of a new one is not that of the old ones' nights.
+    """
+    import numpy as np
+
+    nights = logs.shape[1]
+    there = np.isfinite(logs)
+    panel = logs[there.sum(axis=1) * 2 >= nights]
+    if not len(panel):
+        return np.full(nights, np.nan)
+    apart = panel - _median(panel, 1)[:, None]
+    counted = np.isfinite(apart).sum(axis=0)
+    found = np.where(counted >= fewest, _median(apart, 0), np.nan)
+    usual = found[np.isfinite(found)]
+    return found - (np.median(usual) if len(usual) else 0.0)
+
+
+def _median(values: Array, axis: int) -> Array:
+    """Return the median of what is not NaN; NaN of nothing, without a word."""
+    import numpy as np
+
+    ordered = np.sort(values, axis=axis)  # NaN comes last
+    count = np.isfinite(values).sum(axis=axis)
+    low, high = (np.maximum(k, 0) for k in ((count - 1) // 2, count // 2))
+    low, high = (np.take_along_axis(ordered, np.expand_dims(k, axis), axis).squeeze(axis) for k in (low, high))
+    return np.where(count > 0, (low + high) / 2, np.nan)

@@ -1,0 +1,85 @@
+"""A/A canaries: how often do pairs of one and the same arm alarm? If too often, the gate may not judge anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from harness.analysis.statistics.intervals import LEVEL, wilson
+from harness.analysis.statistics.trimmed import trimmed
+from harness.errors import UsageError
+
+NOMINAL = 0.05
+TIMES = 3.0
+"""How much more often than nominal is too often."""
+
+
+@dataclass(frozen=True)
+class Canaries:
+    """How many A/A runs alarmed; `nominal`: the share that should, by the level of the test."""
+
+    alarms: int
+    runs: int
+    nominal: float = NOMINAL
+
+    def __post_init__(self) -> None:
+        """Refuse counts that are none."""
+        if not 0 <= self.alarms <= self.runs or not 0 < self.nominal < 1:
+            raise UsageError(
+                f"{self.alarms} alarms of {self.runs} A/A canaries, nominally {self.nominal:g}",
+                mend="count each canary once, and give the level of its test",
+            )
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's interval of the false-alarm rate."""
+        return wilson(self.alarms, self.runs)
+
+    @property
+    def limit(self) -> float:
+        """The rate that must not be exceeded."""
+        return min(1.0, TIMES * self.nominal)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the gate is closed: so many alarms have a chance of at most 1 - LEVEL at the limit (exact binomial)."""
+        return self._closes(self.alarms)
+
+    @property
+    def sentence(self) -> str:
+        """Publish the rate, and say what follows from it."""
+        if not self.runs:
+            return "no A/A canaries: how often this gate alarms without a cause is not known here"
+        low, high = self.interval
+        rate = (
+            f"{self.alarms} of {self.runs} A/A canar{'ies' if self.runs != 1 else 'y'} alarmed: "
+            f"{100 * self.alarms / self.runs:.1f} % [{100 * low:.1f}, {100 * high:.1f}], nominally {100 * self.nominal:g} %"
+        )
+        if self.closed:
+            return (
+                f"{rate}. More than {TIMES:g} times nominal, so the gate is closed: look for other load, unsteady clocks, "
+                "or pairs that did not share a device"
+            )
+        few = "" if self._closes(self.runs) else "; too few to close the gate, whatever they say"
+        return rate + few
+
+    def _closes(self, alarms: int) -> bool:
+        if not alarms:
+            return False
+        from scipy.special import betainc  # the binomial tail, for counts of any size
+
+        return bool(betainc(alarms, self.runs - alarms + 1, self.limit) <= 1 - LEVEL)
+
+
+def canaries(log_ratios: Iterable[Sequence[float]], trim: float, nominal: float = NOMINAL) -> Canaries:
+    """Count the A/A canaries whose pairs differ from 0 in either direction, at the level `nominal`.
+
+    Without the margin of the gate: behind it, noise that is twice what was thought would long stay hidden.
+    """
+    alarms = runs = 0
+    for pairs in log_ratios:
+        seen = trimmed([list(pairs)], trim)
+        runs += 1
+        up = float(seen.beyond(0.0)[0])
+        alarms += not bool(seen.still[0]) and 2 * min(up, 1 - up) <= nominal
+    return Canaries(alarms, runs, nominal)

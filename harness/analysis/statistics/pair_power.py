@@ -1,0 +1,69 @@
+"""How small a slow-down the planned looks at pairs find, at the spread that the pairs show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from harness.analysis.statistics.intervals import POWER
+from harness.analysis.statistics.trimmed import cut
+
+if TYPE_CHECKING:
+    from harness.analysis.statistics.paired import Design
+
+_HALVINGS = 50
+_FAR = 60
+"""Standard errors: beyond any slow-down that is found with less than certainty."""
+
+
+def reach(scale: float, design: Design) -> float:
+    """Return the log ratio of the slow-down that is found with a power of POWER; scale: sd of the log ratio of a pair."""
+    low = math.log1p(design.slower_by)
+    return least(lambda change: power(change, scale, design), low, low + _FAR * scale / math.sqrt(design.first))
+
+
+def least(found: Callable[[float], float], low: float, high: float) -> float:
+    """Return the smallest change between `low` and `high` that is found with a power of POWER, which grows with it."""
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if found(middle) >= POWER else (middle, high)
+    return high
+
+
+def power(change: float, scale: float, design: Design) -> float:
+    """Return how probable it is that a log ratio of `change` is called slower (noncentral t).
+
+    It must not be settled as the same at a look before the last, and be found at the last: multiplied as if each were
+    another draw, which says too little rather than too much. What is found early is found late too, give or take.
+    """
+    last = design.fresh[-1]
+    chance = _found(change - math.log1p(design.slower_by), scale, last, design.trim, design.levels[-1])
+    for n in (design.first, *design.fresh[:-1]):
+        suspected = _found(change - math.log1p(design.suspect_by), scale, n, design.trim, design.suspect)
+        chance *= max(suspected, _too_wide(scale, n, design))
+    return chance
+
+
+def found(errors: float, df: float, level: float) -> float:
+    """Return how probable it is that a one-sided t at `level` finds what lies so many standard errors beyond its margin."""
+    from scipy.special import nctdtr, stdtrit
+
+    return 1.0 - float(nctdtr(df, errors, float(stdtrit(df, 1 - level))))
+
+
+def _found(beyond: float, scale: float, n: int, share: float, level: float) -> float:
+    return found(beyond * math.sqrt(n) / scale, _df(n, share), level)
+
+
+def _too_wide(scale: float, n: int, design: Design) -> float:
+    """Return how probable it is that the interval is wider than what it must lie within to settle anything."""
+    from scipy.special import chdtrc, stdtrit
+
+    df = _df(n, design.trim)
+    half = float(stdtrit(df, 0.5 + design.interval / 2)) * scale / math.sqrt(n)
+    return float(chdtrc(df, df * (math.log1p(design.same_within) / half) ** 2))
+
+
+def _df(n: int, share: float) -> int:
+    return n - 2 * cut(n, share) - 1

@@ -1,0 +1,263 @@
+"""Is B slower than A, faster, the same, or undecided? From interleaved pairs of process runs, in two stages.
+
+Every Cell gets a few pairs. Where they prove it unchanged, that is the verdict. All others, whether they look slower, look
+faster or prove nothing, get fresh pairs, and these alone judge them: what made a Cell conspicuous is not counted twice.
+They are looked at when planned, not after every pair, and the looks share the level of the alarm. An alarm must lie beyond a
+margin, in either direction: a speed-up that nobody intended is a finding too.
+
+Log ratios throughout, so that exchanging A and B exchanges `slower` and `faster` and changes nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Literal
+
+from harness.analysis.statistics.intervals import POWER
+from harness.analysis.statistics.pair_power import reach
+from harness.analysis.statistics.trimmed import Trimmed, cut, hodges_lehmann, trimmed
+from harness.errors import HarnessError, UsageError
+
+if TYPE_CHECKING:
+    from harness.analysis.statistics.trimmed import Array, Mask
+
+Stage = Literal["first", "fresh"]
+FEWEST = 6
+"""Pairs: of five, no order statistics and no signed ranks could make an interval at 95 %."""
+IMPLAUSIBLE = 0.3
+"""A speed-up beyond this share is told with the question whether the work is still done."""
+
+
+class Finding(StrEnum):
+    """What the pairs say of B against A."""
+
+    SLOWER = "slower"
+    FASTER = "faster"
+    SAME = "same"
+    INCONCLUSIVE = "inconclusive"
+
+
+@dataclass(frozen=True)
+class Design:
+    """How many pairs are run, when they are looked at, and what is an alarm.
+
+    The level bounds the false alarms under any symmetric noise. Where the pairs spread little against the margin, as those
+    of steady machines do, they are far rarer. Where they do not, e.g. with two speeds of a kernel, drawn anew in each
+    process, they come near it, and the mde80 of such a Cell says so.
+
+    first: pairs of every Cell. fresh: how many fresh pairs there are, in all, at each planned look. levels: of the alarm at
+    each of these, one-sided and in each direction; the sum is that of the whole. The first look has few degrees of freedom,
+    so it is the stricter. interval: the level of the interval that must lie within `same_within` to prove a Cell unchanged;
+    a Cell is looked at up to three times, and one that is slower by `same_within` is called unchanged in at most
+    (1 - interval) / 2 of them each time.
+    suspect: the level at which a change beyond `suspect_by` calls for fresh pairs. trim: the share trimmed at either end.
+    """
+
+    first: int = 6
+    fresh: tuple[int, ...] = (10, 20)
+    levels: tuple[float, ...] = (0.001, 0.009)
+    slower_by: float = 0.01
+    same_within: float = 0.03
+    interval: float = 0.95
+    suspect: float = 0.10
+    suspect_by: float = 0.005
+    trim: float = 0.25
+
+    def __post_init__(self) -> None:
+        """Refuse what could not be judged."""
+        for count in (self.first, *self.fresh):
+            if count < FEWEST or count % 2:
+                raise _bad(f"{count} pairs: drift cancels between two pairs", f"an even number, {FEWEST} or more")
+        if not self.fresh or any(b <= a for a, b in zip(self.fresh, self.fresh[1:], strict=False)):
+            raise _bad(f"fresh pairs {self.fresh}", "how many there are in all at each look, e.g. (10, 20)")
+        if len(self.levels) != len(self.fresh):
+            raise _bad(f"{len(self.levels)} levels for {len(self.fresh)} looks at fresh pairs", "a level per look")
+        for level in (*self.levels, sum(self.levels), self.interval, self.suspect):
+            if not 0 < level < 1:
+                raise _bad(f"a level of {level:g}", "levels between 0 and 1, those of the looks in sum too")
+        if not 0 <= self.suspect_by <= self.slower_by < self.same_within < 1:
+            raise _bad(
+                f"margins {self.suspect_by:g}, {self.slower_by:g}, {self.same_within:g}",
+                "0 <= suspect_by <= slower_by < same_within < 1",
+            )
+        if not 0 <= self.trim < 0.5 or any(n - 2 * cut(n, self.trim) < 3 for n in (self.first, *self.fresh)):
+            raise _bad(f"a share of {self.trim:g} trimmed at either end", "a share that leaves 3 pairs or more")
+
+    @property
+    def level(self) -> float:
+        """The level of the alarm over all looks, one-sided, in each direction."""
+        return sum(self.levels)
+
+    def looks(self, stage: Stage) -> tuple[int, ...]:
+        """Return the numbers of pairs at which a stage may be judged."""
+        return (self.first,) if stage == "first" else self.fresh
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look at n pairs of each Cell finds: arrays over the Cells, of the shape before the pairs' axis.
+
+    p: one-sided, towards the effect, of a change of at most `slower_by`; that of a fresh look is weighed by its part of the
+    level, so that an alarm is a p of at most `Design.level` at whichever look.
+    """
+
+    seen: Trimmed
+    p: Array
+    slower: Mask
+    faster: Mask
+    same: Mask
+
+    @property
+    def settled(self) -> Mask:
+        """Which Cells have a verdict other than inconclusive."""
+        return self.slower | self.faster | self.same
+
+
+def look(log_ratios: Any, design: Design, stage: Stage) -> Look:
+    """Look at log ratios of shape (..., n), n as planned. In the first stage nothing is called slower or faster."""
+    import numpy as np
+
+    seen = trimmed(log_ratios, design.trim)
+    if seen.n not in design.looks(stage):
+        planned = " or ".join(str(n) for n in design.looks(stage))
+        raise UsageError(
+            f"{seen.n} pairs of the {stage} stage, and no look at so many is planned: looking whenever one likes inflates "
+            "the false alarms",
+            mend=f"judge {planned} pairs, run anew what was lost, or plan another Design",
+        )
+    if not np.isfinite(log_ratios).all():
+        raise HarnessError(
+            "a log ratio that is no finite number", where="pairs", mend="make them of times, by `log_ratios`"
+        )
+    low, high = seen.interval(design.interval)
+    bound = math.log1p(design.same_within)
+    within = (low > -bound) & (high < bound) & ~seen.still
+    margin, mild = math.log1p(design.slower_by), math.log1p(design.suspect_by)
+    up, down = seen.beyond(margin), _downward(seen).beyond(margin)
+    suspected = np.minimum(seen.beyond(mild), _downward(seen).beyond(mild)) <= design.suspect
+    none = np.zeros_like(within)
+    if stage == "first":
+        return Look(seen, np.minimum(up, down), none, none, within & ~suspected)
+    level = design.levels[design.fresh.index(seen.n)]
+    slower, faster = up <= level, down <= level
+    # A Cell that looks slower has its remaining pairs coming, even if it lies within `same_within`.
+    same = within & ~slower & ~faster & (~suspected | (seen.n == design.fresh[-1]))
+    return Look(seen, np.minimum(1.0, np.minimum(up, down) * design.level / level), slower, faster, same)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the pairs of one Cell say.
+
+    effect: B / A - 1, Hodges-Lehmann; interval: of the trimmed mean, which decides; rank_interval: Hodges-Lehmann's own,
+    for any symmetric noise, None if n is too small for one. p: see `Look`. n: pairs of this stage.
+    mde80: the smallest slow-down that all planned looks would have found with 80 % power at this spread, None without any.
+    more: fresh pairs to run before the next planned look; 0 if none is to come.
+    """
+
+    word: Finding
+    stage: Stage
+    effect: float
+    interval: tuple[float, float]
+    rank_interval: tuple[float, float] | None
+    p: float
+    n: int
+    mde80: float | None
+    more: int
+    sentence: str
+
+
+def judge(log_ratios: Sequence[float], design: Design, stage: Stage) -> Verdict:
+    """Judge the pairs of one Cell at one planned look."""
+    found = look([list(log_ratios)], design, stage)
+    word = Finding.INCONCLUSIVE
+    for candidate, mask in (
+        (Finding.SLOWER, found.slower), (Finding.FASTER, found.faster), (Finding.SAME, found.same),
+    ):  # fmt: skip
+        word = candidate if mask[0] else word
+    middle, ranks = hodges_lehmann(log_ratios, design.interval)
+    low, high = (math.expm1(float(end[0])) for end in found.seen.interval(design.interval))
+    n, still = found.seen.n, bool(found.seen.still[0])
+    mde80 = None if still else math.expm1(reach(float(found.seen.scale[0]), design))
+    more = 0
+    if word is Finding.INCONCLUSIVE:
+        done = 0 if stage == "first" else n
+        more = next((planned - done for planned in design.fresh if planned > done), 0)
+    rank_interval = None if ranks is None else (math.expm1(ranks[0]), math.expm1(ranks[1]))
+    effect, p = math.expm1(middle), float(found.p[0])
+    said = _sentence(word, design, stage, n, more, effect, (low, high), p, mde80)
+    return Verdict(word, stage, effect, (low, high), rank_interval, p, n, mde80, more, said)
+
+
+def decide(first: Sequence[float], fresh: Sequence[float], design: Design) -> Verdict:
+    """Return the verdict of one Cell from both stages: of the first planned look that settles it, or else of the last.
+
+    fresh: none, or as many as some planned look wants or more. Pairs beyond the look that settles are not read.
+    """
+    found = judge(first, design, "first")
+    for planned in design.fresh:
+        if found.word is not Finding.INCONCLUSIVE or len(fresh) < planned:
+            break
+        found = judge(fresh[:planned], design, "fresh")
+    return found
+
+
+def family(verdicts: Mapping[str, Verdict]) -> dict[str, float]:
+    """Return Benjamini-Hochberg adjusted p values of a change, in either direction, for the verdicts of one report.
+
+    A Cell without fresh pairs counts with p = 1: its first pairs said whether it was to get any.
+    """
+    if not verdicts:
+        return {}
+    from scipy.stats import false_discovery_control
+
+    p = [min(1.0, 2 * v.p) if v.stage == "fresh" else 1.0 for v in verdicts.values()]
+    return dict(zip(verdicts, map(float, false_discovery_control(p)), strict=True))
+
+
+def _downward(seen: Trimmed) -> Trimmed:
+    return Trimmed(-seen.mean, seen.error, seen.df, seen.n)
+
+
+def _bad(what: str, wanted: str) -> UsageError:
+    return UsageError(what, where="design of the pairs", mend=f"give {wanted}")
+
+
+def _sentence(
+    word: Finding,
+    design: Design,
+    stage: Stage,
+    n: int,
+    more: int,
+    effect: float,
+    interval: tuple[float, float],
+    p: float,
+    mde80: float | None,
+) -> str:
+    """Say a verdict with what it rests on."""
+    pairs = f"{n} {'fresh ' if stage == 'fresh' else ''}pairs"
+    if mde80 is None:
+        return (
+            f"inconclusive: {_percent(effect)} without any spread over {pairs}, so they are one measurement counted often, "
+            "or the clock is too coarse; time more steps per process"
+        )
+    low, high = interval
+    measured = f"{_percent(effect)} [{_percent(low)}, {_percent(high)}] over {pairs}"
+    found = f"a slow-down of {100 * mde80:.1f} % is found with {100 * POWER:.0f} % power"
+    beyond = f"by more than {100 * design.slower_by:g} % at p = {p:.2g}"
+    if word is Finding.SLOWER:
+        return f"slower {beyond}: {measured}; {found}"
+    if word is Finding.FASTER:
+        doubt = "; does it still do the same work?" if effect < -IMPLAUSIBLE else ""
+        return f"faster {beyond}: {measured}{doubt}; {found}"
+    if word is Finding.SAME:
+        return f"the same within {100 * design.same_within:g} %: {measured}; {found}"
+    then = f"; {more} fresh pairs decide" if more else ""
+    return f"inconclusive: {measured}{then}; {found}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:+.1f} %"

@@ -1,0 +1,144 @@
+"""Is one process run of a benchmark slower than the runs that were kept of it? For pytest, where nothing is interleaved.
+
+A run counts as one number, the median of its rounds: rounds of one process share its luck (addresses, clocks, neighbours),
+so that many of them are no more certain of the next process than few. The new run is held to the interval of prediction of
+the kept ones, by log ratios: were nothing changed, it would be another draw of the same. Nothing is trimmed there, since the
+new run may be a disturbed one as well.
+
+The level is that of normal noise. Where a process draws one of two speeds, say by where its memory lies, few kept runs may
+all have drawn the same; but whatever the noise, a run lies beyond all n kept ones in one of n + 1 sessions only, and what
+does not is no alarm (of up to ten kept runs). The runs that are kept were made earlier, and the machine may have changed
+since; their spread does not hold that. The margin must. Who wants to decide on less runs both sides in turn (`paired`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from statistics import NormalDist, fmean, median
+
+from harness.analysis.statistics.intervals import LEVEL, POWER, median_interval
+from harness.analysis.statistics.pair_power import found, least
+from harness.analysis.statistics.paired import IMPLAUSIBLE
+from harness.analysis.statistics.trimmed import single, trimmed
+
+MARGIN = 0.10
+"""The slow-down that is no finding yet: sessions of one machine may differ by some per cent though nothing has changed."""
+ALARM = 0.01
+"""The one-sided level of `slower`, and of `faster`, of each benchmark by itself."""
+FEWEST = 3
+"""Kept runs from which their own spread is taken."""
+ASSUMED = 0.05
+"""With fewer, or without any spread, the standard deviation that process runs are taken to have: assumed, and always told.
+
+Of 14 process runs each of five small kernels (add, copy, matmul, softmax, a loop of Python) on a shared machine with two
+cores it was 0.9 % to 8.5 %, in the mean square 5 %."""
+_ROUNDS = 0.9
+"""The level of the interval of one run's median, which only fewer than FEWEST runs need: five rounds are enough for it."""
+_FAR = 60
+"""Standard errors: beyond any slow-down that is found with less than certainty."""
+_LARGEST = 700.0
+"""Of a log ratio whose exponential is still a float."""
+
+
+class Pace(StrEnum):
+    """What a run says of the code that was timed."""
+
+    SLOWER = "slower"
+    FASTER = "faster"
+    NOT_SLOWER = "not slower"
+    INCONCLUSIVE = "inconclusive"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A benchmark, judged.
+
+    base, new: seconds; base is the geometric mean of the kept runs' medians. interval: of new / base - 1, at LEVEL. runs:
+    how many were kept. mde80: the smallest slow-down that is found with a power of POWER.
+    """
+
+    pace: Pace
+    base: float
+    new: float
+    interval: tuple[float, float]
+    runs: int
+    mde80: float
+    sentence: str
+
+
+def judge(kept: Sequence[Sequence[float]], new: Sequence[float], margin: float = MARGIN) -> Judged:
+    """Judge the rounds of one process run by those of kept runs; seconds, all above 0.
+
+    `slower` where the ratio is beyond 1 + margin at the level ALARM, `faster` where its inverse is; `not slower` where the
+    whole interval at LEVEL lies below 1 + margin; else inconclusive.
+    """
+    centres = [math.log(median(rounds)) for rounds in kept]
+    n, limit, seconds, centre = len(kept), math.log1p(margin), median(new), fmean(centres)
+    noise = _noise(kept, new, centres)
+    change = math.log(seconds) - centre
+    up, down = (single(one, noise.error, noise.df, n) for one in (change, -change))
+    low, high = (_share(float(end[0])) for end in up.interval(LEVEL))
+    p = {Pace.SLOWER: float(up.beyond(limit)[0]), Pace.FASTER: float(down.beyond(limit)[0])}
+    pace = next((pace for pace, chance in p.items() if chance <= ALARM), Pace.INCONCLUSIVE)
+    if pace is Pace.INCONCLUSIVE and high < margin:
+        pace = Pace.NOT_SLOWER
+    far = limit + _FAR * noise.unbiased
+    mde80 = _share(least(lambda true: found((true - limit) / noise.unbiased, noise.df, ALARM), limit, far))
+    said = f"{_words(pace, margin, p.get(pace, 1.0), change)}; {_rests(n, noise.assumed, mde80)}"
+    return Judged(pace, math.exp(centre), seconds, (low, high), n, mde80, said)
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """The standard error of new - kept in logs; unbiased: a second one, which few runs do not make too small."""
+
+    error: float
+    unbiased: float
+    df: float
+    assumed: bool
+
+
+def _noise(kept: Sequence[Sequence[float]], new: Sequence[float], centres: Sequence[float]) -> _Noise:
+    n = len(kept)
+    if n >= FEWEST:
+        seen = trimmed([list(centres)], 0.0)
+        if not seen.still[0]:  # else the clock is too coarse to show any
+            error, scale = float(seen.error[0]), float(seen.scale[0])
+            return _Noise(error * math.sqrt(n + 1), scale * math.sqrt(1 + 1 / n), seen.df, assumed=False)
+    within = _within(new) ** 2 + sum(_within(rounds) ** 2 for rounds in kept) / n**2
+    error = math.sqrt(ASSUMED**2 * (1 + 1 / n) + within)
+    return _Noise(error, error, math.inf, assumed=True)
+
+
+def _within(rounds: Sequence[float]) -> float:
+    """Return the standard error of the log of a run's median, from its rounds; ASSUMED where they are too few to say."""
+    seen = median_interval(rounds, _ROUNDS)
+    if seen.low is None or seen.high is None:
+        return ASSUMED
+    return math.log(seen.high / seen.low) / (2 * NormalDist().inv_cdf(0.5 + _ROUNDS / 2))
+
+
+def _words(pace: Pace, margin: float, p: float, change: float) -> str:
+    by = f"by more than {100 * margin:g} %"
+    if pace is Pace.INCONCLUSIVE:
+        return f"neither slower {by} nor proven not to be"
+    if pace is Pace.NOT_SLOWER:
+        return f"not slower {by}"
+    doubt = "; does it still do the same work?" if math.expm1(change) < -IMPLAUSIBLE else ""
+    return f"{pace.value} {by} at p = {p:.1g}{doubt}"
+
+
+def _rests(n: int, assumed: bool, mde80: float) -> str:
+    """Say what a verdict rests on, and what would have been found."""
+    runs = f"{n} run{'s' * (n != 1)} kept"
+    if assumed:
+        why = f"{FEWEST} tell it" if n < FEWEST else "they show none"
+        runs += f", so a deviation of {100 * ASSUMED:g} % from run to run is assumed ({why})"
+    return f"{runs}; finds {100 * mde80:.0f} % with {100 * POWER:.0f} % power"
+
+
+def _share(log_ratio: float) -> float:
+    return math.expm1(min(log_ratio, _LARGEST))

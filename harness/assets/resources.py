@@ -1,0 +1,32 @@
+"""Where the suites and report templates are: at the top of a checkout, inside the package in a wheel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from harness.errors import UsageError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def folder(name: str) -> Path:
+    """Return the folder `suites` or `report_templates`, from a checkout or from an installed wheel."""
+    packed = _PACKAGE / "_data" / name
+    return packed if packed.is_dir() else _PACKAGE.parent / name
+
+
+def named(path: str) -> Path:
+    """Return the path that somebody wrote, `~` resolved. Raises UsageError for what cannot be a path."""
+    mend = "write ./path, /path or ~/path"
+    if "\0" in path:
+        raise UsageError(f"{path!r} is no path: it holds a zero byte", mend=mend)
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{path!r} is no path: {error}", mend=mend) from error
+
+
+def checkout() -> Path | None:
+    """Return the top of the checkout this package runs from, or None for an installed wheel."""
+    top = _PACKAGE.parent
+    return top if (top / ".git").exists() and (top / "pyproject.toml").is_file() else None

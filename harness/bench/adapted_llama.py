@@ -1,0 +1,157 @@
+"""One training step as a user takes it: a small Llama, a Method attached by an implementation, its optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.bench.steps import Backbone, Step
+from harness.cell import base_quantisation
+from harness.cell.training.optimizers import BETAS, EPS
+from harness.conformance import parity_gate, parity_suite, whole_model
+from harness.conformance.case import Case
+from harness.conformance.observations import inference
+from harness.conformance.results import judged
+from harness.conformance.subject import (
+    DTYPES,
+    Original,
+    Subject,
+    adaptable_layers,
+    begin,
+    configure,
+    initial_tensors,
+    load,
+    warm,
+)
+from harness.conformance.tolerance_policies import carried_noise
+from harness.methods.registry import Implementation, Registry
+from harness.records.record import Base, CheckResult
+
+SEED = 20
+LR, WEIGHT_DECAY = 1e-4, 0.0
+GATED_TOKENS = 16
+"""Of one text, for the parity gate; the loss and its gradients are then judged on a whole batch."""
+
+
+def llama(shape: Backbone, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return a Llama of random weights, the same at every call."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=shape.width, num_hidden_layers=shape.layers, intermediate_size=shape.mlp,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, vocab_size=shape.vocabulary,
+        max_position_embeddings=max(shape.tokens, GATED_TOKENS), use_cache=False,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        model = LlamaForCausalLM(config)
+    return model.to(device, dtype)
+
+
+def batch(shape: Backbone, step: int, device: torch.device) -> Tensor:
+    """Return the token numbers (batch, tokens) of a step, the same for everybody."""
+    generator = torch.Generator().manual_seed(SEED + step)
+    return torch.randint(0, shape.vocabulary, (shape.batch, shape.tokens), generator=generator).to(device)
+
+
+def loss_of(model: Any, ids: Tensor) -> Tensor:
+    """Return the mean cross-entropy of each next token."""
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return nn.functional.cross_entropy(wide.flatten(0, 1), ids[:, 1:].flatten())
+
+
+class Trainee:
+    """A Llama with a Method attached, that takes steps. losses: of the steps so far."""
+
+    def __init__(
+        self, implementation: Implementation, step: Step, shape: Backbone, dtype: str, device: torch.device,
+        registry: Registry, packer: str = "",
+    ) -> None:  # fmt: skip
+        self.shape, self.device, self.base, self.packer = shape, device, step.base, packer
+        self.losses: list[float] = []
+        self.model = llama(shape, DTYPES[dtype], device)
+        self.model.requires_grad_(False)
+        config = configure(step.method, step.config)
+        bases = adaptable_layers(self.model, config)
+        packed = base_quantisation.PackedBase()
+        if step.base:
+            base = Base(quantization=step.base, implementation=packer)  # type: ignore[arg-type]
+            packed = base_quantisation.pack(self.model, bases, base, DTYPES[dtype], registry)
+            bases = {path: self.model.get_submodule(path) for path in bases}
+        self.model.eval()
+        self.base_output = inference(self.model, self._logits)()
+        own, original = list(self.model.parameters()), Original.of(self.model)
+        self.start = initial_tensors(step.method, bases, config, torch.Generator().manual_seed(SEED))
+        adapted = implementation(self.model, config, torch.Generator().manual_seed(SEED))
+        begin(adapted, self.start)
+        self.adapted = adapted
+        self.subject = Subject(
+            step.method, config, dtype, self.model, adapted, bases, own, original, packed.forms, packed.expected,
+            packed.judged,
+        )  # fmt: skip
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def settle(self) -> None:
+        """Forget what only the parity needed, and make the optimizer: what is measured from here on is training."""
+        del self.subject, self.start, self.base_output
+        self.optimizer = self.adapted.optimizer(LR, WEIGHT_DECAY) or torch.optim.AdamW(
+            self.adapted.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY
+        )
+        self.model.train()
+
+    def step(self) -> None:
+        """Forward, loss, backward, optimizer step, and what the Method does between steps."""
+        assert self.optimizer is not None, "settle comes first"  # noqa: S101
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(self.model, batch(self.shape, len(self.losses), self.device))
+        term = self.adapted.regularizer()
+        (loss if term is None else loss + term).backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.losses.append(float(loss.detach()))
+        self.adapted.after_step(len(self.losses))
+
+    def parity(self) -> list[CheckResult]:
+        """Take the parity gate of a Cell, then judge the loss of a whole batch and every gradient of it."""
+        who = f"{self.base} by {self.packer}" if self.packer else ""
+        run_model = inference(self.model, self._logits)
+        found = parity_gate.gate(
+            self.subject, SEED, run_model, self.base_output, start=self.start, forward=self._logits, base=who
+        )
+        if any(one.outcome == "fail" for one in found):
+            return found
+        return [*found, self._loss_and_gradients()]
+
+    def _logits(self, model: Any) -> Tensor:
+        logits: Tensor = model(input_ids=batch(self.shape, 0, self.device)[:1, :GATED_TOKENS], use_cache=False).logits
+        return logits
+
+    def _loss_and_gradients(self) -> CheckResult:
+        """Judge one batch's loss and gradients, with every tensor of the adapter random and without dropout."""
+        subject, case = self.subject, Case("warm", seed=SEED, factors=parity_suite.load(self.subject.method).factors())
+        began = {name: t.detach().clone() for name, t in subject.added().items()}
+        warm(subject.added(), case.generator(salt=1))
+        mine = self._seen(self.model, subject.adapted.tensors())
+        truth, rounded = (self._seen(*whole_model.reference(subject, dtype)) for dtype in ("float64", subject.dtype))
+        load(subject.adapted, began)
+        return judged(subject, case, "loss", carried_noise(mine, truth, rounded, subject.dtype))
+
+    def _seen(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        model.eval()
+        loss = loss_of(model, batch(self.shape, 0, self.device))
+        gradients = torch.autograd.grad(loss, list(tensors.values()))
+        return {"loss": loss.detach()} | {f"grad {n}": g for n, g in zip(tensors, gradients, strict=True)}
+
+
+def frozen_pass(shape: Backbone, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
+    """Return what no adapter can avoid: the dense backbone forward, and backward to its embeddings' output; nothing trains.
+
+    It takes the batch of step 0 every time.
+    """
+    model, ids = llama(shape, dtype, device).requires_grad_(False).train(), batch(shape, 0, device)
+    embedded = model.get_input_embeddings()
+    embedded.register_forward_hook(lambda *seen: seen[-1].requires_grad_(True))
+    return lambda: loss_of(model, ids).backward()  # type: ignore[no-untyped-call]

@@ -1,0 +1,20 @@
+"""A process that asks torch for a GPU: `python -m harness.bench.gpu_probe FD LINE {}`; says `unusable`: why there is none."""
+
+from __future__ import annotations
+
+import sys
+
+from harness.process.events import speaker
+
+
+def main(fd: int, line: int) -> None:
+    """Say why torch can use no GPU, or nothing if it can."""
+    with speaker(fd, line) as say:
+        import torch
+
+        why = "is built without CUDA" if torch.version.cuda is None else "cannot use it"
+        say(unusable="" if torch.cuda.is_available() else f"torch {torch.__version__} {why}")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,71 @@
+"""A Cell's base in 4 bits: which layers are packed, by whom, and what must come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from harness.conformance.packed_codes import judge_in_pieces
+from harness.conformance.subject import ExpectedCodes, Packed, is_small
+from harness.conformance.tolerance_policies import Judgement
+from harness.errors import UsageError
+from harness.methods.registry import Registry
+from harness.records.record import Base
+from reference.shared.layers import kind_of
+
+
+@dataclass
+class PackedBase:
+    """What the packed layers hold, by path, and what shows that it is right.
+
+    expected: the codes that the reference quantiser makes; or of a large model, for which these would take half as much
+    memory as its weights, judged: how each layer's codes were judged as it was packed. said: a sentence for the Record.
+    """
+
+    forms: dict[str, Packed] = field(default_factory=dict)
+    expected: dict[str, ExpectedCodes] = field(default_factory=dict)
+    judged: dict[str, tuple[Judgement, int]] = field(default_factory=dict)
+    said: str = ""
+
+
+def pack(
+    model: Any,
+    paths: Iterable[str],
+    base: Base,
+    dtype: torch.dtype,
+    registry: Registry,
+    ready: Iterable[Collection[str]] | None = None,
+) -> PackedBase:
+    """Pack the layers at `paths` in place, one by one: no more than one is there in both forms.
+
+    ready: yields paths of modules as soon as they have their weights, for a model that gets them meanwhile (None: all have
+    them). Raises UsageError for a layer that is not linear, before anything is packed.
+    """
+    paths = list(paths)
+    for path in paths:
+        layer = model.get_submodule(path)
+        if kind_of(layer) != "linear":
+            raise UsageError(
+                f"`targets` name {path} ({type(layer).__name__}); a base in {base.quantization} packs linear layers only",
+                mend="name linear layers, or leave out `base:`",
+            )
+    weights, small = sum(parameter.numel() for parameter in model.parameters()), is_small(model)
+    packs = registry.find("base", base.quantization, base.implementation)
+    found, count = PackedBase(), 0
+    for here in ready or [paths]:
+        for path in (path for path in paths if path in here):
+            layer = model.get_submodule(path)
+            if small:
+                found.expected[path] = ExpectedCodes.of(layer)
+            found.forms[path] = Packed(*packs(model, [path], dtype)[path])
+            if not small:
+                found.judged[path] = judge_in_pieces(found.forms[path], layer, model.get_submodule(path).bias)
+            count += layer.weight.numel()
+            del layer
+    found.said = (
+        f"base {base.quantization}: {len(paths)} layers with {count:,} of the model's {weights:,} weights are packed"
+    )
+    return found

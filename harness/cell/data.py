@@ -1,0 +1,180 @@
+"""A Cell's data: the batches it trains on, a few texts to probe it with, and what scores it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from harness.analysis.statistics.intervals import wilson
+from harness.assets import rows
+from harness.cell.evaluation import classification
+from harness.cell.job import Asset, Work
+from harness.cell.measure.latency import positions
+from harness.cell.training import loop
+from harness.cell.training import model as models
+from harness.cell.training.batches import Example, answer_examples, classification_examples, collate, order
+from harness.cell.training.texts import Prompts, answered_examples, rules
+from harness.errors import UsageError
+from harness.methods.peft_config import virtual_tokens
+from harness.records.record import Accuracy, Cell, Item
+from harness.suites.task_schema import written
+
+_PROBED, _PROBED_CAUSAL = 8, 4
+"""Texts of the parity gate: an encoder gives a few numbers for each, a causal model one for every word it knows."""
+
+Emit = Callable[..., None]
+
+
+class CellData:
+    """The Cell's batches and its scorer, from its task."""
+
+    def __init__(self, work: Work, loaded: models.Loaded, emit: Emit) -> None:
+        cell, task = work.cell, work.task
+        if work.data is None:
+            raise UsageError(f"task {task.name} has no data", mend="name one that has")
+        device = torch.device(work.device)
+        self._lm_task: Any = None
+        if task.file:
+            self._lm_task, train_rows, test_rows = _own(work, work.data)
+        else:
+            train_rows, test_rows = _split(work, work.data)
+        wanted, batch = cell.training.steps, cell.training.batch
+        tokenizer, limit = loaded.tokenizer, cell.training.max_tokens
+        refuse_long(loaded.model, cell, written(task.spec) if task.answers else 0)
+        self.pad = int(tokenizer.pad_token_id)
+        self._cell = cell
+        self._progress = lambda done, of: emit("items", done=done, of=of)
+        self.text_rules = rules(task.answers)
+        if work.model.source.kind == "encoder":
+            loaded.model.config.pad_token_id = self.pad
+
+            def tokenise(some: Sequence[rows.AnyRow]) -> list[Example]:
+                return classification_examples(some, tokenizer, limit)
+
+            self._test = tokenise(test_rows)
+            side, probe = "right", self._test[:_PROBED]
+            refuse_tokenless(self._test, work.model.path, tokenizer.num_special_tokens_to_add())
+        else:
+            from harness.cell.evaluation.likelihood import CausalScorer
+            from harness.cell.evaluation.lm_eval_task import LmEvalTask
+
+            self._lm_task = make = self._lm_task or LmEvalTask(task.spec, test_rows, task.judge)
+            self._scorer = CausalScorer(loaded.model, tokenizer, cell.evaluation.batch, limit, self._progress)
+            encode, prompts, answers = self._scorer.encode_pair, Prompts(tokenizer, limit), task.answers
+
+            def tokenise(some: Sequence[rows.AnyRow]) -> list[Example]:
+                if answers is not None:
+                    return answered_examples(some, prompts, make.pair, answers)
+                return answer_examples(some, make.prompt, make.answers, encode, limit)
+
+            side, probe = "left", tokenise(test_rows[:_PROBED_CAUSAL])
+            refuse_tokenless(probe, work.model.path)
+        chosen = order(_Tokenised(train_rows, tokenise), wanted, batch, cell.seed) if wanted else []
+        for group in chosen:
+            refuse_tokenless(group, work.model.path)
+        ids = [[example.id for example in group] for group in chosen]
+        self.order_sha256 = hashlib.sha256(json.dumps(ids, separators=(",", ":")).encode()).hexdigest()
+        self.cut_examples = sum(example.cut for group in chosen for example in group) if task.answers else None
+        self.batches = [collate(group, self.pad, side).to(device) for group in chosen]
+        self.probe = collate(probe, self.pad, side).to(device)
+
+    def logits(self, model: Any) -> Tensor:
+        """Return the logits of a few test texts, differentiably; of a causal model only the last position's."""
+        if any(self.probe.answers):
+            return loop.last_logits(model, self.probe.inputs, 1)
+        return model(**self.probe.inputs).logits  # type: ignore[no-any-return]
+
+    def evaluate(self, model: Any) -> Accuracy:
+        """Score the test items."""
+        if self._lm_task is None:
+            metric, scored_by = "accuracy", "harness"
+            items = classification.score(model, self._test, self.pad, self._cell.evaluation.batch, self._progress)
+            cut = sum(example.cut for example in self._test)
+        else:
+            metric, scored_by = self._lm_task.metric, self._lm_task.scored_by
+            items = self._lm_task.score(self._scorer)
+            cut = len(self._scorer.cut)
+        right = sum(item.correct for item in items)
+        low, high = wilson(right, len(items))
+        return Accuracy(
+            metric=metric, scored_by=scored_by, value=right / len(items), low=low, high=high,
+            interval="Wilson 95 %", items=_listed(items), cut_items=cut,
+        )  # fmt: skip
+
+
+def refuse_long(model: Any, cell: Cell, written: int = 0) -> None:
+    """Raise UsageError if a Cell's texts, or a prompt and an answer of `written` tokens, are longer than its model reads."""
+    limit, most, virtual = cell.training.max_tokens, positions(model), virtual_tokens(cell.config)
+    # Of the model itself: a config does not tell that RoBERTa keeps two positions for padding.
+    if most is not None and limit > most:
+        raise UsageError(
+            f"`training.max_tokens` is {limit}, and {cell.model} has {most} positions", mend=f"write at most {most}"
+        )
+    if most is not None and virtual and virtual + limit + written > most:
+        of = f"{virtual} virtual tokens, {limit} of a text and {written} of an answer"
+        what = f"{of} exceed the {most} positions of {cell.model}"
+        raise UsageError(what, mend="lower `training.max_tokens`, or `num_virtual_tokens`")
+    if most is not None and limit + written > most:
+        what = f"a prompt of {limit} tokens and an answer of {written} exceed the {most} positions of {cell.model}"
+        raise UsageError(what, mend="lower `training.max_tokens`, or the task's `max_gen_toks`")
+
+
+def refuse_tokenless(examples: Sequence[Example], folder: str, special: int = 0) -> None:
+    """Raise UsageError if no text has a token beside the `special` ones that the tokenizer in `folder` adds to each."""
+    if examples and all(len(example.tokens) <= special for example in examples):
+        what = "the texts have no tokens: the tokenizer makes nothing of what is in them"
+        mend = "write the model's own tokenizer there with `tokenizer.save_pretrained(FOLDER)`"
+        raise UsageError(what, where=folder, mend=mend)
+
+
+def _split(work: Work, data: Asset) -> tuple[list[rows.AnyRow], list[rows.AnyRow]]:
+    """Return the rows that train and those that are tested."""
+    task, evaluation = work.task, work.cell.evaluation
+    everything = rows.read(data.source, Path(data.path))
+    training = rows.read(task.train.source, Path(task.train.path)) if task.train else None
+    trained, tested = rows.split(everything, task.test, task.shuffle_seed, training)
+    return trained, tested[evaluation.skip : evaluation.skip + evaluation.items]
+
+
+def _own(work: Work, data: Asset) -> tuple[Any, list[Any], list[Any]]:
+    """Return one of lm-eval's own tasks, and its rows."""
+    from harness.cell.evaluation.own_task import OwnTask
+
+    evaluation = work.cell.evaluation
+    tested = range(evaluation.skip, evaluation.skip + evaluation.items)
+    task = OwnTask(Path(work.task.file), Path(data.path), tested, work.task.judge)
+    return task, task.training() if work.cell.training.steps else [], task.tested()
+
+
+class _Tokenised(Sequence[Example]):
+    """Rows as examples, each tokenised when it is first looked at: a short training sees few of them."""
+
+    def __init__(
+        self, texts: Sequence[rows.AnyRow], tokenise: Callable[[Sequence[rows.AnyRow]], list[Example]]
+    ) -> None:
+        self._texts, self._tokenise = texts, tokenise
+        self._known: dict[int, Example] = {}
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if index not in self._known:
+            (self._known[index],) = self._tokenise([self._texts[index]])
+        return self._known[index]
+
+
+def _listed(items: list[Item]) -> list[Item]:
+    return sorted(items, key=lambda item: item.id)

@@ -1,0 +1,29 @@
+"""Scoring an encoder with a classification head: the largest logit wins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from harness.cell.training.batches import Example, collate
+from harness.records.record import Item
+
+
+@torch.inference_mode()
+def score(
+    model: Any, examples: Sequence[Example], pad: int, batch: int, report: Callable[[int, int], None]
+) -> list[Item]:
+    """Return one 0/1 Item per example, in the examples' order. Batches hold texts of like length."""
+    model.eval()
+    device = next(model.parameters()).device
+    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
+    items: list[Item | None] = [None] * len(examples)
+    for start in range(0, len(by_length), batch):
+        chosen = by_length[start : start + batch]
+        inputs = collate([examples[i] for i in chosen], pad, "right").to(device)
+        for i, predicted in zip(chosen, model(**inputs.inputs).logits.argmax(-1).tolist(), strict=True):
+            items[i] = Item(id=examples[i].id, correct=int(predicted == examples[i].label))
+        report(min(start + batch, len(by_length)), len(by_length))
+    return [item for item in items if item is not None]

@@ -1,0 +1,271 @@
+"""Latency of the base, the unmerged and the merged model: raw times, the variants taken in turn."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from harness.errors import ImplementationError
+from harness.methods.spec import Adapted
+from harness.records.record import DECODED, Evaluation, Latency
+from reference.shared.layers import replace
+
+Variant = Literal["base", "unmerged", "merged", "multi-adapter"]
+Kind = Literal["forward", "prefill", "decode"]
+WARMUP = 1
+BLOCKS = 4
+"""An even number, so that every variant comes as early as late, on the average."""
+PER_BLOCK = 3
+SLOW_S, FEWER = 0.1, 2
+"""Of forward passes that take longer there are fewer: eight, of which six are the least that have an interval at 95 %."""
+_ORDER: tuple[Variant, ...] = ("base", "unmerged", "merged")
+CACHES = ("cache", "past_key_values", "cache_params")
+"""What a key-value cache is called: by transformers from 5.24 on, before, and before by state-space models."""
+
+
+def measure(
+    adapted: Adapted,
+    causal: bool,
+    vocabulary: int,
+    merged_refused: str,
+    asked: Evaluation,
+    *,
+    blocks: int = BLOCKS,
+    layers: Mapping[str, nn.Module] | None = None,
+) -> list[Latency]:
+    """Return forward (encoder) or prefill and decode (causal) times for every variant there is.
+
+    Variants alternate in blocks, in an order that turns round from each to the next, so that a slow spell of the machine
+    touches all and a drift none more than the others; after each change of variant the first runs are thrown away. The model
+    is left as it was. Raises ImplementationError if the adapter's own methods fail.
+
+    asked: how many prompts of how many tokens, and how many passes; where it leaves these open, twelve, or eight slow ones.
+    merged_refused: why merging is not to be tried, or empty. layers: the adapted layers by path as they were before
+    anybody called `detach`, which may forget them; None if nobody has.
+    """
+    timed = Prompt(adapted.model, causal, vocabulary, asked)
+    block = timed.block
+    refused: dict[Variant, str] = {}
+    if not adapted.can_merge:
+        because = "there is no adapter: the trained model is shaped like its base"
+        for _ in range(blocks):
+            block("base")
+        refused = {"unmerged": because, "merged": because}
+    else:
+        refused = {"merged": merged_refused} if merged_refused else {}
+        variants = _Variants(adapted, adapted.layers if layers is None else layers)
+        each: list[Variant] = ["unmerged", "base"] if merged_refused else ["unmerged", "merged", "base"]
+        for variant in in_turn(each, blocks):
+            with variants.being(variant):
+                block(variant)
+    return [found for variant in _ORDER for found in timed.latencies(variant, refused.get(variant, ""))]
+
+
+def in_turn(variants: Sequence[Variant], blocks: int = BLOCKS) -> Iterator[Variant]:
+    """Yield each variant once a block; what was last in one is first in the next."""
+    for index in range(blocks):
+        yield from variants[:: -1 if index % 2 else 1]
+
+
+def unmeasured(model: Any, causal: bool, vocabulary: int, because: str, asked: Evaluation) -> list[Latency]:
+    """Return what `measure` does where there is nothing to tell but why."""
+    timed = Prompt(model, causal, vocabulary, asked)
+    return [found for variant in _ORDER for found in timed.latencies(variant, because)]
+
+
+class Prompt:
+    """A batch of prompts of equal length for one model, and the times that were taken with it so far.
+
+    batch: another than is asked for, of rows that have adapters of their own.
+    """
+
+    def __init__(self, model: Any, causal: bool, vocabulary: int, asked: Evaluation, batch: int | None = None) -> None:
+        self.model, self.causal = model.eval(), causal
+        self.length, self.no_decoding = _prompt(model, causal, asked.prompt_tokens)
+        self.passes = None if asked.passes is None else math.ceil(asked.passes / BLOCKS)
+        self.shape, self.vocabulary = (batch or asked.prompt_batch, self.length), vocabulary
+        self.kinds: Sequence[Kind] = ("prefill", "decode") if causal else ("forward",)
+        self.samples: dict[tuple[Variant, Kind], list[float]] = {}
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """The prompts, made when they are wanted: who only says why there are no times may have no memory for them."""
+        drawn = torch.randint(0, self.vocabulary, self.shape, generator=torch.Generator().manual_seed(0))
+        return drawn.to(next(self.model.parameters()).device)
+
+    def block(self, variant: Variant) -> None:
+        """Take a block of times of the model as it stands."""
+        for kind in self.kinds:
+            if kind == "decode" and self.no_decoding:
+                continue
+            run = _decode if kind == "decode" else _forward
+            self.samples.setdefault((variant, kind), []).extend(run(self.model, self.ids, self.causal, self.passes))
+
+    def latencies(self, variant: Variant, because: str = "", adapters: int | None = None) -> list[Latency]:
+        """Return what was taken of a variant, for each kind. because: why nothing was, if so."""
+        return [
+            Latency(
+                variant=variant,
+                kind=kind,
+                batch=self.shape[0],
+                tokens=DECODED if kind == "decode" else self.length,
+                seconds=self.samples.get((variant, kind), []),
+                because=because or (self.no_decoding if kind == "decode" else ""),
+                adapters=adapters,
+            )
+            for kind in self.kinds
+        ]
+
+
+def positions(model: Any) -> int | None:
+    """Return how many tokens a model can read at once, or None where its config sets no limit."""
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        return None
+    most -= getattr(model, "virtual_tokens", 0)
+    for name, module in model.named_modules():
+        # RoBERTa numbers its positions from behind the padding's index.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(most - module.padding_idx - 1)
+    return most
+
+
+def _prompt(model: Any, causal: bool, tokens: int) -> tuple[int, str]:
+    """Return the length of the prompt, and why nothing can be decoded after it, or an empty string."""
+    most = positions(model) or tokens + DECODED
+    if not causal:
+        return min(tokens, most), ""
+    if not _cache(model):
+        return min(tokens, most), f"the model's forward takes no key-value cache ({', '.join(CACHES)})"
+    if most > DECODED:
+        return min(tokens, most - DECODED), ""
+    return min(tokens, most), f"the model has {most} positions, no room to decode {DECODED} tokens after a prompt"
+
+
+def _cache(model: Any) -> str:
+    """Return the name by which a model takes its key-value cache and gives it back, or an empty string."""
+    takes = inspect.signature(model.forward).parameters
+    return next((name for name in CACHES if name in takes), "")
+
+
+class _Variants:
+    """Changes between the variants by the adapter's own methods, and does not let them pass for what they are not."""
+
+    def __init__(self, adapted: Adapted, layers: Mapping[str, nn.Module]) -> None:
+        self._adapted, self._layers, self._off = adapted, dict(layers), False
+        self.attach()
+
+    def attach(self) -> None:
+        """Put the adapted layers back, also where the adapter keeps them: `detach` may have emptied that."""
+        for path, layer in self._layers.items():
+            replace(self._adapted.model, path, layer)
+        with self._asked("layers"):
+            self._adapted.layers.update(self._layers)
+        if self._off and (again := getattr(self._adapted, "attach_again", None)) is not None:
+            again()  # what is no layer: virtual tokens
+        self._off = False
+
+    @contextmanager
+    def being(self, variant: Variant) -> Iterator[None]:
+        """Be a variant, and what was attached again afterwards."""
+        if variant == "merged":
+            self.merge()
+        elif variant == "base":
+            self.detach()
+        yield
+        if variant == "merged":
+            self.unmerge()
+        elif variant == "base":
+            self.attach()
+
+    def merge(self) -> None:
+        """Merge; some libraries do it inside the layer, so that what then stands at its path says nothing."""
+        with self._asked("merge()"):
+            self._adapted.merge()
+
+    def unmerge(self) -> None:
+        """Unmerge; the adapted layers must be back."""
+        with self._asked("unmerge()"):
+            self._adapted.unmerge()
+        if gone := [path for path, there in self._there() if not there]:
+            raise self._fault("unmerge()", f"did not put {gone[0]} back, nor {len(gone) - 1} other layers")
+
+    def detach(self) -> None:
+        """Detach; no adapted layer may be left, or its time would be taken for the base's."""
+        with self._asked("detach()"):
+            self._adapted.detach()
+        self._off = True
+        if left := [path for path, there in self._there() if there]:
+            raise self._fault("detach()", f"left {left[0]} adapted, and {len(left) - 1} other layers")
+
+    def _there(self) -> list[tuple[str, bool]]:
+        model = self._adapted.model
+        return [(path, model.get_submodule(path) is layer) for path, layer in self._layers.items()]
+
+    @contextmanager
+    def _asked(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # not RuntimeError: memory may run out
+            raise self._fault(what, f"raised {type(error).__name__}: {error}") from error
+
+    def _fault(self, what: str, did: str) -> ImplementationError:
+        kind = type(self._adapted)
+        return ImplementationError(
+            f"the implementation is at fault, not the model: {what} of {kind.__module__}.{kind.__qualname__} {did}",
+            where="latency phase",
+            mend="its merge(), unmerge() and detach() must work again after the layers were put back; tell its authors",
+        )
+
+
+def _timed(run: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+@torch.inference_mode()
+def _forward(model: Any, ids: Tensor, causal: bool, passes: int | None) -> list[float]:
+    options = {"use_cache": False} if causal else {}
+
+    def once() -> float:
+        return _timed(lambda: model(input_ids=ids, **options), ids.device)
+
+    slowest = max(once() for _ in range(WARMUP))
+    return [once() for _ in range(passes or (FEWER if slowest > SLOW_S else PER_BLOCK))]
+
+
+@torch.inference_mode()
+def _decode(model: Any, ids: Tensor, causal: bool, passes: int | None) -> list[float]:
+    """Return seconds per token of greedy decoding, one after the other, with a key-value cache."""
+    times: list[float] = []
+    while len(times) < (passes or 1):
+        times += _decoded(model, ids)
+    return times
+
+
+def _decoded(model: Any, ids: Tensor) -> list[float]:
+    """Return the times of the tokens after one prompt; of the first, which warms up, none."""
+    name, seen = _cache(model), model(input_ids=ids, use_cache=True)
+    times = []
+    for _ in range(DECODED):
+        token, cache = seen.logits[:, -1:].argmax(-1), {name: getattr(seen, name)}
+
+        def one(token: Tensor = token, cache: Any = cache) -> None:
+            nonlocal seen
+            seen = model(input_ids=token, **cache, use_cache=True)
+
+        times.append(_timed(one, ids.device))
+    return times[WARMUP:]

@@ -1,0 +1,142 @@
+"""Serving: the latency of a batch whose rows have adapters of their own, checked before it is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.cell.measure.latency import BLOCKS, Prompt, in_turn
+from harness.conformance import multi_adapter
+from harness.conformance.case import Case
+from harness.conformance.multi_adapter import Adapters, Mixed
+from harness.conformance.results import skipped
+from harness.conformance.subject import Subject
+from harness.errors import ImplementationError, Unsupported
+from harness.methods.registry import Registry
+from harness.records.record import Cell, CheckResult, Latency, Outcome
+from reference.shared.layers import replace
+
+ADAPTERS = 4
+"""Rows of the batch, each with an adapter of its own."""
+_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What somebody's `multi_lora_linear` or `mixed` may raise for layers that it was not written for, or for want of memory."""
+OPERATION, METHOD = "multi_lora_linear", "lora"
+
+
+def measure(
+    subject: Subject, cell: Cell, causal: bool, vocabulary: int, registry: Registry
+) -> tuple[list[Latency], list[CheckResult]]:
+    """Return times of ADAPTERS adapters in one batch beside those of one adapter for the same batch, and the check of it.
+
+    The two alternate in blocks. Where nothing mixes adapters, or the check is red, there are no times but the reason. An
+    implementation mixes adapters by its Operation `multi_lora_linear`, or by a method `mixed` of its Adapted, for those
+    that have a way of their own: a function of several adapters (each as `tensors()`), that returns a context manager.
+    """
+    prompt = Prompt(subject.model, causal, vocabulary, cell.evaluation, ADAPTERS)
+    try:
+        mixed = _way(subject, cell, registry)
+        multi_adapter.rows_must_reach(subject, ADAPTERS, lambda: _run(prompt))
+        adapters = multi_adapter.drawn(subject, ADAPTERS, cell.seed)
+        with torch.random.fork_rng():
+            result = multi_adapter.check_rows(subject, adapters, mixed, lambda: _run(prompt), cell.seed)
+    except Unsupported as error:
+        return _untimed(prompt, str(error)), []
+    except _ERRORS as error:
+        return _failed(prompt, subject, cell, error)
+    if result.outcome is not Outcome.PASS:
+        refused = f"no speed without parity: {result.check} {result.outcome.value}: {result.detail or result.worst}"
+        return _untimed(prompt, refused), [result]
+    try:
+        for variant in in_turn(("unmerged", "multi-adapter"), BLOCKS):
+            with mixed(adapters) if variant == "multi-adapter" else nullcontext():
+                prompt.block(variant)
+    except _ERRORS as error:
+        prompt.samples.clear()
+        return _failed(prompt, subject, cell, error)
+    return prompt.latencies("unmerged", adapters=1) + prompt.latencies("multi-adapter", adapters=ADAPTERS), [result]
+
+
+def _failed(
+    prompt: Prompt, subject: Subject, cell: Cell, error: BaseException
+) -> tuple[list[Latency], list[CheckResult]]:
+    """Return that several adapters in one batch could not be tried: no reason to lose what was trained and scored."""
+    because = f"could not be tried: {type(error).__name__}: {error}".partition("\n")[0]
+    case = Case("trained", seed=cell.seed)
+    return _untimed(prompt, because), [skipped(subject, case, multi_adapter.NAME, because)]
+
+
+def _untimed(prompt: Prompt, because: str) -> list[Latency]:
+    """Return that neither was timed: so it is told apart from a batch of this size that a suite asks for."""
+    return prompt.latencies("unmerged", because, 1) + prompt.latencies("multi-adapter", because, ADAPTERS)
+
+
+def _run(prompt: Prompt) -> None:
+    options = {"use_cache": False} if prompt.causal else {}
+    prompt.model(input_ids=prompt.ids, **options)
+
+
+def _way(subject: Subject, cell: Cell, registry: Registry) -> Mixed:
+    """Return how this implementation mixes adapters; raises Unsupported if it does not."""
+    if (own := getattr(subject.adapted, "mixed", None)) is not None:
+        return own  # type: ignore[no-any-return]
+    if cell.method != METHOD:
+        raise Unsupported(
+            f"several adapters in one batch are an operation of {METHOD} ({OPERATION}); {cell.method} has none"
+        )
+    try:
+        call = registry.find("operation", OPERATION, cell.implementation)
+    except ImplementationError as error:
+        raise Unsupported(f"{cell.implementation} offers no {OPERATION}, nor `mixed`") from error
+    for path, base in subject.bases.items():
+        if type(base) is not nn.Linear:
+            kind = type(base).__name__
+            raise Unsupported(f"{OPERATION} by {cell.implementation} takes a dense linear layer; {path} is a {kind}")
+    return _by_operation(subject, call)
+
+
+def _by_operation(subject: Subject, call: Callable[..., Any]) -> Mixed:
+    @contextmanager
+    def mixed(adapters: Adapters) -> Iterator[None]:
+        layers = dict(subject.adapted.layers)
+        try:
+            for path in layers:
+                replace(subject.model, path, _MixedLinear(call, subject.bases[path], path, adapters, subject.config))
+            yield
+        finally:
+            for path, layer in layers.items():
+                replace(subject.model, path, layer)
+
+    return mixed
+
+
+class _MixedLinear(nn.Module):
+    """A linear layer whose rows have adapters of their own, by somebody's `multi_lora_linear`. x (N, ..., D)."""
+
+    def __init__(self, call: Callable[..., Any], base: Any, path: str, adapters: Adapters, config: Any) -> None:
+        super().__init__()
+        self.call, self.base = call, base
+        self.As, self.Bs = (self._of(path, letter, adapters) for letter in ("A", "B"))
+        self.scalings, self.ids = [config.scaling] * len(adapters), torch.arange(len(adapters))
+        self.train(base.training)
+
+    @staticmethod
+    def _of(path: str, letter: str, adapters: Adapters) -> list[Tensor]:
+        return [adapter[f"{path}.{letter}"] for adapter in adapters]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return W x with each row's own update, and the bias."""
+        y: Tensor = self.call(x=x, W=self.base.weight, As=self.As, Bs=self.Bs, scalings=self.scalings, ids=self.ids)
+        return y if self.base.bias is None else y + self.base.bias

@@ -1,0 +1,72 @@
+"""The data of the task `synthetic`: random tokens, as many in every sequence as the Cell reads at once; nothing to score.
+
+An encoder is given a label for each sequence, at random too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.assets import structure
+from harness.cell.data import refuse_long
+from harness.cell.job import Work
+from harness.cell.training import loop
+from harness.cell.training import model as models
+from harness.cell.training.batches import Batch, Example, collate
+
+_PROBED, _PROBED_TOKENS = 2, 32
+
+
+class RandomData:
+    """A Cell's batches of random tokens: the same for every method of one seed, all of `max_tokens`, no padding.
+
+    The loss is over every token that has one before it, or of an encoder over the labels. Raises UsageError where the model
+    reads fewer tokens.
+    """
+
+    cut_examples = None
+
+    def __init__(self, work: Work, loaded: models.Loaded) -> None:
+        cell, device = work.cell, torch.device(work.device)
+        refuse_long(loaded.model, cell)
+        training, vocabulary = cell.training, int(loaded.model.config.vocab_size)
+        generator = torch.Generator().manual_seed(cell.seed)
+        self._encoder = work.model.source.kind == "encoder"
+        if self._encoder:
+            structure.without_padding(loaded.model)
+        of = "the labels, which are random too" if self._encoder else "every token but the first"
+        self.text_rules = f"random tokens; loss of {of}; nothing is scored"
+
+        def sequences(count: int, tokens: int, name: str) -> Batch:
+            ids = torch.randint(0, vocabulary, (count, tokens), generator=generator).tolist()
+            if self._encoder:
+                labels = torch.randint(0, work.task.labels, (count,), generator=generator).tolist()
+                examples = [Example(f"{name}-{row}", tuple(ids[row]), label) for row, label in enumerate(labels)]
+                return collate(examples, 0, "right").to(device)
+            examples = [Example(f"{name}-{row}", tuple(one), 0, tokens - 1) for row, one in enumerate(ids)]
+            return collate(examples, 0, "left").to(device)
+
+        self.probe = sequences(_PROBED, min(training.max_tokens, _PROBED_TOKENS), "probe")
+        names = [f"random-{cell.seed}-{step}" for step in range(training.steps)]
+        self.batches = [sequences(training.batch, training.max_tokens, name) for name in names]
+        # Of the tokens and labels themselves: the names do not tell how many and how long the sequences are.
+        drawn = hashlib.sha256(json.dumps([vocabulary, names]).encode())
+        for batch in self.batches:
+            drawn.update(json.dumps(batch.inputs["input_ids"].tolist()).encode())
+            if self._encoder:
+                drawn.update(json.dumps(batch.labels.tolist()).encode())
+        self.order_sha256 = drawn.hexdigest()
+
+    def logits(self, model: Any) -> Tensor:
+        """Return the logits of two sequences, of a causal model at their last position, differentiably."""
+        if self._encoder:
+            return model(**self.probe.inputs).logits  # type: ignore[no-any-return]
+        return loop.last_logits(model, self.probe.inputs, 1)
+
+    def evaluate(self, model: Any) -> None:
+        """Score nothing: whether a random token or label was foreseen says nothing of a model."""

@@ -1,0 +1,69 @@
+"""The classification head of an encoder: it trains as a whole with every Method, and no adapter sits on it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.errors import UsageError
+from harness.methods.spec import TARGET_WORDS
+
+_SPREAD = 0.02
+"""BERT's own: the standard deviation of new weights."""
+
+
+def head_of(model: Any, kind: str, lacks: Collection[str] = ()) -> dict[str, nn.Parameter]:
+    """Return the parameters of an encoder's head by name: those outside the encoder itself, new or from a checkpoint.
+
+    lacks: names of the parameters that the checkpoint lacks. Those inside the encoder, such as the pooler of one that was
+    trained to fill gaps, belong to the head too: they start at random, and frozen they would stand in its way.
+    """
+    if kind != "encoder":
+        return {}
+    start = f"{model.base_model_prefix}."
+    return {n: p for n, p in model.named_parameters() if n in lacks or not n.startswith(start)}
+
+
+@torch.no_grad()
+def draw(model: Any, names: Collection[str], seed: int) -> dict[str, nn.Parameter]:
+    """Draw parameters of the head, of these names, in place from the Cell's seed alone, and return them by name.
+
+    The matrices and the biases of linear layers. What else there is stays as the model's own initialiser has left it: a norm
+    that starts at zero would let nothing through, and no gradient back.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    head = {name: model.get_parameter(name) for name in names}
+    for name, parameter in head.items():
+        if parameter.dim() > 1:
+            # Drawn in float64 so that every dtype starts from the same numbers.
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * _SPREAD
+            parameter.copy_(drawn)
+        elif isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear):
+            parameter.zero_()
+    return head
+
+
+def beside(config: Any, matched: Collection[str], head: Collection[str]) -> Any:
+    """Return a Method's config without targets that fit layers of the head. matched: paths of all layers that they fit.
+
+    They are named by their paths then, and also instead of a word for layers of which only the model can tell the names.
+    Raises UsageError where nothing is left.
+    """
+    if not hasattr(config, "targets"):
+        return config
+    paths = tuple(path for path in matched if not in_head(path, head))
+    if len(paths) == len(matched) and not TARGET_WORDS & {*config.targets}:
+        return config
+    if not paths:
+        what = f"`targets` name nothing but the head ({', '.join(matched)}), which trains as a whole anyway"
+        raise UsageError(what, mend="name layers of the model, or choose `method: frozen`")
+    return replace(config, targets=paths)
+
+
+def in_head(path: str, head: Collection[str]) -> bool:
+    """Return whether the layer at `path` is a part of the head, which has parameters of these names."""
+    return any(name.startswith(f"{path}.") for name in head)

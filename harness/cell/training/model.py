@@ -1,0 +1,214 @@
+"""Loading a model for a task, with a classification head: its own, or a new one whose start depends on the seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.assets import conv1d
+from harness.cell.training import head
+from harness.conformance.tolerance_table import FORESIGHT
+from harness.errors import AssetError, UsageError
+from harness.process.out_of_memory import shortage
+
+_COMPILER = ("torch._dynamo", "torch._inductor")
+_PROBED_TOKENS = 4
+"""No suite lets a model read fewer."""
+_NAMED = 6
+"""Of the weights that a note is about: those of any usual head."""
+
+
+@dataclass
+class Loaded:
+    """model: on its device; head: path -> parameter of an encoder's head, trained by every method.
+
+    notes: what a Record should say of it.
+    """
+
+    model: Any
+    tokenizer: Any
+    head: dict[str, nn.Parameter]
+    notes: list[str] = field(default_factory=list)
+
+
+def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.device, seed: int) -> Loaded:
+    """Load an encoder with a classification head of `labels` classes, or a causal model, from a local folder.
+
+    A head of another number of classes is drawn anew, as with transformers' `ignore_mismatched_sizes`. Raises AssetError for
+    what cannot be read, lacks weights of a causal model, or has weights of other sizes than its config.json.
+    """
+    from transformers import AutoTokenizer
+
+    model, info = _read(path, kind, dtype=dtype, **({"num_labels": labels} if kind == "encoder" else {}))
+    missing = sorted(info["missing_keys"])
+    if kind == "causal" and missing:
+        raise AssetError(
+            f"the checkpoint lacks {len(missing)} weights of a causal model: {_some(missing)}",
+            where=str(path),
+            mend="is it an encoder? then declare it with kind: encoder",
+        )
+    trains = head.head_of(model, kind, missing)
+    sizes = {name: (tuple(saved), tuple(wanted)) for name, saved, wanted in info["mismatched_keys"]}
+    if wrong := sorted(sizes.keys() - trains.keys()):
+        saved, wanted = sizes[wrong[0]]
+        raise AssetError(
+            f"the weights are not those of its config.json: {wrong[0]} has the shape {saved}, and by the config {wanted}",
+            where=str(path),
+            mend="copy or fetch its folder again, or correct config.json",
+        )
+    written = conv1d.as_linear(model)
+    model.to(device)
+    if kind == "causal" and (share := foresight(model)) > FORESIGHT:
+        raise AssetError(
+            f"{type(model).__name__} is no causal model as it is configured: its output depends on later tokens too "
+            f"({share:.2g} of its gradient), so it sees the answers, and no score of it would mean anything",
+            where=str(path),
+            mend="declare it with `kind: encoder`; a decoder of such a family has `is_decoder: true` in config.json",
+        )
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    drawn = head.draw(model, [name for name in sorted(trains) if name in missing or name in sizes], seed)
+    notes = [conv1d.NOTE.format(written)] if written else []
+    start = f"{model.base_model_prefix}."
+    if inside := [name for name in drawn if name.startswith(start)]:
+        notes.append(f"the checkpoint lacks {_some(inside)}: drawn anew, they train with the head")
+    if others := [name for name in drawn if name in sizes]:
+        notes.append(f"the checkpoint's head is not of {labels} classes: {_some(others)} drawn anew")
+    if kept := [name for name in trains if name not in drawn]:
+        notes.append(f"of the head, {_some(kept)} came with the checkpoint: training goes on from there")
+    return Loaded(model, tokenizer, {name: model.get_parameter(name) for name in sorted(trains)}, notes)
+
+
+def _read(path: Path, kind: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    factory: Any = AutoModelForSequenceClassification if kind == "encoder" else AutoModelForCausalLM
+    options |= {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, info = factory.from_pretrained(path, **options)
+    except (SafetensorError, OSError, ValueError) as error:
+        if shortage(error):
+            raise
+        said = (str(error).splitlines() or [""])[0]
+        raise AssetError(
+            f"the model cannot be read: {type(error).__name__}: {said}",
+            where=str(path),
+            mend="copy or fetch its folder again, or take one that this release of transformers knows",
+        ) from error
+    return model, info
+
+
+def _some(names: list[str]) -> str:
+    """Name weights, but not all of hundreds."""
+    return ", ".join(names[:_NAMED]) + (f" ... ({len(names)} in all)" if len(names) > _NAMED else "")
+
+
+@cache
+def lacks(checkpoint: str) -> frozenset[str]:
+    """Return the names of an encoder's weights that the checkpoint in a folder lacks; none for no folder (a shape).
+
+    No weight is read: the model is loaded onto the meta device. Raises AssetError as `load` does.
+    """
+    return frozenset(_read(Path(checkpoint), "encoder", device_map="meta")[1]["missing_keys"] if checkpoint else ())
+
+
+@contextmanager
+def checkpointing(model: Any, wanted: bool) -> Iterator[None]:
+    """If `wanted`, let each block of a model of transformers keep only its input for the backward pass, inside the context.
+
+    Without reentrance, or no adapter in the first block would have a gradient. Raises UsageError for a model that cannot.
+    """
+    if not wanted:
+        yield
+        return
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UsageError(
+            f"{type(model).__name__} cannot do gradient checkpointing", mend="write `checkpointing: false`"
+        )
+    # Its name in transformers 5.0, and that from which this one warns.
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(model, f"{name}_checkpointing_disable")()
+
+
+@contextmanager
+def compiled(model: Any, wanted: bool, notes: list[str]) -> Iterator[None]:
+    """If `wanted`, let torch.compile compile the calls of a model inside the context, and note what came of it.
+
+    In place: modules and names stay what they are. Raises UsageError where the compiler cannot do it.
+    """
+    if not wanted:
+        yield
+        return
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    model.compile()
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.startswith(_COMPILER) and not shortage(error):
+            said = next(filter(None, (line.strip() for line in str(error).splitlines())), type(error).__name__)
+            raise UsageError(
+                f"torch.compile failed: {type(error).__name__}: {said}",
+                where=type(model).__name__,
+                mend="on a CPU it needs a C++ compiler with OpenMP (g++); or write `compile: false`",
+            ) from error
+        raise
+    finally:
+        # A model of many lengths or layers may be more than the compiler takes, which then runs the rest uncompiled.
+        graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+        tried, done = (counters["frames"][name] for name in ("total", "ok"))
+        notes.append(
+            f"torch.compile, in the parity gate and in training: {graphs} graphs, {breaks} breaks between them, "
+            f"{done} of {tried} frames compiled, the others run as they are"
+        )
+        model._compiled_call_impl = None  # what Module.compile() sets, and nothing takes back
+        torch.compiler.reset()
+
+
+def graphs() -> int:
+    """Return how many graphs torch.compile has made inside the context of `compiled` so far."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def foresight(model: Any) -> float:
+    """Return how much of the logits at the first positions depends on the last token: 0 for a causal model.
+
+    It is the gradient that reaches the last token's embedding, as a share of that of all embeddings. Two runs with another
+    last token would tell less in 16 bits: what few layers see of one token may be less than the rounding, but a gradient
+    that has no way back is exactly zero in every dtype.
+    """
+    found: list[Tensor] = []
+
+    def watch(module: nn.Module, arguments: Any, embedded: Tensor) -> Tensor:
+        found.append(embedded.detach().requires_grad_(True))
+        return found[-1].clone()  # some models scale it in place
+
+    ids = torch.arange(_PROBED_TOKENS, device=model.device)[None] % model.config.vocab_size
+    hook = model.get_input_embeddings().register_forward_hook(watch)
+    try:
+        with torch.enable_grad():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, :-1]
+        dy = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+        (gradient,) = torch.autograd.grad(logits, found[0], dy.to(logits))
+    finally:
+        hook.remove()
+    of_tokens = gradient.double().flatten(0, -2)  # one text, whichever of batch and length comes first
+    every = of_tokens.norm()
+    return float(of_tokens[-1].norm() / every) if every > 0 else 0.0

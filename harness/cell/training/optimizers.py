@@ -1,0 +1,216 @@
+"""The optimizer of a Cell: which it is and who provides it, its groups and schedule, and what a reader must know of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import harness.kernels.torch.adamw8bit
+import harness.kernels.torch.paged
+import reference.operations.adamw8bit
+import reference.operations.paged
+from harness.cell.training.master_weights import HALVES, Masters
+from harness.errors import Unsupported, UsageError
+from harness.methods.spec import Adapted
+from harness.records.record import Json, Optimizer, Training
+from reference.shared.layerwise import Layerwise
+
+BETAS, EPS = (0.9, 0.999), 1e-8
+"""AdamW's, as in its paper and as torch's defaults; stated here so that no release of torch can change them unseen."""
+PAGE_BUDGET_B = 0
+"""Bytes of paged states that stay on the device between two steps: none. It is where paging saves most and costs most."""
+_OURS = (harness.kernels.torch.adamw8bit.AdamW8bit, harness.kernels.torch.paged.Paged)
+_REFERENCES = (reference.operations.adamw8bit.AdamW8bit, reference.operations.paged.Paged)
+
+
+def make(
+    adapted: Adapted,
+    head: Sequence[nn.Parameter],
+    recipe: Training,
+    name: Optimizer = "adamw",
+    implementation: str = "",
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Return the optimizer over adapter and head, and its schedule: linear warm-up, then linearly down to zero.
+
+    It is what `chosen` returns, with float32 master weights where something that trains is float16 or bfloat16; or the
+    Method's own with the head added, its moments in 8 bits for `adamw-8bit`. That one steps bfloat16 weights as they are:
+    GaLore's paper does, whose subject is memory. In float16, whose range holds no second moments, it has float32 masters
+    too.
+
+    Raises UsageError where nothing trains, and where `name` or `lr_ratio` asks of a Method what it has no place for; and
+    Unsupported where an implementation's own has no moments in 8 bits.
+    """
+    heads = {id(p) for p in head}
+    body = [p for p in adapted.parameters() if id(p) not in heads]
+    if not body and not head:
+        raise UsageError(
+            "nothing of this model trains: the method adds no tensors, and a causal model has no head to train",
+            mend="write `training: {steps: 0}`, or choose a method that trains",
+        )
+    head_lr = recipe.lr if recipe.head_lr is None else recipe.head_lr
+    of_head: list[dict[str, Any]] = [{"params": list(head), "lr": head_lr}] if head else []
+    own = _own(adapted, recipe, name)
+    if own is None:
+        groups = [*_of_body(adapted, body, recipe), *of_head]
+        optimizer = chosen(name, implementation, groups, recipe.lr, recipe.weight_decay)
+        lacking = {*HALVES}  # in float32 and float64 nothing is gained by a second copy
+    else:
+        if name.startswith("paged-") or recipe.lr_ratio != 1:
+            what = (
+                f"a paged `optimizer` or `lr_ratio` was chosen, and this method steps by {type(own).__name__}, its own"
+            )
+            raise UsageError(what, mend="write `optimizer: adamw` or `adamw-8bit`, and leave `lr_ratio` out")
+        for group in of_head:  # a Method's own optimizer knows of its own tensors only
+            own.add_param_group(group)
+        optimizer, lacking = own, {torch.float16}
+    if lacking & {p.dtype for p in (*body, *head)}:
+        optimizer = Masters(optimizer)
+
+    def share(step: int) -> float:
+        if step < recipe.warmup:
+            return (step + 1) / recipe.warmup
+        return max(0.0, (recipe.steps - step) / max(1, recipe.steps - recipe.warmup))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+
+def _own(adapted: Adapted, recipe: Training, name: Optimizer) -> torch.optim.Optimizer | None:
+    """Return the Method's own optimizer, or None; with moments in 8 bits where these were chosen and it has them."""
+    if not name.endswith("8bit"):
+        return adapted.optimizer(recipe.lr, recipe.weight_decay)
+    if "bits" in inspect.signature(adapted.optimizer).parameters:
+        narrow: Any = adapted.optimizer
+        return narrow(recipe.lr, recipe.weight_decay, bits=8)  # type: ignore[no-any-return]
+    if (own := adapted.optimizer(recipe.lr, recipe.weight_decay)) is not None:
+        raise Unsupported(f"{_class(own)}, which this implementation steps by, has no moments in 8 bits")
+    return None
+
+
+def layerwise(optimizer: torch.optim.Optimizer, recipe: Training) -> Layerwise | None:
+    """Let every weight be stepped within the backward pass from now on, if the recipe says so.
+
+    Raises UsageError where a step needs several backward passes, or all gradients at once.
+    """
+    if not recipe.layerwise:
+        return None
+    if recipe.accumulate != 1:
+        what = f"`layerwise` frees each gradient within its backward pass, and `accumulate` is {recipe.accumulate}"
+        raise UsageError(what, mend="write `accumulate: 1`")
+    if isinstance(optimizer, Masters) and optimizer.scales:
+        what = (
+            "`layerwise` frees each gradient before the others are there, and the loss scale of float16 needs them all"
+        )
+        raise UsageError(what, mend="write `dtype: bfloat16`")
+    return Layerwise(optimizer, gradient_of(optimizer))
+
+
+def gradient_of(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], Tensor | None]:
+    """Return what reads a parameter's gradient, without a loss scale in it."""
+    return optimizer.gradient if isinstance(optimizer, Masters) else lambda p: p.grad
+
+
+def chosen(name: Optimizer, implementation: str, groups: Any, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Return a new optimizer over `groups`.
+
+    `adamw` is torch's for every Cell. With moments of 8 bits, and paged, it is the reference's for a Cell of `reference` and
+    ours (harness/kernels) for any other: whose layers these are must not decide who steps them, or two implementations
+    would differ in more than their layers. So bitsandbytes' optimizers are judged as operations, and step no Cell.
+    """
+    AdamW8bit, Paged = _REFERENCES if implementation == "reference" else _OURS
+    kind = AdamW8bit if name.endswith("-8bit") else torch.optim.AdamW
+    optimizer = kind(groups, lr=lr, betas=BETAS, eps=EPS, weight_decay=weight_decay)
+    return Paged(optimizer, PAGE_BUDGET_B) if name.startswith("paged-") else optimizer
+
+
+def _of_body(adapted: Adapted, body: Sequence[nn.Parameter], recipe: Training) -> list[dict[str, Any]]:
+    """Return the groups of the Method's tensors; with LoRA+ its factors B have one of their own."""
+    if recipe.lr_ratio == 1:
+        return [{"params": list(body), "lr": recipe.lr}] if body else []
+    faster = {id(tensor) for name, tensor in adapted.tensors().items() if name.rpartition(".")[2] == "B"}
+    if not any(id(p) in faster for p in body):
+        what = f"`lr_ratio` is {recipe.lr_ratio:g}, and this method trains no factor B"
+        raise UsageError(what, mend="leave `lr_ratio` out")
+    others, B = [p for p in body if id(p) not in faster], [p for p in body if id(p) in faster]
+    return [{"params": others, "lr": recipe.lr}, {"params": B, "lr": recipe.lr * recipe.lr_ratio}]
+
+
+def facts(optimizer: torch.optim.Optimizer) -> dict[str, Json]:
+    """Return what a reader must know of an optimizer, as JSON: its class, what pages its states, each group's numbers.
+
+    `lr` is the peak, whatever the schedule has made of it meanwhile.
+    """
+    groups: list[Any] = []
+    for group in optimizer.param_groups:
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in group.items() if k != "params"}
+        numbers = {k: v for k, v in plain.items() if isinstance(v, (bool, int, float, str, list))}
+        numbers["lr"] = numbers.pop("initial_lr", numbers["lr"])
+        groups.append({**numbers, "tensors": len(group["params"])})
+    found: dict[str, Json] = {"name": type(_stepping(optimizer)).__name__, "class": _class(_stepping(optimizer))}
+    if (paging := _paging(optimizer)) is not None:
+        found |= {"paged_by": _class(paging), "page_budget_B": paging.budget}
+    found["groups"] = groups
+    if isinstance(optimizer, Masters):
+        found |= {"master_weights": "float32", "loss_scale": optimizer.loss_scale}
+    return found
+
+
+def held(parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Return a parameter as the optimizer keeps it: a master where there is one, or the parameter itself."""
+    return optimizer.held(parameter) if isinstance(optimizer, Masters) else parameter.detach()
+
+
+def notes(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Return sentences for the Record: of arithmetic in 16 bits, of how many states are in 8 bits, and are paged."""
+    said, states = [_of_halves(optimizer)], optimizer.state.values()
+    narrow = sum(any(_is(value, torch.uint8) for value in state.values()) for state in states)
+    if _has_codes(optimizer) and states:
+        some = f"{narrow} of {len(states)} tensors that train"
+        said.append(f"{some} have moments in 8 bits; those of fewer than 4096 elements keep theirs in 32")
+    if (paging := _paging(optimizer)) is not None and states:
+        count = len(paging.where())
+        vain = "; on a CPU they move from memory to memory, which takes time and saves nothing"
+        on_cpu = all(p.device.type == "cpu" for group in optimizer.param_groups for p in group["params"])
+        some = f"states of {count} of {len(states)} tensors that train were paged, those of at least 100,000 elements"
+        said.append(some + (vain if count and on_cpu else ""))
+    return [sentence for sentence in said if sentence]
+
+
+def _is(value: object, dtype: torch.dtype) -> bool:
+    return isinstance(value, Tensor) and value.dtype == dtype
+
+
+def _of_halves(optimizer: torch.optim.Optimizer) -> str:
+    name = type(_stepping(optimizer)).__name__
+    if not isinstance(optimizer, Masters):
+        halves = {p.dtype for group in optimizer.param_groups for p in group["params"]} & {*HALVES}
+        return f"{name}, the Method's own, steps weights of 16 bits as they are: small steps are lost" if halves else ""
+    scaled = f", and the loss was scaled by {optimizer.loss_scale:g} for its backward pass" if optimizer.scales else ""
+    kept = "master weights" if _has_codes(optimizer) else "master weights and moments"
+    return f"{name} kept float32 {kept} for what trains in 16 bits{scaled}"
+
+
+def _chain(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """Return an optimizer and what is inside it: masters, then paging, and last what computes the steps."""
+    inner = getattr(optimizer, "inner", None)
+    return [optimizer, *(_chain(inner) if isinstance(inner, torch.optim.Optimizer) else [])]
+
+
+def _stepping(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    return _chain(optimizer)[-1]
+
+
+def _paging(optimizer: torch.optim.Optimizer) -> Any:
+    return next((one for one in _chain(optimizer) if isinstance(one, (_OURS[1], _REFERENCES[1]))), None)
+
+
+def _has_codes(optimizer: torch.optim.Optimizer) -> bool:
+    stepping = _stepping(optimizer)
+    return isinstance(stepping, (_OURS[0], _REFERENCES[0])) or any(g.get("bits") == 8 for g in stepping.param_groups)
+
+
+def _class(optimizer: torch.optim.Optimizer) -> str:
+    return f"{type(optimizer).__module__}.{type(optimizer).__name__}"

@@ -1,0 +1,38 @@
+"""Measures: how numbers that a paper prints, or that other measures find, compare with each other. No torch."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import pairwise
+
+from harness.claims.measure import Found, Quantities, Quantity, measure
+from harness.claims.measures.arithmetic import written
+
+
+@measure("number")
+def mean(of: Quantities, last: Quantity = Fraction(0)) -> Found:
+    """The mean of several numbers, none of them weighted. last: of printed ones, one in the last digit of the coarsest."""
+    found = sum(of, Fraction(0)) / len(of)
+    within = (found - last / 2, found + last / 2) if last else None
+    return Found(found, f"({' + '.join(map(written, of))}) / {len(of)}", within=within)
+
+
+@measure("count")
+def wins(of: Quantities, over: Quantities) -> Found:
+    """In how many places the number in `of` is larger than the one at the same place in `over`.
+
+    Raises ValueError for lists of different lengths.
+    """
+    if len(of) != len(over):
+        raise ValueError(f"`of` has {len(of)} numbers and `over` {len(over)}; write as many in both")
+    pairs = list(zip(of, over, strict=True))
+    won = [f"{written(one)} > {written(other)}" for one, other in pairs if one > other]
+    lost = [f"{written(one)} <= {written(other)}" for one, other in pairs if one <= other]
+    return Found(len(won), "; ".join([*lost, f"{len(won)} of {len(pairs)} are larger"]))
+
+
+@measure("property")
+def increasing(of: Quantities) -> Found:
+    """Whether each number is larger than the one before it; of two, whether the first is the smaller."""
+    rises = all(one < after for one, after in pairwise(of))
+    return Found(rises, ", ".join(map(written, of)))

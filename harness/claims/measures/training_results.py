@@ -1,0 +1,93 @@
+"""Measures of what training came to, from the Records of a run with several seeds: scores and losses. No torch.
+
+These runs are small: a difference that they do not show may well be there at the paper's scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean, variance
+
+from harness.analysis.comparison.baseline_rows import ACCURACY
+from harness.analysis.statistics import over_seeds
+from harness.analysis.statistics.over_seeds import Spread
+from harness.claims import record_sources
+from harness.claims.measure import Found, NotRunError, measure
+from harness.claims.measures.records import Entry, Suite
+from harness.records.record import Accuracy, Record
+
+
+@measure("property")
+def scores_higher(suite: Suite, of: Entry, than: Entry) -> Found:
+    """The mean accuracy of `of` is above that of `than`: decided if the interval of the difference does not hold 0."""
+    spread, how = _scores(suite, of, than)
+    return _above(spread, 0.0, how)
+
+
+@measure("property")
+def scores_no_lower(suite: Suite, of: Entry, than: Entry) -> Found:
+    """The mean accuracy of `of` is not below that of `than` by 2 points, which is the margin of `peft-harness gate`."""
+    spread, how = _scores(suite, of, than)
+    return _above(spread, -ACCURACY, f"{how}; margin {100 * ACCURACY:g} points")
+
+
+@measure("property")
+def loss_falls_faster(suite: Suite, of: Entry, than: Entry) -> Found:
+    """The training loss of `of`, averaged over all steps, is below that of `than`: paired by seed, on the same batches."""
+    a, b = _seeds(suite, of, than)
+    means = [[fmean(_losses(record)) for record in side] for side in (a, b)]
+    apart = [its - own for own, its in zip(*means, strict=True)]
+    spread = Spread(fmean(apart), math.sqrt(variance(apart) / len(apart)), len(apart) - 1)
+    how = f"mean loss over all steps {fmean(means[0]):.4f} against {fmean(means[1]):.4f}, {_apart(spread, 1, 4)}"
+    return _above(spread, 0.0, f"{how} lower, {len(apart)} seeds; {_small(a, b)}")
+
+
+def _scores(suite: str, of: str, than: str) -> tuple[Spread, str]:
+    a, b = _seeds(suite, of, than)
+    mine, its = ([_accuracy(record) for record in side] for side in (a, b))
+    spread = over_seeds.difference(mine, its)
+    if spread is None:
+        raise NotRunError(f"{of} and {than} were not scored on the same items")
+    means = f"{100 * fmean(x.value for x in mine):.1f} % against {100 * fmean(x.value for x in its):.1f} %"
+    return spread, f"accuracy {means}, {_apart(spread, 100, 2)} points, {len(mine)} seeds; {_small(a, b)}"
+
+
+def _above(spread: Spread, least: float, how: str) -> Found:
+    """Return whether a difference is above a bound: both, where its interval holds values on either side."""
+    low, high = spread.interval
+    return Found(low > least, how, None if low > least or high < least else True)
+
+
+def _apart(spread: Spread, scale: float, digits: int) -> str:
+    value, low, high = (f"{scale * one:+z.{digits}f}" for one in (spread.value, *spread.interval))
+    return f"{value} [{low}, {high}]"
+
+
+def _seeds(suite: str, of: str, than: str) -> tuple[list[Record], list[Record]]:
+    a, b = (sorted(side, key=lambda r: r.cell.seed) for side in record_sources.records(suite, of, than))
+    record_sources.comparable(a, b)
+    seeds = [[record.cell.seed for record in side] for side in (a, b)]
+    if seeds[0] != seeds[1] or len(a) < 2:
+        raise ValueError(f"{of} has the seeds {seeds[0]} and {than} {seeds[1]}; both need the same, two or more")
+    return a, b
+
+
+def _accuracy(record: Record) -> Accuracy:
+    found = record.measurements.accuracy if record.measurements else None
+    if found is None:
+        raise NotRunError(f"{record.cell.label} was not scored")
+    return found
+
+
+def _losses(record: Record) -> list[float]:
+    training = record.measurements.training if record.measurements else None
+    if training is None or not training.losses:
+        raise NotRunError(f"{record.cell.label} trained nothing")
+    return training.losses
+
+
+def _small(a: Sequence[Record], b: Sequence[Record]) -> str:
+    cell = a[0].cell
+    names = f"{cell.label} against {b[0].cell.label}"
+    return f"{names}, {cell.training.steps} steps on {cell.task}; {record_sources.place(a[0])}"

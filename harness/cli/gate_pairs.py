@@ -1,0 +1,196 @@
+"""`peft-harness gate --pairs OLD NEW`: run the pairs, judge them, print the table, keep the document."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness.analysis.comparison.pair_verdict import Judged, Sides, judge
+from harness.analysis.statistics.paired import Design
+from harness.analysis.tracked_metrics import STEP
+from harness.cell.measure import cores
+from harness.errors import Exit, HarnessError, UsageError
+from harness.process.termination import on_request
+from harness.records import environment, naming, store
+from harness.regression.outputs.files import Outputs
+from harness.regression.pairs import canary_file, findings, table
+from harness.regression.pairs import sides as arms
+from harness.regression.pairs.schedule import Bench, Measured
+from harness.suites import loader
+from harness.suites.expand import Plan, expand
+from harness.suites.expand import only as keep_only
+
+DOCUMENT, SCHEMA = "pairs.json", 1
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is compared, how, and where it is told.
+
+    repo: whose revisions old and new are; None: the harness's own, or they are implementations.
+    cores: how many both sides are held to, in turn; None: one on a CPU, all on a GPU. metric: the one time to judge, named
+    as in a history; all of a Cell, if empty. canary: whether a Cell of the old side is run against itself, too.
+    """
+
+    old: str
+    new: str
+    suite: str = "sentinels"
+    only: str | None = None
+    out: Path | None = None
+    repo: Path | None = None
+    device: str = "auto"
+    cores: int | None = None
+    seed: int | None = None
+    metric: str = ""
+    canary: bool = True
+    canaries: Path = canary_file.FILE
+    strict: bool = False
+    outputs: Outputs = field(default_factory=Outputs)
+
+
+def gate(asked: Asked, as_json: bool, design: Design | None = None) -> Exit:
+    """Compare two sides by interleaved pairs; prints a table (or the document), returns the exit code.
+
+    Raises UsageError for what cannot be compared, HarnessError if a side gives no Record at all.
+    """
+    design = design or Design()
+    asked.outputs.refuse()
+    path = loader.find(asked.suite)
+    plan = _trained(expand(loader.load(path)), asked.only, asked.suite)
+    wanted = _cores(asked)
+    if wanted is not None and wanted > (there := cores.allowed()):
+        what = f"{wanted} cores are asked for, and this process may use {there}"
+        raise UsageError(what, where="--cores", mend=f"ask for at most {there}")
+    folder = _folder(asked)
+    seed = secrets.randbits(32) if asked.seed is None else asked.seed
+    names = naming.full(plan.cells)
+    canary: list[float] | None = None
+    no_canary, cut = "not asked for", ""
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    held: list[int] = []
+    bench: Bench | None = None
+    try:
+        with (
+            on_request(),
+            cores.held_to(wanted) as held,
+            arms.opened(asked.old, asked.new, plan, asked.repo) as sides,
+        ):
+            matched = arms.pairs(plan, names, sides)
+            bench = Bench(sides, path, folder, design, seed, ("--device", asked.device), say, asked.metric)
+            where = f"on core {', '.join(map(str, held))}" if held else "on any core"
+            say(
+                f"{sides[0].said} against {sides[1].said}: {len(matched)} Cells, {design.first} pairs each, up to "
+                f"{design.fresh[-1]} fresh ones where these do not settle it; {where}; seed {seed}, into {folder}"
+            )
+            bench.measure(matched)
+            if asked.canary:
+                watched = bench.found[seed % len(bench.found)]
+                canary, no_canary = bench.canary(watched.pair) if not watched.broken else (None, watched.broken)
+                if canary:
+                    place = watched.first[0][0].environment.id
+                    canary_file.add(asked.canaries, place, watched.pair.old.cell_id, canary)
+    except HarnessError:
+        if bench is None:
+            _forget(folder)
+        raise
+    except KeyboardInterrupt as stopped:
+        if bench is None:
+            _forget(folder)
+            raise
+        cut = f"ended by {str(stopped) or 'Ctrl-C'}"
+        say(f"{cut}; what was measured is judged")
+    places = [one.first[0][0].environment.id for one in bench.found if one.first]
+    canaries, broken = canary_file.read(asked.canaries, places[0] if places else "", design.trim)
+    for line in broken:
+        say(f"unreadable: {line}")
+    if no_canary:
+        say(f"no canary of this gate: {no_canary}")
+    cells = [
+        Sides(one.pair.name, one.records, one.verdicts(design, asked.metric), one.broken or cut) for one in bench.found
+    ]
+    judged = judge(cells, canaries, strict=asked.strict)
+    said = (bench.sides[0].said, bench.sides[1].said)
+    # What was found stands; but what was cut short is no success.
+    code = Exit.INFRASTRUCTURE if cut and judged.exit is not Exit.FAIL else judged.exit
+    document = _document(asked, said, seed, design, bench.found, judged, canary) | {
+        "cores": held, "cut": cut, "exit": int(code)
+    }  # fmt: skip
+    store.write_atomic(folder / DOCUMENT, json.dumps(document, indent=1, allow_nan=False).encode())
+    told = findings.findings(judged, cut)
+    asked.outputs.write(told, f"{said[1]} against {said[0]}")
+    print(json.dumps(document, indent=1) if as_json else "\n".join(table.lines(judged)))
+    asked.outputs.annotate(told)
+    return code
+
+
+def _trained(plan: Plan, only: str | None, suite: str = "") -> Plan:
+    """Return the plan's Cells that train: what has no step has no time of one."""
+    swept = {cell_id for tuning in plan.tuning for cell_id in tuning.sweep}
+    kept = tuple(cell for cell in plan.cells if cell.training.steps and cell.cell_id not in swept)
+    if not kept:
+        what = "no Cell of this suite trains, and pairs compare the time of a training step"
+        raise UsageError(what, where=f"--suite {suite}", mend="name a suite with `steps` above 0, such as sentinels")
+    trained = Plan(kept, {c.cell_id: plan.ids[c.cell_id] for c in kept}, ())
+    return keep_only(trained, only) if only is not None else trained
+
+
+def _cores(asked: Asked) -> int | None:
+    """One on a CPU: threads wait for each other, and for whatever else a core has to do; equal processes with two spread
+    twice as widely, or more. A GPU's process wants its threads."""
+    if asked.cores is None and (asked.device == "cuda" or (asked.device == "auto" and environment.gpus())):
+        return None
+    return asked.cores or 1
+
+
+def _folder(asked: Asked) -> Path:
+    folder = asked.out or store.RUNS / f"{store.now().replace(':', '').replace('-', '')}-pairs-{secrets.token_hex(3)}"
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError("holds something already", where=f"--out {folder}", mend="name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _forget(folder: Path) -> None:
+    """Take a folder away in which nothing was run."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _document(
+    asked: Asked, said: tuple[str, str], seed: int, design: Design, measured: Sequence[Measured], judged: Judged,
+    canary: list[float] | None,
+) -> dict[str, Any]:  # fmt: skip
+    cells = []
+    for one, cell in zip(measured, judged.cells, strict=True):
+        times = {metric: _time(cell, metric, judged) for metric in cell.timed}
+        cells.append({
+            "name": cell.name, "old": one.pair.old.cell_id, "new": one.pair.new.cell_id, "because": cell.because,
+            **times.pop(STEP, _time(cell, STEP, judged)), "latencies": times,
+            "pairs": [[old.run, new.run] for old, new in one.records],
+        })  # fmt: skip
+    return {
+        "schema": SCHEMA,
+        "old": {"asked": asked.old, "is": said[0]}, "new": {"asked": asked.new, "is": said[1]},
+        "suite": asked.suite, "only": asked.only, "seed": seed, "design": asdict(design), "cells": cells,
+        "findings": [asdict(row) for row in judged.rows if not row.same],
+        "residue": list(judged.residue), "canary": canary, "canaries": judged.canaries.sentence,
+        "closed": judged.canaries.closed,
+        "verdict": {"word": judged.verdict.word.value, "reason": judged.verdict.reason},
+    }  # fmt: skip
+
+
+def _time(cell: Sides, metric: str, judged: Judged) -> dict[str, Any]:
+    timed = cell.timed.get(metric)
+    return {
+        "old_s": cell.seconds(0, metric), "new_s": cell.seconds(1, metric), "verdict": asdict(timed) if timed else None,
+        "adjusted_p": judged.adjusted.get(cell.called(metric)),
+    }  # fmt: skip

@@ -1,0 +1,102 @@
+"""A private copy of a module of the reference, of which lines may be changed before it runs."""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+
+# layers is shared with the original: it holds nothing that a fault would change, and its functions compare modules.
+_SHARED = ("reference.shared.layers",)
+
+_PACKAGES = ("reference", "reference.operations", "reference.shared")
+
+
+class Copy:
+    """A copy of the module `name`, and of whatever it imports from the reference; the originals are never touched."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._lines: dict[str, list[tuple[str, str]]] = {}
+        self._then: list[Callable[[Any], object]] = []
+        self._made: dict[str, ModuleType] = {}
+
+    def line(self, right: str, wrong: str, file: str = "") -> None:
+        """Put `wrong` in the place of the one occurrence of `right`.
+
+        file: `nf4` for reference/operations/nf4.py; the module itself, if it is left out.
+
+        Raises LookupError if there is not exactly one: the fault must then follow the reference, or it proves nothing.
+        """
+        name = _module(file) if file else self.name
+        count = _source(name).count(right)
+        if count != 1:
+            raise LookupError(
+                f"{name} has {right!r} {count} times and not once: let the planted fault follow the reference"
+            )
+        self._lines.setdefault(name, []).append((right, wrong))
+
+    def then(self, change: Callable[[Any], object]) -> None:
+        """Do something to what `attach` has made."""
+        self._then.append(change)
+
+    def forward(self, wrong: Callable[[Any, Tensor, Callable[[Tensor], Tensor]], Tensor]) -> None:
+        """Let every adapted layer compute wrong(layer, x, the right forward)."""
+
+        def change(adapted: Any) -> None:
+            for layer in adapted.layers.values():
+                layer.forward = partial(_swapped, wrong, layer, layer.forward)
+
+        self.then(change)
+
+    def attach(self, model: Any, config: Any, generator: Any) -> Any:
+        """Attach as the copy does; then do what is to be done."""
+        adapted = self.module().attach(model, config, generator)
+        for change in self._then:
+            change(adapted)
+        return adapted
+
+    def module(self, name: str = "") -> Any:
+        """Return the copy, or the copy of another module of the reference beside it."""
+        name = name or self.name
+        if name not in self._made:
+            text = _source(name)
+            for right, wrong in self._lines.get(name, []):
+                text = text.replace(right, wrong)
+            copy = ModuleType(name)
+            vars(copy)["__builtins__"] = {**vars(builtins), "__import__": self._import}
+            self._made[name] = copy
+            exec(compile(text, f"<{name}, with a planted fault>", "exec"), vars(copy))  # noqa: S102  # our own source
+        return self._made[name]
+
+    def _import(self, name: str, scope: Any = None, local: Any = None, names: Any = (), level: int = 0) -> Any:
+        """Import as Python does, but give copies of the reference's modules."""
+        real = builtins.__import__(name, scope, local, names, level)
+        if name in _PACKAGES and names:
+            return SimpleNamespace(**{n: self._copied(f"{name}.{n}") for n in names})
+        return self._copied(name) if names and name.startswith("reference.") else real
+
+    def _copied(self, name: str) -> Any:
+        return import_module(name) if name in _SHARED else self.module(name)
+
+
+def _swapped(wrong: Any, layer: Any, right: Any, x: Tensor) -> Tensor:
+    out: Tensor = wrong(layer, x, right)
+    return out
+
+
+def _module(file: str) -> str:
+    return next(f"{package}.{file}" for package in _PACKAGES if find_spec(f"{package}.{file}"))
+
+
+def _source(name: str) -> str:
+    import_module(name)  # dataclasses of the copy look up their module by its name
+    return inspect.getsource(sys.modules[name])

@@ -1,0 +1,278 @@
+"""Parity suites: which cases `check` tries for a Method or an Operation. One YAML each in suites/parity/."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError
+
+from harness import yaml_lines
+from harness.assets.did_you_mean import near
+from harness.assets.resources import folder
+from harness.cli import explain
+from harness.conformance import case_selection
+from harness.conformance.case_selection import Breadth
+from harness.errors import Problem, SuiteError, UsageError
+from harness.methods.registry import DTYPES
+from harness.methods.spec import methods
+from harness.records.record import Frozen
+from harness.suites import schema
+
+Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+Kind = Literal["linear", "conv1d", "embedding", "conv2d", "conv2d-dilated", "conv2d-reflect"]
+
+
+_Suite = TypeVar("_Suite", "ParitySuite", "OperationSuite")
+
+
+class Shape(Frozen):
+    """Rows x in x out of the first layer of the model that is adapted; the second maps back."""
+
+    tokens: int = Field(ge=1)
+    inputs: int = Field(ge=1, alias="in")
+    outputs: int = Field(ge=1, alias="out")
+
+    def square(self) -> Shape:
+        """Return the shape whose two layers are of one size, the smaller."""
+        side = min(self.inputs, self.outputs)
+        return Shape.model_validate({"tokens": self.tokens, "in": side, "out": side})
+
+    def __str__(self) -> str:
+        return f"{self.tokens}x{self.inputs}x{self.outputs}"
+
+
+class Looser(Frozen):
+    """A factor on the noise floor that is not the usual one, and why: it shows in the report."""
+
+    factor: float = Field(gt=0, le=1000)
+    because: str = Field(min_length=10)
+    link: str = ""
+
+
+class ParitySuite(Frozen):
+    """The cases of one Method: every config x kind of layer x shape x dtype, and the checks in every state.
+
+    base: the quantisation of the base weights that is judged, under the reference's adapter; empty where the Method is.
+    follows: whose reading of the paper the cases follow where they differ.
+    """
+
+    method: str
+    base: str = ""
+    follows: str = "the paper"
+    checks: list[str] = Field(min_length=1)
+    states: list[Literal["init", "warm"]] = Field(min_length=1)
+    configs: list[dict[str, Any]] = Field(min_length=1)
+    layers: list[Kind] = Field(default=["linear"], min_length=1)
+    shapes: list[Shape] = Field(min_length=1)
+    dtypes: list[Dtype] = Field(min_length=1)
+    tolerances: dict[str, Looser] = Field(default={})
+
+    def factors(self) -> dict[str, float]:
+        """Map checks to their own factor on the noise floor."""
+        return {check: looser.factor for check, looser in self.tolerances.items()}
+
+    def cases(self, wanted: Breadth, dtypes: Collection[str] = DTYPES) -> Iterator[MethodCase]:
+        """Yield the cases in those of `dtypes` that the suite has: all of the product, or few; and those drawn at random.
+
+        The few: the first kind of layer, since many implementations offer no other, meets every config and every shape in
+        float32, or where that is not wanted in the first dtype that is, and another share of them in each other; so does
+        each other kind, with one config in a dtype. Dropout is in every share.
+        """
+        there = [dtype for dtype in self.dtypes if dtype in dtypes]
+        if not there:
+            return
+        if wanted.full:
+            for config, kind, shape, dtype in itertools.product(self.configs, self.layers, self.shapes, there):
+                yield MethodCase(config, kind, shape, dtype)
+        else:
+            yield from self._few(there)
+        dice = wanted.dice(self.base or self.method)
+        for _ in range(wanted.drawn):
+            sides = [
+                case_selection.between(dice, case_selection.LEAST_FEATURES, case_selection.LARGEST_FEATURES)
+                for _ in range(2)
+            ]
+            config = case_selection.config(dice, dice.choice(self.configs), min(sides))
+            tokens = case_selection.between(dice, 1, case_selection.LARGEST_TOKENS)
+            shape = Shape.model_validate({"tokens": tokens, "in": sides[0], "out": sides[1]})
+            kind = dice.choice([self.layers[0], dice.choice(self.layers)])  # half of them of the kind that all offer
+            dtype = dice.choice(self.dtypes)
+            if dtype in there:  # a seed draws the same cases, whatever dtypes are asked for
+                yield MethodCase(config, kind, shape, dtype)
+
+    def _few(self, dtypes: Sequence[Dtype]) -> Iterator[MethodCase]:
+        for dtype in dtypes:
+            shift, every = _share(self.dtypes, dtypes, dtype)
+            configs, shapes = self.configs[every] or self.configs, self.shapes[every] or self.shapes
+            if not any(map(_drops, configs)):  # what differs in training, no other config shows
+                configs = [*configs, *filter(_drops, self.configs)][: len(configs) + 1]
+            for index in range(max(len(configs), len(shapes))):
+                shape = shapes[(index + shift) % len(shapes)]
+                yield MethodCase(configs[index % len(configs)], self.layers[0], shape, dtype)
+            for number, kind in enumerate(self.layers[1:], start=1):
+                if every.step is not None and (number + shift) % every.step:
+                    continue
+                config = self.configs[(number + shift) % len(self.configs)]
+                yield MethodCase(config, kind, self.shapes[(number + shift) % len(self.shapes)], dtype)
+
+
+@dataclass(frozen=True)
+class MethodCase:
+    """One point of a Method's parity suite."""
+
+    config: dict[str, Any]
+    kind: Kind
+    shape: Shape
+    dtype: Dtype
+
+    def __str__(self) -> str:
+        kind = "" if self.kind == "linear" else self.kind
+        return " ".join(filter(None, [in_words(self.config), kind, str(self.shape)]))
+
+
+class OperationSuite(Frozen):
+    """The cases of one Operation: every case x dtype. What a case may say is what the Operation's arguments take."""
+
+    operation: str
+    follows: str = "the paper"
+    checks: list[str] = Field(min_length=1)
+    cases: list[dict[str, Any]] = Field(min_length=1)
+    dtypes: list[Dtype] = Field(min_length=1)
+    tolerances: dict[str, Looser] = Field(default={})
+
+    def factors(self) -> dict[str, float]:
+        """Map checks to their own factor on the noise floor."""
+        return {check: looser.factor for check, looser in self.tolerances.items()}
+
+    def calls(self, wanted: Breadth, dtypes: Collection[str] = DTYPES) -> Iterator[tuple[dict[str, Any], Dtype]]:
+        """Yield what each case says, and a dtype: all in every dtype that is wanted, or few; and those drawn at random.
+
+        The few: every case in float32, or where that is not wanted in the first dtype that is, and in the
+        others another share of them each.
+        """
+        there = [dtype for dtype in self.dtypes if dtype in dtypes]
+        if not there:
+            return
+        for dtype in there:
+            every = slice(None) if wanted.full else _share(self.dtypes, there, dtype)[1]
+            yield from itertools.product(self.cases[every] or self.cases, [dtype])
+        dice = wanted.dice(self.operation)
+        for _ in range(wanted.drawn):
+            values, dtype = case_selection.call(dice, dice.choice(self.cases)), dice.choice(self.dtypes)
+            if dtype in there:
+                yield values, dtype
+
+
+Plan = ParitySuite | OperationSuite
+
+
+def _drops(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("dropout"))
+
+
+def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype) -> tuple[int, slice]:
+    """Return which of the other dtypes this is, and what of a list it meets: all, or of n others every n-th."""
+    whole = "float32" if "float32" in wanted else wanted[0]
+    others = [one for one in there if one != whole]
+    if dtype == whole:
+        return len(others), slice(None)
+    return others.index(dtype), slice(others.index(dtype), None, len(others))
+
+
+def path_of(name: str) -> Path:
+    """Return where the parity suite of a Method or an Operation stands."""
+    return folder("suites") / "parity" / f"{name}.yaml"
+
+
+def names() -> list[str]:
+    """List what has a parity suite."""
+    return sorted(file.stem for file in path_of("any").parent.glob("*.yaml"))
+
+
+def kind_of(name: str) -> Literal["method", "operation", "base"]:
+    """Say what a parity suite is of."""
+    data = _document(name).data
+    if isinstance(data, dict) and "operation" in data:
+        return "operation"
+    return "base" if isinstance(data, dict) and data.get("base") else "method"
+
+
+def load_either(name: str) -> Plan:
+    """Read the parity suite of a Method, a base or an Operation. Raises as `load` does."""
+    return load_operation(name) if kind_of(name) == "operation" else load(name)
+
+
+def in_words(values: Mapping[str, Any]) -> str:
+    """Name what a case says: `rank=3 alpha=8`."""
+    return " ".join(f"{key}={value}" for key, value in values.items())
+
+
+def load(method: str) -> ParitySuite:
+    """Read the parity suite of a Method, or of a quantisation of the base.
+
+    Raises UsageError if there is none, SuiteError with every mistake in it.
+    """
+    document = _document(method)
+    plan, problems = _validated(document, ParitySuite)
+    if plan is None:
+        raise SuiteError(problems)
+    if (plan.base or plan.method) != method:
+        what = "base" if plan.base else "method"
+        problems.append(Problem(document.where(what), f"`{what}` is not {method!r}", "it must be the file's own name"))
+    problems += [*_of_checks(document, plan), *_of_configs(document, plan)]
+    if problems:
+        raise SuiteError(problems)
+    return plan
+
+
+def load_operation(name: str) -> OperationSuite:
+    """Read an Operation's parity suite. Raises UsageError if there is none, SuiteError with every mistake in it."""
+    document = _document(name)
+    plan, problems = _validated(document, OperationSuite)
+    if plan is not None:
+        problems += _of_checks(document, plan)
+    if plan is None or problems:
+        raise SuiteError(problems)
+    return plan
+
+
+def _document(name: str) -> yaml_lines.Document:
+    path = path_of(name)
+    if not path.is_file():
+        raise UsageError(f"no parity suite for {name}", where=str(path), mend="add one: which checks, cases and dtypes")
+    return yaml_lines.load(path)
+
+
+def _validated(document: yaml_lines.Document, model: type[_Suite]) -> tuple[_Suite | None, list[Problem]]:
+    try:
+        return model.model_validate(document.data), []
+    except ValidationError as error:
+        return None, [problem for _, problem in schema.explain(error, model, document)]
+
+
+def _of_checks(document: yaml_lines.Document, plan: ParitySuite | OperationSuite) -> Iterator[Problem]:
+    known = explain.checks()
+    for index, name in enumerate(plan.checks):
+        if name not in known:
+            yield Problem(document.where("checks", index), f"no check is called {name!r}", near(name, known, "checks"))
+    for name in plan.tolerances:
+        if name not in plan.checks:
+            yield Problem(
+                document.where("tolerances", name), f"a tolerance for {name!r}, which is not tried here",
+                near(name, plan.checks, "checks here"),
+            )  # fmt: skip
+
+
+def _of_configs(document: yaml_lines.Document, plan: ParitySuite) -> Iterator[Problem]:
+    fields = methods()[plan.method].fields if plan.method in methods() else {}
+    for index, config in enumerate(plan.configs):
+        for key, value in config.items():
+            where = document.where("configs", index, key)
+            if key not in fields:
+                yield Problem(where, f"{plan.method} has no knob {key!r}", near(key, fields, "knobs"))
+            elif problem := fields[key].problem(value):
+                yield Problem(where, f"{key} {problem}")

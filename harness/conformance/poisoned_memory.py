@@ -1,0 +1,22 @@
+"""Fresh memory that says so: what nobody wrote is NaN, or the largest integer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from harness.conformance import process_settings
+
+_SWITCH: Any = torch.utils.deterministic
+
+
+@contextmanager
+def fresh_memory() -> Iterator[None]:
+    """Let torch fill every buffer that it hands out unwritten, by its own switch for it; put the switch back after."""
+    with process_settings.kept():
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        _SWITCH.fill_uninitialized_memory = True
+        yield

@@ -1,0 +1,71 @@
+"""AdaLoRA's importance: averages of sensitivity and uncertainty of many weights in a few passes over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from harness.kernels.device import by_triton
+
+Several = Sequence[Tensor]
+Gradients = Sequence[Tensor | None]
+
+
+@torch.no_grad()
+def adalora_importance_(
+    A: Several, E: Several, B: Several, grad_A: Gradients, grad_E: Gradients, grad_B: Gradients,
+    I_A: Several, U_A: Several, I_E: Several, U_E: Several, I_B: Several, U_B: Several, beta1: float, beta2: float,
+) -> None:  # fmt: skip
+    """Carry the averages of several layers on by one step, in place (arXiv:2303.10512, eqs. 8 to 10).
+
+    Of each layer A (R, D), E (R, 1), B (out, R) of one floating dtype, their gradients (None counts as zeros), and of each
+    the averages of its sensitivity, I, and of its uncertainty, U, in at least float32, in which all is computed.
+    """
+    if by_triton(*A, *E, *B, *I_A, *I_E, *I_B):
+        from harness.kernels.triton import adalora_importance as gpu
+
+        gpu.adalora_importance_(
+            A, E, B, grad_A, grad_E, grad_B, I_A, U_A, I_E, U_E, I_B, U_B, beta1, beta2
+        )  # fmt: skip
+        return
+    I, U = [*I_A, *I_E, *I_B], [*U_A, *U_E, *U_B]  # noqa: E741  # the paper's letters
+    weights = [w.detach().to(i.dtype) for w, i in zip([*A, *E, *B], I, strict=True)]
+    grads = zip(weights, [*grad_A, *grad_E, *grad_B], strict=True)
+    change = torch._foreach_mul(weights, [torch.zeros_like(w) if g is None else g.to(w.dtype) for w, g in grads])
+    torch._foreach_abs_(change)
+    torch._foreach_lerp_(I, change, 1 - beta1)
+    torch._foreach_sub_(change, I)
+    torch._foreach_abs_(change)
+    torch._foreach_lerp_(U, change, 1 - beta2)
+
+
+def adalora_importance(
+    A: Tensor, E: Tensor, B: Tensor, grad_A: Tensor, grad_E: Tensor, grad_B: Tensor,
+    I_A: Tensor, U_A: Tensor, I_E: Tensor, U_E: Tensor, I_B: Tensor, U_B: Tensor, beta1: float, beta2: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return I_A, U_A, I_E, U_E, I_B, U_B after one step, and the scores (R,) of one layer's triplets (eqs. 7 to 11).
+
+    What is given stays as it is; shapes and dtypes as in `adalora_importance_`.
+    """
+    if by_triton(A, E, B, I_A, I_E, I_B):
+        from harness.kernels.triton import adalora_importance as gpu
+
+        given = A, E, B, grad_A, grad_E, grad_B, I_A, U_A, I_E, U_E, I_B, U_B
+        return gpu.adalora_importance(*given, beta1, beta2)
+    before = {"I_A": I_A, "U_A": U_A, "I_E": I_E, "U_E": U_E, "I_B": I_B, "U_B": U_B}
+    after = {name: t.clone(memory_format=torch.contiguous_format) for name, t in before.items()}
+    adalora_importance_(
+        [A],
+        [E],
+        [B],
+        [grad_A],
+        [grad_E],
+        [grad_B],
+        beta1=beta1,
+        beta2=beta2,
+        **{name: [t] for name, t in after.items()},
+    )
+    s_A, s_E, s_B = (after[f"I_{letter}"] * after[f"U_{letter}"] for letter in "AEB")
+    return (*after.values(), s_E[:, 0] + s_B.mean(dim=0) + s_A.mean(dim=1))

@@ -1,0 +1,89 @@
+"""DoRA linear: LoRA's product with the low-rank term in it, then a gain for each output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from harness.kernels.device import frozen, multiplied_by_triton
+from harness.kernels.torch.autocast import outside_autocast
+from harness.kernels.torch.lora_linear import lora_linear
+
+
+def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """Return ||W + scaling B A|| of every row, shape (E,), with no gradient (arXiv:2402.09353, section 4.3).
+
+    The sum is made, not the norms of its parts put together: on a CPU that takes a third longer, and it holds its digits
+    where the parts cancel.
+    """
+    with torch.no_grad():
+        norm: Tensor = torch.linalg.vector_norm(torch.addmm(W, B, A, alpha=scaling), dim=1)
+    return norm
+
+
+class _Gained(torch.autograd.Function):
+    """g z + onto, g = m / norm, for z (T, E), onto (E,) or (T, E). Kept: z."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, onto: Tensor | None, m: Tensor, norm: Tensor) -> Tensor:
+        ctx.save_for_backward(z, m, norm)
+        ctx.summed = onto is not None and onto.dim() == 1
+        g = _over(m, norm)
+        return z * g if onto is None else torch.addcmul(onto, z, g)
+
+    @staticmethod
+    @outside_autocast
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        z, m, norm = ctx.saved_tensors
+        need_z, need_onto, need_m = ctx.needs_input_grad[:3]
+        product = dy * z if need_m else None
+        dm = None if product is None else _over(product.sum(0), norm)
+        # Into memory that is there: fresh memory of this size costs as much as the product.
+        room = None if torch.is_grad_enabled() else product
+        return (
+            torch.mul(dy, _over(m, norm), out=room) if need_z else None,
+            (dy.sum(0) if ctx.summed else dy) if need_onto else None,
+            dm,
+            None,
+        )
+
+
+def gained(z: Tensor, onto: Tensor | None, m: Tensor, norm: Tensor) -> Tensor:
+    """Return (m / norm) z + onto, shape (..., E); the gain is 0 where the norm is.
+
+    z (..., E); onto: (E,), or like z, or None; m, norm (E,). Differentiable in z, onto and m, with the norm as a constant.
+    """
+    flat = onto if onto is None or onto.dim() == 1 else onto.reshape(-1, onto.shape[-1])
+    y: Tensor = _Gained.apply(z.reshape(-1, z.shape[-1]), flat, m, norm)
+    return y.view(z.shape)
+
+
+def _over(numerator: Tensor, norm: Tensor) -> Tensor:
+    """Return numerator / norm, and 0 where the norm is 0."""
+    some = norm > 0
+    return torch.where(some, numerator, 0.0) / torch.where(some, norm, 1.0)
+
+
+def dora_linear(
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, m: Tensor, scaling: float,
+    mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Return x W^T + bias + (g - 1) (x mask) W^T + g scaling ((x mask) A^T) B^T, shape (..., E) (eq. 5 with dropout).
+
+    g = m / ||W + scaling B A|| of each row, 0 where that is 0. x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), m (E,),
+    mask like x or None, all of one dtype. Differentiable in all but the mask, twice too, with the norm as a constant;
+    by Triton once, and a second derivative raises RuntimeError.
+    """
+    if multiplied_by_triton(x, W, A, B, m) and frozen(W, bias):
+        from harness.kernels.triton import dora_linear as gpu
+
+        return gpu.dora_linear(x, W, bias, A, B, m, scaling, mask)
+    norm = row_norms(W, A, B, scaling)
+    if mask is None:
+        return gained(lora_linear(x, W, None, A, B, scaling), bias, m, norm)
+    # What the mask spares of x no gain scales. W dropped and its update are one product, in which what cancels does so.
+    dropped = x * mask
+    return gained(lora_linear(dropped, W, None, A, B, scaling), linear(x - dropped, W, bias), m, norm)

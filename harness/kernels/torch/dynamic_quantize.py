@@ -1,0 +1,105 @@
+"""Blocks of 8-bit codes of the dynamic map (arXiv:2110.02861, section 2) on any device, exact, by two table look-ups.
+
+The upper half of a float32, its sign, its exponent and seven bits of its fraction, names one of 65,536 buckets. No bucket
+holds two of the midpoints between neighbouring values: a table says how many midpoints lie below the bucket, and one
+comparison with the next one decides. A binary search takes eight dependent steps, some thirty times as long on a CPU.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from harness.kernels.device import by_triton
+
+CHUNK = 1 << 15
+"""Elements that are worked on at a time on a CPU: their temporaries stay in its cache, and torch starts no threads."""
+
+
+class Tables(NamedTuple):
+    """values (256,) ascending; midpoints (256,), the last one infinite; below (65536,) uint8: midpoints under a bucket."""
+
+    values: Tensor
+    midpoints: Tensor
+    below: Tensor
+
+
+@cache
+def dynamic_map(device: torch.device, signed: bool = True) -> Tensor:
+    """Return the 256 values, ascending, float32: -0.993 .. 1 if signed, else 0 .. 1. Never to be written to.
+
+    Decade i of seven, from 10^(i - 6) down to a tenth of it, is cut in 2^i equal cells, or 2^(i + 1) without a sign, whose
+    middles are values; 0 and 1 are values of their own. Made once, and so whatever torch's default dtype, device and
+    mode are at the first call.
+    """
+    with torch.inference_mode(False):
+        sizes = [2 ** (i + (not signed)) for i in range(7)]
+        edges = [torch.linspace(0.1, 1, size + 1, dtype=torch.float32, device="cpu") for size in sizes]
+        above = torch.cat([10.0 ** (i - 6) * ((e[:-1] + e[1:]) / 2) for i, e in enumerate(edges)])
+        zero, one = torch.tensor([[0.0], [1.0]], dtype=torch.float32, device="cpu")
+        return torch.cat([-above.flip(0) if signed else above[:0], zero, above, one]).to(device)
+
+
+@cache
+def tables(device: torch.device, signed: bool) -> Tables:
+    """Return the tables on a device, where they stay."""
+    with torch.inference_mode(False):
+        values = dynamic_map(torch.device("cpu"), signed)
+        midpoints = (values[:-1] + values[1:]) / 2
+        upper = torch.arange(1 << 16, dtype=torch.int32, device="cpu") << 16
+        # The lowest number of a negative bucket is the one of largest magnitude.
+        lowest = torch.where(upper < 0, upper | 0xFFFF, upper).view(torch.float32)
+        below = torch.bucketize(lowest, midpoints).to(torch.uint8)
+        padded = torch.nn.functional.pad(midpoints, (0, 1), value=torch.inf)
+        return Tables(values.to(device), padded.to(device), below.to(device))
+
+
+def nearest(relative: Tensor, of: Tables) -> Tensor:
+    """Return the codes of the nearest values, uint8; of two as near the lower one. relative: float32, contiguous, 1-d."""
+    bucket = (relative.view(torch.int32) >> 16).bitwise_and_(0xFFFF)
+    codes = of.below.index_select(0, bucket)
+    return codes.add_(relative > of.midpoints.index_select(0, codes.int()))
+
+
+def decode(codes: Tensor, absmax: Tensor, block: int, of: Tables) -> Tensor:
+    """Return values[codes] * absmax in float32, flat. codes: uint8, 1-d; absmax: one per block, the last may be short."""
+    found = of.values.index_select(0, codes.int())
+    whole = len(found) // block * block
+    found[:whole].view(-1, block).mul_(absmax[: whole // block, None])
+    if whole < len(found):
+        found[whole:] *= absmax[-1]
+    return found
+
+
+def encode(x: Tensor, block: int, of: Tables) -> tuple[Tensor, Tensor]:
+    """Return (codes, absmax) of x, float32, contiguous and 1-d. A block of zeros has absmax 0 and the code of 0."""
+    rows = torch.nn.functional.pad(x, (0, -len(x) % block)).view(-1, block)
+    absmax = rows.abs().amax(dim=1)
+    divisor = torch.where(absmax == 0, 1.0, absmax)
+    return nearest((rows / divisor[:, None]).flatten(), of)[: len(x)], absmax
+
+
+def dynamic_quantize(x: Tensor, block: int = 256, signed: bool = True) -> tuple[Tensor, Tensor]:
+    """Return (codes, absmax): uint8 in the order of x.flatten(), and float32, one a block; the last may be short.
+
+    x: any shape and floating dtype, read as float32. Each element becomes the nearest value of x / absmax, of two as near
+    the lower one. A block with a NaN or an infinity has such an absmax. Raises ValueError for a block below 1.
+    """
+    if block < 1:
+        raise ValueError(f"a block must hold at least one element, got {block}")
+    if by_triton(x):
+        from harness.kernels.triton import dynamic_quantize as gpu
+
+        return gpu.dynamic_quantize(x, block, signed)
+    flat, of = x.detach().flatten(), tables(x.device, signed)
+    codes = torch.empty(flat.numel(), dtype=torch.uint8, device=x.device)
+    absmax = torch.empty(-(-flat.numel() // block), dtype=torch.float32, device=x.device)
+    step = max(1, CHUNK // block) * block if x.device.type == "cpu" else max(1, flat.numel())
+    for first in range(0, flat.numel(), step):
+        part = slice(first, first + step)
+        blocks = slice(first // block, -(-min(first + step, flat.numel()) // block))
+        codes[part], absmax[blocks] = encode(flat[part].float(), block, of)
+    return codes, absmax

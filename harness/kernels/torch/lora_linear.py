@@ -1,0 +1,102 @@
+"""LoRA linear: y = x W^T + bias + s ((x mask) A^T) B^T, the low-rank terms added into the memory of the large products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.nn.modules.module import _has_any_global_hook
+
+from harness.kernels.device import frozen, multiplied_by_triton
+from harness.kernels.torch.autocast import outside_autocast
+from harness.kernels.torch.nf4_linear import Nf4Linear
+from harness.kernels.torch.nf4_lora_linear import packed_lora_linear
+
+
+class _LoraLinear(torch.autograd.Function):
+    """Forward, one product and one addmm into it; backward the same for x, and two thin products.
+
+    Beside x the product S = (x mask) A^T (T, R) is kept. Against the plain expression it saves, forward, the update (T, E)
+    and its scaled copy, and backward a scaled copy of dy and a sum of two gradients of x.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None
+    ) -> Tensor:
+        S = (x if mask is None else x * mask) @ A.T
+        y = x @ W.T if bias is None else torch.addmm(bias, x, W.T)
+        ctx.save_for_backward(x, W, A, B, S, mask)
+        ctx.scaling = scaling
+        return y.addmm_(S, B.T, alpha=scaling)
+
+    @staticmethod
+    @outside_autocast
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, A, B, S, mask = ctx.saved_tensors
+        need_x, need_W, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
+        dropped = x if mask is None else x * mask if need_A or torch.is_grad_enabled() else None
+        if torch.is_grad_enabled():  # a second derivative is wanted, and S was kept as a mere number
+            S = dropped @ A.T
+        dS = (dy @ B).mul_(ctx.scaling)
+        dx = None
+        if need_x:
+            dx = (dy @ W).addmm_(dS, A) if mask is None else (dy @ W).addcmul_(dS @ A, mask)
+        return (
+            dx,
+            dy.T @ x if need_W else None,
+            dy.sum(0) if need_bias else None,
+            dS.T @ dropped if need_A else None,
+            # The thin matrix first, and in rows: on a CPU the same product the other way round takes half as long again.
+            ((S.T.contiguous() * ctx.scaling) @ dy).T if need_B else None,
+            None,
+            None,
+        )
+
+
+def lora_linear(
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None = None
+) -> Tensor:
+    """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E) (arXiv:2106.09685, section 4.1).
+
+    x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), mask like x or None, all of one dtype. Differentiable in all but
+    the mask, twice too; by Triton once, and a second derivative raises RuntimeError.
+    """
+    if multiplied_by_triton(x, W, A, B) and frozen(W, bias):
+        from harness.kernels.triton import lora_linear as gpu
+
+        return gpu.lora_linear(x, W, bias, A, B, scaling, mask)
+    rows = None if mask is None else mask.reshape(-1, x.shape[-1])
+    y: Tensor = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), W, bias, A, B, scaling, rows)
+    return y.view(*x.shape[:-1], len(W))
+
+
+def is_plain(base: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Return whether `base` is of just this kind, with no hooks, so that its weight may be used without calling it."""
+    hooked = (
+        base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        or "forward" in base.__dict__ or _has_any_global_hook()
+    )  # fmt: skip
+    return type(base) is kind and not hooked
+
+
+def lora_linear_over(
+    base: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None = None
+) -> Tensor:
+    """Return base(x) + scaling ((x mask) A^T) B^T, shape (..., E).
+
+    An nn.Linear without hooks is computed by `lora_linear`, our own layer on NF4 by `packed_lora_linear`; any other base is
+    called, and what it returns is left as it is, for it may be its input, or something that it keeps. So it is under
+    autocast, and where torch.compile fuses better.
+    """
+    inner: Any = base
+    if not (torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling()):
+        if is_plain(base):
+            return lora_linear(x, inner.weight, inner.bias, A, B, scaling, mask)
+        if is_plain(base, Nf4Linear) and x.dtype == inner.compute_dtype:
+            bias = None if inner.bias is None else inner.bias.to(x.dtype)
+            return packed_lora_linear(x, inner.packed_weight, bias, A, B, scaling, mask)
+    out: Tensor = base(x)
+    return out + scaling * linear(linear(x if mask is None else x * mask, A), B)

@@ -1,0 +1,127 @@
+"""A linear layer whose sequences have LoRA adapters of their own: one product of W for all, one small pair per adapter.
+
+    y_n = W x_n + s_i B_i A_i x_n   with i = ids[n]      Punica, arXiv:2310.18547, section 4; S-LoRA, arXiv:2311.03285
+
+Sequences of one adapter are taken together. Where they lie next to each other in the batch, which who sorts it by adapter
+gets, no token is copied and the update is added in y's own memory. Shape letters: N sequences, D in, E out, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from harness.kernels.device import by_triton
+from harness.kernels.torch.autocast import outside_autocast
+
+Rows = slice | Tensor
+
+
+def groups(ids: Tensor, adapters: int) -> dict[int, list[int]]:
+    """Map every adapter that is used to its sequences, ascending. Raises ValueError for an id that is none, nor -1."""
+    members: dict[int, list[int]] = {}
+    for n, i in enumerate(ids.tolist()):
+        if not -1 <= i < adapters:
+            raise ValueError(f"id {i}: there are adapters 0 to {adapters - 1}, and -1 for none")
+        if i >= 0:
+            members.setdefault(i, []).append(n)
+    return members
+
+
+def _rows(members: list[int], device: torch.device) -> Rows:
+    """Return a slice where it is one, else an index."""
+    first, after = members[0], members[-1] + 1
+    return slice(first, after) if after - first == len(members) else torch.tensor(members, device=device)
+
+
+def _of(t: Tensor, rows: Rows) -> Tensor:
+    """Return the tokens of some sequences of t (N, T, D) as a matrix; of a slice of contiguous ones no copy."""
+    chosen = t[rows] if isinstance(rows, slice) else t.index_select(0, rows)
+    return chosen.reshape(-1, t.shape[-1])
+
+
+def _add(to: Tensor, rows: Rows, low: Tensor, high: Tensor, scaling: float) -> None:
+    """Add scaling low @ high to the tokens of some sequences, in place. to: (N, T, E), contiguous."""
+    if isinstance(rows, slice):
+        to[rows].view(-1, to.shape[-1]).addmm_(low, high, alpha=scaling)
+    else:
+        to.index_add_(0, rows, (low @ high).view(len(rows), *to.shape[1:]), alpha=scaling)
+
+
+class _MultiLora(torch.autograd.Function):
+    """x (N, T, D), W (E, D), then the As and the Bs, of the adapters in `members` alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, members: list[Rows], scalings: list[float], *adapters: Tensor
+    ) -> Tensor:
+        As, Bs = adapters[: len(members)], adapters[len(members) :]
+        y = linear(x, W).contiguous()
+        low = [_of(x, rows) @ A.T for rows, A in zip(members, As, strict=True)]
+        for rows, S, B, scaling in zip(members, low, Bs, scalings, strict=True):
+            _add(y, rows, S, B.T, scaling)
+        ctx.save_for_backward(x, W, *adapters, *low)
+        ctx.members, ctx.scalings = members, scalings
+        return y
+
+    @staticmethod
+    @outside_autocast
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, *rest = ctx.saved_tensors
+        k = len(ctx.members)
+        As, Bs, low = rest[:k], rest[k : 2 * k], rest[2 * k :]
+        need_x, need_W, _, _, *need = ctx.needs_input_grad
+        dx = (dy @ W).contiguous() if need_x else None
+        dW = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]) if need_W else None
+        dAs: list[Tensor | None] = [None] * k
+        dBs: list[Tensor | None] = [None] * k
+        for j, (rows, A, B, S, scaling) in enumerate(zip(ctx.members, As, Bs, low, ctx.scalings, strict=True)):
+            own = _of(dy, rows)
+            if torch.is_grad_enabled():  # a second derivative is wanted, and S was kept as a mere number
+                S = _of(x, rows) @ A.T
+            if need_x or need[j]:
+                dS = (own @ B).mul_(scaling)
+            if dx is not None:
+                _add(dx, rows, dS, A, 1.0)
+            if need[j]:
+                dAs[j] = dS.T @ _of(x, rows)
+            if need[k + j]:
+                dBs[j] = (own.T @ S).mul_(scaling)
+        return dx, dW, None, None, *dAs, *dBs
+
+
+def multi_lora_linear(
+    x: Tensor,
+    W: Tensor,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    ids: Sequence[int] | Tensor,
+) -> Tensor:
+    """Return x W^T + s_i x A_i^T B_i^T with i = ids[n] for each of N sequences, or the first term alone where it is -1.
+
+    x (N, ..., D), W (E, D), As[i] (R_i, D), Bs[i] (E, R_i), all of one floating dtype; ids: N of them. Gradients reach x, W,
+    and the As and Bs that are used; on the CPU twice, too. Raises ValueError if the lists differ in length, or an id is
+    no whole number, or neither -1 nor an adapter's. In torch alone, ids on an accelerator make the host wait for them.
+    """
+    if not len(As) == len(Bs) == len(scalings):
+        raise ValueError(f"{len(As)} As, {len(Bs)} Bs and {len(scalings)} scalings: each adapter has one of each")
+    chosen = torch.as_tensor(ids)
+    if chosen.shape != x.shape[:1]:
+        raise ValueError(f"{len(x)} sequences need as many ids, got shape {tuple(chosen.shape)}")
+    if chosen.is_floating_point() and len(chosen):  # torch takes an empty list for floats
+        raise ValueError(f"an id is a whole number, an adapter's or -1, got {chosen.dtype}; .long() makes it one")
+    if by_triton(x, W, *As, *Bs):
+        from harness.kernels.triton import multi_lora_linear as gpu
+
+        return gpu.multi_lora_linear(x, W, As, Bs, scalings, chosen)
+    used = groups(chosen, len(As))
+    tokens = x.reshape(len(x), prod(x.shape[1:-1]), x.shape[-1])
+    rows, taken = [_rows(own, x.device) for own in used.values()], [float(scalings[i]) for i in used]
+    y: Tensor = _MultiLora.apply(tokens, W, rows, taken, *(As[i] for i in used), *(Bs[i] for i in used))
+    return y.view(*x.shape[:-1], len(W))

@@ -1,0 +1,239 @@
+"""NF4 and double quantisation (arXiv:2305.14314), in torch by pieces that stay in the cache; on a GPU by Triton.
+
+Encoding looks up, by a coarse position on the axis, the one midpoint that can matter, and compares once. Decoding looks up
+both values of a byte as one 8-byte word. Whole blocks of a large tensor on a CPU are compiled instead (nf4_compiled.py),
+with the same result to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from math import prod
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from harness.kernels.device import TRITON_DTYPES, by_triton
+from harness.kernels.torch import nf4_compiled
+from harness.kernels.torch.chunks import for_each, size
+from harness.kernels.torch.dynamic_quantize import dynamic_map
+from harness.kernels.torch.huge_pages import empty
+
+BLOCK2 = 256
+"""Constants that share one constant of double quantisation."""
+ZERO = 7
+"""The code of 0, which also fills up an odd length."""
+_CELLS = 32
+"""Cells of the coarse axis for each unit, a power of two so that multiplying by it is exact."""
+
+
+@cache
+def levels() -> Tensor:
+    """Return the 16 levels, ascending from -1 to 1, float32, on the CPU: made once, and never to be written to.
+
+    Quantiles of the normal distribution: eight above zero and seven below, at probabilities evenly spaced in float32 from
+    0.9677083, which is 1 - (1/30 + 1/32) / 2, down to 1/2. Zero is a level of its own.
+    """
+
+    def upper(count: int) -> list[float]:
+        grid = torch.linspace(0.9677083, 0.5, count + 1, dtype=torch.float32, device="cpu")
+        return [NormalDist().inv_cdf(p) for p in grid[:count].tolist()]
+
+    with torch.inference_mode(False):
+        values = torch.tensor([-q for q in upper(7)] + [0.0, *reversed(upper(8))], dtype=torch.float32, device="cpu")
+        return values / values.max()
+
+
+@cache
+def _numbers() -> tuple[float, ...]:
+    return tuple(levels().tolist())
+
+
+@cache
+def _words(device: torch.device) -> Tensor:
+    """Return for each byte the two levels it codes, side by side: int64 (256,), each two float32 numbers in memory."""
+    with torch.inference_mode(False):
+        byte = torch.arange(256, device="cpu")
+        return torch.stack([levels()[byte >> 4], levels()[byte & 15]], dim=1).view(torch.int64).flatten().to(device)
+
+
+@cache
+def _cells(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return (lower, border): for each cell of the axis the code at its lower end (uint8), and the next midpoint (float32).
+
+    Cell i holds i / 32 - 1 up to (i + 1) / 32 - 1. Levels are at least 0.079 apart, so a cell has at most one midpoint;
+    and none is within 2^-12 of a cell's end, where rounding may put a value into the neighbouring cell: either cell then
+    gives the same code. The last cell is for NaN, which goes up.
+    """
+    with torch.inference_mode(False):
+        midpoints = (levels()[:-1] + levels()[1:]) / 2
+        ends = torch.arange(2 * _CELLS + 2, device="cpu") / _CELLS - 1
+        lower = torch.bucketize(ends, midpoints)
+        border = torch.cat([midpoints, torch.tensor([torch.inf], device="cpu")])[lower]
+        return lower.to(device, torch.uint8), border.to(device)
+
+
+def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Return (packed, absmax): uint8 (ceil(n / 2),), the first code of a pair in the high nibble; float32, of each block.
+
+    W: n values of any shape and floating dtype, read as float32. Blocks are consecutive in W.flatten(), cross rows, and the
+    last may be short. An element halfway between two levels takes the lower. A block of zeros has absmax 0 and zero's code;
+    one that holds a NaN or an infinity has that as absmax. Raises ValueError for a block below 1 or a W of integers.
+    """
+    if block < 1 or not W.is_floating_point():
+        raise ValueError(f"needs a block of at least 1 and floating values, got {block} and {W.dtype}")
+    if by_triton(W) and on_gpu(block):
+        from harness.kernels.triton import nf4 as gpu
+
+        return gpu.quantize(W, block)
+    flat = W.detach().reshape(-1)
+    packed = torch.empty(-(-flat.numel() // 2), dtype=torch.uint8, device=W.device)
+    absmax = torch.empty(-(-flat.numel() // block), dtype=torch.float32, device=W.device)
+    done = nf4_compiled.encode(flat, packed, absmax, block, _numbers())
+    rest, step = flat[done:], _step(block, flat.numel() - done, W.device)
+    parts = rest.split(step), packed[done // 2 :].split(step // 2), absmax[done // block :].split(step // block)
+    for_each(_encode, [(*piece, block) for piece in zip(*parts, strict=True)], rest.numel())
+    if flat.numel() % 2:
+        packed[-1] = packed[-1] & 0xF0 | ZERO  # in a block with a NaN the padding is NaN too
+    return packed, absmax
+
+
+def _encode(values: Tensor, packed: Tensor, absmax: Tensor, block: int) -> None:
+    """Write the packed codes of some whole blocks, of which the last may be short, and their absmax."""
+    rest = -values.numel() % (2 * block)
+    blocks = (pad(values, (0, rest)) if rest else values).float().view(-1, block)
+    largest = blocks.abs().amax(dim=1)
+    scaled = (blocks / torch.where(largest == 0, 1.0, largest)[:, None]).view(-1)
+    lower, border = _cells(values.device)
+    cell = torch.add(_CELLS, scaled, alpha=_CELLS).nan_to_num_(nan=2.0 * _CELLS + 1).to(torch.int32)
+    codes = lower.index_select(0, cell)
+    codes += (scaled > border.index_select(0, cell)).view(torch.uint8)
+    pairs = codes.view(torch.int16)  # the first code of each in the lower byte
+    packed.copy_((pairs << 4 | pairs >> 8)[: packed.numel()])
+    absmax.copy_(largest[: absmax.numel()])
+
+
+def dequantize(
+    packed: Tensor, absmax: Tensor, block: int, shape: Sequence[int], dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """Return level x absmax, formed in float32 and cast once, as a tensor of `shape` and `dtype`.
+
+    packed, absmax: as `quantize` returns them. out: contiguous memory of that many values and that dtype to write into.
+    Raises ValueError where packed or absmax are not as long as `shape` asks for.
+    """
+    check_sizes(packed, absmax, block, shape)
+    if by_triton(packed, absmax) and dtype in TRITON_DTYPES and on_gpu(block):
+        from harness.kernels.triton import nf4 as gpu
+
+        return gpu.dequantize(packed, absmax, block, shape, dtype, out)
+    values = empty(shape, dtype, packed.device) if out is None else out.view(tuple(shape))
+    count = prod(shape)
+    flat, scale, out = packed.detach().reshape(-1), absmax.detach().float().reshape(-1), values.view(-1)
+    done = nf4_compiled.decode(flat, scale, out, block, _numbers())
+    rest, step = out[done:], _step(block, count - done, packed.device)
+    parts = flat[done // 2 :].split(step // 2), scale[done // block :].split(step // block), rest.split(step)
+    table = _words(packed.device)
+    for_each(_decode, [(table, *piece, block) for piece in zip(*parts, strict=True)], rest.numel())
+    return values
+
+
+def check_sizes(packed: Tensor, constants: Tensor, block: int, shape: Sequence[int]) -> None:
+    """Raise ValueError unless these are the bytes of a tensor of `shape` and one constant for each of its blocks."""
+    count = prod(shape)
+    if block < 1 or packed.numel() != -(-count // 2) or constants.numel() != -(-count // block):
+        raise ValueError(
+            f"{tuple(shape)} in blocks of {block} takes {-(-count // 2)} bytes and {-(-count // max(block, 1))} constants, "
+            f"got {packed.numel()} and {constants.numel()}"
+        )
+
+
+def check_second_sizes(codes: Tensor, absmax2: Tensor, offset: Tensor, block: int) -> None:
+    """Raise ValueError unless absmax2 has one constant for each block of `codes`, and offset is one number."""
+    if block < 1 or absmax2.numel() != -(-codes.numel() // block) or offset.numel() != 1:
+        raise ValueError(
+            f"{codes.numel()} codes in blocks of {block} do not go with {absmax2.numel()} constants and "
+            f"{offset.numel()} offsets; they take {-(-codes.numel() // max(block, 1))} and 1"
+        )
+
+
+def _decode(table: Tensor, packed: Tensor, absmax: Tensor, out: Tensor, block: int) -> None:
+    """Write the values of some whole blocks, of which the last may be short, to `out`."""
+    pairs = table.index_select(0, packed.to(torch.int32)).view(torch.float32)
+    _times_absmax(pairs[: out.numel()], absmax, block, out)
+
+
+def double_quantize(absmax: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (codes, absmax2, offset): uint8 as long as `absmax`, float32 constants of each block, float32 mean (0-d).
+
+    absmax: float32, not empty. The mean is taken off, and each block of the rest divided by its largest magnitude and
+    coded by the nearest value of the signed dynamic map, at a tie the lower. A NaN or an infinity spoils all, as a mean
+    does. Raises ValueError for an empty absmax or a block below 1.
+    """
+    if block < 1 or not absmax.numel():
+        raise ValueError(f"needs constants and a block of at least 1, got {absmax.numel()} and {block}")
+    flat = absmax.detach().reshape(-1).float()
+    offset = flat.mean()
+    blocks = pad(flat - offset, (0, -flat.numel() % block)).view(-1, block)
+    absmax2 = blocks.abs().amax(dim=1)
+    scaled = blocks / torch.where(absmax2 == 0, 1.0, absmax2)[:, None]
+    code = dynamic_map(flat.device)
+    codes = torch.bucketize(scaled.view(-1)[: flat.numel()], (code[:-1] + code[1:]) / 2, out_int32=True)
+    return codes.to(torch.uint8), absmax2, offset
+
+
+def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor, block: int) -> Tensor:
+    """Return the constants that `double_quantize` coded, float32, as long as `codes`: value x absmax2 + offset.
+
+    Raises ValueError where absmax2 is not as long as `codes` asks for, or offset not one number.
+    """
+    check_second_sizes(codes, absmax2, offset, block)
+    absmax = dynamic_map(codes.device).index_select(0, codes.reshape(-1).to(torch.int32))
+    _times_absmax(absmax, absmax2.detach().float().reshape(-1), block, absmax)
+    return absmax.add_(offset.float())
+
+
+def dequantize_double(
+    packed: Tensor,
+    codes: Tensor,
+    absmax2: Tensor,
+    offset: Tensor,
+    block: int,
+    block2: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return what `dequantize` does, of an absmax that is itself in 8 bits: doubleDequant of QLoRA's eq. 6.
+
+    codes, absmax2, offset: as `double_quantize` returns them; block2: its block. Raises ValueError as the two do.
+    """
+    if by_triton(packed, absmax2) and dtype in TRITON_DTYPES and on_gpu(block):
+        from harness.kernels.triton import nf4 as gpu
+
+        code = dynamic_map(packed.device)
+        return gpu.double_dequantize(packed, codes, absmax2, offset, code, block, block2, shape, dtype, out)
+    return dequantize(packed, double_dequantize(codes, absmax2, offset, block2), block, shape, dtype, out)
+
+
+def _times_absmax(values: Tensor, absmax: Tensor, block: int, out: Tensor) -> None:
+    """Write values x the absmax of their blocks, a product of float32 numbers, to `out`, whose dtype it is rounded to."""
+    blocks, rest = divmod(values.numel(), block)
+    if not rest:
+        torch.mul(values.view(-1, block), absmax[:, None], out=out.view(-1, block))
+        return
+    whole = blocks * block
+    torch.mul(values[:whole].view(-1, block), absmax[:blocks, None], out=out[:whole].view(-1, block))
+    torch.mul(values[whole:], absmax[blocks], out=out[whole:])
+
+
+def _step(block: int, values: int, device: torch.device) -> int:
+    """Return how many of the values to take at a time: an even number of blocks, so that no byte is split."""
+    return 2 * block * max(1, -(-size(values, device) // (2 * block)))
+
+
+def on_gpu(block: int) -> bool:
+    """Return whether Triton's kernels have blocks of this size."""
+    return block >= 32 and block & (block - 1) == 0

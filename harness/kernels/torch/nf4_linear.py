@@ -1,0 +1,113 @@
+"""A linear layer on packed NF4: the weight is decoded for the forward pass and again for the backward pass, never kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from harness.kernels.device import by_triton
+from harness.kernels.torch import nf4
+from harness.kernels.torch.autocast import outside_autocast
+from harness.kernels.torch.packed_weight import PackedWeight
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + bias, or x W if `transposed`, for x (T, D or E). Its derivative is itself, the other way round."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: PackedWeight, transposed: bool) -> Tensor:
+        ctx.weight, ctx.transposed = weight, transposed
+        W = weight.lent(x.dtype)
+        if transposed:
+            return x @ W
+        return x @ W.T if bias is None else torch.addmm(bias, x, W.T)
+
+    @staticmethod
+    @outside_autocast
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        need_x, need_bias = ctx.needs_input_grad[:2]
+        dx = _Product.apply(dy, None, ctx.weight, not ctx.transposed) if need_x else None
+        return dx, dy.sum(dim=0) if need_bias else None, None, None
+
+
+def product(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
+    """Return x W^T + bias (T, E) for x (T, D), or, transposed, x W (T, D) for x (T, E). Differentiable in x and bias."""
+    y: Tensor = _Product.apply(x, bias, weight, transposed)
+    return y
+
+
+def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """Return x W^T + bias, shape (..., E), for x (..., D), with W decoded and cast to the dtype of x.
+
+    Differentiable in x and bias, any number of times. Under autocast and torch.compile the plain expression is used.
+    """
+    if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+        return linear(x, weight.decoded(x.dtype), bias)
+    if by_triton(x, weight.packed) and nf4.on_gpu(weight.block):
+        from harness.kernels.triton import nf4_linear as gpu
+
+        return gpu.nf4_linear(x, weight.packed, weight.constants(), weight.block, weight.shape, bias)
+    y = product(x.reshape(-1, x.shape[-1]), weight, bias)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def nf4_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    block: int,
+    shape: Sequence[int],
+    bias: Tensor | None,
+    training: bool = True,
+) -> Tensor:
+    """Return x W^T + bias, shape (..., E), for x (..., D) and W (E, D) packed as `nf4.quantize` does.
+
+    The gradient reaches x and bias. training: changes nothing; here since it does elsewhere. Raises ValueError where packed
+    or absmax are not as long as `shape` asks for.
+    """
+    E, D = shape
+    return packed_linear(x, PackedWeight(packed, absmax, block, (E, D)), bias)
+
+
+class Nf4Linear(nn.Linear):
+    """A linear layer that keeps its weight in NF4: `weight` is the packed bytes, and does not train.
+
+    compute_dtype: what products are formed in; inputs are cast to it, and outputs back. Constants are buffers of bytes, so
+    that `model.to(torch.bfloat16)`, which rounds whatever is floating, leaves them alone, and so that nobody takes their
+    dtype for the layer's: absmax (float32), or with `double` its 8-bit codes, absmax2 (float32) and offset (float32).
+    """
+
+    absmax: Tensor
+    absmax2: Tensor | None
+    offset: Tensor | None
+
+    def __init__(self, dense: nn.Linear, compute_dtype: torch.dtype, block: int = 64, double: bool = False) -> None:
+        """Pack the weight of `dense`; its bias is copied and does not train."""
+        super().__init__(dense.in_features, dense.out_features, bias=False, device="meta")
+        packed, absmax = nf4.quantize(dense.weight, block)
+        constants = nf4.double_quantize(absmax, nf4.BLOCK2) if double else (absmax, None, None)
+        for name, constant in zip(("absmax", "absmax2", "offset"), constants, strict=True):
+            self.register_buffer(name, None if constant is None else constant.reshape(-1).view(torch.uint8))
+        self.compute_dtype, self.block = compute_dtype, block
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        if dense.bias is not None:
+            self.bias = nn.Parameter(dense.bias.detach().clone(), requires_grad=False)
+        self.train(dense.training)
+
+    @property
+    def packed_weight(self) -> PackedWeight:
+        """The weight, as products take it."""
+        shape = self.out_features, self.in_features
+        if self.absmax2 is None or self.offset is None:
+            return PackedWeight(self.weight, self.absmax.view(torch.float32), self.block, shape)
+        second = self.absmax2.view(torch.float32), self.offset.view(torch.float32)
+        return PackedWeight(self.weight, self.absmax, self.block, shape, *second, nf4.BLOCK2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + bias, shape (..., E), in the dtype of x."""
+        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+        return packed_linear(x.to(self.compute_dtype), self.packed_weight, bias).to(x.dtype)

@@ -1,0 +1,104 @@
+"""LoRA on packed NF4: one pass decodes the weight, multiplies, and adds the low-rank term into the product's memory.
+
+Kept for the backward pass: x, the mask, A, B and S = (x mask) A^T (tokens x rank); the weight is decoded anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from harness.kernels.device import frozen, multiplied_by_triton
+from harness.kernels.torch import nf4
+from harness.kernels.torch.autocast import outside_autocast
+from harness.kernels.torch.nf4_linear import product
+from harness.kernels.torch.packed_weight import PackedWeight
+
+
+class _LoraProduct(torch.autograd.Function):
+    """x W^T + bias + s ((x mask) A^T) B^T for x, mask (T, D), A (R, D), B (E, R), all of one dtype."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        weight: PackedWeight,
+        scaling: float,
+        mask: Tensor | None,
+    ) -> Tensor:
+        ctx.weight, ctx.scaling = weight, scaling
+        S = (x if mask is None else x * mask) @ A.T
+        ctx.save_for_backward(x, A, B, S, mask)
+        return product(x, weight, bias).addmm_(S, B.T, alpha=scaling)
+
+    @staticmethod
+    @outside_autocast
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B, S, mask = ctx.saved_tensors
+        need_x, need_A, need_B, need_bias = ctx.needs_input_grad[:4]
+        masked = x if mask is None or not (need_A or torch.is_grad_enabled()) else x * mask
+        if torch.is_grad_enabled():  # a second derivative is wanted, and S was kept as a mere number
+            S = masked @ A.T
+        dS = (dy @ B).mul_(ctx.scaling) if need_x or need_A else dy
+        dx = None
+        if need_x:
+            dx = product(dy, ctx.weight, transposed=True)
+            dx = dx.addmm_(dS, A) if mask is None else dx.addcmul_(dS @ A, mask)
+        dA = dS.T @ masked if need_A else None
+        dB = (dy.T @ S).mul_(ctx.scaling) if need_B else None
+        return dx, dA, dB, dy.sum(dim=0) if need_bias else None, None, None, None
+
+
+def packed_lora_linear(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    mask: Tensor | None,
+) -> Tensor:
+    """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E), with W decoded and cast to the dtype of x.
+
+    x (..., D); A (R, D) and B (E, R) of its dtype; mask: dropout's, 0 or 1 / (1 - p), of the shape and dtype of x, or None.
+    Differentiable in x, A, B and bias, twice too; by Triton once, and a second derivative raises RuntimeError. Under
+    autocast and torch.compile the plain expression is used.
+    """
+    if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+        masked = x if mask is None else x * mask
+        return linear(x, weight.decoded(x.dtype), bias) + scaling * ((masked @ A.T) @ B.T)
+    if multiplied_by_triton(x, A, B, weight.packed) and nf4.on_gpu(weight.block) and frozen(bias):
+        from harness.kernels.triton import nf4_lora_linear as gpu
+
+        packed = weight.packed, weight.constants(), weight.block, weight.shape
+        return gpu.nf4_lora_linear(x, *packed, bias, A, B, scaling, mask)
+    rows, of_rows = x.reshape(-1, x.shape[-1]), None if mask is None else mask.reshape(-1, x.shape[-1])
+    y: Tensor = _LoraProduct.apply(rows, A, B, bias, weight, scaling, of_rows)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def nf4_lora_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    block: int,
+    shape: Sequence[int],
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    mask: Tensor | None,
+) -> Tensor:
+    """Return x W^T + bias + scaling ((x mask) A^T) B^T, for W (E, D) packed as `nf4.quantize` does: QLoRA's eq. 5.
+
+    Else as `packed_lora_linear`. Raises ValueError where packed or absmax are not as long as `shape` asks for.
+    """
+    E, D = shape
+    return packed_lora_linear(x, PackedWeight(packed, absmax, block, (E, D)), bias, A, B, scaling, mask)

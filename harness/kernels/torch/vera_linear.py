@@ -1,0 +1,120 @@
+"""VeRA linear: y = x W^T + bias + b ((d u) B^T), u = (x mask) A^T, where layers that see one x share one u."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.kernels.device import frozen, multiplied_by_triton
+from harness.kernels.torch.autocast import outside_autocast
+
+
+class _Projection(torch.autograd.Function):
+    """u = (x mask) A^T, with A frozen.
+
+    A and the mask are attributes of the node and not saved tensors: a node that several layers share must survive the
+    backward pass of one of them, which frees what is saved. Neither is memory that would be free otherwise.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.A, ctx.mask = A, mask
+        return (x if mask is None else x * mask) @ A.T
+
+    @staticmethod
+    @outside_autocast
+    def backward(ctx: Any, du: Tensor) -> tuple[Tensor | None, ...]:
+        dx = du @ ctx.A if ctx.needs_input_grad[0] else None
+        return dx if dx is None or ctx.mask is None else dx * ctx.mask, None, None
+
+
+class _Scaled(torch.autograd.Function):
+    """y = x W^T + bias + b P, P = (d u) B^T. Kept: u (T, R) and P (T, E), which spares the gradient of b a product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, u: Tensor, W: Tensor, bias: Tensor | None, B: Tensor, b: Tensor, d: Tensor
+    ) -> Tensor:
+        P = (u * d) @ B.T
+        y = x @ W.T if bias is None else torch.addmm(bias, x, W.T)
+        ctx.save_for_backward(u, P, W, B, b, d)
+        return y.addcmul_(P, b)
+
+    @staticmethod
+    @outside_autocast
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        u, P, W, B, b, d = ctx.saved_tensors
+        need_x, need_u, need_W, need_bias, _, need_b, need_d = ctx.needs_input_grad
+        if need_W:
+            raise RuntimeError("vera_linear: the base weight is frozen in VeRA, and it requires a gradient here")
+        if torch.is_grad_enabled():  # a second derivative is wanted, and P was kept as mere numbers
+            P = (u * d) @ B.T
+        scaled = dy * b if need_u or need_d else None
+        dh = None if scaled is None else scaled @ B
+        # Into memory that is there: fresh memory of this size costs as much as the product.
+        room = None if torch.is_grad_enabled() else scaled
+        db = torch.mul(dy, P, out=room).sum(0) if need_b else None
+        return (
+            dy @ W if need_x else None,
+            dh * d if need_u and dh is not None else None,
+            None,
+            dy.sum(0) if need_bias else None,
+            None,
+            db,
+            (dh * u).sum(0) if need_d and dh is not None else None,
+        )
+
+
+class SharedProjection:
+    """The last u = x A^T that was made, for the next layer that asks for the same x and the same A: q, k and v do.
+
+    Only without a mask, for every layer draws its own. Holds neither x nor u alive: it is the graph of an output that keeps
+    u, so that without gradients nothing is shared.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[Any, tuple[Any, ...], Any] | None = None  # in one piece, for threads
+
+    def __reduce__(self) -> Any:
+        """Copy nothing of what is shared."""
+        return SharedProjection, ()
+
+    def __call__(self, x: Tensor, A: Tensor) -> Tensor:
+        """Return x A^T, shape (T, R), for x (..., D) and A (R, D)."""
+        if x.is_inference() or A.is_inference():  # which do not say whether they were changed
+            return _projection(x, A, None)
+        of = A.data_ptr(), A.shape, A._version, x.data_ptr(), x._version, x.requires_grad
+        last = self._last
+        u: Tensor | None = last[2]() if last is not None and last[0]() is x and last[1] == of else None
+        if u is None:
+            u = _projection(x, A, None)
+            self._last = weakref.ref(x), of, weakref.ref(u)
+        return u
+
+
+def _projection(x: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
+    rows = None if mask is None else mask.reshape(-1, x.shape[-1])
+    u: Tensor = _Projection.apply(x.reshape(-1, x.shape[-1]), A, rows)
+    return u
+
+
+def vera_linear(
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, b: Tensor, d: Tensor, mask: Tensor | None = None,
+    shared: SharedProjection | None = None,
+) -> Tensor:  # fmt: skip
+    """Return x W^T + bias + b ((d ((x mask) A^T)) B^T), shape (..., E) (arXiv:2310.11454, eq. 2).
+
+    x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), b (E,), d (R,), mask like x or None, all of one dtype.
+    Differentiable in x, bias, b and d. shared: where layers look for the product with A. Raises RuntimeError in the
+    backward pass if W requires a gradient.
+    """
+    if multiplied_by_triton(x, W, A, B, b, d) and frozen(W, bias):
+        from harness.kernels.triton import vera_linear as gpu
+
+        return gpu.vera_linear(x, W, bias, A, B, b, d, mask)
+    u = shared(x, A) if shared is not None and mask is None else _projection(x, A, mask)
+    y: Tensor = _Scaled.apply(x.reshape(-1, x.shape[-1]), u, W, bias, B, b, d)
+    return y.view(*x.shape[:-1], len(W))

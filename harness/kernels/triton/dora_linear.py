@@ -1,0 +1,87 @@
+"""DoRA's linear layer on a GPU: the gain multiplies the accumulator of the product that LoRA's update is in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from harness.kernels.torch.autocast import outside_autocast
+from harness.kernels.triton.dora_dropout import dropped_backward, dropped_forward
+from harness.kernels.triton.dora_gain import dora_gain
+from harness.kernels.triton.low_rank_arguments import checked, contiguous, matrix
+from harness.kernels.triton.low_rank_gemm import low_rank_gemm
+from harness.kernels.triton.shrink import shrink
+from harness.kernels.triton.token_sums import outer_sum, product_sum
+
+
+class _DoraLinear(torch.autograd.Function):
+    """q = (x mask) W^T + scaling S B^T, what the gain multiplies, is kept for the gradient of m."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        m: Tensor,
+        scaling: float,
+        mask: Tensor | None,
+    ) -> Tensor:
+        gain, norm = dora_gain(W, A, B, m, scaling)
+        S = shrink(x, A.T, mask=mask)
+        if mask is None:
+            q = torch.empty((len(x), len(W)), dtype=x.dtype, device=x.device) if ctx.needs_input_grad[5] else None
+            y = low_rank_gemm(x, W.T, S, B.T, scale=scaling, gain=gain, bias=bias, product=q)
+        else:
+            y, q = dropped_forward(x, W, bias, B, S, scaling, mask, gain - 1)
+        ctx.save_for_backward(x, W, A, B, S, q if ctx.needs_input_grad[5] else None, gain, norm, mask)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    @outside_autocast
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, A, B, S, q, gain, norm, mask = ctx.saved_tensors
+        need_x, need_A, need_B, need_m = (ctx.needs_input_grad[at] for at in (0, 3, 4, 5))
+        dx = dA = dB = dm = None
+        if need_x or need_A:
+            dS = shrink(dy, (gain[:, None] * B).to(B.dtype), scale=ctx.scaling)
+            if need_x and mask is None:
+                dx = low_rank_gemm(dy, W, dS, A, left_scale=gain)
+            elif need_x:
+                dx = dropped_backward(dy, W, A, dS, mask, gain - 1)
+            dA = outer_sum(x, dS, mask=mask).T.to(A.dtype) if need_A else None
+        if need_B:
+            dB = (ctx.scaling * gain[:, None] * outer_sum(dy, S)).to(B.dtype)
+        if need_m:
+            dm = torch.where(norm > 0, product_sum(dy, q) / norm, 0.0).to(norm.dtype)
+        return dx, None, None, dA, dB, dm, None, None
+
+
+def dora_linear(
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    m: Tensor,
+    scaling: float,
+    mask: Tensor | None,
+) -> Tensor:
+    """Return x W^T + bias + (g - 1) (x mask) W^T + g scaling ((x mask) A^T) B^T, (..., E), with g = m / ||W + scaling B A||.
+
+    The norm is that of rows, and a constant in the backward pass; g is 0 where it is 0. DoRA, arXiv:2402.09353, section 4.3;
+    dropout spares x W^T, and without it all is g (x W^T + ...) + bias. x (..., D), W (E, D), bias (E,) or None, A (R, D),
+    B (E, R), m (E,), mask as x, 0 or 1 / (1 - p), or None: of one dtype, float32, bfloat16 or float16. Differentiable once,
+    in x, A, B and m. Raises ValueError for what does not fit, and if W or bias requires a gradient.
+    """
+    checked(x, W, A, B, mask, bias=bias, m=m)
+    dropped = None if mask is None else matrix(mask)
+    y: Tensor = _DoraLinear.apply(matrix(x), W, contiguous(bias), A, B, m.contiguous(), scaling, dropped)
+    return y.view(*x.shape[:-1], len(W))

@@ -1,0 +1,90 @@
+"""LoRA's linear layer on a GPU: the update enters the accumulator of the frozen product, forward and backward.
+
+Beside the frozen layer's own traffic, the forward pass reads x once more, the backward pass x and dy twice; nothing of the
+size of y is written but y. S = (x mask) A^T, tokens x rank, is kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from harness.kernels.torch.autocast import outside_autocast
+from harness.kernels.triton.low_rank_arguments import checked, contiguous, matrix
+from harness.kernels.triton.low_rank_gemm import low_rank_gemm
+from harness.kernels.triton.shrink import shrink
+from harness.kernels.triton.token_sums import outer_sum
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def forward(
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return (y, S): y = x W^T + bias + scaling S B^T, (T, E), and S = (x mask) A^T, (T, R); x, mask (T, D)."""
+    S = shrink(x, A.T, mask=mask)
+    return low_rank_gemm(x, W.T, S, B.T, scale=scaling, bias=bias), S
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    W: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    S: Tensor,
+    scaling: float,
+    mask: Tensor | None,
+    needed: tuple[bool, bool, bool],
+) -> Gradients:
+    """Return the gradients of x, A and B, those that are needed; dy (T, E), S as `forward` returned it.
+
+    W may be None where the gradient of x is not needed.
+    """
+    need_x, need_A, need_B = needed
+    dx = dA = dB = None
+    if need_x or need_A:
+        dS = shrink(dy, B, scale=scaling)
+        dx = low_rank_gemm(dy, W, dS, A, term_mask=mask) if W is not None and need_x else None
+        dA = outer_sum(x, dS, mask=mask).T.to(A.dtype) if need_A else None
+    if need_B:
+        dB = (scaling * outer_sum(dy, S)).to(B.dtype)
+    return dx, dA, dB
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None
+    ) -> Tensor:
+        y, S = forward(x, W, bias, A, B, scaling, mask)
+        ctx.save_for_backward(x, W, A, B, S, mask)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    @outside_autocast
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, A, B, S, mask = ctx.saved_tensors
+        need_x, _, _, need_A, need_B = ctx.needs_input_grad[:5]
+        dx, dA, dB = backward(dy, x, W, A, B, S, ctx.scaling, mask, (need_x, need_A, need_B))
+        return dx, None, None, dA, dB, None, None
+
+
+def lora_linear(
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None
+) -> Tensor:
+    """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E). LoRA, arXiv:2106.09685, eq. 3.
+
+    x (..., D), W (E, D), bias (E,) or None, A (R, D), B (E, R), mask as x, 0 or 1 / (1 - p), or None: of one dtype, float32,
+    bfloat16 or float16. Differentiable once, in x, A and B. Raises ValueError for what does not fit, and if W or bias
+    requires a gradient.
+    """
+    checked(x, W, A, B, mask, bias=bias)
+    dropped = None if mask is None else matrix(mask)
+    y: Tensor = _LoraLinear.apply(matrix(x), W, contiguous(bias), A, B, scaling, dropped)
+    return y.view(*x.shape[:-1], len(W))

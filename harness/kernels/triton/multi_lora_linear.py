@@ -1,0 +1,165 @@
+"""A linear layer whose sequences have LoRA adapters of their own (Punica, arXiv:2310.18547; S-LoRA, arXiv:2311.03285)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from harness.kernels.torch.autocast import outside_autocast
+from harness.kernels.triton.grouped_lora import INNER, MOST_REGISTERS, expand, outer, shrink, tile
+from harness.kernels.triton.launch import launch
+
+_BUSY = 128  # programs that keep a GPU busy; with fewer, `shrink` cuts its sum into up to _MOST_SPLITS
+_MOST_SPLITS = 8
+_A, _B = 0, 1
+
+
+class _Group:
+    """The adapters of one call, and the launches over them. W (E, D); x (N, T, D)."""
+
+    def __init__(self, As: Sequence[Tensor], Bs: Sequence[Tensor], scalings: Sequence[float], x: Tensor) -> None:
+        self.ranks = tuple(len(A) for A in As)
+        addresses = tuple((A.data_ptr(), B.data_ptr()) for A, B in zip(As, Bs, strict=True))
+        self.table, self.scalings = _table(
+            addresses, self.ranks, tuple(map(float, scalings)), As[0].shape[1], len(Bs[0]), x.device
+        )
+        even = all(address % 16 == 0 for pair in addresses for address in pair) and all(r % 8 == 0 for r in self.ranks)
+        self.sequences, self.tokens = x.shape[:2]
+        self.width = max(16, triton.next_power_of_2(max(self.ranks)))
+        self.plane = self.sequences * self.tokens * self.width
+        most = tile(x.dtype, self.tokens)
+        self.columns = most["columns"]
+        self.tiles = {"rows": most["rows"], "ranks": min(most["ranks"], self.width)}
+        self.how = {"aligned": even, "num_warps": 4, "enable_fp_fusion": True} | self.tiles
+        self.programs = self.sequences * triton.cdiv(self.tokens, self.tiles["rows"])
+        self.rank_tiles = triton.cdiv(max(self.ranks), self.tiles["ranks"])
+
+    def shrink(self, x: Tensor, ids: Tensor, which: int) -> Tensor:
+        """Return S = s x A^T, or with B of dy: s dy B, float32 (pieces, N T, ranks)."""
+        features = x.shape[-1]
+        wanted = min(_MOST_SPLITS, triton.cdiv(_BUSY, self.programs), triton.cdiv(features, 2 * INNER))
+        span = triton.cdiv(triton.cdiv(features, wanted), INNER) * INNER
+        S = torch.empty(triton.cdiv(features, span), self.plane, device=x.device)
+        launch(
+            shrink, (self.programs, len(S), self.rank_tiles),
+            x, self.table, self.scalings, ids, S, self.tokens, features, span, self.plane, self.width,
+            which=which, inner=INNER, num_stages=3, **self.how,
+        )  # fmt: skip
+        return S
+
+    def expand(self, out: Tensor, S: Tensor, ids: Tensor, which: int) -> None:
+        """Add S B^T, or S A, to `out` (N, T, features)."""
+        features = out.shape[-1]
+        launch(
+            expand, (self.programs, triton.cdiv(features, self.columns)),
+            out, S, self.table, ids, self.tokens, features, self.plane, self.width, len(S),
+            which=which, columns=self.columns, maxnreg=MOST_REGISTERS, **self.how,
+        )  # fmt: skip
+
+    def outer(self, x: Tensor, S: Tensor, ids: Tensor, which: int) -> list[Tensor]:
+        """Return the gradient of every A (of x and s dy B) or B (of dy and s x A^T); zeros where nobody has it."""
+        features = x.shape[-1]
+        flat = torch.empty(sum(self.ranks) * features, dtype=x.dtype, device=x.device)
+        launch(
+            outer, (len(self.ranks), triton.cdiv(features, self.columns), self.rank_tiles),
+            x, S, self.table, ids, flat, self.sequences, self.tokens, features, self.plane, self.width, len(S),
+            which=which, columns=self.columns, maxnreg=MOST_REGISTERS, **self.how,
+        )  # fmt: skip
+        parts = flat.split([rank * features for rank in self.ranks])
+        shapes = [(rank, features) if which == _A else (features, rank) for rank in self.ranks]
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+@lru_cache(maxsize=1024)
+def _table(
+    addresses: tuple[tuple[int, int], ...], ranks: tuple[int, ...], scalings: tuple[float, ...], D: int, E: int,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the table and the scalings on the device. Kept, so that adapters that stay where they are upload nothing."""
+    rows, before = [], 0
+    for pair, rank in zip(addresses, ranks, strict=True):
+        rows.append([*pair, rank, before * D, before * E])
+        before += rank
+    return torch.tensor(rows, dtype=torch.int64).to(device), torch.tensor(scalings).to(device)
+
+
+class _MultiLora(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, ids: Tensor, scalings: Sequence[float], *adapters: Tensor) -> Tensor:
+        given = [t.contiguous() for t in adapters]
+        As, Bs = given[: len(scalings)], given[len(scalings) :]
+        group = _Group(As, Bs, scalings, x)
+        y = linear(x, W)
+        S = group.shrink(x, ids, _A)
+        group.expand(y, S, ids, _B)
+        ctx.save_for_backward(x, W, ids, S, *given)
+        ctx.group = group
+        return y
+
+    @staticmethod
+    @outside_autocast
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, ids, S, *_ = ctx.saved_tensors
+        group, dy = ctx.group, dy.contiguous()
+        (need_x, need_W), of_adapters = ctx.needs_input_grad[:2], ctx.needs_input_grad[4:]
+        need_A, need_B = any(of_adapters[: len(group.ranks)]), any(of_adapters[len(group.ranks) :])
+        dx = dW = None
+        dAs: list[Tensor] | list[None] = [None] * len(group.ranks)
+        dBs: list[Tensor] | list[None] = [None] * len(group.ranks)
+        if need_x or need_A:
+            dS = group.shrink(dy, ids, _B)
+        if need_x:
+            dx = dy @ W
+            group.expand(dx, dS, ids, _A)
+        if need_W:
+            dW = dy.flatten(0, 1).T @ x.flatten(0, 1)
+        if need_A:
+            dAs = group.outer(x, dS, ids, _A)
+        if need_B:
+            dBs = group.outer(dy, S, ids, _B)
+        return dx, dW, None, None, *dAs, *dBs
+
+
+def multi_lora_linear(
+    x: Tensor,
+    W: Tensor,
+    As: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    ids: Sequence[int] | Tensor,
+) -> Tensor:
+    """Return x W^T + s_i x A_i^T B_i^T with i = ids[n] for each of N sequences, or the first term alone where it is -1.
+
+    x (N, ..., D), W (E, D), As[i] (R_i, D), Bs[i] (E, R_i), all of one dtype of float32, bfloat16 and float16. Gradients
+    reach x, W, As and Bs, once; an adapter that nobody has gets zeros. Raises ValueError if shapes or dtypes do not fit, or
+    if an id is neither -1 nor an adapter's; of ids on a GPU the device finds that out, and the next synchronisation fails.
+    """
+    count = len(As)
+    if not count == len(Bs) == len(scalings):
+        raise ValueError(f"{count} As, {len(Bs)} Bs and {len(scalings)} scalings: each adapter has one of each")
+    if any(t.dtype != x.dtype for t in (W, *As, *Bs)):
+        raise ValueError(f"x, W and the adapters must be of one dtype, and x is {x.dtype}")
+    if any(A.shape != (B.shape[1], W.shape[1]) or len(B) != len(W) for A, B in zip(As, Bs, strict=True)):
+        raise ValueError(f"for W {tuple(W.shape)} an A must be (R, {W.shape[1]}) and its B ({W.shape[0]}, R)")
+    chosen = torch.as_tensor(ids)
+    if chosen.shape != x.shape[:1]:
+        raise ValueError(f"{len(x)} sequences need as many ids, got shape {tuple(chosen.shape)}")
+    known = (chosen >= -1) & (chosen < count)
+    if chosen.device.type == "cpu":
+        for wrong in chosen[~known].tolist():
+            raise ValueError(f"id {wrong}: there are adapters 0 to {count - 1}, and -1 for none")
+    else:
+        torch._assert_async(known.all())
+    if not count or not x.numel():
+        return linear(x, W)
+    rows = x.reshape(len(x), -1, x.shape[-1]).contiguous()
+    y: Tensor = _MultiLora.apply(rows, W, chosen.to(x.device, non_blocking=True), tuple(scalings), *As, *Bs)
+    return y.view(*x.shape[:-1], len(W))

@@ -1,0 +1,217 @@
+"""NF4 on a GPU: quantise, dequantise, and dequantise what is quantised twice, each in one launch that streams.
+
+A program has a tile of whole blocks. Bytes and values move 128 bits at a time even at the end of a tensor: the mask there
+is the same for 32 values in a row, unless their number is not a multiple of 32; then the last program alone masks each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from harness.kernels.torch.nf4 import check_second_sizes, check_sizes
+from harness.kernels.triton.launch import launch
+from harness.kernels.triton.nf4_levels import ZERO, nearest_code, table
+from harness.kernels.triton.rounding import load_as_float32, store_as
+from harness.kernels.triton.specimen import Specimen
+
+_THREADS = 128
+_TILE, _QUANTIZED_TILE = 64 * _THREADS, 32 * _THREADS
+"""Values of a program. A thread decodes two loads of 128 bits; it quantises fewer, which takes more registers."""
+_GRAIN = tl.constexpr(32)
+"""Values whose codes fill 16 bytes."""
+
+
+@triton.jit
+def _inside(index, count, GRAIN: tl.constexpr):
+    """Return index < count for a count that is a multiple of GRAIN, told so that the compiler sees it."""
+    return index // GRAIN * GRAIN < count
+
+
+@triton.jit
+def _quantize_tile(W, packed, absmax, first, left, BLOCK: tl.constexpr, TILE: tl.constexpr, GRAIN: tl.constexpr):
+    ROWS: tl.constexpr = TILE // BLOCK
+    row, byte = tl.arange(0, ROWS), tl.arange(0, TILE // 2)
+    at = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    values = load_as_float32(W + first + at, mask=_inside(at, left, GRAIN), other=0.0)
+    # As integers, magnitudes are ordered as they are as numbers, and a NaN is above them all.
+    magnitude = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    largest = tl.max(magnitude, axis=1).to(tl.float32, bitcast=True)
+    scaled = tl.where(largest[:, None] == 0, 0.0, tl.div_rn(values, tl.broadcast_to(largest[:, None], [ROWS, BLOCK])))
+    codes = nearest_code(scaled)
+    if GRAIN == 1:  # what completes the last byte is zero's code, also in a block that holds a NaN
+        codes = tl.where(at < left, codes, ZERO)
+    high, low = tl.split(tl.reshape(codes, [TILE // 2, 2]))
+    tl.store(
+        packed + first // 2 + byte,
+        (high << 4 | low).to(tl.uint8),
+        mask=_inside(byte, (left + 1) // 2, (GRAIN + 1) // 2),
+    )
+    tl.store(absmax + first // BLOCK + row, largest, mask=row * BLOCK < left)
+
+
+@triton.jit
+def _quantize(W, packed, absmax, count, BLOCK: tl.constexpr, TILE: tl.constexpr, RAGGED: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * TILE
+    left = tl.minimum(count - first, TILE).to(tl.int32)
+    if RAGGED and left < TILE:
+        _quantize_tile(W, packed, absmax, first, left, BLOCK, TILE, 1)
+    else:
+        _quantize_tile(W, packed, absmax, first, left, BLOCK, TILE, _GRAIN)
+
+
+@triton.jit
+def _dequantize_tile(
+    packed, levels, scale, out, first, left, BLOCK: tl.constexpr, TILE: tl.constexpr, GRAIN: tl.constexpr
+):
+    """scale: float32 (TILE // BLOCK,), of each block of the tile."""
+    at, byte = tl.arange(0, TILE), tl.arange(0, TILE // 2)
+    codes = tl.load(packed + first // 2 + byte, mask=_inside(byte, (left + 1) // 2, (GRAIN + 1) // 2), other=0)
+    high, low = tl.load(levels + (codes >> 4)), tl.load(levels + (codes & 15))
+    of_blocks = tl.reshape(tl.join(high, low), [TILE // BLOCK, BLOCK])
+    values = tl.reshape(of_blocks * scale[:, None], [TILE])
+    store_as(out + first + at, values, mask=_inside(at, left, GRAIN))
+
+
+@triton.jit
+def _dequantize(packed, levels, absmax, out, count, BLOCK: tl.constexpr, TILE: tl.constexpr, RAGGED: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * TILE
+    left = tl.minimum(count - first, TILE).to(tl.int32)
+    row = tl.arange(0, TILE // BLOCK)
+    scale = tl.load(absmax + first // BLOCK + row, mask=row * BLOCK < left, other=0.0)
+    if RAGGED and left < TILE:
+        _dequantize_tile(packed, levels, scale, out, first, left, BLOCK, TILE, 1)
+    else:
+        _dequantize_tile(packed, levels, scale, out, first, left, BLOCK, TILE, _GRAIN)
+
+
+@triton.jit
+def _double_dequantize(
+    packed, levels, codes, absmax2, offset, code, out, count,
+    SECOND: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * TILE
+    left = tl.minimum(count - first, TILE).to(tl.int32)
+    row = tl.arange(0, TILE // BLOCK)
+    block, here = first // BLOCK + row, row * BLOCK < left
+    centred = tl.load(code + tl.load(codes + block, mask=here, other=0).to(tl.int32))
+    # Rounded twice, as the definition is: the launch forbids one multiply-and-add.
+    scale = centred * tl.load(absmax2 + block // SECOND, mask=here, other=0.0) + tl.load(offset)
+    if RAGGED and left < TILE:
+        _dequantize_tile(packed, levels, scale, out, first, left, BLOCK, TILE, 1)
+    else:
+        _dequantize_tile(packed, levels, scale, out, first, left, BLOCK, TILE, _GRAIN)
+
+
+def _launch(kernel: Any, tile: int, count: int, block: int, *arguments: Any, **constants: int) -> None:
+    if block < _GRAIN.value or block & (block - 1):
+        raise ValueError(f"a block must hold a power of two of values, at least {_GRAIN.value}; got {block}")
+    tile, ragged = max(tile, block), count % _GRAIN.value != 0
+    if not count:
+        return
+    launch(
+        kernel, (triton.cdiv(count, tile),),
+        *arguments, count, BLOCK=block, TILE=tile, RAGGED=ragged, **constants, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Return (packed, absmax): uint8 (ceil(n / 2),), the first code of a pair in the high nibble; float32, of each block.
+
+    W: any shape, of n values, float32, bfloat16 or float16; blocks are consecutive in W.flatten(), and the last may be
+    short. An element halfway between two levels takes the lower. A block of zeros has absmax 0, one that holds a NaN or an
+    infinity that as absmax. An odd length is filled up with zero's code. Raises ValueError for a block that is not a power
+    of two from 32 on.
+    """
+    flat = W.detach().contiguous()
+    packed = torch.empty(triton.cdiv(flat.numel(), 2), dtype=torch.uint8, device=W.device)
+    absmax = torch.empty(triton.cdiv(flat.numel(), block), dtype=torch.float32, device=W.device)
+    _launch(_quantize, _QUANTIZED_TILE, flat.numel(), block, flat, packed, absmax)
+    return packed, absmax
+
+
+def dequantize(
+    packed: Tensor, absmax: Tensor, block: int, shape: Sequence[int], dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """Return level x absmax, formed in float32 and rounded once, as a tensor of `shape` and `dtype`.
+
+    packed, absmax: as `quantize` returns them. out: contiguous memory of that many values to write to. Raises ValueError
+    for a block that is not a power of two from 32 on, and where packed or absmax are not as long as `shape` asks for.
+    """
+    check_sizes(packed, absmax, block, shape)
+    values, levels = _room(out, packed, shape, dtype), table(packed.device)
+    _launch(_dequantize, _TILE, prod(shape), block, packed.contiguous(), levels, absmax.float().contiguous(), values)
+    return values
+
+
+def double_dequantize(
+    packed: Tensor,
+    codes: Tensor,
+    absmax2: Tensor,
+    offset: Tensor,
+    code: Tensor,
+    block: int,
+    second_block: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return what `dequantize` does of an absmax that is itself quantised: code[codes] x absmax2 + offset, float32.
+
+    codes: uint8, one for each block. absmax2: float32, one for each `second_block` of codes. offset: float32, one number.
+    code: float32 (256,), the values of the 8-bit type. QLoRA section 3, arXiv:2305.14314. Raises as `dequantize`.
+    """
+    check_second_sizes(codes, absmax2, offset, second_block)
+    check_sizes(packed, codes, block, shape)
+    values = _room(out, packed, shape, dtype)
+    constants = [one.contiguous() for one in (codes, absmax2, offset, code)]
+    pointers = (packed.contiguous(), table(packed.device), *constants, values)
+    _launch(_double_dequantize, _TILE, prod(shape), block, *pointers, SECOND=second_block)
+    return values
+
+
+def _room(out: Tensor | None, packed: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    if out is None:
+        return torch.empty(tuple(shape), dtype=dtype, device=packed.device)
+    return out[: prod(shape)].view(tuple(shape))
+
+
+_BYTES, _FLOATS = "*u8", "*fp32"
+
+
+def _specimens(values: str, block: int, ragged: bool = False) -> list[Specimen]:
+    """Return the three kernels for values of one type; a ragged end takes another branch, with a load for each value."""
+    packed = {"packed": _BYTES, "levels": _FLOATS}
+    twice = {"codes": _BYTES, "absmax2": _FLOATS, "offset": _FLOATS, "code": _FLOATS}
+    return [
+        Specimen(
+            name=f"nf4.{kernel.__name__.strip('_')}-{values[1:]}-{block}{'-ragged' if ragged else ''}",
+            kernel=kernel,
+            signature={**arguments, "count": "i32"},
+            constants={"BLOCK": block, "TILE": tile, "RAGGED": ragged, **constants},
+            divisible=tuple(arguments),
+            kind="streaming",
+            separate_roundings=kernel is not _quantize,
+            narrow_loads=narrow + 32 * (ragged and kernel is not _quantize),
+        )
+        for kernel, tile, arguments, constants, narrow in (
+            (_quantize, _QUANTIZED_TILE, {"W": values, "packed": _BYTES, "absmax": _FLOATS}, {}, 0),
+            (_dequantize, _TILE, {**packed, "absmax": _FLOATS, "out": values}, {}, 0),
+            (_double_dequantize, _TILE, {**packed, **twice, "out": values}, {"SECOND": 256}, 2),
+        )
+    ]
+
+
+SPECIMENS = [
+    *_specimens("*bf16", 64),
+    *_specimens("*bf16", 64, ragged=True),
+    *_specimens("*bf16", 4096),
+    *_specimens("*fp16", 64),
+    *_specimens("*fp32", 64),
+]

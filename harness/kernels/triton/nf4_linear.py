@@ -1,0 +1,173 @@
+"""A product with a packed NF4 weight: few tokens in one launch that decodes as it multiplies, many by decoding first.
+
+With few tokens the product waits for the weight, which in NF4 is a quarter as long; with many, what decodes it once and
+leaves the rest to torch is ahead. From how many on is in `crossover.json`. The fused kernel computes y^T = W x^T: what was
+decoded goes from registers into the matrix instructions without a way through shared memory, and the tile of tokens may be
+as narrow as 16. A byte holds two neighbours along D, so that a chunk is two products, of the even columns and of the odd.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import linear
+
+from harness.kernels.torch.autocast import outside_autocast
+from harness.kernels.torch.nf4 import check_sizes
+from harness.kernels.triton.launch import launch
+from harness.kernels.triton.matrix_product import product
+from harness.kernels.triton.nf4 import dequantize
+from harness.kernels.triton.nf4_levels import level_by_selection
+from harness.kernels.triton.rounding import load_as_float32, store_as, to_dtype
+from harness.kernels.triton.specimen import Specimen
+
+_ROWS, _LARGEST_CHUNK, _WARPS, _STAGES = 64, 128, 4, 5
+
+
+@triton.jit
+def _fused(
+    x, packed, absmax, bias, y, tokens, E, D, row_bytes,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """D is a multiple of BLOCK, and BLOCK of CHUNK: a chunk of a row has one absmax."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    row, token = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    # Past the end the last row and token are computed again, so that no load needs a mask.
+    of_row, of_token = tl.minimum(row, E - 1).to(tl.int64), tl.minimum(token, tokens - 1).to(tl.int64)
+    byte, column = tl.arange(0, CHUNK // 2), tl.arange(0, CHUNK)
+    codes_at = packed + of_row[:, None] * row_bytes + byte[None, :]
+    scale_at = absmax + of_row * (D // BLOCK)
+    x_at = x + of_token[:, None] * D + column[None, :]
+    sums = tl.zeros([ROWS, TOKENS], dtype=tl.float32)
+    for start in range(0, D, CHUNK):
+        codes = tl.load(codes_at + start // 2)
+        scale = tl.load(scale_at + start // BLOCK)[:, None]
+        even, odd = tl.split(tl.reshape(tl.load(x_at + start), [TOKENS, CHUNK // 2, 2]))
+        sums = product(to_dtype(level_by_selection(codes >> 4) * scale, dtype), tl.trans(even), sums)
+        sums = product(to_dtype(level_by_selection(codes & 15) * scale, dtype), tl.trans(odd), sums)
+    if bias is not None:
+        sums += load_as_float32(bias + of_row)[:, None]
+    here = (row < E)[:, None] & (token < tokens)[None, :]
+    store_as(y + of_token[None, :] * E + row[:, None], sums, mask=here)
+
+
+def fused(x: Tensor, packed: Tensor, absmax: Tensor, block: int, shape: Sequence[int], bias: Tensor | None) -> Tensor:
+    """Return x W^T + bias, shape (T, E), for x (T, D), decoding W on the way. Not differentiable; else as `nf4_linear`.
+
+    Raises ValueError for what does not fit.
+    """
+    E, D = shape
+    if not fits(D, block, x.dtype):
+        raise ValueError(f"rows of {D} values of {x.dtype} in blocks of {block} have no fused kernel")
+    tokens = x.shape[0]
+    y = torch.empty(tokens, E, dtype=x.dtype, device=x.device)
+    if y.numel():
+        pointers = [one if one is None else one.detach().contiguous() for one in (x, packed, absmax.float(), bias)]
+        constants = _tile(tokens, block)
+        grid = triton.cdiv(E, constants["ROWS"]), triton.cdiv(tokens, constants["TOKENS"])
+        launch(
+            _fused, grid, *pointers, y, tokens, E, D, D // 2, **constants, num_warps=_WARPS, num_stages=_STAGES,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    return y
+
+
+def fits(D: int, block: int, dtype: torch.dtype) -> bool:
+    """Return whether the fused kernel has rows of D values in blocks of this size, for x of this dtype.
+
+    A row must be whole blocks, of a power of two of values from 32 on. float32 is left to torch: Triton 3.6 multiplies it
+    as TF32 on sm_100, whatever precision is asked for.
+    """
+    whole = D > 0 and block >= 32 and block & (block - 1) == 0 and D % block == 0
+    return whole and dtype in (torch.bfloat16, torch.float16)
+
+
+def _tile(tokens: int, block: int) -> dict[str, int]:
+    width = min(64, max(16, triton.next_power_of_2(tokens)))
+    return {"BLOCK": block, "ROWS": _ROWS, "TOKENS": width, "CHUNK": min(block, _LARGEST_CHUNK)}
+
+
+@cache
+def _crossover() -> list[tuple[int, int]]:
+    """Return (rows of the weight, the most tokens to fuse), by falling rows."""
+    table: dict[str, Any] = json.loads(Path(__file__).with_name("crossover.json").read_text())
+    return sorted(((one["E"], one["tokens"]) for one in table["nf4_linear"]["rows"]), reverse=True)
+
+
+def few(tokens: int, E: int) -> bool:
+    """Return whether the fused kernel is expected to be ahead for so many tokens, by the table."""
+    return any(tokens <= most for rows, most in _crossover() if rows <= E)
+
+
+class _Nf4Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, packed: Tensor, absmax: Tensor, block: int, shape: tuple[int, int]
+    ) -> Tensor:
+        ctx.save_for_backward(packed, absmax)
+        ctx.block, ctx.shape = block, shape
+        if fits(shape[1], block, x.dtype) and few(x.shape[0], shape[0]):
+            return fused(x, packed, absmax, block, shape, bias)
+        return linear(x, dequantize(packed, absmax, block, shape, x.dtype), bias)
+
+    @staticmethod
+    @outside_autocast
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        need_x, need_bias = ctx.needs_input_grad[:2]
+        packed, absmax = ctx.saved_tensors
+        dx = dy @ dequantize(packed, absmax, ctx.block, ctx.shape, dy.dtype) if need_x else None
+        return dx, dy.sum(dim=0) if need_bias else None, None, None, None, None
+
+
+def nf4_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    block: int,
+    shape: Sequence[int],
+    bias: Tensor | None,
+    training: bool = True,
+) -> Tensor:
+    """Return x W^T + bias, shape (..., E), for x (..., D) and W (E, D) packed as `nf4.quantize` does, cast to x's dtype.
+
+    Sums are float32. Differentiable in x and bias, twice too; the weight is decoded anew in the backward pass. The memory
+    that it is decoded into is fresh each time: torch's allocator hands out what it has, knows which stream uses it, and in
+    the capture of a CUDA graph gives memory that stays the graph's, as a buffer kept here would not. training: changes
+    nothing. Raises ValueError for a block that is not a power of two from 32 on, and where packed or absmax are not as long
+    as `shape` asks for.
+    """
+    check_sizes(packed, absmax, block, shape)
+    E, D = shape
+    y: Tensor = _Nf4Linear.apply(x.reshape(-1, D), bias, packed, absmax, block, (E, D))
+    return y.view(*x.shape[:-1], E)
+
+
+def _specimen(dtype: str, tokens: int, block: int) -> Specimen:
+    pointers = {"x": f"*{dtype}", "packed": "*u8", "absmax": "*fp32", "bias": f"*{dtype}", "y": f"*{dtype}"}
+    numbers = {"tokens": "i32", "E": "i32", "D": "i32", "row_bytes": "i32"}
+    return Specimen(
+        name=f"nf4_linear.fused-{dtype}-{tokens}-{block}",
+        kernel=_fused,
+        signature={**pointers, **numbers},
+        constants=_tile(tokens, block),
+        divisible=(*pointers, "E", "D", "row_bytes"),
+        kind="gemm",
+        num_warps=_WARPS,
+        num_stages=_STAGES,
+    )
+
+
+SPECIMENS = [
+    _specimen(dtype, tokens, block)
+    for dtype, tokens, block in (
+        ("bf16", 1, 64), ("bf16", 32, 64), ("bf16", 64, 64), ("bf16", 64, 4096), ("fp16", 16, 64)
+    )
+]  # fmt: skip

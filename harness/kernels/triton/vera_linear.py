@@ -1,0 +1,75 @@
+"""VeRA's linear layer on a GPU: d scales what leaves the first product, b what enters the second's accumulator.
+
+The gradients of both need no temporary of the size of y: with u = (x mask) A^T, that of d is the sum over the tokens of
+u * ((dy b) B), and that of b the sum over the ranks of B * (dy^T (d u)).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from harness.kernels.torch.autocast import outside_autocast
+from harness.kernels.triton.low_rank_arguments import checked, contiguous, matrix
+from harness.kernels.triton.low_rank_gemm import low_rank_gemm
+from harness.kernels.triton.shrink import shrink, shrink_and_sum
+from harness.kernels.triton.token_sums import outer_sum_against
+
+
+class _VeraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        b: Tensor,
+        d: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:
+        u = torch.empty((len(x), len(A)), dtype=x.dtype, device=x.device)
+        h = shrink(x, A.T, mask=mask, column_scale=d, unscaled=u)
+        ctx.save_for_backward(W, A, B, b, d, mask, u, h)
+        return low_rank_gemm(x, W.T, h, B.T, term_scale=b, bias=bias)
+
+    @staticmethod
+    @outside_autocast
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        W, A, B, b, d, mask, u, h = ctx.saved_tensors
+        need_x, need_b, need_d = (ctx.needs_input_grad[at] for at in (0, 5, 6))
+        dx = db = dd = None
+        if need_x or need_d:
+            dh, sums = shrink_and_sum(dy, b[:, None] * B, d, u)
+            dd = sums.to(d.dtype) if need_d else None
+            dx = low_rank_gemm(dy, W, dh, A, term_mask=mask) if need_x else None
+        if need_b:
+            db = outer_sum_against(dy, h, B).to(b.dtype)
+        return dx, None, None, None, None, db, dd, None
+
+
+def vera_linear(
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    b: Tensor,
+    d: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """Return x W^T + bias + b * ((d * ((x mask) A^T)) B^T), shape (..., E). VeRA, arXiv:2310.11454, eq. 2.
+
+    x (..., D), W (E, D), bias (E,) or None, A (R, D), B (E, R), b (E,), d (R,), mask as x, 0 or 1 / (1 - p), or None: of one
+    dtype, float32, bfloat16 or float16; A and B may be slices of a larger pair. Differentiable once, in x, b and d: A and B
+    are frozen. Raises ValueError for what does not fit, and if W or bias requires a gradient.
+    """
+    checked(x, W, A, B, mask, bias=bias, b=b, d=d)
+    dropped = None if mask is None else matrix(mask)
+    y: Tensor = _VeraLinear.apply(matrix(x), W, contiguous(bias), A, B, b.contiguous(), d.contiguous(), dropped)
+    return y.view(*x.shape[:-1], len(W))

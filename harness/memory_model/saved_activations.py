@@ -1,0 +1,126 @@
+"""What the layers of a Method keep for their backward pass: each is called on the meta device, and looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.memory_model.activations import Kept, Shape
+from reference.shared.layers import LINEAR, kind_of
+
+_PARTS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+_PART = {
+    "self_attn.q_proj": 1, "self_attn.k_proj": 1, "self_attn.v_proj": 1, "self_attn.o_proj": 2, "mlp.gate_proj": 3,
+    "mlp.up_proj": 3, "mlp.down_proj": 4,
+}  # fmt: skip
+"""How many of a block's norm, attention, norm and MLP come before a layer."""
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def llama_shape(model: Any, dtype: torch.dtype) -> Shape | None:
+    """Return the features of a model whose blocks are a Llama's (Mistral and Qwen2 are), or None for any other."""
+    blocks = list(getattr(getattr(model, "model", None), "layers", ()))
+    if not blocks or any({name for name, _ in block.named_children()} != {*_PARTS, *_NORMS} for block in blocks):
+        return None
+    config, attention = model.config, blocks[0].self_attn
+    plain = all(hasattr(getattr(blocks[0], part), name) for part, names in _PARTS.items() for name in names)
+    if not plain or hasattr(attention, "q_norm") or getattr(config, "hidden_act", "") != "silu":
+        return None
+    return Shape(
+        blocks=len(blocks),
+        hidden=config.hidden_size,
+        mlp=config.intermediate_size,
+        query=attention.q_proj.out_features,
+        key=attention.k_proj.out_features,
+        heads=config.num_attention_heads,
+        vocabulary=config.vocab_size,
+        size=dtype.itemsize,
+    )
+
+
+def in_llama(model: Any, kept: Mapping[str, tuple[bool, int]], trains: Collection[str]) -> Kept:
+    """Sum up what `of_layers` found over the blocks of a Llama with a Method attached. trains: paths of adapted layers."""
+    blocks = model.model.layers
+
+    def number(part: str, *names: str) -> int:
+        """Count the blocks in which one of these layers keeps its input; layers of one input keep it once."""
+        paths = [[f"model.layers.{index}.{part}.{name}" for name in names] for index in range(len(blocks))]
+        return sum(any(kept.get(path, (False, 0))[0] for path in of_block) for of_block in paths)
+
+    norms = [getattr(block, name) for block in blocks for name in _NORMS] + [model.model.norm]
+    # Where a gradient ends: four parts a block, and nothing is kept before the first of them that trains.
+    starts = [
+        4 * i + part for i in range(len(blocks)) for name, part in _PART.items() if f"model.layers.{i}.{name}" in trains
+    ]
+    start = 0 if model.get_input_embeddings().weight.requires_grad else min(starts, default=4 * len(blocks))
+    return Kept(
+        blocks=len(blocks) - start // 4,
+        before=start % 4,
+        attention=number("self_attn", "q_proj", "k_proj", "v_proj"),
+        mlp=number("mlp", "gate_proj", "up_proj"),
+        down=number("mlp", "down_proj"),
+        norms=sum(norm.weight.requires_grad for norm in norms),
+        last=model.get_output_embeddings().weight.requires_grad,
+        layers_B=sum(beside for _, beside in kept.values()),
+    )
+
+
+def of_layers(layers: Mapping[str, Any], dtype: torch.dtype) -> tuple[dict[str, tuple[bool, int]], bool]:
+    """Map the path of each linear layer to whether it keeps its input, and the bytes a token that it keeps beside it.
+
+    Also return whether every one calls the layer under it. One that never does (PiSSA with its residual, QLoRA with its
+    codes) has the weight in another form, and a program that saves memory drops the first one.
+    """
+    known: dict[Any, tuple[bool, int]] = {}
+    kept, every = {}, True
+    for path, layer in layers.items():
+        under: Any = getattr(layer, "base", layer)
+        if kind_of(under) not in LINEAR:
+            continue
+        D, E = under.in_features, under.out_features
+        same = (type(layer), D, E, under.weight.requires_grad)
+        if same not in known:
+            calls: list[bool] = []
+            hook = under.register_forward_hook(lambda *_, calls=calls: calls.append(True))
+            try:
+                known[same] = _saved(layer, D, dtype)
+            finally:
+                hook.remove()
+            every = every and bool(calls)
+        kept[path] = known[same]
+    return kept, every
+
+
+def _saved(layer: nn.Module, features: int, dtype: torch.dtype) -> tuple[bool, int]:
+    """Return whether a layer keeps its input for its backward pass, and how many bytes more for each token.
+
+    The difference of two lengths: what does not grow with the tokens, such as a decoded weight, is no activation.
+    """
+
+    def of(tokens: int) -> tuple[bool, int]:
+        x = torch.empty(tokens, features, dtype=dtype, device="meta", requires_grad=True)
+        storages = saved_by(layer, x)
+        return storages.pop(_storage(x), None) is not None, sum(storages.values())
+
+    (keeps, few), (_, more) = of(8), of(16)
+    return keeps, (more - few) // 8
+
+
+def saved_by(layer: Any, *inputs: Tensor, **named: Tensor) -> dict[int, int]:
+    """Call a layer or a model, and return what autograd saves for its backward pass: bytes by storage, each storage once."""
+    held: list[Tensor] = []  # while they are held, no two storages share an identity
+
+    def hold(t: Tensor) -> Tensor:
+        held.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda t: t):
+        layer(*inputs, **named)
+    return {_storage(t): t.untyped_storage().nbytes() for t in held}
+
+
+def _storage(t: Tensor) -> int:
+    return int(t.untyped_storage()._cdata)  # its address would be 0 on the meta device

@@ -1,0 +1,85 @@
+"""The bytes of 4-bit weights and of optimizer states, by the references' own counts of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.cell.training.master_weights import HALVES
+from harness.memory_model.choices import OPTIMIZERS
+from reference import galore
+from reference.operations import adamw8bit, double_quant, paged
+from reference.shared import galore_moments
+
+BLOCK = 64
+"""Weights that share a constant in NF4: QLoRA's and bitsandbytes' size."""
+_STEP_B = 4
+"""torch's AdamW counts the steps of each tensor in a float32."""
+
+
+def packed(numel: int, base: str) -> int:
+    """Return the bytes of a weight in `nf4` or `nf4-dq`: codes and constants (QLoRA, arXiv:2305.14314, section 3).
+
+    The table of 16 levels is the type's own and not counted.
+    """
+    return round(double_quant.bits_per_parameter(numel, BLOCK, double=base == "nf4-dq") * numel / 8)
+
+
+def adamw(numels: Iterable[int], name: str, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the bytes of an optimizer's state (on the device, in host memory) for tensors of so many numbers each.
+
+    As Cells have it, see `harness.cell.training.optimizers`: for weights of 16 bits with masters in float32; moments in float32
+    or in 8 bits (arXiv:2110.02861). A paged one keeps the moments of tensors of at least 100,000 numbers in host memory
+    (arXiv:2305.14314, section 3).
+    """
+    device = host = 0
+    for n in numels:
+        masters = 4 * n if dtype in HALVES else 0
+        moments = adamw8bit.state_bytes(n) if name.endswith("8bit") else 2 * n * max(4, dtype.itemsize)
+        away = moments if name.startswith("paged") and paged.is_paged(n) else 0
+        device += masters + moments - away + _STEP_B
+        host += away
+    return device, host
+
+
+def optimizers(adapted: Any, trains: Sequence[nn.Parameter], dtype: torch.dtype) -> dict[str, tuple[int, int]]:
+    """Map each optimizer that may train this to its bytes; a Method's own may be some of them only.
+
+    Raises TypeError for an optimizer of a Method's own of which nothing is known.
+    """
+    optimizer = adapted.optimizer(1e-3, 0.0)
+    if optimizer is None:
+        return {name: adamw([p.numel() for p in trains], name, dtype) for name in OPTIMIZERS}
+    if not isinstance(optimizer, galore.GaLore):
+        raise TypeError(f"nothing is known of the states of {type(optimizer).__name__}")
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    masters = 4 * sum(p.numel() for p in trains) if has_masters(dtype, own=True) else 0
+    itemsize = 4 if masters else dtype.itemsize
+    return {
+        name: (masters + sum(_galore(p, groups.get(id(p), optimizer.defaults), itemsize, bits) for p in trains), 0)
+        for name, bits in zip(galore.OPTIMIZERS, (32, 8), strict=True)
+    }
+
+
+def _galore(p: nn.Parameter, group: dict[str, Any], itemsize: int, bits: int) -> int:
+    """Return the bytes that GaLore keeps for a parameter: a projector and small moments, or Adam's two."""
+    if not group["rank"]:
+        return galore_moments.kept_bytes(p.numel(), itemsize, bits)
+    m, n = p.shape
+    r: int = min(group["rank"], m, n)
+    left, right = galore.sides(m, n, group["side"])
+    moments = (r if left else m) * (r if right else n)
+    return r * (m * left + n * right) * itemsize + galore_moments.kept_bytes(moments, itemsize, bits)
+
+
+def has_masters(dtype: torch.dtype, *, own: bool) -> bool:
+    """Say whether weights of this dtype have float32 masters; a Method's own optimizer steps bfloat16 as it is."""
+    return dtype == torch.float16 if own else dtype in HALVES
+
+
+def in_step(trains: Sequence[nn.Parameter], dtype: torch.dtype, *, own: bool) -> int:
+    """Return the bytes that exist only while an optimizer steps: float32 gradients of its masters."""
+    return 4 * sum(p.numel() for p in trains) if has_masters(dtype, own=own) else 0

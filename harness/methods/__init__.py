@@ -1,0 +1,1 @@
+"""Methods: their specs, read from `reference/`, and the registry of their implementations."""

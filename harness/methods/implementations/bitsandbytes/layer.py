@@ -1,0 +1,28 @@
+"""bitsandbytes' 4-bit linear layer, on a weight that is packed already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.methods.implementations.bitsandbytes.quantisers import DTYPES, state_of
+from harness.methods.registry import implements
+
+
+@implements("nf4_linear", name="bitsandbytes", kind="operation", dtypes=DTYPES, requires=["bitsandbytes"])
+def nf4_linear(x: Any, packed: Any, absmax: Any, block: int, shape: tuple[int, int], bias: Any, training: bool) -> Any:
+    """Run a Linear4bit as a user gets it, with the compute dtype of x."""
+    import bitsandbytes
+    import torch
+
+    E, D = shape
+    layer = bitsandbytes.nn.Linear4bit(
+        D, E, bias=bias is not None, compute_dtype=x.dtype, compress_statistics=False, quant_type="nf4", device="meta"
+    )
+    state = state_of(absmax, block, shape, x.dtype, "nf4")
+    layer.weight = bitsandbytes.nn.Params4bit(
+        packed[:, None], requires_grad=False, quant_state=state, blocksize=block, compress_statistics=False,
+        quant_type="nf4", bnb_quantized=True, module=layer,
+    )  # fmt: skip
+    if bias is not None:
+        layer.bias = torch.nn.Parameter(bias, requires_grad=False)
+    return layer.train(training)(x)

@@ -1,0 +1,72 @@
+"""bitsandbytes' blockwise quantisers, through `bitsandbytes.functional`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.methods.registry import Implementation, implements
+
+DTYPES = ("float32", "bfloat16", "float16")
+_HOW: dict[str, Any] = {"name": "bitsandbytes", "kind": "operation", "dtypes": DTYPES, "requires": ["bitsandbytes"]}
+
+
+def _quantize(form: str) -> Implementation:
+    @implements(f"{form}_quantize", **_HOW)
+    def quantize(W: Any, block: int) -> tuple[Any, Any]:
+        from bitsandbytes.functional import quantize_4bit
+
+        packed, state = quantize_4bit(W, blocksize=block, quant_type=form)
+        return packed.flatten(), state.absmax
+
+    return quantize
+
+
+def _dequantize(form: str) -> Implementation:
+    @implements(f"{form}_dequantize", **_HOW)
+    def dequantize(packed: Any, absmax: Any, block: int, shape: tuple[int, ...], dtype: Any) -> Any:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(packed[:, None], state_of(absmax, block, shape, dtype, form))
+
+    return dequantize
+
+
+nf4_quantize, fp4_quantize = _quantize("nf4"), _quantize("fp4")
+nf4_dequantize, fp4_dequantize = _dequantize("nf4"), _dequantize("fp4")
+
+
+def state_of(absmax: Any, block: int, shape: tuple[int, ...], dtype: Any, form: str) -> Any:
+    """Return bitsandbytes' own description of a packed weight."""
+    import torch
+    from bitsandbytes.functional import QuantState, get_4bit_type
+
+    code = get_4bit_type(form, device=absmax.device)
+    size = torch.Size(shape)
+    return QuantState(absmax=absmax, shape=size, code=code, blocksize=block, quant_type=form, dtype=dtype)
+
+
+@implements("double_quantize", **_HOW)
+def double_quantize(absmax: Any, block: int) -> tuple[Any, Any, Any]:
+    """Take the mean off and quantise the rest in blocks, as `quantize_4bit` does with compress_statistics."""
+    from bitsandbytes.functional import quantize_blockwise
+
+    offset = absmax.mean()
+    codes, state = quantize_blockwise(absmax - offset, blocksize=block)
+    return codes, state.absmax, offset
+
+
+@implements("double_dequantize", **_HOW)
+def double_dequantize(codes: Any, absmax2: Any, offset: Any, block: int) -> Any:
+    """Decode the codes and add the mean, as `dequantize_4bit` does for a nested state."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    return dequantize_blockwise(codes, absmax=absmax2, blocksize=block) + offset
+
+
+@implements("dynamic_quantize", **_HOW)
+def dynamic_quantize(x: Any, block: int, signed: bool) -> tuple[Any, Any]:
+    """Quantise by `quantize_blockwise` with its dynamic map."""
+    from bitsandbytes.functional import create_dynamic_map, quantize_blockwise
+
+    codes, state = quantize_blockwise(x, code=create_dynamic_map(signed=signed).to(x.device), blocksize=block)
+    return codes, state.absmax

@@ -1,0 +1,89 @@
+"""DoRA's linear layer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from harness.kernels.device import multiplied_by_triton
+from harness.kernels.torch.dora_linear import dora_linear, gained, row_norms
+from harness.kernels.torch.dropout import keep_mask
+from harness.kernels.torch.lora_linear import is_plain, lora_linear_over
+from harness.kernels.torch.lora_linears import LoraFactors, factors_over, lora_linears
+from harness.kernels.torch.nf4_linear import Nf4Linear, packed_linear
+from harness.kernels.torch.nf4_lora_linear import packed_lora_linear
+from harness.kernels.torch.shared_input import Sibling
+from reference.dora import DoraLinear, gain
+from reference.shared.layers import dense_weight
+
+
+class FusedDoraLinear(Sibling, DoraLinear):
+    """Computes by `dora_linear`; over our NF4 by the product with the low-rank term in it, and the gain.
+
+    Of a weight in 4 bits, whoever packed it, no decoded copy is kept for the backward pass, as the reference keeps one.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return W0 x + b + (g - 1) W0 x + g s B A x with g = m / ||W0 + s B A||, shape (..., E)."""
+        base: Any = self.base
+        plain, packed = is_plain(base), is_plain(base, Nf4Linear) and x.dtype == base.compute_dtype
+        if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+            return super().forward(x)
+        if not (plain or packed):
+            by_calls = type(base) is not torch.nn.Linear and is_plain(base, type(base))
+            return self._by_calls(x) if by_calls else super().forward(x)
+        drops = self.training and self.dropout.p
+        if plain and (drops or multiplied_by_triton(x, self.A, self.B)):
+            return self._by_itself(x, self._mask(x) if drops else None)
+        W = base.packed_weight.lent(x.dtype) if packed else base.weight
+        norm = row_norms(W, self.A, self.B, self.scaling)  # at once: what is lent the next call overwrites
+        bias = None if base.bias is None else base.bias.to(x.dtype)
+        if not drops:
+            return gained(self.family(self, x), bias, self.m, norm)
+        dropped = x * self._mask(x)
+        z = packed_lora_linear(dropped, base.packed_weight, None, self.A, self.B, self.scaling, None)
+        return gained(z, packed_linear(x - dropped, base.packed_weight, bias), self.m, norm)
+
+    def _mask(self, x: Tensor) -> Tensor:
+        mask, kept = keep_mask(x, self.dropout.p)
+        return mask / kept
+
+    def _by_calls(self, x: Tensor) -> Tensor:
+        """Return what the reference does, with W0 d of the base itself: what multiplies in 4 bits decodes anew each time."""
+        base: Any = self.base
+        g = gain(self.m, row_norms(dense_weight(base), self.A, self.B, self.scaling))
+        y: Tensor = base(x)
+        dropped = self.dropout(x) if self.training and self.dropout.p else x
+        W0_d = y if base.bias is None and dropped is x else _without_bias(base, dropped)
+        return y + (g - 1) * W0_d + g * self.scaling * linear(linear(dropped, self.A), self.B)
+
+    def _by_itself(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return dora_linear(x, self.base.weight, self.base.bias, self.A, self.B, self.m, self.scaling, mask)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """Return the product without gain and bias."""
+        base: Any = self.base
+        if (factors := self.factors(x)) is not None:
+            return lora_linears(x, [factors])[0]
+        if is_plain(base, Nf4Linear):
+            return packed_lora_linear(x, base.packed_weight, None, self.A, self.B, self.scaling, None)
+        return lora_linear_over(base, x, self.A, self.B, self.scaling)
+
+    def factors(self, x: Tensor) -> LoraFactors | None:
+        """Return what the product without gain and bias is made of."""
+        factors = factors_over(self.base, x, self.A, self.B, self.scaling)
+        return None if factors is None else replace(factors, bias=None)
+
+
+def _without_bias(base: Any, x: Tensor) -> Tensor:
+    """Return W0 x, which (W0 x + b) - b would round."""
+    bias, base.bias = base.bias, None
+    try:
+        y: Tensor = base(x)
+    finally:
+        base.bias = bias
+    return y

@@ -1,0 +1,30 @@
+"""LoRA's linear layer."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from harness.kernels.torch.dropout import keep_mask
+from harness.kernels.torch.lora_linear import lora_linear_over
+from harness.kernels.torch.lora_linears import LoraFactors, factors_over
+from harness.kernels.torch.shared_input import Sibling
+from reference.lora import LoraLinear
+
+
+class FusedLoraLinear(Sibling, LoraLinear):
+    """Computes by `lora_linear`, and with its siblings where nothing is dropped."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return W0 x + scaling B A x, shape (..., E)."""
+        if self.training and self.dropout.p:
+            mask, kept = keep_mask(x, self.dropout.p)
+            return lora_linear_over(self.base, x, self.A, self.B, self.scaling / kept, mask)
+        return self.family(self, x)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """Return the same without siblings."""
+        return lora_linear_over(self.base, x, self.A, self.B, self.scaling)
+
+    def factors(self, x: Tensor) -> LoraFactors | None:
+        """Return what the output is made of, or None where the base has to be called."""
+        return factors_over(self.base, x, self.A, self.B, self.scaling)

@@ -1,0 +1,31 @@
+"""QLoRA's linear layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from harness.kernels.torch.nf4 import BLOCK2
+from harness.kernels.torch.nf4_lora_linear import packed_lora_linear
+from harness.kernels.torch.packed_weight import PackedWeight
+from reference.qlora import QloraLinear
+
+
+class FusedQloraLinear(QloraLinear):
+    """Computes by `packed_lora_linear`."""
+
+    def _packed(self) -> PackedWeight:
+        shape = self.base.out_features, self.base.in_features
+        second = (self.absmax2, self.offset, BLOCK2) if self.two_levels else ()
+        return PackedWeight(self.codes, self.absmax, self.block, shape, *second)
+
+    def weight(self) -> Tensor:
+        """Return the decoded weight in float32, shape (E, D)."""
+        return self._packed().decoded(torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return W x + scaling B A x, W decoded, shape (..., E)."""
+        mask = None
+        if self.dropout.p and self.training:
+            mask = nn.functional.dropout(x.new_ones(x.shape), self.dropout.p)
+        return packed_lora_linear(x, self._packed(), self.base.bias, self.A, self.B, self.scaling, mask)

@@ -1,0 +1,74 @@
+"""PiSSA: the principal part without a whole SVD, and the low-rank term in the memory of the residual's output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.methods.registry import DTYPES, implements
+
+DEVIATIONS = (
+    (
+        "exact SVD (niter = 0) of a float32 weight, and of a narrower one",
+        "LAPACK's, in float32",
+        "eigenvectors of the smaller Gram matrix in float64, unless the singular values span more than 2^12",
+        "what an SVD in float32 resolves, float64 resolves by the squares as well; a float64 weight has an SVD",
+    ),
+    (
+        "randomised SVD (niter > 0)",
+        "bases by Householder reflections",
+        "by Cholesky in float64 where the columns are far enough from dependent; the sketch is drawn as the reference's is",
+        "both span the same space",
+    ),
+)
+
+
+@implements("pissa", name="fused", dtypes=DTYPES)
+def pissa(model: Any, config: Any, generator: Any) -> Any:
+    """Attach layers that compute by `lora_linear` over the residual; config as `reference.pissa.Config`.
+
+    Raises ValueError as the reference does.
+    """
+    import torch
+
+    from harness.kernels.torch.shared_input import meet
+    from harness.methods.implementations.fused.layers.pissa import FusedPissaLinear
+    from reference.pissa import PissaEmbedding
+    from reference.shared.adapted import Adapted
+    from reference.shared.layers import dense_weight, floating_dtype, kind_of, replace, targets
+
+    found = targets(model, config.targets, ("linear", "embedding"))
+    for path, base in found.items():
+        features = "num_embeddings embedding_dim" if kind_of(base) == "embedding" else "in_features out_features"
+        least = min(getattr(base, name) for name in features.split())
+        if config.rank > least:
+            raise ValueError(f"rank {config.rank}: {path} has only {least} singular values")
+    model.requires_grad_(False)
+    layers: dict[str, Any] = {}
+    for path, base in found.items():
+        with torch.no_grad():
+            start = _start(dense_weight(base), config, floating_dtype(base), generator)
+        kind = PissaEmbedding if kind_of(base) == "embedding" else FusedPissaLinear
+        layers[path] = kind(base, *start, config.alpha / config.rank)
+        replace(model, path, layers[path])
+    meet({path: layer for path, layer in layers.items() if isinstance(layer, FusedPissaLinear)})
+    return Adapted(model, layers)
+
+
+def _start(weight: Any, config: Any, dtype: Any, generator: Any) -> tuple[Any, Any, Any]:
+    """Return (A (R, D), B (E, R), residual (E, D)) in `dtype`, as `reference.pissa.split`."""
+    import torch
+
+    from harness.kernels.torch.range_finder import leading_svd, randomised_svd
+    from reference.pissa import signed
+
+    W = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    scaling = config.alpha / config.rank
+    if config.niter:
+        sketch = torch.randn(min(W.shape), config.rank, generator=generator, dtype=torch.float64).to(W)
+        U, S, V = randomised_svd(W, sketch, config.niter)
+    else:
+        U, S, V = leading_svd(W, config.rank)
+    U, Vt = signed(U, V.T)
+    root = (S / scaling).sqrt()
+    A, B = (root[:, None] * Vt).to(dtype).contiguous(), (U * root).to(dtype).contiguous()
+    return A, B, torch.addmm(W, B.to(W.dtype), A.to(W.dtype), alpha=-scaling).to(dtype)

@@ -1,0 +1,131 @@
+"""`galore-torch`: GaLore by its authors' package."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+from unittest.mock import patch
+
+from harness.errors import Unsupported
+from harness.methods.registry import Implementation, implements
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+@implements("galore", name="galore-torch", dtypes=DTYPES, requires=["galore_torch"])
+def galore(model: Any, config: Any, generator: Any) -> Any:
+    """Train by GaLoreAdamW, or with moments in 8 bits by GaLoreAdamW8bit; config as `reference.galore.Config`.
+
+    What is adapted, and which parts train, is the reference's. Raises Unsupported for side=paper and for niter > 0, which
+    the package does not have.
+    """
+    from reference.galore import Adapted, attach
+
+    if config.side == "paper":
+        raise Unsupported("galore-torch has no rule that projects a square matrix on the left")
+    if config.niter:
+        raise Unsupported(f"galore-torch has no randomised SVD (niter={config.niter}): its refresh is the exact one")
+
+    class ByGaloreTorch(Adapted):
+        def optimizer(self, lr: float, weight_decay: float, bits: int = 32) -> Any:
+            """Return GaLoreAdamW, or for 8 bits GaLoreAdamW8bit, with the groups that its README shows."""
+            c = self.config
+            projected = {id(layer.weight): layer.weight for layer in self.layers.values()}
+            rest = [p for p in self.parameters() if id(p) not in projected]
+            how = {"rank": c.rank, "update_proj_gap": c.update_gap, "scale": c.scale, "proj_type": c.side}
+            groups: list[dict[str, Any]] = [
+                {"params": list(projected.values()), **how},
+                *([{"params": rest}] if rest else []),
+            ]
+            knobs: dict[str, Any] = {"lr": lr, "betas": (c.beta1, c.beta2), "eps": c.eps, "weight_decay": weight_decay}
+            if bits == 8:
+                return _in_8_bits([{**group, "bits": bits} for group in groups], **knobs)
+            from galore_torch import GaLoreAdamW
+
+            return GaLoreAdamW(groups, no_deprecation_warning=True, **knobs)
+
+    adapted = attach(model, config, generator)
+    return ByGaloreTorch(adapted.model, adapted.layers, adapted.config)
+
+
+@implements("galore_step", name="galore-torch", kind="operation", dtypes=DTYPES, requires=["galore_torch"])
+def galore_step(
+    W: Any, G: Any, P: Any, Q: Any, M: Any, V: Any, side: str, step: int, lr: float, scale: float, **how: Any
+) -> tuple[Any, Any, Any]:
+    """Take one step of GaLoreAdamW whose projector and moments are given."""
+    from galore_torch import GaLoreAdamW
+
+    p, group, projector = _given(W, G, P, Q, side, scale)
+    optimizer = GaLoreAdamW([group], lr=lr, no_deprecation_warning=True, **how)
+    state = {"step": step - 1, "projector": projector, "exp_avg": M.clone(), "exp_avg_sq": V.clone()}
+    optimizer.state[p].update(state)
+    optimizer.step()
+    return p.detach(), optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]
+
+
+@implements(
+    "galore_step", name="galore-torch-8bit", kind="operation", dtypes=("float32", "bfloat16", "float16"),
+    requires=["galore_torch", "bitsandbytes"],
+)  # fmt: skip
+def galore_step_8bit(
+    W: Any, G: Any, P: Any, Q: Any, M: Any, V: Any, side: str, step: int, lr: float, scale: float, **how: Any
+) -> tuple[Any, Any, Any]:
+    """Take the same step by GaLoreAdamW8bit, whose moments are in 32 bits where they are of fewer than 4096 elements.
+
+    It keeps those in float32 whatever the weight is in; they are returned in the dtype of the ones that were given.
+
+    Raises Unsupported for larger ones.
+    """
+    import torch
+    from galore_torch import GaLoreAdamW8bit
+
+    if M.numel() >= 4096:
+        raise Unsupported("GaLoreAdamW8bit keeps moments of 4096 elements or more in 8 bits")
+    p, group, projector = _given(W, G, P, Q, side, scale)
+    optimizer = GaLoreAdamW8bit([group], lr=lr, **how)
+    p.data = torch.zeros_like(M)  # as its own step has it when it makes the state
+    optimizer.init_state(optimizer.param_groups[0], p, 0, 0)
+    p.data = W.clone()
+    state = optimizer.state[p]
+    state.update({"step": step - 1, "projector": projector})
+    state["state1"].copy_(M)
+    state["state2"].copy_(V)
+    # It waits for CUDA after every parameter, also for one on the CPU, and raises where there is no CUDA.
+    with patch("torch.cuda.synchronize") if not torch.cuda.is_available() else nullcontext():
+        optimizer.step()
+    return p.detach(), state["state1"].to(M.dtype), state["state2"].to(V.dtype)
+
+
+def _in_8_bits(groups: list[dict[str, Any]], **how: Any) -> Any:
+    """Return GaLoreAdamW8bit, which steps without CUDA too."""
+    import torch
+    from galore_torch import GaLoreAdamW8bit
+
+    class AnywhereGaLoreAdamW8bit(GaLoreAdamW8bit):  # type: ignore[misc]  # the package has no types
+        def step(self, closure: Any = None) -> Any:
+            """Take a step; it waits for CUDA after every parameter, and where there is none raises."""
+            with patch("torch.cuda.synchronize") if not torch.cuda.is_available() else nullcontext():
+                return super().step(closure)
+
+    return AnywhereGaLoreAdamW8bit(groups, **how)
+
+
+def _given(W: Any, G: Any, P: Any, Q: Any, side: str, scale: float) -> tuple[Any, dict[str, Any], Any]:
+    """Return the parameter with its gradient, its group, and a projector that is not due to be found anew."""
+    import torch
+    from galore_torch.galore_projector import GaLoreProjector
+
+    p = torch.nn.Parameter(W.clone())
+    p.grad = G.clone()
+    rank = min(t.shape[1] for t in (P, Q) if t is not None)
+    rarely = {"rank": rank, "update_proj_gap": 1_000_000, "scale": scale, "proj_type": side}
+    projector = GaLoreProjector(rank, update_proj_gap=1_000_000, scale=scale, proj_type=side)
+    # It keeps P as it is and Q transposed; a list of both for `full`.
+    both = [*([P] if P is not None else []), *([Q.T.contiguous()] if Q is not None else [])]
+    projector.ortho_matrix = both if side == "full" else both[0]
+    return p, {"params": [p], **rarely}, projector
+
+
+def implementations() -> list[Implementation]:
+    """Return all that this file offers."""
+    return [one for one in globals().values() if isinstance(one, Implementation)]

@@ -1,0 +1,101 @@
+"""peft's AdaLoRA: the layers, the term that its forward pass adds to the loss, and its allocator."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from harness.errors import Unsupported
+from harness.methods.implementations.hf_peft.adapted import ADAPTER, DTYPES, PeftAdapted, tuner
+from harness.methods.registry import implements
+
+
+@implements("adalora", name="hf-peft", dtypes=DTYPES, requires=["peft"])
+def adalora(model: Any, config: Any, generator: Any) -> PeftAdapted:
+    """Attach peft's AdaLoRA to linear layers; config as `reference.adalora.Config`.
+
+    Raises Unsupported for the paper's squared norms and for averages that carry all or nothing on.
+    """
+    from peft import AdaLoraConfig
+
+    from reference.shared.layers import targets
+
+    found = targets(model, config.targets)  # refuses what is no linear layer
+    if config.regularization != "mean-norm":
+        raise Unsupported(f"peft's term is the mean of norms, not {config.regularization}")
+    if not 0 < config.beta1 < 1 or not 0 < config.beta2 < 1:
+        raise Unsupported("peft takes no beta of 0 or 1")
+    peft_config = AdaLoraConfig(
+        init_r=config.rank,
+        target_r=config.target_rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(found),
+        total_step=config.total_steps,
+        tinit=config.tinit,
+        tfinal=config.tfinal,
+        deltaT=config.delta_t,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        orth_reg_weight=config.orthogonality,
+    )
+    return PeftAdaLora(model, tuner(model, peft_config, generator))
+
+
+def orthogonality(tuner: Any, model: Any) -> Any:
+    """Return what the forward pass of peft's AdaLoraModel adds to a model's loss: here to a loss of zero."""
+    # Its forward pass itself, on a stand-in for the model, of which it wants the outputs and the parameters only.
+    factor = next(p for name, p in model.named_parameters() if f"lora_A.{ADAPTER}" in name)
+    outputs = SimpleNamespace(loss=factor.detach().new_zeros(()))
+    stand_in = SimpleNamespace(
+        model=SimpleNamespace(forward=lambda: outputs, named_parameters=model.named_parameters),
+        peft_config=tuner.peft_config,
+        trainable_adapter_name=ADAPTER,
+    )
+    return type(tuner).forward(stand_in).loss
+
+
+def _tensors(layer: Any) -> dict[str, Any]:
+    return {"A": layer.lora_A[ADAPTER], "E": layer.lora_E[ADAPTER], "B": layer.lora_B[ADAPTER]}
+
+
+class PeftAdaLora(PeftAdapted):
+    """A model with peft's AdaLoRA layers. The averages are the allocator's own; `mask` (R, 1) is its rank pattern."""
+
+    def __init__(self, model: Any, adalora_model: Any) -> None:
+        import torch
+
+        super().__init__(model, _tensors)
+        self.tuner = adalora_model
+        self.masks = {
+            path: torch.ones_like(layer.lora_E[ADAPTER], dtype=torch.bool) for path, layer in self.layers.items()
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Map names to the averages of sensitivity and of uncertainty, and to what the last pruning kept."""
+        import torch
+
+        found, allocator = {}, self.tuner.rankallocator
+        for path, layer in self.layers.items():
+            for letter, parameter in _tensors(layer).items():
+                name = f"{path}.lora_{letter}.{ADAPTER}"
+                for averages in (allocator.ipt, allocator.exp_avg_ipt, allocator.exp_avg_unc):
+                    averages.setdefault(name, torch.zeros_like(parameter))  # as at the allocator's first step
+                found[f"{path}.exp_avg_ipt_{letter}"] = allocator.exp_avg_ipt[name]
+                found[f"{path}.exp_avg_unc_{letter}"] = allocator.exp_avg_unc[name]
+            found[f"{path}.mask"] = self.masks[path]
+        return found
+
+    def regularizer(self) -> Any:
+        """Return peft's term of the loss."""
+        return orthogonality(self.tuner, self.model)
+
+    def after_step(self, step: int) -> None:
+        """Call peft's allocator. The masks are handed to it and taken back, since they may have been loaded."""
+        import torch
+
+        config, names = self.tuner.peft_config[ADAPTER], {path: f"{path}.lora_E.{ADAPTER}" for path in self.layers}
+        config.rank_pattern = {names[path]: mask.flatten().tolist() for path, mask in self.masks.items()}
+        self.tuner.update_and_allocate(step)
+        for path, mask in self.masks.items():
+            mask.copy_(torch.tensor(config.rank_pattern[names[path]])[:, None])

@@ -1,0 +1,219 @@
+"""Any method of peft's, by its adapter_config.json: no names of ours, no reference to hold it to."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from harness.errors import ImplementationError, Unsupported
+from harness.methods.implementations.hf_peft.adalora import orthogonality
+from harness.methods.implementations.hf_peft.adapted import ADAPTER, DTYPES, PeftAdapted
+from harness.methods.registry import implements
+from harness.process.out_of_memory import shortage
+
+_REWRITING = ("pissa", "olora", "loftq")
+"""LoRA's `init_lora_weights` that put something else in the place of the base weight."""
+_NOT_THE_BASE = ("VBLORA", "UNILORA")
+"""Methods whose start is near the base model, and not the base model."""
+_NAMED_STARTS = ("LORA", "LOKR")
+"""Methods whose starts by name are the base model too; another's (C3A's `gaussian`) is random."""
+_WATCH_STEPS = ("ADALORA", "ADAMSS")
+"""Methods that act between steps."""
+_STARTS = ("init_weights", "init_lora_weights", "init_ia3_weights")
+
+
+@implements("peft", name="hf-peft", dtypes=DTYPES, requires=["peft"])
+def any_method(model: Any, config: Any, generator: Any) -> AnyPeft:
+    """Attach what `config.adapter_config` describes; config as `harness.methods.peft_config.AdapterConfig`.
+
+    Raises ImplementationError with peft's own words for what peft refuses: unknown layers, values out of range. Raises
+    Unsupported for LoftQ without a GPU, on which alone peft quantises.
+    """
+    import torch
+    from peft import PeftConfig, PeftModel
+
+    from harness.methods.implementations.hf_peft import prompts
+
+    keys = {**config.adapter_config, "inference_mode": False}  # saved adapters say true
+    # A head is the harness's to train, whatever its name.
+    keys |= {"modules_to_save": None} if "modules_to_save" in keys else {}
+    if keys.get("init_lora_weights") == "loftq" and not _gpu():
+        raise Unsupported("peft's LoftQ quantises on a GPU, and there is none")
+    _refuse_unfit(keys.get("target_parameters"), {name for name, _ in model.named_parameters()})
+    with warnings.catch_warnings(record=True) as said, torch.random.fork_rng():
+        warnings.simplefilter("always")
+        torch.manual_seed(generator.initial_seed())
+        try:
+            wanted = PeftConfig.from_peft_type(**keys)
+            if wanted.is_prompt_learning:
+                around = prompts.put_before(model, wanted, ADAPTER)
+                _try(model)
+            else:
+                around = PeftModel(model, wanted, ADAPTER)  # as get_peft_model, but for a wrapper around the head
+        except (TypeError, ValueError, KeyError, OSError, RuntimeError) as error:
+            if shortage(error):
+                raise
+            what = f"peft refuses this adapter_config: {error}"
+            raise ImplementationError(
+                what, where=str(keys["peft_type"]), mend="change its keys, or the model"
+            ) from error
+    ignored = [str(w.message) for w in said if "Unexpected keyword arguments" in str(w.message)]
+    return (PromptPeft if wanted.is_prompt_learning else AnyPeft)(model, around, ignored)
+
+
+def _refuse_unfit(wanted: Any, there: set[str]) -> None:
+    """Raise ImplementationError for `target_parameters` that fit none: peft leaves them out without a word."""
+    for name in wanted if isinstance(wanted, list) else ():
+        if not any(own == name or own.endswith(f".{name}") for own in there):
+            ends = sorted({own.rpartition(".")[2] for own in there})
+            what = f"none of the model's parameters is `{name}`, which is one of the adapter_config's target_parameters"
+            raise ImplementationError(what, where="peft", mend=f"name others; the model's end in {', '.join(ends)}")
+
+
+def _gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available() or torch.xpu.is_available()
+
+
+def _try(model: Any) -> None:
+    """Run the model on two tokens: whether it can read virtual ones, peft says only then."""
+    import torch
+
+    with torch.no_grad():
+        model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device))
+
+
+def _tell_tasks(model: Any) -> None:
+    """Let layers of Poly's know the task of each text, as its tuner's forward pass does: a Cell has one task."""
+    for module in model.modules():
+        if hasattr(module, "poly_router"):
+            module.register_forward_pre_hook(_of_the_first_task, with_kwargs=True)
+
+
+def _of_the_first_task(_: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+    import torch
+
+    return inputs, options | {"task_ids": torch.zeros(len(inputs[0]), dtype=torch.long, device=inputs[0].device)}
+
+
+class AnyPeft(PeftAdapted):
+    """A model with layers of any of peft's methods. What trains has peft's own names: a method may share tensors.
+
+    starts_as_base: whether peft says that the start changes nothing; rewrites_base: whether it changes the base weight.
+    notes: what a reader of the Record must know.
+    """
+
+    def __init__(self, model: Any, around: Any, notes: list[str]) -> None:
+        super().__init__(model, lambda _: {})
+        self.around, self.notes = around, notes
+        self.trains_now = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        config = around.peft_config[ADAPTER]
+        self.kind = config.peft_type.value
+        # Only those of adaption prompts, whole attention blocks, are no tuner layers of peft's.
+        self.layers |= {path: module for path, module in model.named_modules() if hasattr(module, "adaption_prompt")}
+        _tell_tasks(model)
+        starts = [getattr(config, name, True) for name in _STARTS]
+        approximates = "loftq" in starts or getattr(config, "kasa_config", None) is not None
+        self.starts_as_base = not (approximates or config.peft_type in _NOT_THE_BASE) and all(
+            start is True or (config.peft_type in _NAMED_STARTS and start is not False) for start in starts
+        )
+        self.rewrites_base = approximates or any(str(start).lower().startswith(_REWRITING) for start in starts)
+
+    def bases(self) -> dict[str, Any]:
+        """Map the paths of the adapted layers to the layers under them."""
+        return {path: getattr(layer, "base_layer", None) or layer.model for path, layer in self.layers.items()}
+
+    def tensors(self) -> dict[str, Any]:
+        """Map peft's names to all that trained as it was attached."""
+        return dict(self.trains_now)
+
+    def saved(self) -> dict[str, Any]:
+        """Map names to what peft's `save_pretrained` would write."""
+        from peft import get_peft_model_state_dict
+
+        found: dict[str, Any] = get_peft_model_state_dict(
+            self.around, adapter_name=ADAPTER, save_embedding_layers=False
+        )
+        return found
+
+    def regularizer(self) -> Any:
+        """Return AdaLoRA's term of the loss; no other method that is offered has one."""
+        return orthogonality(self.around.base_model, self.model) if self.kind == "ADALORA" else None
+
+    def after_step(self, step: int) -> None:
+        """Tell peft how far training is, where its method asks for it."""
+        if self.kind in _WATCH_STEPS:
+            self.around.base_model.update_and_allocate(step)
+
+    def merge(self) -> None:
+        """Merge as peft's `merge_adapter` does. Raises NotImplementedError where peft cannot."""
+        if not hasattr(self.around.base_model, "merge_adapter"):
+            raise NotImplementedError("it has no `merge_adapter`")
+        try:
+            self.around.merge_adapter()
+        except RuntimeError as error:
+            if shortage(error):
+                raise
+            raise NotImplementedError(str(error)) from error
+
+    def unmerge(self) -> None:
+        """Unmerge as peft's `unmerge_adapter` does."""
+        self.around.unmerge_adapter()
+
+    def detach(self) -> None:
+        """Put the layers back that are under the adapted ones."""
+        from reference.shared.layers import replace
+
+        for path, base in self.bases().items():
+            replace(self.model, path, base)
+        self.model.__dict__.pop("peft_config", None)
+
+    def reloaded(self, base: Any) -> Any:
+        """Save the adapter and load it into `base`, the model of before attaching, as another process would; return it."""
+        from tempfile import TemporaryDirectory
+
+        from peft import PeftConfig
+
+        with TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.around.save_pretrained(folder, save_embedding_layers=False)
+            self._load(base, folder, PeftConfig.from_pretrained(folder))
+        return base
+
+    def _load(self, base: Any, folder: str, config: Any) -> None:
+        from peft import PeftModel
+
+        config.task_type = None  # or peft would wrap a classifier's head
+        # Trainable: of weights that need no gradient torch may take other products, which differ in their last digits.
+        PeftModel.from_pretrained(base, folder, adapter_name=ADAPTER, config=config, is_trainable=True)
+        _tell_tasks(base)
+
+
+class PromptPeft(AnyPeft):
+    """A model with virtual tokens before its text. There are no layers, and nothing can be merged."""
+
+    def __init__(self, model: Any, around: Any, notes: list[str]) -> None:
+        super().__init__(model, around, notes)
+        self.starts_as_base = False
+
+    def merge(self) -> None:
+        """Refuse."""
+        raise NotImplementedError("virtual tokens are a part of the input, not of the weights")
+
+    def detach(self) -> None:
+        """Take the virtual tokens off the model."""
+        from harness.methods.implementations.hf_peft import prompts
+
+        prompts.take_off(self.model)
+
+    def attach_again(self) -> None:
+        """Undo `detach`."""
+        from harness.methods.implementations.hf_peft import prompts
+
+        prompts.put_back(self.model, self.around)
+
+    def _load(self, base: Any, folder: str, config: Any) -> None:
+        from harness.methods.implementations.hf_peft import prompts
+
+        prompts.put_before(base, config, ADAPTER).load_adapter(folder, ADAPTER)

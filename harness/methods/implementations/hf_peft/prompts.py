@@ -1,0 +1,110 @@
+"""peft's prompt learning in place: virtual tokens before every text, by the forward pass of peft's own model.
+
+peft wraps a model for these methods; the harness trains, scores and times the model that it has. So the model itself gets
+a class whose forward pass goes through peft's wrapper and gives the logits of the text alone. Two things are not left to
+peft: padding before a text must shift no position, and peft drops what says so; and peft 0.21 generates wrongly with
+transformers from 5.24 on, where it looks for the cache under its old name and puts its tokens before every new one.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from harness.cell.measure.latency import CACHES
+from harness.errors import UsageError
+from harness.methods.peft_config import IN_THE_CACHE
+
+
+def put_before(model: Any, wanted: Any, name: str) -> Any:
+    """Let `model` read the virtual tokens of peft's config `wanted` before every text; return peft's model around it."""
+    from peft import PeftModelForCausalLM, PeftModelForSequenceClassification
+
+    plain = copy.copy(model)  # the model as it is: all that is inside is the same
+    plain._modules = plain._modules.copy()  # but for the virtual tokens, which only the other one gets
+    if model.can_generate():
+        wanted.task_type, kind = "CAUSAL_LM", PeftModelForCausalLM
+        plain.__class__ = _running(type(model), _numbered)
+    else:
+        wanted.task_type, kind = "SEQ_CLS", PeftModelForSequenceClassification
+    around = kind(plain, wanted, name)
+    put_back(model, around)
+    return around
+
+
+def put_back(model: Any, around: Any) -> None:
+    """Let `model` run as peft's model `around` it, also after `take_off`."""
+    model.__dict__["around"] = around  # not as a module of it: that would hold all parameters twice
+    model.__dict__["virtual_tokens"] = around.active_peft_config.num_virtual_tokens
+    model.prompt_encoder = around.prompt_encoder
+    model.__class__ = _running(type(model), _prompted)
+
+
+def take_off(model: Any) -> None:
+    """Undo `put_before`."""
+    (model.__class__,) = type(model).__bases__
+    del model.__dict__["around"], model.__dict__["virtual_tokens"]
+    del model.prompt_encoder
+
+
+def _running(kind: Any, run: Callable[..., Any]) -> Any:
+    """Return a class of models of `kind` whose forward pass is `run`, which is also given that of `kind`."""
+    own = kind.forward
+
+    @functools.wraps(own)  # who asks for its signature is to see the model's own
+    def forward(self: Any, *args: Any, **given: Any) -> Any:
+        return run(self, own, *args, **given)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+
+
+def _prompted(
+    model: Any, _: Any, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, **given: Any
+) -> Any:
+    """Run peft's forward pass; and where the cache holds the virtual tokens already, the model's own behind them."""
+    around = model.around
+    plain, kind = around.base_model, around.active_peft_config.peft_type
+    plain.training = model.training
+    cache = next((given[key] for key in CACHES if given.get(key) is not None), None)
+    if cache is not None and cache.get_seq_length():
+        if attention_mask is not None:
+            seen = attention_mask.new_ones((len(attention_mask), model.virtual_tokens))
+            attention_mask = torch.cat((seen, attention_mask), dim=1)
+        if position_ids is not None:
+            given["position_ids"] = position_ids + model.virtual_tokens
+        return plain(input_ids=input_ids, attention_mask=attention_mask, **given)
+    if kind in IN_THE_CACHE:
+        if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            what = f"{kind.value} gives its tokens as a cache, which gradient checkpointing drops"
+            raise UsageError(what, where="peft", mend="write `checkpointing: false`")
+        given = {key: value for key, value in given.items() if key not in CACHES}  # it makes one of its own
+        if position_ids is not None:
+            given["position_ids"] = position_ids
+    if kind == "MULTITASK_PROMPT_TUNING":
+        given["task_ids"] = torch.zeros(
+            len(input_ids), dtype=torch.long, device=input_ids.device
+        )  # the Cell's one task
+    seen = around(input_ids=input_ids, attention_mask=attention_mask, **given)
+    if seen.logits.dim() > 2:  # a causal model's, of the virtual tokens too
+        seen.logits = seen.logits[:, -input_ids.shape[1] :]
+    return seen
+
+
+def _numbered(model: Any, own: Any, **given: Any) -> Any:
+    """Number virtual tokens and the text behind them so that padding in between shifts no position.
+
+    And call peft's cache what the model calls it, for which transformers would else warn, and from 5.40 on refuse.
+    """
+    takes = inspect.signature(own).parameters
+    mask = given.get("attention_mask")
+    if "position_ids" in takes and given.get("inputs_embeds") is not None and mask is not None:
+        given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0).long()
+    old, new = CACHES[1], CACHES[0]
+    if old in given and new in takes:
+        given[new] = given.pop(old)
+    return own(model, **given)

@@ -1,0 +1,263 @@
+"""`method: peft`: any method of HF peft by its adapter_config.json: a Method without a reference. No torch.
+
+The file is read when the suite is, and its content stands in the Cell: a cell_id hashes what it says, not where it lay. What
+only peft can tell (a value that it does not take, layers that the model does not have) comes up in the worker.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from harness.assets.did_you_mean import closest, near
+from harness.assets.resources import named
+from harness.errors import UsageError
+from harness.methods import peft_schema
+from harness.methods.spec import FieldInfo, Found, MethodInfo
+
+FILE = "adapter_config.json"
+KEY = "adapter_config"
+NO_REFERENCE = "no reference: not checked for parity"
+
+_REFUSED = {
+    "CPT": "its loss is also that of the examples in its prompt, which peft's own forward pass takes from labels",
+    "SHADOW": "its loss is also that of a second model, which peft's own forward pass takes from labels",
+    "XLORA": "it mixes adapters that were trained before",
+}
+_REFUSED_KEYS = {
+    "alora_invocation_tokens": "it acts only behind these tokens, and no text of a task need hold them",
+    "arrow_config": "it mixes adapters that were trained before",
+    "layer_replication": "it makes another model, of more layers",
+    "monteclora_config": "it adds a term to the loss that peft leaves to the training loop",
+}
+"""Keys of LoRA's."""
+_REFUSED_STARTS = {
+    "corda": "it wants to see texts first (peft's `preprocess_corda`)",
+    "eva": "it wants to see texts first (peft's `initialize_lora_eva_weights`)",
+    "lora_ga": "it wants to see gradients first (peft's `preprocess_loraga`)",
+    "pissa_niter": "its fast SVD draws anew when peft loads the adapter, over another residual",
+}
+"""Values of LoRA's `init_lora_weights`. peft itself would train without a word what is no EVA and no LoRA-GA."""
+_VIRTUAL = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE")
+"""Types that put virtual tokens before every text."""
+IN_THE_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
+"""Types whose virtual tokens are keys and values of every block; of the others they are embeddings."""
+_OF_CAUSAL = dict.fromkeys(IN_THE_CACHE, "gives its tokens as a key-value cache, which no encoder has") | {
+    "ADAPTION_PROMPT": "is made for the attention of Llama, Mistral and GPT-2"
+}
+_KINDS = {"CAUSAL_LM": "causal", "SEQ_CLS": "encoder"}
+"""What peft calls the tasks of the harness's two kinds of models."""
+_HEADS = {"classifier", "score"}
+"""What peft adds to `modules_to_save` of a classifier; the harness trains every head anyway."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The Config of this Method: the keys of an adapter_config.json, as they are."""
+
+    adapter_config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class AdapterConfigField(FieldInfo):
+    """The one knob: the path of an adapter_config.json, or of its folder, or its keys themselves.
+
+    What a mend says to write can be pasted into JSON and YAML alike.
+    """
+
+    @property
+    def called(self) -> str:
+        """The type in the words of a suite's author."""
+        return f"the path of an {FILE}, or its keys"
+
+    @property
+    def shown_default(self) -> str:
+        """What a suite would write."""
+        return "none"
+
+    @property
+    def mend(self) -> str:
+        """What to write instead of a value that is wrong."""
+        return f"write `{KEY}: ./my-adapter/{FILE}`, as peft's `save_pretrained` makes it"
+
+    def resolved(self, value: Any, folder: Path) -> Any:
+        """Read the file that a suite in `folder` names. Raises UsageError where it is none of keys and values."""
+        if not isinstance(value, str) or not value:
+            return value
+        mend = f"peft's `save_pretrained` writes an {FILE}"
+        try:
+            path = folder / named(value)
+            path = path / FILE if path.is_dir() else path
+            found = json.loads(path.read_bytes().decode("utf-8-sig"))
+        except FileNotFoundError as error:
+            mend = f"put it at {path}, or correct the path, which starts from the suite's folder"
+            raise UsageError(f"{value} cannot be read: {error.strerror}", mend=mend) from error
+        except OSError as error:
+            mend = "name a file that you may read"
+            raise UsageError(f"{value} cannot be read: {error.strerror}", mend=mend) from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{value} is not UTF-8: {error.reason}", mend="save the file as UTF-8") from error
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{value} is no JSON: {error}", mend=f"mend it there; {mend}") from error
+        if not isinstance(found, dict):
+            raise UsageError(f"{value} holds no keys and values", mend=f"name another file; {mend}")
+        return found
+
+    def canonical(self, value: Any) -> Any:
+        """Return the value: nothing of the file is changed."""
+        return value
+
+    def problem(self, value: Any) -> str:
+        """Say all that is wrong with the keys of a config, or return an empty string."""
+        return "; ".join(what for _, what, _ in self.problems(value))
+
+    def is_legible(self, value: Any) -> bool:
+        """Say whether the config tells its type."""
+        return isinstance(value, dict) and isinstance(value.get("peft_type"), str)
+
+    def problems(self, value: Any) -> Iterator[Found]:
+        """Yield all that is wrong with a config; where is one of its keys."""
+        if not isinstance(value, dict):
+            what = "is missing" if value is None else f"must be {self.called}, got {value!r}"
+            yield (), what, self.mend
+            return
+        yield from _unwritable(value)
+        yield from _of_type(value)
+        yield from _unknown(value)
+        for key in _REFUSED_KEYS:
+            if value.get(key):
+                yield (
+                    (key,),
+                    f"has {key}, which is not offered: {_REFUSED_KEYS[key]}",
+                    f'take `{key}` out, or write "{key}": null',
+                )
+        start = str(value.get("init_lora_weights")).lower()
+        start = "pissa_niter" if start.startswith("pissa_niter") else start
+        if start in _REFUSED_STARTS:
+            what = f"has init_lora_weights {start}, which is not offered: {_REFUSED_STARTS[start]}"
+            usual = '"pissa"' if start == "pissa_niter" else "true"
+            yield ("init_lora_weights",), what, f'write "init_lora_weights": {usual}'
+        task, saved = value.get("task_type"), value.get("modules_to_save")
+        if task is not None and (not isinstance(task, str) or task not in _KINDS):
+            what = f"has task_type {task}; the harness has models for {', '.join(_KINDS)}"
+            yield ("task_type",), what, "write one of these, or take `task_type` out"
+        if saved is not None and (not isinstance(saved, list) or not all(isinstance(name, str) for name in saved)):
+            what = f"has modules_to_save {saved!r}, which is no list of names"
+            yield ("modules_to_save",), what, 'take `modules_to_save` out, or write "modules_to_save": null'
+        elif more := set(saved or ()) - _HEADS:
+            names = ", ".join(sorted(more))
+            what = f"has modules_to_save {names}; the harness trains the adapter and the head, no more"
+            yield ("modules_to_save",), what, f"take {names} out of `modules_to_save`"
+
+    def misfits(self, value: Any, kind: str) -> Iterator[Found]:
+        """Yield why a config is not one for a model of this kind (`causal`, `encoder`); a mend names another `model`."""
+        if kind == "encoder" and (why := _OF_CAUSAL.get(value["peft_type"])):
+            yield (
+                ("peft_type",),
+                f"has peft_type {value['peft_type']}, which {why}",
+                "take another `peft_type`, or another model",
+            )
+        task = value.get("task_type")
+        wants = _KINDS.get(task) if isinstance(task, str) else None
+        if wants and wants != kind:
+            right = next(name for name, one in _KINDS.items() if one == kind)
+            what = f"has task_type {task}, and the model is of the kind `{kind}`"
+            yield ("task_type",), what, f'write "task_type": "{right}", or take another model'
+
+
+def _of_type(value: Mapping[str, Any]) -> Iterator[Found]:
+    kind, known = value.get("peft_type"), peft_types()
+    offered = [one for one in known if one not in _REFUSED]
+    if not isinstance(kind, str):
+        keys = f"{', '.join(sorted(map(str, value))[:5])} ..." if value else "it is empty"
+        mend = f'add it, e.g. "peft_type": "LORA", or name the {FILE} that peft wrote'
+        yield (), f"has no `peft_type` ({keys}); is it an {FILE}?", mend
+    elif kind in _REFUSED:
+        mend = f"write another: {', '.join(offered)}" if offered else "write another"
+        yield ("peft_type",), f"has peft_type {kind}, which is not offered: {_REFUSED[kind]}", mend
+    elif known and kind not in known:
+        what = f"has peft_type {kind}, which the installed peft does not have"
+        yield ("peft_type",), what, near(kind.upper(), offered, "it has")
+    elif kind in _VIRTUAL and not virtual_tokens({KEY: value}):
+        what = f"has num_virtual_tokens {value.get('num_virtual_tokens')!r}; {kind} wants a whole number, at least 1"
+        yield ("num_virtual_tokens",), what, 'write e.g. "num_virtual_tokens": 8, without quotes around the number'
+
+
+def _unknown(value: Mapping[str, Any]) -> Iterator[Found]:
+    """Yield the keys that peft would ignore. Those of another peft that say nothing (null) are left alone."""
+    kind = value.get("peft_type")
+    known = peft_schema.keys_of(kind) if isinstance(kind, str) and kind not in _REFUSED else frozenset()
+    for key in value:
+        if known and key not in known and value[key] is not None:
+            close = closest(str(key), known)
+            mend = f"did you mean `{close}`?" if close else f"take `{key}` out"
+            yield (key,), f"has {_path((key,))}, which the installed peft's {kind} does not have and would ignore", mend
+
+
+def _unwritable(config: Any) -> Iterator[Found]:
+    """Yield what JSON can be read with and not written, by which no Cell could be named: NaN, 1e999, half a character."""
+    left: list[tuple[tuple[str | int, ...], Any]] = [((), config)]
+    while left:
+        where, value = left.pop()
+        if isinstance(value, dict):
+            left += [((*where, key), key) for key in value] + [((*where, key), one) for key, one in value.items()]
+        elif isinstance(value, list):
+            left += [((*where, index), one) for index, one in enumerate(value)]
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield where, f"has {_path(where)} {value}, which is no number of JSON", "write a finite number"
+        elif isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+            yield where, f"has half a character in {_path(where)}", "write the character itself"
+
+
+def _path(where: tuple[str | int, ...]) -> str:
+    return ascii(".".join(map(str, where)))[1:-1]
+
+
+def virtual_tokens(config: Mapping[str, Any]) -> int:
+    """Return how many tokens a Cell's config puts before every text: they take positions of the model."""
+    keys = config.get(KEY)
+    count = keys.get("num_virtual_tokens") if isinstance(keys, dict) else None
+    return max(count, 0) if isinstance(count, int) and not isinstance(count, bool) else 0
+
+
+@cache
+def peft_types() -> tuple[str, ...]:
+    """Return the peft_types of the installed peft, read from its source: importing it takes seconds."""
+    package = find_spec("peft")
+    file = Path(package.origin).parent / "utils" / "peft_types.py" if package and package.origin else None
+    if file is None or not file.is_file():
+        return ()
+    classes = (n for n in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(n, ast.ClassDef))
+    return tuple(
+        ast.literal_eval(line.value)
+        for one in classes
+        if one.name == "PeftType"
+        for line in one.body
+        if isinstance(line, ast.Assign)
+    )
+
+
+PEFT = MethodInfo(
+    name="peft",
+    summary=f"Any other method of HF peft, by its {FILE}; {NO_REFERENCE}",
+    paper="the config's `peft_type` says which; see peft's documentation",
+    deviations=(),
+    fields={KEY: AdapterConfigField("dict", None)},
+    about_fields=(
+        f"{KEY}: the path of an {FILE} (it starts from the suite's folder), or its keys. Of "
+        f"{', '.join(map(str.lower, _VIRTUAL))} the virtual tokens go before every text and take positions of the model. "
+        "Not offered: "
+        f"{', '.join(map(str.lower, _REFUSED))}; of LoRA {', '.join((*_REFUSED_KEYS, *_REFUSED_STARTS))}. There is no "
+        "reference to compare with, so that no time of such a Cell is shown beside others."
+    ),
+    path=Path(__file__),
+)
+UNREFERENCED = {PEFT.name: PEFT}
+"""Methods of which the harness has no reference: nothing of them can be checked but what needs none."""

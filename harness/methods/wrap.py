@@ -1,0 +1,90 @@
+"""An Adapted over somebody's layers, for whom a layer is all they have. See `harness.testing.wrap_layers`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.conformance import checksums
+from harness.errors import Unsupported
+from reference.shared.adapted import Adapted
+from reference.shared.layers import KINDS, dense_copy, kind_of, replace, targets
+from reference.shared.lora_start import put
+
+
+def wrap(
+    model: nn.Module,
+    config: Any,
+    make_layer: Callable[[nn.Linear], nn.Module],
+    names: Mapping[str, str] | None,
+    update: Callable[[Any], Tensor] | None,
+) -> Adapted:
+    """Freeze `model` and put a layer around every target. Raises Unsupported for what is no linear layer."""
+    bases = targets(model, config.targets, KINDS)
+    for path, base in bases.items():
+        if kind_of(base) != "linear":
+            raise Unsupported(f"{path}: {type(base).__name__} is not a linear layer")
+    model.requires_grad_(False)
+    layers = {path: make_layer(base) for path, base in bases.items()}
+    for path, layer in layers.items():
+        replace(model, path, layer.train(bases[path].training))
+    wrapped = WrappedLayers(model, bases, layers, names, update)
+    if getattr(config, "init", "kaiming") != "kaiming":  # LoRA's usual start is the layers' own; they know of no other
+        tensors = wrapped.tensors()
+        for path in bases:
+            if {f"{path}.A", f"{path}.B"} <= tensors.keys():  # otherwise `parameters` says so
+                # The layer has drawn its A from the generator that `attach` was given: so this start follows that as well.
+                generator = torch.Generator().manual_seed(checksums.of(tensors[f"{path}.A"]))
+                put(config.init, tensors[f"{path}.A"], tensors[f"{path}.B"], generator)
+    return wrapped
+
+
+class WrappedLayers(Adapted):
+    """A model with somebody's modules in the place of its layers; see `harness.testing.wrap_layers`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bases: Mapping[str, nn.Linear],
+        layers: Mapping[str, Any],
+        names: Mapping[str, str] | None,
+        update: Callable[[Any], Tensor] | None,
+    ) -> None:
+        super().__init__(model, layers)
+        self.bases, self.names, self.update = dict(bases), names, update
+        self.can_merge = update is not None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Map canonical names to the layers' own Parameters."""
+        found: dict[str, Tensor] = {}
+        for path, layer in self.layers.items():
+            own = [name for name, _ in layer.named_parameters(recurse=False)]  # type: ignore[attr-defined]
+            for letter, attribute in (self.names or {name: name for name in own}).items():
+                found[f"{path}.{letter}"] = getattr(layer, attribute)
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        """Return nothing: what a layer keeps beside its Parameters is its own affair."""
+        return {}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """List what trains."""
+        return list(self.tensors().values())  # type: ignore[arg-type]  # the layers' Parameters, as tensors
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put a plain layer with the updated weight in the place of each."""
+        if self.update is None:
+            raise Unsupported("these layers do not say what they add to the weight")
+        for path, layer in self.layers.items():
+            dense = dense_copy(self.bases[path])
+            dense.weight += self.update(layer).to(dense.weight.dtype)
+            replace(self.model, path, dense)
+
+    def detach(self) -> None:
+        """Put the base layers back."""
+        for path, base in self.bases.items():
+            replace(self.model, path, base)

@@ -1,0 +1,1 @@
+"""Records: what a run leaves on disk, as typed models with JSON Schemas. Imports no torch."""

@@ -1,0 +1,182 @@
+"""Where a Record was made. No torch, so that the runner can know it before any worker starts."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from harness.assets import resources
+from harness.errors import HarnessError
+from harness.process import nvidia_smi
+from harness.records.record import Environment
+
+# What can change a number. `id` hashes these versions, so a resumed run measures again after an upgrade.
+LIBRARIES = (
+    "torch", "transformers", "peft", "bitsandbytes", "torchao", "triton", "lm-eval", "tokenizers", "numpy", "safetensors",
+    "datasets", "galore-torch", "loralib",
+)  # fmt: skip
+_GIT_S = 30.0
+_GPU_QUERY = "gpu=uuid,name,driver_version,memory.total"
+
+
+def describe(threads: int | None = None, extra: dict[str, object] | None = None) -> Environment:
+    """Return the environment of this process. `threads`, `extra` are not part of its id."""
+    software = {"python": platform.python_version()} | _versions()
+    machine = _machine()
+    text = json.dumps([software, machine], sort_keys=True)
+    sha, dirty = _git()
+    return Environment(
+        id=hashlib.sha256(text.encode()).hexdigest()[:12],
+        software=software,
+        machine=machine,
+        code_version=code_version(),
+        git_sha=sha,
+        git_dirty=dirty,
+        threads=threads,
+        extra=extra or {},  # type: ignore[arg-type]
+    )
+
+
+@functools.cache
+def code_version() -> str:
+    """Return the SHA-256 (12 hex) over the Python files of harness/ and reference/, names and contents."""
+    digest = hashlib.sha256()
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package, package.parent / "reference"):
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(str(file.relative_to(folder.parent)).encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+@functools.cache
+def gpus() -> tuple[str, ...]:
+    """Return one line per NVIDIA GPU (uuid, name, driver, memory); empty without a driver, and where all are hidden."""
+    if _hidden(os.environ.get("CUDA_VISIBLE_DEVICES")):
+        return ()
+    try:
+        return tuple(nvidia_smi.lines(_GPU_QUERY))
+    except HarnessError:
+        return ()
+
+
+def _hidden(visible: str | None) -> bool:
+    """Whether CUDA shows no card: it reads up to the first word that is none."""
+    return visible is not None and visible.split(",")[0].strip() in ("", "-1", "NoDevFiles")
+
+
+def physical_cores() -> int:
+    """Return the cores this process may use: its affinity and its cgroup's quota bound them, hyper-threads count once."""
+    import psutil
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    bounds = [usable, psutil.cpu_count(logical=False) or usable]
+    quota = cgroup_cpus()
+    if quota is not None:
+        bounds.append(int(quota))  # a thread more than whole cores would only wait for the others
+    return max(1, min(bounds))
+
+
+def threads() -> int:
+    """Return how many threads to compute with: one for each physical core, fewer where OMP_NUM_THREADS says so.
+
+    More than there are cores are never worth it: they wait for each other in loops.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(physical_cores(), int(asked)) if asked.isdecimal() and int(asked) else physical_cores()
+
+
+def cgroup_cpus(root: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/cgroup")) -> float | None:
+    """Return how many CPUs' time the kernel grants, or None without a limit. Every parent's limit holds too.
+
+    Of cgroups v2, and of v1, where the controller of CPU time has a tree of its own.
+    """
+    try:
+        lines = [line.split(":", 2) for line in of.read_text().splitlines()]
+    except OSError:
+        return None
+    found = []
+    for number, controllers, path in lines:
+        if number != "0" and "cpu" not in controllers.split(","):
+            continue
+        top = root if number == "0" else root / "cpu"
+        here = top / path.strip("/")
+        for folder in (here, *here.parents[: len(Path(path.strip("/")).parts)]):
+            quota, period = _quota(folder)
+            if quota > 0:
+                found.append(quota / period)
+    return min(found, default=None)
+
+
+def _quota(folder: Path) -> tuple[int, int]:
+    """Return the quota and the period of a cgroup in microseconds; a quota below 0 is none. The root of all has no files."""
+    for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((folder / file).read_text() for file in files).split()
+        except (OSError, ValueError):
+            continue
+        return (-1 if quota == "max" else int(quota)), int(period)
+    return -1, 1
+
+
+def thread_variables() -> dict[str, str]:
+    """Return the environment variables that steer the threads of OpenMP and of the libraries over it."""
+    starts = ("OMP_", "GOMP_", "KMP_", "MKL_NUM", "MKL_DYNAMIC", "OPENBLAS_NUM")
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(starts)}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _machine() -> dict[str, str]:
+    import psutil
+
+    return {
+        "cpu": _cpu_model(),
+        "architecture": platform.machine(),
+        "cores": str(physical_cores()),
+        "memory_B": str(psutil.virtual_memory().total),
+        "os": f"{platform.system()} {platform.release()}",
+    } | {f"gpu{i}": line for i, line in enumerate(gpus())}
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.lower().startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
+def _git() -> tuple[str, bool | None]:
+    top = resources.checkout()
+    if top is None or shutil.which("git") is None:
+        return "", None
+
+    def ask(*words: str) -> str | None:
+        command = ["git", "-C", str(top), *words]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_GIT_S)
+        except (OSError, subprocess.TimeoutExpired):  # what cannot be asked is unknown, and no reason to stop
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    sha = ask("rev-parse", "HEAD")
+    # What runs write is no change of what they run: canaries, a night that is not committed yet.
+    status = ask("status", "--porcelain", "--", ".", ":!results")
+    return (sha or ""), (None if status is None else bool(status))

@@ -1,0 +1,29 @@
+"""JSON Schemas of the files a run leaves, shipped beside this file. `python -m harness.records.schemas` writes them anew."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from harness.records.manifest import Footer, Manifest
+from harness.records.record import Record
+
+FOLDER = Path(__file__).resolve().parent
+
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+"""Which rules a validator is to read them by: it would take its own newest otherwise."""
+
+
+def current() -> dict[str, str]:
+    """Map file name to the schema text of the models as they are now."""
+    kinds: dict[str, type[BaseModel]] = {
+        "run.schema.json": Manifest,
+        "record.schema.json": Record,
+        "footer.schema.json": Footer,
+    }
+    return {
+        name: json.dumps({"$schema": _DIALECT, **kind.model_json_schema()}, indent=1) + "\n"
+        for name, kind in kinds.items()
+    }

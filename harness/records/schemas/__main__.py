@@ -1,0 +1,6 @@
+"""Write the schema files anew."""
+
+from harness.records.schemas import FOLDER, current
+
+for name, text in current().items():
+    (FOLDER / name).write_text(text, encoding="utf-8")

@@ -1,0 +1,400 @@
+"""Run folders on disk: `run.json` first, one file per attempt, `footer.json` last; each file whole or absent.
+
+results/runs/<run>/run.json  cells/<cell_id>.<attempt>.json  logs/  footer.json  report.html  lock
+
+The footer holds the hashes of the others. They are no signature: who writes the footer anew as well leaves no trace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from harness.errors import StoreError, UsageError
+from harness.records.base_model import mistake
+from harness.records.manifest import Footer, Manifest
+from harness.records.record import SCHEMA, Record
+
+RUNS = Path("results") / "runs"
+
+_FOOTER, _REOPENED = "footer.json", "footer.before.json"
+
+# What file systems without hard links answer.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+_TORN: dict[type[BaseModel], str] = {
+    Manifest: "without it nobody knows what the run was to measure; start a new one, its Records can still be read",
+    Record: "the file was torn or edited; move it away and `--resume` the run to measure that Cell again",
+    Footer: "the run counts as incomplete; `--resume` it to finish it",
+}
+
+
+def now() -> str:
+    """Return the time in UTC, ISO 8601 to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def unwritable(file: Path) -> str:
+    """Say why a file cannot be written; nothing if it can."""
+    if file.exists() and not file.is_file():  # it would be replaced, and /dev/null is everybody's
+        return f"{file} is no file that could be replaced"
+    if not file.parent.is_dir():
+        return f"{file}: there is no folder {file.parent}"
+    try:
+        with tempfile.TemporaryFile(dir=file.parent):
+            return ""
+    except OSError as error:
+        return f"{file}: cannot write in {file.parent}: {error.strerror}"
+
+
+def write_atomic(path: Path, data: bytes, *, new: bool = False) -> None:
+    """Write `data` so that `path` is either the old file or the whole new one, even through a power cut.
+
+    new: raise FileExistsError instead of replacing an old file.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        (_publish if new else Path.replace)(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        if new and isinstance(error, FileExistsError):
+            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise StoreError(
+            "the disk is full" if full else f"cannot write: {error.strerror}",
+            where=str(path),
+            mend="free some space, then `peft-harness run SUITE --resume RUN`; what was finished is kept"
+            if full
+            else "choose another folder with --out",
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # on a read-only disk even a missing file cannot be removed
+            temporary.unlink(missing_ok=True)
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Give a file its name unless there is one of that name, in one step: two machines may try at the same time."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        temporary.replace(path)
+
+
+def write(path: Path, model: BaseModel, *, new: bool = False) -> None:
+    """Write a Manifest, Record or Footer as JSON. new: as for `write_atomic`."""
+    write_atomic(path, model.model_dump_json(by_alias=True, indent=1).encode() + b"\n", new=new)
+
+
+def _read(path: Path, kind: type[_Model]) -> _Model:
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"cannot read: {error.strerror}", where=str(path)) from error
+    try:
+        found, problem = kind.model_validate_json(text), None
+    except ValidationError as error:
+        found, problem = None, error
+    schema = _schema(text) if found is None else getattr(found, "schema_", 0)
+    if schema > SCHEMA:
+        raise StoreError(
+            f"written with schema {schema}, this version reads up to {SCHEMA}",
+            where=str(path),
+            mend="install a newer peft-harness",
+        )
+    if found is None:
+        raise StoreError(
+            f"not a whole {kind.__name__}: {mistake(problem)}", where=str(path), mend=_TORN[kind]
+        ) from problem
+    return found
+
+
+def _schema(text: bytes) -> int:
+    """Return the schema number that a file names which is not as this version knows it; 0 if it names none."""
+    try:
+        number = json.loads(text).get("schema", 0)
+    except (ValueError, AttributeError, RecursionError):
+        return 0
+    return number if isinstance(number, int) else 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as it stands on disk.
+
+    broken: files that could not be read, with the reason; they are shown, never silently dropped. changed: files that are
+    not as the run left them, by their paths in its folder, with what was done to them; a Record among them does not count.
+    """
+
+    path: Path
+    manifest: Manifest
+    records: tuple[Record, ...]
+    footer: Footer | None
+    broken: dict[str, str] = field(default_factory=dict)
+    changed: dict[str, str] = field(default_factory=dict)
+
+    def latest(self) -> dict[str, Record]:
+        """Map cell_id to its newest attempt, in the manifest's order; Cells without one that counts are left out."""
+        newest, doubtful = self._newest(), self.doubtful()
+        ids = [cell.cell_id for cell in self.manifest.cells]
+        return {i: newest[i] for i in ids if i in newest and i not in doubtful}
+
+    def doubtful(self) -> dict[str, str]:
+        """Map each cell_id whose newest attempt is not as the run left it to what was done. No older one may stand in."""
+        newest = self._newest()
+        found = {}
+        for name, what in self.changed.items():
+            cell_id, _, attempt = Path(name).stem.partition(".")
+            if attempt.isdecimal() and (cell_id not in newest or newest[cell_id].attempt < int(attempt)):
+                found[cell_id] = f"{name} {what}"
+        return found
+
+    def missing(self) -> list[str]:
+        """List the expected cell_ids without any Record."""
+        have = self._newest().keys() | self.doubtful().keys()
+        return [cell.cell_id for cell in self.manifest.cells if cell.cell_id not in have]
+
+    def _newest(self) -> dict[str, Record]:
+        return {record.cell_id: record for record in sorted(self.records, key=lambda r: r.attempt)}
+
+
+class RunFolder:
+    """The writer's side of one run folder.
+
+    `create` and `take` make it the only writer, until `release` or the end of the object or process. A worker writes its one
+    Record for the runner that holds the folder, and needs no lock of its own.
+    """
+
+    def __init__(self, path: Path, lock: int | None = None) -> None:
+        self.path = path
+        self._unlock = None if lock is None else weakref.finalize(self, os.close, lock)
+
+    @classmethod
+    def create(cls, path: Path, manifest: Manifest) -> RunFolder:
+        """Make the folder and write run.json; refuses a folder that already holds a run."""
+        refuse_used(path)
+        try:
+            for sub in ("cells", "logs"):
+                (path / sub).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"cannot make the run folder: {error.strerror}", where=str(path), mend="name a writable --out"
+            ) from error
+        folder = cls.take(path)
+        try:
+            refuse_used(path)  # by another runner that was a moment faster, and has finished by now
+            write(path / "run.json", manifest)
+        except BaseException:
+            folder.release()
+            raise
+        return folder
+
+    @classmethod
+    def take(cls, path: Path) -> RunFolder:
+        """Become the only writer of a run folder; raises UsageError if another process is."""
+        return cls(path, _lock(path / "lock"))
+
+    def release(self) -> None:
+        """Let others write."""
+        if self._unlock is not None:
+            self._unlock()  # a second call does nothing
+
+    def record_path(self, cell_id: str, attempt: int) -> Path:
+        """Return where a Record goes."""
+        return self.path / "cells" / f"{cell_id}.{attempt}.json"
+
+    def log_path(self, cell_id: str, attempt: int) -> Path:
+        """Return where a worker's stdout and stderr go."""
+        return self.path / "logs" / f"{cell_id}.{attempt}.txt"
+
+    def next_attempt(self, cell_id: str) -> int:
+        """Return the number of the next attempt, counting from 1; a broken file still uses up its number, and so does one
+        that is gone but was hashed.
+        """
+        files = [*(self.path / "cells").glob(f"{cell_id}.*.json"), *(self.path / "logs").glob(f"{cell_id}.*.txt")]
+        files += [Path(name) for name in _sealed(self.path) if name.startswith(f"cells/{cell_id}.")]
+        # Not everything is a number: a torn file may have been moved away as `.1.torn.json`.
+        numbers = [p.stem.removeprefix(f"{cell_id}.").partition(".")[0] for p in files]
+        return max((int(n) for n in numbers if n.isdecimal()), default=0) + 1
+
+    def write_record(self, record: Record) -> None:
+        """Write one Record; an existing one is never replaced."""
+        path = self.record_path(record.cell_id, record.attempt)
+        try:
+            write(path, record, new=True)
+        except FileExistsError as error:
+            raise StoreError("this attempt has a Record already", where=str(path)) from error
+
+    def reopen(self) -> None:
+        """Take the footer away: the run is being written to again. Its hashes stay, or a resumed run would hide changes."""
+        path = self.path / _FOOTER
+        try:
+            with contextlib.suppress(StoreError):
+                if _read(path, Footer).sha256:
+                    path.replace(self.path / _REOPENED)
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(f"cannot write to this run: {error.strerror}", where=str(path)) from error
+
+    def close(self, footer: Footer) -> None:
+        """Write footer.json with the hashes of run.json and of all Records: the run is complete.
+
+        What was hashed before keeps its hash. A Record that was moved away to measure its Cell again is forgotten.
+        """
+        run, known = read_run(self.path), _sealed(self.path)
+        names = ["run.json", *run.changed, *(f"cells/{record.id}.json" for record in run.records)]
+        there = {name: self.path / name for name in names if (self.path / name).is_file()}
+        sealed = {name: known.get(name) or _sha256(path) for name, path in there.items()}
+        write(self.path / _FOOTER, footer.model_copy(update={"sha256": sealed}))
+        (self.path / _REOPENED).unlink(missing_ok=True)
+
+
+def _lock(path: Path) -> int:
+    """Lock a file and return its descriptor. The kernel unlocks it when its holder dies, so that no lock is ever stale."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise StoreError(f"cannot write to this run: {error.strerror}", where=str(path)) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Who it is stands in the file for those who meet the lock; that it is held only the kernel knows.
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+    except BlockingIOError as error:
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "unknown"
+        os.close(descriptor)
+        raise UsageError(
+            f"another peft-harness is writing to this run: process {holder}",
+            where=str(path.parent),
+            mend="wait until it ends, or end it; or start a run of your own with another --out",
+        ) from error
+    except OSError as error:
+        os.close(descriptor)
+        raise StoreError(
+            f"cannot lock this run: {error.strerror}",
+            where=str(path),
+            mend="keep runs where files can be locked (--out)",
+        ) from error
+    return descriptor
+
+
+def refuse_used(path: Path) -> None:
+    """Raise UsageError if `path` holds a run, or Records without one."""
+    if (path / "run.json").exists() or any(path.glob("cells/*.json")):
+        raise UsageError("holds a run already", where=str(path), mend="name another --out, or --resume it")
+
+
+def read_record(path: Path) -> Record:
+    """Read one Record; raises StoreError for a torn file."""
+    return _read(path, Record)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read what a run was to measure, and nothing else of it."""
+    if not (path / "run.json").is_file():
+        raise UsageError("not a run folder (no run.json)", where=str(path), mend="name a run id or its folder")
+    return _read(path / "run.json", Manifest)
+
+
+def read_run(path: Path) -> Run:
+    """Read a run folder, finished or not. Torn Records land in `broken`, as does a torn footer: that run is incomplete."""
+    manifest = read_manifest(path)
+    records, broken = [], {}
+    for file in sorted((path / "cells").glob("*.json")):
+        if file.name.startswith("."):
+            continue
+        try:
+            record = read_record(file)
+        except StoreError as error:
+            broken[file.name] = error.what
+            continue
+        if file.name == f"{record.id}.json":
+            records.append(record)
+        else:
+            broken[file.name] = f"a copy or a renamed file: it holds Record {record.id}"
+    footer = None
+    if (path / _FOOTER).is_file():
+        try:
+            footer = _read(path / _FOOTER, Footer)
+        except StoreError as error:
+            broken[_FOOTER] = f"{error.what}: {error.mend}"
+    changed = _changed(path, records, broken, complete=footer is not None)
+    whole = tuple(record for record in records if f"cells/{record.id}.json" not in changed)
+    return Run(path, manifest, whole, footer, broken, changed)
+
+
+def _changed(path: Path, records: Sequence[Record], broken: Mapping[str, str], *, complete: bool) -> dict[str, str]:
+    """Map what can be read and is not as the run left it to what was done to it; nothing of a run that kept no hashes."""
+    known = _sealed(path)
+    found = {}
+    for name, sha256 in known.items():
+        if not (path / name).is_file():
+            if complete:  # else it was moved away, and its Cell is being measured again
+                found[name] = "was removed after the run"
+        elif Path(name).name not in broken and _sha256(path / name) != sha256:
+            found[name] = "was changed after the run"
+    if known and complete:
+        names = (f"cells/{record.id}.json" for record in records)
+        found |= {name: "was added after the run" for name in names if name not in known}
+    return found
+
+
+def _sealed(path: Path) -> dict[str, str]:
+    """Return the hashes that a run's footer holds, or if it goes on, those of the footer before; empty without any."""
+    for name in (_FOOTER, _REOPENED):
+        with contextlib.suppress(StoreError):
+            return _read(path / name, Footer).sha256
+    return {}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_run(name: str, runs: Path = RUNS) -> Path:
+    """Resolve a run's folder, id, unique prefix of its id, or `latest`."""
+    if (Path(name) / "run.json").is_file():
+        return Path(name)
+    known: Sequence[Path] = sorted(p.parent for p in runs.glob("*/run.json")) if runs.is_dir() else []
+    if name == "latest" and known:
+        return max(known, key=lambda p: (p / "run.json").stat().st_mtime)
+    matches = [p for p in known if p.name == name] or [p for p in known if p.name.startswith(name)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise UsageError(f"{name!r} fits {len(matches)} runs", where=str(runs), mend="give more of its id")
+    if folder := next((folder for folder in (Path(name), runs / name) if folder.is_dir()), None):
+        raise UsageError("is no run: it has no run.json", where=str(folder), mend="copy it from where the run was made")
+    recent = ", ".join(p.name for p in known[-3:])
+    raise UsageError(
+        f"no run {name!r}", where=str(runs), mend=f"runs here: {recent}" if recent else "`peft-harness run quick` first"
+    )

@@ -1,0 +1,1 @@
+"""Baselines: runs kept in results/baselines to compare later runs with."""

@@ -1,0 +1,234 @@
+"""Baselines on disk: runs that are kept to be compared with, each in results/baselines/NAME and committed by its user.
+
+A folder holds run.json, footer.json and cells/ as the run left them, so that the footer's hashes still hold, and
+baseline.json, which says where they came from. No logs and no page.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from harness.analysis import failed_checks
+from harness.assets.did_you_mean import near
+from harness.errors import Problem, RefusedError, StoreError, UsageError
+from harness.records import naming, store
+from harness.records.base_model import Frozen
+from harness.records.record import SCHEMA, Status
+from harness.records.store import Run
+
+BASELINES = Path("results") / "baselines"
+PROVENANCE = "baseline.json"
+_OF_A_RUN = re.compile(r"run\.json|cells/[0-9a-f]+\.\d+\.json")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
+_SHOWN = 3
+
+
+class Provenance(Frozen):
+    """baseline.json: where a baseline came from, who keeps it and why."""
+
+    schema_: int = Field(default=SCHEMA, alias="schema")
+    name: str
+    run: str
+    suite: str
+    code_versions: list[str]
+    """Of its Records, the most frequent first."""
+    git_shas: list[str]
+    author: str
+    promoted: str
+    """UTC, ISO 8601."""
+    reason: str
+    replaces: str = ""
+    """The run that the baseline of this name held before."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A baseline as it stands on disk. provenance: None where baseline.json is absent or cannot be read, see `why`."""
+
+    name: str
+    path: Path
+    provenance: Provenance | None
+    why: str = ""
+
+
+def known(baselines: Path = BASELINES) -> list[Baseline]:
+    """List the baselines by name."""
+    return [_read(path.parent) for path in sorted(baselines.glob("[!.]*/run.json"))]
+
+
+def find(name: str, baselines: Path = BASELINES) -> Baseline:
+    """Return a baseline by its name; raises UsageError where there is none."""
+    if _NAME.fullmatch(name) and (baselines / name / "run.json").is_file():
+        return _read(baselines / name)
+    names = [path.parent.name for path in sorted(baselines.glob("[!.]*/run.json"))]
+    mend = (
+        near(name, names, "there are") if names else "`peft-harness baseline promote RUN NAME --reason ...` makes one"
+    )
+    raise UsageError(f"no baseline `{name}`", where=str(baselines), mend=mend)
+
+
+def promote(
+    run: Run, name: str, *, reason: str, author: str = "", replace: bool = False, baselines: Path = BASELINES
+) -> Baseline:
+    """Copy a run to be a baseline, whole or not at all.
+
+    Raises RefusedError for a run that is no standard to hold others to, and for a name that is taken; StoreError where files
+    cannot be written.
+    """
+    target = baselines / name
+    problems = [*_misnamed(name, reason), *_taken(target, replace), *_unfit(run)]
+    if problems:
+        raise RefusedError(str(run.path), problems)
+    versions = Counter(record.environment.code_version for record in run.records)
+    shas = Counter(record.environment.git_sha for record in run.records if record.environment.git_sha)
+    replaced = _run_of(target)
+    provenance = Provenance(
+        schema=SCHEMA,
+        name=name,
+        run=run.manifest.run,
+        suite=run.manifest.suite,
+        code_versions=[version for version, _ in versions.most_common()],
+        git_shas=[sha for sha, _ in shas.most_common()],
+        author=author.strip() or _author(),
+        promoted=store.now(),
+        reason=reason.strip(),
+        replaces=replaced,
+    )
+    sealed = run.footer.sha256 if run.footer else {}
+    try:
+        _copy(run.path, [*sealed, "footer.json"], target, provenance)
+    except OSError as error:
+        mend = f"make room and see that {baselines} can be written; nothing was promoted"
+        raise StoreError(f"cannot write: {error.strerror}", where=str(target), mend=mend) from error
+    return Baseline(name, target, provenance)
+
+
+def _misnamed(name: str, reason: str) -> Iterator[Problem]:
+    if not _NAME.fullmatch(name) or name.endswith("."):
+        yield Problem("NAME", f"{name!r} is no name of a folder", "letters, digits, `.`, `_` and `-`, e.g. quick-cpu")
+    if not reason.strip():
+        yield Problem("--reason", "is empty", "say why others are to be compared with this run")
+
+
+def _taken(target: Path, replace: bool) -> Iterator[Problem]:
+    if target.exists() and not replace:
+        yield Problem(str(target), "there is a baseline of this name", "choose another name, or --replace it")
+
+
+def _unfit(run: Run) -> Iterator[Problem]:
+    """Yield why a run is no standard to hold others to."""
+    again = "run the suite anew, in a tree without uncommitted changes"
+    latest, names = run.latest(), naming.full(run.manifest.cells)
+    if run.footer is None:
+        yield Problem("footer.json", "is missing or cannot be read: the run is incomplete", "finish it with --resume")
+    elif run.footer.how != "finished":
+        yield Problem("footer.json", f"the run was {run.footer.how}", "finish it with --resume")
+    elif not run.footer.sha256:
+        yield Problem(
+            "footer.json", "holds no hashes, so that a changed Record would not be seen", "run the suite anew"
+        )
+    if run.missing():
+        absent = _some([names[i] for i in run.missing()])
+        yield Problem(
+            "run.json", f"{_cells(len(run.missing()))} without any Record: {absent}", "finish it with --resume"
+        )
+    for file, why in run.broken.items():
+        if file != "footer.json":
+            yield Problem(f"cells/{file}", why, "move the file away and --resume the run")
+    for file, what in run.changed.items():
+        yield Problem(file, what, "put back what the run left, or run the suite anew")
+    for file in run.footer.sha256 if run.footer else ():
+        if not _OF_A_RUN.fullmatch(file):
+            yield Problem("footer.json", f"names {file!r}, which is no file of a run", "run the suite anew")
+    environments = [run.manifest.environment, *(record.environment for record in run.records)]
+    if dirty := sum(e.git_dirty is True for e in environments[1:]):
+        yield Problem("cells/", f"{dirty} of {len(run.records)} Records made from uncommitted changes", again)
+    elif environments[0].git_dirty:
+        yield Problem("run.json", "the run was started from uncommitted changes", again)
+    ended = [r for r in latest.values() if r.status is not Status.OK]
+    # A check that failed once is not undone by another attempt: nobody reruns until it is green.
+    red = [r for r in run.records if failed_checks.nonconforming(r) and r not in ended]
+    for record in [*ended, *red]:
+        failed = ", ".join(c.check for c in failed_checks.failed(record))
+        says = f"{names.get(record.cell_id, record.cell_id)} is {record.status.value}"
+        why = f"{failed} failed" if failed else record.because
+        yield Problem(f"cells/{record.id}.json", f"{says}: {why}" if why else says, _mend(record.status))
+
+
+def _mend(status: Status) -> str:
+    if status in (Status.OK, Status.NONCONFORMING):
+        return "mend what the check found, and run the suite anew"
+    return "leave the Cell out (--only) and run anew, or --resume where it can be measured"
+
+
+def _copy(run: Path, files: Iterable[str], target: Path, provenance: Provenance) -> None:
+    """Make the new folder beside the old one, then change places; what a killed process leaves has a name with a dot."""
+    fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    try:
+        (fresh / "cells").mkdir(parents=True)
+        for name in files:
+            shutil.copyfile(run / name, fresh / name)
+        store.write(fresh / PROVENANCE, provenance)
+        if target.exists():
+            target.rename(old)
+        fresh.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _read(path: Path) -> Baseline:
+    try:
+        found = Provenance.model_validate_json((path / PROVENANCE).read_bytes())
+    except (OSError, ValidationError) as error:
+        why = error.strerror if isinstance(error, OSError) else " ".join(str(error).splitlines()[:3])
+        return Baseline(path.name, path, None, f"{PROVENANCE}: {why}")
+    return Baseline(path.name, path, found)
+
+
+def _run_of(target: Path) -> str:
+    old = _read(target).provenance if target.exists() else None
+    return old.run if old else ""
+
+
+def _author() -> str:
+    """Return who promotes: as git knows them, or the name of the account."""
+    found = [_git(key) for key in ("user.name", "user.email")]
+    if all(found):
+        return f"{found[0]} <{found[1]}>"
+    try:
+        return found[0] or getpass.getuser()
+    except (OSError, KeyError):  # an account without a name, as in some containers
+        return f"uid {os.getuid()}"
+
+
+def _git(key: str) -> str:
+    try:
+        done = subprocess.run(["git", "config", key], capture_output=True, text=True, check=False, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN])}{more}"
+
+
+def _cells(n: int) -> str:
+    return f"{n} Cell{'s' * (n != 1)}"

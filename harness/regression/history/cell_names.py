@@ -1,0 +1,44 @@
+"""What the Cells of a history are called, and which of them an expression picks."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from harness.errors import UsageError
+from harness.records import naming
+from harness.records.record import Cell
+from harness.regression.history.decisions import EVERY
+from harness.regression.history.night_files import History
+
+COMMON = "all that this place measures"
+
+
+def cells(history: History) -> dict[str, Cell]:
+    """Return the Cells that this version understands; of others only the id is known."""
+    found = {}
+    for cell_id, fields in history.cells.items():
+        try:
+            cell = Cell.model_validate(fields)
+        except ValidationError:
+            continue
+        if cell.cell_id == cell_id:
+            found[cell_id] = cell
+    return found
+
+
+def named(history: History) -> dict[str, str]:
+    """Map each cell_id, and `*`, to a name."""
+    return {**naming.full(cells(history).values()), EVERY: COMMON}
+
+
+def picked(history: History, expr: str, option: str = "--cell") -> frozenset[str]:
+    """Return the cell_ids that an expression names, as `--only` does; raises UsageError if there are none."""
+    from harness.suites import expand
+
+    known = cells(history)
+    plan = expand.Plan(tuple(known.values()), dict.fromkeys(known, ""), ())
+    try:
+        kept = expand.only(plan, expr).cells
+    except UsageError as error:
+        raise UsageError(error.what, where=f"{option} {expr}", mend=error.mend) from error
+    return frozenset(cell.cell_id for cell in kept)

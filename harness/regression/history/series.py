@@ -1,0 +1,88 @@
+"""The numbers of a history as series: of one Cell, one metric and one place, a value per night."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from harness.analysis import tracked_metrics
+from harness.regression.history import decisions
+from harness.regression.history.night_files import History
+
+
+@dataclass(frozen=True)
+class Series:
+    """nights: indices into the history's nights, rising. values: of each, the median of its passes (of what is counted,
+    the largest). passes: how many there were."""
+
+    cell: str
+    metric: str
+    on: str
+    nights: list[int]
+    values: list[float]
+    passes: list[int]
+
+
+def series(history: History, only: Container[str] | None = None) -> list[Series]:
+    """Return the series of a history, or those of some Cells; each begins at its last reset. Without an empty one.
+
+    Never of two places: another machine, driver or torch begins another series.
+    """
+    table: dict[tuple[str, str], list[tuple[int, list[dict[str, float]]]]] = {}
+    for index, night in enumerate(history.nights):
+        passes: dict[tuple[str, str], list[dict[str, float]]] = {}
+        for row in night.rows:
+            if "values" in row and (only is None or row["cell"] in only):
+                passes.setdefault((row["cell"], row["on"]), []).append(row["values"])
+        for place, values in passes.items():
+            table.setdefault(place, []).append((index, values))
+    found = (
+        _since(one, history)
+        for (cell, on), nights in sorted(table.items(), key=lambda item: item[0])
+        for one in _of_cell(cell, on, nights)
+        if tracked_metrics.kind(one.metric)  # a newer harness may keep more
+    )
+    return [one for one in found if one.nights]
+
+
+def _of_cell(cell: str, on: str, nights: list[tuple[int, list[dict[str, float]]]]) -> Iterator[Series]:
+    """Yield the series of a Cell at a place, by metric. nights: of each its index, and the values of its passes."""
+    order = tuple(nights[0][1][0])
+    if all(tuple(values) == order for _, passes in nights for values in passes):
+        # So it nearly always is, of millions of values: nobody need be asked for each by its name.
+        there, numbers = [index for index, _ in nights], [len(passes) for _, passes in nights]
+        rows = [_middles(order, passes) for _, passes in nights]
+        columns = dict(zip(order, zip(*rows, strict=True), strict=True))
+        for metric in sorted(order):
+            yield Series(cell, metric, on, there, list(columns[metric]), numbers)
+        return
+    for metric in sorted({name for _, passes in nights for values in passes for name in values}):
+        some = [(index, got) for index, passes in nights if (got := [one[metric] for one in passes if metric in one])]
+        values = [_middle(metric, got) for _, got in some]
+        yield Series(cell, metric, on, [index for index, _ in some], values, [len(got) for _, got in some])
+
+
+def _since(one: Series, history: History) -> Series:
+    """Return a series from its last reset on."""
+    start = decisions.start(history.resets, one.cell, one.metric) if history.resets else ""
+    skip = sum(history.nights[i].night < start for i in one.nights) if start else 0
+    return Series(one.cell, one.metric, one.on, one.nights[skip:], one.values[skip:], one.passes[skip:])
+
+
+def _middles(order: Sequence[str], passes: list[dict[str, float]]) -> list[float]:
+    """Return of each metric in this order, in which all passes have them, the value that counts."""
+    together = zip(order, zip(*(values.values() for values in passes), strict=True), strict=True)
+    return [got[0] if got.count(got[0]) == len(got) else _middle(metric, got) for metric, got in together]
+
+
+@cache
+def _is_counted(metric: str) -> bool:
+    return tracked_metrics.kind(metric) == "counted"
+
+
+def _middle(metric: str, values: Sequence[float]) -> float:
+    if _is_counted(metric):
+        return max(values)
+    ordered, half = sorted(values), len(values) // 2
+    return ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) / 2

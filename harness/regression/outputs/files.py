@@ -1,0 +1,46 @@
+"""Where a gate is told besides its table: a JUnit file, Markdown for the summary of a CI job, GitHub's annotations."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.analysis.comparison.baseline_rows import Findings
+from harness.errors import UsageError
+from harness.records import store
+from harness.regression.outputs import github, junit, markdown
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Which of them are asked for. annotations: also outside GitHub's own jobs."""
+
+    junit: Path | None = None
+    markdown: Path | None = None
+    annotations: bool = False
+
+    def refuse(self) -> None:
+        """Raise UsageError for files that could not be written, before anything is compared."""
+        given = {"--junit": self.junit, "--markdown": self.markdown}
+        odd = {option: why for option, file in given.items() if file is not None and (why := store.unwritable(file))}
+        if self.junit is not None and self.markdown is not None and self.junit.absolute() == self.markdown.absolute():
+            odd = {"--junit, --markdown": f"{self.junit} is to be two files at once"}
+        if odd:
+            raise UsageError(
+                "; ".join(odd.values()), where=", ".join(odd), mend="name a file in a folder that can be written"
+            )
+
+    def write(self, findings: Findings, title: str) -> None:
+        """Write the files."""
+        if self.junit is not None:
+            store.write_atomic(self.junit, junit.render(findings))
+        if self.markdown is not None:
+            store.write_atomic(self.markdown, markdown.render(findings, title))
+
+    def annotate(self, findings: Findings) -> None:
+        """Print the annotations, after the table: on the stream that is talk."""
+        if self.annotations or os.environ.get("GITHUB_ACTIONS") == "true":
+            for line in github.lines(findings):
+                print(line, file=sys.stderr)

@@ -1,0 +1,43 @@
+"""A gate as GitHub's annotations: workflow commands, a line each, on the stream that is talk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from harness.analysis.comparison.baseline_rows import Findings, Kind, Row
+from harness.analysis.verdict_kind import Word
+from harness.regression.outputs import formatting
+
+_SHOWN = 10
+"""GitHub shows so many of each level per step, and drops the rest without a word."""
+
+
+def lines(findings: Findings) -> list[str]:
+    """Return the commands: an error for each finding, a warning for what is left open; the last says how many more."""
+    failed, open_ = findings.of(Word.FAIL), findings.of(Word.NOT_RUN, Word.INCONCLUSIVE)
+    found = _level("error", failed, [f"not as its run left it: {what}" for what in findings.changed])
+    return found + _level("warning", open_, [f"unreadable: {why}" for why in findings.unreadable])
+
+
+def _level(level: str, rows: Sequence[Row], files: Sequence[str]) -> list[str]:
+    said = [(row.kind.value, _sentence(row)) for row in rows] + [("files", what) for what in files]
+    shown = said if len(said) <= _SHOWN else said[: _SHOWN - 1]
+    more = [("more", f"and {len(said) - len(shown)} more; the table has all")] if len(said) > len(shown) else []
+    return [
+        f"::{level} title={_property(f'peft-harness gate: {kind}')}::{_data(text)}" for kind, text in [*shown, *more]
+    ]
+
+
+def _sentence(row: Row) -> str:
+    if row.kind in (Kind.ENVIRONMENT, Kind.ASSETS):
+        return f"{row.name}: {row.reason}"
+    values = f" {change}" if (change := formatting.change(row)) else ""
+    return f"{row.name}: {row.what}{values}: {row.reason}" if row.reason else f"{row.name}: {row.what}{values}"
+
+
+def _data(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    return _data(text).replace(":", "%3A").replace(",", "%2C")

@@ -1,0 +1,53 @@
+"""A gate as a JUnit file: a case per Cell and kind of finding. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from xml.etree import ElementTree as ET
+
+from harness.analysis.comparison.baseline_rows import MEANING, Findings, Kind, Row
+from harness.analysis.verdict_kind import Word
+from harness.regression.outputs import formatting
+from harness.report import junit_xml
+
+_TAGS = {Word.PASS: "", Word.FAIL: "failure", Word.NOT_RUN: "error", Word.INCONCLUSIVE: "skipped"}
+
+
+def render(findings: Findings) -> bytes:
+    """Return a suite per kind, and one for files that cannot be read or were changed.
+
+    A Cell whose Record could not be read or was not come to is an error, an open question is a skipped test, and what is
+    not judged one skipped test for all.
+    """
+    root = ET.Element("testsuites", name="peft-harness gate")
+    for kind in Kind:
+        rows = [row for row in findings.rows if row.kind is kind]
+        if not rows:
+            continue
+        suite = junit_xml.suite(root, kind.value)
+        if not rows[0].judged:
+            junit_xml.case(suite, kind.value, f"{len(rows)} rows", "skipped", MEANING[kind])
+            continue
+        for name, mine in _by_name(rows).items():
+            worst = min((row.word for row in mine), key=formatting.ORDER.index)
+            said = "; ".join(_said(row) for row in mine if row.word is worst)
+            junit_xml.case(suite, kind.value, name, _TAGS[worst], said)
+    files = junit_xml.suite(root, "files")
+    for what in findings.changed:
+        junit_xml.case(files, "files", what, "failure", what)
+    for why in findings.unreadable:  # a Cell that this took away is an error above; the rest of the run is used
+        junit_xml.case(files, "files", why, "skipped", why)
+    junit_xml.case(files, "gate", "compared", "" if findings.compared else "error", findings.verdict.reason)
+    return junit_xml.document(root)
+
+
+def _by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.name, []).append(row)
+    return found
+
+
+def _said(row: Row) -> str:
+    values = f": {change}" if (change := formatting.change(row)) else ""
+    return f"{row.what}{values}: {row.reason}" if row.reason else f"{row.what}{values}"

@@ -1,0 +1,72 @@
+"""A gate as Markdown, for the summary of a CI job: the verdict first, the worst rows next, never above GitHub's limit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+from harness.analysis.comparison.baseline_rows import Findings, Kind
+from harness.regression.outputs import formatting
+from harness.regression.outputs.formatting import HEAD
+from harness.report.run_facts import icon
+
+LIMIT_B = 1024 * 1024
+"""What GitHub shows of a step's summary; it shows nothing of a larger one."""
+_ROOM_B = 1024
+"""Kept for the sentence that says how much was left out."""
+_LONGEST = 20_000
+"""Characters of one field: a reason may name hundreds of files."""
+_SPECIAL = re.compile(r"([\\`*_\[\]<>|~#])")
+
+
+def render(findings: Findings, title: str, limit_B: int = LIMIT_B) -> bytes:  # B is the unit
+    """Return the summary in UTF-8, smaller than `limit_B`, and what was left out in its last line."""
+    v = findings.verdict
+    text = [f"## {icon(v.word)} {_clean(title)}: {v.word.value}\n\n{_clean(v.reason)}\n\n"]
+    used, left_out, total = len(text[0].encode()), 0, 0
+    room = limit_B - _ROOM_B
+    open_kind = ""
+    for kind, line in _lines(findings):
+        total += 1
+        head = "" if kind == open_kind else f"\n### {kind}\n\n{_line(HEAD)}{_line(['---'] * len(HEAD))}"
+        size = len((head + line).encode())
+        if left_out or used + size > room:  # the order is of importance: nothing small slips in after something large
+            left_out += 1
+            continue
+        text.append(head + line)
+        used, open_kind = used + size, kind
+    for why in (*findings.unreadable, *findings.changed):
+        line = f"\n- {_clean(why)}\n"
+        total += 1
+        if left_out or used + len(line.encode()) > room:
+            left_out += 1
+            continue
+        text.append(line)
+        used += len(line.encode())
+    if left_out:
+        text.append(f"\n{left_out} of {total} lines left out, to stay under 1 MiB: `--json` has all of them.\n")
+    return "".join(text).encode()
+
+
+def _lines(findings: Findings) -> Iterator[tuple[str, str]]:
+    """Yield a table's title and a line of it: what needs a look, of every kind; then the rest that differs."""
+    rows = [row for row in findings.rows if not row.same]
+    for loud in (True, False):
+        for kind in Kind:
+            mine = [row for row in rows if row.kind is kind and formatting.loud(row) is loud]
+            for row in sorted(mine, key=lambda row: formatting.ORDER.index(row.word)):
+                yield _title(kind, loud), _line(formatting.fields(row))
+
+
+def _title(kind: Kind, loud: bool) -> str:
+    return kind.value if loud else f"{kind.value}, passed" if kind not in (Kind.TIME, Kind.NEW) else kind.value
+
+
+def _line(fields: Iterable[str]) -> str:
+    return f"| {' | '.join(field if field == '---' else _clean(field) for field in fields)} |\n"
+
+
+def _clean(text: str) -> str:
+    """Write text so that Markdown shows it as it is, on one line."""
+    short = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+    return _SPECIAL.sub(r"\\\1", " ".join(short.split()))

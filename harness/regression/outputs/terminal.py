@@ -1,0 +1,55 @@
+"""A gate in the terminal: a table for each kind of finding, then what it rests on, the verdict last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from harness.analysis.comparison.baseline_rows import TIMES, Findings, Kind
+from harness.regression.outputs import formatting
+from harness.regression.outputs.formatting import HEAD
+from harness.report.run_facts import icon
+
+_ORDER = (Kind.TIME, Kind.NEW, *(kind for kind in Kind if kind not in (Kind.TIME, Kind.NEW)))
+"""What is not judged first: a terminal shows the end."""
+_GROUPED = (Kind.ENVIRONMENT, Kind.ASSETS)
+_LEFT = ("what", "verdict")
+
+
+def lines(findings: Findings, *, everything: bool = False, of: str = HEAD[0]) -> list[str]:
+    """Return the lines to print. everything: rows that are the same in both too, and all that pass. of: what a row is of."""
+    found: list[str] = []
+    same: list[str] = []
+    for kind in _ORDER:
+        rows, left_out, equal = formatting.told(findings.rows, kind, everything=everything)
+        if equal:
+            same.append(f"{kind.value} {equal}")
+        if not rows:
+            continue
+        if kind in _GROUPED:
+            found += [f"{kind.value} not the same, {row.name}: {row.reason}" for row in rows] + [""]
+            continue
+        head = f"{kind.value} ({TIMES})" if kind is Kind.TIME else kind.value
+        written = [list(formatting.fields(row)) for row in rows]
+        if kind is Kind.TIME:  # said once, above them
+            written = [[*line[:-1], "" if line[-1] == TIMES else line[-1]] for line in written]
+        found += [head, *_aligned([[of, *HEAD[1:]], *written])]
+        found += [f"  and {left_out} more that need no look: --all, or --json"] if left_out else []
+        found.append("")
+    found += [f"the same in both, rows: {', '.join(same)}"] if same else []
+    found += [f"unreadable: {why}" for why in findings.unreadable]
+    found += [f"changed: {what}" for what in findings.changed]
+    v = findings.verdict
+    return [*found, f"{icon(v.word)} {v.word.value}: {v.reason}"]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Align columns, words to the left and numbers to the right; a column that is empty but for its head is left out."""
+    used = [i for i in range(len(rows[0])) if not i or any(row[i] for row in rows[1:])]
+    widths = {i: max(len(row[i]) for row in rows) for i in used}
+    return [
+        "  "
+        + "  ".join(
+            f"{row[i]:<{widths[i]}}" if not i or rows[0][i] in _LEFT else f"{row[i]:>{widths[i]}}" for i in used
+        ).rstrip()
+        for row in rows
+    ]

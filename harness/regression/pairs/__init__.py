@@ -1,0 +1,1 @@
+"""Interleaved A/B pairs of process runs: `gate --pairs OLD NEW`."""

@@ -1,0 +1,53 @@
+"""The A/A canaries of this machine, a line each: how often does the gate alarm where nothing has changed?"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.analysis.statistics.canaries import Canaries, canaries
+from harness.errors import StoreError
+from harness.records import store
+
+FILE = Path("results") / "canaries.jsonl"
+SCHEMA = 1
+KEPT = 200
+"""The last so many of a machine count: an older one speaks of another time."""
+
+
+def add(path: Path, place: str, cell_id: str, log_ratios: Sequence[float]) -> None:
+    """Add a canary. place: the environment id of its Records, within which canaries are counted together."""
+    facts = {"schema": SCHEMA, "at": store.now(), "place": place, "cell_id": cell_id, "log_ratios": list(log_ratios)}
+    line = json.dumps(facts) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # One write to the end: two gates on one file lose no line.
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(handle, line.encode())
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise StoreError(
+            f"the canary cannot be written: {error}", where=str(path), mend="make it a file that can be written to"
+        ) from error
+
+
+def read(path: Path, place: str, trim: float) -> tuple[Canaries, list[str]]:
+    """Return the last canaries of a place, judged, and what could not be read, each with its line."""
+    found, broken = [], []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if (schema := row.get("schema", 1)) > SCHEMA:
+                broken.append(f"{path}:{number}: written with schema {schema}, this version reads up to {SCHEMA}")
+                continue
+            ratios = [float(ratio) for ratio in row["log_ratios"]]
+            if row["place"] == place and len(ratios) > 1:
+                found.append(ratios)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            broken.append(f"{path}:{number}: {type(error).__name__}: {error}")
+    return canaries(found[-KEPT:], trim), broken

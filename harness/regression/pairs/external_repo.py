@@ -1,0 +1,97 @@
+"""Revisions of somebody else's repository: where its packages lie, whether they are what runs, and which Cells run them.
+
+Python code, that is: of what is compiled, and of packages beside the plug-in's own, each side must find its build by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.errors import HarnessError, UsageError
+from harness.methods.registry import GROUP, Registry, doors
+from harness.records.record import Cell
+
+_PROBE = """
+import json, sys
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+found = {}
+for point in entry_points(group=sys.argv[1]):
+    package = point.module.partition(".")[0]
+    spec = find_spec(package)
+    found[package] = list(spec.submodule_search_locations or [spec.origin]) if spec else []
+print(json.dumps(found))
+"""
+_PATIENCE_S = 60
+
+
+@dataclass(frozen=True)
+class Guest:
+    """A folder with Python packages inside a git checkout: `top / inside`."""
+
+    top: Path
+    inside: Path
+
+    def code(self, tree: Path) -> Path:
+        """Return what goes on Python's path for a checkout at `tree`: the folder, or its `src`."""
+        folder = tree / self.inside
+        return folder / "src" if (folder / "src").is_dir() else folder
+
+
+def find(folder: Path) -> Guest:
+    """Return the Guest that a folder is. Raises UsageError for one that is in no checkout."""
+    asked = ["git", "-C", str(folder), "rev-parse", "--show-toplevel"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=_PATIENCE_S)
+    except OSError as error:
+        raise UsageError(f"git cannot be run: {error}", where="--repo", mend="install git") from error
+    if done.returncode:
+        why = "is in no git checkout" if folder.is_dir() else "is no folder"
+        raise UsageError(
+            f"{folder} {why}", where="--repo", mend="name the folder that holds your package, or its `src`"
+        )
+    top = Path(done.stdout.strip()).resolve()
+    return Guest(top, folder.resolve().relative_to(top))
+
+
+def packages(said: str, code: Path, variables: Mapping[str, str]) -> frozenset[str]:
+    """Return the packages of plug-ins that are imported from `code`.
+
+    said: the side, for the sentence; variables: of the processes that will run it. Raises HarnessError where there is none:
+    both sides would run what is installed.
+    """
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", _PROBE, GROUP], env=dict(variables), capture_output=True, text=True, check=False,
+        timeout=_PATIENCE_S,
+    )  # fmt: skip
+    found: dict[str, list[str]] = json.loads(done.stdout) if done.returncode == 0 else {}
+    places = {package: where for package, where in found.items() if package != "harness"}
+    top = code.resolve()
+    mine = {
+        name
+        for name, where in places.items()
+        if where and all(Path(one).resolve().is_relative_to(top) for one in where)
+    }
+    if mine:
+        return frozenset(mine)
+    others = ", ".join(f"{package} from {where[0] if where else 'nowhere'}" for package, where in places.items())
+    raise HarnessError(
+        f"{said} holds no package of an installed plug-in; imported would be: {others or 'none'}",
+        where=f"--repo, {code}",
+        mend=f"name the folder that holds the package, and install its entry point (`{GROUP}`), e.g. by `pip install -e`",
+    )
+
+
+def uses(cell: Cell, registry: Registry, of: frozenset[str]) -> bool:
+    """Say whether a Cell's Method or base is an implementation of these packages."""
+    asked = [("method", cell.method, cell.implementation), ("base", cell.base.quantization, cell.base.implementation)]
+    points = {(i.kind, i.target, i.name): i.point for i in registry.implementations}
+    there = doors()
+    return any(
+        points[key] in there and there[points[key]].module.partition(".")[0] in of for key in asked if key in points
+    )

@@ -1,0 +1,129 @@
+"""Pairs of process runs: each Cell by the old and by the new side in turn, in an order that is fixed before the first."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harness.analysis.comparison.pair_ratio import log_ratio, times
+from harness.analysis.statistics.pair_order import order
+from harness.analysis.statistics.paired import Design, Verdict, decide
+from harness.analysis.tracked_metrics import STEP
+from harness.errors import HarnessError
+from harness.records.record import Record, Status
+from harness.regression.pairs import sides as arms
+from harness.regression.pairs.sides import Arm, Pair
+
+
+@dataclass
+class Measured:
+    """What the two sides of one Cell gave so far.
+
+    first, fresh: pairs of Records (old, new) of either stage. lost: why a process run left no Record, if one did not.
+    """
+
+    pair: Pair
+    first: list[tuple[Record, Record]] = field(default_factory=list)
+    fresh: list[tuple[Record, Record]] = field(default_factory=list)
+    lost: str = ""
+
+    @property
+    def records(self) -> list[tuple[Record, Record]]:
+        """The pairs of both stages."""
+        return [*self.first, *self.fresh]
+
+    @property
+    def broken(self) -> str:
+        """Say which process run did not end well, or took no time, if one did not: then there is nothing to time."""
+        for pair in self.records:
+            for side, record in zip(("old", "new"), pair, strict=True):
+                if record.status is not Status.OK:
+                    return f"the {side} side is {record.status.value}: {record.because}"
+                if STEP not in times(record):
+                    return f"the {side} side has no steps that took any time"
+        return self.lost
+
+    def verdicts(self, design: Design, only: str = "") -> dict[str, Verdict]:
+        """Judge each time that all process runs have, or that one alone, by its metric; none where nothing can be judged."""
+        if self.broken or len(self.first) < design.first:
+            return {}
+        shared = set.intersection(*(set(times(record)) for pair in self.records for record in pair))
+        metrics = [metric for metric in times(self.first[0][0]) if metric in shared and only in ("", metric)]
+        return {m: decide(_ratios(self.first, m), _ratios(self.fresh, m), design) for m in metrics}
+
+
+@dataclass
+class Bench:
+    """Where and how pairs are run. folder: gets a run folder for each process run. options: of `peft-harness run`.
+
+    say: talk, a line for each pair. only: the one metric to judge, or none for all. found: what was measured so far, also
+    when somebody interrupts.
+    """
+
+    sides: tuple[Arm, Arm]
+    suite: Path
+    folder: Path
+    design: Design
+    seed: int
+    options: Sequence[str] = ()
+    say: Callable[[str], None] = print
+    only: str = ""
+    found: list[Measured] = field(default_factory=list)
+
+    def measure(self, pairs: Sequence[Pair]) -> None:
+        """Run the first pairs of all Cells; then, for those that they do not settle, fresh ones as planned.
+
+        A Cell of which a side does not end well gets no further pairs: it is a finding already, or cannot be timed.
+        """
+        self.found = [Measured(pair) for pair in pairs]
+        for one in self.found:
+            self._run(one, one.first, self.design.first, "first")
+        while waiting := [(one, more) for one in self.found if (more := self._more(one))]:
+            for one, more in waiting:
+                self._run(one, one.fresh, more, f"fresh-{len(one.fresh)}")
+
+    def canary(self, pair: Pair) -> tuple[list[float] | None, str]:
+        """Run the first pairs of the old side against itself; return their log ratios, or None and why there are none."""
+        twin = Bench(
+            (self.sides[0], self.sides[0]), self.suite, self.folder, self.design, self.seed, self.options, self.say
+        )
+        one = Measured(Pair(f"canary {pair.name}", pair.old, pair.old))
+        twin._run(one, one.first, self.design.first, "canary")
+        return (_ratios(one.first), "") if not one.broken else (None, one.broken)
+
+    def _more(self, one: Measured) -> int:
+        return max((verdict.more for verdict in one.verdicts(self.design, self.only).values()), default=0)
+
+    def _run(self, one: Measured, into: list[tuple[Record, Record]], count: int, stage: str) -> None:
+        pair = one.pair
+        drawn = random.Random(f"{self.seed} {pair.old.cell_id} {pair.new.cell_id} {stage}")  # noqa: S311
+        turns = order(count, drawn.getrandbits(32))
+        for turn in range(count):
+            try:
+                records = {side: self._side(pair, side, stage, turn) for side in turns[2 * turn : 2 * turn + 2]}
+            except HarnessError as error:  # the other Cells may well run
+                one.lost = error.what
+                self.say(f"{pair.name}: {error}")
+                return
+            into.append((records["A"], records["B"]))
+            self.say(f"{pair.name}, {stage} pair {turn + 1} of {count}: {_said(into[-1])}")
+            if one.broken:
+                return
+
+    def _side(self, pair: Pair, side: str, stage: str, turn: int) -> Record:
+        arm, cell = (self.sides[0], pair.old) if side == "A" else (self.sides[1], pair.new)
+        name = f"{pair.old.cell_id}-{stage}-{turn:02}-{'old' if side == 'A' else 'new'}"
+        return arms.run(arm, self.suite, cell, self.folder / name, self.options)
+
+
+def _ratios(pairs: Sequence[tuple[Record, Record]], metric: str = STEP) -> list[float]:
+    return [log_ratio(old, new, metric) for old, new in pairs]
+
+
+def _said(pair: tuple[Record, Record]) -> str:
+    old, new = (times(record).get(STEP) for record in pair)
+    if old is None or new is None:
+        return ", ".join(record.status.value for record in pair)
+    return f"{1e3 * old:.1f} ms, {1e3 * new:.1f} ms"

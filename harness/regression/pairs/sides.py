@@ -1,0 +1,229 @@
+"""Two arms of a comparison: two revisions of a checkout, or two installed implementations; a Cell by each in a process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from harness.assets import resources
+from harness.assets.did_you_mean import near
+from harness.errors import HarnessError, UsageError
+from harness.methods.registry import discover
+from harness.records import environment, store
+from harness.records.record import Cell, Record
+from harness.regression.pairs import external_repo
+from harness.suites.expand import Plan
+
+_PATIENCE_S = 15.0
+"""For a run that is ended: it kills its worker and writes its footer."""
+HERE = "."
+"""The name of the checkout as it stands, with what is not committed."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side. said: what it is, for sentences. code: what its processes have first on Python's path: a folder with another
+    `harness`, or with a plug-in's package; None: nothing, so that all is as installed.
+
+    implementation: whose Cells it runs, where the sides are implementations; else every Cell as it is. packages: of a
+    plug-in, whose Cells alone it runs, where the sides are revisions of its repository.
+    """
+
+    said: str
+    code: Path | None = None
+    implementation: str | None = None
+    packages: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A Cell as the old side and as the new side run it. name: what both are called."""
+
+    name: str
+    old: Cell
+    new: Cell
+
+
+@contextlib.contextmanager
+def opened(old: str, new: str, plan: Plan, repo: Path | None = None) -> Iterator[tuple[Arm, Arm]]:
+    """Give the two arms; revisions are checked out for as long as the context lasts.
+
+    A name that an implementation of the suite's Cells has is that implementation. repo: a folder of somebody else's
+    checkout, whose revisions the names are then; the harness is the one that runs now. Raises UsageError for a name that is
+    neither, for an implementation beside a revision, and for a folder in no checkout; HarnessError where a revision holds
+    no package of a plug-in.
+    """
+    if repo is not None:
+        guest = external_repo.find(repo)
+        with _revisions(guest.top, (old, new), ()) as found:
+            sides = [Arm(said, guest.code(tree)) for said, tree in found]
+            theirs = [external_repo.packages(arm.said, arm.code or guest.top, _variables(arm)) for arm in sides]
+            first, second = (replace(arm, packages=theirs[0] & theirs[1]) for arm in sides)
+            yield first, second
+        return
+    known = sorted({cell.implementation for cell in plan.cells})
+    named = [name for name in (old, new) if name in known]
+    if len(named) == 2:
+        yield tuple(Arm(f"implementation {name}", implementation=name) for name in (old, new))  # type: ignore[misc]
+        return
+    if named:
+        other = new if old == named[0] else old
+        raise UsageError(
+            f"`{named[0]}` is an implementation of this suite's Cells, and `{other}` is not",
+            where="--pairs",
+            mend=near(other, known, "implementations"),
+        )
+    top = resources.checkout()
+    if top is None:
+        raise UsageError(
+            f"`{old}` and `{new}` are no implementations of this suite's Cells, and revisions need a checkout with git",
+            where="--pairs",
+            mend=f"name two of {', '.join(known)}, or run from a checkout",
+        )
+    with _revisions(top, (old, new), known) as found:
+        first, second = (Arm(said, tree) for said, tree in found)
+        yield first, second
+
+
+@contextlib.contextmanager
+def _revisions(top: Path, names: Sequence[str], known: Sequence[str]) -> Iterator[list[tuple[str, Path]]]:
+    """Check revisions out; give what each is, for sentences, and its folder. known: implementations, for the mend."""
+    commits = [None if name == HERE else _commit(top, name, known) for name in names]
+    with contextlib.ExitStack() as stack:
+        trees: dict[str | None, Path] = {None: top}
+        for commit in commits:
+            if commit not in trees:
+                trees[commit] = stack.enter_context(_checked_out(top, str(commit)))
+        yield [
+            (f"revision {commit[:12]}" if commit else "the checkout as it stands" + _changed(top), trees[commit])
+            for commit in commits
+        ]
+
+
+def pairs(plan: Plan, names: dict[str, str], arms: tuple[Arm, Arm]) -> list[Pair]:
+    """Match the plan's Cells: of implementations those that differ in nothing else, of revisions each with itself.
+
+    names: by cell_id. Raises UsageError where nothing matches.
+    """
+    old, new = (arm.implementation for arm in arms)
+    if (packages := arms[0].packages) is not None:
+        registry = discover()
+        mine = [cell for cell in plan.cells if external_repo.uses(cell, registry, packages)]
+        if not mine:
+            raise UsageError(
+                f"no Cell of this suite is computed by {', '.join(sorted(packages))}",
+                where="--repo",
+                mend="name a suite by --suite whose Cells have `implementation:` of that package",
+            )
+        return [Pair(names[cell.cell_id], cell, cell) for cell in mine]
+    if old is None or new is None:
+        return [Pair(names[cell.cell_id], cell, cell) for cell in plan.cells]
+    found = {(_but(cell), cell.implementation): cell for cell in plan.cells}
+    matched = [
+        Pair(names[cell.cell_id], cell, found[_but(cell), new])
+        for cell in plan.cells
+        if cell.implementation == old and (_but(cell), new) in found
+    ]
+    if not matched:
+        raise UsageError(
+            f"no Cell of {old} has one of {new} beside it that differs in nothing else",
+            where="--pairs",
+            mend=f"write `implementation: [{old}, {new}]` in the suite, or choose other Cells by --only",
+        )
+    return matched
+
+
+def run(arm: Arm, suite: Path, cell: Cell, folder: Path, options: Sequence[str] = ()) -> Record:
+    """Run one Cell by the arm's own `peft-harness run`, in a process of its own, and return its Record.
+
+    folder: becomes the run folder. options: more for the verb. Raises HarnessError if no Record came of it.
+    """
+    command = [
+        sys.executable, "-P", "-m", "harness.cli", "run", str(suite.resolve()), "--only", cell.cell_id, "--out",
+        str(folder), *options,
+    ]  # fmt: skip
+    variables = _variables(arm)
+    if options[:2] != ("--device", "cpu") and "CUDA_VISIBLE_DEVICES" not in variables and (cards := environment.gpus()):
+        variables["CUDA_VISIBLE_DEVICES"] = cards[0].partition(",")[0]  # both sides on one card
+    code, error = _told(command, variables)
+    records = store.read_run(folder).records if (folder / "run.json").is_file() else []
+    if not records:
+        said = error.strip().splitlines()
+        raise HarnessError(
+            f"{arm.said} gave no Record of {cell.label} (exit code {code}): {' '.join(said[-3:])}",
+            where=str(folder),
+            mend=f"see what `{' '.join(command[3:])}` says there",
+        )
+    return records[-1]
+
+
+def _variables(arm: Arm) -> dict[str, str]:
+    variables = dict(os.environ)
+    if arm.code is not None:
+        variables["PYTHONPATH"] = os.pathsep.join([str(arm.code), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return variables
+
+
+def _told(command: Sequence[str], variables: dict[str, str]) -> tuple[int, str]:
+    """Run a command and return its exit code and stderr; whoever ends us ends it, too, with time to end cleanly."""
+    with subprocess.Popen(
+        command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as child:
+        try:
+            _, error = child.communicate()
+        except BaseException:
+            child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.communicate(timeout=_PATIENCE_S)
+            child.kill()
+            raise
+    return child.returncode, error
+
+
+def _but(cell: Cell) -> str:
+    return cell.model_copy(update={"implementation": ""}).cell_id
+
+
+def _git(top: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", "-C", str(top), *arguments], capture_output=True, text=True, check=False)
+
+
+def _commit(top: Path, name: str, known: Sequence[str]) -> str:
+    # `--end-of-options`, or a name that begins with a dash would be an option of git's.
+    found = _git(top, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
+    if found.returncode:
+        two = f"two of {', '.join(known)}; or " if known else ""
+        raise UsageError(
+            f"`{name}` is {'neither' if known else 'not'} a revision of {top}"
+            + (" nor an implementation of this suite's Cells" if known else ""),
+            where="--pairs",
+            mend=f"name {two}commits, branches, tags, or `{HERE}` for the checkout as it stands",
+        )
+    return found.stdout.strip()
+
+
+def _changed(top: Path) -> str:
+    return ", with what is not committed" if _git(top, "status", "--porcelain", "-uno").stdout.strip() else ""
+
+
+@contextlib.contextmanager
+def _checked_out(top: Path, commit: str) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="peft-harness-") as folder:
+        tree = Path(folder) / commit[:12]
+        added = _git(top, "worktree", "add", "--detach", str(tree), commit)
+        if added.returncode:
+            raise HarnessError(
+                f"git cannot check {commit[:12]} out: {added.stderr.strip()}",
+                where=str(top),
+                mend="see `git worktree list`, and `git worktree prune`",
+            )
+        try:
+            yield tree
+        finally:
+            _git(top, "worktree", "remove", "--force", str(tree))

@@ -1,0 +1,139 @@
+"""A pytest session with `--harness-gate`: its benchmarks are compared with those that were kept, and a slower one fails it.
+
+Only such a session imports this. No torch, unless its tests do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from harness.analysis.comparison.baseline_rows import Findings
+from harness.analysis.verdict_kind import Word
+from harness.bench import pytest_benchmark
+from harness.bench.pytest_benchmark import Saved
+from harness.errors import UsageError
+from harness.regression import benchmarks
+from harness.regression.outputs import github, terminal
+
+_OPTION = "--harness-gate"
+_JUDGED = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
+"""Sessions that came to their end; what was interrupted keeps its own exit code."""
+
+
+class Gate:
+    """Listens to a session, and judges it at its end."""
+
+    def __init__(self, config: pytest.Config, conforming: type[pytest.Item]) -> None:
+        self.config, self.conforming = config, conforming
+        self.kept: list[Saved] = []
+        self.margin = 0.0
+        self.findings: Findings | None = None
+        self._collected: set[str] = set()
+        self._deselected: set[str] = set()
+        self._cases: set[str] = set()
+        self._outcomes: dict[str, str] = {}
+
+    def pytest_sessionstart(self) -> None:
+        """Refuse, before any test runs, what could not be judged."""
+        try:
+            self._benchmarks()
+            self.margin = _margin(self.config.getoption("harness_gate_margin"))
+            start = self.config.invocation_params.dir
+            self.kept = pytest_benchmark.read([start / path for path in self.config.getoption("harness_gate")])
+        except UsageError as error:
+            raise pytest.UsageError(str(error)) from error
+
+    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
+        """Note what the user left out."""
+        self._deselected |= {item.nodeid for item in items}
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Note what will run."""
+        self._collected = {item.nodeid for item in session.items}
+        self._cases = {item.nodeid for item in session.items if isinstance(item, self.conforming)}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note how each test ends: a failure of its teardown is one, too."""
+        if report.failed or (report.skipped and self._outcomes.get(report.nodeid) != "failed"):
+            self._outcomes[report.nodeid] = report.outcome
+        elif report.when == "call":
+            self._outcomes.setdefault(report.nodeid, report.outcome)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Judge, and fail the session where anything is slower or nothing was compared."""
+        if session.exitstatus not in _JUDGED:
+            return
+        self.findings = benchmarks.compare(self.kept, self._session(), self.margin)
+        bad = [Word.FAIL, Word.NOT_RUN] + [Word.INCONCLUSIVE] * bool(self.config.getoption("harness_gate_strict"))
+        # Not 5 where nothing was compared: many a script forgives pytest's 5.
+        if self.findings.verdict.word in bad:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """Print the table, after pytest-benchmark's own, the verdict last."""
+        terminalreporter.section("peft-harness gate")
+        if self.findings is None:
+            terminalreporter.write_line("not judged: the session was interrupted")
+            return
+        for line in terminal.lines(self.findings, of="benchmark"):
+            terminalreporter.write_line(line)
+        if os.environ.get("GITHUB_ACTIONS") == "true":
+            for line in github.lines(self.findings):
+                terminalreporter.write_line(line)
+
+    def _benchmarks(self) -> Any:
+        """Return pytest-benchmark's session; raises UsageError where it is not there or times nothing."""
+        plugin = self.config.pluginmanager.get_plugin("pytest-benchmark")
+        if plugin is None:
+            what = "pytest-benchmark is not installed, or is blocked by `-p no:benchmark`, and it takes the times"
+            raise UsageError(what, where=_OPTION, mend="pip install pytest-benchmark")
+        if self.config.getoption("dist", "no") != "no" or os.environ.get("PYTEST_XDIST_WORKER"):
+            what = "under xdist pytest-benchmark takes no times: tests beside each other disturb them"
+            raise UsageError(what, where=_OPTION, mend="run this session with `-n 0`, or `-p no:xdist`")
+        for option in ("--benchmark-disable", "--benchmark-skip"):
+            if getattr(plugin, option.removeprefix("--benchmark-").replace("disable", "disabled")):
+                raise UsageError(f"nothing is timed with {option}", where=_OPTION, mend=f"leave {option} out")
+        return plugin
+
+    def _session(self) -> benchmarks.Session:
+        plugin = self._benchmarks()
+        timed = [one for one in plugin.benchmarks if one and not one.has_error and min(one.stats.data) > 0]
+        cases = [self._outcomes.get(nodeid) for nodeid in self._cases]
+        return benchmarks.Session(
+            place=pytest_benchmark.place(plugin.get_machine_info()),
+            rounds={one.fullname: one.stats.data for one in timed},
+            failed=frozenset(nodeid for nodeid, outcome in self._outcomes.items() if outcome == "failed"),
+            absent={name: why for saved in self.kept for name in saved.rounds if (why := self._why_absent(name))},
+            right=cases.count("passed"),
+            wrong=cases.count("failed"),
+        )
+
+    def _why_absent(self, name: str) -> str:
+        """Say why a benchmark may have no rounds; nothing where nobody asked for it."""
+        if name in self._collected:
+            outcome = self._outcomes.get(name)
+            return f"its test was {outcome}" if outcome == "skipped" else "its test was not come to, or took no time"
+        if name in self._deselected or not any(self._covers(argument, name) for argument in self.config.args):
+            return ""
+        return "this session has no such test"
+
+    def _covers(self, argument: str, name: str) -> bool:
+        """Say whether a file, folder or test that pytest was given (or its `testpaths`) takes in this full name."""
+        (path, _, test), (file, _, its) = argument.partition("::"), name.partition("::")
+        start, whole = (self.config.invocation_params.dir / path).resolve(), (self.config.rootpath / file).resolve()
+        inside = start == whole or start in whole.parents
+        return inside and (not test or its == test or its.startswith((f"{test}::", f"{test}[")))
+
+
+def _margin(per_cent: float) -> float:
+    if not 0 < per_cent <= 100:
+        raise UsageError(
+            f"{per_cent:g} % is no margin", where="--harness-gate-margin", mend="give per cent above 0, at most 100"
+        )
+    return per_cent / 100

@@ -1,0 +1,48 @@
+"""What `check` found as a JUnit file, for the CI servers that draw one. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree as ET
+
+from harness.conformance import summary
+from harness.conformance.outcomes import Standing, Tried
+from harness.records import store
+from harness.report import junit_xml
+
+if TYPE_CHECKING:
+    from harness.cli.check import Report
+
+
+def render(report: Report) -> bytes:
+    """Return one suite per implementation of a method or operation, and one for what befell whole plug-ins.
+
+    A known defect is a skipped test, as an expected failure is in pytest's files.
+    """
+    root = ET.Element("testsuites", name="peft-harness check")
+    for (target, implementation), tried in summary.rows(report.tried).items():
+        suite = junit_xml.suite(root, f"{target} by {implementation}")
+        for one in tried:
+            junit_xml.case(suite, f"{implementation}.{target}", f"{one.result.check} ({one.case})", *_outcome(one))
+    rest = junit_xml.suite(root, "peft-harness")
+    for name, why in report.broken.items():
+        junit_xml.case(rest, "plug-ins", name, "error", why)
+    for complaint in report.complaints:
+        junit_xml.case(rest, "known defects", complaint.split()[2], "failure", complaint)
+    for name, why in report.skipped.items():
+        junit_xml.case(rest, "not checked", name, "skipped", why)
+    return junit_xml.document(root)
+
+
+def write_junit(report: Report, out: Path) -> None:
+    """Write the file, whole or not at all."""
+    store.write_atomic(out, render(report))
+
+
+def _outcome(one: Tried) -> tuple[str, str]:
+    if one.standing is Standing.FAIL:
+        return "failure", summary.told(one)
+    if one.standing is Standing.KNOWN_DEFECT:
+        return "skipped", f"known defect {one.defect}: {summary.told(one)}"
+    return ("", "") if one.standing is Standing.PASS else ("skipped", one.result.detail)

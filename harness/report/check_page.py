@@ -1,0 +1,198 @@
+"""What `check` found as one HTML page, in the style of the report of a run. No torch."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.cli.explain import EXITS
+from harness.conformance import defects, summary
+from harness.conformance.outcomes import Standing, Tried
+from harness.errors import Exit
+from harness.records import store
+from harness.report import html
+from harness.report.formatting import figure, unmeasured
+from harness.report.run_facts import ICONS
+
+if TYPE_CHECKING:
+    from harness.cli.check import Report
+    from harness.conformance.defects import Defect
+
+TEMPLATE = "conformance.html.j2"
+_TONES = {Standing.FAIL: "bad", Standing.KNOWN_DEFECT: "open", Standing.PASS: "good"}
+_WORDS = {
+    Exit.PASS: ("pass", "good"), Exit.FAIL: ("fail", "bad"), Exit.INFRASTRUCTURE: ("not all tried", "open"),
+    Exit.NOTHING_COMPARED: ("nothing compared", "open"),
+}  # fmt: skip
+_NAMES = {Standing.PASS: "passed", Standing.FAIL: "failed", Standing.KNOWN_DEFECT: "by known defects"}
+
+
+def render(report: Report) -> str:
+    """Return the page."""
+    return html.fill(TEMPLATE, build(report))
+
+
+def write_page(report: Report, out: Path) -> None:
+    """Write the page to `out`, whole or not at all."""
+    store.write_atomic(out, render(report).encode(errors="backslashreplace"))
+
+
+def build(report: Report) -> dict[str, Any]:
+    """Return what the page shows as one plain dict."""
+    word, tone = ("interrupted", "open") if report.interrupted else _WORDS[report.exit]
+    return {
+        "verdict": {"word": word, "tone": tone, "icon": ICONS[tone], "exit": f"exit code {int(report.exit)}"},
+        "reason": EXITS[report.exit] if report.exit is Exit.NOTHING_COMPARED else _reason(report),
+        "counts": [
+            {"tone": _tone(s), "icon": ICONS[_tone(s)], "count": report.count(s), "word": _NAMES.get(s, s.value)}
+            for s in Standing
+            if report.count(s)
+        ],
+        "alerts": _alerts(report),
+        "matrix": _matrix(report),
+        "failures": [_failed(t) for t in report.tried if t.standing is Standing.FAIL],
+        "defects": [_defect(defect, report) for defect in report.shown_defects()],
+        "checks": [_by_check(*key, tried) for key, tried in summary.rows(report.tried).items()],
+        "not_checked": _not_checked(report),
+        "readings": [
+            {"target": target, "follows": plan.follows, "checks": ", ".join(plan.checks)}
+            for target, plan in sorted(report.plans.items())
+        ],
+        "looser": [
+            {"target": target, "check": check, "factor": f"{one.factor:g}", "because": one.because, "link": one.link}
+            for target, plan in sorted(report.plans.items())
+            for check, one in plan.tolerances.items()
+        ],
+        "software": [{"key": key, "value": value} for key, value in report.software.items()],
+        "generated": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def _reason(report: Report) -> str:
+    failed, shown = report.count(Standing.FAIL), len(report.shown_defects())
+    parts = [f"{failed} checks failed" if failed else "no check failed unexpectedly"]
+    if shown:
+        parts.append(f"{shown} known defects of libraries showed")
+    if report.untried:
+        parts.append(f"asked for, but could not be tried: {', '.join(report.untried)}")
+    if report.interrupted:
+        parts.append("interrupted: this is what was found so far")
+    return "; ".join(parts)
+
+
+def _tone(standing: Standing) -> str:
+    return _TONES.get(standing, "quiet")
+
+
+def _alerts(report: Report) -> list[dict[str, Any]]:
+    found = [
+        ("Plug-ins that could not be loaded", [f"{name}: {why}" for name, why in report.broken.items()]),
+        ("Known defects that did not show", report.complaints),
+        (
+            "Implementations that did not stay alive",
+            [
+                f"{t.implementation} {t.target} ({t.case}): {t.result.detail}"
+                for t in report.tried
+                if t.check == "alive"
+            ],
+        ),
+    ]
+    return [{"text": text, "items": items} for text, items in found if items]
+
+
+def _matrix(report: Report) -> dict[str, Any]:
+    dtypes = summary.dtypes(report.tried)
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for (target, implementation), tried in summary.rows(report.tried).items():
+        row = {
+            "name": implementation, "title": f"{target} by {implementation}", "anchor": "", "record": "",
+            "href": f"#{_anchor(target, implementation)}",
+            "figures": [_figure(summary.of_dtype(tried, dtype)) for dtype in dtypes],
+        }  # fmt: skip
+        groups.setdefault(target, []).append(row)
+    return {
+        "id": "matrix", "first": "Implementation", "notes": [],
+        "caption": "Implementations by method or operation and dtype",
+        "columns": [{"label": dtype, "number": False, "title": ""} for dtype in dtypes],
+        "groups": [{"title": target, "rows": rows} for target, rows in groups.items()],
+    }  # fmt: skip
+
+
+def _figure(tried: list[Tried]) -> dict[str, Any]:
+    field = summary.field(tried)
+    if field is None:
+        return unmeasured("no case in this dtype")
+    tone = _tone(field.standing)
+    if field.standing is Standing.PASS:
+        small = "" if field.share is None else f"{field.share:.2f}"
+        return figure(f"{ICONS[tone]} pass", field.share or 0.0, small=small, tone=tone)
+    if field.standing in (Standing.FAIL, Standing.KNOWN_DEFECT):
+        # Below every share of 1 that passes nothing sorts; failures come after all of them, by their number.
+        value = 1.0 + field.count
+        text = f"{ICONS[tone]} {field.standing.value}"
+        return figure(text, value, small=f"{field.count} of {field.total}", tone=tone)
+    return figure(field.standing.value, None, tone=tone, why=_reasons(tried))
+
+
+def _reasons(tried: Iterable[Tried]) -> str:
+    return "; ".join(sorted({one.result.detail for one in tried if one.result.detail})[:3])
+
+
+def _anchor(target: str, implementation: str) -> str:
+    return f"checks-{target}-{implementation}"
+
+
+def _failed(one: Tried) -> dict[str, str]:
+    r = one.result
+    return {
+        "implementation": one.implementation, "check": r.check, "case": one.case, "defect": one.defect,
+        "error": "" if r.error is None else f"{r.error:.3g}", "allowed": "" if r.allowed is None else f"{r.allowed:.3g}",
+        "share": "" if one.share is None else f"{one.share:.3g}", "tensor": r.tensor, "worst": r.worst,
+        "policy": r.policy, "detail": r.detail, "href": f"#{_anchor(one.target, one.implementation)}",
+    }  # fmt: skip
+
+
+def _defect(defect: Defect, report: Report) -> dict[str, Any]:
+    shown = [one for one in report.tried if one.defect == defect.id]
+    worst = max(shown, key=lambda one: one.share or 0.0)
+    reproduction = defects.path().parent / defect.reproduction
+    return {
+        **defect.model_dump(mode="json"), "count": len(shown), "worst": _failed(worst),
+        "installed": report.software.get(defect.library, ""), "source": reproduction.read_text(encoding="utf-8"),
+    }  # fmt: skip
+
+
+def _by_check(target: str, implementation: str, tried: list[Tried]) -> dict[str, Any]:
+    """Sum up one implementation check by check, over all cases."""
+    dtypes = summary.dtypes(tried)
+    names = list(dict.fromkeys(one.check for one in tried))
+    rows = []
+    for name in names:
+        mine = [one for one in tried if one.check == name]
+        rows.append({"name": name, "figures": [_figure(summary.of_dtype(mine, dtype)) for dtype in dtypes]})
+    whole = summary.field(tried)
+    standing = whole.standing if whole is not None else Standing.SKIPPED
+    return {
+        "anchor": _anchor(target, implementation), "title": f"{target} by {implementation}", "dtypes": dtypes, "rows": rows,
+        "word": standing.value, "tone": _tone(standing), "icon": ICONS[_tone(standing)],
+        "cases": len({(one.case, one.dtype) for one in tried}), "open": standing is Standing.FAIL,
+    }  # fmt: skip
+
+
+def _not_checked(report: Report) -> list[dict[str, Any]]:
+    """List what was not tried or not compared, each reason once."""
+    counts: dict[tuple[str, str, str], list[str]] = {}
+    for one in report.tried:
+        if one.standing in (Standing.UNSUPPORTED, Standing.SKIPPED):
+            key = (f"{one.implementation} {one.target}", one.standing.value, f"{one.check}: {one.result.detail}")
+            counts.setdefault(key, []).append(one.dtype)
+    rows = [
+        {"name": name, "word": word, "why": why, "count": len(dtypes), "dtypes": ", ".join(summary.in_order(dtypes))}
+        for (name, word, why), dtypes in sorted(counts.items())
+    ]
+    whole = [
+        {"name": n, "word": "not checked", "why": why, "count": "", "dtypes": ""} for n, why in report.skipped.items()
+    ]
+    return [*whole, *rows]

@@ -1,0 +1,64 @@
+"""The matrix of `check` on a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from harness.conformance import summary
+from harness.conformance.outcomes import Standing
+
+if TYPE_CHECKING:
+    from harness.cli.check import Report
+
+_PIPE_WIDTH = 140
+_MOST_LINES = 40
+_STYLES = {Standing.FAIL: "bold red", Standing.KNOWN_DEFECT: "yellow", Standing.PASS: "green"}
+
+
+def print_matrix(report: Report) -> None:
+    """Print implementation x method or operation x dtype, then every failure, every defect, and the count."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, _PIPE_WIDTH)
+    dtypes = summary.dtypes(report.tried)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("method or operation", "implementation"):
+        table.add_column(heading, overflow="fold")  # a name is never cut
+    for dtype in dtypes:
+        table.add_column(dtype, justify="right", overflow="fold")
+    for (target, implementation), tried in summary.rows(report.tried).items():
+        fields = [summary.field(summary.of_dtype(tried, dtype)) for dtype in dtypes]
+        cells = [Text(summary.words(one), style=_STYLES.get(one.standing, "dim") if one else "dim") for one in fields]
+        table.add_row(target, implementation, *cells)
+    if report.tried:
+        console.print(table)
+    for line in lines(report):
+        console.print(Text(line), soft_wrap=True)
+
+
+def lines(report: Report) -> list[str]:
+    """Say every failure, each known defect once, what was not tried, and the count."""
+    failed = [one for one in report.tried if one.standing is Standing.FAIL]
+    said = [summary.failure(one) for one in failed[:_MOST_LINES]]
+    if len(failed) > _MOST_LINES:
+        said.append(f"... and {len(failed) - _MOST_LINES} more failures; --json, --html and --junit have them all")
+    defects: dict[str, int] = {}
+    for one in report.tried:
+        if one.standing is Standing.KNOWN_DEFECT:
+            defects[one.defect] = defects.get(one.defect, 0) + 1
+    said += [f"known defect {name}: {count} checks (`peft-harness explain {name}`)" for name, count in defects.items()]
+    said += [f"FAIL {complaint}" for complaint in report.complaints]
+    said += [f"BROKEN plug-in {name}: {why}" for name, why in report.broken.items()]
+    said += [f"not checked: {name}: {why}" for name, why in report.skipped.items()]
+    counts = {standing: report.count(standing) for standing in Standing}
+    names = {Standing.PASS: "passed", Standing.FAIL: "failed", Standing.KNOWN_DEFECT: "known defects"}
+    said.append(", ".join(f"{count} {names.get(s, s.value)}" for s, count in counts.items() if count or s in names))
+    if report.untried:
+        said.append(f"asked for, but could not be tried: {', '.join(report.untried)}")
+    if report.interrupted:
+        said.append("interrupted: this is what was found so far")
+    return said

@@ -1,0 +1,149 @@
+"""Frames of pandas with the numbers of runs: `harness.load`."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from harness.records import naming, store
+from harness.records.record import Record
+from harness.report.export import rows
+from harness.report.export.columns import BOOLEAN, FLOAT, INTEGER, TABLES, TEXT, TIME, Column, columns
+from harness.report.export.rows import Row, Value
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Numbers:
+    """The numbers of one or several runs. Rows of all tables belong together by `run`, `cell_id` and `attempt`.
+
+    cells: a row per attempt at a Cell; `latest` marks the ones that count. samples: a row per raw sample of training and
+    of latency. items: a row per scored test item. checks: a row per check. columns: table, column, dtype, unit (`s`, `B`,
+    `1`) and meaning of each of their columns. Missing values are NA.
+
+    left_out: a sentence for whatever the runs were to hold and the tables do not: files that cannot be read or were
+    changed after the run, and Cells without a Record.
+    """
+
+    cells: DataFrame
+    samples: DataFrame
+    items: DataFrame
+    checks: DataFrame
+    columns: DataFrame
+    left_out: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{len(getattr(self, name))} {name}" for name in TABLES)
+        return f"<{counts}{f'; {len(self.left_out)} left out, see .left_out' if self.left_out else ''}>"
+
+
+def load(run: str | Path, *more: str | Path) -> Numbers:
+    """Load the numbers of one or several runs: each a folder, an id, the start of an id, or `latest`.
+
+    What is torn or was changed after the run is left out, with a warning and in `left_out`; the rest is loaded. Raises
+    UsageError for what is no run, StoreError where its run.json cannot be read.
+    """
+    numbers = of([store.read_run(store.find_run(str(name))) for name in (run, *more)])
+    for what in numbers.left_out:
+        warnings.warn(f"left out: {what}", stacklevel=2)
+    return numbers
+
+
+def of(runs: Sequence[store.Run]) -> Numbers:
+    """Return the numbers of runs as they stand on disk. A Record that comes twice, e.g. in a copied folder, counts once."""
+    found: dict[tuple[str, str], Record] = {}
+    newest: dict[tuple[str, str], int] = {}
+    left_out: list[str] = []
+    for run in runs:
+        left_out += _left_out(run)
+        for record in sorted(run.records, key=_place(run)):
+            if found.setdefault((record.run, record.id), record) != record:
+                left_out.append(
+                    f"{run.path}: Record {record.id} is not as in another folder of this run, loaded before"
+                )
+        for record in run.latest().values():
+            newest[_cell(record)] = max(record.attempt, newest.get(_cell(record), 0))
+    names = naming.recipes(record.cell for record in found.values())
+    made: dict[str, list[Row]] = {
+        "cells": [
+            rows.cell(record, names[record.cell.recipe_id], latest=newest.get(_cell(record)) == record.attempt)
+            for record in found.values()
+        ],
+        "samples": [row for record in found.values() for row in rows.samples(record)],
+        "items": [row for record in found.values() for row in rows.items(record)],
+        "checks": [row for record in found.values() for row in rows.checks(record)],
+    }
+    frames = {table: _frame(table, made[table]) for table in TABLES}
+    described = [
+        {
+            "table": table,
+            "column": c.name,
+            "dtype": str(frame.dtypes[c.name]),
+            "unit": c.unit or None,
+            "meaning": c.meaning,
+        }
+        for table, (frame, declared) in frames.items()
+        for c in declared
+    ]
+    return Numbers(
+        **{table: frame for table, (frame, _) in frames.items()},
+        columns=pd.DataFrame(described, dtype=TEXT),
+        left_out=tuple(dict.fromkeys(left_out)),
+    )
+
+
+def _cell(record: Record) -> tuple[str, str]:
+    return record.run, record.cell_id
+
+
+def _left_out(run: store.Run) -> list[str]:
+    names = naming.full(run.manifest.cells)
+    said = [f"{name} {what}, and does not count" for name, what in run.changed.items()]
+    said += [f"{name} cannot be read: {why}" for name, why in run.broken.items()]
+    said += [f"{names[i]} ({i}) has no Record" for i in run.missing()]
+    return [f"{run.path}: {what}" for what in said]
+
+
+def _place(run: store.Run) -> Callable[[Record], tuple[int, int]]:
+    """Order Records as the suite asks for their Cells, then by attempt."""
+    places = {cell.cell_id: place for place, cell in enumerate(run.manifest.cells)}
+    return lambda record: (places.get(record.cell_id, len(places)), record.attempt)
+
+
+def _frame(table: str, made: Sequence[Row]) -> tuple[DataFrame, list[Column]]:
+    """Return a frame and what its columns are."""
+    names = list(dict.fromkeys(name for row in made for name in row))
+    declared = columns(table, names)
+    arrays = {c.name: _array([row.get(c.name) for row in made], c.dtype) for c in declared}
+    return pd.DataFrame(arrays, index=pd.RangeIndex(len(made))), declared
+
+
+def _array(values: list[Value], dtype: str) -> Any:
+    """Return an array with NA for None and for an empty text, which is how a Record says that there is nothing to say."""
+    given = [None if value == "" else value for value in values]
+    if dtype == TIME:
+        return pd.to_datetime(pd.Series(given, dtype=TEXT), utc=True, errors="coerce", format="ISO8601").astype(TIME)
+    dtype = dtype or _kind(given)
+    if dtype == INTEGER and any(isinstance(value, int) and value.bit_length() > 63 for value in given):
+        dtype = TEXT  # a number that 64 bits cannot hold, e.g. a seed: as text it is still exact
+    if dtype == TEXT:
+        given = [value if value is None or isinstance(value, str) else json.dumps(value) for value in given]
+    return pd.array(given, dtype=dtype)
+
+
+def _kind(given: Iterable[Value]) -> str:
+    """Return the narrowest dtype that holds a knob's values as they are; text if they are of several sorts."""
+    sorts = {type(value) for value in given if value is not None}
+    if sorts == {bool}:
+        return BOOLEAN
+    if sorts == {int}:
+        return INTEGER
+    return FLOAT if sorts in ({float}, {int, float}) else TEXT

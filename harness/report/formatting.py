@@ -1,0 +1,102 @@
+"""How numbers are written. An unmeasured one is a dash with its reason, never 0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.analysis.ranking import Score
+from harness.analysis.statistics.intervals import Median
+from harness.records.record import Accuracy
+
+DASH = "—"
+MINUS = "−"
+MIB = 1024 * 1024
+GIB = 1024 * MIB
+
+Figure = dict[str, Any]
+"""What a table cell shows: `text`, `value` to sort by (None if unmeasured), `small` beside it, a `flag` that warns of it,
+`why` as its tooltip."""
+
+
+def figure(
+    text: str, value: float | str | None, *, small: str = "", why: str = "", tone: str = "", flag: str = ""
+) -> Figure:
+    """Return one shown value."""
+    return {"text": text, "value": value, "small": small, "why": why, "tone": tone, "flag": flag}
+
+
+def unmeasured(why: str) -> Figure:
+    """Return the dash of a value that was not measured."""
+    return figure(DASH, None, why=why, tone="quiet")
+
+
+def mebibytes(size: int) -> str:
+    """Write bytes in MiB; small ones keep a digit."""
+    mib = size / MIB
+    return f"{mib:,.0f}" if mib >= 10 else f"{mib:.2f}"
+
+
+def short_count(n: float) -> str:
+    """Write a count to three digits with k, M or G."""
+    for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if n >= unit:
+            return f"{n / unit:.3g}{name}"
+    return f"{n:.3g}"
+
+
+def seconds(s: float) -> str:
+    """Write a duration."""
+    if s >= 120:
+        minutes, rest = divmod(round(s), 60)
+        return f"{minutes} min {rest:02d} s"
+    return f"{s:.1f} s" if s >= 1 else f"{1000 * s:.0f} ms"
+
+
+def milliseconds(s: float) -> str:
+    """Write seconds as ms to about three digits."""
+    ms = 1000 * s
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
+
+
+def percent(share: float) -> str:
+    """Write a share of 1 in per cent with one digit."""
+    return f"{100 * share:.1f} %"
+
+
+def points(difference: float) -> str:
+    """Write a difference of two shares in signed percentage points."""
+    return f"{MINUS if difference < 0 else '+'}{abs(100 * difference):.1f} points"
+
+
+def probability(p: float) -> str:
+    """Write a p value."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+def scientific(x: float | None, missing: str = DASH) -> str:
+    """Write an error or a bound to three digits."""
+    if x is None:
+        return missing
+    return f"{x:.3g}" if x == 0 or 1e-3 <= abs(x) < 1000 else f"{x:.2e}"
+
+
+def accuracy(a: Accuracy | Score) -> str:
+    """Write an accuracy with its interval, in per cent."""
+    return f"{percent(a.value)} {interval(a)}"
+
+
+def interval(a: Accuracy | Score) -> str:
+    """Write the interval of an accuracy, in per cent."""
+    return f"[{100 * a.low:.1f}, {100 * a.high:.1f}]"
+
+
+def median_ms(m: Median) -> str:
+    """Write the interval of a median in ms, or how few samples there were."""
+    if m.low is None or m.high is None:
+        return f"n = {m.count}"
+    return f"[{milliseconds(m.low)}, {milliseconds(m.high)}]"
+
+
+def sentence(text: str) -> str:
+    """Write a reason as a sentence of its own."""
+    return f"{text[:1].upper()}{text[1:]}"

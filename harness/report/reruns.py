@@ -1,0 +1,79 @@
+"""Reruns of Cells, for the page and the terminal: what was equal to the last bit, what was not, and what is known of why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from harness.analysis.comparison.reproducibility import Rerun, reruns
+from harness.analysis.verdict_kind import Word
+from harness.records.store import Run
+from harness.report.run_facts import icon, tone
+
+_NO_CAUSE = "no named cause: same machine, software, code, threads, model and data"
+
+
+def asked(runs: Sequence[Run]) -> bool:
+    """Say whether there can be a rerun: several runs, or one with several attempts at a Cell."""
+    return len(runs) > 1 or any(len(run.records) > len(run.latest()) for run in runs)
+
+
+def section(runs: Sequence[Run]) -> dict[str, Any]:
+    """Show which Cells gave the same losses again, and why the others did not."""
+    found = reruns(runs)
+    expected = {cell.cell_id for run in runs for cell in run.manifest.cells}
+    word, sentence = _whole(found)
+    lacking = len(expected - {r.cell_id for r in found})
+    if found and lacking and len(runs) > 1:
+        sentence += f" {lacking} other{'s have' if lacking > 1 else ' has'} no second ok Record to compare."
+    return {
+        "sentence": sentence,
+        "word": word.value,
+        "icon": icon(word),
+        "tone": tone(word),
+        "rows": [_row(r) for r in found],
+    }
+
+
+def lines(runs: Sequence[Run]) -> list[str]:
+    """Return what the terminal says of the same."""
+    shown = section(runs)
+    said = ["", f"{shown['icon']} reproducibility: {shown['sentence']}"]
+    for row in shown["rows"]:
+        said.append(f"  {row['icon']} {row['name']}: losses {row['losses']}; answers {row['items']}")
+        said += [f"      {why}" for why in row["why"]]
+    return said
+
+
+def _whole(found: Sequence[Rerun]) -> tuple[Word, str]:
+    cells = f"{len(found)} repeated Cell{'s' * (len(found) != 1)}"
+    unexplained = sum(r.unexplained for r in found)
+    explained = sum(not r.equal for r in found) - unexplained
+    if not found:
+        return Word.NOT_RUN, "Nothing was compared: no Cell has two ok Records, and a copy of a Record is no rerun."
+    if unexplained:
+        more = f" and {explained} with a named cause" if explained else ""
+        return Word.FAIL, f"Of {cells}, {unexplained} differ{'s' * (unexplained == 1)} without a named cause{more}."
+    if explained:
+        differ = f"{explained} differ{'s' * (explained == 1)}"
+        return Word.INCONCLUSIVE, f"Of {cells}, {differ}, with a named cause: that is no failure, nor a proof."
+    return Word.PASS, f"{cells} gave the same losses and answers to the last bit."
+
+
+def _row(r: Rerun) -> dict[str, Any]:
+    word = Word.PASS if r.equal else Word.FAIL if r.unexplained else Word.INCONCLUSIVE
+    same = {True: "equal to the last bit", False: "differ", None: "none to compare"}
+    first = "" if r.first_step is None else f" from step {r.first_step}"
+    why = [*r.causes, *([_NO_CAUSE] if r.unexplained else []), *(f"they part at the {p}" for p in r.parted)]
+    return {
+        "name": r.label,
+        "records": [
+            {"id": f"{run}/{record}", "text": f"{run} {record[:6]}….{record.rpartition('.')[2]}"}
+            for run, record in r.records
+        ],
+        "icon": icon(word),
+        "tone": tone(word),
+        "losses": same[r.same_losses] + first,
+        "items": same[r.same_items],
+        "why": why,
+    }

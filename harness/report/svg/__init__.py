@@ -1,0 +1,1 @@
+"""SVG charts as geometry: scales, marks, labels that do not overlap."""

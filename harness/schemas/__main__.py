@@ -1,6 +1,0 @@
-"""Write the schema files anew."""
-
-from harness.schemas import FOLDER, current
-
-for name, text in current().items():
-    (FOLDER / name).write_text(text, encoding="utf-8")

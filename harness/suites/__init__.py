@@ -1,0 +1,1 @@
+"""Suites: YAML files read, validated and expanded into Cells; and the tasks they name."""

@@ -1,0 +1,162 @@
+"""What of a suite's entry is sound by itself and impossible together: of methods, their configs, bases, training."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from harness.methods.peft_config import IN_THE_CACHE, KEY, UNREFERENCED
+from harness.methods.spec import Found, MethodInfo
+from harness.records.record import Base
+from harness.suites.schema import BaseKeys, CellKeys, shortened
+
+_AXES = ("model", "task", "method", "implementation", "base", "optimizer", "dtype", "seed")
+
+
+def impossible(
+    config: Mapping[str, Mapping[str, list[Any]]],
+    methods: Mapping[str, MethodInfo],
+    bases: list[BaseKeys],
+    steps: int,
+) -> Iterator[Found]:
+    """Yield every combination that no Cell can live through.
+
+    config: for each method, the values of each of its fields; steps: of the training.
+    """
+    for name, fields in config.items():
+        yield from _starts(name, fields)
+        yield from _budgets(name, fields)
+        yield from _schedules(name, fields, steps)
+        yield from _bases(methods[name], bases)
+
+
+def _starts(name: str, fields: Mapping[str, list[Any]]) -> Iterator[Found]:
+    if "orthogonal" not in fields.get("init", ()):
+        return
+    for rank in fields.get("rank", ()):
+        if rank % 2:
+            what = f"`init: orthogonal` of {name} shares the rank out in halves, and `rank` is {rank}"
+            yield ("config", "init"), what, f"write an even rank, such as {rank + 1}, or another init"
+
+
+def _budgets(name: str, fields: Mapping[str, list[Any]]) -> Iterator[Found]:
+    """AdaLoRA's own contradictions: it could only refuse to attach. Of each kind the first is told."""
+    ranks = itertools.product(fields.get("target_rank", ()), fields.get("rank", ()))
+    for target, rank in ((target, rank) for target, rank in ranks if target > rank):
+        what = f"`target_rank` of {name} is {target}, above its `rank` of {rank}, and the budget only falls"
+        yield ("config", "target_rank"), what, f"write at most {rank}, or raise `rank`"
+        break
+    for first, last, total in itertools.product(*(fields.get(key, ()) for key in ("tinit", "tfinal", "total_steps"))):
+        if first + last >= total:
+            what = f"`tinit` {first} and `tfinal` {last} of {name} leave no step of `total_steps` {total} to prune in"
+            yield ("config", "tinit"), what, f"write `tinit` and `tfinal` that are below {total} together"
+            break
+
+
+def _schedules(name: str, fields: Mapping[str, list[Any]], steps: int) -> Iterator[Found]:
+    """A Method that counts down over `total_steps` would not come to its end, or stand still before the training's."""
+    for total in fields.get("total_steps", ()):
+        if steps and total != steps:
+            what = f"`total_steps` of {name} is {total}, and the training has {steps} steps"
+            yield ("config", "total_steps"), what, f"write `total_steps: {steps}`"
+
+
+def _bases(info: MethodInfo, bases: list[BaseKeys]) -> Iterator[Found]:
+    for index, base in enumerate(bases):
+        if base.quantization == "none":
+            continue
+        if info.trains_weights:
+            what = f"base {base.quantization} keeps frozen weights in 4 bits, and {info.name} trains the weights themselves"
+            yield ("base", index), what, f"give {info.name} an entry without `base:`"
+        elif info.name in UNREFERENCED:
+            what = f"{info.name} is offered on a base that is not quantised, and base is {base.quantization}"
+            yield ("base", index), what, f"give {info.name} an entry without `base:`"
+
+
+def listed_twice(keys: CellKeys, config: Mapping[str, Mapping[str, list[Any]]]) -> Iterator[Found]:
+    """Yield the values that an axis has more than once: two of one value are two of one Cell."""
+    axes: dict[tuple[str, ...], Any] = {(key,): getattr(keys, key) for key in _AXES}
+    axes |= {("training", key): values for key, values in keys.training}
+    axes |= {("config", key): values for fields in config.values() for key, values in fields.items()}
+    for way, values in axes.items():
+        counted = Counter(map(_shown, values)) if isinstance(values, list) else {}
+        for value, times in counted.items():
+            if times > 1:
+                what = f"`{way[-1]}` lists {shortened(value)} {times} times"
+                yield way, what, "remove a value that is listed twice"
+
+
+def _shown(value: object) -> str:
+    return str(Base(**value.model_dump())) if isinstance(value, BaseKeys) else repr(value)
+
+
+def of_training(
+    config: Mapping[str, Mapping[str, list[Any]]],
+    methods: Mapping[str, MethodInfo],
+    keys: CellKeys,
+    training: Mapping[str, list[Any]],
+    steps: int,
+) -> Iterator[Found]:
+    """Yield what cannot be trained so.
+
+    config: as of `impossible`; training: the values of each of its keys that are written; steps: of the training.
+    """
+    infos = [methods[name] for name in config]
+    yield from _optimizers(infos, keys, steps)
+    yield from _checkpointing(config, training)
+    able = " and ".join(info.name for info in methods.values() if info.trains_weights)
+    for index, layerwise in enumerate(training.get("layerwise", ())):
+        if layerwise:
+            for what, mend in _layerwise(infos, able, keys, training):
+                yield ("training", "layerwise", index), f"`layerwise` is true, and {what}", mend
+
+
+def _optimizers(infos: list[MethodInfo], keys: CellKeys, steps: int) -> Iterator[Found]:
+    """An optimizer can only be chosen for what trains, by Methods that leave the choice or whose own can be it."""
+    for index, optimizer in enumerate(keys.optimizer):
+        if optimizer == "adamw":
+            continue
+        if not steps:
+            what = f"`optimizer` is {optimizer}, and nothing is trained in 0 steps"
+            yield ("optimizer", index), what, "write `optimizer: adamw` for what is not trained"
+        for info in infos:
+            if info.optimizer and optimizer not in info.optimizers:
+                what = f"`optimizer` is {optimizer}, and {info.name} steps by its own, {info.optimizer}"
+                mend = f"give {info.name} an entry with `optimizer: {'` or `'.join(info.optimizers)}`"
+                yield ("optimizer", index), what, mend
+
+
+def _checkpointing(config: Mapping[str, Mapping[str, list[Any]]], training: Mapping[str, list[Any]]) -> Iterator[Found]:
+    """Blocks that are computed again are given no cache, in which some adapters are."""
+    adapters = {value["peft_type"] for fields in config.values() for value in fields.get(KEY, ())}
+    for index, checkpointing in enumerate(training.get("checkpointing", ())):
+        for kind in sorted(adapters & set(IN_THE_CACHE)) if checkpointing else ():
+            what = (
+                f"`checkpointing` is true, and {kind} gives its tokens as a cache, which gradient checkpointing drops"
+            )
+            yield ("training", "checkpointing", index), what, f"leave `checkpointing` out for {kind}"
+
+
+def _layerwise(
+    infos: list[MethodInfo], able: str, keys: CellKeys, training: Mapping[str, list[Any]]
+) -> Iterator[tuple[str, str]]:
+    """Layer-wise updates free gradients at once: for large ones, of one pass, that nothing else waits for."""
+    for info in infos:
+        if not info.trains_weights:
+            what = f"{info.name} does not train the model's own weights, so that its gradients take little memory"
+            yield what, f"leave `layerwise` out for {info.name}; it is for {able}"
+    for parts in training.get("accumulate", ()):
+        if parts != 1:
+            what = f"`accumulate` is {parts}: a gradient that is freed within its pass cannot be summed over {parts} passes"
+            yield what, "write `accumulate: 1`, or leave `layerwise` out"
+            break
+    if any(training.get("compile", ())):
+        yield (
+            "`compile` is true: a compiled backward pass hands out all gradients at its end",
+            "leave one of the two out",
+        )
+    if "float16" in keys.dtype:
+        what = "dtype is float16, whose loss scale needs all gradients before the first weight is stepped"
+        yield what, "write `dtype: bfloat16`, or leave `layerwise` out"

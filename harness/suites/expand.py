@@ -1,0 +1,202 @@
+"""A suite's entries multiplied out into Cells, in order."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from harness.assets.did_you_mean import near
+from harness.errors import UsageError
+from harness.methods.spec import methods
+from harness.records import naming
+from harness.records.manifest import Comparison, Tuning
+from harness.records.record import Cell
+from harness.records.training import LATER
+
+if TYPE_CHECKING:
+    from harness.suites.entry import Entry
+    from harness.suites.loader import Suite
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to run.
+
+    cells: those that are ranked, then those that search for learning rates. ids: cell_id to the suite's `id` of its entry.
+    comparisons, tuning: of the whole suite, also where `only` took Cells away, so that a question whose Cells did not run
+    is seen as not answered.
+    """
+
+    cells: tuple[Cell, ...]
+    ids: dict[str, str]
+    comparisons: tuple[Comparison, ...]
+    tuning: tuple[Tuning, ...] = ()
+
+
+def expand(suite: Suite) -> Plan:
+    """Multiply every entry out, in the order of the file."""
+    found = {cell.cell_id: (cell, entry.id) for entry in suite.entries for cell in cells(entry)}
+    ids = {cell_id: entry_id for cell_id, (_, entry_id) in found.items()}
+
+    def named(entries: tuple[str, ...]) -> list[str]:
+        return [cell_id for cell_id, (_, entry_id) in found.items() if entry_id in entries]
+
+    comparisons = (
+        Comparison(kind=c.kind, left=named(c.left), right=named(c.right), says=c.says) for c in suite.comparisons
+    )
+    tuning: list[Tuning] = []
+    tried: dict[str, Cell] = {}
+    for entry in suite.entries:
+        for tuned, sweep in _searches(entry):
+            tuning.append(Tuning(entry=entry.id, cells=tuned, sweep=[cell.cell_id for cell in sweep]))
+            for cell in sweep:
+                tried.setdefault(cell.cell_id, cell)
+                ids.setdefault(cell.cell_id, entry.id)
+    every = (*(cell for cell, _ in found.values()), *tried.values())
+    return Plan(every, ids, tuple(comparisons), tuple(tuning))
+
+
+def count(entry: Entry) -> int:
+    """Return how many Cells an entry stands for at most, without making them."""
+    axes = (entry.model, entry.task, entry.base, entry.implementation, entry.optimizer, entry.dtype)
+    configs = sum(math.prod(len(values) for values in fields.values()) for fields in entry.config.values())
+    searched = len(entry.tune.lr) if entry.tune else 0
+    return math.prod(len(axis) for axis in axes) * configs * len(entry.training) * (len(entry.seed) + searched)
+
+
+def cells(entry: Entry) -> Iterator[Cell]:
+    """Yield an entry's Cells; the last axis, the seed, turns fastest."""
+    # Seeds without latencies keep their prompts: they are of one recipe with the one that has them.
+    asked = entry.evaluation.untimed() if entry.latency == "never" else entry.evaluation
+    for model, task, base, (method, config), implementation, optimizer, dtype, training, seed in itertools.product(
+        entry.model,
+        entry.task,
+        entry.base,
+        [(method, config) for method, fields in entry.config.items() for config in _configs(fields)],
+        entry.implementation,
+        entry.optimizer,
+        entry.dtype,
+        entry.training,
+        entry.seed,
+    ):
+        timed = entry.latency == "every-seed" or (entry.latency == "first-seed" and seed == entry.seed[0])
+        evaluation = asked.model_copy(update={"latency": timed})
+        yield Cell(
+            model=model, task=task, method=method, implementation=implementation, config=config, base=base,
+            optimizer=optimizer, dtype=dtype, seed=seed, training=training, evaluation=evaluation,
+        )  # fmt: skip
+
+
+def _searches(entry: Entry) -> list[tuple[list[str], list[Cell]]]:
+    """Return (cell_ids, the Cells that search for their learning rate); Cells that differ in what `tune` sets share them."""
+    tune = entry.tune
+    if tune is None:
+        return []
+    found: dict[tuple[str, ...], tuple[list[str], list[Cell]]] = {}
+    evaluation = entry.evaluation.untimed().model_copy(update={"items": tune.items, "skip": entry.evaluation.items})
+    for cell in cells(entry):
+        # As in `cells`: in the order of the method's fields, and what is None in no Cell.
+        values = {**cell.config, **tune.config.get(cell.method, {})}
+        config = {key: values[key] for key in entry.config[cell.method] if values.get(key) is not None}
+        fixed = {"config": config, "seed": tune.seed, "evaluation": evaluation}
+        sweep = [
+            cell.model_copy(update={**fixed, "training": cell.training.model_copy(update={"lr": lr})}) for lr in tune.lr
+        ]
+        tuned, _ = found.setdefault(tuple(c.cell_id for c in sweep), ([], sweep))
+        tuned.append(cell.cell_id)
+    return list(found.values())
+
+
+def _configs(fields: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    for values in itertools.product(*fields.values()):
+        yield {name: value for name, value in zip(fields, values, strict=True) if value is not None}
+
+
+def only(plan: Plan, expr: str) -> Plan:
+    """Keep the Cells that `expr` names; raises UsageError if there are none.
+
+    Terms are separated by commas. `key=value` compares one key: id, model, task, method, implementation, base, optimizer,
+    dtype, seed, lr, batch, max_tokens, accumulate, checkpointing, lr_ratio, compile, layerwise, tune (true for a search's
+    Cells), or a key of the config. A bare word is the start of a cell_id, or any part of the id or of the name that `plan`
+    prints. Terms of the same key are alternatives; different keys must all hold.
+    """
+    wanted: dict[str, list[str]] = {}
+    for term in filter(None, (part.strip() for part in expr.split(","))):
+        key, equals, value = (part.strip() for part in term.partition("="))
+        if equals and not key:
+            raise UsageError(f"`{term}` names no key", where=f"--only {expr}", mend="write key=value, or a word alone")
+        wanted.setdefault(key if equals else "", []).append(value if equals else key)
+    swept = {cell_id for tuning in plan.tuning for cell_id in tuning.sweep}
+    # A later knob stands in no Cell at its default, and can be named all the same.
+    unsaid = {
+        name: {key: knob.default for key, knob in info.fields.items() if knob.later} for name, info in methods().items()
+    }
+    facts = {
+        cell.cell_id: {
+            **unsaid.get(cell.method, {}),
+            **_facts(cell, plan.ids[cell.cell_id]),
+            "tune": cell.cell_id in swept,
+        }
+        for cell in plan.cells
+    }
+    names = naming.full(plan.cells)
+    known = sorted({key for of_cell in facts.values() for key in of_cell})
+    for key in wanted:
+        if key and key not in known:
+            raise UsageError(f"unknown key `{key}`", where=f"--only {expr}", mend=near(key, known, "keys"))
+
+    def has(cell: Cell, key: str, value: str) -> bool:
+        fact = facts[cell.cell_id]
+        return _is(fact.get(key), value) if key else _mentions(cell, fact["id"], names[cell.cell_id], value)
+
+    def fits(cell: Cell) -> bool:
+        return all(any(has(cell, key, value) for value in values) for key, values in wanted.items())
+
+    kept = tuple(cell for cell in plan.cells if fits(cell))
+    if kept:  # of alternatives one that fits nothing is a slip of the pen
+        for key, value in ((key, value) for key, values in wanted.items() for value in values):
+            if any(has(cell, key, value) for cell in plan.cells):
+                continue
+            said, mend = value, "leave that term out"
+            if key:
+                told = {_shown(fact.get(key)) for fact in facts.values()} - {""}
+                said, mend = f"{key}={value}", near(value, sorted(told), f"`{key}` is")
+            raise UsageError(f"no Cell fits `{said}`", where=f"--only {expr}", mend=mend)
+    if not kept or not wanted:
+        there = [f"id={plan.ids[c.cell_id]}  {c.cell_id}  {names[c.cell_id]}" for c in plan.cells]
+        shown = [*there[:20], *([f"... and {len(there) - 20} more"] if len(there) > 20 else [])]
+        raise UsageError("no Cell fits", where=f"--only {expr}", mend="\n    ".join(["name some of these:", *shown]))
+    return replace(plan, cells=kept, ids={c.cell_id: plan.ids[c.cell_id] for c in kept})
+
+
+def _facts(cell: Cell, entry_id: str) -> dict[str, Any]:
+    plain = ("model", "task", "method", "implementation", "optimizer", "dtype", "seed")
+    return {
+        **cell.config,
+        **{key: getattr(cell, key) for key in plain},
+        "id": entry_id,
+        "base": cell.base.quantization,
+        **{key: getattr(cell.training, key) for key in ("lr", "batch", "max_tokens", *LATER)},
+    }
+
+
+def _shown(fact: Any) -> str:
+    return "" if fact is None else str(fact).lower() if isinstance(fact, bool) else str(fact)
+
+
+def _is(fact: Any, value: str) -> bool:
+    if isinstance(fact, list):
+        return value in map(str, fact)
+    if isinstance(fact, float):
+        try:
+            return fact == float(value)
+        except ValueError:
+            return False
+    return str(fact).lower() == value.lower() if isinstance(fact, bool) else str(fact) == value
+
+
+def _mentions(cell: Cell, entry_id: str, name: str, word: str) -> bool:
+    return cell.cell_id.startswith(word) or word in entry_id or word in name

@@ -1,0 +1,150 @@
+"""Whether Cells fit their models, as far as these are on this machine: the layers they name, the tokens they give them.
+
+Asked before anything runs, and again when models had to be fetched first. No torch: the names in the headers of the
+weight files answer at once. Only for targets that are not among them (a tied or new layer has no weights of its own, a
+shape has none at all) a child process builds the models without weights and looks: one for all of them, as its start takes
+seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import subprocess
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.assets import fetch, model_folder
+from harness.assets.table import resolve
+from harness.errors import Problem, SuiteError
+from harness.methods.peft_config import virtual_tokens
+from harness.methods.spec import TARGET_WORDS
+from harness.process import child as process
+from harness.records.record import DECODED
+from harness.suites.task_schema import written
+
+if TYPE_CHECKING:
+    from harness.records.record import Cell
+    from harness.suites.expand import Plan
+    from harness.suites.loader import Suite
+
+_TIMEOUT_S = 120.0
+"""For each model that has to be built."""
+
+
+@dataclass(frozen=True)
+class _Unseen:
+    """Targets that no name of a model's weights fits. wanted: by name, the model as written at each place that wants it."""
+
+    folder: Path
+    kind: str
+    wanted: dict[str, dict[str, str]]
+
+
+def refuse(suite: Suite, plan: Plan) -> None:
+    """Raise SuiteError if Cells of the plan ask of a model at hand what it does not have."""
+    places = {entry.id: entry.places for entry in suite.entries}
+    of_model: dict[str, list[tuple[Cell, dict[str, str]]]] = {}
+    for cell in plan.cells:
+        of_model.setdefault(cell.model, []).append((cell, places[plan.ids[cell.cell_id]]))
+    found: list[Problem] = []
+    unseen: list[_Unseen] = []
+    for model, cells in of_model.items():
+        source = resolve(model, suite.sources, suite.path.resolve().parent)
+        folder = fetch.at_hand(source)
+        if folder is not None:
+            found += _too_long(folder, source.kind, cells, suite)
+            found += _none_of_them(folder, cells)
+            unseen += _unseen(folder, source.kind, cells)
+    found += _no_layers(unseen)
+    if found:
+        raise SuiteError(list(dict.fromkeys(found)))
+
+
+def _too_long(folder: Path, kind: str, cells: list[tuple[Cell, dict[str, str]]], suite: Suite) -> Iterator[Problem]:
+    most = model_folder.positions(folder)
+    if most is None:
+        return
+    for cell, places in cells:
+        task, limit = suite.tasks[cell.task], cell.training.max_tokens
+        answer = written(task.spec) if task.answers else 0
+        if limit > most:
+            what = f"`max_tokens` is {limit}, and {cell.model} has {most} positions"
+            yield Problem(places["max_tokens"], what, f"write at most {most}")
+        elif (virtual := virtual_tokens(cell.config)) and virtual + limit + answer > most:
+            of = f"{virtual} virtual tokens, {limit} of a text and {answer} of an answer"
+            what = f"{of} exceed the {most} positions of {cell.model}"
+            yield Problem(places["max_tokens"], what, "lower `max_tokens`, or `num_virtual_tokens`")
+        elif limit + answer > most:
+            what = f"a prompt of {limit} tokens and an answer of {answer} exceed the {most} positions of {cell.model}"
+            yield Problem(places["max_tokens"], what, "lower `max_tokens`, or the task's `max_gen_toks`")
+        prompt = cell.evaluation.later().get("prompt_tokens")  # the usual one is cut to what the model reads
+        decoded = DECODED if kind == "causal" else 0
+        if cell.evaluation.latency and isinstance(prompt, int) and prompt + decoded > most:
+            more = f", and {decoded} are decoded after them" if decoded else ""
+            what = f"`prompts` have {prompt} tokens{more}; {cell.model} has {most} positions"
+            yield Problem(places["tokens"], what, f"write at most {most - decoded}")
+
+
+def _unseen(folder: Path, kind: str, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[_Unseen]:
+    paths = model_folder.layers(folder)
+    wanted: dict[str, dict[str, str]] = {}
+    for cell, places in cells:
+        targets = cell.config.get("targets")
+        for name in targets if isinstance(targets, list) else ():
+            if not _seen(name, paths):
+                wanted.setdefault(name, {})[places["targets"]] = cell.model
+    if wanted:
+        yield _Unseen(folder, kind, wanted)
+
+
+def _no_layers(unseen: Sequence[_Unseen]) -> Iterator[Problem]:
+    asked = tuple((one.folder, one.kind, tuple(one.wanted)) for one in unseen)
+    for one, answers in zip(unseen, _looked_for(asked) if asked else (), strict=True):
+        for name, what in answers.items():
+            for where, model in one.wanted[name].items():
+                yield Problem(where, f"`targets`: {what}", f"name layers of {model}")
+
+
+def _none_of_them(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[Problem]:
+    """Of the names in an adapter_config peft takes those that fit; only where none does it refuses the model."""
+    paths = model_folder.layers(folder)
+    for cell, places in cells:
+        config = cell.config.get("adapter_config")
+        names = config.get("target_modules") if isinstance(config, dict) else None
+        if paths and isinstance(names, list) and names and not any(_seen(str(name), paths) for name in names):
+            what = f"`adapter_config`: none of its target_modules ({', '.join(map(str, names))}) is a layer of {cell.model}"
+            ends = sorted({path.rpartition(".")[2] for path in paths})
+            yield Problem(places["adapter_config"], what, f"it has {', '.join(ends)}")
+
+
+def _seen(name: str, paths: Collection[str]) -> bool:
+    """Say whether a name surely fits a layer; of a word it is enough that names look like it: its Cell asks the model."""
+    if name in TARGET_WORDS:
+        return name != "attention" or any("attn" in path or "attention" in path.lower() for path in paths)
+    return any(path == name or path.endswith(f".{name}") for path in paths)
+
+
+@functools.cache
+def _looked_for(asked: tuple[tuple[Path, str, tuple[str, ...]], ...]) -> list[dict[str, str]]:
+    """Of each model (folder, kind, names) map those of its names that fit no layer to what is wrong with them.
+
+    Of a model that cannot be built here nothing is said: its Cells will report that, with the whole traceback.
+    """
+    found: list[dict[str, str]] = []
+    while left := asked[len(found) :]:
+        lines = json.dumps([[str(folder), kind, names] for folder, kind, names in left])
+        words = ["-P", "-m", "harness.assets.structure", lines]
+        late = contextlib.suppress(subprocess.TimeoutExpired)
+        with process.python(words, {"HF_HUB_OFFLINE": "1"}) as child, late:
+            child.process.wait(_TIMEOUT_S * len(left))
+        said = [
+            line.removeprefix(process.ANSWER) for line in child.said.splitlines() if line.startswith(process.ANSWER)
+        ]
+        found += [json.loads(line) for line in said]
+        if len(said) < len(left):
+            found.append({})  # the process ended, or hung, over this one; the others are asked again
+    return found

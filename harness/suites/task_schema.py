@@ -1,0 +1,176 @@
+"""What a task's YAML may say to lm-eval: only what training does too, so that a model is scored as it was taught."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from jinja2 import Environment, TemplateSyntaxError, meta
+
+from harness.assets import lm_eval_files
+from harness.assets.did_you_mean import near
+from harness.errors import Problem
+from harness.yaml_lines import Document, Way
+
+LABELLED = ("id", "text", "label")
+ANSWERED = ("id", "prompt", "answer")
+"""What a row has, whatever its file calls them."""
+
+MAX_GEN_TOKS = 256
+"""The most tokens of an answer where a task does not say; lm-eval's own default."""
+
+_NEEDED = ("task", "output_type", "doc_to_text", "doc_to_target")
+_OWN = {
+    "multiple_choice": ("doc_to_choice", "metric_list"),
+    "generate_until": ("generation_kwargs", "metric_list"),
+}
+"""Beside those, what each kind of task needs."""
+_FREE = ("target_delimiter", "metadata", "tag", "task_alias")
+METRICS = {"multiple_choice": "acc", "generate_until": "exact_match"}
+"""What is recorded of each kind of task, right or wrong for each item."""
+_HARNESS_SETS = "remove it: data and splits come from `metadata`"
+_REFUSED = {
+    "description": "put it into `doc_to_text`",
+    "gen_prefix": "put it into `doc_to_text`",
+    "num_fewshot": "put the examples into `doc_to_text`",
+    "dataset_path": _HARNESS_SETS,
+    "dataset_name": _HARNESS_SETS,
+    "custom_dataset": _HARNESS_SETS,
+    "training_split": _HARNESS_SETS,
+    "validation_split": _HARNESS_SETS,
+    "test_split": _HARNESS_SETS,
+    "fewshot_split": _HARNESS_SETS,
+}
+_TARGETS = ("label", "{{label}}", "{{ label }}")
+
+_Found = Iterator[tuple[Way, str, str]]
+
+
+def problems(document: Document, labels: int | None) -> list[Problem]:
+    """Say what a task's file lacks, and what in it training or scoring would not follow."""
+    found = ((way, what, mend) for way, what, mend in _found(document.data, labels) if not document.is_cut(way))
+    return [Problem(document.where(*way), what, mend) for way, what, mend in found]
+
+
+def filters(data: dict[str, Any]) -> list[str]:
+    """Return the names of lm-eval's filters for answers that are texts; `none` is its own, where the task names none."""
+    listed = data.get("filter_list") or [{"name": "none"}]
+    return [str(f["name"]) for f in listed if isinstance(f, dict) and "name" in f] if isinstance(listed, list) else []
+
+
+def written(spec: dict[str, Any]) -> int:
+    """Return the most tokens of an answer that a task has generated."""
+    return int((spec.get("generation_kwargs") or {}).get("max_gen_toks", MAX_GEN_TOKS))
+
+
+def _found(data: dict[str, Any], labels: int | None) -> _Found:
+    kind = data.get("output_type", "multiple_choice")
+    if not isinstance(kind, str) or kind not in _OWN:
+        yield ("output_type",), f"`output_type` is {kind!r}", f"write one that is offered: {', '.join(_OWN)}"
+        kind = "multiple_choice"
+    needed = (*_NEEDED, *_OWN[kind])
+    honoured = (*needed, *_FREE, *(("filter_list",) if kind == "generate_until" else ()))
+    for key in needed:
+        if key not in data:
+            yield (key,), f"`{key}` is missing", f"an lm-eval task needs `{key}:`"
+    for key, value in data.items():
+        if key not in honoured and value:  # an empty text or a zero asks for nothing
+            mend = _REFUSED.get(key) or near(key, honoured, "remove it; keys that are honoured")
+            yield (key,), f"`{key}` is not honoured: models are trained without it", mend
+    if not isinstance(data.get("target_delimiter", ""), str):
+        yield ("target_delimiter",), f"`target_delimiter` is {data['target_delimiter']!r}", "write a text in quotes"
+    if kind == "generate_until":
+        yield from _templates(data, ("doc_to_text", "doc_to_target"), ANSWERED)
+        yield from _generation(data.get("generation_kwargs", {"until": []}))
+        yield from _filters(data.get("filter_list") or [])
+    else:
+        yield from _choices(data, labels)
+        yield from _templates(data, ("doc_to_text", "doc_to_choice"), LABELLED)
+    metric = METRICS[kind]
+    metrics = data.get("metric_list", [{"metric": metric}])
+    if not isinstance(metrics, list) or not any(isinstance(m, dict) and m.get("metric") == metric for m in metrics):
+        what = f"`metric_list` has no `{metric}`, which is what is recorded"
+        yield ("metric_list",), what, f"add {{metric: {metric}}}"
+
+
+def _choices(data: dict[str, Any], labels: int | None) -> _Found:
+    if data.get("doc_to_target", "label") not in _TARGETS:
+        what = f"`doc_to_target` is {data['doc_to_target']!r}; training takes the choice that the row's label numbers"
+        yield ("doc_to_target",), what, "write label"
+    choices = data.get("doc_to_choice")
+    if isinstance(choices, list) and labels is not None and len(choices) != labels:
+        what = f"`labels` is {labels}, but `doc_to_choice` has {len(choices)}"
+        yield ("metadata", "labels"), what, "make them agree"
+
+
+def _templates(data: dict[str, Any], keys: tuple[str, ...], columns: tuple[str, ...]) -> _Found:
+    jinja = Environment()  # noqa: S701  # prompts are text, not HTML
+    for key in keys:
+        template = data.get(key, "")
+        if not isinstance(template, str):
+            if key != "doc_to_choice":
+                what = f"`{key}` is {template!r}"
+                yield (key,), what, f"write a text in quotes; {{{{{columns[1]}}}}} stands for the row's {columns[1]}"
+            continue
+        try:
+            names = meta.find_undeclared_variables(jinja.parse(template)) - set(jinja.globals)
+        except TemplateSyntaxError as error:
+            yield (key,), f"`{key}` is no template: {error.message}", "mend its braces"
+            continue
+        for name in sorted(names - set(columns)):
+            what = f"`{key}` uses `{name}`, which no row has"
+            yield (key,), what, near(name, columns, "rows have, whatever their file calls them")
+
+
+def _generation(asked: Any) -> _Found:
+    """Generation is greedy, up to `max_gen_toks` tokens or the first text of `until`."""
+    key = "generation_kwargs"
+    if not isinstance(asked, dict):
+        yield (key,), f"`{key}` is {asked!r}", 'write {until: ["\\n\\n"], max_gen_toks: 256}'
+        return
+    until = asked.get("until")
+    texts = until if isinstance(until, list) else [until]
+    if "until" not in asked or not all(isinstance(text, str) and text for text in texts):
+        yield (key, "until"), f"`until` is {until!r}", 'list the texts that end an answer: ["\\n\\n"]; [] for none'
+    most = asked.get("max_gen_toks", MAX_GEN_TOKS)
+    if type(most) is not int or most < 1:
+        yield (key, "max_gen_toks"), f"`max_gen_toks` is {most!r}", "write the most tokens of an answer, at least 1"
+    for name, value in asked.items():
+        if name not in ("until", "max_gen_toks", "do_sample", "temperature"):
+            yield (key, name), f"`{name}` is not honoured: answers are generated greedily", "remove it"
+        elif name in ("do_sample", "temperature") and value:
+            yield (key, name), f"`{name}` is {value!r}: answers are generated greedily", "remove it"
+
+
+def _filters(listed: Any) -> _Found:
+    """Filters take an answer out of what was generated; lm-eval runs them."""
+    form = "write `- {name: NAME, filter: [{function: take_first}]}`"
+    if not isinstance(listed, list):
+        yield ("filter_list",), f"`filter_list` is {listed!r}", form
+        return
+    known = lm_eval_files.filter_functions()
+    seen: set[str] = set()
+    for i, one in enumerate(listed):
+        way: Way = ("filter_list", i)
+        steps = one.get("filter") if isinstance(one, dict) else None
+        if (
+            not isinstance(one, dict)
+            or not isinstance(one.get("name"), str)
+            or not isinstance(steps, list)
+            or not steps
+            or not all(isinstance(step, dict) and isinstance(step.get("function"), str) for step in steps)
+        ):
+            yield way, "not a filter", form
+            continue
+        if one["name"] in seen:
+            yield (*way, "name"), f"a second filter named `{one['name']}`", "rename one of the two"
+        seen.add(one["name"])
+        for j, step in enumerate(steps):
+            if known and step["function"] not in known:
+                what = f"lm-eval has no filter function `{step['function']}`"
+                yield (*way, "filter", j, "function"), what, near(step["function"], known, "it has")
+            try:
+                re.compile(str(step.get("regex_pattern", "")))
+            except re.error as error:
+                yield (*way, "filter", j, "regex_pattern"), f"`regex_pattern` is no pattern: {error}", "mend it"

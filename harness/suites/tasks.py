@@ -1,0 +1,271 @@
+"""Tasks: lm-eval YAML files whose `metadata` says which data they score and train on, and how. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from harness import yaml_lines
+from harness.assets import fetch, lm_eval_files, rows
+from harness.assets.did_you_mean import near
+from harness.assets.resources import folder, named
+from harness.assets.table import Rows, Source, resolve
+from harness.errors import HarnessError, Problem, SuiteError, UsageError
+from harness.records.record import Frozen
+from harness.suites import task_schema
+from harness.suites.schema import explain, take_out
+
+SYNTHETIC = "synthetic"
+"""The task without texts: see `harness.suites.synthetic_task`."""
+
+
+Role = Literal["data", "train"]
+"""What a task uses a source for; one may serve for both."""
+
+
+class Answers(Frozen):
+    """What is special to a task whose answers are texts: how they are taught, and which of lm-eval's filters judges."""
+
+    loss: Literal["answer", "all"] = "answer"
+    """Which tokens carry loss: those of the answer, or all but the first."""
+    eos: bool = True
+    """Whether the end of an answer is taught, by the tokenizer's end-of-sequence token."""
+    filter: str = "none"
+    """The filter of lm-eval whose exact match counts."""
+
+
+class Metadata(BaseModel):
+    """What peft-harness reads from a task's `metadata`; lm-eval keeps its own keys there too."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow")
+
+    data: Annotated[str, Field(min_length=1)]
+    train: str = ""
+    test: Annotated[int, Field(ge=1)]
+    shuffle_seed: Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class LabelledMetadata(Metadata):
+    """Of a task with classes."""
+
+    labels: Annotated[int, Field(ge=2, le=1000)]
+    text: Annotated[str, Field(min_length=1)]
+
+
+class AnsweredMetadata(Metadata):
+    """Of a task whose answers are texts."""
+
+    loss: Literal["answer", "all"] = "answer"
+    eos: bool = True
+    filter: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    spec: the whole lm-eval mapping, as read. data: the Source that `metadata.data` names; train: another one to train on.
+    labels: how many classes, which an encoder can tell apart; 0: only a causal model can do it. answers: of a task whose
+    answers are texts. test: the first rows of `data` after one shuffle with `shuffle_seed`; without `train` the rest of them
+    train. own: one of lm-eval's tasks, with its own splits, in their order; `test` is then 0, for all. judge: the filter of
+    lm-eval that counts, also where choices are scored. Of `synthetic` all is empty but the name and the labels, which an
+    encoder gets at random, and data is None.
+    """
+
+    name: str
+    path: Path
+    spec: dict[str, Any]
+    data: Source | None
+    train: Source | None
+    labels: int
+    test: int
+    shuffle_seed: int
+    answers: Answers | None
+    own: lm_eval_files.Named | None = None
+    judge: str = "none"
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is something to train on."""
+        return self.own is None or "train" in self.own.splits
+
+    def problems(self, role: Role, source: Source, path: Path) -> list[Problem]:
+        """Say what keeps one of the task's two sources, which lies at `path`, from being used in its role."""
+        if self.own is not None:
+            return []  # lm-eval reads it
+        if role == "train":
+            return rows.problems(source, path, self.labels)
+        return rows.problems(source, path, self.labels, self.test, trains=self.train in (None, self.data))
+
+
+def names() -> list[str]:
+    """List the tasks that come with the harness."""
+    return sorted([*(path.stem for path in (folder("suites") / "tasks").glob("*.yaml")), SYNTHETIC])
+
+
+def load(name: str, base: Path, sources: Mapping[str, Source]) -> Task:
+    """Read a task by its name, or by its path from `base`; raises SuiteError with all mistakes of the file.
+
+    Data that are a local file are read too: what is wrong with them is found before anything runs.
+    """
+    if name == SYNTHETIC:
+        return Task(name, Path(name), {}, None, None, labels=2, test=0, shuffle_seed=0, answers=None)
+    if name.startswith(lm_eval_files.PREFIX):
+        return _own(name)
+    document = yaml_lines.read(_find(name, base))
+    take_out(document, document.unreadable)
+    generates = document.data.get("output_type") == "generate_until"
+    metadata, problems = _metadata(document, AnsweredMetadata if generates else LabelledMetadata)
+    problems += document.problems
+    labels, answers = 0, None
+    if isinstance(metadata, LabelledMetadata):
+        labels = metadata.labels
+        if metadata.text != "text":
+            what = f"`text` is `{metadata.text}`, but a row has {', '.join(task_schema.LABELLED)}"
+            mend = f"write `text: text`, and in the data's source `rows: {{text: {metadata.text}}}`"
+            problems.append(Problem(document.where("metadata", "text"), what, mend))
+    elif isinstance(metadata, AnsweredMetadata):
+        filters = task_schema.filters(document.data)
+        judge = metadata.filter or (filters[0] if len(filters) == 1 else "")
+        problems += _unclear(document, judge, filters)
+        answers = Answers(loss=metadata.loss, eos=metadata.eos, filter=judge)
+    problems += task_schema.problems(document, labels or None)
+    data = train = None
+    if metadata is not None:
+        data, found = _source(document, "data", metadata.data, sources)
+        problems += found
+        if metadata.train:
+            train, found = _source(document, "train", metadata.train, sources)
+            problems += found
+    if data is not None and metadata is not None:
+        task = Task(
+            name=name, path=document.path, spec=document.data, data=data, train=train, labels=labels,
+            test=metadata.test, shuffle_seed=metadata.shuffle_seed, answers=answers,
+            judge=answers.filter if answers else "none",
+        )  # fmt: skip
+        problems += _unfit(document, task)
+        if not problems:
+            return task
+    raise SuiteError(problems)
+
+
+def _find(name: str, base: Path) -> Path:
+    if name.endswith((".yaml", ".yml")):
+        return base / named(name)
+    if name not in names():
+        raise UsageError(f"unknown task `{name}`", mend=near(name, names(), "a path to an lm-eval YAML, or one of"))
+    return folder("suites") / "tasks" / f"{name}.yaml"
+
+
+def _own(name: str) -> Task:
+    """Return one of lm-eval's own tasks; raises UsageError for what cannot be run of them."""
+    named = lm_eval_files.find(name)
+    said, where, filters = named.spec, str(named.path), task_schema.filters(named.spec)
+    kind = said.get("output_type", "generate_until")
+    metrics = said.get("metric_list") or [{"metric": "acc" if kind == "multiple_choice" else "exact_match"}]
+    for refused, what, mend in (
+        (
+            "class" in said,
+            f"`{named.task}` is a program, not a task that is described",
+            "name a task with a YAML of its own",
+        ),
+        (
+            "custom_dataset" in said or not isinstance(said.get("dataset_path"), str) or "test" not in named.splits,
+            f"`{named.task}` names no data set and split to be tested on",
+            "write a task of your own, whose `metadata` names its data",
+        ),
+        (
+            kind not in task_schema.METRICS,
+            f"`{named.task}` has the output type {kind!r}",
+            f"offered are {', '.join(task_schema.METRICS)}",
+        ),
+        (
+            not any(isinstance(m, dict) and m.get("metric") == task_schema.METRICS.get(kind) for m in metrics),
+            f"`{named.task}` has no metric {task_schema.METRICS.get(kind)}, which is what is recorded",
+            "write a task of your own",
+        ),
+        (
+            bool(absent := [str(file) for file in named.data_files if not file.is_file()]),
+            f"`{named.task}` reads files that are not there: {', '.join(absent)}",
+            "put them there, or start from the folder that its paths begin in",
+        ),
+        (
+            bool((said.get("generation_kwargs") or {}).get("do_sample")),
+            f"`{named.task}` samples its answers, which are generated greedily here",
+            "write a task of your own",
+        ),
+        (
+            not named.revision and said.get("dataset_path") not in lm_eval_files.LOCAL,
+            f"the data of `{named.task}`, {said.get('dataset_path')}, are not pinned: they may be others tomorrow",
+            f"write {name}@ and the 40 hex digits of a commit of {said.get('dataset_path')} on the hub",
+        ),
+        (
+            named.filter not in filters and (len(filters) > 1 or bool(named.filter)),
+            f"`{named.task}` has {len(filters)} filter{'s' * (len(filters) > 1)}",
+            "say which one counts: " + ", ".join(f"lm-eval:{named.task}:{one}" for one in filters),
+        ),
+    ):
+        if refused:
+            raise UsageError(what, where=where, mend=mend)
+    source = Source(
+        name=name, kind="data", source=f"lm-eval:{named.task}", revision=named.revision, rows=Rows(format="splits")
+    )
+    judge = named.filter or filters[0]
+    return Task(
+        name=name, path=named.path, spec=said, data=source, train=None, labels=0, test=0, shuffle_seed=0,
+        answers=Answers(filter=judge) if kind == "generate_until" else None, own=named, judge=judge,
+    )  # fmt: skip
+
+
+def _metadata(document: yaml_lines.Document, kind: type[Metadata]) -> tuple[Metadata | None, list[Problem]]:
+    try:
+        return kind.model_validate(document.data.get("metadata", {})), []
+    except ValidationError as error:
+        at = ("metadata",) if "metadata" in document.data else ()
+        found = explain(error, kind, document, at)
+        return None, [problem for way, problem in found if not document.is_cut(way)]
+
+
+def _unclear(document: yaml_lines.Document, judge: str, filters: list[str]) -> list[Problem]:
+    """Which filter's answers count must be said where there are several."""
+    if judge in filters or not filters:
+        return []
+    what = f"`filter` is `{judge}`, which `filter_list` does not name" if judge else "`filter` is missing"
+    return [Problem(document.where("metadata", "filter"), what, f"write one of {', '.join(filters)}")]
+
+
+def _source(
+    document: yaml_lines.Document, key: str, name: str, sources: Mapping[str, Source]
+) -> tuple[Source | None, list[Problem]]:
+    try:
+        source = resolve(name, sources, document.path.parent, kind="data")
+        if source.kind != "data":
+            raise UsageError(f"`{name}` is a model", mend="name a source of kind data")
+    except HarnessError as error:
+        return None, [Problem(document.where("metadata", key), error.what, error.mend)]
+    return source, []
+
+
+def _unfit(document: yaml_lines.Document, task: Task) -> list[Problem]:
+    """Say what keeps the task's sources from being used: what their rows hold, and of local files every row."""
+    problems: list[Problem] = []
+    roles: tuple[tuple[Role, Source | None], ...] = (("data", task.data), ("train", task.train))
+    for key, source in roles:
+        if source is None or source.rows is None:
+            continue
+        where, holds = document.where("metadata", key), source.rows.holds
+        wanted = ("labels",) if task.labels else ("answers", "text") if key == "train" else ("answers",)
+        if holds not in wanted:
+            what = f"the rows of {source.name} hold {holds}, and this task's `{key}` needs {' or '.join(wanted)}"
+            problems.append(Problem(where, what, f"write `rows: {{holds: {wanted[0]}, ...}}` in its source"))
+        elif source.scheme == "file":
+            try:
+                problems += task.problems(key, source, fetch.ensure(source))
+            except HarnessError as error:
+                at = f" ({error.where})" if error.where else ""
+                problems.append(Problem(where, error.what + at, error.mend))
+    return list(dict.fromkeys(problems))

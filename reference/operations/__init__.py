@@ -1,0 +1,1 @@
+"""Reference implementations of Operations: quantisers, 8-bit states, paging, several adapters."""

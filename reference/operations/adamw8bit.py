@@ -1,0 +1,184 @@
+"""AdamW with blockwise 8-bit states. Dettmers et al., ICLR 2022, arXiv:2110.02861. An Operation, not a Method.
+
+Both moments are kept as 8-bit codes of the dynamic map with one absmax per block of 256 elements (reference/operations/dynamic_map).
+A step widens them to 32 bits, updates as Adam does, and narrows them again: only what is kept between steps is rounded.
+The first moment has the signed map, the second, which is never negative, the unsigned one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reference.operations.dynamic_map import dequantize_blockwise, dynamic_map, quantize_blockwise
+
+SOURCE = "arXiv:2110.02861v2, section 2; bitsandbytes, whose map, block size and least size are what is in use"
+DEVIATIONS = (
+    (
+        "block size",
+        "2048",
+        "256",
+        "bitsandbytes today",
+    ),
+    (
+        "least size",
+        "embedding layers keep 32-bit states (the stable embedding layer)",
+        "tensors of fewer than 4096 elements keep 32-bit states; an embedding is not treated apart",
+        "bitsandbytes' min_8bit_size; its own pinning of nn.Embedding needs a manager that knows the modules",
+    ),
+    (
+        "weight decay",
+        "none in its equations",
+        "decoupled, before the update: p is multiplied by 1 - lr * weight_decay first",
+        "torch's AdamW and bitsandbytes on the CPU; bitsandbytes on CUDA decays after the update, so that it shrinks the "
+        "update too, by lr * weight_decay of it",
+    ),
+    (
+        "eps",
+        "added to sqrt(V), no bias correction printed",
+        "added to sqrt(V / (1 - beta2^t))",
+        "torch's AdamW and bitsandbytes, on the CPU and on CUDA",
+    ),
+    (
+        "search of the code",
+        "nearest",
+        "nearest; one exactly between two takes the lower",
+        "bitsandbytes on the CPU first rounds m / absmax to one of 65,536 values in [-1, 1], 3e-5 apart, none of which is "
+        "0: finer codes are lost, and a zero comes back as 2e-5 absmax, so that a parameter without any gradient moves",
+    ),
+    (
+        "sign of the first moment",
+        "silent",
+        "the nearest code, which for a small negative number may be 0",
+        "bitsandbytes on CUDA takes the next code down there, so that the sign stays",
+    ),
+    (
+        "gradients that are not finite",
+        "silent",
+        "carried on, as in torch's AdamW",
+        "bitsandbytes on CUDA leaves such a parameter and sets its moments to 0",
+    ),
+)
+
+BLOCK = 256
+MIN_8BIT_SIZE = 4096
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that a step computes in: float32, or float64 for float64 parameters."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def init_state(p: Tensor, min_8bit_size: int = MIN_8BIT_SIZE) -> dict[str, Tensor]:
+    """Return the state before the first step: zero moments of p.numel() elements.
+
+    m, v: uint8 codes with m_absmax, v_absmax (float32, one per block), or if p has fewer than `min_8bit_size` elements
+    two tensors of the working dtype. absmax is 0, so that the codes, also 0, mean 0.
+    """
+    n = p.numel()
+    if n < min_8bit_size:
+        dtype = working_dtype(p.dtype)
+        return {name: torch.zeros(n, dtype=dtype, device=p.device) for name in ("m", "v")}
+    codes = {name: torch.zeros(n, dtype=torch.uint8, device=p.device) for name in ("m", "v")}
+    blocks = -(-n // BLOCK)
+    return codes | {f"{name}_absmax": torch.zeros(blocks, device=p.device) for name in ("m", "v")}
+
+
+def state_bytes(numel: int, min_8bit_size: int = MIN_8BIT_SIZE) -> int:
+    """Return the bytes of both moments: 2 per element and 8 per block, or 8 per element of a small tensor (float32)."""
+    return 8 * numel if numel < min_8bit_size else 2 * numel + 8 * -(-numel // BLOCK)
+
+
+def moments(state: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Return the first and second moment that a state means, flat, in `dtype`."""
+    if state["m"].dtype != torch.uint8:
+        return state["m"].to(dtype), state["v"].to(dtype)
+    m = dequantize_blockwise(state["m"], state["m_absmax"], dynamic_map(signed=True), BLOCK)
+    v = dequantize_blockwise(state["v"], state["v_absmax"], dynamic_map(signed=False), BLOCK)
+    return m.to(dtype), v.to(dtype)
+
+
+@torch.no_grad()
+def adamw8bit_step(
+    p: Tensor,
+    g: Tensor,
+    state: dict[str, Tensor],
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> None:
+    """Take step number `step`, from 1: p and `state` change in place. p, g: the same shape, any floating dtype.
+
+        m_t = beta1 m_{t-1} + (1 - beta1) g          v_t = beta2 v_{t-1} + (1 - beta2) g^2
+        p_t = (1 - lr weight_decay) p_{t-1} - lr (m_t / (1 - beta1^t)) / (sqrt(v_t / (1 - beta2^t)) + eps)
+
+    p moves by the moments as they are before they are narrowed again; it is rounded to its own dtype once.
+    """
+    dtype = working_dtype(p.dtype)
+    wide, g = p.to(dtype, copy=True), g.to(dtype)
+    m, v = (t.view(p.shape) for t in moments(state, dtype))
+    m = betas[0] * m + (1 - betas[0]) * g
+    v = betas[1] * v + (1 - betas[1]) * g * g
+    wide *= 1 - lr * weight_decay
+    wide -= lr / (1 - betas[0] ** step) * (m / (v.sqrt() / math.sqrt(1 - betas[1] ** step) + eps))
+    p.copy_(wide)
+    for name, value, signed in (("m", m, True), ("v", v, False)):
+        if state[name].dtype == torch.uint8:
+            codes, absmax = quantize_blockwise(value, dynamic_map(signed), BLOCK)
+            state[name].copy_(codes)
+            state[f"{name}_absmax"].copy_(absmax)
+        else:
+            state[name].copy_(value.flatten())
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW whose large tensors have 8-bit states. State per parameter: `step` and what `init_state` returns."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        min_8bit_size: int = MIN_8BIT_SIZE,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"min_8bit_size": min_8bit_size})
+
+    def step(self, closure: Any = None) -> Any:
+        """Take one step of every parameter that has a gradient; return the loss of `closure`, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            how = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state |= {"step": 0, **init_state(p, group["min_8bit_size"])}
+                state["step"] += 1
+                adamw8bit_step(p, p.grad, state, step=state["step"], **how)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned; torch alone would turn the codes into the parameter's floating dtype."""
+        super().load_state_dict(state_dict)
+        restore_dtypes(self, state_dict)
+
+
+def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Put the tensors of a state that torch has loaded back in the dtypes in which they were saved."""
+    saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+    for index, p in zip(saved, (p for group in optimizer.param_groups for p in group["params"]), strict=True):
+        for name, value in state_dict["state"].get(index, {}).items():
+            if isinstance(value, Tensor):
+                optimizer.state[p][name] = value.detach().to(p.device, copy=True)

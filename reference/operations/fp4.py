@@ -1,0 +1,78 @@
+"""FP4: a 4-bit float of sign, two exponent bits and one mantissa bit, scaled block by block. An Operation, not a Method.
+
+Blocks, absmax and packing are NF4's (nf4.py). A code is s e e m: bit 3 the sign, bits 2 and 1 the exponent field E,
+bit 0 the mantissa m. Its magnitude is (1 + m / 2) 2^(4 - E), or m / 16 where E is 0; all are divided by the largest, 12.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reference.operations.dynamic_map import dequantize_blockwise, quantize_blockwise
+from reference.operations.nf4 import near_tie as _near_tie
+from reference.operations.nf4 import pack_pairs
+
+SOURCE = "bitsandbytes, whose format it is; QLoRA (arXiv:2305.14314v1, table 2) compares NF4 with a 4-bit float, E2M1"
+DEVIATIONS = (
+    (
+        "format",
+        "QLoRA's table 2: E2M1, which in the usual reading has magnitudes 0, 1/2, 1, 3/2, 2, 3, 4, 6 (over 6)",
+        "0, 1/16, 2, 3, 4, 6, 8, 12 over 12, and a larger exponent field means a smaller number",
+        "bitsandbytes' table: the same but for the smallest, which is a sixteenth of what E2M1 has",
+    ),
+    (
+        "sign of zero, and of a tie",
+        "not in a paper",
+        "sign and magnitude are coded apart: a tie takes the smaller magnitude, a negative that vanishes takes code 8",
+        "as bitsandbytes' CUDA and Triton kernels; its CPU code sorts both zeros into one table, so that a negative tie "
+        "takes the larger magnitude, and a positive that vanishes takes code 8, a negative one code 0 (same values)",
+    ),
+    (
+        "midpoints",
+        "not in a paper",
+        "half the sum of neighbours, in float32",
+        "bitsandbytes' Triton kernel types them as decimals of six or seven digits (0.583333 for 0.5833334)",
+    ),
+)
+_SIGN = 8
+
+
+def codebook() -> Tensor:
+    """Return the 16 values in the order of their codes, float32: constructed, not pasted. Code 8 is minus zero."""
+    E, m = torch.meshgrid(torch.arange(4.0), torch.arange(2.0), indexing="ij")
+    magnitudes = torch.where(E == 0, m / 16, (1 + m / 2) * 2 ** (4 - E)).flatten()
+    magnitudes = magnitudes / magnitudes.max()
+    return torch.cat([magnitudes, -magnitudes])
+
+
+def quantize(W: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
+    """Return (codes, absmax): uint8 codes 0..15 in the order of W.flatten(), float32 absmax of each block.
+
+    W: any shape and floating dtype, read as float32. A magnitude exactly between two takes the smaller. A block of zeros
+    has absmax 0 and codes 0. NaN and infinity: as in nf4.py. Raises ValueError for a block below 1.
+    """
+    magnitudes, order = codebook()[:_SIGN].sort()
+    flat = W.detach().flatten().float()
+    ranks, absmax = quantize_blockwise(flat.abs(), magnitudes, block)
+    # Divided by an infinity or a NaN, nothing is below 0: it is 0, minus 0 or NaN.
+    negative = (flat < 0) & absmax.isfinite().repeat_interleave(block)[: flat.numel()]
+    return order.to(W.device)[ranks.long()].to(torch.uint8) + _SIGN * negative.to(torch.uint8), absmax
+
+
+def near_tie(W: Tensor, block: int = 64) -> Tensor:
+    """Return a mask, flat: elements so near the middle of two values that the rounding of W / absmax may decide."""
+    return _near_tie(W.abs(), block, codebook()[:_SIGN].sort().values)
+
+
+def dequantize(codes: Tensor, absmax: Tensor, block: int = 64) -> Tensor:
+    """Return value * absmax in float32, flat, as long as `codes`."""
+    return dequantize_blockwise(codes, absmax, codebook(), block)
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Return uint8 bytes, the first code of each pair in the high nibble; an odd length is filled up with zero's code.
+
+    `nf4.unpack` is the inverse.
+    """
+    return pack_pairs(codes, fill=0)

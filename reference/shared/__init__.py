@@ -1,0 +1,1 @@
+"""Code that several reference Methods share: layer replacement, the Adapted protocol, starts."""

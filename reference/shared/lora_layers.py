@@ -1,0 +1,160 @@
+"""LoRA on layers that are no matrix: a table of embeddings, a 2-d convolution. The method itself is in `lora.py`.
+
+The paper adapts matrices; each layer here is seen as one. Shape letters: N entries, E out, R rank, C channels in, G groups,
+K kernel side.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reference.shared.layers import dense_copy
+
+
+class LoraEmbedding(nn.Module):
+    """A frozen table of embeddings (N, E) with a low-rank update: a linear layer without bias on one-hot rows.
+
+    base: an nn.Embedding; one that multiplies by its `embed_scale` multiplies the update too, since merged it would.
+    A (R, N), B (E, R). As the base does, the entry at padding_idx gives no gradient, and scale_grad_by_freq divides by
+    how often an entry occurs. Raises ValueError for max_norm, with which the table changes in every forward pass.
+    """
+
+    def __init__(self, base: nn.Embedding, A: Tensor, B: Tensor, scaling: float) -> None:
+        super().__init__()
+        if base.max_norm is not None:
+            raise ValueError("an embedding with max_norm rewrites its own weight, which LoRA holds frozen")
+        self.base = base
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.scaling = scaling
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        """Return W0[ids] + scaling (A^T B^T)[ids], shape (..., E), for ids (...,) of an integer dtype."""
+        a_TR = nn.functional.embedding(
+            ids_T, self.A.T, self.base.padding_idx, scale_grad_by_freq=self.base.scale_grad_by_freq
+        )
+        scale: Any = getattr(self.base, "embed_scale", 1.0)
+        if isinstance(scale, Tensor):
+            scale = scale.to(self.A.dtype)
+        y_TE: Tensor = self.base(ids_T) + self.scaling * (a_TR @ self.B.T) * scale
+        return y_TE
+
+    def delta(self) -> Tensor:
+        """Return scaling (B A)^T, shape (N, E)."""
+        return self.scaling * (self.B @ self.A).T
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """Map the paper's letters to what trains."""
+        return {"A": self.A, "B": self.B}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return nothing: W0 is the base's."""
+        return {}
+
+    def merged(self) -> nn.Module:
+        """Return an embedding with W0 + scaling (B A)^T."""
+        return _added(dense_copy(self.base), self.delta())
+
+
+class LoraConv2d(nn.Module):
+    """A frozen convolution beside one of R channels: a K x K convolution A, then a 1 x 1 convolution B (as HF peft).
+
+    base: an nn.Conv2d with kernel (E, C/G, K, K). A (R, C, K, K) sees all channels and has the base's stride, padding,
+    padding mode and dilation; B (E, R/G, 1, 1) has its groups. The rank of the update, a matrix (E, C K K), is R.
+    Raises ValueError if G does not divide R.
+    """
+
+    def __init__(self, base: nn.Conv2d, A: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
+        super().__init__()
+        self.base = base
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.scaling, self.dropout = scaling, nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return W0 * x + scaling B * (A * x), shape (..., E, H', W'), for x (..., C, H, W)."""
+        h = convolve(self.base, self.dropout(x), self.A, groups=1)
+        y: Tensor = self.base(x) + self.scaling * nn.functional.conv2d(h, self.B, groups=self.base.groups)
+        return y
+
+    def delta(self) -> Tensor:
+        """Return scaling B A as a kernel (E, C, K, K), without groups: output e sees every channel in."""
+        G = self.base.groups
+        R, C, *K = self.A.shape
+        B_GER, A_GRD = self.B.reshape(G, -1, R // G), self.A.reshape(G, R // G, -1)
+        return self.scaling * (B_GER @ A_GRD).reshape(-1, C, *K)
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """Map the paper's letters to what trains."""
+        return {"A": self.A, "B": self.B}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return nothing: W0 is the base's."""
+        return {}
+
+    def merged(self) -> nn.Module:
+        """Return a convolution with W0 + scaling B A; without groups, where the base has them, as the update has none."""
+        return _added(ungrouped(self.base), self.delta())
+
+
+class LoraConv2dKernel(nn.Module):
+    """A frozen convolution whose kernel has the update B A, reshaped (as loralib).
+
+    base: an nn.Conv2d with a square kernel (E, C/G, K, K). A (R K, C K), B (E/G K, R K); B A is read row by row as a
+    kernel. Its rank is up to R K. Raises ValueError for a kernel that is not square.
+    """
+
+    def __init__(self, base: nn.Conv2d, A: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
+        super().__init__()
+        self.base = base
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.scaling, self.dropout = scaling, nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return W0 * x + (scaling B A) * x, shape (..., E, H', W'), for x (..., C, H, W)."""
+        y: Tensor = self.base(x) + convolve(self.base, self.dropout(x), self.delta(), self.base.groups)
+        return y
+
+    def delta(self) -> Tensor:
+        """Return scaling B A in the shape of the base's kernel, (E, C/G, K, K)."""
+        return self.scaling * (self.B @ self.A).view(self.base.weight.shape)
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """Map the paper's letters to what trains."""
+        return {"A": self.A, "B": self.B}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return nothing: W0 is the base's."""
+        return {}
+
+    def merged(self) -> nn.Module:
+        """Return a convolution with W0 + scaling B A."""
+        return _added(dense_copy(self.base), self.delta())
+
+
+def convolve(base: nn.Conv2d, x: Tensor, kernel: Tensor, groups: int) -> Tensor:
+    """Convolve x with `kernel` in the base's geometry: its stride, padding, padding mode and dilation; no bias."""
+    padding: Any = base.padding
+    if base.padding_mode != "zeros":
+        x, padding = nn.functional.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
+    return nn.functional.conv2d(x, kernel, None, base.stride, padding, base.dilation, groups)
+
+
+def ungrouped(base: nn.Conv2d) -> nn.Conv2d:
+    """Return a copy of `base` with one group: each output's kernel is 0 on the channels of the other groups."""
+    whole = dense_copy(base)
+    assert isinstance(whole, nn.Conv2d)  # noqa: S101
+    G, (E, c, *K) = base.groups, base.weight.shape
+    kernel = base.weight.new_zeros(G, E // G, G, c, *K)
+    for g, own in enumerate(base.weight.detach().view(G, E // G, c, *K)):
+        kernel[g, :, g] = own
+    whole.weight, whole.groups = nn.Parameter(kernel.view(E, G * c, *K), requires_grad=False), 1
+    return whole
+
+
+def _added(layer: Any, delta: Tensor) -> nn.Module:
+    with torch.no_grad():
+        layer.weight += delta.to(layer.weight.dtype)
+    merged: nn.Module = layer
+    return merged
