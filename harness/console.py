@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from types import TracebackType
 
 import click
@@ -18,6 +19,13 @@ def say(text: str) -> None:
         click.echo(text)
     except BrokenPipeError:  # `| head` has seen enough; the exit code still counts
         silence()
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Pad the columns of `rows` to one width each; the last column is left as it is."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = ([f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)] for row in rows)
+    return [("  " + "  ".join(row)).rstrip() for row in padded]
 
 
 def silence() -> None:

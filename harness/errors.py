@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from enum import IntEnum
 
 
@@ -17,6 +18,21 @@ class Exit(IntEnum):
     INCONCLUSIVE = 3
     INFRASTRUCTURE = 4
     NOTHING_COMPARED = 5
+
+
+EXITS = {
+    Exit.PASS: "everything that was asked passed, or failed as its library is known to, or there was nothing to judge "
+    "(`list`, `plan`, `explain`)",
+    Exit.FAIL: "a finding: an implementation computes something else, a claim of a paper is not reproduced, a comparison of "
+    "the suite is refuted, a rerun differs without a named cause, a Record was changed after its run, or a history holds a "
+    "change for the worse that is counted or confirmed",
+    Exit.USAGE: "wrong use: an option, a name, a path, or a mistake in a suite; nothing was run",
+    Exit.INCONCLUSIVE: "a question could not be decided either way; only with --strict",
+    Exit.INFRASTRUCTURE: "Cells were not measured (out of memory, timeout, lost, ended by Ctrl-C, SIGTERM or SIGHUP), an "
+    "implementation that `check` was asked for by name could not be tried, or the machine failed: no GPU, no network, a "
+    "full disk",
+    Exit.NOTHING_COMPARED: "nothing was measured or compared, so nothing can be green; or nothing is there to export",
+}
 
 
 class HarnessError(Exception):
@@ -133,3 +149,15 @@ class ImplementationError(HarnessError):
 
     code = "implementation"
     exit_code = Exit.USAGE
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """Return the known name that is nearly this one, or an empty string."""
+    return next(iter(get_close_matches(name, list(known), n=1)), "")
+
+
+def near(name: str, known: Iterable[str], otherwise: str = "known") -> str:
+    """Return "did you mean ...?", or `otherwise` and the names there are when none is close."""
+    names = list(known)
+    close = closest(name, names)
+    return f"did you mean `{close}`?" if close else f"{otherwise}: {', '.join(names) or 'none'}"

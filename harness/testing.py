@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from harness.assets.did_you_mean import near
 from harness.conformance import parity_suite
 from harness.conformance.case_selection import FEW, Breadth
 from harness.conformance.outcomes import Standing, Tried
 from harness.conformance.summary import failure
-from harness.errors import UsageError
+from harness.errors import UsageError, near
 from harness.methods.registry import Implementation
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from harness.assets.did_you_mean import near
-from harness.errors import Problem, SuiteError, in_order
+from harness.errors import Problem, SuiteError, in_order, near
 
 Way = tuple[str | int, ...]
 """The way to a value, e.g. `("matrix", 0, "cells", 2, "config", "rank")`."""

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.analysis.statistics import pair_order
-from harness.analysis.statistics.paired import Design, look
+from harness.analysis.statistics.pair_design import Design
+from harness.analysis.statistics.paired import look
 
 Floats = NDArray[np.float64]
 Luck = Callable[[np.random.Generator, tuple[int, int]], Floats]

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from harness.assets import resources, table
+from harness import resources
+from harness.assets import table
 from harness.errors import SuiteError, UsageError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

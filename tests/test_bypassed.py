@@ -11,7 +11,6 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM
 
 from harness.assets.table import Source
-from harness.cell import worker
 from harness.cell.job import Asset, TaskWork, Work
 from harness.cell.lifecycle import Life
 from harness.cell.measure.memory import PeakMeter
@@ -19,6 +18,7 @@ from harness.cell.measure.phases import PhaseClock
 from harness.cli import main
 from harness.memory_model import dry_step, isolated_step
 from harness.records.record import AssetUse, Cell, Evaluation, Record, Status, Training
+from harness.runner import worker
 from harness.suites.tasks import SYNTHETIC
 
 MAMBA = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}

@@ -18,14 +18,14 @@ import pytest
 from conftest import COMMAND, PATIENCE_S, Bench, eventually
 from report_page import Page
 
-from harness.assets import resources
+from harness import resources
 from harness.cli import check as command
 from harness.cli import main
-from harness.cli.check import Report
 from harness.conformance import defects, summary
 from harness.conformance import parity_suite as suite
 from harness.conformance.defects import Defect
 from harness.conformance.outcomes import Tried
+from harness.conformance.report import Report
 from harness.errors import Exit
 from harness.methods.registry import Implementation, Registry
 from harness.records import store

@@ -16,8 +16,8 @@ import recorded_run
 from harness import cli
 from harness.cli import listing, main
 from harness.cli import plan as planning
-from harness.cli.explain import EXITS, OPTIMIZERS, STATUSES
-from harness.errors import Exit, HarnessError
+from harness.cli.explain import OPTIMIZERS, STATUSES
+from harness.errors import EXITS, Exit, HarnessError
 from harness.methods.peft_config import UNREFERENCED
 from harness.methods.spec import methods
 from harness.records import store

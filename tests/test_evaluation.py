@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness.assets import generated, table
-from harness.assets.resources import folder
 from harness.assets.rows import Row
 from harness.cell.evaluation import classification
 from harness.cell.evaluation.likelihood import CausalScorer
@@ -20,6 +19,7 @@ from harness.cell.evaluation.lm_eval_task import LmEvalTask
 from harness.cell.training.batches import Example, answer_examples, collate
 from harness.conformance.tolerance_policies import noise_floor
 from harness.errors import UsageError
+from harness.resources import folder
 from harness.suites import tasks
 
 TEXTS = (

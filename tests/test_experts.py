@@ -15,7 +15,7 @@ from harness.assets import structure
 from harness.cli import main
 from harness.cli import plan as planning
 from harness.conformance.subject import configure
-from harness.memory_model import experts
+from harness.methods import experts
 from harness.methods.registry import discover
 from harness.records.record import Base, Cell, Record
 from harness.report import terminal

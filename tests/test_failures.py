@@ -16,7 +16,6 @@ from conftest import Bench
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.assets import fetch, table
-from harness.cell import worker
 from harness.cell.job import Work
 from harness.cell.training import model as models
 from harness.cli import main
@@ -26,6 +25,7 @@ from harness.process.out_of_memory import Shortage, shortage
 from harness.records import store
 from harness.records.record import Cell, Evaluation, Record, Status, Training
 from harness.runner import attempt as attempts
+from harness.runner import worker
 from harness.suites import loader
 
 # As torch's allocator of CUDA says it.

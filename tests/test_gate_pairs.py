@@ -20,16 +20,18 @@ from harness.analysis.comparison.baseline_costs import ALLOCATED, COUNTED_PEAK, 
 from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B, Row
 from harness.analysis.comparison.pair_verdict import Sides, judge
 from harness.analysis.statistics.canaries import Canaries
-from harness.analysis.statistics.paired import Design, decide
+from harness.analysis.statistics.pair_design import Design
+from harness.analysis.statistics.paired import decide
 from harness.analysis.tracked_metrics import STEP
 from harness.analysis.verdict_kind import Word
-from harness.cli import gate_pairs, main
+from harness.cli import main
 from harness.errors import Exit, HarnessError, UsageError
 from harness.records import environment, naming
 from harness.records.cost import GpuPhase, GpuState
 from harness.records.record import Cell, Record, Status
 from harness.regression.outputs.files import Outputs
 from harness.regression.pairs import canary_file
+from harness.regression.pairs import gate as gate_pairs
 from harness.regression.pairs import sides as arms
 from harness.regression.pairs.sides import Arm
 from harness.suites import loader

@@ -16,9 +16,10 @@ from nights import CELLS, FIRST, SLOWER, detect, regressed
 from harness import cli
 from harness.analysis import tracked_metrics
 from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B
-from harness.cli import gate_pairs, main
+from harness.cli import main
 from harness.errors import Exit
 from harness.regression.history import night_files
+from harness.regression.pairs import gate as gate_pairs
 from harness.suites import loader
 from harness.suites.expand import expand, only
 

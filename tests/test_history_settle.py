@@ -16,11 +16,12 @@ from scipy.special import betaincinv
 from test_change_points import LEAST, NIGHT, simulated
 
 from harness.analysis.statistics import anchor, change_points
-from harness.analysis.statistics.paired import Design
-from harness.cli import gate_pairs, main
+from harness.analysis.statistics.pair_design import Design
+from harness.cli import main
 from harness.errors import Exit, HarnessError
 from harness.regression.history import night_files
 from harness.regression.history import verify as settling
+from harness.regression.pairs import gate as gate_pairs
 
 LAST = 13
 A_MONTH = 15_000

@@ -13,6 +13,7 @@ from harness.records.record import Cell, Status
 from harness.runner.progress import Progress
 from harness.suites import loader
 from harness.suites.expand import Plan, expand, only
+from harness.suites.suite import Suite
 
 
 def _variants() -> list[Cell]:
@@ -67,7 +68,7 @@ def test_a_name_says_no_more_than_it_must() -> None:
     assert naming.full(quick) == {c.cell_id: c.label for c in quick}
 
 
-def _two_seeds(tmp_path: Path) -> tuple[loader.Suite, Plan]:
+def _two_seeds(tmp_path: Path) -> tuple[Suite, Plan]:
     path = tmp_path / "seeds.yaml"
     text = loader.find("smoke").read_text(encoding="utf-8").partition("comparisons:")[0]
     path.write_text(text.replace("    task:", "    seed: [1, 2]\n    task:"), encoding="utf-8")

@@ -14,8 +14,9 @@ import recorded_run
 from scipy.stats import ttest_ind, wilcoxon
 
 from harness.analysis.comparison.pair_ratio import log_ratio
-from harness.analysis.statistics import canaries, pair_order, paired, trimmed
-from harness.analysis.statistics.paired import Design, Finding, Verdict
+from harness.analysis.statistics import canaries, pair_design, pair_order, paired, trimmed
+from harness.analysis.statistics.pair_design import Design
+from harness.analysis.statistics.paired import Finding, Verdict
 from harness.errors import HarnessError, UsageError
 from harness.records.record import Record
 
@@ -207,7 +208,7 @@ def test_no_spread_at_all_is_no_verdict(effect: float) -> None:
 @pytest.mark.parametrize(
     ("stage", "n", "planned"), [("first", 8, "6"), ("fresh", 12, "10 or 20"), ("fresh", 6, "10 or 20")]
 )
-def test_looking_when_none_is_planned_is_refused(stage: paired.Stage, n: int, planned: str) -> None:
+def test_looking_when_none_is_planned_is_refused(stage: pair_design.Stage, n: int, planned: str) -> None:
     with pytest.raises(UsageError, match="no look at so many is planned") as refused:
         paired.judge(spread(n), DESIGN, stage)
     assert f"judge {planned} pairs" in refused.value.mend
@@ -226,7 +227,7 @@ def test_an_alarm_is_a_p_below_the_level_at_every_look() -> None:
             assert (found.word is Finding.SLOWER) == (found.p <= DESIGN.level)
 
 
-def _with(p: float, stage: paired.Stage = "fresh") -> Verdict:
+def _with(p: float, stage: pair_design.Stage = "fresh") -> Verdict:
     return Verdict(Finding.INCONCLUSIVE, stage, 0.0, (0.0, 0.0), None, p, 10, None, 0, "")
 
 
@@ -273,7 +274,7 @@ def test_judging_never_imports_torch_and_reading_verdicts_not_even_numpy() -> No
         "from harness.analysis.statistics import canaries, pair_order, paired\n"
         "early = {'torch', 'numpy', 'scipy'} & set(sys.modules)\n"
         "pairs = [0.01 * k for k in range(6)]\n"
-        "v = paired.judge(pairs, paired.Design(), 'first')\n"
+        "v = paired.judge(pairs, pair_design.Design(), 'first')\n"
         "paired.family({'a': v}); canaries.canaries([pairs], 0.25)\n"
         "print(sorted(early), 'torch' in sys.modules, 'numpy' in sys.modules)\n"
     )

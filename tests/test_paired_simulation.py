@@ -10,7 +10,8 @@ import simulated_noise as noise
 from scipy.special import betaincinv
 
 from harness.analysis.statistics.intervals import POWER
-from harness.analysis.statistics.paired import Design, Finding, decide, judge, look
+from harness.analysis.statistics.pair_design import Design
+from harness.analysis.statistics.paired import Finding, decide, judge, look
 from harness.analysis.statistics.trimmed import trimmed
 
 DESIGN = Design()

@@ -12,7 +12,7 @@ import pytest
 import recorded_run as recorded
 from report_page import Page, row
 
-from harness.assets import resources
+from harness import resources
 from harness.errors import StoreError
 from harness.records import store
 from harness.records.record import Failure, Phase, Record, Status

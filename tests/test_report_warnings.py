@@ -9,8 +9,7 @@ import recorded_run as recorded
 from report_page import Page, row
 
 from harness import cli
-from harness.analysis import contention
-from harness.cell.training import divergence
+from harness.analysis import contention, divergence
 from harness.records import store
 from harness.records.record import CheckResult, Outcome, Record
 from harness.report import formatting, html, terminal, view

@@ -25,7 +25,6 @@ import recorded_run
 from conftest import PATIENCE_S, Bench, Finished, eventually, gone, make_bench
 
 from harness.assets import fetch, table
-from harness.cell import worker
 from harness.cell.job import Work
 from harness.cli import main
 from harness.conformance.tolerance_table import EPSILON, FOOTPRINT_LEDGER
@@ -34,7 +33,7 @@ from harness.records import store
 from harness.records.manifest import Footer
 from harness.records.record import Outcome, Record, Status, TrainingMeasured
 from harness.report import html
-from harness.runner import attempt
+from harness.runner import attempt, worker
 from harness.runner.executors.local import Local
 from harness.runner.progress import Progress
 from harness.suites import loader

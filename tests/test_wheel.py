@@ -64,7 +64,7 @@ def test_the_command_and_the_door_are_declared(unpacked: Path) -> None:
 def test_a_suite_loads_from_the_wheel(unpacked: Path, tmp_path: Path, name: str) -> None:
     code = (
         "import sys, harness\n"
-        "from harness.assets import resources; from harness.suites import loader as suites\n"
+        "from harness import resources; from harness.suites import loader as suites\n"
         f"loaded = suites.load({name!r})\n"
         "print(harness.__file__, resources.folder('suites'), resources.checkout(), len(loaded.tasks), sep='\\n')"
     )

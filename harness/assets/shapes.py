@@ -10,10 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from harness import yaml_lines
-from harness.assets import resources
-from harness.assets.did_you_mean import near
-from harness.errors import UsageError
+from harness import resources, yaml_lines
+from harness.errors import UsageError, near
 
 PREFIX = "shape:"
 """How a suite writes one: `shape:llama-7b`, `shape:./config.json`."""

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
-from harness import yaml_lines
-from harness.assets import generated, resources, shapes
+from harness import resources, yaml_lines
+from harness.assets import generated, shapes
 from harness.errors import Problem, SuiteError, UsageError
 from harness.records.record import Bytes, Frozen
 

@@ -9,13 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from harness.assets.did_you_mean import near
 from harness.bench.operations import OPERATIONS
 from harness.bench.results import Row
 from harness.bench.sizes import Size, sizes
 from harness.bench.steps import STEPS, Backbone
 from harness.conformance import parity_suite
-from harness.errors import UsageError
+from harness.errors import UsageError, near
 from harness.methods.registry import DTYPES, Registry, targets
 
 OURS = "fused"

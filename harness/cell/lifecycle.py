@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.assets import shapes
 from harness.cell import base_quantisation, unreferenced_method, weight_changes
 from harness.cell.data import CellData
 from harness.cell.job import Work
@@ -22,7 +21,7 @@ from harness.cell.synthetic_data import RandomData
 from harness.cell.training import loop, optimizers, random_model
 from harness.cell.training import model as models
 from harness.cell.training.batches import Batch
-from harness.cell.training.counted_step import copied_B, most_in_step, most_tokens
+from harness.cell.training.counted_step import copied_B, most_in_step
 from harness.cell.training.head import beside, head_of, in_head
 from harness.cell.training.head import draw as draw_head
 from harness.cell.training.offloaded_weights import SetAside, unused
@@ -39,8 +38,7 @@ from harness.conformance.subject import (
     initial_tensors,
     sampled,
 )
-from harness.errors import HarnessError
-from harness.memory_model import cells, counting, experts, isolated_step
+from harness.methods import experts
 from harness.methods.peft_config import UNREFERENCED
 from harness.methods.registry import Registry
 from harness.process.out_of_memory import shortage
@@ -62,6 +60,8 @@ TIMING_WARMUP = 3
 WARMUP_PASSES = 2
 
 Emit = Callable[..., None]
+Predict = Callable[[Work, list[Batch]], Predicted | str]
+"""Predicts the memory ledger of a Cell and the peak of a step over its batches; or returns why it cannot."""
 
 
 class NonconformingError(Exception):
@@ -77,6 +77,7 @@ class Life:
     clock: PhaseClock
     meter: PeakMeter
     emit: Emit
+    predict: Predict
     baseline: int
     checks: list[CheckResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -100,7 +101,7 @@ class Life:
         with self.clock.phase("data"):
             task = CellData(work, loaded, self.emit) if work.data else RandomData(work, loaded)
         with self.clock.phase("predict"):
-            expected = self._predict(task.batches)
+            expected = self.predict(work, task.batches)
         config = configure(cell.method, cell.config)
         matched = adaptable_layers(model, config)
         bases = {p: m for p, m in matched.items() if not in_head(p, loaded.head)}
@@ -211,30 +212,6 @@ class Life:
             checkpoint=saved,
             energy=Energy(source=self.clock.energy.source, because=self.clock.energy.because),
         )
-
-    def _predict(self, batches: list[Batch]) -> Predicted | str:
-        """Predict the ledger from the model's shape alone, and the peak of a step over these batches; or say why not."""
-        work = self.work
-        try:
-            config = shapes.read(Path(work.model.path) / "config.json", work.model.source.name)
-        except HarnessError as error:
-            return error.what
-        with torch.random.fork_rng(devices=[]):
-            checkpoint = work.model.path if work.model.source.scheme != "shape" else ""
-            asked = cells.request(work.cell, config, work.model.source.kind, work.task.labels, checkpoint)
-            counted = counting.answer(asked)
-        every = work.task.answers is not None and work.task.answers.loss == "all"
-        found = cells.predicted(work.cell, counted, on_cpu=work.device == "cpu", every_token=every)
-        if isinstance(found, str) or not batches:
-            return found
-        if work.device != "cpu":
-            return found.model_copy(update={"no_peak": "of a CPU's kernels only is it known what they keep"})
-        parts = most_tokens(batches, work.cell.training.accumulate)
-        lacks = models.lacks(asked["checkpoint"])
-        peak = isolated_step.peak(
-            work.cell, asked["config"], asked["kind"], parts, isolated_step.bytes_of(batches), lacks
-        )
-        return found.model_copy(update=peak)
 
     def _load(self, dtype: torch.dtype, device: torch.device, whole: bool) -> models.Loaded:
         """Load the model; of a shape, draw the weights now if `whole`, else as its layers are packed."""

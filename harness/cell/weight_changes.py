@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.conformance import checksums
 from harness.conformance.subject import Subject
+from harness.methods import checksums
 from harness.records.record import Cell, CheckResult, Outcome
 
 

@@ -8,11 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from harness.assets.did_you_mean import closest, near
 from harness.claims.claim import Asking
 from harness.claims.measure import FOLDER, Measure, measures
 from harness.claims.printed_number import Dimension, exact, shortly
-from harness.errors import Problem
+from harness.errors import Problem, closest, near
 from harness.methods.spec import methods
 from harness.yaml_lines import Document, Way
 

@@ -11,13 +11,12 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from harness import yaml_lines
-from harness.assets.did_you_mean import near
-from harness.assets.resources import folder
 from harness.claims.arguments import Arguments
 from harness.claims.claim import Claim, Reading, Tier
 from harness.claims.measure import Measure
 from harness.claims.printed_number import Printed, Rounding, parse
-from harness.errors import Problem, SuiteError, UsageError, in_order
+from harness.errors import Problem, SuiteError, UsageError, in_order, near
+from harness.resources import folder
 from harness.suites import schema
 from harness.suites.schema import Id, Keys, Word
 from harness.yaml_lines import Document, Way

@@ -18,7 +18,7 @@ from typing import Annotated, Any, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, create_model
 
-from harness.assets import resources
+from harness import resources
 from harness.claims.printed_number import Dimension
 
 Number = int | float | Fraction
@@ -105,7 +105,7 @@ def _shape(address: str, info: ValidationInfo) -> str:
 
 
 def _method(name: str) -> str:
-    from harness.assets.did_you_mean import near
+    from harness.errors import near
     from harness.methods.spec import methods
 
     if name not in (there := methods()):

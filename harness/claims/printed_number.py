@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
-from harness.assets.did_you_mean import near
+from harness.errors import near
 
 Dimension = Literal["count", "bytes", "bits", "share", "ratio", "seconds", "rate", "number", "property"]
 """What a measure is in. count: of things; share: of a whole; rate: tokens a second; property: it holds or it does not, and

@@ -7,13 +7,14 @@ from functools import cache
 from pathlib import Path
 
 from harness.analysis import contention, ranking
-from harness.assets.did_you_mean import near
-from harness.assets.resources import checkout
 from harness.claims.measure import NotRunError
+from harness.errors import near
 from harness.records import store
 from harness.records.cost import AT_ONCE
 from harness.records.record import Cell, Record, Status
+from harness.resources import checkout
 from harness.suites import expand, loader
+from harness.suites.suite import Suite
 
 _named: list[Path] = []
 
@@ -98,7 +99,7 @@ def unknown(suite: str, entry: str, there: Sequence[str]) -> str:
 
 
 @cache
-def _read(suite: str) -> loader.Suite:
+def _read(suite: str) -> Suite:
     return loader.load(suite)
 
 

@@ -7,18 +7,18 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-from harness.assets.did_you_mean import near
 from harness.conformance import defects, isolated, parity_suite
 from harness.conformance.case_selection import FEW, Breadth
 from harness.conformance.defects import Defect
-from harness.conformance.outcomes import Standing, Tried
+from harness.conformance.outcomes import Standing
 from harness.conformance.parity_suite import Plan, path_of
-from harness.errors import Exit, Problem, SuiteError, UsageError
+from harness.conformance.report import Report
+from harness.errors import Exit, Problem, SuiteError, UsageError, near
 from harness.methods.peft_config import NO_REFERENCE, UNREFERENCED
 from harness.methods.registry import DTYPES, GROUP, Implementation, Kind, Registry, targets
 from harness.process.termination import on_request
@@ -41,61 +41,6 @@ class Asked:
     breadth: Breadth = FEW
     jobs: int | None = None
     patience: float = isolated.PATIENCE
-
-
-@dataclass(frozen=True)
-class Report:
-    """What came of it.
-
-    skipped: what was not tried, and why. complaints: known defects that did not show. broken: plug-ins that could not be
-    loaded. defects: those known, of whatever library. plans: target -> its parity suite. software: library -> version.
-    untried: implementations asked for by name, nothing of which could be tried.
-    """
-
-    tried: list[Tried]
-    skipped: dict[str, str] = field(default_factory=dict)
-    complaints: list[str] = field(default_factory=list)
-    broken: dict[str, str] = field(default_factory=dict)
-    defects: Sequence[Defect] = ()
-    plans: dict[str, Plan] = field(default_factory=dict)
-    software: dict[str, str] = field(default_factory=dict)
-    interrupted: bool = False
-    untried: Sequence[str] = ()
-
-    def count(self, standing: Standing) -> int:
-        """Count the results of one standing."""
-        return sum(one.standing is standing for one in self.tried)
-
-    def shown_defects(self) -> list[Defect]:
-        """List the known defects that explain a failure here."""
-        ids = {one.defect for one in self.tried}
-        return [defect for defect in self.defects if defect.id in ids]
-
-    @property
-    def exit(self) -> Exit:
-        """Interrupted is 4; a failure, a broken plug-in or a defect that did not show is 1; an implementation asked for by
-        name, of which nothing was compared, is 4; nothing compared at all is 5.
-
-        What fails as its library is known to was compared.
-        """
-        if self.interrupted:
-            return Exit.INFRASTRUCTURE
-        if self.count(Standing.FAIL) or self.complaints or self.broken:
-            return Exit.FAIL
-        if self.untried:
-            return Exit.INFRASTRUCTURE
-        return Exit.PASS if self.count(Standing.PASS) or self.count(Standing.KNOWN_DEFECT) else Exit.NOTHING_COMPARED
-
-    def document(self) -> dict[str, Any]:
-        """Return everything as JSON can hold it."""
-        rows = [
-            {**one.model_dump(mode="json"), "standing": one.standing.value, "share": one.share} for one in self.tried
-        ]
-        return {
-            "schema": 2, "exit": int(self.exit), "interrupted": self.interrupted, "software": self.software, "checks": rows,
-            "skipped": self.skipped, "complaints": self.complaints, "broken": self.broken, "untried": list(self.untried),
-            "defects": [defect.model_dump(mode="json") for defect in self.shown_defects()],
-        }  # fmt: skip
 
 
 def check(asked: Asked, as_json: bool, junit: Path | None = None, html: Path | None = None) -> Exit:

@@ -12,37 +12,23 @@ from typing import TYPE_CHECKING
 
 from harness import errors
 from harness.analysis.comparison.baseline_rows import MEANING
-from harness.assets.did_you_mean import near
-from harness.assets.resources import folder
 from harness.cli.glossary import SAME
 from harness.cli.glossary import WORDS as WORDS_OF_README
-from harness.errors import Exit, HarnessError, UsageError
+from harness.conformance import checks
+from harness.errors import EXITS, HarnessError, UsageError, near
 from harness.memory_model import activations, fit
 from harness.memory_model.ledger import PARTS
 from harness.methods.peft_config import UNREFERENCED
 from harness.methods.spec import FieldInfo, MethodInfo, methods
 from harness.records.record import Optimizer, Status, Training
+from harness.resources import folder
 
 if TYPE_CHECKING:
     from harness.conformance.defects import Defect
 
 Topic = tuple[str, Callable[[], str]]
-_CHECKS = Path(__file__).resolve().parents[1] / "conformance" / "checks"
-_OPERATIONS = _CHECKS.with_name("operations")
+_OPERATIONS = Path(__file__).resolve().parents[1] / "conformance" / "operations"
 
-EXITS = {
-    Exit.PASS: "everything that was asked passed, or failed as its library is known to, or there was nothing to judge "
-    "(`list`, `plan`, `explain`)",
-    Exit.FAIL: "a finding: an implementation computes something else, a claim of a paper is not reproduced, a comparison of "
-    "the suite is refuted, a rerun differs without a named cause, a Record was changed after its run, or a history holds a "
-    "change for the worse that is counted or confirmed",
-    Exit.USAGE: "wrong use: an option, a name, a path, or a mistake in a suite; nothing was run",
-    Exit.INCONCLUSIVE: "a question could not be decided either way; only with --strict",
-    Exit.INFRASTRUCTURE: "Cells were not measured (out of memory, timeout, lost, ended by Ctrl-C, SIGTERM or SIGHUP), an "
-    "implementation that `check` was asked for by name could not be tried, or the machine failed: no GPU, no network, a "
-    "full disk",
-    Exit.NOTHING_COMPARED: "nothing was measured or compared, so nothing can be green; or nothing is there to export",
-}
 STATUSES = {
     Status.OK: "measured, and every check before and after the measurement passed",
     Status.NONCONFORMING: "the implementation computes something else than the Method, or training diverged; nothing was "
@@ -81,16 +67,6 @@ OF_A_CELL = {
     "multi-adapter": "several adapters in one batch, after training: each row must get what the float64 reference computes "
     "with the row's own adapter, or no time of it is told; skipped, with the reason, where that could not be tried",
 }
-
-
-def checks() -> dict[str, str]:
-    """Map the name of every check to its docstring, read without importing it (and so without torch)."""
-    return {
-        node.name.removeprefix("check_"): ast.get_docstring(node) or ""
-        for file in sorted(_CHECKS.glob("*.py"))
-        for node in ast.parse(file.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
-    }
 
 
 def explain(name: str) -> str:
@@ -170,7 +146,7 @@ def _of_configs() -> Iterator[Topic]:
 
 
 def _of_checks() -> Iterator[Topic]:
-    for check, text in checks().items():
+    for check, text in checks.docstrings().items():
         yield check, partial(_check, check, text)
     for word, text in WORDS.items():
         yield word, partial(_titled, word, f"{text}.")

@@ -93,8 +93,8 @@ def gate(run: str | None, baseline: str | None, pairs: tuple[str, str] | None, s
     if run is not None or baseline is not None or given & _OF_BASELINES:
         wrong = [f"--{name.replace('_', '-')}" for name in sorted(given & _OF_BASELINES)]
         raise click.UsageError(f"--pairs runs both sides itself: leave out {', '.join(wrong) or 'RUN and --baseline'}")
-    from harness.cli import gate_pairs
     from harness.regression.outputs.files import Outputs
+    from harness.regression.pairs import gate as gate_pairs
 
     outputs = Outputs(told["junit"], told["markdown"], told["annotations"])
     options = {name: told[name] for name in given & {"repo", "suite", "only", "device", "cores", "out", "seed"}}
@@ -112,7 +112,7 @@ def _against(run: str | None, baseline: str | None, strict: bool, given: set[str
     if wrong := sorted(given & _OF_PAIRS):
         raise click.UsageError(f"only --pairs takes --{wrong[0].replace('_', '-')}")
     from harness.analysis.comparison.baseline_rows import ACCURACY, Margins
-    from harness.cli import gate_baseline
+    from harness.regression.baseline import gate as gate_baseline
     from harness.regression.outputs.files import Outputs
 
     points = told["accuracy_points"]
@@ -144,7 +144,7 @@ def promote(run: str, name: str, reason: str, author: str, replace: bool) -> Exi
     footer, one that was changed after it ended, a Cell that did not end ok or failed a check in any attempt, and a NAME
     that is taken. Copies run.json, the Records and the footer, and writes who, when, from what and why into baseline.json.
     """
-    from harness.cli import gate_baseline
+    from harness.regression.baseline import gate as gate_baseline
 
     return gate_baseline.promote(run, name, reason=reason, author=author, replace=replace)
 
@@ -153,6 +153,6 @@ def promote(run: str, name: str, reason: str, author: str, replace: bool) -> Exi
 @options.as_json
 def list_(as_json: bool) -> Exit:
     """List the baselines there are."""
-    from harness.cli import gate_baseline
+    from harness.regression.baseline import gate as gate_baseline
 
     return gate_baseline.list_(as_json)

@@ -7,13 +7,14 @@ from typing import Any
 
 from harness import yaml_lines
 from harness.assets import shapes
-from harness.assets.resources import folder
 from harness.assets.table import Source, load_table
-from harness.cli import explain
+from harness.conformance import checks
+from harness.console import aligned
 from harness.methods.peft_config import UNREFERENCED
 from harness.methods.registry import Registry, discover
 from harness.methods.spec import methods
 from harness.records.record import SCHEMA
+from harness.resources import folder
 from harness.suites import loader, tasks
 
 Row = dict[str, Any]
@@ -39,13 +40,6 @@ def as_text(document: Mapping[str, Any]) -> str:
         shown = [[_shown(row[column]) for column in _COLUMNS[kind]] for row in rows]
         blocks.append("\n".join([kind, *aligned(shown)]))
     return "\n\n".join(blocks)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Pad the columns of `rows` to one width each; the last column is left as it is."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = ([f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)] for row in rows)
-    return [("  " + "  ".join(row)).rstrip() for row in padded]
 
 
 def _shown(value: Any) -> str:
@@ -116,7 +110,7 @@ def _tasks(_: Registry) -> list[Row]:
 
 
 def _checks(_: Registry) -> list[Row]:
-    return [{"name": name, "summary": text.partition("\n")[0]} for name, text in explain.checks().items()]
+    return [{"name": name, "summary": text.partition("\n")[0]} for name, text in checks.docstrings().items()]
 
 
 def _claims(_: Registry) -> list[Row]:

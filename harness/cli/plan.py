@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from harness.assets.table import resolve
-from harness.cli.listing import aligned
+from harness.console import aligned
 from harness.errors import StoreError
 from harness.memory_model import cells
 from harness.records import naming, store
 from harness.records.record import SCHEMA, Predicted, Record, Status
 from harness.report.formatting import mebibytes, seconds
 from harness.suites.expand import Plan
-from harness.suites.loader import Suite
+from harness.suites.suite import Suite
 
 
 def predictions(suite: Suite, plan: Plan) -> dict[str, Predicted | str]:

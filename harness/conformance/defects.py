@@ -18,12 +18,11 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from pydantic import Field, ValidationError, field_validator
 
 from harness import yaml_lines
-from harness.assets.did_you_mean import near
-from harness.assets.resources import folder
-from harness.cli.explain import checks
+from harness.conformance import checks
 from harness.conformance.outcomes import Tried
-from harness.errors import Problem, SuiteError
+from harness.errors import Problem, SuiteError, near
 from harness.records.record import CheckResult, Frozen, Outcome
+from harness.resources import folder
 from harness.suites import schema
 
 
@@ -125,8 +124,10 @@ def known() -> tuple[Defect, ...]:
         seen.add(defect.id)
         for pattern in defect.checks:
             parts = pattern.split("/")
-            if len(parts) != 4 or (parts[1] not in {*checks(), "attach", "alive", "*"}):
-                mend = near(parts[1] if len(parts) > 1 else pattern, checks(), "write method/check/dtype/state")
+            if len(parts) != 4 or (parts[1] not in {*checks.docstrings(), "attach", "alive", "*"}):
+                mend = near(
+                    parts[1] if len(parts) > 1 else pattern, checks.docstrings(), "write method/check/dtype/state"
+                )
                 problems.append(Problem(where, f"{defect.id}: {pattern!r} names no check", mend))
         if not (file.parent / defect.reproduction).is_file():
             problems.append(Problem(where, f"{defect.id}: no file {defect.reproduction}", "write the reproduction"))

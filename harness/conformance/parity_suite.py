@@ -11,15 +11,13 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, ValidationError
 
 from harness import yaml_lines
-from harness.assets.did_you_mean import near
-from harness.assets.resources import folder
-from harness.cli import explain
-from harness.conformance import case_selection
+from harness.conformance import case_selection, checks
 from harness.conformance.case_selection import Breadth
-from harness.errors import Problem, SuiteError, UsageError
+from harness.errors import Problem, SuiteError, UsageError, near
 from harness.methods.registry import DTYPES
 from harness.methods.spec import methods
 from harness.records.record import Frozen
+from harness.resources import folder
 from harness.suites import schema
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
@@ -255,7 +253,7 @@ def _validated(document: yaml_lines.Document, model: type[_Suite]) -> tuple[_Sui
 
 
 def _of_checks(document: yaml_lines.Document, plan: ParitySuite | OperationSuite) -> Iterator[Problem]:
-    known = explain.checks()
+    known = checks.docstrings()
     for index, name in enumerate(plan.checks):
         if name not in known:
             yield Problem(document.where("checks", index), f"no check is called {name!r}", near(name, known, "checks"))

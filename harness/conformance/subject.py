@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from harness.conformance import checksums
+from harness.methods import checksums
 from harness.methods.peft_config import UNREFERENCED, AdapterConfig
 from harness.methods.spec import Adapted
 from reference.operations import nf4
 from reference.shared.layers import KINDS, dense_weight, targets
 
 if TYPE_CHECKING:
-    from harness.conformance.case import Case
     from harness.conformance.tolerance_policies import Judgement
 
 DTYPES = {
@@ -121,7 +120,7 @@ class Subject:
     packed: dict[str, Packed] = field(default_factory=dict)
     expected_codes: dict[str, ExpectedCodes] = field(default_factory=dict)
     judged_codes: dict[str, tuple[Judgement, int]] = field(default_factory=dict)
-    beside: tuple[Case, Judgement] | None = None
+    beside: tuple[object, Judgement] | None = None
     disturbed: list[str] = field(default_factory=list)
     twins: dict[tuple[str, str], Twin] | None = None
 

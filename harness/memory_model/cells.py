@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from harness.assets import fetch, shapes
 from harness.errors import HarnessError
-from harness.memory_model import choices, counting_client, experts
+from harness.memory_model import choices, counting_client
 from harness.memory_model.fit import ledger
+from harness.methods import experts
 from harness.records.record import Cell, Evaluation, Predicted
 
 if TYPE_CHECKING:

@@ -1,20 +1,15 @@
 """The bytes of everything that a training step keeps, counted on a model that is built on the meta device: no weights.
 
 What trains is counted by attaching the reference of each Method, and what an adapted layer keeps for its backward pass by
-calling it; nothing is drawn and nothing computed. Run as `python -m harness.memory_model.counting FILE`, which holds a list of
-questions, of which those of a `cell` are for `harness.memory_model.isolated_step`; of each a line of JSON is printed.
+calling it; nothing is drawn and nothing computed. `counting_worker` runs it in a process of its own.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +23,10 @@ from harness.cell.training import model as models
 from harness.cell.training.head import beside, head_of, in_head
 from harness.conformance.subject import DTYPES, adaptable_layers, attach_reference, configure
 from harness.errors import AssetError, UsageError
-from harness.memory_model import activations, experts, saved_activations, state_sizes
+from harness.memory_model import activations, saved_activations, state_sizes
 from harness.memory_model.choices import BASES, OWN
+from harness.methods import experts
 from harness.methods.peft_config import UNREFERENCED
-from harness.process import lifeline
 from reference.shared import layers as surgery
 from reference.shared.layers import kind_of
 
@@ -237,13 +232,3 @@ def answer(asked: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sentence(error: BaseException) -> str:
     return f"its shape cannot be counted: {type(error).__name__}: {error}"
-
-
-if __name__ == "__main__":
-    if hasattr(os, "fork"):
-        lifeline.hold(int(sys.argv[1]))
-    from harness.memory_model import isolated_step  # which counts by this module
-
-    for asked in json.loads(Path(sys.argv[2]).read_bytes()):
-        answered = isolated_step.largest if "largest" in asked else isolated_step.answer if "cell" in asked else answer
-        print(json.dumps(answered(asked)), flush=True)

@@ -23,7 +23,7 @@ def ask(requests: list[dict[str, Any]]) -> list[dict[str, Any]] | str:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "requests.json"  # the command line would hold few of them
         file.write_text(json.dumps(requests), encoding="utf-8")
-        with process.tied("harness.memory_model.counting", [str(file)], {"HF_HUB_OFFLINE": "1"}) as child:
+        with process.tied("harness.memory_model.counting_worker", [str(file)], {"HF_HUB_OFFLINE": "1"}) as child:
             try:
                 code = child.process.wait(TIMEOUT_S)
             except subprocess.TimeoutExpired:

@@ -26,7 +26,8 @@ from harness.cell.training.offloaded_weights import drop, unused
 from harness.conformance import whole_model
 from harness.conformance.subject import DTYPES, adaptable_layers, configure
 from harness.errors import UsageError
-from harness.kernels.torch import adamw8bit, nf4, packed_weight
+from harness.kernels.nf4_format import BLOCK2
+from harness.kernels.torch import adamw8bit, packed_weight
 from harness.kernels.torch.compiled import LARGE
 from harness.kernels.torch.nf4_linear import Nf4Linear
 from harness.kernels.torch.packed_weight import PackedWeight
@@ -68,7 +69,7 @@ class _Packed(Nf4Linear):
     def __init__(self, dense: nn.Linear, compute_dtype: torch.dtype, double: bool) -> None:
         nn.Linear.__init__(self, dense.in_features, dense.out_features, bias=False, device="meta")
         blocks = -(-dense.weight.numel() // state_sizes.BLOCK)
-        of_second = 4 * -(-blocks // nf4.BLOCK2)
+        of_second = 4 * -(-blocks // BLOCK2)
         sizes = {"absmax": blocks, "absmax2": of_second, "offset": 4} if double else {"absmax": 4 * blocks}
         for name in ("absmax", "absmax2", "offset"):
             self.register_buffer(name, torch.empty(sizes[name], dtype=torch.uint8) if name in sizes else None)

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from harness.assets.did_you_mean import near
-from harness.errors import HarnessError, Problem, UsageError
-from harness.memory_model import choices, counting_client, experts, models, size_units
+from harness.errors import HarnessError, Problem, UsageError, near
+from harness.memory_model import choices, counting_client, models, size_units
 from harness.memory_model.ledger import Ledger
 from harness.memory_model.models import Model
+from harness.methods import experts
 from harness.methods.spec import MethodInfo, methods
 
 RANKS = tuple(2**n for n in range(9))

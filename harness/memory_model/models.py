@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.assets import fetch, shapes
-from harness.assets.did_you_mean import near
 from harness.assets.model_folder import refuse_architecture
-from harness.assets.resources import folder, named
 from harness.assets.table import Source, load_table
-from harness.errors import UsageError
+from harness.errors import UsageError, near
+from harness.resources import folder, named
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 """How the classes of transformers end that predict the next token."""

@@ -16,11 +16,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from harness.assets.did_you_mean import closest, near
-from harness.assets.resources import named
-from harness.errors import UsageError
+from harness.errors import UsageError, closest, near
 from harness.methods import peft_schema
 from harness.methods.spec import FieldInfo, Found, MethodInfo
+from harness.resources import named
 
 FILE = "adapter_config.json"
 KEY = "adapter_config"

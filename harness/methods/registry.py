@@ -16,11 +16,10 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from harness.assets.did_you_mean import near
-from harness.assets.resources import folder
-from harness.errors import ImplementationError
+from harness.errors import ImplementationError, near
 from harness.methods.peft_config import UNREFERENCED
 from harness.methods.spec import methods
+from harness.resources import folder
 
 GROUP = "harness.implementations"
 DTYPES = ("float64", "float32", "bfloat16", "float16")

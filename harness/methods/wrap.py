@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.conformance import checksums
 from harness.errors import Unsupported
+from harness.methods import checksums
 from reference.shared.adapted import Adapted
 from reference.shared.layers import KINDS, dense_copy, kind_of, replace, targets
 from reference.shared.lora_start import put

@@ -12,7 +12,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from harness.assets import resources
+from harness import resources
 from harness.errors import HarnessError
 from harness.process import nvidia_smi
 from harness.records.record import Environment

@@ -12,7 +12,7 @@ from harness.records import store
 from harness.report import junit_xml
 
 if TYPE_CHECKING:
-    from harness.cli.check import Report
+    from harness.conformance.report import Report
 
 
 def render(report: Report) -> bytes:

@@ -7,18 +7,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.cli.explain import EXITS
 from harness.conformance import defects, summary
 from harness.conformance.outcomes import Standing, Tried
-from harness.errors import Exit
+from harness.errors import EXITS, Exit
 from harness.records import store
 from harness.report import html
 from harness.report.formatting import figure, unmeasured
 from harness.report.run_facts import ICONS
 
 if TYPE_CHECKING:
-    from harness.cli.check import Report
     from harness.conformance.defects import Defect
+    from harness.conformance.report import Report
 
 TEMPLATE = "conformance.html.j2"
 _TONES = {Standing.FAIL: "bad", Standing.KNOWN_DEFECT: "open", Standing.PASS: "good"}

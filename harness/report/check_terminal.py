@@ -12,7 +12,7 @@ from harness.conformance import summary
 from harness.conformance.outcomes import Standing
 
 if TYPE_CHECKING:
-    from harness.cli.check import Report
+    from harness.conformance.report import Report
 
 _PIPE_WIDTH = 140
 _MOST_LINES = 40

@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.cli.listing import aligned
 from harness.conformance.tolerance_table import FOOTPRINT_ACTIVATIONS, FOOTPRINT_LEDGER
+from harness.console import aligned
 from harness.memory_model.size_units import UNITS, Size
 from harness.report.formatting import short_count
 

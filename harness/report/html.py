@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.assets import resources
+from harness import resources
 from harness.errors import UsageError
 from harness.records import store
 from harness.records.store import Run

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.analysis import failed_checks
-from harness.cell.training import divergence
-from harness.memory_model.experts import UNREACHED
+from harness.analysis import divergence, failed_checks
+from harness.methods.experts import UNREACHED
 from harness.records.store import Run
 from harness.report import recipes, run_facts, sections, tables
 from harness.report.formatting import Figure

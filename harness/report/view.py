@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from harness.analysis import failed_checks, measurements
+from harness.analysis import divergence, failed_checks, measurements
 from harness.analysis.comparison import reproducibility
 from harness.analysis.ranking import Budget, Entry, Group
 from harness.analysis.statistics.over_seeds import MODERATED
 from harness.analysis.verdict import Judgement
-from harness.cell.training import divergence
 from harness.records import store
 from harness.records.record import Record, Status
 from harness.records.store import Run

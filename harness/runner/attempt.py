@@ -23,7 +23,7 @@ from harness.records.record import Environment, Failure, Record, Status
 from harness.runner.oom_kills import KernelKills
 
 # -P: a file in the user's folder must not stand in for a library's module of the same name.
-WORKER = (sys.executable, "-P", "-m", "harness.cell.worker")
+WORKER = (sys.executable, "-P", "-m", "harness.runner.worker")
 
 _LAST_LINES = 15
 _GRACE_S = 5.0

@@ -27,12 +27,14 @@ from harness.records.record import Environment, Provider, Status
 from harness.report import html, terminal
 from harness.runner import task_assets
 from harness.runner.attempt import Terms
-from harness.runner.executors import Device, Executor, node
+from harness.runner.executors import node
+from harness.runner.executors.executor import Device, Executor
 from harness.runner.executors.local import Local
 from harness.runner.progress import Progress
 from harness.suites import loader, model_checks
 from harness.suites.expand import Plan, expand
 from harness.suites.expand import only as keep_only
+from harness.suites.suite import Suite
 
 DEFAULT_TIMEOUT_S = 3600.0
 
@@ -190,7 +192,7 @@ def _saying_what_is_kept(folder: store.RunFolder) -> Iterator[None]:
         raise
 
 
-def _resolve(suite: loader.Suite, plan: Plan, progress: Progress) -> Works:
+def _resolve(suite: Suite, plan: Plan, progress: Progress) -> Works:
     """Fetch every model and data set the plan names, before anything runs. Raises SuiteError for data that do not fit."""
     base = suite.path.resolve().parent
     ready: dict[str, Asset] = {}
@@ -286,7 +288,7 @@ def _is_installed(provider: Provider) -> bool:
 
 
 def _open(
-    suite: loader.Suite,
+    suite: Suite,
     plan: Plan,
     here: Environment,
     out: Path | None,

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.assets import model_folder, shapes
-from harness.assets.did_you_mean import closest, near
 from harness.assets.table import Source, resolve
-from harness.errors import HarnessError, Problem, SuiteError
+from harness.errors import HarnessError, Problem, SuiteError, closest, near
 from harness.methods.registry import Registry
 from harness.methods.spec import Found, MethodInfo
 from harness.records.record import Base, Dtype, Evaluation, Optimizer, Training

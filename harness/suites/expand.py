@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from harness.assets.did_you_mean import near
-from harness.errors import UsageError
+from harness.errors import UsageError, near
 from harness.methods.spec import methods
 from harness.records import naming
 from harness.records.manifest import Comparison, Tuning
@@ -18,7 +17,7 @@ from harness.records.training import LATER
 
 if TYPE_CHECKING:
     from harness.suites.entry import Entry
-    from harness.suites.loader import Suite
+    from harness.suites.suite import Suite
 
 
 @dataclass(frozen=True)

@@ -3,54 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from pydantic import ValidationError
 
 from harness import yaml_lines
-from harness.assets.did_you_mean import near
-from harness.assets.resources import folder
 from harness.assets.table import Source, load_table, parse_source
-from harness.errors import Problem, SuiteError, UsageError, in_order
+from harness.errors import Problem, SuiteError, UsageError, in_order, near
 from harness.methods.peft_config import UNREFERENCED
 from harness.methods.registry import Registry, discover
 from harness.methods.spec import methods
+from harness.resources import folder
 from harness.suites import expand, schema, tasks
 from harness.suites.entry import MOST_CELLS, Entry, Reading, read_entry
 from harness.suites.schema import ComparisonKeys, SuiteKeys, is_entry
-from harness.suites.tasks import Task
+from harness.suites.suite import Compared, Suite
 from harness.yaml_lines import Way
-
-
-@dataclass(frozen=True)
-class Compared:
-    """A comparison as the suite writes it: `left` and `right` are ids of entries."""
-
-    kind: Literal["better", "same-losses"]
-    left: tuple[str, ...]
-    right: tuple[str, ...]
-    says: str
-
-
-@dataclass(frozen=True)
-class Suite:
-    """A suite that can run.
-
-    sha256, text: of its file. sources: the built-in table and the suite's own rows. tasks: those that its entries name.
-    """
-
-    name: str
-    title: str
-    about: str
-    path: Path
-    sha256: str
-    text: str
-    entries: tuple[Entry, ...]
-    comparisons: tuple[Compared, ...]
-    sources: dict[str, Source]
-    tasks: dict[str, Task]
 
 
 def names() -> list[str]:

@@ -29,7 +29,7 @@ from harness.suites.task_schema import written
 if TYPE_CHECKING:
     from harness.records.record import Cell
     from harness.suites.expand import Plan
-    from harness.suites.loader import Suite
+    from harness.suites.suite import Suite
 
 _TIMEOUT_S = 120.0
 """For each model that has to be built."""

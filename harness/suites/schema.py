@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from harness.assets.did_you_mean import closest, near
-from harness.errors import Problem
+from harness.errors import Problem, closest, near
 from harness.records.record import Dtype, Frozen, Optimizer, Quantization
 from harness.yaml_lines import Document, Way
 

@@ -9,8 +9,7 @@ from typing import Any
 from jinja2 import Environment, TemplateSyntaxError, meta
 
 from harness.assets import lm_eval_files
-from harness.assets.did_you_mean import near
-from harness.errors import Problem
+from harness.errors import Problem, near
 from harness.yaml_lines import Document, Way
 
 LABELLED = ("id", "text", "label")

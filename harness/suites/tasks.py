@@ -11,11 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from harness import yaml_lines
 from harness.assets import fetch, lm_eval_files, rows
-from harness.assets.did_you_mean import near
-from harness.assets.resources import folder, named
 from harness.assets.table import Rows, Source, resolve
-from harness.errors import HarnessError, Problem, SuiteError, UsageError
+from harness.errors import HarnessError, Problem, SuiteError, UsageError, near
 from harness.records.record import Frozen
+from harness.resources import folder, named
 from harness.suites import task_schema
 from harness.suites.schema import explain, take_out
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.assets.did_you_mean import near
+from harness.errors import near
 from harness.methods import peft_config
 from harness.methods.spec import MethodInfo
 from harness.records.record import Training

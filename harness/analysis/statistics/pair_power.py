@@ -10,7 +10,7 @@ from harness.analysis.statistics.intervals import POWER
 from harness.analysis.statistics.trimmed import cut
 
 if TYPE_CHECKING:
-    from harness.analysis.statistics.paired import Design
+    from harness.analysis.statistics.pair_design import Design
 
 _HALVINGS = 50
 _FAR = 60

@@ -23,7 +23,7 @@ def most_while(run: Callable[[], object]) -> int | None:
     The process's own peak (VmHWM) differs by megabytes between equal runs; this is the same to the byte, since it adds up
     the sizes that torch's allocator was asked for. None of a torch that was built without its profiler.
 
-    Not in it: tensors that imports made (they are out of the collector's sight, see `harness/cell/worker.py`), what other
+    Not in it: tensors that imports made (they are out of the collector's sight, see `harness/runner/worker.py`), what other
     libraries allocate by themselves, what threads of Python's allocate, and tensors from before that have no storage of
     their own (sparse ones, and those that a transform such as vmap left behind). A tensor from before that `run` frees
     counts to the end.

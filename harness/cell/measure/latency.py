@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from harness.assets.text_models import CACHES
 from harness.errors import ImplementationError
 from harness.methods.spec import Adapted
 from harness.records.record import DECODED, Evaluation, Latency
@@ -27,8 +28,6 @@ PER_BLOCK = 3
 SLOW_S, FEWER = 0.1, 2
 """Of forward passes that take longer there are fewer: eight, of which six are the least that have an interval at 95 %."""
 _ORDER: tuple[Variant, ...] = ("base", "unmerged", "merged")
-CACHES = ("cache", "past_key_values", "cache_params")
-"""What a key-value cache is called: by transformers from 5.24 on, before, and before by state-space models."""
 
 
 def measure(

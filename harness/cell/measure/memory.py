@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.methods.checksums import inside
+
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _SAMPLE_S = 0.02
@@ -104,14 +106,6 @@ def model_tensors(model: torch.nn.Module) -> list[Tensor]:
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """List the tensors of an optimizer's state, and of the objects in it: galore-torch keeps its projectors in some."""
     return [t for state in optimizer.state.values() for value in state.values() for t in inside(value)]
-
-
-def inside(value: object, depth: int = 3) -> list[Tensor]:
-    """List the tensors that `value` is or holds: bitsandbytes' state of a weight may hold a second one."""
-    if isinstance(value, Tensor):
-        return [value]
-    parts = value if isinstance(value, list | tuple) else getattr(value, "__dict__", {}).values()
-    return [t for part in parts for t in inside(part, depth - 1)] if depth else []  # an object may hold itself
 
 
 def _status_bytes(key: str) -> int:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from harness.cell.training import divergence, optimizers
+from harness.analysis import divergence
+from harness.cell.training import optimizers
 from harness.cell.training.batches import Batch
 from harness.cell.training.master_weights import Masters
 from harness.methods.spec import Adapted

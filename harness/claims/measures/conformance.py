@@ -10,10 +10,10 @@ from harness.claims.measure import Found, Method, NotRunError, measure
 
 
 def _check(name: str) -> str:
-    from harness.assets.did_you_mean import near
-    from harness.cli import explain
+    from harness.conformance import checks
+    from harness.errors import near
 
-    if name not in (there := explain.checks()):
+    if name not in (there := checks.docstrings()):
         raise ValueError(f"no check is called `{name}`; {near(name, there)}")
     return name
 

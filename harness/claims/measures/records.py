@@ -14,8 +14,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationInfo
 
+from harness import resources
 from harness.analysis import measurements
-from harness.assets import resources, shapes
+from harness.assets import shapes
 from harness.claims import record_sources
 from harness.claims.measure import FOLDER, Found, Model, NotRunError, measure
 from harness.errors import SuiteError
@@ -23,7 +24,7 @@ from harness.records.record import Cell, Predicted, Record
 
 
 def _suite(name: str, info: ValidationInfo) -> str:
-    from harness.assets.did_you_mean import near
+    from harness.errors import near
     from harness.suites import loader
 
     if not name.endswith(".yaml"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.conformance import checksums
 from harness.conformance.case import Case
 from harness.conformance.inputs import inputs
 from harness.conformance.observations import observe
@@ -13,6 +12,7 @@ from harness.conformance.poisoned_memory import fresh_memory
 from harness.conformance.results import at, judged, listed, skipped
 from harness.conformance.subject import DTYPES, Subject, initial_shapes
 from harness.conformance.tolerance_policies import exact, worst_of
+from harness.methods import checksums
 from harness.records.record import CheckResult
 
 

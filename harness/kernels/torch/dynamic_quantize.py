@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from harness.kernels.device import by_triton
+from harness.kernels.dynamic_map_format import dynamic_map
 
 CHUNK = 1 << 15
 """Elements that are worked on at a time on a CPU: their temporaries stay in its cache, and torch starts no threads."""
@@ -25,22 +26,6 @@ class Tables(NamedTuple):
     values: Tensor
     midpoints: Tensor
     below: Tensor
-
-
-@cache
-def dynamic_map(device: torch.device, signed: bool = True) -> Tensor:
-    """Return the 256 values, ascending, float32: -0.993 .. 1 if signed, else 0 .. 1. Never to be written to.
-
-    Decade i of seven, from 10^(i - 6) down to a tenth of it, is cut in 2^i equal cells, or 2^(i + 1) without a sign, whose
-    middles are values; 0 and 1 are values of their own. Made once, and so whatever torch's default dtype, device and
-    mode are at the first call.
-    """
-    with torch.inference_mode(False):
-        sizes = [2 ** (i + (not signed)) for i in range(7)]
-        edges = [torch.linspace(0.1, 1, size + 1, dtype=torch.float32, device="cpu") for size in sizes]
-        above = torch.cat([10.0 ** (i - 6) * ((e[:-1] + e[1:]) / 2) for i, e in enumerate(edges)])
-        zero, one = torch.tensor([[0.0], [1.0]], dtype=torch.float32, device="cpu")
-        return torch.cat([-above.flip(0) if signed else above[:0], zero, above, one]).to(device)
 
 
 @cache

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from harness.kernels.device import by_triton
+from harness.kernels.nf4_format import BLOCK2
 from harness.kernels.torch import nf4
 from harness.kernels.torch.autocast import outside_autocast
 from harness.kernels.torch.packed_weight import PackedWeight
@@ -89,7 +90,7 @@ class Nf4Linear(nn.Linear):
         """Pack the weight of `dense`; its bias is copied and does not train."""
         super().__init__(dense.in_features, dense.out_features, bias=False, device="meta")
         packed, absmax = nf4.quantize(dense.weight, block)
-        constants = nf4.double_quantize(absmax, nf4.BLOCK2) if double else (absmax, None, None)
+        constants = nf4.double_quantize(absmax, BLOCK2) if double else (absmax, None, None)
         for name, constant in zip(("absmax", "absmax2", "offset"), constants, strict=True):
             self.register_buffer(name, None if constant is None else constant.reshape(-1).view(torch.uint8))
         self.compute_dtype, self.block = compute_dtype, block
@@ -105,7 +106,7 @@ class Nf4Linear(nn.Linear):
         if self.absmax2 is None or self.offset is None:
             return PackedWeight(self.weight, self.absmax.view(torch.float32), self.block, shape)
         second = self.absmax2.view(torch.float32), self.offset.view(torch.float32)
-        return PackedWeight(self.weight, self.absmax, self.block, shape, *second, nf4.BLOCK2)
+        return PackedWeight(self.weight, self.absmax, self.block, shape, *second, BLOCK2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + bias, shape (..., E), in the dtype of x."""

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from harness.kernels.torch.dynamic_quantize import dynamic_map
+from harness.kernels.dynamic_map_format import dynamic_map
 
 _SHIFT = tl.constexpr(16)  # seven bits of the fraction are left
 _FIRST = tl.constexpr((127 - 23) << 7)  # the bucket of 2^-23, below which there is no midpoint

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from harness.kernels.torch.nf4 import check_second_sizes, check_sizes
+from harness.kernels.nf4_format import check_second_sizes, check_sizes
 from harness.kernels.triton.launch import launch
 from harness.kernels.triton.nf4_levels import ZERO, nearest_code, table
 from harness.kernels.triton.rounding import load_as_float32, store_as

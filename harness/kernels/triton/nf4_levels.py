@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from harness.kernels.torch.nf4 import ZERO as ZERO_CODE
-from harness.kernels.torch.nf4 import levels
+from harness.kernels.nf4_format import ZERO as ZERO_CODE
+from harness.kernels.nf4_format import levels
 
 _VALUES = levels()
 ZERO = tl.constexpr(ZERO_CODE)

@@ -20,8 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 
+from harness.kernels.nf4_format import check_sizes
 from harness.kernels.torch.autocast import outside_autocast
-from harness.kernels.torch.nf4 import check_sizes
 from harness.kernels.triton.launch import launch
 from harness.kernels.triton.matrix_product import product
 from harness.kernels.triton.nf4 import dequantize

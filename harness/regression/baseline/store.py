@@ -19,8 +19,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from harness.analysis import failed_checks
-from harness.assets.did_you_mean import near
-from harness.errors import Problem, RefusedError, StoreError, UsageError
+from harness.errors import Problem, RefusedError, StoreError, UsageError, near
 from harness.records import naming, store
 from harness.records.base_model import Frozen
 from harness.records.record import SCHEMA, Status

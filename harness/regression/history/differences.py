@@ -6,8 +6,8 @@ import re
 import shlex
 from dataclasses import dataclass
 
+from harness import resources
 from harness.analysis import tracked_metrics
-from harness.assets import resources
 from harness.regression.history.changes import Change
 from harness.regression.history.decisions import EVERY, NEAR, start
 from harness.regression.history.night_files import History, Line, Night

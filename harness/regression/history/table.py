@@ -7,7 +7,7 @@ from typing import Any
 
 from harness.analysis import tracked_metrics
 from harness.analysis.statistics.anchor import FEWEST_SERIES
-from harness.cli.listing import aligned
+from harness.console import aligned
 from harness.regression.history.night_files import PASSES
 
 _SHOWN = 6

@@ -12,7 +12,6 @@ from typing import Any
 from harness.analysis import tracked_metrics
 from harness.analysis.statistics.paired import Finding
 from harness.analysis.tracked_metrics import STEP
-from harness.cli import gate_pairs
 from harness.console import say
 from harness.errors import Exit, HarnessError
 from harness.records import store
@@ -20,6 +19,7 @@ from harness.regression.history import decisions, night_files
 from harness.regression.history.cell_names import picked
 from harness.regression.history.decisions import EVERY, Verdict
 from harness.regression.history.detect import document
+from harness.regression.pairs import gate
 
 
 def settle(
@@ -41,7 +41,7 @@ def settle(
         where = next(night.places[one["place"]] for night in history.nights if one["place"] in night.places)
         asked = {"canary": not watched_over} | ({"suite": str(suite)} if suite else {})
         code, cut = _tried(folder, one, where, author, runs / str(number), asked)
-        watched_over = watched_over or (runs / str(number) / gate_pairs.DOCUMENT).exists()
+        watched_over = watched_over or (runs / str(number) / gate.DOCUMENT).exists()
         codes.append(code)
         if cut:
             break
@@ -124,8 +124,8 @@ def _pairs(command: str, out: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {name.removeprefix("--"): next(words) for name in words}
     if "cores" in options:
         options["cores"] = int(options["cores"])
-    gate_pairs.gate(gate_pairs.Asked(old, new, out=out, **{**options, **asked}), as_json=False)
-    found: dict[str, Any] = json.loads((out / gate_pairs.DOCUMENT).read_text(encoding="utf-8"))
+    gate.gate(gate.Asked(old, new, out=out, **{**options, **asked}), as_json=False)
+    found: dict[str, Any] = json.loads((out / gate.DOCUMENT).read_text(encoding="utf-8"))
     return found
 
 

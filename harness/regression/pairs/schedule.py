@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.analysis.comparison.pair_ratio import log_ratio, times
+from harness.analysis.statistics.pair_design import Design
 from harness.analysis.statistics.pair_order import order
-from harness.analysis.statistics.paired import Design, Verdict, decide
+from harness.analysis.statistics.paired import Verdict, decide
 from harness.analysis.tracked_metrics import STEP
 from harness.errors import HarnessError
 from harness.records.record import Record, Status

@@ -11,9 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from harness.assets import resources
-from harness.assets.did_you_mean import near
-from harness.errors import HarnessError, UsageError
+from harness import resources
+from harness.errors import HarnessError, UsageError, near
 from harness.methods.registry import discover
 from harness.records import environment, store
 from harness.records.record import Cell, Record

@@ -13,7 +13,7 @@ from harness.records import environment, store
 from harness.records.record import Record, Status
 from harness.runner import gpus
 from harness.runner.attempt import WORKER, Attempt, Ending, Terms, record_of
-from harness.runner.executors import Device, Listener
+from harness.runner.executors.executor import Device, Listener
 
 GPU_PATIENCE_S = 60.0
 _LOOK_S = 2.0  # nvidia-smi takes a third of a second itself

@@ -19,7 +19,8 @@ from harness.errors import HarnessError, StoreError
 from harness.records import environment, store
 from harness.records.record import Record, Status
 from harness.runner.attempt import Ending, Terms
-from harness.runner.executors import Device, Listener, node
+from harness.runner.executors import node
+from harness.runner.executors.executor import Device, Listener
 
 JOIN_PATIENCE_S = 120.0
 _LOOK_S = 0.2

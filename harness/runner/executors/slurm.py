@@ -21,7 +21,8 @@ from harness.errors import HarnessError, UsageError
 from harness.records import environment, store
 from harness.records.record import Record, Status
 from harness.runner.attempt import Ending, Terms
-from harness.runner.executors import Device, Listener, node
+from harness.runner.executors import node
+from harness.runner.executors.executor import Device, Listener
 from harness.runner.executors.slurm_states import States
 
 LOCAL = "PEFT_HARNESS_SLURM"

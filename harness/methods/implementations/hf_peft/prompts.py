@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from harness.cell.measure.latency import CACHES
+from harness.assets.text_models import CACHES
 from harness.errors import UsageError
 from harness.methods.peft_config import IN_THE_CACHE
 

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from harness.cell.measure.memory import inside
-
 
 def of(tensor: Tensor) -> int:
     """Return the CRC-32 of a tensor's bytes, in the order of its elements."""
@@ -25,3 +23,11 @@ def beside(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return what packed parameters keep beside their codes (bitsandbytes' state of a weight), each by a name of its own."""
     held = {name: inside(getattr(parameter, "quant_state", None)) for name, parameter in named.items()}
     return {f"{name}.{index}": tensor for name, tensors in held.items() for index, tensor in enumerate(tensors)}
+
+
+def inside(value: object, depth: int = 3) -> list[Tensor]:
+    """List the tensors that `value` is or holds: bitsandbytes' state of a weight may hold a second one."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value if isinstance(value, list | tuple) else getattr(value, "__dict__", {}).values()
+    return [t for part in parts for t in inside(part, depth - 1)] if depth else []  # an object may hold itself

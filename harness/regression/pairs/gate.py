@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.analysis.comparison.pair_verdict import Judged, Sides, judge
-from harness.analysis.statistics.paired import Design
+from harness.analysis.statistics.pair_design import Design
 from harness.analysis.tracked_metrics import STEP
 from harness.cell.measure import cores
 from harness.errors import Exit, HarnessError, UsageError

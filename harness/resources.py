@@ -6,7 +6,7 @@ from pathlib import Path
 
 from harness.errors import UsageError
 
-_PACKAGE = Path(__file__).resolve().parents[1]
+_PACKAGE = Path(__file__).resolve().parent
 
 
 def folder(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""One Cell in, one Record out: `python -m harness.cell.worker EVENTS LIFELINE < WORK.json`.
+"""One Cell in, one Record out: `python -m harness.runner.worker EVENTS LIFELINE < WORK.json`.
 
 WORK.json is a Work; EVENTS and LIFELINE are file descriptors: JSON lines for the runner's progress display go out on the
 first, the second is watched so that the worker dies with its runner. The Record goes straight into the run folder.
@@ -129,6 +129,7 @@ def _prepare(work: Work, registry: Any, emit: Any, threads: int) -> tuple[Any, d
     from harness.cell.measure import energy, gpu
     from harness.cell.measure.memory import PeakMeter
     from harness.cell.measure.phases import PhaseClock
+    from harness.memory_model.cell_prediction import predict
 
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads)
@@ -151,7 +152,7 @@ def _prepare(work: Work, registry: Any, emit: Any, threads: int) -> tuple[Any, d
         emit("phase", name=name, peak_B=max((p for p in peaks if p is not None), default=None))
 
     clock = PhaseClock(meter, announce, energy.meter(driver, because, cuda=cuda), watch)
-    life = Life(work, registry, clock, meter, emit, baseline=meter.now())
+    life = Life(work, registry, clock, meter, emit, predict, baseline=meter.now())
     life.notes += _reproducibility(device)
     built = _build(torch.__config__.show())
     return life, {"torch_build": built, "torch_commit": torch.version.git_version, "cuda": torch.version.cuda or ""}

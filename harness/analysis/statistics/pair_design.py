@@ -1,0 +1,73 @@
+"""Design of an A/B comparison by pairs: how many pairs, when they are judged, and at which levels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from harness.analysis.statistics.trimmed import cut
+from harness.errors import UsageError
+
+Stage = Literal["first", "fresh"]
+FEWEST = 6
+"""Pairs: of five, no order statistics and no signed ranks could make an interval at 95 %."""
+
+
+@dataclass(frozen=True)
+class Design:
+    """How many pairs are run, when they are looked at, and what is an alarm.
+
+    The level bounds the false alarms under any symmetric noise. Where the pairs spread little against the margin, as those
+    of steady machines do, they are far rarer. Where they do not, e.g. with two speeds of a kernel, drawn anew in each
+    process, they come near it, and the mde80 of such a Cell says so.
+
+    first: pairs of every Cell. fresh: how many fresh pairs there are, in all, at each planned look. levels: of the alarm at
+    each of these, one-sided and in each direction; the sum is that of the whole. The first look has few degrees of freedom,
+    so it is the stricter. interval: the level of the interval that must lie within `same_within` to prove a Cell unchanged;
+    a Cell is looked at up to three times, and one that is slower by `same_within` is called unchanged in at most
+    (1 - interval) / 2 of them each time.
+    suspect: the level at which a change beyond `suspect_by` calls for fresh pairs. trim: the share trimmed at either end.
+    """
+
+    first: int = 6
+    fresh: tuple[int, ...] = (10, 20)
+    levels: tuple[float, ...] = (0.001, 0.009)
+    slower_by: float = 0.01
+    same_within: float = 0.03
+    interval: float = 0.95
+    suspect: float = 0.10
+    suspect_by: float = 0.005
+    trim: float = 0.25
+
+    def __post_init__(self) -> None:
+        """Refuse what could not be judged."""
+        for count in (self.first, *self.fresh):
+            if count < FEWEST or count % 2:
+                raise _bad(f"{count} pairs: drift cancels between two pairs", f"an even number, {FEWEST} or more")
+        if not self.fresh or any(b <= a for a, b in zip(self.fresh, self.fresh[1:], strict=False)):
+            raise _bad(f"fresh pairs {self.fresh}", "how many there are in all at each look, e.g. (10, 20)")
+        if len(self.levels) != len(self.fresh):
+            raise _bad(f"{len(self.levels)} levels for {len(self.fresh)} looks at fresh pairs", "a level per look")
+        for level in (*self.levels, sum(self.levels), self.interval, self.suspect):
+            if not 0 < level < 1:
+                raise _bad(f"a level of {level:g}", "levels between 0 and 1, those of the looks in sum too")
+        if not 0 <= self.suspect_by <= self.slower_by < self.same_within < 1:
+            raise _bad(
+                f"margins {self.suspect_by:g}, {self.slower_by:g}, {self.same_within:g}",
+                "0 <= suspect_by <= slower_by < same_within < 1",
+            )
+        if not 0 <= self.trim < 0.5 or any(n - 2 * cut(n, self.trim) < 3 for n in (self.first, *self.fresh)):
+            raise _bad(f"a share of {self.trim:g} trimmed at either end", "a share that leaves 3 pairs or more")
+
+    @property
+    def level(self) -> float:
+        """The level of the alarm over all looks, one-sided, in each direction."""
+        return sum(self.levels)
+
+    def looks(self, stage: Stage) -> tuple[int, ...]:
+        """Return the numbers of pairs at which a stage may be judged."""
+        return (self.first,) if stage == "first" else self.fresh
+
+
+def _bad(what: str, wanted: str) -> UsageError:
+    return UsageError(what, where="design of the pairs", mend=f"give {wanted}")
