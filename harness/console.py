@@ -40,7 +40,7 @@ def bug(kind: type[BaseException], error: BaseException, trace: TracebackType | 
     traceback.print_exception(kind, error, trace)
     what = f"this is a bug of peft-harness, not of what you asked: {kind.__name__}: {error}"
     kept = "; ".join(getattr(error, "__notes__", ())) or "no Record was written, and none was touched"
-    sys.exit(fail(HarnessError(what, mend=f"report it with the lines above; {kept}")))
+    sys.exit(fail(HarnessError(what, hint=f"report it with the lines above; {kept}")))
 
 
 def fail(error: HarnessError) -> Exit:

@@ -38,20 +38,20 @@ EXITS = {
 class HarnessError(Exception):
     """A failure with an address.
 
-    what: one sentence; where: file, line, Cell or option, may be empty; mend: what to do about it.
+    what: one sentence; where: file, line, Cell or option, may be empty; hint: what to do about it.
     `code` is what `peft-harness explain` takes.
     """
 
     code = "error"
     exit_code = Exit.INFRASTRUCTURE
 
-    def __init__(self, what: str, *, where: str = "", mend: str = "") -> None:
+    def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
         super().__init__(what)
-        self.what, self.where, self.mend = what, where, mend
+        self.what, self.where, self.hint = what, where, hint
 
     def __str__(self) -> str:
         head = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{head}\n  mend: {self.mend}" if self.mend else head
+        return f"{head}\n  hint: {self.hint}" if self.hint else head
 
 
 class UsageError(HarnessError):
@@ -67,10 +67,10 @@ class Problem:
 
     where: str
     what: str
-    mend: str = ""
+    hint: str = ""
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}" + (f"\n    mend: {self.mend}" if self.mend else "")
+        return f"{self.where}: {self.what}" + (f"\n    hint: {self.hint}" if self.hint else "")
 
 
 def in_order(problems: Iterable[Problem]) -> list[Problem]:
@@ -87,7 +87,7 @@ def wrong_use(problems: Sequence[Problem]) -> UsageError:
     """Return one error of all mistakes of a command line, each with its option and mend."""
     if len(problems) == 1:
         (one,) = problems
-        return UsageError(one.what, where=one.where, mend=one.mend)
+        return UsageError(one.what, where=one.where, hint=one.hint)
     return UsageError("\n".join([f"{len(problems)} mistakes", *(f"  {p}" for p in problems)]))
 
 
@@ -97,7 +97,7 @@ def noted(problems: list[Problem]) -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        problems.append(Problem(error.where, error.what, error.mend))
+        problems.append(Problem(error.where, error.what, error.hint))
 
 
 class SuiteError(UsageError):

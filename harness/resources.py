@@ -17,13 +17,13 @@ def folder(name: str) -> Path:
 
 def named(path: str) -> Path:
     """Return the path that somebody wrote, `~` resolved. Raises UsageError for what cannot be a path."""
-    mend = "write ./path, /path or ~/path"
+    hint = "write ./path, /path or ~/path"
     if "\0" in path:
-        raise UsageError(f"{path!r} is no path: it holds a zero byte", mend=mend)
+        raise UsageError(f"{path!r} is no path: it holds a zero byte", hint=hint)
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise UsageError(f"{path!r} is no path: {error}", mend=mend) from error
+        raise UsageError(f"{path!r} is no path: {error}", hint=hint) from error
 
 
 def checkout() -> Path | None:

@@ -16,8 +16,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from harness.conformance import parity_suite
-from harness.conformance.case_selection import FEW, Breadth
-from harness.conformance.outcomes import Standing, Tried
+from harness.conformance.case_selection import FEW, CaseSelection
+from harness.conformance.outcomes import CheckOutcome, CheckStatus
 from harness.conformance.summary import failure
 from harness.errors import UsageError, near
 from harness.methods.registry import Implementation
@@ -31,13 +31,13 @@ class Conforming:
     """A function that claims to be a Method, an Operation or a quantisation of the base; its calls go to the function."""
 
     implementation: Implementation
-    breadth: Breadth = FEW
+    breadth: CaseSelection = FEW
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward to the function."""
         return self.implementation.function(*args, **kwargs)
 
-    def cases(self) -> Iterator[tuple[str, Callable[[], list[Tried]]]]:
+    def cases(self) -> Iterator[tuple[str, Callable[[], list[CheckOutcome]]]]:
         """Yield each case's name, and what tries it: every check of the suite."""
         plan, dtypes = parity_suite.load_either(self.implementation.target), self.implementation.dtypes
         found: Iterable[tuple[str, str, Any]]
@@ -50,7 +50,7 @@ class Conforming:
         for words, dtype, case in found:
             yield f"{words} {dtype}", partial(self._try, plan, words, dtype, case)
 
-    def _try(self, plan: parity_suite.Plan, words: str, dtype: str, case: Any) -> list[Tried]:
+    def _try(self, plan: parity_suite.ParityPlan, words: str, dtype: str, case: Any) -> list[CheckOutcome]:
         from harness.conformance import matrix
 
         it = self.implementation
@@ -59,16 +59,16 @@ class Conforming:
         else:
             results = matrix.one_case(it, plan, case)
         return [
-            Tried(implementation=it.name, kind=it.kind, target=it.target, dtype=dtype, case=words, result=result)
+            CheckOutcome(implementation=it.name, kind=it.kind, target=it.target, dtype=dtype, case=words, result=result)
             for result in results
         ]
 
 
-def verdict(tried: Iterable[Tried]) -> tuple[str, str]:
+def verdict(tried: Iterable[CheckOutcome]) -> tuple[str, str]:
     """Return what failed, one line each, and if nothing was compared, why."""
     every = list(tried)
-    failed = [failure(one) for one in every if one.standing is Standing.FAIL]
-    compared = any(one.standing is Standing.PASS for one in every)
+    failed = [failure(one) for one in every if one.standing is CheckStatus.FAIL]
+    compared = any(one.standing is CheckStatus.PASS for one in every)
     reasons = sorted({one.result.detail for one in every})
     return "\n".join(failed), "" if failed or compared else "; ".join(reasons)
 
@@ -88,10 +88,10 @@ def conformance(
     or dtype, and where the suite has no case in these dtypes: no tests at all would be green.
     """
     if not isinstance(target, str):
-        raise UsageError("@conformance stands without a name", where="@conformance", mend='write @conformance("lora")')
+        raise UsageError("@conformance stands without a name", where="@conformance", hint='write @conformance("lora")')
     if not parity_suite.path_of(target).is_file():
         raise UsageError(
-            f"nothing here is called {target!r}", where="@conformance", mend=near(target, parity_suite.names())
+            f"nothing here is called {target!r}", where="@conformance", hint=near(target, parity_suite.names())
         )
     kind, there = parity_suite.kind_of(target), parity_suite.load_either(target).dtypes
 
@@ -103,8 +103,8 @@ def conformance(
             raise UsageError(str(error), where="@conformance") from error
         if not set(implementation.dtypes) & set(there):
             what = f"the parity suite of {target} has no case in {', '.join(implementation.dtypes)}"
-            raise UsageError(what, where="@conformance", mend=f"its dtypes are {', '.join(there)}")
-        return Conforming(implementation, Breadth(full, drawn, seed))
+            raise UsageError(what, where="@conformance", hint=f"its dtypes are {', '.join(there)}")
+        return Conforming(implementation, CaseSelection(full, drawn, seed))
 
     return wrap
 

@@ -15,7 +15,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from harness.errors import Problem, SuiteError, in_order, near
 
-Way = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 """The way to a value, e.g. `("matrix", 0, "cells", 2, "config", "rank")`."""
 
 _TAG = "tag:yaml.org,2002:"
@@ -36,12 +36,12 @@ class Document:
     path: Path
     raw: bytes
     data: dict[str, Any]
-    lines: dict[Way, int]
+    lines: dict[KeyPath, int]
     problems: list[Problem] = field(default_factory=list)
-    unreadable: set[Way] = field(default_factory=set)
-    cut: set[Way] = field(default_factory=set)
+    unreadable: set[KeyPath] = field(default_factory=set)
+    cut: set[KeyPath] = field(default_factory=set)
 
-    def at(self, way: Way) -> Any:
+    def at(self, way: KeyPath) -> Any:
         """Return the value at `way`."""
         data: Any = self.data
         for part in way:
@@ -54,20 +54,20 @@ class Document:
             way = way[:-1]
         return f"{self.path}:{self.lines.get(way, 1)}"
 
-    def is_cut(self, way: Way) -> bool:
+    def is_cut(self, way: KeyPath) -> bool:
         """Say whether a value, or what it would stand in, was cut."""
         return any(way[:length] in self.cut for length in range(len(way) + 1))
 
-    def is_emptied(self, entry: Way) -> bool:
+    def is_emptied(self, entry: KeyPath) -> bool:
         """Say whether an entry was cut whole, so that nothing of it is left to judge."""
         return entry in self.cut and not self.at(entry)
 
-    def move(self, moves: Mapping[Way, Mapping[str | int, str | int]]) -> None:
+    def move(self, moves: Mapping[KeyPath, Mapping[str | int, str | int]]) -> None:
         """Let lines and cuts follow what was moved in the data: within each way, from the old key or index to the new."""
         if not moves:
             return
 
-        def moved(way: Way) -> Way:
+        def moved(way: KeyPath) -> KeyPath:
             return tuple(moves[way[:n]].get(part, part) if way[:n] in moves else part for n, part in enumerate(way))
 
         lines, cut = {moved(way): line for way, line in self.lines.items()}, {moved(way) for way in self.cut}
@@ -151,8 +151,8 @@ def _compose(path: Path, text: str) -> Node | None:
         return yaml.compose(text)  # type: ignore[no-any-return]
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        mend = "indent with spaces" if "\\t" in (error.problem or "") else "mend the YAML here or just above"
-        problem = Problem(f"{path}:{mark.line + 1 if mark else 1}", f"not YAML: {error.problem}", mend)
+        hint = "indent with spaces" if "\\t" in (error.problem or "") else "mend the YAML here or just above"
+        problem = Problem(f"{path}:{mark.line + 1 if mark else 1}", f"not YAML: {error.problem}", hint)
     except YAMLError as error:
         line = text.count("\n", 0, getattr(error, "position", 0)) + 1
         problem = Problem(f"{path}:{line}", f"not YAML: {getattr(error, 'reason', error)}", "take the character out")
@@ -188,10 +188,10 @@ class _Builder:
 
     def __init__(self, path: Path, tags: bool, texts: bool) -> None:
         self.path, self.tags, self.texts = path, tags, texts
-        self.lines: dict[Way, int] = {}
+        self.lines: dict[KeyPath, int] = {}
         self.problems: list[Problem] = []
-        self.unreadable: set[Way] = set()
-        self.cut: set[Way] = set()
+        self.unreadable: set[KeyPath] = set()
+        self.cut: set[KeyPath] = set()
         self._constructor = YAML(typ="safe", pure=True).constructor
         self._open: set[int] = set()
         self._gone_through = 0
@@ -199,7 +199,7 @@ class _Builder:
         self._parts: dict[Node, set[int]] = {}
         """Of what was put together, the nodes that it was made of: an alias may name either."""
 
-    def build(self, node: Node, way: Way) -> Any:
+    def build(self, node: Node, way: KeyPath) -> Any:
         """Return the plain value of a node; `way` is where it goes."""
         self._count(1)
         # The key's line stands already when this is a value; a value on the next line is less helpful.
@@ -222,18 +222,18 @@ class _Builder:
         self._gone_through += nodes
         if self._gone_through > _MOST_NODES:
             what = f"more than {_MOST_NODES} values once aliases are followed"
-            mend = "write it without so many aliases"
-            raise SuiteError([*self.problems, Problem(f"{self.path}:1", what, mend)])
+            hint = "write it without so many aliases"
+            raise SuiteError([*self.problems, Problem(f"{self.path}:1", what, hint)])
 
-    def _problem(self, node: Node, what: str, mend: str) -> None:
-        self.problems.append(Problem(f"{self.path}:{node.start_mark.line + 1}", what, mend))
+    def _problem(self, node: Node, what: str, hint: str) -> None:
+        self.problems.append(Problem(f"{self.path}:{node.start_mark.line + 1}", what, hint))
 
-    def _lost(self, node: Node, way: Way, what: str, mend: str) -> None:
+    def _lost(self, node: Node, way: KeyPath, what: str, hint: str) -> None:
         """Note a value that cannot be read."""
-        self._problem(node, what, mend)
+        self._problem(node, what, hint)
         self.unreadable.add(way)
 
-    def _scalar(self, node: ScalarNode, way: Way) -> Any:
+    def _scalar(self, node: ScalarNode, way: KeyPath) -> Any:
         tag = str(node.tag)
         if tag.startswith(_UNDEFINED):
             return self._lost(node, way, *_undefined(node))
@@ -256,7 +256,7 @@ class _Builder:
             return self._lost(node, way, "half a character, which no file can hold", "write the character itself")
         return value
 
-    def _mapping(self, node: MappingNode, way: Way) -> dict[str, Any]:
+    def _mapping(self, node: MappingNode, way: KeyPath) -> dict[str, Any]:
         nodes: dict[str, tuple[ScalarNode, Node]] = {}
         for key, value in self._pairs(node, way):
             name = str(key.value)
@@ -274,7 +274,7 @@ class _Builder:
             built[name] = self.build(value, (*way, name))
         return built
 
-    def _united(self, first: Node, second: Node, way: Way) -> Node:
+    def _united(self, first: Node, second: Node, way: KeyPath) -> Node:
         """Return what counts of two values of one key."""
         if isinstance(first, MappingNode) and isinstance(second, MappingNode):
             # That the key of both is there twice says it of the keys in both too.
@@ -297,7 +297,7 @@ class _Builder:
         self._parts[node] = {part for one in (first, second) for part in self._parts.get(one, {id(one)})}
         return node
 
-    def _pairs(self, node: MappingNode, way: Way) -> Iterator[tuple[ScalarNode, Node]]:
+    def _pairs(self, node: MappingNode, way: KeyPath) -> Iterator[tuple[ScalarNode, Node]]:
         for key, value in node.value:
             if not isinstance(key, ScalarNode):
                 self._problem(key, "a key that is not a word", "write `key: value`")
@@ -307,7 +307,9 @@ class _Builder:
             elif str(key.tag) != _TAG + "merge":
                 yield key, value
 
-    def _merged(self, node: MappingNode, way: Way, inside: tuple[int, ...] = ()) -> Iterator[tuple[ScalarNode, Node]]:
+    def _merged(
+        self, node: MappingNode, way: KeyPath, inside: tuple[int, ...] = ()
+    ) -> Iterator[tuple[ScalarNode, Node]]:
         """Yield the pairs that `<<` brings in, nearest first."""
         if id(node) in inside:
             self._problem(node, "an alias that contains itself", "write the value out")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from harness.claims import claim_file
-from harness.claims.judge import Judged, judge, plain
+from harness.claims.judge import JudgedClaim, judge, plain
 from harness.claims.worker import find
 
 
-def verdicts(paper: str, starts: tuple[str, ...]) -> dict[str, Judged]:
+def verdicts(paper: str, starts: tuple[str, ...]) -> dict[str, JudgedClaim]:
     """Map the ids that begin so to what became of them."""
     found = {}
     for claim in claim_file.load(claim_file.paths([paper])):

@@ -11,11 +11,11 @@ from typing import Any
 import recorded_run
 
 from harness.assets import table
-from harness.cell.job import Asset, TaskWork, Work
+from harness.cell.job import Asset, Job, JobTask
 from harness.records import environment, store
 from harness.records.manifest import Manifest
 from harness.records.record import Cell, Environment, Record
-from harness.runner.attempt import Terms
+from harness.runner.attempt import RunContext
 
 SOURCE = table.Source(name="tiny-llama", kind="causal", source="made:tiny-llama")
 
@@ -60,19 +60,19 @@ class Stubbed:
         )  # fmt: skip
         self.folder = store.RunFolder.create(path / "run", manifest)
         self.path = path
-        self.terms = Terms(self.folder, self.here, timeout)
+        self.terms = RunContext(self.folder, self.here, timeout)
         self.nobody = Nobody()
 
     def command(self, acts: Mapping[int, str] | None = None) -> list[str]:
         return stub(self.path, self.cells, self.here, acts)
 
-    def works(self, device: str = "cpu") -> Iterator[Work]:
+    def works(self, device: str = "cpu") -> Iterator[Job]:
         use = recorded_run.assets()[0]
         asset = Asset(path=str(self.path), source=SOURCE, use=use)
-        task = TaskWork(name="t", spec={}, labels=2, test=1, shuffle_seed=0, use=use)
+        task = JobTask(name="t", spec={}, labels=2, test=1, shuffle_seed=0, use=use)
         for cell in self.cells:
             attempt = self.folder.next_attempt(cell.cell_id)
-            yield Work(
+            yield Job(
                 run="stubbed", folder=str(self.folder.path), attempt=attempt, cell=cell, model=asset, data=asset,
                 task=task, device="cuda" if device == "cuda" else "cpu",
             )  # fmt: skip

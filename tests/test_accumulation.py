@@ -168,12 +168,12 @@ def test_checkpointing_computes_each_block_twice_and_ends_with_its_context(folde
     assert [passes(wanted) for wanted in (False, True, False)] == [1, 2, 1]
 
 
-def test_a_model_without_checkpointing_is_refused_with_a_mend() -> None:
+def test_a_model_without_checkpointing_is_refused_with_a_hint() -> None:
     with (
         pytest.raises(UsageError, match="Encoder cannot do gradient checkpointing") as refused,
         models.checkpointing(Encoder(), True),
     ):
         pass
-    assert "checkpointing: false" in refused.value.mend
+    assert "checkpointing: false" in refused.value.hint
     with models.checkpointing(SimpleNamespace(), False):
         pass

@@ -183,10 +183,10 @@ def told(config: dict[str, Any]) -> list[Any]:
 
 
 def test_a_key_that_peft_would_ignore_is_a_mistake_of_the_suite() -> None:
-    ((where, what, mend),) = told({"peft_type": "LORA", "r": 4, "lora_alhpa": 7})
+    ((where, what, hint),) = told({"peft_type": "LORA", "r": 4, "lora_alhpa": 7})
     assert where == ("lora_alhpa",)
     assert what == "has lora_alhpa, which the installed peft's LORA does not have and would ignore"
-    assert mend == "did you mean `lora_alpha`?"
+    assert hint == "did you mean `lora_alpha`?"
     assert told({"peft_type": "LORA", "r": 4, "of_the_future": None}) == []  # a newer peft's, and unset
 
 
@@ -321,16 +321,16 @@ MENDS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("wrong", "mend", "right"), MENDS, ids=lambda value: str(value)[:40])
-def test_what_a_mend_says_to_write_is_right(
-    tmp_path: Path, wrong: dict[str, Any], mend: str, right: dict[str, Any]
+@pytest.mark.parametrize(("wrong", "hint", "right"), MENDS, ids=lambda value: str(value)[:40])
+def test_what_a_hint_says_to_write_is_right(
+    tmp_path: Path, wrong: dict[str, Any], hint: str, right: dict[str, Any]
 ) -> None:
     others = {} if "peft_type" in wrong else LORA  # whose keys another type does not have
     (tmp_path / "wrong.json").write_text(json.dumps({**others, **wrong}), encoding="utf-8")
     with pytest.raises(SuiteError) as caught:
         loader.load(suite(tmp_path, "./wrong.json"))
     (problem,) = caught.value.problems
-    assert mend in problem.mend
+    assert hint in problem.hint
     assert loader.load(suite(tmp_path, {**others, **right})).entries
 
 

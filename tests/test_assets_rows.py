@@ -11,7 +11,7 @@ from harness.assets import generated, rows, table
 from harness.errors import AssetError, UsageError
 
 
-def read(content: str | bytes, path: Path, **how: object) -> list[rows.Row]:
+def read(content: str | bytes, path: Path, **how: object) -> list[rows.DataRow]:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return rows.read(table.parse_source({"name": "d", "kind": "data", "source": f"file:{path}", "rows": how}), path)
 
@@ -19,14 +19,14 @@ def read(content: str | bytes, path: Path, **how: object) -> list[rows.Row]:
 def test_valence_becomes_a_label_and_near_zero_is_dropped(tmp_path: Path) -> None:
     text = "1\t2.5\t A\tB \r\n2\t-0.5\tbad\r\n3\t0.49\tmeh\r\n4\t-0.1\tmeh\r\n\r\n"
     assert read(text, tmp_path / "d", format="valence-tsv", least=0.5) == [
-        rows.Row("1", "A\tB", 1),
-        rows.Row("2", "bad", 0),
+        rows.DataRow("1", "A\tB", 1),
+        rows.DataRow("2", "bad", 0),
     ]
 
 
 def test_csv_and_jsonl_name_their_columns(tmp_path: Path) -> None:
     how = {"text": "t", "label": "y"}
-    expected = [rows.Row("x", "a, b\nc", 1), rows.Row("z", "d", 0)]
+    expected = [rows.DataRow("x", "a, b\nc", 1), rows.DataRow("z", "d", 0)]
     assert read('\ufeffid,t,y\nx,"a, b\nc",1\nz,d,0\n', tmp_path / "c", format="csv", **how) == expected
     assert (
         read(
@@ -135,9 +135,9 @@ def test_a_text_that_holds_what_the_test_asks_is_not_trained_on() -> None:
     assert [row.id for row in train] == ["part", "begun", "longer"]
 
 
-def many() -> Iterator[rows.Row]:
+def many() -> Iterator[rows.DataRow]:
     for number in range(300):
-        yield rows.Row(str(number), f"text {number % 250}", number % 2)
+        yield rows.DataRow(str(number), f"text {number % 250}", number % 2)
 
 
 def test_a_split_is_one_shuffle_that_shares_no_text() -> None:

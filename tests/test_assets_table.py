@@ -65,7 +65,7 @@ def test_all_mistakes_of_a_table_come_at_once_with_their_lines(tmp_path: Path) -
     )
     with pytest.raises(SuiteError) as caught:
         table.load_table(path)
-    found = [(problem.where.rsplit(":", 1)[1], problem.mend) for problem in caught.value.problems]
+    found = [(problem.where.rsplit(":", 1)[1], problem.hint) for problem in caught.value.problems]
     assert found == [("3", "rename one of the two"), ("9", "did you mean `licence`?"), ("13", "did you mean `label`?")]
 
 
@@ -90,7 +90,7 @@ def test_names_resolve_to_rows_hub_repositories_and_folders(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "mend"),
+    ("name", "hint"),
     [
         ("minilm-16", "did you mean 'minilm-l6'"),
         ("xyz", "named in the table: minilm-l6"),
@@ -98,10 +98,10 @@ def test_names_resolve_to_rows_hub_repositories_and_folders(tmp_path: Path) -> N
         ("org/m@main", "40 hex digits"),
     ],
 )
-def test_an_unknown_name_gets_a_mend(name: str, mend: str, tmp_path: Path) -> None:
+def test_an_unknown_name_gets_a_hint(name: str, hint: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         table.resolve(name, {"minilm-l6": table.parse_source(WHEEL)}, tmp_path)
-    assert mend in str(caught.value)
+    assert hint in str(caught.value)
 
 
 def test_a_path_alone_is_no_data(tmp_path: Path) -> None:

@@ -328,16 +328,16 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("name", BAD_SUITES)
 def test_bad_suite(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    old, new, line, message, mend = BAD_SUITES[name]
+    old, new, line, message, hint = BAD_SUITES[name]
     assert old in SUITE
     path = tmp_path / "suite.yaml"
     path.write_text(SUITE.replace(old, new, 1), encoding="utf-8")
     code, said = run(capsys, "plan", str(path))
     assert code == Exit.USAGE
-    found = re.findall(r"^  (\S+):(\d+): (.*)\n    mend: (.*)$", said, re.MULTILINE)
-    assert len(found) == int(re.search(r"(\d+) mistakes? in the suite", said)[1]), f"a problem has no mend: {said}"
+    found = re.findall(r"^  (\S+):(\d+): (.*)\n    hint: (.*)$", said, re.MULTILINE)
+    assert len(found) == int(re.search(r"(\d+) mistakes? in the suite", said)[1]), f"a problem has no hint: {said}"
     assert any(
-        (where, number) == (str(path), str(line)) and message in what and mend in how
+        (where, number) == (str(path), str(line)) and message in what and hint in how
         for where, number, what, how in found
     ), said
 
@@ -370,7 +370,7 @@ def mistakes(path: Path, text: str) -> list[tuple[int, str]]:
     path.write_text(text, encoding="utf-8")
     with pytest.raises(SuiteError) as caught:
         loader.load(path)
-    assert all(problem.mend for problem in caught.value.problems)
+    assert all(problem.hint for problem in caught.value.problems)
     return [(int(problem.where.rpartition(":")[2]), problem.what) for problem in caught.value.problems]
 
 
@@ -650,7 +650,7 @@ def test_files_that_are_no_suite(
     code, said = run(capsys, "run", str(path))
     assert code == Exit.USAGE
     assert f"{path}:{line}: {message}" in said
-    assert "mend: " in said
+    assert "hint: " in said
 
 
 def test_every_mistake_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
@@ -681,7 +681,7 @@ def test_mistakes_of_how_it_is_trained_come_all_at_once(tmp_path: Path) -> None:
         (6, "`lr_ratio` is 8"),
         (10, "`optimizer` is paged-adamw"),
     ]
-    assert all(p.mend for p in caught.value.problems)
+    assert all(p.hint for p in caught.value.problems)
 
 
 def test_all_that_layerwise_updates_cannot_be_with_is_said_at_once(tmp_path: Path) -> None:
@@ -699,7 +699,7 @@ def test_all_that_layerwise_updates_cannot_be_with_is_said_at_once(tmp_path: Pat
     assert {p.where.rpartition(":")[2] for p in said} == {"7"}
     for part in ("`accumulate` is 2", "`compile` is true", "dtype is float16", "lora does not train"):
         assert sum(part in p.what for p in said) >= 1, part
-    assert all(p.mend for p in said)
+    assert all(p.hint for p in said)
 
 
 def test_what_is_missing_hides_no_other_mistake(tmp_path: Path) -> None:
@@ -723,7 +723,7 @@ def test_what_is_missing_hides_no_other_mistake(tmp_path: Path) -> None:
         (14, "`training.steps` is missing"),
         (19, "`as` names `a`"),
     ]
-    assert all(p.mend for p in caught.value.problems)
+    assert all(p.hint for p in caught.value.problems)
 
 
 def test_a_batch_that_was_taken_out_is_not_divided(tmp_path: Path) -> None:
@@ -751,7 +751,7 @@ def test_a_wrong_value_is_not_also_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "message", "mend"),
+    ("argv", "message", "hint"),
     [
         (["rnu", "smoke"], "No such command 'rnu'", "see `peft-harness --help`"),
         (["run"], "run: Missing argument 'SUITE'", "see `peft-harness run --help`"),
@@ -805,7 +805,7 @@ def test_a_wrong_value_is_not_also_missing(tmp_path: Path) -> None:
 def test_bad_command_line(
     argv: list[str],
     message: str,
-    mend: str,
+    hint: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -814,4 +814,4 @@ def test_bad_command_line(
     code, said = run(capsys, *argv)
     assert code == Exit.USAGE
     assert message in said
-    assert mend in said.partition("mend: ")[2]
+    assert hint in said.partition("hint: ")[2]

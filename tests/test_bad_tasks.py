@@ -31,7 +31,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(
-    ("change", "line", "message", "mend"),
+    ("change", "line", "message", "hint"),
     [
         (("test: 64", "test: many"), 14, "`test` is 'many'", "write a whole number"),
         (("  test: 64\n", ""), 9, "`test` is missing", "add `test`"),
@@ -84,7 +84,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
     ],
 )
 def test_bad_task(
-    change: tuple[str, str], line: int, message: str, mend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    change: tuple[str, str], line: int, message: str, hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     body = TASK.partition("\n")[2] if TASK.startswith("#") else TASK
     assert change[0] in body
@@ -94,7 +94,7 @@ def test_bad_task(
     code, said = run(capsys, "plan", str(suite))
     assert code == Exit.USAGE
     assert f"{task}:{line}: {message}" in said
-    assert mend in said
+    assert hint in said
 
 
 def test_a_key_that_is_given_twice_hides_nothing_of_a_task(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_sound_generative_task(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "line", "message", "mend"),
+    ("change", "line", "message", "hint"),
     [
         (("{{prompt}}", "{{text}}"), 3, "`doc_to_text` uses `text`, which no row has", "id, prompt, answer"),
         (('until: ["."], ', ""), 5, "`until` is None", "list the texts that end an answer"),
@@ -192,7 +192,7 @@ def test_a_sound_generative_task(tmp_path: Path) -> None:
     ],
 )
 def test_bad_generative_task(
-    change: tuple[str, str], line: int, message: str, mend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    change: tuple[str, str], line: int, message: str, hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert change[0] in ANSWERED
     code, said = run(capsys, "plan", str(answered(tmp_path, ANSWERED.replace(*change))))
@@ -200,7 +200,7 @@ def test_bad_generative_task(
     where = "asked.jsonl" if "rows, and" in message else "task.yaml"
     assert f"{tmp_path / where}:{line}: " in said
     assert message in said
-    assert mend in said.partition(message)[2]
+    assert hint in said.partition(message)[2]
 
 
 def test_all_mistakes_of_both_sets_and_the_suite_come_at_once(tmp_path: Path) -> None:
@@ -269,14 +269,14 @@ def local_data(folder: Path, content: str | None) -> Path:
 def test_bad_local_data_are_found_before_anything_runs(
     name: str, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    content, line, message, mend = BAD_DATA[name]
+    content, line, message, hint = BAD_DATA[name]
     monkeypatch.chdir(tmp_path)
     code, said = run(capsys, verb, str(local_data(tmp_path, content)))
     assert code == Exit.USAGE
     assert "1 mistake in the suite" in said
     assert f"{tmp_path / 'reviews.csv'}:{line}: " in said
     assert message in said
-    assert mend in said.partition("mend: ")[2]
+    assert hint in said.partition("hint: ")[2]
     assert not (tmp_path / "results").exists()
 
 
@@ -284,7 +284,7 @@ def test_a_local_data_file_that_is_not_there(tmp_path: Path, capsys: pytest.Capt
     code, said = run(capsys, "plan", str(local_data(tmp_path, None)))
     assert code == Exit.USAGE
     assert f"{tmp_path / 'task.yaml'}:12: no file for reviews ({tmp_path / 'reviews.csv'})" in said
-    assert "mend: correct its path" in said
+    assert "hint: correct its path" in said
 
 
 def test_sound_local_data(tmp_path: Path) -> None:

@@ -27,16 +27,16 @@ from harness.bench import (
 from harness.bench import (
     operation_benchmark as calls,
 )
-from harness.bench.adapted_llama import Trainee
+from harness.bench.adapted_llama import AdaptedLlama
 from harness.bench.operations import OPERATIONS
-from harness.bench.planning import Asked, Task
-from harness.bench.results import Ceilings, Row, Samples
-from harness.bench.sizes import MOST_PRODUCTS, MOST_WEIGHTS, SHAPES, Size, sizes
+from harness.bench.planning import BenchRequest, BenchTask
+from harness.bench.results import BenchRow, Ceilings, Samples
+from harness.bench.sizes import MOST_PRODUCTS, MOST_WEIGHTS, SHAPES, BenchSize, sizes
 from harness.bench.steps import STEPS, Backbone
 from harness.cli import bench as command
 from harness.cli import main
 from harness.conformance import operations, parity_suite
-from harness.conformance.outcomes import Tried
+from harness.conformance.outcomes import CheckOutcome
 from harness.errors import Exit, StoreError, UsageError
 from harness.methods.registry import Implementation, Registry, discover, implements
 from harness.records.environment import describe
@@ -44,7 +44,7 @@ from harness.records.record import CheckResult, Outcome
 from reference.galore import attach
 
 CPU = torch.device("cpu")
-SMALL = Size("tiny", 32, 48, 5, 4)
+SMALL = BenchSize("tiny", 32, 48, 5, 4)
 LITTLE = Backbone(layers=1, width=32, mlp=48, heads=2, kv_heads=1, vocabulary=64, batch=2, tokens=16, features=48)
 
 
@@ -69,15 +69,17 @@ def reference(target: str) -> Callable[..., Any]:
     return operations.every()[target].reference
 
 
-def rows(other: Implementation, registry: Registry, target: str = "lora_linear", pairs: int = 6) -> list[Row]:
+def rows(other: Implementation, registry: Registry, target: str = "lora_linear", pairs: int = 6) -> list[BenchRow]:
     ours = registry.find("operation", target, "reference")
-    bench = calls.Bench(target, ours, other, "float32", CPU, pairs, {"threads": 1})
+    bench = calls.OperationBenchmark(target, ours, other, "float32", CPU, pairs, {"threads": 1})
     return list(bench.rows(SMALL))
 
 
-def row(**more: Any) -> Row:
+def row(**more: Any) -> BenchRow:
     check = CheckResult(check="lora_linear/outputs/float32/call", outcome=Outcome.PASS, error=0.1, allowed=0.4)
-    tried = Tried(implementation="acme", kind="operation", target="lora_linear", dtype="float32", case="", result=check)
+    tried = CheckOutcome(
+        implementation="acme", kind="operation", target="lora_linear", dtype="float32", case="", result=check
+    )
     given: dict[str, Any] = {
         "name": "lora_linear", "shape": "square 8x8, 2 tokens", "dtype": "float32", "device": "cpu", "ours": "fused",
         "other": "acme", "outcome": "measured", "parity": [tried], "bytes": 4e6, "flops": 1e6,
@@ -87,7 +89,7 @@ def row(**more: Any) -> Row:
         ),
         "ceilings": Ceilings(copy_B_per_s=8e9, gemm_FLOP_per_s=1e11),
     }  # fmt: skip
-    return Row(**given | more)
+    return BenchRow(**given | more)
 
 
 # ---- no speed without parity
@@ -262,7 +264,9 @@ def test_a_galore_step_has_its_weight_once_while_its_memory_is_taken(
 
 
 def test_while_training_nothing_is_kept_that_only_the_parity_needed(registry: Registry) -> None:
-    trainee = Trainee(registry.find("method", "lora", "reference"), STEPS["lora"], LITTLE, "float32", CPU, registry)
+    trainee = AdaptedLlama(
+        registry.find("method", "lora", "reference"), STEPS["lora"], LITTLE, "float32", CPU, registry
+    )
     trainee.parity()
     assert trainee.subject.original.model is not None
     kept = [*trainee.start.values(), trainee.base_output, *trainee.subject.original.model.parameters()]
@@ -280,18 +284,18 @@ def test_while_training_nothing_is_kept_that_only_the_parity_needed(registry: Re
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_operation_has_a_case_that_its_arguments_take_and_costs_that_grow(name: str) -> None:
     how, it = OPERATIONS[name], operations.every()[name]
-    given = it.arguments(torch.float32, torch.Generator().manual_seed(0), **how.case(Size("t", 128, 128, 8, 4)))
+    given = it.arguments(torch.float32, torch.Generator().manual_seed(0), **how.case(BenchSize("t", 128, 128, 8, 4)))
     assert given
     assert (how.backward is not None) == bool(it.differentiable)
     for cost in filter(None, (how.forward, how.backward)):
-        small, large = Size("s", 512, 512, 64), Size("l", 1024, 512, 64)
+        small, large = BenchSize("s", 512, 512, 64), BenchSize("l", 1024, 512, 64)
         assert 0 < cost.bytes(small, 2) < cost.bytes(large, 2)
         assert cost.bytes(small, 2) <= cost.bytes(small, 4)
         assert 0 < cost.flops(small) < cost.flops(large)
 
 
 def test_the_bytes_of_a_call_are_those_of_its_arguments_and_outputs() -> None:
-    size, generator = Size("t", 96, 64, 8, 4), torch.Generator().manual_seed(0)
+    size, generator = BenchSize("t", 96, 64, 8, 4), torch.Generator().manual_seed(0)
     for name in ("nf4_dequantize", "lora_linear", "adamw8bit_step", "nf4_lora_linear", "galore_step"):
         how, it = OPERATIONS[name], operations.every()[name]
         given = it.arguments(torch.float32, generator, **how.case(size))
@@ -309,7 +313,7 @@ def test_what_is_judged_is_never_more_than_the_reference_can_do(shapes: str, dev
         assert judged.weights <= max(MOST_WEIGHTS[device], judged.D**2)
         assert judged.tokens * judged.weights <= max(MOST_PRODUCTS[device], judged.weights)
         assert (judged.E >= judged.D) == (size.E >= size.D)
-    assert Size("s", 512, 512, 128).judged(device, True) == Size("s", 512, 512, 128)
+    assert BenchSize("s", 512, 512, 128).judged(device, True) == BenchSize("s", 512, 512, 128)
 
 
 def test_judging_fewer_rows_is_said() -> None:
@@ -399,8 +403,8 @@ def test_a_step_whose_memory_could_not_be_taken_is_shown_as_failed() -> None:
             yield {"row": row().model_dump(mode="json")}
             yield {"end": 0}
 
-    task = Task("step:lora", "method", "lora", ("fused", "acme"), (), "float32", "cpu", step="lora")
-    (one,) = command._rows(task, Asked(), 1, Children())  # type: ignore[arg-type]
+    task = BenchTask("step:lora", "method", "lora", ("fused", "acme"), (), "float32", "cpu", step="lora")
+    (one,) = command._rows(task, BenchRequest(), 1, Children())  # type: ignore[arg-type]
     assert one.samples is not None
     assert "failed: timed, but the memory of fused: the process died of SIGKILL" in table.as_text([one])
     assert not pytest_benchmark.document([one], describe())["benchmarks"]
@@ -440,14 +444,14 @@ def test_the_export_has_what_pytest_benchmark_reads(tmp_path: Path) -> None:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """One process, sizes that take no time."""
-    monkeypatch.setattr(planning, "sizes", lambda shapes, per_token: [Size("tiny", 64, 64, 4, 2)])
+    monkeypatch.setattr(planning, "sizes", lambda shapes, per_token: [BenchSize("tiny", 64, 64, 4, 2)])
 
 
 def test_a_bench_leaves_a_file_per_benchmark_with_raw_samples(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "gpus", lambda: ())
-    asked = Asked(["galore_step"], ["galore-torch"], pairs=6, ours="reference")
+    asked = BenchRequest(["galore_step"], ["galore-torch"], pairs=6, ours="reference")
     out, export = tmp_path / "out", tmp_path / "export.json"
     assert command.bench(asked, False, out, export) is Exit.PASS
     shown = capsys.readouterr().out
@@ -475,7 +479,7 @@ def test_a_folder_that_holds_a_bench_is_refused(
     there = sorted(tmp_path.iterdir())
     capsys.readouterr()
     assert main(words) == Exit.USAGE
-    assert f"--out {tmp_path}: holds a bench already\n  mend: name another folder" in capsys.readouterr().err
+    assert f"--out {tmp_path}: holds a bench already\n  hint: name another folder" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == there
 
 
@@ -499,7 +503,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_runs(
     assert main(["bench", option, str(tmp_path / place)]) == Exit.USAGE
     said = capsys.readouterr().err
     assert f"{option} {tmp_path / place}: " in said
-    assert "mend: name a" in said
+    assert "hint: name a" in said
 
 
 class Fake:
@@ -520,13 +524,13 @@ class Fake:
 
 
 @pytest.fixture
-def two_rivals(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> Asked:
+def two_rivals(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> BenchRequest:
     """Two processes of two rows each."""
-    monkeypatch.setattr(planning, "sizes", lambda shapes, per_token: [Size("one", 8, 8), Size("two", 8, 8)])
+    monkeypatch.setattr(planning, "sizes", lambda shapes, per_token: [BenchSize("one", 8, 8), BenchSize("two", 8, 8)])
     monkeypatch.setattr(command.isolated, "discover", lambda: registry)
     monkeypatch.setattr(command, "Children", Fake)
     monkeypatch.setattr(Fake, "after", lambda: None, raising=False)
-    return Asked(["nf4_quantize"], ["bitsandbytes", "torchao"], device="cpu", ours="reference")
+    return BenchRequest(["nf4_quantize"], ["bitsandbytes", "torchao"], device="cpu", ours="reference")
 
 
 def interrupt() -> None:
@@ -535,7 +539,7 @@ def interrupt() -> None:
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_ctrl_c_keeps_the_rows_there_are_and_says_what_is_missing(
-    two_rivals: Asked,
+    two_rivals: BenchRequest,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -557,7 +561,7 @@ def test_ctrl_c_keeps_the_rows_there_are_and_says_what_is_missing(
 
 
 def test_a_row_is_written_as_soon_as_it_is_measured(
-    two_rivals: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two_rivals: BenchRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = []
     monkeypatch.setattr(Fake, "after", lambda: there.append(len(list(tmp_path.iterdir()))))
@@ -572,15 +576,15 @@ def test_ctrl_c_while_memory_is_taken_keeps_the_times(monkeypatch: pytest.Monkey
                 interrupt()
             yield {"row": row().model_dump(mode="json")}
 
-    task = Task("step:lora", "method", "lora", ("fused", "acme"), (), "float32", "cpu", step="lora")
-    found = command._rows(task, Asked(), 1, Children())  # type: ignore[arg-type]
+    task = BenchTask("step:lora", "method", "lora", ("fused", "acme"), (), "float32", "cpu", step="lora")
+    found = command._rows(task, BenchRequest(), 1, Children())  # type: ignore[arg-type]
     assert next(found).samples is not None
     with pytest.raises(KeyboardInterrupt):
         next(found)
 
 
 def test_a_folder_that_goes_away_meanwhile_costs_neither_the_table_nor_the_rows_to_come(
-    two_rivals: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    two_rivals: BenchRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, export = tmp_path / "out", tmp_path / "export.json"
 
@@ -601,7 +605,7 @@ def test_a_folder_that_goes_away_meanwhile_costs_neither_the_table_nor_the_rows_
 
 
 def test_what_could_not_be_written_is_written_at_the_end(
-    two_rivals: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two_rivals: BenchRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, away = tmp_path / "out", tmp_path / "away"
     moves = iter([lambda: out.rename(away), lambda: None, lambda: away.rename(out), lambda: None])
@@ -614,7 +618,7 @@ def test_a_step_that_somebody_has_no_layer_for_is_not_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "gpus", lambda: ())
-    asked = Asked(steps=["lora-nf4"], vs=["loralib"], pairs=5)
+    asked = BenchRequest(steps=["lora-nf4"], vs=["loralib"], pairs=5)
     assert command.bench(asked, False, None, None) is Exit.NOTHING_COMPARED
     assert "not-run: model.layers.0.self_attn.q_proj: loralib has no layer" in capsys.readouterr().out
 
@@ -626,7 +630,7 @@ def test_rivals_are_those_who_offer_it_without_variants_and_the_reference_only_i
     registry: Registry,
 ) -> None:
     def rivals(name: str, ours: str = "reference", **more: Any) -> list[str]:
-        tasks, later = planning.plan(Asked([name], device="cpu", ours=ours, **more), registry, no_gpu="no GPU")
+        tasks, later = planning.plan(BenchRequest([name], device="cpu", ours=ours, **more), registry, no_gpu="no GPU")
         return [task.names[1] for task in tasks] + [f"-{one.because}" for one in later]
 
     assert {"bitsandbytes", "torchao"} <= set(rivals("nf4_quantize"))
@@ -639,7 +643,7 @@ def test_rivals_are_those_who_offer_it_without_variants_and_the_reference_only_i
 
 
 def test_what_is_named_twice_is_run_once(registry: Registry) -> None:
-    twice = Asked(
+    twice = BenchRequest(
         ["lora_linear"] * 2, ["fused"] * 2, ["lora"] * 2, dtypes=["float32"] * 2, device="cpu", ours="reference"
     )
     tasks, later = planning.plan(twice, registry, no_gpu="no GPU")
@@ -651,13 +655,13 @@ def test_what_is_named_twice_is_run_once(registry: Registry) -> None:
 def test_the_reference_is_a_rival_only_where_there_is_no_other(there: list[str], said: str) -> None:
     offering = [offered(name, "galore_step", reference("galore_step")) for name in ("acme", *there)]
     tasks, later = planning.plan(
-        Asked(["galore_step"], device="cpu", ours="acme"), Registry(tuple(offering)), no_gpu="no GPU"
+        BenchRequest(["galore_step"], device="cpu", ours="acme"), Registry(tuple(offering)), no_gpu="no GPU"
     )
     assert [*(task.names[1] for task in tasks), *(one.because for one in later)] == [said]
 
 
 def test_without_a_gpu_only_the_cpu_is_timed_and_the_rest_is_told(registry: Registry) -> None:
-    asked = Asked(["galore_step"], ["galore-torch"], ours="reference")
+    asked = BenchRequest(["galore_step"], ["galore-torch"], ours="reference")
     tasks, later = planning.plan(asked, registry, no_gpu="no GPU")
     assert [task.device for task in tasks] == ["cpu"]
     assert [(one.device, one.because) for one in later] == [("cuda", "no GPU")]
@@ -667,7 +671,7 @@ def test_without_a_gpu_only_the_cpu_is_timed_and_the_rest_is_told(registry: Regi
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16")])
 def test_steps_and_operations_are_timed_in_what_people_use_there(registry: Registry, device: Any, dtype: str) -> None:
-    asked = Asked(["lora_linear"], ["hf-peft", "torchao"], ["lora"], device=device)
+    asked = BenchRequest(["lora_linear"], ["hf-peft", "torchao"], ["lora"], device=device)
     tasks, later = planning.plan(asked, registry, no_gpu="")
     assert {task.dtype for task in tasks} == {dtype}, later
     assert "step:lora" in {task.name for task in tasks}
@@ -682,13 +686,13 @@ def test_a_gpu_that_torch_cannot_use_is_none(
     assert main(["bench", "--op", "nf4_quantize", "--device", "cuda"]) == Exit.INFRASTRUCTURE
     why = f"nvidia-smi shows one, but torch {torch.__version__} is built without CUDA"
     assert f"not-run (no GPU): {why}" in capsys.readouterr().out
-    asked = Asked(["galore_step"], ["galore-torch"], ours="reference")
+    asked = BenchRequest(["galore_step"], ["galore-torch"], ours="reference")
     assert [task.device for task in planning.plan(asked, registry, command.no_gpu())[0]] == ["cpu"]
 
 
 def test_a_process_that_dies_is_one_row_and_the_other_sizes_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = tuple(Size(name, 8, 8) for name in ("one", "two", "three"))
-    task = Task("galore_step", "operation", "galore_step", ("fused", "acme"), (), "float32", "cpu", wanted)
+    wanted = tuple(BenchSize(name, 8, 8) for name in ("one", "two", "three"))
+    task = BenchTask("galore_step", "operation", "galore_step", ("fused", "acme"), (), "float32", "cpu", wanted)
     fine = row().model_dump(mode="json")
 
     class Children:
@@ -704,7 +708,7 @@ def test_a_process_that_dies_is_one_row_and_the_other_sizes_go_on(monkeypatch: p
                 yield {"row": fine}
                 yield {"end": number}
 
-    found = list(command._operation(task, Asked(), 1, Children()))  # type: ignore[arg-type]
+    found = list(command._operation(task, BenchRequest(), 1, Children()))  # type: ignore[arg-type]
     assert [one.outcome for one in found] == ["measured", "failed", "measured"]
     assert "out of memory" in found[1].because
     assert found[1].shape.startswith("two")
@@ -735,20 +739,20 @@ def test_a_process_that_dies_is_one_row_and_the_other_sizes_go_on(monkeypatch: p
         ([], Exit.NOTHING_COMPARED),
     ],
 )
-def test_exit_codes(found: list[Row], code: Exit) -> None:
-    assert command.Report(describe(), found).exit is code
-    assert command.Report(describe(), found, interrupted=True).exit is Exit.INFRASTRUCTURE
+def test_exit_codes(found: list[BenchRow], code: Exit) -> None:
+    assert command.BenchReport(describe(), found).exit is code
+    assert command.BenchReport(describe(), found, interrupted=True).exit is Exit.INFRASTRUCTURE
 
 
 def test_a_red_parity_is_a_failure() -> None:
     bad = row().parity[0]
     result = bad.result.model_copy(update={"outcome": Outcome.FAIL})
     red = row(outcome="refused", samples=None, parity=[bad.model_copy(update={"result": result})])
-    assert command.Report(describe(), [row(), red]).exit is Exit.FAIL
+    assert command.BenchReport(describe(), [row(), red]).exit is Exit.FAIL
 
 
 def test_wrong_names_are_told_all_at_once(registry: Registry) -> None:
-    asked = Asked(["nf4_linea"], ["bitsandbites"], ["loro"], dtypes=["float31"])
+    asked = BenchRequest(["nf4_linea"], ["bitsandbites"], ["loro"], dtypes=["float31"])
     with pytest.raises(UsageError, match=r"nf4_linear.*bitsandbytes.*lora.*float32"):
         planning.plan(asked, registry, no_gpu="no GPU")
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from harness.cli import main
 from harness.conformance import matrix, parity_suite
-from harness.conformance.case_selection import FEW, Breadth
+from harness.conformance.case_selection import FEW, CaseSelection
 from harness.errors import Exit
 from harness.methods.registry import DTYPES, Implementation
 from harness.methods.spec import methods
@@ -22,10 +22,10 @@ from harness.records.record import Outcome
 from reference import lora
 from reference.operations import multi_lora
 
-DRAWN = Breadth(drawn=8, seed=11)  # among them rank 101, and more than 130 tokens
+DRAWN = CaseSelection(drawn=8, seed=11)  # among them rank 101, and more than 130 tokens
 
 
-def beyond(target: str, breadth: Breadth) -> list[Any]:
+def beyond(target: str, breadth: CaseSelection) -> list[Any]:
     """Return the cases that are drawn."""
     plan = parity_suite.load_either(target)
     if isinstance(plan, parity_suite.OperationSuite):
@@ -38,7 +38,7 @@ def test_a_seed_always_draws_the_same_cases_and_another_seed_others(target: str)
     first = beyond(target, DRAWN)
     assert len(first) == DRAWN.drawn
     assert first == beyond(target, DRAWN)
-    assert first != beyond(target, Breadth(drawn=8, seed=12))
+    assert first != beyond(target, CaseSelection(drawn=8, seed=12))
 
 
 def wrong_at_other_ranks(model: Any, config: lora.Config, generator: torch.Generator) -> Any:
@@ -72,7 +72,9 @@ def test_check_draws_what_it_is_asked_to_and_names_the_sizes(capsys: pytest.Capt
     asked = ["check", "reference", "--op", "multi_lora_linear", "--dtype", "float32", "--drawn", "8", "--seed", "3"]
     assert main([*asked, "--json"]) == Exit.PASS
     cases = {row["case"] for row in json.loads(capsys.readouterr().out)["checks"]}
-    named = [parity_suite.in_words(values) for values, dtype in beyond("multi_lora_linear", Breadth(drawn=8, seed=3))]
+    named = [
+        parity_suite.in_words(values) for values, dtype in beyond("multi_lora_linear", CaseSelection(drawn=8, seed=3))
+    ]
     assert cases & set(named)
 
 

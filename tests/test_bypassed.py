@@ -11,8 +11,8 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM
 
 from harness.assets.table import Source
-from harness.cell.job import Asset, TaskWork, Work
-from harness.cell.lifecycle import Life
+from harness.cell.job import Asset, Job, JobTask
+from harness.cell.lifecycle import CellRun
 from harness.cell.measure.memory import PeakMeter
 from harness.cell.measure.phases import PhaseClock
 from harness.cli import main
@@ -29,15 +29,15 @@ def lived(folder: Path, targets: list[str], monkeypatch: pytest.MonkeyPatch) -> 
     MambaForCausalLM(MambaConfig(**MAMBA)).save_pretrained(folder)
     cell = asked(targets)
     use = AssetUse(name="mamba", source="folder:mamba")
-    work = Work(
+    work = Job(
         run="r", folder=str(folder), attempt=1, cell=cell, data=None, device="cpu", launched=0.0,
         model=Asset(path=str(folder), source=Source(name="mamba", kind="causal", source="folder:mamba"), use=use),
-        task=TaskWork(name=SYNTHETIC, spec={}, labels=2, test=0, shuffle_seed=0, use=use),
+        task=JobTask(name=SYNTHETIC, spec={}, labels=2, test=0, shuffle_seed=0, use=use),
     )  # fmt: skip
 
-    def prepare(work: Work, registry: Any, emit: Any, threads: int) -> tuple[Life, dict[str, object]]:
+    def prepare(work: Job, registry: Any, emit: Any, threads: int) -> tuple[CellRun, dict[str, object]]:
         meter = PeakMeter(torch.device("cpu"))
-        return Life(work, registry, PhaseClock(meter, lambda _: None), meter, emit, baseline=0), {}
+        return CellRun(work, registry, PhaseClock(meter, lambda _: None), meter, emit, baseline=0), {}
 
     monkeypatch.setattr(worker, "_prepare", prepare)
     return worker.attempt(work, lambda *_, **__: None)

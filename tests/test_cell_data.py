@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from harness.assets import fetch, generated, rows, table
 from harness.cell import data
-from harness.cell.job import Work
+from harness.cell.job import Job
 from harness.cell.synthetic_data import RandomData
 from harness.cell.training.batches import Example, order
 from harness.errors import UsageError
@@ -24,17 +24,17 @@ from harness.records.record import Cell, Training
 from harness.suites import loader
 from harness.suites.expand import expand
 
-TEXTS = [rows.Row(f"r{i}", "word " * (1 + i * 7 % 13), i % 2) for i in range(5000)]
+TEXTS = [rows.DataRow(f"r{i}", "word " * (1 + i * 7 % 13), i % 2) for i in range(5000)]
 
 
-def _examples(some: Sequence[rows.Row]) -> list[Example]:
+def _examples(some: Sequence[rows.DataRow]) -> list[Example]:
     return [Example(row.id, tuple(range(row.text.count("word"))), row.label) for row in some]
 
 
 def test_only_what_is_looked_at_is_tokenised() -> None:
     asked: list[str] = []
 
-    def tokenise(some: Sequence[rows.Row]) -> list[Example]:
+    def tokenise(some: Sequence[rows.DataRow]) -> list[Example]:
         asked.extend(row.id for row in some)
         return _examples(some)
 
@@ -52,13 +52,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def _data(
-    cell: Cell, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, read: list[rows.Row], model: Any = None
+    cell: Cell, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, read: list[rows.DataRow], model: Any = None
 ) -> data.CellData:
     task = loader.load("smoke").tasks[cell.task]
     source = table.resolve(cell.model, loader.load("smoke").sources, Path())
     monkeypatch.setattr(rows, "read", lambda *_: read)
     use = {"name": "unused", "source": "unused"}
-    work = Work.model_validate(
+    work = Job.model_validate(
         {"run": "r", "folder": "f", "attempt": 1, "cell": cell, "device": "cpu", "launched": 0.0,
          "model": {"path": "unused", "source": source, "use": use},
          "data": {"path": "unused", "source": task.data, "use": fetch.use(task.data)},
@@ -79,19 +79,19 @@ def test_no_more_tokens_than_the_loaded_model_has_positions(monkeypatch: pytest.
     assert cell.training.max_tokens == 24
     with pytest.raises(UsageError, match=r"`training\.max_tokens` is 24, and tiny-llama has 23 positions") as caught:
         _data(cell, None, monkeypatch, TEXTS, model)
-    assert caught.value.mend == "write at most 23"
+    assert caught.value.hint == "write at most 23"
 
 
 def test_the_order_of_data_has_a_name(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(0)
     texts = [
-        rows.Row(f"r{i}", " ".join(rng.choices(["good", "bad", "film"], k=5)) + f" {i}", i % 2) for i in range(500)
+        rows.DataRow(f"r{i}", " ".join(rng.choices(["good", "bad", "film"], k=5)) + f" {i}", i % 2) for i in range(500)
     ]
     cell = next(c for c in expand(loader.load("smoke")).cells if c.method == "lora")
     seen = []
     real = data.answer_examples
 
-    def watched(some: Sequence[rows.Row], *rest: Any) -> list[Example]:
+    def watched(some: Sequence[rows.DataRow], *rest: Any) -> list[Example]:
         seen.extend(row.id for row in some)
         return real(some, *rest)
 
@@ -126,7 +126,7 @@ def test_a_tokenizer_that_makes_no_tokens_is_told_with_its_folder(
     with pytest.raises(UsageError, match="the texts have no tokens") as caught:
         _data(cell, deaf, monkeypatch, TEXTS, model)
     assert caught.value.where == "unused"
-    assert "tokenizer.save_pretrained" in caught.value.mend
+    assert "tokenizer.save_pretrained" in caught.value.hint
 
 
 def test_random_data_of_another_batch_or_length_have_another_name() -> None:

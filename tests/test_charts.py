@@ -55,7 +55,7 @@ def test_logarithmic_scale_is_even_in_decades() -> None:
 
 
 def test_phases_put_start_up_before_zero() -> None:
-    drawing = charts.phases("t", [charts.Life("a", 2.0, [("load", 1.0), ("train", 3.0)])])
+    drawing = charts.phases("t", [charts.PhaseBars("a", 2.0, [("load", 1.0), ("train", 3.0)])])
     bars = [m["attributes"] for m in drawing["marks"] if m["tag"] == "rect" and m["tip"]]
     start, load, train = bars
     assert start["class"] == "startup"
@@ -68,8 +68,8 @@ def test_phases_put_start_up_before_zero() -> None:
 @pytest.mark.parametrize("length", [10, 60, 200])
 def test_no_name_leaves_its_drawing(length: int) -> None:
     names = [f"{'lora r=8 [reference] ' * 20}"[:length] + f" seed={seed}" for seed in (0, 1)]
-    lives = [charts.Life(name, 2.0, [("train", 3.0)]) for name in names]
-    series = [charts.Series(name, [3.0, 2.0, 1.0]) for name in names]
+    lives = [charts.PhaseBars(name, 2.0, [("train", 3.0)]) for name in names]
+    series = [charts.ChartSeries(name, [3.0, 2.0, 1.0]) for name in names]
     for drawing in (charts.phases("t", lives), charts.learning("t", series), charts.errors("t", series, series[0])):
         shown = [m for m in drawing["marks"] if m["tag"] == "text" and "seed=" in m["text"]]
         assert {m["text"][-7:] for m in shown} == {" seed=0", " seed=1"}

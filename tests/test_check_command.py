@@ -24,8 +24,8 @@ from harness.cli import main
 from harness.conformance import defects, summary
 from harness.conformance import parity_suite as suite
 from harness.conformance.defects import Defect
-from harness.conformance.outcomes import Tried
-from harness.conformance.report import Report
+from harness.conformance.outcomes import CheckOutcome
+from harness.conformance.report import CheckReport
 from harness.errors import Exit
 from harness.methods.registry import Implementation, Registry
 from harness.records import store
@@ -40,13 +40,13 @@ def result(check: str = "lora/forward/float32/warm", outcome: Outcome = Outcome.
     return CheckResult(check=check, outcome=outcome, **more)
 
 
-def tried(name: str = "acme", found: CheckResult | None = None, **more) -> Tried:
+def tried(name: str = "acme", found: CheckResult | None = None, **more) -> CheckOutcome:
     given = {"kind": "method", "target": "lora", "dtype": "float32", "case": "rank=3 63x128x48", **more}
-    return Tried(implementation=name, result=found or result(), **given)
+    return CheckOutcome(implementation=name, result=found or result(), **given)
 
 
 @pytest.fixture
-def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
+def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CheckReport:
     """One of everything that can be found."""
     (tmp_path / "wrong.py").write_text(SCRIPT, encoding="utf-8")
     monkeypatch.setattr(defects, "path", lambda: tmp_path / "known.yaml")
@@ -55,7 +55,7 @@ def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
         summary="merges into thin air", reproduction="wrong.py", link="https://example.org/1",
     )  # fmt: skip
     wrong = {"error": 0.5, "allowed": 0.1, "tensor": "first: y", "worst": "[1, 2]: 3, should be 4"}
-    return Report(
+    return CheckReport(
         tried=[
             tried(found=result(error=0.02, allowed=0.1)),
             tried(found=result("lora/gradient/float32/warm", Outcome.FAIL, **wrong, policy="noise-floor: 2 x")),
@@ -75,7 +75,7 @@ def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
 # ---- the page
 
 
-def test_the_page_shows_everything_with_its_numbers(report: Report) -> None:
+def test_the_page_shows_everything_with_its_numbers(report: CheckReport) -> None:
     text = Page(check_page.render(report)).text
     for part in (
         "✗ fail", "3 failed", "1 passed", "1 by known defects", "lora/gradient/float32/warm", "0.5", "first: y",
@@ -86,7 +86,7 @@ def test_the_page_shows_everything_with_its_numbers(report: Report) -> None:
         assert part in text, part
 
 
-def test_the_page_is_inert_and_needs_no_network(report: Report) -> None:
+def test_the_page_is_inert_and_needs_no_network(report: CheckReport) -> None:
     page = Page(check_page.render(report))
     assert not [tag for tag, _ in page.tags if tag in ("img", "iframe", "object", "embed", "link", "base", "form", "b")]
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on") or name == "style"]
@@ -100,9 +100,9 @@ def test_the_page_is_inert_and_needs_no_network(report: Report) -> None:
     assert [link for link in links if not link.startswith("#")] == ["https://example.org/1"]
 
 
-def test_a_link_that_is_no_web_address_is_text(report: Report) -> None:
+def test_a_link_that_is_no_web_address_is_text(report: CheckReport) -> None:
     evil = report.defects[0].model_copy(update={"link": "javascript:alert(1)"})
-    changed = Report(**{**vars(report), "defects": [evil]})
+    changed = CheckReport(**{**vars(report), "defects": [evil]})
     page = Page(check_page.render(changed))
     assert "javascript:alert(1)" in page.text
     assert not [link for link in page.attributes("href") if not link.startswith("#")]
@@ -116,14 +116,14 @@ def test_a_link_that_is_no_web_address_is_text(report: Report) -> None:
         ({"tried": [tried()], "complaints": [], "broken": {}}, "✓ pass"),
     ],
 )
-def test_the_page_says_what_came_of_it(report: Report, change: dict, word: str) -> None:
-    assert word in Page(check_page.render(Report(**{**vars(report), **change}))).text
+def test_the_page_says_what_came_of_it(report: CheckReport, change: dict, word: str) -> None:
+    assert word in Page(check_page.render(CheckReport(**{**vars(report), **change}))).text
 
 
 # ---- JUnit
 
 
-def test_junit_has_a_case_of_everything(report: Report) -> None:
+def test_junit_has_a_case_of_everything(report: CheckReport) -> None:
     root = ET.fromstring(check_junit.render(report))
     cases = {case.get("name"): case for case in root.iter("testcase")}
     assert len(cases) == len(report.tried) + 3
@@ -144,7 +144,7 @@ def test_junit_has_a_case_of_everything(report: Report) -> None:
 # ---- the terminal
 
 
-def test_a_field_holds_the_worst_and_a_crash_is_in_all_of_them(report: Report) -> None:
+def test_a_field_holds_the_worst_and_a_crash_is_in_all_of_them(report: CheckReport) -> None:
     rows = summary.rows(report.tried)
     field = {name: summary.words(summary.field(summary.of_dtype(one, "float32"))) for (_, name), one in rows.items()}
     assert field == {"acme": "FAIL 1/3", "ghost": "FAIL 1/1", EVIL: "FAIL 1/1"}
@@ -169,8 +169,8 @@ def test_a_field_holds_the_worst_and_a_crash_is_in_all_of_them(report: Report) -
         ({"interrupted": True}, Exit.INFRASTRUCTURE),
     ],
 )
-def test_exit_codes(report: Report, change: dict, code: Exit) -> None:
-    assert Report(**{**vars(report), **change}).exit is code
+def test_exit_codes(report: CheckReport, change: dict, code: Exit) -> None:
+    assert CheckReport(**{**vars(report), **change}).exit is code
 
 
 def test_everything_is_written_at_once(bench: Bench) -> None:
@@ -292,12 +292,12 @@ def test_a_file_that_cannot_be_written_is_said_before_the_work(
 
 
 def test_a_file_that_cannot_be_written_after_all_loses_neither_findings_nor_the_other_file(
-    report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    report: CheckReport, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page, there = tmp_path / "gone" / "a.html", tmp_path / "a.xml"
     page.parent.mkdir()
 
-    def judge(asked: command.Asked) -> Report:
+    def judge(asked: command.CheckRequest) -> CheckReport:
         page.parent.rmdir()
         return report
 

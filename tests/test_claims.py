@@ -17,8 +17,8 @@ import pytest
 from conftest import eventually, gone
 
 from harness.claims import claim_file, explain, selection, table, worker
-from harness.claims.judge import Judged, Missing, Verdict, judge
-from harness.claims.measure import Found, measures
+from harness.claims.judge import ClaimVerdict, JudgedClaim, Missing, judge
+from harness.claims.measure import MeasureResult, measures
 from harness.claims.measures.conformance import conforms
 from harness.claims.printed_number import Rounding, agrees, parse
 from harness.cli import main
@@ -218,14 +218,14 @@ def test_a_ledger_of_schema_1_is_read(
 
 
 def test_text_names_source_printed_ours_and_verdict(ledger: tuple[int, str]) -> None:
-    text = table.as_text([Judged.model_validate_json(json.dumps(row)) for row in json.loads(ledger[1])["claims"]])
+    text = table.as_text([JudgedClaim.model_validate_json(json.dumps(row)) for row in json.loads(ledger[1])["claims"]])
     assert "reproduced        one: the paper prints 112; we get 112  [Table 1]" in text
     assert "under: rank 4" in text
     assert text.endswith("4 claims: 1 reproduced, 1 reproduced-under, 1 not-reproduced, 1 not-run")
 
 
 def test_text_says_what_came_out_by_a_stand_in(ledger: tuple[int, str]) -> None:
-    rows = [Judged.model_validate_json(json.dumps(row)) for row in json.loads(ledger[1])["claims"]]
+    rows = [JudgedClaim.model_validate_json(json.dumps(row)) for row in json.loads(ledger[1])["claims"]]
     small = [
         row.model_copy(update={"scale": "small scale", "why": "by a stand-in: small scale"} if row.id == "one" else {})
         for row in rows
@@ -250,7 +250,7 @@ def test_text_says_what_came_out_by_a_stand_in(ledger: tuple[int, str]) -> None:
 )
 def test_exit_codes(ledger: tuple[int, str], verdicts: list[str], failed: bool, strict: bool, code: Exit) -> None:
     one = json.loads(ledger[1])["claims"][0]
-    rows = [Judged.model_validate_json(json.dumps(one | {"verdict": v, "failed": failed})) for v in verdicts]
+    rows = [JudgedClaim.model_validate_json(json.dumps(one | {"verdict": v, "failed": failed})) for v in verdicts]
     assert selection.exit_of(rows, strict=strict) == code
 
 
@@ -428,28 +428,30 @@ def test_the_digits_of_a_figure_count_without_quotes_too(tmp_path: Path, written
     one = f"id: a, sentence: s, source: t, tier: exact, printed: {written}, measure: ratio, with: {{of: 1, to: 1}}"
     claim = f"  - {{{one}}}\n"
     (read,) = claim_file.load([write(tmp_path, claim)])
-    assert judge(read, [Found(Fraction("0.104"), "")]).verdict is Verdict.REPRODUCED
-    assert judge(read, [Found(Fraction("0.14"), "")]).verdict is Verdict.NOT_REPRODUCED
+    assert judge(read, [MeasureResult(Fraction("0.104"), "")]).verdict is ClaimVerdict.REPRODUCED
+    assert judge(read, [MeasureResult(Fraction("0.14"), "")]).verdict is ClaimVerdict.NOT_REPRODUCED
 
 
 def test_a_reading_that_was_not_computed_might_have_come_out(tmp_path: Path) -> None:
     more = ", otherwise: [{under: rank 3, with: {config: {rank: 3}}}]"
     (claim,) = claim_file.load([write(tmp_path, line(tmp_path, "150", more=more))])
-    row = judge(claim, [Found(112, ""), Missing("the process ended", failed=True)])
-    assert (row.verdict, row.failed) == (Verdict.INCONCLUSIVE, True)
+    row = judge(claim, [MeasureResult(112, ""), Missing("the process ended", failed=True)])
+    assert (row.verdict, row.failed) == (ClaimVerdict.INCONCLUSIVE, True)
     assert f"not computed under rank 3: {tmp_path / 'mine.yaml'}:5: the process ended" in row.why
-    assert judge(claim, [Found(112, ""), Found(168, "")]).verdict is Verdict.NOT_REPRODUCED
+    assert judge(claim, [MeasureResult(112, ""), MeasureResult(168, "")]).verdict is ClaimVerdict.NOT_REPRODUCED
 
 
 @pytest.mark.parametrize(
     ("found", "verdict", "said"),
     [
-        (Found(150, ""), Verdict.REPRODUCED, "by a stand-in: a rehearsal"),
-        (Found(200, ""), Verdict.INCONCLUSIVE, "it comes out otherwise by a stand-in"),
-        (Found(100, "", most=200), Verdict.INCONCLUSIVE, "nothing is certain by a stand-in"),
+        (MeasureResult(150, ""), ClaimVerdict.REPRODUCED, "by a stand-in: a rehearsal"),
+        (MeasureResult(200, ""), ClaimVerdict.INCONCLUSIVE, "it comes out otherwise by a stand-in"),
+        (MeasureResult(100, "", most=200), ClaimVerdict.INCONCLUSIVE, "nothing is certain by a stand-in"),
     ],
 )
-def test_nothing_is_refuted_at_a_reduced_scale(tmp_path: Path, found: Found, verdict: Verdict, said: str) -> None:
+def test_nothing_is_refuted_at_a_reduced_scale(
+    tmp_path: Path, found: MeasureResult, verdict: ClaimVerdict, said: str
+) -> None:
     (claim,) = claim_file.load([write(tmp_path, line(tmp_path, "150", more=", scale: a rehearsal"))])
     row = judge(claim, [found])
     assert row.verdict is verdict
@@ -522,9 +524,9 @@ def test_an_unknown_anchor_hides_no_mistake_of_its_claim(tmp_path: Path) -> None
 def test_what_a_paper_leaves_out_is_not_decided(tmp_path: Path) -> None:
     file = write(tmp_path, line(tmp_path, "150", more=", needs: the ranks that were learnt"))
     (claim,) = claim_file.load([file])
-    between = judge(claim, [Found(TRAINED, "least", most=2 * TRAINED)])
-    assert (between.verdict, between.why) == (Verdict.INCONCLUSIVE, "the ranks that were learnt")
-    assert judge(claim, [Found(2 * TRAINED, "least", most=3 * TRAINED)]).verdict is Verdict.NOT_REPRODUCED
+    between = judge(claim, [MeasureResult(TRAINED, "least", most=2 * TRAINED)])
+    assert (between.verdict, between.why) == (ClaimVerdict.INCONCLUSIVE, "the ranks that were learnt")
+    assert judge(claim, [MeasureResult(2 * TRAINED, "least", most=3 * TRAINED)]).verdict is ClaimVerdict.NOT_REPRODUCED
 
 
 def test_an_unknown_paper_and_an_unknown_id_are_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
@@ -541,8 +543,8 @@ def test_an_id_of_another_paper_is_told_with_its_paper(capsys: pytest.CaptureFix
     assert main(["claims", "qlora", "--id", "lora-gpt3-r4", "--id", "qlora-kept-56b"]) == Exit.USAGE
     said = capsys.readouterr().err
     assert "2 mistakes" in said
-    assert "`lora-gpt3-r4`\n    mend: ids of lora begin so: `peft-harness claims lora --id lora-gpt3-r4`" in said
-    assert re.search(r"`qlora-kept-56b`\n    mend: did you mean .*`qlora-kept-65b`", said)
+    assert "`lora-gpt3-r4`\n    hint: ids of lora begin so: `peft-harness claims lora --id lora-gpt3-r4`" in said
+    assert re.search(r"`qlora-kept-56b`\n    hint: did you mean .*`qlora-kept-65b`", said)
 
 
 def test_the_example_that_explain_shows_is_a_claim_file(tmp_path: Path) -> None:

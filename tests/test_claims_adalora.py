@@ -13,7 +13,7 @@ import torch
 
 import reference.adalora
 from harness.claims import claim_file
-from harness.claims.judge import Judged, Verdict, judge, plain
+from harness.claims.judge import ClaimVerdict, JudgedClaim, judge, plain
 from harness.claims.measures import adalora, baselines
 from harness.claims.worker import find
 from reference.adalora import AdaLoraAdapted, AdaLoraLinear, Config
@@ -32,7 +32,7 @@ def shape(tmp_path: Path) -> str:
     return str(path)
 
 
-def verdicts(ids: Sequence[str]) -> dict[str, Judged]:
+def verdicts(ids: Sequence[str]) -> dict[str, JudgedClaim]:
     claims = [claim for claim in claim_file.load(claim_file.paths(["adalora"])) if claim.id in ids]
     return {c.id: judge(c, [find(plain(a)) for a in (c.asking, *(o.asking for o in c.otherwise))]) for c in claims}
 
@@ -138,7 +138,7 @@ def test_a_percentage_without_its_rank_is_right_under_a_fitted_one_or_wrong() ->
     nearest = "the whole rank that comes nearest, which is not printed"
     assert found["adalora-bart-b026"].under == f"{nearest}; digits cut off, not rounded"
     assert found["adalora-bart-b013"].under == nearest
-    assert found["adalora-bart-b110"].verdict is Verdict.NOT_REPRODUCED
+    assert found["adalora-bart-b110"].verdict is ClaimVerdict.NOT_REPRODUCED
     assert found["adalora-bart-b110"].how.startswith("rank 8: 8 x ")
 
 
@@ -148,10 +148,10 @@ def test_what_the_ledger_says_of_printed_counts() -> None:
     with_output = "the attention's output is adapted too, as in Figures 1 and 3"
     assert found["adalora-lora-r8"].under == found["adalora-n72-b144"].under == with_output
     assert found["adalora-lora-r8"].how.endswith(f"= {12 * 8 * (4 * (768 + 768) + 2 * (768 + 3072)):,}")
-    assert found["adalora-127m"].verdict is Verdict.INCONCLUSIVE
-    assert found["adalora-lora-share-r4"].verdict is Verdict.REPRODUCED
-    assert found["adalora-fig1-mlp"].verdict is Verdict.INCONCLUSIVE
-    assert found["adalora-fig1-three-layers"].verdict is Verdict.NOT_REPRODUCED
+    assert found["adalora-127m"].verdict is ClaimVerdict.INCONCLUSIVE
+    assert found["adalora-lora-share-r4"].verdict is ClaimVerdict.REPRODUCED
+    assert found["adalora-fig1-mlp"].verdict is ClaimVerdict.INCONCLUSIVE
+    assert found["adalora-fig1-three-layers"].verdict is ClaimVerdict.NOT_REPRODUCED
     assert found["adalora-schedule-eq12-start-rte"].under.startswith("t - t_i over T - t_i - t_f")
 
 
@@ -159,6 +159,6 @@ def test_whole_minutes_decide_no_percentage_that_they_allow() -> None:
     found = verdicts([f"adalora-table15-pct-{row}" for row in ("mnli-008", "mnli-016", "sst2-008")])
     minutes = found["adalora-table15-pct-mnli-008"]
     least, most = Fraction("115.5") / Fraction("105.5") - 1, Fraction("116.5") / Fraction("104.5") - 1
-    assert minutes.verdict is Verdict.INCONCLUSIVE
+    assert minutes.verdict is ClaimVerdict.INCONCLUSIVE
     assert minutes.why.endswith(f"they allow {float(least * 100):.6g}% to {float(most * 100):.6g}%")
-    assert found["adalora-table15-pct-mnli-016"].verdict is Verdict.REPRODUCED
+    assert found["adalora-table15-pct-mnli-016"].verdict is ClaimVerdict.REPRODUCED

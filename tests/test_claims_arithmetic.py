@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from harness.claims import claim_file
-from harness.claims.judge import Verdict, judge, plain
+from harness.claims.judge import ClaimVerdict, judge, plain
 from harness.claims.measures import arithmetic, galore
 from harness.claims.worker import find
 
@@ -47,14 +47,14 @@ def test_the_most_of_several_is_as_wide_as_any_of_them_leaves_open() -> None:
 )
 def test_what_rounding_alone_explains_is_not_refuted(tmp_path: Path, asked: str, allowed: str) -> None:
     exact, rounded = (_judged(tmp_path, f"{asked}{last}}}") for last in ("", ", last: 1"))
-    assert exact.verdict is Verdict.NOT_REPRODUCED
-    assert rounded.verdict is Verdict.INCONCLUSIVE
+    assert exact.verdict is ClaimVerdict.NOT_REPRODUCED
+    assert rounded.verdict is ClaimVerdict.INCONCLUSIVE
     assert f"they allow {allowed}" in rounded.why
 
 
 def test_what_rounding_does_not_explain_stays_refuted(tmp_path: Path) -> None:
     asked = "printed: 40%, measure: share, with: {of: 3, to: 10, last: 1}"
-    assert _judged(tmp_path, asked).verdict is Verdict.NOT_REPRODUCED
+    assert _judged(tmp_path, asked).verdict is ClaimVerdict.NOT_REPRODUCED
 
 
 def _judged(folder: Path, asked: str) -> Any:

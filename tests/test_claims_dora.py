@@ -13,7 +13,7 @@ import torch
 
 import reference.dora
 from harness.claims import claim_file, compute
-from harness.claims.judge import Judged, Verdict, judge, plain
+from harness.claims.judge import ClaimVerdict, JudgedClaim, judge, plain
 from harness.claims.measures import bart_parameters, baselines, dora, reported_figures
 from harness.claims.worker import answer, find
 
@@ -39,7 +39,7 @@ def shape(tmp_path: Path) -> str:
     return str(path)
 
 
-def verdicts(folder: Path, ids: Sequence[str], changed: tuple[str, str] = ("", "")) -> dict[str, Judged]:
+def verdicts(folder: Path, ids: Sequence[str], changed: tuple[str, str] = ("", "")) -> dict[str, JudgedClaim]:
     """Judge some claims of DoRA's file, in which one text is another."""
     text = claim_file.paths(["dora"])[0].read_text()
     assert changed[0] in text
@@ -124,7 +124,7 @@ def test_scores_of_one_task_count_once() -> None:
 
 def test_printed_shares_come_out_under_the_convention_that_fits(tmp_path: Path) -> None:
     found = verdicts(tmp_path, ["dora-t15-lora-r8", "dora-t15-lora-r16", "dora-t15-dora-r4", "dora-t15-dora-r8"])
-    assert found["dora-t15-lora-r8"].verdict is found["dora-t15-dora-r8"].verdict is Verdict.REPRODUCED
+    assert found["dora-t15-lora-r8"].verdict is found["dora-t15-dora-r8"].verdict is ClaimVerdict.REPRODUCED
     assert found["dora-t15-lora-r16"].under == "as a share of the model without what is added"
     assert found["dora-t15-dora-r4"].under == "digits cut off, not rounded"
 
@@ -132,7 +132,7 @@ def test_printed_shares_come_out_under_the_convention_that_fits(tmp_path: Path) 
 def test_another_rank_does_not_come_out(tmp_path: Path) -> None:
     row = "lora-r8, printed: 0.21%, with: {method: lora, config: {rank: "
     (judged,) = verdicts(tmp_path, ["dora-t15-lora-r8"], (f"{row}8", f"{row}9")).values()
-    assert judged.verdict is Verdict.NOT_REPRODUCED
+    assert judged.verdict is ClaimVerdict.NOT_REPRODUCED
     # 5 layers of 32 blocks: three of 4096 x 4096 and two with the MLP's 11008.
     trained = 32 * 9 * (3 * (4096 + 4096) + 2 * (4096 + 11008))
     assert f"{trained:,} / " in judged.how
@@ -141,8 +141,8 @@ def test_another_rank_does_not_come_out(tmp_path: Path) -> None:
 def test_two_places_that_disagree_are_found(tmp_path: Path) -> None:
     ids = ["dora-margin-llava", "dora-margin-llava-text", "dora-margin-13b-half"]
     found = verdicts(tmp_path, ids)
-    assert found["dora-margin-llava"].verdict is Verdict.INCONCLUSIVE  # of rounded means it may be 0.6 and 0.7
-    assert found["dora-margin-llava-text"].verdict is Verdict.REPRODUCED
+    assert found["dora-margin-llava"].verdict is ClaimVerdict.INCONCLUSIVE  # of rounded means it may be 0.6 and 0.7
+    assert found["dora-margin-llava-text"].verdict is ClaimVerdict.REPRODUCED
     assert found["dora-margin-13b-half"].under == "DoRA with the whole rank"
 
 
@@ -152,7 +152,7 @@ def test_printed_figures_stand_for_all_that_is_rounded_to_them() -> None:
     # As between the processes: an answer is written down as JSON and read again.
     found = {c.id: judge(c, [compute._read(json.dumps(answer(plain(c.asking))))]) for c in claims}
     mean = found["dora-mean-text-lora-r8"]
-    assert (mean.verdict, mean.ours) == (Verdict.INCONCLUSIVE, "40.7625")
+    assert (mean.verdict, mean.ours) == (ClaimVerdict.INCONCLUSIVE, "40.7625")
     assert mean.why.endswith("are rounded; they allow 40.7125 to 40.8125")
-    assert found["dora-mean-t6-7b-dora"].verdict is Verdict.NOT_REPRODUCED
-    assert found["dora-table7-llama"].verdict is found["dora-margin-r4"].verdict is Verdict.REPRODUCED
+    assert found["dora-mean-t6-7b-dora"].verdict is ClaimVerdict.NOT_REPRODUCED
+    assert found["dora-table7-llama"].verdict is found["dora-margin-r4"].verdict is ClaimVerdict.REPRODUCED

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.claims import claim_file
-from harness.claims.judge import Verdict, judge, plain
+from harness.claims.judge import ClaimVerdict, judge, plain
 from harness.claims.measures import galore
 from harness.claims.worker import find
 from harness.conformance.subject import configure
@@ -151,7 +151,7 @@ def test_what_the_paper_says_of_itself_is_judged_from_the_file() -> None:
         answers = [find(plain(asking)) for asking in (claim.asking, *(one.asking for one in claim.otherwise))]
         found[name] = judge(claim, answers).verdict
     assert list(found.values()) == [
-        Verdict.REPRODUCED, Verdict.NOT_REPRODUCED, Verdict.REPRODUCED, Verdict.NOT_REPRODUCED, Verdict.UNDER, Verdict.UNDER,
+        ClaimVerdict.REPRODUCED, ClaimVerdict.NOT_REPRODUCED, ClaimVerdict.REPRODUCED, ClaimVerdict.NOT_REPRODUCED, ClaimVerdict.UNDER, ClaimVerdict.UNDER,
     ]  # fmt: skip
 
 

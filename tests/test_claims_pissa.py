@@ -9,7 +9,7 @@ import torch
 from judged_here import verdicts
 from torch import Tensor
 
-from harness.claims.judge import Verdict
+from harness.claims.judge import ClaimVerdict
 from harness.claims.measures import pissa as measures
 from reference import pissa
 from reference.operations import nf4
@@ -132,7 +132,7 @@ def test_the_papers_own_tables_get_their_verdicts() -> None:
     """What can be said without a model or a tensor: where the paper's figures do not fit one another."""
     starts = ("pissa-table", "pissa-lead", "pissa-glue", "pissa-fast-svd-table", "pissa-nearly", "pissa-16x")
     found = verdicts("pissa", starts)
-    assert {name for name, row in found.items() if row.verdict is Verdict.NOT_REPRODUCED} == {
+    assert {name for name, row in found.items() if row.verdict is ClaimVerdict.NOT_REPRODUCED} == {
         "pissa-table-8-llama-3-8b-r64-1", "pissa-table-8-llama-3-8b-r128-1", "pissa-table-8-llama-3-70b-r64-1",
         "pissa-lead-mistral", "pissa-fast-svd-table-rank-1",
     }  # fmt: skip

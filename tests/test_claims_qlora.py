@@ -11,7 +11,7 @@ import torch
 from judged_here import verdicts
 
 from harness.claims import claim_file
-from harness.claims.judge import Verdict
+from harness.claims.judge import ClaimVerdict
 from harness.claims.measures import comparisons, four_bit, four_bit_bytes
 from harness.errors import SuiteError
 from reference.operations import double_quant, nf4
@@ -198,9 +198,9 @@ def test_the_papers_claims_that_need_no_model_get_their_verdicts() -> None:
     """What a reader is told, the findings above all; the rest of the file needs large shapes and is read only."""
     starts = ("qlora-nf4", "qlora-dq-fp8", "qlora-table", "qlora-blocks", "qlora-guanaco-7b-table")
     found = {name: row.verdict for name, row in verdicts("qlora", starts).items()}
-    assert {name for name, verdict in found.items() if verdict is Verdict.NOT_REPRODUCED} == {
+    assert {name for name, verdict in found.items() if verdict is ClaimVerdict.NOT_REPRODUCED} == {
         "qlora-nf4-equal-bins", "qlora-dq-fp8", "qlora-guanaco-7b-table-1", "qlora-table-4-mean-nfloat4",
         "qlora-table-4-behind-bf16", "qlora-table-6-lead-7b-alpaca", "qlora-table-6-lead-13b-hh-rlhf",
     }  # fmt: skip
-    assert {name for name, verdict in found.items() if verdict is Verdict.UNDER} == {"qlora-nf4-eq4"}
-    assert set(found.values()) == {Verdict.REPRODUCED, Verdict.UNDER, Verdict.NOT_REPRODUCED}
+    assert {name for name, verdict in found.items() if verdict is ClaimVerdict.UNDER} == {"qlora-nf4-eq4"}
+    assert set(found.values()) == {ClaimVerdict.REPRODUCED, ClaimVerdict.UNDER, ClaimVerdict.NOT_REPRODUCED}

@@ -17,8 +17,8 @@ from recorded_run import MIB
 from harness.analysis.statistics.process_runs import FEWEST
 from harness.claims import claim_file, record_sources, worker
 from harness.claims.claim import Asking, Claim
-from harness.claims.judge import Judged, Missing, Verdict, judge
-from harness.claims.measure import Found, NotRunError
+from harness.claims.judge import ClaimVerdict, JudgedClaim, Missing, judge
+from harness.claims.measure import MeasureResult, NotRunError
 from harness.claims.measures import records as measures
 from harness.claims.measures import times, training_results
 from harness.claims.printed_number import Dimension, Rounding, parse
@@ -83,12 +83,12 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
 
 
 def judged(
-    found: Found | Missing,
+    found: MeasureResult | Missing,
     printed: str,
     dimension: Dimension = "ratio",
     tier: Any = "gpu-synthetic",
     rule: Any = "nearest",
-) -> Judged:
+) -> JudgedClaim:
     figure = None if dimension == "property" else parse(printed, dimension)
     rounding = Rounding("about", Fraction(1, 50)) if rule == "about" else Rounding(rule)
     claim = Claim(
@@ -111,25 +111,27 @@ def judged(
 @pytest.mark.parametrize(
     ("least", "most", "printed", "rule", "verdict"),
     [
-        ("1.1", "1.9", "< 2x", "nearest", Verdict.REPRODUCED),
-        ("1.9", "2.1", "< 2x", "nearest", Verdict.INCONCLUSIVE),
-        ("2", "2.1", "< 2x", "nearest", Verdict.NOT_REPRODUCED),
-        ("0.99", "1.01", "1x", "about", Verdict.REPRODUCED),
-        ("0.97", "1.01", "1x", "about", Verdict.INCONCLUSIVE),
-        ("0.9", "1.1", "1x", "about", Verdict.INCONCLUSIVE),
-        ("1.03", "1.1", "1x", "about", Verdict.NOT_REPRODUCED),
-        ("2.6", "3.4", "3x", "nearest", Verdict.REPRODUCED),
-        ("2.6", "3.6", "3x", "nearest", Verdict.INCONCLUSIVE),
+        ("1.1", "1.9", "< 2x", "nearest", ClaimVerdict.REPRODUCED),
+        ("1.9", "2.1", "< 2x", "nearest", ClaimVerdict.INCONCLUSIVE),
+        ("2", "2.1", "< 2x", "nearest", ClaimVerdict.NOT_REPRODUCED),
+        ("0.99", "1.01", "1x", "about", ClaimVerdict.REPRODUCED),
+        ("0.97", "1.01", "1x", "about", ClaimVerdict.INCONCLUSIVE),
+        ("0.9", "1.1", "1x", "about", ClaimVerdict.INCONCLUSIVE),
+        ("1.03", "1.1", "1x", "about", ClaimVerdict.NOT_REPRODUCED),
+        ("2.6", "3.4", "3x", "nearest", ClaimVerdict.REPRODUCED),
+        ("2.6", "3.6", "3x", "nearest", ClaimVerdict.INCONCLUSIVE),
     ],
 )
-def test_an_interval_is_judged_by_all_of_it(least: str, most: str, printed: str, rule: str, verdict: Verdict) -> None:
-    assert judged(Found(Fraction(least), "", Fraction(most)), printed, rule=rule).verdict is verdict
+def test_an_interval_is_judged_by_all_of_it(
+    least: str, most: str, printed: str, rule: str, verdict: ClaimVerdict
+) -> None:
+    assert judged(MeasureResult(Fraction(least), "", Fraction(most)), printed, rule=rule).verdict is verdict
 
 
 def test_both_ends_of_an_interval_must_come_out_under_one_reading() -> None:
     """47.9 GB is below 48 GB, and 51 GB is below 48 GiB: read as GiB, all of it is."""
-    row = judged(Found(47_900_000_000, "", 51_000_000_000), "< 48 GB", "bytes")
-    assert (row.verdict, row.under) == (Verdict.UNDER, "GB read as GiB")
+    row = judged(MeasureResult(47_900_000_000, "", 51_000_000_000), "< 48 GB", "bytes")
+    assert (row.verdict, row.under) == (ClaimVerdict.UNDER, "GB read as GiB")
 
 
 def test_the_peak_of_several_seeds_is_an_interval_above_the_imports(runs: Recorded) -> None:
@@ -142,14 +144,14 @@ def test_the_peak_of_several_seeds_is_an_interval_above_the_imports(runs: Record
 @pytest.mark.parametrize(
     ("held", "counted", "most", "verdict", "said"),
     [
-        (320, None, 320, Verdict.REPRODUCED, "CUDA's context is not counted"),
-        (320, 420, 420, Verdict.INCONCLUSIVE, f"driver counted {420 * MIB:,} B, with CUDA's context"),
-        (450, 420, 450, Verdict.INCONCLUSIVE, f"allocator held {450 * MIB:,} B"),
-        (None, None, None, Verdict.REPRODUCED, "CUDA's context is not counted"),
+        (320, None, 320, ClaimVerdict.REPRODUCED, "CUDA's context is not counted"),
+        (320, 420, 420, ClaimVerdict.INCONCLUSIVE, f"driver counted {420 * MIB:,} B, with CUDA's context"),
+        (450, 420, 450, ClaimVerdict.INCONCLUSIVE, f"allocator held {450 * MIB:,} B"),
+        (None, None, None, ClaimVerdict.REPRODUCED, "CUDA's context is not counted"),
     ],
 )
 def test_a_gpu_has_enough_if_all_that_was_taken_of_it_is_below(
-    runs: Recorded, held: int | None, counted: int | None, most: int | None, verdict: Verdict, said: str
+    runs: Recorded, held: int | None, counted: int | None, most: int | None, verdict: ClaimVerdict, said: str
 ) -> None:
     """Tensors take 300 MiB of the 400 that are there."""
     record = peaking(made.record("fused", cell()), 300)
@@ -202,20 +204,20 @@ def test_a_step_and_what_it_trains_on_in_a_second_are_as_uncertain_as_processes_
         factor = math.exp(1.959964 * 0.05)
         assert [float(found.value), float(found.most or 0)] == pytest.approx([least / factor, most * factor])
         assert "one process, so" in found.how
-        assert judged(found, str(median), "number", rule="about").verdict is Verdict.INCONCLUSIVE
+        assert judged(found, str(median), "number", rule="about").verdict is ClaimVerdict.INCONCLUSIVE
 
 
 def test_tokens_a_second_are_written_as_such() -> None:
     assert parse("32.5 tokens/s", "rate").number == Fraction(65, 2)
-    assert judged(Found(Fraction(3251, 100), "counted"), "32.5 tokens/s", "rate").ours == "32.51 tokens/s"
+    assert judged(MeasureResult(Fraction(3251, 100), "counted"), "32.5 tokens/s", "rate").ours == "32.51 tokens/s"
     for other in ("32.5 s", "32.5"):
         with pytest.raises(ValueError, match="the measure is in rate; write it as one of: tokens/s"):
             parse(other, "rate")
 
 
-@pytest.mark.parametrize(("processes", "verdict"), [(1, Verdict.INCONCLUSIVE), (3, Verdict.REPRODUCED)])
+@pytest.mark.parametrize(("processes", "verdict"), [(1, ClaimVerdict.INCONCLUSIVE), (3, ClaimVerdict.REPRODUCED)])
 def test_one_process_each_is_too_few_to_decide_by_some_per_cent(
-    runs: Recorded, processes: int, verdict: Verdict
+    runs: Recorded, processes: int, verdict: ClaimVerdict
 ) -> None:
     runs(a=timed("fused", [2.0] * 12, processes), b=timed("hf-peft", [2.0] * 12, processes))
     found = times.step_time_ratio("made", "a", "b")
@@ -484,26 +486,26 @@ HIGH, LOW, TORN = [0.80, 0.81, 0.80, 0.81, 0.80], [0.70, 0.71, 0.70, 0.71, 0.70]
 @pytest.mark.parametrize(
     ("of", "than", "higher", "no_lower"),
     [
-        (HIGH, LOW, Verdict.REPRODUCED, Verdict.REPRODUCED),
-        (LOW, HIGH, Verdict.INCONCLUSIVE, Verdict.INCONCLUSIVE),
-        (HIGH, TORN, Verdict.INCONCLUSIVE, Verdict.INCONCLUSIVE),
+        (HIGH, LOW, ClaimVerdict.REPRODUCED, ClaimVerdict.REPRODUCED),
+        (LOW, HIGH, ClaimVerdict.INCONCLUSIVE, ClaimVerdict.INCONCLUSIVE),
+        (HIGH, TORN, ClaimVerdict.INCONCLUSIVE, ClaimVerdict.INCONCLUSIVE),
     ],
 )
 def test_scores_over_seeds_support_a_paper_or_leave_it_open(
-    runs: Recorded, of: list[float], than: list[float], higher: Verdict, no_lower: Verdict
+    runs: Recorded, of: list[float], than: list[float], higher: ClaimVerdict, no_lower: ClaimVerdict
 ) -> None:
     runs(a=several(of), b=several(than, "lora-r1"))
     for measure, verdict in ((training_results.scores_higher, higher), (training_results.scores_no_lower, no_lower)):
         row = judged(measure("made", "a", "b"), "better", "property", tier="trained")
         assert row.verdict is verdict
-        assert verdict is Verdict.REPRODUCED or "refutes no paper" in row.why
+        assert verdict is ClaimVerdict.REPRODUCED or "refutes no paper" in row.why
 
 
 def test_equal_scores_are_no_lower_and_not_higher(runs: Recorded) -> None:
     same = several(HIGH)
     twins = [r.model_copy(update={"cell": (c := cell(r.cell.seed, "hf-peft")), "cell_id": c.cell_id}) for r in same]
     runs(a=same, b=twins)
-    assert training_results.scores_no_lower("made", "a", "b") == Found(
+    assert training_results.scores_no_lower("made", "a", "b") == MeasureResult(
         True, training_results.scores_no_lower("made", "a", "b").how
     )
     assert training_results.scores_higher("made", "a", "b").value is False
@@ -543,8 +545,8 @@ def test_what_a_refresh_adds_at_most_is_spread_over_its_gap(runs: Recorded) -> N
     runs(a=[changed(galore, training={"step_seconds": [12.0, *[2.0] * 9], "timing_warmup": 3})])
     found = times.refresh_share("made", "a")
     assert (found.value, found.most) == (0, Fraction(10, 100))  # (12 - 2) / 50 / 2
-    assert judged(found, "< 20%", "share").verdict is Verdict.REPRODUCED
-    assert judged(found, "< 10%", "share").verdict is Verdict.INCONCLUSIVE
+    assert judged(found, "< 20%", "share").verdict is ClaimVerdict.REPRODUCED
+    assert judged(found, "< 10%", "share").verdict is ClaimVerdict.INCONCLUSIVE
 
 
 def test_arithmetic_does_not_go_on_with_one_end_of_an_interval(runs: Recorded) -> None:

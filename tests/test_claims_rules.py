@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from harness.claims import claim_file, document, table
-from harness.claims.judge import Judged, Verdict, judge
-from harness.claims.measure import Found
+from harness.claims.judge import ClaimVerdict, JudgedClaim, judge
+from harness.claims.measure import MeasureResult
 from harness.claims.printed_number import RULES
 from harness.cli import main
 from harness.errors import Exit
@@ -19,14 +19,14 @@ from harness.report import claims_page
 MAGNITUDE = "of the same order of magnitude, by the nearest power of ten"
 
 
-def judged(folder: Path, printed: str, ours: str, rounding: str = "") -> Judged:
+def judged(folder: Path, printed: str, ours: str, rounding: str = "") -> JudgedClaim:
     """Judge a ratio that was found. rounding: as the claim file writes it, empty for none."""
     more = f", rounding: {rounding}" if rounding else ""
     one = f"id: one, sentence: s, source: t, tier: exact, printed: '{printed}', measure: ratio, with: {{of: 1, to: 1}}"
     path = folder / "mine.yaml"
     path.write_text(f"paper: mine\ntitle: Mine\nversion: v1\nclaims:\n  - {{{one}{more}}}\n")
     (claim,) = claim_file.load([path])
-    return judge(claim, [Found(Fraction(ours), "arithmetic")])
+    return judge(claim, [MeasureResult(Fraction(ours), "arithmetic")])
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_the_rule_stands_beside_ours(
     tmp_path: Path, printed: str, ours: str, rounding: str, verdict: str, rule: str
 ) -> None:
     row = judged(tmp_path, printed, ours, rounding)
-    assert row.verdict is Verdict(verdict)
+    assert row.verdict is ClaimVerdict(verdict)
     (written,) = document.document([row], {})["claims"]
     assert written["rule"] == rule
     said = f" (rule: {rule})" if rule else ""

@@ -11,7 +11,7 @@ import pytest
 from judged_here import verdicts
 
 from harness.claims import meta_step
-from harness.claims.judge import Verdict
+from harness.claims.judge import ClaimVerdict
 from harness.claims.measures import paging, step_counts
 from reference.operations.paged import Paged
 
@@ -125,13 +125,13 @@ def test_more_time_lies_between_none_and_what_operations_allow() -> None:
 
 def test_what_operations_say_of_the_papers_speeds() -> None:
     lora = verdicts("lora", ("lora-throughput-rehearsal",))
-    assert {one.verdict for one in lora.values()} == {Verdict.INCONCLUSIVE}
+    assert {one.verdict for one in lora.values()} == {ClaimVerdict.INCONCLUSIVE}
     assert [one.ours for one in lora.values()] == ["0% to 48.1683%", "0% to 32.1651%"]
     assert all("nothing is certain by a stand-in" in one.why for one in lora.values())
     vera = verdicts("vera", ("vera-time-rehearsal",))["vera-time-rehearsal"]
     assert "it comes out otherwise by a stand-in" in vera.why
     dora = verdicts("dora", ("dora-detached-rehearsal", "dora-cost-rehearsal"))
-    assert {one.verdict for one in dora.values()} == {Verdict.REPRODUCED}
+    assert {one.verdict for one in dora.values()} == {ClaimVerdict.REPRODUCED}
     assert dora["dora-detached-rehearsal"].ours == "24.1182%"
     assert "no GPU's peak was measured" in dora["dora-detached-rehearsal"].why
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from harness.claims import attached_model, claim_file
-from harness.claims.judge import Verdict, judge, plain
-from harness.claims.measure import Found
+from harness.claims.judge import ClaimVerdict, judge, plain
+from harness.claims.measure import MeasureResult
 from harness.claims.measures import parameters, vera
 from harness.claims.worker import find
 from harness.errors import SuiteError
@@ -32,7 +32,7 @@ def shape(tmp_path: Path) -> str:
     return f"{tmp_path}/config.json"
 
 
-def verdicts(*ids: str) -> list[tuple[Verdict, str]]:
+def verdicts(*ids: str) -> list[tuple[ClaimVerdict, str]]:
     """Judge claims of the file, each with the convention that it comes out under."""
     claims = {claim.id: claim for claim in claim_file.load(claim_file.paths(["vera"]))}
     found = []
@@ -45,7 +45,7 @@ def verdicts(*ids: str) -> list[tuple[Verdict, str]]:
 
 def test_the_formula_holds_until_a_vector_is_not_trained(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = vera.counts_by_formula(shape, ["q_proj", "o_proj"], [1, 5])
-    assert found == Found(
+    assert found == MeasureResult(
         True, "L = 6, d = 12; r = 1: VeRA 78, LoRA 144; r = 5: VeRA 102, LoRA 720"  # 6 (12 + r) and 2 * 6 * 12 r
     )  # fmt: skip
 
@@ -116,9 +116,9 @@ def test_a_vision_transformer_is_counted_with_and_without_a_method() -> None:
 
 def test_the_misprint_of_table_1_is_found_and_its_bytes_come_out() -> None:
     assert verdicts("vera-t1-large-vera-r16", "vera-t1-bytes-large-vera-r16", "vera-t1-large-vera-r256") == [
-        (Verdict.NOT_REPRODUCED, ""),
-        (Verdict.UNDER, "KB read as KiB"),
-        (Verdict.REPRODUCED, ""),
+        (ClaimVerdict.NOT_REPRODUCED, ""),
+        (ClaimVerdict.UNDER, "KB read as KiB"),
+        (ClaimVerdict.REPRODUCED, ""),
     ]
 
 

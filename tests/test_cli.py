@@ -211,7 +211,7 @@ def test_a_time_out_that_no_clock_can_wait_for(timeout: str, capsys: pytest.Capt
     assert main(["run", "smoke", "--timeout", timeout]) == Exit.USAGE
     said = capsys.readouterr().err
     assert said.startswith("peft-harness: run: Invalid value for '--timeout': ")
-    assert "mend: see `peft-harness run --help`" in said
+    assert "hint: see `peft-harness run --help`" in said
     assert said.count("\n") == 2
 
 
@@ -234,7 +234,7 @@ def test_a_bug_of_the_harness_is_no_finding() -> None:
     assert "in explained" in done.stderr
     message = done.stderr[done.stderr.index("peft-harness: ") :]
     assert message.startswith("peft-harness: this is a bug of peft-harness, ")
-    assert "ZeroDivisionError: by nought\n  mend: report it with the lines above; no Record was written" in message
+    assert "ZeroDivisionError: by nought\n  hint: report it with the lines above; no Record was written" in message
     assert done.stderr.count("by nought") == 2
 
 
@@ -250,8 +250,8 @@ def test_what_is_no_bug_is_not_called_one(raised: str) -> None:
 @pytest.mark.parametrize(
     ("raised", "code", "message"),
     [
-        (KeyboardInterrupt(), Exit.INFRASTRUCTURE, "peft-harness: interrupted\n  mend: what was finished is kept\n"),
-        (HarnessError("no GPU", where="cuda", mend="buy one"), 4, "peft-harness: cuda: no GPU\n  mend: buy one\n"),
+        (KeyboardInterrupt(), Exit.INFRASTRUCTURE, "peft-harness: interrupted\n  hint: what was finished is kept\n"),
+        (HarnessError("no GPU", where="cuda", hint="buy one"), 4, "peft-harness: cuda: no GPU\n  hint: buy one\n"),
     ],
 )
 def test_what_a_verb_raises(

@@ -12,7 +12,7 @@ from torch import nn
 from harness.conformance import checks, matrix, parity_suite
 from harness.conformance.case_selection import FEW
 from harness.conformance.observations import observe
-from harness.conformance.outcomes import Standing, Tried
+from harness.conformance.outcomes import CheckOutcome, CheckStatus
 from harness.conformance.subject import DTYPES, warm
 from harness.conformance.tolerance_policies import exact
 from harness.methods.registry import Implementation, discover, implements
@@ -25,14 +25,14 @@ def method(name: str, target: str = "lora") -> Implementation:
     return discover().find("method", target, name)
 
 
-def failed(tried: list[Tried]) -> set[str]:
-    return {t.check for t in tried if t.standing is Standing.FAIL}
+def failed(tried: list[CheckOutcome]) -> set[str]:
+    return {t.check for t in tried if t.standing is CheckStatus.FAIL}
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> parity_suite.ParitySuite:
     """Let the parity suite of LoRA have one square case: enough for a fault to show."""
-    few = {"configs": [{"rank": 3, "alpha": 8}], "shapes": [parity_suite.Shape(tokens=9, **{"in": 64, "out": 64})]}
+    few = {"configs": [{"rank": 3, "alpha": 8}], "shapes": [parity_suite.CaseShape(tokens=9, **{"in": 64, "out": 64})]}
     plan = parity_suite.load("lora").model_copy(update={**few, "dtypes": ["float32"]})
     monkeypatch.setattr(parity_suite, "load", lambda name: plan)
     return plan
@@ -47,14 +47,14 @@ def test_the_implementations_of_lora_conform(name: str, dtype: str, monkeypatch:
     assert failed(tried) == set()
     assert len({t.case for t in tried}) == len(plan.configs)
     by_its_nature = {"model", "trajectory"} if dtype == "float64" else set()  # which says why it is skipped
-    assert {t.check for t in tried if t.standing is Standing.PASS} == set(plan.checks) - by_its_nature
+    assert {t.check for t in tried if t.standing is CheckStatus.PASS} == set(plan.checks) - by_its_nature
 
 
 @pytest.mark.parametrize("target", ["frozen", "full"])
 def test_the_baselines_conform(target: str) -> None:
     tried = list(matrix.run(method("reference", target)))
     assert failed(tried) == set()
-    assert {t.check for t in tried if t.standing is Standing.PASS} == set(parity_suite.load(target).checks)
+    assert {t.check for t in tried if t.standing is CheckStatus.PASS} == set(parity_suite.load(target).checks)
 
 
 def test_observing_leaves_gradients_and_mode_as_they_were() -> None:

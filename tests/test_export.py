@@ -80,7 +80,7 @@ def test_nothing_is_written_over(held: str, tmp_path: Path, capsys: pytest.Captu
     assert main(["export", str(run.path), "--format", "csv", "--out", str(out)]) == Exit.USAGE
     printed = capsys.readouterr()
     what = "is no folder" if held == "no folder" else "holds something already"
-    assert printed.err == f"peft-harness: --out {out}: {what}\n  mend: name another folder, or move that one away\n"
+    assert printed.err == f"peft-harness: --out {out}: {what}\n  hint: name another folder, or move that one away\n"
     assert (printed.out, sorted(tmp_path.rglob("*"))) == ("", before)
 
 
@@ -110,7 +110,7 @@ def test_without_pyarrow_there_is_csv_alone_and_it_says_so_first(tmp_path: Path)
     refused = run("parquet")
     assert (refused.returncode, refused.stdout) == (Exit.USAGE, "")
     assert refused.stderr.startswith("peft-harness: --format parquet: Parquet is written by pyarrow, which cannot be ")
-    assert refused.stderr.endswith("\n  mend: `pip install pyarrow`, or take --format csv\n")
+    assert refused.stderr.endswith("\n  hint: `pip install pyarrow`, or take --format csv\n")
     assert not (tmp_path / "parquet").exists()
     assert run("csv").returncode == Exit.PASS
     assert len(pd.read_csv(tmp_path / "csv" / "cells.csv")) == 10
@@ -157,7 +157,7 @@ def test_several_runs_and_one_that_is_none(tmp_path: Path, capsys: pytest.Captur
     assert pd.read_csv(tmp_path / "out" / "cells.csv")["run"].value_counts().to_dict() == {"first": 10, "other": 10}
 
 
-def test_a_full_disk_is_said_with_its_mend(
+def test_a_full_disk_is_said_with_its_hint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(_: int) -> None:
@@ -167,7 +167,7 @@ def test_a_full_disk_is_said_with_its_mend(
     monkeypatch.setattr(os, "fsync", full)
     assert main(["export", str(run.path), "--format", "csv", "--out", str(out)]) == Exit.INFRASTRUCTURE
     said = capsys.readouterr().err
-    assert f"{out / 'cells.csv'}: the disk is full\n  mend: make room or name another --out, remove {out}, " in said
+    assert f"{out / 'cells.csv'}: the disk is full\n  hint: make room or name another --out, remove {out}, " in said
     assert list(out.iterdir()) == []
 
 
@@ -191,5 +191,5 @@ def test_what_the_readme_shows_is_so(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_a_format_that_is_left_out_is_asked_for_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(REAL)]) == Exit.USAGE
     said = capsys.readouterr().err.splitlines()
-    assert [line.strip().partition(":")[0] for line in said] == ["peft-harness", "mend"]
+    assert [line.strip().partition(":")[0] for line in said] == ["peft-harness", "hint"]
     assert "parquet, csv" in said[0]

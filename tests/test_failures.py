@@ -16,7 +16,7 @@ from conftest import Bench
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.assets import fetch, table
-from harness.cell.job import Work
+from harness.cell.job import Job
 from harness.cell.training import model as models
 from harness.cli import main
 from harness.errors import AssetError, Exit
@@ -74,12 +74,12 @@ def test_every_allocator_has_words_of_its_own(error: Exception, found: Shortage 
     assert shortage(error) == found
 
 
-def work_of(name: str) -> Work:
+def work_of(name: str) -> Job:
     budget: Any = {"training": Training(steps=1), "evaluation": Evaluation(items=1)}
     source = table.resolve("toy-sentiment", loader.load("smoke").sources, Path())
     asset = {"path": "unused", "source": source, "use": fetch.use(source)}
     task = {"name": "toy", "spec": {}, "labels": 2, "test": 1, "shuffle_seed": 0, "use": fetch.use(source)}
-    return Work.model_validate(
+    return Job.model_validate(
         {"run": "r", "folder": "run", "attempt": 1, "model": asset, "data": asset, "task": task, "device": "cpu",
          "launched": 0.0, "cell": Cell(model="m", task="t", method="lora", implementation=name, **budget)}
     )  # fmt: skip
@@ -124,7 +124,7 @@ def test_a_kernel_that_kills_for_memory_is_told_from_any_other_killer(
 
 
 @pytest.mark.parametrize("spoil", ["weights", "config", "unknown"])
-def test_a_model_that_cannot_be_read_is_named_with_its_mend(spoil: str, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_read_is_named_with_its_hint(spoil: str, tmp_path: Path) -> None:
     config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     weights, described = tmp_path / "model.safetensors", tmp_path / "config.json"
@@ -137,7 +137,7 @@ def test_a_model_that_cannot_be_read_is_named_with_its_mend(spoil: str, tmp_path
     with pytest.raises(AssetError) as caught:
         models.load(tmp_path, "causal", 2, torch.float32, torch.device("cpu"), 0)
     assert str(caught.value).startswith(f"{tmp_path}: the model cannot be read: ")
-    assert re.search("\n  mend: copy or fetch its folder again", str(caught.value))
+    assert re.search("\n  hint: copy or fetch its folder again", str(caught.value))
 
 
 def test_memory_that_ends_while_a_model_is_read_is_no_unreadable_model(

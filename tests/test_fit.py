@@ -397,7 +397,7 @@ def test_a_config_that_says_nothing(folder: str, tmp_path: Path, capsys: pytest.
     assert main(["fit", str(tmp_path / folder), "--memory", "1GiB", "--method", "full"]) == Exit.USAGE
     said = capsys.readouterr().err
     assert folder in said
-    assert "mend: " in said
+    assert "hint: " in said
     assert "Traceback" not in said
 
 

@@ -82,7 +82,7 @@ def refused(folder: Path, old: str = "", new: str = "", expr: str = "") -> list[
     try:
         model_checks.refuse(suite, plan)
     except SuiteError as error:
-        return [(int(p.where.rpartition(":")[2]), p.what, p.mend) for p in error.problems]
+        return [(int(p.where.rpartition(":")[2]), p.what, p.hint) for p in error.problems]
     return []
 
 
@@ -165,8 +165,8 @@ def test_a_prompt_and_its_answer_fit_together(folder: Path, tokens: int) -> None
 def test_a_target_without_weights_of_its_own_is_looked_for_in_the_model(folder: Path) -> None:
     assert "lm_head" not in model_folder.layers(folder / "tied")
     assert refused(folder, "[q_proj, v_proj]", "[q_proj, lm_head]") == []
-    ((line, what, mend),) = refused(folder, "[q_proj, v_proj]", "[q_proj, query]")
-    assert (line, mend) == (13, "name layers of tied")
+    ((line, what, hint),) = refused(folder, "[q_proj, v_proj]", "[q_proj, query]")
+    assert (line, hint) == (13, "name layers of tied")
     assert what.startswith("`targets`: no linear, Conv1D, embedding or Conv2d layer is named 'query'; this model has: ")
     assert "q_proj" in what.partition("has: ")[2]
 
@@ -194,7 +194,7 @@ def test_one_child_builds_every_model_that_must_be_looked_at(folder: Path, monke
     old = SUITE[SUITE.index("[q_proj, v_proj]") : SUITE.index("[query]") + len("[query]")]
     new = old.replace("[q_proj, v_proj]", "[nothing]").replace("[query]", "[neither]")
     found = refused(folder, old, new)
-    assert [(line, mend) for line, _, mend in found] == [(13, "name layers of tied"), (16, "name layers of bert")]
+    assert [(line, hint) for line, _, hint in found] == [(13, "name layers of tied"), (16, "name layers of bert")]
     assert len(started) == 1
     config = folder / "tied" / "config.json"
     whole = config.read_text()

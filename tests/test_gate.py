@@ -15,7 +15,7 @@ from harness.conformance.subject import (
     DTYPES,
     ExpectedCodes,
     Original,
-    Packed,
+    PackedLayer,
     Subject,
     adaptable_layers,
     begin,
@@ -64,7 +64,7 @@ def through_the_gate(
     packed, expected = {}, {}
     if base is not None:
         expected = {path: ExpectedCodes.of(layer) for path, layer in layers.items()}
-        packed = {path: Packed(*form) for path, form in base(model, list(layers), DTYPES[dtype]).items()}
+        packed = {path: PackedLayer(*form) for path, form in base(model, list(layers), DTYPES[dtype]).items()}
         layers = {path: model.get_submodule(path) for path in layers}
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64).to(DTYPES[dtype])
 

@@ -26,15 +26,15 @@ from harness.analysis.comparison.baseline_rows import (
     PROCESS_PEAK_B,
     PROCESS_SHARE,
     TIMES,
+    ComparisonRow,
+    FindingKind,
     Findings,
-    Kind,
     Margins,
-    Row,
 )
 from harness.analysis.measurements import above_imports, training_peak
 from harness.analysis.statistics import over_seeds
 from harness.analysis.statistics.intervals import paired_difference
-from harness.analysis.verdict_kind import Verdict, Word
+from harness.analysis.verdict_kind import Verdict, VerdictKind
 from harness.cli import main
 from harness.cli.explain import explain
 from harness.errors import Exit
@@ -100,7 +100,7 @@ def against(base: store.Run, change: Change = lambda _, r: r, **more: Any) -> Ag
     )
 
 
-def found(result: Against, kind: Kind) -> list[Row]:
+def found(result: Against, kind: FindingKind) -> list[ComparisonRow]:
     return [row for row in result.rows if row.kind is kind and not row.same]
 
 
@@ -109,9 +109,9 @@ def found(result: Against, kind: Kind) -> list[Row]:
 
 def test_the_same_again_passes_and_its_times_are_not_judged(base: store.Run) -> None:
     result = against(base)
-    assert (result.verdict.word, result.exit, result.compared) == (Word.PASS, Exit.PASS, 3)
-    assert {row.kind for row in result.rows if not row.same} == {Kind.TIME}
-    times = found(result, Kind.TIME)
+    assert (result.verdict.word, result.exit, result.compared) == (VerdictKind.PASS, Exit.PASS, 3)
+    assert {row.kind for row in result.rows if not row.same} == {FindingKind.TIME}
+    times = found(result, FindingKind.TIME)
     assert all(row.reason == TIMES and row.base and row.new for row in times)
     assert not any(row.judged for row in times)
 
@@ -125,16 +125,16 @@ def slower(record: Record) -> Record:
 def test_a_time_ten_times_as_long_fails_nothing(base: store.Run) -> None:
     result = against(base, only("fused", slower))
     assert result.exit == Exit.PASS
-    assert [row.new for row in found(result, Kind.TIME) if row.what == "step" and row.cells == (FUSED,)] == [9.0]
+    assert [row.new for row in found(result, FindingKind.TIME) if row.what == "step" and row.cells == (FUSED,)] == [9.0]
 
 
 def test_times_that_are_taken_no_more_are_missing(base: store.Run) -> None:
     untimed = against(base, only("fused", lambda r: measured(r, latency=[])))
-    missing = found(untimed, Kind.MISSING)
+    missing = found(untimed, FindingKind.MISSING)
     assert [row.what for row in missing] == [f"forward {of}, 1 x 40" for of in ("base", "unmerged", "merged")]
-    assert (untimed.exit, untimed.verdict.word) == (Exit.FAIL, Word.FAIL)
+    assert (untimed.exit, untimed.verdict.word) == (Exit.FAIL, VerdictKind.FAIL)
     untrained = against(base, only("fused", lambda r: measured(r, training=None)))
-    assert "step" in [row.what for row in found(untrained, Kind.MISSING)]
+    assert "step" in [row.what for row in found(untrained, FindingKind.MISSING)]
 
 
 def with_losses(factor: float) -> Callable[[Record], Record]:
@@ -149,7 +149,7 @@ def with_losses(factor: float) -> Callable[[Record], Record]:
 @pytest.mark.parametrize(("factor", "code"), [(100.0, Exit.FAIL), (1.001, Exit.PASS), (0.5, Exit.PASS)])
 def test_a_training_loss_that_rose_is_a_finding(factor: float, code: Exit, base: store.Run) -> None:
     result = against(base, only("fused", with_losses(factor)))
-    (row,) = found(result, Kind.LOSS)
+    (row,) = found(result, FindingKind.LOSS)
     assert (row.cells, result.exit) == ((FUSED,), code)
     training = next(m.training for r in base.records if r.cell_id == FUSED and (m := r.measurements))
     assert training is not None
@@ -168,10 +168,10 @@ def test_a_check_that_allows_far_more_leaves_its_question_open(base: store.Run) 
         return only("fused", change)
 
     result = against(base, looser(1e6))
-    (row,) = found(result, Kind.PARITY)
-    assert (row.word, result.verdict.word) == (Word.INCONCLUSIVE, Word.INCONCLUSIVE)
+    (row,) = found(result, FindingKind.PARITY)
+    assert (row.word, result.verdict.word) == (VerdictKind.INCONCLUSIVE, VerdictKind.INCONCLUSIVE)
     assert row.reason == "more is allowed than in the baseline: lora/forward/float32/init (1e+06 times)"
-    assert against(base, looser(1.5)).verdict.word is Word.PASS  # as another machine's noise may be
+    assert against(base, looser(1.5)).verdict.word is VerdictKind.PASS  # as another machine's noise may be
 
 
 def test_a_run_whose_hashes_were_taken_away_is_no_green_light(base: store.Run) -> None:
@@ -180,60 +180,64 @@ def test_a_run_whose_hashes_were_taken_away_is_no_green_light(base: store.Run) -
     assert new.footer is not None
     store.write(folder / "footer.json", new.footer.model_copy(update={"sha256": {}}))
     result = judge(base, store.read_run(folder))
-    assert (result.verdict.word, result.exit) == (Word.INCONCLUSIVE, Exit.INFRASTRUCTURE)
+    assert (result.verdict.word, result.exit) == (VerdictKind.INCONCLUSIVE, Exit.INFRASTRUCTURE)
     assert "the run has no footer with hashes" in result.verdict.reason
 
 
 def test_a_check_that_passed_and_fails(base: store.Run) -> None:
     result = against(base, only("fused", red))
-    (row,) = found(result, Kind.PARITY)
-    assert (row.word, row.cells, result.exit) == (Word.FAIL, (FUSED,), Exit.FAIL)
+    (row,) = found(result, FindingKind.PARITY)
+    assert (row.word, row.cells, result.exit) == (VerdictKind.FAIL, (FUSED,), Exit.FAIL)
     assert "lora/forward/float32/init failed" in row.reason
     assert "parity: " in result.verdict.reason
 
 
 def test_a_cell_that_is_nonconforming_now(base: store.Run) -> None:
     result = against(base, only("fused", lambda r: recorded.failed(r, Status.NONCONFORMING, because="diverged")))
-    (row,) = found(result, Kind.PARITY)
-    assert (row.word, row.reason, found(result, Kind.OUTCOME)) == (Word.FAIL, "diverged", [])
+    (row,) = found(result, FindingKind.PARITY)
+    assert (row.word, row.reason, found(result, FindingKind.OUTCOME)) == (VerdictKind.FAIL, "diverged", [])
 
 
 def test_a_check_that_is_not_tried_any_more_leaves_its_question_open(base: store.Run) -> None:
     fewer = only("fused", lambda r: r.model_copy(update={"checks": r.checks[1:]}))
     assert against(base, fewer).exit == Exit.PASS
     result = against(base, fewer, strict=True)
-    assert (found(result, Kind.PARITY)[0].word, result.exit) == (Word.INCONCLUSIVE, Exit.INCONCLUSIVE)
+    assert (found(result, FindingKind.PARITY)[0].word, result.exit) == (VerdictKind.INCONCLUSIVE, Exit.INCONCLUSIVE)
 
 
 @pytest.mark.parametrize("status", [Status.OOM, Status.TIMEOUT, Status.ERROR, Status.LOST, Status.SKIPPED])
 def test_another_outcome_of_what_was_ok(base: store.Run, status: Status) -> None:
     result = against(base, only("fused", lambda r: recorded.failed(r, status)))
-    (row,) = found(result, Kind.OUTCOME)
-    assert (row.word, row.base, row.new, result.exit) == (Word.FAIL, "ok", status.value, Exit.FAIL)
+    (row,) = found(result, FindingKind.OUTCOME)
+    assert (row.word, row.base, row.new, result.exit) == (VerdictKind.FAIL, "ok", status.value, Exit.FAIL)
 
 
 def test_a_cell_that_the_run_does_not_plan_fails(base: store.Run) -> None:
     result = against(base, only=FEW[:2])
-    (row,) = found(result, Kind.MISSING)
-    assert (row.word, row.cells, result.exit) == (Word.FAIL, (FUSED,), Exit.FAIL)
+    (row,) = found(result, FindingKind.MISSING)
+    assert (row.word, row.cells, result.exit) == (VerdictKind.FAIL, (FUSED,), Exit.FAIL)
 
 
 def test_a_cell_that_the_run_did_not_come_to_is_no_regression_and_not_green(base: store.Run) -> None:
     result = against(base, only("fused", lambda _: None))
-    (row,) = found(result, Kind.MISSING)
-    assert (row.word, result.verdict.word, result.exit) == (Word.NOT_RUN, Word.INCONCLUSIVE, Exit.INFRASTRUCTURE)
+    (row,) = found(result, FindingKind.MISSING)
+    assert (row.word, result.verdict.word, result.exit) == (
+        VerdictKind.NOT_RUN,
+        VerdictKind.INCONCLUSIVE,
+        Exit.INFRASTRUCTURE,
+    )
     assert against(base, footer=False).exit == Exit.INFRASTRUCTURE
 
 
 def test_a_new_cell_is_told_and_not_judged(base: store.Run) -> None:
     result = against(base, only=(*FEW, "lora-r1"))
     assert result.exit == Exit.PASS
-    assert [row.cells for row in found(result, Kind.NEW)] == [(recorded.cells()["lora-r1"].cell_id,)]
+    assert [row.cells for row in found(result, FindingKind.NEW)] == [(recorded.cells()["lora-r1"].cell_id,)]
 
 
 def test_nothing_compared_is_never_green(base: store.Run) -> None:
     result = against(base, only=("lora-r1",))
-    assert (result.verdict.word, result.exit) == (Word.NOT_RUN, Exit.NOTHING_COMPARED)
+    assert (result.verdict.word, result.exit) == (VerdictKind.NOT_RUN, Exit.NOTHING_COMPARED)
     assert "nothing was compared" in result.verdict.reason
 
 
@@ -243,12 +247,12 @@ def test_one_byte_more_of_what_is_counted_fails_and_less_is_told(base: store.Run
         return only("fused", lambda r: memory(r, **{field: getattr(measurements(r).memory, field) + n}))
 
     result = against(base, by(1))
-    (row,) = found(result, Kind.MEMORY)
-    assert (row.word, row.delta, row.reason, result.exit) == (Word.FAIL, 1, "grew", Exit.FAIL)
+    (row,) = found(result, FindingKind.MEMORY)
+    assert (row.word, row.delta, row.reason, result.exit) == (VerdictKind.FAIL, 1, "grew", Exit.FAIL)
     if field != "optimizer_host_B":
         less = against(base, by(-1))
-        (row,) = found(less, Kind.MEMORY)
-        assert (row.word, row.reason, less.exit) == (Word.PASS, "shrank", Exit.PASS)
+        (row,) = found(less, FindingKind.MEMORY)
+        assert (row.word, row.reason, less.exit) == (VerdictKind.PASS, "shrank", Exit.PASS)
 
 
 @pytest.mark.parametrize("by", [-1, 1])
@@ -258,14 +262,16 @@ def test_a_parameter_more_or_less_is_another_program(base: store.Run, by: int) -
         return measured(record, parameters=count.model_copy(update={"adapter": count.adapter + by}))
 
     result = against(base, only("fused", change))
-    assert [(row.word, row.what) for row in found(result, Kind.PARAMETERS)] == [(Word.FAIL, "adapter parameters")]
+    assert [(row.word, row.what) for row in found(result, FindingKind.PARAMETERS)] == [
+        (VerdictKind.FAIL, "adapter parameters")
+    ]
 
 
 def test_a_process_may_vary_by_what_was_measured_and_a_gpu_by_nothing(base: store.Run) -> None:
     def grown(n: int, source: str = "VmHWM") -> Change:
         return only("fused", lambda r: memory(peak(r, n), source=source))
 
-    (row,) = found(against(base, grown(1)), Kind.MEMORY)
+    (row,) = found(against(base, grown(1)), FindingKind.MEMORY)
     assert isinstance(row.base, int)
     usual = max(PROCESS_PEAK_B, int(PROCESS_SHARE * row.base))
     assert against(base, grown(usual)).exit == Exit.PASS
@@ -275,7 +281,7 @@ def test_a_process_may_vary_by_what_was_measured_and_a_gpu_by_nothing(base: stor
     large = recorded.write_run(base.path.with_name("large"), only=FEW, change=grown(2**31))
     for share, code in ((0.03, Exit.PASS), (0.08, Exit.FAIL)):
         assert against(large, grown(2**31 + int(share * 2**31))).exit == code
-    assert found(against(base, grown(0, "sampled")), Kind.MEMORY)[0].word is Word.INCONCLUSIVE
+    assert found(against(base, grown(0, "sampled")), FindingKind.MEMORY)[0].word is VerdictKind.INCONCLUSIVE
     gpu = recorded.write_run(base.path.with_name("gpu"), only=FEW, change=grown(0, "cuda allocated"))
     assert against(gpu, grown(0, "cuda allocated")).exit == Exit.PASS
     assert against(gpu, grown(1, "cuda allocated")).exit == Exit.FAIL
@@ -289,18 +295,23 @@ def test_tensors_at_one_time_may_grow_by_little_or_by_what_was_asked(base: store
     def grown(n: int, **more: Any) -> Against:
         return against(counted, only("fused", lambda r: of_tensors(r, n)), **more)
 
-    assert found(grown(0), Kind.MEMORY) == []
+    assert found(grown(0), FindingKind.MEMORY) == []
     assert grown(COUNTED_PEAK_B).exit == Exit.PASS
     result = grown(COUNTED_PEAK_B + 1)
-    (row,) = found(result, Kind.MEMORY)
-    assert (row.what, row.word, row.delta, result.exit) == (COUNTED_PEAK, Word.FAIL, COUNTED_PEAK_B + 1, Exit.FAIL)
+    (row,) = found(result, FindingKind.MEMORY)
+    assert (row.what, row.word, row.delta, result.exit) == (
+        COUNTED_PEAK,
+        VerdictKind.FAIL,
+        COUNTED_PEAK_B + 1,
+        Exit.FAIL,
+    )
     assert row.reason == "grew (margin 65,536 B, counted)"
     assert grown(COUNTED_PEAK_B + 1, margins=Margins(memory_B=2 * COUNTED_PEAK_B)).exit == Exit.PASS
     assert grown(1, margins=Margins(memory_B=0)).exit == Exit.FAIL
     # A baseline from before it was counted says nothing of it; a run that does not count any more is told.
     new = against(base, only("fused", lambda r: of_tensors(r, 0)))
-    assert ([row.what for row in found(new, Kind.NEW)], new.exit) == ([COUNTED_PEAK], Exit.PASS)
-    assert [row.what for row in found(against(counted), Kind.MISSING)] == [COUNTED_PEAK]
+    assert ([row.what for row in found(new, FindingKind.NEW)], new.exit) == ([COUNTED_PEAK], Exit.PASS)
+    assert [row.what for row in found(against(counted), FindingKind.MISSING)] == [COUNTED_PEAK]
 
 
 def of_tensors(record: Record, more: int) -> Record:
@@ -326,8 +337,8 @@ def test_the_margin_of_a_process_is_what_the_published_run_shows() -> None:
 
 def test_an_accuracy_that_dropped_with_one_seed_says_so(base: store.Run) -> None:
     result = against(base, only("fused", lambda r: recorded.with_accuracy(r, 0.75)))
-    (row,) = found(result, Kind.ACCURACY)
-    assert (row.word, result.exit) == (Word.FAIL, Exit.FAIL)
+    (row,) = found(result, FindingKind.ACCURACY)
+    assert (row.word, result.exit) == (VerdictKind.FAIL, Exit.FAIL)
     assert ONE_SEED in row.reason
     assert "margin 2 points" in row.reason
     assert row.interval is not None
@@ -336,16 +347,16 @@ def test_an_accuracy_that_dropped_with_one_seed_says_so(base: store.Run) -> None
 
 def test_an_accuracy_that_rose_passes_and_is_told(base: store.Run) -> None:
     result = against(base, only("fused", lambda r: recorded.with_accuracy(r, 0.87)))
-    (row,) = found(result, Kind.ACCURACY)
-    assert (row.word, row.reason.startswith("rose"), result.exit) == (Word.PASS, True, Exit.PASS)
+    (row,) = found(result, FindingKind.ACCURACY)
+    assert (row.word, row.reason.startswith("rose"), result.exit) == (VerdictKind.PASS, True, Exit.PASS)
 
 
 def test_a_small_drop_is_open_and_with_a_wide_margin_no_worse(base: store.Run) -> None:
     drop = only("fused", lambda r: recorded.with_accuracy(r, 0.805))
     strict = against(base, drop, strict=True, margins=Margins(accuracy=0.001))
-    assert (found(strict, Kind.ACCURACY)[0].word, strict.exit) == (Word.INCONCLUSIVE, Exit.INCONCLUSIVE)
-    assert "it would have found" in found(strict, Kind.ACCURACY)[0].reason
-    assert found(against(base, drop), Kind.ACCURACY)[0].word is Word.PASS
+    assert (found(strict, FindingKind.ACCURACY)[0].word, strict.exit) == (VerdictKind.INCONCLUSIVE, Exit.INCONCLUSIVE)
+    assert "it would have found" in found(strict, FindingKind.ACCURACY)[0].reason
+    assert found(against(base, drop), FindingKind.ACCURACY)[0].word is VerdictKind.PASS
 
 
 def test_other_items_are_not_compared(base: store.Run) -> None:
@@ -356,12 +367,12 @@ def test_other_items_are_not_compared(base: store.Run) -> None:
         return measured(record, accuracy=a.model_copy(update={"items": items}))
 
     result = against(base, only("fused", renamed), strict=True)
-    assert (found(result, Kind.ACCURACY)[0].word, result.exit) == (Word.INCONCLUSIVE, Exit.INCONCLUSIVE)
+    assert (found(result, FindingKind.ACCURACY)[0].word, result.exit) == (VerdictKind.INCONCLUSIVE, Exit.INCONCLUSIVE)
 
 
 def test_what_was_measured_and_is_not_now_is_missing(base: store.Run) -> None:
     result = against(base, only("fused", lambda r: measured(r, accuracy=None)))
-    assert [(row.word, row.what) for row in found(result, Kind.MISSING)] == [(Word.FAIL, "accuracy")]
+    assert [(row.word, row.what) for row in found(result, FindingKind.MISSING)] == [(VerdictKind.FAIL, "accuracy")]
 
 
 def test_an_environment_is_named_once_for_all_its_cells(base: store.Run) -> None:
@@ -371,7 +382,7 @@ def test_an_environment_is_named_once_for_all_its_cells(base: store.Run) -> None
         return record.model_copy(update={"environment": recorded.environment(software=software)})
 
     result = against(base, upgraded)
-    (row,) = found(result, Kind.ENVIRONMENT)
+    (row,) = found(result, FindingKind.ENVIRONMENT)
     assert (row.name, row.reason, result.exit) == ("3 Cells", "software torch: 2.9.1+cpu, 2.10.0", Exit.PASS)
     assert "software torch: 2.9.1+cpu, 2.10.0 (3 Cells)" in result.verdict.reason
     assert against(base, upgraded, strict=True).exit == Exit.INCONCLUSIVE
@@ -382,15 +393,15 @@ def test_another_commit_is_what_a_gate_is_for_and_is_named(base: store.Run) -> N
         return record.model_copy(update={"environment": recorded.environment(git_sha="f" * 40, code_version="d" * 64)})
 
     result = against(base, later, strict=True)
-    assert (result.verdict.word, result.exit) == (Word.PASS, Exit.PASS)
+    assert (result.verdict.word, result.exit) == (VerdictKind.PASS, Exit.PASS)
     assert "commit: 0123abc, ffffffffffff" in result.verdict.reason
 
 
 def test_another_model_under_the_same_name_is_named(base: store.Run) -> None:
     other: list[AssetUse] = recorded.assets("d" * 64)
     result = against(base, only("fused", lambda r: r.model_copy(update={"assets": other})), strict=True)
-    (row,) = found(result, Kind.ASSETS)
-    assert (row.word, row.cells, result.exit) == (Word.INCONCLUSIVE, (FUSED,), Exit.INCONCLUSIVE)
+    (row,) = found(result, FindingKind.ASSETS)
+    assert (row.word, row.cells, result.exit) == (VerdictKind.INCONCLUSIVE, (FUSED,), Exit.INCONCLUSIVE)
 
 
 # ---- files that cannot be read
@@ -407,8 +418,8 @@ def test_broken_files_are_named_and_the_rest_is_used(base: store.Run) -> None:
     files[2].write_text(json.dumps(future | {"schema": 99, "more": 1}), encoding="utf-8")
     files[3].write_text(json.dumps({"schema": 1, "somebody": "else's"}), encoding="utf-8")
     result = judge(whole, store.read_run(new.path))
-    assert (result.compared, result.exit, result.verdict.word) == (1, Exit.INFRASTRUCTURE, Word.INCONCLUSIVE)
-    assert {row.cells[0] for row in found(result, Kind.MISSING)} == set(ids)
+    assert (result.compared, result.exit, result.verdict.word) == (1, Exit.INFRASTRUCTURE, VerdictKind.INCONCLUSIVE)
+    assert {row.cells[0] for row in found(result, FindingKind.MISSING)} == set(ids)
     assert all(any(file.name in why for why in result.unreadable) for file in files)
     assert any("written with schema 99, this version reads up to 1" in why for why in result.unreadable)
 
@@ -418,7 +429,7 @@ def test_a_broken_file_that_takes_no_cell_away_changes_no_code(base: store.Run) 
     folder = base.path.with_name("new")
     (folder / "cells" / "torn.json").write_text("{", encoding="utf-8")
     result = judge(base, store.read_run(folder))
-    assert (result.exit, result.verdict.word) == (Exit.PASS, Word.PASS)
+    assert (result.exit, result.verdict.word) == (Exit.PASS, VerdictKind.PASS)
     assert "1 unreadable file" in result.verdict.reason
 
 
@@ -427,7 +438,7 @@ def test_no_older_attempt_stands_in_for_a_torn_one(base: store.Run) -> None:
     folder = base.path.with_name("new")
     (folder / "cells" / f"{FUSED}.2.json").write_text("{", encoding="utf-8")
     result = judge(base, store.read_run(folder))
-    assert [row.cells for row in found(result, Kind.MISSING)] == [(FUSED,)]
+    assert [row.cells for row in found(result, FindingKind.MISSING)] == [(FUSED,)]
     assert result.exit == Exit.INFRASTRUCTURE
 
 
@@ -540,7 +551,7 @@ def test_what_is_no_standard_is_refused(
     assert promote() == Exit.USAGE
     said = capsys.readouterr().err
     assert says in said
-    assert "mend: " in said
+    assert "hint: " in said
     assert not (here / "results" / "baselines").exists()
 
 
@@ -576,7 +587,7 @@ def test_all_reasons_are_given_at_once(here: Path, capsys: pytest.CaptureFixture
     assert promote(reason=" ") == Exit.USAGE
     said = capsys.readouterr().err
     assert "3 reasons not to make a baseline of it" in said
-    assert said.count("mend: ") == 3
+    assert said.count("hint: ") == 3
 
 
 # ---- what is told
@@ -610,8 +621,8 @@ def test_every_output_tells_the_regression(worse: Path, capsys: pytest.CaptureFi
 
 
 def test_a_byte_that_no_digit_shows_is_written_out() -> None:
-    row = Row(Kind.MEMORY, Word.FAIL, "a", ("0",), "adapter", "grew", 1_400_000, 1_400_001, "B")
-    told = Findings(verdict=Verdict(Word.FAIL, ""), rows=(row,), compared=1)
+    row = ComparisonRow(FindingKind.MEMORY, VerdictKind.FAIL, "a", ("0",), "adapter", "grew", 1_400_000, 1_400_001, "B")
+    told = Findings(verdict=Verdict(VerdictKind.FAIL, ""), rows=(row,), compared=1)
     assert "adapter 1.3 MiB, now 1.3 MiB (+1 B" in github.lines(told)[0]
     assert b"adapter: 1.3 MiB, now 1.3 MiB (+1 B" in junit.render(told)
 
@@ -623,7 +634,7 @@ def test_json_is_one_document_with_everything(worse: Path, capsys: pytest.Captur
     assert (document["verdict"], document["exit"], document["compared"], document["cells"]) == ("fail", 1, 3, 3)
     assert [(r["what"], r["delta"]) for r in document["rows"] if r["word"] == "fail"] == [("adapter", 512)]
     assert document["baseline"]["author"] == "Ada"
-    assert set(document["kinds"]) == {kind.value for kind in Kind}
+    assert set(document["kinds"]) == {kind.value for kind in FindingKind}
 
 
 def test_github_gets_annotations_unasked(
@@ -651,7 +662,7 @@ def test_markdown_stays_under_its_limit_and_says_what_is_left_out(base: store.Ru
 
 
 def test_explain_tells_the_rule_of_every_kind() -> None:
-    assert all(f"{kind.value}: " in explain("gate") for kind in Kind)
+    assert all(f"{kind.value}: " in explain("gate") for kind in FindingKind)
 
 
 # ---- the price

@@ -17,13 +17,13 @@ import recorded_run as recorded
 from conftest import Bench
 
 from harness.analysis.comparison.baseline_costs import ALLOCATED, COUNTED_PEAK, PEAK
-from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B, Row
-from harness.analysis.comparison.pair_verdict import Sides, judge
+from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B, ComparisonRow
+from harness.analysis.comparison.pair_verdict import CellComparison, judge
 from harness.analysis.statistics.canaries import Canaries
 from harness.analysis.statistics.pair_design import Design
 from harness.analysis.statistics.paired import decide
 from harness.analysis.tracked_metrics import STEP
-from harness.analysis.verdict_kind import Word
+from harness.analysis.verdict_kind import VerdictKind
 from harness.cli import main
 from harness.errors import Exit, HarnessError, UsageError
 from harness.records import environment, naming
@@ -33,7 +33,7 @@ from harness.regression.outputs.files import Outputs
 from harness.regression.pairs import canary_file
 from harness.regression.pairs import gate as gate_pairs
 from harness.regression.pairs import sides as arms
-from harness.regression.pairs.sides import Arm
+from harness.regression.pairs.sides import Side
 from harness.suites import loader
 from harness.suites.expand import expand
 
@@ -73,7 +73,7 @@ class Stand:
     luck: int = 1
     cores: set[int] = field(default_factory=set)
 
-    def __call__(self, arm: Arm, suite: Path, cell: Cell, folder: Path, options: object = ()) -> Record:
+    def __call__(self, arm: Side, suite: Path, cell: Cell, folder: Path, options: object = ()) -> Record:
         self.ran.append(folder.name)
         self.cores.add(environment.physical_cores())
         if self.raises is not None and len(self.ran) > 20:
@@ -122,7 +122,7 @@ def gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
         asked = {"old": "reference", "new": "fused", "suite": str(suite), "out": out, "seed": 3}
         asked |= {"canaries": tmp_path / "canaries.jsonl"} | changes
-        code = gate_pairs.gate(gate_pairs.Asked(**asked), as_json=False)  # type: ignore[arg-type]
+        code = gate_pairs.gate(gate_pairs.PairsRequest(**asked), as_json=False)  # type: ignore[arg-type]
         return code, capsys.readouterr().out, json.loads((out / gate_pairs.DOCUMENT).read_text())
 
     return gate
@@ -254,7 +254,7 @@ def test_two_mebibytes_of_tensors_are_found_whatever_the_process_takes(gated) ->
     assert f"{COUNTED_PEAK} grew: counted, so that more than 65,536 B is a finding: old 104,857,600 B, new" in said
 
 
-def _peaks(*sides: tuple[int | None, int | None], source: str = "VmHWM") -> dict[str, Row]:
+def _peaks(*sides: tuple[int | None, int | None], source: str = "VmHWM") -> dict[str, ComparisonRow]:
     """Judge pairs of Records with these counts (old, new); return the rows of peaks by what they compare."""
 
     def record(counted: int | None) -> Record:
@@ -264,12 +264,16 @@ def _peaks(*sides: tuple[int | None, int | None], source: str = "VmHWM") -> dict
         return made.model_copy(update={"measurements": made.measurements.model_copy(update={"memory": memory})})
 
     records = [(record(old), record(new)) for old, new in sides]
-    rows = judge([Sides("a", records, {}, "not timed")], Canaries(0, 0)).rows
+    rows = judge([CellComparison("a", records, {}, "not timed")], Canaries(0, 0)).rows
     return {row.what: row for row in rows if row.what in (PEAK, COUNTED_PEAK)}
 
 
 def test_what_is_counted_needs_one_pair_and_no_test() -> None:
-    for more, word in ((COUNTED_PEAK_B + 1, Word.FAIL), (COUNTED_PEAK_B, Word.PASS), (-2 * MIB, Word.PASS)):
+    for more, word in (
+        (COUNTED_PEAK_B + 1, VerdictKind.FAIL),
+        (COUNTED_PEAK_B, VerdictKind.PASS),
+        (-2 * MIB, VerdictKind.PASS),
+    ):
         row = _peaks((MIB, MIB + more))[COUNTED_PEAK]
         assert row.word is word
         assert "counted" in row.reason
@@ -278,15 +282,15 @@ def test_what_is_counted_needs_one_pair_and_no_test() -> None:
 
 def test_on_a_gpu_what_is_counted_is_the_peak_and_may_not_grow_at_all() -> None:
     (row,) = _peaks((MIB, MIB + 1), source=ALLOCATED).values()
-    assert (row.what, row.word) == (COUNTED_PEAK, Word.FAIL)
+    assert (row.what, row.word) == (COUNTED_PEAK, VerdictKind.FAIL)
     assert set(_peaks((None, None), source=ALLOCATED)) == {PEAK}
 
 
 def test_counts_that_differ_between_equal_process_runs_are_judged_by_ranks() -> None:
     old = [MIB * n for n in range(8, 14)]
     row = _peaks(*((b, b + 2 * MIB) for b in old))[COUNTED_PEAK]
-    assert (row.word, "counted" in row.reason) == (Word.PASS, False)
-    assert _peaks(*((b, b + 8 * MIB) for b in old))[COUNTED_PEAK].word is Word.FAIL
+    assert (row.word, "counted" in row.reason) == (VerdictKind.PASS, False)
+    assert _peaks(*((b, b + 8 * MIB) for b in old))[COUNTED_PEAK].word is VerdictKind.FAIL
 
 
 @pytest.mark.parametrize(
@@ -302,8 +306,8 @@ def test_runs_that_were_not_counted_are_told_and_leave_memory_open(
 ) -> None:
     rows = _peaks(*sides)
     row = rows[COUNTED_PEAK]
-    assert (row.word, row.reason) == (Word.INCONCLUSIVE, f"not compared: not counted in {said}")
-    assert rows[PEAK].word is Word.PASS
+    assert (row.word, row.reason) == (VerdictKind.INCONCLUSIVE, f"not compared: not counted in {said}")
+    assert rows[PEAK].word is VerdictKind.PASS
     assert set(_peaks((None, None), (None, None))) == {PEAK}  # where torch cannot count
     assert set(_peaks(*sides, source=ALLOCATED)) == {PEAK}  # there the peak is the same number
 
@@ -326,8 +330,8 @@ def test_what_could_not_be_timed_is_no_success(gated) -> None:
 def test_one_cell_that_could_not_be_timed_is_not_lost_among_others() -> None:
     record = recorded.record("fused", recorded.cells()["fused"])
     same = decide([0.001, -0.001, 0.002, -0.002, 0.001, -0.001], [], Design())
-    timed = Sides("timed", [(record, record)] * 6, {STEP: same})
-    flaky = Sides("flaky", [(recorded.failed(record), record)], {}, "the old side is error")
+    timed = CellComparison("timed", [(record, record)] * 6, {STEP: same})
+    flaky = CellComparison("flaky", [(recorded.failed(record), record)], {}, "the old side is error")
     assert judge([timed], Canaries(0, 0)).exit == Exit.PASS
     judged = judge([timed, flaky], Canaries(0, 0))
     assert judged.exit == Exit.INFRASTRUCTURE
@@ -369,7 +373,7 @@ def test_what_is_refused_leaves_no_folder(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_any_seed_is_the_one_that_is_used(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[gate_pairs.Asked] = []
+    asked: list[gate_pairs.PairsRequest] = []
     monkeypatch.setattr(gate_pairs, "gate", lambda one, as_json: asked.append(one) or Exit.PASS)
     assert main(["gate", "--pairs", "reference", "fused", "--seed", str(seed)]) == Exit.PASS
     assert [one.seed for one in asked] == [seed]

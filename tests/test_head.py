@@ -180,4 +180,4 @@ def test_weights_of_other_sizes_than_the_config_says_are_refused(kind: str, toke
     with pytest.raises(AssetError, match=r"\.weight has the shape \(60, 8\), and by the config \(61, 8\)") as caught:
         models.load(folder, kind, 2, torch.float32, CPU, seed=0)
     assert caught.value.where == str(folder)
-    assert "correct config.json" in caught.value.mend
+    assert "correct config.json" in caught.value.hint

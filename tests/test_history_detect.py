@@ -56,11 +56,11 @@ def test_a_slow_down_is_told_with_what_lies_between_and_how_to_confirm_it(
     assert detect(folder, capsys, "--strict")[0] == Exit.INCONCLUSIVE
 
 
-def asked_of(confirm: str, monkeypatch: pytest.MonkeyPatch) -> gate_pairs.Asked:
+def asked_of(confirm: str, monkeypatch: pytest.MonkeyPatch) -> gate_pairs.PairsRequest:
     """Give a printed command to the command line and return what it would have compared."""
-    asked: list[gate_pairs.Asked] = []
+    asked: list[gate_pairs.PairsRequest] = []
 
-    def gate(what: gate_pairs.Asked, _: bool) -> Exit:
+    def gate(what: gate_pairs.PairsRequest, _: bool) -> Exit:
         asked.append(what)
         return Exit.PASS
 

@@ -48,7 +48,7 @@ def history(
 
 
 MERGED = "latency_s/merged/forward/1x40"
-Paired = Callable[..., list[gate_pairs.Asked]]
+Paired = Callable[..., list[gate_pairs.PairsRequest]]
 
 
 @pytest.fixture
@@ -57,10 +57,10 @@ def paired(monkeypatch: pytest.MonkeyPatch) -> Paired:
 
     def let(
         word: str | None, *, cut: str = "", closed: bool = False, fails: bool = False, elsewhere: bool = False
-    ) -> list[gate_pairs.Asked]:
-        asked: list[gate_pairs.Asked] = []
+    ) -> list[gate_pairs.PairsRequest]:
+        asked: list[gate_pairs.PairsRequest] = []
 
-        def gate(one: gate_pairs.Asked, as_json: bool) -> Exit:
+        def gate(one: gate_pairs.PairsRequest, as_json: bool) -> Exit:
             asked.append(one)
             if fails:
                 raise HarnessError("gave no Record")

@@ -27,8 +27,8 @@ from harness.runner.executors.local import Local
 from harness.runner.progress import Progress
 from harness.runner.run import _reopen
 
-CARDS = [gpus.Gpu(0, "GPU-aa", 4), gpus.Gpu(1, "GPU-bb", 4)]
-BUSY = gpus.Gpu(0, "GPU-aa", 30_000, ("process 7 (python, 29996 MiB)",))
+CARDS = [gpus.GpuDevice(0, "GPU-aa", 4), gpus.GpuDevice(1, "GPU-bb", 4)]
+BUSY = gpus.GpuDevice(0, "GPU-aa", 30_000, ("process 7 (python, 29996 MiB)",))
 
 
 def test_cells_at_a_time_share_the_cores_and_say_so(bench: Bench) -> None:
@@ -153,7 +153,7 @@ def test_a_driver_that_does_not_answer_at_once_ends_no_run(tmp_path: Path, monke
     monkeypatch.setattr("harness.runner.executors.local._LOOK_S", 0.01)
     run, answers = stubbed.Stubbed(tmp_path, 3), iter([True, False, True])
 
-    def look() -> list[gpus.Gpu]:
+    def look() -> list[gpus.GpuDevice]:
         if not next(answers, False):
             raise HarnessError("nvidia-smi does not answer: timed out")
         return CARDS
@@ -166,7 +166,7 @@ def test_a_driver_that_does_not_answer_at_once_ends_no_run(tmp_path: Path, monke
 def test_a_driver_that_takes_its_time_holds_no_cell_up(tmp_path: Path) -> None:
     run, looks, ended, waited = stubbed.Stubbed(tmp_path, 2, timeout=3.0), itertools.count(), threading.Event(), []
 
-    def look() -> list[gpus.Gpu]:
+    def look() -> list[gpus.GpuDevice]:
         if next(looks):
             waited.append(ended.wait(30))
         return CARDS
@@ -197,7 +197,7 @@ def test_more_cells_at_a_time_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None
     assert Local(2, look=lambda: CARDS).device("auto") == "cuda"
     with pytest.raises(HarnessError, match="3 Cells at a time want a GPU each, and there are 2") as caught:
         Local(3, look=lambda: CARDS).device("auto")
-    assert "--jobs 2" in caught.value.mend
+    assert "--jobs 2" in caught.value.hint
     assert Local(3, look=lambda: CARDS).device("cpu") == "cpu"
 
 

@@ -9,7 +9,7 @@ import pytest
 from harness.conformance import defects, matrix, parity_suite
 from harness.conformance.case_selection import FEW
 from harness.conformance.defects import Defect
-from harness.conformance.outcomes import Tried
+from harness.conformance.outcomes import CheckOutcome
 from harness.methods.registry import discover
 from harness.records.record import CheckResult, Outcome
 
@@ -22,9 +22,11 @@ def known(name: str = "one", **changed: Any) -> Defect:
     return Defect.model_validate(values | changed)
 
 
-def failed(check: str = "merge", detail: str = "after merging", **result: Any) -> Tried:
+def failed(check: str = "merge", detail: str = "after merging", **result: Any) -> CheckOutcome:
     found = CheckResult(check=f"lora/{check}/float32/warm", outcome=Outcome.FAIL, detail=detail, **result)
-    return Tried(implementation="acme", kind="method", target="lora", dtype="float32", case="rank=3", result=found)
+    return CheckOutcome(
+        implementation="acme", kind="method", target="lora", dtype="float32", case="rank=3", result=found
+    )
 
 
 def test_an_exception_is_excused_only_by_an_entry_that_says_so() -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.assets.table import Source
-from harness.cell.job import Asset, TaskWork, Work
-from harness.cell.lifecycle import WARMUP_PASSES, Life
+from harness.cell.job import Asset, Job, JobTask
+from harness.cell.lifecycle import WARMUP_PASSES, CellRun
 from harness.cell.measure.memory import PeakMeter, optimizer_tensors, tensor_bytes
 from harness.cell.measure.phases import PhaseClock
 from harness.cell.training import loop, optimizers
@@ -214,14 +214,14 @@ def lived(folder: Path, optimizer: Any, layerwise: bool) -> Memory:
         training=recipe, evaluation=Evaluation(items=0, latency=False),
     )  # fmt: skip
     use = AssetUse(name="small", source="shape:small")
-    task = TaskWork(name=SYNTHETIC, spec={}, labels=2, test=0, shuffle_seed=0, use=use)
+    task = JobTask(name=SYNTHETIC, spec={}, labels=2, test=0, shuffle_seed=0, use=use)
     source = Source(name="small", kind="causal", source="shape:./config.json")
-    work = Work(
+    work = Job(
         run="r", folder="f", attempt=1, cell=cell, data=None, task=task, device="cpu", launched=0.0,
         model=Asset(path=str(folder), source=source, use=use),
     )  # fmt: skip
     meter = PeakMeter(CPU)
-    life = Life(work, discover(), PhaseClock(meter, lambda _: None), meter, lambda *_, **__: None, baseline=0)
+    life = CellRun(work, discover(), PhaseClock(meter, lambda _: None), meter, lambda *_, **__: None, baseline=0)
     memory = life.run().memory
     assert not [check.check for check in life.checks if check.outcome is Outcome.FAIL]
     return memory

@@ -60,7 +60,7 @@ def test_a_task_is_found_wherever_it_is(
 
 
 @pytest.mark.parametrize(
-    ("name", "mend"),
+    ("name", "hint"),
     [
         ("arc_esay", "did you mean `arc_easy`?"),
         ("acr_easy", "did you mean `arc_easy`?"),
@@ -70,9 +70,9 @@ def test_a_task_is_found_wherever_it_is(
     ],
 )
 def test_a_misspelt_task_is_refused_after_all_were_looked_at(
-    name: str, mend: str, folder: Path, read: list[str]
+    name: str, hint: str, folder: Path, read: list[str]
 ) -> None:
     with pytest.raises(UsageError, match=f"lm-eval has no task `{name}`") as caught:
         lm_eval_files.find(f"lm-eval:{name}", folder)
-    assert caught.value.mend == mend
+    assert caught.value.hint == hint
     assert set(read) == ALL

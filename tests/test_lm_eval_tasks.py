@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from harness.assets import fetch, lm_eval_files
 from harness.assets.table import resolve
 from harness.cell.data import CellData
-from harness.cell.job import Asset, Work
+from harness.cell.job import Asset, Job
 from harness.cli import main
 from harness.errors import AssetError, Exit, UsageError
 from harness.records.record import AssetUse, Cell
@@ -131,9 +131,7 @@ def data_of(path: Path, **change: Any) -> tuple[CellData, Any, Cell]:
         return Asset(path=str(fetch.ensure(one)), source=one, use=fetch.use(one))
 
     data, task = task_assets.ready(loaded.tasks[cell.task], cell.evaluation.items, "here:1", fetched)
-    work = Work(
-        run="r", folder="f", attempt=1, cell=cell, model=model, data=data, task=task, device="cpu", launched=0.0
-    )
+    work = Job(run="r", folder="f", attempt=1, cell=cell, model=model, data=data, task=task, device="cpu", launched=0.0)
     causal = AutoModelForCausalLM.from_pretrained(model.path)
     held: Any = SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(model.path), model=causal, head={})
     return CellData(work, held, lambda *_, **__: None), held, cell
@@ -227,7 +225,7 @@ def test_local_files_that_cannot_be_read_are_not_the_hubs(own: Path) -> None:
     (own / "train.jsonl").write_text("{broken\n", encoding="utf-8")
     with pytest.raises(AssetError, match="cannot read the files of lm-eval:digits_chosen: ") as caught:
         fetch.ensure(source)
-    assert "train.jsonl" in (caught.value.mend or "")
+    assert "train.jsonl" in (caught.value.hint or "")
     (own / "train.jsonl").unlink()
     with pytest.raises(AssetError, match="cannot read the files of lm-eval:digits_chosen: Unable to find"):
         fetch.ensure(source)
@@ -277,10 +275,10 @@ def test_what_cannot_be_run_is_said_by_plan(name: str, own: Path, capsys: pytest
     path = suite(own, f'"{name}"')
     assert main(["plan", str(path)]) == Exit.USAGE
     said = capsys.readouterr().err
-    what, mend = MISTAKES[name]
+    what, hint = MISTAKES[name]
     assert f"{path}:{6 if 'training split' in what else 4}: " in said
     assert what in said
-    assert mend in said.partition("mend: ")[2]
+    assert hint in said.partition("hint: ")[2]
 
 
 def test_more_items_than_there_are_is_said_with_its_place_before_anything_runs(

@@ -89,7 +89,7 @@ def test_an_encoder_decoder_is_neither(
     code, said = plan(saved(t5(), tokenizer, tmp_path / "mine"), kind, capsys)
     assert code == Exit.USAGE
     assert "kinds.yaml:6: model mine is an encoder-decoder (t5)" in said
-    assert "mend: name an encoder" in said
+    assert "hint: name an encoder" in said
 
 
 @pytest.mark.parametrize("config", ["[]", "{", '{"architectures": "BertForMaskedLM"}', '{"architectures": [null]}'])
@@ -112,7 +112,7 @@ def test_a_causal_class_that_looks_ahead_is_refused_as_it_is_loaded(
     with pytest.raises(AssetError, match="BertLMHeadModel is no causal model as it is configured") as caught:
         load(folder, dtype)
     assert caught.value.where == str(folder)
-    assert "`kind: encoder`" in caught.value.mend
+    assert "`kind: encoder`" in caught.value.hint
     decoder = saved(bert(BertLMHeadModel, is_decoder=True), tokenizer, tmp_path / "decoder")
     assert models.foresight(load(decoder, dtype)) == 0
 
@@ -152,4 +152,4 @@ def test_fit_refuses_what_a_suite_cannot_train(tmp_path: Path, capsys: pytest.Ca
         assert main(["fit", str(tmp_path), "--memory", "1GiB"]) == Exit.USAGE
         said = capsys.readouterr().err
         assert f"{tmp_path / 'config.json'}: model {tmp_path} {says}" in said
-        assert "mend: name a" in said
+        assert "hint: name a" in said

@@ -130,7 +130,7 @@ def test_the_head_keeps_its_own_learning_rate_beside_lora_plus() -> None:
     assert [group["initial_lr"] for group in optimizer.param_groups] == [1e-3, 4 * 1e-3, 1e-2]
 
 
-def test_what_a_method_has_no_place_for_is_refused_with_a_mend() -> None:
+def test_what_a_method_has_no_place_for_is_refused_with_a_hint() -> None:
     with pytest.raises(UsageError, match="trains no factor B"):
         setting(Encoder(), "full", lr_ratio=16.0)
     galore = setting(Encoder(), "galore")["adapted"]

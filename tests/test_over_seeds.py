@@ -14,7 +14,7 @@ from report_page import Page
 
 from harness.analysis import ranking, verdict
 from harness.analysis.statistics import intervals, over_seeds, seed_spread
-from harness.analysis.verdict_kind import Word
+from harness.analysis.verdict_kind import VerdictKind
 from harness.records.manifest import Comparison, Tuning
 from harness.records.record import Accuracy, Cell, Evaluation, Item, Record, Status
 from harness.records.store import Run
@@ -219,11 +219,11 @@ def test_better_over_seeds_is_judged_by_the_interval_of_the_difference(tmp_path:
         tmp_path / "r", cells, comparisons=[asked("full", "head"), asked("head", "full"), asked("full", "reference")]
     )
     words = [j.verdict.word for j in verdict.judge(run).judgements]
-    assert words == [Word.PASS, Word.FAIL, Word.INCONCLUSIVE]
+    assert words == [VerdictKind.PASS, VerdictKind.FAIL, VerdictKind.INCONCLUSIVE]
     assert "over 3 seeds" in verdict.judge(run).judgements[0].verdict.reason
     fewer = Comparison(kind="better", left=ids["full"][:2], right=ids["head"], says="two seeds against three")
     (judged,) = verdict.judge(_run(tmp_path / "f", cells, comparisons=[fewer])).judgements
-    assert judged.verdict.word is Word.NOT_RUN
+    assert judged.verdict.word is VerdictKind.NOT_RUN
     assert "seeds are not the same" in judged.verdict.reason
 
 

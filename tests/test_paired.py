@@ -16,7 +16,7 @@ from scipy.stats import ttest_ind, wilcoxon
 from harness.analysis.comparison.pair_ratio import log_ratio
 from harness.analysis.statistics import canaries, pair_design, pair_order, paired, trimmed
 from harness.analysis.statistics.pair_design import Design
-from harness.analysis.statistics.paired import Finding, Verdict
+from harness.analysis.statistics.paired import PairFinding, PairVerdict
 from harness.errors import HarnessError, UsageError
 from harness.records.record import Record
 
@@ -95,7 +95,7 @@ def test_a_design_that_could_not_be_judged_is_refused(changes: dict[str, Any], s
     with pytest.raises(UsageError) as refused:
         Design(**changes)
     assert says in refused.value.what
-    assert refused.value.mend
+    assert refused.value.hint
 
 
 def test_the_trimmed_t_is_yuens() -> None:
@@ -128,22 +128,22 @@ def test_hodges_lehmann_and_its_interval() -> None:
 @pytest.mark.parametrize(
     ("effect", "word"),
     [
-        (0.10, Finding.SLOWER),
-        (-0.10, Finding.FASTER),
-        (0.0, Finding.SAME),
-        (0.004, Finding.SAME),
-        (0.018, Finding.INCONCLUSIVE),
+        (0.10, PairFinding.SLOWER),
+        (-0.10, PairFinding.FASTER),
+        (0.0, PairFinding.SAME),
+        (0.004, PairFinding.SAME),
+        (0.018, PairFinding.INCONCLUSIVE),
     ],
 )
-def test_the_fresh_pairs_alone_judge(effect: float, word: Finding) -> None:
+def test_the_fresh_pairs_alone_judge(effect: float, word: PairFinding) -> None:
     # 1.8 % is told neither from the margin of 1 % nor from that of 3 %: the pairs of this Cell are three times as unruly.
-    sd = 3 * SD if word is Finding.INCONCLUSIVE else SD
+    sd = 3 * SD if word is PairFinding.INCONCLUSIVE else SD
     first = spread(6, 0.2)
     before = paired.decide(first, (), DESIGN)
-    assert (before.word, before.stage, before.more) == (Finding.INCONCLUSIVE, "first", 10)
+    assert (before.word, before.stage, before.more) == (PairFinding.INCONCLUSIVE, "first", 10)
     found = paired.decide(first, spread(10, effect, sd) + spread(10, effect, sd), DESIGN)
     assert (found.word, found.stage) == (word, "fresh")
-    assert found.sentence.startswith("the same" if word is Finding.SAME else word.value)
+    assert found.sentence.startswith("the same" if word is PairFinding.SAME else word.value)
     for share in (effect, found.effect):
         assert found.interval[0] < share < found.interval[1]
     assert found.mde80 is not None
@@ -153,30 +153,30 @@ def test_the_fresh_pairs_alone_judge(effect: float, word: Finding) -> None:
 
 def test_a_cell_that_the_first_pairs_prove_gets_no_more() -> None:
     found = paired.decide(spread(6), spread(10, 0.2), DESIGN)
-    assert (found.word, found.stage, found.n, found.more) == (Finding.SAME, "first", 6, 0)
+    assert (found.word, found.stage, found.n, found.more) == (PairFinding.SAME, "first", 6, 0)
 
 
 def test_what_looks_slower_gets_its_fresh_pairs_even_within_the_margin() -> None:
     for stage, n in (("first", 6), ("fresh", 10)):
         found = paired.judge(spread(n, 0.012, SD / 4), DESIGN, stage)  # type: ignore[arg-type]
         assert found.interval[1] < DESIGN.same_within
-        assert (found.word, found.more) == (Finding.INCONCLUSIVE, 10)
-    assert paired.judge(spread(20, 0.012, SD / 4), DESIGN, "fresh").word is Finding.SAME
+        assert (found.word, found.more) == (PairFinding.INCONCLUSIVE, 10)
+    assert paired.judge(spread(20, 0.012, SD / 4), DESIGN, "fresh").word is PairFinding.SAME
 
 
 def test_too_wide_is_no_proof_and_calls_for_fresh_pairs() -> None:
     found = paired.judge(spread(6, 0.0, 5 * SD), DESIGN, "first")
-    assert (found.word, found.more) == (Finding.INCONCLUSIVE, 10)
+    assert (found.word, found.more) == (PairFinding.INCONCLUSIVE, 10)
     again = paired.judge(spread(10, 0.0, 5 * SD), DESIGN, "fresh")
-    assert (again.word, again.more) == (Finding.INCONCLUSIVE, 10)
+    assert (again.word, again.more) == (PairFinding.INCONCLUSIVE, 10)
     assert "10 fresh pairs decide" in again.sentence
     last = paired.judge(spread(20, 0.0, 5 * SD), DESIGN, "fresh")
-    assert (last.word, last.more) == (Finding.INCONCLUSIVE, 0)
+    assert (last.word, last.more) == (PairFinding.INCONCLUSIVE, 0)
 
 
 def test_exchanging_the_arms_exchanges_slower_and_faster() -> None:
     there, back = (paired.judge(spread(10, effect), DESIGN, "fresh") for effect in (0.06, 1 / 1.06 - 1))
-    assert (there.word, back.word) == (Finding.SLOWER, Finding.FASTER)
+    assert (there.word, back.word) == (PairFinding.SLOWER, PairFinding.FASTER)
     assert there.p == pytest.approx(back.p)
     assert (1 + there.effect) * (1 + back.effect) == pytest.approx(1)
 
@@ -184,13 +184,13 @@ def test_exchanging_the_arms_exchanges_slower_and_faster() -> None:
 def test_a_disturbed_process_does_not_hide_a_slow_down() -> None:
     pairs = spread(10, 0.05)
     pairs[3] -= math.log(1.2)
-    assert paired.judge(pairs, DESIGN, "fresh").word is Finding.SLOWER
-    assert paired.judge(pairs, Design(trim=0.0), "fresh").word is Finding.INCONCLUSIVE
+    assert paired.judge(pairs, DESIGN, "fresh").word is PairFinding.SLOWER
+    assert paired.judge(pairs, Design(trim=0.0), "fresh").word is PairFinding.INCONCLUSIVE
 
 
 def test_a_speed_up_too_good_to_be_true_asks_for_the_work() -> None:
     found = paired.judge(spread(10, -0.6), DESIGN, "fresh")
-    assert found.word is Finding.FASTER
+    assert found.word is PairFinding.FASTER
     assert "same work" in found.sentence
     assert "same work" not in paired.judge(spread(10, -0.06), DESIGN, "fresh").sentence
 
@@ -200,7 +200,7 @@ def test_no_spread_at_all_is_no_verdict(effect: float) -> None:
     # As from one measurement written down again: other seconds, the same ratio but for rounding.
     pairs = [math.log((1 + k) * (1 + effect) / 7) - math.log((1 + k) / 7) for k in range(10)]
     found = paired.judge(pairs, DESIGN, "fresh")
-    assert (found.word, found.p, found.mde80) == (Finding.INCONCLUSIVE, 1.0, None)
+    assert (found.word, found.p, found.mde80) == (PairFinding.INCONCLUSIVE, 1.0, None)
     assert "without any spread" in found.sentence
     assert "time more steps" in found.sentence
 
@@ -211,7 +211,7 @@ def test_no_spread_at_all_is_no_verdict(effect: float) -> None:
 def test_looking_when_none_is_planned_is_refused(stage: pair_design.Stage, n: int, planned: str) -> None:
     with pytest.raises(UsageError, match="no look at so many is planned") as refused:
         paired.judge(spread(n), DESIGN, stage)
-    assert f"judge {planned} pairs" in refused.value.mend
+    assert f"judge {planned} pairs" in refused.value.hint
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -224,11 +224,11 @@ def test_an_alarm_is_a_p_below_the_level_at_every_look() -> None:
     for n in DESIGN.fresh:
         for effect in (0.0, 0.01, 0.02, 0.025, 0.03, 0.035, 0.04, 0.06):
             found = paired.judge(spread(n, effect), DESIGN, "fresh")
-            assert (found.word is Finding.SLOWER) == (found.p <= DESIGN.level)
+            assert (found.word is PairFinding.SLOWER) == (found.p <= DESIGN.level)
 
 
-def _with(p: float, stage: pair_design.Stage = "fresh") -> Verdict:
-    return Verdict(Finding.INCONCLUSIVE, stage, 0.0, (0.0, 0.0), None, p, 10, None, 0, "")
+def _with(p: float, stage: pair_design.Stage = "fresh") -> PairVerdict:
+    return PairVerdict(PairFinding.INCONCLUSIVE, stage, 0.0, (0.0, 0.0), None, p, 10, None, 0, "")
 
 
 def test_the_family_is_asked_all_at_once() -> None:

@@ -11,7 +11,7 @@ from scipy.special import betaincinv
 
 from harness.analysis.statistics.intervals import POWER
 from harness.analysis.statistics.pair_design import Design
-from harness.analysis.statistics.paired import Finding, decide, judge, look
+from harness.analysis.statistics.paired import PairFinding, decide, judge, look
 from harness.analysis.statistics.trimmed import trimmed
 
 DESIGN = Design()
@@ -105,18 +105,18 @@ def test_many_cells_at_once_get_the_verdicts_that_each_gets_alone() -> None:
     seen = set()
     for effect in (-0.02, 0.0, 0.02, 0.03):
         first, fresh = (noise.log_ratios(rng, cells, n, UNRULY, effect) for n in (DESIGN.first, DESIGN.fresh[-1]))
-        words = np.full(cells, Finding.INCONCLUSIVE, dtype=object)
+        words = np.full(cells, PairFinding.INCONCLUSIVE, dtype=object)
         still_open = np.ones(cells, dtype=bool)
         for stage, pairs in (("first", first), *(("fresh", fresh[:, :n]) for n in DESIGN.fresh)):
             found = look(pairs, DESIGN, stage)  # type: ignore[arg-type]
             for word, mask in (
-                (Finding.SLOWER, found.slower),
-                (Finding.FASTER, found.faster),
-                (Finding.SAME, found.same),
+                (PairFinding.SLOWER, found.slower),
+                (PairFinding.FASTER, found.faster),
+                (PairFinding.SAME, found.same),
             ):
                 words[still_open & mask] = word
             still_open &= ~found.settled
         alone = [decide(a, b, DESIGN).word for a, b in zip(first.tolist(), fresh.tolist(), strict=True)]
         assert alone == list(words)
         seen |= set(alone)
-    assert seen == set(Finding)
+    assert seen == set(PairFinding)

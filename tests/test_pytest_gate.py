@@ -15,8 +15,8 @@ import scipy.special  # noqa: F401
 from process_rounds import FIVE, rounds
 
 from harness import pytest_plugin
-from harness.analysis.comparison.baseline_rows import Findings, Kind
-from harness.analysis.verdict_kind import Word
+from harness.analysis.comparison.baseline_rows import FindingKind, Findings
+from harness.analysis.verdict_kind import VerdictKind
 from harness.bench import pytest_benchmark
 from harness.bench.pytest_benchmark import Saved
 from harness.errors import UsageError
@@ -39,14 +39,14 @@ def session(**changes: object) -> Session:
     return Session(**{"place": HERE, "rounds": {KERNEL: rounds(1e-3)}, "absent": {}, "right": 4} | changes)  # type: ignore[arg-type]
 
 
-def words(found: Findings) -> list[tuple[Kind, Word]]:
+def words(found: Findings) -> list[tuple[FindingKind, VerdictKind]]:
     return [(row.kind, row.word) for row in found.rows]
 
 
 def test_not_slower_and_right_is_a_pass() -> None:
     found = compare(kept(KERNEL), session())
-    assert words(found) == [(Kind.SPEED, Word.PASS)]
-    assert found.verdict.word is Word.PASS
+    assert words(found) == [(FindingKind.SPEED, VerdictKind.PASS)]
+    assert found.verdict.word is VerdictKind.PASS
     assert found.verdict.reason == (
         "1 of 1 benchmarks not slower (by more than 10 %, each at a level of 1 %); @conformance: 4 right"
     )
@@ -55,40 +55,40 @@ def test_not_slower_and_right_is_a_pass() -> None:
 def test_one_that_is_slower_is_named_in_the_verdict() -> None:
     both = {KERNEL: rounds(1e-3), OTHER: rounds(1.3e-3)}
     found = compare(kept(KERNEL, OTHER), session(rounds=both))
-    assert found.verdict.word is Word.FAIL
+    assert found.verdict.word is VerdictKind.FAIL
     assert f"1 of 2 benchmarks slower (by more than 10 %, each at a level of 1 %): {OTHER}" in found.verdict.reason
 
 
 def test_no_speed_is_a_pass_without_parity() -> None:
     found = compare(kept(KERNEL), session(wrong=1))
-    assert words(found) == [(Kind.PARITY, Word.FAIL), (Kind.SPEED, Word.INCONCLUSIVE)]
-    assert found.verdict.word is Word.FAIL
+    assert words(found) == [(FindingKind.PARITY, VerdictKind.FAIL), (FindingKind.SPEED, VerdictKind.INCONCLUSIVE)]
+    assert found.verdict.word is VerdictKind.FAIL
     assert "no speed is a pass without parity: 1 of @conformance failed" in found.verdict.reason
     found = compare(kept(KERNEL, OTHER), session(failed=frozenset([OTHER]), rounds={KERNEL: FIVE[0], OTHER: FIVE[0]}))
-    assert words(found) == [(Kind.SPEED, Word.PASS), (Kind.OUTCOME, Word.FAIL)]
-    assert found.verdict.word is Word.FAIL
+    assert words(found) == [(FindingKind.SPEED, VerdictKind.PASS), (FindingKind.OUTCOME, VerdictKind.FAIL)]
+    assert found.verdict.word is VerdictKind.FAIL
     assert "no case of @conformance ran" in compare(kept(KERNEL), session(right=0)).verdict.reason
 
 
 def test_what_stays_open_or_is_missing_is_no_pass() -> None:
     found = compare(kept(KERNEL), session(rounds={KERNEL: rounds(1.1e-3)}))
-    assert (found.verdict.word, f"left open: {KERNEL}" in found.verdict.reason) == (Word.INCONCLUSIVE, True)
+    assert (found.verdict.word, f"left open: {KERNEL}" in found.verdict.reason) == (VerdictKind.INCONCLUSIVE, True)
     found = compare(kept(KERNEL, OTHER), session(absent={OTHER: "this session has no such test"}))
-    assert (found.verdict.word, f"missing: {OTHER}" in found.verdict.reason) == (Word.INCONCLUSIVE, True)
+    assert (found.verdict.word, f"missing: {OTHER}" in found.verdict.reason) == (VerdictKind.INCONCLUSIVE, True)
     # What nobody asked for, as by -k, is neither missing nor told.
-    assert words(compare(kept(KERNEL, OTHER), session())) == [(Kind.SPEED, Word.PASS)]
+    assert words(compare(kept(KERNEL, OTHER), session())) == [(FindingKind.SPEED, VerdictKind.PASS)]
 
 
 def test_a_new_benchmark_is_told_and_not_judged() -> None:
     found = compare(kept(KERNEL), session(rounds={KERNEL: rounds(1e-3), OTHER: rounds(9)}))
-    assert words(found) == [(Kind.SPEED, Word.PASS), (Kind.NEW, Word.NOT_RUN)]
-    assert found.verdict.word is Word.PASS
+    assert words(found) == [(FindingKind.SPEED, VerdictKind.PASS), (FindingKind.NEW, VerdictKind.NOT_RUN)]
+    assert found.verdict.word is VerdictKind.PASS
 
 
 @pytest.mark.parametrize("what", HERE)
 def test_times_of_another_machine_python_or_torch_are_not_compared(what: str) -> None:
     found = compare(kept(KERNEL, place=HERE | {what: "another"}), session(rounds={KERNEL: rounds(9)}))
-    assert found.verdict.word is Word.NOT_RUN
+    assert found.verdict.word is VerdictKind.NOT_RUN
     assert "nothing was compared; kept on another machine only: " + KERNEL in found.verdict.reason
     assert f"{what}: another, here {HERE[what]}" in found.rows[0].reason
 
@@ -96,12 +96,12 @@ def test_times_of_another_machine_python_or_torch_are_not_compared(what: str) ->
 def test_kept_runs_of_another_machine_are_left_out_and_told() -> None:
     mixed = [*kept(KERNEL), Saved(Path("x.json"), HERE | {"cpu": "a Xeon"}, {KERNEL: rounds(9)})]
     found = compare(mixed, session())
-    assert words(found) == [(Kind.SPEED, Word.PASS), (Kind.ENVIRONMENT, Word.PASS)]
+    assert words(found) == [(FindingKind.SPEED, VerdictKind.PASS), (FindingKind.ENVIRONMENT, VerdictKind.PASS)]
     assert "5 runs kept" in found.rows[0].reason
     assert (found.rows[1].name, found.rows[1].reason) == ("1 of 6 kept runs", "not used, cpu: a Xeon, here an EPYC")
     # What a file does not say is no difference: an old pytest-benchmark does not know the cores.
     for less, more in ((HERE, HERE | {"cores": "8"}), (HERE | {"cores": "8"}, HERE)):
-        assert compare(kept(KERNEL, place=less), session(place=more)).verdict.word is Word.PASS
+        assert compare(kept(KERNEL, place=less), session(place=more)).verdict.word is VerdictKind.PASS
 
 
 @pytest.mark.parametrize("what", ["torch", "gpu"])
@@ -113,13 +113,16 @@ def test_torch_or_a_gpu_on_one_side_only_is_another_machine(what: str) -> None:
         (with_it, without, f"{what}: an H100, here none in use"),
     ):
         found = compare(kept(KERNEL, place=old), session(place=new, rounds={KERNEL: rounds(1e-4)}))
-        assert found.verdict.word is Word.NOT_RUN
-        assert (words(found)[0], said in found.rows[0].reason) == ((Kind.ENVIRONMENT, Word.INCONCLUSIVE), True)
+        assert found.verdict.word is VerdictKind.NOT_RUN
+        assert (words(found)[0], said in found.rows[0].reason) == (
+            (FindingKind.ENVIRONMENT, VerdictKind.INCONCLUSIVE),
+            True,
+        )
 
 
 def test_nothing_compared_names_what_the_baseline_has() -> None:
     found = compare(kept(OTHER), session())
-    assert found.verdict.word is Word.NOT_RUN
+    assert found.verdict.word is VerdictKind.NOT_RUN
     assert f"nothing was compared: no benchmark of this session is in the baseline, which has e.g. {OTHER}" in (
         found.verdict.reason
     )
@@ -162,14 +165,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_file_that_is_no_baseline_is_said_with_its_mend(tmp_path: Path, name: str) -> None:
+def test_a_file_that_is_no_baseline_is_said_with_its_hint(tmp_path: Path, name: str) -> None:
     text, said = BAD[name]
     path = tmp_path / "bad.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UsageError, match=said) as caught:
         pytest_benchmark.read([path])
     assert caught.value.where.startswith(str(path))
-    assert "--benchmark-json" in caught.value.mend
+    assert "--benchmark-json" in caught.value.hint
 
 
 def test_no_such_file_an_empty_folder_and_a_copy_are_said(tmp_path: Path) -> None:
@@ -334,7 +337,7 @@ def test_a_session_on_another_machine_says_so(project, pytester: pytest.Pytester
 
 
 @pytest.mark.parametrize(
-    ("options", "said", "mend"),
+    ("options", "said", "hint"),
     [
         (["-n", "2"], "under xdist pytest-benchmark takes no times", "run this session with `-n 0`"),
         (["--benchmark-disable"], "nothing is timed with --benchmark-disable", "leave --benchmark-disable out"),
@@ -348,13 +351,13 @@ def test_a_session_on_another_machine_says_so(project, pytester: pytest.Pytester
     ],
 )
 def test_what_cannot_be_judged_is_refused_before_any_test_runs(
-    project, pytester: pytest.Pytester, options: list[str], said: str, mend: str
+    project, pytester: pytest.Pytester, options: list[str], said: str, hint: str
 ) -> None:
     base = file(pytester.path / "base.json", FIVE[0], KERNEL)
     code, told = project(f"--harness-gate={base}", *options)
     assert code == pytest.ExitCode.USAGE_ERROR
     assert said in told
-    assert f"mend: {mend}" in told
+    assert f"hint: {hint}" in told
     assert "passed" not in told
 
 

@@ -88,7 +88,7 @@ def test_a_folder_that_a_node_does_not_see(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="is not there on ") as caught:
         list(executor.run(works, run.terms, run.nobody))
     assert caught.value.where == str(tmp_path / "elsewhere")
-    assert "PEFT_HARNESS_CACHE" in caught.value.mend
+    assert "PEFT_HARNESS_CACHE" in caught.value.hint
 
 
 @pytest.mark.usefixtures("address")
@@ -121,7 +121,7 @@ def test_what_a_cluster_does_not_have(tmp_path: Path) -> None:
         Joined(patience=0.3).device("cuda")
     assert "waited 0.3 s for more" in caught.value.what
     assert caught.value.exit_code == 4
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 def test_a_killed_runner_leaves_no_worker(tmp_path: Path, address: str) -> None:

@@ -99,7 +99,7 @@ def test_a_broken_one_is_named_and_takes_nobody_down(install, code: str, reason:
     assert reason in caught.value.what
     with pytest.raises(ImplementationError) as caught:
         registry.find("method", "lora", "acme-lora")
-    assert "broken plug-ins: acme" in caught.value.mend
+    assert "broken plug-ins: acme" in caught.value.hint
 
 
 def test_nobody_takes_our_names(install) -> None:
@@ -125,7 +125,7 @@ def test_what_a_plugin_prints_is_talk(install, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    ("asked", "what", "mend"),
+    ("asked", "what", "hint"),
     [
         (("method", "lora", "fussed"), "no implementation `fussed` of lora", "did you mean `fused`?"),
         (("method", "lora", "unsloth"), "no implementation `unsloth` of lora", "who offers lora: fused, reference"),
@@ -133,11 +133,11 @@ def test_what_a_plugin_prints_is_talk(install, capsys: pytest.CaptureFixture[str
         (("base", "nf4", "reference"), "`reference` does not offer nf4, only lora", "who offers nf4: none"),
     ],
 )
-def test_what_is_missing_is_suggested(asked: tuple[str, str, str], what: str, mend: str) -> None:
+def test_what_is_missing_is_suggested(asked: tuple[str, str, str], what: str, hint: str) -> None:
     registry = Registry(tuple(implements("lora", name=name)(print) for name in ("reference", "fused")))
     with pytest.raises(HarnessError) as caught:
         registry.find(*asked)
-    assert (caught.value.what, caught.value.mend) == (what, mend)
+    assert (caught.value.what, caught.value.hint) == (what, hint)
 
 
 def test_implements_registers_nothing() -> None:

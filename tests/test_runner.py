@@ -25,7 +25,7 @@ import recorded_run
 from conftest import PATIENCE_S, Bench, Finished, eventually, gone, make_bench
 
 from harness.assets import fetch, table
-from harness.cell.job import Work
+from harness.cell.job import Job
 from harness.cli import main
 from harness.conformance.tolerance_table import EPSILON, FOOTPRINT_LEDGER
 from harness.errors import Exit
@@ -514,7 +514,7 @@ def test_a_second_runner_is_sent_away(story: dict[str, Stage]) -> None:
     assert stage.finished.code == Exit.USAGE
     message = _one_message(stage.finished.err)
     assert re.search(r"run: another peft-harness is writing to this run: process \d+ on ", message)
-    assert "mend: " in message
+    assert "hint: " in message
     assert stage.finished.out == ""
     assert stage.run.records == story["killed"].run.records
 
@@ -663,9 +663,9 @@ def test_a_report_that_fails_loses_no_result(
     run = inside.read()
     assert run.footer is not None
     assert (run.footer.how, len(run.records)) == ("finished", 1)
-    mend = re.search(r"`peft-harness (report .*)`", message)
-    assert mend is not None
-    main(mend[1].split())
+    hint = re.search(r"`peft-harness (report .*)`", message)
+    assert hint is not None
+    main(hint[1].split())
     assert (run.path / "report.html").is_file()
 
 
@@ -746,7 +746,7 @@ def test_a_bug_in_the_middle_of_a_run_says_what_is_kept(bench: Bench) -> None:
 def test_strict_does_not_pass_an_open_question(
     inside: Bench, options: list[str], code: Exit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(_: Local, works: Iterator[Work], terms: attempt.Terms, __: object) -> Iterator[Record]:
+    def run(_: Local, works: Iterator[Job], terms: attempt.RunContext, __: object) -> Iterator[Record]:
         for work in works:
             record = recorded_run.record("reference", work.cell, work.run)
             terms.folder.write_record(record)
@@ -829,7 +829,7 @@ def test_fetched_data_that_do_not_fit_are_refused_before_the_first_cell(
     assert main(["run", inside.suite(QUICK), "--out", "run"]) == Exit.USAGE
     message = _one_message(capsys.readouterr().err)
     assert "bad.jsonl:4: label 2 of row" in message
-    assert "mend: " in message
+    assert "hint: " in message
     assert not inside.run_folder.exists()
 
 
@@ -839,7 +839,7 @@ def test_a_clock_that_is_set_back(inside: Bench, monkeypatch: pytest.MonkeyPatch
     data = _source("toy-sentiment")
     asset = {"path": "unused", "source": data, "use": fetch.use(data)}
     facts = {"name": "toy", "spec": {}, "labels": 2, "test": 1, "shuffle_seed": 0, "use": fetch.use(data)}
-    work = Work.model_validate(
+    work = Job.model_validate(
         {"run": run.manifest.run, "folder": "run", "attempt": 2, "cell": run.manifest.cells[0], "model": asset,
          "data": asset, "task": facts, "device": "cpu", "launched": time.time() + 3600}
     )  # fmt: skip

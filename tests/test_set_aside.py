@@ -11,7 +11,7 @@ from conftest import Bench
 from test_footprint import METHODS, llama, off, predicted
 
 from harness.cell.measure.memory import model_tensors, tensor_bytes
-from harness.cell.training.offloaded_weights import SetAside, unused
+from harness.cell.training.offloaded_weights import OffloadedWeights, unused
 from harness.conformance.subject import adaptable_layers, configure
 from harness.conformance.tolerance_table import FOOTPRINT_LEDGER
 from harness.memory_model.choices import OWN
@@ -42,7 +42,7 @@ def test_a_weight_that_no_product_takes(method: str, implementation: str, tmp_pa
     before = logits(llama("float32"))
     model, adapted, bases = attached(method, implementation)
     adapts = logits(model)
-    aside = SetAside(unused(method, adapted, bases), tmp_path)
+    aside = OffloadedWeights(unused(method, adapted, bases), tmp_path)
     adds = {id(t) for t in adapted.tensors().values()}
     every = {id(t): t for t in (*model_tensors(model), *(base.weight for base in bases.values()))}
     there = tensor_bytes(t for i, t in every.items() if i not in adds)
@@ -82,7 +82,7 @@ def test_a_full_disk_leaves_the_weights_where_they_were(tmp_path: Path) -> None:
     model, adapted, bases = attached("qlora", "reference")
     adapts, weights = logits(model), unused("qlora", adapted, bases)
     with pytest.raises(FileNotFoundError):
-        SetAside(weights, tmp_path / "gone")
+        OffloadedWeights(weights, tmp_path / "gone")
     assert torch.equal(logits(model), adapts)
     assert all(weight.numel() for weight in weights.values())
 

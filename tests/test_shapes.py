@@ -14,13 +14,13 @@ from conftest import Bench
 from harness.assets import conv1d, fetch, shapes
 from harness.assets.table import Source
 from harness.cell import base_quantisation
-from harness.cell.job import Asset, TaskWork, Work
-from harness.cell.lifecycle import Life, NonconformingError
+from harness.cell.job import Asset, Job, JobTask
+from harness.cell.lifecycle import CellRun, NonconformingError
 from harness.cell.measure import latency
 from harness.cell.measure.memory import PeakMeter
 from harness.cell.measure.phases import PhaseClock
 from harness.cell.training import loop, optimizers, random_model
-from harness.conformance.subject import Packed
+from harness.conformance.subject import PackedLayer
 from harness.conformance.tolerance_table import FOOTPRINT_LEDGER
 from harness.errors import AssetError, Exit, SuiteError
 from harness.methods.registry import discover
@@ -228,7 +228,7 @@ def test_what_no_initialiser_sets_is_refused(tmp_path: Path, monkeypatch: pytest
 def lived(
     tmp_path: Path, method: str, base: Base = DENSE, implementation: str = "reference", config: Any = TINY,
     seed: int = 0, latency: bool = True,
-) -> tuple[Life, Measurements]:  # fmt: skip
+) -> tuple[CellRun, Measurements]:  # fmt: skip
     """Live a Cell of a shape in this process."""
     ranks = {} if method in ("full", "frozen") else {"rank": 4, "targets": LAYERS[config["model_type"]]}
     ranks |= {"target_rank": 2} if method == "adalora" else {}
@@ -240,13 +240,13 @@ def lived(
     use = AssetUse(name="tiny-shape", source="shape:tiny")
     kind: Any = "encoder" if config in (ROBERTA, DEBERTA) or "architectures" in config else "causal"
     source = Source(name="tiny-shape", kind=kind, source="shape:./config.json")
-    task = TaskWork(name=SYNTHETIC, spec={}, labels=2, test=0, shuffle_seed=0, use=use)
-    work = Work(
+    task = JobTask(name=SYNTHETIC, spec={}, labels=2, test=0, shuffle_seed=0, use=use)
+    work = Job(
         run="r", folder="f", attempt=1, cell=cell, data=None, task=task, device="cpu", launched=0.0,
         model=Asset(path=str(folder_of(config, tmp_path)), source=source, use=use),
     )  # fmt: skip
     meter = PeakMeter(CPU)
-    life = Life(work, discover(), PhaseClock(meter, lambda _: None), meter, lambda *_, **__: None, baseline=0)
+    life = CellRun(work, discover(), PhaseClock(meter, lambda _: None), meter, lambda *_, **__: None, baseline=0)
     return life, life.run()
 
 
@@ -421,7 +421,7 @@ def test_codes_judged_in_pieces_are_judged_as_a_whole(double: bool, monkeypatch:
     torch.nn.init.normal_(dense.weight, generator=torch.Generator().manual_seed(0))
     root = torch.nn.Sequential(dense)
     (form,) = discover().find("base", "nf4-dq" if double else "nf4", "fused")(root, ["0"], torch.float32).values()
-    packed, bias = Packed(*form), dense.bias
+    packed, bias = PackedLayer(*form), dense.bias
 
     def verdicts() -> set[bool]:
         whole = packed_codes.judge(packed, ExpectedCodes.of(dense), bias)[0]

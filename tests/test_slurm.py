@@ -203,7 +203,7 @@ def test_what_sbatch_refuses(tmp_path: Path, cluster: Path) -> None:
         with pytest.raises(HarnessError, match="sbatch: error: invalid partition specified: gpus") as caught:
             run.run(executor)
     assert caught.value.where == "--slurm partition=gpus"
-    assert caught.value.mend
+    assert caught.value.hint
     assert not [*(run.folder.path / "slurm").glob("wanted-*")]
 
 
@@ -273,7 +273,7 @@ def test_where_there_is_no_slurm(
     assert main(["run", "smoke", "--out", str(tmp_path / "run"), "--executor", "slurm"]) == Exit.INFRASTRUCTURE
     message = capsys.readouterr().err
     assert "there is no Slurm here: no `sbatch` on the PATH" in message
-    assert "mend: run it on a login node" in message
+    assert "hint: run it on a login node" in message
     assert not (tmp_path / "run").exists()
 
 

@@ -69,7 +69,7 @@ def test_a_newer_schema_is_refused(run: store.Run) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema": store.SCHEMA + 1}))
     with pytest.raises(StoreError, match="schema") as caught:
         store.read_record(path)
-    assert "newer peft-harness" in caught.value.mend
+    assert "newer peft-harness" in caught.value.hint
     assert "schema" in store.read_run(run.path).broken[path.name]
 
 
@@ -214,8 +214,8 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(
     assert caught.value.where == str(path)
     full = number != errno.EIO
     assert ("the disk is full" in caught.value.what) == full
-    assert ("free some space" in caught.value.mend) == full
-    assert caught.value.mend
+    assert ("free some space" in caught.value.hint) == full
+    assert caught.value.hint
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["footer.json"]
 
@@ -266,11 +266,11 @@ def test_a_run_with_an_unreadable_footer_is_incomplete(run: store.Run, torn: byt
     assert "measure that Cell again" not in again.broken["footer.json"]  # which would mend nothing
 
 
-def test_a_torn_manifest_has_a_mend_of_its_own(run: store.Run) -> None:
+def test_a_torn_manifest_has_a_hint_of_its_own(run: store.Run) -> None:
     (run.path / "run.json").write_bytes(b"{")
     with pytest.raises(StoreError, match="not a whole Manifest") as caught:
         store.read_run(run.path)
-    assert "start a new one" in caught.value.mend
+    assert "start a new one" in caught.value.hint
 
 
 def test_a_run_has_one_writer_at_a_time(run: store.Run) -> None:
@@ -279,7 +279,7 @@ def test_a_run_has_one_writer_at_a_time(run: store.Run) -> None:
         store.RunFolder.take(run.path)
     assert f"process {os.getpid()} on " in caught.value.what
     assert caught.value.where == str(run.path)
-    assert caught.value.mend
+    assert caught.value.hint
     holder.release()
     store.RunFolder.take(run.path).release()
 
@@ -332,7 +332,7 @@ def test_a_file_system_without_locks_is_no_place_for_runs(run: store.Run, monkey
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(StoreError, match="cannot lock this run") as caught:
         store.RunFolder.take(run.path)
-    assert "--out" in caught.value.mend
+    assert "--out" in caught.value.hint
 
 
 def test_runs_are_found_by_folder_id_prefix_and_latest(tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ def test_runs_are_found_by_folder_id_prefix_and_latest(tmp_path: Path) -> None:
         store.find_run("20260102", runs)
     with pytest.raises(UsageError, match="no run 'x'") as caught:
         store.find_run("x", runs)
-    assert "20260102-bc" in caught.value.mend
+    assert "20260102-bc" in caught.value.hint
     with pytest.raises(UsageError, match="no run 'latest'"):
         store.find_run("latest", tmp_path / "none")
 

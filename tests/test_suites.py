@@ -126,7 +126,7 @@ def test_batches_and_lengths_are_axes(read) -> None:
     assert [c.training.accumulate for c in only(plan, "batch=4,max_tokens=32").cells] == [1, 2]
     with pytest.raises(SuiteError) as caught:
         read("      - {method: lora, training: {batch: [2, 6, 9], accumulate: [1, 2, 3]}}")
-    assert [(p.what, p.mend) for p in caught.value.problems] == [
+    assert [(p.what, p.hint) for p in caught.value.problems] == [
         ("`accumulate` is 2, which does not divide the batch of 9 examples", "write one of 1"),
         ("`accumulate` is 3, which does not divide the batch of 2 examples", "write one of 1"),
     ]
@@ -312,13 +312,13 @@ def test_only_by_the_start_of_a_cell_id() -> None:
 def test_only_without_a_match_lists_what_there_is(expr: str) -> None:
     with pytest.raises(UsageError, match="no Cell fits") as caught:
         only(expand(loader.load("smoke")), expr)
-    assert "id=lora-float64" in caught.value.mend
+    assert "id=lora-float64" in caught.value.hint
 
 
 def test_only_with_a_mistyped_key() -> None:
     with pytest.raises(UsageError, match="unknown key `methd`") as caught:
         only(expand(loader.load("smoke")), "methd=lora")
-    assert "did you mean `method`?" in caught.value.mend
+    assert "did you mean `method`?" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", sorted(methods()))
@@ -349,7 +349,9 @@ def test_suite_keys_are_those_of_the_records() -> None:
     assert set(schema.BaseKeys.model_fields) == set(Base.model_fields)
     assert set(schema.CellKeys.model_fields) - {"id", "tune", "latency", "prompts"} == set(Cell.model_fields)
     of_the_file = {"id", "where", "places", "tune", "latency"}
-    assert {f.name for f in dataclasses.fields(suite_entry.Entry)} - of_the_file == set(Cell.model_fields) - {"method"}
+    assert {f.name for f in dataclasses.fields(suite_entry.SuiteEntry)} - of_the_file == set(Cell.model_fields) - {
+        "method"
+    }
 
 
 @pytest.mark.parametrize(

@@ -114,4 +114,4 @@ def test_a_word_is_one_value_however_it_is_written() -> None:
     assert not knob.problem("attention")
     assert knob.canonical("attention") == knob.canonical(["attention"]) == ["attention"]
     assert knob.problem("atention") == "must be a list of words, got 'atention'"
-    assert "all-linear or attention" in knob.mend
+    assert "all-linear or attention" in knob.hint

@@ -13,12 +13,12 @@ from trainee import EXAMPLES, Encoder, batches, nothing, setting
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness.assets import generated
-from harness.assets.rows import Row
+from harness.assets.rows import DataRow
 from harness.cell.evaluation.likelihood import CausalScorer
 from harness.cell.training import loop, optimizers
 from harness.cell.training.batches import Batch, Example, answer_examples, collate
 from harness.cell.training.master_weights import Masters
-from harness.cell.training.update_tracker import Movement
+from harness.cell.training.update_tracker import UpdateTracker
 from harness.conformance.subject import configure
 from harness.conformance.tolerance_policies import exact, noise_floor
 from harness.errors import UsageError
@@ -277,7 +277,7 @@ def test_every_method_sees_the_same_batches(method: str) -> None:
 def test_training_and_scoring_cut_a_prompt_at_the_same_place(model: Any, tokenizer: Any) -> None:
     scorer = CausalScorer(model, tokenizer, batch=2, max_tokens=4, report=nothing)
     prompt, answer = "the film is sweet and now warm =", " good"
-    (example,) = answer_examples([Row("r", prompt, 0)], lambda r: r.text, lambda r: [answer], scorer.encode_pair, 4)
+    (example,) = answer_examples([DataRow("r", prompt, 0)], lambda r: r.text, lambda r: [answer], scorer.encode_pair, 4)
     read: list[list[int]] = []
     model.register_forward_pre_hook(lambda m, a, kw: read.append(kw["input_ids"][0].tolist()), with_kwargs=True)
     context, ids = scorer.encode_pair(prompt, answer)
@@ -315,17 +315,17 @@ def test_a_loss_that_rises_is_noted() -> None:
     assert loop.notes(optimizer, [0.7, 0.6, 0.5, 0.4]) == []
 
 
-def test_training_nothing_is_refused_with_a_mend(model: Any) -> None:
+def test_training_nothing_is_refused_with_a_hint(model: Any) -> None:
     adapted = discover().find("method", "frozen", "reference")(model, configure("frozen", {}), torch.Generator())
     with pytest.raises(UsageError, match="nothing of this model trains") as refused:
         optimizers.make(adapted, [], Training(steps=1, warmup=0, lr=0.1))
-    assert "steps: 0" in refused.value.mend
+    assert "steps: 0" in refused.value.hint
 
 
 def test_what_is_set_back_to_its_start_has_moved_and_what_never_left_it_has_not() -> None:
     """AdaLoRA prunes singular values back to the zero that they began at; a detached tensor stays where it was."""
     start = {"E": torch.zeros(3), "P": torch.ones(3), "detached": torch.ones(2)}
-    movement = Movement(start, lambda tensor: tensor)
+    movement = UpdateTracker(start, lambda tensor: tensor)
     for E, P in ((0.1, 1.0), (0.0, 1.5), (0.0, 1.5)):
         now = {"E": torch.full((3,), E), "P": torch.full((3,), P), "detached": torch.ones(2), "new": torch.ones(1)}
         movement.seen(lambda now=now: now)  # type: ignore[misc]
@@ -333,7 +333,7 @@ def test_what_is_set_back_to_its_start_has_moved_and_what_never_left_it_has_not(
 
 
 def test_a_master_in_float32_moves_by_less_than_its_parameter_can_show() -> None:
-    movement = Movement({"A": torch.ones(3, dtype=torch.bfloat16)}, lambda tensor: tensor)
+    movement = UpdateTracker({"A": torch.ones(3, dtype=torch.bfloat16)}, lambda tensor: tensor)
     movement.seen(lambda: {"A": torch.ones(3)})
     assert movement.still({"A": torch.ones(3)}) == ["A"]
     movement.seen(lambda: {"A": torch.full((3,), 1.0001)})

@@ -12,7 +12,7 @@ from conftest import Bench
 from report_page import Page
 
 from harness.analysis import verdict
-from harness.analysis.verdict_kind import Word
+from harness.analysis.verdict_kind import VerdictKind
 from harness.errors import Exit
 from harness.records.record import Outcome, Record, Status, TrainingMeasured
 from harness.report import html
@@ -69,7 +69,7 @@ def test_a_suite_with_optimizers_and_parts_runs_end_to_end(clean: Bench) -> None
     run = bench.read()
     assert {record.status for record in run.records} == {Status.OK}
     (judgement,) = verdict.judge(run).judgements
-    assert (judgement.verdict.word, len(judgement.verdict.records)) == (Word.PASS, 5)
+    assert (judgement.verdict.word, len(judgement.verdict.records)) == (VerdictKind.PASS, 5)
 
     (full,) = (r for r in run.records if r.cell.method == "full")
     assert trained(full).optimizer["class"] == "reference.operations.adamw8bit.AdamW8bit"

@@ -71,7 +71,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Entry:
+class RankingEntry:
     """One recipe's place in its group: Cells that differ in the seed alone, often only one.
 
     difference: its accuracy minus the best one's. p: of the paired test against the best, adjusted for the number of tests
@@ -102,8 +102,8 @@ class Group:
     """
 
     budget: Budget
-    ranked: tuple[Entry, ...]
-    untrained: tuple[Entry, ...]
+    ranked: tuple[RankingEntry, ...]
+    untrained: tuple[RankingEntry, ...]
     seeds: tuple[int, ...]
     tries: int
     detectable: float | None
@@ -111,7 +111,7 @@ class Group:
     basis: Basis
 
     @property
-    def entries(self) -> tuple[Entry, ...]:
+    def entries(self) -> tuple[RankingEntry, ...]:
         """All entries, ranked ones first."""
         return self.ranked + self.untrained
 
@@ -221,18 +221,20 @@ def _group(budget: Budget, tries: int, scored: Sequence[_Scored], untrained: Seq
     everyone = [*highest_first(scored), *highest_first(untrained)]
     best = everyone[0]
     found = {
-        r[0].id: Pair.of(best, r, (priors.get(best[0].id), priors.get(r[0].id))) for r in everyone if r is not best
+        r[0].id: RecipePair.of(best, r, (priors.get(best[0].id), priors.get(r[0].id)))
+        for r in everyone
+        if r is not best
     }
     # Which is best was read off the same items, so every pair was looked at, not only those with the best one.
     pairs = len(everyone) * (len(everyone) - 1) // 2
     p = holm({i: pair.p for i, pair in found.items() if pair is not None}, pairs)
     top = scores[best[0].id]
 
-    def entry(records: _Scored, *, trained: bool) -> Entry:
+    def entry(records: _Scored, *, trained: bool) -> RankingEntry:
         own, mine = p.get(records[0].id), scores[records[0].id]
         apart = own <= 1 - LEVEL if own is not None else mine.high < top.low
         ranked: Standing = "best" if records is best else "below" if apart else "tied"
-        return Entry(records, mine, ranked if trained else "untrained", mine.value - top.value, own)
+        return RankingEntry(records, mine, ranked if trained else "untrained", mine.value - top.value, own)
 
     ranked = tuple(entry(records, trained=True) for records in everyone[: len(scored)])
     rivals = everyone[1 : len(scored)] or everyone[1:]
@@ -251,7 +253,7 @@ def _group(budget: Budget, tries: int, scored: Sequence[_Scored], untrained: Seq
 
 
 @dataclass(frozen=True)
-class Pair:
+class RecipePair:
     """Two recipes on the same items. p: that they are equal; detectable: the smallest difference that this pair can show.
 
     disagreement: the share of items that exactly one of two runs got right; None over several seeds.
@@ -263,7 +265,7 @@ class Pair:
     disagreement: float | None
 
     @classmethod
-    def of(cls, left: Sequence[Record], right: Sequence[Record], priors: Priors = (None, None)) -> Pair | None:
+    def of(cls, left: Sequence[Record], right: Sequence[Record], priors: Priors = (None, None)) -> RecipePair | None:
         """Compare; None where the items are not the same, or one side has one run and the other several.
 
         priors: what other recipes tell of each side's spread over seeds.
@@ -273,23 +275,23 @@ class Pair:
             return None
         if len(a) > 1:
             spread = over_seeds.difference(a, b, priors)
-            return Pair(spread.value, spread.p, spread.detectable, None) if spread else None
+            return RecipePair(spread.value, spread.p, spread.detectable, None) if spread else None
         table = _discordant(a[0], b[0])
         if table is None:
             return None
         n, differ = len(a[0].items), sum(table)
-        return Pair((table[0] - table[1]) / n, mcnemar(*table), detectable(n, differ / n), differ / n)
+        return RecipePair((table[0] - table[1]) / n, mcnemar(*table), detectable(n, differ / n), differ / n)
 
 
 def _resolution(
-    tied: Sequence[Pair | None], rivals: Sequence[Pair | None], best: _Scored, top: Score
+    tied: Sequence[RecipePair | None], rivals: Sequence[RecipePair | None], best: _Scored, top: Score
 ) -> tuple[float | None, Basis, float]:
     """Return how small a difference can be found, and the share of items that tells it.
 
     The pair that disagrees most is the hardest to tell apart, so it speaks for the group. Ties come first: one that lies
     far below says nothing of how well close ones are told apart.
     """
-    both: tuple[tuple[Basis, Sequence[Pair | None]], ...] = (("tied", tied), ("all", rivals))
+    both: tuple[tuple[Basis, Sequence[RecipePair | None]], ...] = (("tied", tied), ("all", rivals))
     for basis, pairs in both:
         known = [pair for pair in pairs if pair and pair.detectable > 0]
         if known:

@@ -35,18 +35,18 @@ PEAK_BYTES, PEAK_SHARE = 16 * 2**20, 0.01
 """A peak must change by more than both. Training again at another learning rate moved the resident peak of nine Cells on a
 CPU by 6.2 MiB at most."""
 
-Kind = Literal["timed", "counted", "peak", "score"]
+MetricKind = Literal["timed", "counted", "peak", "score"]
 
 
 @dataclass(frozen=True)
-class Kept:
+class TrackedMetrics:
     """What is kept of one Record. values: by metric. untimed: why it has no times, if it has none."""
 
     values: dict[str, float]
     untimed: str = ""
 
 
-def kind(metric: str) -> Kind | None:
+def kind(metric: str) -> MetricKind | None:
     """Return how a metric is judged, or None for a name that is no metric."""
     if metric == STEP or metric.startswith(f"{LATENCY}/"):
         return "timed"
@@ -62,11 +62,11 @@ def slack(metric: str, level: float) -> float:
     return COUNTED_PEAK_B if metric == COUNTED_PEAK else 0
 
 
-def kept(record: Record) -> Kept:
+def kept(record: Record) -> TrackedMetrics:
     """Return the numbers of a Record; none of one that is not ok, and no times of a Cell that waited for its CPU."""
     m = record.measurements
     if m is None or record.status is not Status.OK:
-        return Kept({})
+        return TrackedMetrics({})
     values: dict[str, float] = {
         PARAMETERS: m.parameters.trainable,
         **{name: getattr(m.memory, name) for name in LEDGER},
@@ -85,7 +85,7 @@ def kept(record: Record) -> Kept:
     untimed = failed_checks.no_speed(record)
     if not untimed and (busy := contention.busy(record)):
         untimed = f"its steps waited for a CPU: {busy}"
-    return Kept(values if untimed else values | times(record), untimed)
+    return TrackedMetrics(values if untimed else values | times(record), untimed)
 
 
 def times(record: Record) -> dict[str, float]:

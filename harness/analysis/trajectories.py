@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from harness.analysis.verdict_kind import Verdict, Word, joint
+from harness.analysis.verdict_kind import Verdict, VerdictKind, joint
 from harness.conformance import tolerance_table
 from harness.records import naming
 from harness.records.manifest import Comparison
@@ -25,7 +25,7 @@ EXACT = "float64"
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedTrajectory:
     """One subject's run against float64.
 
     errors, allowed: one entry per step. ratio: the worst error over its allowance, at `step` (counting from 0).
@@ -46,7 +46,7 @@ class SameLosses:
     """A `same-losses` comparison, decided."""
 
     verdict: Verdict
-    subjects: tuple[Judged, ...]
+    subjects: tuple[JudgedTrajectory, ...]
 
 
 def judge(comparison: Comparison, cells: Mapping[str, Cell], records: Mapping[str, Record]) -> SameLosses:
@@ -55,7 +55,7 @@ def judge(comparison: Comparison, cells: Mapping[str, Cell], records: Mapping[st
     names = naming.full(cells.values())
     word = joint(s.verdict.word for s in subjects)
     ids = tuple(dict.fromkeys(i for s in subjects for i in s.verdict.records))
-    if word is Word.PASS:
+    if word is VerdictKind.PASS:
         worst = max(subjects, key=lambda s: s.ratio or 0.0)
         steps = len(worst.errors)
         reason = (
@@ -64,46 +64,50 @@ def judge(comparison: Comparison, cells: Mapping[str, Cell], records: Mapping[st
         )
     else:
         named = [s for s in subjects if s.verdict.word is word]
-        says = {Word.FAIL: "outside the noise", Word.NOT_RUN: "not judged"}.get(word, "undecided")
+        says = {VerdictKind.FAIL: "outside the noise", VerdictKind.NOT_RUN: "not judged"}.get(word, "undecided")
         reason = f"{says}: " + "; ".join(f"{names[s.cell_id]}: {s.verdict.reason}" for s in named)
     return SameLosses(Verdict(word, reason if subjects else "it names no Cells", ids), subjects)
 
 
 def _judge_one(
     cell: Cell, exact_ids: Sequence[str], cells: Mapping[str, Cell], records: Mapping[str, Record]
-) -> Judged:
-    def undecided(word: Word, reason: str, *used: Record) -> Judged:
-        return Judged(cell.cell_id, Verdict(word, reason, tuple(r.id for r in used)))
+) -> JudgedTrajectory:
+    def undecided(word: VerdictKind, reason: str, *used: Record) -> JudgedTrajectory:
+        return JudgedTrajectory(cell.cell_id, Verdict(word, reason, tuple(r.id for r in used)))
 
     exact_cell = next((cells[i] for i in exact_ids if not _differences(cell, cells[i])), None)
     if exact_cell is None:
         differ = "; ".join(", ".join(_differences(cell, cells[i])) for i in exact_ids) or "no Cell named"
-        return undecided(Word.NOT_RUN, f"not comparable with float64: {differ}")
+        return undecided(VerdictKind.NOT_RUN, f"not comparable with float64: {differ}")
     if exact_cell.dtype != EXACT:
-        return undecided(Word.NOT_RUN, f"not comparable: the yardstick runs in {exact_cell.dtype}, not in {EXACT}")
+        return undecided(
+            VerdictKind.NOT_RUN, f"not comparable: the yardstick runs in {exact_cell.dtype}, not in {EXACT}"
+        )
 
     subject, exact = records.get(cell.cell_id), records.get(exact_cell.cell_id)
     for name, record in (("this Cell", subject), ("its float64 Cell", exact)):
         if record is None or record.status is not Status.OK:
             status = record.status.value if record else "missing"
-            return undecided(Word.NOT_RUN, f"{name} is {status}", *(r for r in (subject, exact) if r))
+            return undecided(VerdictKind.NOT_RUN, f"{name} is {status}", *(r for r in (subject, exact) if r))
     assert subject is not None  # noqa: S101 - the loop above left
     assert exact is not None  # noqa: S101
     refusal = _other_batches(subject, exact)
     if refusal:
-        return undecided(Word.NOT_RUN, f"not comparable: {refusal}", subject, exact)
+        return undecided(VerdictKind.NOT_RUN, f"not comparable: {refusal}", subject, exact)
 
     noise = next((r for r in records.values() if _is_reference_for(cell, r.cell) and r.status is Status.OK), None)
     if noise is None:
         reason = f"no ok reference run in {cell.dtype}, so the noise of this dtype is unknown"
-        return undecided(Word.INCONCLUSIVE, reason, subject, exact)
+        return undecided(VerdictKind.INCONCLUSIVE, reason, subject, exact)
     refusal = _other_batches(noise, exact)
     if refusal:
-        return undecided(Word.NOT_RUN, f"not comparable: the reference run in {cell.dtype}: {refusal}", noise, exact)
+        return undecided(
+            VerdictKind.NOT_RUN, f"not comparable: the reference run in {cell.dtype}: {refusal}", noise, exact
+        )
     return _measure(subject, exact, noise)
 
 
-def _measure(subject: Record, exact: Record, noise: Record) -> Judged:
+def _measure(subject: Record, exact: Record, noise: Record) -> JudgedTrajectory:
     dtype = subject.cell.dtype
     yardstick = _losses(exact)
     errors = [abs(a - b) for a, b in zip(_losses(subject), yardstick, strict=True)]
@@ -130,15 +134,15 @@ def _measure(subject: Record, exact: Record, noise: Record) -> Judged:
         steps = f"at all {len(errors)} steps"
         own = f"within the growth that rounding explains {steps}; this run defines the noise of the others"
         reason = own if by == "growth" else f"within the reference's noise {steps}"
-        verdict = Verdict(Word.PASS, reason, ids)
+        verdict = Verdict(VerdictKind.PASS, reason, ids)
     else:
         verdict = Verdict(
-            Word.FAIL,
+            VerdictKind.FAIL,
             f"leaves the float64 losses at step {first_bad}: error {errors[first_bad]:.3g}, allowed"
             f" {allowed[first_bad]:.3g}; worst at step {step}, {ratios[step]:,.1f} times what is allowed",
             ids,
         )
-    return Judged(subject.cell_id, verdict, by, tuple(errors), tuple(allowed), ratios[step], step)
+    return JudgedTrajectory(subject.cell_id, verdict, by, tuple(errors), tuple(allowed), ratios[step], step)
 
 
 def _losses(record: Record) -> list[float]:

@@ -10,7 +10,7 @@ from harness.analysis import failed_checks as parity
 from harness.analysis import trajectories
 from harness.analysis.ranking import Score, accuracies, score, why_not_comparable
 from harness.analysis.statistics import over_seeds
-from harness.analysis.verdict_kind import Verdict, Word
+from harness.analysis.verdict_kind import Verdict, VerdictKind
 from harness.errors import Exit
 from harness.records import naming
 from harness.records.manifest import Comparison
@@ -19,12 +19,12 @@ from harness.records.store import Run
 
 _SHOWN = 4
 """Reasons for not judging that a sentence gives; a matrix may have hundreds."""
-_SO = (Word.FAIL, Word.INCONCLUSIVE)
+_SO = (VerdictKind.FAIL, VerdictKind.INCONCLUSIVE)
 UNMEASURED = (Status.OOM, Status.TIMEOUT, Status.ERROR, Status.LOST)
 
 
 @dataclass(frozen=True)
-class Judgement:
+class QuestionVerdict:
     """A comparison with its verdict; `losses` holds the steps of a `same-losses` comparison."""
 
     comparison: Comparison
@@ -57,7 +57,7 @@ class RunVerdict:
     nonconforming: tuple[str, ...]
     missing: tuple[str, ...]
     how: str
-    judgements: tuple[Judgement, ...]
+    judgements: tuple[QuestionVerdict, ...]
     parity: Parity
 
 
@@ -91,16 +91,16 @@ def _parity(latest: dict[str, Record]) -> Parity:
     return Parity(outcomes[Outcome.PASS], outcomes[Outcome.FAIL], outcomes[Outcome.SKIPPED], unchecked)
 
 
-def _judge_comparison(comparison: Comparison, run: Run, latest: dict[str, Record]) -> Judgement:
+def _judge_comparison(comparison: Comparison, run: Run, latest: dict[str, Record]) -> QuestionVerdict:
     cells = {cell.cell_id: cell for cell in run.manifest.cells}
     unknown = [i for i in (*comparison.left, *comparison.right) if i not in cells]
     if unknown:
         left_out = f"{_cells(len(unknown))} that it asks about not in this run, e.g. for --only: {', '.join(unknown)}"
-        return Judgement(comparison, Verdict(Word.NOT_RUN, left_out))
+        return QuestionVerdict(comparison, Verdict(VerdictKind.NOT_RUN, left_out))
     if comparison.kind == "same-losses":
         losses = trajectories.judge(comparison, cells, latest)
-        return Judgement(comparison, losses.verdict, losses)
-    return Judgement(comparison, _better(comparison, run, latest))
+        return QuestionVerdict(comparison, losses.verdict, losses)
+    return QuestionVerdict(comparison, _better(comparison, run, latest))
 
 
 def _better(comparison: Comparison, run: Run, latest: dict[str, Record]) -> Verdict:
@@ -110,36 +110,36 @@ def _better(comparison: Comparison, run: Run, latest: dict[str, Record]) -> Verd
     named = naming.full(cells.values()) | naming.recipes(cells.values())
     ids = tuple(latest[i].id for i in dict.fromkeys(comparison.left + comparison.right) if i in latest)
     # Per word: how far each pair lies apart, and the sentence about it.
-    found: dict[Word, list[tuple[float, str]]] = {word: [] for word in Word}
+    found: dict[VerdictKind, list[tuple[float, str]]] = {word: [] for word in VerdictKind}
     for left, right in pairs:
         names = [named[side[0] if len(side) == 1 else cells[side[0]].recipe_id] for side in (left, right)]
         refusal = why_not_comparable(cells[left[0]], cells[right[0]])
         if refusal:
-            found[Word.NOT_RUN].append((0.0, f"{names[0]} and {names[1]} are not comparable: {refusal}"))
+            found[VerdictKind.NOT_RUN].append((0.0, f"{names[0]} and {names[1]} are not comparable: {refusal}"))
             continue
         lacking = [(0.0, f"{named[i]} {why}") for i in (*left, *right) if (why := _why_no_accuracy(latest.get(i)))]
         if lacking:
-            found[Word.NOT_RUN] += lacking
+            found[VerdictKind.NOT_RUN] += lacking
             continue
         word, gap, sentence = _apart([latest[i] for i in left], [latest[i] for i in right], names)
         found[word].append((gap, sentence))
     several = any(len(side) > 1 for side in (*left_sides, *right_sides))
     for word, says in (
-        (Word.FAIL, "the opposite holds"),
-        (Word.NOT_RUN, "not judged"),
-        (Word.INCONCLUSIVE, "the interval of the difference holds 0" if several else "the intervals overlap"),
-        (Word.PASS, "the interval of the difference lies above 0" if several else "the intervals lie apart"),
+        (VerdictKind.FAIL, "the opposite holds"),
+        (VerdictKind.NOT_RUN, "not judged"),
+        (VerdictKind.INCONCLUSIVE, "the interval of the difference holds 0" if several else "the intervals overlap"),
+        (VerdictKind.PASS, "the interval of the difference lies above 0" if several else "the intervals lie apart"),
     ):
         if found[word]:
             sentences = list(dict.fromkeys(sentence for _, sentence in sorted(found[word])))
             # The pair that stands worst tells of the others; reasons for not judging are each their own.
-            shown = sentences[:_SHOWN] if word is Word.NOT_RUN else sentences[:1]
-            if word is Word.NOT_RUN and len(sentences) > _SHOWN:
+            shown = sentences[:_SHOWN] if word is VerdictKind.NOT_RUN else sentences[:1]
+            if word is VerdictKind.NOT_RUN and len(sentences) > _SHOWN:
                 shown.append(f"and {len(sentences) - _SHOWN} more")
-            more = f" (the closest of {len(pairs)} pairs)" if word is Word.PASS and len(pairs) > 1 else ""
+            more = f" (the closest of {len(pairs)} pairs)" if word is VerdictKind.PASS and len(pairs) > 1 else ""
             more = f" ({len(sentences)} of {len(pairs)} pairs so)" if word in _SO and len(pairs) > 1 else more
             return Verdict(word, f"{says}: {'; '.join(shown)}{more}", ids)
-    return Verdict(Word.NOT_RUN, "it names no Cells", ids)
+    return Verdict(VerdictKind.NOT_RUN, "it names no Cells", ids)
 
 
 def _recipes(ids: list[str], cells: Mapping[str, Cell]) -> list[list[str]]:
@@ -151,21 +151,21 @@ def _recipes(ids: list[str], cells: Mapping[str, Cell]) -> list[list[str]]:
     return [found[recipe] for recipe in order]
 
 
-def _apart(left: list[Record], right: list[Record], names: list[str]) -> tuple[Word, float, str]:
+def _apart(left: list[Record], right: list[Record], names: list[str]) -> tuple[VerdictKind, float, str]:
     """Judge one pair: by the interval of its difference over seeds, or with one run each by their own intervals."""
     a, b = score(left), score(right)
     sentence = f"{names[0]} {_interval(a)} against {names[1]} {_interval(b)}"
     if len(left) == len(right) == 1:
-        word = Word.PASS if a.low > b.high else Word.FAIL if a.high < b.low else Word.INCONCLUSIVE
+        word = VerdictKind.PASS if a.low > b.high else VerdictKind.FAIL if a.high < b.low else VerdictKind.INCONCLUSIVE
         return word, a.low - b.high, sentence
     seeds = [[record.cell.seed for record in side] for side in (left, right)]
     if seeds[0] != seeds[1]:
-        return Word.NOT_RUN, 0.0, f"{sentence}: their seeds are not the same, {seeds[0]} against {seeds[1]}"
+        return VerdictKind.NOT_RUN, 0.0, f"{sentence}: their seeds are not the same, {seeds[0]} against {seeds[1]}"
     found = over_seeds.difference(accuracies(left), accuracies(right))
     if found is None:
-        return Word.NOT_RUN, 0.0, f"{sentence}: they were not scored on the same items"
+        return VerdictKind.NOT_RUN, 0.0, f"{sentence}: they were not scored on the same items"
     low, high = found.interval
-    word = Word.PASS if low > 0 else Word.FAIL if high < 0 else Word.INCONCLUSIVE
+    word = VerdictKind.PASS if low > 0 else VerdictKind.FAIL if high < 0 else VerdictKind.INCONCLUSIVE
     apart = f"{100 * found.value:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
     return word, low, f"{sentence}: {apart} over {len(left)} seeds"
 
@@ -185,12 +185,12 @@ def _interval(a: Score) -> str:
 def _whole(
     run: Run,
     latest: dict[str, Record],
-    judgements: tuple[Judgement, ...],
+    judgements: tuple[QuestionVerdict, ...],
     nonconforming: tuple[str, ...],
     how: str,
     strict: bool,
 ) -> tuple[Verdict, Exit]:
-    refuted = [j for j in judgements if j.verdict.word is Word.FAIL]
+    refuted = [j for j in judgements if j.verdict.word is VerdictKind.FAIL]
     if nonconforming or refuted or run.changed:
         names = naming.full(run.manifest.cells)
         departed = [r for r in latest.values() if r.id in nonconforming]
@@ -201,13 +201,13 @@ def _whole(
         reasons += [f"training of {_cells(len(diverged))} diverged ({'; '.join(diverged)})"] if diverged else []
         reasons += [f"refuted: “{j.comparison.says}”" for j in refuted]
         ids = (*nonconforming, *(i for j in refuted for i in j.verdict.records))
-        return Verdict(Word.FAIL, "; ".join(reasons), tuple(dict.fromkeys(ids))), Exit.FAIL
+        return Verdict(VerdictKind.FAIL, "; ".join(reasons), tuple(dict.fromkeys(ids))), Exit.FAIL
 
     ok = [r for r in latest.values() if r.status is Status.OK]
     # A Cell that was kept from running, unlike one that never can here, is a fault of the machine.
     bad = [r for r in latest.values() if r.status in UNMEASURED or (r.status is Status.SKIPPED and r.failure)]
     if not ok and not bad:
-        nothing = Verdict(Word.NOT_RUN, "no Cell was measured", tuple(r.id for r in latest.values()))
+        nothing = Verdict(VerdictKind.NOT_RUN, "no Cell was measured", tuple(r.id for r in latest.values()))
         return nothing, Exit.NOTHING_COMPARED
 
     lacking = len(run.missing())
@@ -216,15 +216,15 @@ def _whole(
         reasons += [f"{_cells(lacking)} without any Record"] if lacking else []
         reasons += [f"{len(run.broken)} unreadable file{'s' * (len(run.broken) != 1)}"] if run.broken else []
         reasons += [f"the run is {how}"] if how != "finished" else []
-        return Verdict(Word.INCONCLUSIVE, "; ".join(reasons), tuple(r.id for r in bad)), Exit.INFRASTRUCTURE
+        return Verdict(VerdictKind.INCONCLUSIVE, "; ".join(reasons), tuple(r.id for r in bad)), Exit.INFRASTRUCTURE
 
-    undecided = [j for j in judgements if j.verdict.word is not Word.PASS]
+    undecided = [j for j in judgements if j.verdict.word is not VerdictKind.PASS]
     if undecided:
         reason = f"{len(undecided)} of {len(judgements)} questions left open; {_conform(ok)}"
         ids = tuple(dict.fromkeys(i for j in undecided for i in j.verdict.records))
-        return Verdict(Word.INCONCLUSIVE, reason, ids), Exit.INCONCLUSIVE if strict else Exit.PASS
+        return Verdict(VerdictKind.INCONCLUSIVE, reason, ids), Exit.INCONCLUSIVE if strict else Exit.PASS
     questions = f" and all {len(judgements)} questions of the suite are answered yes" if judgements else ""
-    return Verdict(Word.PASS, f"{_conform(ok)}{questions}", tuple(r.id for r in ok)), Exit.PASS
+    return Verdict(VerdictKind.PASS, f"{_conform(ok)}{questions}", tuple(r.id for r in ok)), Exit.PASS
 
 
 def _conform(ok: list[Record]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-class Word(StrEnum):
+class VerdictKind(StrEnum):
     """How a question was decided."""
 
     PASS = "pass"  # noqa: S105
@@ -20,15 +20,15 @@ class Word(StrEnum):
 class Verdict:
     """One decided question. `reason` is a sentence; `records` are the ids of the Records that were read."""
 
-    word: Word
+    word: VerdictKind
     reason: str
     records: tuple[str, ...] = ()
 
 
-def joint(words: Iterable[Word]) -> Word:
+def joint(words: Iterable[VerdictKind]) -> VerdictKind:
     """Decide "all of them": one failure refutes it, whatever else is still open."""
     seen = set(words)
-    for word in (Word.FAIL, Word.NOT_RUN, Word.INCONCLUSIVE):
+    for word in (VerdictKind.FAIL, VerdictKind.NOT_RUN, VerdictKind.INCONCLUSIVE):
         if word in seen:
             return word
-    return Word.PASS if seen else Word.NOT_RUN
+    return VerdictKind.PASS if seen else VerdictKind.NOT_RUN

@@ -95,13 +95,13 @@ def need_room(needed: int, what: str) -> None:
             f"not enough room for {what}: it takes about {_megabytes(needed)} while it is unpacked, "
             f"{_megabytes(free)} are free",
             where=str(root()),
-            mend=_ROOM,
+            hint=_ROOM,
         )
 
 
 def disk_full(what: str) -> AssetError:
     """Return the error for a disk that filled up while `what` was fetched."""
-    return AssetError(f"the disk is full: {what} was not kept", where=str(root()), mend=_ROOM)
+    return AssetError(f"the disk is full: {what} was not kept", where=str(root()), hint=_ROOM)
 
 
 def _megabytes(count: int) -> str:
@@ -123,7 +123,7 @@ def _explained(what: str) -> Iterator[None]:
         raise AssetError(
             f"cannot write {what} to the cache: {error.strerror or error}",
             where=str(error.filename or root()),
-            mend="make it writable, or set PEFT_HARNESS_CACHE to a folder that is",
+            hint="make it writable, or set PEFT_HARNESS_CACHE to a folder that is",
         ) from error
 
 

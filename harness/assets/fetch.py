@@ -137,18 +137,18 @@ def _in_child(script: Path, *arguments: str, label: str, progress: Progress) -> 
         raise AssetError(
             f"{label} failed ({f'signal {-code}' if code < 0 else f'exit code {code}'}); it said last:\n    {last}",
             where=script.name,
-            mend="signal 9 means that memory ran out; otherwise look at the versions of transformers and gguf",
+            hint="signal 9 means that memory ran out; otherwise look at the versions of transformers and gguf",
         )
 
 
 def _local_file(source: Source) -> Path:
     path = Path(source.address)
     if not path.is_file():
-        raise AssetError(f"no file for {source.name}", where=str(path), mend="correct its path in the table")
+        raise AssetError(f"no file for {source.name}", where=str(path), hint="correct its path in the table")
     if source.sha256 and (got := carrier.sha256(path)) != source.sha256:
         raise AssetError(
             f"wrong hash of {source.name}: expected sha256 {source.sha256}, got {got}",
             where=str(path),
-            mend="put the right file there, or correct the table if the file is the right one",
+            hint="put the right file there, or correct the table if the file is the right one",
         )
     return path

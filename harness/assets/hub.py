@@ -50,7 +50,7 @@ def write_rows(source: Source, path: Path, progress: Progress) -> None:
         raise AssetError(
             f"{source.name} has no column {', '.join(sorted(missing))}",
             where=_where(source),
-            mend=f"correct rows in the table; the columns are {', '.join(data.column_names)}",
+            hint=f"correct rows in the table; the columns are {', '.join(data.column_names)}",
         )
     with path.open("w", encoding="utf-8") as file:
         for number, row in enumerate(data, 1):
@@ -75,21 +75,21 @@ def explained(source: Source, *refusals: type[Exception]) -> Iterator[None]:
         raise AssetError(
             f"the hub does not give {source.name}: {_first_line(error)}",
             where=_where(source),
-            mend="look at its name, revision and rows; if it is private or gated, accept its terms and `hf auth login`",
+            hint="look at its name, revision and rows; if it is private or gated, accept its terms and `hf auth login`",
         ) from error
     except unreachable as error:
         if constants.HF_HUB_OFFLINE:
             what = f"{source.name} is not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it"
-            mend = f"unset HF_HUB_OFFLINE once, or copy the repository into {constants.HF_HUB_CACHE}"
+            hint = f"unset HF_HUB_OFFLINE once, or copy the repository into {constants.HF_HUB_CACHE}"
         else:
             what = f"{source.name} is not in the hub's cache, and the hub cannot be reached: {_first_line(error)}"
-            mend = "connect to a network for the first run, or set HF_ENDPOINT to a mirror; or name a local folder"
-        raise AssetError(what, where=_where(source), mend=mend) from error
+            hint = "connect to a network for the first run, or set HF_ENDPOINT to a mirror; or name a local folder"
+        raise AssetError(what, where=_where(source), hint=hint) from error
     except OSError as error:
         raise AssetError(
             f"cannot write the hub's cache: {error.strerror or error}",
             where=str(error.filename or constants.HF_HUB_CACHE),
-            mend="free some space there, or set HF_HOME to a folder on a larger disk",
+            hint="free some space there, or set HF_HOME to a folder on a larger disk",
         ) from error
 
 

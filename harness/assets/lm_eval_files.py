@@ -58,14 +58,14 @@ def find(text: str, folder: Path | None = None) -> Named:
     """Find a task by what a suite calls it; raises UsageError for one that is not there. `folder` is lm-eval's own."""
     match = _NAME.fullmatch(text)
     if match is None:
-        mend = "write lm-eval:TASK, lm-eval:TASK:FILTER, and @ with the 40 hex digits of its data's commit"
-        raise UsageError(f"`{text}` names no task of lm-eval", mend=mend)
+        hint = "write lm-eval:TASK, lm-eval:TASK:FILTER, and @ with the 40 hex digits of its data's commit"
+        raise UsageError(f"`{text}` names no task of lm-eval", hint=hint)
     name, where = match["task"], folder or tasks_folder()
     path, known = _path(where, name)
     if path is None:
         close = get_close_matches(name, sorted(known), n=1)
-        mend = f"did you mean `{close[0]}`?" if close else "`lm-eval ls tasks` lists them"
-        raise UsageError(f"lm-eval has no task `{name}`", mend=mend)
+        hint = f"did you mean `{close[0]}`?" if close else "`lm-eval ls tasks` lists them"
+        raise UsageError(f"lm-eval has no task `{name}`", hint=hint)
     return Named(name, match["filter"] or "", match["revision"] or "", path, _read(path))
 
 
@@ -73,7 +73,7 @@ def tasks_folder() -> Path:
     """Return the folder of the tasks that come with lm-eval."""
     found = importlib.util.find_spec("lm_eval")
     if found is None or not found.submodule_search_locations:
-        raise UsageError("lm-eval is not installed", mend="pip install lm-eval")
+        raise UsageError("lm-eval is not installed", hint="pip install lm-eval")
     return Path(found.submodule_search_locations[0]) / "tasks"
 
 
@@ -130,6 +130,6 @@ def _read(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
     for name in included if isinstance(included, list) else [included]:
         other = (path.parent / str(name)).resolve()
         if other in inside:
-            raise UsageError("a task's file that includes itself", where=str(other), mend="mend its `include`")
+            raise UsageError("a task's file that includes itself", where=str(other), hint="mend its `include`")
         merged.update(_read(other, (*inside, path.resolve())))
     return {**merged, **own}

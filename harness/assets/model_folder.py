@@ -26,12 +26,12 @@ _TWO_SIDED = ("ForMaskedLM", "ForPreTraining")
 def check(folder: Path, source: Source) -> Path:
     """Return the folder, or raise AssetError for what it lacks."""
     if not folder.is_dir():
-        raise AssetError(f"no folder for model {source.name}", where=str(folder), mend="correct its path")
+        raise AssetError(f"no folder for model {source.name}", where=str(folder), hint="correct its path")
     if not (folder / "config.json").is_file():
         raise AssetError(
             f"model {source.name} has no config.json",
             where=str(folder),
-            mend="name the folder that `model.save_pretrained(FOLDER)` wrote",
+            hint="name the folder that `model.save_pretrained(FOLDER)` wrote",
         )
     if source.scheme == "shape":
         refuse_architecture(_config(folder), source.name, source.kind, folder / "config.json")
@@ -43,7 +43,7 @@ def check(folder: Path, source: Source) -> Path:
         raise AssetError(
             f"model {source.name} has no {', '.join(absent[:3])}{why}",
             where=str(folder),
-            mend="load it where you trust it and write it again with `model.save_pretrained(FOLDER)`"
+            hint="load it where you trust it and write it again with `model.save_pretrained(FOLDER)`"
             if pickled
             else "copy the folder again, or name one with safetensors weights",
         )
@@ -51,7 +51,7 @@ def check(folder: Path, source: Source) -> Path:
         raise AssetError(
             f"model {source.name} has no tokenizer (none of {', '.join(_TOKENIZERS)})",
             where=str(folder),
-            mend="write it there with `tokenizer.save_pretrained(FOLDER)`",
+            hint="write it there with `tokenizer.save_pretrained(FOLDER)`",
         )
     refuse_architecture(_config(folder), source.name, source.kind, folder / "config.json")
     return folder
@@ -100,7 +100,7 @@ def refuse_architecture(config: Mapping[str, Any], name: str, kind: str, where: 
             f"model {name} is an encoder-decoder ({model_type or 'of an unnamed type'}); only encoders and causal models "
             "are trained and scored",
             where=str(where),
-            mend="name an encoder (a BERT) with `kind: encoder`, or a causal model (a Llama, a GPT)",
+            hint="name an encoder (a BERT) with `kind: encoder`, or a causal model (a Llama, a GPT)",
         )
     names = config.get("architectures")
     masked = next((n for n in names if str(n).endswith(_TWO_SIDED)), None) if isinstance(names, list) else None
@@ -110,14 +110,14 @@ def refuse_architecture(config: Mapping[str, Any], name: str, kind: str, where: 
             f"model {name} is declared causal and is a masked language model ({masked}): it sees the answer that it is "
             "to predict, so that no score of it would mean anything",
             where=str(where),
-            mend="declare it in a row under `sources:` with `kind: encoder`",
+            hint="declare it in a row under `sources:` with `kind: encoder`",
         )
     if isinstance(model_type, str) and text_models.lacks(kind, model_type):
         does = "classifies texts" if kind == "encoder" else "predicts the next token"
         raise AssetError(
             f"model {name} is of the type `{model_type}`, of which the installed transformers has none that {does}",
             where=str(where),
-            mend="name a model of texts (a BERT, a Llama), and its `kind`",
+            hint="name a model of texts (a BERT, a Llama), and its `kind`",
         )
 
 
@@ -138,5 +138,5 @@ def _weights(folder: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AssetError("not an index of weights", where=str(index), mend="copy the folder again") from error
+        raise AssetError("not an index of weights", where=str(index), hint="copy the folder again") from error
     return [folder / name for name in names]

@@ -17,7 +17,7 @@ from harness.errors import AssetError, Problem, UsageError
 
 
 @dataclass(frozen=True)
-class Row:
+class DataRow:
     """One labelled text."""
 
     id: str
@@ -57,7 +57,7 @@ class Text:
         return self.text
 
 
-AnyRow = Row | Answered | Text
+AnyRow = DataRow | Answered | Text
 _R = TypeVar("_R", bound=AnyRow)
 
 
@@ -66,7 +66,7 @@ def read(source: Source, path: Path) -> list[AnyRow]:
     found, wrong = _examine(source, path)
     if wrong:
         line, why = wrong[0]
-        raise AssetError(f"cannot read {source.name}: {why}", where=f"{path}:{line}", mend=_MEND)
+        raise AssetError(f"cannot read {source.name}: {why}", where=f"{path}:{line}", hint=_HINT)
     return [row for _, row in found]
 
 
@@ -77,11 +77,11 @@ def problems(source: Source, path: Path, labels: int = 0, test: int = 0, *, trai
     Of rows that are wrong in the same way the first is shown, and of a file's ways the first few.
     """
     found, wrong = _examine(source, path)
-    told = [(line, f"cannot read {source.name}: {why}", _MEND) for line, why in wrong]
+    told = [(line, f"cannot read {source.name}: {why}", _HINT) for line, why in wrong]
     told += [
-        (line, f"label {row.label} of row `{row.id}`; the task's `labels` allows 0 to {labels - 1}", _MEND_LABEL)
+        (line, f"label {row.label} of row `{row.id}`; the task's `labels` allows 0 to {labels - 1}", _HINT_LABEL)
         for line, row in found
-        if labels and isinstance(row, Row) and row.label >= labels
+        if labels and isinstance(row, DataRow) and row.label >= labels
     ]
     if not wrong and trains and len(found) <= test:
         what = f"{source.name} has {len(found)} rows, and the task keeps {test} of them for its test: none is left"
@@ -90,8 +90,8 @@ def problems(source: Source, path: Path, labels: int = 0, test: int = 0, *, trai
         what = f"{source.name} has {len(found)} rows, and the task tests {test}"
         told.append((1, what, f"give it more rows, or lower the task's `test` to at most {len(found)}"))
     first: dict[str, Problem] = {}
-    for line, what, mend in sorted(told):
-        first.setdefault(what, Problem(f"{path}:{line}", what, mend))
+    for line, what, hint in sorted(told):
+        first.setdefault(what, Problem(f"{path}:{line}", what, hint))
     shown, rest = list(first.values())[:_SHOWN], list(first.values())[_SHOWN:]
     if rest:
         shown.append(Problem(rest[0].where, f"{len(rest)} more mistakes from here on", "mend those before first"))
@@ -101,7 +101,7 @@ def problems(source: Source, path: Path, labels: int = 0, test: int = 0, *, trai
 def _examine(source: Source, path: Path) -> tuple[list[tuple[int, AnyRow]], list[tuple[int, str]]]:
     """Return what can be read, and why what cannot be read cannot, each with its line."""
     if source.rows is None:
-        raise UsageError(f"{source.name} is a model, not data", mend="name a source of kind data")
+        raise UsageError(f"{source.name} is a model, not data", hint="name a source of kind data")
     rows = source.rows
     if rows.format == "hub":  # fetched, it is jsonl, under our own names
         rows = Rows(format="jsonl", holds=rows.holds, longest=rows.longest)
@@ -122,7 +122,7 @@ def _examine(source: Source, path: Path) -> tuple[list[tuple[int, AnyRow]], list
     except UnreadableError as error:
         wrong.append((error.line, str(error)))
     except OSError as error:
-        raise AssetError(f"cannot read {source.name}: {error.strerror}", where=str(path), mend=_MEND) from error
+        raise AssetError(f"cannot read {source.name}: {error.strerror}", where=str(path), hint=_HINT) from error
     if not found and not wrong:
         wrong.append((1, "not one row is left: `least` and `longest` drop them all" if some else "not one row"))
     return found, wrong
@@ -139,7 +139,7 @@ def split(
     most = len(rows) - 1 if training is None else len(rows)
     if not 0 < test <= most:
         raise UsageError(
-            f"cannot keep {test} of {len(rows)} rows for the test", mend=f"set `test` between 1 and {most}"
+            f"cannot keep {test} of {len(rows)} rows for the test", hint=f"set `test` between 1 and {most}"
         )
     shuffled = list(rows)
     random.Random(seed).shuffle(shuffled)  # noqa: S311  # reproducible, not secret
@@ -182,12 +182,12 @@ _KEY = 24
 _BEGIN = re.compile(r"\b\w|[^\w\s]")
 _INSIDE = re.compile(r"(?<=\w)\w")
 """Where a prompt may begin, and where none may end: `art` is not asked by a text about parties."""
-_MEND = "look at source, member and rows in the table"
-_MEND_LABEL = "correct the row, or the task's `labels` and `doc_to_choice`"
+_HINT = "look at source, member and rows in the table"
+_HINT_LABEL = "correct the row, or the task's `labels` and `doc_to_choice`"
 _SHOWN = 5
 
 
-def _valence(record: str, _line: int, rows: Rows) -> Row | None:
+def _valence(record: str, _line: int, rows: Rows) -> DataRow | None:
     columns = record.split("\t", 2)
     if len(columns) != 3:
         raise ValueError(f"{len(columns)} columns where id, valence and text should stand, with tabs between")
@@ -196,7 +196,7 @@ def _valence(record: str, _line: int, rows: Rows) -> Row | None:
         raise ValueError(f"valence is {columns[1]}")
     if abs(valence) < rows.least:
         return None
-    return Row(columns[0].strip(), _text(columns[2], "text"), int(valence > 0))
+    return DataRow(columns[0].strip(), _text(columns[2], "text"), int(valence > 0))
 
 
 def _json(record: str, line: int, rows: Rows) -> AnyRow | None:
@@ -219,7 +219,7 @@ def _columns(record: Mapping[str, Any], line: int, rows: Rows) -> AnyRow | None:
         return None
     name = str(record.get(rows.id, line)).strip()
     if label is not None:
-        return Row(name, texts["text"], label)
+        return DataRow(name, texts["text"], label)
     return Answered(name, **texts) if rows.holds == "answers" else Text(name, **texts)
 
 

@@ -71,8 +71,8 @@ def unknown(address: str) -> str:
     cut = _CUT.fullmatch(address)
     if cut and (whole := presets().get(cut["name"])):
         return f"`{cut['name']}` has {blocks(whole.config)} blocks, not {cut['blocks']}; ask for as many or fewer"
-    mend = f"{near(address, [*presets()])}, NAME/2-blocks for the first two of its blocks"
-    return f"no shape is called `{address}`; {mend}, or shape:./config.json"
+    hint = f"{near(address, [*presets()])}, NAME/2-blocks for the first two of its blocks"
+    return f"no shape is called `{address}`; {hint}, or shape:./config.json"
 
 
 def config_of(address: str) -> dict[str, Any]:
@@ -88,13 +88,13 @@ def read(path: Path, name: str = "") -> dict[str, Any]:
         config = json.loads(path.read_bytes())
     except OSError as error:
         what = f"{who}cannot read its config.json: {error.strerror}"
-        mend = "name the folder that `model.save_pretrained(FOLDER)` wrote, or its config.json"
-        raise UsageError(what, where=str(path), mend=mend) from error
+        hint = "name the folder that `model.save_pretrained(FOLDER)` wrote, or its config.json"
+        raise UsageError(what, where=str(path), hint=hint) from error
     except ValueError as error:
-        raise UsageError(f"{who}no JSON: {error}", where=str(path), mend="copy the file again") from error
+        raise UsageError(f"{who}no JSON: {error}", where=str(path), hint="copy the file again") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         what = f"{who}its config.json names no `model_type`"
-        raise UsageError(what, where=str(path), mend="name a model that transformers saved")
+        raise UsageError(what, where=str(path), hint="name a model that transformers saved")
     return config
 
 

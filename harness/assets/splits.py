@@ -48,7 +48,7 @@ def _local_explained(source: Source, named: lm_eval_files.Named) -> Iterator[Non
         raise AssetError(
             f"cannot read the files of {source.name}: {said}",
             where=str(named.path),
-            mend=f"look at its `dataset_kwargs` and at {', '.join(map(str, named.data_files))}",
+            hint=f"look at its `dataset_kwargs` and at {', '.join(map(str, named.data_files))}",
         ) from error
 
 
@@ -60,7 +60,7 @@ def count(folder: Path, split: str) -> int:
         return int(read_metadata(folder / f"{split}.parquet").num_rows)
     except OSError as error:
         raise AssetError(
-            f"no split {split}", where=str(folder), mend="remove this folder: it is then made anew"
+            f"no split {split}", where=str(folder), hint="remove this folder: it is then made anew"
         ) from error
 
 

@@ -14,9 +14,9 @@ from pydantic_core import ErrorDetails
 from harness import resources, yaml_lines
 from harness.assets import generated, shapes
 from harness.errors import Problem, SuiteError, UsageError
-from harness.records.record import Bytes, Frozen
+from harness.records.record import Bytes, FrozenModel
 
-Kind = Literal["encoder", "causal", "data"]
+ModelKind = Literal["encoder", "causal", "data"]
 
 _SHAPES = {
     "pip": re.compile(r"[A-Za-z0-9][\w.-]*==[\w.!+-]+", re.ASCII),
@@ -38,7 +38,7 @@ _HOLDERS = {"prompt": ("answers",), "answer": ("answers",), "text": ("labels", "
 """The parts of a row, and what rows hold that have it."""
 
 
-class Rows(Frozen):
+class Rows(FrozenModel):
     """How a data file becomes rows."""
 
     format: Literal["valence-tsv", "jsonl", "csv", "parquet", "hub", "splits"]
@@ -78,11 +78,11 @@ class Rows(Frozen):
         return {name: getattr(self, name) for name, holders in _HOLDERS.items() if self.holds in holders}
 
 
-class Source(Frozen):
+class Source(FrozenModel):
     """One model or data set: where it comes from and how it is verified."""
 
     name: str = Field(min_length=1)
-    kind: Kind
+    kind: ModelKind
     source: str
     sha256: str = ""
     """Of the carrier (wheel, sdist) or of a local data file."""
@@ -185,7 +185,7 @@ def load_table(path: Path) -> dict[str, Source]:
     return table
 
 
-def resolve(name: str, table: Mapping[str, Source], base: Path, kind: Kind = "causal") -> Source:
+def resolve(name: str, table: Mapping[str, Source], base: Path, kind: ModelKind = "causal") -> Source:
     """Find what `name` in a suite stands for: a row of the table, `org/name@revision`, `shape:NAME`, or a path from `base`.
 
     `kind` is taken for those that stand in no table. A path is a model's folder, so data always need a row.
@@ -194,17 +194,17 @@ def resolve(name: str, table: Mapping[str, Source], base: Path, kind: Kind = "ca
         return _placed(table[name], base)
     if name.startswith(shapes.PREFIX):
         if kind == "data":
-            raise UsageError(f"data set {name!r} is the shape of a model", mend="name a source of kind data")
+            raise UsageError(f"data set {name!r} is the shape of a model", hint="name a source of kind data")
         if wrong := shapes.unknown(name.removeprefix(shapes.PREFIX)):
-            what, _, mend = wrong.partition("; ")
-            raise UsageError(what, mend=mend)
+            what, _, hint = wrong.partition("; ")
+            raise UsageError(what, hint=hint)
         preset = shapes.preset(name.removeprefix(shapes.PREFIX))
         return _placed(Source(name=name, kind=preset.kind if preset else kind, source=name), base)
     if name.startswith(shapes.PATH_STARTS):
         if kind == "data":
             raise UsageError(
                 f"data set {name!r} is a path, and nothing says how its file becomes rows",
-                mend="give it a row under `sources:` with kind, source: file:PATH and rows",
+                hint="give it a row under `sources:` with kind, source: file:PATH and rows",
             )
         return _placed(Source(name=name, kind=kind, source=f"folder:{name}"), base)
     if match := _HUB_NAME.fullmatch(name):
@@ -212,7 +212,7 @@ def resolve(name: str, table: Mapping[str, Source], base: Path, kind: Kind = "ca
         if not _COMMIT.fullmatch(revision):
             raise UsageError(
                 f"hub name {name!r} is not pinned: without a commit it may be another model tomorrow",
-                mend=f"write {repository}@ and the 40 hex digits of a commit, "
+                hint=f"write {repository}@ and the 40 hex digits of a commit, "
                 f"which its page lists under Files, History; or ./{name} for a local folder",
             )
         rows = Rows(format="hub") if kind == "data" else None
@@ -220,7 +220,7 @@ def resolve(name: str, table: Mapping[str, Source], base: Path, kind: Kind = "ca
     near = [f"shape:{name}"] if shapes.preset(name) else difflib.get_close_matches(name, table, n=1)
     raise UsageError(
         f"no model or data set named {name!r}",
-        mend=f"did you mean {near[0]!r}?"
+        hint=f"did you mean {near[0]!r}?"
         if near
         else f"named in the table: {', '.join(sorted(table)) or 'nothing'}; "
         "or write org/name@revision for a hub repository, ./path for a local folder, shape:NAME for a model without weights",
@@ -242,6 +242,6 @@ def _problem(where: str, detail: ErrorDetails) -> Problem:
     if detail["type"] == "extra_forbidden":
         known = Rows.model_fields if len(keys) > 1 else Source.model_fields
         near = difflib.get_close_matches(keys[-1], known, n=1)
-        mend = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
-        return Problem(where, f"{named}unknown key", mend)
+        hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
+        return Problem(where, f"{named}unknown key", hint)
     return Problem(where, named + detail["msg"].removeprefix("Value error, "))

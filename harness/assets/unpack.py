@@ -31,7 +31,7 @@ def extract(archive: Path, member: str, destination: Path) -> None:
                 _write(opened, outer, destination, archive)
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
         raise AssetError(
-            f"not a whole zip or tar: {error}", where=archive.name, mend="look at its source and member in the table"
+            f"not a whole zip or tar: {error}", where=archive.name, hint="look at its source and member in the table"
         ) from error
 
 
@@ -61,7 +61,7 @@ def _write(opened: Opened, member: str, destination: Path, archive: Path) -> Non
             raise AssetError(
                 f"member {name!r} would be written outside its folder",
                 where=archive.name,
-                mend="do not use this archive: an honest one has no such path",
+                hint="do not use this archive: an honest one has no such path",
             )
         with _read(opened, name, archive) as content:
             _copy(content, destination / relative)
@@ -93,5 +93,5 @@ def _copy(content: IO[bytes], path: Path) -> None:
 def _missing(opened: Opened, member: str, archive: Path) -> AssetError:
     shown = ", ".join(sorted(_files(opened))[:8])
     return AssetError(
-        f"no member {member!r}", where=archive.name, mend=f"correct `member` in the table; it holds {shown}, ..."
+        f"no member {member!r}", where=archive.name, hint=f"correct `member` in the table; it holds {shown}, ..."
     )

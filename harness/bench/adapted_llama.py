@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.bench.steps import Backbone, Step
+from harness.bench.steps import Backbone, StepBenchmark
 from harness.cell import base_quantisation
 from harness.cell.training.optimizers import BETAS, EPS
 from harness.conformance import parity_gate, parity_suite, whole_model
@@ -64,11 +64,11 @@ def loss_of(model: Any, ids: Tensor) -> Tensor:
     return nn.functional.cross_entropy(wide.flatten(0, 1), ids[:, 1:].flatten())
 
 
-class Trainee:
+class AdaptedLlama:
     """A Llama with a Method attached, that takes steps. losses: of the steps so far."""
 
     def __init__(
-        self, implementation: Implementation, step: Step, shape: Backbone, dtype: str, device: torch.device,
+        self, implementation: Implementation, step: StepBenchmark, shape: Backbone, dtype: str, device: torch.device,
         registry: Registry, packer: str = "",
     ) -> None:  # fmt: skip
         self.shape, self.device, self.base, self.packer = shape, device, step.base, packer

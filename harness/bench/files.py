@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness.bench.results import Row
+from harness.bench.results import BenchRow
 from harness.errors import StoreError, UsageError
 from harness.records import store
 from harness.records.record import Environment
@@ -21,12 +21,12 @@ def refuse(out: Path | None, export: Path | None) -> None:
     if out is not None:
         where = f"--out {out}"
         if any(out.glob("[0-9][0-9][0-9]*-vs-*.json")):
-            raise UsageError("holds a bench already", where=where, mend="name another folder, or move that one away")
+            raise UsageError("holds a bench already", where=where, hint="name another folder, or move that one away")
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(
-                f"cannot make the folder: {error.strerror}", where=where, mend="name a place where files can be written"
+                f"cannot make the folder: {error.strerror}", where=where, hint="name a place where files can be written"
             ) from error
         _try(out / "row.json", where)
     if export is not None:
@@ -35,7 +35,7 @@ def refuse(out: Path | None, export: Path | None) -> None:
 
 def _try(file: Path, where: str) -> None:
     if why := store.unwritable(file):
-        raise UsageError(why, where=where, mend="name a place where files can be written")
+        raise UsageError(why, where=where, hint="name a place where files can be written")
 
 
 def write(path: Path, document: dict[str, Any]) -> None:
@@ -43,8 +43,8 @@ def write(path: Path, document: dict[str, Any]) -> None:
     try:
         store.write_atomic(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
     except StoreError as error:
-        mend = "what was printed has its numbers; for its samples make room or name another place, and run it again"
-        raise StoreError(error.what, where=error.where, mend=mend) from error
+        hint = "what was printed has its numbers; for its samples make room or name another place, and run it again"
+        raise StoreError(error.what, where=error.where, hint=hint) from error
 
 
 class Folder:
@@ -55,7 +55,7 @@ class Folder:
         self._count = 0
         self._left: dict[Path, dict[str, Any]] = {}
 
-    def keep(self, row: Row) -> None:
+    def keep(self, row: BenchRow) -> None:
         """Write the file of the next row; say so if that fails, which is no reason to lose what is still to be measured."""
         if self.path is None:
             return
@@ -79,6 +79,6 @@ class Folder:
         del self._left[file]
 
 
-def _slug(row: Row) -> str:
+def _slug(row: BenchRow) -> str:
     words = (row.name, row.shape, row.dtype, row.device, "vs", row.other)
     return re.sub(r"[^\w.+]+", "-", "-".join(words)).strip("-")

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from harness.bench import ceilings, timing
 from harness.bench.operations import OPERATIONS, Cost
-from harness.bench.results import Row
-from harness.bench.sizes import TINY, Size
+from harness.bench.results import BenchRow
+from harness.bench.sizes import TINY, BenchSize
 from harness.bench.verdict import standing
 from harness.conformance import matrix, operation_call, operations, parity_suite
 from harness.conformance.case import Case
 from harness.conformance.operations import cloned, mapped
-from harness.conformance.outcomes import Tried
+from harness.conformance.outcomes import CheckOutcome
 from harness.conformance.subject import DTYPES
 from harness.errors import Unsupported
 from harness.methods.registry import Implementation
@@ -29,7 +29,7 @@ OVERHEAD_CALLS = 5
 
 
 @dataclass
-class Bench:
+class OperationBenchmark:
     """One Operation by two implementations, in one dtype on one device.
 
     pairs: of samples of each benchmark. threads: of torch; None on a GPU.
@@ -50,7 +50,7 @@ class Bench:
         self.clock = timing.Clock(self.device)
         self.limits = ceilings.measure(self.clock, DTYPES[self.dtype])
 
-    def rows(self, size: Size) -> Iterator[Row]:
+    def rows(self, size: BenchSize) -> Iterator[BenchRow]:
         """Yield the benchmarks of one size: of the call, and of the call with its gradients if it has any."""
         judged = size.judged(self.device.type, self.how.per_token)
         given = self._arguments(size)
@@ -59,7 +59,9 @@ class Bench:
         if self.how.backward is not None:
             yield self._row(size, judged, given, parity, backward=True)
 
-    def _row(self, size: Size, judged: Size, given: dict[str, Any], parity: Sequence[Tried], backward: bool) -> Row:
+    def _row(
+        self, size: BenchSize, judged: BenchSize, given: dict[str, Any], parity: Sequence[CheckOutcome], backward: bool
+    ) -> BenchRow:
         tried, outcome, because = standing(parity)
         forward, more = self.how.forward, self.how.backward
         itemsize = DTYPES[self.dtype].itemsize
@@ -72,7 +74,7 @@ class Bench:
             overhead = self._overhead(backward)
             ours, other = (self._call(it, given, backward) for it in (self.ours, self.other))
             samples = timing.pairs(self.clock, ours, other, self.pairs, overhead=overhead)
-        return Row(
+        return BenchRow(
             name=f"{self.operation}+backward" if backward else self.operation,
             shape=words(size, self.how.per_token), dtype=self.dtype, device=self.device.type,
             ours=self.ours.name, other=self.other.name, outcome=outcome, because=because,
@@ -81,17 +83,17 @@ class Bench:
             bytes=cost(lambda c: c.bytes(size, itemsize)), flops=cost(lambda c: c.flops(size)), facts=self.facts,
         )  # fmt: skip
 
-    def _arguments(self, size: Size) -> dict[str, Any]:
+    def _arguments(self, size: BenchSize) -> dict[str, Any]:
         """Draw the arguments as the checks do, and put them on the device."""
         return self._drawn(size, matrix.SEED)
 
-    def _drawn(self, size: Size, seed: int) -> dict[str, Any]:
+    def _drawn(self, size: BenchSize, seed: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)
         drawn = self.it.arguments(DTYPES[self.dtype], generator, **self.how.case(size))
         there: dict[str, Any] = mapped(drawn, lambda one: one.to(self.device) if isinstance(one, Tensor) else one)
         return there
 
-    def _parity(self, implementation: Implementation, size: Size) -> Iterator[Tried]:
+    def _parity(self, implementation: Implementation, size: BenchSize) -> Iterator[CheckOutcome]:
         """Yield the checks of this very call that the Operation's parity suite has."""
         subject = operations.OperationSubject(
             self.it, implementation, self.dtype, self._arguments(size), lambda: self._drawn(size, matrix.SEED + 1)
@@ -100,7 +102,7 @@ class Bench:
         for name in (*CHECKS, *([GRADIENT] if self.how.backward is not None else [])):
             if name in self.plan.checks:
                 result = matrix.tried(name, subject, case, f"{self.operation}/{name}/{self.dtype}/call")
-                yield Tried(
+                yield CheckOutcome(
                     implementation=implementation.name, kind="operation", target=self.operation, dtype=self.dtype,
                     case=parity_suite.in_words(self.how.case(size)), result=result,
                 )  # fmt: skip
@@ -144,7 +146,7 @@ class Bench:
         return train
 
 
-def words(size: Size, per_token: bool) -> str:
+def words(size: BenchSize, per_token: bool) -> str:
     """Name a size: `q_proj 4096x4096, 64 tokens`; a weight is (out)x(in)."""
     tokens = f", {size.tokens} token{'s' if size.tokens != 1 else ''}" if per_token else ""
     return f"{size.layer} {size.E}x{size.D}{tokens}"

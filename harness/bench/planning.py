@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from harness.bench.operations import OPERATIONS
-from harness.bench.results import Row
-from harness.bench.sizes import Size, sizes
+from harness.bench.results import BenchRow
+from harness.bench.sizes import BenchSize, sizes
 from harness.bench.steps import STEPS, Backbone
 from harness.conformance import parity_suite
 from harness.errors import UsageError, near
@@ -26,7 +26,7 @@ Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True)
-class Asked:
+class BenchRequest:
     """What to benchmark: every Operation that has sizes, if nothing is named.
 
     vs: the rivals of `ours`; without them whoever else offers it, and the reference where nobody does. pairs: of samples
@@ -45,7 +45,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Task:
+class BenchTask:
     """One process. name: as rows are called; kind, target: what the two implementations `names` claim to be.
 
     points: their entry points. sizes: of an Operation. step, base, packers: of a training step.
@@ -58,12 +58,12 @@ class Task:
     points: tuple[str, ...]
     dtype: str
     device: str
-    sizes: tuple[Size, ...] = ()
+    sizes: tuple[BenchSize, ...] = ()
     step: str = ""
     base: str = ""
     packers: tuple[str, ...] = ()
 
-    def words(self, asked: Asked, threads: int) -> dict[str, Any]:
+    def words(self, asked: BenchRequest, threads: int) -> dict[str, Any]:
         """Return the task as `harness.bench.worker` reads it."""
         return {
             "kind": self.kind, "target": self.target, "names": self.names, "points": self.points, "dtype": self.dtype,
@@ -71,20 +71,20 @@ class Task:
             "packers": self.packers, "backbone": asked.backbone.document(), "pairs": asked.pairs, "threads": threads,
         }  # fmt: skip
 
-    def alone(self, index: int) -> Task:
+    def alone(self, index: int) -> BenchTask:
         """Return the same step by one of the two, for its memory."""
         return replace(self, names=self.names[index : index + 1], packers=self.packers[index : index + 1])
 
-    def row(self, outcome: Literal["not-run", "failed"], because: str, number: int = 0) -> Row:
+    def row(self, outcome: Literal["not-run", "failed"], because: str, number: int = 0) -> BenchRow:
         """Return the row of one of its benchmarks of which there is nothing to tell but why."""
         shape = f"{self.sizes[number].layer} {self.sizes[number].E}x{self.sizes[number].D}" if self.sizes else "-"
-        return Row(
+        return BenchRow(
             name=self.name, shape=shape, dtype=self.dtype, device=self.device, ours=self.names[0], other=self.names[-1],
             outcome=outcome, because=because,
         )  # fmt: skip
 
 
-def plan(asked: Asked, registry: Registry, no_gpu: str) -> tuple[list[Task], list[Row]]:
+def plan(asked: BenchRequest, registry: Registry, no_gpu: str) -> tuple[list[BenchTask], list[BenchRow]]:
     """Return the tasks, and rows of what will not run and why. Raises UsageError for names that nobody knows.
 
     no_gpu: why nothing can run on a GPU; empty if something can.
@@ -92,16 +92,16 @@ def plan(asked: Asked, registry: Registry, no_gpu: str) -> tuple[list[Task], lis
     _known(asked, registry)
     device = asked.device if asked.device != "auto" else "cpu" if no_gpu else "cuda"
     found = list(_everything(asked, registry, device))
-    tasks = [one for one in found if isinstance(one, Task)]
-    rows = [one for one in found if isinstance(one, Row)]
+    tasks = [one for one in found if isinstance(one, BenchTask)]
+    rows = [one for one in found if isinstance(one, BenchRow)]
     if device == "cuda" and no_gpu:
         return [], [*rows, *(task.row("not-run", no_gpu) for task in tasks)]
     if asked.device == "auto" and no_gpu:
-        rows += [t.row("not-run", no_gpu) for t in _everything(asked, registry, "cuda") if isinstance(t, Task)]
+        rows += [t.row("not-run", no_gpu) for t in _everything(asked, registry, "cuda") if isinstance(t, BenchTask)]
     return tasks, rows
 
 
-def _everything(asked: Asked, registry: Registry, device: str) -> Iterator[Task | Row]:
+def _everything(asked: BenchRequest, registry: Registry, device: str) -> Iterator[BenchTask | BenchRow]:
     names = list(asked.operations)
     if not names and not asked.steps:
         names = [name for name in OPERATIONS if registry.names("operation", name)]
@@ -112,7 +112,7 @@ def _everything(asked: Asked, registry: Registry, device: str) -> Iterator[Task 
         yield from _step(asked, registry, device, name)
 
 
-def _operation(asked: Asked, registry: Registry, device: str, name: str) -> Iterator[Task | Row]:
+def _operation(asked: BenchRequest, registry: Registry, device: str, name: str) -> Iterator[BenchTask | BenchRow]:
     if name not in OPERATIONS:
         yield _not_run(
             asked, name, device, "*", "it has no sizes in harness/bench/operations.py: it is asked, not timed"
@@ -123,12 +123,12 @@ def _operation(asked: Asked, registry: Registry, device: str, name: str) -> Iter
     wanted = list(dict.fromkeys(asked.dtypes)) or [usual if usual in there else there[0]]
     per_token = OPERATIONS[name].per_token
     for rival in _rivals(asked, registry, "operation", name):
-        if isinstance(rival, Row):
+        if isinstance(rival, BenchRow):
             yield rival.model_copy(update={"device": device})
             continue
         both = (asked.ours, rival)
         for dtype in wanted:
-            task = Task(
+            task = BenchTask(
                 name, "operation", name, both, _points(registry, "operation", name, both), dtype, device,
                 sizes=tuple(sizes(asked.shapes, per_token)),
             )  # fmt: skip
@@ -136,10 +136,10 @@ def _operation(asked: Asked, registry: Registry, device: str, name: str) -> Iter
             yield task.row("not-run", why) if why else task
 
 
-def _step(asked: Asked, registry: Registry, device: str, name: str) -> Iterator[Task | Row]:
+def _step(asked: BenchRequest, registry: Registry, device: str, name: str) -> Iterator[BenchTask | BenchRow]:
     step = STEPS[name]
     for rival in _rivals(asked, registry, "method", step.method, f"step:{name}"):
-        if isinstance(rival, Row):
+        if isinstance(rival, BenchRow):
             yield rival.model_copy(update={"device": device})
             continue
         both, packers = (asked.ours, rival), ("", "")
@@ -155,7 +155,7 @@ def _step(asked: Asked, registry: Registry, device: str, name: str) -> Iterator[
             packers = (asked.ours, rival if rival in others else others[0])
             points += _points(registry, "base", step.base, packers)
         for dtype in dict.fromkeys(asked.dtypes or [_DTYPE[device]]):
-            task = Task(
+            task = BenchTask(
                 f"step:{name}", "method", step.method, both, tuple(dict.fromkeys(points)), dtype, device, step=name,
                 base=step.base, packers=packers,
             )  # fmt: skip
@@ -163,7 +163,9 @@ def _step(asked: Asked, registry: Registry, device: str, name: str) -> Iterator[
             yield task.row("not-run", why) if why else task
 
 
-def _rivals(asked: Asked, registry: Registry, kind: str, target: str, called: str = "") -> Iterator[str | Row]:
+def _rivals(
+    asked: BenchRequest, registry: Registry, kind: str, target: str, called: str = ""
+) -> Iterator[str | BenchRow]:
     """Yield who is to be compared with, or rows that say why somebody is not."""
     offering, called = registry.names(kind, target), called or target
     others = [name for name in offering if name != asked.ours]
@@ -186,7 +188,7 @@ def _points(registry: Registry, kind: str, target: str, names: Sequence[str]) ->
     return tuple(dict.fromkeys(registry.find(kind, target, name).point for name in names))
 
 
-def _unfit(registry: Registry, task: Task) -> str:
+def _unfit(registry: Registry, task: BenchTask) -> str:
     for name in task.names:
         it = registry.find(task.kind, task.target, name)
         if task.dtype not in it.dtypes:
@@ -196,13 +198,13 @@ def _unfit(registry: Registry, task: Task) -> str:
     return ""
 
 
-def _not_run(asked: Asked, name: str, device: str, other: str, because: str) -> Row:
-    return Row(
+def _not_run(asked: BenchRequest, name: str, device: str, other: str, because: str) -> BenchRow:
+    return BenchRow(
         name=name, shape="-", dtype="-", device=device, ours=asked.ours, other=other, outcome="not-run", because=because
     )
 
 
-def _known(asked: Asked, registry: Registry) -> None:
+def _known(asked: BenchRequest, registry: Registry) -> None:
     """Raise one UsageError that names everything that nobody knows."""
     operations = sorted(name for name, kind in targets().items() if kind == "operation")
     people = sorted({i.name for i in registry.implementations} - {asked.ours})
@@ -218,4 +220,4 @@ def _known(asked: Asked, registry: Registry) -> None:
         if name not in there
     ]
     if odd:
-        raise UsageError("; ".join(odd), mend="`peft-harness list implementations` shows who offers what")
+        raise UsageError("; ".join(odd), hint="`peft-harness list implementations` shows who offers what")

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from harness.bench.results import Row
+from harness.bench.results import BenchRow
 from harness.errors import UsageError
 from harness.records.record import Environment
 
@@ -27,7 +27,7 @@ VERSION = "5.0.0"
 _TIMER = {"cpu": "perf_counter", "cuda": "torch.cuda.Event"}
 
 
-def document(rows: Sequence[Row], environment: Environment) -> dict[str, Any]:
+def document(rows: Sequence[BenchRow], environment: Environment) -> dict[str, Any]:
     """Return what is measured in `rows`, as pytest-benchmark would have saved it."""
     return {
         "machine_info": {
@@ -47,7 +47,7 @@ def document(rows: Sequence[Row], environment: Environment) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _benchmarks(row: Row) -> list[dict[str, Any]]:
+def _benchmarks(row: BenchRow) -> list[dict[str, Any]]:
     samples = row.samples
     if samples is None:
         return []
@@ -115,7 +115,7 @@ def read(paths: Sequence[Path]) -> list[Saved]:
     for path in paths:
         found = sorted(path.rglob("*.json")) if path.is_dir() else [path]
         if not found:
-            raise UsageError("holds no JSON file", where=str(path), mend=f"{_MAKE}, e.g. {path / '1.json'}")
+            raise UsageError("holds no JSON file", where=str(path), hint=f"{_MAKE}, e.g. {path / '1.json'}")
         files += found
     saved = [_read(file) for file in dict.fromkeys(file.resolve() for file in files)]
     seen: dict[str, Path] = {}
@@ -123,7 +123,7 @@ def read(paths: Sequence[Path]) -> list[Saved]:
         rounds = json.dumps(one.rounds, sort_keys=True)
         if rounds in seen:
             what = f"holds the same process run as {seen[rounds]}, and a run does not count twice"
-            raise UsageError(what, where=str(one.path), mend="leave one of them out")
+            raise UsageError(what, where=str(one.path), hint="leave one of them out")
         seen[rounds] = one.path
     return saved
 
@@ -151,12 +151,12 @@ def _read(file: Path) -> Saved:
     try:
         document = json.loads(file.read_bytes())
     except OSError as error:
-        raise UsageError(f"cannot be read: {error.strerror}", where=str(file), mend=_MAKE) from error
+        raise UsageError(f"cannot be read: {error.strerror}", where=str(file), hint=_MAKE) from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"is no JSON: {error}", where=str(file), mend=_MAKE) from error
+        raise UsageError(f"is no JSON: {error}", where=str(file), hint=_MAKE) from error
     benchmarks = document.get("benchmarks") if isinstance(document, dict) else None
     if not isinstance(benchmarks, list) or not benchmarks:
-        raise UsageError("is not pytest-benchmark's: it has no `benchmarks`", where=str(file), mend=_MAKE)
+        raise UsageError("is not pytest-benchmark's: it has no `benchmarks`", where=str(file), hint=_MAKE)
     machine = document.get("machine_info")
     rounds = dict(_rounds(one, f"{file}: benchmarks[{number}]") for number, one in enumerate(benchmarks))
     return Saved(file, place(machine if isinstance(machine, dict) else {}), rounds)
@@ -165,14 +165,14 @@ def _read(file: Path) -> Saved:
 def _rounds(benchmark: Any, where: str) -> tuple[str, list[float]]:
     name = benchmark.get("fullname") if isinstance(benchmark, dict) else None
     if not isinstance(name, str) or not name:
-        raise UsageError("has no `fullname`", where=where, mend=_MAKE)
+        raise UsageError("has no `fullname`", where=where, hint=_MAKE)
     stats = benchmark.get("stats")
     data = stats.get("data") if isinstance(stats, dict) else None
     if not data:
-        mend = "--benchmark-json keeps them; --benchmark-save only beside --benchmark-save-data"
-        raise UsageError(f"{name} has no raw rounds (`stats.data`)", where=where, mend=mend)
+        hint = "--benchmark-json keeps them; --benchmark-save only beside --benchmark-save-data"
+        raise UsageError(f"{name} has no raw rounds (`stats.data`)", where=where, hint=hint)
     if not isinstance(data, list) or not all(_seconds(one) for one in data):
-        raise UsageError(f"`stats.data` of {name} is no list of seconds above 0", where=where, mend=_MAKE)
+        raise UsageError(f"`stats.data` of {name} is no list of seconds above 0", where=where, hint=_MAKE)
     return name, data
 
 

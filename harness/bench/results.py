@@ -10,8 +10,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from harness.analysis.statistics.intervals import Median, median_interval
-from harness.conformance.outcomes import Standing, Tried
-from harness.records.record import Frozen, Json, Seconds
+from harness.conformance.outcomes import CheckOutcome, CheckStatus
+from harness.records.record import FrozenModel, Json, Seconds
 
 Outcome = Literal["measured", "refused", "not-run", "failed"]
 NO_GPU, INTERRUPTED = "no GPU", "interrupted"
@@ -22,7 +22,7 @@ FEWEST = next(n for n in count(1) if median_interval([0.0] * n).low is not None)
 """Of pairs, for the ratio to have an interval."""
 
 
-class Samples(Frozen):
+class Samples(FrozenModel):
     """Times of two programs taken in turn, in seconds, in the order of the pairs; and of what limits both, if anything.
 
     first: which of the two began in each pair. warmup: untimed otherwise. calls: how many calls a sample is the mean of.
@@ -39,14 +39,14 @@ class Samples(Frozen):
     parts: dict[str, list[list[Seconds]]] = Field(default={})
 
 
-class Ceilings(Frozen):
+class Ceilings(FrozenModel):
     """What the machine reached in the same process: bytes read and written per second of a copy; FLOP/s of a product."""
 
     copy_B_per_s: float
     gemm_FLOP_per_s: float
 
 
-class Products(Frozen):
+class Products(FrozenModel):
     """The FLOPs of the matrix products of a training step, and of the frozen pass, as torch counts them."""
 
     ours: int
@@ -54,7 +54,7 @@ class Products(Frozen):
     frozen: int
 
 
-class Row(Frozen):
+class BenchRow(FrozenModel):
     """One benchmark: a name, a shape, a dtype, two implementations.
 
     because: why it is not measured. differs: how the two do not compute the same, where they do not. judged: on what its
@@ -75,7 +75,7 @@ class Row(Frozen):
     because: str = ""
     differs: str = ""
     judged: str = ""
-    parity: list[Tried] = Field(default=[])
+    parity: list[CheckOutcome] = Field(default=[])
     samples: Samples | None = None
     ceilings: Ceilings | None = None
     bytes: float | None = None
@@ -89,7 +89,7 @@ class Row(Frozen):
     @property
     def red(self) -> bool:
         """Whether a check failed that no known defect explains."""
-        return any(one.standing is Standing.FAIL for one in self.parity)
+        return any(one.standing is CheckStatus.FAIL for one in self.parity)
 
     @property
     def ratio(self) -> Median | None:

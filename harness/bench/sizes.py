@@ -12,7 +12,7 @@ MOST_PRODUCTS = {"cpu": 2**31, "cuda": 2**40}
 
 
 @dataclass(frozen=True)
-class Size:
+class BenchSize:
     """A linear layer and what goes through it. E, D: out and in features; tokens: rows of x; rank: LoRA's."""
 
     layer: str
@@ -30,7 +30,7 @@ class Size:
         """Return it as JSON can hold it."""
         return asdict(self)
 
-    def judged(self, device: str, per_token: bool) -> Size:
+    def judged(self, device: str, per_token: bool) -> BenchSize:
         """Return the size at which the reference judges: this one, or one of fewer rows where that would take too long.
 
         The rows of x are fewer, or those of the weight, which then keeps the side on which it is the longer.
@@ -44,7 +44,7 @@ class Size:
         return size
 
 
-TINY = Size("tiny", 128, 128, 1, 4)
+TINY = BenchSize("tiny", 128, 128, 1, 4)
 """A call of this size is all overhead: what it takes, every call takes."""
 
 _LAYERS = {
@@ -58,9 +58,9 @@ _TOKENS = {"small": (128,), "8b": (1, 64, 4096), "70b": (1, 64, 4096)}
 SHAPES = tuple(_LAYERS)
 
 
-def sizes(shapes: str, per_token: bool) -> list[Size]:
+def sizes(shapes: str, per_token: bool) -> list[BenchSize]:
     """List the sizes of `small`, `8b` or `70b`; with each number of tokens, where an Operation has any."""
     layers = _LAYERS[shapes]
     if not per_token:
-        return [Size(*layer) for layer in layers]
-    return [Size(*layer, tokens) for layer in layers for tokens in _TOKENS[shapes]]
+        return [BenchSize(*layer) for layer in layers]
+    return [BenchSize(*layer, tokens) for layer in layers for tokens in _TOKENS[shapes]]

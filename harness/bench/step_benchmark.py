@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from harness.bench import timing
-from harness.bench.adapted_llama import LR, SEED, WEIGHT_DECAY, Trainee, frozen_pass
+from harness.bench.adapted_llama import LR, SEED, WEIGHT_DECAY, AdaptedLlama, frozen_pass
 from harness.bench.matrix_flops import flops
-from harness.bench.results import Products, Row, Samples
-from harness.bench.steps import CYCLE, GALORE_GAP, PRODUCTS, Backbone, Step
+from harness.bench.results import BenchRow, Products, Samples
+from harness.bench.steps import CYCLE, GALORE_GAP, PRODUCTS, Backbone, StepBenchmark
 from harness.bench.verdict import standing
 from harness.cell.measure.memory import PeakMeter
 from harness.conformance import matrix, parity_suite
-from harness.conformance.outcomes import Tried
+from harness.conformance.outcomes import CheckOutcome
 from harness.conformance.subject import DTYPES, configure
 from harness.errors import Unsupported
 from harness.methods.registry import Implementation, Registry
@@ -29,19 +29,19 @@ MEASURED_STEPS = 3
 
 
 def row(
-    name: str, step: Step, both: tuple[Implementation, Implementation], packers: tuple[str, str], shape: Backbone,
+    name: str, step: StepBenchmark, both: tuple[Implementation, Implementation], packers: tuple[str, str], shape: Backbone,
     dtype: str, device: torch.device, pairs: int, registry: Registry, facts: dict[str, Any],
-) -> Row:  # fmt: skip
+) -> BenchRow:  # fmt: skip
     """Return the benchmark of one step by two implementations."""
     if step.method == "galore":
         return _galore(name, step, both, shape, dtype, device, pairs, facts)
     trainees = [
-        Trainee(it, step, shape, dtype, device, registry, packer)
+        AdaptedLlama(it, step, shape, dtype, device, registry, packer)
         for it, packer in zip(both, packers, strict=True)
     ]  # fmt: skip
     case = f"{shape.layers} layers {shape.width}, {shape.batch}x{shape.tokens}"
     parity = [
-        Tried(implementation=it.name, kind="method", target=step.method, dtype=dtype, case=case, result=result)
+        CheckOutcome(implementation=it.name, kind="method", target=step.method, dtype=dtype, case=case, result=result)
         for it, trainee in zip(both, trainees, strict=True)
         for result in trainee.parity()
     ]
@@ -59,7 +59,7 @@ def row(
         ):  # torch counts neither Triton's products nor those of a library on NF4
             ours, other = (flops(trainee.step) for trainee in trainees)
             products = Products(ours=ours, other=other, frozen=flops(limit))
-    return Row(
+    return BenchRow(
         name=f"step:{name}", shape=case, dtype=dtype, device=device.type, ours=both[0].name, other=both[1].name,
         outcome=outcome, because=because, parity=tried, samples=samples, products=products,
         losses=losses, facts=facts | {"packed by": list(packers)} if step.base else facts,
@@ -67,7 +67,7 @@ def row(
 
 
 def memory(
-    step: Step, implementation: Implementation, packer: str, shape: Backbone, dtype: str, device: torch.device,
+    step: StepBenchmark, implementation: Implementation, packer: str, shape: Backbone, dtype: str, device: torch.device,
     registry: Registry,
 ) -> dict[str, int]:  # fmt: skip
     """Return in bytes the peak of a few steps in this process, what it held before them, and what before there was a model.
@@ -84,7 +84,7 @@ def memory(
         made = _Galore(step, implementation, torch.zeros((shape.features,) * 2, dtype=DTYPES[dtype], device=device))
         take: Callable[[], object] = made.step
     else:
-        trainee = Trainee(implementation, step, shape, dtype, device, registry, packer)
+        trainee = AdaptedLlama(implementation, step, shape, dtype, device, registry, packer)
         trainee.settle()
         take = trainee.step
     meter.reset()
@@ -97,7 +97,7 @@ def memory(
 class _Galore:
     """One weight under a Method's own optimizer, given the same gradients by whoever steps it."""
 
-    def __init__(self, step: Step, implementation: Implementation, weight: Tensor) -> None:
+    def __init__(self, step: StepBenchmark, implementation: Implementation, weight: Tensor) -> None:
         rows, columns = weight.shape
         layer = nn.Linear(columns, rows, bias=False, device=weight.device, dtype=weight.dtype)
         layer.weight.data.copy_(weight)
@@ -145,29 +145,31 @@ class _Products:
 
 
 def _galore(
-    name: str, step: Step, both: tuple[Implementation, Implementation], shape: Backbone, dtype: str,
+    name: str, step: StepBenchmark, both: tuple[Implementation, Implementation], shape: Backbone, dtype: str,
     device: torch.device, pairs: int, facts: dict[str, Any],
-) -> Row:  # fmt: skip
+) -> BenchRow:  # fmt: skip
     """Time whole cycles of one refresh and some ordinary steps; a sample is the mean over `GALORE_GAP` steps made of them.
 
     Parity: the whole suite of the Method on two layers of fewer features, on the device whose kernels are timed.
     """
     plan = parity_suite.load(step.method)
-    small = parity_suite.Shape.model_validate({"tokens": 16, "in": JUDGED_FEATURES, "out": JUDGED_FEATURES})
+    small = parity_suite.CaseShape.model_validate({"tokens": 16, "in": JUDGED_FEATURES, "out": JUDGED_FEATURES})
     weight = torch.randn(shape.features, shape.features, generator=torch.Generator().manual_seed(SEED))
     alone = [_Galore(step, it, weight.to(device, DTYPES[dtype])) for it in both]
     parity = []
     for it, one in zip(both, alone, strict=True):
         of = parity_suite.MethodCase({**one.config, "rank": JUDGED_RANK}, "linear", small, dtype)  # type: ignore[arg-type]
         parity += [
-            Tried(implementation=it.name, kind="method", target=step.method, dtype=dtype, case=str(of), result=result)
+            CheckOutcome(
+                implementation=it.name, kind="method", target=step.method, dtype=dtype, case=str(of), result=result
+            )
             for result in matrix.one_case(it, plan, of, device)
         ]
     tried, outcome, because = standing(parity)
     samples = None
     if outcome == "measured":
         samples = _cycles(alone, pairs, device)
-    return Row(
+    return BenchRow(
         name=f"step:{name}", shape=f"{shape.features}x{shape.features}, rank {step.config['rank']}", dtype=dtype,
         device=device.type, ours=both[0].name, other=both[1].name, outcome=outcome, because=because,
         differs=_differs(both, alone),

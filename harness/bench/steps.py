@@ -34,7 +34,7 @@ class Backbone:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepBenchmark:
     """A training step. method: as in `reference/`; config: of its Config; base: how the frozen weights are packed.
 
     theirs: a config for who does not support it; the row then says that the two differ.
@@ -48,18 +48,18 @@ class Step:
 
 _LORA: dict[str, Any] = {"rank": 16, "alpha": 32.0, "targets": LINEAR}
 _GALORE: dict[str, Any] = {"rank": 128, "update_gap": CYCLE}
-STEPS: dict[str, Step] = {
-    "lora": Step("lora", _LORA),
-    "lora-dropout": Step("lora", _LORA | {"dropout": 0.1}),
-    "dora": Step("dora", _LORA),
+STEPS: dict[str, StepBenchmark] = {
+    "lora": StepBenchmark("lora", _LORA),
+    "lora-dropout": StepBenchmark("lora", _LORA | {"dropout": 0.1}),
+    "dora": StepBenchmark("dora", _LORA),
     # Pruning from the first step on, every step: the allocator is part of what is timed.
-    "adalora": Step(
+    "adalora": StepBenchmark(
         "adalora",
         {"rank": 12, "target_rank": 8, "targets": LINEAR, "total_steps": 1000, "tinit": 0, "tfinal": 10, "delta_t": 1},
     ),
-    "vera": Step("vera", {"rank": 256, "targets": LINEAR}),
-    "lora-nf4": Step("lora", _LORA, base="nf4"),
-    "galore": Step("galore", _GALORE | {"niter": 2}, theirs=_GALORE),
-    "galore-exact": Step("galore", _GALORE),
+    "vera": StepBenchmark("vera", {"rank": 256, "targets": LINEAR}),
+    "lora-nf4": StepBenchmark("lora", _LORA, base="nf4"),
+    "galore": StepBenchmark("galore", _GALORE | {"niter": 2}, theirs=_GALORE),
+    "galore-exact": StepBenchmark("galore", _GALORE),
 }
 """Name, as in `--step NAME` -> step."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from harness.bench.results import FEWEST, INTERRUPTED, NO_GPU, Row
+from harness.bench.results import FEWEST, INTERRUPTED, NO_GPU, BenchRow
 from harness.bench.steps import PRODUCTS
-from harness.conformance.outcomes import Standing
+from harness.conformance.outcomes import CheckStatus
 
 _HEAD = ("benchmark", "shape", "dtype", "on", "{0}", "other", "", "other/{0}", "limit", "memory", "parity")
 
 
-def as_text(rows: Sequence[Row]) -> str:
+def as_text(rows: Sequence[BenchRow]) -> str:
     """Return the table, and its notes."""
     ours = rows[0].ours if rows else "ours"
     lines = [tuple(head.format(ours) for head in _HEAD), *(_fields(row) for row in rows)]
@@ -23,7 +23,7 @@ def as_text(rows: Sequence[Row]) -> str:
     return "\n".join([*shown, "", *_notes(rows)]).rstrip()
 
 
-def _fields(row: Row) -> tuple[str, ...]:
+def _fields(row: BenchRow) -> tuple[str, ...]:
     start = (row.name, row.shape, row.dtype, row.device)
     if row.outcome != "measured" or row.samples is None:  # one whose memory could not be taken has samples, and failed
         said = f"{row.outcome}: {row.because}".replace(f"not-run: {NO_GPU}", f"not-run ({NO_GPU})")
@@ -35,11 +35,11 @@ def _fields(row: Row) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _mark(row: Row, who: str) -> str:
+def _mark(row: BenchRow, who: str) -> str:
     return " *" if who in row.mostly_call else ""
 
 
-def _ratio(row: Row) -> str:
+def _ratio(row: BenchRow) -> str:
     ratio = row.ratio
     if ratio is None:
         return "-"
@@ -48,7 +48,7 @@ def _ratio(row: Row) -> str:
     return f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 
-def _limit(row: Row) -> str:
+def _limit(row: BenchRow) -> str:
     if row.limit_ratio is not None:
         by_flops = "" if row.products_ratio is None else f", {row.products_ratio:.2f} by FLOPs"
         return f"{row.limit_ratio:.2f} x {row.limit}{by_flops}"
@@ -56,14 +56,14 @@ def _limit(row: Row) -> str:
     return "-" if share is None else f"{share:.0%} of roofline"
 
 
-def _memory(row: Row) -> str:
+def _memory(row: BenchRow) -> str:
     peak, ratio = row.taken(row.ours), row.memory_ratio
     return "-" if peak is None or ratio is None else f"{peak / 2**20:.0f} MiB, {ratio:.2f}"
 
 
-def _parity(row: Row) -> str:
+def _parity(row: BenchRow) -> str:
     """Name the checks that were passed, and the largest share of its allowance that any of them used."""
-    passed = [one for one in row.parity if one.standing is Standing.PASS]
+    passed = [one for one in row.parity if one.standing is CheckStatus.PASS]
     ids = list(
         dict.fromkeys(one.result.check for one in sorted(passed, key=lambda one: one.implementation == row.ours))
     )
@@ -74,7 +74,7 @@ def _parity(row: Row) -> str:
     return shown + used + (f" (known defect {', '.join(defects)})" if defects else "")
 
 
-def _notes(rows: Sequence[Row]) -> list[str]:
+def _notes(rows: Sequence[BenchRow]) -> list[str]:
     measured = [row for row in rows if row.outcome == "measured"]
     notes = []
     if measured:

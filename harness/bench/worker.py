@@ -14,7 +14,7 @@ from importlib import import_module
 from types import TracebackType
 from typing import Any
 
-from harness.bench.sizes import Size
+from harness.bench.sizes import BenchSize
 from harness.bench.steps import STEPS, Backbone
 from harness.errors import Unsupported
 from harness.methods.registry import Implementation, discover, told
@@ -59,13 +59,13 @@ def _work(task: dict[str, Any], found: list[Implementation], registry: Any, say:
 
     device, facts = torch.device(task["device"]), _facts(task)
     if task["kind"] == "operation":
-        from harness.bench.operation_benchmark import Bench
+        from harness.bench.operation_benchmark import OperationBenchmark
 
         ours, other = found
-        bench = Bench(task["target"], ours, other, task["dtype"], device, task["pairs"], facts)
+        bench = OperationBenchmark(task["target"], ours, other, task["dtype"], device, task["pairs"], facts)
         for number, size in enumerate(task["sizes"]):
             say(begin=number)
-            for row in bench.rows(Size(**size)):
+            for row in bench.rows(BenchSize(**size)):
                 say(row=row.model_dump(mode="json"))
             say(end=number)
         return

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from harness.conformance.packed_codes import judge_in_pieces
-from harness.conformance.subject import ExpectedCodes, Packed, is_small
+from harness.conformance.subject import ExpectedCodes, PackedLayer, is_small
 from harness.conformance.tolerance_policies import Judgement
 from harness.errors import UsageError
 from harness.methods.registry import Registry
@@ -25,7 +25,7 @@ class PackedBase:
     memory as its weights, judged: how each layer's codes were judged as it was packed. said: a sentence for the Record.
     """
 
-    forms: dict[str, Packed] = field(default_factory=dict)
+    forms: dict[str, PackedLayer] = field(default_factory=dict)
     expected: dict[str, ExpectedCodes] = field(default_factory=dict)
     judged: dict[str, tuple[Judgement, int]] = field(default_factory=dict)
     said: str = ""
@@ -50,7 +50,7 @@ def pack(
         if kind_of(layer) != "linear":
             raise UsageError(
                 f"`targets` name {path} ({type(layer).__name__}); a base in {base.quantization} packs linear layers only",
-                mend="name linear layers, or leave out `base:`",
+                hint="name linear layers, or leave out `base:`",
             )
     weights, small = sum(parameter.numel() for parameter in model.parameters()), is_small(model)
     packs = registry.find("base", base.quantization, base.implementation)
@@ -60,7 +60,7 @@ def pack(
             layer = model.get_submodule(path)
             if small:
                 found.expected[path] = ExpectedCodes.of(layer)
-            found.forms[path] = Packed(*packs(model, [path], dtype)[path])
+            found.forms[path] = PackedLayer(*packs(model, [path], dtype)[path])
             if not small:
                 found.judged[path] = judge_in_pieces(found.forms[path], layer, model.get_submodule(path).bias)
             count += layer.weight.numel()

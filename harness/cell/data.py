@@ -14,7 +14,7 @@ from torch import Tensor
 from harness.analysis.statistics.intervals import wilson
 from harness.assets import rows
 from harness.cell.evaluation import classification
-from harness.cell.job import Asset, Work
+from harness.cell.job import Asset, Job
 from harness.cell.measure.latency import positions
 from harness.cell.training import loop
 from harness.cell.training import model as models
@@ -34,10 +34,10 @@ Emit = Callable[..., None]
 class CellData:
     """The Cell's batches and its scorer, from its task."""
 
-    def __init__(self, work: Work, loaded: models.Loaded, emit: Emit) -> None:
+    def __init__(self, work: Job, loaded: models.Loaded, emit: Emit) -> None:
         cell, task = work.cell, work.task
         if work.data is None:
-            raise UsageError(f"task {task.name} has no data", mend="name one that has")
+            raise UsageError(f"task {task.name} has no data", hint="name one that has")
         device = torch.device(work.device)
         self._lm_task: Any = None
         if task.file:
@@ -114,26 +114,26 @@ def refuse_long(model: Any, cell: Cell, written: int = 0) -> None:
     # Of the model itself: a config does not tell that RoBERTa keeps two positions for padding.
     if most is not None and limit > most:
         raise UsageError(
-            f"`training.max_tokens` is {limit}, and {cell.model} has {most} positions", mend=f"write at most {most}"
+            f"`training.max_tokens` is {limit}, and {cell.model} has {most} positions", hint=f"write at most {most}"
         )
     if most is not None and virtual and virtual + limit + written > most:
         of = f"{virtual} virtual tokens, {limit} of a text and {written} of an answer"
         what = f"{of} exceed the {most} positions of {cell.model}"
-        raise UsageError(what, mend="lower `training.max_tokens`, or `num_virtual_tokens`")
+        raise UsageError(what, hint="lower `training.max_tokens`, or `num_virtual_tokens`")
     if most is not None and limit + written > most:
         what = f"a prompt of {limit} tokens and an answer of {written} exceed the {most} positions of {cell.model}"
-        raise UsageError(what, mend="lower `training.max_tokens`, or the task's `max_gen_toks`")
+        raise UsageError(what, hint="lower `training.max_tokens`, or the task's `max_gen_toks`")
 
 
 def refuse_tokenless(examples: Sequence[Example], folder: str, special: int = 0) -> None:
     """Raise UsageError if no text has a token beside the `special` ones that the tokenizer in `folder` adds to each."""
     if examples and all(len(example.tokens) <= special for example in examples):
         what = "the texts have no tokens: the tokenizer makes nothing of what is in them"
-        mend = "write the model's own tokenizer there with `tokenizer.save_pretrained(FOLDER)`"
-        raise UsageError(what, where=folder, mend=mend)
+        hint = "write the model's own tokenizer there with `tokenizer.save_pretrained(FOLDER)`"
+        raise UsageError(what, where=folder, hint=hint)
 
 
-def _split(work: Work, data: Asset) -> tuple[list[rows.AnyRow], list[rows.AnyRow]]:
+def _split(work: Job, data: Asset) -> tuple[list[rows.AnyRow], list[rows.AnyRow]]:
     """Return the rows that train and those that are tested."""
     task, evaluation = work.task, work.cell.evaluation
     everything = rows.read(data.source, Path(data.path))
@@ -142,7 +142,7 @@ def _split(work: Work, data: Asset) -> tuple[list[rows.AnyRow], list[rows.AnyRow
     return trained, tested[evaluation.skip : evaluation.skip + evaluation.items]
 
 
-def _own(work: Work, data: Asset) -> tuple[Any, list[Any], list[Any]]:
+def _own(work: Job, data: Asset) -> tuple[Any, list[Any], list[Any]]:
     """Return one of lm-eval's own tasks, and its rows."""
     from harness.cell.evaluation.own_task import OwnTask
 

@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 from harness.assets.table import Source
 from harness.records.cost import AT_ONCE
-from harness.records.record import AssetUse, Cell, Frozen
+from harness.records.record import AssetUse, Cell, FrozenModel
 from harness.suites.tasks import Answers
 
 
-class Asset(Frozen):
+class Asset(FrozenModel):
     """A model or data set on this machine."""
 
     path: str
@@ -18,7 +18,7 @@ class Asset(Frozen):
     use: AssetUse
 
 
-class TaskWork(Frozen):
+class JobTask(FrozenModel):
     """The task: its lm-eval mapping, and how its rows are split. The fields are those of `tasks.Task`."""
 
     name: str
@@ -35,7 +35,7 @@ class TaskWork(Frozen):
     """The filter of lm-eval that counts."""
 
 
-class Work(Frozen):
+class Job(FrozenModel):
     """One attempt at one Cell."""
 
     run: str
@@ -45,7 +45,7 @@ class Work(Frozen):
     model: Asset
     data: Asset | None
     """None for the task `synthetic`."""
-    task: TaskWork
+    task: JobTask
     device: Literal["cpu", "cuda"]
     launched: float = 0.0
     """time.time() when the process was started: its start-up is counted from here."""
@@ -67,6 +67,6 @@ class Work(Frozen):
         return used(self.model, self.data, self.task)
 
 
-def used(model: Asset, data: Asset | None, task: TaskWork) -> list[AssetUse]:
+def used(model: Asset, data: Asset | None, task: JobTask) -> list[AssetUse]:
     """List what a Cell uses, as its Record has it."""
     return [model.use, *(asset.use for asset in (data, task.train) if asset), task.use]

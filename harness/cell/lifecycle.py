@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harness.cell import base_quantisation, unreferenced_method, weight_changes
 from harness.cell.data import CellData
-from harness.cell.job import Work
+from harness.cell.job import Job
 from harness.cell.measure import checkpoint_size as checkpoint
 from harness.cell.measure import latency, multi_adapter_latency
 from harness.cell.measure.memory import PeakMeter, model_tensors, optimizer_tensors, tensor_bytes
@@ -24,8 +24,8 @@ from harness.cell.training.batches import Batch
 from harness.cell.training.counted_step import copied_B, most_in_step
 from harness.cell.training.head import beside, head_of, in_head
 from harness.cell.training.head import draw as draw_head
-from harness.cell.training.offloaded_weights import SetAside, unused
-from harness.cell.training.update_tracker import Movement
+from harness.cell.training.offloaded_weights import OffloadedWeights, unused
+from harness.cell.training.update_tracker import UpdateTracker
 from harness.conformance import parity_gate, whole_model
 from harness.conformance.memory_headroom import free_B
 from harness.conformance.observations import inference
@@ -60,7 +60,7 @@ TIMING_WARMUP = 3
 WARMUP_PASSES = 2
 
 Emit = Callable[..., None]
-Predict = Callable[[Work, list[Batch]], Predicted | str]
+Predict = Callable[[Job, list[Batch]], Predicted | str]
 """Predicts the memory ledger of a Cell and the peak of a step over its batches; or returns why it cannot."""
 
 
@@ -69,10 +69,10 @@ class NonconformingError(Exception):
 
 
 @dataclass
-class Life:
+class CellRun:
     """What is known of a Cell so far; a failed Cell's Record keeps it."""
 
-    work: Work
+    work: Job
     registry: Registry
     clock: PhaseClock
     meter: PeakMeter
@@ -235,13 +235,13 @@ class Life:
             size = f"error {first.error:.3g}, allowed {first.allowed:.3g}" if first.error is not None else first.worst
             raise NonconformingError(f"{first.check} failed at {first.tensor or first.detail}: {size}")
 
-    def _set_aside(self, subject: Subject) -> SetAside:
+    def _set_aside(self, subject: Subject) -> OffloadedWeights:
         """Let go of weights that no product takes until latencies are measured, of the base too."""
         try:
-            return SetAside(unused(subject.method, subject.adapted, subject.bases), Path(self.work.folder))
+            return OffloadedWeights(unused(subject.method, subject.adapted, subject.bases), Path(self.work.folder))
         except (OSError, RuntimeError) as error:
             self.notes.append(f"weights that no product takes stayed in memory: {error}".partition("\n")[0])
-            return SetAside({}, Path(self.work.folder))
+            return OffloadedWeights({}, Path(self.work.folder))
 
     def _train(
         self, subject: Subject, loaded: models.Loaded, data: CellData | RandomData, start: dict[str, Tensor]
@@ -253,8 +253,8 @@ class Life:
         # Of a large model not everything that trains has a copy in `start`: samples show whether it moved.
         trained = weight_changes.of_bases(subject) | subject.added() if hasattr(subject.config, "targets") else {}
         spots = {name: sampled(t) for name, t in trained.items() if name not in start}
-        parts = Movement(spots, lambda t: sampled(optimizers.held(t, optimizer)))
-        whole = Movement(
+        parts = UpdateTracker(spots, lambda t: sampled(optimizers.held(t, optimizer)))
+        whole = UpdateTracker(
             {name: start[name] for name in adapted.tensors() if name in start}, lambda t: optimizers.held(t, optimizer)
         )
         start.clear()  # nobody needs the rest, and memory is measured: each copy goes as soon as its tensor has moved

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from harness.assets import structure
 from harness.cell.data import refuse_long
-from harness.cell.job import Work
+from harness.cell.job import Job
 from harness.cell.training import loop
 from harness.cell.training import model as models
 from harness.cell.training.batches import Batch, Example, collate
@@ -31,7 +31,7 @@ class RandomData:
 
     cut_examples = None
 
-    def __init__(self, work: Work, loaded: models.Loaded) -> None:
+    def __init__(self, work: Job, loaded: models.Loaded) -> None:
         cell, device = work.cell, torch.device(work.device)
         refuse_long(loaded.model, cell)
         training, vocabulary = cell.training, int(loaded.model.config.vocab_size)

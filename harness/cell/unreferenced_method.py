@@ -21,7 +21,7 @@ def taken(adapted: Any, head: Collection[str]) -> tuple[dict[str, nn.Module], di
     if on_head := [path for path in bases if in_head(path, head)]:
         raise UsageError(
             f"the adapter_config adapts the head ({', '.join(on_head)}), which trains as a whole",
-            mend="name other `target_modules`, or write it into `exclude_modules`",
+            hint="name other `target_modules`, or write it into `exclude_modules`",
         )
     return bases, {name: t.detach().clone() for name, t in adapted.tensors().items()}
 

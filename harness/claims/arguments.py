@@ -13,7 +13,7 @@ from harness.claims.measure import FOLDER, Measure, measures
 from harness.claims.printed_number import Dimension, exact, shortly
 from harness.errors import Problem, closest, near
 from harness.methods.spec import methods
-from harness.yaml_lines import Document, Way
+from harness.yaml_lines import Document, KeyPath
 
 
 class Arguments:
@@ -22,13 +22,13 @@ class Arguments:
     def __init__(self, document: Document, problems: list[Problem]) -> None:
         self.document, self.problems = document, problems
 
-    def problem(self, way: Way, what: str, mend: str) -> None:
+    def problem(self, way: KeyPath, what: str, hint: str) -> None:
         """Keep a mistake; one that several claims share is one."""
-        one = Problem(self.document.where(*way), what, mend)
+        one = Problem(self.document.where(*way), what, hint)
         if one not in self.problems:
             self.problems.append(one)
 
-    def measure(self, name: str | None, at: Way, inherited: bool, way: Way) -> Measure | None:
+    def measure(self, name: str | None, at: KeyPath, inherited: bool, way: KeyPath) -> Measure | None:
         """Return the measure of a claim at `at`, or the one that a misspelt name seems to mean.
 
         inherited: whether its table at `way` names it.
@@ -41,7 +41,7 @@ class Arguments:
             name = closest(name, measures())
         return measures().get(name)
 
-    def asking(self, measure: Measure, arguments: Mapping[str, Any], at: Way, also: list[Way]) -> Asking | None:
+    def asking(self, measure: Measure, arguments: Mapping[str, Any], at: KeyPath, also: list[KeyPath]) -> Asking | None:
         """Check the arguments of a measure. also: where else a key may stand, for a row inherits those of its table."""
         before = len(self.problems)
         given = {key: value for key, value in arguments.items() if key not in measure.nested}
@@ -66,10 +66,10 @@ class Arguments:
             self._config(checked.get("method"), checked["config"], self._place("config", at, also))
         return Asking(measure.name, checked | asked) if len(self.problems) == before else None
 
-    def _place(self, key: str, at: Way, also: list[Way]) -> Way:
+    def _place(self, key: str, at: KeyPath, also: list[KeyPath]) -> KeyPath:
         return next((way for one in (at, *also) if (way := (*one, key)) in self.document.lines), at)
 
-    def _argument(self, measure: Measure, detail: dict[str, Any], at: Way, also: list[Way]) -> None:
+    def _argument(self, measure: Measure, detail: dict[str, Any], at: KeyPath, also: list[KeyPath]) -> None:
         key = str(detail["loc"][0])
         place = self._place(key, at, also)
         known = list(measure.arguments.model_fields)
@@ -86,7 +86,7 @@ class Arguments:
                 f"see `peft-harness explain {measure.name}`",
             )
 
-    def _argued(self, measure: Measure, key: str, written: Any, way: Way) -> Any:
+    def _argued(self, measure: Measure, key: str, written: Any, way: KeyPath) -> Any:
         """Return an argument that is a quantity, or a list of them."""
         nested = measure.nested[key]
         if nested.several != isinstance(written, list):
@@ -97,29 +97,29 @@ class Arguments:
             return self._quantity(written, way, nested.dimensions)
         return [self._quantity(one, (*way, index), nested.dimensions) for index, one in enumerate(written)]
 
-    def _quantity(self, written: Any, way: Way, dimensions: tuple[Dimension, ...]) -> Any:
+    def _quantity(self, written: Any, way: KeyPath, dimensions: tuple[Dimension, ...]) -> Any:
         """Return a number of the paper's, or what is asked of another measure."""
         if (number := exact(written)) is not None:
             return number
         name = written.get("measure") if isinstance(written, dict) and written.keys() <= {"measure", "with"} else None
         inside = written.get("with", {}) if isinstance(name, str) else None
         if not isinstance(inside, dict):
-            mend = "write a number of the paper's, or {measure: NAME, with: {...}}"
-            self.problem(way, f"{shortly(written)} is no quantity", mend)
+            hint = "write a number of the paper's, or {measure: NAME, with: {...}}"
+            self.problem(way, f"{shortly(written)} is no quantity", hint)
             return None
         inner = self.measure(name, way, False, way)
         if inner is None:
             return None
         if inner.dimension == "property" or (dimensions and inner.dimension not in dimensions):
             what = "finds no number" if inner.dimension == "property" else f"is in {inner.dimension}"
-            mend = f"name a measure in {' or '.join(dimensions)}" if dimensions else "name a measure that does"
-            self.problem(way, f"`{inner.name}` {what}", mend)
+            hint = f"name a measure in {' or '.join(dimensions)}" if dimensions else "name a measure that does"
+            self.problem(way, f"`{inner.name}` {what}", hint)
         return self.asking(inner, inside, (*way, "with"), [])
 
-    def _config(self, method: str | None, config: Mapping[str, Any], way: Way) -> None:
+    def _config(self, method: str | None, config: Mapping[str, Any], way: KeyPath) -> None:
         fields = methods()[method].fields if method else {}
         for key, value in config.items():
             if key not in fields:
                 self.problem((*way, key), f"{method} has no `{key}`", near(key, fields))
             elif wrong := fields[key].problem(value):
-                self.problem((*way, key), f"`{key}` of {method}: {wrong}", fields[key].mend)
+                self.problem((*way, key), f"`{key}` of {method}: {wrong}", fields[key].hint)

@@ -19,7 +19,7 @@ from harness.errors import Problem, SuiteError, UsageError, in_order, near
 from harness.resources import folder
 from harness.suites import schema
 from harness.suites.schema import Id, Keys, Word
-from harness.yaml_lines import Document, Way
+from harness.yaml_lines import Document, KeyPath
 
 
 def _text(written: Any) -> Any:
@@ -92,8 +92,8 @@ def paths(papers: Iterable[str]) -> list[Path]:
     found = []
     for paper in papers:
         if paper not in names():
-            mend = f"{near(paper, names(), 'there are')}; or --file FILE for your own"
-            raise UsageError(f"no claims of a paper called `{paper}`", where="PAPER", mend=mend)
+            hint = f"{near(paper, names(), 'there are')}; or --file FILE for your own"
+            raise UsageError(f"no claims of a paper called `{paper}`", where="PAPER", hint=hint)
         files = [_room() / f"{paper}.yaml", _room() / f"{paper}{_MEASURED}.yaml"]
         found += [file for file in files if file.is_file()]
     return found
@@ -150,10 +150,10 @@ class _Reading:
             one for index, claim in enumerate(keys.claims or ()) for one in self._rows(keys, claim, ("claims", index))
         ]
 
-    def problem(self, way: Way, what: str, mend: str) -> None:
-        self.arguments.problem(way, what, mend)
+    def problem(self, way: KeyPath, what: str, hint: str) -> None:
+        self.arguments.problem(way, what, hint)
 
-    def _rows(self, keys: FileKeys, table: ClaimKeys, way: Way) -> Iterator[Claim]:
+    def _rows(self, keys: FileKeys, table: ClaimKeys, way: KeyPath) -> Iterator[Claim]:
         if self.document.is_emptied(way) or (table.rows is None and (*way, "rows") in self.document.cut):
             return  # no claim at all, or no rows, and told already
         if table.rows is None:
@@ -170,7 +170,7 @@ class _Reading:
             if found is not None:
                 yield found
 
-    def _claim(self, keys: FileKeys, table: ClaimKeys, row: RowKeys, way: Way, at: Way) -> Claim | None:
+    def _claim(self, keys: FileKeys, table: ClaimKeys, row: RowKeys, way: KeyPath, at: KeyPath) -> Claim | None:
         """Return one claim, or None where something that it needs is missing or wrong; that is a problem already."""
         before = len(self.problems)
         is_row = row is not table
@@ -234,17 +234,17 @@ class _Reading:
             sentence = sentence.replace("{" + key + "}", shown)
         return sentence
 
-    def _figure(self, printed: str | None, measure: Measure | None, at: Way) -> Printed | None:
+    def _figure(self, printed: str | None, measure: Measure | None, at: KeyPath) -> Printed | None:
         if not printed or measure is None or measure.dimension == "property":
             return None
         try:
             return parse(printed, measure.dimension)
         except ValueError as error:
-            what, _, mend = str(error).partition("; ")
-            self.problem((*at, "printed"), what, mend)
+            what, _, hint = str(error).partition("; ")
+            self.problem((*at, "printed"), what, hint)
             return None
 
-    def _rounding(self, written: Any, at: Way) -> Rounding:
+    def _rounding(self, written: Any, at: KeyPath) -> Rounding:
         if written is None or written in _RULES:
             return Rounding(written or "nearest")
         try:
@@ -259,7 +259,7 @@ class _Reading:
         return Rounding("about", within)
 
     def _otherwise(
-        self, other: OtherwiseKeys, name: str | None, measure: Measure | None, arguments: Mapping[str, Any], at: Way
+        self, other: OtherwiseKeys, name: str | None, measure: Measure | None, arguments: Mapping[str, Any], at: KeyPath
     ) -> Reading | None:
         if not other.under and not self.document.is_cut((*at, "under")):
             self.problem(at, "`under` is missing", "say in words which convention, rank or unit this is")

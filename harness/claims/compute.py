@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from harness.claims.claim import Asking, Claim
-from harness.claims.judge import Judged, Missing, judge, plain
-from harness.claims.measure import Found
+from harness.claims.judge import JudgedClaim, Missing, judge, plain
+from harness.claims.measure import MeasureResult
 from harness.process import child as process
 
 _PATIENCE_S = 1800.0
 
 
-def judged(claims: Sequence[Claim], jobs: int | None = None, runs: Sequence[Path] = ()) -> list[Judged]:
+def judged(claims: Sequence[Claim], jobs: int | None = None, runs: Sequence[Path] = ()) -> list[JudgedClaim]:
     """Judge claims, as many at a time as there are cores.
 
     Claims of one model go to one process, which builds it once. runs: folders of runs whose Records come first.
     """
     shares = _shares(claims, jobs or min(os.cpu_count() or 1, 8))
-    found: dict[str, list[Found | Missing]] = {}
+    found: dict[str, list[MeasureResult | Missing]] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         watched, line = os.pipe()  # children end when `line` closes, whatever ends this process
         stack.callback(os.close, line)
@@ -86,10 +86,10 @@ def _model(asked: Any) -> str:
     return ""
 
 
-def _read(line: str) -> Found | Missing:
+def _read(line: str) -> MeasureResult | Missing:
     one = json.loads(line)
     if "missing" in one:
         return Missing(one["missing"], one["failed"])
     numbers = {name: Fraction(v) if isinstance(v, str) else v for name in ("value", "most") for v in [one[name]]}
     within = (Fraction(one["within"][0]), Fraction(one["within"][1])) if one["within"] else None
-    return Found(numbers["value"], one["how"], numbers["most"], within)
+    return MeasureResult(numbers["value"], one["how"], numbers["most"], within)

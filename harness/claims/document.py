@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from harness.claims.judge import STAND_IN, Judged
+from harness.claims.judge import STAND_IN, JudgedClaim
 from harness.claims.printed_number import shortly
 from harness.errors import UsageError
 
@@ -18,31 +18,31 @@ SCHEMA = 3
 KIND = "claims"
 
 
-def document(rows: Sequence[Judged], software: Mapping[str, str]) -> dict[str, Any]:
+def document(rows: Sequence[JudgedClaim], software: Mapping[str, str]) -> dict[str, Any]:
     """Return the ledger as JSON can hold it. software: library -> version, with which it was computed."""
     claims = [row.model_dump(mode="json") for row in rows]
     return {"schema": SCHEMA, "kind": KIND, "software": dict(software), "claims": claims}
 
 
-def read(path: Path) -> tuple[list[Judged], dict[str, str]]:
+def read(path: Path) -> tuple[list[JudgedClaim], dict[str, str]]:
     """Read what `--json` printed. Raises UsageError for another file, a torn one, or one of another schema than 1 to 3."""
-    mend = "name a file that `peft-harness claims --json > FILE` wrote"
+    hint = "name a file that `peft-harness claims --json > FILE` wrote"
     try:
         data = json.loads(path.read_bytes())
     except OSError as error:
-        raise UsageError(f"cannot read: {error.strerror}", where=str(path), mend=mend) from error
+        raise UsageError(f"cannot read: {error.strerror}", where=str(path), hint=hint) from error
     except ValueError as error:
-        raise UsageError(f"no JSON: {error}", where=str(path), mend=mend) from error
+        raise UsageError(f"no JSON: {error}", where=str(path), hint=hint) from error
     if not isinstance(data, dict) or data.get("kind") != KIND:
-        raise UsageError("no ledger of claims", where=str(path), mend=mend)
+        raise UsageError("no ledger of claims", where=str(path), hint=hint)
     schema = data.get("schema")
     if not isinstance(schema, int) or not 1 <= schema <= SCHEMA:
         what = f"has schema {schema!r}, and this version reads 1 to {SCHEMA}"
         newer = isinstance(schema, int) and schema > SCHEMA
-        raise UsageError(what, where=str(path), mend="update peft-harness, or " * newer + "compute the claims again")
+        raise UsageError(what, where=str(path), hint="update peft-harness, or " * newer + "compute the claims again")
     if not isinstance(data.get("claims"), list) or not isinstance(data.get("software"), dict):
-        raise UsageError("lacks `claims` or `software`", where=str(path), mend="compute the claims again")
-    rows: list[Judged] = []
+        raise UsageError("lacks `claims` or `software`", where=str(path), hint="compute the claims again")
+    rows: list[JudgedClaim] = []
     wrong: list[str] = []
     for number, one in enumerate(data["claims"], start=1):
         try:
@@ -51,12 +51,12 @@ def read(path: Path) -> tuple[list[Judged], dict[str, str]]:
             wrong.append(_told(one, number, error))
     if wrong:
         more = f"; {len(wrong) - 1} more of its claims are damaged" if len(wrong) > 1 else ""
-        mend = "restore that as it was, or compute the claims again: `peft-harness claims --json > FILE`"
-        raise UsageError(f"{wrong[0]}{more}", where=str(path), mend=mend)
+        hint = "restore that as it was, or compute the claims again: `peft-harness claims --json > FILE`"
+        raise UsageError(f"{wrong[0]}{more}", where=str(path), hint=hint)
     counts = Counter(row.id for row in rows)
     if twice := [name for name, count in counts.items() if count > 1]:
-        mend = "take one of the two out, or compute the claims again"
-        raise UsageError(f"the claim {twice[0]} stands in it twice", where=str(path), mend=mend)
+        hint = "take one of the two out, or compute the claims again"
+        raise UsageError(f"the claim {twice[0]} stands in it twice", where=str(path), hint=hint)
     return rows, dict(data["software"])
 
 
@@ -74,8 +74,8 @@ def _told(written: Any, number: int, error: ValidationError) -> str:
     return f"{what}: {first['msg'][:1].lower()}{first['msg'][1:]}"
 
 
-def _row(written: Any, schema: int) -> Judged:
-    row = Judged.model_validate_json(json.dumps(written))
+def _row(written: Any, schema: int) -> JudgedClaim:
+    row = JudgedClaim.model_validate_json(json.dumps(written))
     if schema == 1 and row.why.startswith(STAND_IN):  # which said it in words alone
         return row.model_copy(update={"scale": row.why.removeprefix(STAND_IN)})
     return row

@@ -25,7 +25,7 @@ Number = int | float | Fraction
 
 
 @dataclass(frozen=True)
-class Found:
+class MeasureResult:
     """What a measure found. value: a number in base units, or of a property whether it holds.
 
     how: the arithmetic, so that a reader can do it again by hand. most: where the paper leaves something open, or what was
@@ -57,7 +57,7 @@ class Measure:
     name: str
     dimension: Dimension
     arguments: type[BaseModel]
-    function: Callable[..., Found]
+    function: Callable[..., MeasureResult]
     nested: Mapping[str, Nested] = field(default_factory=dict)
 
     @property
@@ -100,7 +100,7 @@ def _shape(address: str, info: ValidationInfo) -> str:
         file = path / "config.json" if path.is_dir() else path
         shapes.read(file)
     except UsageError as error:
-        raise ValueError(f"{error.what}; {error.mend}") from error
+        raise ValueError(f"{error.what}; {error.hint}") from error
     return str(file.resolve())
 
 
@@ -122,10 +122,10 @@ Config = dict[str, Any]
 Positive = Annotated[int, Field(ge=1)]
 
 
-def measure(dimension: Dimension) -> Callable[[Callable[..., Found]], Callable[..., Found]]:
+def measure(dimension: Dimension) -> Callable[[Callable[..., MeasureResult]], Callable[..., MeasureResult]]:
     """Mark a function as a measure of this dimension."""
 
-    def mark(function: Callable[..., Found]) -> Callable[..., Found]:
+    def mark(function: Callable[..., MeasureResult]) -> Callable[..., MeasureResult]:
         function.dimension = dimension  # type: ignore[attr-defined]
         return function
 

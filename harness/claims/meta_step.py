@@ -32,7 +32,7 @@ _FLAT_MASK = ("deberta", "deberta-v2")
 
 
 @dataclass(frozen=True)
-class Step:
+class MetaStep:
     """What is run: a shape, a Method and its config (JSON), and texts. tokens: of each text."""
 
     model: str
@@ -52,7 +52,7 @@ class _Held:
 
 
 @dataclass(frozen=True)
-class Counts:
+class StepCounts:
     """A number of few blocks, and what each further block adds to it; blocks: how many there are in all."""
 
     few: int
@@ -70,13 +70,13 @@ class Counts:
         return f"{self.few:,}{more}{unit}"
 
 
-def step(model: str, method: str, config: Mapping[str, Any], tokens: int, batch: int, **others: Any) -> Step:
+def step(model: str, method: str, config: Mapping[str, Any], tokens: int, batch: int, **others: Any) -> MetaStep:
     """Return a step as its arguments say; `others` as of `Step`."""
-    return Step(model, method, json.dumps(config), tokens, batch, **others)
+    return MetaStep(model, method, json.dumps(config), tokens, batch, **others)
 
 
 @lru_cache(maxsize=128)
-def operations(asked: Step) -> Counts:
+def operations(asked: MetaStep) -> StepCounts:
     """Count the operations of all products of matrices, a multiplication and an addition each; see torch's FlopCounterMode.
 
     Raises ValueError for a config that does not fit the model, or texts longer than it takes.
@@ -85,7 +85,7 @@ def operations(asked: Step) -> Counts:
 
 
 @lru_cache(maxsize=128)
-def kept_bytes(asked: Step) -> Counts:
+def kept_bytes(asked: MetaStep) -> StepCounts:
     """Count the bytes of tensors that autograd keeps from the forward for the backward pass, beside the model's parameters.
 
     Raises ValueError as `operations`.
@@ -93,21 +93,21 @@ def kept_bytes(asked: Step) -> Counts:
     return _of_all_blocks(asked, _kept)
 
 
-def _of_all_blocks(asked: Step, count: Callable[[Step, int], int]) -> Counts:
+def _of_all_blocks(asked: MetaStep, count: Callable[[MetaStep, int], int]) -> StepCounts:
     blocks = shapes.blocks(shapes.config_of(asked.model))
     if blocks <= _FEW:
-        return Counts(count(asked, blocks), 0, 0)
+        return StepCounts(count(asked, blocks), 0, 0)
     few, more = count(asked, _FEW), count(asked, _FEW + 1)
-    return Counts(few, more - few, blocks - _FEW)
+    return StepCounts(few, more - few, blocks - _FEW)
 
 
-def _operations(asked: Step, blocks: int) -> int:
+def _operations(asked: MetaStep, blocks: int) -> int:
     with _attached(asked, blocks) as (model, adapted), FlopCounterMode(display=False) as counter:
         _loss(model, adapted, asked).backward()
     return int(counter.get_total_flops())
 
 
-def _kept(asked: Step, blocks: int) -> int:
+def _kept(asked: MetaStep, blocks: int) -> int:
     held: WeakSet[_Held] = WeakSet()  # the graph alone keeps them: what it lets go in the forward pass is not kept
 
     def hold(t: Tensor) -> _Held:
@@ -128,7 +128,7 @@ def _never(_: _Held) -> Tensor:
 
 
 @contextmanager
-def _attached(asked: Step, blocks: int) -> Iterator[tuple[Any, Any]]:
+def _attached(asked: MetaStep, blocks: int) -> Iterator[tuple[Any, Any]]:
     config, preset = shapes.config_of(asked.model), shapes.preset(asked.model)
     kind = preset.kind if preset else models.kind_of(config)
     facts = shapes.first_blocks(config, blocks) | {"use_cache": False}
@@ -144,7 +144,7 @@ def _attached(asked: Step, blocks: int) -> Iterator[tuple[Any, Any]]:
         yield model, adapted
 
 
-def _loss(model: nn.Module, adapted: Any, asked: Step) -> Tensor:
+def _loss(model: nn.Module, adapted: Any, asked: MetaStep) -> Tensor:
     """Return the loss of every token (of a classifier: of every text) with the Method's own term."""
     ids = torch.zeros(asked.batch, asked.tokens, dtype=torch.long, device="meta")
     config: Any = model.config

@@ -90,8 +90,8 @@ def parse(text: str, dimension: Dimension) -> Printed:
         raise ValueError(f"{text!r} is no figure; write e.g. {_example(dimension)}, or < and > before it")
     unit = found["unit"]
     if unit not in units:
-        mend = near(unit, filter(None, units), "write it as one of") if any(units) else "write none"
-        raise ValueError(f"{text!r} has the unit {unit!r}, but the measure is in {dimension}; {mend}")
+        hint = near(unit, filter(None, units), "write it as one of") if any(units) else "write none"
+        raise ValueError(f"{text!r} has the unit {unit!r}, but the measure is in {dimension}; {hint}")
     digits = found["digits"].replace(",", "")
     mantissa, _, exponent = digits.partition("e")
     last = Fraction(10) ** (int(exponent or 0) - len(mantissa.partition(".")[2]))

@@ -84,8 +84,8 @@ def shared(record: Record) -> str:
     """Say why a Record's times are not its Cell's own, as others had the machine too; empty where they are."""
     beside = any(AT_ONCE in note for note in record.notes)
     why = "other Cells ran at once" if beside else contention.busy(record)
-    mend = "run the suite again with --jobs 1 on a machine that does nothing else"
-    return f"its times are not its own ({why}); {mend}" if why else ""
+    hint = "run the suite again with --jobs 1 on a machine that does nothing else"
+    return f"its times are not its own ({why}); {hint}" if why else ""
 
 
 def entries(suite: str) -> list[str]:

@@ -8,12 +8,12 @@ from typing import TypeVar
 
 from harness.claims import claim_file
 from harness.claims.claim import Claim
-from harness.claims.judge import Judged, Verdict
+from harness.claims.judge import ClaimVerdict, JudgedClaim
 from harness.errors import Exit, Problem, UsageError, wrong_use
 
 _NAMED = 3
 """Ids in a message."""
-_Claim = TypeVar("_Claim", Claim, Judged)
+_Claim = TypeVar("_Claim", Claim, JudgedClaim)
 
 
 def chosen(
@@ -27,18 +27,18 @@ def chosen(
     wrong = [start for start in ids if not any(name.startswith(start) for name in known)]
     if wrong:
         raise wrong_use(
-            [Problem("--id", f"no claim's id here begins with `{start}`", _mend(start, known)) for start in wrong]
+            [Problem("--id", f"no claim's id here begins with `{start}`", _hint(start, known)) for start in wrong]
         )
     several = [c for c in claims if (not tiers or c.tier in tiers) and (not ids or c.id.startswith(tuple(ids)))]
     if not headlines:
         return several
     if not (parts := [c for c in several if c.headline]):
-        mend = "ask for fewer of --tier and --id, or in claims of your own write `headline: its name`"
-        raise UsageError("none of these claims is part of a headline", where="--headlines", mend=mend)
+        hint = "ask for fewer of --tier and --id, or in claims of your own write `headline: its name`"
+        raise UsageError("none of these claims is part of a headline", where="--headlines", hint=hint)
     return parts
 
 
-def _mend(start: str, known: Sequence[str]) -> str:
+def _hint(start: str, known: Sequence[str]) -> str:
     """Say of which paper ids begin so, else which are nearest: there are hundreds."""
     every = claim_file.load(claim_file.paths(claim_file.names()))
     if papers := sorted({claim.paper for claim in every if claim.id.startswith(start)} if start else ()):
@@ -48,13 +48,13 @@ def _mend(start: str, known: Sequence[str]) -> str:
     return f"{few}`peft-harness list claims` shows those of all papers, e.g. `{every[0].id}`"
 
 
-def exit_of(rows: Sequence[Judged], *, strict: bool) -> Exit:
+def exit_of(rows: Sequence[JudgedClaim], *, strict: bool) -> Exit:
     """Return the exit code: a claim that does not come out is a finding and comes first."""
     verdicts = {row.verdict for row in rows}
-    if Verdict.NOT_REPRODUCED in verdicts:
+    if ClaimVerdict.NOT_REPRODUCED in verdicts:
         return Exit.FAIL
     if any(row.failed for row in rows):
         return Exit.INFRASTRUCTURE
-    if verdicts <= {Verdict.NOT_RUN}:
+    if verdicts <= {ClaimVerdict.NOT_RUN}:
         return Exit.NOTHING_COMPARED
-    return Exit.INCONCLUSIVE if strict and verdicts & {Verdict.INCONCLUSIVE, Verdict.NOT_RUN} else Exit.PASS
+    return Exit.INCONCLUSIVE if strict and verdicts & {ClaimVerdict.INCONCLUSIVE, ClaimVerdict.NOT_RUN} else Exit.PASS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from harness.claims.measure import Found
+from harness.claims.measure import MeasureResult
 
 Sizes = Counter[tuple[int, ...]]
 """How many tensors there are of each shape."""
@@ -20,9 +20,9 @@ def in_words(sizes: Sizes) -> str:
     return f"{' + '.join(several) or '0'} = {total(sizes):,}"
 
 
-def summed(sizes: Sizes) -> Found:
+def summed(sizes: Sizes) -> MeasureResult:
     """Return the number of elements as a measure finds it, with its sum."""
-    return Found(total(sizes), in_words(sizes))
+    return MeasureResult(total(sizes), in_words(sizes))
 
 
 def total(sizes: Sizes) -> int:

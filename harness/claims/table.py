@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from harness.claims.judge import Judged, Verdict
+from harness.claims.judge import ClaimVerdict, JudgedClaim
 
 _WIDEST_HOW = 160
 """Characters of arithmetic in a line; all of it stands in the JSON document and on the page."""
@@ -15,7 +15,7 @@ RULES_UNTOLD = (
 )
 
 
-def as_text(rows: Sequence[Judged]) -> str:
+def as_text(rows: Sequence[JudgedClaim]) -> str:
     """Lay the ledger out: a line for each claim, and the arithmetic of those that do not plainly come out."""
     lines: list[str] = []
     paper = ""
@@ -28,23 +28,23 @@ def as_text(rows: Sequence[Judged]) -> str:
     return "\n".join([*lines, *untold, "", summary(rows)])
 
 
-def summary(rows: Sequence[Judged]) -> str:
+def summary(rows: Sequence[JudgedClaim]) -> str:
     """Say how many claims got each verdict."""
     counts = Counter(row.verdict for row in rows)
     in_small = Counter(row.verdict for row in rows if row.stood_in)
     said = ", ".join(
         f"{counts[verdict]} {verdict}{f' ({small} by a stand-in)' if (small := in_small[verdict]) else ''}"
-        for verdict in Verdict
+        for verdict in ClaimVerdict
         if counts[verdict]
     )
     return f"{len(rows)} claim{'s' * (len(rows) != 1)}{': ' * bool(said)}{said}"
 
 
-def _claim(row: Judged) -> Iterator[str]:
+def _claim(row: JudgedClaim) -> Iterator[str]:
     got = f"; {row.got}" if row.got else ""
     yield f"  {row.verdict:<16}  {row.id}: the paper prints {row.printed}{got}  [{row.source}]"
     indent = " " * 20
-    if row.verdict is Verdict.REPRODUCED:
+    if row.verdict is ClaimVerdict.REPRODUCED:
         if row.stood_in:
             yield f"{indent}{row.why}"
         return

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.claims import record_sources
-from harness.claims.measure import Found, NotRunError, measures
+from harness.claims.measure import MeasureResult, NotRunError, measures
 from harness.errors import HarnessError
 from harness.process import lifeline
 
@@ -29,7 +29,7 @@ _LARGEST = 1e300
 """What a report can still show."""
 
 
-def find(asked: dict[str, Any]) -> Found:
+def find(asked: dict[str, Any]) -> MeasureResult:
     """Take one measure; first those that its arguments ask for."""
     measure = measures()[asked["measure"]]
     arguments = {k: _quantity(v) if k in measure.nested else v for k, v in asked["with"].items()}
@@ -57,8 +57,8 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
     except NotRunError as error:
         return {"missing": str(error), "failed": False}
     except (*_ERRORS, HarnessError) as error:
-        mend = getattr(error, "mend", "") or f"correct its `with`: `peft-harness explain {asked['measure']}`"
-        return {"missing": f"could not be computed: {_told(error)}; {mend}", "failed": True}
+        hint = getattr(error, "hint", "") or f"correct its `with`: `peft-harness explain {asked['measure']}`"
+        return {"missing": f"could not be computed: {_told(error)}; {hint}", "failed": True}
     return {"how": found.how, **numbers, "within": within}
 
 

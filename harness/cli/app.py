@@ -275,18 +275,18 @@ def check(
             raise UsageError(
                 "--self-test tries every planted fault and only prints",
                 where="--self-test",
-                mend="leave everything else out but --json",
+                hint="leave everything else out but --json",
             )
         from harness.conformance import self_test as planted
 
         return planted.check(as_json)
     from harness.cli import check as command
-    from harness.conformance.case_selection import Breadth
+    from harness.conformance.case_selection import CaseSelection
 
     if seed is not None and not drawn:
-        raise UsageError("--seed draws nothing", where="--seed", mend="say how many cases are to be drawn: --drawn 50")
-    breadth = Breadth(full, drawn, seed or 0)
-    asked = command.Asked(implementations, methods, operations, dtypes, breadth, jobs, patience)
+        raise UsageError("--seed draws nothing", where="--seed", hint="say how many cases are to be drawn: --drawn 50")
+    breadth = CaseSelection(full, drawn, seed or 0)
+    asked = command.CheckRequest(implementations, methods, operations, dtypes, breadth, jobs, patience)
     return command.check(asked, as_json, junit, html)
 
 
@@ -324,10 +324,10 @@ def bench(
     first pass the checks on the very call that is timed, or no speed is printed. The shapes are the linear layers of
     Llama-3-8B and 70B, or small ones. Ctrl-C, SIGTERM or SIGHUP keeps and prints what was measured and exits with 4.
     """
-    from harness.bench.planning import Asked
+    from harness.bench.planning import BenchRequest
     from harness.cli import bench as command
 
-    return command.bench(Asked(operations, vs, steps, shapes, dtypes, pairs, device), as_json, out, export)
+    return command.bench(BenchRequest(operations, vs, steps, shapes, dtypes, pairs, device), as_json, out, export)
 
 
 @verbs.command()
@@ -370,13 +370,13 @@ def launch(argv: Sequence[str] | None = None) -> int:
         error.show()
         code = Exit.USAGE
     except click.Abort:  # Ctrl-C
-        code = fail(HarnessError("interrupted", mend="what was finished is kept"))
+        code = fail(HarnessError("interrupted", hint="what was finished is kept"))
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx and error.ctx.parent else "peft-harness"  # e.g. of `history add`
         verb = path.removeprefix("peft-harness").strip()
-        mend = f"see `{path} --help`"
+        hint = f"see `{path} --help`"
         said = " ".join(error.format_message().split())  # click lists choices on lines of their own
-        code = fail(UsageError(said, where=verb, mend=mend))
+        code = fail(UsageError(said, where=verb, hint=hint))
     except HarnessError as error:
         code = fail(error)
     try:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from harness.bench import files, planning, pytest_benchmark, table
-from harness.bench.planning import Asked, Task
-from harness.bench.results import INTERRUPTED, NO_GPU, Row
+from harness.bench.planning import BenchRequest, BenchTask
+from harness.bench.results import INTERRUPTED, NO_GPU, BenchRow
 from harness.conformance import isolated
 from harness.errors import Exit, UsageError
 from harness.process.termination import on_request
-from harness.process.workers import Children
+from harness.process.workers import WorkerPool
 from harness.records.environment import describe, gpus
 from harness.records.environment import threads as usable
 from harness.records.record import Environment
@@ -27,11 +27,11 @@ PATIENCE_S = 900.0
 
 
 @dataclass
-class Report:
+class BenchReport:
     """What came of it. broken: plug-ins that could not be loaded, and why."""
 
     environment: Environment
-    rows: list[Row] = field(default_factory=list)
+    rows: list[BenchRow] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
 
@@ -62,15 +62,15 @@ class Report:
         }  # fmt: skip
 
 
-def bench(asked: Asked, as_json: bool, out: Path | None = None, export: Path | None = None) -> Exit:
+def bench(asked: BenchRequest, as_json: bool, out: Path | None = None, export: Path | None = None) -> Exit:
     """Benchmark, print, write the files asked for, return the exit code."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UsageError(
-            "Triton's interpreter is on, and its speed is nobody's", where="TRITON_INTERPRET", mend="unset it"
+            "Triton's interpreter is on, and its speed is nobody's", where="TRITON_INTERPRET", hint="unset it"
         )
     files.refuse(out, export)
     threads = usable()
-    report = Report(describe(threads))
+    report = BenchReport(describe(threads))
     folder = files.Folder(out, report.environment)
     with on_request():
         measure(asked, threads, report, folder.keep)
@@ -84,13 +84,13 @@ def bench(asked: Asked, as_json: bool, out: Path | None = None, export: Path | N
     return report.exit
 
 
-def measure(asked: Asked, threads: int, report: Report, keep: Callable[[Row], None]) -> None:
+def measure(asked: BenchRequest, threads: int, report: BenchReport, keep: Callable[[BenchRow], None]) -> None:
     """Put the rows of what was asked for into `report`, each as it comes; after Ctrl-C, rows that say what is missing.
 
     keep: is given each row too. Raises UsageError for unknown names.
     """
 
-    def add(row: Row) -> None:
+    def add(row: BenchRow) -> None:
         report.rows.append(row)
         keep(row)
 
@@ -99,7 +99,7 @@ def measure(asked: Asked, threads: int, report: Report, keep: Callable[[Row], No
     for name, why in registry.broken.items():
         print(f"plug-in {name} could not be loaded: {why}", file=sys.stderr)
     tasks, later = planning.plan(asked, registry, no_gpu() if asked.device != "cpu" else NO_GPU)
-    children, left, done = Children(), list(tasks), 0
+    children, left, done = WorkerPool(), list(tasks), 0
     try:
         with _threads(threads):
             while left:
@@ -127,16 +127,16 @@ def no_gpu() -> str:
     """
     if not gpus():
         return NO_GPU
-    first, *_ = Children().events("harness.bench.gpu_probe", {}, PATIENCE_S)
+    first, *_ = WorkerPool().events("harness.bench.gpu_probe", {}, PATIENCE_S)
     why = first.get("unusable", first.get("died"))
     return f"{NO_GPU}: nvidia-smi shows one, but {why}" if why else ""
 
 
-def _rows(task: Task, asked: Asked, threads: int, children: Children) -> Iterator[Row]:
+def _rows(task: BenchTask, asked: BenchRequest, threads: int, children: WorkerPool) -> Iterator[BenchRow]:
     if task.kind == "operation":
         yield from _operation(task, asked, threads, children)
         return
-    found: list[Row] = []
+    found: list[BenchRow] = []
     try:
         for kind, row in _events(task, asked, threads, children):
             if kind == "row":
@@ -146,7 +146,7 @@ def _rows(task: Task, asked: Asked, threads: int, children: Children) -> Iterato
         yield from found
 
 
-def _operation(task: Task, asked: Asked, threads: int, children: Children) -> Iterator[Row]:
+def _operation(task: BenchTask, asked: BenchRequest, threads: int, children: WorkerPool) -> Iterator[BenchRow]:
     """Yield the rows of every size; those that come after one which brought its process down, in another process."""
     left = task.sizes
     while left and not children.stopped:
@@ -165,7 +165,7 @@ def _operation(task: Task, asked: Asked, threads: int, children: Children) -> It
         left = left[at + 1 :]
 
 
-def _events(task: Task, asked: Asked, threads: int, children: Children) -> Iterator[tuple[str, Any]]:
+def _events(task: BenchTask, asked: BenchRequest, threads: int, children: WorkerPool) -> Iterator[tuple[str, Any]]:
     """Yield (`begin`, number), (`row`, Row) and (`memory`, bytes) of one process; its end, if it is bad, is a row."""
     at, last, ended = 0, "", -1
     for event in children.events("harness.bench.worker", task.words(asked, threads), PATIENCE_S):
@@ -175,7 +175,7 @@ def _events(task: Task, asked: Asked, threads: int, children: Children) -> Itera
         elif "end" in event:
             ended = event["end"]
         elif "row" in event:
-            yield "row", Row.model_validate_json(json.dumps(event["row"]))
+            yield "row", BenchRow.model_validate_json(json.dumps(event["row"]))
         elif "memory" in event:
             yield "memory", event["memory"]
         elif "missing" in event:
@@ -190,7 +190,7 @@ def _events(task: Task, asked: Asked, threads: int, children: Children) -> Itera
             yield "row", task.row("failed", last or event["died"], at)
 
 
-def _with_memory(row: Row, task: Task, asked: Asked, threads: int, children: Children) -> Row:
+def _with_memory(row: BenchRow, task: BenchTask, asked: BenchRequest, threads: int, children: WorkerPool) -> BenchRow:
     """Add the memory that the step takes by each of the two, alone in a process."""
     if row.samples is None:
         return row

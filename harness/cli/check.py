@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import get_args
 
 from harness.conformance import defects, isolated, parity_suite
-from harness.conformance.case_selection import FEW, Breadth
+from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.defects import Defect
-from harness.conformance.outcomes import Standing
-from harness.conformance.parity_suite import Plan, path_of
-from harness.conformance.report import Report
+from harness.conformance.outcomes import CheckStatus
+from harness.conformance.parity_suite import ParityPlan, path_of
+from harness.conformance.report import CheckReport
 from harness.errors import Exit, Problem, SuiteError, UsageError, near
 from harness.methods.peft_config import NO_REFERENCE, UNREFERENCED
-from harness.methods.registry import DTYPES, GROUP, Implementation, Kind, Registry, targets
+from harness.methods.registry import DTYPES, GROUP, Implementation, Registry, TargetKind, targets
 from harness.process.termination import on_request
 from harness.records import store
 from harness.report import check_terminal
 
 
 @dataclass(frozen=True)
-class Asked:
+class CheckRequest:
     """What to check: everything, if nothing is named.
 
     breadth: how many cases of every suite. patience: seconds without a result after which an implementation is said to
@@ -38,12 +38,12 @@ class Asked:
     methods: Sequence[str] = ()
     operations: Sequence[str] = ()
     dtypes: Sequence[str] = ()
-    breadth: Breadth = FEW
+    breadth: CaseSelection = FEW
     jobs: int | None = None
     patience: float = isolated.PATIENCE
 
 
-def check(asked: Asked, as_json: bool, junit: Path | None = None, html: Path | None = None) -> Exit:
+def check(asked: CheckRequest, as_json: bool, junit: Path | None = None, html: Path | None = None) -> Exit:
     """Check, print, write the files asked for, return the exit code."""
     _places({"--junit": junit, "--html": html})
     with on_request():
@@ -73,11 +73,11 @@ def _places(files: dict[str, Path | None]) -> None:
         odd = {"--junit, --html": f"{given['--junit']} is to be two files at once"}
     if odd:
         raise UsageError(
-            "; ".join(odd.values()), where=", ".join(odd), mend="name a file in a folder that can be written"
+            "; ".join(odd.values()), where=", ".join(odd), hint="name a file in a folder that can be written"
         )
 
 
-def judge(asked: Asked) -> Report:
+def judge(asked: CheckRequest) -> CheckReport:
     """Try what was asked for, what each entry point offers in a process of its own. Raises UsageError for unknown names."""
     from harness.records.environment import describe
 
@@ -100,12 +100,14 @@ def judge(asked: Asked) -> Report:
     complaints = defects.explained(marked, due)[1]
     needed = {*asked.implementations, *(i.point for i in wanted)}
     broken = {n: w for n, w in registry.broken.items() if not asked.implementations or n in needed}
-    compared = {one.implementation for one in marked if one.standing not in (Standing.UNSUPPORTED, Standing.SKIPPED)}
+    compared = {
+        one.implementation for one in marked if one.standing not in (CheckStatus.UNSUPPORTED, CheckStatus.SKIPPED)
+    }
     untried = [name for name in asked.implementations if name not in compared and name not in broken]
-    return Report(marked, skipped, complaints, broken, known, plans, describe().software, interrupted, untried)
+    return CheckReport(marked, skipped, complaints, broken, known, plans, describe().software, interrupted, untried)
 
 
-def _whole(defect: Defect, asked: Asked, registry: Registry, done: set[tuple[str, Kind, str]]) -> bool:
+def _whole(defect: Defect, asked: CheckRequest, registry: Registry, done: set[tuple[str, TargetKind, str]]) -> bool:
     """Whether everything was tried in which a defect could show, so that one may complain if it did not."""
     by_dtype = all(
         dtype in asked.dtypes or not any(_may_be(pattern, 2, dtype) for pattern in defect.checks) for dtype in DTYPES
@@ -129,9 +131,9 @@ def _may_be(pattern: str, part: int, word: str) -> bool:
     return fnmatchcase(word, pattern.split("/")[part])
 
 
-def _read(wanted: Sequence[Implementation]) -> tuple[dict[str, Plan], Sequence[Defect]]:
+def _read(wanted: Sequence[Implementation]) -> tuple[dict[str, ParityPlan], Sequence[Defect]]:
     """Read the parity suites of what is to be tried, and the known defects; raises SuiteError with every mistake in them."""
-    plans: dict[str, Plan] = {}
+    plans: dict[str, ParityPlan] = {}
     known: Sequence[Defect] = ()
     problems: list[Problem] = []
     for kind, target in sorted({(i.kind, i.target) for i in wanted if path_of(i.target).is_file()}):
@@ -148,7 +150,7 @@ def _read(wanted: Sequence[Implementation]) -> tuple[dict[str, Plan], Sequence[D
     return plans, known
 
 
-def _asked_for(implementation: Implementation, asked: Asked) -> bool:
+def _asked_for(implementation: Implementation, asked: CheckRequest) -> bool:
     if asked.implementations and implementation.name not in asked.implementations:
         return False
     if not asked.methods and not asked.operations:
@@ -157,8 +159,8 @@ def _asked_for(implementation: Implementation, asked: Asked) -> bool:
 
 
 def _tasks(
-    wanted: Sequence[Implementation], asked: Asked, plans: dict[str, Plan]
-) -> tuple[list[isolated.Task], dict[str, str]]:
+    wanted: Sequence[Implementation], asked: CheckRequest, plans: dict[str, ParityPlan]
+) -> tuple[list[isolated.WorkerTask], dict[str, str]]:
     """Group by who offers it, since each process pays for its imports once, and for those alone."""
     grouped: dict[str, list[Implementation]] = {}
     skipped = {}
@@ -171,14 +173,14 @@ def _tasks(
         else:
             grouped.setdefault(one.point, []).append(one)
     tasks = [
-        isolated.Task(point, [(i.name, i.kind, i.target) for i in several], asked.breadth, tuple(asked.dtypes))
+        isolated.WorkerTask(point, [(i.name, i.kind, i.target) for i in several], asked.breadth, tuple(asked.dtypes))
         for point, several in grouped.items()
     ]
     # The longest first, so that at the end no core waits long for another.
     return sorted(tasks, key=lambda task: -sum(_size(plans[target]) for *_, target in task.targets)), skipped
 
 
-def _no_case(one: Implementation, plan: Plan, asked: Asked) -> str:
+def _no_case(one: Implementation, plan: ParityPlan, asked: CheckRequest) -> str:
     """Say why no case of its parity suite is left for an implementation; nothing if one is."""
     there = [dtype for dtype in plan.dtypes if dtype in (asked.dtypes or DTYPES)]
     if set(one.dtypes) & set(there):
@@ -189,24 +191,24 @@ def _no_case(one: Implementation, plan: Plan, asked: Asked) -> str:
     return f"offers {', '.join(one.dtypes)}; {of_these} parity suite has cases in {', '.join(there)}"
 
 
-def _size(plan: Plan) -> int:
+def _size(plan: ParityPlan) -> int:
     """Return about how many checks a suite has."""
     cases = plan.calls(FEW) if isinstance(plan, parity_suite.OperationSuite) else plan.cases(FEW)
     return len(list(cases)) * len(plan.checks)
 
 
-def _known_names(asked: Asked, registry: Registry) -> None:
+def _known_names(asked: CheckRequest, registry: Registry) -> None:
     """Raise one UsageError that names everything that nobody knows or offers."""
     odd = [f"unknown {one}" for one in _unknown(asked, registry)] or list(_not_offered(asked, registry))
     if odd:
         raise UsageError(
-            "; ".join(odd), mend="`peft-harness list implementations` shows who offers what, in which dtypes"
+            "; ".join(odd), hint="`peft-harness list implementations` shows who offers what, in which dtypes"
         )
 
 
-def _unknown(asked: Asked, registry: Registry) -> Iterator[str]:
+def _unknown(asked: CheckRequest, registry: Registry) -> Iterator[str]:
     kinds = targets()
-    there = {kind: sorted(name for name, of in kinds.items() if of == kind) for kind in get_args(Kind)}
+    there = {kind: sorted(name for name, of in kinds.items() if of == kind) for kind in get_args(TargetKind)}
     names = sorted({i.name for i in registry.implementations})
     yours = f"; yours? name it in an entry point of the group {GROUP}, and install it"
     if registry.broken:
@@ -221,13 +223,13 @@ def _unknown(asked: Asked, registry: Registry) -> Iterator[str]:
         for name in given:
             if name in known or (what == "implementation" and name in registry.broken):
                 continue
-            mend = near(name, known, "there are")
+            hint = near(name, known, "there are")
             if what != "dtype" and name in kinds:
-                mend = f"that is of kind `{kinds[name]}`: {'--op' if kinds[name] == 'operation' else '--method'} {name}"
-            yield f"{what} {name!r}: {mend}{yours if what == 'implementation' else ''}"
+                hint = f"that is of kind `{kinds[name]}`: {'--op' if kinds[name] == 'operation' else '--method'} {name}"
+            yield f"{what} {name!r}: {hint}{yours if what == 'implementation' else ''}"
 
 
-def _not_offered(asked: Asked, registry: Registry) -> Iterator[str]:
+def _not_offered(asked: CheckRequest, registry: Registry) -> Iterator[str]:
     """Say which implementations that were named offer nothing of what was asked."""
     for name in asked.implementations:
         offers = [i for i in registry.implementations if i.name == name]

@@ -54,7 +54,7 @@ def claims(
     page = page_path(html, "--html") if html else None
     if show:
         if papers or files or runs:
-            raise UsageError("--show computes nothing", where="--show", mend="leave PAPER, --file and --run out")
+            raise UsageError("--show computes nothing", where="--show", hint="leave PAPER, --file and --run out")
         written, software = document.read(show)
         rows = selection.chosen(written, tiers, ids, headlines=headlines)
     else:

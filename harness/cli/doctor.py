@@ -20,7 +20,7 @@ _ROOM_B = 2 * _GIB
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """One thing looked at. state: `ok`, `no` (something cannot run) or `note`."""
 
     subject: str
@@ -40,32 +40,34 @@ def report(as_json: bool) -> Exit:
     return Exit.INFRASTRUCTURE if any(f.state == "no" for f in findings) else Exit.PASS
 
 
-def _machine() -> list[Finding]:
+def _machine() -> list[Diagnosis]:
     here = environment.describe(environment.threads())
     gpus = environment.gpus()
     return [
-        Finding("python", "ok", f"{here.software['python']} at {sys.executable}"),
-        Finding("processor", "ok", f"{here.machine['cpu']}, {here.threads} cores used, {here.machine['architecture']}"),
-        Finding("memory", "ok", f"{int(here.machine['memory_B']) / _GIB:.1f} GiB"),
-        *[Finding("GPU", "ok", line) for line in gpus],
+        Diagnosis("python", "ok", f"{here.software['python']} at {sys.executable}"),
+        Diagnosis(
+            "processor", "ok", f"{here.machine['cpu']}, {here.threads} cores used, {here.machine['architecture']}"
+        ),
+        Diagnosis("memory", "ok", f"{int(here.machine['memory_B']) / _GIB:.1f} GiB"),
+        *[Diagnosis("GPU", "ok", line) for line in gpus],
         *(
             []
             if gpus
-            else [Finding("GPU", "note", "no NVIDIA GPU: --device auto takes the CPU; GPU rows stay not-run")]
+            else [Diagnosis("GPU", "note", "no NVIDIA GPU: --device auto takes the CPU; GPU rows stay not-run")]
         ),
-        Finding("environment", "ok", f"id {here.id}, code {here.code_version}"),
-        *[Finding(name, "ok", version) for name, version in here.software.items() if name != "python"],
+        Diagnosis("environment", "ok", f"id {here.id}, code {here.code_version}"),
+        *[Diagnosis(name, "ok", version) for name, version in here.software.items() if name != "python"],
         _memory_peaks(),
     ]
 
 
-def _memory_peaks() -> Finding:
+def _memory_peaks() -> Diagnosis:
     exact = Path("/proc/self/clear_refs").exists()
     detail = "per phase from the kernel (VmHWM)" if exact else "sampled every 20 ms: short peaks are missed"
-    return Finding("memory peaks", "ok" if exact else "note", detail)
+    return Diagnosis("memory peaks", "ok" if exact else "note", detail)
 
 
-def _implementations() -> list[Finding]:
+def _implementations() -> list[Diagnosis]:
     registry = discover()
     found = []
     for implementation in registry.implementations:
@@ -73,29 +75,29 @@ def _implementations() -> list[Finding]:
         detail = (
             f"not installed: {', '.join(missing)}; its Cells are skipped" if missing else implementation.distribution
         )
-        found.append(Finding(str(implementation), "note" if missing else "ok", detail))
-    return found + [Finding(name, "no", why) for name, why in registry.broken.items()]
+        found.append(Diagnosis(str(implementation), "note" if missing else "ok", detail))
+    return found + [Diagnosis(name, "no", why) for name, why in registry.broken.items()]
 
 
-def _assets() -> list[Finding]:
+def _assets() -> list[Diagnosis]:
     found = []
     for source in loader.load("quick").sources.values():
         ready = fetch.is_ready(source)
         found.append(
-            Finding(source.name, "ok" if ready else "note", "ready" if ready else f"will be fetched: {source.source}")
+            Diagnosis(source.name, "ok" if ready else "note", "ready" if ready else f"will be fetched: {source.source}")
         )
     if importlib.util.find_spec("pip") is None:
         found.append(
-            Finding("pip", "no", "not in this environment, so carriers cannot be fetched: python -m ensurepip")
+            Diagnosis("pip", "no", "not in this environment, so carriers cannot be fetched: python -m ensurepip")
         )
     return found
 
 
-def _disk() -> list[Finding]:
+def _disk() -> list[Diagnosis]:
     found = []
     for name, place in (("cache", cache.root()), ("runs", store.RUNS.resolve())):
         there = next(p for p in (place, *place.parents) if p.exists())
         free = shutil.disk_usage(there).free
         state = "ok" if free >= _ROOM_B else "no"
-        found.append(Finding(f"disk of the {name}", state, f"{free / _GIB:.1f} GiB free at {place}"))
+        found.append(Diagnosis(f"disk of the {name}", state, f"{free / _GIB:.1f} GiB free at {place}"))
     return found

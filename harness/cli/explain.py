@@ -85,14 +85,14 @@ def explain(name: str) -> str:
             topics += read()
     found = [text() for topic, text in topics if topic.lower() == wanted]
     if not found:
-        mend = near(wanted, sorted({topic for topic, _ in topics}))
-        if not mend.startswith("did you mean"):  # all names together would fill the screen
-            mend = (
+        hint = near(wanted, sorted({topic for topic, _ in topics}))
+        if not hint.startswith("did you mean"):  # all names together would fill the screen
+            hint = (
                 "`peft-harness list methods`, `list checks`, `list claims` and `list measures` show names; operations, known"
                 " defects, optimizers, keys of `training:` and `config:`, verdicts, errors, exit codes (0 to 5), statuses"
                 " (ok, oom) and words of the README (canary, history) can be explained too"
             )
-        raise UsageError(f"nothing is called `{name}`", where="explain", mend=mend)
+        raise UsageError(f"nothing is called `{name}`", where="explain", hint=hint)
     return "\n\n".join(found)
 
 

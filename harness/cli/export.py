@@ -58,14 +58,14 @@ def _want_pyarrow() -> None:
         raise UsageError(
             f"Parquet is written by pyarrow, which cannot be imported: {error}",
             where="--format parquet",
-            mend="`pip install pyarrow`, or take --format csv",
+            hint="`pip install pyarrow`, or take --format csv",
         ) from error
 
 
 def _refuse_used(folder: Path) -> None:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         what = "holds something already" if folder.is_dir() else "is no folder"
-        raise UsageError(what, where=f"--out {folder}", mend="name another folder, or move that one away")
+        raise UsageError(what, where=f"--out {folder}", hint="name another folder, or move that one away")
 
 
 def _make(folder: Path) -> None:
@@ -73,7 +73,7 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         what = f"cannot make the folder: {error.strerror}"
-        raise UsageError(what, where=f"--out {folder}", mend="name a place where files can be written") from error
+        raise UsageError(what, where=f"--out {folder}", hint="name a place where files can be written") from error
 
 
 def _bytes(frame: DataFrame, form: Format) -> bytes:
@@ -89,5 +89,5 @@ def _write(path: Path, data: bytes) -> None:
     try:
         store.write_atomic(path, data)
     except StoreError as error:
-        mend = f"make room or name another --out, remove {path.parent}, and export again"
-        raise StoreError(error.what, where=error.where, mend=mend) from error
+        hint = f"make room or name another --out, remove {path.parent}, and export again"
+        raise StoreError(error.what, where=error.where, hint=hint) from error

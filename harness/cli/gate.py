@@ -98,7 +98,7 @@ def gate(run: str | None, baseline: str | None, pairs: tuple[str, str] | None, s
 
     outputs = Outputs(told["junit"], told["markdown"], told["annotations"])
     options = {name: told[name] for name in given & {"repo", "suite", "only", "device", "cores", "out", "seed"}}
-    asked = gate_pairs.Asked(*pairs, canary=not told["no_canary"], strict=strict, outputs=outputs, **options)
+    asked = gate_pairs.PairsRequest(*pairs, canary=not told["no_canary"], strict=strict, outputs=outputs, **options)
     return gate_pairs.gate(asked, told["as_json"])
 
 

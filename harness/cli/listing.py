@@ -17,7 +17,7 @@ from harness.records.record import SCHEMA
 from harness.resources import folder
 from harness.suites import loader, tasks
 
-Row = dict[str, Any]
+ListRow = dict[str, Any]
 
 
 def listing(kinds: Sequence[str] = ()) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def _shown(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, (list, tuple, dict)) else str(value)
 
 
-def _methods(registry: Registry) -> list[Row]:
+def _methods(registry: Registry) -> list[ListRow]:
     return [
         {
             "name": info.name,
@@ -62,7 +62,7 @@ def _methods(registry: Registry) -> list[Row]:
     ]
 
 
-def _implementations(registry: Registry) -> list[Row]:
+def _implementations(registry: Registry) -> list[ListRow]:
     return [
         {
             "name": i.name,
@@ -76,7 +76,7 @@ def _implementations(registry: Registry) -> list[Row]:
     ]
 
 
-def _suites(_: Registry) -> list[Row]:
+def _suites(_: Registry) -> list[ListRow]:
     files = {name: yaml_lines.load(loader.find(name)).data for name in loader.names()}
     return [
         {"name": name, "title": str(data.get("title", "")), "about": str(data.get("about", "")).strip()}
@@ -84,7 +84,7 @@ def _suites(_: Registry) -> list[Row]:
     ]
 
 
-def _models(_: Registry) -> list[Row]:
+def _models(_: Registry) -> list[ListRow]:
     whole = [s for s in _sources().values() if s.kind != "data"]
     return [
         *({"name": s.name, "kind": s.kind, "source": s.source, "licence": s.licence} for s in whole),
@@ -95,7 +95,7 @@ def _models(_: Registry) -> list[Row]:
     ]
 
 
-def _tasks(_: Registry) -> list[Row]:
+def _tasks(_: Registry) -> list[ListRow]:
     found = [tasks.load(name, folder("suites"), _sources()) for name in tasks.names()]
     return [
         {
@@ -109,11 +109,11 @@ def _tasks(_: Registry) -> list[Row]:
     ]
 
 
-def _checks(_: Registry) -> list[Row]:
+def _checks(_: Registry) -> list[ListRow]:
     return [{"name": name, "summary": text.partition("\n")[0]} for name, text in checks.docstrings().items()]
 
 
-def _claims(_: Registry) -> list[Row]:
+def _claims(_: Registry) -> list[ListRow]:
     from harness.claims import claim_file
 
     claims = claim_file.load(claim_file.paths(claim_file.names()))
@@ -129,7 +129,7 @@ def _claims(_: Registry) -> list[Row]:
     ]
 
 
-def _measures(_: Registry) -> list[Row]:
+def _measures(_: Registry) -> list[ListRow]:
     from harness.claims.measure import measures
 
     return [
@@ -147,7 +147,7 @@ def _sources() -> dict[str, Source]:
     return load_table(folder("suites") / "sources.yaml")
 
 
-_ROWS: dict[str, Callable[[Registry], list[Row]]] = {
+_ROWS: dict[str, Callable[[Registry], list[ListRow]]] = {
     "methods": _methods,
     "implementations": _implementations,
     "suites": _suites,

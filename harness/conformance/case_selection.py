@@ -19,7 +19,7 @@ LEAST_FEATURES = 8
 
 
 @dataclass(frozen=True)
-class Breadth:
+class CaseSelection:
     """Which cases of a parity suite are tried.
 
     full: all configs x shapes x layers x dtypes; else each of them at least once. drawn: how many cases besides, their
@@ -35,7 +35,7 @@ class Breadth:
         return random.Random(f"{self.seed} {target}")  # noqa: S311
 
 
-FEW = Breadth()
+FEW = CaseSelection()
 
 
 def between(dice: random.Random, least: int, most: int) -> int:

@@ -19,14 +19,14 @@ from pydantic import Field, ValidationError, field_validator
 
 from harness import yaml_lines
 from harness.conformance import checks
-from harness.conformance.outcomes import Tried
+from harness.conformance.outcomes import CheckOutcome
 from harness.errors import Problem, SuiteError, near
-from harness.records.record import CheckResult, Frozen, Outcome
+from harness.records.record import CheckResult, FrozenModel, Outcome
 from harness.resources import folder
 from harness.suites import schema
 
 
-class Defect(Frozen):
+class Defect(FrozenModel):
     """One thing that a library is known to do otherwise.
 
     library: its distribution; versions: a range, e.g. `>=0.19`. implementation: who shows it here; target: as what, if
@@ -71,7 +71,7 @@ class Defect(Frozen):
                 raise ValueError(f"`shows` holds {one!r}, which is no regular expression: {error}") from error
         return value
 
-    def matches(self, tried: Tried, pattern: str = "") -> bool:
+    def matches(self, tried: CheckOutcome, pattern: str = "") -> bool:
         """Whether this result is of a case in which the defect should show; pattern: in this one of its checks."""
         return (
             tried.implementation == self.implementation
@@ -80,7 +80,7 @@ class Defect(Frozen):
             and any(fnmatchcase(f"{tried.case} {tried.dtype}", one) for one in self.cases)
         )
 
-    def explains(self, tried: Tried) -> bool:
+    def explains(self, tried: CheckOutcome) -> bool:
         """Whether this result is a failure of such a case that looks like the defect."""
         result, what = tried.result, said(tried.result)
         if result.outcome is not Outcome.FAIL or not self.matches(tried):
@@ -98,7 +98,7 @@ class Defect(Frozen):
             return False
 
 
-class _File(Frozen):
+class _File(FrozenModel):
     defects: list[Defect]
 
 
@@ -125,10 +125,10 @@ def known() -> tuple[Defect, ...]:
         for pattern in defect.checks:
             parts = pattern.split("/")
             if len(parts) != 4 or (parts[1] not in {*checks.docstrings(), "attach", "alive", "*"}):
-                mend = near(
+                hint = near(
                     parts[1] if len(parts) > 1 else pattern, checks.docstrings(), "write method/check/dtype/state"
                 )
-                problems.append(Problem(where, f"{defect.id}: {pattern!r} names no check", mend))
+                problems.append(Problem(where, f"{defect.id}: {pattern!r} names no check", hint))
         if not (file.parent / defect.reproduction).is_file():
             problems.append(Problem(where, f"{defect.id}: no file {defect.reproduction}", "write the reproduction"))
     if problems:
@@ -143,7 +143,7 @@ def said(result: CheckResult) -> str:
     )  # fmt: skip
 
 
-def explained(tried: Iterable[Tried], defects: Sequence[Defect]) -> tuple[list[Tried], list[str]]:
+def explained(tried: Iterable[CheckOutcome], defects: Sequence[Defect]) -> tuple[list[CheckOutcome], list[str]]:
     """Return the results, failures that a known defect explains marked with the first that does; and the complaints.
 
     A complaint is an entry, or some of its checks, of which no case that was tried failed as it says, whatever other entry

@@ -9,35 +9,35 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from harness.conformance.case_selection import FEW, Breadth
-from harness.conformance.outcomes import Standing, Tried
+from harness.conformance.case_selection import FEW, CaseSelection
+from harness.conformance.outcomes import CheckOutcome, CheckStatus
 from harness.errors import HarnessError
-from harness.methods.registry import Implementation, Kind, Registry, doors
-from harness.process.workers import Children
+from harness.methods.registry import Implementation, Registry, TargetKind, doors
+from harness.process.workers import WorkerPool
 from harness.records.record import CheckResult, Outcome
 
 PATIENCE = 120.0
 """Seconds without a single result after which an implementation is said to hang. A check takes milliseconds."""
 
-Target = tuple[str, Kind, str]
+Target = tuple[str, TargetKind, str]
 """An implementation's name, and the kind and name of what it claims to be."""
 
 
 @dataclass(frozen=True)
-class Task:
+class WorkerTask:
     """An entry point, and what to try of what it offers: in one process, which pays for its imports once."""
 
     point: str
     targets: Sequence[Target]
-    breadth: Breadth = FEW
+    breadth: CaseSelection = FEW
     dtypes: tuple[str, ...] = ()
 
 
 @dataclass
-class Findings:
+class CheckFindings:
     """What came of a Task. missing: target -> what it needs that is not there. left: what an interruption left untried."""
 
-    tried: list[Tried] = field(default_factory=list)
+    tried: list[CheckOutcome] = field(default_factory=list)
     missing: dict[Target, str] = field(default_factory=dict)
     left: list[Target] = field(default_factory=list)
 
@@ -52,7 +52,7 @@ def discover(patience: float = PATIENCE) -> Registry:
 
     The functions of the Implementations returned are not there and cannot be called.
     """
-    children, points = Children(), list(doors())
+    children, points = WorkerPool(), list(doors())
     broken: dict[str, str] = {}
     while True:
         at, died, registry = "", "", None
@@ -68,7 +68,7 @@ def discover(patience: float = PATIENCE) -> Registry:
             after = {"one of them": f"after importing them all {died}"} if died else {}
             return Registry(registry.implementations, registry.broken | broken | after)
         if not at:
-            raise HarnessError(f"asking the plug-ins what they offer: {died}", mend="what it said is above")
+            raise HarnessError(f"asking the plug-ins what they offer: {died}", hint="what it said is above")
         broken[at] = f"importing it: {died}"
         points = [point for point in points if point != at]
 
@@ -78,11 +78,11 @@ def _elsewhere(*_: Any, **__: Any) -> Any:
 
 
 def run(
-    tasks: Sequence[Task], jobs: int, said: Callable[[str], None], patience: float = PATIENCE
-) -> tuple[list[Findings], bool]:
+    tasks: Sequence[WorkerTask], jobs: int, said: Callable[[str], None], patience: float = PATIENCE
+) -> tuple[list[CheckFindings], bool]:
     """Try all tasks, `jobs` processes at a time; return what was found, in the tasks' order, and whether Ctrl-C came."""
-    children = Children()
-    found = [Findings(left=list(task.targets)) for task in tasks]
+    children = WorkerPool()
+    found = [CheckFindings(left=list(task.targets)) for task in tasks]
     interrupted = False
     with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
         try:
@@ -100,7 +100,9 @@ def run(
     return found, interrupted
 
 
-def _all_of(task: Task, found: Findings, children: Children, said: Callable[[str], None], patience: float) -> None:
+def _all_of(
+    task: WorkerTask, found: CheckFindings, children: WorkerPool, said: Callable[[str], None], patience: float
+) -> None:
     """Try the targets; after a crash or a hang, those that were not yet begun in a new process."""
     left = list(task.targets)
     while left and not children.stopped:
@@ -108,7 +110,12 @@ def _all_of(task: Task, found: Findings, children: Children, said: Callable[[str
 
 
 def _one_process(
-    task: Task, targets: list[Target], found: Findings, children: Children, said: Callable[[str], None], patience: float
+    task: WorkerTask,
+    targets: list[Target],
+    found: CheckFindings,
+    children: WorkerPool,
+    said: Callable[[str], None],
+    patience: float,
 ) -> list[Target]:
     """Try `targets` in one process; return those that it did not come to."""
     words = {
@@ -128,7 +135,7 @@ def _one_process(
         elif "missing" in event:
             found.missing[at] = event["missing"]
         elif "tried" in event:
-            found.tried.append(Tried.model_validate_json(json.dumps(event["tried"])))
+            found.tried.append(CheckOutcome.model_validate_json(json.dumps(event["tried"])))
         elif "end" in event:
             case = "afterwards"
             found.left.remove(at)
@@ -142,13 +149,13 @@ def _one_process(
     return left
 
 
-def _summary(at: Target, tried: Sequence[Tried], seconds: float) -> str:
-    failed = sum(one.standing is Standing.FAIL for one in tried)
+def _summary(at: Target, tried: Sequence[CheckOutcome], seconds: float) -> str:
+    failed = sum(one.standing is CheckStatus.FAIL for one in tried)
     return f"checked {at[2]} by {at[0]}: {len(tried)} checks, {failed} failed, {seconds:.1f} s"
 
 
-def _died(at: Target, case: str, how: str) -> Tried:
+def _died(at: Target, case: str, how: str) -> CheckOutcome:
     result = CheckResult(check=f"{at[2]}/alive/-/-", outcome=Outcome.FAIL, detail=how)
-    return Tried(
+    return CheckOutcome(
         implementation=at[0], kind=at[1], target=at[2], dtype="-", case=case, result=result
     )  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from harness.conformance.inputs import cast
 from harness.conformance.observations import observe
-from harness.conformance.subject import Subject, Twin
+from harness.conformance.subject import ReferenceLayer, Subject
 from harness.conformance.tolerance_policies import perturbed
 from harness.conformance.tolerance_table import PERTURBED_DRAWS
 
@@ -54,7 +54,7 @@ def reference_runs(
 
 
 def runs_of(
-    wide: Twin, own: Twin, dtype: str, x: Tensor, dy: Tensor, *, look: Look = observe
+    wide: ReferenceLayer, own: ReferenceLayer, dtype: str, x: Tensor, dy: Tensor, *, look: Look = observe
 ) -> tuple[dict[str, Tensor], Draws]:
     """Observe the reference in float64, `wide`, and draws of what a program in `dtype` loses.
 

@@ -12,16 +12,16 @@ import torch
 
 from harness.conformance import checks, operations, parity_suite, process_settings
 from harness.conformance.case import Case
-from harness.conformance.case_selection import FEW, Breadth
-from harness.conformance.outcomes import Tried
+from harness.conformance.case_selection import FEW, CaseSelection
+from harness.conformance.outcomes import CheckOutcome
 from harness.conformance.parity_model import TARGETS, ParityModel, whole
 from harness.conformance.subject import (
     DTYPES,
     ExpectedCodes,
     Original,
-    Packed,
+    PackedLayer,
+    ReferenceLayer,
     Subject,
-    Twin,
     adaptable_layers,
     attach_reference,
     configure,
@@ -44,10 +44,10 @@ _WARM_SHOWS = (
 def run(
     implementation: Implementation,
     *,
-    breadth: Breadth = FEW,
+    breadth: CaseSelection = FEW,
     dtypes: tuple[str, ...] = (),
     begin: Callable[[str], None] | None = None,
-) -> Iterator[Tried]:
+) -> Iterator[CheckOutcome]:
     """Yield every check of every case; dtypes: only these, if any are given; begin: is told of each case before it.
 
     An exception inside a check or inside the implementation is a failure of that check or of `attach`; a
@@ -59,7 +59,7 @@ def run(
         if begin is not None:
             begin(f"{words} {dtype}")
         for result in tries():
-            yield Tried(
+            yield CheckOutcome(
                 implementation=implementation.name,
                 kind=implementation.kind,
                 target=implementation.target,
@@ -73,7 +73,7 @@ Tries = Callable[[], Iterator[CheckResult]]
 
 
 def _method(
-    implementation: Implementation, breadth: Breadth, dtypes: Collection[str]
+    implementation: Implementation, breadth: CaseSelection, dtypes: Collection[str]
 ) -> Iterator[tuple[str, str, Tries]]:
     plan = parity_suite.load(implementation.target)
     for case in plan.cases(breadth, dtypes):
@@ -125,11 +125,13 @@ def attach(
     """Attach an implementation to a fresh parity model on `device`; return it and the case around it."""
     method = plan.method
 
-    def built(shape: parity_suite.Shape) -> ParityModel:
+    def built(shape: parity_suite.CaseShape) -> ParityModel:
         return ParityModel(of.kind, shape, DTYPES[of.dtype], SEED).eval().to(device)
 
     pristine = built(of.shape)
-    twins: dict[tuple[str, str], Twin] = {}  # one weight, one config: one reference, of every subject made here
+    twins: dict[
+        tuple[str, str], ReferenceLayer
+    ] = {}  # one weight, one config: one reference, of every subject made here
 
     def fresh(*, seed: int = SEED, square: bool = False, **changed: Any) -> Subject:
         model = built(of.shape.square()) if square else copy.deepcopy(pristine)
@@ -137,12 +139,12 @@ def attach(
         if hasattr(settled, "targets"):
             settled = dataclasses.replace(settled, targets=TARGETS)
         bases = _adaptable(model, settled)
-        packed: dict[str, Packed] = {}
+        packed: dict[str, PackedLayer] = {}
         expected: dict[str, ExpectedCodes] = {}
         if plan.base:
             expected = {path: ExpectedCodes.of(layer) for path, layer in bases.items()}
             forms = implementation(model, list(bases), DTYPES[of.dtype])
-            packed = {path: Packed(*form) for path, form in forms.items()}
+            packed = {path: PackedLayer(*form) for path, form in forms.items()}
             bases = _adaptable(model, settled)
         original, own = Original.of(model), list(model.parameters())
         generator = torch.Generator().manual_seed(seed)
@@ -170,7 +172,7 @@ def _adaptable(model: ParityModel, config: Any) -> dict[str, Any]:
 
 
 def _operation(
-    implementation: Implementation, breadth: Breadth, dtypes: Collection[str]
+    implementation: Implementation, breadth: CaseSelection, dtypes: Collection[str]
 ) -> Iterator[tuple[str, str, Tries]]:
     plan = parity_suite.load_operation(implementation.target)
     for values, dtype in plan.calls(breadth, dtypes):

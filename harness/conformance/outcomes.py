@@ -5,10 +5,10 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Literal
 
-from harness.records.record import CheckResult, Frozen, Outcome
+from harness.records.record import CheckResult, FrozenModel, Outcome
 
 
-class Standing(StrEnum):
+class CheckStatus(StrEnum):
     """What a result means: a known defect is a failure that was expected, and is shown as one."""
 
     PASS = "pass"  # noqa: S105
@@ -18,7 +18,7 @@ class Standing(StrEnum):
     SKIPPED = "skipped"
 
 
-class Tried(Frozen):
+class CheckOutcome(FrozenModel):
     """One check of one case. case: config and shape in words; defect: the id of the known defect that explains a failure."""
 
     implementation: str
@@ -35,13 +35,13 @@ class Tried(Frozen):
         return self.result.check.split("/")[1]
 
     @property
-    def standing(self) -> Standing:
+    def standing(self) -> CheckStatus:
         """What the result means."""
         if self.result.outcome is Outcome.FAIL:
-            return Standing.KNOWN_DEFECT if self.defect else Standing.FAIL
+            return CheckStatus.KNOWN_DEFECT if self.defect else CheckStatus.FAIL
         if self.result.outcome is Outcome.PASS:
-            return Standing.PASS
-        return Standing.UNSUPPORTED if self.result.detail.startswith("unsupported") else Standing.SKIPPED
+            return CheckStatus.PASS
+        return CheckStatus.UNSUPPORTED if self.result.detail.startswith("unsupported") else CheckStatus.SKIPPED
 
     @property
     def share(self) -> float | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.subject import ExpectedCodes, Packed
+from harness.conformance.subject import ExpectedCodes, PackedLayer
 from harness.conformance.tolerance_policies import Judgement, exact, noise_floor, worst_of
 from reference.operations import double_quant, nf4
 
@@ -17,7 +17,7 @@ _BLOCK = 64
 _SAME = Judgement(True, 0.0, 0.0, "codes", "", "exact", 0)
 
 
-def judge(form: Packed, want: ExpectedCodes, bias: Tensor | None) -> tuple[Judgement, int]:
+def judge(form: PackedLayer, want: ExpectedCodes, bias: Tensor | None) -> tuple[Judgement, int]:
     """Judge a packed weight and its bias; also return how many codes were excused as ties (see the check `codes`)."""
     have, expected, ties = _compared(form, want)
     if want.bias is not None:
@@ -29,7 +29,7 @@ def judge(form: Packed, want: ExpectedCodes, bias: Tensor | None) -> tuple[Judge
     return worst_of(found, "exact"), ties
 
 
-def judge_in_pieces(form: Packed, layer: nn.Linear, bias: Tensor | None) -> tuple[Judgement, int]:
+def judge_in_pieces(form: PackedLayer, layer: nn.Linear, bias: Tensor | None) -> tuple[Judgement, int]:
     """Judge by the dense `layer` itself, and hold no more than `PIECE` of its weights' codes at a time.
 
     bias: of the packed layer. Returns what `judge` does.
@@ -71,7 +71,7 @@ def _near_tie(W: Tensor, asked: Tensor) -> Tensor:
     return mask.flatten()[: len(W)]
 
 
-def _compared(form: Packed, want: ExpectedCodes) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+def _compared(form: PackedLayer, want: ExpectedCodes) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
     """Return what must be equal, on both sides, and how many codes were excused. A double-quantised absmax is not in it."""
     codes = nf4.unpack(form.data, want.codes.numel())
     tied = want.near_tie & ((codes.int() - want.codes.int()).abs() == 1)

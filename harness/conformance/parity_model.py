@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from harness.conformance.inputs import SIDE
 from harness.conformance.observations import inference
-from harness.conformance.parity_suite import Kind, Shape
+from harness.conformance.parity_suite import CaseShape, Kind
 
 TARGETS = ("first", "second")
 _GEOMETRIES: dict[str, dict[str, Any]] = {
@@ -27,7 +27,7 @@ class ParityModel(nn.Module):
     Weights are normal with standard deviation 1/sqrt(in), drawn in float64.
     """
 
-    def __init__(self, kind: Kind, shape: Shape, dtype: torch.dtype, seed: int) -> None:
+    def __init__(self, kind: Kind, shape: CaseShape, dtype: torch.dtype, seed: int) -> None:
         super().__init__()
         self.kind, D, E = kind, shape.inputs, shape.outputs
         self.first, self.other, self.second = _layers(kind, D, E)

@@ -12,11 +12,11 @@ from pydantic import Field, ValidationError
 
 from harness import yaml_lines
 from harness.conformance import case_selection, checks
-from harness.conformance.case_selection import Breadth
+from harness.conformance.case_selection import CaseSelection
 from harness.errors import Problem, SuiteError, UsageError, near
 from harness.methods.registry import DTYPES
 from harness.methods.spec import methods
-from harness.records.record import Frozen
+from harness.records.record import FrozenModel
 from harness.resources import folder
 from harness.suites import schema
 
@@ -27,23 +27,23 @@ Kind = Literal["linear", "conv1d", "embedding", "conv2d", "conv2d-dilated", "con
 _Suite = TypeVar("_Suite", "ParitySuite", "OperationSuite")
 
 
-class Shape(Frozen):
+class CaseShape(FrozenModel):
     """Rows x in x out of the first layer of the model that is adapted; the second maps back."""
 
     tokens: int = Field(ge=1)
     inputs: int = Field(ge=1, alias="in")
     outputs: int = Field(ge=1, alias="out")
 
-    def square(self) -> Shape:
+    def square(self) -> CaseShape:
         """Return the shape whose two layers are of one size, the smaller."""
         side = min(self.inputs, self.outputs)
-        return Shape.model_validate({"tokens": self.tokens, "in": side, "out": side})
+        return CaseShape.model_validate({"tokens": self.tokens, "in": side, "out": side})
 
     def __str__(self) -> str:
         return f"{self.tokens}x{self.inputs}x{self.outputs}"
 
 
-class Looser(Frozen):
+class Looser(FrozenModel):
     """A factor on the noise floor that is not the usual one, and why: it shows in the report."""
 
     factor: float = Field(gt=0, le=1000)
@@ -51,7 +51,7 @@ class Looser(Frozen):
     link: str = ""
 
 
-class ParitySuite(Frozen):
+class ParitySuite(FrozenModel):
     """The cases of one Method: every config x kind of layer x shape x dtype, and the checks in every state.
 
     base: the quantisation of the base weights that is judged, under the reference's adapter; empty where the Method is.
@@ -65,7 +65,7 @@ class ParitySuite(Frozen):
     states: list[Literal["init", "warm"]] = Field(min_length=1)
     configs: list[dict[str, Any]] = Field(min_length=1)
     layers: list[Kind] = Field(default=["linear"], min_length=1)
-    shapes: list[Shape] = Field(min_length=1)
+    shapes: list[CaseShape] = Field(min_length=1)
     dtypes: list[Dtype] = Field(min_length=1)
     tolerances: dict[str, Looser] = Field(default={})
 
@@ -73,7 +73,7 @@ class ParitySuite(Frozen):
         """Map checks to their own factor on the noise floor."""
         return {check: looser.factor for check, looser in self.tolerances.items()}
 
-    def cases(self, wanted: Breadth, dtypes: Collection[str] = DTYPES) -> Iterator[MethodCase]:
+    def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[MethodCase]:
         """Yield the cases in those of `dtypes` that the suite has: all of the product, or few; and those drawn at random.
 
         The few: the first kind of layer, since many implementations offer no other, meets every config and every shape in
@@ -96,7 +96,7 @@ class ParitySuite(Frozen):
             ]
             config = case_selection.config(dice, dice.choice(self.configs), min(sides))
             tokens = case_selection.between(dice, 1, case_selection.LARGEST_TOKENS)
-            shape = Shape.model_validate({"tokens": tokens, "in": sides[0], "out": sides[1]})
+            shape = CaseShape.model_validate({"tokens": tokens, "in": sides[0], "out": sides[1]})
             kind = dice.choice([self.layers[0], dice.choice(self.layers)])  # half of them of the kind that all offer
             dtype = dice.choice(self.dtypes)
             if dtype in there:  # a seed draws the same cases, whatever dtypes are asked for
@@ -124,7 +124,7 @@ class MethodCase:
 
     config: dict[str, Any]
     kind: Kind
-    shape: Shape
+    shape: CaseShape
     dtype: Dtype
 
     def __str__(self) -> str:
@@ -132,7 +132,7 @@ class MethodCase:
         return " ".join(filter(None, [in_words(self.config), kind, str(self.shape)]))
 
 
-class OperationSuite(Frozen):
+class OperationSuite(FrozenModel):
     """The cases of one Operation: every case x dtype. What a case may say is what the Operation's arguments take."""
 
     operation: str
@@ -146,7 +146,7 @@ class OperationSuite(Frozen):
         """Map checks to their own factor on the noise floor."""
         return {check: looser.factor for check, looser in self.tolerances.items()}
 
-    def calls(self, wanted: Breadth, dtypes: Collection[str] = DTYPES) -> Iterator[tuple[dict[str, Any], Dtype]]:
+    def calls(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[tuple[dict[str, Any], Dtype]]:
         """Yield what each case says, and a dtype: all in every dtype that is wanted, or few; and those drawn at random.
 
         The few: every case in float32, or where that is not wanted in the first dtype that is, and in the
@@ -165,7 +165,7 @@ class OperationSuite(Frozen):
                 yield values, dtype
 
 
-Plan = ParitySuite | OperationSuite
+ParityPlan = ParitySuite | OperationSuite
 
 
 def _drops(config: Mapping[str, Any]) -> bool:
@@ -199,7 +199,7 @@ def kind_of(name: str) -> Literal["method", "operation", "base"]:
     return "base" if isinstance(data, dict) and data.get("base") else "method"
 
 
-def load_either(name: str) -> Plan:
+def load_either(name: str) -> ParityPlan:
     """Read the parity suite of a Method, a base or an Operation. Raises as `load` does."""
     return load_operation(name) if kind_of(name) == "operation" else load(name)
 
@@ -241,7 +241,7 @@ def load_operation(name: str) -> OperationSuite:
 def _document(name: str) -> yaml_lines.Document:
     path = path_of(name)
     if not path.is_file():
-        raise UsageError(f"no parity suite for {name}", where=str(path), mend="add one: which checks, cases and dtypes")
+        raise UsageError(f"no parity suite for {name}", where=str(path), hint="add one: which checks, cases and dtypes")
     return yaml_lines.load(path)
 
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from harness.conformance.defects import Defect
-from harness.conformance.outcomes import Standing, Tried
-from harness.conformance.parity_suite import Plan
+from harness.conformance.outcomes import CheckOutcome, CheckStatus
+from harness.conformance.parity_suite import ParityPlan
 from harness.errors import Exit
 
 
 @dataclass(frozen=True)
-class Report:
+class CheckReport:
     """What came of it.
 
     skipped: what was not tried, and why. complaints: known defects that did not show. broken: plug-ins that could not be
@@ -21,17 +21,17 @@ class Report:
     untried: implementations asked for by name, nothing of which could be tried.
     """
 
-    tried: list[Tried]
+    tried: list[CheckOutcome]
     skipped: dict[str, str] = field(default_factory=dict)
     complaints: list[str] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     defects: Sequence[Defect] = ()
-    plans: dict[str, Plan] = field(default_factory=dict)
+    plans: dict[str, ParityPlan] = field(default_factory=dict)
     software: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
     untried: Sequence[str] = ()
 
-    def count(self, standing: Standing) -> int:
+    def count(self, standing: CheckStatus) -> int:
         """Count the results of one standing."""
         return sum(one.standing is standing for one in self.tried)
 
@@ -49,11 +49,13 @@ class Report:
         """
         if self.interrupted:
             return Exit.INFRASTRUCTURE
-        if self.count(Standing.FAIL) or self.complaints or self.broken:
+        if self.count(CheckStatus.FAIL) or self.complaints or self.broken:
             return Exit.FAIL
         if self.untried:
             return Exit.INFRASTRUCTURE
-        return Exit.PASS if self.count(Standing.PASS) or self.count(Standing.KNOWN_DEFECT) else Exit.NOTHING_COMPARED
+        return (
+            Exit.PASS if self.count(CheckStatus.PASS) or self.count(CheckStatus.KNOWN_DEFECT) else Exit.NOTHING_COMPARED
+        )
 
     def document(self) -> dict[str, Any]:
         """Return everything as JSON can hold it."""

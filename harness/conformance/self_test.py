@@ -17,15 +17,15 @@ from harness.conformance import checks, faults, matrix, operations, parity_suite
 from harness.conformance.checks.unreferenced import ALONE
 from harness.conformance.faults import Fault, Slice
 from harness.conformance.faults.packed import pack
-from harness.conformance.faults.patched_copy import Copy
+from harness.conformance.faults.patched_copy import PatchedCopy
 from harness.errors import Exit
-from harness.methods.registry import Implementation, Kind
+from harness.methods.registry import Implementation, TargetKind
 from harness.methods.spec import methods
 from harness.records.record import Outcome
 
 
 @dataclass(frozen=True)
-class Verdict:
+class FaultVerdict:
     """What the checks said of one fault. caught: the checks that failed."""
 
     fault: Fault
@@ -45,10 +45,10 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Report:
+class SelfTestReport:
     """Every fault's verdict; wrong: what the right reference was accused of; idle: checks that catch no fault."""
 
-    verdicts: Sequence[Verdict]
+    verdicts: Sequence[FaultVerdict]
     wrong: Sequence[str] = field(default=())
     idle: Sequence[str] = field(default=())
 
@@ -78,7 +78,7 @@ class Report:
         yield f"{self.caught} of {len(self.verdicts)} faults caught"
 
 
-def run(planted: Iterable[Fault] | None = None) -> Report:
+def run(planted: Iterable[Fault] | None = None) -> SelfTestReport:
     """Try all faults, or only those given: then no check is called idle."""
     every = list(faults.every() if planted is None else planted)
     threads = torch.get_num_threads()
@@ -89,17 +89,17 @@ def run(planted: Iterable[Fault] | None = None) -> Report:
         torch.set_num_threads(threads)
 
 
-def _run(every: Sequence[Fault], complete: bool) -> Report:
-    verdicts = [Verdict(fault, _failed(_spoilt(fault), fault.where)) for fault in every]
+def _run(every: Sequence[Fault], complete: bool) -> SelfTestReport:
+    verdicts = [FaultVerdict(fault, _failed(_spoilt(fault), fault.where)) for fault in every]
     cases = {(fault.target, str(fault.where)): fault for fault in every}
     wrong = [
         f"{fault.target}/{check} ({fault.where})"
         for fault in cases.values()
-        for check in _failed(_implementation(fault.target, Copy(_source(fault.target))), fault.where)
+        for check in _failed(_implementation(fault.target, PatchedCopy(_source(fault.target))), fault.where)
     ]
     useful = {name for verdict in verdicts for name in verdict.caught}
     idle = [] if not complete else [name for name in checks.every() if name not in (*useful, *ALONE)]
-    return Report(verdicts, wrong, idle)
+    return SelfTestReport(verdicts, wrong, idle)
 
 
 def check(as_json: bool) -> Exit:
@@ -122,7 +122,9 @@ def _failed(implementation: Implementation, where: Slice) -> tuple[str, ...]:
         calls = parity_suite.load_operation(implementation.target)
         results = matrix.one_call(implementation, calls, where.values, where.dtype)
     else:
-        shape = parity_suite.Shape.model_validate({"tokens": where.tokens, "in": where.inputs, "out": where.outputs})
+        shape = parity_suite.CaseShape.model_validate(
+            {"tokens": where.tokens, "in": where.inputs, "out": where.outputs}
+        )
         case = parity_suite.MethodCase(where.values, where.layer, shape, where.dtype)
         results = matrix.one_case(implementation, _plan(implementation.target), case)
     failed = [result.check.split("/")[1] for result in results if result.outcome is Outcome.FAIL]
@@ -130,7 +132,7 @@ def _failed(implementation: Implementation, where: Slice) -> tuple[str, ...]:
 
 
 def _spoilt(fault: Fault) -> Implementation:
-    copy = Copy(_source(fault.target))
+    copy = PatchedCopy(_source(fault.target))
     fault.spoil(copy)
     return _implementation(fault.target, copy)
 
@@ -141,7 +143,7 @@ def _plan(target: str) -> parity_suite.ParitySuite:
 
 
 @cache
-def _kind(target: str) -> Kind:
+def _kind(target: str) -> TargetKind:
     if target in methods():
         return "method"
     return "operation" if target in operations.every() else "base"
@@ -153,7 +155,7 @@ def _source(target: str) -> str:
     return f"harness.conformance.operations.{target}" if _kind(target) == "operation" else f"reference.{target}"
 
 
-def _implementation(target: str, copy: Copy) -> Implementation:
+def _implementation(target: str, copy: PatchedCopy) -> Implementation:
     kind = _kind(target)
     function: Any = {"method": copy.attach, "base": partial(pack, copy, target == "nf4-dq")}.get(kind)
     if kind == "operation":

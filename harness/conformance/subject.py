@@ -30,7 +30,7 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedLayer:
     """A weight in NF4 as its implementation stores it: bytes (two codes each), float32 absmax per block, block size.
 
     double: whether absmax was quantised too; it is then what it decodes to.
@@ -88,7 +88,7 @@ class Original:
 
 
 @dataclass
-class Twin:
+class ReferenceLayer:
     """The reference's layer beside one of the subject's, in the subject's present state."""
 
     layer: nn.Module
@@ -117,12 +117,12 @@ class Subject:
     bases: dict[str, nn.Module]
     own: list[nn.Parameter] = field(default_factory=list)
     original: Original = field(default_factory=lambda: Original(None))
-    packed: dict[str, Packed] = field(default_factory=dict)
+    packed: dict[str, PackedLayer] = field(default_factory=dict)
     expected_codes: dict[str, ExpectedCodes] = field(default_factory=dict)
     judged_codes: dict[str, tuple[Judgement, int]] = field(default_factory=dict)
     beside: tuple[object, Judgement] | None = None
     disturbed: list[str] = field(default_factory=list)
-    twins: dict[tuple[str, str], Twin] | None = None
+    twins: dict[tuple[str, str], ReferenceLayer] | None = None
 
     def tensors_of(self, path: str) -> dict[str, Tensor]:
         """Map short names to the trainable tensors of the layer at `path`."""
@@ -170,7 +170,7 @@ class Subject:
         model = skeleton({path: self.dense_base(path, DTYPES[dtype]) for path in self.bases})
         return attach_reference(self.method, model, self.config, list(self.bases), torch.Generator().manual_seed(0))
 
-    def reference(self, path: str, dtype: str) -> Twin:
+    def reference(self, path: str, dtype: str) -> ReferenceLayer:
         """Build the reference's layer on this base weight in `dtype`, in the subject's present state."""
         if self.twins is None:
             twin = self._built(path, dtype)
@@ -185,12 +185,12 @@ class Subject:
                     tensor.copy_(mine[name])
         return twin
 
-    def _built(self, path: str, dtype: str) -> Twin:
+    def _built(self, path: str, dtype: str) -> ReferenceLayer:
         alone = nn.Sequential(OrderedDict(layer=self.dense_base(path, DTYPES[dtype])))
         replaced = all(f"{path}.{name}" in self.state() for name in _taken_off(self.method))
         config = _quick(self.method, self.config) if replaced else self.config
         adapted = attach_reference(self.method, alone, config, ("layer",), torch.Generator().manual_seed(0))
-        return Twin(adapted.layers["layer"], _under("layer", adapted.tensors()), adapted)
+        return ReferenceLayer(adapted.layers["layer"], _under("layer", adapted.tensors()), adapted)
 
 
 def _under(path: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:

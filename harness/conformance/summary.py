@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from harness.conformance.outcomes import Standing, Tried
+from harness.conformance.outcomes import CheckOutcome, CheckStatus
 from harness.methods.registry import DTYPES
 
-_WORST_FIRST = (Standing.FAIL, Standing.KNOWN_DEFECT, Standing.PASS, Standing.UNSUPPORTED, Standing.SKIPPED)
+_WORST_FIRST = (
+    CheckStatus.FAIL,
+    CheckStatus.KNOWN_DEFECT,
+    CheckStatus.PASS,
+    CheckStatus.UNSUPPORTED,
+    CheckStatus.SKIPPED,
+)
 
 
 @dataclass(frozen=True)
@@ -18,21 +24,21 @@ class Field:
     share: the worst error of those that passed, as a share of what was allowed; None where nothing was measured.
     """
 
-    standing: Standing
+    standing: CheckStatus
     count: int
     total: int
     share: float | None
 
 
-def rows(tried: Iterable[Tried]) -> dict[tuple[str, str], list[Tried]]:
+def rows(tried: Iterable[CheckOutcome]) -> dict[tuple[str, str], list[CheckOutcome]]:
     """Group results by (target, implementation), sorted."""
-    found: dict[tuple[str, str], list[Tried]] = {}
+    found: dict[tuple[str, str], list[CheckOutcome]] = {}
     for one in tried:
         found.setdefault((one.target, one.implementation), []).append(one)
     return dict(sorted(found.items()))
 
 
-def dtypes(tried: Iterable[Tried]) -> list[str]:
+def dtypes(tried: Iterable[CheckOutcome]) -> list[str]:
     """List the dtypes of the results, widest first; all of them if nothing got as far as a dtype."""
     return in_order(one.dtype for one in tried) or list(DTYPES)
 
@@ -43,19 +49,19 @@ def in_order(there: Iterable[str]) -> list[str]:
     return [dtype for dtype in DTYPES if dtype in found]
 
 
-def of_dtype(tried: Iterable[Tried], dtype: str) -> list[Tried]:
+def of_dtype(tried: Iterable[CheckOutcome], dtype: str) -> list[CheckOutcome]:
     """Return what was tried in a dtype, and what befell the whole implementation: a crash is in every field of its row."""
     return [one for one in tried if one.dtype in (dtype, "-")]
 
 
-def field(tried: Sequence[Tried]) -> Field | None:
+def field(tried: Sequence[CheckOutcome]) -> Field | None:
     """Sum up one field; None if nothing was tried."""
     standings = [one.standing for one in tried]
     worst = next((standing for standing in _WORST_FIRST if standing in standings), None)
     if worst is None:
         return None
-    compared = (Standing.FAIL, Standing.KNOWN_DEFECT, Standing.PASS)
-    shares = [one.share for one in tried if one.standing is Standing.PASS and one.share is not None]
+    compared = (CheckStatus.FAIL, CheckStatus.KNOWN_DEFECT, CheckStatus.PASS)
+    shares = [one.share for one in tried if one.standing is CheckStatus.PASS and one.share is not None]
     total = sum(s in compared for s in standings) or len(standings)
     return Field(worst, standings.count(worst), total, max(shares, default=None))
 
@@ -64,23 +70,23 @@ def words(field: Field | None) -> str:
     """Say what stands in a field: the standing, and how much of what was allowed the worst error used."""
     if field is None:
         return "-"
-    if field.standing is Standing.FAIL:
+    if field.standing is CheckStatus.FAIL:
         return f"FAIL {field.count}/{field.total}"
-    if field.standing is Standing.KNOWN_DEFECT:
+    if field.standing is CheckStatus.KNOWN_DEFECT:
         return f"defect {field.count}/{field.total}"
-    if field.standing is Standing.PASS:
+    if field.standing is CheckStatus.PASS:
         return "ok" if field.share is None else f"ok {field.share:.2f}"
     return field.standing.value
 
 
-def failure(one: Tried) -> str:
+def failure(one: CheckOutcome) -> str:
     """Say in one line what failed, where, and by how much."""
     # A quantisation of the base is checked under a Method, whose name the check's id has.
     base = f" {one.target}" if one.kind == "base" else ""
     return f"FAIL {one.implementation}{base} {one.result.check} ({one.case}): {' '.join(told(one).split())}"
 
 
-def told(one: Tried) -> str:
+def told(one: CheckOutcome) -> str:
     """Say by how much a check failed, in which tensor, and at which element."""
     r = one.result
     size = f"error {r.error:.3g}, allowed {r.allowed:.3g}" if r.error is not None and r.allowed is not None else ""

@@ -11,8 +11,8 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from harness.conformance.case_selection import Breadth
-from harness.conformance.outcomes import Tried
+from harness.conformance.case_selection import CaseSelection
+from harness.conformance.outcomes import CheckOutcome
 from harness.methods.registry import Implementation, discover, told
 from harness.process.events import Say, speaker
 from harness.records.record import CheckResult, Outcome
@@ -57,7 +57,7 @@ def _try(implementation: Implementation, task: dict[str, Any], before: dict[str,
             process_settings.put_back(before)
             say(tried=_failed(implementation, "settings", "import", f"importing it: {'; '.join(changed)}"))
         for tried in matrix.run(
-            implementation, breadth=Breadth(**task["breadth"]), dtypes=tuple(task["dtypes"]), begin=begin
+            implementation, breadth=CaseSelection(**task["breadth"]), dtypes=tuple(task["dtypes"]), begin=begin
         ):
             say(tried=tried.model_dump(mode="json"))
     except Exception as error:  # noqa: BLE001  # somebody else's code: whatever it raises is a finding about it
@@ -67,7 +67,7 @@ def _try(implementation: Implementation, task: dict[str, Any], before: dict[str,
 
 def _failed(implementation: Implementation, check: str, case: str, why: str) -> dict[str, Any]:
     result = CheckResult(check=f"{implementation.target}/{check}/-/-", outcome=Outcome.FAIL, detail=why)
-    return Tried(
+    return CheckOutcome(
         implementation=implementation.name, kind=implementation.kind, target=implementation.target, dtype="-", case=case,
         result=result,
     ).model_dump(mode="json")  # fmt: skip

@@ -28,7 +28,7 @@ _WIDE = 4
 
 
 @dataclass(frozen=True)
-class Shape:
+class LlamaShape:
     """Features of a Llama. query, key: of all heads together. size: bytes of a number in the model's dtype."""
 
     blocks: int
@@ -42,7 +42,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Kept:
+class SavedActivations:
     """What the layers of one Method keep.
 
     blocks: those that a gradient reaches: not those before the first layer that trains. before: how many of the four parts
@@ -61,7 +61,7 @@ class Kept:
     layers_B: int
 
 
-def per_token(shape: Shape, kept: Kept, checkpointing: bool = False) -> int:
+def per_token(shape: LlamaShape, kept: SavedActivations, checkpointing: bool = False) -> int:
     """Return the bytes kept for each token of a batch, logits not counted."""
     s, norm = shape.size, _WIDE * shape.hidden + _WIDE
     parts = (norm, s * 2 * (shape.query + shape.key) + _WIDE * shape.heads, norm, s * 3 * shape.mlp)
@@ -73,6 +73,6 @@ def per_token(shape: Shape, kept: Kept, checkpointing: bool = False) -> int:
     return blocks + end
 
 
-def logits_per_token(shape: Shape) -> int:
+def logits_per_token(shape: LlamaShape) -> int:
     """Return the bytes of logits, their logarithms and the gradient of these for each token that the loss is taken of."""
     return shape.vocabulary * (shape.size + 2 * max(shape.size, _WIDE))

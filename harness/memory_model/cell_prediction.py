@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from harness.assets import shapes
-from harness.cell.job import Work
+from harness.cell.job import Job
 from harness.cell.training import model as models
 from harness.cell.training.batches import Batch
 from harness.cell.training.counted_step import most_tokens
@@ -16,7 +16,7 @@ from harness.memory_model import cells, counting, isolated_step
 from harness.records.record import Predicted
 
 
-def predict(work: Work, batches: list[Batch]) -> Predicted | str:
+def predict(work: Job, batches: list[Batch]) -> Predicted | str:
     """Return the predicted memory ledger of a Cell, with the peak of a step over `batches`; or the reason why there is none."""
     try:
         config = shapes.read(Path(work.model.path) / "config.json", work.model.source.name)

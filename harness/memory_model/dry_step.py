@@ -33,7 +33,7 @@ from harness.kernels.torch.nf4_linear import Nf4Linear
 from harness.kernels.torch.packed_weight import PackedWeight
 from harness.memory_model import state_sizes
 from harness.memory_model.counting import Undrawn
-from harness.memory_model.memory_tracker import Live
+from harness.memory_model.memory_tracker import MemoryTracker
 from harness.methods.registry import Registry, discover
 from harness.methods.spec import Adapted
 from harness.records.record import Cell
@@ -137,7 +137,7 @@ def _stages(question: Question, parts: Sequence[Batch], alike: bool = False) -> 
     model = structure.build(question.config, question.kind, DTYPES[cell.dtype])
     whole_model.one_by_one(model, DTYPES[cell.dtype])
     packed_weight.forget()  # what a worker decoded into is none of this step
-    with Live() as live, _few_chunks(), _decoded_at_once():
+    with MemoryTracker() as live, _few_chunks(), _decoded_at_once():
         _fill(model)
         head = head_of(model, question.kind, question.lacks)
         try:
@@ -285,7 +285,7 @@ def _alike(model: nn.Module, blocks: int | None) -> bool:
 
 
 @contextmanager
-def _staged(live: Live, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def _staged(live: MemoryTracker, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Let the stages begin where they do: forward with the head's way back, that of the last blocks, of the first, the step.
 
     Inside each, what exists grows or shrinks by as much with every block, so that its peak is at one end whatever the depth.

@@ -14,7 +14,7 @@ from typing import Any
 from harness.errors import HarnessError, Problem, UsageError, near
 from harness.memory_model import choices, counting_client, models, size_units
 from harness.memory_model.ledger import Ledger
-from harness.memory_model.models import Model
+from harness.memory_model.models import ModelShape
 from harness.methods import experts
 from harness.methods.spec import MethodInfo, methods
 
@@ -26,15 +26,15 @@ DOES_NOT_FIT = "does not fit"
 
 
 @dataclass(frozen=True)
-class Asked:
+class FitRequest:
     """The question, checked. methods: by name, each with the ranks to try; (None,) for one without a rank.
 
     tokens: of each text; None for `TOKENS`, or fewer if the model reads no more. layerwise: for those that train the model's
     own weights.
     """
 
-    model: Model
-    memory: size_units.Size
+    model: ModelShape
+    memory: size_units.MemorySize
     methods: dict[str, tuple[int | None, ...]]
     bases: tuple[str, ...]
     optimizers: tuple[str, ...]
@@ -46,7 +46,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Row:
+class FitRow:
     """One answer. because: why nothing fits. batch: None where nothing is known of activations. longest: tokens of the
     longest text that fits alone, at this rank. left: bytes of the memory that stay free. untouched:
     which weights neither an adapter nor a packed base reaches, where all linear layers are meant.
@@ -78,7 +78,7 @@ def ask(
     dtype: str = "bfloat16",
     checkpointing: bool = False,
     layerwise: bool = False,
-) -> Asked:
+) -> FitRequest:
     """Check a question. Raises UsageError with everything that is wrong with it."""
     problems: list[Problem] = []
 
@@ -90,12 +90,12 @@ def ask(
     try:
         found = models.find(model)
     except HarnessError as error:
-        problems.append(Problem(error.where, error.what, error.mend))
+        problems.append(Problem(error.where, error.what, error.hint))
     try:
         size = size_units.parse(memory)
     except ValueError as error:
-        what, _, mend = str(error).partition("; ")
-        problems.append(Problem("--memory", what, mend))
+        what, _, hint = str(error).partition("; ")
+        problems.append(Problem("--memory", what, hint))
     there = methods()
     chosen = known("--method", names, list(there), "method") or tuple(there)
     of_base = known("--base", bases, choices.BASES, "base") or choices.BASES
@@ -111,22 +111,24 @@ def ask(
         count = f"{len(problems)} mistake{'s' if len(problems) != 1 else ''}, nothing was predicted"
         raise UsageError("\n".join([count, *(f"  {problem}" for problem in problems)]), where="fit")
     tried = {n: tuple(ranks or RANKS) if "rank" in there[n].fields else (None,) for n in chosen}
-    return Asked(found, size, tried, of_base, of_optimizer, tuple(targets), tokens, dtype, checkpointing, layerwise)
+    return FitRequest(
+        found, size, tried, of_base, of_optimizer, tuple(targets), tokens, dtype, checkpointing, layerwise
+    )
 
 
-def answer(asked: Asked, counted: Mapping[str, Any]) -> dict[str, Any]:
+def answer(asked: FitRequest, counted: Mapping[str, Any]) -> dict[str, Any]:
     """Return the answer by formulas as one document, ready for JSON; sizes in bytes. counted: what `counts` returned.
 
     Raises UsageError for targets that the model does not have, and texts longer than it reads.
     """
     if misfits := counted.get("misfits"):
-        mend = f"name layers of {asked.model.name}"
-        raise UsageError("; ".join(misfits.values()), where="--target", mend=mend)
+        hint = f"name layers of {asked.model.name}"
+        raise UsageError("; ".join(misfits.values()), where="--target", hint=hint)
     most = counted["positions"]
     tokens = asked.tokens or min(TOKENS, most or TOKENS)
     if most is not None and tokens > most:
         what = f"{asked.model.name} reads {most} tokens at once, and {tokens} are asked for"
-        raise UsageError(what, where="--tokens", mend=f"write at most {most}")
+        raise UsageError(what, where="--tokens", hint=f"write at most {most}")
     rows = [row for method in asked.methods for row in _rows(asked, counted, method, tokens)]
     return {
         "model": asked.model.name,
@@ -151,7 +153,7 @@ def answer(asked: Asked, counted: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def counts(asked: Asked) -> dict[str, Any]:
+def counts(asked: FitRequest) -> dict[str, Any]:
     """Let a child process build the model without weights, and count. Raises UsageError with what it said if it cannot."""
     configs = {name: [config_at(methods()[name], rank) for rank in ranks] for name, ranks in asked.methods.items()}
     words = {
@@ -162,8 +164,8 @@ def counts(asked: Asked) -> dict[str, Any]:
     answers = counting_client.ask([words])
     found = {"error": answers} if isinstance(answers, str) else answers[0]
     if why := found.get("error"):
-        mend = "look at config.json and at the version of transformers"
-        raise UsageError(f"{asked.model.name}: {why}", where=asked.model.source, mend=mend)
+        hint = "look at config.json and at the version of transformers"
+        raise UsageError(f"{asked.model.name}: {why}", where=asked.model.source, hint=hint)
     return found
 
 
@@ -175,37 +177,37 @@ def config_at(info: MethodInfo, rank: int | None) -> dict[str, Any]:
     return {"rank": rank, **others}
 
 
-def _rows(asked: Asked, counted: Mapping[str, Any], method: str, tokens: int) -> Iterator[Row]:
+def _rows(asked: FitRequest, counted: Mapping[str, Any], method: str, tokens: int) -> Iterator[FitRow]:
     of_ranks = [one for one in counted["methods"][method] if not one["error"]]
     if not of_ranks:
-        yield Row(method, "-", "-", because=counted["methods"][method][0]["error"])
+        yield FitRow(method, "-", "-", because=counted["methods"][method][0]["error"])
         return
     if not of_ranks[0]["trainable"]:
-        yield Row(method, "-", "-", because="nothing of this model trains")
+        yield FitRow(method, "-", "-", because="nothing of this model trains")
         return
     own = list(of_ranks[0]["optimizer"])
     wanted = own if choices.OWN in own else [name for name in asked.optimizers if name in own]
     if not wanted:
-        yield Row(method, "-", "-", because=f"it steps by its own optimizer: {' or '.join(own)}")
+        yield FitRow(method, "-", "-", because=f"it steps by its own optimizer: {' or '.join(own)}")
     bases = [base for base in of_ranks[0]["weights"] if base in (*asked.bases, choices.OWN)]
     if not bases:
-        yield Row(method, "-", "-", because="it trains the weights themselves, which a packed base does not let it")
+        yield FitRow(method, "-", "-", because="it trains the weights themselves, which a packed base does not let it")
     for base in bases:
         for optimizer in wanted:
             yield best(asked, counted, tokens, of_ranks, method, base, optimizer)
 
 
 def best(
-    asked: Asked,
+    asked: FitRequest,
     counted: Mapping[str, Any],
     tokens: int,
     of_ranks: list[dict[str, Any]],
     method: str,
     base: str,
     optimizer: str,
-) -> Row:
+) -> FitRow:
     """Return the row of the largest rank x batch that fits; without activations, of the largest rank whose rest fits."""
-    found: tuple[int, Row] | None = None
+    found: tuple[int, FitRow] | None = None
     room, known, most = asked.memory.number_B, counted["logits"] is not None, counted["positions"]
     how = (asked.checkpointing, asked.layerwise and methods()[method].trains_weights)
     means_all = not asked.targets or experts.ALL_LINEAR in asked.targets
@@ -218,7 +220,7 @@ def best(
         batch = (room - smallest.lasting) // (a_token * tokens) if known else None
         longest = (room - smallest.lasting) // a_token if known else None
         largest = ledger(one, base, optimizer, counted["logits"], tokens * (batch or 1), *how)
-        row = Row(
+        row = FitRow(
             method, base, optimizer, rank=one["rank"], trainable=one["trainable"], batch=batch, ledger=largest,
             longest=min(longest, most) if longest is not None and most else longest, left=room - largest.total,
             untouched=untouched,
@@ -229,7 +231,7 @@ def best(
     if found is not None:
         return found[1]
     least = ledger(of_ranks[0], base, optimizer, counted["logits"], tokens, *how)
-    return Row(
+    return FitRow(
         method, base, optimizer, DOES_NOT_FIT, of_ranks[0]["rank"], of_ranks[0]["trainable"], 1 if known else None,
         ledger=least, left=room - least.total, untouched=untouched,
     )  # fmt: skip
@@ -261,7 +263,7 @@ def ledger(
     )
 
 
-def document_of(row: Row) -> dict[str, Any]:
+def document_of(row: FitRow) -> dict[str, Any]:
     """Return a row as the document has it."""
     parts = {f"{part}_B": size for part, size in asdict(row.ledger).items()} if row.ledger else None
     if parts and row.batch is None:

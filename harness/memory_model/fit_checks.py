@@ -13,7 +13,7 @@ from typing import Any
 
 from harness.cell.training.bypassed_layers import COUNTS_NOT
 from harness.memory_model import choices, counting_client, fit
-from harness.memory_model.fit import DOES_NOT_FIT, Asked, config_at
+from harness.memory_model.fit import DOES_NOT_FIT, FitRequest, config_at
 from harness.memory_model.largest_batch import fitting
 from harness.methods.registry import discover
 from harness.methods.spec import methods
@@ -30,7 +30,7 @@ _GRAIN = 0.01
 Row = dict[str, Any]
 
 
-def checked(asked: Asked, counted: Mapping[str, Any], document: Mapping[str, Any]) -> dict[str, Any]:
+def checked(asked: FitRequest, counted: Mapping[str, Any], document: Mapping[str, Any]) -> dict[str, Any]:
     """Return the document of `fit.answer` with what fits by steps: batch, longest text, and the peak of the batch's step.
 
     peak_B: of the row's batch, or where none fits of a single text; None of a row for which nothing could be tried:
@@ -64,7 +64,7 @@ def _untried(row: Mapping[str, Any]) -> str:
 class _Search:
     """Questions to the process that takes steps, and what its answers make of rows. What is asked together shares it."""
 
-    def __init__(self, asked: Asked, counted: Mapping[str, Any], document: Mapping[str, Any]) -> None:
+    def __init__(self, asked: FitRequest, counted: Mapping[str, Any], document: Mapping[str, Any]) -> None:
         self.asked, self.counted, self.document = asked, counted, document
         self.room, self.tokens = int(document["memory_B"]), int(document["tokens"])
 

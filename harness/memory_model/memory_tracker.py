@@ -25,7 +25,7 @@ _REAL_B = 2**24
 """Bytes up to which what follows from no weight (masks, positions) is computed: programs branch on it."""
 
 
-class Live(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Counts the bytes of the storages that operations make and drop, as torch's CPU allocator would be asked for them.
 
     Tensors that stand for weights, states and activations are `FakeTensor`s, which have shapes, dtypes and strides, and no

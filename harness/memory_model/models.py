@@ -20,7 +20,7 @@ _CAUSAL = ("ForCausalLM", "LMHeadModel")
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelShape:
     """A model's name, its config.json, `encoder` or `causal`, and where these come from."""
 
     name: str
@@ -29,10 +29,10 @@ class Model:
     source: str
 
 
-def find(name: str) -> Model:
+def find(name: str) -> ModelShape:
     """Return the model that `name` stands for. Raises UsageError for a name that nobody knows, or without a config here."""
     if preset := shapes.preset(name.removeprefix(shapes.PREFIX)):
-        return Model(preset.name, preset.config, preset.kind, f"shape of {preset.source}")
+        return ModelShape(preset.name, preset.config, preset.kind, f"shape of {preset.source}")
     table = {s.name: s for s in load_table(folder("suites") / "sources.yaml").values() if s.kind != "data"}
     if name in table:
         return _of_table(table[name])
@@ -43,24 +43,24 @@ def find(name: str) -> Model:
     raise UsageError(
         f"no model is named `{name}`",
         where="MODEL",
-        mend=f"{near(name, [*shapes.presets(), *table])}; or a folder (./path), or of the hub's cache, org/name",
+        hint=f"{near(name, [*shapes.presets(), *table])}; or a folder (./path), or of the hub's cache, org/name",
     )
 
 
-def _of_table(source: Source) -> Model:
+def _of_table(source: Source) -> ModelShape:
     # What the harness makes itself it makes now, in seconds; anything else would be a download.
     here = fetch.ensure(source) if source.scheme == "made" else fetch.at_hand(source)
     if here is None:
         what = f"{source.name} is not on this machine yet, and `fit` fetches nothing"
-        raise UsageError(what, where="MODEL", mend="a run of a suite with it does, e.g. `peft-harness run quick`")
-    return Model(source.name, shapes.read(here / "config.json", source.name), source.kind, source.source)
+        raise UsageError(what, where="MODEL", hint="a run of a suite with it does, e.g. `peft-harness run quick`")
+    return ModelShape(source.name, shapes.read(here / "config.json", source.name), source.kind, source.source)
 
 
-def _in_folder(name: str, path: Path) -> Model:
+def _in_folder(name: str, path: Path) -> ModelShape:
     return _of_file(path / "config.json", name, str(path))
 
 
-def _of_hub(name: str) -> Model:
+def _of_hub(name: str) -> ModelShape:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -68,22 +68,22 @@ def _of_hub(name: str) -> Model:
     try:
         found = try_to_load_from_cache(repository, "config.json", revision=revision or None)
     except HFValidationError as error:
-        raise UsageError(f"`{name}` is no name on the hub: {error}", where="MODEL", mend="write org/name") from error
+        raise UsageError(f"`{name}` is no name on the hub: {error}", where="MODEL", hint="write org/name") from error
     if not isinstance(found, str):
         raise UsageError(
             f"{name} is not in the hub's cache, and `fit` fetches nothing",
             where="MODEL",
-            mend=f"`hf download {repository} config.json`, or write ./{name} if it is a folder here",
+            hint=f"`hf download {repository} config.json`, or write ./{name} if it is a folder here",
         )
     return _of_file(Path(found), name, f"hub:{repository}")
 
 
-def _of_file(file: Path, name: str, source: str) -> Model:
+def _of_file(file: Path, name: str, source: str) -> ModelShape:
     """Return the model of a config.json. Raises AssetError for one that no suite could train either."""
     config = shapes.read(file, name)
     kind = kind_of(config)
     refuse_architecture(config, name, kind, file)
-    return Model(name, config, kind, source)
+    return ModelShape(name, config, kind, source)
 
 
 def kind_of(config: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.memory_model.activations import Kept, Shape
+from harness.memory_model.activations import LlamaShape, SavedActivations
 from reference.shared.layers import LINEAR, kind_of
 
 _PARTS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
@@ -20,7 +20,7 @@ _PART = {
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
-def llama_shape(model: Any, dtype: torch.dtype) -> Shape | None:
+def llama_shape(model: Any, dtype: torch.dtype) -> LlamaShape | None:
     """Return the features of a model whose blocks are a Llama's (Mistral and Qwen2 are), or None for any other."""
     blocks = list(getattr(getattr(model, "model", None), "layers", ()))
     if not blocks or any({name for name, _ in block.named_children()} != {*_PARTS, *_NORMS} for block in blocks):
@@ -29,7 +29,7 @@ def llama_shape(model: Any, dtype: torch.dtype) -> Shape | None:
     plain = all(hasattr(getattr(blocks[0], part), name) for part, names in _PARTS.items() for name in names)
     if not plain or hasattr(attention, "q_norm") or getattr(config, "hidden_act", "") != "silu":
         return None
-    return Shape(
+    return LlamaShape(
         blocks=len(blocks),
         hidden=config.hidden_size,
         mlp=config.intermediate_size,
@@ -41,7 +41,7 @@ def llama_shape(model: Any, dtype: torch.dtype) -> Shape | None:
     )
 
 
-def in_llama(model: Any, kept: Mapping[str, tuple[bool, int]], trains: Collection[str]) -> Kept:
+def in_llama(model: Any, kept: Mapping[str, tuple[bool, int]], trains: Collection[str]) -> SavedActivations:
     """Sum up what `of_layers` found over the blocks of a Llama with a Method attached. trains: paths of adapted layers."""
     blocks = model.model.layers
 
@@ -56,7 +56,7 @@ def in_llama(model: Any, kept: Mapping[str, tuple[bool, int]], trains: Collectio
         4 * i + part for i in range(len(blocks)) for name, part in _PART.items() if f"model.layers.{i}.{name}" in trains
     ]
     start = 0 if model.get_input_embeddings().weight.requires_grad else min(starts, default=4 * len(blocks))
-    return Kept(
+    return SavedActivations(
         blocks=len(blocks) - start // 4,
         before=start % 4,
         attention=number("self_attn", "q_proj", "k_proj", "v_proj"),

@@ -14,7 +14,7 @@ DIGITS, _MOST = 20, 2**60
 
 
 @dataclass(frozen=True)
-class Size:
+class MemorySize:
     """A number of bytes, and the unit in which it is answered: that in which it was asked for, but GiB for TiB."""
 
     number_B: int
@@ -26,7 +26,7 @@ class Size:
         return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
 
 
-def parse(text: str) -> Size:
+def parse(text: str) -> MemorySize:
     """Read `24GiB` or `24 GB`. Raises ValueError, which says what to write, for anything that is not plainly a size."""
     match = _FORM.fullmatch(text)
     if match is None:
@@ -39,7 +39,7 @@ def parse(text: str) -> Size:
     found = int(float(number) * UNITS[unit])
     if not 0 < found <= _MOST:
         raise ValueError(f"{text!r} is no size that a machine can have; write e.g. 24GiB")
-    return Size(found, unit.replace("T", "G"))  # two places of a TB would show no adapter
+    return MemorySize(found, unit.replace("T", "G"))  # two places of a TB would show no adapter
 
 
 def _which(number: str, unit: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from harness.errors import UsageError, closest, near
 from harness.methods import peft_schema
-from harness.methods.spec import FieldInfo, Found, MethodInfo
+from harness.methods.spec import FieldInfo, FieldProblem, MethodInfo
 from harness.resources import named
 
 FILE = "adapter_config.json"
@@ -82,7 +82,7 @@ class AdapterConfigField(FieldInfo):
         return "none"
 
     @property
-    def mend(self) -> str:
+    def hint(self) -> str:
         """What to write instead of a value that is wrong."""
         return f"write `{KEY}: ./my-adapter/{FILE}`, as peft's `save_pretrained` makes it"
 
@@ -90,23 +90,23 @@ class AdapterConfigField(FieldInfo):
         """Read the file that a suite in `folder` names. Raises UsageError where it is none of keys and values."""
         if not isinstance(value, str) or not value:
             return value
-        mend = f"peft's `save_pretrained` writes an {FILE}"
+        hint = f"peft's `save_pretrained` writes an {FILE}"
         try:
             path = folder / named(value)
             path = path / FILE if path.is_dir() else path
             found = json.loads(path.read_bytes().decode("utf-8-sig"))
         except FileNotFoundError as error:
-            mend = f"put it at {path}, or correct the path, which starts from the suite's folder"
-            raise UsageError(f"{value} cannot be read: {error.strerror}", mend=mend) from error
+            hint = f"put it at {path}, or correct the path, which starts from the suite's folder"
+            raise UsageError(f"{value} cannot be read: {error.strerror}", hint=hint) from error
         except OSError as error:
-            mend = "name a file that you may read"
-            raise UsageError(f"{value} cannot be read: {error.strerror}", mend=mend) from error
+            hint = "name a file that you may read"
+            raise UsageError(f"{value} cannot be read: {error.strerror}", hint=hint) from error
         except UnicodeDecodeError as error:
-            raise UsageError(f"{value} is not UTF-8: {error.reason}", mend="save the file as UTF-8") from error
+            raise UsageError(f"{value} is not UTF-8: {error.reason}", hint="save the file as UTF-8") from error
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"{value} is no JSON: {error}", mend=f"mend it there; {mend}") from error
+            raise UsageError(f"{value} is no JSON: {error}", hint=f"mend it there; {hint}") from error
         if not isinstance(found, dict):
-            raise UsageError(f"{value} holds no keys and values", mend=f"name another file; {mend}")
+            raise UsageError(f"{value} holds no keys and values", hint=f"name another file; {hint}")
         return found
 
     def canonical(self, value: Any) -> Any:
@@ -121,11 +121,11 @@ class AdapterConfigField(FieldInfo):
         """Say whether the config tells its type."""
         return isinstance(value, dict) and isinstance(value.get("peft_type"), str)
 
-    def problems(self, value: Any) -> Iterator[Found]:
+    def problems(self, value: Any) -> Iterator[FieldProblem]:
         """Yield all that is wrong with a config; where is one of its keys."""
         if not isinstance(value, dict):
             what = "is missing" if value is None else f"must be {self.called}, got {value!r}"
-            yield (), what, self.mend
+            yield (), what, self.hint
             return
         yield from _unwritable(value)
         yield from _of_type(value)
@@ -155,7 +155,7 @@ class AdapterConfigField(FieldInfo):
             what = f"has modules_to_save {names}; the harness trains the adapter and the head, no more"
             yield ("modules_to_save",), what, f"take {names} out of `modules_to_save`"
 
-    def misfits(self, value: Any, kind: str) -> Iterator[Found]:
+    def misfits(self, value: Any, kind: str) -> Iterator[FieldProblem]:
         """Yield why a config is not one for a model of this kind (`causal`, `encoder`); a mend names another `model`."""
         if kind == "encoder" and (why := _OF_CAUSAL.get(value["peft_type"])):
             yield (
@@ -171,16 +171,16 @@ class AdapterConfigField(FieldInfo):
             yield ("task_type",), what, f'write "task_type": "{right}", or take another model'
 
 
-def _of_type(value: Mapping[str, Any]) -> Iterator[Found]:
+def _of_type(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
     kind, known = value.get("peft_type"), peft_types()
     offered = [one for one in known if one not in _REFUSED]
     if not isinstance(kind, str):
         keys = f"{', '.join(sorted(map(str, value))[:5])} ..." if value else "it is empty"
-        mend = f'add it, e.g. "peft_type": "LORA", or name the {FILE} that peft wrote'
-        yield (), f"has no `peft_type` ({keys}); is it an {FILE}?", mend
+        hint = f'add it, e.g. "peft_type": "LORA", or name the {FILE} that peft wrote'
+        yield (), f"has no `peft_type` ({keys}); is it an {FILE}?", hint
     elif kind in _REFUSED:
-        mend = f"write another: {', '.join(offered)}" if offered else "write another"
-        yield ("peft_type",), f"has peft_type {kind}, which is not offered: {_REFUSED[kind]}", mend
+        hint = f"write another: {', '.join(offered)}" if offered else "write another"
+        yield ("peft_type",), f"has peft_type {kind}, which is not offered: {_REFUSED[kind]}", hint
     elif known and kind not in known:
         what = f"has peft_type {kind}, which the installed peft does not have"
         yield ("peft_type",), what, near(kind.upper(), offered, "it has")
@@ -189,18 +189,18 @@ def _of_type(value: Mapping[str, Any]) -> Iterator[Found]:
         yield ("num_virtual_tokens",), what, 'write e.g. "num_virtual_tokens": 8, without quotes around the number'
 
 
-def _unknown(value: Mapping[str, Any]) -> Iterator[Found]:
+def _unknown(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
     """Yield the keys that peft would ignore. Those of another peft that say nothing (null) are left alone."""
     kind = value.get("peft_type")
     known = peft_schema.keys_of(kind) if isinstance(kind, str) and kind not in _REFUSED else frozenset()
     for key in value:
         if known and key not in known and value[key] is not None:
             close = closest(str(key), known)
-            mend = f"did you mean `{close}`?" if close else f"take `{key}` out"
-            yield (key,), f"has {_path((key,))}, which the installed peft's {kind} does not have and would ignore", mend
+            hint = f"did you mean `{close}`?" if close else f"take `{key}` out"
+            yield (key,), f"has {_path((key,))}, which the installed peft's {kind} does not have and would ignore", hint
 
 
-def _unwritable(config: Any) -> Iterator[Found]:
+def _unwritable(config: Any) -> Iterator[FieldProblem]:
     """Yield what JSON can be read with and not written, by which no Cell could be named: NaN, 1e999, half a character."""
     left: list[tuple[tuple[str | int, ...], Any]] = [((), config)]
     while left:

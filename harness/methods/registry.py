@@ -23,7 +23,7 @@ from harness.resources import folder
 
 GROUP = "harness.implementations"
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-Kind = Literal["method", "operation", "base"]
+TargetKind = Literal["method", "operation", "base"]
 
 _OPERATIONS = Path(__file__).resolve().parents[1] / "conformance" / "operations"
 _WORD = re.compile(r"[\w.+-]+")
@@ -43,7 +43,7 @@ class Implementation:
     """
 
     name: str
-    kind: Kind
+    kind: TargetKind
     target: str
     function: Callable[..., Any]
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
@@ -54,8 +54,8 @@ class Implementation:
     point: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}; got {self.kind!r}")
+        if self.kind not in get_args(TargetKind):
+            raise ValueError(f"kind must be one of {', '.join(get_args(TargetKind))}; got {self.kind!r}")
         for part in ("name", "target"):
             if not _is_word(getattr(self, part)):
                 raise TypeError(f"{part} must be a word of letters, digits and ._+-, got {getattr(self, part)!r}")
@@ -71,8 +71,8 @@ class Implementation:
         if not self.dtypes:
             raise ValueError(f"dtypes is empty; there are: {', '.join(DTYPES)}")
         if odd := [one for one in self.dtypes if one not in DTYPES]:
-            mend = near(str(odd[0]).removeprefix("torch."), DTYPES, "there are")
-            raise ValueError(f"dtypes has {odd[0]!r}, but a dtype is one of our words: {mend}")
+            hint = near(str(odd[0]).removeprefix("torch."), DTYPES, "there are")
+            raise ValueError(f"dtypes has {odd[0]!r}, but a dtype is one of our words: {hint}")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward to the function. Raises TypeError if it returns for a Method what is no Adapted."""
@@ -93,7 +93,7 @@ def implements(
     target: str,
     *,
     name: str,
-    kind: Kind | None = None,
+    kind: TargetKind | None = None,
     dtypes: Iterable[str] = ("float32", "bfloat16", "float16"),
     devices: Iterable[str] = ("cpu", "cuda"),
     requires: Iterable[str] = (),
@@ -111,9 +111,9 @@ def implements(
 
 
 @cache
-def targets() -> dict[str, Kind]:
+def targets() -> dict[str, TargetKind]:
     """Map everything that can be implemented to its kind, by the names of files: nothing is imported or read."""
-    found: dict[str, Kind] = {file.stem: "base" for file in (folder("suites") / "parity").glob("*.yaml")}
+    found: dict[str, TargetKind] = {file.stem: "base" for file in (folder("suites") / "parity").glob("*.yaml")}
     found |= {file.stem: "operation" for file in _OPERATIONS.glob("*.py") if not file.stem.startswith("_")}
     return found | dict.fromkeys([*methods(), *UNREFERENCED], "method")
 
@@ -145,15 +145,15 @@ class Registry:
         if name in self.broken:
             return ImplementationError(
                 f"implementation `{name}` is installed but broken: {self.broken[name]}",
-                mend="install what it needs, or see `peft-harness list implementations`",
+                hint="install what it needs, or see `peft-harness list implementations`",
             )
-        mend = near(name, offered, f"who offers {target}")
+        hint = near(name, offered, f"who offers {target}")
         if self.broken:
-            mend += f"; broken plug-ins: {', '.join(self.broken)} (`peft-harness list implementations` says why)"
+            hint += f"; broken plug-ins: {', '.join(self.broken)} (`peft-harness list implementations` says why)"
         others = sorted(i.target for i in self.implementations if i.name == name)
         if others:
-            return ImplementationError(f"`{name}` does not offer {target}, only {', '.join(others)}", mend=mend)
-        return ImplementationError(f"no implementation `{name}` of {target}", mend=mend)
+            return ImplementationError(f"`{name}` does not offer {target}, only {', '.join(others)}", hint=hint)
+        return ImplementationError(f"no implementation `{name}` of {target}", hint=hint)
 
 
 def told(error: BaseException) -> str:
@@ -212,7 +212,7 @@ def discover(only: Collection[str] | None = None, begin: Callable[[str], None] |
     return Registry(tuple(found.values()), broken)
 
 
-def _misfit(implementation: Implementation, there: dict[str, Kind]) -> str:
+def _misfit(implementation: Implementation, there: dict[str, TargetKind]) -> str:
     """Say what is wrong with an Implementation of something that is not there, or is of another kind; nothing if nothing."""
     target, kind = implementation.target, implementation.kind
     if target not in there:

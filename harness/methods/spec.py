@@ -30,7 +30,7 @@ _CALLED = {
 }
 
 
-Found = tuple[tuple[str | int, ...], str, str]
+FieldProblem = tuple[tuple[str | int, ...], str, str]
 """Where in what was looked at, what is wrong, and the mend."""
 
 
@@ -101,7 +101,7 @@ class FieldInfo:
         return _CALLED[self.type]
 
     @property
-    def mend(self) -> str:
+    def hint(self) -> str:
         """What to write instead of a value that is wrong."""
         words = f"; a word for layers is {' or '.join(sorted(TARGET_WORDS))}" if self.is_list else ""
         return f"the default is {self.shown_default}{words}"
@@ -117,7 +117,7 @@ class FieldInfo:
         """Return the value that a suite in `folder` means: here the value itself."""
         return value
 
-    def misfits(self, value: Any, kind: str) -> Iterator[Found]:
+    def misfits(self, value: Any, kind: str) -> Iterator[FieldProblem]:
         """Yield why a legible value is not for a model of this kind (`causal`, `encoder`)."""
         yield from ()
 
@@ -136,10 +136,10 @@ class FieldInfo:
             return [value] if isinstance(value, str) else list(value)
         return float(value) if self.type == "float" else value
 
-    def problems(self, value: Any) -> Iterator[Found]:
+    def problems(self, value: Any) -> Iterator[FieldProblem]:
         """Yield all that is wrong with a value."""
         if what := self.problem(value):
-            yield (), what, self.mend
+            yield (), what, self.hint
 
     def problem(self, value: Any) -> str:
         """Say what is wrong with a value, or return an empty string."""

@@ -26,7 +26,7 @@ def lines(query: str, units: bool = True) -> list[str]:
         raise HarnessError(
             f"nvidia-smi does not answer: {error}",
             where="the GPUs",
-            mend="see whether `nvidia-smi` works, or --device cpu",
+            hint="see whether `nvidia-smi` works, or --device cpu",
         ) from error
     return [line.strip() for line in done.stdout.splitlines() if line.strip()]
 

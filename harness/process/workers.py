@@ -23,7 +23,7 @@ _GRACE_S = 5.0
 _TICK_S = 0.5
 
 
-class Children:
+class WorkerPool:
     """The child processes of one run of `check`, so that Ctrl-C can end them all."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ Scalar = bool | int | float | str
 Json = Scalar | None | list[Any] | dict[str, Any]
 
 
-class Frozen(BaseModel):
+class FrozenModel(BaseModel):
     """Immutable, strict, no unknown keys, no NaN or infinity."""
 
     model_config = ConfigDict(

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from harness.records.base_model import Bytes, Frozen
+from harness.records.base_model import Bytes, FrozenModel
 
 AT_ONCE = "Cells ran at once"
 """Stands in the Record's note of a Cell that had others beside it on its machine."""
 
 
-class Checkpoint(Frozen):
+class Checkpoint(FrozenModel):
     """What a user would save. Both sizes are of safetensors."""
 
     adapter_file_B: Bytes | None = None
@@ -28,7 +28,7 @@ class Checkpoint(Frozen):
     """Why there is no size of a file, if there is none."""
 
 
-class Energy(Frozen):
+class Energy(FrozenModel):
     """Where the joules of the phases come from."""
 
     source: str = ""
@@ -43,7 +43,7 @@ Throttle = Literal[
 ]  # fmt: skip
 
 
-class GpuState(Frozen):
+class GpuState(FrozenModel):
     """A GPU at one moment, by its driver. None: the driver does not say."""
 
     uuid: str
@@ -55,7 +55,7 @@ class GpuState(Frozen):
     """Why its clocks are lower than they could be; `idle` and an empty list are no cause for worry."""
 
 
-class GpuPhase(Frozen):
+class GpuPhase(FrozenModel):
     """A GPU during one phase. The peak of allocated bytes is the phase's `peak_memory_B`."""
 
     start: GpuState | None = None

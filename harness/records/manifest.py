@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from harness.records.record import SCHEMA, Cell, Environment, Frozen, Seconds
+from harness.records.record import SCHEMA, Cell, Environment, FrozenModel, Seconds
 
 
-class Comparison(Frozen):
+class Comparison(FrozenModel):
     """A question that the suite asks of its Records; `analysis` decides it."""
 
     kind: Literal["better", "same-losses"]
@@ -22,7 +22,7 @@ class Comparison(Frozen):
     """The sentence that is judged."""
 
 
-class Tuning(Frozen):
+class Tuning(FrozenModel):
     """A declared search: the Cells of `sweep` differ from those of `cells` in the learning rate, the seed and the test
     items, and are not ranked; they show how much the choice of `cells` matters."""
 
@@ -34,7 +34,7 @@ class Tuning(Frozen):
     """cell_ids, a Cell per learning rate that was tried."""
 
 
-class Manifest(Frozen):
+class Manifest(FrozenModel):
     """run.json: written before anything runs. Says which Cells are expected, so that a missing one is visible."""
 
     schema_: int = Field(default=SCHEMA, alias="schema")
@@ -55,7 +55,7 @@ class Manifest(Frozen):
     harness_version: str
 
 
-class Footer(Frozen):
+class Footer(FrozenModel):
     """footer.json: written last. A run without it is incomplete."""
 
     schema_: int = Field(default=SCHEMA, alias="schema")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from harness.records.base_model import Bytes, Frozen
+from harness.records.base_model import Bytes, FrozenModel
 
 
-class Predicted(Frozen):
+class Predicted(FrozenModel):
     """What the analytic memory model (`harness.memory_model`) says of a Cell from its model's shape alone, before it trains."""
 
     weights_B: Bytes
@@ -42,7 +42,7 @@ class Predicted(Frozen):
         return max(by_formulas, (self.peak_B or 0) - self.optimizer_host_B)
 
 
-class Memory(Frozen):
+class Memory(FrozenModel):
     """The ledger: bytes of tensors counted one by one, and what the process took. Peaks per phase are in `phases`."""
 
     source: str

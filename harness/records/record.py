@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from harness.records.base_model import Bytes as Bytes
 from harness.records.base_model import Count, Joules
-from harness.records.base_model import Frozen as Frozen
+from harness.records.base_model import FrozenModel as FrozenModel
 from harness.records.base_model import Json as Json
 from harness.records.base_model import Scalar as Scalar
 from harness.records.base_model import Seconds as Seconds
@@ -48,7 +48,7 @@ class Status(StrEnum):
     LOST = "lost"
 
 
-class Base(Frozen):
+class Base(FrozenModel):
     """The frozen weights under an adapter."""
 
     quantization: Quantization = "none"
@@ -65,7 +65,7 @@ DECODED = 8
 _LATER = ("skip", "latency", "prompt_batch", "prompt_tokens", "passes")
 
 
-class Evaluation(Frozen):
+class Evaluation(FrozenModel):
     """What is scored."""
 
     items: int
@@ -92,7 +92,7 @@ class Evaluation(Frozen):
         return {name: value for name in _LATER if (value := getattr(self, name)) != getattr(defaults, name)}
 
 
-class Cell(Frozen):
+class Cell(FrozenModel):
     """One point of a matrix. `cell_id` hashes exactly these fields: never the machine, never the suite's name."""
 
     model: str
@@ -165,7 +165,7 @@ class Outcome(StrEnum):
     SKIPPED = "skipped"
 
 
-class CheckResult(Frozen):
+class CheckResult(FrozenModel):
     """What one check found: numbers, never only a verdict."""
 
     check: str
@@ -195,7 +195,7 @@ class CheckResult(Frozen):
         return self
 
 
-class Phase(Frozen):
+class Phase(FrozenModel):
     """One phase in the life of a Cell."""
 
     name: str
@@ -212,7 +212,7 @@ class Phase(Frozen):
     """Of a run on a GPU."""
 
 
-class TrainingMeasured(Frozen):
+class TrainingMeasured(FrozenModel):
     """Raw training samples, one entry per optimizer step. Warm-up steps are real steps, only marked."""
 
     losses: list[float]
@@ -239,7 +239,7 @@ class TrainingMeasured(Frozen):
     """Over names, dtypes, shapes and bytes of all that trains, as training began."""
 
 
-class Latency(Frozen):
+class Latency(FrozenModel):
     """Raw forward times of one variant of the model."""
 
     variant: Literal["base", "unmerged", "merged", "multi-adapter"]
@@ -255,14 +255,14 @@ class Latency(Frozen):
     """How many adapters a batch of several mixes: as many as rows, or 1, the same batch beside it. None of other batches."""
 
 
-class Item(Frozen):
+class Item(FrozenModel):
     """One scored test item."""
 
     id: str
     correct: int
 
 
-class Accuracy(Frozen):
+class Accuracy(FrozenModel):
     """Task accuracy on `items`, with its interval for a new sample of items (one seed: says nothing of seeds)."""
 
     metric: str
@@ -284,7 +284,7 @@ class Accuracy(Frozen):
         return self
 
 
-class Parameters(Frozen):
+class Parameters(FrozenModel):
     """Counts of scalars. `adapter` and `head` train, the rest of `total` is frozen (or trains, for full fine-tuning)."""
 
     adapter: Count
@@ -297,7 +297,7 @@ class Parameters(Frozen):
         return self.adapter + self.head
 
 
-class Measurements(Frozen):
+class Measurements(FrozenModel):
     """Everything measured; exists only in an `ok` Record."""
 
     parameters: Parameters
@@ -309,7 +309,7 @@ class Measurements(Frozen):
     energy: Energy | None = None
 
 
-class Failure(Frozen):
+class Failure(FrozenModel):
     """Why an attempt did not end well."""
 
     kind: str
@@ -322,7 +322,7 @@ class Failure(Frozen):
     last_peak_B: Bytes | None = None
 
 
-class Environment(Frozen):
+class Environment(FrozenModel):
     """Where a Record was made. `id` hashes `software` and `machine`: what must agree for timings to be comparable."""
 
     id: str
@@ -336,7 +336,7 @@ class Environment(Frozen):
     extra: dict[str, Json] = {}
 
 
-class AssetUse(Frozen):
+class AssetUse(FrozenModel):
     """A model, data set or task that a Cell used."""
 
     name: str
@@ -346,14 +346,14 @@ class AssetUse(Frozen):
     licence: str = ""
 
 
-class Provider(Frozen):
+class Provider(FrozenModel):
     """The distribution that an implementation came from."""
 
     distribution: str
     version: str
 
 
-class Record(Frozen):
+class Record(FrozenModel):
     """The immutable outcome of one attempt at a Cell."""
 
     schema_: int = Field(default=SCHEMA, alias="schema")

@@ -86,7 +86,7 @@ def write_atomic(path: Path, data: bytes, *, new: bool = False) -> None:
         raise StoreError(
             "the disk is full" if full else f"cannot write: {error.strerror}",
             where=str(path),
-            mend="free some space, then `peft-harness run SUITE --resume RUN`; what was finished is kept"
+            hint="free some space, then `peft-harness run SUITE --resume RUN`; what was finished is kept"
             if full
             else "choose another folder with --out",
         ) from error
@@ -128,11 +128,11 @@ def _read(path: Path, kind: type[_Model]) -> _Model:
         raise StoreError(
             f"written with schema {schema}, this version reads up to {SCHEMA}",
             where=str(path),
-            mend="install a newer peft-harness",
+            hint="install a newer peft-harness",
         )
     if found is None:
         raise StoreError(
-            f"not a whole {kind.__name__}: {mistake(problem)}", where=str(path), mend=_TORN[kind]
+            f"not a whole {kind.__name__}: {mistake(problem)}", where=str(path), hint=_TORN[kind]
         ) from problem
     return found
 
@@ -206,7 +206,7 @@ class RunFolder:
                 (path / sub).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(
-                f"cannot make the run folder: {error.strerror}", where=str(path), mend="name a writable --out"
+                f"cannot make the run folder: {error.strerror}", where=str(path), hint="name a writable --out"
             ) from error
         folder = cls.take(path)
         try:
@@ -294,14 +294,14 @@ def _lock(path: Path) -> int:
         raise UsageError(
             f"another peft-harness is writing to this run: process {holder}",
             where=str(path.parent),
-            mend="wait until it ends, or end it; or start a run of your own with another --out",
+            hint="wait until it ends, or end it; or start a run of your own with another --out",
         ) from error
     except OSError as error:
         os.close(descriptor)
         raise StoreError(
             f"cannot lock this run: {error.strerror}",
             where=str(path),
-            mend="keep runs where files can be locked (--out)",
+            hint="keep runs where files can be locked (--out)",
         ) from error
     return descriptor
 
@@ -309,7 +309,7 @@ def _lock(path: Path) -> int:
 def refuse_used(path: Path) -> None:
     """Raise UsageError if `path` holds a run, or Records without one."""
     if (path / "run.json").exists() or any(path.glob("cells/*.json")):
-        raise UsageError("holds a run already", where=str(path), mend="name another --out, or --resume it")
+        raise UsageError("holds a run already", where=str(path), hint="name another --out, or --resume it")
 
 
 def read_record(path: Path) -> Record:
@@ -320,7 +320,7 @@ def read_record(path: Path) -> Record:
 def read_manifest(path: Path) -> Manifest:
     """Read what a run was to measure, and nothing else of it."""
     if not (path / "run.json").is_file():
-        raise UsageError("not a run folder (no run.json)", where=str(path), mend="name a run id or its folder")
+        raise UsageError("not a run folder (no run.json)", where=str(path), hint="name a run id or its folder")
     return _read(path / "run.json", Manifest)
 
 
@@ -345,7 +345,7 @@ def read_run(path: Path) -> Run:
         try:
             footer = _read(path / _FOOTER, Footer)
         except StoreError as error:
-            broken[_FOOTER] = f"{error.what}: {error.mend}"
+            broken[_FOOTER] = f"{error.what}: {error.hint}"
     changed = _changed(path, records, broken, complete=footer is not None)
     whole = tuple(record for record in records if f"cells/{record.id}.json" not in changed)
     return Run(path, manifest, whole, footer, broken, changed)
@@ -391,10 +391,10 @@ def find_run(name: str, runs: Path = RUNS) -> Path:
     if len(matches) == 1:
         return matches[0]
     if matches:
-        raise UsageError(f"{name!r} fits {len(matches)} runs", where=str(runs), mend="give more of its id")
+        raise UsageError(f"{name!r} fits {len(matches)} runs", where=str(runs), hint="give more of its id")
     if folder := next((folder for folder in (Path(name), runs / name) if folder.is_dir()), None):
-        raise UsageError("is no run: it has no run.json", where=str(folder), mend="copy it from where the run was made")
+        raise UsageError("is no run: it has no run.json", where=str(folder), hint="copy it from where the run was made")
     recent = ", ".join(p.name for p in known[-3:])
     raise UsageError(
-        f"no run {name!r}", where=str(runs), mend=f"runs here: {recent}" if recent else "`peft-harness run quick` first"
+        f"no run {name!r}", where=str(runs), hint=f"runs here: {recent}" if recent else "`peft-harness run quick` first"
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from harness.records.base_model import Frozen, Scalar
+from harness.records.base_model import FrozenModel, Scalar
 
 LATER = ("accumulate", "checkpointing", "lr_ratio", "compile", "layerwise")
 """Fields of Training that came after the first published Records."""
 
 
-class Training(Frozen):
+class Training(FrozenModel):
     """The training budget and its recipe: equal for Cells that are to be compared, but for learning rates, and for what
     changes only the cost (`accumulate`, `checkpointing`, `compile`, `layerwise`)."""
 

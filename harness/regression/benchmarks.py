@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from harness.analysis.comparison.baseline_rows import Findings, Kind, Row
+from harness.analysis.comparison.baseline_rows import ComparisonRow, FindingKind, Findings
 from harness.analysis.statistics.process_runs import ALARM, MARGIN, Pace, judge
-from harness.analysis.verdict_kind import Verdict, Word
+from harness.analysis.verdict_kind import Verdict, VerdictKind
 from harness.bench.pytest_benchmark import Saved
 
 _WORDS = {
-    Pace.SLOWER: Word.FAIL, Pace.FASTER: Word.PASS, Pace.NOT_SLOWER: Word.PASS, Pace.INCONCLUSIVE: Word.INCONCLUSIVE,
+    Pace.SLOWER: VerdictKind.FAIL, Pace.FASTER: VerdictKind.PASS, Pace.NOT_SLOWER: VerdictKind.PASS, Pace.INCONCLUSIVE: VerdictKind.INCONCLUSIVE,
 }  # fmt: skip
 _ALWAYS = ("torch", "gpu")
 """What a run says of itself wherever it was in use: without it, it was not."""
@@ -46,40 +46,55 @@ def compare(kept: Sequence[Saved], session: Session, margin: float = MARGIN) -> 
     rows, away, compared = [], {}, 0
     if session.wrong:
         reason = f"{session.wrong} of {session.wrong + session.right} cases failed: no speed without parity"
-        rows.append(Row(Kind.PARITY, Word.FAIL, "@conformance", (), "cases", reason))
+        rows.append(ComparisonRow(FindingKind.PARITY, VerdictKind.FAIL, "@conformance", (), "cases", reason))
     for name in names:
         runs = [saved for saved in kept if name in saved.rounds]
         near = [saved.rounds[name] for saved in runs if not here[saved.path]]
         if name in session.failed:
-            rows.append(Row(Kind.OUTCOME, Word.FAIL, name, (), "test", "failed, so that its time is not told"))
+            rows.append(
+                ComparisonRow(
+                    FindingKind.OUTCOME, VerdictKind.FAIL, name, (), "test", "failed, so that its time is not told"
+                )
+            )
         elif name not in session.rounds:
             if name in session.absent:
-                rows.append(Row(Kind.MISSING, Word.NOT_RUN, name, (), "benchmark", session.absent[name]))
+                rows.append(
+                    ComparisonRow(FindingKind.MISSING, VerdictKind.NOT_RUN, name, (), "benchmark", session.absent[name])
+                )
         elif not near:
             away[name] = here[runs[-1].path]
         else:
             compared += 1
             row = _row(name, near, session.rounds[name], margin)
-            if session.wrong and row.word is Word.PASS:
-                row = replace(row, word=Word.INCONCLUSIVE, reason=f"no pass without parity: {row.reason}")
+            if session.wrong and row.word is VerdictKind.PASS:
+                row = replace(row, word=VerdictKind.INCONCLUSIVE, reason=f"no pass without parity: {row.reason}")
             rows.append(row)
     rows += [
-        Row(Kind.NEW, Word.NOT_RUN, name, (), "benchmark", "is not in the baseline")
+        ComparisonRow(FindingKind.NEW, VerdictKind.NOT_RUN, name, (), "benchmark", "is not in the baseline")
         for name in session.rounds
         if name not in names and name not in session.failed
     ]
     rows += _places(away)
     if unused := [saved for saved in kept if here[saved.path]]:
         reason = f"not used, {here[unused[-1].path]}"
-        rows.append(Row(Kind.ENVIRONMENT, Word.PASS, f"{len(unused)} of {len(kept)} kept runs", (), "machine", reason))
+        rows.append(
+            ComparisonRow(
+                FindingKind.ENVIRONMENT,
+                VerdictKind.PASS,
+                f"{len(unused)} of {len(kept)} kept runs",
+                (),
+                "machine",
+                reason,
+            )
+        )
     verdict = _verdict(rows, compared, session, margin, next(iter(names), ""))
     return Findings(verdict=verdict, rows=tuple(rows), compared=compared)
 
 
-def _row(name: str, kept: Sequence[Sequence[float]], new: Sequence[float], margin: float) -> Row:
+def _row(name: str, kept: Sequence[Sequence[float]], new: Sequence[float], margin: float) -> ComparisonRow:
     found = judge(kept, new, margin)
-    return Row(
-        Kind.SPEED,
+    return ComparisonRow(
+        FindingKind.SPEED,
         _WORDS[found.pace],
         name,
         (),
@@ -105,26 +120,35 @@ def _elsewhere(kept: Mapping[str, str], here: Mapping[str, str]) -> str:
     )
 
 
-def _places(away: Mapping[str, str]) -> list[Row]:
+def _places(away: Mapping[str, str]) -> list[ComparisonRow]:
     found: dict[str, list[str]] = {}
     for name, why in away.items():
         found.setdefault(why, []).append(name)
     return [
-        Row(Kind.ENVIRONMENT, Word.INCONCLUSIVE, _some(names), (), "machine", f"kept elsewhere only, {why}")
+        ComparisonRow(
+            FindingKind.ENVIRONMENT,
+            VerdictKind.INCONCLUSIVE,
+            _some(names),
+            (),
+            "machine",
+            f"kept elsewhere only, {why}",
+        )
         for why, names in found.items()
     ]
 
 
-def _verdict(rows: Sequence[Row], compared: int, session: Session, margin: float, example: str) -> Verdict:
-    def of(kind: Kind, word: Word) -> list[str]:
+def _verdict(rows: Sequence[ComparisonRow], compared: int, session: Session, margin: float, example: str) -> Verdict:
+    def of(kind: FindingKind, word: VerdictKind) -> list[str]:
         return [row.name for row in rows if row.kind is kind and row.word is word]
 
-    slower, open_, passed = (of(Kind.SPEED, word) for word in (Word.FAIL, Word.INCONCLUSIVE, Word.PASS))
-    red = of(Kind.OUTCOME, Word.FAIL)
+    slower, open_, passed = (
+        of(FindingKind.SPEED, word) for word in (VerdictKind.FAIL, VerdictKind.INCONCLUSIVE, VerdictKind.PASS)
+    )
+    red = of(FindingKind.OUTCOME, VerdictKind.FAIL)
     besides = {
         "left open": [] if session.wrong else open_,
-        "missing": of(Kind.MISSING, Word.NOT_RUN),
-        "kept on another machine only": of(Kind.ENVIRONMENT, Word.INCONCLUSIVE),
+        "missing": of(FindingKind.MISSING, VerdictKind.NOT_RUN),
+        "kept on another machine only": of(FindingKind.ENVIRONMENT, VerdictKind.INCONCLUSIVE),
         "whose test failed": red,
     }
     told = [f"{what}: {_some(names)}" for what, names in besides.items() if names]
@@ -144,9 +168,9 @@ def _verdict(rows: Sequence[Row], compared: int, session: Session, margin: float
     else:
         parity = "no case of @conformance ran, so nothing here says that they are right"
     if slower or red or session.wrong:
-        word = Word.FAIL
+        word = VerdictKind.FAIL
     else:
-        word = Word.NOT_RUN if not compared else Word.INCONCLUSIVE if told else Word.PASS
+        word = VerdictKind.NOT_RUN if not compared else VerdictKind.INCONCLUSIVE if told else VerdictKind.PASS
     return Verdict(word, "; ".join([first, *told, parity]))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from harness.analysis.comparison.baseline_rows import Findings
-from harness.analysis.verdict_kind import Word
+from harness.analysis.verdict_kind import VerdictKind
 from harness.bench import pytest_benchmark
 from harness.bench.pytest_benchmark import Saved
 from harness.errors import UsageError
@@ -69,7 +69,9 @@ class Gate:
         if session.exitstatus not in _JUDGED:
             return
         self.findings = benchmarks.compare(self.kept, self._session(), self.margin)
-        bad = [Word.FAIL, Word.NOT_RUN] + [Word.INCONCLUSIVE] * bool(self.config.getoption("harness_gate_strict"))
+        bad = [VerdictKind.FAIL, VerdictKind.NOT_RUN] + [VerdictKind.INCONCLUSIVE] * bool(
+            self.config.getoption("harness_gate_strict")
+        )
         # Not 5 where nothing was compared: many a script forgives pytest's 5.
         if self.findings.verdict.word in bad:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -92,13 +94,13 @@ class Gate:
         plugin = self.config.pluginmanager.get_plugin("pytest-benchmark")
         if plugin is None:
             what = "pytest-benchmark is not installed, or is blocked by `-p no:benchmark`, and it takes the times"
-            raise UsageError(what, where=_OPTION, mend="pip install pytest-benchmark")
+            raise UsageError(what, where=_OPTION, hint="pip install pytest-benchmark")
         if self.config.getoption("dist", "no") != "no" or os.environ.get("PYTEST_XDIST_WORKER"):
             what = "under xdist pytest-benchmark takes no times: tests beside each other disturb them"
-            raise UsageError(what, where=_OPTION, mend="run this session with `-n 0`, or `-p no:xdist`")
+            raise UsageError(what, where=_OPTION, hint="run this session with `-n 0`, or `-p no:xdist`")
         for option in ("--benchmark-disable", "--benchmark-skip"):
             if getattr(plugin, option.removeprefix("--benchmark-").replace("disable", "disabled")):
-                raise UsageError(f"nothing is timed with {option}", where=_OPTION, mend=f"leave {option} out")
+                raise UsageError(f"nothing is timed with {option}", where=_OPTION, hint=f"leave {option} out")
         return plugin
 
     def _session(self) -> benchmarks.Session:
@@ -134,6 +136,6 @@ class Gate:
 def _margin(per_cent: float) -> float:
     if not 0 < per_cent <= 100:
         raise UsageError(
-            f"{per_cent:g} % is no margin", where="--harness-gate-margin", mend="give per cent above 0, at most 100"
+            f"{per_cent:g} % is no margin", where="--harness-gate-margin", hint="give per cent above 0, at most 100"
         )
     return per_cent / 100

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree as ET
 
 from harness.conformance import summary
-from harness.conformance.outcomes import Standing, Tried
+from harness.conformance.outcomes import CheckOutcome, CheckStatus
 from harness.records import store
 from harness.report import junit_xml
 
 if TYPE_CHECKING:
-    from harness.conformance.report import Report
+    from harness.conformance.report import CheckReport
 
 
-def render(report: Report) -> bytes:
+def render(report: CheckReport) -> bytes:
     """Return one suite per implementation of a method or operation, and one for what befell whole plug-ins.
 
     A known defect is a skipped test, as an expected failure is in pytest's files.
@@ -35,14 +35,14 @@ def render(report: Report) -> bytes:
     return junit_xml.document(root)
 
 
-def write_junit(report: Report, out: Path) -> None:
+def write_junit(report: CheckReport, out: Path) -> None:
     """Write the file, whole or not at all."""
     store.write_atomic(out, render(report))
 
 
-def _outcome(one: Tried) -> tuple[str, str]:
-    if one.standing is Standing.FAIL:
+def _outcome(one: CheckOutcome) -> tuple[str, str]:
+    if one.standing is CheckStatus.FAIL:
         return "failure", summary.told(one)
-    if one.standing is Standing.KNOWN_DEFECT:
+    if one.standing is CheckStatus.KNOWN_DEFECT:
         return "skipped", f"known defect {one.defect}: {summary.told(one)}"
-    return ("", "") if one.standing is Standing.PASS else ("skipped", one.result.detail)
+    return ("", "") if one.standing is CheckStatus.PASS else ("skipped", one.result.detail)

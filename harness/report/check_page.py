@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.conformance import defects, summary
-from harness.conformance.outcomes import Standing, Tried
+from harness.conformance.outcomes import CheckOutcome, CheckStatus
 from harness.errors import EXITS, Exit
 from harness.records import store
 from harness.report import html
@@ -17,28 +17,28 @@ from harness.report.run_facts import ICONS
 
 if TYPE_CHECKING:
     from harness.conformance.defects import Defect
-    from harness.conformance.report import Report
+    from harness.conformance.report import CheckReport
 
 TEMPLATE = "conformance.html.j2"
-_TONES = {Standing.FAIL: "bad", Standing.KNOWN_DEFECT: "open", Standing.PASS: "good"}
+_TONES = {CheckStatus.FAIL: "bad", CheckStatus.KNOWN_DEFECT: "open", CheckStatus.PASS: "good"}
 _WORDS = {
     Exit.PASS: ("pass", "good"), Exit.FAIL: ("fail", "bad"), Exit.INFRASTRUCTURE: ("not all tried", "open"),
     Exit.NOTHING_COMPARED: ("nothing compared", "open"),
 }  # fmt: skip
-_NAMES = {Standing.PASS: "passed", Standing.FAIL: "failed", Standing.KNOWN_DEFECT: "by known defects"}
+_NAMES = {CheckStatus.PASS: "passed", CheckStatus.FAIL: "failed", CheckStatus.KNOWN_DEFECT: "by known defects"}
 
 
-def render(report: Report) -> str:
+def render(report: CheckReport) -> str:
     """Return the page."""
     return html.fill(TEMPLATE, build(report))
 
 
-def write_page(report: Report, out: Path) -> None:
+def write_page(report: CheckReport, out: Path) -> None:
     """Write the page to `out`, whole or not at all."""
     store.write_atomic(out, render(report).encode(errors="backslashreplace"))
 
 
-def build(report: Report) -> dict[str, Any]:
+def build(report: CheckReport) -> dict[str, Any]:
     """Return what the page shows as one plain dict."""
     word, tone = ("interrupted", "open") if report.interrupted else _WORDS[report.exit]
     return {
@@ -46,12 +46,12 @@ def build(report: Report) -> dict[str, Any]:
         "reason": EXITS[report.exit] if report.exit is Exit.NOTHING_COMPARED else _reason(report),
         "counts": [
             {"tone": _tone(s), "icon": ICONS[_tone(s)], "count": report.count(s), "word": _NAMES.get(s, s.value)}
-            for s in Standing
+            for s in CheckStatus
             if report.count(s)
         ],
         "alerts": _alerts(report),
         "matrix": _matrix(report),
-        "failures": [_failed(t) for t in report.tried if t.standing is Standing.FAIL],
+        "failures": [_failed(t) for t in report.tried if t.standing is CheckStatus.FAIL],
         "defects": [_defect(defect, report) for defect in report.shown_defects()],
         "checks": [_by_check(*key, tried) for key, tried in summary.rows(report.tried).items()],
         "not_checked": _not_checked(report),
@@ -69,8 +69,8 @@ def build(report: Report) -> dict[str, Any]:
     }
 
 
-def _reason(report: Report) -> str:
-    failed, shown = report.count(Standing.FAIL), len(report.shown_defects())
+def _reason(report: CheckReport) -> str:
+    failed, shown = report.count(CheckStatus.FAIL), len(report.shown_defects())
     parts = [f"{failed} checks failed" if failed else "no check failed unexpectedly"]
     if shown:
         parts.append(f"{shown} known defects of libraries showed")
@@ -81,11 +81,11 @@ def _reason(report: Report) -> str:
     return "; ".join(parts)
 
 
-def _tone(standing: Standing) -> str:
+def _tone(standing: CheckStatus) -> str:
     return _TONES.get(standing, "quiet")
 
 
-def _alerts(report: Report) -> list[dict[str, Any]]:
+def _alerts(report: CheckReport) -> list[dict[str, Any]]:
     found = [
         ("Plug-ins that could not be loaded", [f"{name}: {why}" for name, why in report.broken.items()]),
         ("Known defects that did not show", report.complaints),
@@ -101,7 +101,7 @@ def _alerts(report: Report) -> list[dict[str, Any]]:
     return [{"text": text, "items": items} for text, items in found if items]
 
 
-def _matrix(report: Report) -> dict[str, Any]:
+def _matrix(report: CheckReport) -> dict[str, Any]:
     dtypes = summary.dtypes(report.tried)
     groups: dict[str, list[dict[str, Any]]] = {}
     for (target, implementation), tried in summary.rows(report.tried).items():
@@ -119,15 +119,15 @@ def _matrix(report: Report) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _figure(tried: list[Tried]) -> dict[str, Any]:
+def _figure(tried: list[CheckOutcome]) -> dict[str, Any]:
     field = summary.field(tried)
     if field is None:
         return unmeasured("no case in this dtype")
     tone = _tone(field.standing)
-    if field.standing is Standing.PASS:
+    if field.standing is CheckStatus.PASS:
         small = "" if field.share is None else f"{field.share:.2f}"
         return figure(f"{ICONS[tone]} pass", field.share or 0.0, small=small, tone=tone)
-    if field.standing in (Standing.FAIL, Standing.KNOWN_DEFECT):
+    if field.standing in (CheckStatus.FAIL, CheckStatus.KNOWN_DEFECT):
         # Below every share of 1 that passes nothing sorts; failures come after all of them, by their number.
         value = 1.0 + field.count
         text = f"{ICONS[tone]} {field.standing.value}"
@@ -135,7 +135,7 @@ def _figure(tried: list[Tried]) -> dict[str, Any]:
     return figure(field.standing.value, None, tone=tone, why=_reasons(tried))
 
 
-def _reasons(tried: Iterable[Tried]) -> str:
+def _reasons(tried: Iterable[CheckOutcome]) -> str:
     return "; ".join(sorted({one.result.detail for one in tried if one.result.detail})[:3])
 
 
@@ -143,7 +143,7 @@ def _anchor(target: str, implementation: str) -> str:
     return f"checks-{target}-{implementation}"
 
 
-def _failed(one: Tried) -> dict[str, str]:
+def _failed(one: CheckOutcome) -> dict[str, str]:
     r = one.result
     return {
         "implementation": one.implementation, "check": r.check, "case": one.case, "defect": one.defect,
@@ -153,7 +153,7 @@ def _failed(one: Tried) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _defect(defect: Defect, report: Report) -> dict[str, Any]:
+def _defect(defect: Defect, report: CheckReport) -> dict[str, Any]:
     shown = [one for one in report.tried if one.defect == defect.id]
     worst = max(shown, key=lambda one: one.share or 0.0)
     reproduction = defects.path().parent / defect.reproduction
@@ -163,7 +163,7 @@ def _defect(defect: Defect, report: Report) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _by_check(target: str, implementation: str, tried: list[Tried]) -> dict[str, Any]:
+def _by_check(target: str, implementation: str, tried: list[CheckOutcome]) -> dict[str, Any]:
     """Sum up one implementation check by check, over all cases."""
     dtypes = summary.dtypes(tried)
     names = list(dict.fromkeys(one.check for one in tried))
@@ -172,19 +172,19 @@ def _by_check(target: str, implementation: str, tried: list[Tried]) -> dict[str,
         mine = [one for one in tried if one.check == name]
         rows.append({"name": name, "figures": [_figure(summary.of_dtype(mine, dtype)) for dtype in dtypes]})
     whole = summary.field(tried)
-    standing = whole.standing if whole is not None else Standing.SKIPPED
+    standing = whole.standing if whole is not None else CheckStatus.SKIPPED
     return {
         "anchor": _anchor(target, implementation), "title": f"{target} by {implementation}", "dtypes": dtypes, "rows": rows,
         "word": standing.value, "tone": _tone(standing), "icon": ICONS[_tone(standing)],
-        "cases": len({(one.case, one.dtype) for one in tried}), "open": standing is Standing.FAIL,
+        "cases": len({(one.case, one.dtype) for one in tried}), "open": standing is CheckStatus.FAIL,
     }  # fmt: skip
 
 
-def _not_checked(report: Report) -> list[dict[str, Any]]:
+def _not_checked(report: CheckReport) -> list[dict[str, Any]]:
     """List what was not tried or not compared, each reason once."""
     counts: dict[tuple[str, str, str], list[str]] = {}
     for one in report.tried:
-        if one.standing in (Standing.UNSUPPORTED, Standing.SKIPPED):
+        if one.standing in (CheckStatus.UNSUPPORTED, CheckStatus.SKIPPED):
             key = (f"{one.implementation} {one.target}", one.standing.value, f"{one.check}: {one.result.detail}")
             counts.setdefault(key, []).append(one.dtype)
     rows = [

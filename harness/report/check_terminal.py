@@ -9,17 +9,17 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.conformance import summary
-from harness.conformance.outcomes import Standing
+from harness.conformance.outcomes import CheckStatus
 
 if TYPE_CHECKING:
-    from harness.conformance.report import Report
+    from harness.conformance.report import CheckReport
 
 _PIPE_WIDTH = 140
 _MOST_LINES = 40
-_STYLES = {Standing.FAIL: "bold red", Standing.KNOWN_DEFECT: "yellow", Standing.PASS: "green"}
+_STYLES = {CheckStatus.FAIL: "bold red", CheckStatus.KNOWN_DEFECT: "yellow", CheckStatus.PASS: "green"}
 
 
-def print_matrix(report: Report) -> None:
+def print_matrix(report: CheckReport) -> None:
     """Print implementation x method or operation x dtype, then every failure, every defect, and the count."""
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -40,22 +40,22 @@ def print_matrix(report: Report) -> None:
         console.print(Text(line), soft_wrap=True)
 
 
-def lines(report: Report) -> list[str]:
+def lines(report: CheckReport) -> list[str]:
     """Say every failure, each known defect once, what was not tried, and the count."""
-    failed = [one for one in report.tried if one.standing is Standing.FAIL]
+    failed = [one for one in report.tried if one.standing is CheckStatus.FAIL]
     said = [summary.failure(one) for one in failed[:_MOST_LINES]]
     if len(failed) > _MOST_LINES:
         said.append(f"... and {len(failed) - _MOST_LINES} more failures; --json, --html and --junit have them all")
     defects: dict[str, int] = {}
     for one in report.tried:
-        if one.standing is Standing.KNOWN_DEFECT:
+        if one.standing is CheckStatus.KNOWN_DEFECT:
             defects[one.defect] = defects.get(one.defect, 0) + 1
     said += [f"known defect {name}: {count} checks (`peft-harness explain {name}`)" for name, count in defects.items()]
     said += [f"FAIL {complaint}" for complaint in report.complaints]
     said += [f"BROKEN plug-in {name}: {why}" for name, why in report.broken.items()]
     said += [f"not checked: {name}: {why}" for name, why in report.skipped.items()]
-    counts = {standing: report.count(standing) for standing in Standing}
-    names = {Standing.PASS: "passed", Standing.FAIL: "failed", Standing.KNOWN_DEFECT: "known defects"}
+    counts = {standing: report.count(standing) for standing in CheckStatus}
+    names = {CheckStatus.PASS: "passed", CheckStatus.FAIL: "failed", CheckStatus.KNOWN_DEFECT: "known defects"}
     said.append(", ".join(f"{count} {names.get(s, s.value)}" for s, count in counts.items() if count or s in names))
     if report.untried:
         said.append(f"asked for, but could not be tried: {', '.join(report.untried)}")

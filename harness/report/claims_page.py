@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.claims.judge import MEANING, Judged, Verdict
+from harness.claims.judge import MEANING, ClaimVerdict, JudgedClaim
 from harness.records import store
 from harness.report import html
 from harness.report.run_facts import ICONS
@@ -18,23 +18,23 @@ HEADLINES = "headlines.html.j2"
 _WAYS = ("by arithmetic", "on a GPU", "by a rehearsal", "by training")
 """How a claim can be decided, as columns."""
 _TONES = {
-    Verdict.REPRODUCED: "good", Verdict.UNDER: "open", Verdict.NOT_REPRODUCED: "bad", Verdict.INCONCLUSIVE: "open",
-    Verdict.NOT_RUN: "quiet",
+    ClaimVerdict.REPRODUCED: "good", ClaimVerdict.UNDER: "open", ClaimVerdict.NOT_REPRODUCED: "bad", ClaimVerdict.INCONCLUSIVE: "open",
+    ClaimVerdict.NOT_RUN: "quiet",
 }  # fmt: skip
 _ICONS = {"quiet": "–", **ICONS}
 
 
-def write_page(rows: Sequence[Judged], software: Mapping[str, str], out: Path, *, headlines: bool = False) -> None:
+def write_page(rows: Sequence[JudgedClaim], software: Mapping[str, str], out: Path, *, headlines: bool = False) -> None:
     """Write the page to `out`, whole or not at all. headlines: that of the headlines, else of the whole ledger."""
     filled = html.fill(HEADLINES if headlines else LEDGER, build(rows, software))
     store.write_atomic(out, filled.encode(errors="backslashreplace"))
 
 
-def build(rows: Sequence[Judged], software: Mapping[str, str]) -> dict[str, Any]:
+def build(rows: Sequence[JudgedClaim], software: Mapping[str, str]) -> dict[str, Any]:
     """Return what the page shows as one plain dict."""
     rows = sorted(rows, key=lambda row: row.version)  # the numbers of arXiv are in the order of time
-    headlines: dict[str, list[Judged]] = {}
-    papers: dict[str, list[Judged]] = {}
+    headlines: dict[str, list[JudgedClaim]] = {}
+    papers: dict[str, list[JudgedClaim]] = {}
     for row in rows:
         papers.setdefault(row.paper, []).append(row)
         if row.headline:
@@ -53,7 +53,10 @@ def build(rows: Sequence[Judged], software: Mapping[str, str]) -> dict[str, Any]
         ],
         "ways": _WAYS,
         "findings": [
-            _row(one) for kind in (Verdict.NOT_REPRODUCED, Verdict.UNDER) for one in rows if one.verdict is kind
+            _row(one)
+            for kind in (ClaimVerdict.NOT_REPRODUCED, ClaimVerdict.UNDER)
+            for one in rows
+            if one.verdict is kind
         ],
         "papers": [
             {"name": name, "version": several[0].version, "rows": [_row(one) for one in several]}
@@ -64,12 +67,12 @@ def build(rows: Sequence[Judged], software: Mapping[str, str]) -> dict[str, Any]
     }
 
 
-def _weight(row: Judged) -> int:
+def _weight(row: JudgedClaim) -> int:
     """Put what was decided before what was not run."""
-    return list(Verdict).index(row.verdict)
+    return list(ClaimVerdict).index(row.verdict)
 
 
-def _way(row: Judged) -> str:
+def _way(row: JudgedClaim) -> str:
     if row.tier == "trained":
         return _WAYS[3]
     if row.tier == "exact":
@@ -77,17 +80,17 @@ def _way(row: Judged) -> str:
     return _WAYS[2] if row.scale else _WAYS[1]
 
 
-def _counted(rows: Sequence[Judged]) -> list[dict[str, Any]]:
+def _counted(rows: Sequence[JudgedClaim]) -> list[dict[str, Any]]:
     counts = Counter(row.verdict for row in rows)
-    return [_badge(verdict) | {"count": counts[verdict]} for verdict in Verdict if counts[verdict]]
+    return [_badge(verdict) | {"count": counts[verdict]} for verdict in ClaimVerdict if counts[verdict]]
 
 
-def _badge(verdict: Verdict) -> dict[str, Any]:
+def _badge(verdict: ClaimVerdict) -> dict[str, Any]:
     tone = _TONES[verdict]
     return {"word": verdict.value, "tone": tone, "icon": _ICONS[tone]}
 
 
-def _row(row: Judged) -> dict[str, Any]:
+def _row(row: JudgedClaim) -> dict[str, Any]:
     return {
         "id": row.id,
         "sentence": row.sentence,

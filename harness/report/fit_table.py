@@ -8,7 +8,7 @@ from typing import Any
 
 from harness.conformance.tolerance_table import FOOTPRINT_ACTIVATIONS, FOOTPRINT_LEDGER
 from harness.console import aligned
-from harness.memory_model.size_units import UNITS, Size
+from harness.memory_model.size_units import UNITS, MemorySize
 from harness.report.formatting import short_count
 
 _PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "total", "left")
@@ -17,7 +17,7 @@ _WIDTH = 110
 
 def as_text(document: Mapping[str, Any]) -> str:
     """Lay the document of `fit.answer` out."""
-    size = Size(document["memory_B"], document["unit"])
+    size = MemorySize(document["memory_B"], document["unit"])
     checked, by_formula = document["checked"], document["activations_known"]
     known = by_formula or checked
     shown = [part for part in _PARTS if by_formula or part not in ("activations", "logits", "total" * checked)]
@@ -67,7 +67,7 @@ def _left_out(document: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _question(document: Mapping[str, Any], size: Size, several: bool) -> list[str]:
+def _question(document: Mapping[str, Any], size: MemorySize, several: bool) -> list[str]:
     one = next((row["optimizer"] for row in document["rows"] if row["optimizer"] != "-"), "")
     keeps = ", gradient checkpointing" if document["gradient_checkpointing"] else ""
     keeps += ", layer-wise updates where the weights themselves train" if document["layerwise_updates"] else ""
@@ -80,7 +80,7 @@ def _question(document: Mapping[str, Any], size: Size, several: bool) -> list[st
     ]
 
 
-def _worth(document: Mapping[str, Any], size: Size) -> list[str]:
+def _worth(document: Mapping[str, Any], size: MemorySize) -> list[str]:
     """Say how to read the table, that it is a prediction, what is left out, and how far off it was."""
     by_formula, checked = document["activations_known"], document["checked"]
     largest = "the largest rank x batch that fits" if by_formula or checked else "the largest rank that fits"
@@ -145,7 +145,7 @@ def _tokens(number: int | None) -> str:
     return "-" if number is None else f"{number:,}"
 
 
-def _size(size: Size, row: Mapping[str, Any], part: str) -> str:
+def _size(size: MemorySize, row: Mapping[str, Any], part: str) -> str:
     peak, ledger = row.get("peak_B"), row["ledger"]
     if part == "peak":
         return "-" if peak is None else size.shown(peak)
@@ -154,5 +154,5 @@ def _size(size: Size, row: Mapping[str, Any], part: str) -> str:
     return "-" if ledger[f"{part}_B"] is None else size.shown(ledger[f"{part}_B"])
 
 
-def _left(size: Size, number_B: int) -> str:
+def _left(size: MemorySize, number_B: int) -> str:
     return f"-{size.shown(-number_B)}" if number_B < 0 else size.shown(number_B)

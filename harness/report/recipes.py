@@ -7,7 +7,7 @@ from statistics import median, stdev
 from typing import Any
 
 from harness.analysis import failed_checks, measurements, ranking, tuning
-from harness.analysis.ranking import Entry, Group
+from harness.analysis.ranking import Group, RankingEntry
 from harness.analysis.statistics.over_seeds import INTERVAL
 from harness.records.record import Record
 from harness.report import formatting
@@ -41,7 +41,7 @@ def over_seeds(facts: RunFacts) -> Table | None:
     return _table(facts, "recipes", "Means over seeds", columns, groups)
 
 
-def _recipe(facts: RunFacts, g: Group, e: Entry) -> Table:
+def _recipe(facts: RunFacts, g: Group, e: RankingEntry) -> Table:
     runs = ranking.accuracies(e.records)
     found = [r.measurements for r in e.records if r.measurements]
     peaks = [p for r in e.records if (p := measurements.training_peak(r)) is not None]
@@ -93,7 +93,7 @@ def _step(record: Record) -> float | None:
     return measurements.step_time(training).value if training and training.step_seconds else None
 
 
-def _standing(g: Group, e: Entry) -> Figure:
+def _standing(g: Group, e: RankingEntry) -> Figure:
     if not g.is_ranking:
         return unmeasured("no other recipe has this budget and these seeds")
     if e.standing == "best":

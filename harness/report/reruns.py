@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from harness.analysis.comparison.reproducibility import Rerun, reruns
-from harness.analysis.verdict_kind import Word
+from harness.analysis.verdict_kind import VerdictKind
 from harness.records.store import Run
 from harness.report.run_facts import icon, tone
 
@@ -45,23 +45,29 @@ def lines(runs: Sequence[Run]) -> list[str]:
     return said
 
 
-def _whole(found: Sequence[Rerun]) -> tuple[Word, str]:
+def _whole(found: Sequence[Rerun]) -> tuple[VerdictKind, str]:
     cells = f"{len(found)} repeated Cell{'s' * (len(found) != 1)}"
     unexplained = sum(r.unexplained for r in found)
     explained = sum(not r.equal for r in found) - unexplained
     if not found:
-        return Word.NOT_RUN, "Nothing was compared: no Cell has two ok Records, and a copy of a Record is no rerun."
+        return (
+            VerdictKind.NOT_RUN,
+            "Nothing was compared: no Cell has two ok Records, and a copy of a Record is no rerun.",
+        )
     if unexplained:
         more = f" and {explained} with a named cause" if explained else ""
-        return Word.FAIL, f"Of {cells}, {unexplained} differ{'s' * (unexplained == 1)} without a named cause{more}."
+        return (
+            VerdictKind.FAIL,
+            f"Of {cells}, {unexplained} differ{'s' * (unexplained == 1)} without a named cause{more}.",
+        )
     if explained:
         differ = f"{explained} differ{'s' * (explained == 1)}"
-        return Word.INCONCLUSIVE, f"Of {cells}, {differ}, with a named cause: that is no failure, nor a proof."
-    return Word.PASS, f"{cells} gave the same losses and answers to the last bit."
+        return VerdictKind.INCONCLUSIVE, f"Of {cells}, {differ}, with a named cause: that is no failure, nor a proof."
+    return VerdictKind.PASS, f"{cells} gave the same losses and answers to the last bit."
 
 
 def _row(r: Rerun) -> dict[str, Any]:
-    word = Word.PASS if r.equal else Word.FAIL if r.unexplained else Word.INCONCLUSIVE
+    word = VerdictKind.PASS if r.equal else VerdictKind.FAIL if r.unexplained else VerdictKind.INCONCLUSIVE
     same = {True: "equal to the last bit", False: "differ", None: "none to compare"}
     first = "" if r.first_step is None else f" from step {r.first_step}"
     why = [*r.causes, *([_NO_CAUSE] if r.unexplained else []), *(f"they part at the {p}" for p in r.parted)]

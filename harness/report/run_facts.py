@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from harness.analysis import ranking, verdict
-from harness.analysis.ranking import Entry, Group
+from harness.analysis.ranking import Group, RankingEntry
 from harness.analysis.verdict import RunVerdict
-from harness.analysis.verdict_kind import Word
+from harness.analysis.verdict_kind import VerdictKind
 from harness.records import naming
 from harness.records.record import Cell, Record, Status
 from harness.records.store import Run
@@ -17,10 +17,10 @@ MISSING, CHANGED = "missing", "changed"
 FOOTER = "footer.json"
 
 TONES: dict[str, str] = {
-    Word.PASS: "good",
-    Word.FAIL: "bad",
-    Word.INCONCLUSIVE: "open",
-    Word.NOT_RUN: "open",
+    VerdictKind.PASS: "good",
+    VerdictKind.FAIL: "bad",
+    VerdictKind.INCONCLUSIVE: "open",
+    VerdictKind.NOT_RUN: "open",
     Status.OK: "good",
     Status.NONCONFORMING: "bad",
     Status.SKIPPED: "quiet",
@@ -54,7 +54,7 @@ class RunFacts:
     names: dict[str, str]
     titles: dict[str, str]
     recipes: dict[str, str]
-    entries: dict[str, Entry]
+    entries: dict[str, RankingEntry]
     prefix: str
 
     def anchor(self, cell_id: str) -> str:
@@ -91,7 +91,7 @@ class RunFacts:
             "title": self.titles[cell.cell_id],
         }
 
-    def called(self, entry: Entry) -> str:
+    def called(self, entry: RankingEntry) -> str:
         """Return what an entry of a ranking is called within its model and task."""
         first = entry.record
         return self.names[first.cell_id] if len(entry.records) == 1 else self.recipes[first.cell.recipe_id]

@@ -10,8 +10,8 @@ from typing import Any
 
 from harness.analysis import failed_checks, measurements
 from harness.analysis.comparison.reproducibility import strangers, usual_environment
-from harness.analysis.trajectories import Judged
-from harness.analysis.verdict import Judgement
+from harness.analysis.trajectories import JudgedTrajectory
+from harness.analysis.verdict import QuestionVerdict
 from harness.records.record import CheckResult, Environment, Json, Outcome, Record, Status
 from harness.report import formatting
 from harness.report.formatting import DASH, GIB
@@ -40,16 +40,16 @@ def curves(facts: RunFacts) -> list[Section]:
     ]
 
 
-def _curve(facts: RunFacts, records: Sequence[Record]) -> charts.Series:
+def _curve(facts: RunFacts, records: Sequence[Record]) -> charts.ChartSeries:
     """Return the mean loss of each step over runs that differ in the seed alone."""
     losses = [r.measurements.training.losses for r in records if r.measurements and r.measurements.training]
     if len(losses) == 1:
-        return charts.Series(facts.names[records[0].cell_id], losses[0])
+        return charts.ChartSeries(facts.names[records[0].cell_id], losses[0])
     name = f"{facts.recipes[records[0].cell.recipe_id]}, {len(losses)} seeds"
-    return charts.Series(name, [fmean(step) for step in zip(*losses, strict=True)])
+    return charts.ChartSeries(name, [fmean(step) for step in zip(*losses, strict=True)])
 
 
-def losses(facts: RunFacts, judgement: Judgement) -> Section | None:
+def losses(facts: RunFacts, judgement: QuestionVerdict) -> Section | None:
     """Show a `same-losses` comparison step by step; None for other comparisons."""
     if judgement.losses is None:
         return None
@@ -59,8 +59,8 @@ def losses(facts: RunFacts, judgement: Judgement) -> Section | None:
     drawing = None
     if measured_ones:
         bound = (by_noise or measured_ones)[0]
-        allowed = charts.Series("allowed" if by_noise else "allowed growth", bound.allowed)
-        lines = [charts.Series(facts.names[s.cell_id], s.errors) for s in measured_ones]
+        allowed = charts.ChartSeries("allowed" if by_noise else "allowed growth", bound.allowed)
+        lines = [charts.ChartSeries(facts.names[s.cell_id], s.errors) for s in measured_ones]
         drawing = charts.errors("Distance from the float64 losses", lines, allowed)
     return {
         "says": judgement.comparison.says,
@@ -70,7 +70,7 @@ def losses(facts: RunFacts, judgement: Judgement) -> Section | None:
     }
 
 
-def _subject(facts: RunFacts, s: Judged) -> Section:
+def _subject(facts: RunFacts, s: JudgedTrajectory) -> Section:
     return {
         "name": facts.names[s.cell_id],
         "href": f"#{facts.anchor(s.cell_id)}",
@@ -174,7 +174,7 @@ def time(facts: RunFacts) -> Section:
         rest = measurements.unaccounted_seconds(record)
         own = [*spent, (charts.NO_PHASE, rest)] if record.phases and rest > 0 else spent
         if record.phases:
-            lives.append(charts.Life(facts.titles[record.cell_id], measurements.startup_seconds(record), own))
+            lives.append(charts.PhaseBars(facts.titles[record.cell_id], measurements.startup_seconds(record), own))
     return {"chart": charts.phases("Phases of each Cell", lives) if lives else None, **_outside(facts)}
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from harness.analysis import divergence, failed_checks, measurements
 from harness.analysis.comparison import reproducibility
-from harness.analysis.ranking import Budget, Entry, Group
+from harness.analysis.ranking import Budget, Group, RankingEntry
 from harness.analysis.statistics.over_seeds import MODERATED
-from harness.analysis.verdict import Judgement
+from harness.analysis.verdict import QuestionVerdict
 from harness.records import store
 from harness.records.record import Record, Status
 from harness.records.store import Run
@@ -92,8 +92,8 @@ def _alerts(f: RunFacts) -> list[dict[str, Any]]:
     """Say at the top what is not whole: an unfinished run, missing Cells, changed or torn files, Records from elsewhere."""
     found: list[dict[str, Any]] = []
     if f.verdict.how != "finished":
-        mend = f"peft-harness run SUITE --resume {f.run.manifest.run} measures the rest"
-        found.append({"text": f"This run {f.unfinished()}. What it holds is shown below.", "items": [mend]})
+        hint = f"peft-harness run SUITE --resume {f.run.manifest.run} measures the rest"
+        found.append({"text": f"This run {f.unfinished()}. What it holds is shown below.", "items": [hint]})
     if f.run.changed:
         text = "Not as the run left it, and not counted (move a Record out of cells/, and --resume measures its Cell again):"
         found.append({"text": text, "items": [f"{name} {what}" for name, what in f.run.changed.items()]})
@@ -125,7 +125,7 @@ def _alerts(f: RunFacts) -> list[dict[str, Any]]:
     return found
 
 
-def _question(f: RunFacts, j: Judgement) -> dict[str, Any]:
+def _question(f: RunFacts, j: QuestionVerdict) -> dict[str, Any]:
     return {
         "says": j.comparison.says,
         "word": j.verdict.word.value,
@@ -188,7 +188,7 @@ def _cut(record: Record) -> int | None:
 def _sentences(f: RunFacts, g: Group) -> list[str]:
     """Say who is best, who is tied with it, what the comparison cannot see."""
 
-    def listed(entries: Sequence[Entry]) -> str:
+    def listed(entries: Sequence[RankingEntry]) -> str:
         return ", ".join(f"{f.called(e)} ({_gap(e)})" for e in entries)
 
     sentences = []
@@ -246,11 +246,11 @@ def _what_it_sees(g: Group) -> list[str]:
     return [about, f"{finds} ({g.budget.items:,} items; {share})."]
 
 
-def _gap(e: Entry) -> str:
+def _gap(e: RankingEntry) -> str:
     return formatting.points(e.difference) + (f", {formatting.probability(e.p)}" if e.p is not None else "")
 
 
-def _points(f: RunFacts, entries: Sequence[tuple[Entry, float]], cost: str) -> list[charts.Point]:
+def _points(f: RunFacts, entries: Sequence[tuple[RankingEntry, float]], cost: str) -> list[charts.Point]:
     return [
         charts.Point(
             label=f.called(e),
@@ -266,12 +266,12 @@ def _points(f: RunFacts, entries: Sequence[tuple[Entry, float]], cost: str) -> l
     ]
 
 
-def _records(e: Entry) -> str:
+def _records(e: RankingEntry) -> str:
     several = len(e.records) > 1
     return f"Record{'s' * several} {', '.join(r.id for r in e.records)}"
 
 
-def _peak(e: Entry) -> float | None:
+def _peak(e: RankingEntry) -> float | None:
     """Return the peak of training above the imports, in MiB; of several seeds the median."""
     peaks = [(r, measurements.training_peak(r)) for r in e.records]
     above = [measurements.above_imports(r, peak) / formatting.MIB for r, peak in peaks if peak is not None]

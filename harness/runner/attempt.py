@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.cell.job import Work
+from harness.cell.job import Job
 from harness.errors import StoreError
 from harness.records import store
 from harness.records.record import Environment, Failure, Record, Status
@@ -30,7 +30,7 @@ _GRACE_S = 5.0
 
 
 @dataclass(frozen=True)
-class Terms:
+class RunContext:
     """What holds for every attempt of a run: where its Records go, the machine this process is on, seconds for each."""
 
     folder: store.RunFolder
@@ -58,7 +58,7 @@ class Attempt:
     `events` is a file descriptor to wait on. Call `read` when it can be read, and when `over`, `end`; or `kill`.
     """
 
-    def __init__(self, work: Work, terms: Terms, command: Sequence[str] = WORKER) -> None:
+    def __init__(self, work: Job, terms: RunContext, command: Sequence[str] = WORKER) -> None:
         self.work = work.model_copy(update={"launched": time.time()})
         self.phase = "start-up"
         self._peak_B: int | None = None
@@ -142,7 +142,7 @@ class Attempt:
         return ending(Status.LOST, name, because)
 
 
-def record_of(work: Work, terms: Terms, ending: Ending, started: str, begun: float) -> Record:
+def record_of(work: Job, terms: RunContext, ending: Ending, started: str, begun: float) -> Record:
     """Return the Record of an attempt that is over; if its worker left none, write one that says how it ended.
 
     started: UTC; begun: of time.monotonic(), in this process.
@@ -179,7 +179,7 @@ def record_of(work: Work, terms: Terms, ending: Ending, started: str, begun: flo
     return record
 
 
-def _start(work: Work, log: Path, command: Sequence[str], events: int, watched: int) -> subprocess.Popen[Any]:
+def _start(work: Job, log: Path, command: Sequence[str], events: int, watched: int) -> subprocess.Popen[Any]:
     """Start the worker in a session of its own; raises StoreError."""
     try:
         # The file has no name, so that even a killed runner leaves none behind.
@@ -199,7 +199,7 @@ def _start(work: Work, log: Path, command: Sequence[str], events: int, watched: 
         raise StoreError(
             f"cannot start a worker: {error.strerror or error}",
             where=str(error.filename or log),
-            mend="free some space or memory, then `peft-harness run SUITE --resume RUN`; what was finished is kept",
+            hint="free some space or memory, then `peft-harness run SUITE --resume RUN`; what was finished is kept",
         ) from error
 
 

@@ -15,7 +15,7 @@ _IDLE_MIB = 512
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuDevice:
     """A card: its number, its UUID, and what runs on it (`process 12 (python, 300 MiB)`), of whomever."""
 
     index: int
@@ -33,12 +33,12 @@ class Gpu:
         return ""
 
 
-class Look:
+class GpuProbe:
     """A `look` in a thread of its own: a driver that takes its time holds nobody up."""
 
-    def __init__(self, look: Callable[[], list[Gpu]]) -> None:
+    def __init__(self, look: Callable[[], list[GpuDevice]]) -> None:
         self._look, self._over = look, threading.Event()
-        self._seen: list[Gpu] | HarnessError = HarnessError("the GPUs could not be looked at")
+        self._seen: list[GpuDevice] | HarnessError = HarnessError("the GPUs could not be looked at")
         # A daemon: a run that is ended does not wait for it.
         threading.Thread(target=self._work, name="look at the GPUs", daemon=True).start()
 
@@ -54,14 +54,14 @@ class Look:
         """Return whether there is an answer, after waiting so many seconds for it at most."""
         return self._over.wait(within)
 
-    def seen(self) -> list[Gpu]:
+    def seen(self) -> list[GpuDevice]:
         """Return what was seen, once it is over; raises HarnessError where the driver did not answer."""
         if isinstance(self._seen, HarnessError):
             raise self._seen
         return self._seen
 
 
-def look() -> list[Gpu]:
+def look() -> list[GpuDevice]:
     """Return the GPUs that this process may use, in the order of CUDA_VISIBLE_DEVICES where that is set.
 
     A part of a card (MIG) is not seen: then the list is empty and the place that started this process has chosen.
@@ -70,14 +70,14 @@ def look() -> list[Gpu]:
     for uuid, pid, name, used in nvidia_smi.rows("compute-apps=gpu_uuid,pid,name,used_memory"):
         processes.setdefault(uuid, []).append(f"process {pid} ({name.rsplit('/', 1)[-1]}, {used} MiB)")
     there = [
-        Gpu(int(index), uuid, int(used) if used.isdecimal() else 0, tuple(processes.get(uuid, ())))
+        GpuDevice(int(index), uuid, int(used) if used.isdecimal() else 0, tuple(processes.get(uuid, ())))
         for index, uuid, used in nvidia_smi.rows("gpu=index,uuid,memory.used")
     ]
     asked = os.environ.get("CUDA_VISIBLE_DEVICES")
     return there if asked is None else _chosen(there, asked)
 
 
-def _chosen(there: Sequence[Gpu], asked: str) -> list[Gpu]:
+def _chosen(there: Sequence[GpuDevice], asked: str) -> list[GpuDevice]:
     found = []
     for word in filter(None, (word.strip() for word in asked.split(","))):
         found += [

@@ -18,7 +18,7 @@ import harness
 from harness.analysis import verdict
 from harness.assets import fetch
 from harness.assets.table import Source, resolve
-from harness.cell.job import Asset, TaskWork, Work, used
+from harness.cell.job import Asset, Job, JobTask, used
 from harness.errors import Exit, HarnessError, Problem, StoreError, SuiteError, UsageError
 from harness.process import termination
 from harness.records import environment, naming, store
@@ -26,7 +26,7 @@ from harness.records.manifest import Footer, Manifest
 from harness.records.record import Environment, Provider, Status
 from harness.report import html, terminal
 from harness.runner import task_assets
-from harness.runner.attempt import Terms
+from harness.runner.attempt import RunContext
 from harness.runner.executors import node
 from harness.runner.executors.executor import Device, Executor
 from harness.runner.executors.local import Local
@@ -39,7 +39,7 @@ from harness.suites.suite import Suite
 DEFAULT_TIMEOUT_S = 3600.0
 
 _How = Literal["finished", "interrupted", "failed"]
-Works = dict[str, tuple[Asset, Asset | None, TaskWork]]
+Works = dict[str, tuple[Asset, Asset | None, JobTask]]
 """By cell_id: the model, the data and the task, at hand."""
 
 
@@ -107,7 +107,7 @@ def run_suite(
         times.lap("scheduling")
         with _saying_what_is_kept(folder):
             todo = _Todo(plan, works, done, folder, run_id, chosen, times, progress)
-            how = _measure(todo, place, Terms(folder, here, timeout))
+            how = _measure(todo, place, RunContext(folder, here, timeout))
             progress.close()
             return _report(folder, interrupted=how == "interrupted", strict=strict)
 
@@ -127,7 +127,7 @@ class _Todo:
     in_cells: float = 0.0
     """Seconds in which a Cell was at work."""
 
-    def each(self) -> Iterator[Work]:
+    def each(self) -> Iterator[Job]:
         """Give the attempts that are to be made, as an executor has room for them."""
         for cell in self.plan.cells:
             self.rest()
@@ -137,7 +137,7 @@ class _Todo:
                 continue
             attempt = self.folder.next_attempt(cell.cell_id)
             model, data, task = self.works[cell.cell_id]
-            work = Work(
+            work = Job(
                 run=self.run_id, folder=str(self.folder.path.resolve()), attempt=attempt, cell=cell,
                 model=model, data=data, task=task, device=self.device,
             )  # fmt: skip
@@ -149,7 +149,7 @@ class _Todo:
         self.in_cells += self.times.skip()
 
 
-def _measure(todo: _Todo, place: Executor, terms: Terms) -> _How:
+def _measure(todo: _Todo, place: Executor, terms: RunContext) -> _How:
     """Run the Cells that are not done, and write the footer whatever ends it."""
     folder, run_id, times, progress = todo.folder, todo.run_id, todo.times, todo.progress
     how: _How = "finished"
@@ -196,7 +196,7 @@ def _resolve(suite: Suite, plan: Plan, progress: Progress) -> Works:
     """Fetch every model and data set the plan names, before anything runs. Raises SuiteError for data that do not fit."""
     base = suite.path.resolve().parent
     ready: dict[str, Asset] = {}
-    tasks: dict[str, tuple[Asset | None, TaskWork]] = {}
+    tasks: dict[str, tuple[Asset | None, JobTask]] = {}
 
     def asset(source: Source) -> Asset:
         if source.name not in ready:
@@ -229,7 +229,7 @@ def _old(plan: Plan, out: Path | None, resume: str | None, held: contextlib.Exit
             store.refuse_used(out)
         return None
     if out is not None:
-        raise UsageError("a resumed run stays in its folder", where=f"--out {out}", mend="leave out --out or --resume")
+        raise UsageError("a resumed run stays in its folder", where=f"--out {out}", hint="leave out --out or --resume")
     old = store.read_run(store.find_run(resume))
     expected = {cell.cell_id for cell in old.manifest.cells}
     named = naming.full(plan.cells)
@@ -237,7 +237,7 @@ def _old(plan: Plan, out: Path | None, resume: str | None, held: contextlib.Exit
         raise UsageError(
             f"{len(strange)} Cells of this suite are not in that run, e.g. {strange[0]}",
             where=f"--resume {old.manifest.run}",
-            mend="resume with the suite it was started with, or start a new run",
+            hint="resume with the suite it was started with, or start a new run",
         )
     held.callback(store.RunFolder.take(old.path).release)
     return store.read_run(old.path)  # again: until now another runner may have written to it
@@ -352,7 +352,7 @@ def _report(folder: store.RunFolder, *, interrupted: bool, strict: bool) -> Exit
         raise HarnessError(
             f"everything was measured and is kept, but the report could not be made: {why}",
             where=str(folder.path),
-            mend=f"`peft-harness report {folder.path}` tries again",
+            hint=f"`peft-harness report {folder.path}` tries again",
         ) from error
     print(f"report: {page}")
     return Exit.INFRASTRUCTURE if interrupted else verdict.judge(run, strict=strict).exit

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from harness.assets import splits
 from harness.assets.table import Source
-from harness.cell.job import Asset, TaskWork
+from harness.cell.job import Asset, JobTask
 from harness.errors import Problem, SuiteError
 from harness.records.record import AssetUse
 from harness.suites.tasks import Task
 
 
-def ready(task: Task, items: int, where: str, fetched: Callable[[Source], Asset]) -> tuple[Asset | None, TaskWork]:
+def ready(task: Task, items: int, where: str, fetched: Callable[[Source], Asset]) -> tuple[Asset | None, JobTask]:
     """Return the task's data and all else that a worker is told of it. Raises SuiteError for data that do not fit.
 
     items: the last test item that a Cell wants scored; where: the place in the suite that asks for it.
@@ -33,7 +33,7 @@ def ready(task: Task, items: int, where: str, fetched: Callable[[Source], Asset]
     if problems:
         raise SuiteError(list(dict.fromkeys(problems)))
     spec = hashlib.sha256(json.dumps(task.spec, sort_keys=True).encode()).hexdigest()
-    return data, TaskWork(
+    return data, JobTask(
         name=task.name,
         spec=task.spec,
         labels=task.labels,

@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from harness.cell.job import Work
+from harness.cell.job import Job
 from harness.cell.training import bypassed_layers
 from harness.errors import HarnessError, Unsupported
 from harness.methods.registry import Implementation, discover
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     for asked in (signal.SIGINT, *termination.ASKING):
         signal.signal(asked, signal.SIG_IGN)
     lifeline.hold(watched, events)
-    work = Work.model_validate_json(sys.stdin.buffer.read())
+    work = Job.model_validate_json(sys.stdin.buffer.read())
 
     def emit(event: str, **facts: Any) -> None:
         os.write(events, json.dumps({"event": event, **facts}).encode() + b"\n")
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def attempt(work: Work, emit: Any) -> Record:
+def attempt(work: Job, emit: Any) -> Record:
     """Live one Cell and return its Record, whatever happens."""
     started = store.now()
     # Only the start of the process is told by a wall clock, which may be set back; all else by one that never is.
@@ -106,7 +106,7 @@ def attempt(work: Work, emit: Any) -> Record:
     )  # fmt: skip
 
 
-def _import_all(implementation: Implementation, work: Work, registry: Any) -> str:
+def _import_all(implementation: Implementation, work: Job, registry: Any) -> str:
     """Import what the Cell needs during start-up, so that no later phase pays for it; say what is missing."""
     needed = list(implementation.requires)
     if work.cell.base.quantization != "none":
@@ -121,11 +121,11 @@ def _import_all(implementation: Implementation, work: Work, registry: Any) -> st
     return ""
 
 
-def _prepare(work: Work, registry: Any, emit: Any, threads: int) -> tuple[Any, dict[str, object]]:
+def _prepare(work: Job, registry: Any, emit: Any, threads: int) -> tuple[Any, dict[str, object]]:
     import torch
     import transformers
 
-    from harness.cell.lifecycle import Life
+    from harness.cell.lifecycle import CellRun
     from harness.cell.measure import energy, gpu
     from harness.cell.measure.memory import PeakMeter
     from harness.cell.measure.phases import PhaseClock
@@ -152,13 +152,13 @@ def _prepare(work: Work, registry: Any, emit: Any, threads: int) -> tuple[Any, d
         emit("phase", name=name, peak_B=max((p for p in peaks if p is not None), default=None))
 
     clock = PhaseClock(meter, announce, energy.meter(driver, because, cuda=cuda), watch)
-    life = Life(work, registry, clock, meter, emit, predict, baseline=meter.now())
+    life = CellRun(work, registry, clock, meter, emit, predict, baseline=meter.now())
     life.notes += _reproducibility(device)
     built = _build(torch.__config__.show())
     return life, {"torch_build": built, "torch_commit": torch.version.git_version, "cuda": torch.version.cuda or ""}
 
 
-def _where(work: Work) -> dict[str, object]:
+def _where(work: Job) -> dict[str, object]:
     """Return which of the machine's GPUs it is."""
     return {"gpu": work.gpu} if work.gpu else {}
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from harness.methods.peft_config import IN_THE_CACHE, KEY, UNREFERENCED
-from harness.methods.spec import Found, MethodInfo
+from harness.methods.spec import FieldProblem, MethodInfo
 from harness.records.record import Base
 from harness.suites.schema import BaseKeys, CellKeys, shortened
 
@@ -20,7 +20,7 @@ def impossible(
     methods: Mapping[str, MethodInfo],
     bases: list[BaseKeys],
     steps: int,
-) -> Iterator[Found]:
+) -> Iterator[FieldProblem]:
     """Yield every combination that no Cell can live through.
 
     config: for each method, the values of each of its fields; steps: of the training.
@@ -32,7 +32,7 @@ def impossible(
         yield from _bases(methods[name], bases)
 
 
-def _starts(name: str, fields: Mapping[str, list[Any]]) -> Iterator[Found]:
+def _starts(name: str, fields: Mapping[str, list[Any]]) -> Iterator[FieldProblem]:
     if "orthogonal" not in fields.get("init", ()):
         return
     for rank in fields.get("rank", ()):
@@ -41,7 +41,7 @@ def _starts(name: str, fields: Mapping[str, list[Any]]) -> Iterator[Found]:
             yield ("config", "init"), what, f"write an even rank, such as {rank + 1}, or another init"
 
 
-def _budgets(name: str, fields: Mapping[str, list[Any]]) -> Iterator[Found]:
+def _budgets(name: str, fields: Mapping[str, list[Any]]) -> Iterator[FieldProblem]:
     """AdaLoRA's own contradictions: it could only refuse to attach. Of each kind the first is told."""
     ranks = itertools.product(fields.get("target_rank", ()), fields.get("rank", ()))
     for target, rank in ((target, rank) for target, rank in ranks if target > rank):
@@ -55,7 +55,7 @@ def _budgets(name: str, fields: Mapping[str, list[Any]]) -> Iterator[Found]:
             break
 
 
-def _schedules(name: str, fields: Mapping[str, list[Any]], steps: int) -> Iterator[Found]:
+def _schedules(name: str, fields: Mapping[str, list[Any]], steps: int) -> Iterator[FieldProblem]:
     """A Method that counts down over `total_steps` would not come to its end, or stand still before the training's."""
     for total in fields.get("total_steps", ()):
         if steps and total != steps:
@@ -63,7 +63,7 @@ def _schedules(name: str, fields: Mapping[str, list[Any]], steps: int) -> Iterat
             yield ("config", "total_steps"), what, f"write `total_steps: {steps}`"
 
 
-def _bases(info: MethodInfo, bases: list[BaseKeys]) -> Iterator[Found]:
+def _bases(info: MethodInfo, bases: list[BaseKeys]) -> Iterator[FieldProblem]:
     for index, base in enumerate(bases):
         if base.quantization == "none":
             continue
@@ -75,7 +75,7 @@ def _bases(info: MethodInfo, bases: list[BaseKeys]) -> Iterator[Found]:
             yield ("base", index), what, f"give {info.name} an entry without `base:`"
 
 
-def listed_twice(keys: CellKeys, config: Mapping[str, Mapping[str, list[Any]]]) -> Iterator[Found]:
+def listed_twice(keys: CellKeys, config: Mapping[str, Mapping[str, list[Any]]]) -> Iterator[FieldProblem]:
     """Yield the values that an axis has more than once: two of one value are two of one Cell."""
     axes: dict[tuple[str, ...], Any] = {(key,): getattr(keys, key) for key in _AXES}
     axes |= {("training", key): values for key, values in keys.training}
@@ -98,7 +98,7 @@ def of_training(
     keys: CellKeys,
     training: Mapping[str, list[Any]],
     steps: int,
-) -> Iterator[Found]:
+) -> Iterator[FieldProblem]:
     """Yield what cannot be trained so.
 
     config: as of `impossible`; training: the values of each of its keys that are written; steps: of the training.
@@ -109,11 +109,11 @@ def of_training(
     able = " and ".join(info.name for info in methods.values() if info.trains_weights)
     for index, layerwise in enumerate(training.get("layerwise", ())):
         if layerwise:
-            for what, mend in _layerwise(infos, able, keys, training):
-                yield ("training", "layerwise", index), f"`layerwise` is true, and {what}", mend
+            for what, hint in _layerwise(infos, able, keys, training):
+                yield ("training", "layerwise", index), f"`layerwise` is true, and {what}", hint
 
 
-def _optimizers(infos: list[MethodInfo], keys: CellKeys, steps: int) -> Iterator[Found]:
+def _optimizers(infos: list[MethodInfo], keys: CellKeys, steps: int) -> Iterator[FieldProblem]:
     """An optimizer can only be chosen for what trains, by Methods that leave the choice or whose own can be it."""
     for index, optimizer in enumerate(keys.optimizer):
         if optimizer == "adamw":
@@ -124,11 +124,13 @@ def _optimizers(infos: list[MethodInfo], keys: CellKeys, steps: int) -> Iterator
         for info in infos:
             if info.optimizer and optimizer not in info.optimizers:
                 what = f"`optimizer` is {optimizer}, and {info.name} steps by its own, {info.optimizer}"
-                mend = f"give {info.name} an entry with `optimizer: {'` or `'.join(info.optimizers)}`"
-                yield ("optimizer", index), what, mend
+                hint = f"give {info.name} an entry with `optimizer: {'` or `'.join(info.optimizers)}`"
+                yield ("optimizer", index), what, hint
 
 
-def _checkpointing(config: Mapping[str, Mapping[str, list[Any]]], training: Mapping[str, list[Any]]) -> Iterator[Found]:
+def _checkpointing(
+    config: Mapping[str, Mapping[str, list[Any]]], training: Mapping[str, list[Any]]
+) -> Iterator[FieldProblem]:
     """Blocks that are computed again are given no cache, in which some adapters are."""
     adapters = {value["peft_type"] for fields in config.values() for value in fields.get(KEY, ())}
     for index, checkpointing in enumerate(training.get("checkpointing", ())):

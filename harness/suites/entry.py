@@ -14,7 +14,7 @@ from harness.assets import model_folder, shapes
 from harness.assets.table import Source, resolve
 from harness.errors import HarnessError, Problem, SuiteError, closest, near
 from harness.methods.registry import Registry
-from harness.methods.spec import Found, MethodInfo
+from harness.methods.spec import FieldProblem, MethodInfo
 from harness.records.record import Base, Dtype, Evaluation, Optimizer, Training
 from harness.suites import synthetic_task, tasks, tuning
 from harness.suites.constraints import impossible, listed_twice, of_training
@@ -22,7 +22,7 @@ from harness.suites.invalid_keys import CutsOfEntries
 from harness.suites.schema import BaseKeys, CellKeys, Timed, TuneKeys
 from harness.suites.tasks import Task
 from harness.suites.tuning import Tune
-from harness.yaml_lines import Document, Way
+from harness.yaml_lines import Document, KeyPath
 
 MOST_CELLS = 10_000
 """More is a slip of the pen: at a minute each, ten thousand Cells are a week."""
@@ -39,7 +39,7 @@ _COMPARED = (("task",), ("dtype",), ("training", "steps"), ("evaluation", "items
 
 
 @dataclass(frozen=True)
-class Entry:
+class SuiteEntry:
     """One entry of a suite, every axis a list. `expand` multiplies it out.
 
     config: for each method, the values of each of its fields, defaults filled in. places: where in the file stands what
@@ -93,24 +93,24 @@ class Reading:
         """The folder that relative paths start from."""
         return self.document.path.resolve().parent
 
-    def problem(self, way: Way, what: str, mend: str = "") -> None:
+    def problem(self, way: KeyPath, what: str, hint: str = "") -> None:
         """Note a mistake."""
-        self.problems.append(Problem(self.document.where(*way), what, mend))
+        self.problems.append(Problem(self.document.where(*way), what, hint))
 
 
-def read_entry(reading: Reading, block: Way, cell: Way) -> Entry | None:
+def read_entry(reading: Reading, block: KeyPath, cell: KeyPath) -> SuiteEntry | None:
     """Read the entry at `cell` in the block at `block`; None if anything is wrong with it."""
     return _EntryReader(reading, block, cell).read()
 
 
 class _EntryReader:
-    def __init__(self, reading: Reading, block: Way, cell: Way) -> None:
+    def __init__(self, reading: Reading, block: KeyPath, cell: KeyPath) -> None:
         self.reading, self.block, self.cell = reading, block, cell
         shared = {key: value for key, value in reading.document.at(block).items() if key != "cells"}
         self.keys = CellKeys.model_validate(shared if block == cell else _merged(shared, reading.document.at(cell)))
         self.cuts = reading.cuts.of(block, cell)
 
-    def read(self) -> Entry | None:
+    def read(self) -> SuiteEntry | None:
         keys, before = self.keys, len(self.reading.problems)
         name = self._id()
         complete = self._is_complete()
@@ -121,26 +121,26 @@ class _EntryReader:
         encoders = [source.name for source in known.values() if source.kind == "encoder"]
         for i, task in enumerate(keys.task or []):
             self._task(task, self._way("task", i), encoders)
-        for way, what, mend in synthetic_task.problems(keys, known):
-            self.reading.problem(self._way(*way), what, mend)
+        for way, what, hint in synthetic_task.problems(keys, known):
+            self.reading.problem(self._way(*way), what, hint)
         for i, implementation in enumerate(keys.implementation):
             for method in config:
                 self._offer("method", method, implementation, self._way("implementation", i))
         for i, base in enumerate(keys.base):
             self._base(base, self._way("base", i))
         wrong = list(self._impossible(config))
-        for where, what, mend in (*wrong, *listed_twice(self.keys, config)):
-            self.reading.problem(self._way(*where), what, mend)
+        for where, what, hint in (*wrong, *listed_twice(self.keys, config)):
+            self.reading.problem(self._way(*where), what, hint)
         training = self._training(config)
         tune = self._tune(keys.tune, config, training) if training and keys.tune else None
         if tune:
             tried = {name: fields | tune.axes(name) for name, fields in config.items()}
-            for where, what, mend in self._impossible(tried):
-                if (where, what, mend) not in wrong:
-                    self.reading.problem(self._way("tune", *where), what, mend)
+            for where, what, hint in self._impossible(tried):
+                if (where, what, hint) not in wrong:
+                    self.reading.problem(self._way("tune", *where), what, hint)
         if not complete or self.cuts.leave_defaults or len(self.reading.problems) > before:
             return None
-        return Entry(
+        return SuiteEntry(
             id=name,
             where=self.reading.document.where(*self.cell),
             model=keys.model or [],
@@ -158,7 +158,7 @@ class _EntryReader:
             places={way[-1]: self.reading.document.where(*self._way(*way)) for way in _JUDGED_LATER},
         )
 
-    def _way(self, *rest: str | int) -> Way:
+    def _way(self, *rest: str | int) -> KeyPath:
         """Return where a value was written: in the cell, else in its block."""
         lines = self.reading.document.lines
         for n in range(len(rest), 0, -1):
@@ -245,31 +245,31 @@ class _EntryReader:
                     self._way("config", key), f"`{key}` is an empty list", "leave it out for its default"
                 )
             for i, one in enumerate(value if is_axis else [value]):
-                place: Way = ("config", key, i) if is_axis else ("config", key)
+                place: KeyPath = ("config", key, i) if is_axis else ("config", key)
                 try:
                     meant = knob.resolved(one, self.reading.base)
                 except HarnessError as error:
-                    self.reading.problem(self._way(*place), f"`{key}` of {info.name}: {error.what}", error.mend)
+                    self.reading.problem(self._way(*place), f"`{key}` of {info.name}: {error.what}", error.hint)
                     continue
                 subject = f"`{key}` of {info.name}" + (f" ({one})" if meant is not one else "")
-                for where, what, mend in knob.problems(meant):
-                    self.reading.problem(self._way(*place, *where), f"{subject} {what}", mend)
+                for where, what, hint in knob.problems(meant):
+                    self.reading.problem(self._way(*place, *where), f"{subject} {what}", hint)
                 if not knob.is_legible(meant):
                     continue
                 values.setdefault(key, []).append(knob.canonical(meant))
                 for model, kind in kinds.items():
-                    for where, what, mend in knob.misfits(meant, kind):
-                        self.reading.problem(self._way(*place, *where), f"{subject} {what}", f"{mend} than {model}")
+                    for where, what, hint in knob.misfits(meant, kind):
+                        self.reading.problem(self._way(*place, *where), f"{subject} {what}", f"{hint} than {model}")
         return values
 
-    def _model(self, name: str, way: Way) -> Source | None:
+    def _model(self, name: str, way: KeyPath) -> Source | None:
         sources = self.reading.sources
         if name in self.reading.wrong_sources:
             return None
         try:
             source = resolve(name, sources, self.reading.base)
         except HarnessError as error:
-            self.reading.problem(way, error.what, error.mend)
+            self.reading.problem(way, error.what, error.hint)
             return None
         if source.kind == "data":
             models = ", ".join(s.name for s in sources.values() if s.kind != "data")
@@ -281,13 +281,13 @@ class _EntryReader:
             elif source.scheme == "shape":
                 shapes.config_of(source.address)
         except HarnessError as error:
-            self.reading.problem(way, f"{error.what} ({error.where})", error.mend)
+            self.reading.problem(way, f"{error.what} ({error.where})", error.hint)
         return source
 
-    def _impossible(self, config: dict[str, dict[str, list[Any]]]) -> Iterator[Found]:
+    def _impossible(self, config: dict[str, dict[str, list[Any]]]) -> Iterator[FieldProblem]:
         return impossible(config, self.reading.methods, self.keys.base, self.keys.training.steps or 0)
 
-    def _task(self, name: str, way: Way, encoders: list[str]) -> None:
+    def _task(self, name: str, way: KeyPath, encoders: list[str]) -> None:
         reading, items = self.reading, self.keys.evaluation.items
         try:
             task = reading.tasks.get(name) or tasks.load(name, reading.base, reading.sources)
@@ -295,15 +295,15 @@ class _EntryReader:
             reading.problems += error.problems
             return
         except HarnessError as error:
-            reading.problem(way, error.what, error.mend)
+            reading.problem(way, error.what, error.hint)
             return
         reading.tasks[name] = task
         if task.data is None:
             return
         if not task.trains and self.keys.training.steps:
             what = f"{name} has no training split, and `steps` is {self.keys.training.steps}"
-            mend = "write `steps: 0`, or a task of your own whose `metadata` names a training set"
-            reading.problem(self._way("training", "steps"), what, mend)
+            hint = "write `steps: 0`, or a task of your own whose `metadata` names a training set"
+            reading.problem(self._way("training", "steps"), what, hint)
         if task.own is None and items is not None and items > task.test:
             what = f"`items` is {items}, but {name} has {task.test} test items"
             reading.problem(self._way("evaluation", "items"), what, f"write at most {task.test}")
@@ -311,20 +311,20 @@ class _EntryReader:
             what = f"{name} is for causal models, and {encoders[0]} is an encoder"
             reading.problem(way, what, "give it a causal model, or a task whose `metadata` has labels")
 
-    def _offer(self, kind: str, target: str, name: str, way: Way) -> None:
+    def _offer(self, kind: str, target: str, name: str, way: KeyPath) -> None:
         try:
             found = self.reading.registry.find(kind, target, name)
         except HarnessError as error:
-            self.reading.problem(way, error.what, error.mend)
+            self.reading.problem(way, error.what, error.hint)
             return
         for i, dtype in enumerate(self.keys.dtype):
             if dtype not in found.dtypes:
                 where = self._way("dtype", i)
                 where = where if where != self.cell else way
-                mend = f"it offers {', '.join(found.dtypes)}"
-                self.reading.problem(where, f"`{name}` does not offer {target} in {dtype}", mend)
+                hint = f"it offers {', '.join(found.dtypes)}"
+                self.reading.problem(where, f"`{name}` does not offer {target} in {dtype}", hint)
 
-    def _base(self, base: BaseKeys, way: Way) -> None:
+    def _base(self, base: BaseKeys, way: KeyPath) -> None:
         if base.quantization != "none" and base.implementation:
             self._offer("base", base.quantization, base.implementation, way)
         elif base.quantization != "none":
@@ -349,8 +349,8 @@ class _EntryReader:
         if steps and steps < training[0].warmup:
             what = f"`warmup` is {training[0].warmup}, longer than the {steps} steps"
             self.reading.problem(self._way("training", "warmup"), what, "shorten it, or train longer")
-        for where, what, mend in of_training(config, self.reading.methods, self.keys, axes, training[0].steps):
-            self.reading.problem(self._way(*where), what, mend)
+        for where, what, hint in of_training(config, self.reading.methods, self.keys, axes, training[0].steps):
+            self.reading.problem(self._way(*where), what, hint)
         for i, ratio in enumerate(_listed(written.get("lr_ratio"))):
             self._ratio(config, ratio, self._way("training", "lr_ratio", i))
         for i, parts in enumerate(_listed(written.get("accumulate"))):
@@ -358,8 +358,8 @@ class _EntryReader:
             if batch := next((batch for batch in batches if batch % parts), None):
                 what = f"`accumulate` is {parts}, which does not divide the batch of {batch} examples"
                 whole = math.gcd(*batches)
-                mend = f"write one of {', '.join(str(n) for n in range(1, whole + 1) if whole % n == 0)}"
-                self.reading.problem(self._way("training", "accumulate", i), what, mend)
+                hint = f"write one of {', '.join(str(n) for n in range(1, whole + 1) if whole % n == 0)}"
+                self.reading.problem(self._way("training", "accumulate", i), what, hint)
         return training
 
     def _tune(self, tune: TuneKeys, config: dict[str, Any], training: list[Training]) -> Tune | None:
@@ -367,14 +367,14 @@ class _EntryReader:
         if self.cuts.touch("tune"):
             return None  # what was taken out as wrong is not also missing
 
-        def problem(place: tuple[str, ...], what: str, mend: str) -> None:
-            reading.problem(self._way("tune", *place), what, mend)
+        def problem(place: tuple[str, ...], what: str, hint: str) -> None:
+            reading.problem(self._way("tune", *place), what, hint)
 
         infos = [reading.methods[name] for name in config]
         tasks = [reading.tasks[name] for name in keys.task or () if name in reading.tasks]
         return tuning.read(tune, infos, training, keys.seed, keys.evaluation.items or 0, tasks, problem)
 
-    def _ratio(self, config: dict[str, dict[str, list[Any]]], ratio: float, way: Way) -> None:
+    def _ratio(self, config: dict[str, dict[str, list[Any]]], ratio: float, way: KeyPath) -> None:
         """LoRA+ is about two factors, of which B is the second."""
         for name in config:
             factors = self.reading.methods[name].factors

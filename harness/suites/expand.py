@@ -16,7 +16,7 @@ from harness.records.record import Cell
 from harness.records.training import LATER
 
 if TYPE_CHECKING:
-    from harness.suites.entry import Entry
+    from harness.suites.entry import SuiteEntry
     from harness.suites.suite import Suite
 
 
@@ -58,7 +58,7 @@ def expand(suite: Suite) -> Plan:
     return Plan(every, ids, tuple(comparisons), tuple(tuning))
 
 
-def count(entry: Entry) -> int:
+def count(entry: SuiteEntry) -> int:
     """Return how many Cells an entry stands for at most, without making them."""
     axes = (entry.model, entry.task, entry.base, entry.implementation, entry.optimizer, entry.dtype)
     configs = sum(math.prod(len(values) for values in fields.values()) for fields in entry.config.values())
@@ -66,7 +66,7 @@ def count(entry: Entry) -> int:
     return math.prod(len(axis) for axis in axes) * configs * len(entry.training) * (len(entry.seed) + searched)
 
 
-def cells(entry: Entry) -> Iterator[Cell]:
+def cells(entry: SuiteEntry) -> Iterator[Cell]:
     """Yield an entry's Cells; the last axis, the seed, turns fastest."""
     # Seeds without latencies keep their prompts: they are of one recipe with the one that has them.
     asked = entry.evaluation.untimed() if entry.latency == "never" else entry.evaluation
@@ -89,7 +89,7 @@ def cells(entry: Entry) -> Iterator[Cell]:
         )  # fmt: skip
 
 
-def _searches(entry: Entry) -> list[tuple[list[str], list[Cell]]]:
+def _searches(entry: SuiteEntry) -> list[tuple[list[str], list[Cell]]]:
     """Return (cell_ids, the Cells that search for their learning rate); Cells that differ in what `tune` sets share them."""
     tune = entry.tune
     if tune is None:
@@ -126,7 +126,7 @@ def only(plan: Plan, expr: str) -> Plan:
     for term in filter(None, (part.strip() for part in expr.split(","))):
         key, equals, value = (part.strip() for part in term.partition("="))
         if equals and not key:
-            raise UsageError(f"`{term}` names no key", where=f"--only {expr}", mend="write key=value, or a word alone")
+            raise UsageError(f"`{term}` names no key", where=f"--only {expr}", hint="write key=value, or a word alone")
         wanted.setdefault(key if equals else "", []).append(value if equals else key)
     swept = {cell_id for tuning in plan.tuning for cell_id in tuning.sweep}
     # A later knob stands in no Cell at its default, and can be named all the same.
@@ -145,7 +145,7 @@ def only(plan: Plan, expr: str) -> Plan:
     known = sorted({key for of_cell in facts.values() for key in of_cell})
     for key in wanted:
         if key and key not in known:
-            raise UsageError(f"unknown key `{key}`", where=f"--only {expr}", mend=near(key, known, "keys"))
+            raise UsageError(f"unknown key `{key}`", where=f"--only {expr}", hint=near(key, known, "keys"))
 
     def has(cell: Cell, key: str, value: str) -> bool:
         fact = facts[cell.cell_id]
@@ -159,15 +159,15 @@ def only(plan: Plan, expr: str) -> Plan:
         for key, value in ((key, value) for key, values in wanted.items() for value in values):
             if any(has(cell, key, value) for cell in plan.cells):
                 continue
-            said, mend = value, "leave that term out"
+            said, hint = value, "leave that term out"
             if key:
                 told = {_shown(fact.get(key)) for fact in facts.values()} - {""}
-                said, mend = f"{key}={value}", near(value, sorted(told), f"`{key}` is")
-            raise UsageError(f"no Cell fits `{said}`", where=f"--only {expr}", mend=mend)
+                said, hint = f"{key}={value}", near(value, sorted(told), f"`{key}` is")
+            raise UsageError(f"no Cell fits `{said}`", where=f"--only {expr}", hint=hint)
     if not kept or not wanted:
         there = [f"id={plan.ids[c.cell_id]}  {c.cell_id}  {names[c.cell_id]}" for c in plan.cells]
         shown = [*there[:20], *([f"... and {len(there) - 20} more"] if len(there) > 20 else [])]
-        raise UsageError("no Cell fits", where=f"--only {expr}", mend="\n    ".join(["name some of these:", *shown]))
+        raise UsageError("no Cell fits", where=f"--only {expr}", hint="\n    ".join(["name some of these:", *shown]))
     return replace(plan, cells=kept, ids={c.cell_id: plan.ids[c.cell_id] for c in kept})
 
 

@@ -6,13 +6,13 @@ from collections import defaultdict
 from typing import Any
 
 from harness.suites.schema import is_entry
-from harness.yaml_lines import Document, Way
+from harness.yaml_lines import Document, KeyPath
 
 
 class Cuts:
     """What was cut of one entry; `ways` start from it."""
 
-    def __init__(self, ways: set[Way]) -> None:
+    def __init__(self, ways: set[KeyPath]) -> None:
         self.ways = ways
 
     def hold(self, *key: str) -> bool:
@@ -34,8 +34,8 @@ class CutsOfEntries:
 
     def __init__(self, document: Document) -> None:
         self._document = document
-        self._inside: dict[Way, set[Way]] = defaultdict(set)
-        self._lost: set[Way] = set()
+        self._inside: dict[KeyPath, set[KeyPath]] = defaultdict(set)
+        self._lost: set[KeyPath] = set()
         for way in document.cut:
             # Another cell's mistake lies inside the block too, and is none of the block's own.
             length = next((n for n in range(len(way), 0, -1) if is_entry(way[:n])), 0)
@@ -43,19 +43,19 @@ class CutsOfEntries:
             if "method" in way[-2:] or is_entry(way):
                 self._lost.add(way[:2])
 
-    def of(self, block: Way, cell: Way) -> Cuts:
+    def of(self, block: KeyPath, cell: KeyPath) -> Cuts:
         """Return what was cut of the entry at `cell` in the block at `block`, and not overridden in it."""
         own = self._document.at(cell)
         shared = {way for way in self._inside[block] if way != ("cells",) and not _overrides(own, way)}
         around = {() for way in self._inside[()] if cell[: len(way)] == way}
         return Cuts(self._inside[cell] | shared | around if cell != block else self._inside[cell] | around)
 
-    def lose_methods(self, block: Way) -> bool:
+    def lose_methods(self, block: KeyPath) -> bool:
         """Say whether a Method of any entry of a block was cut."""
         return block in self._lost
 
 
-def _overrides(cell: Any, way: Way) -> bool:
+def _overrides(cell: Any, way: KeyPath) -> bool:
     """Say whether a cell has a value of its own where its block has one."""
     for part in way:
         if not isinstance(cell, dict):

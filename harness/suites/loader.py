@@ -15,10 +15,10 @@ from harness.methods.registry import Registry, discover
 from harness.methods.spec import methods
 from harness.resources import folder
 from harness.suites import expand, schema, tasks
-from harness.suites.entry import MOST_CELLS, Entry, Reading, read_entry
+from harness.suites.entry import MOST_CELLS, Reading, SuiteEntry, read_entry
 from harness.suites.schema import ComparisonKeys, SuiteKeys, is_entry
 from harness.suites.suite import Compared, Suite
-from harness.yaml_lines import Way
+from harness.yaml_lines import KeyPath
 
 
 def names() -> list[str]:
@@ -33,8 +33,8 @@ def find(name_or_path: str | Path) -> Path:
     if path.suffix in (".yaml", ".yml"):
         return path
     if str(name_or_path) not in names():
-        mend = near(str(name_or_path), names(), "name a .yaml file, or one of")
-        raise UsageError(f"no suite `{name_or_path}`", where="SUITE", mend=mend)
+        hint = near(str(name_or_path), names(), "name a .yaml file, or one of")
+        raise UsageError(f"no suite `{name_or_path}`", where="SUITE", hint=hint)
     return folder("suites") / f"{name_or_path}.yaml"
 
 
@@ -74,7 +74,7 @@ def _suite(reading: Reading, keys: SuiteKeys) -> Suite:
 def _sources(reading: Reading, keys: SuiteKeys) -> None:
     reading.sources = load_table(folder("suites") / "sources.yaml")
     for index, row in enumerate(keys.sources):
-        way: Way = ("sources", index)
+        way: KeyPath = ("sources", index)
         if reading.document.is_emptied(way):
             continue
         try:
@@ -91,23 +91,23 @@ def _sources(reading: Reading, keys: SuiteKeys) -> None:
         reading.sources[source.name] = source
 
 
-def _ways(reading: Reading, keys: SuiteKeys) -> list[tuple[Way, Way]]:
+def _ways(reading: Reading, keys: SuiteKeys) -> list[tuple[KeyPath, KeyPath]]:
     """List (block, cell) of every entry; a block without cells is an entry itself."""
-    ways: list[tuple[Way, Way]] = []
+    ways: list[tuple[KeyPath, KeyPath]] = []
     for i, block in enumerate(keys.matrix or []):
         if block.cells is None and ("matrix", i, "cells") in reading.document.cut:
             continue
-        inside: list[Way] = [("matrix", i, "cells", j) for j in range(len(block.cells or []))]
+        inside: list[KeyPath] = [("matrix", i, "cells", j) for j in range(len(block.cells or []))]
         ways += [(("matrix", i), way) for way in inside or [("matrix", i)] if not reading.document.is_emptied(way)]
     return ways
 
 
-def _no_equal_cells(reading: Reading, entries: list[Entry]) -> None:
+def _no_equal_cells(reading: Reading, entries: list[SuiteEntry]) -> None:
     total = sum(map(expand.count, entries))
     if total > MOST_CELLS:
         reading.problem(("matrix",), f"{total} Cells; the most is {MOST_CELLS}", "shorten a list, or split the suite")
         return
-    seen: dict[str, Entry] = {}
+    seen: dict[str, SuiteEntry] = {}
     for entry in entries:
         for cell in expand.cells(entry):
             first = seen.get(cell.cell_id)
@@ -119,7 +119,7 @@ def _no_equal_cells(reading: Reading, entries: list[Entry]) -> None:
 
 
 def _comparison(reading: Reading, index: int, keys: ComparisonKeys) -> Compared | None:
-    way: Way = ("comparisons", index)
+    way: KeyPath = ("comparisons", index)
     before = len(reading.problems)
     sides = {"better": keys.better, "than": keys.than, "same-losses": keys.same_losses, "as": keys.as_}
     given = {key: ids for key, ids in sides.items() if ids is not None}
@@ -147,7 +147,7 @@ def _comparison(reading: Reading, index: int, keys: ComparisonKeys) -> Compared 
     return Compared("better" if keys.better else "same-losses", tuple(left), tuple(right), keys.says)
 
 
-def _comparable(reading: Reading, way: Way, keys: ComparisonKeys, left: list[str], right: list[str]) -> None:
+def _comparable(reading: Reading, way: KeyPath, keys: ComparisonKeys, left: list[str], right: list[str]) -> None:
     """Judge the two sides by what the entries say, which also those do that are wrong elsewhere."""
     sides = {name: entry for name, entry in reading.entries.items() if name in (*left, *right)}
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from harness.errors import Problem, closest, near
-from harness.records.record import Dtype, Frozen, Optimizer, Quantization
-from harness.yaml_lines import Document, Way
+from harness.records.record import Dtype, FrozenModel, Optimizer, Quantization
+from harness.yaml_lines import Document, KeyPath
 
 _T = TypeVar("_T")
 # A scalar stands for a list of one: every axis of a matrix may be written either way.
@@ -28,7 +28,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 class Keys(BaseModel):
     """Keys of one place in a suite. All are optional: what a Cell needs may stand in its block instead."""
 
-    model_config = Frozen.model_config
+    model_config = FrozenModel.model_config
 
 
 class BaseKeys(Keys):
@@ -161,22 +161,22 @@ def read(document: Document, model: type[_Model]) -> tuple[_Model, list[Problem]
 
 
 def explain(
-    error: ValidationError, model: type[BaseModel], document: Document, at: Way = ()
-) -> list[tuple[Way, Problem]]:
+    error: ValidationError, model: type[BaseModel], document: Document, at: KeyPath = ()
+) -> list[tuple[KeyPath, Problem]]:
     """Put pydantic's findings about the part of a document at `at` into sentences; each with its way."""
     return [(way, problem) for way, problem, _ in _findings(error, model, document, at)]
 
 
-def take_out(document: Document, ways: Iterable[Way]) -> None:
+def take_out(document: Document, ways: Iterable[KeyPath]) -> None:
     """Take values out of a document's data and note them as cut.
 
     An entry leaves an empty one in its place. Of an axis one value goes, and those behind it move up; the last takes the
     axis with it.
     """
-    gone: dict[Way, set[Any]] = defaultdict(set)
+    gone: dict[KeyPath, set[Any]] = defaultdict(set)
     for *around, last in ways:
         gone[tuple(around)].add(last)
-    moves: dict[Way, dict[str | int, str | int]] = {}
+    moves: dict[KeyPath, dict[str | int, str | int]] = {}
     # From the innermost outwards: what is moved leads to nothing that is still to be taken out.
     for length in range(max(map(len, gone), default=0), -1, -1):
         for way in [way for way in gone if len(way) == length]:
@@ -197,14 +197,14 @@ def take_out(document: Document, ways: Iterable[Way]) -> None:
     document.move(moves)
 
 
-def is_entry(way: Way) -> bool:
+def is_entry(way: KeyPath) -> bool:
     """Say whether `way` leads to one entry of a list of entries, and not to a value of an axis."""
     return len(way) > 1 and isinstance(way[-1], int) and way[-2] in _ENTRIES
 
 
-def _respell(document: Document, meant: Mapping[Way, str]) -> None:
+def _respell(document: Document, meant: Mapping[KeyPath, str]) -> None:
     """Give keys the names that were meant."""
-    moves: dict[Way, dict[str | int, str | int]] = {}
+    moves: dict[KeyPath, dict[str | int, str | int]] = {}
     for (*above, key), name in meant.items():
         keys = document.at(tuple(above))
         if name not in keys:  # else another key was taken for it
@@ -214,8 +214,8 @@ def _respell(document: Document, meant: Mapping[Way, str]) -> None:
 
 
 def _findings(
-    error: ValidationError, model: type[BaseModel], document: Document, at: Way = ()
-) -> Iterator[tuple[Way, Problem, str]]:
+    error: ValidationError, model: type[BaseModel], document: Document, at: KeyPath = ()
+) -> Iterator[tuple[KeyPath, Problem, str]]:
     """Yield the way of each finding, what it is, and of an unknown key the one that seems to be meant."""
     for detail in error.errors(include_url=False):
         way = (*at, *_within(document.data, at, detail["loc"]))
@@ -223,10 +223,10 @@ def _findings(
         key = f"`{named[-1]}`" if named else ""
         # Of an axis written as a list, one entry is wrong.
         listed = f"an entry of {key}" if way and isinstance(way[-1], int) else key
-        what, mend = _sentence(dict(detail), key, listed, model)
+        what, hint = _sentence(dict(detail), key, listed, model)
         unknown = detail["type"] == "extra_forbidden"
         meant = closest(named[-1], _known_keys(model, detail["loc"][:-1])) if unknown else ""
-        yield way, Problem(document.where(*way), what, mend), meant
+        yield way, Problem(document.where(*way), what, hint), meant
 
 
 def _sentence(detail: dict[str, Any], key: str, subject: str, model: type[BaseModel]) -> tuple[str, str]:
@@ -287,11 +287,11 @@ def _inner(annotation: Any) -> type[BaseModel] | None:
     return next((inner for part in get_args(annotation) if (inner := _inner(part))), None)
 
 
-def _within(data: Any, at: Way, loc: tuple[str | int, ...]) -> Way:
+def _within(data: Any, at: KeyPath, loc: tuple[str | int, ...]) -> KeyPath:
     """Follow pydantic's location through the data as it was written."""
     for part in at:
         data = data[part]
-    way: Way = ()
+    way: KeyPath = ()
     for part in loc:
         # A scalar that stands for a list of one has no index 0.
         if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int)):

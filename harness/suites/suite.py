@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from harness.assets.table import Source
-from harness.suites.entry import Entry
+from harness.suites.entry import SuiteEntry
 from harness.suites.tasks import Task
 
 
@@ -34,7 +34,7 @@ class Suite:
     path: Path
     sha256: str
     text: str
-    entries: tuple[Entry, ...]
+    entries: tuple[SuiteEntry, ...]
     comparisons: tuple[Compared, ...]
     sources: dict[str, Source]
     tasks: dict[str, Task]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from harness.suites.tasks import SYNTHETIC
-from harness.yaml_lines import Way
+from harness.yaml_lines import KeyPath
 
 if TYPE_CHECKING:
     from harness.assets.table import Source
@@ -22,7 +22,7 @@ def is_meant(keys: CellKeys) -> bool:
     return SYNTHETIC in (keys.task or [])
 
 
-def problems(keys: CellKeys, models: Mapping[int, Source]) -> Iterator[tuple[Way, str, str]]:
+def problems(keys: CellKeys, models: Mapping[int, Source]) -> Iterator[tuple[KeyPath, str, str]]:
     """Yield where, what and the mend of each thing in an entry that does not go with the task it has.
 
     models: by their place in the entry, as far as they are known.

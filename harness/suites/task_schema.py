@@ -10,7 +10,7 @@ from jinja2 import Environment, TemplateSyntaxError, meta
 
 from harness.assets import lm_eval_files
 from harness.errors import Problem, near
-from harness.yaml_lines import Document, Way
+from harness.yaml_lines import Document, KeyPath
 
 LABELLED = ("id", "text", "label")
 ANSWERED = ("id", "prompt", "answer")
@@ -43,13 +43,13 @@ _REFUSED = {
 }
 _TARGETS = ("label", "{{label}}", "{{ label }}")
 
-_Found = Iterator[tuple[Way, str, str]]
+_Found = Iterator[tuple[KeyPath, str, str]]
 
 
 def problems(document: Document, labels: int | None) -> list[Problem]:
     """Say what a task's file lacks, and what in it training or scoring would not follow."""
-    found = ((way, what, mend) for way, what, mend in _found(document.data, labels) if not document.is_cut(way))
-    return [Problem(document.where(*way), what, mend) for way, what, mend in found]
+    found = ((way, what, hint) for way, what, hint in _found(document.data, labels) if not document.is_cut(way))
+    return [Problem(document.where(*way), what, hint) for way, what, hint in found]
 
 
 def filters(data: dict[str, Any]) -> list[str]:
@@ -75,8 +75,8 @@ def _found(data: dict[str, Any], labels: int | None) -> _Found:
             yield (key,), f"`{key}` is missing", f"an lm-eval task needs `{key}:`"
     for key, value in data.items():
         if key not in honoured and value:  # an empty text or a zero asks for nothing
-            mend = _REFUSED.get(key) or near(key, honoured, "remove it; keys that are honoured")
-            yield (key,), f"`{key}` is not honoured: models are trained without it", mend
+            hint = _REFUSED.get(key) or near(key, honoured, "remove it; keys that are honoured")
+            yield (key,), f"`{key}` is not honoured: models are trained without it", hint
     if not isinstance(data.get("target_delimiter", ""), str):
         yield ("target_delimiter",), f"`target_delimiter` is {data['target_delimiter']!r}", "write a text in quotes"
     if kind == "generate_until":
@@ -151,7 +151,7 @@ def _filters(listed: Any) -> _Found:
     known = lm_eval_files.filter_functions()
     seen: set[str] = set()
     for i, one in enumerate(listed):
-        way: Way = ("filter_list", i)
+        way: KeyPath = ("filter_list", i)
         steps = one.get("filter") if isinstance(one, dict) else None
         if (
             not isinstance(one, dict)

@@ -13,7 +13,7 @@ from harness import yaml_lines
 from harness.assets import fetch, lm_eval_files, rows
 from harness.assets.table import Rows, Source, resolve
 from harness.errors import HarnessError, Problem, SuiteError, UsageError, near
-from harness.records.record import Frozen
+from harness.records.record import FrozenModel
 from harness.resources import folder, named
 from harness.suites import task_schema
 from harness.suites.schema import explain, take_out
@@ -26,7 +26,7 @@ Role = Literal["data", "train"]
 """What a task uses a source for; one may serve for both."""
 
 
-class Answers(Frozen):
+class Answers(FrozenModel):
     """What is special to a task whose answers are texts: how they are taught, and which of lm-eval's filters judges."""
 
     loss: Literal["answer", "all"] = "answer"
@@ -125,8 +125,8 @@ def load(name: str, base: Path, sources: Mapping[str, Source]) -> Task:
         labels = metadata.labels
         if metadata.text != "text":
             what = f"`text` is `{metadata.text}`, but a row has {', '.join(task_schema.LABELLED)}"
-            mend = f"write `text: text`, and in the data's source `rows: {{text: {metadata.text}}}`"
-            problems.append(Problem(document.where("metadata", "text"), what, mend))
+            hint = f"write `text: text`, and in the data's source `rows: {{text: {metadata.text}}}`"
+            problems.append(Problem(document.where("metadata", "text"), what, hint))
     elif isinstance(metadata, AnsweredMetadata):
         filters = task_schema.filters(document.data)
         judge = metadata.filter or (filters[0] if len(filters) == 1 else "")
@@ -156,7 +156,7 @@ def _find(name: str, base: Path) -> Path:
     if name.endswith((".yaml", ".yml")):
         return base / named(name)
     if name not in names():
-        raise UsageError(f"unknown task `{name}`", mend=near(name, names(), "a path to an lm-eval YAML, or one of"))
+        raise UsageError(f"unknown task `{name}`", hint=near(name, names(), "a path to an lm-eval YAML, or one of"))
     return folder("suites") / "tasks" / f"{name}.yaml"
 
 
@@ -166,7 +166,7 @@ def _own(name: str) -> Task:
     said, where, filters = named.spec, str(named.path), task_schema.filters(named.spec)
     kind = said.get("output_type", "generate_until")
     metrics = said.get("metric_list") or [{"metric": "acc" if kind == "multiple_choice" else "exact_match"}]
-    for refused, what, mend in (
+    for refused, what, hint in (
         (
             "class" in said,
             f"`{named.task}` is a program, not a task that is described",
@@ -209,7 +209,7 @@ def _own(name: str) -> Task:
         ),
     ):
         if refused:
-            raise UsageError(what, where=where, mend=mend)
+            raise UsageError(what, where=where, hint=hint)
     source = Source(
         name=name, kind="data", source=f"lm-eval:{named.task}", revision=named.revision, rows=Rows(format="splits")
     )
@@ -243,9 +243,9 @@ def _source(
     try:
         source = resolve(name, sources, document.path.parent, kind="data")
         if source.kind != "data":
-            raise UsageError(f"`{name}` is a model", mend="name a source of kind data")
+            raise UsageError(f"`{name}` is a model", hint="name a source of kind data")
     except HarnessError as error:
-        return None, [Problem(document.where("metadata", key), error.what, error.mend)]
+        return None, [Problem(document.where("metadata", key), error.what, error.hint)]
     return source, []
 
 
@@ -266,5 +266,5 @@ def _unfit(document: yaml_lines.Document, task: Task) -> list[Problem]:
                 problems += task.problems(key, source, fetch.ensure(source))
             except HarnessError as error:
                 at = f" ({error.where})" if error.where else ""
-                problems.append(Problem(where, error.what + at, error.mend))
+                problems.append(Problem(where, error.what + at, error.hint))
     return list(dict.fromkeys(problems))

@@ -44,9 +44,9 @@ def read(
     """Check `tune:`; `problem(place in it, what, mend)` notes each mistake. scored: test items of the entry's own Cells."""
     found: list[str] = []
 
-    def wrong(place: tuple[str, ...], what: str, mend: str) -> None:
+    def wrong(place: tuple[str, ...], what: str, hint: str) -> None:
         found.append(what)
-        problem(place, what, mend)
+        problem(place, what, hint)
 
     lr = tuple(dict.fromkeys(keys.lr or ()))
     if len(lr) < 2:
@@ -91,8 +91,8 @@ def _config(
             wrong(("config", key), f"`tune.config` has a `{key}`, which no method here has", near(key, known, "keys"))
         for info in having:
             knob = info.fields[key]
-            for where, what, mend in knob.problems(value):
-                wrong(("config", key, *where), f"`{key}` of {info.name} {what}", mend)
+            for where, what, hint in knob.problems(value):
+                wrong(("config", key, *where), f"`{key}` of {info.name} {what}", hint)
             if knob.is_legible(value):
                 config[info.name][key] = knob.canonical(value)
     return config

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from harness.analysis import failed_checks
 from harness.analysis.comparison import baseline_costs, baseline_losses, baseline_scores, environment_differences
-from harness.analysis.comparison.baseline_rows import LOOSER, Findings, Kind, Margins, Row
-from harness.analysis.verdict_kind import Verdict, Word
+from harness.analysis.comparison.baseline_rows import LOOSER, ComparisonRow, FindingKind, Findings, Margins
+from harness.analysis.verdict_kind import Verdict, VerdictKind
 from harness.errors import Exit
 from harness.records import naming
 from harness.records.record import Cell, Outcome, Record, Status
@@ -20,7 +20,7 @@ from harness.records.store import Run
 
 _SHOWN = 3
 """Names, and differences of environments, that a sentence gives."""
-_LAST = (Kind.ENVIRONMENT, Kind.ASSETS)
+_LAST = (FindingKind.ENVIRONMENT, FindingKind.ASSETS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,32 +73,38 @@ def judge(base: Run, new: Run, *, margins: Margins | None = None, strict: bool =
 
 def _matched(
     base: Run, new: Run, names: Mapping[str, str], expected: Sequence[Mapping[str, Cell]]
-) -> tuple[list[tuple[Record, Record]], list[Row]]:
+) -> tuple[list[tuple[Record, Record]], list[ComparisonRow]]:
     """Pair the Records of each Cell of the baseline; a row for every Cell that has none on one side."""
     before, now = base.latest(), new.latest()
     known, planned = expected
     torn = {"baseline": _torn(base, before), "run": _torn(new, now)}
     doubtful = {"baseline": base.doubtful(), "run": new.doubtful()}
     pairs: list[tuple[Record, Record]] = []
-    rows: list[Row] = []
+    rows: list[ComparisonRow] = []
     for i in known:
         a, b = before.get(i), now.get(i)
-        odd = [(Word.FAIL, "the run does not plan this Cell")] if i not in planned else []
-        odd += [(Word.FAIL, f"{side}: {why[i]}") for side, why in doubtful.items() if i in why]
-        odd += [(Word.NOT_RUN, f"{side}: {why[i]}") for side, why in torn.items() if i in why]
+        odd = [(VerdictKind.FAIL, "the run does not plan this Cell")] if i not in planned else []
+        odd += [(VerdictKind.FAIL, f"{side}: {why[i]}") for side, why in doubtful.items() if i in why]
+        odd += [(VerdictKind.NOT_RUN, f"{side}: {why[i]}") for side, why in torn.items() if i in why]
         if b is None and not odd:
-            odd.append((Word.NOT_RUN, "the run has no Record of this Cell"))
+            odd.append((VerdictKind.NOT_RUN, "the run has no Record of this Cell"))
         elif a is None and not odd:
-            odd.append((Word.NOT_RUN, "the baseline has no Record of this Cell"))
+            odd.append((VerdictKind.NOT_RUN, "the baseline has no Record of this Cell"))
         if odd:
             word, reason = odd[0]
-            rows.append(Row(Kind.MISSING, word, names[i], (i,), "Cell", reason, _status(a), _status(b)))
+            rows.append(
+                ComparisonRow(FindingKind.MISSING, word, names[i], (i,), "Cell", reason, _status(a), _status(b))
+            )
         elif a is not None and b is not None:
             pairs.append((a, b))
     for i in planned:
         if i not in known:
             reason = "is not in the baseline"
-            rows.append(Row(Kind.NEW, Word.NOT_RUN, names[i], (i,), "Cell", reason, None, _status(now.get(i))))
+            rows.append(
+                ComparisonRow(
+                    FindingKind.NEW, VerdictKind.NOT_RUN, names[i], (i,), "Cell", reason, None, _status(now.get(i))
+                )
+            )
     return pairs, rows
 
 
@@ -116,27 +122,31 @@ def _torn(run: Run, latest: Mapping[str, Record]) -> dict[str, str]:
     return found
 
 
-def _standing(name: str, base: Record, new: Record) -> Row:
+def _standing(name: str, base: Record, new: Record) -> ComparisonRow:
     """Judge how a Cell ended, and its checks: one row."""
     cell, ids, ends = (base.cell_id,), (base.id, new.id), (base.status.value, new.status.value)
     if base.status is not Status.OK:
-        word = Word.PASS if new.status is Status.OK else Word.INCONCLUSIVE
+        word = VerdictKind.PASS if new.status is Status.OK else VerdictKind.INCONCLUSIVE
         reason = f"was {base.status.value} in the baseline"
-        return Row(Kind.OUTCOME, word, name, cell, "status", reason, *ends, records=ids)
+        return ComparisonRow(FindingKind.OUTCOME, word, name, cell, "status", reason, *ends, records=ids)
     if new.status not in (Status.OK, Status.NONCONFORMING):
-        return Row(Kind.OUTCOME, Word.FAIL, name, cell, "status", new.because, *ends, records=ids)
+        return ComparisonRow(
+            FindingKind.OUTCOME, VerdictKind.FAIL, name, cell, "status", new.because, *ends, records=ids
+        )
     red = [c.check for c in failed_checks.failed(new)]
     passed, now = ({c.check for c in r.checks if c.outcome is Outcome.PASS} for r in (base, new))
     untried, looser = sorted(passed - now), _looser(base, new)
     if failed_checks.nonconforming(new):
-        word, reason = Word.FAIL, f"{_some(red)} failed" if red else new.because
+        word, reason = VerdictKind.FAIL, f"{_some(red)} failed" if red else new.because
     elif untried:
-        word, reason = Word.INCONCLUSIVE, f"passed in the baseline, not tried now: {_some(untried)}"
+        word, reason = VerdictKind.INCONCLUSIVE, f"passed in the baseline, not tried now: {_some(untried)}"
     elif looser:
-        word, reason = Word.INCONCLUSIVE, f"more is allowed than in the baseline: {_some(looser)}"
+        word, reason = VerdictKind.INCONCLUSIVE, f"more is allowed than in the baseline: {_some(looser)}"
     else:
-        word, reason = Word.PASS, ""
-    return Row(Kind.PARITY, word, name, cell, "checks passed", reason, len(passed), len(now), records=ids)
+        word, reason = VerdictKind.PASS, ""
+    return ComparisonRow(
+        FindingKind.PARITY, word, name, cell, "checks passed", reason, len(passed), len(now), records=ids
+    )
 
 
 def _looser(base: Record, new: Record) -> list[str]:
@@ -157,7 +167,7 @@ def _called(cells: Mapping[str, Cell], recipes: Mapping[str, str], names: Mappin
 
 
 def _whole(
-    rows: Sequence[Row],
+    rows: Sequence[ComparisonRow],
     compared: int,
     unreadable: Sequence[str],
     changed: Sequence[str],
@@ -170,39 +180,39 @@ def _whole(
     files = [f"{len(unreadable)} unreadable file{'s' * (len(unreadable) != 1)}"] if unreadable else []
     altered = [f"not as their run left them: {', '.join(changed)}"] if changed else []
 
-    def verdict(word: Word, reasons: Sequence[str]) -> Verdict:
+    def verdict(word: VerdictKind, reasons: Sequence[str]) -> Verdict:
         return Verdict(word, "; ".join([*reasons, *residue]), ids)
 
     if not compared:
         nothing = "nothing was compared: no Cell has a Record both in the baseline and in the run"
-        return verdict(Word.NOT_RUN, [nothing, *altered, *files, *notes]), Exit.NOTHING_COMPARED
-    failed, gone = ([row for row in judged if row.word is word] for word in (Word.FAIL, Word.NOT_RUN))
+        return verdict(VerdictKind.NOT_RUN, [nothing, *altered, *files, *notes]), Exit.NOTHING_COMPARED
+    failed, gone = ([row for row in judged if row.word is word] for word in (VerdictKind.FAIL, VerdictKind.NOT_RUN))
     lacking = [f"not compared: {', '.join(names)}" for names in [_counted(gone)] if names]
     if changed or failed:
-        return verdict(Word.FAIL, [*_counted(failed), *altered, *lacking, *files, *notes]), Exit.FAIL
+        return verdict(VerdictKind.FAIL, [*_counted(failed), *altered, *lacking, *files, *notes]), Exit.FAIL
     cells = f"{compared} Cell{'s' * (compared != 1)} compared, no regression"
     if gone or notes:
-        return verdict(Word.INCONCLUSIVE, [cells, *lacking, *files, *notes]), Exit.INFRASTRUCTURE
-    if open_ := [row for row in judged if row.word is Word.INCONCLUSIVE]:
+        return verdict(VerdictKind.INCONCLUSIVE, [cells, *lacking, *files, *notes]), Exit.INFRASTRUCTURE
+    if open_ := [row for row in judged if row.word is VerdictKind.INCONCLUSIVE]:
         left = _counted([row for row in open_ if row.kind not in _LAST])
         reasons = [cells, *([f"left open: {', '.join(left)}"] if left else []), *files]
-        return verdict(Word.INCONCLUSIVE, reasons), Exit.INCONCLUSIVE if strict else Exit.PASS
-    return verdict(Word.PASS, [cells, *files]), Exit.PASS
+        return verdict(VerdictKind.INCONCLUSIVE, reasons), Exit.INCONCLUSIVE if strict else Exit.PASS
+    return verdict(VerdictKind.PASS, [cells, *files]), Exit.PASS
 
 
-def _counted(rows: Sequence[Row]) -> list[str]:
+def _counted(rows: Sequence[ComparisonRow]) -> list[str]:
     """Say for each kind how many Cells it concerns, and name the first ones."""
-    kinds: dict[Kind, list[str]] = {}
+    kinds: dict[FindingKind, list[str]] = {}
     for row in rows:
         kinds.setdefault(row.kind, []).append(row.name)
     found = []
-    for kind in sorted(kinds, key=list(Kind).index):
+    for kind in sorted(kinds, key=list(FindingKind).index):
         names = list(dict.fromkeys(kinds[kind]))
         found.append(f"{kind.value}: {_some(names)}")
     return found
 
 
-def _residue(rows: Sequence[Row]) -> list[str]:
+def _residue(rows: Sequence[ComparisonRow]) -> list[str]:
     """Name what was not the same around the Records, each with its number of Cells."""
     found = [f"{row.reason} ({row.name})" for row in rows if row.kind in _LAST]
     return [f"not the same: {_some(found)}"] if found else []

@@ -11,13 +11,13 @@ from harness.analysis.comparison.baseline_rows import (
     PROCESS_PEAK_B,
     PROCESS_SHARE,
     TIMES,
-    Kind,
+    ComparisonRow,
+    FindingKind,
     Margins,
-    Row,
     Unit,
 )
 from harness.analysis.measurements import above_imports, beside_several, step_time, training_peak
-from harness.analysis.verdict_kind import Word
+from harness.analysis.verdict_kind import VerdictKind
 from harness.records.record import Cell, Latency, Measurements, Memory, Record
 
 ALLOCATED = "cuda allocated"
@@ -27,7 +27,7 @@ COUNTED_PEAK = "tensors at one time in a step"
 _Numbers = Mapping[str, float | None]
 
 
-def rows(name: str, base: Record, new: Record, margins: Margins) -> Iterator[Row]:
+def rows(name: str, base: Record, new: Record, margins: Margins) -> Iterator[ComparisonRow]:
     """Compare two ok Records of one Cell; nothing of Records that hold no measurements."""
     a, b = base.measurements, new.measurements
     if a is None or b is None:
@@ -39,20 +39,20 @@ def rows(name: str, base: Record, new: Record, margins: Margins) -> Iterator[Row
     before, now = _times(base), _times(new)
     for what in dict.fromkeys([*before, *now]):
         if what in now or failed_checks.no_speed(new):  # that, another row tells
-            yield pair.row(Kind.TIME, Word.NOT_RUN, what, TIMES, before.get(what), now.get(what), "s")
+            yield pair.row(FindingKind.TIME, VerdictKind.NOT_RUN, what, TIMES, before.get(what), now.get(what), "s")
         else:
             yield pair.lost_or_new(what, before[what], None, "s")
 
 
-def counted(name: str, base: Record, new: Record) -> Iterator[Row]:
+def counted(name: str, base: Record, new: Record) -> Iterator[ComparisonRow]:
     """Compare what is counted and so exact: parameters, bytes of tensors, sizes of files."""
     a, b = base.measurements, new.measurements
     if a is None or b is None:
         return
     pair = _Pair(name, base, new)
-    yield from pair.counts(Kind.PARAMETERS, _parameters(a), _parameters(b), "1")
-    yield from pair.counts(Kind.MEMORY, _counted(a), _counted(b), "B")
-    yield from pair.counts(Kind.CHECKPOINT, _files(a), _files(b), "B")
+    yield from pair.counts(FindingKind.PARAMETERS, _parameters(a), _parameters(b), "1")
+    yield from pair.counts(FindingKind.MEMORY, _counted(a), _counted(b), "B")
+    yield from pair.counts(FindingKind.CHECKPOINT, _files(a), _files(b), "B")
 
 
 class _Pair:
@@ -62,12 +62,19 @@ class _Pair:
         self.name, self.base, self.new = name, base, new
 
     def row(
-        self, kind: Kind, word: Word, what: str, reason: str, base: float | None, new: float | None, unit: Unit
-    ) -> Row:
+        self,
+        kind: FindingKind,
+        word: VerdictKind,
+        what: str,
+        reason: str,
+        base: float | None,
+        new: float | None,
+        unit: Unit,
+    ) -> ComparisonRow:
         ids = (self.base.id, self.new.id)
-        return Row(kind, word, self.name, (self.base.cell_id,), what, reason, base, new, unit, records=ids)
+        return ComparisonRow(kind, word, self.name, (self.base.cell_id,), what, reason, base, new, unit, records=ids)
 
-    def counts(self, kind: Kind, base: _Numbers, new: _Numbers, unit: Unit) -> Iterator[Row]:
+    def counts(self, kind: FindingKind, base: _Numbers, new: _Numbers, unit: Unit) -> Iterator[ComparisonRow]:
         """Compare exactly. A count of scalars may not shrink either: the same recipe would train something else."""
         for what in base:
             a, b = base[what], new[what]
@@ -76,11 +83,11 @@ class _Pair:
             if a is None or b is None:
                 yield self.lost_or_new(what, a, b, unit)
                 continue
-            bad = a != b if kind is Kind.PARAMETERS else b > a
+            bad = a != b if kind is FindingKind.PARAMETERS else b > a
             reason = "" if a == b else "grew" if b > a else "shrank"
-            yield self.row(kind, Word.FAIL if bad else Word.PASS, what, reason, a, b, unit)
+            yield self.row(kind, VerdictKind.FAIL if bad else VerdictKind.PASS, what, reason, a, b, unit)
 
-    def counted_peak(self, before: Memory, now: Memory, margins: Margins) -> Iterator[Row]:
+    def counted_peak(self, before: Memory, now: Memory, margins: Margins) -> Iterator[ComparisonRow]:
         """Compare what tensors took at one time in a step, counted on a CPU; on a GPU it is the peak of training itself."""
         a, b = before.counted_peak_B, now.counted_peak_B
         if (a is None and b is None) or ALLOCATED in (before.source, now.source):
@@ -91,7 +98,7 @@ class _Pair:
         allowed = COUNTED_PEAK_B if margins.memory_B is None else margins.memory_B
         yield self._grown(COUNTED_PEAK, a, b, allowed, "counted")
 
-    def peak(self, before: str, now: str, margins: Margins) -> Iterator[Row]:
+    def peak(self, before: str, now: str, margins: Margins) -> Iterator[ComparisonRow]:
         """Compare the peaks of training; what was taken in two ways is no pair."""
         a, b = training_peak(self.base), training_peak(self.new)
         if a is None and b is None:
@@ -99,7 +106,7 @@ class _Pair:
         what = "training peak"
         if before != now:
             reason = f"taken in two ways: {before}, {now}"
-            yield self.row(Kind.MEMORY, Word.INCONCLUSIVE, what, reason, a, b, "B")
+            yield self.row(FindingKind.MEMORY, VerdictKind.INCONCLUSIVE, what, reason, a, b, "B")
             return
         if now != ALLOCATED:
             what = PEAK
@@ -110,16 +117,22 @@ class _Pair:
         usual = 0 if now == ALLOCATED else max(PROCESS_PEAK_B, int(PROCESS_SHARE * a))
         yield self._grown(what, a, b, usual if margins.memory_B is None else margins.memory_B, now)
 
-    def _grown(self, what: str, a: int, b: int, allowed: int, how: str) -> Row:
+    def _grown(self, what: str, a: int, b: int, allowed: int, how: str) -> ComparisonRow:
         grew = b - a
         says = "" if not grew else "grew" if grew > allowed else "shrank" if -grew > allowed else "within the margin"
         reason = f"{says} (margin {allowed:,} B, {how})" if says else ""
-        return self.row(Kind.MEMORY, Word.FAIL if grew > allowed else Word.PASS, what, reason, a, b, "B")
+        return self.row(
+            FindingKind.MEMORY, VerdictKind.FAIL if grew > allowed else VerdictKind.PASS, what, reason, a, b, "B"
+        )
 
-    def lost_or_new(self, what: str, base: float | None, new: float | None, unit: Unit) -> Row:
+    def lost_or_new(self, what: str, base: float | None, new: float | None, unit: Unit) -> ComparisonRow:
         if base is None:
-            return self.row(Kind.NEW, Word.NOT_RUN, what, "was not measured in the baseline", base, new, unit)
-        return self.row(Kind.MISSING, Word.FAIL, what, "was measured in the baseline, and is not now", base, new, unit)
+            return self.row(
+                FindingKind.NEW, VerdictKind.NOT_RUN, what, "was not measured in the baseline", base, new, unit
+            )
+        return self.row(
+            FindingKind.MISSING, VerdictKind.FAIL, what, "was measured in the baseline, and is not now", base, new, unit
+        )
 
 
 def _parameters(m: Measurements) -> _Numbers:

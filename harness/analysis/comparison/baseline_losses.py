@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator
 from statistics import fmean
 
-from harness.analysis.comparison.baseline_rows import LOSS, LOSS_SHARE, Kind, Row
-from harness.analysis.verdict_kind import Word
+from harness.analysis.comparison.baseline_rows import LOSS, LOSS_SHARE, ComparisonRow, FindingKind
+from harness.analysis.verdict_kind import VerdictKind
 from harness.records.record import Record
 
 
-def rows(name: str, base: Record, new: Record) -> Iterator[Row]:
+def rows(name: str, base: Record, new: Record) -> Iterator[ComparisonRow]:
     """Compare the losses of two ok Records of one Cell; nothing where either did not train, or on other batches."""
     a, b = (record.measurements.training if record.measurements else None for record in (base, new))
     if a is None or b is None or a.data_order_sha256 != b.data_order_sha256:
@@ -22,8 +22,10 @@ def rows(name: str, base: Record, new: Record) -> Iterator[Row]:
     rose = now > allowed
     says = "rose" if rose else "within the margin" if now != before else ""
     reason = f"{says} (margin {100 * LOSS_SHARE:g} % and {LOSS:g})" if says else ""
-    word = Word.FAIL if rose else Word.PASS
-    yield Row(Kind.LOSS, word, name, (base.cell_id,), "training loss", reason, before, now, "nats", records=ids)
+    word = VerdictKind.FAIL if rose else VerdictKind.PASS
+    yield ComparisonRow(
+        FindingKind.LOSS, word, name, (base.cell_id,), "training loss", reason, before, now, "nats", records=ids
+    )
 
 
 def last_quarter(losses: list[float]) -> float:

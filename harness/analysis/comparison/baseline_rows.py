@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
-from harness.analysis.verdict_kind import Verdict, Word
+from harness.analysis.verdict_kind import Verdict, VerdictKind
 
 PROCESS_PEAK_B = 16 * 2**20
 """How much more of a process's memory (VmHWM, or sampled) is no finding.
@@ -33,7 +33,7 @@ ONE_SEED = "one seed: this checkpoint, not the method"
 TIMES = "not judged here: `peft-harness gate --pairs` judges times"
 
 
-class Kind(StrEnum):
+class FindingKind(StrEnum):
     """What a row is about. Each has a meaning of its own, and a rule: see `MEANING`."""
 
     PARITY = "parity"
@@ -51,33 +51,33 @@ class Kind(StrEnum):
     TIME = "time"
 
 
-MEANING: dict[Kind, str] = {
-    Kind.PARITY: "fails where a Cell that computed what its Method says now does not, or a check that passed fails; "
+MEANING: dict[FindingKind, str] = {
+    FindingKind.PARITY: "fails where a Cell that computed what its Method says now does not, or a check that passed fails; "
     "inconclusive where a check that passed was not tried, or allows more than ten times what it did",
-    Kind.OUTCOME: "fails where a Cell that was ok now ends otherwise: oom, timeout, error, lost or skipped",
-    Kind.MISSING: "a Cell, or a number of one, that the baseline has and the run has not. Fails where the run does not plan "
+    FindingKind.OUTCOME: "fails where a Cell that was ok now ends otherwise: oom, timeout, error, lost or skipped",
+    FindingKind.MISSING: "a Cell, or a number of one, that the baseline has and the run has not. Fails where the run does not plan "
     "the Cell, its Record was changed after the run, or the number was measured before; not-run where the run did not come "
     "to it, or its Record cannot be read",
-    Kind.NEW: "what the run has and the baseline has not: told, not judged",
-    Kind.PARAMETERS: "counts of scalars: fails at any difference, since the Cell is the same",
-    Kind.MEMORY: "bytes of tensors, counted one by one: fails at one more. The peak of training: on a GPU as allocated, "
+    FindingKind.NEW: "what the run has and the baseline has not: told, not judged",
+    FindingKind.PARAMETERS: "counts of scalars: fails at any difference, since the Cell is the same",
+    FindingKind.MEMORY: "bytes of tensors, counted one by one: fails at one more. The peak of training: on a GPU as allocated, "
     "fails at one byte more; on a CPU what tensors took at one time in a step, counted allocation by allocation, at more "
     "than 64 KiB; of a process (VmHWM) above its imports, at more than 16 MiB and a twentieth, which equal programs may "
     "differ in; or all three at more than --memory-bytes",
-    Kind.CHECKPOINT: "sizes of what a user would save: fails at one byte more",
-    Kind.ACCURACY: "the same items, paired, and over several seeds these too. Passes where the 95 % interval of the "
+    FindingKind.CHECKPOINT: "sizes of what a user would save: fails at one byte more",
+    FindingKind.ACCURACY: "the same items, paired, and over several seeds these too. Passes where the 95 % interval of the "
     "difference lies above minus the margin (--accuracy-points), fails where it does not and the drop is significant at 5 % "
     "over all comparisons of the gate together (Holm), else inconclusive. One seed speaks for this checkpoint, not for the "
     "method",
-    Kind.LOSS: "the training loss, mean over the last quarter of the steps: fails where it is higher by more than a tenth "
+    FindingKind.LOSS: "the training loss, mean over the last quarter of the steps: fails where it is higher by more than a tenth "
     "and 0.05. The batches are the same, so that only rounding may differ",
-    Kind.ASSETS: "inconclusive where a model, a data set or a task is not the same one",
-    Kind.ENVIRONMENT: "inconclusive where machine, driver, libraries, threads, variables or device are not the same, so "
+    FindingKind.ASSETS: "inconclusive where a model, a data set or a task is not the same one",
+    FindingKind.ENVIRONMENT: "inconclusive where machine, driver, libraries, threads, variables or device are not the same, so "
     "that a difference need not come from the code; another code version or commit is told",
-    Kind.SPEED: "times that may be judged: of `gate --pairs`, whose sides ran in turn; of pytest's --harness-gate, by the "
+    FindingKind.SPEED: "times that may be judged: of `gate --pairs`, whose sides ran in turn; of pytest's --harness-gate, by the "
     "spread of process runs that were kept. Fails where slower, beyond a margin; inconclusive where neither that nor the "
     "opposite is shown. Each reason says how small a slow-down is found",
-    Kind.TIME: "medians of one process each, from two sessions: shown, never judged. `peft-harness gate --pairs` judges "
+    FindingKind.TIME: "medians of one process each, from two sessions: shown, never judged. `peft-harness gate --pairs` judges "
     "times",
 }
 
@@ -86,7 +86,7 @@ Unit = Literal["B", "1", "s", "share", "nats", ""]
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """One thing that was compared.
 
     name: the Cell, the recipe, or how many Cells. cells: cell_ids. what: the quantity. base, new: its values, None where
@@ -94,8 +94,8 @@ class Row:
     records: ids, the baseline's first.
     """
 
-    kind: Kind
-    word: Word
+    kind: FindingKind
+    word: VerdictKind
     name: str
     cells: tuple[str, ...]
     what: str
@@ -109,12 +109,12 @@ class Row:
     @property
     def judged(self) -> bool:
         """Say whether the row takes part in the verdict."""
-        return self.kind not in (Kind.TIME, Kind.NEW)
+        return self.kind not in (FindingKind.TIME, FindingKind.NEW)
 
     @property
     def same(self) -> bool:
         """Say whether there is nothing to tell: both values are equal, and so it passes."""
-        return self.word is Word.PASS and self.base == self.new and self.base is not None
+        return self.word is VerdictKind.PASS and self.base == self.new and self.base is not None
 
     @property
     def valued(self) -> bool:
@@ -147,11 +147,11 @@ class Findings:
     """
 
     verdict: Verdict
-    rows: tuple[Row, ...]
+    rows: tuple[ComparisonRow, ...]
     compared: int
     unreadable: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
 
-    def of(self, *words: Word) -> list[Row]:
+    def of(self, *words: VerdictKind) -> list[ComparisonRow]:
         """Return the judged rows with one of these words."""
         return [row for row in self.rows if row.judged and row.word in words]

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from harness.analysis.comparison.baseline_rows import ONE_SEED, Kind, Margins, Row
-from harness.analysis.ranking import Pair
+from harness.analysis.comparison.baseline_rows import ONE_SEED, ComparisonRow, FindingKind, Margins
+from harness.analysis.ranking import RecipePair
 from harness.analysis.statistics import over_seeds
 from harness.analysis.statistics.intervals import LEVEL, holm, paired_difference
-from harness.analysis.verdict_kind import Word
+from harness.analysis.verdict_kind import VerdictKind
 from harness.records.record import Accuracy, Record
 
 _Matched = tuple[Record, Record]
@@ -28,7 +28,7 @@ class _Difference:
 
 def rows(
     pairs: Sequence[_Matched], recipe_ids: Mapping[str, str], names: Mapping[str, str], margins: Margins
-) -> list[Row]:
+) -> list[ComparisonRow]:
     """Compare the accuracies of Cells of which both Records are ok, those that differ in the seed alone together.
 
     pairs: of the baseline and of the run. recipe_ids: by cell_id. names: by recipe_id.
@@ -43,10 +43,10 @@ def rows(
             recipes.setdefault(recipe, []).append((base, new))
         elif a:
             reason = f"seed {base.cell.seed} was scored in the baseline, and is not now"
-            found.append(_row(Kind.MISSING, Word.FAIL, name, [(base, new)], reason))
+            found.append(_row(FindingKind.MISSING, VerdictKind.FAIL, name, [(base, new)], reason))
         elif b:
             reason = f"seed {base.cell.seed} was not scored in the baseline"
-            found.append(_row(Kind.NEW, Word.NOT_RUN, name, [(base, new)], reason))
+            found.append(_row(FindingKind.NEW, VerdictKind.NOT_RUN, name, [(base, new)], reason))
     differences = {recipe: _difference(same) for recipe, same in recipes.items()}
     # Answers that are all the same cannot be called different by any luck, so they are no test among those to correct for.
     adjusted = holm({r: d.p for r, d in differences.items() if isinstance(d, _Difference)})
@@ -57,51 +57,51 @@ def rows(
             interval: tuple[float, float] | None = difference.interval
         else:
             word, reason, interval = (*difference, None)
-        found.append(_row(Kind.ACCURACY, word, names[recipe], same, f"{reason}; {_seeds(same)}", interval))
+        found.append(_row(FindingKind.ACCURACY, word, names[recipe], same, f"{reason}; {_seeds(same)}", interval))
     return found
 
 
-def _difference(pairs: Sequence[_Matched]) -> _Difference | tuple[Word, str]:
+def _difference(pairs: Sequence[_Matched]) -> _Difference | tuple[VerdictKind, str]:
     """Compare; return a word and its reason where there is nothing to estimate."""
     base, new = ([a for r in side if (a := _scored(r)) is not None] for side in zip(*pairs, strict=True))
     metrics = dict.fromkeys(a.metric for a in (*base, *new))
     if len(metrics) > 1:
-        return Word.INCONCLUSIVE, f"not comparable, two metrics: {', '.join(metrics)}"
+        return VerdictKind.INCONCLUSIVE, f"not comparable, two metrics: {', '.join(metrics)}"
     if all(_answers(a) == _answers(b) for a, b in zip(base, new, strict=True)):
-        return Word.PASS, "the same answers"
+        return VerdictKind.PASS, "the same answers"
     if len(pairs) > 1:
         spread = over_seeds.paired(new, base)
         if spread is not None:
             return _Difference(spread.value, spread.interval, spread.p, spread.detectable)
-    elif (test := Pair.of([pairs[0][1]], [pairs[0][0]])) is not None:
+    elif (test := RecipePair.of([pairs[0][1]], [pairs[0][0]])) is not None:
         interval = paired_difference(*_table(new[0], base[0]))
         return _Difference(test.difference, interval, test.p, test.detectable)
-    return Word.INCONCLUSIVE, "not comparable: other items were scored"
+    return VerdictKind.INCONCLUSIVE, "not comparable: other items were scored"
 
 
-def _judge(d: _Difference, p: float, margin: float) -> tuple[Word, str]:
+def _judge(d: _Difference, p: float, margin: float) -> tuple[VerdictKind, str]:
     low, high = d.interval
     stated = f"margin {100 * margin:g} points; it would have found {100 * d.detectable:.1f} points"
     if low > -margin:
         rose = d.value > 0 and p <= 1 - LEVEL
-        return Word.PASS, f"rose ({stated})" if rose else f"no worse by the margin ({stated})"
+        return VerdictKind.PASS, f"rose ({stated})" if rose else f"no worse by the margin ({stated})"
     if d.value < 0 and p <= 1 - LEVEL:
-        return Word.FAIL, f"dropped ({stated}, p = {p:.2g} over all comparisons)"
+        return VerdictKind.FAIL, f"dropped ({stated}, p = {p:.2g} over all comparisons)"
     luck = "; below 0 alone, not among so many comparisons" if high < 0 else ""
-    return Word.INCONCLUSIVE, f"undecided ({stated}){luck}"
+    return VerdictKind.INCONCLUSIVE, f"undecided ({stated}){luck}"
 
 
 def _row(
-    kind: Kind, word: Word, name: str, pairs: Sequence[_Matched], reason: str,
+    kind: FindingKind, word: VerdictKind, name: str, pairs: Sequence[_Matched], reason: str,
     interval: tuple[float, float] | None = None,
-) -> Row:  # fmt: skip
+) -> ComparisonRow:  # fmt: skip
     base, new = (
         fmean(a.value for a in scored) if (scored := [a for r in side if (a := _scored(r)) is not None]) else None
         for side in zip(*pairs, strict=True)
     )
     cells = tuple(b.cell_id for b, _ in pairs)
     ids = tuple(r.id for pair in pairs for r in pair)
-    return Row(kind, word, name, cells, "accuracy", reason, base, new, "share", interval, ids)
+    return ComparisonRow(kind, word, name, cells, "accuracy", reason, base, new, "share", interval, ids)
 
 
 def _seeds(pairs: Sequence[_Matched]) -> str:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from harness.analysis.comparison import reproducibility
-from harness.analysis.comparison.baseline_rows import Kind, Row
+from harness.analysis.comparison.baseline_rows import ComparisonRow, FindingKind
 from harness.analysis.measurements import training_gpu
-from harness.analysis.verdict_kind import Word
+from harness.analysis.verdict_kind import VerdictKind
 from harness.records.record import Environment, Record
 
 _CODE = ("code version: ", "commit: ", "uncommitted changes: ")
 """What a gate is there to compare."""
 
 
-def rows(pairs: Sequence[tuple[Record, Record]]) -> Iterator[Row]:
+def rows(pairs: Sequence[tuple[Record, Record]]) -> Iterator[ComparisonRow]:
     """Group Cells by what differs: in the environment, in the assets; then the clocks of the GPUs, over all Cells."""
     surroundings: dict[tuple[str, ...], list[tuple[Record, Record]]] = {}
     assets: dict[tuple[str, ...], list[tuple[Record, Record]]] = {}
@@ -24,19 +24,21 @@ def rows(pairs: Sequence[tuple[Record, Record]]) -> Iterator[Row]:
     for lines, same in surroundings.items():
         if lines:
             code = all(line.startswith(_CODE) for line in lines)
-            yield _row(Kind.ENVIRONMENT, Word.PASS if code else Word.INCONCLUSIVE, lines, same)
+            yield _row(FindingKind.ENVIRONMENT, VerdictKind.PASS if code else VerdictKind.INCONCLUSIVE, lines, same)
     for lines, same in assets.items():
         if lines:
-            yield _row(Kind.ASSETS, Word.INCONCLUSIVE, lines, same)
+            yield _row(FindingKind.ASSETS, VerdictKind.INCONCLUSIVE, lines, same)
     clocks = [clocks_of(side) for side in zip(*pairs, strict=True)]
     if len(clocks) == 2 and clocks[0] != clocks[1]:
         line = f"SM clock as training ended: {clocks[0]}, {clocks[1]}"
-        yield _row(Kind.ENVIRONMENT, Word.PASS, [line], pairs)
+        yield _row(FindingKind.ENVIRONMENT, VerdictKind.PASS, [line], pairs)
 
 
-def _row(kind: Kind, word: Word, lines: Iterable[str], pairs: Sequence[tuple[Record, Record]]) -> Row:
+def _row(
+    kind: FindingKind, word: VerdictKind, lines: Iterable[str], pairs: Sequence[tuple[Record, Record]]
+) -> ComparisonRow:
     cells = tuple(base.cell_id for base, _ in pairs)
-    return Row(kind, word, f"{len(cells)} Cell{'s' * (len(cells) != 1)}", cells, kind.value, "; ".join(lines))
+    return ComparisonRow(kind, word, f"{len(cells)} Cell{'s' * (len(cells) != 1)}", cells, kind.value, "; ".join(lines))
 
 
 def _surroundings(base: Record, new: Record) -> list[str]:

@@ -37,7 +37,7 @@ def log_ratio(old: Record, new: Record, metric: str = STEP) -> float:
     for which, seconds in zip(("old", "new"), taken, strict=True):
         if not seconds:
             what = "has no steps that took any time" if metric == STEP else f"has no times of {named(metric)}"
-            raise HarnessError(what, where=f"the {which} side", mend="time more of them per process")
+            raise HarnessError(what, where=f"the {which} side", hint="time more of them per process")
     return math.log(taken[1] or 0.0) - math.log(taken[0] or 0.0)
 
 

@@ -9,17 +9,17 @@ from statistics import median
 from harness.analysis import failed_checks
 from harness.analysis.comparison import baseline_costs
 from harness.analysis.comparison.baseline_costs import ALLOCATED, COUNTED_PEAK, PEAK
-from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B, Kind, Row
+from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B, ComparisonRow, FindingKind
 from harness.analysis.comparison.environment_differences import clocks_of, slowed
 from harness.analysis.comparison.pair_ratio import named, times
 from harness.analysis.comparison.reproducibility import circumstances
 from harness.analysis.contention import busy
 from harness.analysis.measurements import above_imports, training_peak
 from harness.analysis.statistics.canaries import Canaries
-from harness.analysis.statistics.paired import Finding, family
-from harness.analysis.statistics.paired import Verdict as Timed
+from harness.analysis.statistics.paired import PairFinding, family
+from harness.analysis.statistics.paired import PairVerdict as Timed
 from harness.analysis.tracked_metrics import STEP
-from harness.analysis.verdict_kind import Verdict, Word
+from harness.analysis.verdict_kind import Verdict, VerdictKind
 from harness.errors import Exit
 from harness.records.record import Record, Status
 
@@ -32,7 +32,7 @@ _PEAK_LEVEL = 0.0011
 
 
 @dataclass(frozen=True)
-class Sides:
+class CellComparison:
     """One Cell, by both sides. records: pairs (old, new). timed: by metric; none where nothing was; then `because`."""
 
     name: str
@@ -51,7 +51,7 @@ class Sides:
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedPairs:
     """The sides, judged.
 
     adjusted: Benjamini-Hochberg adjusted p of each time, by what it is called. rows: all that was compared besides times.
@@ -60,14 +60,14 @@ class Judged:
 
     verdict: Verdict
     exit: Exit
-    cells: tuple[Sides, ...]
+    cells: tuple[CellComparison, ...]
     adjusted: Mapping[str, float]
-    rows: tuple[Row, ...]
+    rows: tuple[ComparisonRow, ...]
     canaries: Canaries
     residue: tuple[str, ...]
 
 
-def judge(cells: Sequence[Sides], canaries: Canaries, *, strict: bool = False) -> Judged:
+def judge(cells: Sequence[CellComparison], canaries: Canaries, *, strict: bool = False) -> JudgedPairs:
     """Judge all Cells of one comparison.
 
     Exit codes, the first that holds: NOTHING_COMPARED where no Cell is ok on both sides; FAIL for a Cell that is slower,
@@ -81,37 +81,37 @@ def judge(cells: Sequence[Sides], canaries: Canaries, *, strict: bool = False) -
     rows = [row for cell in cells for row in _rows(cell)]
     verdicts = {cell.called(metric): timed for cell in cells for metric, timed in cell.timed.items()}
     adjusted = family(verdicts)
-    slower = [] if canaries.closed else [name for name, timed in verdicts.items() if timed.word is Finding.SLOWER]
-    open_ = [name for name, timed in verdicts.items() if timed.word is Finding.INCONCLUSIVE]
-    uncounted = [row for row in rows if row.word is Word.INCONCLUSIVE]
-    red = [row for row in rows if row.word is Word.FAIL]
+    slower = [] if canaries.closed else [name for name, timed in verdicts.items() if timed.word is PairFinding.SLOWER]
+    open_ = [name for name, timed in verdicts.items() if timed.word is PairFinding.INCONCLUSIVE]
+    uncounted = [row for row in rows if row.word is VerdictKind.INCONCLUSIVE]
+    red = [row for row in rows if row.word is VerdictKind.FAIL]
     timed = [c for c in cells if c.timed]
     lacking = [c for c in cells if not c.timed]
-    word, code, reason = Word.PASS, Exit.PASS, f"none of {len(timed)} Cells is slower, larger or worse"
+    word, code, reason = VerdictKind.PASS, Exit.PASS, f"none of {len(timed)} Cells is slower, larger or worse"
     if not timed and not red:
-        word, code, reason = Word.NOT_RUN, Exit.NOTHING_COMPARED, "nothing was compared: no Cell could be timed"
+        word, code, reason = VerdictKind.NOT_RUN, Exit.NOTHING_COMPARED, "nothing was compared: no Cell could be timed"
     elif slower or red:
         told = [f"{name} is slower" for name in slower] + [f"{row.name}: {row.what} {row.reason}" for row in red]
-        word, code, reason = Word.FAIL, Exit.FAIL, "; ".join(told)
+        word, code, reason = VerdictKind.FAIL, Exit.FAIL, "; ".join(told)
     elif canaries.closed:
-        word, code, reason = Word.NOT_RUN, Exit.INFRASTRUCTURE, f"no time was judged: {canaries.sentence}"
+        word, code, reason = VerdictKind.NOT_RUN, Exit.INFRASTRUCTURE, f"no time was judged: {canaries.sentence}"
     elif lacking:
         told = [f"{c.name} ({c.because})" for c in lacking]
-        word, code, reason = Word.NOT_RUN, Exit.INFRASTRUCTURE, f"not timed: {', '.join(told)}"
+        word, code, reason = VerdictKind.NOT_RUN, Exit.INFRASTRUCTURE, f"not timed: {', '.join(told)}"
     elif open_ or uncounted:
         what = "Cells" if len(verdicts) == len(timed) else f"times of {len(timed)} Cells"
         told = [f"{len(open_)} of {len(verdicts)} {what} are neither slower nor proven the same"] if open_ else []
         told += [f"{row.name}: {row.what} {row.reason}" for row in uncounted]
-        word, reason = Word.INCONCLUSIVE, "; ".join(told)
+        word, reason = VerdictKind.INCONCLUSIVE, "; ".join(told)
         code = Exit.INCONCLUSIVE if strict else Exit.PASS
     residue = _residue(cells)
     if residue:
         reason = "; ".join([reason, *(f"not the same: {what}" for what in residue)])
     records = tuple(record.id for cell in cells for pair in cell.records for record in pair)
-    return Judged(Verdict(word, reason, records), code, tuple(cells), adjusted, tuple(rows), canaries, residue)
+    return JudgedPairs(Verdict(word, reason, records), code, tuple(cells), adjusted, tuple(rows), canaries, residue)
 
 
-def _residue(cells: Sequence[Sides]) -> tuple[str, ...]:
+def _residue(cells: Sequence[CellComparison]) -> tuple[str, ...]:
     found: dict[str, int] = {}
     for cell in cells:
         for old, new in cell.records:
@@ -131,7 +131,7 @@ def _ok(pair: tuple[Record, Record]) -> bool:
     return all(record.status is Status.OK for record in pair)
 
 
-def _rows(cell: Sides) -> list[Row]:
+def _rows(cell: CellComparison) -> list[ComparisonRow]:
     rows = [row for pair in cell.records if (row := _outcome(cell.name, pair))][:1]
     whole = [pair for pair in cell.records if _ok(pair)]
     if whole:
@@ -141,7 +141,7 @@ def _rows(cell: Sides) -> list[Row]:
     return rows
 
 
-def _outcome(name: str, pair: tuple[Record, Record]) -> Row | None:
+def _outcome(name: str, pair: tuple[Record, Record]) -> ComparisonRow | None:
     old, new = pair
     if _ok(pair):
         before = {check.check for check in failed_checks.failed(old)}
@@ -149,28 +149,39 @@ def _outcome(name: str, pair: tuple[Record, Record]) -> Row | None:
         if not red:
             return None
         reason = f"{', '.join(red)} failed, by the old side not"
-        return Row(Kind.PARITY, Word.FAIL, name, (old.cell_id,), "checks", reason, records=(old.id, new.id))
+        return ComparisonRow(
+            FindingKind.PARITY, VerdictKind.FAIL, name, (old.cell_id,), "checks", reason, records=(old.id, new.id)
+        )
     was_ok = old.status is Status.OK
-    kind = Kind.PARITY if was_ok and new.status is Status.NONCONFORMING else Kind.OUTCOME
-    return Row(
-        kind, Word.FAIL if was_ok else Word.NOT_RUN, name, (old.cell_id,), "outcome",
+    kind = FindingKind.PARITY if was_ok and new.status is Status.NONCONFORMING else FindingKind.OUTCOME
+    return ComparisonRow(
+        kind, VerdictKind.FAIL if was_ok else VerdictKind.NOT_RUN, name, (old.cell_id,), "outcome",
         new.because if was_ok else f"the old side is {old.status.value}: {old.because}",
         old.status.value, new.status.value, records=(old.id, new.id),
     )  # fmt: skip
 
 
-def _untimed(name: str, old: Record, new: Record) -> Iterator[Row]:
+def _untimed(name: str, old: Record, new: Record) -> Iterator[ComparisonRow]:
     """Yield a row for each latency that the old side has and the new one has not."""
     there = times(new)
     for metric, before in times(old).items():
         if metric not in there:
             reason, ids = "is measured by the old side only", (old.id, new.id)
-            yield Row(
-                Kind.SPEED, Word.FAIL, name, (old.cell_id,), named(metric), reason, before, None, "s", records=ids
+            yield ComparisonRow(
+                FindingKind.SPEED,
+                VerdictKind.FAIL,
+                name,
+                (old.cell_id,),
+                named(metric),
+                reason,
+                before,
+                None,
+                "s",
+                records=ids,
             )
 
 
-def _peaks(name: str, whole: Records) -> list[Row]:
+def _peaks(name: str, whole: Records) -> list[ComparisonRow]:
     """Compare the peaks of training over all process runs of both sides: as counted where it was, and of a process beside.
 
     What is counted is the same in equal process runs, so that a difference needs no test. A process takes more than its
@@ -183,8 +194,12 @@ def _peaks(name: str, whole: Records) -> list[Row]:
     if counted is not None:
         rows.append(_grown(name, whole, COUNTED_PEAK, counted, 0 if allocated else COUNTED_PEAK_B, exact=True))
     elif not allocated and (lacking := _lacking(whole)):
-        word, ids = Word.INCONCLUSIVE, (whole[0][0].id, whole[0][1].id)
-        rows.append(Row(Kind.MEMORY, word, name, (whole[0][0].cell_id,), COUNTED_PEAK, lacking, unit="B", records=ids))
+        word, ids = VerdictKind.INCONCLUSIVE, (whole[0][0].id, whole[0][1].id)
+        rows.append(
+            ComparisonRow(
+                FindingKind.MEMORY, word, name, (whole[0][0].cell_id,), COUNTED_PEAK, lacking, unit="B", records=ids
+            )
+        )
     if of_process is not None and not (allocated and rows):
         rows.append(_grown(name, whole, PEAK, of_process, 0 if allocated else PEAK_B, exact=False))
     return rows
@@ -216,7 +231,7 @@ def _above_imports(record: Record) -> int | None:
 
 def _grown(
     name: str, whole: Records, what: str, sides: tuple[list[int], list[int]], allowed: int, *, exact: bool
-) -> Row:
+) -> ComparisonRow:
     """Judge by the medians where `exact` and each side is alike within `allowed`; else by ranks too: one disturbed run
     decides nothing."""
     old, new = sides
@@ -227,8 +242,8 @@ def _grown(
     how = f"counted, so that more than {allowed:,} B is a finding: " if alike else ""
     span = f"old {_span(old)}, new {_span(new)} in {len(whole)} process runs each"
     reason = f"{'grew: ' if grew else 'shrank: ' if shrank else ''}{how}{span}"
-    word, ids = Word.FAIL if grew else Word.PASS, (whole[0][0].id, whole[0][1].id)
-    return Row(Kind.MEMORY, word, name, (whole[0][0].cell_id,), what, reason, a, b, "B", records=ids)
+    word, ids = VerdictKind.FAIL if grew else VerdictKind.PASS, (whole[0][0].id, whole[0][1].id)
+    return ComparisonRow(FindingKind.MEMORY, word, name, (whole[0][0].cell_id,), what, reason, a, b, "B", records=ids)
 
 
 def _span(values: Sequence[int]) -> str:

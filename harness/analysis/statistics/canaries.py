@@ -27,7 +27,7 @@ class Canaries:
         if not 0 <= self.alarms <= self.runs or not 0 < self.nominal < 1:
             raise UsageError(
                 f"{self.alarms} alarms of {self.runs} A/A canaries, nominally {self.nominal:g}",
-                mend="count each canary once, and give the level of its test",
+                hint="count each canary once, and give the level of its test",
             )
 
     @property

@@ -35,7 +35,7 @@ _OWN_NIGHTS = 10
 
 
 @dataclass(frozen=True)
-class Step:
+class LevelChange:
     """One change of level. at: index of the first value of the new level; before, after: the medians of both levels."""
 
     at: int
@@ -62,7 +62,7 @@ def noise(values: Array) -> float:
 
 def steps(
     values: Array, *, least: float, shared: float = 0.0, floor: float = 1e-4, own: float | None = None
-) -> tuple[Step, ...]:
+) -> tuple[LevelChange, ...]:
     """Return the changes of level of a series (1-d, finite), oldest first; none of fewer than FEWEST values.
 
     least: smaller changes are not told. shared: the noise of series like this one, if known. floor: the least noise that
@@ -82,7 +82,7 @@ def steps(
 
 def suspect(
     values: Array, *, since: int, least: float, shared: float = 0.0, floor: float = 1e-4, own: float | None = None
-) -> Step | None:
+) -> LevelChange | None:
     """Return the change that the last value would be, had a higher level begun on it or on the one before; else None.
 
     Two nights are no level, and `steps` does not tell them. It lies above the level that has lasted from `since` on by
@@ -99,7 +99,7 @@ def suspect(
     uncertain = sigma * float(np.sqrt(1 + np.pi / 2 / len(level)))  # the median of so many normal values
     if after - before < max(least, SUSPICIOUS * uncertain):
         return None
-    return Step(len(values) - young, before, after)
+    return LevelChange(len(values) - young, before, after)
 
 
 def _believed(values: Array, shared: float, floor: float, own: float | None) -> float:
@@ -111,14 +111,14 @@ def _believed(values: Array, shared: float, floor: float, own: float | None) -> 
     return max(sigma, floor)
 
 
-def _worth_telling(values: Array, edges: Sequence[int], least: float) -> tuple[Step, ...]:
+def _worth_telling(values: Array, edges: Sequence[int], least: float) -> tuple[LevelChange, ...]:
     """Unite neighbouring levels, the closest first, until all that is left differs by `least` or more, and has its nights:
     where two of a level's three are slow its median is slow as well, and the third had no say.
     """
     bounds = [int(edge) for edge in edges]
     while True:
         levels = [_median(values[a:b]) for a, b in pairwise(bounds)]
-        found = [Step(at, a, b) for at, a, b in zip(bounds[1:], levels, levels[1:], strict=False)]
+        found = [LevelChange(at, a, b) for at, a, b in zip(bounds[1:], levels, levels[1:], strict=False)]
         if not found:
             return ()
         sides = ((values[a:b], values[b:c]) for a, b, c in zip(bounds, bounds[1:], bounds[2:], strict=False))
@@ -129,7 +129,7 @@ def _worth_telling(values: Array, edges: Sequence[int], least: float) -> tuple[S
         del bounds[weakest + 1]
 
 
-def _borne(step: Step, left: Array, right: Array) -> bool:
+def _borne(step: LevelChange, left: Array, right: Array) -> bool:
     """Say whether on either side LEVEL_NIGHTS values or more lie nearer to their own level than to the other."""
     way, middle = (1 if step.change > 0 else -1), (step.before + step.after) / 2
     nearer = ((way * (left - middle) < 0).sum(), (way * (right - middle) > 0).sum())

@@ -70,4 +70,4 @@ class Design:
 
 
 def _bad(what: str, wanted: str) -> UsageError:
-    return UsageError(what, where="design of the pairs", mend=f"give {wanted}")
+    return UsageError(what, where="design of the pairs", hint=f"give {wanted}")

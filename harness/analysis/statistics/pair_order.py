@@ -18,7 +18,7 @@ def order(pairs: int, seed: int) -> str:
     if pairs < 2 or pairs % 2:
         raise UsageError(
             f"{pairs} pair{'s' * (pairs != 1)} to order: drift cancels within blocks of two pairs",
-            mend="ask for an even number of pairs",
+            hint="ask for an even number of pairs",
         )
     drawn = random.Random(seed)  # noqa: S311  # nothing is secret here
     blocks = pairs // 2

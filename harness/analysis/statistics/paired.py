@@ -29,7 +29,7 @@ IMPLAUSIBLE = 0.3
 """A speed-up beyond this share is told with the question whether the work is still done."""
 
 
-class Finding(StrEnum):
+class PairFinding(StrEnum):
     """What the pairs say of B against A."""
 
     SLOWER = "slower"
@@ -68,11 +68,11 @@ def look(log_ratios: Any, design: Design, stage: Stage) -> Look:
         raise UsageError(
             f"{seen.n} pairs of the {stage} stage, and no look at so many is planned: looking whenever one likes inflates "
             "the false alarms",
-            mend=f"judge {planned} pairs, run anew what was lost, or plan another Design",
+            hint=f"judge {planned} pairs, run anew what was lost, or plan another Design",
         )
     if not np.isfinite(log_ratios).all():
         raise HarnessError(
-            "a log ratio that is no finite number", where="pairs", mend="make them of times, by `log_ratios`"
+            "a log ratio that is no finite number", where="pairs", hint="make them of times, by `log_ratios`"
         )
     low, high = seen.interval(design.interval)
     bound = math.log1p(design.same_within)
@@ -91,7 +91,7 @@ def look(log_ratios: Any, design: Design, stage: Stage) -> Look:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PairVerdict:
     """What the pairs of one Cell say.
 
     effect: B / A - 1, Hodges-Lehmann; interval: of the trimmed mean, which decides; rank_interval: Hodges-Lehmann's own,
@@ -100,7 +100,7 @@ class Verdict:
     more: fresh pairs to run before the next planned look; 0 if none is to come.
     """
 
-    word: Finding
+    word: PairFinding
     stage: Stage
     effect: float
     interval: tuple[float, float]
@@ -112,12 +112,12 @@ class Verdict:
     sentence: str
 
 
-def judge(log_ratios: Sequence[float], design: Design, stage: Stage) -> Verdict:
+def judge(log_ratios: Sequence[float], design: Design, stage: Stage) -> PairVerdict:
     """Judge the pairs of one Cell at one planned look."""
     found = look([list(log_ratios)], design, stage)
-    word = Finding.INCONCLUSIVE
+    word = PairFinding.INCONCLUSIVE
     for candidate, mask in (
-        (Finding.SLOWER, found.slower), (Finding.FASTER, found.faster), (Finding.SAME, found.same),
+        (PairFinding.SLOWER, found.slower), (PairFinding.FASTER, found.faster), (PairFinding.SAME, found.same),
     ):  # fmt: skip
         word = candidate if mask[0] else word
     middle, ranks = hodges_lehmann(log_ratios, design.interval)
@@ -125,29 +125,29 @@ def judge(log_ratios: Sequence[float], design: Design, stage: Stage) -> Verdict:
     n, still = found.seen.n, bool(found.seen.still[0])
     mde80 = None if still else math.expm1(reach(float(found.seen.scale[0]), design))
     more = 0
-    if word is Finding.INCONCLUSIVE:
+    if word is PairFinding.INCONCLUSIVE:
         done = 0 if stage == "first" else n
         more = next((planned - done for planned in design.fresh if planned > done), 0)
     rank_interval = None if ranks is None else (math.expm1(ranks[0]), math.expm1(ranks[1]))
     effect, p = math.expm1(middle), float(found.p[0])
     said = _sentence(word, design, stage, n, more, effect, (low, high), p, mde80)
-    return Verdict(word, stage, effect, (low, high), rank_interval, p, n, mde80, more, said)
+    return PairVerdict(word, stage, effect, (low, high), rank_interval, p, n, mde80, more, said)
 
 
-def decide(first: Sequence[float], fresh: Sequence[float], design: Design) -> Verdict:
+def decide(first: Sequence[float], fresh: Sequence[float], design: Design) -> PairVerdict:
     """Return the verdict of one Cell from both stages: of the first planned look that settles it, or else of the last.
 
     fresh: none, or as many as some planned look wants or more. Pairs beyond the look that settles are not read.
     """
     found = judge(first, design, "first")
     for planned in design.fresh:
-        if found.word is not Finding.INCONCLUSIVE or len(fresh) < planned:
+        if found.word is not PairFinding.INCONCLUSIVE or len(fresh) < planned:
             break
         found = judge(fresh[:planned], design, "fresh")
     return found
 
 
-def family(verdicts: Mapping[str, Verdict]) -> dict[str, float]:
+def family(verdicts: Mapping[str, PairVerdict]) -> dict[str, float]:
     """Return Benjamini-Hochberg adjusted p values of a change, in either direction, for the verdicts of one report.
 
     A Cell without fresh pairs counts with p = 1: its first pairs said whether it was to get any.
@@ -165,7 +165,7 @@ def _downward(seen: Trimmed) -> Trimmed:
 
 
 def _sentence(
-    word: Finding,
+    word: PairFinding,
     design: Design,
     stage: Stage,
     n: int,
@@ -186,12 +186,12 @@ def _sentence(
     measured = f"{_percent(effect)} [{_percent(low)}, {_percent(high)}] over {pairs}"
     found = f"a slow-down of {100 * mde80:.1f} % is found with {100 * POWER:.0f} % power"
     beyond = f"by more than {100 * design.slower_by:g} % at p = {p:.2g}"
-    if word is Finding.SLOWER:
+    if word is PairFinding.SLOWER:
         return f"slower {beyond}: {measured}; {found}"
-    if word is Finding.FASTER:
+    if word is PairFinding.FASTER:
         doubt = "; does it still do the same work?" if effect < -IMPLAUSIBLE else ""
         return f"faster {beyond}: {measured}{doubt}; {found}"
-    if word is Finding.SAME:
+    if word is PairFinding.SAME:
         return f"the same within {100 * design.same_within:g} %: {measured}; {found}"
     then = f"; {more} fresh pairs decide" if more else ""
     return f"inconclusive: {measured}{then}; {found}"

@@ -53,7 +53,7 @@ class Pace(StrEnum):
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedBenchmark:
     """A benchmark, judged.
 
     base, new: seconds; base is the geometric mean of the kept runs' medians. interval: of new / base - 1, at LEVEL. runs:
@@ -69,7 +69,7 @@ class Judged:
     sentence: str
 
 
-def judge(kept: Sequence[Sequence[float]], new: Sequence[float], margin: float = MARGIN) -> Judged:
+def judge(kept: Sequence[Sequence[float]], new: Sequence[float], margin: float = MARGIN) -> JudgedBenchmark:
     """Judge the rounds of one process run by those of kept runs; seconds, all above 0.
 
     `slower` where the ratio is beyond 1 + margin at the level ALARM, `faster` where its inverse is; `not slower` where the
@@ -88,7 +88,7 @@ def judge(kept: Sequence[Sequence[float]], new: Sequence[float], margin: float =
     far = limit + _FAR * noise.unbiased
     mde80 = _share(least(lambda true: found((true - limit) / noise.unbiased, noise.df, ALARM), limit, far))
     said = f"{_words(pace, margin, p.get(pace, 1.0), change)}; {_rests(n, noise.assumed, mde80)}"
-    return Judged(pace, math.exp(centre), seconds, (low, high), n, mde80, said)
+    return JudgedBenchmark(pace, math.exp(centre), seconds, (low, high), n, mde80, said)
 
 
 @dataclass(frozen=True)

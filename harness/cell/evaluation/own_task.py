@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from harness.assets.rows import Answered, Row, unasked
+from harness.assets.rows import Answered, DataRow, unasked
 from harness.cell.evaluation.lm_eval_task import LmEvalTask
 from harness.errors import UsageError
 
-OwnRow = Row | Answered
+OwnRow = DataRow | Answered
 _SHOTS_SEED = 1234
 """lm-eval's own default: which examples stand before a question."""
 
@@ -36,8 +36,8 @@ class OwnTask(LmEvalTask):
         if not tested or tested.stop > len(every):
             # The file may have had enough: what counts is what the task's `process_docs` leaves.
             what = f"items {tested.start + 1} to {tested.stop} are wanted, and {self.name} tests {len(every)}"
-            mend = f"`evaluation.items`, and those of `tune` after them, may be at most {len(every)} together"
-            raise UsageError(what, where=str(file), mend=mend)
+            hint = f"`evaluation.items`, and those of `tune` after them, may be at most {len(every)} together"
+            raise UsageError(what, where=str(file), hint=hint)
         docs, self._places = every[tested.start : tested.stop], tested
         self.ids = [f"{self._split}-{number}" for number in tested]
         self._docs: dict[str, Any] = dict(zip(self.ids, docs, strict=True))
@@ -71,9 +71,9 @@ class OwnTask(LmEvalTask):
     def _row(self, name: str, doc: Any) -> OwnRow:
         text, target = self.task.doc_to_text(doc), self.task.doc_to_target(doc)
         if not isinstance(text, str):
-            raise UsageError(f"{self.name} has several prompts and one answer", mend="name a task of one prompt")
+            raise UsageError(f"{self.name} has several prompts and one answer", hint="name a task of one prompt")
         if not self._chooses:
             return Answered(name, text, str(target[0] if isinstance(target, list) else target))
         choices = self.task.doc_to_choice(doc)
         label = target[0] if isinstance(target, list) else target
-        return Row(name, text, label if isinstance(label, int) else choices.index(label))
+        return DataRow(name, text, label if isinstance(label, int) else choices.index(label))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from harness.cell.measure.nvml import Gpu
+from harness.cell.measure.nvml import NvmlGpu
 
 LEAST_S = 2.0
 """NVML's counter moves every 20 to 100 ms: of a shorter window it may be wrong by many per cent."""
@@ -32,7 +32,7 @@ class Counter(Protocol):
 class NvmlCounter:
     """The counter of one GPU; it starts anew only with the driver."""
 
-    gpu: Gpu
+    gpu: NvmlGpu
     source: str = "nvml"
 
     def now(self) -> list[float] | None:
@@ -99,7 +99,7 @@ class EnergyMeter:
         return None if after is None else self.counter.between(self._before, after, seconds)
 
 
-def meter(gpu: Gpu | None, because: str = "", *, cuda: bool = False, root: Path = RAPL) -> EnergyMeter:
+def meter(gpu: NvmlGpu | None, because: str = "", *, cuda: bool = False, root: Path = RAPL) -> EnergyMeter:
     """Return a meter of the GPU, or if the run is on the CPU of its packages. because: why there is no `gpu`."""
     if cuda:
         if gpu is None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from harness.cell.measure import nvml
-from harness.cell.measure.nvml import Gpu
+from harness.cell.measure.nvml import NvmlGpu
 from harness.records.cost import GpuPhase
 
 _SAMPLE_S = 0.1
@@ -17,7 +17,7 @@ _SAMPLE_S = 0.1
 class GpuWatch:
     """Watches one GPU, one phase at a time. gpu: None if its driver cannot be asked; torch's numbers are there anyway."""
 
-    def __init__(self, device: torch.device, gpu: Gpu | None) -> None:
+    def __init__(self, device: torch.device, gpu: NvmlGpu | None) -> None:
         self.device, self.gpu = device, gpu
         self._driver = 0
         if gpu is not None:
@@ -57,6 +57,6 @@ class GpuWatch:
             threading.Event().wait(_SAMPLE_S)
 
 
-def find(device: torch.device) -> tuple[Gpu | None, str]:
+def find(device: torch.device) -> tuple[NvmlGpu | None, str]:
     """Return the driver's view of torch's device, or why there is none."""
     return nvml.find(f"GPU-{torch.cuda.get_device_properties(device).uuid}")

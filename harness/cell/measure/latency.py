@@ -20,7 +20,7 @@ from harness.records.record import DECODED, Evaluation, Latency
 from reference.shared.layers import replace
 
 Variant = Literal["base", "unmerged", "merged", "multi-adapter"]
-Kind = Literal["forward", "prefill", "decode"]
+PassKind = Literal["forward", "prefill", "decode"]
 WARMUP = 1
 BLOCKS = 4
 """An even number, so that every variant comes as early as late, on the average."""
@@ -91,8 +91,8 @@ class Prompt:
         self.length, self.no_decoding = _prompt(model, causal, asked.prompt_tokens)
         self.passes = None if asked.passes is None else math.ceil(asked.passes / BLOCKS)
         self.shape, self.vocabulary = (batch or asked.prompt_batch, self.length), vocabulary
-        self.kinds: Sequence[Kind] = ("prefill", "decode") if causal else ("forward",)
-        self.samples: dict[tuple[Variant, Kind], list[float]] = {}
+        self.kinds: Sequence[PassKind] = ("prefill", "decode") if causal else ("forward",)
+        self.samples: dict[tuple[Variant, PassKind], list[float]] = {}
 
     @cached_property
     def ids(self) -> Tensor:
@@ -221,7 +221,7 @@ class _Variants:
         return ImplementationError(
             f"the implementation is at fault, not the model: {what} of {kind.__module__}.{kind.__qualname__} {did}",
             where="latency phase",
-            mend="its merge(), unmerge() and detach() must work again after the layers were put back; tell its authors",
+            hint="its merge(), unmerge() and detach() must work again after the layers were put back; tell its authors",
         )
 
 

@@ -23,7 +23,7 @@ _REASONS: dict[int, Throttle] = {
 }
 
 
-class Gpu:
+class NvmlGpu:
     """One GPU. Whatever its driver does not offer, or fails to say, is None."""
 
     def __init__(self, nvml: Any, handle: Any, uuid: str) -> None:
@@ -70,7 +70,7 @@ def _named(bits: int) -> list[Throttle]:
     return [*known, "other"] if bits & ~sum(_REASONS) else known
 
 
-def find(uuid: str) -> tuple[Gpu | None, str]:
+def find(uuid: str) -> tuple[NvmlGpu | None, str]:
     """Return the GPU of this UUID (`GPU-...`), or why it cannot be asked."""
     try:
         nvml = importlib.import_module("pynvml")
@@ -81,4 +81,4 @@ def find(uuid: str) -> tuple[Gpu | None, str]:
         handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
     except nvml.NVMLError as error:
         return None, f"the GPU's driver refuses: {error}"
-    return Gpu(nvml, handle, uuid), ""
+    return NvmlGpu(nvml, handle, uuid), ""

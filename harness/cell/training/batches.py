@@ -75,7 +75,7 @@ def order_indices(examples: Sequence[Example], steps: int, batch: int, seed: int
     if not examples:
         raise UsageError(
             "there is not one example to train on: every text outside the test set is also in it",
-            mend="give the data more rows, or lower the task's `test`",
+            hint="give the data more rows, or lower the task's `test`",
         )
     rng = random.Random(seed)  # noqa: S311
     stream: list[int] = []
@@ -121,7 +121,7 @@ def classification_examples(rows: Sequence[Any], tokenizer: Any, max_tokens: int
     special = tokenizer.num_special_tokens_to_add()
     if special >= max_tokens:
         what = f"`training.max_tokens` is {max_tokens}, and the tokenizer adds {special} special tokens to every text"
-        raise UsageError(what, mend=f"raise it to at least {special + 1}")
+        raise UsageError(what, hint=f"raise it to at least {special + 1}")
     # Not verbose: it would warn of what is cut below.
     whole = tokenizer([row.text for row in rows], verbose=False)["input_ids"] if rows else []
     return [
@@ -159,5 +159,5 @@ def refuse_long_answers(longest: int, max_tokens: int) -> None:
     if longest >= max_tokens:
         raise UsageError(
             f"an answer has {longest} tokens, which leaves no room for a prompt in `training.max_tokens`, {max_tokens}",
-            mend=f"raise it to at least {longest + 1}, better to the length of a whole prompt and its answer",
+            hint=f"raise it to at least {longest + 1}, better to the length of a whole prompt and its answer",
         )

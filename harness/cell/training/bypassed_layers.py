@@ -14,5 +14,5 @@ def told(error: Exception, layers: Mapping[str, object]) -> str:
         return ""
     name = path.rsplit(".", 1)[-1]
     others = ", ".join(sorted({other.rsplit(".", 1)[-1] for other in layers} - {name}))
-    mend = f"name others as `targets`, of {others} those that it calls" if others else "adapt other layers"
-    return f"the model reads the `{error.name}` of {path} itself and does not call it: {COUNTS_NOT}; {mend}"
+    hint = f"name others as `targets`, of {others} those that it calls" if others else "adapt other layers"
+    return f"the model reads the `{error.name}` of {path} itself and does not call it: {COUNTS_NOT}; {hint}"

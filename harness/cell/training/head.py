@@ -60,7 +60,7 @@ def beside(config: Any, matched: Collection[str], head: Collection[str]) -> Any:
         return config
     if not paths:
         what = f"`targets` name nothing but the head ({', '.join(matched)}), which trains as a whole anyway"
-        raise UsageError(what, mend="name layers of the model, or choose `method: frozen`")
+        raise UsageError(what, hint="name layers of the model, or choose `method: frozen`")
     return replace(config, targets=paths)
 
 

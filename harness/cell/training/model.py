@@ -52,7 +52,7 @@ def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.d
         raise AssetError(
             f"the checkpoint lacks {len(missing)} weights of a causal model: {_some(missing)}",
             where=str(path),
-            mend="is it an encoder? then declare it with kind: encoder",
+            hint="is it an encoder? then declare it with kind: encoder",
         )
     trains = head.head_of(model, kind, missing)
     sizes = {name: (tuple(saved), tuple(wanted)) for name, saved, wanted in info["mismatched_keys"]}
@@ -61,7 +61,7 @@ def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.d
         raise AssetError(
             f"the weights are not those of its config.json: {wrong[0]} has the shape {saved}, and by the config {wanted}",
             where=str(path),
-            mend="copy or fetch its folder again, or correct config.json",
+            hint="copy or fetch its folder again, or correct config.json",
         )
     written = conv1d.as_linear(model)
     model.to(device)
@@ -70,7 +70,7 @@ def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.d
             f"{type(model).__name__} is no causal model as it is configured: its output depends on later tokens too "
             f"({share:.2g} of its gradient), so it sees the answers, and no score of it would mean anything",
             where=str(path),
-            mend="declare it with `kind: encoder`; a decoder of such a family has `is_decoder: true` in config.json",
+            hint="declare it with `kind: encoder`; a decoder of such a family has `is_decoder: true` in config.json",
         )
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     if tokenizer.pad_token_id is None:
@@ -102,7 +102,7 @@ def _read(path: Path, kind: str, **options: Any) -> tuple[Any, dict[str, Any]]:
         raise AssetError(
             f"the model cannot be read: {type(error).__name__}: {said}",
             where=str(path),
-            mend="copy or fetch its folder again, or take one that this release of transformers knows",
+            hint="copy or fetch its folder again, or take one that this release of transformers knows",
         ) from error
     return model, info
 
@@ -132,7 +132,7 @@ def checkpointing(model: Any, wanted: bool) -> Iterator[None]:
         return
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise UsageError(
-            f"{type(model).__name__} cannot do gradient checkpointing", mend="write `checkpointing: false`"
+            f"{type(model).__name__} cannot do gradient checkpointing", hint="write `checkpointing: false`"
         )
     # Its name in transformers 5.0, and that from which this one warns.
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
@@ -165,7 +165,7 @@ def compiled(model: Any, wanted: bool, notes: list[str]) -> Iterator[None]:
             raise UsageError(
                 f"torch.compile failed: {type(error).__name__}: {said}",
                 where=type(model).__name__,
-                mend="on a CPU it needs a C++ compiler with OpenMP (g++); or write `compile: false`",
+                hint="on a CPU it needs a C++ compiler with OpenMP (g++); or write `compile: false`",
             ) from error
         raise
     finally:

@@ -49,7 +49,7 @@ def drop(weights: Mapping[str, nn.Parameter]) -> None:
         weight.data = weight.data.new_empty(0)
 
 
-class SetAside:
+class OffloadedWeights:
     """Weights that were dropped: on a CPU into a file, since its memory is what is measured, else into the host's.
 
     folder: where there is room for that file, which has no name and ends with this process. Raises OSError or RuntimeError

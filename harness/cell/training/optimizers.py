@@ -49,7 +49,7 @@ def make(
     if not body and not head:
         raise UsageError(
             "nothing of this model trains: the method adds no tensors, and a causal model has no head to train",
-            mend="write `training: {steps: 0}`, or choose a method that trains",
+            hint="write `training: {steps: 0}`, or choose a method that trains",
         )
     head_lr = recipe.lr if recipe.head_lr is None else recipe.head_lr
     of_head: list[dict[str, Any]] = [{"params": list(head), "lr": head_lr}] if head else []
@@ -63,7 +63,7 @@ def make(
             what = (
                 f"a paged `optimizer` or `lr_ratio` was chosen, and this method steps by {type(own).__name__}, its own"
             )
-            raise UsageError(what, mend="write `optimizer: adamw` or `adamw-8bit`, and leave `lr_ratio` out")
+            raise UsageError(what, hint="write `optimizer: adamw` or `adamw-8bit`, and leave `lr_ratio` out")
         for group in of_head:  # a Method's own optimizer knows of its own tensors only
             own.add_param_group(group)
         optimizer, lacking = own, {torch.float16}
@@ -99,12 +99,12 @@ def layerwise(optimizer: torch.optim.Optimizer, recipe: Training) -> Layerwise |
         return None
     if recipe.accumulate != 1:
         what = f"`layerwise` frees each gradient within its backward pass, and `accumulate` is {recipe.accumulate}"
-        raise UsageError(what, mend="write `accumulate: 1`")
+        raise UsageError(what, hint="write `accumulate: 1`")
     if isinstance(optimizer, Masters) and optimizer.scales:
         what = (
             "`layerwise` frees each gradient before the others are there, and the loss scale of float16 needs them all"
         )
-        raise UsageError(what, mend="write `dtype: bfloat16`")
+        raise UsageError(what, hint="write `dtype: bfloat16`")
     return Layerwise(optimizer, gradient_of(optimizer))
 
 
@@ -133,7 +133,7 @@ def _of_body(adapted: Adapted, body: Sequence[nn.Parameter], recipe: Training) -
     faster = {id(tensor) for name, tensor in adapted.tensors().items() if name.rpartition(".")[2] == "B"}
     if not any(id(p) in faster for p in body):
         what = f"`lr_ratio` is {recipe.lr_ratio:g}, and this method trains no factor B"
-        raise UsageError(what, mend="leave `lr_ratio` out")
+        raise UsageError(what, hint="leave `lr_ratio` out")
     others, B = [p for p in body if id(p) not in faster], [p for p in body if id(p) in faster]
     return [{"params": others, "lr": recipe.lr}, {"params": B, "lr": recipe.lr * recipe.lr_ratio}]
 

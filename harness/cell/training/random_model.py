@@ -41,7 +41,7 @@ def build(folder: Path, dtype: torch.dtype, kind: str = "causal", labels: int = 
         raise AssetError(
             f"no {what} can be made of it: {error}",
             where=str(folder / "config.json"),
-            mend="correct `model_type`, or look at the version of transformers",
+            hint="correct `model_type`, or look at the version of transformers",
         ) from error
 
 
@@ -96,7 +96,7 @@ def _draw(
                 raise AssetError(
                     f"{type(model).__name__} has no initialiser for {path}.{name}, so its shape cannot be filled",
                     where="phase load",
-                    mend="name a model with weights",
+                    hint="name a model with weights",
                 )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 Look = Callable[[Tensor], Tensor]
 
 
-class Movement:
+class UpdateTracker:
     """Looks at tensors after each step until every one has moved.
 
     The end alone would not tell: AdaLoRA sets what it prunes back to zero, which is where it began.

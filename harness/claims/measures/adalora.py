@@ -7,11 +7,11 @@ from collections import Counter
 from fractions import Fraction
 from typing import Any, Literal
 
-from harness.claims.measure import Found, Model, Positive, measure
+from harness.claims.measure import MeasureResult, Model, Positive, measure
 
 
 @measure("count")
-def kept_parameters(model: Model, targets: list[str], rank: Positive, budget: Positive) -> Found:
+def kept_parameters(model: Model, targets: list[str], rank: Positive, budget: Positive) -> MeasureResult:
     """Parameters of the triplets that are left when `budget` of them are kept, wherever: from the least to the most.
 
     rank: how many a layer has at the start, and so can keep at most. A triplet counts its lambda and both its vectors.
@@ -29,7 +29,7 @@ def kept_parameters(model: Model, targets: list[str], rank: Positive, budget: Po
     least, most = sum(triplets[:budget]), sum(triplets[-budget:])
     layers = " and ".join(f"{number} of {size:,}" for size, number in sorted(Counter(sizes.values()).items()))
     how = f"{budget} triplets, at most {rank} of a layer; a triplet of the layers is {layers}: {least:,} to {most:,}"
-    return Found(least, how, most)
+    return MeasureResult(least, how, most)
 
 
 @measure("count")
@@ -44,7 +44,7 @@ def budget_at(
     rank: Positive,
     target_rank: Positive,
     layers: Positive,
-) -> Found:
+) -> MeasureResult:
     """The budget b(t) at the first or the last step of the cubic phase.
 
     equation: eq. 12 with t - t_i - t_f, as printed, or what the reference computes. The number of steps T is that of all
@@ -56,11 +56,11 @@ def budget_at(
     T = config.total_steps
     t = t_i if at == "t_i" else T - t_f - 1
     if equation == "reference":
-        return Found(budget(t, config, layers), f"the reference's b({t:,}), T = {T:,}")
+        return MeasureResult(budget(t, config, layers), f"the reference's b({t:,}), T = {T:,}")
     start, target = rank * layers, target_rank * layers
     part = Fraction(t - t_i - t_f, T - t_i - t_f)
     how = f"{target} + {start - target} (1 - ({t - t_i - t_f:,} / {T - t_i - t_f:,}))^3, T = {T:,}"
-    return Found(target + (start - target) * (1 - part) ** 3, how)
+    return MeasureResult(target + (start - target) * (1 - part) ** 3, how)
 
 
 @measure("property")
@@ -73,7 +73,7 @@ def budget_only_falls(
     rank: Positive,
     target_rank: Positive,
     layers: Positive,
-) -> Found:
+) -> MeasureResult:
     """Whether the reference's budget is b(0) until t_i, then never rises, and is b(T) for the last t_f steps."""
     from reference.adalora import budget
 
@@ -81,11 +81,13 @@ def budget_only_falls(
     b = [budget(t, config, layers) for t in range(config.total_steps + 1)]
     warm, last = set(b[: t_i + 1]), set(b[config.total_steps - t_f :])
     holds = warm == {rank * layers} and last == {target_rank * layers} and b == sorted(b, reverse=True)
-    return Found(holds, f"{b[0]} until step {t_i:,}, {b[-1]} from step {len(b) - 1 - t_f:,} of {len(b) - 1:,} on")
+    return MeasureResult(
+        holds, f"{b[0]} until step {t_i:,}, {b[-1]} from step {len(b) - 1 - t_f:,} of {len(b) - 1:,} on"
+    )
 
 
 @measure("property")
-def regularizer_is_eq_4(form: Literal["mean-norm", "squared-sum"]) -> Found:
+def regularizer_is_eq_4(form: Literal["mean-norm", "squared-sum"]) -> MeasureResult:
     """Whether R over two layers is the sum of |P^T P - I|^2 and |Q Q^T - I|^2, from their traces, to float32's rounding.
 
     form: of the reference's `regularization`; `mean-norm` is what the authors' code and HF peft compute.
@@ -107,11 +109,13 @@ def regularizer_is_eq_4(form: Literal["mean-norm", "squared-sum"]) -> Found:
     single, double = ([_layer(seed, dtype) for seed in (0, 1)] for dtype in ("float32", "float64"))
     have, truth = orthogonality(single, form).detach(), by_traces(double)
     found = noise_floor({"R": have}, {"R": truth}, {"R": by_traces(single)}, "float32")
-    return Found(found.passed, f"two layers of rank 4: eq. 4 gives {truth.item():.6g}, `{form}` {have.item():.6g}")
+    return MeasureResult(
+        found.passed, f"two layers of rank 4: eq. 4 gives {truth.item():.6g}, `{form}` {have.item():.6g}"
+    )
 
 
 @measure("property")
-def scored_weights_are(weights: Literal["before", "after"]) -> Found:
+def scored_weights_are(weights: Literal["before", "after"]) -> MeasureResult:
     """Whether a training step takes the sensitivity |w dL/dw| of the weights before the update, or of those after it."""
     import torch
 
@@ -124,13 +128,13 @@ def scored_weights_are(weights: Literal["before", "after"]) -> Found:
     # In its own order of operations, so that the numbers are the same to the last bit.
     expected = {name: (1 - adapted.config.beta1) * (taken[name] * t.grad).abs() for name, t in layer.tensors().items()}
     holds = all(torch.equal(expected[name], layer.get_buffer(f"exp_avg_ipt_{name}")) for name in expected)
-    return Found(
+    return MeasureResult(
         holds, f"after one step the average of |w dL/dw| is {'' if holds else 'not '}that of the w {weights} it"
     )
 
 
 @measure("property")
-def pruned_triplets_recover() -> Found:
+def pruned_triplets_recover() -> MeasureResult:
     """Whether pruning zeroes lambdas alone, leaves both vectors, and a pruned lambda grows back before the next pruning."""
     import torch
 
@@ -146,11 +150,11 @@ def pruned_triplets_recover() -> Found:
     adapted.after_step(adapted.config.delta_t + 1)
     grown = int((layer.E != 0).sum())
     how = f"of {len(layer.E)} lambdas pruning leaves {kept}, and the next step has {grown} again; the vectors are "
-    return Found(kept < grown == len(layer.E) and untouched, how + ("untouched" if untouched else "changed"))
+    return MeasureResult(kept < grown == len(layer.E) and untouched, how + ("untouched" if untouched else "changed"))
 
 
 @measure("property")
-def keeps_exactly(rule: Literal["reference", "kthvalue"]) -> Found:
+def keeps_exactly(rule: Literal["reference", "kthvalue"]) -> MeasureResult:
     """Whether exactly the budget is kept where scores are equal.
 
     rule: the reference's, or torch.kthvalue with <=, as the authors' code and HF peft prune.
@@ -162,7 +166,7 @@ def keeps_exactly(rule: Literal["reference", "kthvalue"]) -> Found:
     scores, budget = torch.tensor([3.0, 1.0, 1.0, 1.0, 1.0, 2.0, 0.5, 1.0]), 4
     least = torch.kthvalue(scores, len(scores) - budget).values
     mask = keep(scores, budget) if rule == "reference" else scores > least
-    return Found(
+    return MeasureResult(
         int(mask.sum()) == budget, f"of 8 triplets, 5 of them with one score, {int(mask.sum())} are kept of {budget}"
     )
 

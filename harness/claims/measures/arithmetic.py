@@ -4,70 +4,76 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from harness.claims.measure import Count, Counts, Found, Quantity, Sizes, measure
+from harness.claims.measure import Count, Counts, MeasureResult, Quantity, Sizes, measure
 
 
 @measure("ratio")
-def ratio(of: Quantity, to: Quantity, last: Quantity = Fraction(0)) -> Found:
+def ratio(of: Quantity, to: Quantity, last: Quantity = Fraction(0)) -> MeasureResult:
     """How many times `to` goes into `of`. last: of printed figures, one in the last digit of the coarser."""
-    return Found(of / to, f"{written(of)} / {written(to)}", within=quotients(of, to, last) if last else None)
+    return MeasureResult(of / to, f"{written(of)} / {written(to)}", within=quotients(of, to, last) if last else None)
 
 
 @measure("share")
-def share(of: Quantity, to: Quantity, last: Quantity = Fraction(0)) -> Found:
+def share(of: Quantity, to: Quantity, last: Quantity = Fraction(0)) -> MeasureResult:
     """`of` as a share of `to`. last: of printed figures, one in the last digit of the coarser."""
-    return Found(of / to, f"{written(of)} / {written(to)}", within=quotients(of, to, last) if last else None)
+    return MeasureResult(of / to, f"{written(of)} / {written(to)}", within=quotients(of, to, last) if last else None)
 
 
 @measure("share")
-def share_less(of: Quantity, than: Quantity, last: Quantity = Fraction(0)) -> Found:
+def share_less(of: Quantity, than: Quantity, last: Quantity = Fraction(0)) -> MeasureResult:
     """By which share `of` is less than `than`. last: of printed figures, one in the last digit of the coarser."""
     least, most = quotients(of, than, last)
-    return Found(1 - of / than, f"1 - {written(of)} / {written(than)}", within=(1 - most, 1 - least) if last else None)
+    return MeasureResult(
+        1 - of / than, f"1 - {written(of)} / {written(than)}", within=(1 - most, 1 - least) if last else None
+    )
 
 
 @measure("share")
-def share_more(of: Quantity, than: Quantity, last: Quantity = Fraction(0)) -> Found:
+def share_more(of: Quantity, than: Quantity, last: Quantity = Fraction(0)) -> MeasureResult:
     """By which share `of` is more than `than`. last: of printed figures, one in the last digit of the coarser."""
     least, most = quotients(of, than, last)
-    return Found(of / than - 1, f"{written(of)} / {written(than)} - 1", within=(least - 1, most - 1) if last else None)
+    return MeasureResult(
+        of / than - 1, f"{written(of)} / {written(than)} - 1", within=(least - 1, most - 1) if last else None
+    )
 
 
 @measure("count")
-def count_sum(of: Counts) -> Found:
+def count_sum(of: Counts) -> MeasureResult:
     """The sum of counts."""
-    return Found(sum(of, Fraction(0)), " + ".join(map(written, of)))
+    return MeasureResult(sum(of, Fraction(0)), " + ".join(map(written, of)))
 
 
 @measure("count")
-def count_product(of: Counts) -> Found:
+def count_product(of: Counts) -> MeasureResult:
     """The product of counts."""
     product = Fraction(1)
     for one in of:
         product *= one
-    return Found(product, " x ".join(map(written, of)))
+    return MeasureResult(product, " x ".join(map(written, of)))
 
 
 @measure("bytes")
-def bytes_sum(of: Sizes, last: Quantity = Fraction(0)) -> Found:
+def bytes_sum(of: Sizes, last: Quantity = Fraction(0)) -> MeasureResult:
     """The sum of bytes. last: of printed figures, one in the last digit of the coarsest."""
     found = sum(of, Fraction(0))
     half = len(of) * last / 2  # half a last digit of each
     within = (found - half, found + half) if last else None
-    return Found(found, " + ".join(f"{written(one)} B" for one in of), within=within)
+    return MeasureResult(found, " + ".join(f"{written(one)} B" for one in of), within=within)
 
 
 @measure("bytes")
-def bytes_of(count: Count, each: Quantity) -> Found:
+def bytes_of(count: Count, each: Quantity) -> MeasureResult:
     """So many numbers of `each` bytes: 2 of 16 bits, 12 of weights, gradients and Adam's moments at 2 + 2 + 8."""
-    return Found(count * each, f"{written(count)} x {written(each)} B")
+    return MeasureResult(count * each, f"{written(count)} x {written(each)} B")
 
 
 @measure("number")
-def difference(of: Quantity, less: Quantity, last: Quantity = Fraction(0)) -> Found:
+def difference(of: Quantity, less: Quantity, last: Quantity = Fraction(0)) -> MeasureResult:
     """`of` less `less`. last: of printed figures, one in the last digit of the coarser."""
     found = of - less  # half a last digit of each
-    return Found(found, f"{written(of)} - {written(less)}", within=(found - last, found + last) if last else None)
+    return MeasureResult(
+        found, f"{written(of)} - {written(less)}", within=(found - last, found + last) if last else None
+    )
 
 
 def quotients(of: Fraction, to: Fraction, last: Fraction) -> tuple[Fraction, Fraction]:

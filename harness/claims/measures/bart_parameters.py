@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from harness.claims.measure import Config, Found, Method, measure
+from harness.claims.measure import Config, MeasureResult, Method, measure
 from harness.claims.sums import summed, total
 
 Shape = dict[str, int]
@@ -13,17 +13,17 @@ Shape = dict[str, int]
 
 
 @measure("count")
-def bart_parameters(shape: Shape, only: list[str] | None = None) -> Found:
+def bart_parameters(shape: Shape, only: list[str] | None = None) -> MeasureResult:
     """Parameters of BART without a head, tied ones once. only: parts of the names of those that are counted."""
 
     sizes = Counter(
         tuple(p.shape) for name, p in _bart(shape).named_parameters() if not only or any(part in name for part in only)
     )
-    return Found(total(sizes), f"{total(sizes):,} of the meta model's parameters")
+    return MeasureResult(total(sizes), f"{total(sizes):,} of the meta model's parameters")
 
 
 @measure("count")
-def bart_trainable_parameters(shape: Shape, method: Method, config: Config) -> Found:
+def bart_trainable_parameters(shape: Shape, method: Method, config: Config) -> MeasureResult:
     """Parameters that train when a Method is attached to BART."""
     from harness.conformance.subject import configure
     from harness.memory_model import counting

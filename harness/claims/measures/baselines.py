@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from harness.claims.measure import Found, Model, Positive, Quantity, measure
+from harness.claims.measure import MeasureResult, Model, Positive, Quantity, measure
 from harness.claims.measures.arithmetic import written
 from harness.claims.sums import summed
 
@@ -19,16 +19,18 @@ _TELLING = 5
 
 
 @measure("share")
-def added_share(of: Quantity, model: Model, whole: Literal["base", "base+adapter"] = "base+adapter") -> Found:
+def added_share(of: Quantity, model: Model, whole: Literal["base", "base+adapter"] = "base+adapter") -> MeasureResult:
     """Parameters that are added to a model, as a share of the model's own (`base`), or of those and the added together."""
     from harness.claims import attached_model
 
     base = sum(p.numel() for p in attached_model.parameters(model).values())
-    return Found(of / (base + of * (whole != "base")), f"{written(of)} / ({base:,}{' + it' * (whole != 'base')})")
+    return MeasureResult(
+        of / (base + of * (whole != "base")), f"{written(of)} / ({base:,}{' + it' * (whole != 'base')})"
+    )
 
 
 @measure("count")
-def prefixes(model: Model, tokens: Positive, before: list[str] = ["k_proj", "v_proj"]) -> Found:
+def prefixes(model: Model, tokens: Positive, before: list[str] = ["k_proj", "v_proj"]) -> MeasureResult:
     """Parameters of prefix tuning: so many trained vectors before the keys and the values of every layer.
 
     before: the last parts of the paths of the layers that give these, and so say how long the vectors are.
@@ -40,7 +42,7 @@ def prefixes(model: Model, tokens: Positive, before: list[str] = ["k_proj", "v_p
 @measure("count")
 def bottlenecks(
     model: Model, size: Positive, after: list[str] | None = None, beside: list[str] | None = None, bias: bool = False
-) -> Found:
+) -> MeasureResult:
     """Parameters of adapters with an inner width of `size`.
 
     after: layers whose output goes through one, and so has the width of both its ends; beside: layers that one runs parallel
@@ -57,7 +59,7 @@ def bottlenecks(
 
 
 @measure("count")
-def linear_layers(sides: list[Sides], bias: bool = True) -> Found:
+def linear_layers(sides: list[Sides], bias: bool = True) -> MeasureResult:
     """Parameters of linear layers of these sides (in, out), each with a bias or none with one."""
     sizes: Counter[tuple[int, ...]] = Counter()
     for inputs, outputs in sides:
@@ -66,16 +68,18 @@ def linear_layers(sides: list[Sides], bias: bool = True) -> Found:
 
 
 @measure("count")
-def vision_transformer(width: Positive, mlp: Positive, layers: Positive, patch: Positive, image: Positive) -> Found:
+def vision_transformer(
+    width: Positive, mlp: Positive, layers: Positive, patch: Positive, image: Positive
+) -> MeasureResult:
     """Parameters of CLIP's vision tower, without its projection to the text: patches, positions, blocks and three norms."""
     tokens = (image // patch) ** 2 + 1
     block = 4 * (width**2 + width) + 2 * width * mlp + mlp + width + 4 * width
     ends = 3 * patch**2 * width + width + tokens * width + 4 * width
-    return Found(layers * block + ends, f"{layers} x {block:,} + {ends:,} (patches, positions, norms)")
+    return MeasureResult(layers * block + ends, f"{layers} x {block:,} + {ends:,} (patches, positions, norms)")
 
 
 @measure("count")
-def at_some_rank(of_rank_1: Quantity, to: Quantity, last: Quantity, fitted: bool = False) -> Found:
+def at_some_rank(of_rank_1: Quantity, to: Quantity, last: Quantity, fitted: bool = False) -> MeasureResult:
     """Parameters where the rank is not printed: of any whole rank, if one gives `to`; else of the one that comes nearest.
 
     last: what one in the last digit of `to` is worth. fitted: take the nearest rank as if it were printed.
@@ -85,12 +89,12 @@ def at_some_rank(of_rank_1: Quantity, to: Quantity, last: Quantity, fitted: bool
 
 
 @measure("share")
-def share_at_some_rank(of_rank_1: Quantity, to: Quantity, last: Quantity, fitted: bool = False) -> Found:
+def share_at_some_rank(of_rank_1: Quantity, to: Quantity, last: Quantity, fitted: bool = False) -> MeasureResult:
     """The same of a share, e.g. of a model's parameters."""
     return of_some(Fraction(0), of_rank_1, to, last, fitted, "rank")
 
 
-def of_some(start: Fraction, step: Fraction, to: Fraction, last: Fraction, fitted: bool, what: str) -> Found:
+def of_some(start: Fraction, step: Fraction, to: Fraction, last: Fraction, fitted: bool, what: str) -> MeasureResult:
     """Return `start` and so many whole steps: as many as come nearest to `to`, or a range where `to` is among them.
 
     A number of steps that was fitted to a figure cannot show that the figure is right; that none gives it shows it wrong.
@@ -104,9 +108,9 @@ def of_some(start: Fraction, step: Fraction, to: Fraction, last: Fraction, fitte
         raise ValueError(why)
     gives = abs(value - to) * 2 <= last or 0 <= value - to < last  # rounded, or its digits cut
     if fitted or not gives:
-        return Found(value, f"{what} {nearest}: {before}{nearest} x {written(step)}")
+        return MeasureResult(value, f"{what} {nearest}: {before}{nearest} x {written(step)}")
     how = f"{what} 1 to {nearest + 1}, which is not printed: {before}{written(step)} for each"
-    return Found(start + step, how, most=value + step)
+    return MeasureResult(start + step, how, most=value + step)
 
 
 def _layers(model: str, names: list[str] | None) -> list[Any]:

@@ -5,20 +5,20 @@ from __future__ import annotations
 from fractions import Fraction
 from itertools import pairwise
 
-from harness.claims.measure import Found, Quantities, Quantity, measure
+from harness.claims.measure import MeasureResult, Quantities, Quantity, measure
 from harness.claims.measures.arithmetic import written
 
 
 @measure("number")
-def mean(of: Quantities, last: Quantity = Fraction(0)) -> Found:
+def mean(of: Quantities, last: Quantity = Fraction(0)) -> MeasureResult:
     """The mean of several numbers, none of them weighted. last: of printed ones, one in the last digit of the coarsest."""
     found = sum(of, Fraction(0)) / len(of)
     within = (found - last / 2, found + last / 2) if last else None
-    return Found(found, f"({' + '.join(map(written, of))}) / {len(of)}", within=within)
+    return MeasureResult(found, f"({' + '.join(map(written, of))}) / {len(of)}", within=within)
 
 
 @measure("count")
-def wins(of: Quantities, over: Quantities) -> Found:
+def wins(of: Quantities, over: Quantities) -> MeasureResult:
     """In how many places the number in `of` is larger than the one at the same place in `over`.
 
     Raises ValueError for lists of different lengths.
@@ -28,11 +28,11 @@ def wins(of: Quantities, over: Quantities) -> Found:
     pairs = list(zip(of, over, strict=True))
     won = [f"{written(one)} > {written(other)}" for one, other in pairs if one > other]
     lost = [f"{written(one)} <= {written(other)}" for one, other in pairs if one <= other]
-    return Found(len(won), "; ".join([*lost, f"{len(won)} of {len(pairs)} are larger"]))
+    return MeasureResult(len(won), "; ".join([*lost, f"{len(won)} of {len(pairs)} are larger"]))
 
 
 @measure("property")
-def increasing(of: Quantities) -> Found:
+def increasing(of: Quantities) -> MeasureResult:
     """Whether each number is larger than the one before it; of two, whether the first is the smaller."""
     rises = all(one < after for one, after in pairwise(of))
-    return Found(rises, ", ".join(map(written, of)))
+    return MeasureResult(rises, ", ".join(map(written, of)))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-from harness.claims.measure import Found, Method, NotRunError, measure
+from harness.claims.measure import MeasureResult, Method, NotRunError, measure
 
 
 def _check(name: str) -> str:
@@ -23,7 +23,7 @@ Check = Annotated[str, AfterValidator(_check)]
 
 
 @measure("property")
-def conforms(method: Method, check: Check, implementation: str = "reference") -> Found:
+def conforms(method: Method, check: Check, implementation: str = "reference") -> MeasureResult:
     """Whether an implementation passes one check in every float32 case of the Method's parity suite.
 
     As `peft-harness check IMPLEMENTATION --method METHOD` has it: judged by the reference in float64, with its tolerances.
@@ -48,4 +48,4 @@ def conforms(method: Method, check: Check, implementation: str = "reference") ->
     shares = [r.error / r.allowed for r in tried if r.error is not None and r.allowed]
     worst = f", the largest error {max(shares):.2g} of what is allowed" if shares else ""
     passed = f"{len(tried) - len(failed)} of {len(tried)} cases in float32 pass `{check}`{worst}"
-    return Found(not failed, f"{passed}: {failed[0].detail}" if failed and failed[0].detail else passed)
+    return MeasureResult(not failed, f"{passed}: {failed[0].detail}" if failed and failed[0].detail else passed)

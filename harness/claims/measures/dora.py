@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, Literal
 
-from harness.claims.measure import Config, Found, Method, Model, measure
+from harness.claims.measure import Config, MeasureResult, Method, Model, measure
 from harness.claims.sums import summed
 
 _OUT, _IN, _RANK, _TOKENS = 24, 40, 4, 64
@@ -13,7 +13,7 @@ _OUT, _IN, _RANK, _TOKENS = 24, 40, 4, 64
 
 
 @measure("count")
-def with_magnitudes(model: Model, method: Method, config: Config, magnitudes: list[str]) -> Found:
+def with_magnitudes(model: Model, method: Method, config: Config, magnitudes: list[str]) -> MeasureResult:
     """Parameters that train when a Method moves the directions of some layers and DoRA's magnitudes those of others.
 
     magnitudes: last parts of the paths of the layers that have them, in whatever number DoRA attaches. With `lora` this is
@@ -28,15 +28,15 @@ def with_magnitudes(model: Model, method: Method, config: Config, magnitudes: li
 
 
 @measure("property")
-def one_magnitude_per(axis: Literal["input", "output"]) -> Found:
+def one_magnitude_per(axis: Literal["input", "output"]) -> MeasureResult:
     """Whether a DoRA layer, as it is attached without further choice, has one magnitude for each input, or each output."""
     have = len(_layer(_drawn("float64"), detach_norm=True).m)
     wanted = _IN if axis == "input" else _OUT
-    return Found(have == wanted, f"a layer of {_IN} inputs and {_OUT} outputs has {have} magnitudes")
+    return MeasureResult(have == wanted, f"a layer of {_IN} inputs and {_OUT} outputs has {have} magnitudes")
 
 
 @measure("property")
-def gradient_is(equation: Literal["eq. 6", "eq. 11"], detach_norm: bool) -> Found:
+def gradient_is(equation: Literal["eq. 6", "eq. 11"], detach_norm: bool) -> MeasureResult:
     """Whether the gradients of A, B and m that autograd gives are those of an equation, and of eq. 7 for m.
 
     eq. 6: m / |V'| (I - V' V'^T / |V'|^2) dL/dW'; eq. 11: m / |V'| dL/dW'. detach_norm: whether the norm is a constant. In
@@ -50,7 +50,7 @@ def gradient_is(equation: Literal["eq. 6", "eq. 11"], detach_norm: bool) -> Foun
 
 
 @measure("property")
-def gradient_leaves_direction(detach_norm: bool) -> Found:
+def gradient_leaves_direction(detach_norm: bool) -> MeasureResult:
     """Whether the gradient of V' has no part along V' itself, row by row: taking that part away leaves it as it is."""
     import torch
 
@@ -107,11 +107,11 @@ def _layer(drawn: dict[str, Any], detach_norm: bool) -> Any:
     return layer
 
 
-def _judged(have: dict[str, Any], truth: dict[str, Any], rounded: dict[str, Any], what: str) -> Found:
+def _judged(have: dict[str, Any], truth: dict[str, Any], rounded: dict[str, Any], what: str) -> MeasureResult:
     from harness.conformance.tolerance_policies import noise_floor
 
     found = noise_floor(have, truth, rounded, "float32")
-    return Found(
+    return MeasureResult(
         found.passed, f"{what} of a {_OUT} x {_IN} layer: {found.tensor} is off by {found.error:.2g}, of which"
         f" {found.allowed:.2g} is rounding"
     )  # fmt: skip

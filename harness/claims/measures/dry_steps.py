@@ -7,12 +7,12 @@ from functools import cache
 
 from harness.assets import shapes
 from harness.claims import record_sources
-from harness.claims.measure import Found, NotRunError, measure
+from harness.claims.measure import MeasureResult, NotRunError, measure
 from harness.claims.measures.records import Entry, Suite, predicted, shape_of
 
 
 @measure("bytes")
-def step_peak(suite: Suite, cell: Entry) -> Found:
+def step_peak(suite: Suite, cell: Entry) -> MeasureResult:
     """The most that tensors take at one time in a training step of a Cell of a shape, by that very step of code for a CPU.
 
     Nothing of it has data, so that a model of any size will do; its texts are as long as they may be. What is paged lies in
@@ -22,14 +22,14 @@ def step_peak(suite: Suite, cell: Entry) -> Found:
     peak, by = _peak(suite, cell)
     host = predicted(own).optimizer_host_B
     how = f"a training step of {own.label} at its whole shape, without data, by {by or 'its own code'} for a CPU: {peak:,} B"
-    return Found(peak - host, f"{how}, of which {host:,} B are paged states in host memory" if host else how)
+    return MeasureResult(peak - host, f"{how}, of which {host:,} B are paged states in host memory" if host else how)
 
 
 @measure("bytes")
-def step_peak_more(suite: Suite, of: Entry, than: Entry) -> Found:
+def step_peak_more(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
     """By how many bytes the `step_peak` of `of` is more than that of `than`."""
     a, b = step_peak(suite, of), step_peak(suite, than)
-    return Found(a.value - b.value, f"{a.value:,} B - {b.value:,} B: {a.how}; {b.how}")
+    return MeasureResult(a.value - b.value, f"{a.value:,} B - {b.value:,} B: {a.how}; {b.how}")
 
 
 @cache

@@ -6,7 +6,7 @@ from itertools import pairwise
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Literal
 
-from harness.claims.measure import Found, Positive, measure
+from harness.claims.measure import MeasureResult, Positive, measure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,16 +19,16 @@ _DRAWN = 2**18
 
 
 @measure("count")
-def levels(type: Type, side: Literal["both", "negative", "positive"] = "both", zero: bool = True) -> Found:
+def levels(type: Type, side: Literal["both", "negative", "positive"] = "both", zero: bool = True) -> MeasureResult:
     """Levels of a 4-bit type on one side of zero, with zero or without; a level that two codes stand for once."""
     values = _levels(type).unique()
     chosen = {"both": values.isfinite(), "negative": values <= 0, "positive": values >= 0}[side]
     found = values[chosen & ((values != 0) | zero)].tolist()
-    return Found(len(found), f"levels from {found[0]:.6g} to {found[-1]:.6g}" if found else "none")
+    return MeasureResult(len(found), f"levels from {found[0]:.6g} to {found[-1]:.6g}" if found else "none")
 
 
 @measure("property")
-def nf4_has(printed: list[float]) -> Found:
+def nf4_has(printed: list[float]) -> MeasureResult:
     """Whether the levels of NF4's reference, built from quantiles, are the printed ones to the last bit of a float32."""
     import torch
 
@@ -36,7 +36,7 @@ def nf4_has(printed: list[float]) -> Found:
 
 
 @measure("property")
-def equation_4_gives(printed: list[float], ends: Literal["as printed", "left out"] = "as printed") -> Found:
+def equation_4_gives(printed: list[float], ends: Literal["as printed", "left out"] = "as printed") -> MeasureResult:
     """Whether eq. 4, q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2 over the largest, gives the printed 2^k levels.
 
     ends: whether a level that is not finite takes part, or is left out.
@@ -49,13 +49,13 @@ def equation_4_gives(printed: list[float], ends: Literal["as printed", "left out
     q = torch.tensor([(low + high) / 2 for low, high in pairwise(quantiles)])
     if ends == "as printed" and not q.isfinite().all():
         where = ", ".join(f"q_{i} = {q[i]:g}" for i in range(len(q)) if not q[i].isfinite())
-        return Found(False, f"{where}, since Q(0) is minus infinity")
+        return MeasureResult(False, f"{where}, since Q(0) is minus infinity")
     q = q[q.isfinite()]
     return _same(q / q.abs().max(), torch.tensor(printed))
 
 
 @measure("property")
-def equally_full_bins(type: Type, block: Positive = 64) -> Found:
+def equally_full_bins(type: Type, block: Positive = 64) -> MeasureResult:
     """Whether each level of a type gets an equal share of normal weights, up to what drawing them explains."""
     from harness.conformance.tolerance_table import INITIAL_SIGMAS
 
@@ -68,11 +68,11 @@ def equally_full_bins(type: Type, block: Positive = 64) -> Found:
     least, most = int(shares.argmin()), int(shares.argmax())
     ends = f"{shares[least]:.2%} take the level {table[least]:.4g}, {shares[most]:.2%} the level {table[most]:.4g}"
     how = f"of {codes.numel():,} weights {ends}; equal is {equal:.2%}"
-    return Found(bool(((shares - equal).abs() <= allowed).all()), how)
+    return MeasureResult(bool(((shares - equal).abs() <= allowed).all()), how)
 
 
 @measure("number")
-def squared_error(type: Type, block: Positive = 64, double: bool = False) -> Found:
+def squared_error(type: Type, block: Positive = 64, double: bool = False) -> MeasureResult:
     """Mean squared error of standard normal weights (2^18 of them, seed 0) in a 4-bit type.
 
     type: nf4, fp4 (bitsandbytes' float), e2m1, e3m0 (floats of so many bits of exponent and mantissa), int4 (-7 .. 7) or
@@ -87,11 +87,13 @@ def squared_error(type: Type, block: Positive = 64, double: bool = False) -> Fou
         absmax = double_quant.dequantize(*double_quant.quantize(absmax))
     error = dequantize_blockwise(codes, absmax, table, block).double() - weights.double()
     found = float(error.square().mean())
-    return Found(found, f"{type}, block {block}{', constants in 8 bits' * double}: mean squared error {found:.6g}")
+    return MeasureResult(
+        found, f"{type}, block {block}{', constants in 8 bits' * double}: mean squared error {found:.6g}"
+    )
 
 
 @measure("number")
-def constants_error(centred: bool = True, block: Positive = 64) -> Found:
+def constants_error(centred: bool = True, block: Positive = 64) -> MeasureResult:
     """Mean relative error of the constants of normal weights in 8 bits, with their mean taken off before or not."""
     from reference.operations import double_quant
     from reference.operations.dynamic_map import dequantize_blockwise, dynamic_map, quantize_blockwise
@@ -103,11 +105,11 @@ def constants_error(centred: bool = True, block: Positive = 64) -> Found:
         table = dynamic_map(signed=True)
         back = dequantize_blockwise(*quantize_blockwise(absmax, table, double_quant.BLOCK), table, double_quant.BLOCK)
     found = float(((back - absmax).abs() / absmax).double().mean())
-    return Found(found, f"{'less' if centred else 'not less'} their mean: mean relative error {found:.4%}")
+    return MeasureResult(found, f"{'less' if centred else 'not less'} their mean: mean relative error {found:.4%}")
 
 
 @measure("property")
-def constants_are(type: Literal["e4m3", "e5m2"]) -> Found:
+def constants_are(type: Literal["e4m3", "e5m2"]) -> MeasureResult:
     """Whether the 8-bit type of the constants is an 8-bit float of this format, its largest value scaled to 1."""
     import torch
 
@@ -120,11 +122,11 @@ def constants_are(type: Literal["e4m3", "e5m2"]) -> Found:
     theirs = (every / every.max()).unique()
     shared = int(torch.isin(table, theirs).sum())
     how = f"{shared} of the {len(table)} values that are used are among the {len(theirs)} of {type}"
-    return Found(shared == len(table) == len(theirs), how)
+    return MeasureResult(shared == len(table) == len(theirs), how)
 
 
 @measure("property")
-def blocks_run_over_rows(rows: Positive, columns: Positive, block: Positive = 64) -> Found:
+def blocks_run_over_rows(rows: Positive, columns: Positive, block: Positive = 64) -> MeasureResult:
     """Whether the constants of a matrix are the largest magnitudes of consecutive runs of its flattened form."""
     from reference.operations import nf4
 
@@ -133,7 +135,7 @@ def blocks_run_over_rows(rows: Positive, columns: Positive, block: Positive = 64
     runs = [float(run.abs().max()) for run in weights.flatten().split(block)]
     anew = rows * -(-columns // block)
     how = f"{absmax.numel()} constants; {len(runs)} runs of {block}, {anew} if each row began anew"
-    return Found(absmax.tolist() == runs, how)
+    return MeasureResult(absmax.tolist() == runs, how)
 
 
 def _levels(type: Type) -> Tensor:
@@ -177,11 +179,11 @@ def _quantised(weights: Tensor, table: Tensor, block: int) -> tuple[Tensor, Tens
     return quantize_blockwise(weights, table, block)
 
 
-def _same(have: Tensor, want: Tensor) -> Found:
+def _same(have: Tensor, want: Tensor) -> MeasureResult:
     import torch
 
     if len(have) != len(want):
         ends = ", ".join(f"{value:.4g}" for value in have.tolist())
-        return Found(False, f"{len(have)} levels, not {len(want)}: {ends}")
+        return MeasureResult(False, f"{len(have)} levels, not {len(want)}: {ends}")
     apart = float((have - want).abs().max())
-    return Found(torch.equal(have, want), f"{len(have)} levels, the largest difference {apart:.3g}")
+    return MeasureResult(torch.equal(have, want), f"{len(have)} levels, the largest difference {apart:.3g}")

@@ -5,27 +5,29 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Literal
 
-from harness.claims.measure import Config, Found, Method, Model, Positive, measure
+from harness.claims.measure import Config, MeasureResult, Method, Model, Positive, measure
 
 
 @measure("bits")
-def constant_bits(model: Model, double: bool = True, block: Positive = 64, second_block: Positive = 256) -> Found:
+def constant_bits(
+    model: Model, double: bool = True, block: Positive = 64, second_block: Positive = 256
+) -> MeasureResult:
     """Bits that the constants of blocks add to each weight, over all layers that QLoRA quantises in a model.
 
     double: whether the constants, 32 bits for `block` weights, are themselves in 8 bits, with 32 for `second_block` of them
     and 32 for their mean in each layer.
     """
     bits, weights = _constants(model, double, block, second_block)
-    return Found(Fraction(bits, weights), f"{_in_words(double, block, second_block)}: {bits:,} / {weights:,}")
+    return MeasureResult(Fraction(bits, weights), f"{_in_words(double, block, second_block)}: {bits:,} / {weights:,}")
 
 
 @measure("bytes")
-def double_quantisation_saves(model: Model, block: Positive = 64, second_block: Positive = 256) -> Found:
+def double_quantisation_saves(model: Model, block: Positive = 64, second_block: Positive = 256) -> MeasureResult:
     """Bytes that double quantisation of the constants saves over all layers that QLoRA quantises in a model."""
     one, weights = _constants(model, False, block, second_block)
     two, _ = _constants(model, True, block, second_block)
     each = float(Fraction(one - two, weights))
-    return Found(Fraction(one - two, 8), f"{each:.6g} bit x {weights:,} weights / 8")
+    return MeasureResult(Fraction(one - two, 8), f"{each:.6g} bit x {weights:,} weights / 8")
 
 
 @measure("bytes")
@@ -35,7 +37,7 @@ def four_bit_bytes(
     config: Config = {},  # nothing changes it
     rest: Literal[0, 2, 4] = 2,
     adapters: int = 0,
-) -> Found:
+) -> MeasureResult:
     """Bytes of a model that QLoRA is attached to: 4-bit codes and constants, in the sizes that `attach` makes them.
 
     rest: bytes of each parameter that is not quantised (embeddings, output, norms). adapters: bytes for each number that
@@ -55,11 +57,11 @@ def four_bit_bytes(
     ]
     how += [f"{found.rest:,} others x {rest} B"] * bool(rest)
     how += [f"{found.adapters:,} of the adapters x {adapters} B"] * bool(adapters)
-    return Found(packed + found.rest * rest + found.adapters * adapters, " + ".join(how))
+    return MeasureResult(packed + found.rest * rest + found.adapters * adapters, " + ".join(how))
 
 
 @measure("property")
-def every_linear_layer_but_the_output(model: Model, method: Method = "qlora", config: Config = {}) -> Found:
+def every_linear_layer_but_the_output(model: Model, method: Method = "qlora", config: Config = {}) -> MeasureResult:
     """Whether what QLoRA quantises and adapts is every linear layer of a model but the one that gives the logits."""
     from harness.claims import attached_model, quantised_model
 
@@ -67,7 +69,7 @@ def every_linear_layer_but_the_output(model: Model, method: Method = "qlora", co
     output = {path for path, layer in built.named_modules() if layer is built.get_output_embeddings()}
     left = ", ".join(sorted(set(found.outside) - output)[:3])
     how = f"{len(found.inside)} layers are in 4 bits; linear and not: {', '.join(found.outside) or 'none'}"
-    return Found(set(found.outside) == output, how + (f"; left out: {left}" if left else ""))
+    return MeasureResult(set(found.outside) == output, how + (f"; left out: {left}" if left else ""))
 
 
 def _constants(model: str, double: bool, block: int, second_block: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from collections import Counter
 from fractions import Fraction
 from typing import Any, Literal
 
-from harness.claims.measure import Config, Count, Found, Method, Model, Positive, Quantities, Quantity, measure
+from harness.claims.measure import Config, Count, MeasureResult, Method, Model, Positive, Quantities, Quantity, measure
 from harness.claims.measures.arithmetic import quotients, written
 from harness.claims.measures.parameters import fitting
 
@@ -22,7 +22,7 @@ def optimizer_bytes(
     moments: Quantity = 2,
     projectors: Quantity = 2,
     also: list[str] | None = None,
-) -> Found:
+) -> MeasureResult:
     """Bytes that Adam keeps of all that trains: two moments of each number, or small ones and a basis where GaLore projects.
 
     moments, projectors: bytes of each of their numbers. also: regular expressions of the model's own parameters that train
@@ -35,21 +35,21 @@ def optimizer_bytes(
     if in_projectors:
         shapes = [f"{number} of {shape}" for (shape, _, projector), number in kept.items() if projector]
         how += f" + projectors {in_projectors:,} x {written(Fraction(projectors))} B; projected are {', '.join(shapes)}"
-    return Found(in_moments * Fraction(moments) + in_projectors * Fraction(projectors), how)
+    return MeasureResult(in_moments * Fraction(moments) + in_projectors * Fraction(projectors), how)
 
 
 @measure("count")
-def matrix_states(rows: Positive, columns: Positive, rank: Positive, side: Side = "paper") -> Found:
+def matrix_states(rows: Positive, columns: Positive, rank: Positive, side: Side = "paper") -> MeasureResult:
     """Numbers that GaLore keeps beside one matrix: its projector and two moments."""
     from reference.galore import state_elements
 
-    return Found(
+    return MeasureResult(
         state_elements(rows, columns, rank, side), f"projector and two moments of {rows}x{columns}, r = {rank}"
     )
 
 
 @measure("count")
-def refresh_operations(model: Model, method: Method, config: Config = {}) -> Found:
+def refresh_operations(model: Model, method: Method, config: Config = {}) -> MeasureResult:
     """Operations of one refresh of all projectors: a singular value decomposition of the gradient of each matrix.
 
     6 m n^2 + 20 n^3 of an m x n one, m >= n, with both bases (R-SVD; Golub and Van Loan, Matrix Computations, section 8.6).
@@ -61,11 +61,11 @@ def refresh_operations(model: Model, method: Method, config: Config = {}) -> Fou
             shapes[m, n] += number
     said = " + ".join(f"{number} x (6 x {m} x {n}^2 + 20 x {n}^3)" for (m, n), number in shapes.items())
     whole = sum(number * (6 * m * n**2 + 20 * n**3) for (m, n), number in shapes.items())
-    return Found(whole, f"{said} = {whole:.4g}")
+    return MeasureResult(whole, f"{said} = {whole:.4g}")
 
 
 @measure("share")
-def refresh_share_by_operations(refresh: Count, step: Count, gap: Positive) -> Found:
+def refresh_share_by_operations(refresh: Count, step: Count, gap: Positive) -> MeasureResult:
     """What a refresh every `gap` steps adds to training, by the law that time grows with operations, for numbers of these.
 
     An operation of a decomposition takes longer than one of a product of matrices; no time is measured.
@@ -74,26 +74,26 @@ def refresh_share_by_operations(refresh: Count, step: Count, gap: Positive) -> F
     how = (
         f"{float(refresh):.6g} / ({gap} x {float(step):.6g}) = {float(100 * share):.3g}%, if both take as long for each"
     )
-    return Found(
+    return MeasureResult(
         share,
         f"{how}; a tenth it would be if those of a decomposition took {float(1 / (10 * share)):.3g} times as long",
     )
 
 
 @measure("bytes")
-def bytes_saved(of: Quantity, than: Quantity) -> Found:
+def bytes_saved(of: Quantity, than: Quantity) -> MeasureResult:
     """By how many bytes `of` is less than `than`."""
-    return Found(than - of, f"{written(than)} B - {written(of)} B")
+    return MeasureResult(than - of, f"{written(than)} B - {written(of)} B")
 
 
 @measure("bytes")
-def left_after_saving(saved: Quantity, share: Quantity) -> Found:
+def left_after_saving(saved: Quantity, share: Quantity) -> MeasureResult:
     """The bytes that are left where these were saved, and were this share of the whole."""
-    return Found(saved / share - saved, f"{written(saved)} B / {written(100 * share)}% - {written(saved)} B")
+    return MeasureResult(saved / share - saved, f"{written(saved)} B / {written(100 * share)}% - {written(saved)} B")
 
 
 @measure("share")
-def most_share_less(of: Quantities, than: Quantities, last: Quantity = Fraction(0)) -> Found:
+def most_share_less(of: Quantities, than: Quantities, last: Quantity = Fraction(0)) -> MeasureResult:
     """By which share at most one of `of` is less than the one of `than` in its place: what `up to` means.
 
     last: of printed figures, one in the last digit of the coarsest; of sums of them, so many times as much.
@@ -102,28 +102,28 @@ def most_share_less(of: Quantities, than: Quantities, last: Quantity = Fraction(
     shares = [1 - one / other for one, other in pairs]
     least, most = zip(*(quotients(one, other, last) for one, other in pairs), strict=True)
     within = (max(1 - one for one in most), max(1 - one for one in least)) if last else None
-    return Found(
+    return MeasureResult(
         max(shares), f"the largest of {', '.join(f'{float(100 * one):.4g}%' for one in shares)}", within=within
     )
 
 
 @measure("count")
-def width(model: Model) -> Found:
+def width(model: Model) -> MeasureResult:
     """The width of a model: numbers in which it holds a token between its layers."""
     from harness.claims import attached_model
 
     size = int(attached_model.model(model).config.hidden_size)
-    return Found(size, f"hidden_size {size}")
+    return MeasureResult(size, f"hidden_size {size}")
 
 
 @measure("property")
-def heads_divide(width: Positive, heads: Positive) -> Found:
+def heads_divide(width: Positive, heads: Positive) -> MeasureResult:
     """Whether a width is a multiple of the number of heads, so that each head has a whole width."""
-    return Found(width % heads == 0, f"{width} / {heads} = {width / heads:.6g}")
+    return MeasureResult(width % heads == 0, f"{width} / {heads} = {width / heads:.6g}")
 
 
 @measure("property")
-def states_by_formula(rows: Positive, columns: Positive, ranks: list[Positive]) -> Found:
+def states_by_formula(rows: Positive, columns: Positive, ranks: list[Positive]) -> MeasureResult:
     """Whether, after a step of Adam, GaLore holds mn + mr + 2nr numbers and LoRA mn + 3mr + 3nr, m <= n (Table 1)."""
     m, n = min(rows, columns), max(rows, columns)
     said, right = [], True
@@ -131,11 +131,11 @@ def states_by_formula(rows: Positive, columns: Positive, ranks: list[Positive]) 
         galore, lora = rows * columns + _held_by_galore(rows, columns, rank), _held_by_lora(rows, columns, rank)
         right = right and galore == m * n + m * rank + 2 * n * rank and lora == m * n + 3 * m * rank + 3 * n * rank
         said.append(f"r = {rank}: GaLore {galore:,}, LoRA {lora:,}")
-    return Found(right, f"{rows}x{columns}, {'; '.join(said)}")
+    return MeasureResult(right, f"{rows}x{columns}, {'; '.join(said)}")
 
 
 @measure("property")
-def full_rank_keeps_gradient(rows: Positive, columns: Positive, side: Side) -> Found:
+def full_rank_keeps_gradient(rows: Positive, columns: Positive, side: Side) -> MeasureResult:
     """Whether at r = min(m, n) a gradient comes back as it was, projected and projected back (section 3.3)."""
     from harness.conformance.tolerance_policies import noise_floor
     from reference.galore import project, project_back, projector
@@ -144,11 +144,11 @@ def full_rank_keeps_gradient(rows: Positive, columns: Positive, side: Side) -> F
     basis = projector(G, min(rows, columns), side)
     there_and_back = project_back(project(G, basis), basis)
     judged = noise_floor({"G": there_and_back}, {"G": G}, {"G": G}, "float64")
-    return Found(judged.passed, f"relative difference {judged.error:.2g}, allowed {judged.allowed:.2g}")
+    return MeasureResult(judged.passed, f"relative difference {judged.error:.2g}, allowed {judged.allowed:.2g}")
 
 
 @measure("property")
-def scale_ignores_rank(rows: Positive, columns: Positive, ranks: list[Positive], scale: Quantity) -> Found:
+def scale_ignores_rank(rows: Positive, columns: Positive, ranks: list[Positive], scale: Quantity) -> MeasureResult:
     """Whether at every rank the step with a scale is that many times the step with scale 1 (section 4.4)."""
     from harness.conformance.tolerance_policies import noise_floor
 
@@ -160,26 +160,26 @@ def scale_ignores_rank(rows: Positive, columns: Positive, ranks: list[Positive],
         judged = noise_floor({"W": scaled}, want, want, "float64")
         right = right and judged.passed
         worst.append(f"r = {rank}: {float(scaled.norm() / plain.norm()):.6g}")
-    return Found(right, f"length of the step, in that of scale 1: {', '.join(worst)}")
+    return MeasureResult(right, f"length of the step, in that of scale 1: {', '.join(worst)}")
 
 
 @measure("property")
-def projects(rows: Positive, columns: Positive, on: Literal["left", "right"], side: Side = "std") -> Found:
+def projects(rows: Positive, columns: Positive, on: Literal["left", "right"], side: Side = "std") -> MeasureResult:
     """Whether a step projects a gradient of this shape on the left (P^T G) or on the right (G Q)."""
     state = _step(_gradient(rows, columns, 0), rank=2, side=side)[1]
     used = [name for letter, name in (("P", "left"), ("Q", "right")) if letter in state]
-    return Found(used == [on], f"side `{side}` projects {rows}x{columns} on the {' and the '.join(used)}")
+    return MeasureResult(used == [on], f"side `{side}` projects {rows}x{columns} on the {' and the '.join(used)}")
 
 
 @measure("property")
-def moments_are(rows: Positive, columns: Positive, rank: Positive, shape: list[Positive]) -> Found:
+def moments_are(rows: Positive, columns: Positive, rank: Positive, shape: list[Positive]) -> MeasureResult:
     """Whether Adam's moments of a gradient that is projected on the paper's side have this shape."""
     M = _step(_gradient(rows, columns, 0), rank=rank, side="paper")[1]["M"]
-    return Found(list(M.shape) == shape, f"W is {rows}x{columns}, M and V are {'x'.join(map(str, M.shape))}")
+    return MeasureResult(list(M.shape) == shape, f"W is {rows}x{columns}, M and V are {'x'.join(map(str, M.shape))}")
 
 
 @measure("property")
-def refreshes_every(gap: Positive, steps: Positive, side: Side = "std") -> Found:
+def refreshes_every(gap: Positive, steps: Positive, side: Side = "std") -> MeasureResult:
     """Whether the projector is new at those steps t, counted from 0, at which t mod gap = 0, and at no other."""
     import torch
 
@@ -195,7 +195,7 @@ def refreshes_every(gap: Positive, steps: Positive, side: Side = "std") -> Found
         if not before or not all(map(torch.equal, before, after)):
             fresh.append(t)
     found = fresh == [t for t in range(steps) if t % gap == 0]
-    return Found(found, f"of steps 0 to {steps - 1}, new at {', '.join(map(str, fresh))}")
+    return MeasureResult(found, f"of steps 0 to {steps - 1}, new at {', '.join(map(str, fresh))}")
 
 
 def _kept(model: str, method: str, config: Config, also: list[str] | None) -> Counter[tuple[str, int, int]]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from harness.claims.measure import Config, Found, Method, Model, Positive, measure
+from harness.claims.measure import Config, MeasureResult, Method, Model, Positive, measure
 from harness.claims.measures.parameters import Split
 
 _INPUTS, _OUTPUTS, _TOKENS = 12, 20, 7
 
 
 @measure("property")
-def rank_times_sides(model: Model, method: Method, config: Config = {}, split: Split = {}) -> Found:
+def rank_times_sides(model: Model, method: Method, config: Config = {}, split: Split = {}) -> MeasureResult:
     """Whether a Method trains r (in + out) numbers in each layer that it adapts, so 2 d r in a square one, and no bias."""
     import json
 
@@ -34,13 +34,15 @@ def rank_times_sides(model: Model, method: Method, config: Config = {}, split: S
     for path, count in counts.items():
         expected = rank * sum(_sides(layers[path]))
         if count != expected:
-            return Found(False, f"{path} trains {count:,}, and r (in + out) is {expected:,}")
+            return MeasureResult(False, f"{path} trains {count:,}, and r (in + out) is {expected:,}")
     sides = sorted({_sides(layers[path]) for path in counts})
-    return Found(bool(counts), f"{len(counts)} layers, {', '.join(f'{rank} x ({a:,} + {b:,})' for a, b in sides)} each")
+    return MeasureResult(
+        bool(counts), f"{len(counts)} layers, {', '.join(f'{rank} x ({a:,} + {b:,})' for a, b in sides)} each"
+    )
 
 
 @measure("property")
-def only_b_learns_at_first() -> Found:
+def only_b_learns_at_first() -> MeasureResult:
     """Whether A's gradient is zero and B's is not before the first step, B being zero."""
     import torch
 
@@ -49,11 +51,15 @@ def only_b_learns_at_first() -> Found:
     x, y = _whole((_TOKENS, _INPUTS), 1), _whole((_TOKENS, _OUTPUTS), 2)
     (adapted.model(x) * y).sum().backward()
     a, b = (int(torch.count_nonzero(t.grad)) for t in (layer.A, layer.B))
-    return Found(a == 0 < b, f"{a} of A's {layer.A.numel()} gradients are not zero, {b} of B's {layer.B.numel()}")
+    return MeasureResult(
+        a == 0 < b, f"{a} of A's {layer.A.numel()} gradients are not zero, {b} of B's {layer.B.numel()}"
+    )
 
 
 @measure("property")
-def update_is_scaled_by(factor: Literal["alpha/r", "alpha/sqrt(r)"], alpha: Positive, ranks: list[Positive]) -> Found:
+def update_is_scaled_by(
+    factor: Literal["alpha/r", "alpha/sqrt(r)"], alpha: Positive, ranks: list[Positive]
+) -> MeasureResult:
     """Whether W0 x gets this multiple of B A x, at every one of some ranks; `alpha/sqrt(r)` is with rslora."""
     import torch
 
@@ -67,12 +73,12 @@ def update_is_scaled_by(factor: Literal["alpha/r", "alpha/sqrt(r)"], alpha: Posi
             x = _whole((_TOKENS, _INPUTS), 5)
             scale = alpha / (rank if factor == "alpha/r" else math.sqrt(rank))
             if not torch.equal(adapted.model(x), scale * (x @ layer.A.T @ layer.B.T)):
-                return Found(False, f"at rank {rank} B A x is not multiplied by {scale:g}")
-    return Found(bool(ranks), f"to the bit at ranks {', '.join(map(str, ranks))}, alpha {alpha}")
+                return MeasureResult(False, f"at rank {rank} B A x is not multiplied by {scale:g}")
+    return MeasureResult(bool(ranks), f"to the bit at ranks {', '.join(map(str, ranks))}, alpha {alpha}")
 
 
 @measure("property")
-def subtracting_restores_the_base() -> Found:
+def subtracting_restores_the_base() -> MeasureResult:
     """Whether W0 + alpha/r B A, as merged, less alpha/r B A is W0 again."""
     import torch
 
@@ -83,13 +89,13 @@ def subtracting_restores_the_base() -> Found:
         merged: Any = layer.merged()
         moved = int(torch.count_nonzero(merged.weight - layer.base.weight))
         left = int(torch.count_nonzero(merged.weight - layer.delta() - layer.base.weight))
-    return Found(
+    return MeasureResult(
         left == 0 < moved, f"merging changed {moved} of {layer.base.weight.numel()} weights; {left} stayed changed"
     )
 
 
 @measure("property")
-def merged_has_the_bases_layers() -> Found:
+def merged_has_the_bases_layers() -> MeasureResult:
     """Whether a model with LoRA merged has the very modules and shapes of before, so that nothing more is computed."""
     model = _plain()
     before = _architecture(model)
@@ -98,11 +104,11 @@ def merged_has_the_bases_layers() -> Found:
     adapted.merge()
     after = _architecture(model)
     how = f"{len(before)} modules and tensors before, {len(between)} with the adapter, {len(after)} merged"
-    return Found(before == after != between, how)
+    return MeasureResult(before == after != between, how)
 
 
 @measure("property")
-def b_learns_faster(ratio: Positive) -> Found:
+def b_learns_faster(ratio: Positive) -> MeasureResult:
     """Whether the optimizer gives every factor B `ratio` times the learning rate that A has (LoRA+, arXiv:2402.12354)."""
     from harness.cell.training import optimizers
     from harness.records.record import Training
@@ -112,7 +118,7 @@ def b_learns_faster(ratio: Positive) -> Found:
     optimizer, _ = optimizers.make(adapted, [], Training(steps=1, lr=2.0**-10, lr_ratio=float(ratio)))
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     a, b = rates[id(layer.A)], rates[id(layer.B)]
-    return Found(b == ratio * a, f"A at {a:g}, B at {b:g}")
+    return MeasureResult(b == ratio * a, f"A at {a:g}, B at {b:g}")
 
 
 def _plain() -> Any:

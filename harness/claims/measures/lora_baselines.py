@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from harness.claims.measure import Found, Model, Positive, Quantity, measure
+from harness.claims.measure import MeasureResult, Model, Positive, Quantity, measure
 from harness.claims.measures.baselines import of_some
 from harness.claims.sums import in_words, total
 
@@ -26,7 +26,7 @@ _PER_BLOCK = {"houlsby": (2, 0), "lin": (1, 1), "pfeiffer": (1, 0)}
 
 
 @measure("count")
-def adapters(model: Model, design: Design, rank: Positive) -> Found:
+def adapters(model: Model, design: Design, rank: Positive) -> MeasureResult:
     """Adapters of a bottleneck of `rank`: L_Adpt (2 d r + r + d) + 2 L_LN d, two layers with biases each."""
     return _adapters(*_width_and_depth(model), design, rank)
 
@@ -34,7 +34,7 @@ def adapters(model: Model, design: Design, rank: Positive) -> Found:
 @measure("count")
 def adapters_of_some_rank(
     model: Model, design: Design, printed: Quantity, last: Quantity, fitted: bool = False
-) -> Found:
+) -> MeasureResult:
     """The same, for a table that leaves the rank out: see `at_some_rank`."""
     d, depth = _width_and_depth(model)
     number, norms = (depth * each for each in _PER_BLOCK[design])
@@ -42,28 +42,28 @@ def adapters_of_some_rank(
 
 
 @measure("count")
-def prefix_embedding(model: Model, prefix: Tokens, infix: Tokens) -> Found:
+def prefix_embedding(model: Model, prefix: Tokens, infix: Tokens) -> MeasureResult:
     """Prefix-embedding tuning: trainable embeddings of virtual tokens, d (l_p + l_i)."""
     d, _ = _width_and_depth(model)
-    return Found(d * (prefix + infix), f"{d:,} x ({prefix} + {infix})")
+    return MeasureResult(d * (prefix + infix), f"{d:,} x ({prefix} + {infix})")
 
 
 @measure("count")
-def prefix_layer(model: Model, prefix: Tokens, infix: Tokens) -> Found:
+def prefix_layer(model: Model, prefix: Tokens, infix: Tokens) -> MeasureResult:
     """Prefix-layer tuning: trainable activations of virtual tokens after every block, L d (l_p + l_i)."""
     d, depth = _width_and_depth(model)
-    return Found(depth * d * (prefix + infix), f"{depth} x {d:,} x ({prefix} + {infix})")
+    return MeasureResult(depth * d * (prefix + infix), f"{depth} x {d:,} x ({prefix} + {infix})")
 
 
 @measure("count")
-def prefix_layer_of_some_length(model: Model, printed: Quantity, last: Quantity, fitted: bool = False) -> Found:
+def prefix_layer_of_some_length(model: Model, printed: Quantity, last: Quantity, fitted: bool = False) -> MeasureResult:
     """The same, for a table that leaves the lengths out: see `at_some_rank`, with tokens in the place of ranks."""
     d, depth = _width_and_depth(model)
     return of_some(Fraction(0), Fraction(depth * d), printed, last, fitted, "token")
 
 
 @measure("count")
-def last_blocks(model: Model, blocks: Positive) -> Found:
+def last_blocks(model: Model, blocks: Positive) -> MeasureResult:
     """Parameters of the last blocks of a model, all else frozen."""
     from harness.claims import attached_model
 
@@ -75,14 +75,14 @@ def last_blocks(model: Model, blocks: Positive) -> Found:
         raise ValueError(f"the model has {len(of_block)} blocks, and the last {blocks} are asked for")
     last = sorted(of_block)[-blocks:]
     sizes = sum((of_block[index] for index in last), Counter[tuple[int, ...]]())
-    return Found(total(sizes), f"blocks {last[0]} to {last[-1]}: {in_words(sizes)}")
+    return MeasureResult(total(sizes), f"blocks {last[0]} to {last[-1]}: {in_words(sizes)}")
 
 
-def _adapters(d: int, depth: int, design: str, rank: int) -> Found:
+def _adapters(d: int, depth: int, design: str, rank: int) -> MeasureResult:
     number, norms = (depth * each for each in _PER_BLOCK[design])
     count = number * (2 * d * rank + rank + d) + 2 * norms * d
     trained_norms = f" + 2 x {norms} x {d:,}" if norms else ""
-    return Found(Fraction(count), f"{number} x (2 x {d:,} x {rank} + {rank} + {d:,}){trained_norms}")
+    return MeasureResult(Fraction(count), f"{number} x (2 x {d:,} x {rank} + {rank} + {d:,}){trained_norms}")
 
 
 def _width_and_depth(model: str) -> tuple[int, int]:

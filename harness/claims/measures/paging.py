@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from harness.claims.measure import Found, Positive, measure
+from harness.claims.measure import MeasureResult, Positive, measure
 
 Part = Annotated[float, Field(gt=0, lt=1)]
 """A parameter that is a part of all states."""
@@ -35,7 +35,7 @@ class _Run:
 @measure("property")
 def paging_survives_a_spike(
     spike: Part = 0.75, matrices: Positive = 6, rows: Positive = 400, columns: Positive = 300, steps: Positive = 5
-) -> Found:
+) -> MeasureResult:
     """Whether a step that leaves the states too little memory passes if these are paged, and training goes on as without.
 
     AdamW of so many matrices, on a device that their states fill. In the middle step a long text takes the part `spike` of
@@ -48,7 +48,7 @@ def paging_survives_a_spike(
     how = f"a device of {run.states:,} B, states and spike {need:,} B; at most {run.most:,} B at a time, "
     how += f"{run.out:,} B left it and {run.back:,} B came back; "
     how += f"weights {'equal' if run.same else 'differ from'} those without pages"
-    return Found(fits and run.out > 0 and run.same, how)
+    return MeasureResult(fits and run.out > 0 and run.same, how)
 
 
 def _train(spike: float, matrices: int, rows: int, columns: int, steps: int) -> _Run:

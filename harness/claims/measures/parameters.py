@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any, Literal
 
-from harness.claims.measure import Config, Found, Method, Model, measure
+from harness.claims.measure import Config, MeasureResult, Method, Model, measure
 from harness.claims.sums import in_words, summed, total
 
 Split = dict[str, list[str]]
@@ -16,7 +16,7 @@ Split = dict[str, list[str]]
 
 
 @measure("count")
-def parameters(model: Model, without: list[str] | None = None, only: list[str] | None = None) -> Found:
+def parameters(model: Model, without: list[str] | None = None, only: list[str] | None = None) -> MeasureResult:
     """Parameters of a model, tied ones once.
 
     without, only: regular expressions of parameters' names that are left out, or are all that is counted. Raises ValueError
@@ -33,7 +33,7 @@ def trainable_parameters(
     split: Split = {},
     only: list[str] | None = None,
     also: list[str] | None = None,
-) -> Found:
+) -> MeasureResult:
     """Parameters that train when a Method is attached to a model; a classifier's new head is not among them.
 
     only: regular expressions of the Method's tensors, the only ones counted. also: of the model's own parameters that train
@@ -49,7 +49,7 @@ def frozen_tensors_of_the_method(
     config: Config = {},
     split: Split = {},
     only: list[str] | None = None,
-) -> Found:
+) -> MeasureResult:
     """Elements of what a Method makes and does not train (VeRA's projections), once where layers share it."""
     from harness.claims import attached_model
 
@@ -66,23 +66,23 @@ def trainable_share(
     split: Split = {},
     only: list[str] | None = None,
     also: list[str] | None = None,
-) -> Found:
+) -> MeasureResult:
     """Parameters that train, as a share of the model's own (`base`), or of those and the Method's (`base+adapter`)."""
 
     trained = _trained(model, method, config, split, only, also)
     top, base = total(trained), total(_parameters(model))
     bottom = base + top if of == "base+adapter" else base
-    return Found(Fraction(top, bottom), f"{top:,} / {bottom:,}, with {in_words(trained)}")
+    return MeasureResult(Fraction(top, bottom), f"{top:,} / {bottom:,}, with {in_words(trained)}")
 
 
 @measure("count")
-def adapted_layers(model: Model, method: Method, config: Config = {}, split: Split = {}) -> Found:
+def adapted_layers(model: Model, method: Method, config: Config = {}, split: Split = {}) -> MeasureResult:
     """Layers that a Method adapts."""
     from harness.claims import attached_model
 
     paths = {name.rpartition(".")[0] for name in attached_model.trained(model, method, config, split)}
     ends = Counter(path.rpartition(".")[2] for path in paths)
-    return Found(len(paths), " + ".join(f"{number} of {name}" for name, number in sorted(ends.items())))
+    return MeasureResult(len(paths), " + ".join(f"{number} of {name}" for name, number in sorted(ends.items())))
 
 
 def _trained(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness.claims.measure import Found, Positive, measure
+from harness.claims.measure import MeasureResult, Positive, measure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ _SEED = 0
 def pissa_splits_the_weight(
     rank: Positive, rows: Positive = 96, columns: Positive = 128, decay: float = 0.5, niter: int = 0,
     dtype: Dtype = "float32",
-) -> Found:  # fmt: skip
+) -> MeasureResult:  # fmt: skip
     """Whether residual + s B A is the weight, within what rounding the weight itself to the dtype loses.
 
     niter: iterations of the randomised SVD, 0 for the exact one. dtype: of A, B and the residual.
@@ -39,7 +39,7 @@ def pissa_splits_the_weight(
 @measure("property")
 def pissa_takes_the_principal_part(
     rank: Positive, rows: Positive = 96, columns: Positive = 128, decay: float = 0.5, dtype: Dtype = "float64"
-) -> Found:
+) -> MeasureResult:
     """Whether s B A is made of the largest singular values and their vectors, and each factor has half of each value.
 
     Against the values and vectors that the weight was made of: s B A = U_r S_r V_r^T, s A A^T = s B^T B = S_r.
@@ -57,7 +57,7 @@ def pissa_takes_the_principal_part(
 @measure("number")
 def fast_svd_error(
     rank: Positive, niter: Positive, rows: Positive = 192, columns: Positive = 256, decay: float = 0.5
-) -> Found:
+) -> MeasureResult:
     """Sum of the absolute differences between the principal part by the fast SVD and by the exact one, in float64."""
     import torch
 
@@ -66,11 +66,11 @@ def fast_svd_error(
     W = _weight(rows, columns, decay)
     fast = pissa.fast_svd(W, rank, niter, torch.Generator().manual_seed(_SEED))
     found = float((_product(*fast) - _principal(W, rank)).abs().sum())
-    return Found(found, f"niter {niter}: {found:.4g}")
+    return MeasureResult(found, f"niter {niter}: {found:.4g}")
 
 
 @measure("property")
-def pissa_is_a_lora(rank: Positive, lora_rank: Positive, rows: Positive = 96, columns: Positive = 128) -> Found:
+def pissa_is_a_lora(rank: Positive, lora_rank: Positive, rows: Positive = 96, columns: Positive = 128) -> MeasureResult:
     """Whether a trained PiSSA is a LoRA of `lora_rank` on the weight as it was: W + s B' A' = W_res + s B A, in float64."""
     from reference import pissa
 
@@ -79,13 +79,15 @@ def pissa_is_a_lora(rank: Positive, lora_rank: Positive, rows: Positive = 96, co
     A, B = A0 + _normal(*A0.shape), B0 - _normal(*B0.shape)  # as if trained
     A2, B2 = pissa.to_lora(A0, B0, A, B)
     if len(A2) != lora_rank:
-        return Found(False, f"it is one of rank {len(A2)}")
+        return MeasureResult(False, f"it is one of rank {len(A2)}")
     lora = {"W + s B' A'": W + scaling * B2 @ A2}
     return _judged(lora, {"W + s B' A'": residual + scaling * B @ A}, "float64")
 
 
 @measure("property")
-def pissa_starts_at_the_model(rank: Positive, dropout: float, rows: Positive = 96, columns: Positive = 128) -> Found:
+def pissa_starts_at_the_model(
+    rank: Positive, dropout: float, rows: Positive = 96, columns: Positive = 128
+) -> MeasureResult:
     """Whether a layer gives what it gave before PiSSA, in training mode, with LoRA's dropout on the adapter's input.
 
     Raises ValueError for a dropout that is no probability.
@@ -114,7 +116,7 @@ def quantisation_error_reduced(
     residual_of: Literal["this step", "the step before"] = "the step before",
     size: Positive = 256,
     decay: float = 0.5,
-) -> Found:
+) -> MeasureResult:
     """By which share the nuclear norm of W - (nf4(.) + B A) is less than that of W - nf4(W) (eqs. 6 to 8), before training.
 
     QLoRA loses the latter, its B A being 0 then. by: loftq, whose A and B are what the rank can take of W - nf4(W), and then
@@ -129,13 +131,13 @@ def quantisation_error_reduced(
     else:
         residual, product = list(_turns(W, rank, iterations, residual_of))[-1]
         found = _nuclear(W - _nf4(residual) - product)
-    return Found(1 - found / plain, f"{by} in {iterations} iterations: 1 - {found:.5g} / {plain:.5g}")
+    return MeasureResult(1 - found / plain, f"{by} in {iterations} iterations: 1 - {found:.5g} / {plain:.5g}")
 
 
 @measure("property")
 def each_turn_is_another(
     rank: Positive, iterations: Positive, residual_of: ResidualOf, size: Positive = 128, decay: float = 0.5
-) -> Found:
+) -> MeasureResult:
     """Whether each turn of Algorithm 1 finds A and B that the turn before has not.
 
     residual_of: by which step's A and B the residual is updated (line 5).
@@ -145,7 +147,7 @@ def each_turn_is_another(
     products = [product for _, product in _turns(_weight(size, size, decay), rank, iterations, residual_of)]
     same = [turn for turn, (one, after) in enumerate(pairwise(products), start=2) if torch.equal(one, after)]
     how = "; ".join(f"A and B at t = {turn} are those at t = {turn - 1}" for turn in same)
-    return Found(not same, how or f"{len(products)} different pairs of A and B")
+    return MeasureResult(not same, how or f"{len(products)} different pairs of A and B")
 
 
 def _turns(W: Tensor, rank: int, iterations: int, residual_of: ResidualOf) -> Iterator[tuple[Tensor, Tensor]]:
@@ -230,7 +232,7 @@ def _normal(rows: int, columns: int, seed: int = 3) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _judged(mine: dict[str, Tensor], truth: dict[str, Tensor], dtype: str) -> Found:
+def _judged(mine: dict[str, Tensor], truth: dict[str, Tensor], dtype: str) -> MeasureResult:
     """Judge by what rounding the truth to the dtype loses, as the conformance suite does."""
     from harness.conformance.subject import DTYPES
     from harness.conformance.tolerance_policies import noise_floor
@@ -238,4 +240,6 @@ def _judged(mine: dict[str, Tensor], truth: dict[str, Tensor], dtype: str) -> Fo
     rounded: dict[str, Any] = {name: t.to(DTYPES[dtype]).double() for name, t in truth.items()}
     found: Judgement = noise_floor(mine, truth, rounded, dtype)
     error = "not finite" if found.error is None else f"{found.error:.2g}"
-    return Found(found.passed, f"{found.tensor}: error {error}, allowed {found.allowed or 0:.2g} ({found.policy})")
+    return MeasureResult(
+        found.passed, f"{found.tensor}: error {error}, allowed {found.allowed or 0:.2g} ({found.policy})"
+    )

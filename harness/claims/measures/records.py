@@ -18,7 +18,7 @@ from harness import resources
 from harness.analysis import measurements
 from harness.assets import shapes
 from harness.claims import record_sources
-from harness.claims.measure import FOLDER, Found, Model, NotRunError, measure
+from harness.claims.measure import FOLDER, MeasureResult, Model, NotRunError, measure
 from harness.errors import SuiteError
 from harness.records.record import Cell, Predicted, Record
 
@@ -79,13 +79,13 @@ class Interval:
             raise NotRunError("what it would be divided by was measured as nothing")
         return Interval(self.value / other.value, self.least / other.most, self.most / other.least)
 
-    def found(self, how: str) -> Found:
+    def found(self, how: str) -> MeasureResult:
         """Return it as what a measure finds."""
-        return Found(self.least, how, None if self.least == self.most else self.most)
+        return MeasureResult(self.least, how, None if self.least == self.most else self.most)
 
 
 @measure("bytes")
-def peak_memory(suite: Suite, cell: Entry) -> Found:
+def peak_memory(suite: Suite, cell: Entry) -> MeasureResult:
     """The most memory at a time while a Cell trained: of tensors on a GPU (its own context comes on top), of the process on
     a CPU, above what it took after its imports. Of several seeds, the least and the most.
     """
@@ -94,7 +94,7 @@ def peak_memory(suite: Suite, cell: Entry) -> Found:
 
 
 @measure("bytes")
-def device_memory(suite: Suite, cell: Entry) -> Found:
+def device_memory(suite: Suite, cell: Entry) -> MeasureResult:
     """What a Cell took of its GPU while it trained, for a claim that one has enough: from the most of its tensors at a time
     to all that its allocator held or its driver counted. The driver counts CUDA's context too, and others' use of the GPU.
 
@@ -112,14 +112,14 @@ def device_memory(suite: Suite, cell: Entry) -> Found:
 
 
 @measure("ratio")
-def memory_ratio(suite: Suite, of: Entry, to: Entry) -> Found:
+def memory_ratio(suite: Suite, of: Entry, to: Entry) -> MeasureResult:
     """How many times the peak of training of `to` goes into that of `of`."""
     (a, b) = pair(suite, of, to)
     return _peak(a).over(_peak(b)).found(f"{_peaks(a)} / {_peaks(b)}; {record_sources.place(a[0])}")
 
 
 @measure("share")
-def memory_less(suite: Suite, of: Entry, than: Entry) -> Found:
+def memory_less(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
     """By which share the peak of training of `of` is less than that of `than`."""
     (a, b) = pair(suite, of, than)
     quotient = _peak(a).over(_peak(b))
@@ -128,7 +128,7 @@ def memory_less(suite: Suite, of: Entry, than: Entry) -> Found:
 
 
 @measure("bytes")
-def memory_more(suite: Suite, of: Entry, than: Entry) -> Found:
+def memory_more(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
     """By how many bytes the peak of training of `of` is more than that of `than`; negative where it is less."""
     (a, b) = pair(suite, of, than)
     x, y = _peak(a), _peak(b)
@@ -137,7 +137,7 @@ def memory_more(suite: Suite, of: Entry, than: Entry) -> Found:
 
 
 @measure("bytes")
-def extrapolated_memory(suite: Suite, cells: Depths) -> Found:
+def extrapolated_memory(suite: Suite, cells: Depths) -> MeasureResult:
     """The peak of training a model of all its blocks, from Cells of its first few: what a block takes is a difference.
 
     Of three or more Cells each two of neighbouring depth give a line; what is found is the least and the most of them.
@@ -147,7 +147,7 @@ def extrapolated_memory(suite: Suite, cells: Depths) -> Found:
 
 
 @measure("ratio")
-def extrapolated_memory_ratio(suite: Suite, of: Depths, to: Depths) -> Found:
+def extrapolated_memory_ratio(suite: Suite, of: Depths, to: Depths) -> MeasureResult:
     """How many times the peak of training by `to` goes into that by `of`, each as of `extrapolated_memory`."""
     for a, b in zip(of, to, strict=True):
         pair(suite, a, b)
@@ -156,7 +156,7 @@ def extrapolated_memory_ratio(suite: Suite, of: Depths, to: Depths) -> Found:
 
 
 @measure("bytes")
-def scaled_memory(suite: Suite, cells: Depths, whole_suite: Suite, whole: Entry) -> Found:
+def scaled_memory(suite: Suite, cells: Depths, whole_suite: Suite, whole: Entry) -> MeasureResult:
     """The memory that a Cell would need by the law that bytes grow with parameters, in blocks and outside them.
 
     cells: of a narrower model with one and with two blocks, its ranks as much smaller as it is narrower. What is scaled are
@@ -174,11 +174,11 @@ def scaled_memory(suite: Suite, cells: Depths, whole_suite: Suite, whole: Entry)
         raise NotRunError(f"a formula for what {at.label} keeps for its backward pass, which is not known")
     passing = whole_is.activations_B + whole_is.logits_B
     how += f"; at most {passing:,} B of activations and logits on top, by formula for {_pass(at)}; {_LEFT_OUT}"
-    return Found(value.least, f"{how}; {record_sources.place(own)}", value.most + passing)
+    return MeasureResult(value.least, f"{how}; {record_sources.place(own)}", value.most + passing)
 
 
 @measure("ratio")
-def scaled_memory_ratio(suite: Suite, of: Depths, to: Depths, model: Model) -> Found:
+def scaled_memory_ratio(suite: Suite, of: Depths, to: Depths, model: Model) -> MeasureResult:
     """How many times the memory of training by `to` goes into that by `of`, each as of `scaled_memory`."""
     for a, b in zip(of, to, strict=True):
         pair(suite, a, b)
@@ -187,15 +187,15 @@ def scaled_memory_ratio(suite: Suite, of: Depths, to: Depths, model: Model) -> F
 
 
 @measure("count")
-def trained_parameters(suite: Suite, cell: Entry) -> Found:
+def trained_parameters(suite: Suite, cell: Entry) -> MeasureResult:
     """How many numbers of the Method a Cell trained, without a new head."""
     (own,) = record_sources.records(suite, cell)
     counts = {record.measurements.parameters.adapter for record in own if record.measurements}
-    return Found(max(counts), f"counted in {own[0].cell.label}; {record_sources.place(own[0])}")
+    return MeasureResult(max(counts), f"counted in {own[0].cell.label}; {record_sources.place(own[0])}")
 
 
 @measure("property")
-def undecidable(needs: str) -> Found:
+def undecidable(needs: str) -> MeasureResult:
     """Something that cannot be decided with what the harness has, e.g. a score of GPT-3. needs: what it would take."""
     raise NotRunError(f"it takes {needs}")
 

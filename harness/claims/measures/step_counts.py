@@ -11,7 +11,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Literal
 
-from harness.claims.measure import Config, Count, Found, Method, Model, Positive, measure
+from harness.claims.measure import Config, Count, MeasureResult, Method, Model, Positive, measure
 from harness.claims.measures.arithmetic import written
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -25,7 +25,7 @@ def training_operations(
     batch: Positive = 1,
     config: Config = {},
     checkpointing: bool = False,
-) -> Found:
+) -> MeasureResult:
     """Operations of all products of matrices in one training step, a multiplication and an addition each.
 
     Forward and backward of `batch` texts of so many tokens each, attention in full and a loss of every token included, the
@@ -36,11 +36,11 @@ def training_operations(
 
     asked = meta_step.step(model, method, config, tokens, batch, checkpointing=checkpointing)
     counts = meta_step.operations(asked)
-    return Found(counts.whole, f"{counts.in_words()}, blocks after the first two, = {counts.whole:.4g}")
+    return MeasureResult(counts.whole, f"{counts.in_words()}, blocks after the first two, = {counts.whole:.4g}")
 
 
 @measure("share")
-def time_more_by_operations(of: Count, than: Count) -> Found:
+def time_more_by_operations(of: Count, than: Count) -> MeasureResult:
     """By which share `of` takes longer than `than` by the law that time grows with operations, for numbers of these.
 
     From nothing, if time is spent on what both do alike, to what it is if products of matrices are all: what these alone
@@ -50,13 +50,13 @@ def time_more_by_operations(of: Count, than: Count) -> Found:
     more = of / than - 1
     ends = sorted((Fraction(0), more))
     how = f"{_rounded(of)} / {_rounded(than)} - 1 = {float(100 * more):+.3g}% if products of matrices fill the time"
-    return Found(ends[0], f"{how}, 0 if they take none of it", ends[1])
+    return MeasureResult(ends[0], f"{how}, 0 if they take none of it", ends[1])
 
 
 @measure("bytes")
 def kept_for_backward(
     model: Model, method: Method, tokens: Positive, batch: Positive = 1, config: Config = {}, dtype: DType = "float32"
-) -> Found:
+) -> MeasureResult:
     """Bytes of tensors that autograd keeps from the forward for the backward pass, beside the model's parameters.
 
     Of `batch` texts of so many tokens each, without gradient checkpointing, attention written out, the reference of the
@@ -65,7 +65,7 @@ def kept_for_backward(
     from harness.claims import meta_step
 
     counts = meta_step.kept_bytes(meta_step.step(model, method, config, tokens, batch, dtype=dtype))
-    return Found(
+    return MeasureResult(
         counts.whole, f"{counts.in_words(' B')}, blocks after the first two, = {written(Fraction(counts.whole))} B"
     )
 

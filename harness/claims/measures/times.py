@@ -12,7 +12,7 @@ from harness.analysis import failed_checks, measurements
 from harness.analysis.statistics.intervals import LEVEL, Median, median_interval
 from harness.analysis.statistics.process_runs import ASSUMED, FEWEST
 from harness.claims import record_sources
-from harness.claims.measure import Found, NotRunError, measure
+from harness.claims.measure import MeasureResult, NotRunError, measure
 from harness.claims.measures.records import Entry, Interval, Suite, pair
 from harness.records.record import Latency, Record, TrainingMeasured
 
@@ -21,7 +21,7 @@ Kind = Literal["forward", "prefill", "decode"]
 
 
 @measure("seconds")
-def step_time(suite: Suite, cell: Entry) -> Found:
+def step_time(suite: Suite, cell: Entry) -> MeasureResult:
     """How long a step of a Cell takes: the median, in an interval as wide as processes may differ.
 
     Seconds are those of the machine that the Records name, and carry over to no other.
@@ -32,7 +32,7 @@ def step_time(suite: Suite, cell: Entry) -> Found:
 
 
 @measure("rate")
-def throughput(suite: Suite, cell: Entry) -> Found:
+def throughput(suite: Suite, cell: Entry) -> MeasureResult:
     """Real tokens (no padding) that a Cell trains on in a second: the median of its steps' rates, else as `step_time`.
 
     Reports divide all tokens by all seconds, which has no interval; the two part where texts differ in length.
@@ -43,7 +43,7 @@ def throughput(suite: Suite, cell: Entry) -> Found:
 
 
 @measure("ratio")
-def step_time_ratio(suite: Suite, of: Entry, to: Entry) -> Found:
+def step_time_ratio(suite: Suite, of: Entry, to: Entry) -> MeasureResult:
     """How many times as long a step of `of` takes as one of `to`: medians with the intervals of their order statistics.
 
     Of few processes it is wider, by what processes are taken to differ: steps of one say nothing of another.
@@ -55,7 +55,7 @@ def step_time_ratio(suite: Suite, of: Entry, to: Entry) -> Found:
 
 
 @measure("share")
-def step_time_more(suite: Suite, of: Entry, than: Entry) -> Found:
+def step_time_more(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
     """By which share a step of `of` takes longer than one of `than`; negative where it is shorter."""
     (a, b) = pair(suite, of, than)
     x, y = _steps(a), _steps(b)
@@ -65,7 +65,7 @@ def step_time_more(suite: Suite, of: Entry, than: Entry) -> Found:
 
 
 @measure("ratio")
-def latency_ratio(suite: Suite, cell: Entry, of: Variant, to: Variant, at: Kind) -> Found:
+def latency_ratio(suite: Suite, cell: Entry, of: Variant, to: Variant, at: Kind) -> MeasureResult:
     """How many times as long a pass of one variant of a Cell's model takes as one of another, in the same process."""
     (own,) = record_sources.records(suite, cell)
     x, y = (_merge([_latency(record, variant, at) for record in own]) for variant in (of, to))
@@ -75,7 +75,7 @@ def latency_ratio(suite: Suite, cell: Entry, of: Variant, to: Variant, at: Kind)
 
 
 @measure("ratio")
-def phase_ratio(suite: Suite, phase: str, of: Entry, to: Entry) -> Found:
+def phase_ratio(suite: Suite, phase: str, of: Entry, to: Entry) -> MeasureResult:
     """How many times as long a phase of `of` took as that of `to`, e.g. `attach`; as wide as processes may differ."""
     (a, b) = pair(suite, of, to)
     x, y = (_merge([_phase(record, phase) for record in side]) for side in (a, b))
@@ -85,7 +85,7 @@ def phase_ratio(suite: Suite, phase: str, of: Entry, to: Entry) -> Found:
 
 
 @measure("share")
-def refresh_share(suite: Suite, cell: Entry) -> Found:
+def refresh_share(suite: Suite, cell: Entry) -> MeasureResult:
     """What GaLore's refreshes of its projectors add to training: at most the first step, which has one, beyond a median
     step, spread over the steps from one to the next. As a first step also warms up, all from nothing to that is possible.
     """
@@ -96,7 +96,7 @@ def refresh_share(suite: Suite, cell: Entry) -> Found:
     first, usual = Fraction(training.step_seconds[0]), Fraction(_step_time(own[0]).value)
     how = f"at most ({float(first):.4g} s - {float(usual):.4g} s) / {gap} / {float(usual):.4g} s"
     how += ", as a first step also warms up"
-    return Found(0, f"{how}; {record_sources.place(own[0])}", max(Fraction(0), first - usual) / gap / usual)
+    return MeasureResult(0, f"{how}; {record_sources.place(own[0])}", max(Fraction(0), first - usual) / gap / usual)
 
 
 def _merge(several: Sequence[Interval]) -> Interval:

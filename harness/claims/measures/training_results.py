@@ -13,27 +13,27 @@ from harness.analysis.comparison.baseline_rows import ACCURACY
 from harness.analysis.statistics import over_seeds
 from harness.analysis.statistics.over_seeds import Spread
 from harness.claims import record_sources
-from harness.claims.measure import Found, NotRunError, measure
+from harness.claims.measure import MeasureResult, NotRunError, measure
 from harness.claims.measures.records import Entry, Suite
 from harness.records.record import Accuracy, Record
 
 
 @measure("property")
-def scores_higher(suite: Suite, of: Entry, than: Entry) -> Found:
+def scores_higher(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
     """The mean accuracy of `of` is above that of `than`: decided if the interval of the difference does not hold 0."""
     spread, how = _scores(suite, of, than)
     return _above(spread, 0.0, how)
 
 
 @measure("property")
-def scores_no_lower(suite: Suite, of: Entry, than: Entry) -> Found:
+def scores_no_lower(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
     """The mean accuracy of `of` is not below that of `than` by 2 points, which is the margin of `peft-harness gate`."""
     spread, how = _scores(suite, of, than)
     return _above(spread, -ACCURACY, f"{how}; margin {100 * ACCURACY:g} points")
 
 
 @measure("property")
-def loss_falls_faster(suite: Suite, of: Entry, than: Entry) -> Found:
+def loss_falls_faster(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
     """The training loss of `of`, averaged over all steps, is below that of `than`: paired by seed, on the same batches."""
     a, b = _seeds(suite, of, than)
     means = [[fmean(_losses(record)) for record in side] for side in (a, b)]
@@ -53,10 +53,10 @@ def _scores(suite: str, of: str, than: str) -> tuple[Spread, str]:
     return spread, f"accuracy {means}, {_apart(spread, 100, 2)} points, {len(mine)} seeds; {_small(a, b)}"
 
 
-def _above(spread: Spread, least: float, how: str) -> Found:
+def _above(spread: Spread, least: float, how: str) -> MeasureResult:
     """Return whether a difference is above a bound: both, where its interval holds values on either side."""
     low, high = spread.interval
-    return Found(low > least, how, None if low > least or high < least else True)
+    return MeasureResult(low > least, how, None if low > least or high < least else True)
 
 
 def _apart(spread: Spread, scale: float, digits: int) -> str:

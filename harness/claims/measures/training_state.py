@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from harness.claims.measure import Config, Found, Method, Model, Quantity, measure
+from harness.claims.measure import Config, MeasureResult, Method, Model, Quantity, measure
 from harness.claims.measures.arithmetic import written
 from harness.claims.measures.parameters import Split
 from harness.claims.sums import total
@@ -25,7 +25,7 @@ def adam_training(
     weight: Each = 2,
     gradient: Each = 2,
     moment: Each = 2,
-) -> Found:
+) -> MeasureResult:
     """Bytes of a model's weights, and of the gradients and two moments of what trains when a Method is attached.
 
     `full` trains all of the model, `frozen` nothing.
@@ -38,11 +38,11 @@ def adam_training(
     trains = total(Counter(trained.values()))
     added = total(Counter(shape for name, shape in trained.items() if name not in own))
     how = f"{weight} B x {base + added:,} + ({gradient} + 2 x {moment}) B x {trains:,}"
-    return Found(weight * (base + added) + (gradient + 2 * moment) * trains, how)
+    return MeasureResult(weight * (base + added) + (gradient + 2 * moment) * trains, how)
 
 
 @measure("bytes")
-def full_finetuning_of_unknown_precision(model: Model) -> Found:
+def full_finetuning_of_unknown_precision(model: Model) -> MeasureResult:
     """Bytes of weights, gradients and Adam's moments of full fine-tuning where a paper does not say in which precision.
 
     From 6 bytes a parameter (weights and moments in 16 bits, no gradient kept beyond its use) to the 16 of mixed precision
@@ -52,13 +52,13 @@ def full_finetuning_of_unknown_precision(model: Model) -> Found:
 
     count = sum(p.numel() for p in attached_model.parameters(model).values())
     least, most = 2 + 2 * 2, 2 + 2 + 4 + 2 * 4
-    return Found(least * count, f"(2 + 2 x 2) B to (2 + 2 + 4 + 2 x 4) B x {count:,}", most=most * count)
+    return MeasureResult(least * count, f"(2 + 2 x 2) B to (2 + 2 + 4 + 2 x 4) B x {count:,}", most=most * count)
 
 
 @measure("property")
-def falls_by(of: Quantity, to: Quantity, share: Quantity) -> Found:
+def falls_by(of: Quantity, to: Quantity, share: Quantity) -> MeasureResult:
     """Whether `to` is less than `of` by just this share of it, such as 2/3."""
     less = 1 - to / of
-    return Found(
+    return MeasureResult(
         less == share, f"1 - {written(to)} / {written(of)} = {less if less.denominator < 100 else float(less)}"
     )

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from harness.claims.measure import Config, Found, Method, Model, Positive, measure
+from harness.claims.measure import Config, MeasureResult, Method, Model, Positive, measure
 from harness.claims.measures.parameters import Split
 from harness.claims.sums import summed, total
 
 
 @measure("property")
-def counts_by_formula(model: Model, targets: list[str], ranks: list[Positive], split: Split = {}) -> Found:
+def counts_by_formula(model: Model, targets: list[str], ranks: list[Positive], split: Split = {}) -> MeasureResult:
     """Whether VeRA trains L (d + r) numbers and LoRA 2 L d r, attached to L square layers of width d (section 3.2)."""
     from harness.claims import attached_model
 
@@ -27,11 +27,11 @@ def counts_by_formula(model: Model, targets: list[str], ranks: list[Positive], s
         of_vera, of_lora = (total(Counter(every.values())) for every in (vera, lora))
         right = right and of_vera == layers * (d + rank) and of_lora == 2 * layers * d * rank
         said.append(f"r = {rank}: VeRA {of_vera:,}, LoRA {of_lora:,}")
-    return Found(right, f"L = {layers}, d = {d:,}; {'; '.join(said)}")
+    return MeasureResult(right, f"L = {layers}, d = {d:,}; {'; '.join(said)}")
 
 
 @measure("property")
-def is_kaiming_uniform(inputs: Positive, outputs: Positive, rank: Positive) -> Found:
+def is_kaiming_uniform(inputs: Positive, outputs: Positive, rank: Positive) -> MeasureResult:
     """Whether A (r, in) and B (out, r) are, to the last bit, what PyTorch's `kaiming_uniform_` draws, and within its bound.
 
     With its defaults: uniform in +-sqrt(6 / fan_in). PyTorch starts an nn.Linear otherwise, in +-sqrt(1 / fan_in).
@@ -45,11 +45,11 @@ def is_kaiming_uniform(inputs: Positive, outputs: Positive, rank: Positive) -> F
     again = [torch.nn.init.kaiming_uniform_(torch.empty(t.shape), generator=generator) for t in (A, B)]
     largest = [float(t.abs().max() * (fan / 6) ** 0.5) for t, fan in ((A, inputs), (B, rank))]
     same = torch.equal(A, again[0]) and torch.equal(B, again[1])
-    return Found(same, f"largest of A {largest[0]:.4f} sqrt(6/{inputs}), of B {largest[1]:.4f} sqrt(6/{rank})")
+    return MeasureResult(same, f"largest of A {largest[0]:.4f} sqrt(6/{inputs}), of B {largest[1]:.4f} sqrt(6/{rank})")
 
 
 @measure("property")
-def product_keeps_variance(inputs: Positive, outputs: Positive, ranks: list[Positive]) -> Found:
+def product_keeps_variance(inputs: Positive, outputs: Positive, ranks: list[Positive]) -> MeasureResult:
     """Whether the numbers of B A have the variance 4 / in at every rank, over 64 draws, within their standard error.
 
     Kaiming's variance is 2 / fan_in: of A 2 / in, of B 2 / r; a number of B A sums r products: r (2 / in) (2 / r) = 4 / in.
@@ -69,13 +69,13 @@ def product_keeps_variance(inputs: Positive, outputs: Positive, ranks: list[Posi
         mean, error = float(of.mean()), float(of.std() / len(draws) ** 0.5)
         right = right and abs(mean - 1) <= INITIAL_SIGMAS * error
         said.append(f"r = {rank}: {mean:.4f} +- {error:.4f}")
-    return Found(right, f"variance in units of 4 / {inputs}: {', '.join(said)}")
+    return MeasureResult(right, f"variance in units of 4 / {inputs}: {', '.join(said)}")
 
 
 @measure("count")
 def vision_parameters(
     width: Positive, blocks: Positive, heads: Positive, mlp: Positive, patch: Positive, pixels: Positive
-) -> Found:
+) -> MeasureResult:
     """Parameters of a vision transformer without its head. patch, pixels: the side of a patch and of the image."""
 
     sizes = Counter(tuple(p.shape) for p in _vision(width, blocks, heads, mlp, patch, pixels).parameters())
@@ -92,7 +92,7 @@ def vision_trainable(
     pixels: Positive,
     method: Method,
     config: Config = {},
-) -> Found:
+) -> MeasureResult:
     """Parameters that train when a Method is attached to a vision transformer; its new head is not among them."""
     from harness.conformance.subject import configure
     from harness.memory_model import counting

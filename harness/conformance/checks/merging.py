@@ -13,7 +13,7 @@ from harness.conformance.inputs import inputs
 from harness.conformance.layer_comparison import runs_of
 from harness.conformance.observations import observe
 from harness.conformance.results import at, judged, listed, skipped
-from harness.conformance.subject import DTYPES, Subject, Twin, load
+from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load
 from harness.conformance.tolerance_policies import Judgement, exact, noise_floor, worst_of
 from harness.records.record import CheckResult
 
@@ -122,7 +122,7 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "save", worst_of(found, "exact"))
 
 
-def _merged(twin: Twin, x: Tensor) -> dict[str, Tensor]:
+def _merged(twin: ReferenceLayer, x: Tensor) -> dict[str, Tensor]:
     """Return what the reference gives once merged in its dtype: a weight that an update was added to is rounded again."""
     merged = copy.deepcopy(twin)
     merged.adapted.merge()

@@ -89,7 +89,7 @@ def check_reached(subject: Subject, case: Case) -> CheckResult:
         odd = {name: what for name, what in odd.items() if name in elsewhere}
     if odd and all("trainable_tokens" in name for name in odd):
         what = "none of the tokens that the adapter_config trains is in the texts that are tried"
-        raise UsageError(what, where=subject.method, mend="name tokens that the task's texts hold")
+        raise UsageError(what, where=subject.method, hint="name tokens that the task's texts hold")
     return listed(subject, case, "reached", list(odd.values()), f"{len(subject.adapted.tensors())} tensors")
 
 

@@ -19,7 +19,7 @@ from functools import cache
 from typing import Any
 
 from harness.conformance import parity_suite
-from harness.conformance.faults.patched_copy import Copy
+from harness.conformance.faults.patched_copy import PatchedCopy
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Fault:
 
     name: str
     target: str
-    spoil: Callable[[Copy], None]
+    spoil: Callable[[PatchedCopy], None]
     expected: tuple[str, ...]
     where: Slice
 
@@ -56,19 +56,21 @@ class Fault:
 Faults = tuple[Fault, ...]
 
 
-def planted(target: str, *expected: str, **where: Any) -> Callable[[Callable[[Copy], None]], Fault]:
+def planted(target: str, *expected: str, **where: Any) -> Callable[[Callable[[PatchedCopy], None]], Fault]:
     """Make a fault of `target` of a function. where: of a Slice, where the usual one will not do."""
 
-    def wrap(spoil: Callable[[Copy], None]) -> Fault:
+    def wrap(spoil: Callable[[PatchedCopy], None]) -> Fault:
         return Fault(spoil.__name__, target, spoil, expected, Slice(**where))
 
     return wrap
 
 
-def planted_in(targets: Mapping[str, Mapping[str, Any]], *expected: str) -> Callable[[Callable[[Copy], None]], Faults]:
+def planted_in(
+    targets: Mapping[str, Mapping[str, Any]], *expected: str
+) -> Callable[[Callable[[PatchedCopy], None]], Faults]:
     """Make one fault of each target; targets: name -> of its Slice, where the usual one will not do."""
 
-    def wrap(spoil: Callable[[Copy], None]) -> Faults:
+    def wrap(spoil: Callable[[PatchedCopy], None]) -> Faults:
         return tuple(planted(target, *expected, **where)(spoil) for target, where in targets.items())
 
     return wrap

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.faults import planted, planted_in
-from harness.conformance.faults.patched_copy import Copy
+from harness.conformance.faults.patched_copy import PatchedCopy
 from harness.conformance.faults.shared import ALL, DROP
 
 Right = Callable[[Tensor], Tensor]
@@ -21,7 +21,7 @@ _DECODED = "return code.to(codes.device)[codes.flatten().long()] * scale"
 
 
 @planted_in(ALL, "overlap")
-def returns_the_same_buffer_at_every_call(its: Copy) -> None:
+def returns_the_same_buffer_at_every_call(its: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         out = right(x)
         out.data = _in_place_of_the_last(layer, "_out", out)
@@ -31,7 +31,7 @@ def returns_the_same_buffer_at_every_call(its: Copy) -> None:
 
 
 @planted_in({"lora": ALL["lora"], "dora": ALL["dora"]}, "overlap")
-def keeps_its_input_for_the_backward_pass_in_one_place(its: Copy) -> None:
+def keeps_its_input_for_the_backward_pass_in_one_place(its: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         kept = 1 * x
         kept.data = _in_place_of_the_last(layer, "_x", x)
@@ -49,7 +49,7 @@ def _in_place_of_the_last(layer: Any, name: str, value: Tensor) -> Tensor:
 
 
 @planted("lora", "overlap", values={"rank": 3, "alpha": 8.0})
-def forgets_the_gradient_of_before(its: Copy) -> None:
+def forgets_the_gradient_of_before(its: PatchedCopy) -> None:
     """Writes the gradient where it should add it."""
 
     def change(adapted: Any) -> None:
@@ -66,7 +66,7 @@ def _last_only(tensor: Any) -> None:
 
 
 @planted("nf4_linear", "overlap", **_LAYER)
-def remembers_the_first_result_of_a_shape(its: Copy) -> None:
+def remembers_the_first_result_of_a_shape(its: PatchedCopy) -> None:
     its.line(
         "return linear(x, _FORM.dequantize(packed, absmax, block, shape, x.dtype), bias)",
         "y = linear(x, _FORM.dequantize(packed, absmax, block, shape, x.dtype), bias)\n"
@@ -76,7 +76,7 @@ def remembers_the_first_result_of_a_shape(its: Copy) -> None:
 
 
 @planted("nf4_dequantize", "overlap", **_BLOCKS)
-def decodes_into_one_buffer(its: Copy) -> None:
+def decodes_into_one_buffer(its: PatchedCopy) -> None:
     its.line(
         _DECODED,
         f"{_DECODED.replace('return', 'values =')}\n"
@@ -87,7 +87,7 @@ def decodes_into_one_buffer(its: Copy) -> None:
 
 
 @planted("multi_lora_linear", "overlap", **_BATCH)
-def keeps_the_weight_of_its_first_batch(its: Copy) -> None:
+def keeps_the_weight_of_its_first_batch(its: PatchedCopy) -> None:
     its.line(
         "return multi_lora.multi_lora_linear(x, linear(x, W), As, Bs, scalings, ids)",
         "W = vars(reference).setdefault('held', {}).setdefault((W.shape, W.dtype), W)\n"
@@ -96,17 +96,17 @@ def keeps_the_weight_of_its_first_batch(its: Copy) -> None:
 
 
 @planted_in(ALL, "settings")
-def changes_the_default_dtype(its: Copy) -> None:
+def changes_the_default_dtype(its: PatchedCopy) -> None:
     its.then(lambda _: torch.set_default_dtype(torch.float16))
 
 
 @planted_in(ALL, "settings")
-def seeds_the_random_numbers_when_it_is_attached(its: Copy) -> None:
+def seeds_the_random_numbers_when_it_is_attached(its: PatchedCopy) -> None:
     its.then(lambda _: torch.manual_seed(0))
 
 
 @planted("lora", "settings", values={"rank": 3, "alpha": 8.0})
-def switches_gradients_off_for_all(its: Copy) -> None:
+def switches_gradients_off_for_all(its: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         out = right(x)
         torch.set_grad_enabled(layer.training)
@@ -116,12 +116,12 @@ def switches_gradients_off_for_all(its: Copy) -> None:
 
 
 @planted("lora", "settings", values={"rank": 3, "alpha": 8.0})
-def seeds_pythons_random_numbers(its: Copy) -> None:
+def seeds_pythons_random_numbers(its: PatchedCopy) -> None:
     its.then(lambda _: random.seed(0))
 
 
 @planted("nf4_quantize", "settings", **_BLOCKS)
-def allows_itself_lower_precision(its: Copy) -> None:
+def allows_itself_lower_precision(its: PatchedCopy) -> None:
     its.line(
         "flat = x.detach().flatten().float()",
         "flat = x.detach().flatten().float(); torch.set_float32_matmul_precision('medium')",
@@ -130,12 +130,12 @@ def allows_itself_lower_precision(its: Copy) -> None:
 
 
 @planted_in(DROP, "dropout")
-def drops_the_same_features_of_all_tokens(its: Copy) -> None:
+def drops_the_same_features_of_all_tokens(its: PatchedCopy) -> None:
     _drop_by(its, lambda x, p: torch.rand(x.shape[-1], device=x.device) >= p)
 
 
 @planted_in(DROP, "dropout")
-def drops_the_same_features_at_every_call(its: Copy) -> None:
+def drops_the_same_features_at_every_call(its: PatchedCopy) -> None:
     _drop_by(its, lambda x, p: torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device) >= p)
 
 
@@ -148,7 +148,7 @@ class _Drop(nn.Module):
         return x * self.mask(x, self.p) / (1 - self.p) if self.training else x
 
 
-def _drop_by(its: Copy, mask: Callable[[Tensor, float], Tensor]) -> None:
+def _drop_by(its: PatchedCopy, mask: Callable[[Tensor, float], Tensor]) -> None:
     def change(adapted: Any) -> None:
         for layer in adapted.layers.values():
             layer.dropout = _Drop(layer.dropout.p, mask)
@@ -157,7 +157,7 @@ def _drop_by(its: Copy, mask: Callable[[Tensor, float], Tensor]) -> None:
 
 
 @planted_in({method: where for method, where in ALL.items() if method not in ("full", "galore")}, "trajectory")
-def shrinks_what_it_trains_between_steps(its: Copy) -> None:
+def shrinks_what_it_trains_between_steps(its: PatchedCopy) -> None:
     def change(adapted: Any) -> None:
         after = adapted.after_step
 
@@ -173,5 +173,5 @@ def shrinks_what_it_trains_between_steps(its: Copy) -> None:
 
 
 @planted("galore", "trajectory", **ALL["galore"])
-def counts_only_its_first_step(its: Copy) -> None:
+def counts_only_its_first_step(its: PatchedCopy) -> None:
     its.line('state["step"] += 1', 'state["step"] = 1', file="galore")

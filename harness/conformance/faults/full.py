@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 
 from harness.conformance.faults import planted
-from harness.conformance.faults.patched_copy import Copy
+from harness.conformance.faults.patched_copy import PatchedCopy
 
 
 @planted("full", "layers")
-def leaves_out_the_biases(its: Copy) -> None:
+def leaves_out_the_biases(its: PatchedCopy) -> None:
     its.line(
         "model.requires_grad_(True)",
         'model.requires_grad_(True)\n    [p.requires_grad_("bias" not in n) for n, p in model.named_parameters()]',
@@ -19,7 +19,7 @@ def leaves_out_the_biases(its: Copy) -> None:
 
 
 @planted("full", "gradient", "step")
-def loses_the_gradient_of_one_weight(its: Copy) -> None:
+def loses_the_gradient_of_one_weight(its: PatchedCopy) -> None:
     def change(adapted: Any) -> None:
         layer = adapted.layers["second"]
         layer.forward = lambda x: nn.functional.linear(x, layer.weight.detach(), layer.bias)
@@ -28,15 +28,15 @@ def loses_the_gradient_of_one_weight(its: Copy) -> None:
 
 
 @planted("full", "parameters")
-def lists_a_parameter_twice(its: Copy) -> None:
+def lists_a_parameter_twice(its: PatchedCopy) -> None:
     its.line("return list(self.model.parameters())", "return [*self.model.parameters(), *self.model.parameters()][:-1]")
 
 
 @planted("frozen", "layers")
-def trains_all_the_same(its: Copy) -> None:
+def trains_all_the_same(its: PatchedCopy) -> None:
     its.line("model.requires_grad_(False)", "model.requires_grad_(True)")
 
 
 @planted("frozen", "base", "identity")
-def changes_the_base(its: Copy) -> None:
+def changes_the_base(its: PatchedCopy) -> None:
     its.line("model.requires_grad_(False)", "model.requires_grad_(False)\n    model.first.weight.data.add_(1e-3)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from harness.conformance.faults import planted
-from harness.conformance.faults.patched_copy import Copy
+from harness.conformance.faults.patched_copy import PatchedCopy
 
 _TIES = {"shape": [8, 64], "block": 64, "kind": "ties"}
 _PLAIN = {"shape": [5, 96], "block": 64}
@@ -18,28 +18,28 @@ _LOW_FIRST = "return padded[1::2] << 4 | padded[0::2]"
 
 
 @planted("nf4_quantize", "outputs", values=_TIES)
-def takes_the_upper_code_at_a_tie(its: Copy) -> None:
+def takes_the_upper_code_at_a_tie(its: PatchedCopy) -> None:
     """`>=` for `>` at a midpoint."""
     its.line(_SEARCH, "codes = torch.bucketize(scaled, midpoints, right=True)", file="dynamic_map")
 
 
 @planted("nf4_quantize", "outputs", values=_PLAIN)
-def packs_the_first_code_low(its: Copy) -> None:
+def packs_the_first_code_low(its: PatchedCopy) -> None:
     its.line(_HIGH_FIRST, _LOW_FIRST, file="nf4")
 
 
 @planted("nf4_quantize", "outputs", values=_PLAIN)
-def begins_a_block_with_every_row(its: Copy) -> None:
+def begins_a_block_with_every_row(its: PatchedCopy) -> None:
     its.line("flat = x.detach().flatten().float()", "flat = x.detach().T.flatten().float()", file="dynamic_map")
 
 
 @planted("nf4_quantize", "outputs", values={"shape": [63, 65], "block": 64})
-def fills_up_an_odd_length_before_its_end(its: Copy) -> None:
+def fills_up_an_odd_length_before_its_end(its: PatchedCopy) -> None:
     its.line("(0, codes.numel() % 2), value=fill", "(codes.numel() % 2, 0), value=fill", file="nf4")
 
 
 @planted("nf4_quantize", "outputs", values={"shape": [6, 64], "block": 64, "kind": "zero-blocks"})
-def decodes_a_block_of_zeros_to_something(its: Copy) -> None:
+def decodes_a_block_of_zeros_to_something(its: PatchedCopy) -> None:
     """Code 7 with any absmax would do, and any code with an absmax of 0; this is the largest code with an absmax of 1."""
     its.line(
         "torch.where(absmax[:, None] == 0, torch.zeros_like",
@@ -52,14 +52,14 @@ def decodes_a_block_of_zeros_to_something(its: Copy) -> None:
 
 
 @planted("nf4_quantize", "arguments", values=_PLAIN)
-def scales_its_argument_in_place(its: Copy) -> None:
+def scales_its_argument_in_place(its: PatchedCopy) -> None:
     its.line(
         "flat = x.detach().flatten().float()", "flat = x.detach().mul_(2).flatten().float() / 2", file="dynamic_map"
     )
 
 
 @planted("nf4_dequantize", "outputs", values={"shape": [63, 66], "block": 64})
-def decodes_the_low_nibble_first(its: Copy) -> None:
+def decodes_the_low_nibble_first(its: PatchedCopy) -> None:
     its.line(
         "return code.to(codes.device)[codes.flatten().long()] * scale",
         "return code.to(codes.device)[codes.flatten().long().view(-1, 2).flip(1).flatten()] * scale",
@@ -68,12 +68,12 @@ def decodes_the_low_nibble_first(its: Copy) -> None:
 
 
 @planted("nf4_dequantize", "outputs", values={"shape": [160, 96], "block": 64})
-def scales_by_the_block_before(its: Copy) -> None:
+def scales_by_the_block_before(its: PatchedCopy) -> None:
     its.line("scale = absmax.float()", "scale = absmax.float().roll(1)", file="dynamic_map")
 
 
 @planted("nf4_dequantize", "written", values={"shape": [160, 96], "block": 64})
-def leaves_the_last_element_as_it_found_it(its: Copy) -> None:
+def leaves_the_last_element_as_it_found_it(its: PatchedCopy) -> None:
     its.line(
         "return code.to(codes.device)[codes.flatten().long()] * scale",
         "values = code.to(codes.device)[codes.flatten().long()] * scale; out = torch.empty_like(values); "
@@ -83,58 +83,58 @@ def leaves_the_last_element_as_it_found_it(its: Copy) -> None:
 
 
 @planted("fp4_quantize", "outputs", values=_PLAIN)
-def drops_the_sign(its: Copy) -> None:
+def drops_the_sign(its: PatchedCopy) -> None:
     its.line("negative = (flat < 0)", "negative = (flat < -torch.inf)", file="fp4")
 
 
 @planted("fp4_dequantize", "outputs", values=_PLAIN | {"shape": [4, 96]})
-def has_no_subnormal(its: Copy) -> None:
+def has_no_subnormal(its: PatchedCopy) -> None:
     its.line("torch.where(E == 0, m / 16,", "torch.where(E == 0, m * 0,", file="fp4")
 
 
 @planted("nf4_linear", "backward", values=_LAYER)
-def stops_the_gradient_in_the_layer(its: Copy) -> None:
+def stops_the_gradient_in_the_layer(its: PatchedCopy) -> None:
     its.line("return linear(x, _FORM", "return linear(x.detach() + 0 * x, _FORM")
 
 
 @planted("nf4_linear", "outputs", values=_LAYER)
-def forgets_the_bias(its: Copy) -> None:
+def forgets_the_bias(its: PatchedCopy) -> None:
     its.line("x.dtype), bias)", "x.dtype), None)")
 
 
 @planted("nf4_linear", "outputs", values={**_LAYER, "training": False})
-def evaluates_in_bfloat16(its: Copy) -> None:
+def evaluates_in_bfloat16(its: PatchedCopy) -> None:
     its.line("return linear(x, ", "x = x if training else x.bfloat16().to(x.dtype)\n    return linear(x, ")
 
 
 @planted("nf4_linear", "outputs", values=_LAYER, dtype="bfloat16")
-def answers_in_float64(its: Copy) -> None:
+def answers_in_float64(its: PatchedCopy) -> None:
     """Every value is right, and the next layer stops at the dtype."""
     its.line("x.dtype), bias)", "x.dtype), bias).double()")
 
 
 @planted("nf4_linear", "repeatable", values=_LAYER)
-def sums_in_another_order_each_time(its: Copy) -> None:
+def sums_in_another_order_each_time(its: PatchedCopy) -> None:
     its.line("x.dtype), bias)", "x.dtype), bias) * (1 + torch.finfo(x.dtype).eps * (torch.rand(()) * 4).round())")
 
 
 @planted("double_quantize", "outputs", values={"blocks": 257})
-def does_not_subtract_the_mean(its: Copy) -> None:
+def does_not_subtract_the_mean(its: PatchedCopy) -> None:
     its.line("quantize_blockwise(flat - offset,", "quantize_blockwise(flat,", file="double_quant")
 
 
 @planted("double_dequantize", "outputs", values={"blocks": 257})
-def does_not_add_the_mean(its: Copy) -> None:
+def does_not_add_the_mean(its: PatchedCopy) -> None:
     its.line(" + offset.float()", "", file="double_quant")
 
 
 @planted("dynamic_quantize", "outputs", values={"numel": 1024})
-def cuts_where_it_should_round(its: Copy) -> None:
+def cuts_where_it_should_round(its: PatchedCopy) -> None:
     its.line("((code[:-1] + code[1:]) / 2)", "code[1:]", file="dynamic_map")
 
 
 @planted("adamw8bit_step", "outputs", values=_STEP)
-def adds_the_decay_to_the_gradient(its: Copy) -> None:
+def adds_the_decay_to_the_gradient(its: PatchedCopy) -> None:
     """Adam with L2, which is not AdamW."""
     its.line("wide *= 1 - lr * weight_decay", "wide *= 1", file="adamw8bit")
     its.line(
@@ -145,7 +145,7 @@ def adds_the_decay_to_the_gradient(its: Copy) -> None:
 
 
 @planted("adamw8bit_step", "outputs", values=_STEP)
-def counts_its_steps_from_zero(its: Copy) -> None:
+def counts_its_steps_from_zero(its: PatchedCopy) -> None:
     its.line(
         "    dtype = working_dtype(p.dtype)\n    wide",
         "    step -= 1\n    dtype = working_dtype(p.dtype)\n    wide",
@@ -154,27 +154,27 @@ def counts_its_steps_from_zero(its: Copy) -> None:
 
 
 @planted("adamw8bit_step", "output_codes", values=_STEP)
-def keeps_signed_codes_of_the_second_moment(its: Copy) -> None:
+def keeps_signed_codes_of_the_second_moment(its: PatchedCopy) -> None:
     its.line('("v", v, False)', '("v", v, True)', file="adamw8bit")
 
 
 @planted("galore_step", "outputs", values=_GALORE)
-def projects_on_the_other_side(its: Copy) -> None:
+def projects_on_the_other_side(its: PatchedCopy) -> None:
     its.line("R = G if basis.P is None else basis.P.T @ G", "R = G if basis.P is None else basis.P @ G", file="galore")
 
 
 @planted("galore_step", "outputs", values=_GALORE)
-def adds_eps_under_the_root(its: Copy) -> None:
+def adds_eps_under_the_root(its: PatchedCopy) -> None:
     its.line("M / (V.sqrt() + eps)", "M / (V + eps).sqrt()", file="galore")
 
 
 @planted("galore_step", "outputs", values=_GALORE)
-def scales_the_decay_as_well(its: Copy) -> None:
+def scales_the_decay_as_well(its: PatchedCopy) -> None:
     its.line("W.mul_(1 - lr * weight_decay)", "W.mul_(1 - lr * scale * weight_decay)", file="galore")
 
 
 @planted("galore8bit_step", "outputs", values=_GALORE_8)
-def moves_by_the_narrowed_moments(its: Copy) -> None:
+def moves_by_the_narrowed_moments(its: PatchedCopy) -> None:
     its.line(
         "    N: Tensor = correction",
         "    galore_moments.keep(state, M, V)\n    M, V = galore_moments.widened(state, R)\n    N: Tensor = correction",
@@ -183,32 +183,32 @@ def moves_by_the_narrowed_moments(its: Copy) -> None:
 
 
 @planted("galore8bit_step", "output_codes", values=_GALORE_8)
-def keeps_signed_codes_of_a_projected_second_moment(its: Copy) -> None:
+def keeps_signed_codes_of_a_projected_second_moment(its: PatchedCopy) -> None:
     its.line('"V": False', '"V": True', file="galore_moments")
 
 
 @planted("galore8bit_step", "output_codes", values=_GALORE_8)
-def never_narrows_its_moments(its: Copy) -> None:
+def never_narrows_its_moments(its: PatchedCopy) -> None:
     its.line("    galore_moments.keep(state, M, V)\n", "", file="galore")
 
 
 @planted("multi_lora_linear", "outputs", values=_BATCH)
-def gives_all_the_first_adapter(its: Copy) -> None:
+def gives_all_the_first_adapter(its: PatchedCopy) -> None:
     its.line("rows = (chosen == i)", "rows = (chosen.clamp(max=0) == i)", file="multi_lora")
 
 
 @planted("multi_lora_linear", "outputs", values=_BATCH)
-def adapts_who_has_no_adapter(its: Copy) -> None:
+def adapts_who_has_no_adapter(its: PatchedCopy) -> None:
     its.line("rows = (chosen == i)", "rows = (chosen.clamp(min=0) == i)", file="multi_lora")
 
 
 @planted("multi_lora_linear", "outputs", "backward", values=_BATCH)
-def scales_all_alike(its: Copy) -> None:
+def scales_all_alike(its: PatchedCopy) -> None:
     its.line("update = scaling * (", "update = scalings[0] * (", file="multi_lora")
 
 
 @planted("paged_adamw", "outputs", values={"sizes": [1000, 100000]})
-def loses_what_it_pages(its: Copy) -> None:
+def loses_what_it_pages(its: PatchedCopy) -> None:
     its.line(
         "return torch.empty(page.shape, dtype=page.dtype, device=device).copy_(page)",
         "return torch.zeros(page.shape, dtype=page.dtype, device=device)",
@@ -217,22 +217,22 @@ def loses_what_it_pages(its: Copy) -> None:
 
 
 @planted("paged_states", "outputs", values={"sizes": [1000, 99999, 100000, 200000]})
-def pages_everything(its: Copy) -> None:
+def pages_everything(its: PatchedCopy) -> None:
     its.line("isinstance(t, Tensor) and is_paged(t.numel())", "isinstance(t, Tensor) and t.numel() > 1", file="paged")
 
 
 @planted("multi_lora_linear", "layouts", values=_BATCH)
-def reads_a_matrix_as_if_it_were_contiguous(its: Copy) -> None:
+def reads_a_matrix_as_if_it_were_contiguous(its: PatchedCopy) -> None:
     its.line("(x[rows] @ A.T @ B.T)", "(x[rows] @ A.as_strided(A.shape, (A.shape[1], 1)).T @ B.T)", file="multi_lora")
 
 
 @planted("nf4_dequantize", "layouts", values={"shape": [160, 96], "block": 64})
-def reads_constants_as_if_they_were_contiguous(its: Copy) -> None:
+def reads_constants_as_if_they_were_contiguous(its: PatchedCopy) -> None:
     its.line("scale = absmax.float()", "scale = absmax.as_strided(absmax.shape, (1,)).float()", file="dynamic_map")
 
 
 @planted("nf4_linear", "written", values=_LAYER)
-def adds_a_buffer_that_nobody_wrote(its: Copy) -> None:
+def adds_a_buffer_that_nobody_wrote(its: PatchedCopy) -> None:
     """Zeros by luck: NaN where fresh memory says so."""
     its.line(
         "return linear(x, ", "x = x + torch.where((e := torch.empty_like(x)).isnan(), e, 0.0)\n    return linear(x, "
@@ -240,7 +240,7 @@ def adds_a_buffer_that_nobody_wrote(its: Copy) -> None:
 
 
 @planted("double_quantize", "written", values={"blocks": 257})
-def leaves_its_codes_unwritten(its: Copy) -> None:
+def leaves_its_codes_unwritten(its: PatchedCopy) -> None:
     """The right ones by luck: the largest integers where fresh memory says so."""
     its.line(
         "return codes, constants, offset",
@@ -250,17 +250,17 @@ def leaves_its_codes_unwritten(its: Copy) -> None:
 
 
 @planted("adamw8bit_step", "arguments", values=_STEP)
-def moves_the_parameter_it_was_given(its: Copy) -> None:
+def moves_the_parameter_it_was_given(its: PatchedCopy) -> None:
     its.line("    p = p.clone()\n", "")
 
 
 @planted("galore_step", "arguments", values=_GALORE)
-def moves_the_weight_it_was_given(its: Copy) -> None:
+def moves_the_weight_it_was_given(its: PatchedCopy) -> None:
     its.line("    W = W.clone()\n", "")
 
 
 @planted("multi_lora_linear", "repeatable", values=_BATCH)
-def rounds_at_random(its: Copy) -> None:
+def rounds_at_random(its: PatchedCopy) -> None:
     its.line(
         "return multi_lora.multi_lora_linear(x, linear(x, W), As, Bs, scalings, ids)",
         "y = multi_lora.multi_lora_linear(x, linear(x, W), As, Bs, scalings, ids)\n"

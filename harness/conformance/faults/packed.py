@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.faults.patched_copy import Copy
+from harness.conformance.faults.patched_copy import PatchedCopy
 from reference.shared.layers import replace
 
 _BLOCK = 64
 
 
-class Packed(nn.Linear):
+class PackedFault(nn.Linear):
     """A linear layer that keeps its weight in 4 bits and decodes it for each product."""
 
     def __init__(self, dense: nn.Linear, nf4: Any, double_quant: Any, dtype: torch.dtype) -> None:
@@ -34,7 +34,9 @@ class Packed(nn.Linear):
         return nn.functional.linear(x, W.to(x.dtype), self.bias)
 
 
-def pack(copy: Copy, double: bool, model: Any, paths: list[str], dtype: Any) -> dict[str, tuple[Any, Any, int, bool]]:
+def pack(
+    copy: PatchedCopy, double: bool, model: Any, paths: list[str], dtype: Any
+) -> dict[str, tuple[Any, Any, int, bool]]:
     """Replace the layers at `paths`; return path -> (bytes, absmax, block, double), as an implementation of a base does.
 
     double: quantise absmax as well.
@@ -42,7 +44,7 @@ def pack(copy: Copy, double: bool, model: Any, paths: list[str], dtype: Any) -> 
     forms = {}
     double_quant = copy.module("reference.operations.double_quant") if double else None
     for path in paths:
-        packed = Packed(model.get_submodule(path), copy.module(), double_quant, dtype)
+        packed = PackedFault(model.get_submodule(path), copy.module(), double_quant, dtype)
         replace(model, path, packed)
         forms[path] = (packed.weight.data, packed.get_buffer("absmax"), _BLOCK, double)
     return forms

@@ -20,7 +20,7 @@ _SHARED = ("reference.shared.layers",)
 _PACKAGES = ("reference", "reference.operations", "reference.shared")
 
 
-class Copy:
+class PatchedCopy:
     """A copy of the module `name`, and of whatever it imports from the reference; the originals are never touched."""
 
     def __init__(self, name: str) -> None:

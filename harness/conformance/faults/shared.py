@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.faults import planted_in
-from harness.conformance.faults.patched_copy import Copy
+from harness.conformance.faults.patched_copy import PatchedCopy
 
 _LOW = {"rank": 3, "alpha": 8.0}
 _ADDS: dict[str, dict[str, Any]] = {
@@ -32,17 +32,17 @@ Right = Callable[[Tensor], Tensor]
 
 
 @planted_in(ALL, "strides")
-def reads_a_view_as_if_it_were_contiguous(its: Copy) -> None:
+def reads_a_view_as_if_it_were_contiguous(its: PatchedCopy) -> None:
     its.forward(lambda _, x, right: right(x.as_strided(x.shape, torch.empty(x.shape, device="meta").stride())))
 
 
 @planted_in(ALL, "vector")
-def makes_a_matrix_of_a_vector(its: Copy) -> None:
+def makes_a_matrix_of_a_vector(its: PatchedCopy) -> None:
     its.forward(lambda _, x, right: right(torch.atleast_2d(x)))
 
 
 @planted_in(ALL, "poison")
-def leaves_a_column_unwritten(its: Copy) -> None:
+def leaves_a_column_unwritten(its: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         out = right(x)
         return out + unwritten(out) if out.numel() else out
@@ -57,7 +57,7 @@ def unwritten(like: Tensor) -> Tensor:
 
 
 @planted_in(ALL, "model")
-def trains_only_behind_another(its: Copy) -> None:
+def trains_only_behind_another(its: PatchedCopy) -> None:
     """Takes an input that needs no gradient, as the first layer of a model gets it, for inference."""
 
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
@@ -68,7 +68,7 @@ def trains_only_behind_another(its: Copy) -> None:
 
 
 @planted_in(ALL, "save")
-def computes_otherwise_at_its_first_use(its: Copy) -> None:
+def computes_otherwise_at_its_first_use(its: PatchedCopy) -> None:
     """No checkpoint tells a layer that was used from one that was not."""
 
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
@@ -79,12 +79,12 @@ def computes_otherwise_at_its_first_use(its: Copy) -> None:
 
 
 @planted_in(_ADDS, "detach")
-def leaves_its_layers_behind(its: Copy) -> None:
+def leaves_its_layers_behind(its: PatchedCopy) -> None:
     its.then(lambda adapted: setattr(adapted, "detach", lambda: None))
 
 
 @planted_in(DROP, "dropout")
-def drops_nothing(its: Copy) -> None:
+def drops_nothing(its: PatchedCopy) -> None:
     def change(adapted: Any) -> None:
         for layer in adapted.layers.values():
             layer.dropout = nn.Identity()
@@ -93,12 +93,12 @@ def drops_nothing(its: Copy) -> None:
 
 
 @planted_in({"full": {}, "galore": ALL["galore"]}, "base", "identity")
-def changes_a_weight_when_it_is_attached(its: Copy) -> None:
+def changes_a_weight_when_it_is_attached(its: PatchedCopy) -> None:
     its.then(lambda adapted: adapted.layers["first"].weight.data.mul_(1.01))
 
 
 @planted_in({method: where for method, where in _ADDS.items() if method != "pissa"}, "base")
-def rounds_a_weight_that_it_does_not_adapt(its: Copy) -> None:
+def rounds_a_weight_that_it_does_not_adapt(its: PatchedCopy) -> None:
     def change(adapted: Any) -> None:
         weight = adapted.model.other.weight
         weight.data = weight.data.bfloat16().to(weight.dtype)

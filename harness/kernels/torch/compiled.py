@@ -87,13 +87,13 @@ class Compiled:
         tensors: each with the dtype and the shape to view the beginning of its memory in. out: those that are written to.
         Whatever happens in the compiler, or in what it made, is one warning, no error.
         """
-        failure, mend = "did not compile", "A C++ compiler with OpenMP (g++) mends it; "
+        failure, hint = "did not compile", "A C++ compiler with OpenMP (g++) mends it; "
         try:
             with torch.inference_mode(False), torch.no_grad():
                 views = [_view(*tensor) for tensor in tensors]
                 torch.get_num_threads()  # tells OpenMP, too, in a thread that is new
                 run = self._run or self._compile(views)
-                failure, mend = "compiled, and then failed", ""
+                failure, hint = "compiled, and then failed", ""
                 run(views)
         except NotCompiled:
             return False
@@ -101,7 +101,7 @@ class Compiled:
             self._failed = True
             warnings.warn(
                 f"harness.kernels.torch.compiled: {self._function.__name__} {failure}; from now on it runs uncompiled, several "
-                f"times slower: {type(error).__name__}: {str(error).strip()[:300]}. {mend}"
+                f"times slower: {type(error).__name__}: {str(error).strip()[:300]}. {hint}"
                 "PEFT_HARNESS_COMPILE=0 compiles nothing and says nothing",
                 RuntimeWarning,
                 stacklevel=3,

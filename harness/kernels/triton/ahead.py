@@ -36,7 +36,7 @@ Table = dict[str, dict[str, dict[str, int]]]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class KernelVerdict:
     """What became of one specimen. found: None if it did not compile. faults: empty if it passes."""
 
     name: str
@@ -88,14 +88,14 @@ def faults(specimen: Specimen, found: MachineCode, architecture: int, limit: int
         yield f"{found.fused_multiply_adds} fused multiply-adds, where every rounding was promised"
 
 
-def judged(module: str, architecture: int, limits: dict[str, int]) -> list[Verdict]:
+def judged(module: str, architecture: int, limits: dict[str, int]) -> list[KernelVerdict]:
     """Compile and judge the specimens of one module; whatever an import or a compiler raises is a fault of theirs."""
     from harness.kernels.triton.machine_code import machine_code
 
     try:
         specimens = getattr(importlib.import_module(f"{__package__}.{module}"), "SPECIMENS", [])
     except Exception as error:  # noqa: BLE001 - one module that does not import hides no other's verdict
-        return [Verdict(module, architecture, None, (f"does not import: {_short(error)}",))]
+        return [KernelVerdict(module, architecture, None, (f"does not import: {_short(error)}",))]
     verdicts = []
     for one in specimens:
         if architecture < one.oldest:
@@ -103,10 +103,10 @@ def judged(module: str, architecture: int, limits: dict[str, int]) -> list[Verdi
         try:
             found = machine_code(one, architecture)
         except Exception as error:  # noqa: BLE001 - Triton raises many types, and each is this specimen's verdict
-            verdicts.append(Verdict(one.name, architecture, None, (f"does not compile: {_short(error)}",)))
+            verdicts.append(KernelVerdict(one.name, architecture, None, (f"does not compile: {_short(error)}",)))
         else:
             wrong = tuple(faults(one, found, architecture, limits.get(one.name)))
-            verdicts.append(Verdict(one.name, architecture, found, wrong))
+            verdicts.append(KernelVerdict(one.name, architecture, found, wrong))
     return verdicts
 
 
@@ -115,7 +115,7 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {' | '.join(lines[-3:])[:300]}"
 
 
-def judge_all(chosen: list[str], architectures: list[int], table: Table, version: str) -> list[Verdict]:
+def judge_all(chosen: list[str], architectures: list[int], table: Table, version: str) -> list[KernelVerdict]:
     """Judge the specimens of the chosen modules for all architectures, by two processes."""
     limits = {architecture: table.get(version, {}).get(f"sm_{architecture}", {}) for architecture in architectures}
     # Compilers and threads of torch do not survive a fork; a fresh process has neither.
@@ -135,7 +135,7 @@ def judge_all(chosen: list[str], architectures: list[int], table: Table, version
     ]
 
 
-def entered(table: Table, verdicts: list[Verdict], version: str, architecture: int, *, whole: bool) -> None:
+def entered(table: Table, verdicts: list[KernelVerdict], version: str, architecture: int, *, whole: bool) -> None:
     """Enter the registers that were found; `whole`: forget those of specimens that are no more."""
     found = {one.name: one.found.registers for one in verdicts if one.found and one.architecture == architecture}
     row = table.setdefault(version, {})

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 from harness.analysis import failed_checks
 from harness.errors import Problem, RefusedError, StoreError, UsageError, near
 from harness.records import naming, store
-from harness.records.base_model import Frozen
+from harness.records.base_model import FrozenModel
 from harness.records.record import SCHEMA, Status
 from harness.records.store import Run
 
@@ -32,7 +32,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
 _SHOWN = 3
 
 
-class Provenance(Frozen):
+class Provenance(FrozenModel):
     """baseline.json: where a baseline came from, who keeps it and why."""
 
     schema_: int = Field(default=SCHEMA, alias="schema")
@@ -70,10 +70,10 @@ def find(name: str, baselines: Path = BASELINES) -> Baseline:
     if _NAME.fullmatch(name) and (baselines / name / "run.json").is_file():
         return _read(baselines / name)
     names = [path.parent.name for path in sorted(baselines.glob("[!.]*/run.json"))]
-    mend = (
+    hint = (
         near(name, names, "there are") if names else "`peft-harness baseline promote RUN NAME --reason ...` makes one"
     )
-    raise UsageError(f"no baseline `{name}`", where=str(baselines), mend=mend)
+    raise UsageError(f"no baseline `{name}`", where=str(baselines), hint=hint)
 
 
 def promote(
@@ -107,8 +107,8 @@ def promote(
     try:
         _copy(run.path, [*sealed, "footer.json"], target, provenance)
     except OSError as error:
-        mend = f"make room and see that {baselines} can be written; nothing was promoted"
-        raise StoreError(f"cannot write: {error.strerror}", where=str(target), mend=mend) from error
+        hint = f"make room and see that {baselines} can be written; nothing was promoted"
+        raise StoreError(f"cannot write: {error.strerror}", where=str(target), hint=hint) from error
     return Baseline(name, target, provenance)
 
 
@@ -161,10 +161,10 @@ def _unfit(run: Run) -> Iterator[Problem]:
         failed = ", ".join(c.check for c in failed_checks.failed(record))
         says = f"{names.get(record.cell_id, record.cell_id)} is {record.status.value}"
         why = f"{failed} failed" if failed else record.because
-        yield Problem(f"cells/{record.id}.json", f"{says}: {why}" if why else says, _mend(record.status))
+        yield Problem(f"cells/{record.id}.json", f"{says}: {why}" if why else says, _hint(record.status))
 
 
-def _mend(status: Status) -> str:
+def _hint(status: Status) -> str:
     if status in (Status.OK, Status.NONCONFORMING):
         return "mend what the check found, and run the suite anew"
     return "leave the Cell out (--only) and run anew, or --resume where it can be measured"

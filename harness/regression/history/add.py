@@ -35,7 +35,7 @@ def add(names: Sequence[str], folder: Path, night: str | None = None) -> Exit:
     Raises UsageError for what is no run, no date, or a run that another night has already.
     """
     if night is not None and not night_files.is_night(night):
-        raise UsageError(f"{night!r} is no date", where="--night", mend="write it as 2026-01-31")
+        raise UsageError(f"{night!r} is no date", where="--night", hint="write it as 2026-01-31")
     runs = [store.read_run(store.find_run(name)) for name in names]
     done = Added()
     with night_files.held(folder):
@@ -57,7 +57,7 @@ def add(names: Sequence[str], folder: Path, night: str | None = None) -> Exit:
 
 def _add(run: Run, folder: Path, name: str, done: Added) -> None:
     if not night_files.is_night(name):
-        raise UsageError(f"began on no date: {run.manifest.started!r}", where=str(run.path), mend="name its --night")
+        raise UsageError(f"began on no date: {run.manifest.started!r}", where=str(run.path), hint="name its --night")
     _refuse_other_night(run, folder, name)
     _tell(run, done)
     broken: dict[str, str] = {}
@@ -65,7 +65,7 @@ def _add(run: Run, folder: Path, name: str, done: Added) -> None:
     night = (night_files.read_night(path, broken) if path.exists() else None) or Night(name)
     if broken:  # what cannot be read would be lost by writing the file anew
         what = "; ".join(f"{file}: {why}" for file, why in broken.items())
-        raise UsageError(f"not as `history add` left it: {what}", where=str(path), mend="restore it from git, then add")
+        raise UsageError(f"not as `history add` left it: {what}", where=str(path), hint="restore it from git, then add")
     rows = {(row["cell"], row["run"]): row for row in night.rows}
     places: dict[str, dict[str, str]] = {}
     found = list(_rows(run, places, done))
@@ -87,7 +87,7 @@ def _cells(folder: Path) -> dict[str, Line]:
     if broken:
         what = "; ".join(f"{file}: {why}" for file, why in broken.items())
         raise UsageError(
-            f"not as `history add` left it: {what}", where=str(folder), mend="restore it from git, then add"
+            f"not as `history add` left it: {what}", where=str(folder), hint="restore it from git, then add"
         )
     return known
 
@@ -154,5 +154,5 @@ def _refuse_other_night(run: Run, folder: Path, name: str) -> None:
             raise UsageError(
                 f"run {run.manifest.run} is a pass of the night {path.stem} already",
                 where=f"--night {name}",
-                mend=f"add it with --night {path.stem}, or take it out of {path}",
+                hint=f"add it with --night {path.stem}, or take it out of {path}",
             )

@@ -40,5 +40,5 @@ def picked(history: History, expr: str, option: str = "--cell") -> frozenset[str
     try:
         kept = expand.only(plan, expr).cells
     except UsageError as error:
-        raise UsageError(error.what, where=f"{option} {expr}", mend=error.mend) from error
+        raise UsageError(error.what, where=f"{option} {expr}", hint=error.hint) from error
     return frozenset(cell.cell_id for cell in kept)

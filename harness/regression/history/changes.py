@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Literal
 
 from harness.analysis import tracked_metrics
 from harness.analysis.statistics import anchor, change_points
-from harness.analysis.statistics.change_points import FEWEST, Step
+from harness.analysis.statistics.change_points import FEWEST, LevelChange
 from harness.regression.history.decisions import EVERY, NEAR
-from harness.regression.history.series import Series
+from harness.regression.history.series import HistorySeries
 
 if TYPE_CHECKING:
     from harness.analysis.statistics.change_points import Array
@@ -74,7 +74,7 @@ class Seen:
     last: int = 0
 
 
-def changes(series: Sequence[Series], quantization: Mapping[str, str], sentinels: frozenset[str]) -> Seen:
+def changes(series: Sequence[HistorySeries], quantization: Mapping[str, str], sentinels: frozenset[str]) -> Seen:
     """Find the changes of all series.
 
     quantization: of each Cell's base. sentinels: cell_ids whose times only watch the machine, beside those of the bare base
@@ -99,11 +99,11 @@ def changes(series: Sequence[Series], quantization: Mapping[str, str], sentinels
     return seen
 
 
-def _of_base(one: Series, quantization: Mapping[str, str]) -> bool:
+def _of_base(one: HistorySeries, quantization: Mapping[str, str]) -> bool:
     return tracked_metrics.sentinel(one.metric, quantization.get(one.cell, ""))
 
 
-def _counted(one: Series) -> Iterator[Change]:
+def _counted(one: HistorySeries) -> Iterator[Change]:
     """Yield a change on the first night on which bytes or parameters are not those of the level before."""
     if min(one.values) == max(one.values):
         return
@@ -125,7 +125,7 @@ def _counted(one: Series) -> Iterator[Change]:
         )  # fmt: skip
 
 
-def _scores(scores: Sequence[Series], seen: Seen) -> None:
+def _scores(scores: Sequence[HistorySeries], seen: Seen) -> None:
     import numpy as np
 
     values = [np.array(one.values, dtype=float) for one in scores]
@@ -138,7 +138,7 @@ def _scores(scores: Sequence[Series], seen: Seen) -> None:
             seen.changes.append(_change(one, one.nights, step, step.before, step.after, step.change < 0, back))
 
 
-def _timed(family: str, judged: Sequence[Series], guards: Sequence[Series], seen: Seen) -> None:
+def _timed(family: str, judged: Sequence[HistorySeries], guards: Sequence[HistorySeries], seen: Seen) -> None:
     """Judge the times of one family at one place: each beside the anchor, then the anchor beside the sentinels."""
     import numpy as np
 
@@ -165,10 +165,10 @@ def _timed(family: str, judged: Sequence[Series], guards: Sequence[Series], seen
         if own[-1] == seen.last:
             since = own.index(found[-1].nights[1]) if found else 0
             seen.changes += _suspicion(one, own, row, shared, noise, since)
-    _anchor(Series(EVERY, family, on, nights, [], []), common, _logs(guards, nights), seen)
+    _anchor(HistorySeries(EVERY, family, on, nights, [], []), common, _logs(guards, nights), seen)
 
 
-def _anchor(one: Series, common: Array, guards: Array, seen: Seen) -> None:
+def _anchor(one: HistorySeries, common: Array, guards: Array, seen: Seen) -> None:
     """Watch what was divided away: is it the machine, whose sentinels change too, or what is under test?"""
     import numpy as np
 
@@ -186,7 +186,9 @@ def _anchor(one: Series, common: Array, guards: Array, seen: Seen) -> None:
     seen.machine += [move for move in moves if all(abs(move.nights[1] - o.nights[1]) > NEAR for o in own)]
 
 
-def _steps(one: Series, nights: Sequence[int], logs: Array, shared: float, noise: float | None = None) -> list[Change]:
+def _steps(
+    one: HistorySeries, nights: Sequence[int], logs: Array, shared: float, noise: float | None = None
+) -> list[Change]:
     least = math.log1p(TIMED_LEAST)
     found = change_points.steps(logs, least=least, shared=shared, own=noise)
     return [
@@ -199,7 +201,7 @@ def _steps(one: Series, nights: Sequence[int], logs: Array, shared: float, noise
 
 
 def _suspicion(
-    one: Series, nights: Sequence[int], logs: Array, shared: float, noise: float, since: int
+    one: HistorySeries, nights: Sequence[int], logs: Array, shared: float, noise: float, since: int
 ) -> list[Change]:
     step = change_points.suspect(logs, since=since, least=math.log1p(TIMED_LEAST), shared=shared, own=noise)
     if step is None:
@@ -209,14 +211,20 @@ def _suspicion(
 
 
 def _change(
-    one: Series, nights: Sequence[int], step: Step, before: float, after: float, worse: bool, back: Step | None
+    one: HistorySeries,
+    nights: Sequence[int],
+    step: LevelChange,
+    before: float,
+    after: float,
+    worse: bool,
+    back: LevelChange | None,
 ) -> Change:
     settled = nights[back.at] if back else None
     edge = (nights[step.at - 1], nights[step.at])
     return Change(one.cell, one.metric, one.on, edge, before, after, worse, settled)
 
 
-def _back(later: Sequence[Step], step: Step, least: float) -> Step | None:
+def _back(later: Sequence[LevelChange], step: LevelChange, least: float) -> LevelChange | None:
     """Return the first later change after which the level is where it was before `step`, or beyond."""
     way = math.copysign(1.0, step.change)
     return next((after for after in later if way * (after.after - step.before) < least), None)
@@ -226,7 +234,7 @@ def _noted(change: Change, note: str) -> Change:
     return Change(**{**vars(change), "note": note})
 
 
-def _logs(series: Sequence[Series], nights: Sequence[int]) -> Array:
+def _logs(series: Sequence[HistorySeries], nights: Sequence[int]) -> Array:
     """Return log times of shape (series, nights), NaN where there is none."""
     import numpy as np
 

@@ -85,7 +85,7 @@ def checked(
             _night(history, night)
     with noted(problems):
         if not reason.strip():
-            raise UsageError(f"an empty {text.strip('-')} explains nothing", where=text, mend=_SAYS[text])
+            raise UsageError(f"an empty {text.strip('-')} explains nothing", where=text, hint=_SAYS[text])
     with noted(problems):
         author = who(author)
     if problems:
@@ -99,8 +99,8 @@ def checked(
 def _kept(folder: Path) -> History:
     history = night_files.read(folder)
     if not history.nights:
-        mend = "`peft-harness history add RUN` keeps one; or name the history's folder"
-        raise UsageError(f"no night is kept in {folder}", where="--dir", mend=mend)
+        hint = "`peft-harness history add RUN` keeps one; or name the history's folder"
+        raise UsageError(f"no night is kept in {folder}", where="--dir", hint=hint)
     return history
 
 
@@ -108,14 +108,14 @@ def _metric(history: History, metric: str) -> None:
     there = {name for n in history.nights for row in n.rows for name in row.get("values", ())}
     if metric not in there | {name.partition("/")[0] for name in there} | {EVERY}:
         what = "no such metric in this history" if tracked_metrics.kind(metric) else "not a metric"
-        raise UsageError(f"{what}: {metric!r}", where="METRIC", mend="`peft-harness history show` names them; or `*`")
+        raise UsageError(f"{what}: {metric!r}", where="METRIC", hint="`peft-harness history show` names them; or `*`")
 
 
 def _night(history: History, night: str) -> None:
     nights = [n.night for n in history.nights]
     if night not in nights:
-        mend = f"the last ones are {', '.join(nights[-3:])}"
-        raise UsageError(f"no night {night!r} in this history", where="--night", mend=mend)
+        hint = f"the last ones are {', '.join(nights[-3:])}"
+        raise UsageError(f"no night {night!r} in this history", where="--night", hint=hint)
 
 
 def known(cells: Iterable[str], start: str) -> str:
@@ -124,7 +124,7 @@ def known(cells: Iterable[str], start: str) -> str:
     if len(found) == 1:
         return found[0]
     what = f"{start!r} fits {len(found)} Cells" if found else f"no Cell {start!r} in this history"
-    raise UsageError(what, where="CELL", mend="give (more of) its id, as `peft-harness history show` prints it; or `*`")
+    raise UsageError(what, where="CELL", hint="give (more of) its id, as `peft-harness history show` prints it; or `*`")
 
 
 def who(author: str | None) -> str:
@@ -144,7 +144,7 @@ def who(author: str | None) -> str:
         if said and said[0]:
             return said[0] + (f" <{said[1]}>" if len(said) > 1 and said[1] else "")
     raise UsageError(
-        "who decides this? git knows no user.name here", where="--author", mend='name yourself: --author "..."'
+        "who decides this? git knows no user.name here", where="--author", hint='name yourself: --author "..."'
     )
 
 
@@ -155,5 +155,5 @@ def _append(folder: Path, name: str, line: Line) -> None:
         try:
             before = path.read_text(encoding="utf-8") if path.exists() else ""
         except (OSError, UnicodeDecodeError) as error:
-            raise StoreError(f"cannot read: {error}", where=str(path), mend="restore it from git") from error
+            raise StoreError(f"cannot read: {error}", where=str(path), hint="restore it from git") from error
         night_files.append_line(path, before, line)

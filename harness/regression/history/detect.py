@@ -22,7 +22,7 @@ from harness.regression.history.confirmations import standing
 from harness.regression.history.decisions import NEAR
 from harness.regression.history.differences import between
 from harness.regression.history.night_files import History, Line
-from harness.regression.history.series import Series, series
+from harness.regression.history.series import HistorySeries, series
 
 
 def detect(
@@ -159,7 +159,7 @@ def _confirmation(history: History, change: Change, revisions: tuple[str, str]) 
     return max(near, key=lambda one: one[:2])[2] if near else None
 
 
-def _residue(history: History, known: Sequence[Series]) -> Iterator[dict[str, Any]]:
+def _residue(history: History, known: Sequence[HistorySeries]) -> Iterator[dict[str, Any]]:
     """Yield each place that took over Cells from another: what differs, since when, of how many Cells, by which factor."""
     where: dict[str, dict[str, str]] = {}
     first: dict[str, int] = {}
@@ -169,7 +169,7 @@ def _residue(history: History, known: Sequence[Series]) -> Iterator[dict[str, An
             where[on] = night.places[on]
             first.setdefault(on, index)
             last[on] = index
-    steps: dict[str, dict[str, Series]] = {}
+    steps: dict[str, dict[str, HistorySeries]] = {}
     cells: dict[str, set[str]] = {}
     for one in known:
         cells.setdefault(one.on, set()).add(one.cell)

@@ -9,7 +9,7 @@ from harness.analysis import tracked_metrics
 from harness.regression.history import decisions
 from harness.regression.history.decisions import EVERY
 from harness.regression.history.night_files import History
-from harness.regression.history.series import Series
+from harness.regression.history.series import HistorySeries
 
 NO_RECORD = "no Record"
 
@@ -35,7 +35,7 @@ def stopped(history: History, names: Mapping[str, str]) -> Iterator[dict[str, An
 
 
 def gone(
-    history: History, known: Sequence[Series], names: Mapping[str, str], ended: Container[str]
+    history: History, known: Sequence[HistorySeries], names: Mapping[str, str], ended: Container[str]
 ) -> Iterator[dict[str, Any]]:
     """Yield what a Cell has at a place on an earlier night and not on the last one of that place, grouped by its own last.
 

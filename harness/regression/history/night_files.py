@@ -56,7 +56,7 @@ class History:
 def read(folder: Path) -> History:
     """Read a history. Raises UsageError where there is none; what cannot be read is named in `broken`."""
     if not folder.is_dir():
-        raise UsageError("no history here", where=str(folder), mend="`peft-harness history add RUN` begins one")
+        raise UsageError("no history here", where=str(folder), hint="`peft-harness history add RUN` begins one")
     broken: dict[str, str] = {}
     nights = [read_night(path, broken) for path in sorted(folder.glob("*.jsonl")) if _names_night(path, broken)]
     found = cells(folder, broken)
@@ -143,7 +143,7 @@ def _write(path: Path, text: str) -> None:
         store.write_atomic(path, text.encode())
     except StoreError as error:
         raise StoreError(
-            error.what, where=error.where, mend="make room, or name another --dir; then add again"
+            error.what, where=error.where, hint="make room, or name another --dir; then add again"
         ) from error
 
 
@@ -155,7 +155,7 @@ def held(folder: Path) -> Iterator[None]:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError as error:
         what = f"cannot make the folder: {error.strerror}"
-        raise UsageError(what, where=f"--dir {folder}", mend="name a folder that can be written") from error
+        raise UsageError(what, where=f"--dir {folder}", hint="name a folder that can be written") from error
     try:
         with contextlib.suppress(OSError):  # a file system without locks is no reason to keep nothing
             fcntl.flock(descriptor, fcntl.LOCK_EX)

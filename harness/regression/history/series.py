@@ -12,7 +12,7 @@ from harness.regression.history.night_files import History
 
 
 @dataclass(frozen=True)
-class Series:
+class HistorySeries:
     """nights: indices into the history's nights, rising. values: of each, the median of its passes (of what is counted,
     the largest). passes: how many there were."""
 
@@ -24,7 +24,7 @@ class Series:
     passes: list[int]
 
 
-def series(history: History, only: Container[str] | None = None) -> list[Series]:
+def series(history: History, only: Container[str] | None = None) -> list[HistorySeries]:
     """Return the series of a history, or those of some Cells; each begins at its last reset. Without an empty one.
 
     Never of two places: another machine, driver or torch begins another series.
@@ -46,7 +46,7 @@ def series(history: History, only: Container[str] | None = None) -> list[Series]
     return [one for one in found if one.nights]
 
 
-def _of_cell(cell: str, on: str, nights: list[tuple[int, list[dict[str, float]]]]) -> Iterator[Series]:
+def _of_cell(cell: str, on: str, nights: list[tuple[int, list[dict[str, float]]]]) -> Iterator[HistorySeries]:
     """Yield the series of a Cell at a place, by metric. nights: of each its index, and the values of its passes."""
     order = tuple(nights[0][1][0])
     if all(tuple(values) == order for _, passes in nights for values in passes):
@@ -55,19 +55,19 @@ def _of_cell(cell: str, on: str, nights: list[tuple[int, list[dict[str, float]]]
         rows = [_middles(order, passes) for _, passes in nights]
         columns = dict(zip(order, zip(*rows, strict=True), strict=True))
         for metric in sorted(order):
-            yield Series(cell, metric, on, there, list(columns[metric]), numbers)
+            yield HistorySeries(cell, metric, on, there, list(columns[metric]), numbers)
         return
     for metric in sorted({name for _, passes in nights for values in passes for name in values}):
         some = [(index, got) for index, passes in nights if (got := [one[metric] for one in passes if metric in one])]
         values = [_middle(metric, got) for _, got in some]
-        yield Series(cell, metric, on, [index for index, _ in some], values, [len(got) for _, got in some])
+        yield HistorySeries(cell, metric, on, [index for index, _ in some], values, [len(got) for _, got in some])
 
 
-def _since(one: Series, history: History) -> Series:
+def _since(one: HistorySeries, history: History) -> HistorySeries:
     """Return a series from its last reset on."""
     start = decisions.start(history.resets, one.cell, one.metric) if history.resets else ""
     skip = sum(history.nights[i].night < start for i in one.nights) if start else 0
-    return Series(one.cell, one.metric, one.on, one.nights[skip:], one.values[skip:], one.passes[skip:])
+    return HistorySeries(one.cell, one.metric, one.on, one.nights[skip:], one.values[skip:], one.passes[skip:])
 
 
 def _middles(order: Sequence[str], passes: list[dict[str, float]]) -> list[float]:

@@ -32,7 +32,7 @@ def show(folder: Path, cell: str | None, metric: str | None, *, each_night: bool
                 *tracked_metrics.COUNTED,
             )
         )
-        raise UsageError(f"not a metric: {metric!r}", where="--metric", mend=f"name one of {known}")
+        raise UsageError(f"not a metric: {metric!r}", where="--metric", hint=f"name one of {known}")
     names = named(history)
     found = series(history, picked(history, cell) if cell else None)
     rows: list[dict[str, Any]] = [

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.analysis import tracked_metrics
-from harness.analysis.statistics.paired import Finding
+from harness.analysis.statistics.paired import PairFinding
 from harness.analysis.tracked_metrics import STEP
 from harness.console import say
 from harness.errors import Exit, HarnessError
@@ -99,11 +99,11 @@ def _tried(
 
 def _verdict(word: str, worse: bool) -> Verdict | None:
     """Return what pairs say of a change; that it went the other way refutes one for the worse."""
-    if word == Finding.SLOWER:
+    if word == PairFinding.SLOWER:
         return "regressed"
-    if word == Finding.FASTER:
+    if word == PairFinding.FASTER:
         return "refuted" if worse else "improved"
-    return "refuted" if word == Finding.SAME else None
+    return "refuted" if word == PairFinding.SAME else None
 
 
 def _elsewhere(where: Mapping[str, str], runs: Path) -> list[str]:
@@ -124,7 +124,7 @@ def _pairs(command: str, out: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {name.removeprefix("--"): next(words) for name in words}
     if "cores" in options:
         options["cores"] = int(options["cores"])
-    gate.gate(gate.Asked(old, new, out=out, **{**options, **asked}), as_json=False)
+    gate.gate(gate.PairsRequest(old, new, out=out, **{**options, **asked}), as_json=False)
     found: dict[str, Any] = json.loads((out / gate.DOCUMENT).read_text(encoding="utf-8"))
     return found
 

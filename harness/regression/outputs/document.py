@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from harness.analysis.comparison.against_baseline import Against
-from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B, MEANING, PROCESS_PEAK_B, PROCESS_SHARE, Row
+from harness.analysis.comparison.baseline_rows import (
+    COUNTED_PEAK_B,
+    MEANING,
+    PROCESS_PEAK_B,
+    PROCESS_SHARE,
+    ComparisonRow,
+)
 from harness.records.store import Run
 from harness.regression.baseline.store import Baseline
 
@@ -40,7 +46,7 @@ def document(against: Against, baseline: Baseline, run: Run) -> dict[str, Any]:
     }
 
 
-def _row(row: Row) -> dict[str, Any]:
+def _row(row: ComparisonRow) -> dict[str, Any]:
     return {
         "kind": row.kind.value,
         "word": row.word.value,

@@ -29,7 +29,7 @@ class Outputs:
             odd = {"--junit, --markdown": f"{self.junit} is to be two files at once"}
         if odd:
             raise UsageError(
-                "; ".join(odd.values()), where=", ".join(odd), mend="name a file in a folder that can be written"
+                "; ".join(odd.values()), where=", ".join(odd), hint="name a file in a folder that can be written"
             )
 
     def write(self, findings: Findings, title: str) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.analysis.comparison.baseline_rows import Kind, Row, Unit, Value
-from harness.analysis.verdict_kind import Word
+from harness.analysis.comparison.baseline_rows import ComparisonRow, FindingKind, Unit, Value
+from harness.analysis.verdict_kind import VerdictKind
 from harness.report.formatting import DASH, MIB, MINUS, milliseconds, percent
 
 HEAD = ("Cell", "what", "base", "new", "delta", "interval", "verdict")
@@ -13,22 +13,24 @@ _SHOWN = 20
 """Rows that neither fail nor are left open, of each kind, before the rest is only counted."""
 _KERNEL_S = 1e-3
 """Below that a time has too few digits in ms."""
-ORDER = (Word.FAIL, Word.NOT_RUN, Word.INCONCLUSIVE, Word.PASS)
-LOUD = (Word.FAIL, Word.INCONCLUSIVE)
+ORDER = (VerdictKind.FAIL, VerdictKind.NOT_RUN, VerdictKind.INCONCLUSIVE, VerdictKind.PASS)
+LOUD = (VerdictKind.FAIL, VerdictKind.INCONCLUSIVE)
 
 
-def fields(row: Row) -> tuple[str, ...]:
+def fields(row: ComparisonRow) -> tuple[str, ...]:
     """Return a row's fields, as many as HEAD has."""
     values = (value(row.base, row.unit), value(row.new, row.unit)) if row.valued else ("", "")
     return (row.name, row.what, *values, delta(row), interval(row), verdict(row))
 
 
-def loud(row: Row) -> bool:
+def loud(row: ComparisonRow) -> bool:
     """Say whether a row is shown however many there are."""
-    return row.judged and row.word is not Word.PASS
+    return row.judged and row.word is not VerdictKind.PASS
 
 
-def told(rows: Sequence[Row], kind: Kind, *, everything: bool = False) -> tuple[list[Row], int, int]:
+def told(
+    rows: Sequence[ComparisonRow], kind: FindingKind, *, everything: bool = False
+) -> tuple[list[ComparisonRow], int, int]:
     """Return the rows of a kind to show, the most serious first; how many are left out; how many are the same in both.
 
     everything: leave nothing out, and what is the same is shown too.
@@ -54,7 +56,7 @@ def value(v: Value, unit: Unit) -> str:
     return _time(v) if unit == "s" else percent(v) if unit == "share" else f"{v:,}"
 
 
-def change(row: Row) -> str:
+def change(row: ComparisonRow) -> str:
     """Write both values in words, and by how much they differ where they are written alike; nothing without any."""
     if not row.valued:
         return ""
@@ -62,7 +64,7 @@ def change(row: Row) -> str:
     return f"{before}, now {now}" + (f" ({delta(row)})" if before == now and row.base != row.new else "")
 
 
-def delta(row: Row) -> str:
+def delta(row: ComparisonRow) -> str:
     """Write new minus base: bytes and counts exactly, shares in points, and what it is in per cent."""
     d = row.delta
     if d is None or row.base == row.new:
@@ -78,7 +80,7 @@ def delta(row: Row) -> str:
     return f"{sign}{abs(d):,.0f}{' B' if row.unit == 'B' else ''}{share}"
 
 
-def interval(row: Row) -> str:
+def interval(row: ComparisonRow) -> str:
     """Write the interval of the difference, in points, or of a time in per cent."""
     if row.interval is None:
         return ""
@@ -86,7 +88,7 @@ def interval(row: Row) -> str:
     return f"[{low}, {high}]{' %' if row.unit == 's' else ''}"
 
 
-def verdict(row: Row) -> str:
+def verdict(row: ComparisonRow) -> str:
     """Write a row's word and reason; of what is not judged, the reason alone."""
     if not row.judged:
         return row.reason

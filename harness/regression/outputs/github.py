@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.analysis.comparison.baseline_rows import Findings, Kind, Row
-from harness.analysis.verdict_kind import Word
+from harness.analysis.comparison.baseline_rows import ComparisonRow, FindingKind, Findings
+from harness.analysis.verdict_kind import VerdictKind
 from harness.regression.outputs import formatting
 
 _SHOWN = 10
@@ -14,12 +14,12 @@ _SHOWN = 10
 
 def lines(findings: Findings) -> list[str]:
     """Return the commands: an error for each finding, a warning for what is left open; the last says how many more."""
-    failed, open_ = findings.of(Word.FAIL), findings.of(Word.NOT_RUN, Word.INCONCLUSIVE)
+    failed, open_ = findings.of(VerdictKind.FAIL), findings.of(VerdictKind.NOT_RUN, VerdictKind.INCONCLUSIVE)
     found = _level("error", failed, [f"not as its run left it: {what}" for what in findings.changed])
     return found + _level("warning", open_, [f"unreadable: {why}" for why in findings.unreadable])
 
 
-def _level(level: str, rows: Sequence[Row], files: Sequence[str]) -> list[str]:
+def _level(level: str, rows: Sequence[ComparisonRow], files: Sequence[str]) -> list[str]:
     said = [(row.kind.value, _sentence(row)) for row in rows] + [("files", what) for what in files]
     shown = said if len(said) <= _SHOWN else said[: _SHOWN - 1]
     more = [("more", f"and {len(said) - len(shown)} more; the table has all")] if len(said) > len(shown) else []
@@ -28,8 +28,8 @@ def _level(level: str, rows: Sequence[Row], files: Sequence[str]) -> list[str]:
     ]
 
 
-def _sentence(row: Row) -> str:
-    if row.kind in (Kind.ENVIRONMENT, Kind.ASSETS):
+def _sentence(row: ComparisonRow) -> str:
+    if row.kind in (FindingKind.ENVIRONMENT, FindingKind.ASSETS):
         return f"{row.name}: {row.reason}"
     values = f" {change}" if (change := formatting.change(row)) else ""
     return f"{row.name}: {row.what}{values}: {row.reason}" if row.reason else f"{row.name}: {row.what}{values}"

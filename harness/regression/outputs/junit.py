@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.etree import ElementTree as ET
 
-from harness.analysis.comparison.baseline_rows import MEANING, Findings, Kind, Row
-from harness.analysis.verdict_kind import Word
+from harness.analysis.comparison.baseline_rows import MEANING, ComparisonRow, FindingKind, Findings
+from harness.analysis.verdict_kind import VerdictKind
 from harness.regression.outputs import formatting
 from harness.report import junit_xml
 
-_TAGS = {Word.PASS: "", Word.FAIL: "failure", Word.NOT_RUN: "error", Word.INCONCLUSIVE: "skipped"}
+_TAGS = {
+    VerdictKind.PASS: "",
+    VerdictKind.FAIL: "failure",
+    VerdictKind.NOT_RUN: "error",
+    VerdictKind.INCONCLUSIVE: "skipped",
+}
 
 
 def render(findings: Findings) -> bytes:
@@ -20,7 +25,7 @@ def render(findings: Findings) -> bytes:
     not judged one skipped test for all.
     """
     root = ET.Element("testsuites", name="peft-harness gate")
-    for kind in Kind:
+    for kind in FindingKind:
         rows = [row for row in findings.rows if row.kind is kind]
         if not rows:
             continue
@@ -41,13 +46,13 @@ def render(findings: Findings) -> bytes:
     return junit_xml.document(root)
 
 
-def _by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
+def _by_name(rows: Sequence[ComparisonRow]) -> dict[str, list[ComparisonRow]]:
+    found: dict[str, list[ComparisonRow]] = {}
     for row in rows:
         found.setdefault(row.name, []).append(row)
     return found
 
 
-def _said(row: Row) -> str:
+def _said(row: ComparisonRow) -> str:
     values = f": {change}" if (change := formatting.change(row)) else ""
     return f"{row.what}{values}: {row.reason}" if row.reason else f"{row.what}{values}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from harness.analysis.comparison.baseline_rows import Findings, Kind
+from harness.analysis.comparison.baseline_rows import FindingKind, Findings
 from harness.regression.outputs import formatting
 from harness.regression.outputs.formatting import HEAD
 from harness.report.run_facts import icon
@@ -52,14 +52,20 @@ def _lines(findings: Findings) -> Iterator[tuple[str, str]]:
     """Yield a table's title and a line of it: what needs a look, of every kind; then the rest that differs."""
     rows = [row for row in findings.rows if not row.same]
     for loud in (True, False):
-        for kind in Kind:
+        for kind in FindingKind:
             mine = [row for row in rows if row.kind is kind and formatting.loud(row) is loud]
             for row in sorted(mine, key=lambda row: formatting.ORDER.index(row.word)):
                 yield _title(kind, loud), _line(formatting.fields(row))
 
 
-def _title(kind: Kind, loud: bool) -> str:
-    return kind.value if loud else f"{kind.value}, passed" if kind not in (Kind.TIME, Kind.NEW) else kind.value
+def _title(kind: FindingKind, loud: bool) -> str:
+    return (
+        kind.value
+        if loud
+        else f"{kind.value}, passed"
+        if kind not in (FindingKind.TIME, FindingKind.NEW)
+        else kind.value
+    )
 
 
 def _line(fields: Iterable[str]) -> str:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.analysis.comparison.baseline_rows import TIMES, Findings, Kind
+from harness.analysis.comparison.baseline_rows import TIMES, FindingKind, Findings
 from harness.regression.outputs import formatting
 from harness.regression.outputs.formatting import HEAD
 from harness.report.run_facts import icon
 
-_ORDER = (Kind.TIME, Kind.NEW, *(kind for kind in Kind if kind not in (Kind.TIME, Kind.NEW)))
+_ORDER = (
+    FindingKind.TIME,
+    FindingKind.NEW,
+    *(kind for kind in FindingKind if kind not in (FindingKind.TIME, FindingKind.NEW)),
+)
 """What is not judged first: a terminal shows the end."""
-_GROUPED = (Kind.ENVIRONMENT, Kind.ASSETS)
+_GROUPED = (FindingKind.ENVIRONMENT, FindingKind.ASSETS)
 _LEFT = ("what", "verdict")
 
 
@@ -28,9 +32,9 @@ def lines(findings: Findings, *, everything: bool = False, of: str = HEAD[0]) ->
         if kind in _GROUPED:
             found += [f"{kind.value} not the same, {row.name}: {row.reason}" for row in rows] + [""]
             continue
-        head = f"{kind.value} ({TIMES})" if kind is Kind.TIME else kind.value
+        head = f"{kind.value} ({TIMES})" if kind is FindingKind.TIME else kind.value
         written = [list(formatting.fields(row)) for row in rows]
-        if kind is Kind.TIME:  # said once, above them
+        if kind is FindingKind.TIME:  # said once, above them
             written = [[*line[:-1], "" if line[-1] == TIMES else line[-1]] for line in written]
         found += [head, *_aligned([[of, *HEAD[1:]], *written])]
         found += [f"  and {left_out} more that need no look: --all, or --json"] if left_out else []

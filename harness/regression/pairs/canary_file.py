@@ -31,7 +31,7 @@ def add(path: Path, place: str, cell_id: str, log_ratios: Sequence[float]) -> No
             os.close(handle)
     except OSError as error:
         raise StoreError(
-            f"the canary cannot be written: {error}", where=str(path), mend="make it a file that can be written to"
+            f"the canary cannot be written: {error}", where=str(path), hint="make it a file that can be written to"
         ) from error
 
 

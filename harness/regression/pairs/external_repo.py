@@ -31,7 +31,7 @@ _PATIENCE_S = 60
 
 
 @dataclass(frozen=True)
-class Guest:
+class ExternalRepo:
     """A folder with Python packages inside a git checkout: `top / inside`."""
 
     top: Path
@@ -43,20 +43,20 @@ class Guest:
         return folder / "src" if (folder / "src").is_dir() else folder
 
 
-def find(folder: Path) -> Guest:
+def find(folder: Path) -> ExternalRepo:
     """Return the Guest that a folder is. Raises UsageError for one that is in no checkout."""
     asked = ["git", "-C", str(folder), "rev-parse", "--show-toplevel"]
     try:
         done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=_PATIENCE_S)
     except OSError as error:
-        raise UsageError(f"git cannot be run: {error}", where="--repo", mend="install git") from error
+        raise UsageError(f"git cannot be run: {error}", where="--repo", hint="install git") from error
     if done.returncode:
         why = "is in no git checkout" if folder.is_dir() else "is no folder"
         raise UsageError(
-            f"{folder} {why}", where="--repo", mend="name the folder that holds your package, or its `src`"
+            f"{folder} {why}", where="--repo", hint="name the folder that holds your package, or its `src`"
         )
     top = Path(done.stdout.strip()).resolve()
-    return Guest(top, folder.resolve().relative_to(top))
+    return ExternalRepo(top, folder.resolve().relative_to(top))
 
 
 def packages(said: str, code: Path, variables: Mapping[str, str]) -> frozenset[str]:
@@ -83,7 +83,7 @@ def packages(said: str, code: Path, variables: Mapping[str, str]) -> frozenset[s
     raise HarnessError(
         f"{said} holds no package of an installed plug-in; imported would be: {others or 'none'}",
         where=f"--repo, {code}",
-        mend=f"name the folder that holds the package, and install its entry point (`{GROUP}`), e.g. by `pip install -e`",
+        hint=f"name the folder that holds the package, and install its entry point (`{GROUP}`), e.g. by `pip install -e`",
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.analysis.comparison.pair_verdict import Judged, Sides, judge
+from harness.analysis.comparison.pair_verdict import CellComparison, JudgedPairs, judge
 from harness.analysis.statistics.pair_design import Design
 from harness.analysis.tracked_metrics import STEP
 from harness.cell.measure import cores
@@ -21,7 +21,7 @@ from harness.records import environment, naming, store
 from harness.regression.outputs.files import Outputs
 from harness.regression.pairs import canary_file, findings, table
 from harness.regression.pairs import sides as arms
-from harness.regression.pairs.schedule import Bench, Measured
+from harness.regression.pairs.schedule import Measured, PairsRunner
 from harness.suites import loader
 from harness.suites.expand import Plan, expand
 from harness.suites.expand import only as keep_only
@@ -30,7 +30,7 @@ DOCUMENT, SCHEMA = "pairs.json", 1
 
 
 @dataclass(frozen=True)
-class Asked:
+class PairsRequest:
     """What is compared, how, and where it is told.
 
     repo: whose revisions old and new are; None: the harness's own, or they are implementations.
@@ -54,7 +54,7 @@ class Asked:
     outputs: Outputs = field(default_factory=Outputs)
 
 
-def gate(asked: Asked, as_json: bool, design: Design | None = None) -> Exit:
+def gate(asked: PairsRequest, as_json: bool, design: Design | None = None) -> Exit:
     """Compare two sides by interleaved pairs; prints a table (or the document), returns the exit code.
 
     Raises UsageError for what cannot be compared, HarnessError if a side gives no Record at all.
@@ -66,7 +66,7 @@ def gate(asked: Asked, as_json: bool, design: Design | None = None) -> Exit:
     wanted = _cores(asked)
     if wanted is not None and wanted > (there := cores.allowed()):
         what = f"{wanted} cores are asked for, and this process may use {there}"
-        raise UsageError(what, where="--cores", mend=f"ask for at most {there}")
+        raise UsageError(what, where="--cores", hint=f"ask for at most {there}")
     folder = _folder(asked)
     seed = secrets.randbits(32) if asked.seed is None else asked.seed
     names = naming.full(plan.cells)
@@ -77,7 +77,7 @@ def gate(asked: Asked, as_json: bool, design: Design | None = None) -> Exit:
         print(line, file=sys.stderr)
 
     held: list[int] = []
-    bench: Bench | None = None
+    bench: PairsRunner | None = None
     try:
         with (
             on_request(),
@@ -85,7 +85,7 @@ def gate(asked: Asked, as_json: bool, design: Design | None = None) -> Exit:
             arms.opened(asked.old, asked.new, plan, asked.repo) as sides,
         ):
             matched = arms.pairs(plan, names, sides)
-            bench = Bench(sides, path, folder, design, seed, ("--device", asked.device), say, asked.metric)
+            bench = PairsRunner(sides, path, folder, design, seed, ("--device", asked.device), say, asked.metric)
             where = f"on core {', '.join(map(str, held))}" if held else "on any core"
             say(
                 f"{sides[0].said} against {sides[1].said}: {len(matched)} Cells, {design.first} pairs each, up to "
@@ -115,7 +115,8 @@ def gate(asked: Asked, as_json: bool, design: Design | None = None) -> Exit:
     if no_canary:
         say(f"no canary of this gate: {no_canary}")
     cells = [
-        Sides(one.pair.name, one.records, one.verdicts(design, asked.metric), one.broken or cut) for one in bench.found
+        CellComparison(one.pair.name, one.records, one.verdicts(design, asked.metric), one.broken or cut)
+        for one in bench.found
     ]
     judged = judge(cells, canaries, strict=asked.strict)
     said = (bench.sides[0].said, bench.sides[1].said)
@@ -138,12 +139,12 @@ def _trained(plan: Plan, only: str | None, suite: str = "") -> Plan:
     kept = tuple(cell for cell in plan.cells if cell.training.steps and cell.cell_id not in swept)
     if not kept:
         what = "no Cell of this suite trains, and pairs compare the time of a training step"
-        raise UsageError(what, where=f"--suite {suite}", mend="name a suite with `steps` above 0, such as sentinels")
+        raise UsageError(what, where=f"--suite {suite}", hint="name a suite with `steps` above 0, such as sentinels")
     trained = Plan(kept, {c.cell_id: plan.ids[c.cell_id] for c in kept}, ())
     return keep_only(trained, only) if only is not None else trained
 
 
-def _cores(asked: Asked) -> int | None:
+def _cores(asked: PairsRequest) -> int | None:
     """One on a CPU: threads wait for each other, and for whatever else a core has to do; equal processes with two spread
     twice as widely, or more. A GPU's process wants its threads."""
     if asked.cores is None and (asked.device == "cuda" or (asked.device == "auto" and environment.gpus())):
@@ -151,10 +152,10 @@ def _cores(asked: Asked) -> int | None:
     return asked.cores or 1
 
 
-def _folder(asked: Asked) -> Path:
+def _folder(asked: PairsRequest) -> Path:
     folder = asked.out or store.RUNS / f"{store.now().replace(':', '').replace('-', '')}-pairs-{secrets.token_hex(3)}"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError("holds something already", where=f"--out {folder}", mend="name a new folder")
+        raise UsageError("holds something already", where=f"--out {folder}", hint="name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -166,7 +167,7 @@ def _forget(folder: Path) -> None:
 
 
 def _document(
-    asked: Asked, said: tuple[str, str], seed: int, design: Design, measured: Sequence[Measured], judged: Judged,
+    asked: PairsRequest, said: tuple[str, str], seed: int, design: Design, measured: Sequence[Measured], judged: JudgedPairs,
     canary: list[float] | None,
 ) -> dict[str, Any]:  # fmt: skip
     cells = []
@@ -188,7 +189,7 @@ def _document(
     }  # fmt: skip
 
 
-def _time(cell: Sides, metric: str, judged: Judged) -> dict[str, Any]:
+def _time(cell: CellComparison, metric: str, judged: JudgedPairs) -> dict[str, Any]:
     timed = cell.timed.get(metric)
     return {
         "old_s": cell.seconds(0, metric), "new_s": cell.seconds(1, metric), "verdict": asdict(timed) if timed else None,

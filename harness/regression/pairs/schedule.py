@@ -10,12 +10,12 @@ from pathlib import Path
 from harness.analysis.comparison.pair_ratio import log_ratio, times
 from harness.analysis.statistics.pair_design import Design
 from harness.analysis.statistics.pair_order import order
-from harness.analysis.statistics.paired import Verdict, decide
+from harness.analysis.statistics.paired import PairVerdict, decide
 from harness.analysis.tracked_metrics import STEP
 from harness.errors import HarnessError
 from harness.records.record import Record, Status
 from harness.regression.pairs import sides as arms
-from harness.regression.pairs.sides import Arm, Pair
+from harness.regression.pairs.sides import CellPair, Side
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Measured:
     first, fresh: pairs of Records (old, new) of either stage. lost: why a process run left no Record, if one did not.
     """
 
-    pair: Pair
+    pair: CellPair
     first: list[tuple[Record, Record]] = field(default_factory=list)
     fresh: list[tuple[Record, Record]] = field(default_factory=list)
     lost: str = ""
@@ -46,7 +46,7 @@ class Measured:
                     return f"the {side} side has no steps that took any time"
         return self.lost
 
-    def verdicts(self, design: Design, only: str = "") -> dict[str, Verdict]:
+    def verdicts(self, design: Design, only: str = "") -> dict[str, PairVerdict]:
         """Judge each time that all process runs have, or that one alone, by its metric; none where nothing can be judged."""
         if self.broken or len(self.first) < design.first:
             return {}
@@ -56,14 +56,14 @@ class Measured:
 
 
 @dataclass
-class Bench:
+class PairsRunner:
     """Where and how pairs are run. folder: gets a run folder for each process run. options: of `peft-harness run`.
 
     say: talk, a line for each pair. only: the one metric to judge, or none for all. found: what was measured so far, also
     when somebody interrupts.
     """
 
-    sides: tuple[Arm, Arm]
+    sides: tuple[Side, Side]
     suite: Path
     folder: Path
     design: Design
@@ -73,7 +73,7 @@ class Bench:
     only: str = ""
     found: list[Measured] = field(default_factory=list)
 
-    def measure(self, pairs: Sequence[Pair]) -> None:
+    def measure(self, pairs: Sequence[CellPair]) -> None:
         """Run the first pairs of all Cells; then, for those that they do not settle, fresh ones as planned.
 
         A Cell of which a side does not end well gets no further pairs: it is a finding already, or cannot be timed.
@@ -85,12 +85,12 @@ class Bench:
             for one, more in waiting:
                 self._run(one, one.fresh, more, f"fresh-{len(one.fresh)}")
 
-    def canary(self, pair: Pair) -> tuple[list[float] | None, str]:
+    def canary(self, pair: CellPair) -> tuple[list[float] | None, str]:
         """Run the first pairs of the old side against itself; return their log ratios, or None and why there are none."""
-        twin = Bench(
+        twin = PairsRunner(
             (self.sides[0], self.sides[0]), self.suite, self.folder, self.design, self.seed, self.options, self.say
         )
-        one = Measured(Pair(f"canary {pair.name}", pair.old, pair.old))
+        one = Measured(CellPair(f"canary {pair.name}", pair.old, pair.old))
         twin._run(one, one.first, self.design.first, "canary")
         return (_ratios(one.first), "") if not one.broken else (None, one.broken)
 
@@ -113,7 +113,7 @@ class Bench:
             if one.broken:
                 return
 
-    def _side(self, pair: Pair, side: str, stage: str, turn: int) -> Record:
+    def _side(self, pair: CellPair, side: str, stage: str, turn: int) -> Record:
         arm, cell = (self.sides[0], pair.old) if side == "A" else (self.sides[1], pair.new)
         name = f"{pair.old.cell_id}-{stage}-{turn:02}-{'old' if side == 'A' else 'new'}"
         return arms.run(arm, self.suite, cell, self.folder / name, self.options)

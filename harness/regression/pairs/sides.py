@@ -26,7 +26,7 @@ HERE = "."
 
 
 @dataclass(frozen=True)
-class Arm:
+class Side:
     """One side. said: what it is, for sentences. code: what its processes have first on Python's path: a folder with another
     `harness`, or with a plug-in's package; None: nothing, so that all is as installed.
 
@@ -41,7 +41,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Pair:
+class CellPair:
     """A Cell as the old side and as the new side run it. name: what both are called."""
 
     name: str
@@ -50,7 +50,7 @@ class Pair:
 
 
 @contextlib.contextmanager
-def opened(old: str, new: str, plan: Plan, repo: Path | None = None) -> Iterator[tuple[Arm, Arm]]:
+def opened(old: str, new: str, plan: Plan, repo: Path | None = None) -> Iterator[tuple[Side, Side]]:
     """Give the two arms; revisions are checked out for as long as the context lasts.
 
     A name that an implementation of the suite's Cells has is that implementation. repo: a folder of somebody else's
@@ -61,7 +61,7 @@ def opened(old: str, new: str, plan: Plan, repo: Path | None = None) -> Iterator
     if repo is not None:
         guest = external_repo.find(repo)
         with _revisions(guest.top, (old, new), ()) as found:
-            sides = [Arm(said, guest.code(tree)) for said, tree in found]
+            sides = [Side(said, guest.code(tree)) for said, tree in found]
             theirs = [external_repo.packages(arm.said, arm.code or guest.top, _variables(arm)) for arm in sides]
             first, second = (replace(arm, packages=theirs[0] & theirs[1]) for arm in sides)
             yield first, second
@@ -69,24 +69,24 @@ def opened(old: str, new: str, plan: Plan, repo: Path | None = None) -> Iterator
     known = sorted({cell.implementation for cell in plan.cells})
     named = [name for name in (old, new) if name in known]
     if len(named) == 2:
-        yield tuple(Arm(f"implementation {name}", implementation=name) for name in (old, new))  # type: ignore[misc]
+        yield tuple(Side(f"implementation {name}", implementation=name) for name in (old, new))  # type: ignore[misc]
         return
     if named:
         other = new if old == named[0] else old
         raise UsageError(
             f"`{named[0]}` is an implementation of this suite's Cells, and `{other}` is not",
             where="--pairs",
-            mend=near(other, known, "implementations"),
+            hint=near(other, known, "implementations"),
         )
     top = resources.checkout()
     if top is None:
         raise UsageError(
             f"`{old}` and `{new}` are no implementations of this suite's Cells, and revisions need a checkout with git",
             where="--pairs",
-            mend=f"name two of {', '.join(known)}, or run from a checkout",
+            hint=f"name two of {', '.join(known)}, or run from a checkout",
         )
     with _revisions(top, (old, new), known) as found:
-        first, second = (Arm(said, tree) for said, tree in found)
+        first, second = (Side(said, tree) for said, tree in found)
         yield first, second
 
 
@@ -105,7 +105,7 @@ def _revisions(top: Path, names: Sequence[str], known: Sequence[str]) -> Iterato
         ]
 
 
-def pairs(plan: Plan, names: dict[str, str], arms: tuple[Arm, Arm]) -> list[Pair]:
+def pairs(plan: Plan, names: dict[str, str], arms: tuple[Side, Side]) -> list[CellPair]:
     """Match the plan's Cells: of implementations those that differ in nothing else, of revisions each with itself.
 
     names: by cell_id. Raises UsageError where nothing matches.
@@ -118,14 +118,14 @@ def pairs(plan: Plan, names: dict[str, str], arms: tuple[Arm, Arm]) -> list[Pair
             raise UsageError(
                 f"no Cell of this suite is computed by {', '.join(sorted(packages))}",
                 where="--repo",
-                mend="name a suite by --suite whose Cells have `implementation:` of that package",
+                hint="name a suite by --suite whose Cells have `implementation:` of that package",
             )
-        return [Pair(names[cell.cell_id], cell, cell) for cell in mine]
+        return [CellPair(names[cell.cell_id], cell, cell) for cell in mine]
     if old is None or new is None:
-        return [Pair(names[cell.cell_id], cell, cell) for cell in plan.cells]
+        return [CellPair(names[cell.cell_id], cell, cell) for cell in plan.cells]
     found = {(_but(cell), cell.implementation): cell for cell in plan.cells}
     matched = [
-        Pair(names[cell.cell_id], cell, found[_but(cell), new])
+        CellPair(names[cell.cell_id], cell, found[_but(cell), new])
         for cell in plan.cells
         if cell.implementation == old and (_but(cell), new) in found
     ]
@@ -133,12 +133,12 @@ def pairs(plan: Plan, names: dict[str, str], arms: tuple[Arm, Arm]) -> list[Pair
         raise UsageError(
             f"no Cell of {old} has one of {new} beside it that differs in nothing else",
             where="--pairs",
-            mend=f"write `implementation: [{old}, {new}]` in the suite, or choose other Cells by --only",
+            hint=f"write `implementation: [{old}, {new}]` in the suite, or choose other Cells by --only",
         )
     return matched
 
 
-def run(arm: Arm, suite: Path, cell: Cell, folder: Path, options: Sequence[str] = ()) -> Record:
+def run(arm: Side, suite: Path, cell: Cell, folder: Path, options: Sequence[str] = ()) -> Record:
     """Run one Cell by the arm's own `peft-harness run`, in a process of its own, and return its Record.
 
     folder: becomes the run folder. options: more for the verb. Raises HarnessError if no Record came of it.
@@ -157,12 +157,12 @@ def run(arm: Arm, suite: Path, cell: Cell, folder: Path, options: Sequence[str] 
         raise HarnessError(
             f"{arm.said} gave no Record of {cell.label} (exit code {code}): {' '.join(said[-3:])}",
             where=str(folder),
-            mend=f"see what `{' '.join(command[3:])}` says there",
+            hint=f"see what `{' '.join(command[3:])}` says there",
         )
     return records[-1]
 
 
-def _variables(arm: Arm) -> dict[str, str]:
+def _variables(arm: Side) -> dict[str, str]:
     variables = dict(os.environ)
     if arm.code is not None:
         variables["PYTHONPATH"] = os.pathsep.join([str(arm.code), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -202,7 +202,7 @@ def _commit(top: Path, name: str, known: Sequence[str]) -> str:
             f"`{name}` is {'neither' if known else 'not'} a revision of {top}"
             + (" nor an implementation of this suite's Cells" if known else ""),
             where="--pairs",
-            mend=f"name {two}commits, branches, tags, or `{HERE}` for the checkout as it stands",
+            hint=f"name {two}commits, branches, tags, or `{HERE}` for the checkout as it stands",
         )
     return found.stdout.strip()
 
@@ -220,7 +220,7 @@ def _checked_out(top: Path, commit: str) -> Iterator[Path]:
             raise HarnessError(
                 f"git cannot check {commit[:12]} out: {added.stderr.strip()}",
                 where=str(top),
-                mend="see `git worktree list`, and `git worktree prune`",
+                hint="see `git worktree list`, and `git worktree prune`",
             )
         try:
             yield tree

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from harness.analysis.comparison.baseline_costs import PEAK
-from harness.analysis.comparison.pair_verdict import Judged, Sides
+from harness.analysis.comparison.pair_verdict import CellComparison, JudgedPairs
 from harness.analysis.tracked_metrics import STEP
-from harness.analysis.verdict_kind import Word
+from harness.analysis.verdict_kind import VerdictKind
 from harness.report.terminal import aligned
 
 _HEAD = ["Cell", "verdict", "old ms", "new ms", "change", "95 % interval", "adjusted p", "finds"]
 
 
-def lines(judged: Judged) -> list[str]:
+def lines(judged: JudgedPairs) -> list[str]:
     """Return the lines. finds: the smallest slow-down that the planned pairs find with 80 % power."""
     found = aligned([_HEAD, *(_row(cell, metric, judged) for cell in judged.cells for metric in cell.timed or (STEP,))])
     found.append("")
@@ -19,7 +19,7 @@ def lines(judged: Judged) -> list[str]:
         if not cell.timed:
             found.append(f"not timed: {cell.name}: {cell.because or 'it has no steps that could be timed'}")
     for row in judged.rows:
-        if row.word is not Word.PASS or (row.delta and not row.same and row.what != PEAK):
+        if row.word is not VerdictKind.PASS or (row.delta and not row.same and row.what != PEAK):
             values = "" if row.base is None or row.new is None else f" ({row.base} -> {row.new})"
             found.append(f"{row.word.value}: {row.name}: {row.what} {row.reason}{values}")
     found.append(judged.canaries.sentence)
@@ -27,7 +27,7 @@ def lines(judged: Judged) -> list[str]:
     return found
 
 
-def _row(cell: Sides, metric: str, judged: Judged) -> list[str]:
+def _row(cell: CellComparison, metric: str, judged: JudgedPairs) -> list[str]:
     old, new = cell.seconds(0, metric), cell.seconds(1, metric)
     times = [f"{1e3 * s:.2f}" if s is not None else "-" for s in (old, new)]
     v = cell.timed.get(metric)

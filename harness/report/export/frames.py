@@ -15,7 +15,7 @@ from harness.records import naming, store
 from harness.records.record import Record
 from harness.report.export import rows
 from harness.report.export.columns import BOOLEAN, FLOAT, INTEGER, TABLES, TEXT, TIME, Column, columns
-from harness.report.export.rows import Row, Value
+from harness.report.export.rows import ExportRow, Value
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -72,7 +72,7 @@ def of(runs: Sequence[store.Run]) -> Numbers:
         for record in run.latest().values():
             newest[_cell(record)] = max(record.attempt, newest.get(_cell(record), 0))
     names = naming.recipes(record.cell for record in found.values())
-    made: dict[str, list[Row]] = {
+    made: dict[str, list[ExportRow]] = {
         "cells": [
             rows.cell(record, names[record.cell.recipe_id], latest=newest.get(_cell(record)) == record.attempt)
             for record in found.values()
@@ -118,7 +118,7 @@ def _place(run: store.Run) -> Callable[[Record], tuple[int, int]]:
     return lambda record: (places.get(record.cell_id, len(places)), record.attempt)
 
 
-def _frame(table: str, made: Sequence[Row]) -> tuple[DataFrame, list[Column]]:
+def _frame(table: str, made: Sequence[ExportRow]) -> tuple[DataFrame, list[Column]]:
     """Return a frame and what its columns are."""
     names = list(dict.fromkeys(name for row in made for name in row))
     declared = columns(table, names)

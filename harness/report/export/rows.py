@@ -12,15 +12,15 @@ from harness.records.record import Environment, Json, Measurements, Memory, Pred
 from harness.report.export.columns import GPU_EDGES, GPU_PHASE, GPU_STATE
 
 Value = bool | int | float | str | None
-Row = dict[str, Value]
+ExportRow = dict[str, Value]
 
 
-def key(record: Record) -> Row:
+def key(record: Record) -> ExportRow:
     """Return what tells the rows of one attempt from all others."""
     return {"run": record.run, "cell_id": record.cell_id, "attempt": record.attempt}
 
 
-def cell(record: Record, label: str, *, latest: bool) -> Row:
+def cell(record: Record, label: str, *, latest: bool) -> ExportRow:
     """Return the one row of an attempt."""
     asked, failure = record.cell, record.failure
     keys = asked.config.get(KEY)
@@ -58,7 +58,7 @@ def cell(record: Record, label: str, *, latest: bool) -> Row:
     }
 
 
-def samples(record: Record) -> Iterator[Row]:
+def samples(record: Record) -> Iterator[ExportRow]:
     """Yield a row per raw sample: of training, then of latency."""
     m = record.measurements
     if m is None:
@@ -87,14 +87,14 @@ def samples(record: Record) -> Iterator[Row]:
             }  # fmt: skip
 
 
-def items(record: Record) -> Iterator[Row]:
+def items(record: Record) -> Iterator[ExportRow]:
     """Yield a row per scored test item."""
     accuracy = record.measurements.accuracy if record.measurements else None
     for index, item in enumerate(accuracy.items if accuracy else ()):
         yield {**key(record), "task": record.cell.task, "index": index, "item": item.id, "correct": item.correct}
 
 
-def checks(record: Record) -> Iterator[Row]:
+def checks(record: Record) -> Iterator[ExportRow]:
     """Yield a row per check."""
     for check in record.checks:
         yield {**key(record), **check.model_dump(mode="json")}
@@ -104,9 +104,9 @@ def _plain(value: Json) -> Value:
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
-def _measured(m: Measurements | None) -> Row:
+def _measured(m: Measurements | None) -> ExportRow:
     a = m.accuracy if m else None
-    found: Row = {
+    found: ExportRow = {
         "accuracy": a.value if a else None,
         "accuracy_low": a.low if a else None,
         "accuracy_high": a.high if a else None,
@@ -129,7 +129,7 @@ def _measured(m: Measurements | None) -> Row:
     return found
 
 
-def _of_training(record: Record) -> Row:
+def _of_training(record: Record) -> ExportRow:
     """Return peak and speed of the training; no speed of what failed a check, as in the report."""
     t = record.measurements.training if record.measurements else None
     peak = measurements.training_peak(record) if record.measurements else None
@@ -152,7 +152,7 @@ def _of_training(record: Record) -> Row:
     }
 
 
-def _phases(record: Record) -> Row:
+def _phases(record: Record) -> ExportRow:
     """Return time, peak and own joules of every phase; of one that came twice, the sum and the higher peak."""
     found: dict[str, float] = {}
     own_energy = not measurements.not_its_own_energy(record)
@@ -168,10 +168,10 @@ def _phases(record: Record) -> Row:
     return dict(found)
 
 
-def _gpu(record: Record) -> Row:
+def _gpu(record: Record) -> ExportRow:
     """Return the GPU's side of the training phase."""
     gpu = measurements.training_gpu(record)
-    found: Row = {f"gpu.{name}": getattr(gpu, name, None) for name in GPU_PHASE}
+    found: ExportRow = {f"gpu.{name}": getattr(gpu, name, None) for name in GPU_PHASE}
     for edge in GPU_EDGES:
         state = getattr(gpu, edge, None)
         for name in GPU_STATE:
@@ -180,8 +180,8 @@ def _gpu(record: Record) -> Row:
     return found
 
 
-def _environment(e: Environment) -> Row:
-    found: Row = {
+def _environment(e: Environment) -> ExportRow:
+    found: ExportRow = {
         "id": e.id,
         **{name: e.software.get(name) for name in ("python", "torch", "transformers")},
         **{name: e.machine.get(name) for name in ("os", "cpu")},

@@ -143,7 +143,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Series:
+class ChartSeries:
     """One line of a chart: a value per step."""
 
     label: str
@@ -156,7 +156,7 @@ def smooth(values: Sequence[float], reach: int = 2) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def learning(title: str, series: Sequence[Series]) -> Drawing:
+def learning(title: str, series: Sequence[ChartSeries]) -> Drawing:
     """Draw the training loss of every step, faint, and its moving mean, each named at its end."""
     c, x, left, right, top, bottom = _steps(
         title,
@@ -174,7 +174,7 @@ def learning(title: str, series: Sequence[Series]) -> Drawing:
     return c.drawing(unnamed=[])
 
 
-def errors(title: str, series: Sequence[Series], allowed: Series) -> Drawing:
+def errors(title: str, series: Sequence[ChartSeries], allowed: ChartSeries) -> Drawing:
     """Draw |loss - float64 loss| of every step on a logarithmic axis, under what is allowed.
 
     What is too small for the axis, and an error of exactly 0, lies on its lower edge.
@@ -197,7 +197,9 @@ def errors(title: str, series: Sequence[Series], allowed: Series) -> Drawing:
     return c.drawing(unnamed=[])
 
 
-def _steps(title: str, description: str, series: Sequence[Series]) -> tuple[Canvas, Scale, float, float, float, float]:
+def _steps(
+    title: str, description: str, series: Sequence[ChartSeries]
+) -> tuple[Canvas, Scale, float, float, float, float]:
     """Start a chart over training steps, with room for names at the right."""
     longest = max((labels.text_width(s.label) for s in series), default=0.0)
     width, height, left, top, bottom = 880, 320, 56, 10, 276
@@ -215,7 +217,7 @@ def _steps(title: str, description: str, series: Sequence[Series]) -> tuple[Canv
 
 def _named(
     c: Canvas,
-    series: Sequence[Series],
+    series: Sequence[ChartSeries],
     lines: Sequence[Sequence[tuple[float, float]]],
     right: float,
     top: float,
@@ -235,7 +237,7 @@ NO_PHASE = "in no phase"
 
 
 @dataclass(frozen=True)
-class Life:
+class PhaseBars:
     """The phases of one Cell: what came before its own work, then its work, in seconds."""
 
     label: str
@@ -243,7 +245,7 @@ class Life:
     phases: Sequence[tuple[str, float]]
 
 
-def phases(title: str, lives: Sequence[Life]) -> Drawing:
+def phases(title: str, lives: Sequence[PhaseBars]) -> Drawing:
     """Draw where each Cell's time went; its start-up stands apart, to the left of the zero line."""
     names = list(dict.fromkeys(name for life in lives for name, _ in life.phases))
     names.sort(key=lambda name: name == NO_PHASE)

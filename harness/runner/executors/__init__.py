@@ -12,7 +12,7 @@ def choose(name: str, jobs: int | None = None, slurm: Sequence[str] = ()) -> Exe
     """Return the executor of that name. jobs: Cells at a time, None as the executor sees fit; slurm: KEY=VALUE of sbatch."""
     if slurm and name != "slurm":
         raise UsageError(
-            "is for --executor slurm", where=f"--slurm {slurm[0]}", mend="leave it out, or add --executor slurm"
+            "is for --executor slurm", where=f"--slurm {slurm[0]}", hint="leave it out, or add --executor slurm"
         )
     if name == "ray":
         from harness.runner.executors.ray import Ray

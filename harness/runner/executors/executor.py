@@ -6,9 +6,9 @@ from collections.abc import Generator, Iterator
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
-from harness.cell.job import Work
+from harness.cell.job import Job
 from harness.records.record import Cell, Record
-from harness.runner.attempt import Terms
+from harness.runner.attempt import RunContext
 
 Device = Literal["cpu", "cuda"]
 
@@ -41,7 +41,7 @@ class Executor(Protocol):
     def device(self, wanted: Literal["auto", "cpu", "cuda"]) -> Device:
         """Return what Cells will run on; raises HarnessError if it is not to be had."""
 
-    def run(self, works: Iterator[Work], terms: Terms, listener: Listener) -> Generator[Record, None, None]:
+    def run(self, works: Iterator[Job], terms: RunContext, listener: Listener) -> Generator[Record, None, None]:
         """Give the Record of each attempt as it ends, in any order. Closing the iterator kills what still runs.
 
         An attempt's log is there from when `works` gave it: its number is used up, whatever happens.

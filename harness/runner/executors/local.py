@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Literal
 
-from harness.cell.job import Work
+from harness.cell.job import Job
 from harness.errors import HarnessError
 from harness.records import environment, store
 from harness.records.record import Record, Status
 from harness.runner import gpus
-from harness.runner.attempt import WORKER, Attempt, Ending, Terms, record_of
+from harness.runner.attempt import WORKER, Attempt, Ending, RunContext, record_of
 from harness.runner.executors.executor import Device, Listener
 
 GPU_PATIENCE_S = 60.0
@@ -32,7 +32,7 @@ class Local:
         self,
         jobs: int = 1,
         command: Sequence[str] = WORKER,
-        look: Callable[[], list[gpus.Gpu]] = gpus.look,
+        look: Callable[[], list[gpus.GpuDevice]] = gpus.look,
         patience: float = GPU_PATIENCE_S,
     ) -> None:
         self.jobs, self.command, self._look, self._patience = jobs, command, look, patience
@@ -50,21 +50,21 @@ class Local:
             raise HarnessError(
                 "no NVIDIA GPU was found",
                 where="--device cuda",
-                mend="run with --device cpu, or see `peft-harness doctor`",
+                hint="run with --device cpu, or see `peft-harness doctor`",
             )
         if there and (cards := self._look()) and self.jobs > len(cards):
             raise HarnessError(
                 f"{self.jobs} Cells at a time want a GPU each, and there are {len(cards)}",
                 where=f"--jobs {self.jobs}",
-                mend=f"--jobs {len(cards)}, or --device cpu",
+                hint=f"--jobs {len(cards)}, or --device cpu",
             )
         return "cuda" if there else "cpu"
 
-    def run(self, works: Iterator[Work], terms: Terms, listener: Listener) -> Generator[Record, None, None]:
+    def run(self, works: Iterator[Job], terms: RunContext, listener: Listener) -> Generator[Record, None, None]:
         """Run them; see Executor.run."""
         at_work: list[Attempt] = []
-        waiting: Work | None = None
-        look: gpus.Look | None = None
+        waiting: Job | None = None
+        look: gpus.GpuProbe | None = None
         since = looked = 0.0
         with selectors.DefaultSelector() as selector:
             try:
@@ -78,7 +78,7 @@ class Local:
                         if waiting.device == "cuda" and look is None:
                             if time.monotonic() - looked < _LOOK_S:
                                 break
-                            look, looked = gpus.Look(self._look), time.monotonic()
+                            look, looked = gpus.GpuProbe(self._look), time.monotonic()
                         if look is not None and not look.over():
                             break
                         if any(one.work.gpu for one in at_work):
@@ -105,7 +105,7 @@ class Local:
                     one.kill()
 
     def _follow(
-        self, selector: selectors.BaseSelector, at_work: list[Attempt], listener: Listener, look: gpus.Look | None
+        self, selector: selectors.BaseSelector, at_work: list[Attempt], listener: Listener, look: gpus.GpuProbe | None
     ) -> Iterator[Record]:
         """Pass on what the workers say, for at most a second, and give the Records of those that have ended."""
         now = time.monotonic()
@@ -124,7 +124,7 @@ class Local:
             at_work.remove(one)  # from here on it kills itself, whatever happens
             yield one.end()
 
-    def _placed(self, work: Work, look: gpus.Look | None, taken: Sequence[str]) -> tuple[Work | None, str]:
+    def _placed(self, work: Job, look: gpus.GpuProbe | None, taken: Sequence[str]) -> tuple[Job | None, str]:
         """Return `work` with its share of this machine; or None, and who keeps it from it. look: one that is over."""
         share: dict[str, object] = {}
         if self.jobs > 1:

@@ -10,11 +10,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from harness.cell.job import Work
+from harness.cell.job import Job
 from harness.errors import HarnessError, StoreError
 from harness.records import environment, store
 from harness.records.record import Cell, Record, Status
-from harness.runner.attempt import WORKER, Ending, Terms, record_of
+from harness.runner.attempt import WORKER, Ending, RunContext, record_of
 from harness.runner.executors.local import Local
 
 SEEN_S = 60.0
@@ -62,20 +62,20 @@ def measure(
 
     Every attempt leaves its Record in the run's folder. Raises UnseenError where that folder, or an asset, is not seen.
     """
-    told = [Work.model_validate_json(work) for work in works]
+    told = [Job.model_validate_json(work) for work in works]
     folder, node = store.RunFolder(Path(told[0].folder)), os.uname().nodename
     for needed in {told[0].folder, *(path for work in told for path in _needed(work))}:
         if not Path(needed).exists():
             error = UnseenError(
                 f"is not there on {node}",
                 where=needed,
-                mend="keep the run (--out) and the cache (PEFT_HARNESS_CACHE) on a file system that every machine sees",
+                hint="keep the run (--out) and the cache (PEFT_HARNESS_CACHE) on a file system that every machine sees",
             )
             error.node = node
             raise error
     most = environment.threads()  # nodes differ: what one holds may be more than this one has
     told = [work.model_copy(update={"threads": min(work.threads, most)}) if work.threads else work for work in told]
-    terms = Terms(folder, environment.describe(most), timeout)
+    terms = RunContext(folder, environment.describe(most), timeout)
     listener = _Listener(Path(wanted) if wanted else None)
     with contextlib.closing(
         Local(command=command or WORKER).run(_each(told, folder, node), terms, listener)
@@ -84,13 +84,13 @@ def measure(
             pass
 
 
-def _needed(work: Work) -> Iterator[str]:
+def _needed(work: Job) -> Iterator[str]:
     yield from (asset.path for asset in (work.model, work.data, work.task.train) if asset)
     if work.task.file:
         yield work.task.file
 
 
-def _each(works: Sequence[Work], folder: store.RunFolder, node: str) -> Iterator[Work]:
+def _each(works: Sequence[Job], folder: store.RunFolder, node: str) -> Iterator[Job]:
     """Give them as they are taken up; the log of each begins with when that was, for `lost` to read."""
     for work in works:
         with contextlib.suppress(OSError):  # what is wrong with the folder, its worker will tell
@@ -98,7 +98,7 @@ def _each(works: Sequence[Work], folder: store.RunFolder, node: str) -> Iterator
         yield work
 
 
-def lost(work: Work, terms: Terms, ending: Ending, submitted: str, over: float) -> Record:
+def lost(work: Job, terms: RunContext, ending: Ending, submitted: str, over: float) -> Record:
     """Return the Record of an attempt whose machine tells no more, since `over` (time.monotonic()): its own, if it is there.
 
     Its time is counted from when a machine took it up. One that none did is lost, whatever ended its machine.

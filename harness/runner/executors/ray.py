@@ -14,11 +14,11 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from harness.cell.job import Work
+from harness.cell.job import Job
 from harness.errors import HarnessError, StoreError
 from harness.records import environment, store
 from harness.records.record import Record, Status
-from harness.runner.attempt import Ending, Terms
+from harness.runner.attempt import Ending, RunContext
 from harness.runner.executors import node
 from harness.runner.executors.executor import Device, Listener
 
@@ -32,13 +32,13 @@ _STORE_B = 80 * 2**20  # the least that Ray takes: nothing goes through its obje
 class _Over:
     """An attempt whose task is over since then; until: when its Record, which is perhaps shown late, must be seen."""
 
-    work: Work
+    work: Job
     ending: Ending
     submitted: str
     since: float
     until: float
 
-    def known(self, terms: Terms) -> bool:
+    def known(self, terms: RunContext) -> bool:
         """Whether its Record is there, or none will come; raises StoreError for one that was written out of our sight."""
         path = terms.folder.record_path(self.work.cell.cell_id, self.work.attempt)
         if path.exists() or time.monotonic() < self.until:
@@ -47,7 +47,7 @@ class _Over:
             raise StoreError(
                 "a machine of the cluster wrote this Record, and it is not seen here",
                 where=str(path),
-                mend="keep the run (--out) on a file system that every machine sees",
+                hint="keep the run (--out) on a file system that every machine sees",
             )
         return True
 
@@ -82,7 +82,7 @@ class Ray:
             import ray
         except ImportError as error:
             raise HarnessError(
-                f"Ray cannot be imported ({error})", where="--executor ray", mend="pip install 'peft-harness[ray]'"
+                f"Ray cannot be imported ({error})", where="--executor ray", hint="pip install 'peft-harness[ray]'"
             ) from error
         told: dict[str, Any] = {"address": address or "local", "log_to_driver": False, "logging_level": "ERROR"}
         if not address:
@@ -94,7 +94,7 @@ class Ray:
             raise HarnessError(
                 f"no Ray answers: {_first_sentence(error, type(error).__name__)}",
                 where=f"RAY_ADDRESS={address}" if address else "a Ray of this machine's own",
-                mend="set RAY_ADDRESS to the head's host:6379, or unset it to start a Ray here",
+                hint="set RAY_ADDRESS to the head's host:6379, or unset it to start a Ray here",
             ) from error
         finally:
             signal.signal(signal.SIGTERM, heard)
@@ -115,13 +115,13 @@ class Ray:
         self._cpus = self._share()
         return self._device
 
-    def run(self, works: Iterator[Work], terms: Terms, listener: Listener) -> Generator[Record, None, None]:
+    def run(self, works: Iterator[Job], terms: RunContext, listener: Listener) -> Generator[Record, None, None]:
         """Run them; see Executor.run."""
         ray = self._ray
         task = ray.remote(
             num_cpus=self._cpus, num_gpus=int(self._device == "cuda"), max_retries=0, max_calls=1
         )(node.measure)  # fmt: skip
-        at_work: dict[Any, tuple[Work, str]] = {}
+        at_work: dict[Any, tuple[Job, str]] = {}
         over: list[_Over] = []
         more = True
         try:
@@ -221,7 +221,7 @@ class Ray:
                     f"a Cell needs {needs} on one node, and the cluster has {has}"
                     + (f" (waited {self._patience:g} s for more)" if self._patience else ""),
                     where="--executor ray",
-                    mend="start nodes that have it (`ray start --address=HEAD:6379`), or choose --device cpu; "
+                    hint="start nodes that have it (`ray start --address=HEAD:6379`), or choose --device cpu; "
                     "what was finished is kept",
                 )
             time.sleep(min(1.0, self._patience))

@@ -16,11 +16,11 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.cell.job import Work
+from harness.cell.job import Job
 from harness.errors import HarnessError, UsageError
 from harness.records import environment, store
 from harness.records.record import Record, Status
-from harness.runner.attempt import Ending, Terms
+from harness.runner.attempt import Ending, RunContext
 from harness.runner.executors import node
 from harness.runner.executors.executor import Device, Listener
 from harness.runner.executors.slurm_states import States
@@ -62,7 +62,7 @@ class Slurm:
             raise HarnessError(
                 "there is no Slurm here: no `sbatch` on the PATH",
                 where="--executor slurm",
-                mend=f"run it on a login node, or with --executor local; {LOCAL}=local tries the same path on this machine",
+                hint=f"run it on a login node, or with --executor local; {LOCAL}=local tries the same path on this machine",
             )
         try:
             import submitit
@@ -70,7 +70,7 @@ class Slurm:
             raise HarnessError(
                 f"submitit cannot be imported ({error})",
                 where="--executor slurm",
-                mend="pip install 'peft-harness[slurm]'",
+                hint="pip install 'peft-harness[slurm]'",
             ) from error
         self._submitit = submitit
         return self
@@ -82,11 +82,11 @@ class Slurm:
         """Return `cuda` if GPUs are asked of Slurm, unless something else is wanted."""
         asked = "gpu" in self._options.get("gres", "") or any(key.startswith("gpus") for key in self._options)
         if wanted == "cuda" and not asked and not self._here:
-            mend = "add --slurm gres=gpu:1, or --slurm gpus-per-node=1"
-            raise UsageError("Slurm is not asked for a GPU", where="--device cuda", mend=mend)
+            hint = "add --slurm gres=gpu:1, or --slurm gpus-per-node=1"
+            raise UsageError("Slurm is not asked for a GPU", where="--device cuda", hint=hint)
         return "cuda" if wanted == "cuda" or (wanted == "auto" and asked) else "cpu"
 
-    def run(self, works: Iterator[Work], terms: Terms, listener: Listener) -> Generator[Record, None, None]:
+    def run(self, works: Iterator[Job], terms: RunContext, listener: Listener) -> Generator[Record, None, None]:
         """Run them; see Executor.run. All are submitted at once."""
         exchange = terms.folder.path.resolve() / "slurm"
         exchange.mkdir(exist_ok=True)
@@ -119,7 +119,7 @@ class Slurm:
             _settle(jobs if self._here else ())
             wanted.unlink(missing_ok=True)
 
-    def _submit(self, exchange: Path, shards: list[list[Work]], terms: Terms, wanted: Path) -> list[Any]:
+    def _submit(self, exchange: Path, shards: list[list[Job]], terms: RunContext, wanted: Path) -> list[Any]:
         executor = self._submitit.AutoExecutor(exchange, cluster="local" if self._here else "slurm")
         minutes = math.ceil(len(shards[0]) * terms.timeout / 60) + _START_MIN
         executor.update_parameters(timeout_min=minutes, name="peft-harness")
@@ -138,11 +138,13 @@ class Slurm:
             raise HarnessError(
                 f"sbatch refuses the array: {words}",
                 where=" ".join(f"--slurm {key}={value}" for key, value in self._options.items()) or "--executor slurm",
-                mend="see what this Slurm takes (`sinfo`, `sacctmgr show assoc`), give it with --slurm KEY=VALUE, "
+                hint="see what this Slurm takes (`sinfo`, `sacctmgr show assoc`), give it with --slurm KEY=VALUE, "
                 "and `--resume` the run",
             ) from error
 
-    def _gather(self, shards: dict[Any, list[Work]], terms: Terms, listener: Listener) -> Generator[Record, None, None]:
+    def _gather(
+        self, shards: dict[Any, list[Job]], terms: RunContext, listener: Listener
+    ) -> Generator[Record, None, None]:
         """Give each Record as it appears; for what an element leaves without one, the Record that says so."""
         left = {work.cell.cell_id: work for shard in shards.values() for work in shard}
         submitted = store.now()
@@ -207,6 +209,6 @@ def _option(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not (key and equals and value):
         raise UsageError(
-            "is not KEY=VALUE", where=f"--slurm {text}", mend="write e.g. --slurm partition=gpu --slurm gres=gpu:1"
+            "is not KEY=VALUE", where=f"--slurm {text}", hint="write e.g. --slurm partition=gpu --slurm gres=gpu:1"
         )
     return key.strip().lstrip("-").replace("_", "-"), value.strip()

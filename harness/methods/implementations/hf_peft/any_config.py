@@ -55,7 +55,7 @@ def any_method(model: Any, config: Any, generator: Any) -> AnyPeft:
                 raise
             what = f"peft refuses this adapter_config: {error}"
             raise ImplementationError(
-                what, where=str(keys["peft_type"]), mend="change its keys, or the model"
+                what, where=str(keys["peft_type"]), hint="change its keys, or the model"
             ) from error
     ignored = [str(w.message) for w in said if "Unexpected keyword arguments" in str(w.message)]
     return (PromptPeft if wanted.is_prompt_learning else AnyPeft)(model, around, ignored)
@@ -67,7 +67,7 @@ def _refuse_unfit(wanted: Any, there: set[str]) -> None:
         if not any(own == name or own.endswith(f".{name}") for own in there):
             ends = sorted({own.rpartition(".")[2] for own in there})
             what = f"none of the model's parameters is `{name}`, which is one of the adapter_config's target_parameters"
-            raise ImplementationError(what, where="peft", mend=f"name others; the model's end in {', '.join(ends)}")
+            raise ImplementationError(what, where="peft", hint=f"name others; the model's end in {', '.join(ends)}")
 
 
 def _gpu() -> bool:

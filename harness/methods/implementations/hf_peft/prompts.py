@@ -81,7 +81,7 @@ def _prompted(
     if kind in IN_THE_CACHE:
         if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             what = f"{kind.value} gives its tokens as a cache, which gradient checkpointing drops"
-            raise UsageError(what, where="peft", mend="write `checkpointing: false`")
+            raise UsageError(what, where="peft", hint="write `checkpointing: false`")
         given = {key: value for key, value in given.items() if key not in CACHES}  # it makes one of its own
         if position_ids is not None:
             given["position_ids"] = position_ids
