@@ -12,6 +12,7 @@ from harness.conformance import checks, faults
 from harness.conformance.case import Case
 from harness.conformance.cell_gate import memory_headroom, parity_gate
 from harness.conformance.comparison.tolerance_policies import exact
+from harness.conformance.faults.patched_copy import PatchedCopy
 from harness.conformance.subject import (
     DTYPES,
     ExpectedCodes,
