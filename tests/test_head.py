@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from harness.cell.training import model as models
-from harness.conformance.tolerance_table import FOOTPRINT_LEDGER
+from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER
 from harness.errors import AssetError
 from harness.records.record import Predicted, Status
 from harness.report import plan_table
