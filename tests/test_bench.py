@@ -27,8 +27,8 @@ from harness.bench import (
 from harness.bench import (
     operation_benchmark as calls,
 )
-from harness.bench.adapted_llama import AdaptedLlama
 from harness.bench import operations as timed_operations
+from harness.bench.adapted_llama import AdaptedLlama
 from harness.bench.planning import BenchRequest, BenchTask
 from harness.bench.results import BenchRow, Ceilings, Samples
 from harness.bench.sizes import MOST_PRODUCTS, MOST_WEIGHTS, SHAPES, BenchSize, sizes
@@ -36,7 +36,7 @@ from harness.bench.steps import STEPS, Backbone
 from harness.cli import bench as command
 from harness.cli import main
 from harness.conformance import operations, parity_suite
-from harness.conformance.outcomes import CheckOutcome
+from harness.conformance.findings.outcomes import CheckOutcome
 from harness.errors import Exit, StoreError, UsageError
 from harness.methods.registry import Implementation, Registry, discover, implements
 from harness.records.environment import describe

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from harness.conformance.tolerance_policies import noise_floor
+from harness.conformance.comparison.tolerance_policies import noise_floor
 from harness.kernels.torch import galore_step
 from harness.kernels.torch.dynamic_quantize import dynamic_map, dynamic_quantize, nearest, tables
 from harness.kernels.torch.multi_lora_linear import multi_lora_linear

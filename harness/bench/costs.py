@@ -59,7 +59,12 @@ def linear_case(s: BenchSize, **more: Any) -> dict[str, Any]:
 
 
 def adapted_linear(
-    weight: Callable[[BenchSize, int], float], *, times: int = 1, trains: str = "AB", norm: bool = False, decoded: bool = False
+    weight: Callable[[BenchSize, int], float],
+    *,
+    times: int = 1,
+    trains: str = "AB",
+    norm: bool = False,
+    decoded: bool = False,
 ) -> tuple[Cost, Cost]:
     """Return the costs (forward, backward) of x W^T plus a low-rank product.
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.bench.costs import BLOCK, Cost, TimedOperation, adapted_linear, dense_bytes, linear_case, low_rank, packed_bytes
+from harness.bench.costs import (
+    BLOCK,
+    Cost,
+    TimedOperation,
+    adapted_linear,
+    dense_bytes,
+    linear_case,
+    low_rank,
+    packed_bytes,
+)
 from harness.bench.sizes import BenchSize
 
 VERA = 16
@@ -54,7 +63,9 @@ TIMED = {
         lambda s: linear_case(s, rank=s.rank), *adapted_linear(dense_bytes, norm=True), per_token=True
     ),
     "vera_linear": TimedOperation(
-        lambda s: linear_case(s, rank=s.rank * VERA), *adapted_linear(dense_bytes, times=VERA, trains="bd"), per_token=True
+        lambda s: linear_case(s, rank=s.rank * VERA),
+        *adapted_linear(dense_bytes, times=VERA, trains="bd"),
+        per_token=True,
     ),
     "multi_lora_linear": _multi_lora_linear(),
 }

@@ -6,7 +6,8 @@ from harness.bench.costs import BLOCK, BLOCK8, Cost, TimedOperation, packed_byte
 from harness.bench.sizes import BenchSize
 
 _FOUR_BIT = TimedOperation(
-    lambda s: {"shape": [s.E, s.D], "block": BLOCK}, Cost(lambda s, i: s.weights * i + packed_bytes(s), lambda s: s.weights)
+    lambda s: {"shape": [s.E, s.D], "block": BLOCK},
+    Cost(lambda s, i: s.weights * i + packed_bytes(s), lambda s: s.weights),
 )
 
 
