@@ -36,7 +36,7 @@ from harness.bench.steps import STEPS, Backbone
 from harness.cli import bench as command
 from harness.cli import main
 from harness.conformance import operations, parity_suite
-from harness.conformance.outcomes import CheckOutcome
+from harness.conformance.findings.outcomes import CheckOutcome
 from harness.errors import Exit, StoreError, UsageError
 from harness.methods.registry import Implementation, Registry, discover, implements
 from harness.records.environment import describe

@@ -22,7 +22,7 @@ from harness.cell.training.counted_step import most_in_step
 from harness.cell.training.head import head_of
 from harness.cell.training.offloaded_weights import drop, unused
 from harness.conformance.subject import DTYPES, adaptable_layers, configure
-from harness.conformance.tolerance_table import FOOTPRINT_LEDGER
+from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER
 from harness.kernels.torch import adamw8bit, packed_weight
 from harness.kernels.torch.nf4_linear import Nf4Linear
 from harness.memory_model import dry_step, isolated_step, shape_cache

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.tolerance_policies import noise_floor
+from harness.conformance.comparison.tolerance_policies import noise_floor
 from harness.kernels.torch import chunks, huge_pages, nf4, packed_weight
 from harness.kernels.torch.nf4_linear import Nf4Linear, nf4_linear
 from harness.kernels.torch.nf4_lora_linear import nf4_lora_linear, packed_lora_linear

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from harness.conformance.tolerance_policies import noise_floor
+from harness.conformance.comparison.tolerance_policies import noise_floor
 from harness.kernels.torch import galore, range_finder
 from harness.kernels.torch.adamw8bit import AdamW8bit
 from harness.kernels.torch.dropout import keep_mask

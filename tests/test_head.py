@@ -25,7 +25,7 @@ from transformers import (
 
 from harness.cell.training import model as models
 from harness.cli import plan
-from harness.conformance.tolerance_table import FOOTPRINT_LEDGER
+from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER
 from harness.errors import AssetError
 from harness.records.record import Predicted, Status
 from harness.suites import loader

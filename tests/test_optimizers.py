@@ -11,8 +11,8 @@ from trainee import Encoder, batches, nothing, setting
 
 from harness.cell.measure.memory import optimizer_tensors, tensor_bytes
 from harness.cell.training import loop, optimizers
+from harness.conformance.comparison.tolerance_policies import exact
 from harness.conformance.subject import configure
-from harness.conformance.tolerance_policies import exact
 from harness.errors import UsageError
 from harness.methods.registry import discover
 from harness.methods.spec import methods

@@ -27,7 +27,7 @@ from conftest import PATIENCE_S, Bench, Finished, eventually, gone, make_bench
 from harness.assets import fetch, table
 from harness.cell.job import Job
 from harness.cli import main
-from harness.conformance.tolerance_table import EPSILON, FOOTPRINT_LEDGER
+from harness.conformance.tolerance_constants import EPSILON, FOOTPRINT_LEDGER
 from harness.errors import Exit
 from harness.records import store
 from harness.records.manifest import Footer

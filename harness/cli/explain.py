@@ -24,7 +24,7 @@ from harness.records.record import Optimizer, Status, Training
 from harness.resources import folder
 
 if TYPE_CHECKING:
-    from harness.conformance.defects import Defect
+    from harness.conformance.findings.defects import Defect
 
 Topic = tuple[str, Callable[[], str]]
 _OPERATIONS = Path(__file__).resolve().parents[1] / "conformance" / "operations"
@@ -180,7 +180,7 @@ def _claims() -> Iterator[Topic]:
 
 
 def _defects() -> Iterator[Topic]:
-    from harness.conformance import defects  # which reads this module's checks
+    from harness.conformance.findings import defects  # which reads this module's checks
 
     for defect in defects.known():
         yield defect.id, partial(_defect, defect, defects.path().parent / defect.reproduction)

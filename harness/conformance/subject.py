@@ -19,7 +19,7 @@ from reference.operations import nf4
 from reference.shared.layers import KINDS, dense_weight, targets
 
 if TYPE_CHECKING:
-    from harness.conformance.tolerance_policies import Judgement
+    from harness.conformance.comparison.tolerance_policies import Judgement
 
 DTYPES = {
     "float64": torch.float64,

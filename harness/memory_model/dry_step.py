@@ -23,7 +23,7 @@ from harness.cell.training import model as models
 from harness.cell.training.batches import Batch, Example, collate
 from harness.cell.training.head import beside, head_of, in_head
 from harness.cell.training.offloaded_weights import drop, unused
-from harness.conformance import whole_model
+from harness.conformance.comparison import whole_model
 from harness.conformance.subject import DTYPES, adaptable_layers, configure
 from harness.errors import UsageError
 from harness.kernels.nf4_format import BLOCK2

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.conformance import matrix, parity_suite
+from harness.conformance import parity_suite
+from harness.conformance.execution import suite_run
 from harness.kernels.triton.dora_gain import dora_gain
 from harness.kernels.triton.dora_linear import dora_linear
 from harness.kernels.triton.lora_linear import lora_linear
@@ -52,7 +53,7 @@ def failures(operation: str, values: dict[str, Any], dtype: str, checks: tuple[s
     function = getattr(importlib.import_module(f"harness.kernels.triton.{operation}"), operation)
     plan = parity_suite.load_operation(operation).model_copy(update={"checks": list(checks)})
     subject = Implementation("triton", "operation", operation, function)
-    results = list(matrix.one_call(subject, plan, values, dtype))
+    results = list(suite_run.one_call(subject, plan, values, dtype))
     assert len(results) == len(checks)
     return [str(result) for result in results if result.outcome is not Outcome.PASS]
 

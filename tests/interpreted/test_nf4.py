@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.conformance.quantised_codes import Kind, values
+from harness.conformance.comparison.quantised_codes import Kind, values
 from harness.kernels.torch import nf4 as dispatched
 from harness.kernels.torch import nf4_linear as linear_module
 from harness.kernels.torch import nf4_lora_linear as lora_module

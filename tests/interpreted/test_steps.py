@@ -12,7 +12,8 @@ from unittest import mock
 import pytest
 import torch
 
-from harness.conformance import matrix, operations, parity_suite
+from harness.conformance import operations, parity_suite
+from harness.conformance.execution import suite_run
 from harness.kernels.triton import adalora_importance, adamw8bit, dynamic_quantize, galore_step, multi_lora_linear
 from harness.methods.registry import implements
 from harness.records.record import Outcome
@@ -53,7 +54,7 @@ def _met() -> list[Any]:
 def test_the_kernel_passes_every_check(function: Callable[..., Any], case: dict[str, Any], dtype: str) -> None:
     offered = implements(function.__name__, name="kernel", kind="operation", dtypes=DTYPES)(function)
     plan = parity_suite.load_operation(function.__name__)
-    results = list(matrix.one_call(offered, plan, case, dtype))
+    results = list(suite_run.one_call(offered, plan, case, dtype))
     assert results
     assert [f"{r.check}: {r.detail}" for r in results if r.outcome is Outcome.FAIL] == []
 
@@ -155,7 +156,7 @@ def test_ranks_and_sums_in_several_pieces_are_added_up() -> None:
         multi_lora_linear.multi_lora_linear
     )
     plan = parity_suite.load_operation("multi_lora_linear").model_copy(update={"checks": ["outputs", "backward"]})
-    results = list(matrix.one_call(offered, plan, case, "float32"))
+    results = list(suite_run.one_call(offered, plan, case, "float32"))
     assert [r.outcome for r in results] == [Outcome.PASS, Outcome.PASS]
 
 

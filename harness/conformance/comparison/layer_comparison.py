@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.inputs import cast
-from harness.conformance.observations import observe
+from harness.conformance.comparison.inputs import cast
+from harness.conformance.comparison.observations import observe
+from harness.conformance.comparison.tolerance_policies import perturbed
 from harness.conformance.subject import ReferenceLayer, Subject
-from harness.conformance.tolerance_policies import perturbed
-from harness.conformance.tolerance_table import PERTURBED_DRAWS
+from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 
 Look = Callable[..., dict[str, Tensor]]
 """`observe`, or another way of looking at a layer that takes the same."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.operations import draw
+from harness.conformance.operation import draw
 
 
 class Masked(nn.Module):

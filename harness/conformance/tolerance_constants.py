@@ -1,4 +1,4 @@
-"""The numbers that decide pass or fail, each with its reason. No torch: conformance and analysis both read them."""
+"""Tolerance constants: the numbers that decide pass or fail, each with its reason. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process that loads plug-ins and says what they offer: `python -m harness.conformance.discovery_worker FD LINE {"points": [..]}`.
+"""A process that loads plug-ins and says what they offer: `python -m harness.conformance.execution.discovery_worker FD LINE {"points": [..]}`.
 
 Writes one JSON line per event to the file descriptor FD: `begin` of an entry point, then `offered` and `broken`, `done`.
 What a plug-in prints to stdout goes to stderr. No torch, unless a plug-in imports it.

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from harness.conformance import parity_suite
 from harness.conformance.case import Case
-from harness.conformance.layer_comparison import reference_runs
-from harness.conformance.results import at, judged
+from harness.conformance.comparison.check_results import at, judged
+from harness.conformance.comparison.layer_comparison import reference_runs
+from harness.conformance.comparison.tolerance_policies import noise_floor, worst_of
 from harness.conformance.subject import Subject
-from harness.conformance.tolerance_policies import noise_floor, worst_of
 from harness.errors import Unsupported
 from harness.records.record import CheckResult
 

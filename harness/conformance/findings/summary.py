@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from harness.conformance.outcomes import CheckOutcome, CheckStatus
+from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.methods.registry import DTYPES
 
 _WORST_FIRST = (

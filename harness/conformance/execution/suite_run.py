@@ -13,8 +13,9 @@ import torch
 from harness.conformance import checks, operations, parity_suite, process_settings
 from harness.conformance.case import Case
 from harness.conformance.case_selection import FEW, CaseSelection
-from harness.conformance.outcomes import CheckOutcome
-from harness.conformance.parity_model import TARGETS, ParityModel, whole
+from harness.conformance.execution.parity_model import TARGETS, ParityModel, whole
+from harness.conformance.findings.outcomes import CheckOutcome
+from harness.conformance.operation import OperationSubject
 from harness.conformance.subject import (
     DTYPES,
     ExpectedCodes,
@@ -192,7 +193,7 @@ def one_call(
     def drawn(seed: int) -> dict[str, Any]:
         return operation.arguments(DTYPES[dtype], torch.Generator().manual_seed(seed), **values)
 
-    subject = operations.OperationSubject(operation, implementation, dtype, drawn(SEED), lambda: drawn(SEED + 1))
+    subject = OperationSubject(operation, implementation, dtype, drawn(SEED), lambda: drawn(SEED + 1))
     case = Case("call", seed=SEED, factors=plan.factors())
     for name in plan.checks:
         yield tried(name, subject, case, f"{operation.name}/{name}/{dtype}/call")

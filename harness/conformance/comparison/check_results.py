@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from harness.conformance.case import Case
-from harness.conformance.tolerance_policies import Judgement
+from harness.conformance.comparison.tolerance_policies import Judgement
 from harness.records.record import CheckResult, Outcome
 
 

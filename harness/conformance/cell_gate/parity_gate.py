@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from harness.conformance import checks, memory_headroom, parity_suite
+from harness.conformance import checks, parity_suite
 from harness.conformance.case import Case
+from harness.conformance.cell_gate import memory_headroom
 from harness.conformance.checks.unreferenced import nudged
-from harness.conformance.inputs import inputs
-from harness.conformance.layer_comparison import beside
-from harness.conformance.results import at, judged, skipped
+from harness.conformance.comparison.check_results import at, judged, skipped
+from harness.conformance.comparison.inputs import inputs
+from harness.conformance.comparison.layer_comparison import beside
+from harness.conformance.comparison.tolerance_policies import noise_floor, worst_of
 from harness.conformance.subject import DTYPES, Subject, attach_reference, begin, configure, load, warm
-from harness.conformance.tolerance_policies import noise_floor, worst_of
 from harness.errors import Unsupported
 from harness.methods.peft_config import UNREFERENCED
 from harness.records.record import CheckResult, Outcome

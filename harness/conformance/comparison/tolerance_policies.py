@@ -1,4 +1,4 @@
-"""The tolerance policies: how far a tensor may be from the float64 reference. Their numbers are in `harness/conformance/tolerance_table`."""
+"""Tolerance policies: how far a tensor may be from the float64 reference, by the numbers of `tolerance_constants`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from harness.conformance.tolerance_table import (
+from harness.conformance.tolerance_constants import (
     BIAS_SIGMAS,
     CARRIED_FACTOR,
     CEILING,

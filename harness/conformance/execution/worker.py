@@ -1,4 +1,4 @@
-"""A process that takes implementations through their parity suites: `python -m harness.conformance.worker FD LINE TASK`.
+"""A process that takes implementations through their parity suites: `python -m harness.conformance.execution.worker FD LINE TASK`.
 
 Writes one JSON line per event to the file descriptor FD: `begin` and `end` of a target, `case`, `tried`, `missing`, `done`.
 What a plug-in prints to stdout goes to stderr. Dies when the other end of the pipe LINE is gone.
@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from harness.conformance.case_selection import CaseSelection
-from harness.conformance.outcomes import CheckOutcome
+from harness.conformance.findings.outcomes import CheckOutcome
 from harness.methods.registry import Implementation, discover, told
 from harness.process.events import Say, speaker
 from harness.records.record import CheckResult, Outcome
@@ -51,12 +51,13 @@ def _try(implementation: Implementation, task: dict[str, Any], before: dict[str,
                 if not f"{module}.".startswith(f"{error.name}."):
                     raise
                 return say(missing=f"needs {module}, which is not installed")
-        from harness.conformance import matrix, process_settings
+        from harness.conformance import process_settings
+        from harness.conformance.execution import suite_run
 
         if changed := process_settings.changed(before):
             process_settings.put_back(before)
             say(tried=_failed(implementation, "settings", "import", f"importing it: {'; '.join(changed)}"))
-        for tried in matrix.run(
+        for tried in suite_run.run(
             implementation, breadth=CaseSelection(**task["breadth"]), dtypes=tuple(task["dtypes"]), begin=begin
         ):
             say(tried=tried.model_dump(mode="json"))

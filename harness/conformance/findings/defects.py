@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from harness import yaml_lines
 from harness.conformance import checks
-from harness.conformance.outcomes import CheckOutcome
+from harness.conformance.findings.outcomes import CheckOutcome
 from harness.errors import Problem, SuiteError, near
 from harness.records.record import CheckResult, FrozenModel, Outcome
 from harness.resources import folder

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from harness.conformance.defects import Defect
-from harness.conformance.outcomes import CheckOutcome, CheckStatus
+from harness.conformance.findings.defects import Defect
+from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.conformance.parity_suite import ParityPlan
 from harness.errors import Exit
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, worst_of
 from harness.conformance.subject import ExpectedCodes, PackedLayer
-from harness.conformance.tolerance_policies import Judgement, exact, noise_floor, worst_of
 from reference.operations import double_quant, nf4
 
 PIECE = 2**22

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.inputs import SIDE
-from harness.conformance.observations import inference
+from harness.conformance.comparison.inputs import SIDE
+from harness.conformance.comparison.observations import inference
 from harness.conformance.parity_suite import CaseShape, Kind
 
 TARGETS = ("first", "second")

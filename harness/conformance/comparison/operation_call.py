@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from harness.conformance.case import Case
-from harness.conformance.operations import OperationSubject, cloned, mapped
+from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed
+from harness.conformance.operation import OperationSubject, cloned, mapped
 from harness.conformance.subject import DTYPES
-from harness.conformance.tolerance_policies import Judgement, noise_floor, perturbed
-from harness.conformance.tolerance_table import PERTURBED_DRAWS
+from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 
 
 def judge(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> tuple[Judgement, str]:

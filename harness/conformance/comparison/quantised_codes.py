@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from harness.conformance.tolerance_policies import Judgement, exact
+from harness.conformance.comparison.tolerance_policies import Judgement, exact
 from reference.operations import nf4
 
 Kind = Literal["normal", "levels", "ties", "zeros", "zero-blocks", "scales", "tiny", "huge", "nan", "infinity"]

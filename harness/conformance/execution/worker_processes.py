@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from harness.conformance.case_selection import FEW, CaseSelection
-from harness.conformance.outcomes import CheckOutcome, CheckStatus
+from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.errors import HarnessError
 from harness.methods.registry import Implementation, Registry, TargetKind, doors
 from harness.process.workers import WorkerPool
@@ -56,7 +56,7 @@ def discover(patience: float = PATIENCE) -> Registry:
     broken: dict[str, str] = {}
     while True:
         at, died, registry = "", "", None
-        for event in children.events("harness.conformance.discovery_worker", {"points": points}, patience):
+        for event in children.events("harness.conformance.execution.discovery_worker", {"points": points}, patience):
             at = event.get("begin", at)
             died = event.get("died", "")
             if "offered" in event:
@@ -123,7 +123,7 @@ def _one_process(
     }  # fmt: skip
     left, at, case = list(targets), targets[0], "start-up"
     began, before = time.monotonic(), len(found.tried)
-    for event in children.events("harness.conformance.worker", words, patience):
+    for event in children.events("harness.conformance.execution.worker", words, patience):
         if "begin" in event:
             name, kind, target = event["begin"]
             at, case = (name, kind, target), "start-up"
