@@ -152,6 +152,6 @@ def test_what_a_method_says_of_its_optimizer_and_factors_is_so(method: str) -> N
     config = configure(method, {key: value for key, value in wanted.items() if key in methods()[method].fields})
     adapted = discover().find("method", method, "reference")(model, config, torch.Generator())
     own = adapted.optimizer(1e-3, 0.0)
-    assert methods()[method].optimizer == ("" if own is None else type(own).__name__)
+    assert methods()[method].spec.optimizer == ("" if own is None else type(own).__name__)
     letters = {name.rpartition(".")[2] for name in adapted.tensors()}
-    assert set(methods()[method].factors) == letters & {"A", "B"}
+    assert set(methods()[method].spec.factors) == letters & {"A", "B"}

@@ -6,14 +6,16 @@ from typing import Any
 
 from harness.errors import Unsupported
 from harness.methods.registry import implements
+from reference.spec import Deviation
 
 DEVIATIONS = (
-    (
-        "dropout",
-        "W0 x + b + (g - 1) W0 d + g s B A d, with d what dropout leaves of x",
-        "W0 (x - d) + b + g (W0 d + s B A d)",
-        "where W0 and s B A nearly cancel, they do so in the accumulator of one product. While g is 1 and B is 0 the output "
-        "is the base's within rounding, not to the last bit; near a dropout of 1, which makes d large, that costs digits",
+    Deviation(
+        topic="dropout",
+        paper="W0 x + b + (g - 1) W0 d + g s B A d, with d what dropout leaves of x",
+        here="W0 (x - d) + b + g (W0 d + s B A d)",
+        why="where W0 and s B A nearly cancel, they do so in the accumulator of one product. While g is 1 and B is 0 "
+        "the output is the base's within rounding, not to the last bit; near a dropout of 1, which makes d large, "
+        "that costs digits",
     ),
 )
 DTYPES = ("float64", "float32", "bfloat16", "float16")

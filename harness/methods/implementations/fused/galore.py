@@ -5,19 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from harness.methods.registry import DTYPES, implements
+from reference.spec import Deviation
 
 DEVIATIONS = (
-    (
-        "singular vectors of a float32 gradient, and of a narrower one",
-        "an SVD in float32",
-        "eigenvectors of the smaller Gram matrix in float64, in which its products are exact",
-        "what an SVD in float32 resolves, float64 resolves by the squares as well; a float64 gradient has an SVD",
+    Deviation(
+        topic="singular vectors of a float32 gradient, and of a narrower one",
+        paper="an SVD in float32",
+        here="eigenvectors of the smaller Gram matrix in float64, in which its products are exact",
+        why="what an SVD in float32 resolves, float64 resolves by the squares as well; a float64 gradient has an SVD",
     ),
-    (
-        "randomised SVD (niter > 0)",
-        "bases by Householder reflections",
-        "by Cholesky in float64 where the columns are far enough from dependent; the sketch is the reference's",
-        "both span the same space",
+    Deviation(
+        topic="randomised SVD (niter > 0)",
+        paper="bases by Householder reflections",
+        here="by Cholesky in float64 where the columns are far enough from dependent; the sketch is the reference's",
+        why="both span the same space",
     ),
 )
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from harness.methods.registry import DTYPES, implements
+from reference.spec import Deviation
 
 DEVIATIONS = (
-    (
-        "exact SVD (niter = 0) of a float32 weight, and of a narrower one",
-        "LAPACK's, in float32",
-        "eigenvectors of the smaller Gram matrix in float64, unless the singular values span more than 2^12",
-        "what an SVD in float32 resolves, float64 resolves by the squares as well; a float64 weight has an SVD",
+    Deviation(
+        topic="exact SVD (niter = 0) of a float32 weight, and of a narrower one",
+        paper="LAPACK's, in float32",
+        here="eigenvectors of the smaller Gram matrix in float64, unless the singular values span more than 2^12",
+        why="what an SVD in float32 resolves, float64 resolves by the squares as well; a float64 weight has an SVD",
     ),
-    (
-        "randomised SVD (niter > 0)",
-        "bases by Householder reflections",
-        "by Cholesky in float64 where the columns are far enough from dependent; the sketch is drawn as the reference's is",
-        "both span the same space",
+    Deviation(
+        topic="randomised SVD (niter > 0)",
+        paper="bases by Householder reflections",
+        here="by Cholesky in float64 where the columns are far enough from dependent; the sketch is drawn as the "
+        "reference's is",
+        why="both span the same space",
     ),
 )
 
