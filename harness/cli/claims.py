@@ -64,7 +64,7 @@ def claims(
       5  no claim was computed
     """
     from harness.claims import claim_file, compute, document, selection, table
-    from harness.process.termination import on_request
+    from harness.process.termination import handle_termination
     from harness.records import environment, store
     from harness.report import claims_page
     from harness.report.html import page_path
@@ -78,7 +78,7 @@ def claims(
     else:
         read = claim_file.load([*claim_file.paths(papers or (() if files else claim_file.names())), *files])
         folders = [store.find_run(name).resolve() for name in runs]
-        with on_request():  # otherwise a child could outlive this process
+        with handle_termination():  # otherwise a child could outlive this process
             software = environment.describe().software
             rows = compute.judged(selection.chosen(read, tiers, ids, headlines=headlines), jobs, folders)
     if page:
