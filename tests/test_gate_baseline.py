@@ -18,8 +18,8 @@ import pytest
 import recorded_run as recorded
 from scipy import stats
 
+from harness.analysis import metrics
 from harness.analysis.comparison.against_baseline import Against, judge
-from harness.analysis.comparison.baseline_costs import COUNTED_PEAK
 from harness.analysis.comparison.baseline_rows import (
     COUNTED_PEAK_B,
     ONE_SEED,
@@ -44,6 +44,7 @@ from harness.records.record import AssetUse, Measurements, Outcome, Phase, Recor
 from harness.regression.baseline import store as baselines
 from harness.regression.outputs import github, junit, markdown
 
+COUNTED_PEAK = metrics.COUNTED_PEAK.quantity
 Change = Callable[[str, Record], Record | None]
 TOP = Path(__file__).resolve().parents[1]
 FUSED = recorded.cells()["fused"].cell_id

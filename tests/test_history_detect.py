@@ -14,7 +14,7 @@ import pytest
 from nights import CELLS, FIRST, SLOWER, detect, regressed
 
 from harness import cli
-from harness.analysis import tracked_metrics
+from harness.analysis import metrics
 from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B
 from harness.cli import main
 from harness.errors import Exit
@@ -282,7 +282,9 @@ def test_a_peak_must_grow_by_sixteen_mebibytes(
     more: int, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def values(cell: str, index: int, _: int) -> dict[str, float]:
-        return {"training_peak_B": 500 * 2**20 + (tracked_metrics.PEAK_BYTES + more if cell == FIRST and index else 0)}
+        return {
+            "training_peak_B": 500 * 2**20 + (metrics.TRAINING_PEAK.slack_B + more if cell == FIRST and index else 0)
+        }
 
     folder = nights.write(tmp_path / "h", CELLS, values, nights=2)
     assert bool(detect(folder, capsys)[1]["candidates"]) == told

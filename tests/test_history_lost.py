@@ -11,9 +11,9 @@ import recorded_run as recorded
 from nights import CELLS, FIRST, detect
 
 from harness.analysis import tracked_metrics
-from harness.analysis.comparison.baseline_costs import ALLOCATED
 from harness.cli import main
 from harness.errors import Exit
+from harness.records.memory import ALLOCATED
 from harness.regression.history import night_files
 
 

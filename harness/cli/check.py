@@ -24,7 +24,6 @@ from harness.errors import Exit, Problem, SuiteError, UsageError, near
 from harness.methods.peft_config import NO_REFERENCE, UNREFERENCED
 from harness.methods.registry import DTYPES, GROUP, Implementation, Registry, TargetKind, targets
 from harness.process.termination import handle_termination
-from harness.records import store
 from harness.report import check_terminal
 
 
@@ -70,7 +69,7 @@ def check(asked: CheckRequest, as_json: bool, junit: Path | None = None, html: P
 def _places(files: dict[str, Path | None]) -> None:
     """Raise UsageError for files that could not be written, before anything takes its minutes."""
     given = {option: file for option, file in files.items() if file is not None}
-    odd = {option: why for option, file in given.items() if (why := store.unwritable(file))}
+    odd = {option: why for option, file in given.items() if (why := unwritable(file))}
     if len({file.absolute() for file in given.values()}) < len(given):
         odd = {"--junit, --html": f"{given['--junit']} is to be two files at once"}
     if odd:

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.analysis import divergence, failed_checks
+from harness.analysis import divergence, failed_checks, metrics
 from harness.analysis.run_facts import RunFacts
 from harness.methods.experts import UNREACHED
 from harness.report import recipes, sections, tables
 from harness.report.formatting import Figure
+from harness.report.table_model import by_key
 from harness.report.tones import icon
-
-# Places in the comparison table's rows; "Against the best" is left to the page, it would make the lines too wide.
-_COLUMNS = {"status": 0, "trainable": 1, "accuracy": 2, "peak MiB": 4, "tok/s": 5, "step ms": 6}
 
 
 def summary(f: RunFacts) -> list[str]:
     """Return the lines of a run's table and verdicts."""
     lines: list[str] = []
     table = tables.comparison(f)
+    headings = {tables.STATUS: "status"} | {m.name: m.terminal_heading for m in metrics.shown() if m.terminal_heading}
     for group in table["groups"]:
-        rows = [[row["name"], *(_text(row["figures"][i]) for i in _COLUMNS.values())] for row in group["rows"]]
-        lines += [*aligned([[group["title"], *_COLUMNS], *rows]), ""]
+        rows = [[group["title"], *headings.values()]]
+        for row in group["rows"]:
+            figures = by_key(table["columns"], row["figures"])
+            rows.append([row["name"], *(_text(figures[key]) for key in headings)])
+        lines += [*aligned(rows), ""]
     if means := recipes.lines(f):
         lines += [*aligned(means), ""]
     for j in f.verdict.judgements:

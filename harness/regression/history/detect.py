@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from harness.analysis import tracked_metrics
+from harness.analysis import metrics, tracked_metrics
 from harness.console import say
 from harness.errors import Exit
 from harness.regression.history import changes, decisions, missing_series, night_files
@@ -61,7 +61,11 @@ def document(
         "nights": [night.night for night in history.nights],
         "series": len(known),
         "compared": seen.compared,
-        "least": {"time": changes.TIMED_LEAST, "accuracy": changes.SCORE_LEAST, "peak_B": tracked_metrics.PEAK_BYTES},
+        "least": {
+            "time": changes.TIMED_LEAST,
+            "accuracy": changes.SCORE_LEAST,
+            "peak_B": metrics.TRAINING_PEAK.slack_B,
+        },
         "candidates": candidates,
         "suspects": [one for one in told if one["standing"] == "suspect"],
         "machine": [_plain(history, change, names) for change in seen.machine],

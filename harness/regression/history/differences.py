@@ -80,9 +80,8 @@ def between(history: History, change: Change) -> Between:
 
 def _by_pairs(metric: str) -> bool:
     """Say whether pairs of runs judge it: the times that code can change, and peaks."""
-    return metric == tracked_metrics.PEAK or (
-        tracked_metrics.kind(metric) == "timed" and not metric.startswith(tracked_metrics.SENTINEL)
-    )
+    kind = tracked_metrics.kind(metric)
+    return kind == "peak" or (kind == "timed" and not metric.startswith(tracked_metrics.SENTINEL))
 
 
 def _outer(history: History, change: Change) -> tuple[Night, Night]:

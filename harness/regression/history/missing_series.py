@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
-from harness.analysis import tracked_metrics
+from harness.analysis import metrics
 from harness.regression.history import decisions
 from harness.regression.history.decisions import EVERY
 from harness.regression.history.night_files import History
@@ -45,9 +45,8 @@ def gone(
     last = {on: index for index, night in enumerate(history.nights) for on in night.places}
     missing: dict[tuple[str, str, int], list[str]] = {}
     for one in known:
-        if (
-            one.metric == tracked_metrics.COUNTED_PEAK
-        ):  # a step is counted only where memory has room for a copy of what it changes
+        declared = metrics.in_history(one.metric)
+        if declared is not None and not declared.always_there:
             continue
         if one.nights[-1] < last[one.on] and one.cell not in ended:
             missing.setdefault((one.cell, one.on, one.nights[-1]), []).append(one.metric)
@@ -57,13 +56,13 @@ def gone(
             for row in history.nights[index].rows:
                 if last[row["on"]] == index:
                     there.setdefault((row["cell"], row["on"]), set()).add(str(row.get("status", "ok")))
-    for (cell, on, index), metrics in sorted(missing.items()):
+    for (cell, on, index), gone_metrics in sorted(missing.items()):
         statuses = there.get((cell, on), {NO_RECORD})
         yield {
             "cell": cell,
             "name": names.get(cell, cell),
             "place": on,
-            "metrics": metrics,
+            "metrics": gone_metrics,
             "night": history.nights[last[on]].night,
             "last": history.nights[index].night,
             "status": "ok" if "ok" in statuses else " and ".join(sorted(statuses)),

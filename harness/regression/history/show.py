@@ -23,15 +23,7 @@ def show(folder: Path, cell: str | None, metric: str | None, *, each_night: bool
     """
     history = night_files.read(folder)
     if metric is not None and not (tracked_metrics.kind(metric) or metric == tracked_metrics.LATENCY):
-        known = ", ".join(
-            (
-                tracked_metrics.STEP,
-                tracked_metrics.LATENCY,
-                tracked_metrics.PEAK,
-                tracked_metrics.ACCURACY,
-                *tracked_metrics.COUNTED,
-            )
-        )
+        known = ", ".join(tracked_metrics.names())
         raise UsageError(f"not a metric: {metric!r}", where="--metric", hint=f"name one of {known}")
     names = named(history)
     found = series(history, picked(history, cell) if cell else None)
