@@ -24,6 +24,7 @@ from harness.errors import Exit, Problem, SuiteError, UsageError, near
 from harness.methods.peft_config import NO_REFERENCE, UNREFERENCED
 from harness.methods.registry import DTYPES, GROUP, Implementation, Registry, TargetKind, targets
 from harness.process.termination import handle_termination
+from harness.records.files import unwritable
 from harness.report import check_terminal
 
 

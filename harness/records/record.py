@@ -36,6 +36,8 @@ from harness.records.training import LATER
 from harness.records.training import Training as Training
 
 SCHEMA = 1
+ADAPTER_CONFIG = "adapter_config"
+"""Key of a Cell's config that holds the whole config of any adapter of PEFT (`method: peft`)."""
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"]
@@ -165,7 +167,7 @@ class Cell(FrozenModel):
         """A short name for tables and progress lines; unique inside most suites, `cell_id` always is."""
         rank = f" r={self.config['rank']}" if "rank" in self.config else ""
         method = "zero-shot" if self.method == "frozen" and self.training.steps == 0 else self.method
-        if isinstance(any_method := self.config.get("adapter_config"), dict):  # `method: peft` says only whose it is
+        if isinstance(any_method := self.config.get(ADAPTER_CONFIG), dict):  # `method: peft` says only whose it is
             method = f"{method} {str(any_method.get('peft_type', '')).lower()}"
         base = "" if self.base.quantization == "none" else f" on {self.base}"
         dtype = "" if self.dtype == "float32" else f" {self.dtype}"

@@ -6,9 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 
 from harness.analysis import contention, failed_checks, measurements, metrics
-from harness.methods.peft_config import KEY
 from harness.records.cost import Checkpoint, Energy
-from harness.records.record import Environment, Json, Measurements, Memory, Predicted, Record
+from harness.records.record import ADAPTER_CONFIG, Environment, Json, Measurements, Memory, Predicted, Record
 from harness.report.export.columns import GPU_EDGES, GPU_PHASE, GPU_STATE
 
 Value = bool | int | float | str | None
@@ -23,7 +22,7 @@ def key(record: Record) -> ExportRow:
 def cell(record: Record, label: str, *, latest: bool) -> ExportRow:
     """Return the one row of an attempt."""
     asked, failure = record.cell, record.failure
-    keys = asked.config.get(KEY)
+    keys = asked.config.get(ADAPTER_CONFIG)
     rank = keys.get("r") if isinstance(keys, dict) else asked.config.get("rank")
     return {
         **key(record),
