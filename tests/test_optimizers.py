@@ -46,17 +46,22 @@ def trained(model: nn.Module, name: Optimizer, implementation: str = "fused", **
         ("adamw", "reference", "torch.optim.adamw.AdamW", None),
         ("adamw", "fused", "torch.optim.adamw.AdamW", None),
         ("adamw-8bit", "reference", "reference.operations.adamw8bit.AdamW8bit", None),
-        ("adamw-8bit", "fused", "harness.kernels.torch.adamw8bit.AdamW8bit", None),
-        ("adamw-8bit", "hf-peft", "harness.kernels.torch.adamw8bit.AdamW8bit", None),
+        ("adamw-8bit", "fused", "harness.kernels.torch.optimizers.adamw8bit.AdamW8bit", None),
+        ("adamw-8bit", "hf-peft", "harness.kernels.torch.optimizers.adamw8bit.AdamW8bit", None),
         ("paged-adamw", "reference", "torch.optim.adamw.AdamW", "reference.operations.paged.Paged"),
-        ("paged-adamw", "fused", "torch.optim.adamw.AdamW", "harness.kernels.torch.paged.Paged"),
+        ("paged-adamw", "fused", "torch.optim.adamw.AdamW", "harness.kernels.torch.optimizers.paged.Paged"),
         (
             "paged-adamw-8bit",
             "reference",
             "reference.operations.adamw8bit.AdamW8bit",
             "reference.operations.paged.Paged",
         ),
-        ("paged-adamw-8bit", "fused", "harness.kernels.torch.adamw8bit.AdamW8bit", "harness.kernels.torch.paged.Paged"),
+        (
+            "paged-adamw-8bit",
+            "fused",
+            "harness.kernels.torch.optimizers.adamw8bit.AdamW8bit",
+            "harness.kernels.torch.optimizers.paged.Paged",
+        ),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -15,9 +15,9 @@ import recorded_run as recorded
 from conftest import Bench, eventually
 from report_page import row
 
-from harness.cli import plan as planning
 from harness.memory_model import cells, counting_client
 from harness.records.record import Evaluation, Predicted, Record
+from harness.report import plan_table as planning
 from harness.report import run_facts, tables
 from harness.suites import loader
 from harness.suites.expand import expand

@@ -28,7 +28,7 @@ def dora(model: Any, config: Any, generator: Any) -> Any:
     Raises Unsupported for a magnitude per input and for a norm with a gradient. A layer over another quantised base computes
     as the reference does, with the base's own product in the place of one with its decoded weight.
     """
-    from harness.kernels.torch.shared_input import meet
+    from harness.kernels.torch.support.shared_input import meet
     from harness.methods.implementations.fused.layers.dora import FusedDoraLinear
     from reference.dora import attach
 

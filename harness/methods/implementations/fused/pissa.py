@@ -32,7 +32,7 @@ def pissa(model: Any, config: Any, generator: Any) -> Any:
     """
     import torch
 
-    from harness.kernels.torch.shared_input import meet
+    from harness.kernels.torch.support.shared_input import meet
     from harness.methods.implementations.fused.layers.pissa import FusedPissaLinear
     from reference.pissa import PissaEmbedding
     from reference.shared.adapted import Adapted
@@ -60,7 +60,7 @@ def _start(weight: Any, config: Any, dtype: Any, generator: Any) -> tuple[Any, A
     """Return (A (R, D), B (E, R), residual (E, D)) in `dtype`, as `reference.pissa.split`."""
     import torch
 
-    from harness.kernels.torch.range_finder import leading_svd, randomised_svd
+    from harness.kernels.torch.support.range_finder import leading_svd, randomised_svd
     from reference.pissa import signed
 
     W = weight.to(torch.promote_types(weight.dtype, torch.float32))
