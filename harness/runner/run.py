@@ -25,9 +25,8 @@ from harness.records import environment, naming, store
 from harness.records.manifest import Footer, Manifest
 from harness.records.record import Environment, Provider, Status
 from harness.report import html, terminal
-from harness.runner import task_assets
+from harness.runner import executors, task_assets
 from harness.runner.attempt import RunContext
-from harness.runner.executors import node
 from harness.runner.executors.executor import Device, Executor
 from harness.runner.executors.local import Local
 from harness.runner.progress import Progress
@@ -101,7 +100,7 @@ def run_suite(
         model_checks.refuse(suite, plan)  # again: now every model is at hand
         times.lap("fetch")
         if old:
-            folder, run_id, done = _reopen(old, here, works, chosen, progress, elsewhere=place.elsewhere)
+            folder, run_id, done = _reopen(old, here, works, chosen, progress, is_remote=place.is_remote)
         else:
             folder, run_id, done = _open(suite, plan, here, out, progress, held)
         times.lap("scheduling")
@@ -250,14 +249,14 @@ def _reopen(
     device: str,
     progress: Progress,
     *,
-    elsewhere: bool,
+    is_remote: bool,
 ) -> tuple[store.RunFolder, str, set[str]]:
     """Return an old run's folder, its id, and the Cells that need not run again: same machine, code, device, data, plug-in.
 
-    elsewhere: Cells run on many machines, of which the runner's may be none: the same software has to do.
+    is_remote: Cells run on many machines, of which the runner's may be none: the same software has to do.
     """
     folder = store.RunFolder(old.path)
-    node.recall(old.path)  # whatever executor it goes on with
+    executors.recall(old.path)
     if old.footer is None:
         why = "its footer.json cannot be read" if "footer.json" in old.broken else "it has no footer.json"
         progress.say(f"run {old.manifest.run} is incomplete: {why}; it goes on with what its Cells left")
@@ -269,7 +268,7 @@ def _reopen(
         record.cell_id
         for record in old.latest().values()  # what report and verdict look at
         if record.status is Status.OK
-        and (record.environment.software == here.software if elsewhere else record.environment.id == here.id)
+        and (record.environment.software == here.software if is_remote else record.environment.id == here.id)
         and record.environment.code_version == here.code_version
         and record.device == device
         and (record.provider is None or _is_installed(record.provider))

@@ -18,6 +18,11 @@ def kinds() -> dict[str, ExecutorKind]:
     return {kind.name: kind for kind in declared if kind is not None}
 
 
+def option_names() -> list[str]:
+    """Return the names of all executors' options."""
+    return [kind.option.name for kind in kinds().values() if kind.option]
+
+
 def choose(name: str, jobs: int | None = None, options: Mapping[str, Sequence[str]] | None = None) -> Executor:
     """Return the executor of that name. jobs: Cells at a time, None as it sees fit; options: values by option name."""
     found = kinds()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
@@ -60,8 +60,8 @@ class ExecutorOption:
     help: str
 
 
-def _forget_nothing(folder: Path) -> None:
-    """Recall nothing: a local worker ends with its runner."""
+def _recall_nothing(folder: Path) -> None:
+    """Do nothing: a local worker ends with its runner."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class ExecutorKind:
     """The value of `--executor`."""
     make: Callable[[int | None, Sequence[str]], Executor]
     """Makes one from the number of Cells at a time (None: as it sees fit) and the values of `option`."""
+    help: str = ""
+    """A sentence for `--help`, which names the environment variables that it reads."""
     option: ExecutorOption | None = None
-    environment: Mapping[str, str] = field(default_factory=dict)
-    """Environment variable -> its meaning."""
-    recall: Callable[[Path], None] = _forget_nothing
+    recall: Callable[[Path], None] = _recall_nothing
     """Ends the Cells that a killed runner of the run in this folder left behind."""

@@ -240,5 +240,5 @@ def _first_line(error: Exception, otherwise: str) -> str:
 EXECUTOR = ExecutorKind(
     "ray",
     lambda jobs, _: Ray(jobs),
-    environment={"RAY_ADDRESS": "The Ray cluster of --executor ray, HOST:6379; without it a Ray is started here."},
+    help="ray connects to RAY_ADDRESS, or starts Ray on this machine.",
 )

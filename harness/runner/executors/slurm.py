@@ -200,7 +200,9 @@ def _ending(element: Any, state: str) -> Ending:
     if element.paths.result_pickle.exists() and (error := element.exception()) is not None:
         lines = str(error).strip().splitlines()
         raised = f": {lines[-1].strip()}" if lines else ""
-    because = f"its Slurm job {element.job_id} ended ({state}) and left no Record{raised}; see slurm/ in the run's folder"
+    because = (
+        f"its Slurm job {element.job_id} ended ({state}) and left no Record{raised}; see slurm/ in the run's folder"
+    )
     return Ending(_STATES.get(state, Status.LOST), state.lower(), because)
 
 
@@ -235,7 +237,6 @@ def _option(text: str) -> tuple[str, str]:
 EXECUTOR = ExecutorKind(
     "slurm",
     Slurm,
-    option=ExecutorOption("slurm", "KEY=VALUE", "An option of sbatch, e.g. gres=gpu:1; again."),
-    environment={LOCAL: "`local` runs what --executor slurm would submit as processes of this machine."},
+    option=ExecutorOption("slurm", "KEY=VALUE", "Option to pass on to sbatch, e.g. gres=gpu:1."),
     recall=recall,
 )
