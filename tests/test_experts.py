@@ -11,6 +11,7 @@ import recorded_run as recorded
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from harness.analysis.run_facts import analyse
 from harness.assets import structure
 from harness.cli import main
 from harness.conformance.subject import configure
@@ -81,7 +82,7 @@ def test_it_is_at_the_end_of_a_run(tmp_path: Path) -> None:
     def noted(_: str, old: Record) -> Record:
         return old.model_copy(update={"notes": ["of no matter", note]})
 
-    lines = terminal.summary(recorded.write_run(tmp_path / "run", change=noted, only=["fused"]))
+    lines = terminal.summary(analyse(recorded.write_run(tmp_path / "run", change=noted, only=["fused"])))
     (line,) = (line for line in lines if SAID in line)
     assert line.startswith(f"! {note}: ")
     assert not any("of no matter" in line for line in lines)

@@ -185,7 +185,7 @@ def test_a_gpu_that_stays_busy_is_said_and_is_no_success(tmp_path: Path) -> None
     record = run.run(Local(1, run.command(), look=lambda: [BUSY], patience=0.0), device="cuda")[0]
     assert record.status is Status.SKIPPED
     assert record.because == "GPU 0 (GPU-aa) is in use by process 7 (python, 29996 MiB); it was waited for 0 s"
-    run.folder.close(Footer(
+    run.folder.close(store.read_run(run.folder.path), Footer(
         run="stubbed", ended=store.now(), how="finished", counts={"skipped": 1}, missing=[], seconds_total=1.0,
         seconds_in_cells=1.0, seconds_outside={},
     ))  # fmt: skip
