@@ -42,7 +42,7 @@ WANTED: dict[str, dict[str, Any]] = {
     "IA3": {"feedforward_modules": ["down_proj"]}, "LN_TUNING": {"target_modules": ["input_layernorm"]},
     "VBLORA": {"vector_length": 16, "num_vectors": 16},
 }  # fmt: skip
-REFUSED = {"CPT": "its loss is also", "SHADOW": "its loss is also", "XLORA": "it mixes adapters"}
+REFUSED = {"CPT": "its loss includes", "SHADOW": "its loss includes", "XLORA": "it mixes trained adapters"}
 TEXTS = [Example(f"t{n}", tuple(3 + (n + 2 * i) % (VOCABULARY - 3) for i in range(4 + n)), n % 2, 2) for n in range(4)]
 
 
@@ -105,7 +105,7 @@ def test_every_type_runs_or_is_refused(kind: str, tmp_path: Path) -> None:
     keys = saved(kind, tmp_path)
     problem = AdapterConfigField("dict", None).problem(keys)
     if kind in REFUSED:
-        assert f"has peft_type {kind}, which is not offered: {REFUSED[kind]}" in problem
+        assert f"has peft_type {kind}, which is not supported: {REFUSED[kind]}" in problem
         return
     assert problem == ""
     subject, results = attached(keys, llama())

@@ -77,7 +77,7 @@ def test_a_record_says_it_of_cells_that_mean_all_layers(facts: dict[str, Any], s
 
 
 def test_it_is_at_the_end_of_a_run(tmp_path: Path) -> None:
-    note = experts.told(STACKED, 50_000)
+    note = experts.note(STACKED, 50_000)
 
     def noted(_: str, old: Record) -> Record:
         return old.model_copy(update={"notes": ["of no matter", note]})

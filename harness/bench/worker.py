@@ -17,7 +17,7 @@ from typing import Any
 from harness.bench.sizes import BenchSize
 from harness.bench.steps import STEPS, Backbone
 from harness.errors import Unsupported
-from harness.methods.registry import Implementation, discover, told
+from harness.methods.registry import Implementation, discover, format_error
 from harness.process.event_pipe import Emit, event_writer
 
 
@@ -32,7 +32,7 @@ class _LastWords:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is not None:
-            self.emit(failed=told(error))
+            self.emit(failed=format_error(error))
 
 
 def main(fd: int, line: int, task: dict[str, Any]) -> None:
