@@ -39,5 +39,5 @@ def test_a_library_over_packed_weights_is_measured_or_says_why_not(bench: Bench)
     # torchao packs whole blocks only, and the tiny model has none: not an error of anybody's.
     torchao = records["reference"]
     assert torchao.status is Status.SKIPPED
-    assert "does not offer this: torchao takes matrices of whole blocks" in torchao.because
+    assert "does not offer this: torchao supports matrices of whole blocks" in torchao.because
     assert ended.code == Exit.FAIL

@@ -250,8 +250,8 @@ def peft_types() -> tuple[str, ...]:
 _ABOUT = (
     f"Path of an {FILE}, relative to the suite's folder, or its keys. With {', '.join(map(str.lower, _VIRTUAL))} virtual "
     "tokens precede every text and take positions of the model. Not supported: "
-    f"{', '.join(map(str.lower, _UNSUPPORTED_TYPES))}; of LoRA {', '.join((*_UNSUPPORTED_KEYS, *_UNSUPPORTED_INITS))}. Without a reference "
-    "there is no parity check, so reports show no time of such a Cell next to others."
+    f"{', '.join(map(str.lower, _UNSUPPORTED_TYPES))}; of LoRA {', '.join((*_UNSUPPORTED_KEYS, *_UNSUPPORTED_INITS))}. "
+    "Without a reference there is no parity check, so reports show no time of such a Cell next to others."
 )
 PEFT = MethodInfo(
     name="peft",
