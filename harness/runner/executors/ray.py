@@ -227,7 +227,7 @@ class Ray:
                     + (f" (waited {self._patience:g} s for more)" if self._patience else ""),
                     where="--executor ray",
                     hint="start nodes that have it (`ray start --address=HEAD:6379`), or choose --device cpu; "
-                    "what was finished is kept",
+                    "finished Cells are saved",
                 )
             time.sleep(min(1.0, self._patience))
 
