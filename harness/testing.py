@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from harness.conformance import parity_suite
 from harness.conformance.case_selection import FEW, CaseSelection
-from harness.conformance.outcomes import CheckOutcome, CheckStatus
-from harness.conformance.summary import failure
+from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
+from harness.conformance.findings.summary import failure
 from harness.errors import UsageError, near
 from harness.methods.registry import Implementation
 
 if TYPE_CHECKING:
-    from reference.shared.adapted import Adapted
+    from reference.shared.adapted import AdaptedLayers
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class Conforming:
             yield f"{words} {dtype}", partial(self._try, plan, words, dtype, case)
 
     def _try(self, plan: parity_suite.ParityPlan, words: str, dtype: str, case: Any) -> list[CheckOutcome]:
-        from harness.conformance import matrix
+        from harness.conformance.execution import suite_run
 
         it = self.implementation
         if isinstance(plan, parity_suite.OperationSuite):
-            results = matrix.one_call(it, plan, case, dtype)
+            results = suite_run.one_call(it, plan, case, dtype)
         else:
-            results = matrix.one_case(it, plan, case)
+            results = suite_run.one_case(it, plan, case)
         return [
             CheckOutcome(implementation=it.name, kind=it.kind, target=it.target, dtype=dtype, case=words, result=result)
             for result in results
@@ -116,7 +116,7 @@ def wrap_layers(
     *,
     names: Mapping[str, str] | None = None,
     update: Callable[[Any], Any] | None = None,
-) -> Adapted:
+) -> AdaptedLayers:
     """Do the part of `attach` that is not about a layer: freeze the model, put a layer at every target, name the tensors.
 
     make_layer: takes the base nn.Linear and returns a module that stands in its place and holds its trainable Parameters

@@ -4,8 +4,8 @@
     loss + gamma R(P, Q),  R = ||P^T P - I||^2 + ||Q Q^T - I||^2    (eq. 4), so that P and Q stay near orthogonal
     every delta_t steps only the b(t) most important triplets of the whole model keep their lambda   (eqs. 6 to 12)
 
-The tensors bear the names of the authors' code and of HF peft, not the paper's letters: A (R, D) is Q, E (R, 1) is the
-diagonal of Lambda, B (E, R) is P. Triplet i is (column i of P, lambda i, row i of Q).
+Tensors have the names of the authors' code and of HF peft, not the paper's letters: A (R, D) is Q, E (R, 1) is the diagonal
+of Lambda, B (E, R) is P. Triplet i is (column i of P, lambda i, row i of Q).
 Shape letters: T tokens, D in, E out, R initial rank of a layer.
 """
 
@@ -17,112 +17,124 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from reference.shared.adapted import Adapted
+from reference.shared.adapted import AdaptedLayer, AdaptedLayers
 from reference.shared.layers import dense_copy, floating_dtype, replace, targets
+from reference.spec import Deviation, ReferenceSpec
 
-PAPER = "arXiv:2303.10512v2"
-FACTORS = ("A", "B")
-DEVIATIONS = (
-    (
-        "names of the tensors",
-        "P, Lambda, Q",
-        "B, E, A",
-        "the authors' code and HF peft call them so (lora_B, lora_E, lora_A), and saved adapters carry those names",
-    ),
-    (
-        "scaling",
-        "none in eq. 3; section 4 adds LoRA's, alpha / r",
-        "alpha / (rank + 1e-5), with the initial rank also after pruning",
-        "the authors' code and HF peft; the 1e-5 guards a division that cannot be by zero here, and is kept because it "
-        "shows in float64",
-    ),
-    (
-        "orthogonality term",
-        "sum over all matrices of the squared Frobenius norm (eq. 4)",
-        "a choice: `mean-norm`, the mean over the 2n matrices of the norm itself, by default; `squared-sum` is eq. 4",
-        "the authors' code and HF peft compute the mean of norms, so a gamma of theirs means nothing in the paper's form",
-    ),
-    (
-        "when a weight is scored",
-        "before the update: Alg. 1 takes w_t and its gradient",
-        "after it: w_(t+1) times the gradient at w_t",
-        "the authors' trainer and HF peft's documentation call the allocator after optimizer.step",
-    ),
-    (
-        "number of the step",
-        "t = 1 .. T",
-        "as the paper; the authors' trainer passes 0 at its first update",
-        "steps are counted from 1 everywhere here; to replay the authors' trainer call after_step(step - 1)",
-    ),
-    (
-        "denominator of the budget",
-        "eq. 12 (appendix A) prints t - t_i - t_f over T - t_i - t_f",
-        "t - t_i over T - t_i - t_f",
-        "as printed the budget would start above the initial one; the authors' code and HF peft have it so",
-    ),
-    (
-        "budget as a whole number",
-        "real-valued",
-        "rounded down, in integers",
-        "the authors' code and HF peft round down in floating point, which gives the same at the sizes that are in use",
-    ),
-    (
-        "equal scores",
-        "keeps the top b(t)",
-        "keeps exactly b(t): of equals, the first in order of the paths and then of the index",
-        "the authors' code and HF peft zero all that are <= the k-th smallest (torch.kthvalue), so every triplet that "
-        "ties with it goes too, and fewer than b(t) are left",
-    ),
-    (
-        "target rank equal to the initial rank",
-        "not considered",
-        "nothing is ever pruned; a target above the initial rank is refused",
-        "the authors' code and HF peft ask torch.kthvalue for the 0th value and fail at the first pruning",
-    ),
-    (
-        "final phase",
-        "the budget is the target from T - t_f on; pruned every delta_t steps",
-        "the target budget is forced at step T - t_f, the scores stop there, and that mask is put on after each later step",
-        "as HF peft; the authors' code forces it one step later, and so never where t_f = 0 and delta_t does not divide T",
-    ),
-    (
-        "precision of the scores",
-        "not said",
-        "at least float32",
-        "a score multiplies four small numbers and is zero in float16; the authors and HF peft train these in float32",
+SPEC = ReferenceSpec(
+    paper="arXiv:2303.10512v2",
+    factors=("A", "B"),
+    deviations=(
+        Deviation(
+            topic="names of the tensors",
+            paper="P, Lambda, Q",
+            here="B, E, A",
+            why="names of the authors' code and HF peft (lora_B, lora_E, lora_A), and of saved adapters",
+        ),
+        Deviation(
+            topic="scaling",
+            paper="none in eq. 3; section 4 adds LoRA's, alpha / r",
+            here="alpha / (rank + 1e-5), with the initial rank also after pruning",
+            why="as in the authors' code and HF peft; the 1e-5, which guards against a division by zero, shows in float64",
+        ),
+        Deviation(
+            topic="orthogonality term",
+            paper="sum over all matrices of the squared Frobenius norm (eq. 4)",
+            here="`mean-norm` (default), the mean of the norms of the 2n matrices; `squared-sum` is eq. 4",
+            why="the authors' code and HF peft compute the mean of norms; their gamma does not fit the paper's form",
+        ),
+        Deviation(
+            topic="time of scoring",
+            paper="before the update: Alg. 1 takes w_t and its gradient",
+            here="after it: w_(t+1) times the gradient at w_t",
+            why="the authors' trainer and HF peft's documentation call the allocator after optimizer.step",
+        ),
+        Deviation(
+            topic="number of the step",
+            paper="t = 1 .. T",
+            here="as the paper; the authors' trainer passes 0 at its first update",
+            why="steps are counted from 1 everywhere here; to replay the authors' trainer call after_step(step - 1)",
+        ),
+        Deviation(
+            topic="denominator of the budget",
+            paper="eq. 12 (appendix A) prints t - t_i - t_f over T - t_i - t_f",
+            here="t - t_i over T - t_i - t_f",
+            why="as printed, the budget would start above the initial one; the authors' code and HF peft agree",
+        ),
+        Deviation(
+            topic="budget as a whole number",
+            paper="real-valued",
+            here="rounded down, in integers",
+            why="the authors' code and HF peft round down in floating point: the same result at usual sizes",
+        ),
+        Deviation(
+            topic="equal scores",
+            paper="keeps the top b(t)",
+            here="keeps exactly b(t); ties go to the first in order of path, then index",
+            why="the authors' code and HF peft zero all that are <= the k-th smallest (torch.kthvalue), so every "
+            "triplet that ties with it goes too, and fewer than b(t) are left",
+        ),
+        Deviation(
+            topic="target rank equal to the initial rank",
+            paper="not considered",
+            here="nothing is pruned; a target above the initial rank raises ValueError",
+            why="the authors' code and HF peft ask torch.kthvalue for the 0th value and fail at the first pruning",
+        ),
+        Deviation(
+            topic="final phase",
+            paper="the budget is the target from T - t_f on; pruned every delta_t steps",
+            here="at step T - t_f the mask gets the target budget and scoring stops; each later step applies this mask",
+            why="as HF peft; the authors' code forces it one step later, and so never where t_f = 0 and delta_t does "
+            "not divide T",
+        ),
+        Deviation(
+            topic="precision of the scores",
+            paper="not stated",
+            here="at least float32",
+            why="a score multiplies four small numbers and is zero in float16; the authors and HF peft train these in "
+            "float32",
+        ),
     ),
 )
 
-_EPS = 1e-5  # the authors' guard in the scaling
-_AVERAGES = ("exp_avg_ipt", "exp_avg_unc")  # I_bar, U_bar: the authors' names
-_STD = 0.02  # of A and B at the start, in the authors' code and in HF peft
+_EPS = 1e-5
+"""Added to the rank in the scaling, as in the authors' code."""
+_AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
+"""Names of I_bar and U_bar in the authors' code."""
+_STD = 0.02
+"""Standard deviation of the initial A and B, as in the authors' code and HF peft."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """AdaLoRA's knobs.
+    """Hyperparameters of AdaLoRA."""
 
-    rank: R, the initial rank of every layer. target_rank: the mean rank that is left at the end. alpha: numerator of the
-    scaling. targets: last parts of the module paths to adapt, or whole paths. dropout: probability that an input feature
-    of the adapter branch is dropped in training. total_steps: T, optimizer steps of the whole training; if training stops
-    before, the target is not reached. tinit: steps before pruning begins. tfinal: steps at the end with the mask fixed.
-    delta_t: steps from one pruning to the next. beta1, beta2: how much of the averages of sensitivity and uncertainty is
-    carried on. orthogonality: gamma, the weight of R(P, Q). regularization: which form R has.
-    """
-
-    rank: int = field(default=12, metadata={"least": 1, "most": 4096})
-    target_rank: int = field(default=8, metadata={"least": 1, "most": 4096})
-    alpha: float = field(default=16.0, metadata={"least": 1e-3, "most": 1e4})
+    rank: int = field(default=12, metadata={"minimum": 1, "maximum": 4096})
+    """Initial rank R of every layer."""
+    target_rank: int = field(default=8, metadata={"minimum": 1, "maximum": 4096})
+    """Mean rank per layer at the end."""
+    alpha: float = field(default=16.0, metadata={"minimum": 1e-3, "maximum": 1e4})
+    """Numerator of the scaling alpha / rank, with the initial rank."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    dropout: float = field(default=0.0, metadata={"least": 0.0, "most": 0.99})
-    total_steps: int = field(default=1000, metadata={"least": 1})
-    tinit: int = field(default=100, metadata={"least": 0})
-    tfinal: int = field(default=200, metadata={"least": 0})
-    delta_t: int = field(default=10, metadata={"least": 1})
-    beta1: float = field(default=0.85, metadata={"least": 0.0, "most": 1.0})
-    beta2: float = field(default=0.85, metadata={"least": 0.0, "most": 1.0})
-    orthogonality: float = field(default=0.5, metadata={"least": 0.0})
+    """Layers to adapt: ends of module paths, whole paths, `attention` or `all-linear`."""
+    dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
+    """Probability that an input feature of the adapter branch is dropped in training."""
+    total_steps: int = field(default=1000, metadata={"minimum": 1})
+    """T, optimizer steps of the whole training. A training that stops earlier does not reach the target rank."""
+    tinit: int = field(default=100, metadata={"minimum": 0})
+    """Steps before pruning begins (t_i)."""
+    tfinal: int = field(default=200, metadata={"minimum": 0})
+    """Steps at the end with a fixed mask (t_f)."""
+    delta_t: int = field(default=10, metadata={"minimum": 1})
+    """Steps from one pruning to the next."""
+    beta1: float = field(default=0.85, metadata={"minimum": 0.0, "maximum": 1.0})
+    """Decay of the average sensitivity (eq. 9)."""
+    beta2: float = field(default=0.85, metadata={"minimum": 0.0, "maximum": 1.0})
+    """Decay of the average uncertainty (eq. 10)."""
+    orthogonality: float = field(default=0.5, metadata={"minimum": 0.0})
+    """gamma, weight of the regulariser R(P, Q) (eq. 4)."""
     regularization: str = field(default="mean-norm", metadata={"choices": ("mean-norm", "squared-sum")})
+    """Form of R(P, Q): `mean-norm`, or `squared-sum` as in eq. 4."""
 
 
 def sensitivity(w: Tensor, grad: Tensor) -> Tensor:
@@ -168,19 +180,21 @@ def budget(step: int, config: Config, layers: int) -> int:
     return target + (start - target) * (end - step) ** 3 // (end - config.tinit) ** 3
 
 
-def keep(scores: Tensor, count: int) -> Tensor:
-    """Return a mask (N,), True at the `count` largest of `scores` (N,); of equals the first are kept (eq. 6)."""
+def largest_mask(scores: Tensor, count: int) -> Tensor:
+    """Return a mask (N,), True at the `count` largest of `scores` (N,); ties go to the first (eq. 6)."""
     order = torch.sort(scores, descending=True, stable=True).indices
     mask = torch.zeros_like(scores, dtype=torch.bool)
     mask[order[:count]] = True
     return mask
 
 
-class AdaLoraLinear(nn.Module):
-    """A frozen linear layer with an update in the form of an SVD.
+class AdaLoraLinear(AdaptedLayer):
+    """A frozen linear layer (..., D) -> (..., E) with an update in the form of an SVD.
 
-    base: an nn.Linear or a quantised subclass of it, maps (..., D) to (..., E). A (R, D), E (R, 1), B (E, R).
+    A (R, D), E (R, 1), B (E, R). `base` is an nn.Linear or a quantised subclass.
     """
+
+    base: nn.Linear
 
     def __init__(self, base: nn.Linear, A: Tensor, E: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
         super().__init__()
@@ -204,11 +218,11 @@ class AdaLoraLinear(nn.Module):
         return self.scaling * (self.B @ (self.A * self.E))
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Map the authors' names to what trains."""
+        """Map the authors' names to the trainable parameters."""
         return {"A": self.A, "E": self.E, "B": self.B}
 
     def state(self) -> dict[str, Tensor]:
-        """Map exp_avg_ipt_<tensor> to I_bar, exp_avg_unc_<tensor> to U_bar, `mask` (R, 1) to what the last pruning kept."""
+        """Map exp_avg_ipt_<tensor> to I_bar, exp_avg_unc_<tensor> to U_bar, `mask` (R, 1) to the last pruning's mask."""
         averages = {f"{kind}_{n}": self.get_buffer(f"{kind}_{n}") for kind in _AVERAGES for n in self.tensors()}
         return averages | {"mask": self.get_buffer("mask")}
 
@@ -221,7 +235,7 @@ class AdaLoraLinear(nn.Module):
 
     @torch.no_grad()
     def observe(self, beta1: float, beta2: float) -> None:
-        """Carry I_bar and U_bar of every weight on by one step (eqs. 8 to 10). A weight without a gradient has I = 0."""
+        """Update I_bar and U_bar of every weight (eqs. 8 to 10). A weight without a gradient has I = 0."""
         for name, w in self.tensors().items():
             I_bar, U_bar = self.get_buffer(f"exp_avg_ipt_{name}"), self.get_buffer(f"exp_avg_unc_{name}")
             grad = torch.zeros_like(w) if w.grad is None else w.grad
@@ -230,7 +244,7 @@ class AdaLoraLinear(nn.Module):
             U_bar.copy_(uncertainty(U_bar, I, I_bar, beta2))
 
     def scores(self) -> Tensor:
-        """Return S (R,), how important each triplet is by now (eq. 7)."""
+        """Return S (R,), the current importance of each triplet (eq. 7)."""
         s = {
             name: importance(self.get_buffer(f"exp_avg_ipt_{name}"), self.get_buffer(f"exp_avg_unc_{name}"))
             for name in self.tensors()
@@ -243,8 +257,8 @@ class AdaLoraLinear(nn.Module):
         self.E.masked_fill_(~self.get_buffer("mask"), 0.0)
 
 
-class AdaLoraAdapted(Adapted):
-    """A model with AdaLoRA layers, which share one budget."""
+class AdaLoraAdapted(AdaptedLayers):
+    """A model with AdaLoRA layers that share one budget."""
 
     def __init__(self, model: nn.Module, layers: Mapping[str, AdaLoraLinear], config: Config) -> None:
         super().__init__(model, layers)
@@ -257,17 +271,17 @@ class AdaLoraAdapted(Adapted):
         return self.config.orthogonality * orthogonality(list(self.adalora.values()), self.config.regularization)
 
     def after_step(self, step: int) -> None:
-        """Score the weights, and prune to b(step) if it is time. Call it after optimizer step `step`, gradients still there.
+        """Score the weights and prune to b(step) every delta_t steps. Call after optimizer step `step`, before zero_grad.
 
-        step counts from 1. Until total_steps - tfinal the scores follow; every delta_t-th step after tinit prunes, and a
-        pruned lambda may grow back until the next. At total_steps - tfinal the last mask is made; afterwards it is kept.
+        `step` counts from 1. Scores are updated until total_steps - tfinal. Every delta_t-th step after tinit prunes; a
+        pruned lambda may grow back until the next pruning. The mask of step total_steps - tfinal stays until the end.
         """
         config, layers = self.config, list(self.adalora.values())
         end = config.total_steps - config.tfinal
         if step < end:
             self.observe()
         if step == end or (config.tinit < step < end and step % config.delta_t == 0):
-            kept = keep(torch.cat([layer.scores() for layer in layers]), budget(step, config, len(layers)))
+            kept = largest_mask(torch.cat([layer.scores() for layer in layers]), budget(step, config, len(layers)))
             for layer, mask in zip(layers, kept.split(config.rank), strict=True):
                 layer.get_buffer("mask").copy_(mask[:, None])
                 layer.prune()
@@ -276,12 +290,12 @@ class AdaLoraAdapted(Adapted):
                 layer.prune()
 
     def observe(self) -> None:
-        """Carry the averages of all layers on by one step."""
+        """Update the averages of all layers."""
         for layer in self.adalora.values():
             layer.observe(self.config.beta1, self.config.beta2)
 
     def ranks(self) -> dict[str, int]:
-        """Map each layer's path to the number of triplets that the last pruning left it; the initial rank before any."""
+        """Map each layer's path to its number of unpruned triplets."""
         return {path: int(layer.get_buffer("mask").sum()) for path, layer in self.adalora.items()}
 
 
@@ -298,9 +312,9 @@ def orthogonality(layers: list[AdaLoraLinear], form: str) -> Tensor:
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaLoraAdapted:
-    """Freeze `model` and put an AdaLoraLinear around every target; A, then B, are N(0, 0.02^2) from `generator`, E is 0.
+    """Freeze `model` and wrap every target in an AdaLoraLinear; A, then B, are N(0, 0.02^2) from `generator`, E is 0.
 
-    Raises ValueError if a target names no linear layer, or if the ranks or the schedule contradict themselves.
+    Raises ValueError if a target names no linear layer, or if the ranks or the schedule are inconsistent.
     """
     _refuse_contradictions(config)
     found = targets(model, config.targets)

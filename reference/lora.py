@@ -15,104 +15,114 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reference.shared.adapted import Adapted, AdaptedLayer
+from reference.shared.adapted import AdaptedLayer, AdaptedLayers
 from reference.shared.layers import KINDS, dense_copy, floating_dtype, kind_of, replace, targets
 from reference.shared.lora_layers import LoraConv2d, LoraConv2dKernel, LoraEmbedding
-from reference.shared.lora_start import start
+from reference.shared.lora_start import initial_factors
+from reference.spec import Deviation, ReferenceSpec
 
-PAPER = "arXiv:2106.09685v2"
-FACTORS = ("A", "B")
-DEVIATIONS = (
-    (
-        "initialisation of A",
-        "random Gaussian, no standard deviation given",
-        "uniform in +-1/sqrt(in), which has variance 1/(3 in)",
-        "the authors' code (loralib) and HF peft both draw A so; the paper's sigma is not stated anywhere. With "
-        "init=gaussian it is HF peft's, 1/r, whatever `in` is; init=orthogonal is of neither the paper nor loralib",
-    ),
-    (
-        "dropout",
-        "not in the main text",
-        "on the input of the adapter branch only; W0 x sees the whole input",
-        "as in loralib and HF peft for linear layers; HF peft drops so before convolutions too, loralib drops nothing there",
-    ),
-    (
-        "transformers' Conv1D",
-        "W0 (out, in)",
-        "the weight is stored (in, out); A (r, in) and B (out, r) are as in a linear layer, and the update is transposed",
-        "loralib and HF peft call it fan_in_fan_out and do the same",
-    ),
-    (
-        "embeddings",
-        "not treated; A is random and B zero",
-        "A (r, num) is zero and B (dim, r) standard normal; no dropout",
-        "as in loralib and HF peft: an id picks a column of A, so this start gives every entry seen a gradient of its own; "
-        "init changes nothing here, as in HF peft. "
-        "HF peft accepts a dropout there and ignores it, loralib has none",
-    ),
-    (
-        "padding_idx",
-        "not treated",
-        "the padding entry's column of A gets no gradient",
-        "as in loralib and HF peft: it starts at zero, so the padding entry stays what it was",
-    ),
-    (
-        "convolutions",
-        "not treated",
-        "conv=peft: A is the base's convolution to r channels, B is 1 x 1: r (in k k + out) numbers, rank r. "
-        "conv=loralib: B A with A (r k, in k), B (out/groups k, r k), reshaped to the kernel: rank up to r k",
-        "the authors' code (loralib) and HF peft part, so neither can stand in for the other; peft's is what is in use",
-    ),
-    (
-        "convolutions with groups",
-        "not treated",
-        "conv=peft: A sees all channels, B has the groups; merged, the layer has no groups",
-        "as in HF peft, which cannot merge it: the update joins channels that the base's groups keep apart",
-    ),
-    (
-        "merging",
-        "W = W0 + B A is computed and stored when the model is deployed (section 4.1)",
-        "when it is asked for; the base layer stays as it is, so that unmerging is exact",
-        "HF peft adds to the base weight and subtracts again. loralib does so whenever the mode changes, unless "
-        "merge_weights is off: in eval mode A and B have no part in the output",
-    ),
-    (
-        "scaling",
-        "alpha / r",
-        "alpha / r, or alpha / sqrt(r) with rslora",
-        "rsLoRA (arXiv:2312.03732) finds that alpha / r makes large ranks learn too slowly; HF peft offers both",
+SPEC = ReferenceSpec(
+    paper="arXiv:2106.09685v2",
+    factors=("A", "B"),
+    deviations=(
+        Deviation(
+            topic="initialisation of A",
+            paper="random Gaussian, no standard deviation given",
+            here="uniform in +-1/sqrt(in), which has variance 1/(3 in)",
+            why="the authors' code (loralib) and HF peft both draw A so; the paper's sigma is not stated anywhere. "
+            "With init=gaussian it is HF peft's, 1/r, whatever `in` is; init=orthogonal is of neither the paper "
+            "nor loralib",
+        ),
+        Deviation(
+            topic="dropout",
+            paper="not in the main text",
+            here="on the input of the adapter branch only; W0 x sees the whole input",
+            why="as in loralib and HF peft for linear layers; HF peft drops so before convolutions too, loralib drops "
+            "nothing there",
+        ),
+        Deviation(
+            topic="transformers' Conv1D",
+            paper="W0 (out, in)",
+            here="the weight is stored (in, out); A (r, in) and B (out, r) are as in a linear layer, and the update is "
+            "transposed",
+            why="loralib and HF peft call it fan_in_fan_out and do the same",
+        ),
+        Deviation(
+            topic="embeddings",
+            paper="not treated; A is random and B zero",
+            here="A (r, num) is zero and B (dim, r) standard normal; no dropout",
+            why="as in loralib and HF peft: an id picks a column of A, so this start gives every entry seen a gradient "
+            "of its own; init changes nothing here, as in HF peft. HF peft accepts a dropout there and ignores it, "
+            "loralib has none",
+        ),
+        Deviation(
+            topic="padding_idx",
+            paper="not treated",
+            here="the padding entry's column of A gets no gradient",
+            why="as in loralib and HF peft: it starts at zero, so the padding entry stays what it was",
+        ),
+        Deviation(
+            topic="convolutions",
+            paper="not treated",
+            here="conv=peft: A is the base's convolution to r channels, B is 1 x 1: r (in k k + out) numbers, rank r. "
+            "conv=loralib: B A with A (r k, in k), B (out/groups k, r k), reshaped to the kernel: rank up to r k",
+            why="the authors' code (loralib) and HF peft differ; peft's form is in wider use",
+        ),
+        Deviation(
+            topic="convolutions with groups",
+            paper="not treated",
+            here="conv=peft: A sees all channels, B has the groups; merged, the layer has no groups",
+            why="as in HF peft, which cannot merge it: the update joins channels that the base's groups keep apart",
+        ),
+        Deviation(
+            topic="merging",
+            paper="W = W0 + B A is computed and stored when the model is deployed (section 4.1)",
+            here="on request; the base layer stays unchanged, so that unmerging is exact",
+            why="HF peft adds to the base weight and subtracts again. loralib does so whenever the mode changes, "
+            "unless merge_weights is off: in eval mode A and B have no part in the output",
+        ),
+        Deviation(
+            topic="scaling",
+            paper="alpha / r",
+            here="alpha / r, or alpha / sqrt(r) with rslora",
+            why="rsLoRA (arXiv:2312.03732) finds that alpha / r makes large ranks learn too slowly; HF peft offers "
+            "both",
+        ),
     ),
 )
 
 
 @dataclass(frozen=True)
 class Config:
-    """LoRA's knobs.
+    """Hyperparameters of LoRA."""
 
-    rank: r. alpha: the numerator of the scaling alpha / r. targets: last parts of the module paths to adapt, or whole
-    paths. dropout: probability that an input feature of the adapter branch is dropped in training; embeddings have none.
-    rslora: whether the scaling is alpha / sqrt(r). conv: what A and B of a convolution are, `peft` or `loralib`.
-    init: where A and B start, `kaiming`, `gaussian` or `orthogonal` (see `lora_start.py`); `orthogonal` wants an even rank.
-    """
-
-    rank: int = field(default=8, metadata={"least": 1, "most": 4096})
-    alpha: float = field(default=16.0, metadata={"least": 1e-3, "most": 1e4})
+    rank: int = field(default=8, metadata={"minimum": 1, "maximum": 4096})
+    """Rank r of the update B A."""
+    alpha: float = field(default=16.0, metadata={"minimum": 1e-3, "maximum": 1e4})
+    """Numerator of the scaling alpha / rank."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    dropout: float = field(default=0.0, metadata={"least": 0.0, "most": 0.99})
+    """Layers to adapt: ends of module paths, whole paths, `attention` or `all-linear`."""
+    dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
+    """Probability that an input feature of the adapter branch is dropped in training; embeddings have none."""
     rslora: bool = False
+    """Scale by alpha / sqrt(rank) (arXiv:2312.03732)."""
     conv: str = field(default="peft", metadata={"choices": ("peft", "loralib")})
-    init: str = field(default="kaiming", metadata={"choices": ("kaiming", "gaussian", "orthogonal"), "later": True})
+    """Shapes of A and B of a convolution, as HF `peft` or as `loralib`."""
+    init: str = field(
+        default="kaiming", metadata={"choices": ("kaiming", "gaussian", "orthogonal"), "omit_default": True}
+    )
+    """Initial A and B (`reference/shared/lora_start.py`); `orthogonal` requires an even rank."""
 
     @property
     def scaling(self) -> float:
-        """What B A is multiplied by: alpha / r (section 4.1), or alpha / sqrt(r)."""
+        """Factor of B A: alpha / r (section 4.1), or alpha / sqrt(r) with rslora."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-class LoraLinear(nn.Module):
-    """A frozen linear layer with a low-rank update.
+class LoraLinear(AdaptedLayer):
+    """A frozen linear layer (..., D) -> (..., E) with a low-rank update, A (R, D), B (E, R).
 
-    base: an nn.Linear, a quantised subclass of it, or transformers' Conv1D; maps (..., D) to (..., E). A (R, D), B (E, R).
+    `base` is an nn.Linear, a quantised subclass, or transformers' Conv1D.
     """
 
     def __init__(self, base: nn.Module, A: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
@@ -133,12 +143,8 @@ class LoraLinear(nn.Module):
         return update_ED.T if kind_of(self.base) == "Conv1D" else update_ED
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Map the paper's letters to what trains."""
+        """Map the paper's letters to the trainable parameters."""
         return {"A": self.A, "B": self.B}
-
-    def state(self) -> dict[str, Tensor]:
-        """Return nothing: W0 is the base's."""
-        return {}
 
     def merged(self) -> nn.Module:
         """Return a layer with W0 + scaling B A (section 4: no additional inference latency): an nn.Linear or a Conv1D."""
@@ -149,10 +155,10 @@ class LoraLinear(nn.Module):
         return merged
 
 
-def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adapted:
-    """Freeze `model` and put a LoRA layer around every target; each draws from `generator` in order of the paths.
+def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
+    """Freeze `model` and wrap every target in a LoRA layer; each draws from `generator` in order of the paths.
 
-    Raises ValueError if a target names no layer, or one that LoRA is not defined on; the model is then as it was.
+    Raises ValueError, and leaves the model unchanged, if a target names no layer, or a layer without a LoRA.
     """
     layers: dict[str, AdaptedLayer] = {}
     for path, base in targets(model, config.targets, KINDS).items():
@@ -162,8 +168,8 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
             raise ValueError(f"{path}: {error}") from error
     model.requires_grad_(False)
     for path, layer in layers.items():
-        replace(model, path, layer)  # type: ignore[arg-type]  # the Protocol cannot say that it is a Module
-    return Adapted(model, layers)
+        replace(model, path, layer)
+    return AdaptedLayers(model, layers)
 
 
 def _adapted(base: Any, config: Config, generator: torch.Generator) -> AdaptedLayer:
@@ -172,7 +178,7 @@ def _adapted(base: Any, config: Config, generator: torch.Generator) -> AdaptedLa
     R, s, p = config.rank, config.scaling, config.dropout
 
     def factors(rank: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
-        A, B = start(config.init, rank, inputs, outputs, generator)
+        A, B = initial_factors(config.init, rank, inputs, outputs, generator)
         return A.to(**like), B.to(**like)
 
     if kind == "embedding":

@@ -3,7 +3,7 @@
     Y = X doubleDequant(c1, c2, W_NF4) + s X L1 L2                                    (paper, eqs. 5 and 3)
     doubleDequant(c1, c2, W) = dequant(dequant(c1, c2), W)                            (eq. 6)
 
-LoRA on a frozen weight that is kept in 4 bits and decoded for every product. L1 is LoRA's A^T (D, R), L2 its B^T (R, E).
+LoRA on a frozen weight that is stored in 4 bits and decoded for every product. L1 is LoRA's A^T (D, R), L2 its B^T (R, E).
 Shape letters: T tokens, D in, E out, R rank.
 """
 
@@ -17,107 +17,113 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from reference.operations import double_quant, nf4
-from reference.shared.adapted import Adapted
+from reference.shared.adapted import AdaptedLayer, AdaptedLayers
 from reference.shared.layers import dense_copy, dense_weight, floating_dtype, replace, targets
+from reference.spec import Deviation, ReferenceSpec
 
-PAPER = "arXiv:2305.14314v1"
-FACTORS = ("A", "B")
-INSTEAD = "codes"
-"""What of `state()` stands in the place of the weight, of which no product is taken."""
-DEVIATIONS = (
-    (
-        "NF4, double quantisation",
-        "eqs. 4 and 6, section 3",
-        "as nf4.py and double_quant.py, whose own lists say where they part from the paper",
-        "bitsandbytes, the authors' quantiser, is what is in use",
-    ),
-    (
-        "compute dtype",
-        "bfloat16: eqs. 5 and 6 decode to it and multiply in it",
-        "the dtype of the input: level x absmax is formed in float32, then cast, then multiplied",
-        "the paper's with bfloat16 inputs; a check wants float64. bitsandbytes decodes so too",
-    ),
-    (
-        "scaling",
-        "s in eq. 3, left out in eq. 5",
-        "alpha / r",
-        "as in LoRA, the authors' code and HF peft",
-    ),
-    (
-        "dropout",
-        "0.1 (7B, 13B) or 0.05, of LoRA's, which is not defined",
-        "on the input of the adapter branch only; the default is 0",
-        "as in the authors' code, which is HF peft's",
-    ),
-    (
-        "what is adapted",
-        "all linear layers of the transformer blocks",
-        "`targets`, by default the seven of a LLaMA block",
-        "the head is never adapted or quantised, as in the authors' code",
-    ),
-    (
-        "what is not quantised",
-        "not said",
-        "stays as it is",
-        "the authors' script makes the norms float32; HF peft's prepare_model_for_kbit_training all that is in 16 bits, "
-        "embeddings and head too",
-    ),
-    (
-        "defaults",
-        "NF4, double quantisation, products in bfloat16",
-        "as the paper, and products in the dtype of the input",
-        "transformers' BitsAndBytesConfig has FP4, no double quantisation and float32 unless they are asked for",
-    ),
-    (
-        "merging",
-        "not mentioned",
-        "into a dense layer of the decoded weight, in the dtype of the original one",
-        "HF peft quantises the sum again, which changes what the model computes",
-    ),
-    (
-        "the original weight",
-        "is gone once it is quantised",
-        "stays as `base`, so that `detach` gives it back; no product reads it",
-        "a reference may spend the memory that the method saves; bits are counted by double_quant.bits_per_parameter",
-    ),
-    (
-        "paged optimizers",
-        "section 3: optimizer states in unified memory",
-        "not here",
-        "they change where states live and no value; the optimizer is the caller's choice",
+SPEC = ReferenceSpec(
+    paper="arXiv:2305.14314v1",
+    factors=("A", "B"),
+    replaces_weight="codes",
+    deviations=(
+        Deviation(
+            topic="NF4, double quantisation",
+            paper="eqs. 4 and 6, section 3",
+            here="as in reference/operations/nf4.py and double_quant.py, which list their differences from the paper",
+            why="as in bitsandbytes, the authors' quantiser",
+        ),
+        Deviation(
+            topic="compute dtype",
+            paper="bfloat16: eqs. 5 and 6 decode to it and multiply in it",
+            here="the dtype of the input: level x absmax is formed in float32, then cast, then multiplied",
+            why="the paper's with bfloat16 inputs; a check wants float64. bitsandbytes decodes so too",
+        ),
+        Deviation(
+            topic="scaling",
+            paper="s in eq. 3, left out in eq. 5",
+            here="alpha / r",
+            why="as in LoRA, the authors' code and HF peft",
+        ),
+        Deviation(
+            topic="dropout",
+            paper="0.1 (7B, 13B) or 0.05, of LoRA's, which is not defined",
+            here="on the input of the adapter branch only; the default is 0",
+            why="as in the authors' code, which is HF peft's",
+        ),
+        Deviation(
+            topic="adapted layers",
+            paper="all linear layers of the transformer blocks",
+            here="`targets`, by default the seven of a LLaMA block",
+            why="the head is never adapted or quantised, as in the authors' code",
+        ),
+        Deviation(
+            topic="unquantised parameters",
+            paper="not stated",
+            here="unchanged",
+            why="the authors' script makes the norms float32; HF peft's prepare_model_for_kbit_training all that is in "
+            "16 bits, embeddings and head too",
+        ),
+        Deviation(
+            topic="defaults",
+            paper="NF4, double quantisation, products in bfloat16",
+            here="as the paper, and products in the dtype of the input",
+            why="transformers' BitsAndBytesConfig has FP4, no double quantisation and float32 unless they are asked "
+            "for",
+        ),
+        Deviation(
+            topic="merging",
+            paper="not mentioned",
+            here="into a dense layer of the decoded weight, in the dtype of the original one",
+            why="HF peft quantises the sum again, which changes what the model computes",
+        ),
+        Deviation(
+            topic="the original weight",
+            paper="is gone once it is quantised",
+            here="stays as `base`, so that `detach` gives it back; no product reads it",
+            why="a reference may spend the memory that the method saves; bits are counted by "
+            "double_quant.bits_per_parameter",
+        ),
+        Deviation(
+            topic="paged optimizers",
+            paper="section 3: optimizer states in unified memory",
+            here="not here",
+            why="they change the location of states and no value; the caller chooses the optimizer",
+        ),
     ),
 )
 
 
 @dataclass(frozen=True)
 class Config:
-    """QLoRA's knobs.
+    """Hyperparameters of QLoRA."""
 
-    rank: r. alpha: the numerator of the scaling alpha / r. targets: last parts of the module paths to quantise and adapt,
-    or whole paths. dropout: probability that an input feature of the adapter branch is dropped in training. block: weights
-    that share one absmax. double_quant: whether those are quantised too.
-    """
-
-    rank: int = field(default=64, metadata={"least": 1, "most": 4096})
-    alpha: float = field(default=16.0, metadata={"least": 1e-3, "most": 1e4})
+    rank: int = field(default=64, metadata={"minimum": 1, "maximum": 4096})
+    """Rank r of the update B A."""
+    alpha: float = field(default=16.0, metadata={"minimum": 1e-3, "maximum": 1e4})
+    """Numerator of the scaling alpha / rank."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    dropout: float = field(default=0.0, metadata={"least": 0.0, "most": 0.99})
+    """Layers to quantise and adapt: ends of module paths, whole paths, `attention` or `all-linear`."""
+    dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
+    """Probability that an input feature of the adapter branch is dropped in training."""
     block: int = field(default=64, metadata={"choices": (32, 64, 128, 256, 512, 1024, 2048, 4096)})
+    """Weights per block, which share one absmax."""
     double_quant: bool = True
+    """Quantise the absmax of the blocks too."""
 
 
-class QloraLinear(nn.Module):
-    """A linear layer whose weight is kept in 4 bits, with a low-rank update.
+class QloraLinear(AdaptedLayer):
+    """A linear layer with a 4-bit weight and a low-rank update, A (R, D), B (E, R)."""
 
-    base: the original layer, an nn.Linear or a quantised subclass of it; only its bias takes part. A (R, D), B (E, R).
-    codes: packed NF4, uint8, two to a byte. With double quantisation absmax is c2 (uint8), absmax2 is c1 (float32) and
-    offset the mean (float32, 0-d); without it absmax is float32 and the others are not there.
-    """
-
+    base: nn.Linear
+    """The original layer, an nn.Linear or a quantised subclass; the output uses its bias only."""
     codes: Tensor
+    """Packed NF4 codes, uint8, two per byte."""
     absmax: Tensor
+    """Block constants: uint8 codes c2 with double quantisation, else float32."""
     absmax2: Tensor
+    """Constants c1 of the codes c2, float32; with double quantisation only."""
     offset: Tensor
+    """Mean of the block constants, float32, 0-d; with double quantisation only."""
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, config: Config) -> None:
         super().__init__()
@@ -151,7 +157,7 @@ class QloraLinear(nn.Module):
         return self.scaling * (self.B @ self.A)
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Map LoRA's letters to what trains: A is L1^T, B is L2^T."""
+        """Map LoRA's letters to the trainable parameters: A is L1^T, B is L2^T."""
         return {"A": self.A, "B": self.B}
 
     def state(self) -> dict[str, Tensor]:
@@ -167,11 +173,11 @@ class QloraLinear(nn.Module):
         return dense
 
 
-def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adapted:
-    """Freeze `model`, quantise every target and put a QloraLinear in its place; A is drawn as LoRA's, in order of the paths.
+def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
+    """Freeze `model` and replace every target by a QloraLinear; A is drawn as LoRA's, in order of the paths.
 
-    A target that is packed already is decoded and quantised anew. Unlike with LoRA, the model computes something else from
-    the start: the difference is the error of 4 bits. Raises ValueError if a target names no linear layer.
+    A packed target is decoded and quantised again. Unlike with LoRA, the initial output differs from the base model's, by
+    the quantisation error. Raises ValueError if a target names no linear layer.
     """
     model.requires_grad_(False)
     layers = {}
@@ -184,4 +190,4 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
         B = torch.zeros(E, config.rank, dtype=dtype, device=device)
         layers[path] = QloraLinear(base, A.to(device, dtype), B, config)
         replace(model, path, layers[path])
-    return Adapted(model, layers)
+    return AdaptedLayers(model, layers)

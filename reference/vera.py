@@ -14,74 +14,80 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from reference.shared.adapted import Adapted
+from reference.shared.adapted import AdaptedLayer, AdaptedLayers
 from reference.shared.layers import dense_copy, floating_dtype, replace, targets
+from reference.spec import Deviation, ReferenceSpec
 
-PAPER = "arXiv:2310.11454v2"
-DEVIATIONS = (
-    (
-        "layers of several shapes",
-        "one pair of matrices for all layers, which are taken to be of one shape",
-        "the pair is as large as the largest target, in each dimension; a layer uses the first D columns of A and the "
-        "first E rows of B",
-        "as HF peft does; the authors' code is not public",
-    ),
-    (
-        "spread of A and B",
-        "Kaiming initialisation by the matrix's dimensions, no gain given; uniform rather than normal by its ablation",
-        "uniform in +-sqrt(6 / fan_in), gain sqrt(2); fan_in is that of the shared pair: the largest in for A, r for B",
-        "as in HF peft; a slice has thus less variance than a matrix of its own would",
-    ),
-    (
-        "random numbers",
-        "from a seed that is stored in the place of the matrices",
-        "from a generator of their own, on the CPU, seeded by projection_key, A before B, in float32 whatever the layers "
-        "are in, then cast; nothing is drawn from the generator that `attach` is given",
-        "the numbers of HF peft to the last bit; those of another version of PyTorch may differ",
-    ),
-    (
-        "what is saved",
-        "b, d and the seed",
-        "b and d; `state` shows A and B, which projection_key makes again",
-        "HF peft writes A and B too, which are most of its files, unless save_projection is false",
-    ),
-    (
-        "scaling",
-        "no alpha",
-        "no alpha",
-        "d takes its place: 0.1 at the start, as in the paper's main experiments",
-    ),
-    (
-        "dropout",
-        "not in the formulas",
-        "on the input of A only; W0 x sees the whole input",
-        "as in LoRA and HF peft",
+SPEC = ReferenceSpec(
+    paper="arXiv:2310.11454v2",
+    deviations=(
+        Deviation(
+            topic="layers of several shapes",
+            paper="one pair of matrices for all layers, which are taken to be of one shape",
+            here="the pair is as large as the largest target, in each dimension; a layer uses the first D columns of A "
+            "and the first E rows of B",
+            why="as HF peft does; the authors' code is not public",
+        ),
+        Deviation(
+            topic="spread of A and B",
+            paper="Kaiming initialisation by the matrix's dimensions, no gain given; uniform rather than normal by its "
+            "ablation",
+            here=(
+                "uniform in +-sqrt(6 / fan_in), gain sqrt(2); fan_in is that of the shared pair: the largest in for A, "
+                "r for B"
+            ),
+            why="as in HF peft; a slice has thus less variance than a matrix of its own would",
+        ),
+        Deviation(
+            topic="random numbers",
+            paper="from a seed that is stored instead of the matrices",
+            here="from a generator of their own, on the CPU, seeded by projection_key, A before B, in float32 whatever "
+            "the layers are in, then cast; nothing is drawn from the generator that `attach` is given",
+            why="the numbers of HF peft to the last bit; those of another version of PyTorch may differ",
+        ),
+        Deviation(
+            topic="saved tensors",
+            paper="b, d and the seed",
+            here="b and d; `state` shows A and B, which projection_key makes again",
+            why="HF peft writes A and B too, which are most of its files, unless save_projection is false",
+        ),
+        Deviation(
+            topic="scaling",
+            paper="no alpha",
+            here="no alpha",
+            why="d takes its place: 0.1 at the start, as in the paper's main experiments",
+        ),
+        Deviation(
+            topic="dropout",
+            paper="not in the formulas",
+            here="on the input of A only; W0 x sees the whole input",
+            why="as in LoRA and HF peft",
+        ),
     ),
 )
 
 
 @dataclass(frozen=True)
 class Config:
-    """VeRA's knobs.
+    """Hyperparameters of VeRA."""
 
-    rank: r. targets: last parts of the module paths to adapt, or whole paths. dropout: probability that an input feature
-    of the adapter branch is dropped in training. projection_key: what A and B are made from; PyTorch's generator looks at
-    32 bits of it, so greater keys would repeat these. d_initial: the start of d.
-    """
-
-    rank: int = field(default=256, metadata={"least": 1, "most": 16384})
+    rank: int = field(default=256, metadata={"minimum": 1, "maximum": 16384})
+    """Rank r of the shared matrices A and B."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    dropout: float = field(default=0.0, metadata={"least": 0.0, "most": 0.99})
-    projection_key: int = field(default=0, metadata={"least": 0, "most": 4294967295})
-    d_initial: float = field(default=0.1, metadata={"least": -1e3, "most": 1e3})
+    """Layers to adapt: ends of module paths, whole paths, `attention` or `all-linear`."""
+    dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
+    """Probability that an input feature of the adapter branch is dropped in training."""
+    projection_key: int = field(default=0, metadata={"minimum": 0, "maximum": 4294967295})
+    """Seed of A and B. PyTorch's generator uses 32 bits of it."""
+    d_initial: float = field(default=0.1, metadata={"minimum": -1e3, "maximum": 1e3})
+    """Initial value of d."""
 
 
 def projections(key: int, rank: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
-    """Return the shared pair A (R, D), B (E, R), float32 on the CPU, with D and E those of the largest target.
+    """Return the shared pair A (R, D), B (E, R), float32 on the CPU; D and E are those of the largest target.
 
-    A checkpoint needs no more of them than these four numbers. The draw of B depends on the size of A, and both bounds on
-    D and R: slices of a larger pair are not the pair of a smaller size. Neither the global generator nor the default dtype
-    or device has any say.
+    The four arguments determine the pair: a checkpoint stores nothing else of it. Slices of a larger pair are not the pair
+    of a smaller size. Global generator, default dtype and default device have no effect.
     """
     generator = torch.Generator("cpu").manual_seed(key)
 
@@ -93,15 +99,15 @@ def projections(key: int, rank: int, in_features: int, out_features: int) -> tup
     return kaiming(rank, in_features), kaiming(out_features, rank)
 
 
-class VeraLinear(nn.Module):
-    """A frozen linear layer with a random low-rank update whose rows and ranks are scaled by trained vectors.
+class VeraLinear(AdaptedLayer):
+    """A frozen linear layer (..., D) -> (..., E) with a random low-rank update, scaled by trained vectors b (E,), d (R,)."""
 
-    base: an nn.Linear or a quantised subclass of it, maps (..., D) to (..., E). A (R, D), B (E, R): frozen, may be views
-    of tensors that layers share. b (E,), d (R,).
-    """
-
+    base: nn.Linear
+    """An nn.Linear or a quantised subclass."""
     A: Tensor
+    """Frozen (R, D), may be a view of a tensor that layers share."""
     B: Tensor
+    """Frozen (E, R), may be a view of a tensor that layers share."""
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, b: Tensor, d: Tensor, dropout: float) -> None:
         super().__init__()
@@ -123,7 +129,7 @@ class VeraLinear(nn.Module):
         return (self.b[:, None] * self.B) @ (self.d[:, None] * self.A)
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Map the paper's letters to what trains."""
+        """Map the paper's letters to the trainable parameters."""
         return {"b": self.b, "d": self.d}
 
     def state(self) -> dict[str, Tensor]:
@@ -138,11 +144,10 @@ class VeraLinear(nn.Module):
         return dense
 
 
-def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adapted:
-    """Freeze `model` and put a VeraLinear around every target; all share one pair of projections, made from the key.
+def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
+    """Freeze `model` and wrap every target in a VeraLinear; all share one pair of projections, drawn from the key.
 
-    `generator` is left as it is: b, d and the projections are no draw of the run's. Raises ValueError if a target names no
-    linear layer.
+    `generator` is not used: nothing depends on the run's seed. Raises ValueError if a target names no linear layer.
     """
     model.requires_grad_(False)
     found = targets(model, config.targets)
@@ -161,4 +166,4 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
         d = torch.full((config.rank,), config.d_initial, dtype=dtype, device=device)
         layers[path] = VeraLinear(base, A[:, :D], B[:E], b, d, config.dropout)
         replace(model, path, layers[path])
-    return Adapted(model, layers)
+    return AdaptedLayers(model, layers)

@@ -1,9 +1,9 @@
 """The dynamic 8-bit code and blockwise quantisation with it. Dettmers et al., arXiv:2110.02861, section 2. An Operation.
 
 A code of 8 bits names one of 256 values in [-1, 1] (signed) or [0, 1]. The largest are spread evenly over 0.1 .. 1, and
-each decade below has half as many: an indicator bit that moves right leaves fewer bits for the fraction. A tensor is cut
-into blocks of consecutive elements of its flattened form, each is divided by its largest magnitude, and every element
-becomes the nearest of the values. 8-bit optimizer states and QLoRA's double quantisation both use it.
+each decade below has half as many: an indicator bit that moves right leaves fewer bits for the fraction. A tensor is split
+into blocks of consecutive elements of its flattened form; each is divided by its largest magnitude and rounded to the
+nearest values. 8-bit optimizer states and QLoRA's double quantisation both use it.
 """
 
 from __future__ import annotations
@@ -11,27 +11,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SOURCE = "arXiv:2110.02861v2, sections 1.3, 2.1 and 2.2; bitsandbytes, whose table and tie rule are what is in use"
-DEVIATIONS = (
-    (
-        "the data type",
-        "section 1.3 and figure 2 give the bits, no values",
-        "seven decades; the middles of 2^i equal cells of 0.1 .. 1, times 10^(i - 6), for i = 0 .. 6; and 0 and 1",
-        "bitsandbytes' create_dynamic_map, bit for bit; it has no -1, so that the lowest element of a block comes back "
-        "as -0.993 of itself",
-    ),
-    (
-        "the sign's bit in the unsigned type",
-        "section 2.2 uses it as one more bit of the fixed fraction",
-        "2^(i + 1) cells a decade in the place of 2^i",
-        "the same, and as bitsandbytes",
-    ),
-    (
-        "search",
-        "binary search for the nearest value",
-        "the nearest value of x / absmax; one exactly between two takes the lower",
-        "bitsandbytes multiplies by the reciprocal of absmax, which may move an element over a midpoint that it almost "
-        "touches; its CPU kernel rounds to a grid first, which moves more (see the tests)",
+from reference.spec import Deviation, ReferenceSpec
+
+SPEC = ReferenceSpec(
+    paper="arXiv:2110.02861v2, sections 1.3, 2.1 and 2.2; table and tie rule as in bitsandbytes",
+    deviations=(
+        Deviation(
+            topic="the data type",
+            paper="section 1.3 and figure 2 give the bits, no values",
+            here="seven decades; the middles of 2^i equal cells of 0.1 .. 1, times 10^(i - 6), for i = 0 .. 6; and 0 "
+            "and 1",
+            why="bitsandbytes' create_dynamic_map, bit for bit; it has no -1, so that the lowest element of a block "
+            "comes back as -0.993 of itself",
+        ),
+        Deviation(
+            topic="the sign's bit in the unsigned type",
+            paper="section 2.2 uses it as one more bit of the fixed fraction",
+            here="2^(i + 1) cells a decade in the place of 2^i",
+            why="the same, and as bitsandbytes",
+        ),
+        Deviation(
+            topic="search",
+            paper="binary search for the nearest value",
+            here="the nearest value of x / absmax; one exactly between two takes the lower",
+            why="bitsandbytes multiplies by the reciprocal of absmax, which may move an element over a midpoint that "
+            "it almost touches; its CPU kernel rounds to a grid first, which moves more (see the tests)",
+        ),
     ),
 )
 
@@ -52,8 +57,8 @@ def quantize_blockwise(x: Tensor, code: Tensor, block: int = 256) -> tuple[Tenso
     """Return (codes, absmax): uint8 indices into `code` in the order of x.flatten(), float32 absmax of each block.
 
     x: any shape and floating dtype, read as float32. code: ascending values. The last block may be short. A tie takes the
-    lower index. A block of zeros has absmax 0 and the index that 0 has. A block that holds a NaN has absmax NaN; one that
-    holds an infinity, absmax infinity: no element of either comes back finite. Raises ValueError for a block below 1.
+    lower index. A block of zeros has absmax 0 and the index of 0. A block with a NaN has absmax NaN, a block with an
+    infinity absmax infinity: no element of either is decoded to a finite value. Raises ValueError for a block below 1.
     """
     if block < 1:
         raise ValueError(f"a block must hold at least one element, got {block}")

@@ -2,8 +2,8 @@
 
     y_n = W0 x_n + s_i B_i A_i x_n   with i = ids[n]          (Punica, section 4: y := y + x A_i B_i, row by row)
 
-The base product is one for the whole batch; every sequence adds the update of its own adapter. Shape letters: N sequences,
-T tokens, D in, E out, R rank (each adapter has its own).
+One base product for the whole batch; every sequence adds the update of its own adapter. Shape letters: N sequences,
+T tokens, D in, E out, R rank (one per adapter).
 """
 
 from __future__ import annotations
@@ -13,34 +13,40 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-SOURCE = "arXiv:2310.18547v1, section 4 (SGMV); arXiv:2311.03285v3, section 5 (batched computation, ranks that differ)"
-NONE = -1
-DEVIATIONS = (
-    (
-        "orientation",
-        "x A B with A (D, R), B (R, E)",
-        "x A^T B^T with A (R, D), B (E, R)",
-        "LoRA's, as in lora.py and HF peft",
-    ),
-    (
-        "scaling",
-        "none: taken to be in B",
-        "s_i of each adapter, by which its update is multiplied",
-        "adapters of different alpha / r share a batch",
-    ),
-    (
-        "sequences without an adapter",
-        "every request has one",
-        "id -1: the base output alone, to the last bit",
-        "HF peft's `__base__`",
-    ),
-    (
-        "how",
-        "kernels that gather adapters by segment or by page",
-        "a loop over the adapters",
-        "the sum is the same; what the papers add is speed",
+from reference.spec import Deviation, ReferenceSpec
+
+SPEC = ReferenceSpec(
+    paper="arXiv:2310.18547v1, section 4 (SGMV); arXiv:2311.03285v3, section 5 (batched computation, ranks that differ)"
+    "arXiv:2310.18547v1, section 4 (SGMV); arXiv:2311.03285v3, section 5 (batched computation, ranks that differ)",
+    deviations=(
+        Deviation(
+            topic="orientation",
+            paper="x A B with A (D, R), B (R, E)",
+            here="x A^T B^T with A (R, D), B (E, R)",
+            why="LoRA's, as in lora.py and HF peft",
+        ),
+        Deviation(
+            topic="scaling",
+            paper="none: taken to be in B",
+            here="s_i of each adapter, by which its update is multiplied",
+            why="adapters of different alpha / r share a batch",
+        ),
+        Deviation(
+            topic="sequences without an adapter",
+            paper="every request has one",
+            here="id -1: the base output alone, to the last bit",
+            why="HF peft's `__base__`",
+        ),
+        Deviation(
+            topic="how",
+            paper="kernels that gather adapters by segment or by page",
+            here="a loop over the adapters",
+            why="the sum is the same; what the papers add is speed",
+        ),
     ),
 )
+NONE = -1
+"""Id of a sequence without an adapter."""
 
 
 def multi_lora_linear(
@@ -51,12 +57,11 @@ def multi_lora_linear(
     scalings: Sequence[float],
     ids: Sequence[int] | Tensor,
 ) -> Tensor:
-    """Return base_out with each sequence's own update added, (N, ..., E), in the dtype of `base_out`.
+    """Return base_out plus each sequence's own update, (N, ..., E), in the dtype of `base_out`.
 
-    x: (N, ..., D). base_out: W0 x and the bias, (N, ..., E). As[i]: (R_i, D). Bs[i]: (E, R_i). ids: for each of the N
-    sequences an index into them, or -1. Autograd passes through x, base_out and every A and B that is used; of one that
-    is not, the gradient is None. Raises ValueError if the lists differ in length, or an id is no whole number, or neither
-    -1 nor an adapter.
+    x: (N, ..., D). base_out: W0 x and the bias, (N, ..., E). As[i]: (R_i, D). Bs[i]: (E, R_i). ids: one index into them
+    per sequence, or -1. Autograd passes through x, base_out and every A and B in use; unused ones have gradient None.
+    Raises ValueError if the lists differ in length, or if an id is no whole number, or neither -1 nor an adapter.
     """
     chosen = torch.as_tensor(ids, device=x.device)
     if not len(As) == len(Bs) == len(scalings):
