@@ -12,7 +12,7 @@ from torch import Tensor
 from harness.conformance.quantised_codes import Kind, values
 from harness.kernels.torch import nf4 as dispatched
 from harness.kernels.torch import nf4_linear as linear_module
-from harness.kernels.torch import nf4_lora_linear as lora_module
+from harness.kernels.torch import nf4_lora_linear
 from harness.kernels.torch.packed_weight import PackedWeight
 from harness.kernels.triton import nf4, nf4_linear
 from harness.testing import conformance
@@ -124,7 +124,7 @@ def test_a_layer_refuses_them_alike_too(wrong: dict[str, tuple[int, ...]]) -> No
     for by in (True, False):
         for layer, name, others in (
             (linear_module, "by_triton", (None,)),
-            (lora_module, "multiplied_by_triton", (None, A, B, 1.0, None)),
+            (nf4_lora_linear, "multiplied_by_triton", (None, A, B, 1.0, None)),
         ):
             call = getattr(layer, f"packed_{layer.__name__.rpartition('nf4_')[2]}")
             with mock.patch.object(layer, name, return_value=by), pytest.raises(ValueError, match="got") as error:
