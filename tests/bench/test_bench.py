@@ -195,12 +195,12 @@ def test_a_step_is_timed_beside_the_frozen_pass(registry: Registry, name: str) -
 
 def test_products_are_counted_in_every_form() -> None:
     left, right, into = torch.randn(8, 4), torch.randn(4, 6), torch.zeros(8, 6)
-    operation_benchmark = (
+    products = (
         lambda: left @ right,
         lambda: torch.addmm(into, left, right),
         lambda: into.addmm_(left, right),
     )
-    assert [matrix_flops.flops(call) for call in operation_benchmark] == [2 * 8 * 4 * 6] * 3
+    assert [matrix_flops.flops(call) for call in products] == [2 * 8 * 4 * 6] * 3
 
 
 def test_a_refresh_counts_once_in_two_hundred_steps() -> None:

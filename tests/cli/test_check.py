@@ -137,7 +137,7 @@ def test_junit_has_a_case_of_everything(report: Report) -> None:
     assert cases["acme-gone"].find("failure") is not None
     assert cases["absent lora"].find("skipped") is not None
     assert list(cases["lora/forward/float32/warm (rank=3 63x128x48)"]) == []
-    acme = next(parity_suite for parity_suite in root if parity_suite.get("name") == "lora by acme")
+    acme = next(suite for suite in root if suite.get("name") == "lora by acme")
     assert [acme.get(key) for key in ("tests", "failures", "errors", "skipped")] == ["4", "1", "0", "2"]
 
 
@@ -337,7 +337,7 @@ def suites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, st
     """Return a function that changes one file of a copy of the parity suites."""
     copy = tmp_path / "suites"
     shutil.copytree(resources.folder("suites"), copy)
-    for module in (command.suite, defects):
+    for module in (parity_suite, defects):
         monkeypatch.setattr(module, "folder", lambda name: copy)
     defects.known.cache_clear()
 

@@ -57,7 +57,7 @@ def test_the_command_and_the_door_are_declared(unpacked: Path) -> None:
     text = points.read_text(encoding="utf-8")
     assert "peft-harness = harness.cli:main" in text
     for name in ("reference", "fused", "hf-peft", "bitsandbytes"):
-        assert f"{name} = harness.implementations." in text
+        assert f"{name} = harness.methods.implementations." in text
 
 
 @pytest.mark.parametrize("name", ["quick", "smoke"])

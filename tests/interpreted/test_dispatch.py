@@ -67,7 +67,7 @@ def drawn(name: str, dtype: torch.dtype, **case: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("in_place", [False, True], ids=["new", "in place"])
 def test_a_step_is_its_kernels_step(name: str, in_place: bool) -> None:
     module, kernels, case, states = STEPS[name]
-    dispatched = importlib.import_module(f"harness.kernels.{module}")
+    dispatched = importlib.import_module(f"harness.kernels.torch.{module}")
     of_gpu = importlib.import_module(f"harness.kernels.triton.{kernels}")
     given = drawn(name, torch.bfloat16, **case)
     want = getattr(of_gpu, name)(**given)
@@ -88,7 +88,7 @@ def test_a_step_is_its_kernels_step(name: str, in_place: bool) -> None:
 @pytest.mark.parametrize("name", ["adamw8bit_step", "galore_step"])
 def test_the_knobs_of_a_step_have_one_default(name: str) -> None:
     module, _, case, states = STEPS[name]
-    dispatched = importlib.import_module(f"harness.kernels.{module}")
+    dispatched = importlib.import_module(f"harness.kernels.torch.{module}")
     given = drawn(name, torch.float32, **case)
     given = {n: one for n, one in given.items() if isinstance(one, torch.Tensor) or one is None} | {
         "step": 2,

@@ -123,9 +123,9 @@ def test_the_memory_that_papers_print(capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.usefixtures("counted")
 def test_paged_states_are_counted_apart(capsys: pytest.CaptureFixture[str]) -> None:
-    isolated_step = row(document(capsys, "--memory", "1TB", "--optimizer", "paged-adamw"), "full")["ledger"]
+    paged = row(document(capsys, "--memory", "1TB", "--optimizer", "paged-adamw"), "full")["ledger"]
     together = row(document(capsys, "--memory", "1TB", "--optimizer", "adamw"), "full")["ledger"]
-    assert isolated_step["host_B"] > isolated_step["optimizer_B"]
+    assert paged["host_B"] > paged["optimizer_B"]
     assert together["host_B"] == 0
     assert (
         main(["fit", "llama-7b", "--memory", "1TB", "--method", "full", "--optimizer", "paged-adamw", "--formulas"])
