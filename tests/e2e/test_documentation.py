@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import pytest
 
-from harness.cli.app import verbs
+from harness.cli.app import commands as verbs
 
 TOP = Path(__file__).resolve().parents[2]
 MANUALS = sorted(

@@ -110,7 +110,9 @@ def test_claims(command: Command) -> None:
     assert without_prose(json.loads(printed)) == expected("claims-lora")
 
 
-@pytest.mark.parametrize("run", sorted(path.parent for path in PUBLISHED.glob("*/run.json")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "run", sorted(path.parent for path in PUBLISHED.glob("*/run.json")), ids=lambda path: path.name
+)
 def test_report_of_every_published_run(command: Command, tmp_path: Path, run: Path) -> None:
     copy = tmp_path / run.name
     copy.mkdir()
