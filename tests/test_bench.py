@@ -528,7 +528,7 @@ def two_rivals(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> BenchRequ
     """Two processes of two rows each."""
     monkeypatch.setattr(planning, "sizes", lambda shapes, per_token: [BenchSize("one", 8, 8), BenchSize("two", 8, 8)])
     monkeypatch.setattr(command.isolated, "discover", lambda: registry)
-    monkeypatch.setattr(command, "Children", Fake)
+    monkeypatch.setattr(command, "WorkerPool", Fake)
     monkeypatch.setattr(Fake, "after", lambda: None, raising=False)
     return BenchRequest(["nf4_quantize"], ["bitsandbytes", "torchao"], device="cpu", ours="reference")
 

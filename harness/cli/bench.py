@@ -68,12 +68,12 @@ def bench(asked: BenchRequest, as_json: bool, out: Path | None = None, export: P
         raise UsageError(
             "Triton's interpreter is on, and its speed is nobody's", where="TRITON_INTERPRET", hint="unset it"
         )
-    files.refuse(out, export)
+    files.check_writable(out, export)
     threads = usable()
     report = BenchReport(describe(threads))
     folder = files.Folder(out, report.environment)
     with handle_termination():
-        measure(asked, threads, report, folder.keep)
+        measure(asked, threads, report, folder.save)
     # What was found is printed and written whatever becomes of the other: a full disk, a reader of stdout that has left.
     with contextlib.ExitStack() as afterwards:
         if export is not None:
@@ -168,7 +168,7 @@ def _operation(task: BenchTask, asked: BenchRequest, threads: int, children: Wor
 def _events(task: BenchTask, asked: BenchRequest, threads: int, children: WorkerPool) -> Iterator[tuple[str, Any]]:
     """Yield (`begin`, number), (`row`, Row) and (`memory`, bytes) of one process; its end, if it is bad, is a row."""
     at, last, ended = 0, "", -1
-    for event in children.events("harness.bench.worker", task.words(asked, threads), PATIENCE_S):
+    for event in children.events("harness.bench.worker", task.document(asked, threads), PATIENCE_S):
         if "begin" in event:
             at = event["begin"]
             yield "begin", at
@@ -196,7 +196,7 @@ def _with_memory(row: BenchRow, task: BenchTask, asked: BenchRequest, threads: i
         return row
     found: dict[str, dict[str, int]] = {}
     for index, name in enumerate(task.names):
-        for kind, value in _events(task.alone(index), asked, threads, children):
+        for kind, value in _events(task.of_one(index), asked, threads, children):
             if kind == "memory":
                 found[name] = value
             elif kind == "row":
