@@ -272,7 +272,7 @@ def test_while_training_nothing_is_kept_that_only_the_parity_needed(registry: Re
     kept = [*trainee.start.values(), trainee.base_output, *trainee.subject.original.model.parameters()]
     gone = [weakref.ref(one) for one in kept]
     del kept
-    trainee.settle()
+    trainee.start_training()
     gc.collect()
     assert not [one for one in gone if one() is not None]
     trainee.step()

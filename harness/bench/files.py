@@ -43,7 +43,9 @@ def write(path: Path, document: dict[str, Any]) -> None:
     try:
         store.write_atomic(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
     except StoreError as error:
-        hint = "the printed table has the numbers; to save the samples, free disk space or name another path and run again"
+        hint = (
+            "the printed table has the numbers; to save the samples, free disk space or name another path and run again"
+        )
         raise StoreError(error.what, where=error.where, hint=hint) from error
 
 

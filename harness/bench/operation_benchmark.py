@@ -65,7 +65,12 @@ class OperationBenchmark:
             yield self._row(size, judged, arguments, parity, backward=True)
 
     def _row(
-        self, size: BenchSize, judged: BenchSize, arguments: dict[str, Any], parity: Sequence[CheckOutcome], backward: bool
+        self,
+        size: BenchSize,
+        judged: BenchSize,
+        arguments: dict[str, Any],
+        parity: Sequence[CheckOutcome],
+        backward: bool,
     ) -> BenchRow:
         checks, outcome, because = judge_parity(parity)
         forward, more = self.timed.forward, self.timed.backward
@@ -101,7 +106,11 @@ class OperationBenchmark:
     def _parity(self, implementation: Implementation, size: BenchSize) -> Iterator[CheckOutcome]:
         """Yield the outcomes of the parity suite's checks on this call."""
         subject = OperationSubject(
-            self.definition, implementation, self.dtype, self._arguments(size), lambda: self._drawn(size, suite_run.SEED + 1)
+            self.definition,
+            implementation,
+            self.dtype,
+            self._arguments(size),
+            lambda: self._drawn(size, suite_run.SEED + 1),
         )
         case = Case("call", seed=suite_run.SEED, factors=self.plan.factors())
         for name in (*CHECKS, *([GRADIENT] if self.timed.backward is not None else [])):

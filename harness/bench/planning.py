@@ -1,6 +1,6 @@
 """Plan a bench: one worker process per Operation, dtype and compared implementation, or per training step. No torch.
 
-The installed plug-ins say which implementations exist; none is listed here.
+Implementations come from the installed plug-ins; none is listed here.
 """
 
 from __future__ import annotations
@@ -120,9 +120,7 @@ def _everything(request: BenchRequest, registry: Registry, device: str) -> Itera
 
 def _operation(request: BenchRequest, registry: Registry, device: str, name: str) -> Iterator[BenchTask | BenchRow]:
     if name not in timed_operations.every():
-        yield _not_run(
-            request, name, device, "*", "not timed: no module of harness/bench/operations declares it"
-        )
+        yield _not_run(request, name, device, "*", "not timed: no module of harness/bench/operations declares it")
         return
     available = parity_suite.load_operation(name).dtypes
     default = _DTYPE[device]
@@ -138,7 +136,9 @@ def _operation(request: BenchRequest, registry: Registry, device: str, name: str
                 name, "operation", name, both, _points(registry, "operation", name, both), dtype, device,
                 sizes=tuple(sizes(request.shapes, per_token)),
             )  # fmt: skip
-            why = _unsupported(registry, task) or ("" if dtype in available else f"its parity suite has no case in {dtype}")
+            why = _unsupported(registry, task) or (
+                "" if dtype in available else f"its parity suite has no case in {dtype}"
+            )
             yield task.row("not-run", why) if why else task
 
 
@@ -155,7 +155,11 @@ def _step(request: BenchRequest, registry: Registry, device: str, name: str) -> 
             packing = [one for one in offering if one not in (request.ours, REFERENCE)]
             if request.ours not in offering or not packing:
                 yield _not_run(
-                    request, f"step:{name}", device, other, f"needs two packers of {step.base}, there are: {', '.join(offering) or 'none'}"
+                    request,
+                    f"step:{name}",
+                    device,
+                    other,
+                    f"packers of {step.base}: {', '.join(offering) or 'none'}; needs two",
                 )
                 continue
             packers = (request.ours, other if other in packing else packing[0])
@@ -206,7 +210,14 @@ def _unsupported(registry: Registry, task: BenchTask) -> str:
 
 def _not_run(request: BenchRequest, name: str, device: str, other: str, because: str) -> BenchRow:
     return BenchRow(
-        name=name, shape="-", dtype="-", device=device, ours=request.ours, other=other, outcome="not-run", because=because
+        name=name,
+        shape="-",
+        dtype="-",
+        device=device,
+        ours=request.ours,
+        other=other,
+        outcome="not-run",
+        because=because,
     )
 
 

@@ -123,7 +123,9 @@ def read(paths: Sequence[Path]) -> list[Saved]:
     for one in saved:
         rounds = json.dumps(one.rounds, sort_keys=True)
         if rounds in seen:
-            raise UsageError(f"same process run as {seen[rounds]}", where=str(one.path), hint="remove one of the two files")
+            raise UsageError(
+                f"same process run as {seen[rounds]}", where=str(one.path), hint="remove one of the two files"
+            )
         seen[rounds] = one.path
     return saved
 

@@ -1,4 +1,4 @@
-"""Sizes that are timed, and the smaller ones that are judged: linear layers of Llama-3-8B and 70B, and small ones. No torch."""
+"""Sizes that are timed, and the smaller ones that are judged: layers of Llama-3-8B and 70B, and small ones. No torch."""
 
 from __future__ import annotations
 

@@ -55,7 +55,9 @@ def row(
         for trainee in trainees:
             trainee.start_training()
         limit = frozen_pass(shape, DTYPES[dtype], device)
-        samples = timing.pairs(timing.Clock(device), trainees[0].step, trainees[1].step, pairs, limit=limit, single=True)
+        samples = timing.pairs(
+            timing.Clock(device), trainees[0].step, trainees[1].step, pairs, limit=limit, single=True
+        )
         losses = {it.name: list(trainee.losses) for it, trainee in zip(both, trainees, strict=True)}
         # torch counts neither products in Triton kernels nor those of a library on NF4.
         if device.type == "cpu" and not step.base:
@@ -191,8 +193,8 @@ def _differs(both: tuple[Implementation, Implementation], runs: list[_Galore]) -
     retained = [float(project(G, projector(G, rank, niter=niter)).double().square().sum()) for niter in niters]
     methods = [f"a randomised SVD (niter {niter})" if niter else "the exact SVD" for niter in niters]
     return (
-        f"{both[0].name} refreshes by {methods[0]}, {both[1].name} by {methods[1]}; on these gradients (white noise) the first "
-        f"refresh retains {retained[0] / retained[1]:.1%} of the squares that the other retains"
+        f"{both[0].name} refreshes by {methods[0]}, {both[1].name} by {methods[1]}; on these gradients (white noise) the "
+        f"first refresh retains {retained[0] / retained[1]:.1%} of the squares that the other retains"
     )
 
 

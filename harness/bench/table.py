@@ -23,7 +23,9 @@ def as_text(rows: Sequence[BenchRow]) -> str:
 
 def _fields(row: BenchRow) -> tuple[str, ...]:
     start = (row.name, row.shape, row.dtype, row.device)
-    if row.outcome != "measured" or row.samples is None:  # a row whose memory could not be measured has samples, and failed
+    if (
+        row.outcome != "measured" or row.samples is None
+    ):  # a row whose memory could not be measured has samples, and failed
         reason = f"{row.outcome}: {row.because}".replace(f"not-run: {NO_GPU}", f"not-run ({NO_GPU})")
         return (*start, "-", row.other, "-", "-", "-", "-", reason)
     ours, other = median(row.samples.ours), median(row.samples.other)
@@ -84,10 +86,14 @@ def _notes(rows: Sequence[BenchRow]) -> list[str]:
         notes.append(f"[too few]: an interval needs at least {FEWEST} pairs (--pairs)")
     if counted := [row for row in measured if row.products is not None]:
         notes.append(
-            "frozen pass: the dense model forward, and backward to its embeddings, without training. By FLOPs: the products of "
-            "the step over those of the frozen pass; for the other implementation:"
+            "frozen pass: the dense model forward, and backward to its embeddings, without training. By FLOPs: the products "
+            "of the step over those of the frozen pass; for the other implementation:"
         )
-        notes += [f"  {row.name} {row.other}: {row.products.other / row.products.frozen:.2f}" for row in counted if row.products]
+        notes += [
+            f"  {row.name} {row.other}: {row.products.other / row.products.frozen:.2f}"
+            for row in counted
+            if row.products
+        ]
     if any(row.limit == PRODUCTS and row.samples.limit for row in measured if row.samples is not None):
         notes.append(
             f"{PRODUCTS}: the gradient into the subspace and the update out of it, without any other work or allocation"
@@ -112,7 +118,7 @@ def _notes(rows: Sequence[BenchRow]) -> list[str]:
         )
     if busy := [load for row in measured if _number(load := row.facts.get("load")) > _number(row.facts.get("threads"))]:
         notes.append(
-            f"busy machine: load up to {max(map(_number, busy)):.1f} before a benchmark; other processes may affect these times"
+            f"busy machine: load up to {max(map(_number, busy)):.1f} before a benchmark, which may affect these times"
         )
     if differing := dict.fromkeys(f"  {row.name} {row.shape}: {row.differs}" for row in measured if row.differs):
         notes += ["different computations, each judged against its own reference:", *differing]
@@ -120,9 +126,7 @@ def _notes(rows: Sequence[BenchRow]) -> list[str]:
     if judged:
         notes += ["parity judged on a smaller size than was timed:", *judged]
     if missing := sum(row.because.startswith(INTERRUPTED) for row in rows):
-        notes.append(
-            f"interrupted: {missing} of these did not finish, marked `not-run: interrupted`"
-        )
+        notes.append(f"interrupted: {missing} of these did not finish, marked `not-run: interrupted`")
     return notes
 
 
