@@ -87,7 +87,7 @@ class BenchRow(FrozenModel):
     products: Products | None = None
     """FLOPs of a training step; None where Triton ran, or a library on NF4, whose products are not counted."""
     memory: dict[str, dict[str, int]] = Field(default={})
-    """Implementation -> bytes of a separate process: `peak_B` in the steps, `rest_B` before them, `bare_B` before the model."""
+    """Implementation -> bytes of its own process: `peak_B` in the steps, `rest_B` before them, `bare_B` before the model."""
     losses: dict[str, list[float]] = Field(default={})
     """Implementation -> loss of each step."""
     facts: dict[str, Json] = Field(default={})

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 import harness
-from harness.analysis import verdict
+from harness.analysis.comparison.reproducibility import possible_reruns
+from harness.analysis.run_facts import analyse
 from harness.assets import fetch
 from harness.assets.table import Source, resolve
 from harness.cell.job import Asset, Job, JobTask, used
@@ -25,9 +26,8 @@ from harness.records import environment, naming, store
 from harness.records.manifest import Footer, Manifest
 from harness.records.record import Environment, Provider, Status
 from harness.report import html, terminal
-from harness.runner import task_assets
+from harness.runner import executors, task_assets
 from harness.runner.attempt import RunContext
-from harness.runner.executors import node
 from harness.runner.executors.executor import Device, Executor
 from harness.runner.executors.local import Local
 from harness.runner.progress import Progress
@@ -101,15 +101,15 @@ def run_suite(
         model_checks.refuse(suite, plan)  # again: now every model is at hand
         times.lap("fetch")
         if old:
-            folder, run_id, done = _reopen(old, here, works, chosen, progress, elsewhere=place.elsewhere)
+            folder, run_id, done = _reopen(old, here, works, chosen, progress, is_remote=place.is_remote)
         else:
             folder, run_id, done = _open(suite, plan, here, out, progress, held)
         times.lap("scheduling")
         with _saying_what_is_kept(folder):
             todo = _Todo(plan, works, done, folder, run_id, chosen, times, progress)
-            how = _measure(todo, place, RunContext(folder, here, timeout))
+            run = _measure(todo, place, RunContext(folder, here, timeout))
             progress.close()
-            return _report(folder, interrupted=how == "interrupted", strict=strict)
+            return _report(run, strict=strict)
 
 
 @dataclass
@@ -149,8 +149,8 @@ class _Todo:
         self.in_cells += self.times.skip()
 
 
-def _measure(todo: _Todo, place: Executor, terms: RunContext) -> _How:
-    """Run the Cells that are not done, and write the footer whatever ends it."""
+def _measure(todo: _Todo, place: Executor, terms: RunContext) -> store.Run:
+    """Run the Cells that are not done, and write the footer whatever ends it; return the run as it was read then."""
     folder, run_id, times, progress = todo.folder, todo.run_id, todo.times, todo.progress
     how: _How = "finished"
     made: set[str] = set()
@@ -172,14 +172,14 @@ def _measure(todo: _Todo, place: Executor, terms: RunContext) -> _How:
         with contextlib.suppress(StoreError):  # what ended the run is what its user must read
             _finish(folder, run_id, "failed", times, todo.in_cells, made)
         raise
-    footer = _finish(folder, run_id, how, times, todo.in_cells, made)
+    run, footer = _finish(folder, run_id, how, times, todo.in_cells, made)
     if footer.kept:
-        everything = sum(record.duration_s for record in store.read_run(folder.path).latest().values())
+        everything = sum(record.duration_s for record in run.latest().values())
         progress.say(
             f"this resumed part took {footer.seconds_total:.1f} s; the Cells of the whole run together {everything:.1f} s, "
             f"{footer.kept} of them measured earlier"
         )
-    return how
+    return run
 
 
 @contextlib.contextmanager
@@ -230,17 +230,18 @@ def _old(plan: Plan, out: Path | None, resume: str | None, held: contextlib.Exit
         return None
     if out is not None:
         raise UsageError("a resumed run stays in its folder", where=f"--out {out}", hint="leave out --out or --resume")
-    old = store.read_run(store.find_run(resume))
-    expected = {cell.cell_id for cell in old.manifest.cells}
+    path = store.find_run(resume)
+    manifest = store.read_manifest(path)
+    expected = {cell.cell_id for cell in manifest.cells}
     named = naming.full(plan.cells)
     if strange := [name for cell_id, name in named.items() if cell_id not in expected]:
         raise UsageError(
             f"{len(strange)} Cells of this suite are not in that run, e.g. {strange[0]}",
-            where=f"--resume {old.manifest.run}",
+            where=f"--resume {manifest.run}",
             hint="resume with the suite it was started with, or start a new run",
         )
-    held.callback(store.RunFolder.take(old.path).release)
-    return store.read_run(old.path)  # again: until now another runner may have written to it
+    held.callback(store.RunFolder.take(path).release)
+    return store.read_run(path)  # only now: before, another runner may have written to it
 
 
 def _reopen(
@@ -250,14 +251,14 @@ def _reopen(
     device: str,
     progress: Progress,
     *,
-    elsewhere: bool,
+    is_remote: bool,
 ) -> tuple[store.RunFolder, str, set[str]]:
     """Return an old run's folder, its id, and the Cells that need not run again: same machine, code, device, data, plug-in.
 
-    elsewhere: Cells run on many machines, of which the runner's may be none: the same software has to do.
+    is_remote: Cells run on many machines, of which the runner's may be none: the same software has to do.
     """
     folder = store.RunFolder(old.path)
-    node.recall(old.path)  # whatever executor it goes on with
+    executors.recall(old.path)
     if old.footer is None:
         why = "its footer.json cannot be read" if "footer.json" in old.broken else "it has no footer.json"
         progress.say(f"run {old.manifest.run} is incomplete: {why}; it goes on with what its Cells left")
@@ -269,7 +270,7 @@ def _reopen(
         record.cell_id
         for record in old.latest().values()  # what report and verdict look at
         if record.status is Status.OK
-        and (record.environment.software == here.software if elsewhere else record.environment.id == here.id)
+        and (record.environment.software == here.software if is_remote else record.environment.id == here.id)
         and record.environment.code_version == here.code_version
         and record.device == device
         and (record.provider is None or _is_installed(record.provider))
@@ -321,7 +322,10 @@ def _open(
     return folder, run_id, set()
 
 
-def _finish(folder: store.RunFolder, run_id: str, how: _How, times: _Times, in_cells: float, made: set[str]) -> Footer:
+def _finish(
+    folder: store.RunFolder, run_id: str, how: _How, times: _Times, in_cells: float, made: set[str]
+) -> tuple[store.Run, Footer]:
+    """Read the run, write its footer, return both."""
     run = store.read_run(folder.path)
     times.lap("scheduling")
     footer = Footer(
@@ -335,24 +339,23 @@ def _finish(folder: store.RunFolder, run_id: str, how: _How, times: _Times, in_c
         seconds_in_cells=in_cells,
         seconds_outside=times.outside,
     )
-    folder.close(footer)
-    return footer
+    return folder.close(run, footer), footer
 
 
-def _report(folder: store.RunFolder, *, interrupted: bool, strict: bool) -> Exit:
-    run = store.read_run(folder.path)
-    page = folder.path / "report.html"
+def _report(run: store.Run, *, strict: bool) -> Exit:
+    facts, page = analyse(run), run.path / "report.html"
     try:
-        print("\n".join(terminal.summary(run)))
-        html.write_report([run], page)
+        print("\n".join(terminal.summary(facts)))
+        html.write_report([facts], page, possible_reruns([run]))
     except BrokenPipeError:  # the reader of stdout has left; the command knows what to do
         raise
     except Exception as error:
         why = error.what if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
         raise HarnessError(
             f"everything was measured and is kept, but the report could not be made: {why}",
-            where=str(folder.path),
-            hint=f"`peft-harness report {folder.path}` tries again",
+            where=str(run.path),
+            hint=f"`peft-harness report {run.path}` tries again",
         ) from error
     print(f"report: {page}")
-    return Exit.INFRASTRUCTURE if interrupted else verdict.judge(run, strict=strict).exit
+    interrupted = run.footer is not None and run.footer.how == "interrupted"
+    return Exit.INFRASTRUCTURE if interrupted else facts.verdict.exit_code(strict=strict)

@@ -1,0 +1,221 @@
+"""Run benchmarks one after the other, each in its own process; print and write the results. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from harness.bench import files, planning, pytest_benchmark, table
+from harness.bench.planning import BenchRequest, BenchTask
+from harness.bench.results import INTERRUPTED, NO_GPU, BenchRow
+from harness.conformance.execution import worker_processes
+from harness.errors import Exit, UsageError
+from harness.process.termination import handle_termination
+from harness.process.worker_pool import WorkerPool
+from harness.records.environment import describe, gpus
+from harness.records.environment import threads as usable
+from harness.records.record import Environment
+
+PATIENCE_S = 900.0
+"""A worker without an event for so long is killed. The reference takes minutes of CPU at the largest sizes."""
+
+
+@dataclass
+class BenchReport:
+    """The rows of a bench."""
+
+    environment: Environment
+    rows: list[BenchRow] = field(default_factory=list)
+    broken: dict[str, str] = field(default_factory=dict)
+    """Plug-in that could not be loaded -> reason."""
+    interrupted: bool = False
+
+    @property
+    def exit(self) -> Exit:
+        """The exit code: 4 if interrupted, 1 if a check failed, 4 if a worker failed, 0 if anything was measured, else 5.
+
+        If nothing was measured because only a GPU was requested and there is none, 4.
+        """
+        if self.interrupted:
+            return Exit.INFRASTRUCTURE
+        if any(row.red for row in self.rows):
+            return Exit.FAIL
+        if any(row.outcome == "failed" for row in self.rows):
+            return Exit.INFRASTRUCTURE
+        if any(row.outcome == "measured" for row in self.rows):
+            return Exit.PASS
+        no_gpu = any(row.because.startswith(NO_GPU) for row in self.rows)
+        only_gpu = all(row.device == "cuda" for row in self.rows)
+        return Exit.INFRASTRUCTURE if no_gpu and only_gpu else Exit.NOTHING_COMPARED
+
+    def document(self) -> dict[str, Any]:
+        """Return the document that `--json` prints."""
+        return {
+            "schema": files.SCHEMA, "exit": int(self.exit), "interrupted": self.interrupted,
+            "environment": self.environment.model_dump(mode="json"), "broken": self.broken,
+            "benchmarks": [row.document() for row in self.rows],
+        }  # fmt: skip
+
+
+def bench(request: BenchRequest, as_json: bool, out: Path | None = None, export: Path | None = None) -> Exit:
+    """Run the benchmarks, print the table, write the requested files, and return the exit code."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UsageError(
+            "Triton's interpreter is on: times would be meaningless", where="TRITON_INTERPRET", hint="unset it"
+        )
+    files.check_writable(out, export)
+    threads = usable()
+    report = BenchReport(describe(threads))
+    folder = files.Folder(out, report.environment)
+    with handle_termination():
+        measure(request, threads, report, folder.save)
+    # Print and write independently: either may fail, by a full disk or a closed stdout.
+    with contextlib.ExitStack() as afterwards:
+        if export is not None:
+            document = pytest_benchmark.document(report.rows, report.environment)
+            afterwards.callback(files.write, export, document)
+        afterwards.callback(folder.finish)
+        print(json.dumps(report.document(), indent=1) if as_json else table.as_text(report.rows))
+    return report.exit
+
+
+def measure(request: BenchRequest, threads: int, report: BenchReport, save: Callable[[BenchRow], None]) -> None:
+    """Add each row to `report` and pass it to `save` when it is measured; after Ctrl-C, add rows for missing benchmarks.
+
+    Raises UsageError for unknown names.
+    """
+
+    def add(row: BenchRow) -> None:
+        report.rows.append(row)
+        save(row)
+
+    registry = worker_processes.discover()
+    report.broken = registry.broken
+    for name, why in registry.broken.items():
+        print(f"plug-in {name} could not be loaded: {why}", file=sys.stderr)
+    tasks, not_run = planning.plan(request, registry, no_gpu() if request.device != "cpu" else NO_GPU)
+    workers, remaining, done = WorkerPool(), list(tasks), 0
+    try:
+        with _threads(threads):
+            while remaining:
+                task, done = remaining[0], 0
+                progress = f"[{len(tasks) - len(remaining) + 1}/{len(tasks)}]"
+                print(f"{progress} {task.name} {task.dtype} vs {task.names[-1]} ...", file=sys.stderr)
+                for row in _rows(task, request, threads, workers):
+                    add(row)
+                    done += 1
+                del remaining[0]
+    except KeyboardInterrupt:
+        workers.stop()
+        report.interrupted = True
+        for task in remaining:
+            after = (
+                f" after the {'row' if done == 1 else f'{done} rows'} above" if done and task is remaining[0] else ""
+            )
+            add(replace(task, sizes=()).row("not-run", INTERRUPTED + after))
+    for row in not_run:
+        add(row)
+
+
+def no_gpu() -> str:
+    """Return why no GPU can be used; empty if one can.
+
+    A separate process asks torch, which may be built without CUDA although the driver shows a GPU.
+    """
+    if not gpus():
+        return NO_GPU
+    first, *_ = WorkerPool().events("harness.bench.gpu_probe", {}, PATIENCE_S)
+    why = first.get("unusable", first.get("died"))
+    return f"{NO_GPU}: nvidia-smi shows one, but {why}" if why else ""
+
+
+def _rows(task: BenchTask, request: BenchRequest, threads: int, workers: WorkerPool) -> Iterator[BenchRow]:
+    if task.kind == "operation":
+        yield from _operation(task, request, threads, workers)
+        return
+    found: list[BenchRow] = []
+    try:
+        for kind, row in _events(task, request, threads, workers):
+            if kind == "row":
+                found.append(row)
+        found = [_with_memory(row, task, request, threads, workers) for row in found]
+    finally:  # Ctrl-C while memory is measured must not lose the times
+        yield from found
+
+
+def _operation(task: BenchTask, request: BenchRequest, threads: int, workers: WorkerPool) -> Iterator[BenchRow]:
+    """Yield the rows of every size; continue in a new process after a size whose process failed."""
+    remaining = task.sizes
+    while remaining and not workers.stopped:
+        at = 0
+        for kind, found in _events(replace(task, sizes=remaining), request, threads, workers):
+            if kind == "begin":
+                at = found
+            else:
+                yield found
+                if found.outcome == "not-run" and found.shape == "-":
+                    return
+                if found.outcome == "failed":
+                    break
+        else:
+            return
+        remaining = remaining[at + 1 :]
+
+
+def _events(task: BenchTask, request: BenchRequest, threads: int, workers: WorkerPool) -> Iterator[tuple[str, Any]]:
+    """Yield (`begin`, number), (`row`, BenchRow) and (`memory`, bytes) of one process; a failure becomes a row."""
+    at, last, complete = 0, "", False
+    for event in workers.events("harness.bench.worker", task.document(request, threads), PATIENCE_S):
+        if "begin" in event:
+            at = event["begin"]
+            yield "begin", at
+        elif "end" in event:
+            complete = event["end"] == max(len(task.sizes) - 1, 0)
+        elif "row" in event:
+            yield "row", BenchRow.model_validate_json(json.dumps(event["row"]))
+        elif "memory" in event:
+            yield "memory", event["memory"]
+        elif "missing" in event:
+            yield "row", replace(task, sizes=()).row("not-run", event["missing"])
+            complete = True
+        elif "failed" in event:
+            last = event["failed"]
+        elif "died" in event and complete:  # all rows are there
+            print(f"{task.name}: after its last benchmark {event['died']}", file=sys.stderr)
+        elif "died" in event:
+            yield "row", task.row("failed", last or event["died"], at)
+
+
+def _with_memory(row: BenchRow, task: BenchTask, request: BenchRequest, threads: int, workers: WorkerPool) -> BenchRow:
+    """Add the memory of the step by each implementation, measured in a process of its own."""
+    if row.samples is None:
+        return row
+    found: dict[str, dict[str, int]] = {}
+    for index, name in enumerate(task.names):
+        for kind, value in _events(task.of_one(index), request, threads, workers):
+            if kind == "memory":
+                found[name] = value
+            elif kind == "row":
+                because = f"timed, but the memory of {name} could not be measured: {value.because}"
+                return row.model_copy(update={"outcome": "failed", "because": because})
+    return row.model_copy(update={"memory": found})
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let workers use all cores in every OpenMP: torch.set_num_threads only reaches torch's copy of it."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
