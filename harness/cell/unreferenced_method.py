@@ -1,4 +1,4 @@
-"""Methods without a reference: the layers that they adapted and their initial values, which only the attached model shows."""
+"""Methods without a reference: only the attached model shows their layers and initial values."""
 
 from __future__ import annotations
 

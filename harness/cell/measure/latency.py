@@ -223,7 +223,7 @@ class _Variants:
         return ImplementationError(
             f"the implementation is at fault, not the model: {what} of {kind.__module__}.{kind.__qualname__} {did}",
             where="latency phase",
-            hint="its merge(), unmerge() and detach() must work again after the layers were put back; report it to its authors",
+            hint="its merge(), unmerge() and detach() must work after the layers were put back; report it to its authors",
         )
 
 

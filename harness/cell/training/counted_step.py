@@ -27,8 +27,8 @@ def step_peak(
     """Return the peak bytes of CPU tensors in a training step; None if torch cannot count them.
 
     The step uses the batch with the most tokens in the model at once, and the optimizer's state exists. It is not timed,
-    because counting slows it down. It is step T + 1, after the last: work that an optimizer does every n steps (GaLore's SVD,
-    every `update_gap`) is in it only if T + 1 is such a step. The Method's `after_step` is not called.
+    because counting slows it down. It is step T + 1, after the last: work that an optimizer does every n steps (in GaLore
+    the SVD) is in it only if T + 1 is such a step. The Method's `after_step` is not called.
 
     Restored afterwards, also if the step fails: trained parameters; the model's buffers (a BatchNorm's statistics), except
     those that the Method made and does not train, which may be as large as the weights; the random states of torch, Python
