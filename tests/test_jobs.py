@@ -260,9 +260,9 @@ def test_progress_of_several_cells(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(lines) == 9
     assert lines[0].startswith("2/12  ")
     assert "seed=1  train, step 3 of 60, loss 0.5000" in lines[0]
-    assert lines[-1].startswith("and 2 more at work, about ")
+    assert lines[-1].startswith("and 2 more running, about ")
     progress.event(cells[2], {"event": "phase", "name": "with Slurm", "queued": True})
-    assert progress._lines(time.monotonic())[-1] == "and 2 more at work"
+    assert progress._lines(time.monotonic())[-1] == "and 2 more running"
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("1/12  ok ")
 
