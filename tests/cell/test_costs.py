@@ -229,9 +229,9 @@ def test_a_full_disk_costs_a_size_and_no_cell(tmp_path: Path, monkeypatch: pytes
 
 def test_a_whole_model_counts_tied_weights_once() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False))
-    assert checkpoint_size.whole(model) == (64 + 8 + 64) * 4
+    assert checkpoint_size.model_bytes(model) == (64 + 8 + 64) * 4
     model[1].weight = model[0].weight
-    assert checkpoint_size.whole(model) == (64 + 8) * 4
+    assert checkpoint_size.model_bytes(model) == (64 + 8) * 4
 
 
 # --- what a reader sees ----------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from harness.cell.measure.allocations import most_while
+from harness.cell.measure.allocations import peak_while
 from harness.cell.training import loop
-from harness.cell.training.counted_step import copied_B, most_in_step
+from harness.cell.training.counted_step import copied_B, step_peak
 from support.small_encoder import Encoder, batches, nothing, setting
 
 Plant = Callable[[Any], "Tensor | None"]
@@ -35,7 +35,7 @@ def _only_ours() -> Iterator[None]:
 
 def most(run: Callable[[], object]) -> int:
     """Return what `run` takes beyond what is there."""
-    taken, idle = most_while(run), most_while(lambda: None)
+    taken, idle = peak_while(run), peak_while(lambda: None)
     assert taken is not None
     assert idle is not None
     return taken - idle
@@ -53,7 +53,7 @@ def test_allocations_are_counted_to_the_byte_and_releases_too() -> None:
 
 def test_what_was_there_counts_once_and_what_takes_no_memory_does_not() -> None:
     def there() -> int:
-        return most_while(lambda: None) or 0
+        return peak_while(lambda: None) or 0
 
     before = there()
     kept: list[Any] = [{"deep": (torch.ones(PLANTED),)}]
@@ -74,11 +74,11 @@ def test_tensors_without_a_storage_count_nothing_and_break_nothing() -> None:
         return x.sum()
 
     with_storage = torch.ones(2, 3), torch.ones(3)
-    before = most_while(lambda: None)
+    before = peak_while(lambda: None)
     torch.vmap(keeps_a_tensor_of_a_transform)(with_storage[0])
     torch.func.grad(keeps_a_tensor_of_a_transform)(with_storage[1])
     kept.append(nn.LazyLinear(3))
-    assert most_while(lambda: None) == before
+    assert peak_while(lambda: None) == before
     assert len(kept) == 3
 
 
@@ -87,11 +87,11 @@ def test_garbage_in_circles_does_not_count_and_the_collector_is_on_again() -> No
         holder: list[Any] = [torch.ones(PLANTED)]
         holder.append(holder)
 
-    before = most_while(lambda: None)
+    before = peak_while(lambda: None)
     circle()
-    assert most_while(lambda: None) == before
+    assert peak_while(lambda: None) == before
     with pytest.raises(ZeroDivisionError):
-        most_while(lambda: 1 / 0)
+        peak_while(lambda: 1 / 0)
     assert gc.isenabled()
 
 
@@ -126,9 +126,9 @@ def trained(method: str = "lora", implementation: str = "fused", plant: Plant = 
 
 
 def counted(s: dict[str, Any]) -> int:
-    found = most_in_step(**s)
+    found = step_peak(**s)
     assert found is not None
-    return found - (most_while(lambda: None) or 0)
+    return found - (peak_while(lambda: None) or 0)
 
 
 def keeps(model: Any) -> None:
@@ -163,16 +163,16 @@ def test_it_is_the_step_alone_that_counts() -> None:
     s = trained("full", "reference")
     (batch,) = s["batches"] = s["batches"][:1]
     from_it = counted(s)
-    idle = most_while(lambda: None)
+    idle = peak_while(lambda: None)
     assert idle is not None
-    assert most_while(lambda: loop.step(s["adapted"], [batch], s["optimizer"], seed=0)) == idle + from_it
+    assert peak_while(lambda: loop.step(s["adapted"], [batch], s["optimizer"], seed=0)) == idle + from_it
 
 
 def test_a_tensor_that_is_kept_is_in_it() -> None:
     s = trained(plant=keeps)
-    with_it = most_in_step(**s) or 0
+    with_it = step_peak(**s) or 0
     s["adapted"].model.cache = s["adapted"].model.cache[:0].clone()
-    assert with_it - (most_in_step(**s) or 0) == 2 * MIB
+    assert with_it - (step_peak(**s) or 0) == 2 * MIB
 
 
 def test_the_step_is_one_over_the_largest_batch() -> None:
@@ -204,7 +204,7 @@ def test_what_the_step_changes_is_put_back(method: str, implementation: str) -> 
     s = trained(method, implementation, plant=changes)
     before = _trace(s)
     average = s["adapted"].model.average
-    assert most_in_step(**s)
+    assert step_peak(**s)
     after = _trace(s)
     assert before.keys() == after.keys()
     for name, value in before.items():
@@ -238,7 +238,7 @@ def test_what_the_step_changes_is_put_back_where_it_fails() -> None:
 
     s["optimizer"].step = fails
     with pytest.raises(MemoryError):
-        most_in_step(**s)
+        step_peak(**s)
     after = _trace(s)
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert all(p.grad is None for p in s["adapted"].parameters())

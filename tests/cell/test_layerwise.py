@@ -46,7 +46,7 @@ def test_warming_up_holds_no_gradient_where_training_has_room_for_one(wanted: bo
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
     left: list[int] = []
     model[0].weight.register_hook(lambda _: left.append(sum(p.grad is not None for p in model[1].parameters())))
-    with loop.dropping(model.parameters(), wanted):
+    with loop.drop_gradients(model.parameters(), wanted):
         model(torch.ones(3, 4)).sum().backward()
     assert (left, [p.grad is None for p in model.parameters()]) == ([0 if wanted else 2], [wanted] * 4)
     model(torch.ones(3, 4)).sum().backward()  # a training's gradients are its own

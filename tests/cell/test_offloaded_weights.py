@@ -50,7 +50,7 @@ def test_a_weight_that_no_product_takes(method: str, implementation: str, tmp_pa
     assert torch.equal(logits(model), adapts)
     model(input_ids=IDS).logits.sum().backward()
     assert all(t.grad is not None for t in adapted.tensors().values())
-    aside.put_back()
+    aside.restore()
     adapted.detach()
     assert torch.equal(logits(model), before)
 

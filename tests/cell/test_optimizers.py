@@ -113,7 +113,7 @@ def test_masters_hold_what_is_stepped_by_any_optimizer() -> None:
         model = Wide().bfloat16()
         before = model.head.weight.detach().clone()
         optimizer, _ = trained(model, name, lr=1e-6)
-        moved = optimizers.held(model.head.weight, optimizer) != before.float()
+        moved = optimizers.stored_value(model.head.weight, optimizer) != before.float()
         assert int((model.head.weight != before).sum()) < int(moved.sum()), name
 
 

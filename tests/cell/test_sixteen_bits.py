@@ -102,11 +102,11 @@ def test_a_step_that_is_lost_to_rounding_is_held() -> None:
     s = setting(model, lr=1e-3, steps=1000)
     loop.train(batches=batches_of(ALIKE, 1), seed=0, report=nothing, **s)
     assert bias.tolist() == [1.0, 1.0]
-    wrong, right = optimizers.held(bias, s["optimizer"]).tolist()
+    wrong, right = optimizers.stored_value(bias, s["optimizer"]).tolist()
     assert wrong < 1.0 < right
     plain = setting(Encoder())
     parameter = plain["adapted"].parameters()[0]
-    assert optimizers.held(parameter, plain["optimizer"]).data_ptr() == parameter.data_ptr()
+    assert optimizers.stored_value(parameter, plain["optimizer"]).data_ptr() == parameter.data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -139,5 +139,5 @@ def test_galore_in_float16_steps_as_in_float32(name: str) -> None:
         half["optimizer"].step()
         wide["optimizer"].step()
     want = {key: p.detach() for key, p in named[1].items()}
-    assert exact({key: optimizers.held(p, half["optimizer"]) for key, p in named[0].items()}, want).passed
+    assert exact({key: optimizers.stored_value(p, half["optimizer"]) for key, p in named[0].items()}, want).passed
     assert optimizers.facts(half["optimizer"])["name"] == type(wide["optimizer"]).__name__

@@ -17,7 +17,7 @@ from harness.cell import outcomes
 from harness.cell.evaluation.likelihood import CausalScorer
 from harness.cell.training import loop, optimizers
 from harness.cell.training.batches import Batch, Example, answer_examples, collate
-from harness.cell.training.master_weights import Masters
+from harness.cell.training.master_weights import MasterWeights
 from harness.cell.training.update_tracker import UpdateTracker
 from harness.conformance.comparison.tolerance_policies import exact, noise_floor
 from harness.conformance.subject import configure
@@ -228,20 +228,20 @@ def test_divergence_says_what_came_before_and_what_to_do() -> None:
     assert "\n" not in said  # a Record keeps its first line
 
 
-@pytest.mark.parametrize(("steps", "stopped_at"), [(3, 3), (2 * loop.SILENT, loop.SILENT)])
+@pytest.mark.parametrize(("steps", "stopped_at"), [(3, 3), (2 * loop.ZERO_GRADIENT_STEPS, loop.ZERO_GRADIENT_STEPS)])
 def test_a_gradient_of_zero_from_the_first_step_on_stops_the_run(steps: int, stopped_at: int) -> None:
     with pytest.raises(outcomes.Untrained, match=f"exactly zero up to step {stopped_at}: nothing is being trained"):
         loop.train(batches=batches(steps), seed=0, report=nothing, **setting(Encoder(0.0)))
 
 
-@pytest.mark.parametrize("speaks_at", [1, loop.SILENT])
+@pytest.mark.parametrize("speaks_at", [1, loop.ZERO_GRADIENT_STEPS])
 def test_one_batch_with_a_gradient_is_a_training(speaks_at: int) -> None:
     model = Encoder(0.0)
     model.register_forward_pre_hook(
         lambda *_: calls.append(1) or setattr(model, "scale", float(len(calls) == speaks_at))
     )
     calls: list[int] = []
-    steps = 2 * loop.SILENT
+    steps = 2 * loop.ZERO_GRADIENT_STEPS
     norms = loop.train(batches=batches(steps), seed=0, report=nothing, **setting(model)).gradient_norms
     assert [bool(norm) for norm in norms] == [step == speaks_at for step in range(1, steps + 1)]
 
@@ -299,7 +299,7 @@ def test_the_optimizer_is_described_whole() -> None:
         "lr": 2e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.5, "tensors": 3,
     }  # fmt: skip
     half = setting(Encoder().half())["optimizer"]
-    assert isinstance(half, Masters)
+    assert isinstance(half, MasterWeights)
     assert optimizers.facts(half)["master_weights"] == "float32"
     assert optimizers.facts(half)["groups"][0]["eps"] == 1e-8
     (note,) = loop.notes(half)
@@ -329,13 +329,13 @@ def test_what_is_set_back_to_its_start_has_moved_and_what_never_left_it_has_not(
     movement = UpdateTracker(start, lambda tensor: tensor)
     for E, P in ((0.1, 1.0), (0.0, 1.5), (0.0, 1.5)):
         now = {"E": torch.full((3,), E), "P": torch.full((3,), P), "detached": torch.ones(2), "new": torch.ones(1)}
-        movement.seen(lambda now=now: now)  # type: ignore[misc]
-    assert movement.still(now) == ["detached"]
+        movement.observe(lambda now=now: now)  # type: ignore[misc]
+    assert movement.unchanged(now) == ["detached"]
 
 
 def test_a_master_in_float32_moves_by_less_than_its_parameter_can_show() -> None:
     movement = UpdateTracker({"A": torch.ones(3, dtype=torch.bfloat16)}, lambda tensor: tensor)
-    movement.seen(lambda: {"A": torch.ones(3)})
-    assert movement.still({"A": torch.ones(3)}) == ["A"]
-    movement.seen(lambda: {"A": torch.full((3,), 1.0001)})
-    assert movement.still({"A": torch.ones(3)}) == []
+    movement.observe(lambda: {"A": torch.ones(3)})
+    assert movement.unchanged({"A": torch.ones(3)}) == ["A"]
+    movement.observe(lambda: {"A": torch.full((3,), 1.0001)})
+    assert movement.unchanged({"A": torch.ones(3)}) == []

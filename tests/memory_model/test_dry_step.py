@@ -14,13 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from harness.cell import base_quantisation
-from harness.cell.measure.allocations import most_while
+from harness.cell.measure.allocations import peak_while
 from harness.cell.training import loop, optimizers
 from harness.cell.training import model as models
 from harness.cell.training.batches import Batch
-from harness.cell.training.counted_step import most_in_step
+from harness.cell.training.counted_step import step_peak
 from harness.cell.training.head import head_of
-from harness.cell.training.offloaded_weights import drop, unused
+from harness.cell.training.offloaded_weights import release, unused
 from harness.conformance.subject import DTYPES, adaptable_layers, configure
 from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER
 from harness.kernels.torch import adamw8bit_step
@@ -73,7 +73,7 @@ def counted(cell: Cell, config: dict[str, Any], kind: str) -> int:
     if cell.base.implementation == "bitsandbytes":
         import_module("bitsandbytes")  # which makes tables
     packed_weight.forget()  # what other tests decoded into
-    before = most_while(lambda: None)
+    before = peak_while(lambda: None)
     factory: Any = AutoModelForSequenceClassification if kind == "encoder" else AutoModelForCausalLM
     facts = {k: v for k, v in config.items() if k != "model_type"}
     model = factory.from_config(CONFIG_MAPPING[config["model_type"]](**facts), dtype=DTYPES[cell.dtype]).train()
@@ -86,7 +86,7 @@ def counted(cell: Cell, config: dict[str, Any], kind: str) -> int:
     attach = discover().find("method", cell.method, cell.implementation)
     bases = {path: model.get_submodule(path) for path in adaptable_layers(model, chosen)}
     adapted = attach(model, chosen, torch.Generator().manual_seed(0))
-    drop(unused(cell.method, adapted, bases))
+    release(unused(cell.method, adapted, bases))
     for parameter in head:
         parameter.requires_grad_(True)
     optimizer, schedule = optimizers.make(adapted, head, cell.training, cell.optimizer, cell.implementation)
@@ -95,7 +95,7 @@ def counted(cell: Cell, config: dict[str, Any], kind: str) -> int:
         layerwise = optimizers.layerwise(optimizer, cell.training)
         quiet: dict[str, Any] = {"seed": 0, "report": lambda step, loss: None, "layerwise": layerwise}
         loop.train(adapted, head, [batch], optimizer, schedule, **quiet, accumulate=accumulate)
-        most = most_in_step(adapted, head, [batch], optimizer, accumulate)
+        most = step_peak(adapted, head, [batch], optimizer, accumulate)
     del packed
     assert before is not None
     assert most is not None
@@ -270,10 +270,10 @@ def test_a_model_of_unlike_blocks_is_taken_whole() -> None:
 
 def test_no_weight_is_there_and_nothing_stays_behind() -> None:
     wide = LLAMA | {"hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80, "num_attention_heads": 64}
-    before = most_while(lambda: None)
+    before = peak_while(lambda: None)
     found = predicted(cell(dtype="bfloat16", training={"batch": 1}), wide | {"num_key_value_heads": 64})
     assert found["peak_B"] > 80 * 12 * 8192**2
-    assert most_while(lambda: None) == before
+    assert peak_while(lambda: None) == before
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

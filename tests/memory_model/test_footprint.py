@@ -12,7 +12,7 @@ from harness.assets import structure
 from harness.cell import base_quantisation
 from harness.cell.measure.memory import model_tensors, optimizer_tensors, tensor_bytes
 from harness.cell.training import optimizers
-from harness.cell.training.offloaded_weights import drop, unused
+from harness.cell.training.offloaded_weights import release, unused
 from harness.conformance.subject import DTYPES, adaptable_layers, configure
 from harness.conformance.tolerance_constants import FOOTPRINT_ACTIVATIONS, FOOTPRINT_LEDGER
 from harness.memory_model import counting, saved_activations
@@ -58,7 +58,7 @@ def attached(method: str, dtype: str, implementation: str = "reference", base: s
         base_quantisation.pack(model, paths, of, DTYPES[dtype], discover())
     bases = adaptable_layers(model, config)
     adapted = discover().find("method", method, implementation)(model, config, torch.Generator().manual_seed(0))
-    drop(unused(method, adapted, bases))  # as a Cell does before it trains
+    release(unused(method, adapted, bases))  # as a Cell does before it trains
     return model, adapted
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from harness.analysis import failed_checks
-from harness.cell.unreferenced_method import taken
+from harness.cell.unreferenced_method import attached_layers
 from harness.conformance import checks
 from harness.conformance.case import Case
 from harness.conformance.cell_gate import parity_gate
@@ -62,7 +62,7 @@ def attached(kind: str, dtype: str = "float32", **keys: Any) -> tuple[Subject, C
     base_output, own, original = run(), list(model.parameters()), Original.of(model)
     config = configure("peft", {KEY: {"peft_type": kind, "target_modules": LAYERS, **CONFIGS.get(kind, {}), **keys}})
     adapted = any_method(model, config, torch.Generator().manual_seed(0))
-    bases, _ = taken(adapted, [])
+    bases, _ = attached_layers(adapted, [])
     subject = Subject("peft", config, dtype, model, adapted, bases, own, original)  # type: ignore[arg-type]
     return subject, Case("init", inputs=run, base_output=base_output, forward=logits)
 
@@ -208,7 +208,7 @@ def test_target_parameters_that_fit_none_are_refused() -> None:
 def test_an_adapter_on_a_new_head_is_refused() -> None:
     subject, _ = attached("IA3")
     with pytest.raises(UsageError, match=r"adapts the head \(second\)"):
-        taken(subject.adapted, ["second.weight"])
+        attached_layers(subject.adapted, ["second.weight"])
 
 
 SUITE = """\

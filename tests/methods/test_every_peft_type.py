@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from harness.cell.evaluation.generation import generate
 from harness.cell.training import loop, optimizers
 from harness.cell.training.batches import Batch, Example, collate
-from harness.cell.unreferenced_method import taken
+from harness.cell.unreferenced_method import attached_layers
 from harness.conformance.cell_gate import parity_gate
 from harness.conformance.comparison.observations import inference
 from harness.conformance.subject import Original, Subject, configure
@@ -80,7 +80,7 @@ def attached(keys: dict[str, Any], model: Any) -> tuple[Subject, list[CheckResul
     base_output, own, original = run(), list(model.parameters()), Original.of(model)
     config = configure("peft", {KEY: keys})
     adapted = any_method(model, config, torch.Generator().manual_seed(0))
-    bases, _ = taken(adapted, [])
+    bases, _ = attached_layers(adapted, [])
     subject = Subject("peft", config, "float32", model, adapted, bases, own, original)  # type: ignore[arg-type]
     return subject, parity_gate.gate(subject, 0, run, base_output, forward=forward)
 
