@@ -341,7 +341,9 @@ def test_a_new_operation_is_judged_and_timed_without_being_listed(
         BenchRequest(["doubled"], device="cpu", ours="a"), Registry((ours, other)), no_gpu="no GPU"
     )
     assert [(task.name, task.names) for task in tasks] == [("doubled", ("a", "b"))]
-    forward, backward = operation_benchmark.OperationBenchmark("doubled", ours, other, "float32", CPU, 6, {}).rows(SMALL)
+    forward, backward = operation_benchmark.OperationBenchmark("doubled", ours, other, "float32", CPU, 6, {}).rows(
+        SMALL
+    )
     assert (forward.outcome, backward.outcome) == ("measured", "measured"), forward.because + backward.because
     assert forward.bytes == 2 * 4 * SMALL.weights
 
