@@ -42,7 +42,7 @@ class _Finished:
     """When the Record must be visible."""
 
     def is_known(self, context: RunContext) -> bool:
-        """Whether its Record is there, or none will come; raises StoreError for one that was written and is not seen here."""
+        """Whether its Record is there, or none will come; raises StoreError for one written out of sight."""
         path = context.folder.record_path(self.job.cell.cell_id, self.job.attempt)
         if path.exists() or time.monotonic() < self.until:
             return path.exists()
@@ -227,7 +227,7 @@ class Ray:
                     + (f" (waited {self._patience:g} s for more)" if self._patience else ""),
                     where="--executor ray",
                     hint="start nodes that have it (`ray start --address=HEAD:6379`), or choose --device cpu; "
-                    "what was finished is kept",
+                    "finished Cells are saved",
                 )
             time.sleep(min(1.0, self._patience))
 
