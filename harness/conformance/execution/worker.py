@@ -13,7 +13,7 @@ from typing import Any
 
 from harness.conformance.case_selection import CaseSelection
 from harness.conformance.findings.outcomes import CheckOutcome
-from harness.methods.registry import Implementation, discover, told
+from harness.methods.registry import Implementation, discover, format_error
 from harness.process.event_pipe import Emit, event_writer
 from harness.records.record import CheckResult, Outcome
 
@@ -62,7 +62,7 @@ def _try(implementation: Implementation, task: dict[str, Any], before: dict[str,
         ):
             emit(tried=tried.model_dump(mode="json"))
     except Exception as error:  # noqa: BLE001  # somebody else's code: whatever it raises is a finding about it
-        why = f"raised {told(error)}; what comes after this was not tried"
+        why = f"raised {format_error(error)}; what comes after this was not tried"
         emit(tried=_failed(implementation, "alive", at, why))
 
 

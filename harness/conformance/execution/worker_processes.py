@@ -12,7 +12,7 @@ from typing import Any
 from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.errors import HarnessError
-from harness.methods.registry import Implementation, Registry, TargetKind, doors
+from harness.methods.registry import Implementation, Registry, TargetKind, entry_points_by_name
 from harness.process.worker_pool import WorkerPool
 from harness.records.record import CheckResult, Outcome
 
@@ -52,7 +52,7 @@ def discover(patience: float = PATIENCE) -> Registry:
 
     The functions of the Implementations returned are not there and cannot be called.
     """
-    children, points = WorkerPool(), list(doors())
+    children, points = WorkerPool(), list(entry_points_by_name())
     broken: dict[str, str] = {}
     while True:
         at, died, registry = "", "", None
