@@ -28,7 +28,7 @@ DRAWN = CaseSelection(drawn=8, seed=11)  # among them rank 101, and more than 13
 
 def beyond(target: str, breadth: CaseSelection) -> list[Any]:
     """Return the cases that are drawn."""
-    plan = parity_suite.load_either(target)
+    plan = parity_suite.load_plan(target)
     if isinstance(plan, parity_suite.OperationSuite):
         return list(plan.calls(breadth))[len(list(plan.calls(FEW))) :]
     return list(plan.cases(breadth))[len(list(plan.cases(FEW))) :]

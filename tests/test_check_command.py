@@ -481,7 +481,7 @@ def test_explain_gives_a_check_a_command_that_tries_it(check: str, capsys: pytes
     said = capsys.readouterr().out
     (line,) = [line.split() for line in said.splitlines() if line.strip().startswith("peft-harness check ")]
     option, target = next((o, t) for o, t in itertools.pairwise(line) if o in ("--method", "--op"))
-    plan = suite.load_either(target)
+    plan = suite.load_plan(target)
     assert check in plan.checks
     assert isinstance(plan, suite.OperationSuite) == (option == "--op")
     assert "float32" in plan.dtypes

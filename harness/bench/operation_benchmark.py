@@ -101,13 +101,10 @@ class OperationBenchmark:
             self.it, implementation, self.dtype, self._arguments(size), lambda: self._drawn(size, suite_run.SEED + 1)
         )
         case = Case("call", seed=suite_run.SEED, factors=self.plan.factors())
+        runner = suite_run.CaseRunner(implementation, parity_suite.in_words(self.how.case(size)), self.dtype)
         for name in (*CHECKS, *([GRADIENT] if self.how.backward is not None else [])):
             if name in self.plan.checks:
-                result = suite_run.tried(name, subject, case, f"{self.operation}/{name}/{self.dtype}/call")
-                yield CheckOutcome(
-                    implementation=implementation.name, kind="operation", target=self.operation, dtype=self.dtype,
-                    case=parity_suite.in_words(self.how.case(size)), result=result,
-                )  # fmt: skip
+                yield runner.check(name, subject, case)
 
     def _overhead(self, backward: bool) -> dict[str, float]:
         """Return what a call of almost nothing takes; of an implementation that does not offer it, nothing."""

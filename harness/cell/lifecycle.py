@@ -30,6 +30,7 @@ from harness.conformance.cell_gate import parity_gate
 from harness.conformance.cell_gate.memory_headroom import free_B
 from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.observations import inference
+from harness.conformance.findings import summary
 from harness.conformance.subject import (
     DTYPES,
     Original,
@@ -232,9 +233,7 @@ class CellRun:
         self.checks += results
         red = [r for r in results if r.outcome is Outcome.FAIL]
         if red:
-            first = red[0]
-            size = f"error {first.error:.3g}, allowed {first.allowed:.3g}" if first.error is not None else first.worst
-            raise NonconformingError(f"{first.check} failed at {first.tensor or first.detail}: {size}")
+            raise NonconformingError(f"{red[0].check} failed: {summary.describe(red[0])}")
 
     def _set_aside(self, subject: Subject) -> OffloadedWeights:
         """Let go of weights that no product takes until latencies are measured, of the base too."""
@@ -351,7 +350,7 @@ class CellRun:
             merged = parity_gate.after_training(subject, self.work.cell.seed, forward)
             self.checks += merged
             refused = "; ".join(
-                f"{r.check} failed: {r.error} of {r.allowed} at {r.tensor}" if r.outcome is Outcome.FAIL else r.detail
+                f"{r.check} failed: {summary.describe(r)}" if r.outcome is Outcome.FAIL else r.detail
                 for r in merged
                 if r.outcome is not Outcome.PASS
             )
