@@ -27,8 +27,8 @@ from harness.bench import (
 from harness.bench import (
     operation_benchmark as calls,
 )
+from harness.bench import operations as timed_operations
 from harness.bench.adapted_llama import AdaptedLlama
-from harness.bench.operations import OPERATIONS
 from harness.bench.planning import BenchRequest, BenchTask
 from harness.bench.results import BenchRow, Ceilings, Samples
 from harness.bench.sizes import MOST_PRODUCTS, MOST_WEIGHTS, SHAPES, BenchSize, sizes
@@ -281,9 +281,9 @@ def test_while_training_nothing_is_kept_that_only_the_parity_needed(registry: Re
 # ---- sizes and formulas
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", timed_operations.every())
 def test_every_operation_has_a_case_that_its_arguments_take_and_costs_that_grow(name: str) -> None:
-    how, it = OPERATIONS[name], operations.every()[name]
+    how, it = timed_operations.every()[name], operations.every()[name]
     given = it.arguments(torch.float32, torch.Generator().manual_seed(0), **how.case(BenchSize("t", 128, 128, 8, 4)))
     assert given
     assert (how.backward is not None) == bool(it.differentiable)
@@ -297,7 +297,7 @@ def test_every_operation_has_a_case_that_its_arguments_take_and_costs_that_grow(
 def test_the_bytes_of_a_call_are_those_of_its_arguments_and_outputs() -> None:
     size, generator = BenchSize("t", 96, 64, 8, 4), torch.Generator().manual_seed(0)
     for name in ("nf4_dequantize", "lora_linear", "adamw8bit_step", "nf4_lora_linear", "galore_step"):
-        how, it = OPERATIONS[name], operations.every()[name]
+        how, it = timed_operations.every()[name], operations.every()[name]
         given = it.arguments(torch.float32, generator, **how.case(size))
         outputs = it.named(it.reference(**given)).values()
         read = [one for one in given.values() if isinstance(one, torch.Tensor)]
@@ -778,6 +778,6 @@ def test_what_reads_and_plans_imports_no_torch() -> None:
 
 
 def test_dtypes_and_names_of_the_table_are_those_of_the_suites() -> None:
-    for name in OPERATIONS:
+    for name in timed_operations.every():
         assert parity_suite.load_operation(name).dtypes
     assert results.MOSTLY_CALL < 1

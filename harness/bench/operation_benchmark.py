@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from harness.bench import ceilings, timing
-from harness.bench.operations import OPERATIONS, Cost
+from harness.bench import operations as timed_operations
+from harness.bench.costs import Cost
 from harness.bench.results import BenchRow
 from harness.bench.sizes import TINY, BenchSize
 from harness.bench.verdict import standing
@@ -47,7 +48,7 @@ class OperationBenchmark:
 
     def __post_init__(self) -> None:
         self.plan = parity_suite.load_operation(self.operation)
-        self.how = OPERATIONS[self.operation]
+        self.how = timed_operations.every()[self.operation]
         self.it = operations.every()[self.operation]
         self.clock = timing.Clock(self.device)
         self.limits = ceilings.measure(self.clock, DTYPES[self.dtype])

@@ -16,8 +16,8 @@ from harness.bench.planning import BenchRequest, BenchTask
 from harness.bench.results import INTERRUPTED, NO_GPU, BenchRow
 from harness.conformance.execution import worker_processes
 from harness.errors import Exit, UsageError
-from harness.process.termination import on_request
-from harness.process.workers import WorkerPool
+from harness.process.termination import handle_termination
+from harness.process.worker_pool import WorkerPool
 from harness.records.environment import describe, gpus
 from harness.records.environment import threads as usable
 from harness.records.record import Environment
@@ -72,7 +72,7 @@ def bench(asked: BenchRequest, as_json: bool, out: Path | None = None, export: P
     threads = usable()
     report = BenchReport(describe(threads))
     folder = files.Folder(out, report.environment)
-    with on_request():
+    with handle_termination():
         measure(asked, threads, report, folder.keep)
     # What was found is printed and written whatever becomes of the other: a full disk, a reader of stdout that has left.
     with contextlib.ExitStack() as afterwards:

@@ -23,7 +23,7 @@ from harness.conformance.parity_suite import ParityPlan, path_of
 from harness.errors import Exit, Problem, SuiteError, UsageError, near
 from harness.methods.peft_config import NO_REFERENCE, UNREFERENCED
 from harness.methods.registry import DTYPES, GROUP, Implementation, Registry, TargetKind, targets
-from harness.process.termination import on_request
+from harness.process.termination import handle_termination
 from harness.records import store
 from harness.records.check_id import CheckId
 from harness.report import check_terminal
@@ -49,7 +49,7 @@ class CheckRequest:
 def check(asked: CheckRequest, as_json: bool, junit: Path | None = None, html: Path | None = None) -> Exit:
     """Check, print, write the files asked for, return the exit code."""
     _places({"--junit": junit, "--html": html})
-    with on_request():
+    with handle_termination():
         report = judge(asked)
     # What was found is printed and written whatever becomes of the other: a full disk, a reader of stdout that has left.
     with contextlib.ExitStack() as afterwards:

@@ -46,7 +46,7 @@ def claims(
     been, with 5 if none was computed.
     """
     from harness.claims import claim_file, compute, document, selection, table
-    from harness.process.termination import on_request
+    from harness.process.termination import handle_termination
     from harness.records import environment, store
     from harness.report import claims_page
     from harness.report.html import page_path
@@ -60,7 +60,7 @@ def claims(
     else:
         read = claim_file.load([*claim_file.paths(papers or (() if files else claim_file.names())), *files])
         folders = [store.find_run(name).resolve() for name in runs]
-        with on_request():  # or a child would outlive this process
+        with handle_termination():  # or a child would outlive this process
             software = environment.describe().software
             rows = compute.judged(selection.chosen(read, tiers, ids, headlines=headlines), jobs, folders)
     if page:

@@ -139,10 +139,9 @@ def _of_configs() -> Iterator[Topic]:
     of_key: dict[str, list[str]] = {}
     for info in methods().values():
         for key, field in info.fields.items():
-            of_key.setdefault(key, []).append(f"{info.name}: {_field(field)}")
-    for key, told in of_key.items():
-        more = "`peft-harness explain METHOD` tells what its keys mean there"
-        yield key, partial(_titled, f"config.{key}", "\n".join([*told, more]))
+            of_key.setdefault(key, []).extend([f"{info.name}: {_field(field)}", *_indented(field.about)])
+    for key, lines in of_key.items():
+        yield key, partial(_titled, f"config.{key}", "\n".join(lines))
 
 
 def _of_checks() -> Iterator[Topic]:
@@ -220,21 +219,26 @@ def _titled(title: str, text: str) -> str:
 
 
 def _method(info: MethodInfo) -> str:
-    lines = [info.summary, f"paper: {info.paper}"]
+    lines = [info.summary, f"paper: {info.spec.paper}"]
     if info.fields:
         lines += ["", "config:"]
-        width = max(map(len, info.fields))
-        lines += [f"  {key:<{width}}  {_field(field)}" for key, field in info.fields.items()]
-        lines += textwrap.wrap(info.about_fields, 100, initial_indent="  ", subsequent_indent="  ")
-    if info.deviations:
-        lines += ["", "where this differs from the paper:"]
-    for topic, paper, here, why in info.deviations:
-        lines += [f"  {topic}", f"    paper: {paper}", f"    here:  {here}", f"    why:   {why}"]
+        for key, field in info.fields.items():
+            lines += [f"  {key}: {_field(field)}", *_indented(field.about)]
+    if info.spec.deviations:
+        lines += ["", "differences from the paper:"]
+    for one in info.spec.deviations:
+        lines.append(f"  {one.topic}")
+        for label, text in (("paper", one.paper), ("here", one.here), ("why", one.why)):
+            lines += textwrap.wrap(text, 100, initial_indent=f"    {label + ':':<7}", subsequent_indent=" " * 11)
     return _titled(f"method {info.name}", "\n".join(lines))
 
 
+def _indented(text: str) -> list[str]:
+    return textwrap.wrap(text, 100, initial_indent="    ", subsequent_indent="    ")
+
+
 def _field(field: FieldInfo) -> str:
-    limits = [f"at least {field.least:g}"] if field.least is not None else []
-    limits += [f"at most {field.most:g}"] if field.most is not None else []
+    limits = [f"at least {field.minimum:g}"] if field.minimum is not None else []
+    limits += [f"at most {field.maximum:g}"] if field.maximum is not None else []
     limits += [f"one of {', '.join(map(str, field.choices))}"] if field.choices is not None else []
-    return ", ".join([field.called, f"default {field.shown_default}", *limits])
+    return ", ".join([field.type_label, f"default {field.shown_default}", *limits])

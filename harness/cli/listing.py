@@ -52,9 +52,9 @@ def _methods(registry: Registry) -> list[ListRow]:
             "name": info.name,
             "implementations": registry.names("method", info.name),
             "summary": info.summary,
-            "paper": info.paper,
+            "paper": info.spec.paper,
             "config": {
-                key: {"type": f.type, "default": f.default, "least": f.least, "most": f.most, "choices": f.choices}
+                key: {"type": f.type, "default": f.default, "least": f.minimum, "most": f.maximum, "choices": f.choices}
                 for key, f in info.fields.items()
             },
         }

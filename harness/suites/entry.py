@@ -377,9 +377,9 @@ class _EntryReader:
     def _ratio(self, config: dict[str, dict[str, list[Any]]], ratio: float, way: KeyPath) -> None:
         """LoRA+ is about two factors, of which B is the second."""
         for name in config:
-            factors = self.reading.methods[name].factors
+            factors = self.reading.methods[name].spec.factors
             if ratio != 1 and "B" not in factors:
-                having = ", ".join(n for n, info in self.reading.methods.items() if "B" in info.factors)
+                having = ", ".join(n for n, info in self.reading.methods.items() if "B" in info.spec.factors)
                 what = f"`lr_ratio` is {ratio:g}, and {name} trains no factor B"
                 self.reading.problem(way, what, f"write `lr_ratio: 1` for {name}; those that do: {having}")
 

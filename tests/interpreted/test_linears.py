@@ -11,12 +11,12 @@ from torch import Tensor
 
 from harness.conformance import parity_suite
 from harness.conformance.execution import suite_run
-from harness.kernels.triton.dora_gain import dora_gain
 from harness.kernels.triton.dora_linear import dora_linear
 from harness.kernels.triton.lora_linear import lora_linear
 from harness.kernels.triton.nf4_lora_linear import nf4_lora_linear
-from harness.kernels.triton.shrink import shrink
-from harness.kernels.triton.token_sums import outer_sum, outer_sum_against, product_sum
+from harness.kernels.triton.support.dora_gain import dora_gain
+from harness.kernels.triton.support.shrink import shrink
+from harness.kernels.triton.support.token_sums import outer_sum, outer_sum_against, product_sum
 from harness.kernels.triton.vera_linear import vera_linear
 from harness.methods.registry import Implementation
 from harness.records.record import Outcome

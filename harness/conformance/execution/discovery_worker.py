@@ -12,14 +12,14 @@ import sys
 from typing import Any
 
 from harness.methods.registry import Implementation, discover
-from harness.process.events import speaker
+from harness.process.event_pipe import event_writer
 
 
 def main(fd: int, line: int, words: dict[str, Any]) -> None:
     """Load the entry points of these names."""
-    with speaker(fd, line) as say:
-        registry = discover(only=words["points"], begin=lambda point: say(begin=point))
-        say(offered=[_data(one) for one in registry.implementations], broken=registry.broken)
+    with event_writer(fd, line) as emit:
+        registry = discover(only=words["points"], begin=lambda point: emit(begin=point))
+        emit(offered=[_data(one) for one in registry.implementations], broken=registry.broken)
 
 
 def _data(one: Implementation) -> dict[str, Any]:

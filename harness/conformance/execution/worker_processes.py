@@ -13,7 +13,7 @@ from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.errors import HarnessError
 from harness.methods.registry import Implementation, Registry, TargetKind, doors
-from harness.process.workers import WorkerPool
+from harness.process.worker_pool import WorkerPool
 from harness.records.record import CheckResult, Outcome
 
 PATIENCE = 120.0

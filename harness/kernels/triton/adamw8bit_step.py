@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from harness.kernels.compile.specimen import Specimen
 from harness.kernels.device import interpreted
-from harness.kernels.triton.dynamic_map import largest_magnitude, nearest, nearly_relative, tables
-from harness.kernels.triton.launch import launch
-from harness.kernels.triton.rounding import load_as_float32, store_as
-from harness.kernels.triton.specimen import Specimen
+from harness.kernels.triton.support.dynamic_map import largest_magnitude, nearest, nearly_relative, tables
+from harness.kernels.triton.support.launch import launch
+from harness.kernels.triton.support.rounding import load_as_float32, store_as
 
 BLOCK = 256
 _ROWS = 64 if interpreted() else 4  # blocks a program; 4 give each of 128 threads 8 elements, a whole vector in 16 bits

@@ -12,7 +12,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from harness.kernels.torch.compiled import Compiled, only_compiled
+from harness.kernels.torch.support.compiled import Compiled, only_compiled
 
 _MAKING = Lock()
 """Held while a function is looked up: two threads that come first at once are to have one, and not to compile two."""

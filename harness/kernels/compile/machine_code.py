@@ -1,4 +1,4 @@
-"""Compiles a Specimen for an architecture, with no GPU, and counts what its machine code does."""
+"""Compile a Specimen for an architecture without a GPU, and count the instructions of its machine code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from harness.kernels.triton.specimen import Specimen
+from harness.kernels.compile.specimen import Specimen
 
 _TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
@@ -22,34 +22,37 @@ _MATRIX = re.compile(r"(HMMA|HGMMA|IMMA|QGMMA|IGMMA|DMMA|UTC\w*MMA)\b")
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What cuobjdump says of one kernel.
-
-    registers: of a thread. stack: bytes of a thread in local memory, which spilled registers take. shared: bytes of a
-    program. wide_loads, wide_stores: instructions that move 128 bits a thread from or to global memory, asynchronous copies
-    to shared memory among them. narrow_loads: those that load 8 bits. matrix: matrix instructions, by name.
-    fused_multiply_adds: FFMA.
-    """
+    """Counts that cuobjdump reports for one kernel."""
 
     registers: int
+    """Registers per thread."""
     stack: int
+    """Bytes of local memory per thread, where spilled registers go."""
     shared: int
+    """Bytes of shared memory per program."""
     instructions: int
     wide_loads: int
+    """Instructions that load 128 bits per thread from global memory, asynchronous copies to shared memory included."""
     wide_stores: int
+    """Instructions that store 128 bits per thread to global memory."""
     narrow_loads: int
+    """Instructions that load 8 bits."""
     matrix: dict[str, int]
+    """Matrix instructions by name."""
     fused_multiply_adds: int
+    """FFMA instructions."""
 
 
 def version() -> str:
-    """Return Triton's version without its patch level, which what is compiled depends on."""
+    """Return the minor version of Triton, such as `3.6`: the generated code depends on it."""
     return ".".join(triton.__version__.split(".")[:2])
 
 
 def machine_code(specimen: Specimen, architecture: int) -> MachineCode:
-    """Compile by the installed Triton for sm_`architecture`; raises whatever Triton raises, and RuntimeError of its tools.
+    """Compile with the installed Triton for sm_`architecture` and return the counts.
 
-    A kernel cannot be compiled in a process that runs Triton's interpreter.
+    Raises whatever Triton raises, and RuntimeError if cuobjdump fails. Does not work in a process that runs Triton's
+    interpreter.
     """
     names = specimen.kernel.arg_names
     at = {name: (index,) for index, name in enumerate(names)}
@@ -69,11 +72,11 @@ def machine_code(specimen: Specimen, architecture: int) -> MachineCode:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, listing = _ask("-res-usage", file.name), _ask("-sass", file.name)
+        usage, listing = _cuobjdump("-res-usage", file.name), _cuobjdump("-sass", file.name)
     return _read(usage, listing, compiled.metadata.shared)
 
 
-def _ask(option: str, file: str) -> str:
+def _cuobjdump(option: str, file: str) -> str:
     done = subprocess.run([str(_TOOL), option, file], capture_output=True, text=True, timeout=120)
     if done.returncode:
         raise RuntimeError(f"cuobjdump {option} failed: {done.stderr.strip() or done.stdout.strip()}")
@@ -84,20 +87,21 @@ def _read(usage: str, listing: str, shared: int) -> MachineCode:
     used = {key: int(number) for key, number in re.findall(r"\b(REG|STACK):(\d+)", usage)}
     counts = Counter(_INSTRUCTION.findall(listing))
     if "REG" not in used or not counts:
-        raise RuntimeError("cuobjdump listed no kernel")
+        raise RuntimeError("cuobjdump lists no kernel")
 
     def of(name: str, part: str) -> int:
         return sum(n for one, n in counts.items() if one.split(".")[0] == name and part in one.split("."))
+
+    def starting(prefix: str) -> int:
+        return sum(n for one, n in counts.items() if one.startswith(prefix))
 
     return MachineCode(
         registers=used["REG"],
         stack=used["STACK"],
         shared=shared,
         instructions=counts.total(),
-        wide_loads=of("LDG", "128")
-        + of("LDGSTS", "128")
-        + sum(n for o, n in counts.items() if o.startswith("UTMALDG")),
-        wide_stores=of("STG", "128") + sum(n for o, n in counts.items() if o.startswith("UTMASTG")),
+        wide_loads=of("LDG", "128") + of("LDGSTS", "128") + starting("UTMALDG"),
+        wide_stores=of("STG", "128") + starting("UTMASTG"),
         narrow_loads=of("LDG", "U8") + of("LDG", "S8"),
         matrix=dict(Counter(found for one, n in counts.items() if (found := _name(one)) for _ in range(n))),
         fused_multiply_adds=of("FFMA", "FFMA"),

@@ -38,7 +38,7 @@ def adamw8bit_step(
 ) -> tuple[Tensor, ...]:
     """Return new p, m, m_absmax, v, v_absmax after a step; arguments as of `adamw8bit_step_`, in any layout."""
     if by_triton(p, g):
-        from harness.kernels.triton import adamw8bit as gpu
+        from harness.kernels.triton import adamw8bit_step as gpu
 
         return gpu.adamw8bit_step(p, g, m, m_absmax, v, v_absmax, **how)
     # Not clone(), which keeps a layout with gaps or a transposed one.
@@ -77,11 +77,11 @@ def adamw8bit_step_(
         p.copy_(packed)
         return
     if by_triton(p, g):
-        from harness.kernels.triton import adamw8bit as gpu
+        from harness.kernels.triton import adamw8bit_step as gpu
 
         gpu.adamw8bit_step_(p, g, m, m_absmax, v, v_absmax, **how)
         return
-    n, dtype, signed, unsigned = p.numel(), _working(p), tables(p.device, True), tables(p.device, False)
+    n, dtype, signed, unsigned = p.numel(), working_dtype(p), tables(p.device, True), tables(p.device, False)
     flat, gradient = p.view(-1), g.reshape(-1)
     chunk = CHUNK if p.device.type == "cpu" else max(1, n)
     for first in firsts(n, chunk):
@@ -89,7 +89,7 @@ def adamw8bit_step_(
         G = gradient[part].to(dtype)
         M = decode(m[part], m_absmax[blocks], BLOCK, signed).to(dtype)
         V = decode(v[part], v_absmax[blocks], BLOCK, unsigned).to(dtype)
-        flat[part] = _moved(flat[part].to(dtype), G, M, V, **how)
+        flat[part] = update(flat[part].to(dtype), G, M, V, **how)
         m[part], m_absmax[blocks] = encode(M.float(), BLOCK, signed)
         v[part], v_absmax[blocks] = encode(V.float(), BLOCK, unsigned)
 
@@ -99,11 +99,12 @@ def firsts(n: int, chunk: int) -> Sequence[int]:
     return range(0, n, chunk)
 
 
-def _working(p: Tensor) -> torch.dtype:
+def working_dtype(p: Tensor) -> torch.dtype:
+    """Return the dtype of the arithmetic for p: float32, or float64 for float64."""
     return torch.promote_types(p.dtype, torch.float32)
 
 
-def _moved(
+def update(
     p: Tensor, g: Tensor, M: Tensor, V: Tensor,
     *, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
 ) -> Tensor:  # fmt: skip
@@ -112,60 +113,3 @@ def _moved(
     V.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
     denominator = V.sqrt().div_(math.sqrt(1 - betas[1] ** step)).add_(eps)
     return (p * (1 - lr * weight_decay)).addcdiv_(M, denominator, value=-lr / (1 - betas[0] ** step))
-
-
-class AdamW8bit(torch.optim.Optimizer):
-    """AdamW whose tensors of at least `min_8bit_size` elements have 8-bit moments. State: `step`, and as `init_state` says.
-
-    params: tensors or groups; a group may hold every knob here, as of torch's AdamW.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        min_8bit_size: int = MIN_8BIT_SIZE,
-    ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults | {"min_8bit_size": min_8bit_size})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Take one step of every parameter that has a gradient; return the loss of `closure`, if there is one."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            how = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-            for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                if not state:
-                    state |= {"step": 0, **init_state(p, group["min_8bit_size"])}
-                state["step"] += 1
-                if state["m"].dtype == torch.uint8:
-                    moments = [state[name] for name in ("m", "m_absmax", "v", "v_absmax")]
-                    adamw8bit_step_(p, p.grad, *moments, step=state["step"], **how)
-                else:
-                    dtype = _working(p)
-                    wide = [p.to(dtype), p.grad.to(dtype), state["m"], state["v"]]
-                    p.copy_(_moved(*wide, step=state["step"], **how))
-        return loss
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; codes stay codes, and 32-bit moments stay in 32 bits."""
-        super().load_state_dict(state_dict)
-        restore_dtypes(self, state_dict)
-
-
-def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Put the tensors of a state that torch loaded in the parameter's dtype back in the one they were saved in."""
-    saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, p in zip(saved, params, strict=True):
-        for name, value in state_dict["state"].get(index, {}).items():
-            if isinstance(value, Tensor):
-                optimizer.state[p][name] = value.detach().to(p.device, copy=True)

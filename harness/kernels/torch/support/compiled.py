@@ -100,7 +100,7 @@ class Compiled:
         except Exception as error:  # noqa: BLE001 - a compiler fails in many ways, and there is another way for each
             self._failed = True
             warnings.warn(
-                f"harness.kernels.torch.compiled: {self._function.__name__} {failure}; from now on it runs uncompiled, several "
+                f"harness.kernels.torch.support.compiled: {self._function.__name__} {failure}; from now on it runs uncompiled, several "
                 f"times slower: {type(error).__name__}: {str(error).strip()[:300]}. {hint}"
                 "PEFT_HARNESS_COMPILE=0 compiles nothing and says nothing",
                 RuntimeWarning,

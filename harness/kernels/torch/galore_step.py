@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from harness.kernels.device import by_triton
-from harness.kernels.torch.adamw8bit import adamw8bit_step_
-from harness.kernels.torch.range_finder import leading_vectors, randomised_svd
+from harness.kernels.torch.adamw8bit_step import adamw8bit_step_
+from harness.kernels.torch.support.range_finder import leading_vectors, randomised_svd
 
 OVERSAMPLE = 10
 """Columns of the randomised SVD's sketch beyond the rank."""

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from harness.kernels.triton.gemm_tiles import rank_block
-from harness.kernels.triton.launch import Launch, strides
-from harness.kernels.triton.matrix_product import product
-from harness.kernels.triton.rounding import load_as_float32, to_dtype, to_float32
-from harness.kernels.triton.specimen import Specimen
+from harness.kernels.compile.specimen import Specimen
+from harness.kernels.triton.support.gemm_tiles import rank_block
+from harness.kernels.triton.support.launch import Launch, strides
+from harness.kernels.triton.support.matrix_product import product
+from harness.kernels.triton.support.rounding import load_as_float32, to_dtype, to_float32
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from harness.kernels.device import interpreted
-from harness.kernels.triton.rounding import load_as_float32, to_dtype, to_float32
+from harness.kernels.triton.support.rounding import load_as_float32, to_dtype, to_float32
 
 INTERPRETED = tl.constexpr(interpreted())
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.kernels.torch.adamw8bit import init_state, restore_dtypes
-from harness.kernels.torch.galore import adam_step_, galore_step_, refreshed, sides
+from harness.kernels.torch.adamw8bit_step import init_state
+from harness.kernels.torch.galore_step import adam_step_, galore_step_, refreshed, sides
+from harness.kernels.torch.optimizers.adamw8bit import restore_dtypes
 
 
 def check_group(group: dict[str, Any]) -> None:

@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from harness.kernels.compile.specimen import Specimen
 from harness.kernels.device import interpreted
-from harness.kernels.triton.launch import Launch, strides
-from harness.kernels.triton.matrix_product import accumulate
-from harness.kernels.triton.rounding import load_as_float32, store_as
-from harness.kernels.triton.specimen import Specimen
+from harness.kernels.triton.support.launch import Launch, strides
+from harness.kernels.triton.support.matrix_product import accumulate
+from harness.kernels.triton.support.rounding import load_as_float32, store_as
 
 
 @triton.jit

@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from harness.kernels.compile.specimen import Kind, Specimen
 from harness.kernels.device import interpreted
-from harness.kernels.triton.launch import Launch, strides
-from harness.kernels.triton.matrix_product import product
-from harness.kernels.triton.rounding import load_as_float32, to_dtype, to_float32
-from harness.kernels.triton.specimen import Kind, Specimen
+from harness.kernels.triton.support.launch import Launch, strides
+from harness.kernels.triton.support.matrix_product import product
+from harness.kernels.triton.support.rounding import load_as_float32, to_dtype, to_float32
 
 _PROGRAMS = 256
 """As many as keep a large card busy. Fixed, so that a sum is rounded alike on every card."""

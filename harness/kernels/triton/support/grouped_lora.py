@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
+from harness.kernels.compile.specimen import Specimen
 from harness.kernels.device import interpreted
-from harness.kernels.triton.rounding import load_as_float32, store_as, to_dtype, to_float32
-from harness.kernels.triton.specimen import Specimen
+from harness.kernels.triton.support.rounding import load_as_float32, store_as, to_dtype, to_float32
 
 INNER = 64  # features at a time that are summed over
 FIELDS = tl.constexpr(5)  # of an adapter in the table: address of A, of B; rank; where its dA and dB begin
