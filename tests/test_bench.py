@@ -471,7 +471,7 @@ def test_a_bench_leaves_a_file_per_benchmark_with_raw_samples(
 def test_a_folder_that_holds_a_bench_is_refused(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command.isolated, "discover", lambda: registry)
+    monkeypatch.setattr(command.workers, "discover", lambda: registry)
     (tmp_path / "notes.json").touch()
     words = ["bench", "--op", "galore_step", "--device", "cuda", "--out", str(tmp_path)]
     monkeypatch.setattr(command, "gpus", lambda: ())
@@ -527,7 +527,7 @@ class Fake:
 def two_rivals(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> BenchRequest:
     """Two processes of two rows each."""
     monkeypatch.setattr(planning, "sizes", lambda shapes, per_token: [BenchSize("one", 8, 8), BenchSize("two", 8, 8)])
-    monkeypatch.setattr(command.isolated, "discover", lambda: registry)
+    monkeypatch.setattr(command.workers, "discover", lambda: registry)
     monkeypatch.setattr(command, "Children", Fake)
     monkeypatch.setattr(Fake, "after", lambda: None, raising=False)
     return BenchRequest(["nf4_quantize"], ["bitsandbytes", "torchao"], device="cpu", ours="reference")
@@ -681,7 +681,7 @@ def test_steps_and_operations_are_timed_in_what_people_use_there(registry: Regis
 def test_a_gpu_that_torch_cannot_use_is_none(
     registry: Registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command.isolated, "discover", lambda: registry)
+    monkeypatch.setattr(command.workers, "discover", lambda: registry)
     monkeypatch.setattr(command, "gpus", lambda: ("GPU-0, one that the driver shows",))
     assert main(["bench", "--op", "nf4_quantize", "--device", "cuda"]) == Exit.INFRASTRUCTURE
     why = f"nvidia-smi shows one, but torch {torch.__version__} is built without CUDA"

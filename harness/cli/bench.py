@@ -14,7 +14,7 @@ from typing import Any
 from harness.bench import files, planning, pytest_benchmark, table
 from harness.bench.planning import BenchRequest, BenchTask
 from harness.bench.results import INTERRUPTED, NO_GPU, BenchRow
-from harness.conformance.execution import worker_processes
+from harness.conformance.execution import workers
 from harness.errors import Exit, UsageError
 from harness.process.termination import handle_termination
 from harness.process.worker_pool import WorkerPool
@@ -94,7 +94,7 @@ def measure(asked: BenchRequest, threads: int, report: BenchReport, keep: Callab
         report.rows.append(row)
         keep(row)
 
-    registry = worker_processes.discover()
+    registry = workers.discover()
     report.broken = registry.broken
     for name, why in registry.broken.items():
         print(f"plug-in {name} could not be loaded: {why}", file=sys.stderr)

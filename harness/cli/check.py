@@ -14,7 +14,8 @@ from typing import get_args
 
 from harness.conformance import parity_suite
 from harness.conformance.case_selection import FEW, CaseSelection
-from harness.conformance.execution import worker_processes
+from harness.conformance.execution import workers
+from harness.conformance.execution.worker_protocol import WorkerTask
 from harness.conformance.findings import defects
 from harness.conformance.findings.defects import Defect
 from harness.conformance.findings.outcomes import CheckStatus
@@ -43,7 +44,7 @@ class CheckRequest:
     dtypes: Sequence[str] = ()
     breadth: CaseSelection = FEW
     jobs: int | None = None
-    patience: float = worker_processes.PATIENCE
+    patience: float = workers.PATIENCE
 
 
 def check(asked: CheckRequest, as_json: bool, junit: Path | None = None, html: Path | None = None) -> Exit:
@@ -84,19 +85,19 @@ def judge(asked: CheckRequest) -> CheckReport:
     """Try what was asked for, what each entry point offers in a process of its own. Raises UsageError for unknown names."""
     from harness.records.environment import describe
 
-    registry = worker_processes.discover(asked.patience)
+    registry = workers.discover(asked.patience)
     _known_names(asked, registry)
     wanted = [i for i in registry.implementations if _asked_for(i, asked)]
     plans, known = _read(wanted)
     tasks, skipped = _tasks(wanted, asked, plans)
     jobs = asked.jobs or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
-    findings, interrupted = worker_processes.run(tasks, jobs, lambda line: print(line, file=sys.stderr), asked.patience)
+    findings, interrupted = workers.run(tasks, jobs, lambda line: print(line, file=sys.stderr), asked.patience)
     for found in findings:
         skipped |= {f"{name} {target}": why for (name, _, target), why in found.missing.items()}
         if interrupted:
             skipped |= {f"{name} {target}": "interrupted" for name, _, target in found.left}
     # What was left out, by the user, an interruption or for want of a module, may be just where a defect shows.
-    left_out = {target for found in findings for target in found.out}
+    left_out = {target for found in findings for target in found.not_tried}
     done = {target for task in tasks for target in task.targets} - left_out
     due = [defect for defect in known if _whole(defect, asked, registry, done)]
     marked, _ = defects.explained([one for found in findings for one in found.tried], known)
@@ -159,7 +160,7 @@ def _asked_for(implementation: Implementation, asked: CheckRequest) -> bool:
 
 def _tasks(
     wanted: Sequence[Implementation], asked: CheckRequest, plans: dict[str, ParityPlan]
-) -> tuple[list[worker_processes.WorkerTask], dict[str, str]]:
+) -> tuple[list[WorkerTask], dict[str, str]]:
     """Group by who offers it, since each process pays for its imports once, and for those alone."""
     grouped: dict[str, list[Implementation]] = {}
     skipped = {}
@@ -172,8 +173,11 @@ def _tasks(
         else:
             grouped.setdefault(one.point, []).append(one)
     tasks = [
-        worker_processes.WorkerTask(
-            point, [(i.name, i.kind, i.target) for i in several], asked.breadth, tuple(asked.dtypes)
+        WorkerTask(
+            point=point,
+            targets=[(i.name, i.kind, i.target) for i in several],
+            breadth=asked.breadth,
+            dtypes=tuple(asked.dtypes),
         )
         for point, several in grouped.items()
     ]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal
 
 from pydantic import Field
 
+from harness.methods.registry import TargetKind
 from harness.records.base_model import FrozenModel
 from harness.records.check import CheckResult, Outcome
+from harness.records.check_id import CheckId
 
 
 class CheckStatus(StrEnum):
@@ -35,7 +36,7 @@ class CheckOutcome(FrozenModel):
     """One check of one case."""
 
     implementation: str
-    kind: Literal["method", "operation", "base"]
+    kind: TargetKind
     target: str
     dtype: str
     case: str
@@ -45,6 +46,24 @@ class CheckOutcome(FrozenModel):
     """Id of the known defect that explains the failure."""
     execution: Execution = Field(default=Execution.COMPLETED, exclude=True)
     """Not part of JSON documents, where `standing` says it."""
+
+    @classmethod
+    def of_whole_target(
+        cls,
+        implementation: str,
+        kind: TargetKind,
+        target: str,
+        *,
+        check: str,
+        case: str,
+        detail: str,
+        execution: Execution = Execution.COMPLETED,
+    ) -> CheckOutcome:
+        """Return a failure of the implementation as a whole: in no dtype and no state."""
+        result = CheckResult(check=str(CheckId(target, check, "-", "-")), outcome=Outcome.FAIL, detail=detail)
+        return cls(
+            implementation=implementation, kind=kind, target=target, dtype="-", case=case, result=result, execution=execution
+        )  # fmt: skip
 
     @property
     def check(self) -> str:
