@@ -23,7 +23,7 @@ from harness.errors import UsageError, near
 from harness.methods.registry import Implementation
 
 if TYPE_CHECKING:
-    from reference.shared.adapted import Adapted
+    from reference.shared.adapted import AdaptedLayers
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def wrap_layers(
     *,
     names: Mapping[str, str] | None = None,
     update: Callable[[Any], Any] | None = None,
-) -> Adapted:
+) -> AdaptedLayers:
     """Do the part of `attach` that is not about a layer: freeze the model, put a layer at every target, name the tensors.
 
     make_layer: takes the base nn.Linear and returns a module that stands in its place and holds its trainable Parameters

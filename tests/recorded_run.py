@@ -338,6 +338,7 @@ def write_run(
         inside = sum(r.duration_s for r in written)
         done = {r.cell_id for r in written}
         target.close(
+            store.read_run(target.path),
             Footer(
                 schema=1,
                 run=run,
@@ -348,6 +349,6 @@ def write_run(
                 seconds_total=inside + 9.0,
                 seconds_in_cells=inside,
                 seconds_outside={"fetch": 5.2, "startup": 1.6, "scheduling": 0.6, "report": 0.4},
-            )
+            ),
         )
     return store.read_run(folder)

@@ -351,8 +351,13 @@ def _whole(tmp_path: Path, **kwargs: object) -> Run:
 
 
 def test_a_whole_run_passes(tmp_path: Path) -> None:
-    v = verdict.judge(_whole(tmp_path), strict=True)
-    assert (v.verdict.word, v.exit, v.counts, v.how) == (VerdictKind.PASS, Exit.PASS, {"ok": 10}, "finished")
+    v = verdict.judge(_whole(tmp_path))
+    assert (v.verdict.word, v.exit_code(strict=True), v.counts, v.how) == (
+        VerdictKind.PASS,
+        Exit.PASS,
+        {"ok": 10},
+        "finished",
+    )
     assert v.parity.failed == 0
     assert len(v.parity.unchecked) == 3
 
@@ -439,4 +444,4 @@ def test_an_open_question_counts_only_when_strict(tmp_path: Path) -> None:
     run = _whole(tmp_path, asked=lambda _: _better("reference", "full"))
     assert verdict.judge(run).exit is Exit.PASS
     assert verdict.judge(run).verdict.word is VerdictKind.INCONCLUSIVE
-    assert verdict.judge(run, strict=True).exit is Exit.INCONCLUSIVE
+    assert verdict.judge(run).exit_code(strict=True) is Exit.INCONCLUSIVE

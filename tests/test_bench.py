@@ -28,12 +28,12 @@ from harness.bench import (
     operation_benchmark as calls,
 )
 from harness.bench import operations as timed_operations
+from harness.bench import run as command
 from harness.bench.adapted_llama import AdaptedLlama
 from harness.bench.planning import BenchRequest, BenchTask
 from harness.bench.results import BenchRow, Ceilings, Samples
 from harness.bench.sizes import MOST_PRODUCTS, MOST_WEIGHTS, SHAPES, BenchSize, sizes
 from harness.bench.steps import STEPS, Backbone
-from harness.cli import bench as command
 from harness.cli import main
 from harness.conformance import operations, parity_suite
 from harness.conformance.findings.outcomes import CheckOutcome
@@ -528,7 +528,7 @@ def two_rivals(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> BenchRequ
     """Two processes of two rows each."""
     monkeypatch.setattr(planning, "sizes", lambda shapes, per_token: [BenchSize("one", 8, 8), BenchSize("two", 8, 8)])
     monkeypatch.setattr(command.workers, "discover", lambda: registry)
-    monkeypatch.setattr(command, "Children", Fake)
+    monkeypatch.setattr(command, "WorkerPool", Fake)
     monkeypatch.setattr(Fake, "after", lambda: None, raising=False)
     return BenchRequest(["nf4_quantize"], ["bitsandbytes", "torchao"], device="cpu", ours="reference")
 
@@ -767,7 +767,7 @@ def test_the_interpreter_is_no_machine_to_time(
 
 def test_what_reads_and_plans_imports_no_torch() -> None:
     code = (
-        "import sys, harness.cli.bench, harness.bench.table\n"
+        "import sys, harness.bench.run, harness.bench.table\n"
         "from harness.cli import main\n"
         "main(['bench', '--help'])\n"
         "assert 'torch' not in sys.modules, 'torch'"

@@ -11,8 +11,8 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM
 
 from harness.assets.table import Source
+from harness.cell.cell_run import CellRun
 from harness.cell.job import Asset, Job, JobTask
-from harness.cell.lifecycle import CellRun
 from harness.cell.measure.memory import PeakMeter
 from harness.cell.measure.phases import PhaseClock
 from harness.cli import main
@@ -37,7 +37,7 @@ def lived(folder: Path, targets: list[str], monkeypatch: pytest.MonkeyPatch) -> 
 
     def prepare(work: Job, registry: Any, emit: Any, threads: int) -> tuple[CellRun, dict[str, object]]:
         meter = PeakMeter(torch.device("cpu"))
-        return CellRun(work, registry, PhaseClock(meter, lambda _: None), meter, emit, baseline=0), {}
+        return CellRun(work, registry, PhaseClock(meter, lambda _: None), meter, emit, baseline_B=0), {}
 
     monkeypatch.setattr(worker, "_prepare", prepare)
     return worker.attempt(work, lambda *_, **__: None)

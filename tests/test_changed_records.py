@@ -11,6 +11,7 @@ import recorded_run as recorded
 from report_page import Page, row
 
 from harness.analysis import verdict
+from harness.analysis.run_facts import analyse
 from harness.cli import main
 from harness.errors import Exit
 from harness.records import store
@@ -64,7 +65,7 @@ def test_a_record_that_was_changed_does_not_count(
     out = capsys.readouterr().out
     assert f"changed: {name} {what}, and does not count" in out
     assert f"not as the run left them: {name}" in out.splitlines()[-2]
-    built = view.build([again])["runs"][0]
+    built = view.build([analyse(again)])["runs"][0]
     (alert,) = built["alerts"]
     assert alert["items"] == [f"{name} {what}"]
     assert "--resume measures its Cell again" in alert["text"]
@@ -72,7 +73,7 @@ def test_a_record_that_was_changed_does_not_count(
     (shown,) = (r for g in built["comparison"]["groups"] for r in g["rows"] if r["record"] == FUSED.cell_id)
     assert shown["figures"][0]["text"] == "✗ changed"
     assert {figure["why"] for figure in shown["figures"]} == {f"{name} {what}"}
-    words = Page(html.render([again])).text
+    words = Page(html.render([analyse(again)])).text
     assert "100.0 %" not in words
     assert f"{name} {what}" in words
 
@@ -108,12 +109,12 @@ def test_a_cell_cannot_be_taken_out_of_the_manifest(run: store.Run) -> None:
     again = store.read_run(run.path)
     assert again.changed == {"run.json": "was changed after the run"}
     assert verdict.judge(again).exit is Exit.FAIL
-    assert "changed: run.json was changed after the run, and does not count" in terminal.summary(again)
+    assert "changed: run.json was changed after the run, and does not count" in terminal.summary(analyse(again))
 
 
 def close(folder: store.RunFolder, run: store.Run) -> store.Run:
     assert run.footer is not None
-    folder.close(run.footer)
+    folder.close(store.read_run(run.path), run.footer)
     return store.read_run(run.path)
 
 
@@ -157,6 +158,6 @@ def test_runs_from_before_hashes_were_kept_are_read_without_a_word(run: store.Ru
 def test_the_table_shows_the_others_as_before(run: store.Run) -> None:
     edit(record_path(run))
     again = store.read_run(run.path)
-    before, after = (view.build([one])["runs"][0]["comparison"] for one in (run, again))
+    before, after = (view.build([analyse(one)])["runs"][0]["comparison"] for one in (run, again))
     other = run.latest()[recorded.cells()["full"].cell_id]
     assert row(after, other)["Accuracy"] == row(before, other)["Accuracy"]

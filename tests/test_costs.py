@@ -17,6 +17,7 @@ from report_page import row
 from safetensors.torch import load
 from torch import nn
 
+from harness.analysis.run_facts import analyse
 from harness.cell.measure import checkpoint_size, energy, gpu, nvml
 from harness.cell.measure.energy import EnergyMeter
 from harness.cell.measure.gpu import GpuWatch
@@ -253,7 +254,7 @@ def on_gpu(name: str, made: Any) -> Any:
 
 def test_the_report_shows_what_was_measured_and_says_what_was_not(tmp_path: Path) -> None:
     run = recorded.write_run(tmp_path / "run", change=on_gpu)
-    built = view.build([run])["runs"][0]
+    built = view.build([analyse(run)])["runs"][0]
     records = {r.cell.implementation: r for r in run.records if r.cell.method == "lora"}
     fused, other = (row(built["costs"], records[name]) for name in ("fused", "hf-peft"))
     assert fused["Adapter's file, MiB"]["text"] == "1.00"
@@ -281,7 +282,7 @@ def test_joules_of_a_whole_machine_are_not_those_of_one_of_its_cells(source: str
 
     run = recorded.write_run(tmp_path / "run", change=beside_another)
     fused = next(r for r in run.records if r.cell.method == "lora" and r.cell.implementation == "fused")
-    figures = row(view.build([run])["runs"][0]["costs"], fused)
+    figures = row(view.build([analyse(run)])["runs"][0]["costs"], fused)
     assert figures["Energy of training, J"]["text"] == shown
     why = "the counter (rapl) is the whole machine's; up to 2 Cells ran at once" if source == "rapl" else "by nvml"
     assert figures["Energy of training, J"]["why"] == why

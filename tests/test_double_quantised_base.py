@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from conftest import Bench
 
+from harness.analysis.run_facts import analyse
 from harness.errors import Exit
 from harness.records import record as records
 from harness.records import store
@@ -34,7 +35,7 @@ def test_a_suite_names_it_and_its_cells_live(bench: Bench) -> None:
     )
     assert _losses(twice) != _losses(once)
     assert _saved(once, twice) == LAYERS * sum(map(_less, (WIDTH * WIDTH, WIDTH * NARROW)))
-    assert any("[reference] on nf4-dq (bitsandbytes)" in line for line in terminal.summary(run))
+    assert any("[reference] on nf4-dq (bitsandbytes)" in line for line in terminal.summary(analyse(run)))
     assert "on nf4-dq (bitsandbytes)" in (run.path / "report.html").read_text(encoding="utf-8")
     again = store.read_run(run.path).latest()[twice.cell_id]
     assert again.cell.base.quantization == "nf4-dq"

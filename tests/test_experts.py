@@ -11,13 +11,14 @@ import recorded_run as recorded
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from harness.analysis.run_facts import analyse
 from harness.assets import structure
 from harness.cli import main
-from harness.cli import plan as planning
 from harness.conformance.subject import configure
 from harness.methods import experts
 from harness.methods.registry import discover
 from harness.records.record import Base, Cell, Record
+from harness.report import plan_table as planning
 from harness.report import terminal
 from harness.suites import loader
 from harness.suites.expand import expand
@@ -81,7 +82,7 @@ def test_it_is_at_the_end_of_a_run(tmp_path: Path) -> None:
     def noted(_: str, old: Record) -> Record:
         return old.model_copy(update={"notes": ["of no matter", note]})
 
-    lines = terminal.summary(recorded.write_run(tmp_path / "run", change=noted, only=["fused"]))
+    lines = terminal.summary(analyse(recorded.write_run(tmp_path / "run", change=noted, only=["fused"])))
     (line,) = (line for line in lines if SAID in line)
     assert line.startswith(f"! {note}: ")
     assert not any("of no matter" in line for line in lines)

@@ -36,7 +36,7 @@ from harness.analysis.statistics import over_seeds
 from harness.analysis.statistics.intervals import paired_difference
 from harness.analysis.verdict_kind import Verdict, VerdictKind
 from harness.cli import main
-from harness.cli.explain import explain
+from harness.cli.topics import explain
 from harness.errors import Exit
 from harness.records import store
 from harness.records.manifest import Footer
@@ -684,6 +684,7 @@ def test_a_thousand_cells_take_under_two_seconds_and_no_torch(tmp_path: Path) ->
         text = record.model_dump_json(by_alias=True, indent=1)
         (run.path / "cells" / f"{record.id}.json").write_text(text, encoding="utf-8")
     store.RunFolder(run.path).close(
+        store.read_run(run.path),
         Footer(
             schema=1, run="new", ended=recorded.STARTED, how="finished", counts={}, missing=[], seconds_total=1.0,
             seconds_in_cells=1.0, seconds_outside={},

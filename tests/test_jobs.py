@@ -89,7 +89,7 @@ def test_a_cell_whose_newest_attempt_failed_is_measured_again(tmp_path: Path) ->
 
     def done() -> set[str]:
         old, progress = store.read_run(run.folder.path), Progress(run.cells)
-        return _reopen(old, run.here, works, "cpu", progress, elsewhere=False)[2]
+        return _reopen(old, run.here, works, "cpu", progress, is_remote=False)[2]
 
     first = run.run(Local(1, run.command()))[0]
     (wanted := run.folder.path / "slurm" / "wanted-1").parent.mkdir()
@@ -131,7 +131,7 @@ def test_each_cell_has_a_gpu_for_itself(tmp_path: Path) -> None:
 
 
 def test_a_gpu_that_others_use_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.runner.executors.local._LOOK_S", 0.01)
+    monkeypatch.setattr("harness.runner.executors.local._PROBE_S", 0.01)
     run = stubbed.Stubbed(tmp_path, 1)
     looks = iter([BUSY, BUSY, CARDS[0]])
     records = run.run(Local(1, run.command(), look=lambda: [next(looks)]), device="cuda")
@@ -142,7 +142,7 @@ def test_a_gpu_that_others_use_is_waited_for(tmp_path: Path, monkeypatch: pytest
 def test_a_gpu_that_our_own_cells_use_is_waited_for_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harness.runner.executors.local._LOOK_S", 0.01)
+    monkeypatch.setattr("harness.runner.executors.local._PROBE_S", 0.01)
     run = stubbed.Stubbed(tmp_path, 3)
     records = run.run(Local(2, run.command(), look=lambda: [BUSY, CARDS[1]], patience=0.001), device="cuda")
     assert {r.status for r in records.values()} == {Status.OK}
@@ -150,7 +150,7 @@ def test_a_gpu_that_our_own_cells_use_is_waited_for_without_end(
 
 
 def test_a_driver_that_does_not_answer_at_once_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.runner.executors.local._LOOK_S", 0.01)
+    monkeypatch.setattr("harness.runner.executors.local._PROBE_S", 0.01)
     run, answers = stubbed.Stubbed(tmp_path, 3), iter([True, False, True])
 
     def look() -> list[gpus.GpuDevice]:
@@ -185,7 +185,7 @@ def test_a_gpu_that_stays_busy_is_said_and_is_no_success(tmp_path: Path) -> None
     record = run.run(Local(1, run.command(), look=lambda: [BUSY], patience=0.0), device="cuda")[0]
     assert record.status is Status.SKIPPED
     assert record.because == "GPU 0 (GPU-aa) is in use by process 7 (python, 29996 MiB); it was waited for 0 s"
-    run.folder.close(Footer(
+    run.folder.close(store.read_run(run.folder.path), Footer(
         run="stubbed", ended=store.now(), how="finished", counts={"skipped": 1}, missing=[], seconds_total=1.0,
         seconds_in_cells=1.0, seconds_outside={},
     ))  # fmt: skip
@@ -260,9 +260,9 @@ def test_progress_of_several_cells(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(lines) == 9
     assert lines[0].startswith("2/12  ")
     assert "seed=1  train, step 3 of 60, loss 0.5000" in lines[0]
-    assert lines[-1].startswith("and 2 more at work, about ")
+    assert lines[-1].startswith("and 2 more running, about ")
     progress.event(cells[2], {"event": "phase", "name": "with Slurm", "queued": True})
-    assert progress._lines(time.monotonic())[-1] == "and 2 more at work"
+    assert progress._lines(time.monotonic())[-1] == "and 2 more running"
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("1/12  ok ")
 

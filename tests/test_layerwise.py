@@ -14,17 +14,20 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.assets.table import Source
+from harness.cell import lifecycle
+from harness.cell.cell_run import CellRun
 from harness.cell.job import Asset, Job, JobTask
-from harness.cell.lifecycle import WARMUP_PASSES, CellRun
 from harness.cell.measure.memory import PeakMeter, optimizer_tensors, tensor_bytes
 from harness.cell.measure.phases import PhaseClock
 from harness.cell.training import loop, optimizers
 from harness.cell.training import model as models
 from harness.cell.training.batches import Batch
+from harness.cell.training_phase import WARMUP_PASSES
 from harness.conformance.subject import DTYPES, configure
 from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER
 from harness.errors import UsageError
 from harness.memory_model import counting
+from harness.memory_model.cell_prediction import predict
 from harness.methods.registry import discover
 from harness.records.record import AssetUse, Cell, Evaluation, Memory, Outcome, Training
 from harness.suites.tasks import SYNTHETIC
@@ -221,8 +224,8 @@ def lived(folder: Path, optimizer: Any, layerwise: bool) -> Memory:
         model=Asset(path=str(folder), source=source, use=use),
     )  # fmt: skip
     meter = PeakMeter(CPU)
-    life = CellRun(work, discover(), PhaseClock(meter, lambda _: None), meter, lambda *_, **__: None, baseline=0)
-    memory = life.run().memory
+    life = CellRun(work, discover(), PhaseClock(meter, lambda _: None), meter, lambda *_, **__: None, baseline_B=0)
+    memory = lifecycle.measure(life, predict).memory
     assert not [check.check for check in life.checks if check.outcome is Outcome.FAIL]
     return memory
 

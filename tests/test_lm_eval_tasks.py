@@ -289,7 +289,7 @@ def test_more_items_than_there_are_is_said_with_its_place_before_anything_runs(
     assert main(["run", str(path), "--out", str(own / "out")]) == Exit.USAGE
     said = capsys.readouterr().err
     for task in ("digits_chosen", "digits_written:number"):
-        assert f"{path}:7: 50 `items` are wanted, those of `tune` included, and lm-eval:{task} has 7 test items" in said
+        assert f"{path}:7: `items` is 50, those of `tune` included, and lm-eval:{task} has 7 test items" in said
 
 
 def test_finding_a_task_imports_neither_lm_eval_nor_torch() -> None:

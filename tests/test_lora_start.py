@@ -11,7 +11,7 @@ from harness.conformance.tolerance_constants import INITIAL_SIGMAS, NOISE_FLOOR_
 from harness.suites import loader
 from harness.suites.expand import expand
 from reference.lora import Config
-from reference.shared.lora_start import put, start
+from reference.shared.lora_start import initial_factors, write_initial_factors
 
 R, D, E = 16, 400, 300
 
@@ -29,7 +29,7 @@ matrix:
 
 
 def drawn(init: str, rank: int = R, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    return start(init, rank, D, E, torch.Generator().manual_seed(seed))
+    return initial_factors(init, rank, D, E, torch.Generator().manual_seed(seed))
 
 
 def spread(A: torch.Tensor) -> float:
@@ -72,7 +72,7 @@ def test_a_start_is_its_generators(init: str) -> None:
     assert torch.equal(one[0], same[0])
     assert not torch.equal(one[0], other[0])
     A, B = torch.empty(R, D, dtype=torch.float32), torch.empty(E, R, dtype=torch.float32)
-    put(init, A, B, torch.Generator().manual_seed(0))
+    write_initial_factors(init, A, B, torch.Generator().manual_seed(0))
     assert torch.equal(A, one[0].float())
     assert torch.equal(B, one[1].float())
 

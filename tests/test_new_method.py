@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from reference.shared.adapted import Adapted
+from reference.shared.adapted import AdaptedLayer, AdaptedLayers
 from reference.shared.layers import dense_copy, floating_dtype, replace, targets
 from reference.spec import Deviation, ReferenceSpec
 
@@ -49,7 +49,7 @@ class Config:
     """Layers to adapt."""
 
 
-class LohaLinear(nn.Module):
+class LohaLinear(AdaptedLayer):
     def __init__(self, base: nn.Linear, factors: dict[str, Tensor]) -> None:
         super().__init__()
         self.base = base
@@ -65,9 +65,6 @@ class LohaLinear(nn.Module):
     def tensors(self) -> dict[str, nn.Parameter]:
         return dict(self.named_parameters(recurse=False))
 
-    def state(self) -> dict[str, Tensor]:
-        return {}
-
     def merged(self) -> nn.Linear:
         dense = dense_copy(self.base)
         with torch.no_grad():
@@ -75,7 +72,7 @@ class LohaLinear(nn.Module):
         return dense
 
 
-def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adapted:
+def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
     layers = {}
     for path, base in targets(model, config.targets).items():
         like = {"dtype": floating_dtype(base), "device": next(base.parameters()).device}
@@ -89,7 +86,7 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
     for path, layer in layers.items():
         replace(model, path, layer.requires_grad_(True))
         layer.base.requires_grad_(False)
-    return Adapted(model, layers)
+    return AdaptedLayers(model, layers)
 '''
 PARITY = """method: loha
 follows: the paper

@@ -91,8 +91,8 @@ def test_a_kernel_that_tells_nothing_killed_nothing(tmp_path: Path) -> None:
         (
             None,
             Status.LOST,
-            "the worker was killed by SIGKILL in phase pretending; the kernel killed something for want of memory at that"
-            " time",
+            "the worker was killed by SIGKILL in phase pretending; the kernel killed a process at that time"
+            " because memory ran out",
         ),
     ],
 )

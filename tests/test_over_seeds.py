@@ -13,6 +13,7 @@ import recorded_run as recorded
 from report_page import Page
 
 from harness.analysis import ranking, verdict
+from harness.analysis.run_facts import analyse
 from harness.analysis.statistics import intervals, over_seeds, seed_spread
 from harness.analysis.verdict_kind import VerdictKind
 from harness.records.manifest import Comparison, Tuning
@@ -204,7 +205,7 @@ def test_a_recipe_that_lacks_a_seed_is_not_ranked_with_the_others(tmp_path: Path
     cells = _cells("full", "reference")
     found = ranking.groups(_run(tmp_path / "r", cells, lost=(cells[-1][1].cell_id,)))
     assert [[(e.record.cell.method, len(e.records)) for e in g.ranked] for g in found] == [[("full", 3)], [("lora", 2)]]
-    page = Page(html.render([_run(tmp_path / "again", cells, lost=(cells[-1][1].cell_id,))])).text
+    page = Page(html.render([analyse(_run(tmp_path / "again", cells, lost=(cells[-1][1].cell_id,)))])).text
     assert "Nothing else was given the same budget (and the same seeds)" in page
 
 
@@ -229,9 +230,9 @@ def test_better_over_seeds_is_judged_by_the_interval_of_the_difference(tmp_path:
 
 def test_terminal_and_page_show_means_with_their_test(tmp_path: Path) -> None:
     run = _run(tmp_path / "r", _cells("full", "reference", "head"))
-    said = "\n".join(terminal.summary(run))
+    said = "\n".join(terminal.summary(analyse(run)))
     assert "over seeds" in said
-    page = Page(html.render([run])).text
+    page = Page(html.render([analyse(run)])).text
     assert "Means over seeds" in page
     assert "Each is the mean of 3 training runs (seeds 0, 1, 2)." in page
     assert "exact McNemar, Holm-adjusted" not in page
@@ -267,7 +268,7 @@ def test_what_a_search_tried_is_shown_and_not_ranked(tmp_path: Path) -> None:
     (group,) = ranking.groups(run)
     assert [e.record.cell.seed for e in group.entries] == [0, 0]
     assert group.tries == 3
-    page = Page(html.render([run])).text
+    page = Page(html.render([analyse(run)])).text
     assert "Learning rates that were tried" in page
     assert "3 learning rates tried for each" in page
     assert "a try of the search for a learning rate: not ranked" in page
@@ -287,14 +288,14 @@ def test_a_search_that_did_not_run_is_not_counted(tmp_path: Path) -> None:
         tuning=tried.manifest.tuning,
     )
     assert [g.tries for g in ranking.groups(alone)] == [0]
-    assert "learning rates tried for each" not in Page(html.render([alone])).text
+    assert "learning rates tried for each" not in Page(html.render([analyse(alone)])).text
 
 
 def test_the_tries_alone_show_their_band(tmp_path: Path) -> None:
     whole = _searched(tmp_path / "all", of=("full",))
     sweep = [c for c in whole.manifest.cells if c.cell_id in whole.manifest.tuning[0].sweep]
     run = _run(tmp_path / "alone", [("full", cell) for cell in sweep], tuning=whole.manifest.tuning)
-    assert "none is in this run; the best tried: " in Page(html.render([run])).text
+    assert "none is in this run; the best tried: " in Page(html.render([analyse(run)])).text
 
 
 def test_runs_without_a_mistake_are_not_certain_of_the_next_item() -> None:

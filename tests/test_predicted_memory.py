@@ -15,10 +15,11 @@ import recorded_run as recorded
 from conftest import Bench, eventually
 from report_page import row
 
-from harness.cli import plan as planning
+from harness.analysis.run_facts import analyse
 from harness.memory_model import cells, counting_client
 from harness.records.record import Evaluation, Predicted, Record
-from harness.report import run_facts, tables
+from harness.report import plan_table as planning
+from harness.report import tables
 from harness.suites import loader
 from harness.suites.expand import expand
 from harness.suites.tasks import Answers
@@ -118,7 +119,7 @@ def beside(change: int, why: str = "") -> Record:
 def ledger(record: Record, folder: Path) -> dict[str, dict[str, Any]]:
     """Return the record's row of the report's memory table, by the names of its columns."""
     run = recorded.write_run(folder / "run", change=lambda _, old: record, only=["fused"])
-    return row(tables.memory(run_facts.gather(run)), record)
+    return row(tables.memory(analyse(run)), record)
 
 
 @pytest.mark.parametrize(

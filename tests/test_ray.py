@@ -29,7 +29,7 @@ class Joined(Ray):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._ray = ray
-        self._seen_s = 0.5
+        self._visible_s = 0.5
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ def measure(executor):
 
 found = []
 with Ray(None, run.command({1: "hang", 2: "hang"}), patience=60.0) as executor:
-    executor._seen_s = 0.5  # one machine sees at once what another of its nodes wrote
+    executor._visible_s = 0.5  # one machine sees at once what another of its nodes wrote
     measuring = threading.Thread(target=measure, args=[executor], daemon=True)
     measuring.start()
     node = cluster.add_node(num_cpus=2, num_gpus=2)  # Ray wants this of the first thread

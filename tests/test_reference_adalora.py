@@ -17,7 +17,7 @@ from two_layers import Two, assert_same, draw, generator
 
 from harness.conformance.comparison.tolerance_policies import exact, noise_floor
 from reference import adalora
-from reference.adalora import Config, budget, keep
+from reference.adalora import Config, budget, largest_mask
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -242,12 +242,12 @@ def test_the_budget_is_pefts(config: Config, layers: int) -> None:
 
 
 def test_of_equal_scores_exactly_the_budget_is_kept() -> None:
-    assert keep(torch.tensor([1.0, 3.0, 2.0, 3.0]), 2).tolist() == [False, True, False, True]
-    assert keep(torch.tensor([1.0, 2.0, 2.0, 2.0, 0.0]), 2).tolist() == [False, True, True, False, False]
+    assert largest_mask(torch.tensor([1.0, 3.0, 2.0, 3.0]), 2).tolist() == [False, True, False, True]
+    assert largest_mask(torch.tensor([1.0, 2.0, 2.0, 2.0, 0.0]), 2).tolist() == [False, True, True, False, False]
     for count in range(7):
-        assert keep(torch.zeros(6), count).tolist() == [i < count for i in range(6)]
+        assert largest_mask(torch.zeros(6), count).tolist() == [i < count for i in range(6)]
     many = torch.zeros(5000)  # more than an unstable sort leaves in order
-    assert keep(many, 1234).nonzero().flatten().tolist() == list(range(1234))
+    assert largest_mask(many, 1234).nonzero().flatten().tolist() == list(range(1234))
 
 
 def test_peft_prunes_all_that_tie() -> None:
@@ -258,7 +258,7 @@ def test_peft_prunes_all_that_tie() -> None:
             allocator.exp_avg_ipt[n], allocator.exp_avg_unc[n] = torch.ones_like(p), torch.ones_like(p)
     kept = allocator.mask_to_budget(model, 5)
     assert sum(map(sum, kept.values())) == 0  # asked for 5 of 8
-    assert int(keep(torch.ones(8), 5).sum()) == 5
+    assert int(largest_mask(torch.ones(8), 5).sum()) == 5
 
 
 def scored(adapted: adalora.AdaLoraAdapted, order: list[int]) -> None:

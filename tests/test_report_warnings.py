@@ -10,6 +10,7 @@ from report_page import Page, row
 
 from harness import cli
 from harness.analysis import contention, divergence
+from harness.analysis.run_facts import analyse
 from harness.records import store
 from harness.records.record import CheckResult, Outcome, Record
 from harness.report import formatting, html, terminal, view
@@ -64,21 +65,21 @@ def test_steps_that_waited_for_a_cpu_are_flagged(
 
 def test_a_busy_machine_is_said_beside_its_numbers_with_the_rule(good: store.Run, tmp_path: Path) -> None:
     run = recorded.write_run(tmp_path / "r", change=lambda n, r: _timed(r, 0.5, 9.0) if n == "fused" else r)
-    built = view.build([run])
+    built = view.build([analyse(run)])
     fused = row(built["runs"][0]["comparison"], run.latest()[recorded.cells()["fused"].cell_id])
     assert [label for label, f in fused.items() if f["flag"]] == ["Tokens/s", "Step, ms"]
     (note,) = built["runs"][0]["comparison"]["notes"]
     assert contention.RULE in note
     assert "lora r=8 [fused], 0.50 s of CPU time per second for 2 threads; load average 9.0" in note
-    words = Page(html.render([run])).text
+    words = Page(html.render([analyse(run)])).text
     assert words.count("! busy") == 3  # twice in the row, once with the rule
     assert contention.RULE in words
-    said = terminal.summary(run)
+    said = terminal.summary(analyse(run))
     assert [line for line in said if line.endswith("] !") and "lora r=8 [fused]" in line]
     assert [line for line in said if contention.RULE in line]
     # Records from before there was CPU time to compare say nothing.
-    assert not view.build([good])["runs"][0]["comparison"]["notes"]
-    assert "busy" not in "\n".join(terminal.summary(good))
+    assert not view.build([analyse(good)])["runs"][0]["comparison"]["notes"]
+    assert "busy" not in "\n".join(terminal.summary(analyse(good)))
 
 
 def _red(check: str) -> CheckResult:
@@ -99,7 +100,7 @@ def _with_red(check: str) -> Any:
 
 def test_a_failed_merge_takes_the_merged_latency_away_and_fails_the_run(tmp_path: Path) -> None:
     run = recorded.write_run(tmp_path / "r", change=_with_red("lora/merge/float32/trained"))
-    built = view.build([run])["runs"][0]
+    built = view.build([analyse(run)])["runs"][0]
     record = run.latest()[recorded.cells()["fused"].cell_id]
     shown = row(built["latency"], record)
     why = "no speed without parity: lora/merge/float32/trained failed"
@@ -113,12 +114,12 @@ def test_a_failed_merge_takes_the_merged_latency_away_and_fails_the_run(tmp_path
     told = "lora/merge/float32/trained: error 0.5, 0.25 allowed; in layer.0.query; worst element [3]: 1.5, should be 1"
     assert built["alerts"][0]["items"] == [f"minilm-l6 lora r=8 [fused]: {told}"]
     assert built["failures"][0]["checks"] == [told]
-    assert f"failed: minilm-l6 lora r=8 [fused]: {told}" in terminal.summary(run)
+    assert f"failed: minilm-l6 lora r=8 [fused]: {told}" in terminal.summary(analyse(run))
 
 
 def test_any_other_failed_check_takes_all_speeds_away(tmp_path: Path) -> None:
     run = recorded.write_run(tmp_path / "r", change=_with_red("lora/forward/float32/warm"))
-    built = view.build([run])
+    built = view.build([analyse(run)])
     record = run.latest()[recorded.cells()["fused"].cell_id]
     shown = row(built["runs"][0]["comparison"], record) | row(built["runs"][0]["latency"], record)
     hidden = ("Tokens/s", "Step, ms", "Unmerged, ms", "Merged, ms", "Unmerged / base", "Merged / base")
@@ -129,21 +130,23 @@ def test_any_other_failed_check_takes_all_speeds_away(tmp_path: Path) -> None:
 
 def test_a_check_shows_its_numbers_and_its_worst_element(tmp_path: Path) -> None:
     run = recorded.write_run(tmp_path / "r", change=_with_red("lora/gradient/float32/warm"))
-    (cell,) = [c for c in view.build([run])["runs"][0]["parity"] if c["open"]]
+    (cell,) = [c for c in view.build([analyse(run)])["runs"][0]["parity"] if c["open"]]
     shown = cell["checks"][0]
     assert (shown["error"], shown["allowed"], shown["share"]) == ("0.5", "0.25", "2")
     assert (shown["tensor"], shown["worst"]) == ("layer.0.query", "[3]: 1.5, should be 1")
-    assert "Worst element" in Page(html.render([run])).text
+    assert "Worst element" in Page(html.render([analyse(run)])).text
 
 
 def test_a_resumed_run_says_whose_time_it_tells(good: store.Run) -> None:
     assert good.footer is not None
     resumed = dataclasses.replace(good, footer=good.footer.model_copy(update={"kept": 4, "seconds_total": 75.0}))
     inside = sum(r.duration_s for r in good.latest().values())
-    said = view.build([resumed])["runs"][0]["duration"]
+    said = view.build([analyse(resumed)])["runs"][0]["duration"]
     assert said.startswith("resumed: the last invocation took 75.0 s and kept 4 of 10 Cells from earlier")
     assert said.endswith(f"all Cells took {formatting.seconds(inside)} together")
-    assert view.build([resumed])["runs"][0]["time"]["sentence"].startswith("In the last invocation, outside the Cells")
+    assert view.build([analyse(resumed)])["runs"][0]["time"]["sentence"].startswith(
+        "In the last invocation, outside the Cells"
+    )
 
 
 @pytest.mark.parametrize(("footer", "says"), [(None, "has no footer"), ("{torn", "has a footer that cannot be read")])
@@ -183,10 +186,10 @@ def test_a_loss_that_ends_far_above_its_start(losses: list[float], rising: str) 
 def test_a_finite_divergence_is_told_beside_what_was_measured(good: store.Run, tmp_path: Path) -> None:
     away = [0.7 * 1.1**step for step in range(60)]
     run = recorded.write_run(tmp_path / "r", change=lambda n, r: recorded.with_losses(r, away) if n == "fused" else r)
-    (alert,) = view.build([run])["runs"][0]["alerts"]
+    (alert,) = view.build([analyse(run)])["runs"][0]["alerts"]
     assert alert["text"].startswith("Measured, although training diverged (a lower `lr`, ")
     (item,) = alert["items"]
     assert item.startswith("minilm-l6 lora r=8 [fused]: the loss rose from 0.847 to ")
-    assert f"diverged: {item}" in terminal.summary(run)
-    assert item in Page(html.render([run])).text
-    assert not [line for line in terminal.summary(good) if line.startswith("diverged")]
+    assert f"diverged: {item}" in terminal.summary(analyse(run))
+    assert item in Page(html.render([analyse(run)])).text
+    assert not [line for line in terminal.summary(analyse(good)) if line.startswith("diverged")]

@@ -10,6 +10,7 @@ import recorded_run as recorded
 
 from harness import cli
 from harness.analysis.comparison import reproducibility
+from harness.analysis.run_facts import analyse, analyse_all
 from harness.errors import Exit
 from harness.records.record import Provider, Record
 from harness.records.store import Run
@@ -153,13 +154,18 @@ def test_report_of_runs_that_share_no_cell_compared_nothing(tmp_path: Path, caps
 
 def test_the_page_shows_what_differs_and_why(first: Run, tmp_path: Path) -> None:
     unequal = _again(tmp_path / "unequal", _nudged)
-    assert view.build([first])["reproducibility"] is None
-    section = view.build([first, unequal])["reproducibility"]
+    assert view.build([analyse(first)])["reproducibility"] is None
+    runs = [first, unequal]
+    again = reproducibility.possible_reruns(runs)
+    section = view.build(analyse_all(runs), again)["reproducibility"]
     assert section["word"] == "fail"
     assert [r["losses"] for r in section["rows"] if r["tone"] == "bad"] == ["differ from step 7"]
-    assert "no named cause: same machine" in html.render([first, unequal])
+    assert "no named cause: same machine" in html.render(analyse_all(runs), again)
 
 
 def test_cells_measured_once_are_counted(first: Run, tmp_path: Path) -> None:
     part = recorded.write_run(tmp_path / "part", run="part", only=["fused", "head"])
-    assert "8 others have no second ok Record" in reruns.section([first, part])["sentence"]
+    assert (
+        "8 others have no second ok Record"
+        in reruns.section([first, part], reproducibility.reruns([first, part]))["sentence"]
+    )

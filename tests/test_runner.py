@@ -298,7 +298,7 @@ def _losses(record: Record) -> list[float]:
         ("raises", Status.ERROR, r"RuntimeError: attaching \\udcff went wrong", "RuntimeError", "attach"),
         ("greedy", Status.OOM, "the host's memory ran out: .*allocate", "RuntimeError", "attach"),
         ("starved", Status.OOM, "the host's memory ran out", "MemoryError", "start-up"),
-        ("wrong", Status.NONCONFORMING, "lora/forward/float32/warm failed at .*error .* allowed", None, "parity"),
+        ("wrong", Status.NONCONFORMING, "lora/forward/float32/warm failed: .*error .* allowed", None, "parity"),
         ("nan", Status.NONCONFORMING, "loss nan .* at step 2", "Diverged", "train"),
         ("killed", Status.LOST, "killed by SIGKILL in phase start-up", "SIGKILL", "start-up"),
         ("crashes", Status.LOST, "killed by SIGSEGV in phase start-up", "SIGSEGV", "start-up"),
@@ -438,7 +438,7 @@ def test_ctrl_c_ends_cleanly_with_a_report_of_what_there_is(story: dict[str, Sta
     stage = story["interrupted"]
     first, second = stage.run.manifest.cells
     assert stage.finished.code == Exit.INFRASTRUCTURE
-    assert "interrupted: what was finished is kept" in stage.finished.err
+    assert "interrupted: finished Cells are saved" in stage.finished.err
     assert "Traceback" not in stage.finished.err
     assert [(r.cell_id, r.status) for r in stage.run.records] == [(first.cell_id, Status.OK)]
     assert stage.run.footer is not None
@@ -487,7 +487,7 @@ def test_the_times_of_a_resumed_run_are_its_own(story: dict[str, Stage]) -> None
     assert made.duration_s <= footer.seconds_in_cells < made.duration_s + kept.duration_s
     assert adds_up(footer)
     assert (
-        f"this resumed part took {footer.seconds_total:.1f} s; the Cells of the whole run together "
+        f"this resumed part took {footer.seconds_total:.1f} s; the Cells of the whole run took "
         f"{kept.duration_s + made.duration_s:.1f} s, 1 of them measured earlier"
     ) in stage.finished.err
     first = story["interrupted"]
@@ -500,7 +500,7 @@ def test_sigterm_ends_a_run_as_ctrl_c_does(story: dict[str, Stage]) -> None:
     stage = story["terminated"]
     first, second = stage.run.manifest.cells
     assert stage.finished.code == Exit.INFRASTRUCTURE
-    assert "interrupted by SIGTERM: what was finished is kept" in stage.finished.err
+    assert "interrupted by SIGTERM: finished Cells are saved" in stage.finished.err
     assert "Traceback" not in stage.finished.err
     assert [(r.cell_id, r.status) for r in stage.run.records] == [(first.cell_id, Status.OK)]
     assert stage.run.footer is not None
@@ -630,7 +630,7 @@ def test_ctrl_c_between_cells(
     assert run.footer is not None
     assert (run.footer.how, len(run.footer.missing), len(run.records)) == ("interrupted", 1, 1)
     assert (run.path / "report.html").is_file()
-    assert "interrupted: what was finished is kept" in capsys.readouterr().err
+    assert "interrupted: finished Cells are saved" in capsys.readouterr().err
 
 
 def test_ctrl_c_while_fetching(
@@ -657,7 +657,7 @@ def test_a_report_that_fails_loses_no_result(
         assert main(["run", inside.suite("{implementation: missing}"), "--out", "run"]) == Exit.INFRASTRUCTURE
     printed = capsys.readouterr()
     message = _one_message(printed.err)
-    assert "everything was measured and is kept" in message
+    assert "all Cells are measured and saved" in message
     assert str(error) in message
     assert "skipped" in printed.out  # the summary is there all the same
     run = inside.read()
@@ -736,7 +736,7 @@ def test_a_bug_in_the_middle_of_a_run_says_what_is_kept(bench: Bench) -> None:
     assert "Traceback" in done.stderr
     message = done.stderr[done.stderr.index("peft-harness: ") :]
     assert "this is a bug of peft-harness, not of what you asked: KeyError: 'ours'" in message
-    assert "what was finished is kept in run; `peft-harness report run` shows it" in message
+    assert "finished Cells are saved in run; `peft-harness report run` shows them" in message
     footer = bench.read().footer
     assert footer is not None
     assert footer.how == "failed"

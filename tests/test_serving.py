@@ -15,6 +15,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from harness.analysis import tracked_metrics
+from harness.analysis.run_facts import analyse
 from harness.analysis.statistics.percentiles import percentile
 from harness.cell.measure import multi_adapter_latency
 from harness.conformance.subject import Subject, adaptable_layers, configure
@@ -242,7 +243,7 @@ def as_told_now(name: str, made: Any) -> Any:
 
 def test_a_batch_as_large_as_the_mixed_one_is_its_own(tmp_path: Path) -> None:
     run = recorded.write_run(tmp_path / "run", change=as_told_now)
-    built = view.build([run])["runs"][0]
+    built = view.build([analyse(run)])["runs"][0]
     fused = next(r for r in run.records if r.cell.implementation == "fused" and r.cell.method == "lora")
     shown = row(built["mixed"], fused)
     assert (shown["One for all, ms"]["text"], shown["One each, ms"]["text"]) == ("2.00", "3.00")
@@ -271,7 +272,7 @@ def refused(name: str, made: Any) -> Any:
 
 def test_a_batch_as_large_as_one_that_cannot_be_mixed_is_shown(tmp_path: Path) -> None:
     run = recorded.write_run(tmp_path / "run", change=refused)
-    built = view.build([run])["runs"][0]
+    built = view.build([analyse(run)])["runs"][0]
     fused = next(r for r in run.records if r.cell.implementation == "fused" and r.cell.method == "lora")
     assert row(built["latency"], fused)["Unmerged, ms"]["text"] == "7.00"
     assert row(built["mixed"], fused)["One for all, ms"]["why"] == "hf-peft offers no multi_lora_linear"
@@ -279,7 +280,7 @@ def test_a_batch_as_large_as_one_that_cannot_be_mixed_is_shown(tmp_path: Path) -
 
 def test_the_report_has_them_beside_one_adapter_for_all(tmp_path: Path) -> None:
     run = recorded.write_run(tmp_path / "run", change=with_mixed)
-    built = view.build([run])["runs"][0]
+    built = view.build([analyse(run)])["runs"][0]
     by_name = {r.cell.implementation: r for r in run.records if r.cell.method == "lora"}
     shown = row(built["mixed"], by_name["fused"])
     assert (shown["What"]["text"], shown["Adapters"]["text"]) == ("forward 4 × 32", "4")

@@ -13,16 +13,18 @@ from conftest import Bench
 
 from harness.assets import conv1d, fetch, shapes
 from harness.assets.table import Source
-from harness.cell import base_quantisation
+from harness.cell import base_quantisation, lifecycle
+from harness.cell.cell_run import CellRun
 from harness.cell.job import Asset, Job, JobTask
-from harness.cell.lifecycle import CellRun, NonconformingError
 from harness.cell.measure import latency
 from harness.cell.measure.memory import PeakMeter
 from harness.cell.measure.phases import PhaseClock
+from harness.cell.outcomes import NonconformingError
 from harness.cell.training import loop, optimizers, random_model
 from harness.conformance.subject import PackedLayer
 from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER
 from harness.errors import AssetError, Exit, SuiteError
+from harness.memory_model.cell_prediction import predict
 from harness.methods.registry import discover
 from harness.records.record import AssetUse, Base, Cell, Evaluation, Measurements, Outcome, Status, Training
 from harness.suites import loader
@@ -246,8 +248,8 @@ def lived(
         model=Asset(path=str(folder_of(config, tmp_path)), source=source, use=use),
     )  # fmt: skip
     meter = PeakMeter(CPU)
-    life = CellRun(work, discover(), PhaseClock(meter, lambda _: None), meter, lambda *_, **__: None, baseline=0)
-    return life, life.run()
+    life = CellRun(work, discover(), PhaseClock(meter, lambda _: None), meter, lambda *_, **__: None, baseline_B=0)
+    return life, lifecycle.measure(life, predict)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +333,7 @@ def test_what_a_large_model_does_not_train_is_noticed(
     monkeypatch.setattr(
         optimizers, "make", lambda a, h, recipe, *more: make(a, h, recipe.model_copy(update={"lr": 0.0}), *more)
     )
-    with pytest.raises(NonconformingError, match=f"{method}/moved/bfloat16/trained failed at .* never moved"):
+    with pytest.raises(NonconformingError, match=f"{method}/moved/bfloat16/trained failed: .*never moved"):
         lived(tmp_path, method)
 
 
@@ -437,7 +439,6 @@ def test_codes_judged_in_pieces_are_judged_as_a_whole(double: bool, monkeypatch:
 
 
 def test_what_attaching_changes_in_a_large_model_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from harness.cell.lifecycle import NonconformingError
     from harness.conformance import subject
     from reference import lora
 

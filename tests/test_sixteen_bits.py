@@ -6,6 +6,7 @@ import pytest
 import torch
 from trainee import Encoder, batches, nothing, setting
 
+from harness.cell import outcomes
 from harness.cell.measure.memory import optimizer_tensors
 from harness.cell.training import loop, optimizers
 from harness.cell.training.batches import Batch, Example, collate, order
@@ -83,7 +84,7 @@ def test_overflow_takes_the_same_batch_again_with_half_the_scale() -> None:
 
 
 def test_float16_names_its_range_when_it_diverges() -> None:
-    with pytest.raises(loop.Diverged, match="beyond float16's 65504"):
+    with pytest.raises(outcomes.Diverged, match="beyond float16's 65504"):
         loop.train(batches=batches(3), seed=0, report=nothing, **setting(Encoder(float("nan")).half()))
 
 

@@ -77,7 +77,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
     monkeypatch.delenv(LOCAL, raising=False)
     monkeypatch.setattr(slurm, "_ASK_S", 0.3)
-    monkeypatch.setattr(node, "SEEN_S", 0.5)
+    monkeypatch.setattr(node, "VISIBLE_S", 0.5)
     return folder
 
 
@@ -133,7 +133,7 @@ class _ShowsLate(_Ends):
 def test_a_record_that_is_seen_late_is_waited_for(
     tmp_path: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(node, "SEEN_S", 60.0)
+    monkeypatch.setattr(node, "VISIBLE_S", 60.0)
     run = stubbed.Stubbed(tmp_path, 2)
     run.nobody = _ShowsLate(run, cluster)
     with Slurm(None, (), run.command({1: "hang"})) as executor:
@@ -176,7 +176,7 @@ def test_the_queue_is_no_part_of_an_attempt(tmp_path: Path) -> None:
     ending = Ending(Status.TIMEOUT, "timeout", "it is late")
     taken_up = (datetime.now(UTC) - timedelta(seconds=30)).strftime("%Y-%m-%dT%H:%M:%SZ")
     run.folder.log_path(work.cell.cell_id, 1).write_text(f"begun on n1 at {taken_up}\nsome words\n")
-    record = node.lost(work, run.terms, ending, "2001-01-01T00:00:00Z", time.monotonic() - 10)
+    record = node.final_record(work, run.terms, ending, "2001-01-01T00:00:00Z", time.monotonic() - 10)
     assert record.started == taken_up
     assert 18 < record.duration_s < 25
 
@@ -236,7 +236,7 @@ def test_a_node_with_fewer_cores_than_a_cell_was_told(tmp_path: Path, monkeypatc
     monkeypatch.setattr(environment, "threads", lambda: 1)
     run = stubbed.Stubbed(tmp_path, 1)
     works = [work.model_copy(update={"threads": 64}).model_dump_json(by_alias=True) for work in run.works()]
-    node.measure(works, 60.0, run.command())
+    node.run_jobs(works, 60.0, run.command())
     (record,) = store.read_run(run.folder.path).records
     assert record.notes[0] == "1"
 
@@ -245,8 +245,8 @@ def test_cells_that_are_called_back(tmp_path: Path) -> None:
     run = stubbed.Stubbed(tmp_path, 1)
     (wanted := tmp_path / "wanted").touch()
     works = [work.model_dump_json(by_alias=True) for work in run.works()]
-    code = "import json, sys; from harness.runner.executors import node; node.measure(**json.load(sys.stdin))"
-    told = {"works": works, "timeout": 600.0, "command": run.command({0: "hang"}), "wanted": str(wanted)}
+    code = "import json, sys; from harness.runner.executors import node; node.run_jobs(**json.load(sys.stdin))"
+    told = {"specs": works, "timeout": 600.0, "command": run.command({0: "hang"}), "permit": str(wanted)}
     element = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
@@ -261,7 +261,7 @@ def test_cells_that_are_called_back(tmp_path: Path) -> None:
         _, said = element.communicate(timeout=PATIENCE_S)
     finally:
         element.kill()  # and so what it had started; nothing to do where it has ended
-    assert "UnwantedError" in said
+    assert "RecalledError" in said
     assert gone(int((run.folder.path / "pid").read_text()))
 
 

@@ -138,7 +138,7 @@ def test_attempt_numbers_are_never_used_again(run: store.Run) -> None:
     torn.rename(torn.with_name(f"{cell_id}.11.torn.json"))  # moved away, as the message of a torn file says
     assert folder.next_attempt(cell_id) == 12
     folder.reopen()
-    folder.close(run.footer)  # type: ignore[arg-type]  # the fixture's run is complete
+    folder.close(store.read_run(run.path), run.footer)  # type: ignore[arg-type]  # the fixture's run is complete
     for gone in (*run.path.glob("cells/*"), *run.path.glob("logs/*")):
         gone.unlink()
     assert folder.next_attempt(cell_id) == 2  # it was hashed, and another file of its name would be taken for a forgery

@@ -374,14 +374,14 @@ def test_suite_keys_are_those_of_the_records() -> None:
         ("tuple[str, ...]", "q", "must be a list of words"),
     ],
 )
-def test_values_of_knobs(kind: str, value: object, problem: str) -> None:
+def test_values_of_config_fields(kind: str, value: object, problem: str) -> None:
     from harness.methods.spec import FieldInfo
 
     limits = {"minimum": 1, "maximum": 8} if kind in ("int", "float") else {}
     assert problem in FieldInfo(kind, None, **limits).problem(value)
 
 
-def test_choices_of_knobs() -> None:
+def test_choices_of_config_fields() -> None:
     from harness.methods.spec import FieldInfo
 
     field = FieldInfo("str", "a", choices=("a", "b"))

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness.assets import generated
 from harness.assets.rows import DataRow
+from harness.cell import outcomes
 from harness.cell.evaluation.likelihood import CausalScorer
 from harness.cell.training import loop, optimizers
 from harness.cell.training.batches import Batch, Example, answer_examples, collate
@@ -209,7 +210,7 @@ def test_after_step_counts_from_one() -> None:
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_stops_the_run(scale: float) -> None:
-    with pytest.raises(loop.Diverged, match="at step 1"):
+    with pytest.raises(outcomes.Diverged, match="at step 1"):
         loop.train(batches=batches(3), seed=0, report=nothing, **setting(Encoder(scale)))
 
 
@@ -217,7 +218,7 @@ def test_divergence_says_what_came_before_and_what_to_do() -> None:
     s = setting(Encoder(), lr=0.25)
     s["adapted"].after_step = lambda step: s["adapted"].parameters()[0].data.fill_(float("nan")) if step == 2 else None
     seen: list[float] = []
-    with pytest.raises(loop.Diverged) as caught:
+    with pytest.raises(outcomes.Diverged) as caught:
         loop.train(batches=batches(4), seed=0, report=lambda step, loss: seen.append(loss), **s)
     said = str(caught.value)
     assert said.startswith("training diverged: loss nan and gradient norm nan at step 3; ")
@@ -229,7 +230,7 @@ def test_divergence_says_what_came_before_and_what_to_do() -> None:
 
 @pytest.mark.parametrize(("steps", "stopped_at"), [(3, 3), (2 * loop.SILENT, loop.SILENT)])
 def test_a_gradient_of_zero_from_the_first_step_on_stops_the_run(steps: int, stopped_at: int) -> None:
-    with pytest.raises(loop.Untrained, match=f"exactly zero up to step {stopped_at}: nothing is being trained"):
+    with pytest.raises(outcomes.Untrained, match=f"exactly zero up to step {stopped_at}: nothing is being trained"):
         loop.train(batches=batches(steps), seed=0, report=nothing, **setting(Encoder(0.0)))
 
 
@@ -259,7 +260,7 @@ def test_no_gradient_at_all_stops_the_run() -> None:
     trainable = s["adapted"].parameters()
     s["adapted"].detach()  # the model runs without what is being trained ...
     s["adapted"].model.embed.weight.requires_grad_(True)  # ... and something else has a gradient
-    with pytest.raises(loop.Untrained, match="exactly zero"):
+    with pytest.raises(outcomes.Untrained, match="exactly zero"):
         loop.train(batches=batches(3), seed=0, report=nothing, **s)
     assert all(p.grad is None for p in trainable)
 

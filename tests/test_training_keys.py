@@ -12,6 +12,7 @@ from conftest import Bench
 from report_page import Page
 
 from harness.analysis import verdict
+from harness.analysis.run_facts import analyse
 from harness.analysis.verdict_kind import VerdictKind
 from harness.errors import Exit
 from harness.records.record import Outcome, Record, Status, TrainingMeasured
@@ -97,7 +98,7 @@ def test_a_suite_with_optimizers_and_parts_runs_end_to_end(clean: Bench) -> None
     assert re.search(r": [1-9]\d* graphs", note)
     assert any(check.check.startswith("lora/model/") and check.outcome is Outcome.PASS for check in compiled.checks)
 
-    page = Page(html.render([run])).text
+    page = Page(html.render([analyse(run)])).text
     for said in (
         "paged-adamw-8bit lr_ratio=4",
         "accumulate=4 checkpointing",

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from harness.assets.table import Source
 from harness.records.cost import AT_ONCE
-from harness.records.record import AssetUse, Cell, FrozenModel
+from harness.records.record import AssetUse, Cell, FrozenModel, Json
 from harness.suites.tasks import Answers
+
+
+class Emit(Protocol):
+    """Reports progress to the runner."""
+
+    def __call__(self, event: str, /, **facts: Json) -> None:
+        """Report one event, with its facts."""
 
 
 class Asset(FrozenModel):

@@ -31,12 +31,12 @@ class RandomData:
 
     cut_examples = None
 
-    def __init__(self, work: Job, loaded: models.Loaded) -> None:
-        cell, device = work.cell, torch.device(work.device)
+    def __init__(self, job: Job, loaded: models.Loaded) -> None:
+        cell, device = job.cell, torch.device(job.device)
         refuse_long(loaded.model, cell)
         training, vocabulary = cell.training, int(loaded.model.config.vocab_size)
         generator = torch.Generator().manual_seed(cell.seed)
-        self._encoder = work.model.source.kind == "encoder"
+        self._encoder = job.model.source.kind == "encoder"
         if self._encoder:
             structure.without_padding(loaded.model)
         of = "the labels, which are random too" if self._encoder else "every token but the first"
@@ -45,7 +45,7 @@ class RandomData:
         def sequences(count: int, tokens: int, name: str) -> Batch:
             ids = torch.randint(0, vocabulary, (count, tokens), generator=generator).tolist()
             if self._encoder:
-                labels = torch.randint(0, work.task.labels, (count,), generator=generator).tolist()
+                labels = torch.randint(0, job.task.labels, (count,), generator=generator).tolist()
                 examples = [Example(f"{name}-{row}", tuple(ids[row]), label) for row, label in enumerate(labels)]
                 return collate(examples, 0, "right").to(device)
             examples = [Example(f"{name}-{row}", tuple(one), 0, tokens - 1) for row, one in enumerate(ids)]

@@ -67,12 +67,12 @@ def optimizers(adapted: Any, trains: Sequence[nn.Parameter], dtype: torch.dtype)
 def _galore(p: nn.Parameter, group: dict[str, Any], itemsize: int, bits: int) -> int:
     """Return the bytes that GaLore keeps for a parameter: a projector and small moments, or Adam's two."""
     if not group["rank"]:
-        return galore_moments.kept_bytes(p.numel(), itemsize, bits)
+        return galore_moments.stored_bytes(p.numel(), itemsize, bits)
     m, n = p.shape
     r: int = min(group["rank"], m, n)
     left, right = galore.sides(m, n, group["side"])
     moments = (r if left else m) * (r if right else n)
-    return r * (m * left + n * right) * itemsize + galore_moments.kept_bytes(moments, itemsize, bits)
+    return r * (m * left + n * right) * itemsize + galore_moments.stored_bytes(moments, itemsize, bits)
 
 
 def has_masters(dtype: torch.dtype, *, own: bool) -> bool:

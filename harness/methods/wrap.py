@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from harness.errors import Unsupported
 from harness.methods import checksums
-from reference.shared.adapted import Adapted
+from reference.shared.adapted import AdaptedLayers
 from reference.shared.layers import KINDS, dense_copy, kind_of, replace, targets
-from reference.shared.lora_start import put
+from reference.shared.lora_start import write_initial_factors
 
 
 def wrap(
@@ -21,7 +21,7 @@ def wrap(
     make_layer: Callable[[nn.Linear], nn.Module],
     names: Mapping[str, str] | None,
     update: Callable[[Any], Tensor] | None,
-) -> Adapted:
+) -> AdaptedLayers:
     """Freeze `model` and put a layer around every target. Raises Unsupported for what is no linear layer."""
     bases = targets(model, config.targets, KINDS)
     for path, base in bases.items():
@@ -38,11 +38,11 @@ def wrap(
             if {f"{path}.A", f"{path}.B"} <= tensors.keys():  # otherwise `parameters` says so
                 # The layer has drawn its A from the generator that `attach` was given: so this start follows that as well.
                 generator = torch.Generator().manual_seed(checksums.of(tensors[f"{path}.A"]))
-                put(config.init, tensors[f"{path}.A"], tensors[f"{path}.B"], generator)
+                write_initial_factors(config.init, tensors[f"{path}.A"], tensors[f"{path}.B"], generator)
     return wrapped
 
 
-class WrappedLayers(Adapted):
+class WrappedLayers(AdaptedLayers):
     """A model with somebody's modules in the place of its layers; see `harness.testing.wrap_layers`."""
 
     def __init__(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.analysis import divergence
+from harness.cell.outcomes import Diverged, Untrained
 from harness.cell.training import optimizers
 from harness.cell.training.batches import Batch
 from harness.cell.training.master_weights import Masters
@@ -38,14 +39,6 @@ class StepSamples:
     tokens: list[int] = field(default_factory=list)
     padded_tokens: list[int] = field(default_factory=list)
     cpu_seconds: float = 0.0
-
-
-class Diverged(Exception):  # noqa: N818
-    """Training gave a NaN or infinite loss or gradient: an outcome, not a crash. One line."""
-
-
-class Untrained(Exception):  # noqa: N818
-    """Training gave no gradient at all: an outcome, not a crash. One line."""
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:

@@ -19,14 +19,14 @@ def galore(model: Any, config: Any, generator: Any) -> Any:
     What is adapted, and which parts train, is the reference's. Raises Unsupported for side=paper and for niter > 0, which
     the package does not have.
     """
-    from reference.galore import Adapted, attach
+    from reference.galore import GaLoreModel, attach
 
     if config.side == "paper":
         raise Unsupported("galore-torch has no rule that projects a square matrix on the left")
     if config.niter:
         raise Unsupported(f"galore-torch has no randomised SVD (niter={config.niter}): its refresh is the exact one")
 
-    class ByGaloreTorch(Adapted):
+    class ByGaloreTorch(GaLoreModel):
         def optimizer(self, lr: float, weight_decay: float, bits: int = 32) -> Any:
             """Return GaLoreAdamW, or for 8 bits GaLoreAdamW8bit, with the groups that its README shows."""
             c = self.config

@@ -35,7 +35,7 @@ def _attached(model: Any, config: Any, generator: Any) -> Loralib:
     from loralib import mark_only_lora_as_trainable
 
     from reference.shared.layers import KINDS, kind_of, replace, targets
-    from reference.shared.lora_start import put
+    from reference.shared.lora_start import write_initial_factors
 
     if config.rslora:
         raise Unsupported("loralib has no rslora: its scaling is alpha / r")
@@ -47,7 +47,7 @@ def _attached(model: Any, config: Any, generator: Any) -> Loralib:
         if config.init != "kaiming":  # loralib has this one; another is its user's to put in
             if kind_of(bases[path]) not in ("linear", "Conv1D"):
                 raise Unsupported(f"{path}: another start than loralib's own is of linear layers only")
-            put(config.init, layer.lora_A, layer.lora_B, generator)
+            write_initial_factors(config.init, layer.lora_A, layer.lora_B, generator)
     for path, layer in layers.items():
         replace(model, path, layer)
     mark_only_lora_as_trainable(model)

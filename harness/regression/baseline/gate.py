@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from harness.analysis.comparison import against_baseline
 from harness.analysis.comparison.baseline_rows import Margins
+from harness.analysis.run_facts import analyse
 from harness.console import say
 from harness.errors import Exit
 from harness.records import store
@@ -19,10 +20,10 @@ from harness.regression.outputs.files import Outputs
 
 
 def gate(
-    name: str, baseline: str, margins: Margins, outputs: Outputs, *, as_json: bool = False, everything: bool = False,
+    name: str, baseline: str, margins: Margins, outputs: Outputs, *, as_json: bool = False, all_rows: bool = False,
     strict: bool = False,
 ) -> Exit:  # fmt: skip
-    """Compare a run with a baseline, tell it, return the exit code. everything: rows that are the same in both too.
+    """Compare a run with a baseline, tell it, return the exit code. all_rows: rows that are the same in both too.
 
     Raises UsageError for a run, baseline or file that is not there; StoreError where a run.json cannot be read.
     """
@@ -30,14 +31,14 @@ def gate(
     kept, path = baselines.find(baseline), store.find_run(name)
     with _without_cycles():
         base, new = store.read_run(kept.path), store.read_run(path)
-        against = against_baseline.judge(base, new, margins=margins, strict=strict)
+        against = against_baseline.judge(analyse(base), analyse(new), margins=margins, strict=strict)
         title = f"{new.manifest.run} against {kept.name}"
         title += ", which is the same run" if new.manifest.run == base.manifest.run else ""
         outputs.write(against, title)
         if as_json:
             say(json.dumps(document.document(against, kept, new), indent=1))
         else:
-            say("\n".join([f"{title}: {_origin(kept)}", "", *terminal.lines(against, everything=everything)]))
+            say("\n".join([f"{title}: {_origin(kept)}", "", *terminal.lines(against, everything=all_rows)]))
         outputs.annotate(against)
     return against.exit
 

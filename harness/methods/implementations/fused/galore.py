@@ -27,9 +27,9 @@ DEVIATIONS = (
 def galore(model: Any, config: Any, generator: Any) -> Any:
     """Train by our GaLore; config as `reference.galore.Config`. What is adapted, and what trains, is the reference's."""
     from harness.kernels.torch.optimizers.galore import GaLore
-    from reference.galore import Adapted, attach
+    from reference.galore import GaLoreModel, attach
 
-    class Fused(Adapted):
+    class Fused(GaLoreModel):
         def optimizer(self, lr: float, weight_decay: float, bits: int = 32) -> Any:
             """Return ours with the groups of the reference's."""
             theirs = super().optimizer(lr, weight_decay, bits)

@@ -35,7 +35,7 @@ def pissa(model: Any, config: Any, generator: Any) -> Any:
     from harness.kernels.torch.support.shared_input import meet
     from harness.methods.implementations.fused.layers.pissa import FusedPissaLinear
     from reference.pissa import PissaEmbedding
-    from reference.shared.adapted import Adapted
+    from reference.shared.adapted import AdaptedLayers
     from reference.shared.layers import dense_weight, floating_dtype, kind_of, replace, targets
 
     found = targets(model, config.targets, ("linear", "embedding"))
@@ -53,7 +53,7 @@ def pissa(model: Any, config: Any, generator: Any) -> Any:
         layers[path] = kind(base, *start, config.alpha / config.rank)
         replace(model, path, layers[path])
     meet({path: layer for path, layer in layers.items() if isinstance(layer, FusedPissaLinear)})
-    return Adapted(model, layers)
+    return AdaptedLayers(model, layers)
 
 
 def _start(weight: Any, config: Any, dtype: Any, generator: Any) -> tuple[Any, Any, Any]:

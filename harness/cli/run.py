@@ -1,0 +1,67 @@
+"""The command `run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from harness.cli import options
+from harness.errors import Exit
+
+
+class _RunCommand(click.Command):
+    """Adds the options that executors declare when the command is parsed, since their import takes time."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return the options of the command and of all executors."""
+        from harness.runner import executors
+
+        if not any(parameter.name == "executor" for parameter in self.params):
+            kinds = executors.kinds()
+            about = " ".join(["Where Cells run.", *(kind.help for kind in kinds.values() if kind.help)])
+            self.params.append(
+                click.Option(
+                    ["--executor"], type=click.Choice([*kinds]), default="local", show_default=True, help=about
+                )
+            )
+            self.params += [
+                click.Option(
+                    [f"--{option.name}"], multiple=True, metavar=option.metavar, help=f"{option.help} {options.AGAIN}"
+                )
+                for option in (kind.option for kind in kinds.values())
+                if option is not None
+            ]
+        return super().get_params(ctx)
+
+
+@options.only
+@click.command(cls=_RunCommand)
+@click.argument("suite")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run folder.  [default: results/runs/<run id>]"
+)
+@click.option("--resume", metavar="RUN", help="Continue this run; Cells that have an ok Record are not run again.")
+@options.device
+@click.option(
+    "--timeout", callback=options.finite_seconds, default=3600.0, show_default=True, metavar="SECONDS",
+    help="Stop a Cell that takes longer than this.",
+)  # fmt: skip
+@options.strict
+@click.option(
+    "--jobs", type=click.IntRange(1, 10_000), metavar="N",
+    help="Cells to run at the same time.  [default: 1 with local; else as many as the cluster has room for]",
+)  # fmt: skip
+def run(suite: str, only: str | None, executor: str, jobs: int | None, **rest: Any) -> Exit:
+    """Run a suite and report it.
+
+    SUITE is a name (see `peft-harness list suites`) or a .yaml file. Each Cell runs in its own process. With --jobs above
+    1, the Cells that run at the same time share the CPU cores equally, and each has a GPU to itself. Ctrl-C, SIGTERM or
+    SIGHUP stops the run: finished Cells are kept and reported, and the exit code is 4.
+    """
+    from harness.runner import executors
+    from harness.runner.run import run_suite
+
+    values = {name: rest.pop(name) for name in executors.option_names()}
+    return run_suite(suite, only=only, executor=executors.choose(executor, jobs, values), **rest)
