@@ -1,4 +1,4 @@
-"""A Cell's data: the batches it trains on, a few texts to probe it with, and what scores it."""
+"""The data of a Cell: training batches, a few probe texts for the parity gate, and the scorer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from harness.records.record import Accuracy, Cell, Item
 from harness.suites.task_schema import written
 
 _PROBED, _PROBED_CAUSAL = 8, 4
-"""Texts of the parity gate: an encoder gives a few numbers for each, a causal model one for every word it knows."""
+"""Texts of the parity gate: an encoder returns a few logits for each, a causal model one for each token it knows."""
 
 
 class CellData:
@@ -107,9 +107,9 @@ class CellData:
 
 
 def refuse_long(model: Any, cell: Cell, written: int = 0) -> None:
-    """Raise UsageError if a Cell's texts, or a prompt and an answer of `written` tokens, are longer than its model reads."""
+    """Raise UsageError if a Cell's texts, or a prompt and an answer of `written` tokens, exceed its model's positions."""
     limit, most, virtual = cell.training.max_tokens, positions(model), virtual_tokens(cell.config)
-    # Of the model itself: a config does not tell that RoBERTa keeps two positions for padding.
+    # From the model itself: a config does not show that RoBERTa reserves two positions for padding.
     if most is not None and limit > most:
         raise UsageError(
             f"`training.max_tokens` is {limit}, and {cell.model} has {most} positions", hint=f"write at most {most}"
@@ -124,15 +124,15 @@ def refuse_long(model: Any, cell: Cell, written: int = 0) -> None:
 
 
 def refuse_tokenless(examples: Sequence[Example], folder: str, special: int = 0) -> None:
-    """Raise UsageError if no text has a token beside the `special` ones that the tokenizer in `folder` adds to each."""
+    """Raise UsageError if no text has a token besides the `special` ones that the tokenizer in `folder` adds to each."""
     if examples and all(len(example.tokens) <= special for example in examples):
-        what = "the texts have no tokens: the tokenizer makes nothing of what is in them"
+        what = "the texts have no tokens: the tokenizer knows none of their characters"
         hint = "write the model's own tokenizer there with `tokenizer.save_pretrained(FOLDER)`"
         raise UsageError(what, where=folder, hint=hint)
 
 
 def _split(job: Job, data: Asset) -> tuple[list[rows.AnyRow], list[rows.AnyRow]]:
-    """Return the rows that train and those that are tested."""
+    """Return the training rows and the test rows."""
     task, evaluation = job.task, job.cell.evaluation
     everything = rows.read(data.source, Path(data.path))
     training = rows.read(task.train.source, Path(task.train.path)) if task.train else None
@@ -141,7 +141,7 @@ def _split(job: Job, data: Asset) -> tuple[list[rows.AnyRow], list[rows.AnyRow]]
 
 
 def _own(job: Job, data: Asset) -> tuple[Any, list[Any], list[Any]]:
-    """Return one of lm-eval's own tasks, and its rows."""
+    """Return a task of lm-eval, its training rows and its test rows."""
     from harness.cell.evaluation.own_task import OwnTask
 
     evaluation = job.cell.evaluation
@@ -151,7 +151,7 @@ def _own(job: Job, data: Asset) -> tuple[Any, list[Any], list[Any]]:
 
 
 class _Tokenised(Sequence[Example]):
-    """Rows as examples, each tokenised when it is first looked at: a short training sees few of them."""
+    """Rows as examples, each tokenised at first use: a short training uses few of them."""
 
     def __init__(
         self, texts: Sequence[rows.AnyRow], tokenise: Callable[[Sequence[rows.AnyRow]], list[Example]]

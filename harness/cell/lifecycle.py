@@ -19,8 +19,8 @@ from harness.cell.synthetic_data import RandomData
 from harness.cell.training import model as models
 from harness.cell.training import random_model
 from harness.cell.training.batches import Batch
-from harness.cell.training.head import beside, head_of, in_head
 from harness.cell.training.head import draw as draw_head
+from harness.cell.training.head import head_of, in_head, without_head_targets
 from harness.cell.training.offloaded_weights import OffloadedWeights, unused
 from harness.conformance.cell_gate import parity_gate
 from harness.conformance.comparison import whole_model
@@ -52,12 +52,12 @@ class Attached:
 
 
 def measure(run: CellRun, predict: Predict) -> Measurements:
-    """Run the phases of a Cell. Raises a CellOutcomeError, and whatever goes wrong."""
+    """Run the phases of a Cell. Raises CellOutcomeError, and any error of the code that runs."""
     cell = run.cell
     loaded = _load(run)
     model = loaded.model
     whole_model.one_by_one(model, run.dtype)
-    model_B = checkpoint_size.whole(model)  # before it is packed
+    model_B = checkpoint_size.model_bytes(model)  # before it is packed
     data = _read_data(run, loaded)
     with run.clock.phase("predict"):
         predicted = predict(run.job, data.batches)
@@ -125,7 +125,7 @@ def _adapted_layers(run: CellRun, loaded: models.Loaded) -> tuple[Any, list[str]
     matched = adaptable_layers(loaded.model, config)
     paths = [path for path in matched if not in_head(path, loaded.head)]
     run.layers = [] if run.cell.method in UNREFERENCED else paths
-    return beside(config, matched, loaded.head), paths
+    return without_head_targets(config, matched, loaded.head), paths
 
 
 def _quantise(run: CellRun, loaded: models.Loaded, paths: list[str]) -> base_quantisation.PackedBase:
@@ -138,7 +138,7 @@ def _quantise(run: CellRun, loaded: models.Loaded, paths: list[str]) -> base_qua
         packed = base_quantisation.pack(model, paths, base, run.dtype, run.registry, ready)
         if ready is not None:
             loaded.head.update(draw_head(model, loaded.head, run.cell.seed))
-    run.notes.append(packed.said)
+    run.notes.append(packed.note)
     return packed
 
 
@@ -157,7 +157,7 @@ def _attach(
         start = initial_tensors(cell.method, bases, config, torch.Generator().manual_seed(cell.seed))
         adapted = implementation(model, config, torch.Generator().manual_seed(cell.seed))
         if cell.method in UNREFERENCED:
-            bases, start = unreferenced_method.taken(adapted, loaded.head)
+            bases, start = unreferenced_method.attached_layers(adapted, loaded.head)
             run.layers = list(bases)
             run.notes += unreferenced_method.notes(adapted)
         for path in [path for path in adapted.layers if in_head(path, loaded.head)]:
@@ -213,14 +213,14 @@ def _evaluate(run: CellRun, data: Data, model: Any) -> Accuracy | None:
 
 
 def _time(run: CellRun, subject: Subject, data: Data, offloaded: OffloadedWeights) -> list[Latency]:
-    """Measure latencies; where memory runs out, say so, since training and accuracy are measured already."""
+    """Measure latencies; without memory return the reason, because training and accuracy are measured already."""
     model: Any = subject.model
     cell = run.cell
     causal = run.job.model.source.kind == "causal"
     vocabulary = int(model.config.vocab_size)
     with run.clock.phase("latency"):
         try:
-            offloaded.put_back()
+            offloaded.restore()
             return _latencies(run, subject, causal, vocabulary, data.logits)
         except (MemoryError, RuntimeError) as error:
             if not shortage(error):

@@ -1,4 +1,4 @@
-"""Exceptions that end a Cell with a status of its own: outcomes, not crashes. No torch."""
+"""Exceptions that end a Cell with their own status: outcomes, not crashes. No torch."""
 
 from __future__ import annotations
 

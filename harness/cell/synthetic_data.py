@@ -1,6 +1,6 @@
-"""The data of the task `synthetic`: random tokens, as many in every sequence as the Cell reads at once; nothing to score.
+"""The data of the task `synthetic`: sequences of random tokens, all of the Cell's `max_tokens`; nothing is scored.
 
-An encoder is given a label for each sequence, at random too.
+For an encoder each sequence has a random label.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _PROBED, _PROBED_TOKENS = 2, 32
 class RandomData:
     """A Cell's batches of random tokens: the same for every method of one seed, all of `max_tokens`, no padding.
 
-    The loss is over every token that has one before it, or of an encoder over the labels. Raises UsageError where the model
-    reads fewer tokens.
+    The loss is over every token but the first, or of an encoder over the labels. Raises UsageError if the model reads
+    fewer tokens.
     """
 
     cut_examples = None
@@ -54,7 +54,7 @@ class RandomData:
         self.probe = sequences(_PROBED, min(training.max_tokens, _PROBED_TOKENS), "probe")
         names = [f"random-{cell.seed}-{step}" for step in range(training.steps)]
         self.batches = [sequences(training.batch, training.max_tokens, name) for name in names]
-        # Of the tokens and labels themselves: the names do not tell how many and how long the sequences are.
+        # With the tokens and labels themselves: the names do not show number and length of the sequences.
         drawn = hashlib.sha256(json.dumps([vocabulary, names]).encode())
         for batch in self.batches:
             drawn.update(json.dumps(batch.inputs["input_ids"].tolist()).encode())
@@ -69,4 +69,4 @@ class RandomData:
         return loop.last_logits(model, self.probe.inputs, 1)
 
     def evaluate(self, model: Any) -> None:
-        """Score nothing: whether a random token or label was foreseen says nothing of a model."""
+        """Score nothing: the prediction of random tokens or labels means nothing."""

@@ -15,7 +15,7 @@ from harness.cell.measure.memory import tensor_bytes
 from harness.cell.synthetic_data import RandomData
 from harness.cell.training import loop, optimizers
 from harness.cell.training import model as models
-from harness.cell.training.counted_step import copied_B, most_in_step
+from harness.cell.training.counted_step import copied_B, step_peak
 from harness.cell.training.update_tracker import UpdateTracker
 from harness.conformance.cell_gate.memory_headroom import free_B
 from harness.conformance.subject import Subject, sampled
@@ -56,15 +56,16 @@ def train(
     initial_state = weight_changes.state_sha256(adapted.tensors() | dict(head))
     frozen = weight_changes.fingerprints(model)
     # Of a large model not everything that trains has a copy in `start`: samples show whether it moved.
-    tensors = weight_changes.of_bases(subject) | subject.added() if hasattr(subject.config, "targets") else {}
+    tensors = weight_changes.base_weights(subject) | subject.added() if hasattr(subject.config, "targets") else {}
     samples_of = {name: sampled(t) for name, t in tensors.items() if name not in start}
-    parts = UpdateTracker(samples_of, lambda t: sampled(optimizers.held(t, optimizer)))
+    parts = UpdateTracker(samples_of, lambda t: sampled(optimizers.stored_value(t, optimizer)))
     whole = UpdateTracker(
-        {name: start[name] for name in adapted.tensors() if name in start}, lambda t: optimizers.held(t, optimizer)
+        {name: start[name] for name in adapted.tensors() if name in start},
+        lambda t: optimizers.stored_value(t, optimizer),
     )
     start.clear()  # the rest is not needed, and memory is measured: each copy goes as soon as its tensor has moved
     optimizer, schedule = optimizers.make(adapted, parameters, cell.training, cell.optimizer, cell.implementation)
-    with run.clock.phase("warm-up"), loop.dropping(loop.trainable(adapted, parameters), cell.training.layerwise):
+    with run.clock.phase("warm-up"), loop.drop_gradients(loop.trainable(adapted, parameters), cell.training.layerwise):
         model.train()
         for batch in batches[:WARMUP_PASSES]:
             for part in batch.parts(cell.training.accumulate):
@@ -79,7 +80,7 @@ def train(
             graphs.append(models.graphs())
             compiling.append(step)
         for tracker in (whole, parts):
-            tracker.seen(adapted.tensors)
+            tracker.observe(adapted.tensors)
 
     layerwise = optimizers.layerwise(optimizer, cell.training)
     with run.clock.phase("train"):
@@ -93,11 +94,11 @@ def train(
     thawed = [name for name in frozen if frozen[name] != after.get(name)]
     # In the first step a tensor may have no gradient by design (LoRA's A, since B is zero); from the second on it must.
     now = adapted.tensors() if len(batches) > 1 else {}
-    still = whole.still(now) + parts.still(now)
+    unchanged = whole.unchanged(now) + parts.unchanged(now)
     run.require(
         [
-            weight_changes.found(cell, "frozen", thawed, "changed"),
-            weight_changes.found(cell, "moved", still, "never moved"),
+            weight_changes.check_of_names(cell, "frozen", thawed, "changed"),
+            weight_changes.check_of_names(cell, "moved", unchanged, "never moved"),
         ]
     )
     measured = TrainingMeasured(
@@ -139,7 +140,7 @@ def _step_peak(
         return None
     with run.clock.phase("count"):
         try:
-            return most_in_step(subject.adapted, head, data.batches, optimizer, run.cell.training.accumulate)
+            return step_peak(subject.adapted, head, data.batches, optimizer, run.cell.training.accumulate)
         except (MemoryError, RuntimeError) as error:
             if not shortage(error):
                 raise

@@ -14,7 +14,7 @@ from typing import get_args
 
 from harness.conformance import parity_suite
 from harness.conformance.case_selection import FEW, CaseSelection
-from harness.conformance.execution import workers
+from harness.conformance.execution import worker_processes
 from harness.conformance.execution.worker_protocol import WorkerTask
 from harness.conformance.findings import defects
 from harness.conformance.findings.defects import Defect
@@ -44,7 +44,7 @@ class CheckRequest:
     dtypes: Sequence[str] = ()
     breadth: CaseSelection = FEW
     jobs: int | None = None
-    patience: float = workers.PATIENCE
+    patience: float = worker_processes.PATIENCE
 
 
 def check(asked: CheckRequest, as_json: bool, junit: Path | None = None, html: Path | None = None) -> Exit:
@@ -85,13 +85,13 @@ def judge(asked: CheckRequest) -> CheckReport:
     """Try what was asked for, what each entry point offers in a process of its own. Raises UsageError for unknown names."""
     from harness.records.environment import describe
 
-    registry = workers.discover(asked.patience)
+    registry = worker_processes.discover(asked.patience)
     _known_names(asked, registry)
     wanted = [i for i in registry.implementations if _asked_for(i, asked)]
     plans, known = _read(wanted)
     tasks, skipped = _tasks(wanted, asked, plans)
     jobs = asked.jobs or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
-    findings, interrupted = workers.run(tasks, jobs, lambda line: print(line, file=sys.stderr), asked.patience)
+    findings, interrupted = worker_processes.run(tasks, jobs, lambda line: print(line, file=sys.stderr), asked.patience)
     for found in findings:
         skipped |= {f"{name} {target}": why for (name, _, target), why in found.missing.items()}
         if interrupted:

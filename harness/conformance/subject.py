@@ -84,7 +84,10 @@ class Original:
         if is_small(model):
             return cls(copy.deepcopy(model))
         named = dict(model.named_parameters())
-        return cls(None, checksums.of_all({**named, **checksums.beside(named), **dict(model.named_buffers())}))
+        return cls(
+            None,
+            checksums.crc32_by_name({**named, **checksums.quantisation_state(named), **dict(model.named_buffers())}),
+        )
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.cell.training.master_weights import HALVES
+from harness.cell.training.master_weights import SIXTEEN_BIT
 from harness.memory_model.choices import OPTIMIZERS
 from reference import galore
 from reference.operations import adamw8bit, double_quant, paged
@@ -37,7 +37,7 @@ def adamw(numels: Iterable[int], name: str, dtype: torch.dtype) -> tuple[int, in
     """
     device = host = 0
     for n in numels:
-        masters = 4 * n if dtype in HALVES else 0
+        masters = 4 * n if dtype in SIXTEEN_BIT else 0
         moments = adamw8bit.state_bytes(n) if name.endswith("8bit") else 2 * n * max(4, dtype.itemsize)
         away = moments if name.startswith("paged") and paged.is_paged(n) else 0
         device += masters + moments - away + _STEP_B
@@ -77,7 +77,7 @@ def _galore(p: nn.Parameter, group: dict[str, Any], itemsize: int, bits: int) ->
 
 def has_masters(dtype: torch.dtype, *, own: bool) -> bool:
     """Say whether weights of this dtype have float32 masters; a Method's own optimizer steps bfloat16 as it is."""
-    return dtype == torch.float16 if own else dtype in HALVES
+    return dtype == torch.float16 if own else dtype in SIXTEEN_BIT
 
 
 def in_step(trains: Sequence[nn.Parameter], dtype: torch.dtype, *, own: bool) -> int:

@@ -190,7 +190,7 @@ def _classify(error: Exception, job: Job, run: CellRun | None) -> tuple[Status, 
         return error.status, first
     if short := shortage(error):
         return Status.OOM, f"the {short.where}'s memory ran out: {first}"
-    bypassed = bypassed_layers.told(error, run.adapted) if run else ""
+    bypassed = bypassed_layers.explain(error, run.adapted) if run else ""
     return Status.ERROR, bypassed or f"{type(error).__name__}: {first}"
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from harness.conformance import parity_suite
+from harness.conformance.comparison.tolerance_policies import noise_floor
 from harness.conformance.execution import suite_run
 from harness.conformance.parity_suite import OperationCase
 from harness.kernels.triton.dora_linear import dora_linear
@@ -130,7 +131,9 @@ def test_rank_0_is_the_frozen_layer() -> None:
     W = noise(6, 8, seed=1)
     y = lora_linear(x, W, None, A, B, 2.0, None)
     y.sum().backward()
-    torch.testing.assert_close(y, x @ W.T)
+    truth = {"y": x.detach().double() @ W.double().T}
+    judged = noise_floor({"y": y.detach()}, truth, {"y": x.detach() @ W.T}, "float32")
+    assert judged.passed, judged
     assert A.grad.shape == A.shape
     assert B.grad.shape == B.shape
     assert not outer_sum_against(noise(5, 6), noise(5, 0), B.detach()).any()

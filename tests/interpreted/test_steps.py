@@ -89,7 +89,8 @@ def test_an_8_bit_step_keeps_moments_below_the_normal_numbers() -> None:
     _, m, _, v, v_absmax = adamw8bit_step.adamw8bit_step(**given)
     _, m_want, _, v_want, v_absmax_want = operations.every()["adamw8bit_step"].reference(**given)
     assert v_absmax.max() < torch.finfo(torch.float32).tiny
-    assert torch.allclose(v_absmax, v_absmax_want, rtol=0, atol=3e-45)
+    # Subnormal numbers: neighbours differ by one in their bits.
+    assert ((v_absmax.view(torch.int32) - v_absmax_want.view(torch.int32)).abs() <= 2).all()
     assert (m.int() - m_want.int()).abs().max() <= 1
     assert ((v.int() - v_want.int()).abs() <= 1).all()
 

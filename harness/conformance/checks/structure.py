@@ -74,7 +74,7 @@ def check_base(subject: Subject, case: Case) -> CheckResult:
     before = [*named, *dict(original.named_buffers())] if original else [*prints]
     # Parameters by identity: an adapter may move them to other names. Buffers of the adapted layers likewise.
     now: dict[str, Tensor] = dict(zip(named, subject.own, strict=True))
-    now |= checksums.beside(now) if original is None else {}
+    now |= checksums.quantisation_state(now) if original is None else {}
     for path, base in subject.bases.items():
         now |= {f"{path}.{name}": buffer for name, buffer in base.named_buffers()}
     buffers = dict(subject.model.named_buffers())
@@ -85,7 +85,7 @@ def check_base(subject: Subject, case: Case) -> CheckResult:
     if getattr(subject.adapted, "rewrites_base", False):
         before = [name for name in before if name not in {f"{path}.weight" for path in subject.bases}]
     if original is None:
-        changed = [f"{n} has changed" for n in before if checksums.of(now[n]) != prints[n]]
+        changed = [f"{n} has changed" for n in before if checksums.crc32(now[n]) != prints[n]]
         return listed(subject, case, "base", changed, f"{len(before)} tensors, by their checksums")
     then: dict[str, Tensor] = {**dict(original.named_parameters()), **dict(original.named_buffers())}
     return judged(subject, case, "base", exact({n: now[n].detach() for n in before}, {n: then[n] for n in before}))

@@ -20,7 +20,7 @@ from harness.conformance.execution.worker_protocol import (
     WorkerTask,
 )
 from harness.conformance.findings.outcomes import CheckOutcome, Execution
-from harness.methods.registry import Implementation, discover, told
+from harness.methods.registry import Implementation, discover, format_error
 from harness.process.event_pipe import Emit, event_writer
 
 
@@ -73,7 +73,7 @@ def _run(implementation: Implementation, task: WorkerTask, before: dict[str, Any
         for outcome in suite_run.run(implementation, breadth=task.breadth, dtypes=task.dtypes, begin=begin):
             report(outcome)
     except Exception as error:  # noqa: BLE001  # an implementation may raise anything: it is a finding about it
-        why = f"raised {told(error)}; what comes after this was not tried"
+        why = f"raised {format_error(error)}; what comes after this was not tried"
         raised = Execution.RAISED
         report(CheckOutcome.of_whole_target(*target, check="alive", case=at, detail=why, execution=raised))
 

@@ -42,7 +42,7 @@ class _Finished:
     """When the Record must be visible."""
 
     def is_known(self, context: RunContext) -> bool:
-        """Whether its Record is there, or none will come; raises StoreError for one that was written and is not seen here."""
+        """Whether its Record is there, or none will come; raises StoreError for one written out of sight."""
         path = context.folder.record_path(self.job.cell.cell_id, self.job.attempt)
         if path.exists() or time.monotonic() < self.until:
             return path.exists()

@@ -1,4 +1,4 @@
-"""The states of an array's elements. submitit's own reading does not serve: to it PREEMPTED goes on and SUSPENDED has ended."""
+"""States of an array's elements, not as submitit reads them: to it PREEMPTED goes on and SUSPENDED has ended."""
 
 from __future__ import annotations
 
