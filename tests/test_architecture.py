@@ -126,7 +126,7 @@ def test_every_operation_has_a_parity_suite_of_checks_that_exist(operation: str)
 
 def test_every_check_explains_itself() -> None:
     assert len(checks.every()) > 5
-    assert [n for n, check in checks.every().items() if not check.__doc__] == []
+    assert [n for n, check in checks.every().items() if not check.function.__doc__] == []
 
 
 @pytest.mark.parametrize("path", TEST_FILES, ids=name)

@@ -333,7 +333,7 @@ def test_what_a_large_model_does_not_train_is_noticed(
     monkeypatch.setattr(
         optimizers, "make", lambda a, h, recipe, *more: make(a, h, recipe.model_copy(update={"lr": 0.0}), *more)
     )
-    with pytest.raises(NonconformingError, match=f"{method}/moved/bfloat16/trained failed at .* never moved"):
+    with pytest.raises(NonconformingError, match=f"{method}/moved/bfloat16/trained failed: .*never moved"):
         lived(tmp_path, method)
 
 

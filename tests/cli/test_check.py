@@ -206,7 +206,7 @@ def test_an_unknown_name_may_be_of_an_entry_point_that_could_not_be_used(
 ) -> None:
     one = Implementation("acme", "operation", "nf4_dequantize", print)
     found = Registry((one,), {"b4": "TypeError: name must be a word", "torn": "SyntaxError: oh"})
-    monkeypatch.setattr(command.isolated, "discover", lambda patience: found)
+    monkeypatch.setattr(command.worker_processes, "discover", lambda patience: found)
     assert main(["check", "wexit"]) == Exit.USAGE
     said = capsys.readouterr().err
     assert "'wexit': there are: acme;" in said  # entry points are no implementations
@@ -238,7 +238,7 @@ def test_why_no_dtype_is_left_to_try(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     one = Implementation("acme", "operation", "double_dequantize", print, dtypes=offers)
-    monkeypatch.setattr(command.isolated, "discover", lambda patience: Registry((one,)))
+    monkeypatch.setattr(command.worker_processes, "discover", lambda patience: Registry((one,)))
     asked = itertools.chain.from_iterable(("--dtype", dtype) for dtype in dtypes)
     assert main(["check", "acme", *asked]) == Exit.INFRASTRUCTURE
     assert f"not checked: acme double_dequantize: {said}\n" in capsys.readouterr().out
@@ -482,7 +482,7 @@ def test_explain_gives_a_check_a_command_that_tries_it(check: str, capsys: pytes
     said = capsys.readouterr().out
     (line,) = [line.split() for line in said.splitlines() if line.strip().startswith("peft-harness check ")]
     option, target = next((o, t) for o, t in itertools.pairwise(line) if o in ("--method", "--op"))
-    plan = parity_suite.load_either(target)
+    plan = parity_suite.load_plan(target)
     assert check in plan.checks
     assert isinstance(plan, parity_suite.OperationSuite) == (option == "--op")
     assert "float32" in plan.dtypes

@@ -81,7 +81,7 @@ def test_checks_leave_the_subject_as_they_found_it(state: str, small: parity_sui
         assert all(p.grad is None for p in subject.model.parameters()), name
 
 
-def test_what_forward_saw_of_the_gradients_is_not_used_for_another_case() -> None:
+def test_forward_and_gradient_share_one_pass_within_a_case_only() -> None:
     plan = parity_suite.load("lora")
     subject, case = suite_run.attach(method("reference"), plan, next(plan.cases(FEW)))
     warm(subject.added(), case.generator(salt=1))

@@ -299,7 +299,7 @@ def _losses(record: Record) -> list[float]:
         ("raises", Status.ERROR, r"RuntimeError: attaching \\udcff went wrong", "RuntimeError", "attach"),
         ("greedy", Status.OOM, "the host's memory ran out: .*allocate", "RuntimeError", "attach"),
         ("starved", Status.OOM, "the host's memory ran out", "MemoryError", "start-up"),
-        ("wrong", Status.NONCONFORMING, "lora/forward/float32/warm failed at .*error .* allowed", None, "parity"),
+        ("wrong", Status.NONCONFORMING, "lora/forward/float32/warm failed: .*error .* allowed", None, "parity"),
         ("nan", Status.NONCONFORMING, "loss nan .* at step 2", "Diverged", "train"),
         ("killed", Status.LOST, "killed by SIGKILL in phase start-up", "SIGKILL", "start-up"),
         ("crashes", Status.LOST, "killed by SIGSEGV in phase start-up", "SIGSEGV", "start-up"),
