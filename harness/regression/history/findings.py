@@ -1,4 +1,4 @@
-"""Results of `history detect` as data: judged changes, missing series and what limits the judgement.
+"""Results of `history show` and `history detect` as data: series, judged changes, missing series.
 
 The names of the fields are the keys of the JSON document.
 """
@@ -18,6 +18,21 @@ from harness.regression.history.night_files import Decision, Evidence
 
 Standing = Literal["candidate", "suspect", "counted", "confirmed", "refuted", "unfounded"]
 """State of a change: not yet confirmed; on the last nights only; of exact counts; confirmed; refuted; a refuted suspicion."""
+
+
+@dataclass(frozen=True)
+class ShownSeries:
+    """A series with nights by their dates."""
+
+    cell: str
+    name: str
+    metric: str
+    place: str
+    nights: list[str]
+    values: list[float]
+    passes: list[int]
+    usual: float
+    """Median of the values."""
 
 
 @dataclass(frozen=True)

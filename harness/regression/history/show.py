@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from harness.analysis import tracked_metrics
 from harness.console import say
 from harness.errors import Exit, UsageError
-from harness.regression.history import cell_names, night_files
+from harness.regression.history import cell_names, night_files, table
+from harness.regression.history.findings import ShownSeries
 from harness.regression.history.series import series
 
 _METRICS = (
     tracked_metrics.STEP, tracked_metrics.LATENCY, tracked_metrics.PEAK, tracked_metrics.ACCURACY, *tracked_metrics.COUNTED
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ShownSeries:
-    """A series with nights by their dates; the names of the fields are keys of the JSON document."""
-
-    cell: str
-    name: str
-    metric: str
-    place: str
-    nights: list[str]
-    values: list[float]
-    passes: list[int]
-    usual: float
-    """Median of the values."""
 
 
 def show(folder: Path, cell: str | None, metric: str | None, *, each_night: bool, as_json: bool) -> Exit:
@@ -39,8 +24,6 @@ def show(folder: Path, cell: str | None, metric: str | None, *, each_night: bool
     cell: an expression, as of `--only`. metric: a name, or its part before the first `/`. Raises UsageError for a cell or
     metric that selects nothing.
     """
-    from harness.regression.history import table
-
     history = night_files.read(folder)
     if metric is not None and not (tracked_metrics.kind(metric) or metric == tracked_metrics.LATENCY):
         raise UsageError(f"not a metric: {metric!r}", where="--metric", hint=f"name one of {', '.join(_METRICS)}")

@@ -8,9 +8,8 @@ from harness.analysis import tracked_metrics
 from harness.analysis.statistics.anchor import FEWEST_SERIES
 from harness.console import aligned
 from harness.regression.history.decisions import EVERY
-from harness.regression.history.findings import Detection, JudgedChange, MissingSeries, ShownChange
+from harness.regression.history.findings import Detection, JudgedChange, MissingSeries, ShownChange, ShownSeries
 from harness.regression.history.night_files import PASSES
-from harness.regression.history.show import ShownSeries
 
 _SHOWN = 6
 """Nights that a sentence names; there may be hundreds."""
