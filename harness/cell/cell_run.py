@@ -11,6 +11,7 @@ from harness.cell.job import Emit, Job
 from harness.cell.measure.memory import PeakMeter
 from harness.cell.measure.phases import PhaseClock
 from harness.cell.outcomes import NonconformingError
+from harness.conformance.findings.summary import describe
 from harness.conformance.subject import DTYPES
 from harness.methods.registry import Registry
 from harness.records.record import Cell, CheckResult, Outcome
@@ -55,7 +56,4 @@ class CellRun:
         self.checks += results
         failed = next((result for result in results if result.outcome is Outcome.FAIL), None)
         if failed is not None:
-            size = (
-                f"error {failed.error:.3g}, allowed {failed.allowed:.3g}" if failed.error is not None else failed.worst
-            )
-            raise NonconformingError(f"{failed.check} failed at {failed.tensor or failed.detail}: {size}")
+            raise NonconformingError(f"{failed.check} failed: {describe(failed)}")

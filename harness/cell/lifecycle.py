@@ -25,6 +25,7 @@ from harness.cell.training.offloaded_weights import OffloadedWeights, unused
 from harness.conformance.cell_gate import parity_gate
 from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.observations import inference
+from harness.conformance.findings.summary import describe
 from harness.conformance.subject import Original, Subject, adaptable_layers, configure, initial_tensors
 from harness.methods import experts
 from harness.methods.peft_config import UNREFERENCED
@@ -245,7 +246,7 @@ def _latencies(
         merged = parity_gate.after_training(subject, run.cell.seed, forward)
         run.checks += merged
         refused = "; ".join(
-            f"{r.check} failed: {r.error} of {r.allowed} at {r.tensor}" if r.outcome is Outcome.FAIL else r.detail
+            f"{r.check} failed: {describe(r)}" if r.outcome is Outcome.FAIL else r.detail
             for r in merged
             if r.outcome is not Outcome.PASS
         )

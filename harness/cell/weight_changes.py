@@ -15,7 +15,7 @@ from harness.records.record import Cell, CheckResult, Outcome
 
 def fingerprints(model: nn.Module) -> dict[str, int]:
     """Return a checksum of every frozen parameter."""
-    return checksums.of_all({name: p for name, p in model.named_parameters() if not p.requires_grad})
+    return checksums.crc32_by_name({name: p for name, p in model.named_parameters() if not p.requires_grad})
 
 
 def base_weights(subject: Subject) -> dict[str, Tensor]:
