@@ -1,4 +1,4 @@
-"""A Cell's base in 4 bits: which layers are packed, by whom, and what must come of it."""
+"""Pack a Cell's base in 4 bits, with the expected codes or their verdicts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from harness.conformance.comparison.packed_codes import judge_in_pieces
 from harness.conformance.comparison.tolerance_policies import Judgement
@@ -19,34 +20,33 @@ from reference.shared.layers import kind_of
 
 @dataclass
 class PackedBase:
-    """What the packed layers hold, by path, and what shows that it is right.
-
-    expected: the codes that the reference quantiser makes; or of a large model, for which these would take half as much
-    memory as its weights, judged: how each layer's codes were judged as it was packed. said: a sentence for the Record.
-    """
+    """The packed layers, by path."""
 
     forms: dict[str, PackedLayer] = field(default_factory=dict)
     expected: dict[str, ExpectedCodes] = field(default_factory=dict)
+    """The codes of the reference quantiser; for small models, since they take half the memory of 16-bit weights."""
     judged: dict[str, tuple[Judgement, int]] = field(default_factory=dict)
-    said: str = ""
+    """For other models, the verdict on each layer's codes as it was packed, and the number of ties."""
+    note: str = ""
+    """A sentence for the Record."""
 
 
 def pack(
-    model: Any,
+    model: nn.Module,
     paths: Iterable[str],
     base: Base,
     dtype: torch.dtype,
     registry: Registry,
     ready: Iterable[Collection[str]] | None = None,
 ) -> PackedBase:
-    """Pack the layers at `paths` in place, one by one: no more than one is there in both forms.
+    """Pack the layers at `paths` in place, one by one: no more than one exists in both forms.
 
     ready: yields paths of modules as soon as they have their weights, for a model that gets them meanwhile (None: all have
     them). Raises UsageError for a layer that is not linear, before anything is packed.
     """
     paths = list(paths)
     for path in paths:
-        layer = model.get_submodule(path)
+        layer: Any = model.get_submodule(path)
         if kind_of(layer) != "linear":
             raise UsageError(
                 f"`targets` name {path} ({type(layer).__name__}); a base in {base.quantization} packs linear layers only",
@@ -62,10 +62,11 @@ def pack(
                 found.expected[path] = ExpectedCodes.of(layer)
             found.forms[path] = PackedLayer(*packs(model, [path], dtype)[path])
             if not small:
-                found.judged[path] = judge_in_pieces(found.forms[path], layer, model.get_submodule(path).bias)
+                packed: Any = model.get_submodule(path)
+                found.judged[path] = judge_in_pieces(found.forms[path], layer, packed.bias)
             count += layer.weight.numel()
             del layer
-    found.said = (
+    found.note = (
         f"base {base.quantization}: {len(paths)} layers with {count:,} of the model's {weights:,} weights are packed"
     )
     return found
