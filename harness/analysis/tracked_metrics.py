@@ -14,7 +14,7 @@ from statistics import median
 
 from harness.analysis import contention, failed_checks, measurements, metrics
 from harness.analysis.metrics import MetricKind
-from harness.records.cost import AT_ONCE
+from harness.records.notes import concurrent_cells
 from harness.records.record import Record, Status
 
 STEP, PEAK = metrics.STEP.history, metrics.TRAINING_PEAK.history
@@ -103,7 +103,7 @@ def place(record: Record) -> dict[str, str]:
     """Return where a Record was made, as far as its numbers must never be compared with those of another place."""
     e = record.environment
     software = {name: e.software.get(name, "none") for name in ("torch", "triton")}
-    beside = {BESIDE: "other Cells"} if any(AT_ONCE in note for note in record.notes) else {}
+    beside = {BESIDE: "other Cells"} if concurrent_cells(record) > 1 else {}
     threads = {"threads": str(e.threads or "unknown")}
     if record.device in ("", "cpu"):
         names = {"CPU": "cpu", "architecture": "architecture", "cores": "cores"}

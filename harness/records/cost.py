@@ -1,4 +1,4 @@
-"""What a Cell costs beside its time and its tensors, as its Record holds it: files, energy, the state of a GPU.
+"""Costs of a Cell other than time and tensors, as its Record holds them: files, energy, the state of a GPU.
 
 None always means "not measured", never 0.
 """
@@ -8,9 +8,6 @@ from __future__ import annotations
 from typing import Literal
 
 from harness.records.base_model import Bytes, FrozenModel
-
-AT_ONCE = "Cells ran at once"
-"""Stands in the Record's note of a Cell that had others beside it on its machine."""
 
 
 class Checkpoint(FrozenModel):

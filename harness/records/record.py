@@ -262,6 +262,21 @@ class Provider(FrozenModel):
     """Version of the distribution."""
 
 
+class NoteKind(StrEnum):
+    """Kinds of notes that programs look for."""
+
+    UNREACHED_EXPERTS = "unreached-experts"
+
+
+class Note(FrozenModel):
+    """A note with its kind."""
+
+    kind: NoteKind
+    """Kind of the note."""
+    text: str
+    """Text, as in `notes`."""
+
+
 class Record(FrozenModel):
     """The immutable outcome of one attempt at a Cell."""
 
@@ -303,6 +318,11 @@ class Record(FrozenModel):
     """Failure of an attempt that raised, was killed, or was prevented from running."""
     notes: list[str] = []
     """Remarks that a reader of the numbers must know, e.g. why a rerun would not be bitwise equal."""
+    typed_notes: list[Note] = []
+    """The notes that programs look for, each also in `notes`; empty in Records from before it was saved."""
+    concurrent_cells: int | None = None
+    """Number of Cells, this one included, that may have run on the machine at the same time; None in Records from before
+    it was saved, see `harness.records.notes`."""
 
     @model_validator(mode="after")
     def _status_decides_content(self) -> Record:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from harness.analysis import divergence, failed_checks, metrics
 from harness.analysis.run_facts import RunFacts
-from harness.methods.experts import UNREACHED
+from harness.records.notes import notes_of_kind
+from harness.records.record import NoteKind
 from harness.report import recipes, sections, tables
 from harness.report.formatting import Figure
 from harness.report.table_model import by_key
@@ -30,10 +31,11 @@ def summary(f: RunFacts) -> list[str]:
         lines.append(f"{icon(j.verdict.word)} {j.verdict.word.value}: {j.comparison.says}")
         lines.append(f"    {j.verdict.reason}")
     lines += [f"! {note}" for note in table["notes"]]
-    for note in sections.notes(f):
-        if UNREACHED in note["text"]:  # of the others it is enough that they are on the page
-            names = (f.titles[source["id"].partition(".")[0]] for source in note["sources"])
-            lines.append(f"! {note['text']}: {', '.join(names)}")
+    unreached: dict[str, list[str]] = {}  # the other notes are on the page only
+    for record in f.latest.values():
+        for note in notes_of_kind(record, NoteKind.UNREACHED_EXPERTS):
+            unreached.setdefault(note, []).append(f.titles[record.cell_id])
+    lines += [f"! {note}: {', '.join(names)}" for note, names in unreached.items()]
     p = f.verdict.parity
     lines.append(f"parity: {p.passed} checks passed, {p.failed} failed, {p.skipped} skipped")
     lines += [

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import recorded_run as recorded
 
 from harness.analysis import metrics, tracked_metrics
 from harness.analysis.comparison import against_baseline
@@ -16,6 +15,7 @@ from harness.analysis.verdict_kind import VerdictKind
 from harness.records.record import Record
 from harness.report import html, terminal, view
 from harness.report.export import frames
+from support import recorded_run as recorded
 
 
 def _tensors(record: Record) -> int | None:
