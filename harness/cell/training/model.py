@@ -121,7 +121,7 @@ def lacks(checkpoint: str) -> frozenset[str]:
 
 
 @contextmanager
-def checkpointing(model: Any, wanted: bool) -> Iterator[None]:
+def checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
     """If `wanted`, use gradient checkpointing per block of a transformers model inside the context.
 
     Without reentrance, or no adapter in the first block would have a gradient. Raises UsageError for a model without it.
@@ -143,7 +143,7 @@ def checkpointing(model: Any, wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def compiled(model: Any, wanted: bool, notes: list[str]) -> Iterator[None]:
+def compiled(model: nn.Module, wanted: bool, notes: list[str]) -> Iterator[None]:
     """If `wanted`, compile the calls of a model by torch.compile inside the context, and add a note on the result.
 
     Modules and names stay the same. Raises UsageError if the compiler fails.
