@@ -168,7 +168,7 @@ def test_a_head_of_another_number_of_classes_is_drawn_anew_and_noted(tokenizer: 
     assert not loaded.head["classifier.bias"].any()
     assert torch.equal(loaded.head["pre_classifier.weight"], model.pre_classifier.weight)
     anew, kept = loaded.notes
-    assert "not of 2 classes: classifier.bias, classifier.weight drawn anew" in anew
+    assert "not of 2 classes: classifier.bias, classifier.weight initialised at random" in anew
     assert "pre_classifier.bias came with the checkpoint" in kept
 
 
