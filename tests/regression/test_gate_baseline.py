@@ -669,7 +669,7 @@ def test_explain_tells_the_rule_of_every_kind() -> None:
 # ---- the price
 
 
-def test_a_thousand_cells_are_compared_without_heavy_imports(tmp_path: Path) -> None:
+def test_a_thousand_cells_are_read_twice_for_hash_and_content_and_without_torch(tmp_path: Path) -> None:
     one = recorded.cells()["reference"]
     one = one.model_copy(update={"evaluation": one.evaluation.model_copy(update={"items": 200})})
     good = recorded.record("reference", one, "new")
@@ -693,7 +693,11 @@ def test_a_thousand_cells_are_compared_without_heavy_imports(tmp_path: Path) -> 
     )  # fmt: skip
     shutil.copytree(run.path, tmp_path / "results" / "baselines" / "base")
     script = (
-        "import sys\nfrom harness.cli import main\ncode = main(['gate', 'new', '--baseline', 'base'])\n"
+        "import sys\nfrom collections import Counter\nfrom harness.cli import main\nopened = Counter()\n"
+        "count = lambda event, args: opened.update([str(args[0])] * (event == 'open' and '/cells/' in str(args[0])))\n"
+        "sys.addaudithook(count)\n"
+        "code = main(['gate', 'new', '--baseline', 'base'])\n"
+        "if set(opened.values()) != {2} or len(opened) != 2000: sys.exit(f'{len(opened)} {Counter(opened.values())}')\n"
         "heavy = {'torch', 'numpy', 'scipy', 'pandas', 'transformers', 'rich', 'jinja2'} & set(sys.modules)\n"
         "sys.exit(f'imports {heavy}' if heavy else code)"
     )
