@@ -147,12 +147,15 @@ def test_junit_has_a_case_of_everything(report: CheckReport) -> None:
 
 def test_a_field_holds_the_worst_and_a_crash_is_in_all_of_them(report: CheckReport) -> None:
     rows = summary.rows(report.tried)
-    field = {name: summary.words(summary.field(summary.of_dtype(one, "float32"))) for (_, name), one in rows.items()}
+    field = {
+        name: summary.format_field(summary.summarise(summary.select_dtype(one, "float32")))
+        for (_, name), one in rows.items()
+    }
     assert field == {"acme": "FAIL 1/3", "ghost": "FAIL 1/1", EVIL: "FAIL 1/1"}
-    assert summary.words(summary.field([report.tried[0]])) == "ok 0.20"
-    assert summary.words(summary.field([report.tried[2]])) == "defect 1/1"
-    assert summary.words(summary.field([report.tried[3]])) == "unsupported"
-    assert summary.words(None) == "-"
+    assert summary.format_field(summary.summarise([report.tried[0]])) == "ok 0.20"
+    assert summary.format_field(summary.summarise([report.tried[2]])) == "defect 1/1"
+    assert summary.format_field(summary.summarise([report.tried[3]])) == "unsupported"
+    assert summary.format_field(None) == "-"
 
 
 @pytest.mark.parametrize(
