@@ -26,7 +26,7 @@ def diverged(record: Record) -> bool:
 
 def unreferenced(record: Record) -> str:
     """Say that there was no reference to compare with, where there was none; else return an empty string."""
-    alone = (c for c in record.checks if c.check.split("/")[1:2] == ["reference"] and c.outcome is Outcome.SKIPPED)
+    alone = (c for c in record.checks if c.id.check == "reference" and c.outcome is Outcome.SKIPPED)
     return next((f"no speed without parity: {check.detail}" for check in alone), "")
 
 
@@ -46,12 +46,11 @@ def no_mixed_speed(record: Record) -> str:
 
 
 def _of_mixing(check: CheckResult) -> bool:
-    return check.check.split("/")[1:2] == ["multi-adapter"]
+    return check.id.check == "multi-adapter"
 
 
 def _of_merging(check: CheckResult) -> bool:
-    """Read the second part of `method/check/dtype/state`."""
-    return "merge" in "".join(check.check.split("/")[1:2])
+    return "merge" in check.id.check
 
 
 def _because(red: list[CheckResult]) -> str:

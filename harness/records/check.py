@@ -1,0 +1,53 @@
+"""Result of one check, as a Record holds it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from pydantic import model_validator
+
+from harness.records.base_model import FrozenModel
+from harness.records.check_id import CheckId
+
+
+class Outcome(StrEnum):
+    """How one check ended."""
+
+    PASS = "pass"  # noqa: S105
+    FAIL = "fail"
+    SKIPPED = "skipped"
+
+
+class CheckResult(FrozenModel):
+    """What one check found: numbers, never only a verdict."""
+
+    check: str
+    """`method/check/dtype/state`, e.g. `lora/gradient/float32/warm`."""
+    outcome: Outcome
+    error: float | None = None
+    """The worst error found, in the norm that `policy` names; None if it was not finite or there is none."""
+    allowed: float | None = None
+    tensor: str = ""
+    """The tensor with the worst ratio of error to allowance."""
+    worst: str = ""
+    """That tensor's worst element: its index, what it was, what it should be."""
+    policy: str = ""
+    nonfinite: int = 0
+    """Elements that are NaN or infinite where the reference is finite."""
+    detail: str = ""
+    """Why it failed or was skipped, and what else a reader needs."""
+
+    @property
+    def id(self) -> CheckId:
+        """The parts of `check`."""
+        return CheckId.parse(self.check)
+
+    @model_validator(mode="after")
+    def _numbers_decide_the_outcome(self) -> CheckResult:
+        beyond = self.error is not None and self.allowed is not None and self.error > self.allowed
+        if self.outcome is Outcome.PASS and (beyond or self.nonfinite):
+            found = (
+                f"{self.nonfinite} elements not finite" if self.nonfinite else f"{self.error} of {self.allowed} allowed"
+            )
+            raise ValueError(f"{self.check} did not pass: {found}")
+        return self
