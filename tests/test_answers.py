@@ -27,7 +27,6 @@ from harness.errors import Exit
 from harness.methods.registry import discover
 from harness.records.record import Accuracy, Record, Status, TrainingMeasured
 from harness.suites import loader
-from harness.suites.expand import expand
 from harness.suites.tasks import Answers
 from harness.yaml_lines import load as read_yaml
 
@@ -331,8 +330,8 @@ def rehearsed(folder: Path) -> Path:
 
 def test_llama_8b_rehearsed(bench: Bench) -> None:
     path = rehearsed(bench.folder)
-    plan = expand(loader.load(path))
-    original = expand(loader.load("llama-8b"))
+    plan = loader.load(path).plan
+    original = loader.load("llama-8b").plan
     assert list(plan.ids.values()) == list(original.ids.values())
     wanted = {("full", "reference"), ("lora-r32", "hf-peft")}
     chosen = [c.cell_id for c in plan.cells if (plan.ids[c.cell_id], c.implementation) in wanted]

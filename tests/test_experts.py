@@ -20,7 +20,6 @@ from harness.methods.registry import discover
 from harness.records.record import Base, Cell, Record
 from harness.report import terminal
 from harness.suites import loader
-from harness.suites.expand import expand
 
 MIXTRAL = {
     "model_type": "mixtral", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -121,7 +120,7 @@ matrix:
       - {id: some, config: {rank: 2, targets: [q_proj]}}
 """)
     suite = loader.load(str(tmp_path / "suite.yaml"))
-    plan = expand(suite)
+    plan = suite.plan
     said = planning.as_text(
         planning.planning(suite, plan, tmp_path / "none", planning.predictions(suite, plan))
     ).splitlines()

@@ -24,14 +24,14 @@ _LIVES = """
 import contextlib, json, os, random, signal, sys, time
 from pathlib import Path
 import stubbed
-from harness.suites import expand, loader as suites
+from harness.suites import loader as suites
 from harness.cell.measure import environment
 from harness.report import html
 from harness.runner import run
 from harness.runner.executors.local import Local
 
 suite, kills = sys.argv[1], int(sys.argv[2])
-cells = expand.expand(suites.load(suite)).cells
+cells = suites.load(suite).plan.cells
 here = environment.describe(environment.threads())
 command = stubbed.stub(Path(), cells, here, {cell.seed: "slow" for cell in cells if cell.seed % 4 == 0})
 

@@ -8,7 +8,7 @@ import pytest
 
 from harness.errors import SuiteError
 from harness.suites import loader
-from harness.suites.expand import Plan, expand, only
+from harness.suites.expand import Plan, only
 
 SUITE = """suite: small
 matrix:
@@ -27,7 +27,7 @@ matrix:
 def _plan(tmp_path: Path, tune: str, suite: str = SUITE) -> Plan:
     path = tmp_path / "suite.yaml"
     path.write_text(f"{suite}        tune: {tune}\n", encoding="utf-8")
-    return expand(loader.load(path))
+    return loader.load(path).plan
 
 
 def test_a_search_has_its_own_seed_and_items_and_may_speak_for_other_ranks(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_without_a_config_each_rank_has_its_own_search(tmp_path: Path) -> None:
 def test_an_item_that_chooses_a_rate_never_ranks() -> None:
     """`skip` is part of the Cell, so the items of the search lie after those of the ranking, and its id tells it."""
     suite = loader.load("smoke")
-    cell = expand(suite).cells[0]
+    cell = suite.plan.cells[0]
     other = cell.model_copy(update={"evaluation": cell.evaluation.model_copy(update={"skip": 5})})
     assert other.cell_id != cell.cell_id
 

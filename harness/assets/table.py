@@ -112,7 +112,9 @@ class Source(FrozenModel):
             if not self.member:
                 raise ValueError(f"{self.source} needs member; write the path of the model or data in it")
         if self.scheme == "hub" and not _COMMIT.fullmatch(self.revision):
-            raise ValueError(f"{self.source} needs revision; write the 40 hex digits of a commit: a branch or tag can move")
+            raise ValueError(
+                f"{self.source} needs revision; write the 40 hex digits of a commit: a branch or tag can move"
+            )
         makers = generated.DATA if self.kind == "data" else generated.MODELS
         if self.scheme == "made" and self.address not in makers:
             what = "data set" if self.kind == "data" else "model"
@@ -134,7 +136,9 @@ class Source(FrozenModel):
             if (self.rows.format == "hub") != (self.scheme == "hub"):
                 raise ValueError(f"data {self.name}: rows of format hub belong to hub sources; use both or neither")
             if (self.rows.format == "splits") != (self.scheme == "lm-eval"):
-                raise ValueError(f"data {self.name}: rows of format splits belong to lm-eval's tasks; write another format")
+                raise ValueError(
+                    f"data {self.name}: rows of format splits belong to lm-eval's tasks; write another format"
+                )
         elif self.rows is not None:
             raise ValueError(f"{self.kind} {self.name} is a model, and rows are for data; remove `rows`")
         elif self.scheme == "file":

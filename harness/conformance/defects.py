@@ -15,15 +15,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
-from harness import yaml_lines
+from harness import yaml_schema
 from harness.conformance import checks
 from harness.conformance.outcomes import CheckOutcome
 from harness.errors import Problem, SuiteError, near
 from harness.records.record import CheckResult, FrozenModel, Outcome
 from harness.resources import folder
-from harness.suites import schema
 
 
 class Defect(FrozenModel):
@@ -58,7 +57,7 @@ class Defect(FrozenModel):
         try:
             SpecifierSet(value)
         except InvalidSpecifier as error:
-            raise ValueError(f"`versions` is {value!r}, not a range such as >=0.19,<0.22") from error
+            raise ValueError(f"`versions` is {value!r}, not a range; write e.g. >=0.19,<0.22") from error
         return value
 
     @field_validator("shows")
@@ -68,7 +67,7 @@ class Defect(FrozenModel):
             try:
                 re.compile(one)
             except re.error as error:
-                raise ValueError(f"`shows` holds {one!r}, which is no regular expression: {error}") from error
+                raise ValueError(f"`shows` holds {one!r}; write a regular expression: {error}") from error
         return value
 
     def matches(self, tried: CheckOutcome, pattern: str = "") -> bool:
@@ -111,11 +110,8 @@ def path() -> Path:
 def known() -> tuple[Defect, ...]:
     """Read the known defects. Raises SuiteError with every mistake: unknown checks, ids twice, missing reproductions."""
     file = path()
-    document = yaml_lines.load(file)
-    try:
-        defects = _File.model_validate(document.data).defects
-    except ValidationError as error:
-        raise SuiteError([problem for _, problem in schema.explain(error, _File, document)]) from error
+    document, keys = yaml_schema.load(file, _File)
+    defects = keys.defects
     problems, seen = [], set()
     for index, defect in enumerate(defects):
         where = document.where("defects", index)
