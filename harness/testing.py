@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from harness.conformance import parity_suite
 from harness.conformance.case_selection import FEW, CaseSelection
-from harness.conformance.outcomes import CheckOutcome, CheckStatus
-from harness.conformance.summary import failure
+from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
+from harness.conformance.findings.summary import failure
 from harness.errors import UsageError, near
 from harness.methods.registry import Implementation
 
@@ -51,13 +51,13 @@ class Conforming:
             yield f"{words} {dtype}", partial(self._try, plan, words, dtype, case)
 
     def _try(self, plan: parity_suite.ParityPlan, words: str, dtype: str, case: Any) -> list[CheckOutcome]:
-        from harness.conformance import matrix
+        from harness.conformance.execution import suite_run
 
         it = self.implementation
         if isinstance(plan, parity_suite.OperationSuite):
-            results = matrix.one_call(it, plan, case, dtype)
+            results = suite_run.one_call(it, plan, case, dtype)
         else:
-            results = matrix.one_case(it, plan, case)
+            results = suite_run.one_case(it, plan, case)
         return [
             CheckOutcome(implementation=it.name, kind=it.kind, target=it.target, dtype=dtype, case=words, result=result)
             for result in results

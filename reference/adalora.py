@@ -19,77 +19,89 @@ from torch import Tensor, nn
 
 from reference.shared.adapted import Adapted
 from reference.shared.layers import dense_copy, floating_dtype, replace, targets
+from reference.spec import Deviation, ReferenceSpec
 
-PAPER = "arXiv:2303.10512v2"
-FACTORS = ("A", "B")
-DEVIATIONS = (
-    (
-        "names of the tensors",
-        "P, Lambda, Q",
-        "B, E, A",
-        "the authors' code and HF peft call them so (lora_B, lora_E, lora_A), and saved adapters carry those names",
-    ),
-    (
-        "scaling",
-        "none in eq. 3; section 4 adds LoRA's, alpha / r",
-        "alpha / (rank + 1e-5), with the initial rank also after pruning",
-        "the authors' code and HF peft; the 1e-5 guards a division that cannot be by zero here, and is kept because it "
-        "shows in float64",
-    ),
-    (
-        "orthogonality term",
-        "sum over all matrices of the squared Frobenius norm (eq. 4)",
-        "a choice: `mean-norm`, the mean over the 2n matrices of the norm itself, by default; `squared-sum` is eq. 4",
-        "the authors' code and HF peft compute the mean of norms, so a gamma of theirs means nothing in the paper's form",
-    ),
-    (
-        "when a weight is scored",
-        "before the update: Alg. 1 takes w_t and its gradient",
-        "after it: w_(t+1) times the gradient at w_t",
-        "the authors' trainer and HF peft's documentation call the allocator after optimizer.step",
-    ),
-    (
-        "number of the step",
-        "t = 1 .. T",
-        "as the paper; the authors' trainer passes 0 at its first update",
-        "steps are counted from 1 everywhere here; to replay the authors' trainer call after_step(step - 1)",
-    ),
-    (
-        "denominator of the budget",
-        "eq. 12 (appendix A) prints t - t_i - t_f over T - t_i - t_f",
-        "t - t_i over T - t_i - t_f",
-        "as printed the budget would start above the initial one; the authors' code and HF peft have it so",
-    ),
-    (
-        "budget as a whole number",
-        "real-valued",
-        "rounded down, in integers",
-        "the authors' code and HF peft round down in floating point, which gives the same at the sizes that are in use",
-    ),
-    (
-        "equal scores",
-        "keeps the top b(t)",
-        "keeps exactly b(t): of equals, the first in order of the paths and then of the index",
-        "the authors' code and HF peft zero all that are <= the k-th smallest (torch.kthvalue), so every triplet that "
-        "ties with it goes too, and fewer than b(t) are left",
-    ),
-    (
-        "target rank equal to the initial rank",
-        "not considered",
-        "nothing is ever pruned; a target above the initial rank is refused",
-        "the authors' code and HF peft ask torch.kthvalue for the 0th value and fail at the first pruning",
-    ),
-    (
-        "final phase",
-        "the budget is the target from T - t_f on; pruned every delta_t steps",
-        "the target budget is forced at step T - t_f, the scores stop there, and that mask is put on after each later step",
-        "as HF peft; the authors' code forces it one step later, and so never where t_f = 0 and delta_t does not divide T",
-    ),
-    (
-        "precision of the scores",
-        "not said",
-        "at least float32",
-        "a score multiplies four small numbers and is zero in float16; the authors and HF peft train these in float32",
+SPEC = ReferenceSpec(
+    paper="arXiv:2303.10512v2",
+    factors=("A", "B"),
+    deviations=(
+        Deviation(
+            topic="names of the tensors",
+            paper="P, Lambda, Q",
+            here="B, E, A",
+            why="the authors' code and HF peft call them so (lora_B, lora_E, lora_A), and saved adapters carry those "
+            "names",
+        ),
+        Deviation(
+            topic="scaling",
+            paper="none in eq. 3; section 4 adds LoRA's, alpha / r",
+            here="alpha / (rank + 1e-5), with the initial rank also after pruning",
+            why="the authors' code and HF peft; the 1e-5 guards a division that cannot be by zero here, and is kept "
+            "because it shows in float64",
+        ),
+        Deviation(
+            topic="orthogonality term",
+            paper="sum over all matrices of the squared Frobenius norm (eq. 4)",
+            here=(
+                "a choice: `mean-norm`, the mean over the 2n matrices of the norm itself, by default; `squared-sum` is "
+                "eq. 4"
+            ),
+            why="the authors' code and HF peft compute the mean of norms, so a gamma of theirs means nothing in the "
+            "paper's form",
+        ),
+        Deviation(
+            topic="when a weight is scored",
+            paper="before the update: Alg. 1 takes w_t and its gradient",
+            here="after it: w_(t+1) times the gradient at w_t",
+            why="the authors' trainer and HF peft's documentation call the allocator after optimizer.step",
+        ),
+        Deviation(
+            topic="number of the step",
+            paper="t = 1 .. T",
+            here="as the paper; the authors' trainer passes 0 at its first update",
+            why="steps are counted from 1 everywhere here; to replay the authors' trainer call after_step(step - 1)",
+        ),
+        Deviation(
+            topic="denominator of the budget",
+            paper="eq. 12 (appendix A) prints t - t_i - t_f over T - t_i - t_f",
+            here="t - t_i over T - t_i - t_f",
+            why="as printed the budget would start above the initial one; the authors' code and HF peft have it so",
+        ),
+        Deviation(
+            topic="budget as a whole number",
+            paper="real-valued",
+            here="rounded down, in integers",
+            why="the authors' code and HF peft round down in floating point, which gives the same at the sizes that "
+            "are in use",
+        ),
+        Deviation(
+            topic="equal scores",
+            paper="keeps the top b(t)",
+            here="keeps exactly b(t): of equals, the first in order of the paths and then of the index",
+            why="the authors' code and HF peft zero all that are <= the k-th smallest (torch.kthvalue), so every "
+            "triplet that ties with it goes too, and fewer than b(t) are left",
+        ),
+        Deviation(
+            topic="target rank equal to the initial rank",
+            paper="not considered",
+            here="nothing is ever pruned; a target above the initial rank is refused",
+            why="the authors' code and HF peft ask torch.kthvalue for the 0th value and fail at the first pruning",
+        ),
+        Deviation(
+            topic="final phase",
+            paper="the budget is the target from T - t_f on; pruned every delta_t steps",
+            here="the target budget is forced at step T - t_f, the scores stop there, and that mask is put on after "
+            "each later step",
+            why="as HF peft; the authors' code forces it one step later, and so never where t_f = 0 and delta_t does "
+            "not divide T",
+        ),
+        Deviation(
+            topic="precision of the scores",
+            paper="not said",
+            here="at least float32",
+            why="a score multiplies four small numbers and is zero in float16; the authors and HF peft train these in "
+            "float32",
+        ),
     ),
 )
 
@@ -100,29 +112,34 @@ _STD = 0.02  # of A and B at the start, in the authors' code and in HF peft
 
 @dataclass(frozen=True)
 class Config:
-    """AdaLoRA's knobs.
+    """Hyperparameters of AdaLoRA."""
 
-    rank: R, the initial rank of every layer. target_rank: the mean rank that is left at the end. alpha: numerator of the
-    scaling. targets: last parts of the module paths to adapt, or whole paths. dropout: probability that an input feature
-    of the adapter branch is dropped in training. total_steps: T, optimizer steps of the whole training; if training stops
-    before, the target is not reached. tinit: steps before pruning begins. tfinal: steps at the end with the mask fixed.
-    delta_t: steps from one pruning to the next. beta1, beta2: how much of the averages of sensitivity and uncertainty is
-    carried on. orthogonality: gamma, the weight of R(P, Q). regularization: which form R has.
-    """
-
-    rank: int = field(default=12, metadata={"least": 1, "most": 4096})
-    target_rank: int = field(default=8, metadata={"least": 1, "most": 4096})
-    alpha: float = field(default=16.0, metadata={"least": 1e-3, "most": 1e4})
+    rank: int = field(default=12, metadata={"minimum": 1, "maximum": 4096})
+    """Initial rank R of every layer."""
+    target_rank: int = field(default=8, metadata={"minimum": 1, "maximum": 4096})
+    """Mean rank per layer at the end."""
+    alpha: float = field(default=16.0, metadata={"minimum": 1e-3, "maximum": 1e4})
+    """Numerator of the scaling alpha / rank, with the initial rank."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    dropout: float = field(default=0.0, metadata={"least": 0.0, "most": 0.99})
-    total_steps: int = field(default=1000, metadata={"least": 1})
-    tinit: int = field(default=100, metadata={"least": 0})
-    tfinal: int = field(default=200, metadata={"least": 0})
-    delta_t: int = field(default=10, metadata={"least": 1})
-    beta1: float = field(default=0.85, metadata={"least": 0.0, "most": 1.0})
-    beta2: float = field(default=0.85, metadata={"least": 0.0, "most": 1.0})
-    orthogonality: float = field(default=0.5, metadata={"least": 0.0})
+    """Layers to adapt: ends of module paths, whole paths, `attention` or `all-linear`."""
+    dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
+    """Probability that an input feature of the adapter branch is dropped in training."""
+    total_steps: int = field(default=1000, metadata={"minimum": 1})
+    """T, optimizer steps of the whole training. A training that stops earlier does not reach the target rank."""
+    tinit: int = field(default=100, metadata={"minimum": 0})
+    """Steps before pruning begins (t_i)."""
+    tfinal: int = field(default=200, metadata={"minimum": 0})
+    """Steps at the end with a fixed mask (t_f)."""
+    delta_t: int = field(default=10, metadata={"minimum": 1})
+    """Steps from one pruning to the next."""
+    beta1: float = field(default=0.85, metadata={"minimum": 0.0, "maximum": 1.0})
+    """Decay of the average sensitivity (eq. 9)."""
+    beta2: float = field(default=0.85, metadata={"minimum": 0.0, "maximum": 1.0})
+    """Decay of the average uncertainty (eq. 10)."""
+    orthogonality: float = field(default=0.5, metadata={"minimum": 0.0})
+    """gamma, weight of the regulariser R(P, Q) (eq. 4)."""
     regularization: str = field(default="mean-norm", metadata={"choices": ("mean-norm", "squared-sum")})
+    """Form of R(P, Q): `mean-norm`, or `squared-sum` as in eq. 4."""
 
 
 def sensitivity(w: Tensor, grad: Tensor) -> Tensor:

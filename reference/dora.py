@@ -16,66 +16,74 @@ from torch import Tensor, nn
 
 from reference.shared.adapted import Adapted
 from reference.shared.layers import dense_copy, dense_weight, floating_dtype, replace, targets
+from reference.spec import Deviation, ReferenceSpec
 
-PAPER = "arXiv:2402.09353v6"
-FACTORS = ("A", "B")
-DEVIATIONS = (
-    (
-        "axis of the norm",
-        "of each column of W (d, k), with B (d, r), A (r, k) and m (1, k): read with h = W x, one magnitude per input",
-        "one magnitude per output, the norm of a row of the stored (out, in) weight; the other reading is per='input'",
-        "the authors' code and HF peft both take norm(weight, dim=1); the authors say that their W is (in, out)",
-    ),
-    (
-        "gradient through the norm",
-        "section 4.3 treats it as a constant, to save memory; eq. 6 has the whole gradient",
-        "constant, unless detach_norm is false",
-        "the authors' code by default (dora_simple), and HF peft always",
-    ),
-    (
-        "scaling",
-        "W0 + B A, without alpha / r",
-        "W0 + (alpha / r) B A, inside the norm too",
-        "as in the authors' code and HF peft; outside, the rows of W' would not have the norm |m|",
-    ),
-    (
-        "dropout",
-        "not in the formulas",
-        "on the input of all that the method adds, (g - 1) W0 and g s B A with g = m / norm; W0 x sees the whole input",
-        "as in the authors' code and HF peft; so a dropped feature still passes W0, unscaled by g",
-    ),
-    (
-        "rows of zeros",
-        "not treated: 0 / 0",
-        "0 / 0 is 0: the row of W' is zero, and neither m nor its row of B gets a gradient from it",
-        "published weights have such rows. They start with m = 0, where every direction gives a row of zeros and no "
-        "gradient of B: this is the continuous choice, and what a small number added to the norm (LyCORIS) comes to. The "
-        "authors' code and HF peft return NaN",
-    ),
-    (
-        "initialisation of A",
-        "as in LoRA: Kaiming uniform",
-        "uniform in +-1/sqrt(in)",
-        "kaiming_uniform_(a=sqrt(5)) of the authors' code and HF peft is just that",
+SPEC = ReferenceSpec(
+    paper="arXiv:2402.09353v6",
+    factors=("A", "B"),
+    deviations=(
+        Deviation(
+            topic="axis of the norm",
+            paper="of each column of W (d, k), with B (d, r), A (r, k) and m (1, k): read with h = W x, one magnitude "
+            "per input",
+            here="one magnitude per output, the norm of a row of the stored (out, in) weight; the other reading is "
+            "per='input'",
+            why="the authors' code and HF peft both take norm(weight, dim=1); the authors say that their W is (in, "
+            "out)",
+        ),
+        Deviation(
+            topic="gradient through the norm",
+            paper="section 4.3 treats it as a constant, to save memory; eq. 6 has the whole gradient",
+            here="constant, unless detach_norm is false",
+            why="the authors' code by default (dora_simple), and HF peft always",
+        ),
+        Deviation(
+            topic="scaling",
+            paper="W0 + B A, without alpha / r",
+            here="W0 + (alpha / r) B A, inside the norm too",
+            why="as in the authors' code and HF peft; outside, the rows of W' would not have the norm |m|",
+        ),
+        Deviation(
+            topic="dropout",
+            paper="not in the formulas",
+            here="on the input of all that the method adds, (g - 1) W0 and g s B A with g = m / norm; W0 x sees the "
+            "whole input",
+            why="as in the authors' code and HF peft; so a dropped feature still passes W0, unscaled by g",
+        ),
+        Deviation(
+            topic="rows of zeros",
+            paper="not treated: 0 / 0",
+            here="0 / 0 is 0: the row of W' is zero, and neither m nor its row of B gets a gradient from it",
+            why="published weights have such rows. They start with m = 0, where every direction gives a row of zeros "
+            "and no gradient of B: this is the continuous choice, and what a small number added to the norm "
+            "(LyCORIS) comes to. The authors' code and HF peft return NaN",
+        ),
+        Deviation(
+            topic="initialisation of A",
+            paper="as in LoRA: Kaiming uniform",
+            here="uniform in +-1/sqrt(in)",
+            why="kaiming_uniform_(a=sqrt(5)) of the authors' code and HF peft is just that",
+        ),
     ),
 )
 
 
 @dataclass(frozen=True)
 class Config:
-    """DoRA's knobs.
+    """Hyperparameters of DoRA."""
 
-    rank: r. alpha: the numerator of the scaling alpha / r. targets: last parts of the module paths to adapt, or whole
-    paths. dropout: probability that an input feature of what the method adds is dropped in training. detach_norm: whether
-    the norm is a constant in the backward pass. per: whether each output feature has a magnitude, or each input feature.
-    """
-
-    rank: int = field(default=8, metadata={"least": 1, "most": 4096})
-    alpha: float = field(default=16.0, metadata={"least": 1e-3, "most": 1e4})
+    rank: int = field(default=8, metadata={"minimum": 1, "maximum": 4096})
+    """Rank r of the update B A."""
+    alpha: float = field(default=16.0, metadata={"minimum": 1e-3, "maximum": 1e4})
+    """Numerator of the scaling alpha / rank."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    dropout: float = field(default=0.0, metadata={"least": 0.0, "most": 0.99})
+    """Layers to adapt: ends of module paths, whole paths, `attention` or `all-linear`."""
+    dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
+    """Probability that an input feature of the added terms is dropped in training; W0 x sees the whole input."""
     detach_norm: bool = True
+    """Treat the norm as a constant in the backward pass (section 4.3)."""
     per: str = field(default="output", metadata={"choices": ("output", "input")})
+    """Magnitude per `output` feature or per `input` feature."""
 
 
 def norms(V_ED: Tensor, per: str = "output") -> Tensor:

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-PAPER = "no paper: the baseline every method is measured against"
-DEVIATIONS = ()
+from reference.spec import ReferenceSpec
+
+SPEC = ReferenceSpec(
+    paper="no paper: the baseline every method is measured against",
+)
 
 
 @dataclass(frozen=True)
 class Config:
-    """No knobs."""
+    """No hyperparameters."""
 
 
 class Adapted:

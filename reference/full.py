@@ -7,14 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-PAPER = "no paper: the upper baseline that adapters are measured against"
-TRAINS_WEIGHTS = True
-DEVIATIONS = ()
+from reference.spec import ReferenceSpec
+
+SPEC = ReferenceSpec(
+    paper="no paper: the upper baseline that adapters are measured against",
+    trains_weights=True,
+)
 
 
 @dataclass(frozen=True)
 class Config:
-    """No knobs."""
+    """No hyperparameters."""
 
 
 class Adapted:

@@ -22,102 +22,114 @@ from reference.operations.adamw8bit import restore_dtypes
 from reference.shared import galore_moments
 from reference.shared.layers import targets
 from reference.shared.randomised_svd import randomised_svd
+from reference.spec import Deviation, ReferenceSpec
 
-PAPER = "arXiv:2403.03507v2"
-TRAINS_WEIGHTS = True
-OVERSAMPLE = 10
-"""Columns of the randomised SVD's sketch beyond the rank."""
-OPTIMIZER = "GaLore"
-OPTIMIZERS = ("adamw", "adamw-8bit")
-"""What a suite may choose: the moments in the gradient's dtype, or in 8 bits."""
-DEVIATIONS = (
-    (
-        "side of a square matrix",
-        "m <= n projects on the left, so a square one too",
-        "side `std` is the authors' code: m >= n on the right, so a square one too; side `paper` is the paper's",
-        "galore-torch and the Hugging Face Trainer use std; on every other shape the two agree",
-    ),
-    (
-        "moments at a refresh",
-        "section 4.1 says only that a change of subspace may impact their fidelity",
-        "kept as they are, neither reset nor turned into the new basis",
-        "as in the authors' code",
-    ),
-    (
-        "eps",
-        "algorithm 2 adds it to sqrt(V / (1 - beta2^t))",
-        "added to sqrt(V); the bias corrections are in the step size: eps acts as eps / sqrt(1 - beta2^t) in the paper's",
-        "the authors' code, taken from an older transformers; its default is 1e-6 and not Adam's 1e-8",
-    ),
-    (
-        "bias correction",
-        "algorithm 2 counts t from 0 and writes the corrected moments over M_t and V_t",
-        "t counts from 1, and the moments that are carried on are the uncorrected ones",
-        "read as printed it divides by zero at t = 0 and corrects twice later; Adam and the authors' code do it so",
-    ),
-    (
-        "weight decay",
-        "none",
-        "decoupled: W is multiplied by 1 - lr * weight_decay after the update, by the full lr, not scaled by alpha",
-        "as in the authors' code; torch's AdamW decays before the update",
-    ),
-    (
-        "shape of the moments",
-        "algorithm 2 prints n x r for a left projection",
-        "that of R: r x n on the left, m x r on the right",
-        "R = P^T G is r x n",
-    ),
-    (
-        "precision of the singular vectors",
-        "silent",
-        "computed in float32 at least and rounded to the gradient's dtype; float64 stays float64",
-        "the authors' code computes those of a float64 gradient in float32",
-    ),
-    (
-        "8-bit moments",
-        "section 4.3 combines it with 8-bit Adam, and says no more",
-        "`bits: 8`: codes between two steps as in reference/operations/adamw8bit, of what trains without a subspace too; the step "
-        "itself is that of 32 bits, eps and decay as above, and the projectors keep the gradient's dtype",
-        "the authors' GaLoreAdamW8bit takes bitsandbytes' step, whose eps is algorithm 2's: sqrt(V / (1 - beta2^t)) + eps",
-    ),
-    (
-        "randomised SVD",
-        "an SVD; its sequel, GaLore 2 (arXiv:2504.20437), a randomised one",
-        "exact by default; niter > 0 takes that many subspace iterations from the basis of before and "
-        "10 random vectors or, the first time, from random ones only",
-        "the exact SVD of a large layer takes longer than many steps. Random vectors are the same at every refresh, so that "
-        "a run that is resumed goes on as it would have",
-    ),
-    (
-        "refresh with per-layer updates",
-        "every T steps",
-        "every T steps, as without",
-        "the authors' training script passes 2 T there",
+SPEC = ReferenceSpec(
+    paper="arXiv:2403.03507v2",
+    optimizer="GaLore",
+    optimizers=("adamw", "adamw-8bit"),
+    trains_weights=True,
+    deviations=(
+        Deviation(
+            topic="side of a square matrix",
+            paper="m <= n projects on the left, so a square one too",
+            here="side `std` is the authors' code: m >= n on the right, so a square one too; side `paper` is the "
+            "paper's",
+            why="galore-torch and the Hugging Face Trainer use std; on every other shape the two agree",
+        ),
+        Deviation(
+            topic="moments at a refresh",
+            paper="section 4.1 says only that a change of subspace may impact their fidelity",
+            here="kept as they are, neither reset nor turned into the new basis",
+            why="as in the authors' code",
+        ),
+        Deviation(
+            topic="eps",
+            paper="algorithm 2 adds it to sqrt(V / (1 - beta2^t))",
+            here="added to sqrt(V); the bias corrections are in the step size: eps acts as eps / sqrt(1 - beta2^t) in "
+            "the paper's",
+            why="the authors' code, taken from an older transformers; its default is 1e-6 and not Adam's 1e-8",
+        ),
+        Deviation(
+            topic="bias correction",
+            paper="algorithm 2 counts t from 0 and writes the corrected moments over M_t and V_t",
+            here="t counts from 1, and the moments that are carried on are the uncorrected ones",
+            why="read as printed it divides by zero at t = 0 and corrects twice later; Adam and the authors' code do "
+            "it so",
+        ),
+        Deviation(
+            topic="weight decay",
+            paper="none",
+            here="decoupled: W is multiplied by 1 - lr * weight_decay after the update, by the full lr, not scaled by "
+            "alpha",
+            why="as in the authors' code; torch's AdamW decays before the update",
+        ),
+        Deviation(
+            topic="shape of the moments",
+            paper="algorithm 2 prints n x r for a left projection",
+            here="that of R: r x n on the left, m x r on the right",
+            why="R = P^T G is r x n",
+        ),
+        Deviation(
+            topic="precision of the singular vectors",
+            paper="silent",
+            here="computed in float32 at least and rounded to the gradient's dtype; float64 stays float64",
+            why="the authors' code computes those of a float64 gradient in float32",
+        ),
+        Deviation(
+            topic="8-bit moments",
+            paper="section 4.3 combines it with 8-bit Adam, and says no more",
+            here="`bits: 8`: codes between two steps as in reference/operations/adamw8bit, of what trains without a "
+            "subspace too; the step itself is that of 32 bits, eps and decay as above, and the projectors keep the "
+            "gradient's dtype",
+            why="the authors' GaLoreAdamW8bit takes bitsandbytes' step, whose eps is algorithm 2's: sqrt(V / (1 - "
+            "beta2^t)) + eps",
+        ),
+        Deviation(
+            topic="randomised SVD",
+            paper="an SVD; its sequel, GaLore 2 (arXiv:2504.20437), a randomised one",
+            here="exact by default; niter > 0 takes that many subspace iterations from the basis of before and 10 "
+            "random vectors or, the first time, from random ones only",
+            why="the exact SVD of a large layer takes longer than many steps. Random vectors are the same at every "
+            "refresh, so that a run that is resumed goes on as it would have",
+        ),
+        Deviation(
+            topic="refresh with per-layer updates",
+            paper="every T steps",
+            here="every T steps, as without",
+            why="the authors' training script passes 2 T there",
+        ),
     ),
 )
+OVERSAMPLE = 10
+"""Columns of the randomised SVD's sketch beyond the rank."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """GaLore's knobs.
+    """Hyperparameters of GaLore."""
 
-    rank: r; at most min(m, n) of a layer is used. update_gap: T, steps between two refreshes of the projector. scale:
-    alpha, times the learning rate. side: std (the authors': right if m >= n), reverse_std (left if m >= n), paper (left
-    if m <= n), left, right, full (both). targets: last parts of the module paths whose weights are projected, or whole
-    paths. train_rest: whether everything else trains too, by plain Adam. beta1, beta2, eps: Adam's. niter: subspace
-    iterations of the randomised SVD; 0 is the exact SVD.
-    """
-
-    rank: int = field(default=128, metadata={"least": 1, "most": 65536})
-    update_gap: int = field(default=200, metadata={"least": 1, "most": 1000000})
-    scale: float = field(default=0.25, metadata={"least": 1e-6, "most": 1e6})
+    rank: int = field(default=128, metadata={"minimum": 1, "maximum": 65536})
+    """Rank r of the projection; at most min(m, n) of a layer is used."""
+    update_gap: int = field(default=200, metadata={"minimum": 1, "maximum": 1000000})
+    """T, steps between two computations of the projector."""
+    scale: float = field(default=0.25, metadata={"minimum": 1e-6, "maximum": 1e6})
+    """alpha, multiplies the learning rate of projected weights."""
     side: str = field(default="std", metadata={"choices": ("std", "reverse_std", "paper", "left", "right", "full")})
+    """Projected side of an (m, n) weight: `std` (the authors': right if m >= n), `reverse_std` (left if m >= n), `paper`
+    (left if m <= n), `left`, `right`, or `full` for both."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
+    """Layers with projected gradients: ends of module paths, whole paths, `attention` or `all-linear`."""
     train_rest: bool = True
-    beta1: float = field(default=0.9, metadata={"least": 0.0, "most": 0.9999999})
-    beta2: float = field(default=0.999, metadata={"least": 0.0, "most": 0.9999999})
-    eps: float = field(default=1e-6, metadata={"least": 0.0, "most": 1.0})
-    niter: int = field(default=0, metadata={"least": 0, "most": 100})
+    """Train every other parameter too, with plain Adam."""
+    beta1: float = field(default=0.9, metadata={"minimum": 0.0, "maximum": 0.9999999})
+    """Adam's decay of the first moment."""
+    beta2: float = field(default=0.999, metadata={"minimum": 0.0, "maximum": 0.9999999})
+    """Adam's decay of the second moment."""
+    eps: float = field(default=1e-6, metadata={"minimum": 0.0, "maximum": 1.0})
+    """Adam's eps, added to sqrt(V)."""
+    niter: int = field(default=0, metadata={"minimum": 0, "maximum": 100})
+    """Subspace iterations of the randomised SVD; 0 for the exact SVD."""
 
 
 @dataclass(frozen=True)

@@ -19,89 +19,100 @@ from reference.shared.adapted import Adapted, AdaptedLayer
 from reference.shared.layers import KINDS, dense_copy, floating_dtype, kind_of, replace, targets
 from reference.shared.lora_layers import LoraConv2d, LoraConv2dKernel, LoraEmbedding
 from reference.shared.lora_start import start
+from reference.spec import Deviation, ReferenceSpec
 
-PAPER = "arXiv:2106.09685v2"
-FACTORS = ("A", "B")
-DEVIATIONS = (
-    (
-        "initialisation of A",
-        "random Gaussian, no standard deviation given",
-        "uniform in +-1/sqrt(in), which has variance 1/(3 in)",
-        "the authors' code (loralib) and HF peft both draw A so; the paper's sigma is not stated anywhere. With "
-        "init=gaussian it is HF peft's, 1/r, whatever `in` is; init=orthogonal is of neither the paper nor loralib",
-    ),
-    (
-        "dropout",
-        "not in the main text",
-        "on the input of the adapter branch only; W0 x sees the whole input",
-        "as in loralib and HF peft for linear layers; HF peft drops so before convolutions too, loralib drops nothing there",
-    ),
-    (
-        "transformers' Conv1D",
-        "W0 (out, in)",
-        "the weight is stored (in, out); A (r, in) and B (out, r) are as in a linear layer, and the update is transposed",
-        "loralib and HF peft call it fan_in_fan_out and do the same",
-    ),
-    (
-        "embeddings",
-        "not treated; A is random and B zero",
-        "A (r, num) is zero and B (dim, r) standard normal; no dropout",
-        "as in loralib and HF peft: an id picks a column of A, so this start gives every entry seen a gradient of its own; "
-        "init changes nothing here, as in HF peft. "
-        "HF peft accepts a dropout there and ignores it, loralib has none",
-    ),
-    (
-        "padding_idx",
-        "not treated",
-        "the padding entry's column of A gets no gradient",
-        "as in loralib and HF peft: it starts at zero, so the padding entry stays what it was",
-    ),
-    (
-        "convolutions",
-        "not treated",
-        "conv=peft: A is the base's convolution to r channels, B is 1 x 1: r (in k k + out) numbers, rank r. "
-        "conv=loralib: B A with A (r k, in k), B (out/groups k, r k), reshaped to the kernel: rank up to r k",
-        "the authors' code (loralib) and HF peft part, so neither can stand in for the other; peft's is what is in use",
-    ),
-    (
-        "convolutions with groups",
-        "not treated",
-        "conv=peft: A sees all channels, B has the groups; merged, the layer has no groups",
-        "as in HF peft, which cannot merge it: the update joins channels that the base's groups keep apart",
-    ),
-    (
-        "merging",
-        "W = W0 + B A is computed and stored when the model is deployed (section 4.1)",
-        "when it is asked for; the base layer stays as it is, so that unmerging is exact",
-        "HF peft adds to the base weight and subtracts again. loralib does so whenever the mode changes, unless "
-        "merge_weights is off: in eval mode A and B have no part in the output",
-    ),
-    (
-        "scaling",
-        "alpha / r",
-        "alpha / r, or alpha / sqrt(r) with rslora",
-        "rsLoRA (arXiv:2312.03732) finds that alpha / r makes large ranks learn too slowly; HF peft offers both",
+SPEC = ReferenceSpec(
+    paper="arXiv:2106.09685v2",
+    factors=("A", "B"),
+    deviations=(
+        Deviation(
+            topic="initialisation of A",
+            paper="random Gaussian, no standard deviation given",
+            here="uniform in +-1/sqrt(in), which has variance 1/(3 in)",
+            why="the authors' code (loralib) and HF peft both draw A so; the paper's sigma is not stated anywhere. "
+            "With init=gaussian it is HF peft's, 1/r, whatever `in` is; init=orthogonal is of neither the paper "
+            "nor loralib",
+        ),
+        Deviation(
+            topic="dropout",
+            paper="not in the main text",
+            here="on the input of the adapter branch only; W0 x sees the whole input",
+            why="as in loralib and HF peft for linear layers; HF peft drops so before convolutions too, loralib drops "
+            "nothing there",
+        ),
+        Deviation(
+            topic="transformers' Conv1D",
+            paper="W0 (out, in)",
+            here="the weight is stored (in, out); A (r, in) and B (out, r) are as in a linear layer, and the update is "
+            "transposed",
+            why="loralib and HF peft call it fan_in_fan_out and do the same",
+        ),
+        Deviation(
+            topic="embeddings",
+            paper="not treated; A is random and B zero",
+            here="A (r, num) is zero and B (dim, r) standard normal; no dropout",
+            why="as in loralib and HF peft: an id picks a column of A, so this start gives every entry seen a gradient "
+            "of its own; init changes nothing here, as in HF peft. HF peft accepts a dropout there and ignores it, "
+            "loralib has none",
+        ),
+        Deviation(
+            topic="padding_idx",
+            paper="not treated",
+            here="the padding entry's column of A gets no gradient",
+            why="as in loralib and HF peft: it starts at zero, so the padding entry stays what it was",
+        ),
+        Deviation(
+            topic="convolutions",
+            paper="not treated",
+            here="conv=peft: A is the base's convolution to r channels, B is 1 x 1: r (in k k + out) numbers, rank r. "
+            "conv=loralib: B A with A (r k, in k), B (out/groups k, r k), reshaped to the kernel: rank up to r k",
+            why="the authors' code (loralib) and HF peft part, so neither can stand in for the other; peft's is what "
+            "is in use",
+        ),
+        Deviation(
+            topic="convolutions with groups",
+            paper="not treated",
+            here="conv=peft: A sees all channels, B has the groups; merged, the layer has no groups",
+            why="as in HF peft, which cannot merge it: the update joins channels that the base's groups keep apart",
+        ),
+        Deviation(
+            topic="merging",
+            paper="W = W0 + B A is computed and stored when the model is deployed (section 4.1)",
+            here="when it is asked for; the base layer stays as it is, so that unmerging is exact",
+            why="HF peft adds to the base weight and subtracts again. loralib does so whenever the mode changes, "
+            "unless merge_weights is off: in eval mode A and B have no part in the output",
+        ),
+        Deviation(
+            topic="scaling",
+            paper="alpha / r",
+            here="alpha / r, or alpha / sqrt(r) with rslora",
+            why="rsLoRA (arXiv:2312.03732) finds that alpha / r makes large ranks learn too slowly; HF peft offers "
+            "both",
+        ),
     ),
 )
 
 
 @dataclass(frozen=True)
 class Config:
-    """LoRA's knobs.
+    """Hyperparameters of LoRA."""
 
-    rank: r. alpha: the numerator of the scaling alpha / r. targets: last parts of the module paths to adapt, or whole
-    paths. dropout: probability that an input feature of the adapter branch is dropped in training; embeddings have none.
-    rslora: whether the scaling is alpha / sqrt(r). conv: what A and B of a convolution are, `peft` or `loralib`.
-    init: where A and B start, `kaiming`, `gaussian` or `orthogonal` (see `lora_start.py`); `orthogonal` wants an even rank.
-    """
-
-    rank: int = field(default=8, metadata={"least": 1, "most": 4096})
-    alpha: float = field(default=16.0, metadata={"least": 1e-3, "most": 1e4})
+    rank: int = field(default=8, metadata={"minimum": 1, "maximum": 4096})
+    """Rank r of the update B A."""
+    alpha: float = field(default=16.0, metadata={"minimum": 1e-3, "maximum": 1e4})
+    """Numerator of the scaling alpha / rank."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    dropout: float = field(default=0.0, metadata={"least": 0.0, "most": 0.99})
+    """Layers to adapt: ends of module paths, whole paths, `attention` or `all-linear`."""
+    dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
+    """Probability that an input feature of the adapter branch is dropped in training; embeddings have none."""
     rslora: bool = False
+    """Scale by alpha / sqrt(rank) (arXiv:2312.03732)."""
     conv: str = field(default="peft", metadata={"choices": ("peft", "loralib")})
-    init: str = field(default="kaiming", metadata={"choices": ("kaiming", "gaussian", "orthogonal"), "later": True})
+    """Shapes of A and B of a convolution, as HF `peft` or as `loralib`."""
+    init: str = field(
+        default="kaiming", metadata={"choices": ("kaiming", "gaussian", "orthogonal"), "omit_default": True}
+    )
+    """Initial A and B (`reference/shared/lora_start.py`); `orthogonal` requires an even rank."""
 
     @property
     def scaling(self) -> float:

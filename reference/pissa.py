@@ -20,86 +20,88 @@ from reference.shared.adapted import Adapted, AdaptedLayer
 from reference.shared.layers import dense_copy, dense_weight, floating_dtype, kind_of, replace, targets
 from reference.shared.lora_layers import LoraEmbedding
 from reference.shared.randomised_svd import randomised_svd
+from reference.spec import Deviation, ReferenceSpec
 
-PAPER = "arXiv:2404.02948v4"
-FACTORS = ("A", "B")
-INSTEAD = "residual"
-"""What of `state()` stands in the place of the weight, of which no product is taken."""
-SPLIT = ("residual",)
-"""What `attach` takes off the weight beside the factors: it belongs to these factors and to no others."""
-QUICK_START = {"niter": 1}
-"""A config whose start takes a hundredth of the time, for whoever then puts other factors and their residual there."""
-DEVIATIONS = (
-    (
-        "shapes of A and B",
-        "Y = X W with W (in, out), A (in, r) = U sqrt(S), B (r, out) = sqrt(S) V^T",
-        "A (r, in), B (out, r), as LoRA's: each is the transpose of the paper's of the same name",
-        "the weight is stored as (out, in), the paper's W^T, whose SVD has U and V exchanged: our A holds right singular "
-        "vectors of the stored weight, the paper's left ones of W. HF peft has the same",
-    ),
-    (
-        "scaling",
-        "none: X (W_res + A B)",
-        "alpha / r, and both factors begin divided by its root, so that (alpha / r) B A is the principal part",
-        "as HF peft; with alpha = r, which the authors' scripts use, it is the paper's",
-    ),
-    (
-        "signs of the singular vectors",
-        "left open by the SVD",
-        "in each row of A the entry of largest magnitude is positive, the first of equals",
-        "two correct programs may differ by a sign per component; a start that is compared must be one",
-    ),
-    (
-        "fast SVD",
-        "a randomised SVD (Halko et al.), with more or fewer iterations",
-        "Halko's subspace iteration with exactly r columns, no oversampling; niter = 0 is the exact SVD",
-        "HF peft's pissa_niter_N is torch.svd_lowrank with q = r; its niter_0 is a sketch without iterations, ours is not. "
-        "The sketch is drawn from the generator, not from global state, from which HF peft draws another when a saved "
-        "adapter is loaded, and so puts it beside another residual",
-    ),
-    (
-        "precision",
-        "not said",
-        "the SVD runs in float32 at least; A and B are rounded to the layer's dtype, then W_res = W - (alpha / r) B A "
-        "from the rounded ones, rounded once",
-        "so W_res holds what A and B lost, and W_res + (alpha / r) B A is W within half an eps of |W_res|. "
-        "HF peft keeps A and B in float32 beside a half-precision W_res",
-    ),
-    (
-        "quantised base (QPiSSA)",
-        "quantises W_res, whose spread is smaller than W's, and may iterate (Algorithm 1)",
-        "takes the matrix that the base multiplies by, and keeps W_res dense",
-        "a base that comes packed has lost what QPiSSA would have kept; quantising W_res is the caller's choice",
-    ),
-    (
-        "dropout",
-        "none",
-        "none, and no knob for it",
-        "dropping inputs of the principal part would change the function before the first step",
-    ),
-    (
-        "embeddings",
-        "not treated",
-        "the table's transpose is W, as in LoRA: A (r, num) picks columns by id, B (dim, r)",
-        "what its equations say of the only other layer that multiplies by a matrix. HF peft takes them too, but begins "
-        "them as plain LoRA, without a word",
+SPEC = ReferenceSpec(
+    paper="arXiv:2404.02948v4",
+    factors=("A", "B"),
+    replaces_weight="residual",
+    start_from_weight=("residual",),
+    quick_start={"niter": 1},
+    deviations=(
+        Deviation(
+            topic="shapes of A and B",
+            paper="Y = X W with W (in, out), A (in, r) = U sqrt(S), B (r, out) = sqrt(S) V^T",
+            here="A (r, in), B (out, r), as LoRA's: each is the transpose of the paper's of the same name",
+            why="the weight is stored as (out, in), the paper's W^T, whose SVD has U and V exchanged: our A holds "
+            "right singular vectors of the stored weight, the paper's left ones of W. HF peft has the same",
+        ),
+        Deviation(
+            topic="scaling",
+            paper="none: X (W_res + A B)",
+            here="alpha / r, and both factors begin divided by its root, so that (alpha / r) B A is the principal part",
+            why="as HF peft; with alpha = r, which the authors' scripts use, it is the paper's",
+        ),
+        Deviation(
+            topic="signs of the singular vectors",
+            paper="left open by the SVD",
+            here="in each row of A the entry of largest magnitude is positive, the first of equals",
+            why="two correct programs may differ by a sign per component; a start that is compared must be one",
+        ),
+        Deviation(
+            topic="fast SVD",
+            paper="a randomised SVD (Halko et al.), with more or fewer iterations",
+            here="Halko's subspace iteration with exactly r columns, no oversampling; niter = 0 is the exact SVD",
+            why="HF peft's pissa_niter_N is torch.svd_lowrank with q = r; its niter_0 is a sketch without iterations, "
+            "ours is not. The sketch is drawn from the generator, not from global state, from which HF peft draws "
+            "another when a saved adapter is loaded, and so puts it beside another residual",
+        ),
+        Deviation(
+            topic="precision",
+            paper="not said",
+            here=(
+                "the SVD runs in float32 at least; A and B are rounded to the layer's dtype, then W_res = W - (alpha / "
+                "r) B A from the rounded ones, rounded once"
+            ),
+            why="so W_res holds what A and B lost, and W_res + (alpha / r) B A is W within half an eps of |W_res|. HF "
+            "peft keeps A and B in float32 beside a half-precision W_res",
+        ),
+        Deviation(
+            topic="quantised base (QPiSSA)",
+            paper="quantises W_res, whose spread is smaller than W's, and may iterate (Algorithm 1)",
+            here="takes the matrix that the base multiplies by, and keeps W_res dense",
+            why="a base that comes packed has lost what QPiSSA would have kept; quantising W_res is the caller's "
+            "choice",
+        ),
+        Deviation(
+            topic="dropout",
+            paper="none",
+            here="none, and no knob for it",
+            why="dropping inputs of the principal part would change the function before the first step",
+        ),
+        Deviation(
+            topic="embeddings",
+            paper="not treated",
+            here="the table's transpose is W, as in LoRA: A (r, num) picks columns by id, B (dim, r)",
+            why="what its equations say of the only other layer that multiplies by a matrix. HF peft takes them too, "
+            "but begins them as plain LoRA, without a word",
+        ),
     ),
 )
 
 
 @dataclass(frozen=True)
 class Config:
-    """PiSSA's knobs.
+    """Hyperparameters of PiSSA."""
 
-    rank: r, how many singular values train; at most the smaller side of a layer. alpha: the numerator of the scaling
-    alpha / r. targets: last parts of the module paths to adapt, or whole paths. niter: subspace iterations of the
-    randomised SVD; 0 is the exact SVD.
-    """
-
-    rank: int = field(default=16, metadata={"least": 1, "most": 4096})
-    alpha: float = field(default=16.0, metadata={"least": 1e-3, "most": 1e4})
+    rank: int = field(default=16, metadata={"minimum": 1, "maximum": 4096})
+    """Number r of singular values that train; at most the smaller side of a layer."""
+    alpha: float = field(default=16.0, metadata={"minimum": 1e-3, "maximum": 1e4})
+    """Numerator of the scaling alpha / rank."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    niter: int = field(default=0, metadata={"least": 0, "most": 100})
+    """Layers to adapt: ends of module paths, whole paths, `attention` or `all-linear`."""
+    niter: int = field(default=0, metadata={"minimum": 0, "maximum": 100})
+    """Subspace iterations of the randomised SVD; 0 for the exact SVD."""
 
 
 def exact_svd(W_ED: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,91 +19,96 @@ from torch.nn.functional import linear
 from reference.operations import double_quant, nf4
 from reference.shared.adapted import Adapted
 from reference.shared.layers import dense_copy, dense_weight, floating_dtype, replace, targets
+from reference.spec import Deviation, ReferenceSpec
 
-PAPER = "arXiv:2305.14314v1"
-FACTORS = ("A", "B")
-INSTEAD = "codes"
-"""What of `state()` stands in the place of the weight, of which no product is taken."""
-DEVIATIONS = (
-    (
-        "NF4, double quantisation",
-        "eqs. 4 and 6, section 3",
-        "as nf4.py and double_quant.py, whose own lists say where they part from the paper",
-        "bitsandbytes, the authors' quantiser, is what is in use",
-    ),
-    (
-        "compute dtype",
-        "bfloat16: eqs. 5 and 6 decode to it and multiply in it",
-        "the dtype of the input: level x absmax is formed in float32, then cast, then multiplied",
-        "the paper's with bfloat16 inputs; a check wants float64. bitsandbytes decodes so too",
-    ),
-    (
-        "scaling",
-        "s in eq. 3, left out in eq. 5",
-        "alpha / r",
-        "as in LoRA, the authors' code and HF peft",
-    ),
-    (
-        "dropout",
-        "0.1 (7B, 13B) or 0.05, of LoRA's, which is not defined",
-        "on the input of the adapter branch only; the default is 0",
-        "as in the authors' code, which is HF peft's",
-    ),
-    (
-        "what is adapted",
-        "all linear layers of the transformer blocks",
-        "`targets`, by default the seven of a LLaMA block",
-        "the head is never adapted or quantised, as in the authors' code",
-    ),
-    (
-        "what is not quantised",
-        "not said",
-        "stays as it is",
-        "the authors' script makes the norms float32; HF peft's prepare_model_for_kbit_training all that is in 16 bits, "
-        "embeddings and head too",
-    ),
-    (
-        "defaults",
-        "NF4, double quantisation, products in bfloat16",
-        "as the paper, and products in the dtype of the input",
-        "transformers' BitsAndBytesConfig has FP4, no double quantisation and float32 unless they are asked for",
-    ),
-    (
-        "merging",
-        "not mentioned",
-        "into a dense layer of the decoded weight, in the dtype of the original one",
-        "HF peft quantises the sum again, which changes what the model computes",
-    ),
-    (
-        "the original weight",
-        "is gone once it is quantised",
-        "stays as `base`, so that `detach` gives it back; no product reads it",
-        "a reference may spend the memory that the method saves; bits are counted by double_quant.bits_per_parameter",
-    ),
-    (
-        "paged optimizers",
-        "section 3: optimizer states in unified memory",
-        "not here",
-        "they change where states live and no value; the optimizer is the caller's choice",
+SPEC = ReferenceSpec(
+    paper="arXiv:2305.14314v1",
+    factors=("A", "B"),
+    replaces_weight="codes",
+    deviations=(
+        Deviation(
+            topic="NF4, double quantisation",
+            paper="eqs. 4 and 6, section 3",
+            here="as nf4.py and double_quant.py, whose own lists say where they part from the paper",
+            why="bitsandbytes, the authors' quantiser, is what is in use",
+        ),
+        Deviation(
+            topic="compute dtype",
+            paper="bfloat16: eqs. 5 and 6 decode to it and multiply in it",
+            here="the dtype of the input: level x absmax is formed in float32, then cast, then multiplied",
+            why="the paper's with bfloat16 inputs; a check wants float64. bitsandbytes decodes so too",
+        ),
+        Deviation(
+            topic="scaling",
+            paper="s in eq. 3, left out in eq. 5",
+            here="alpha / r",
+            why="as in LoRA, the authors' code and HF peft",
+        ),
+        Deviation(
+            topic="dropout",
+            paper="0.1 (7B, 13B) or 0.05, of LoRA's, which is not defined",
+            here="on the input of the adapter branch only; the default is 0",
+            why="as in the authors' code, which is HF peft's",
+        ),
+        Deviation(
+            topic="what is adapted",
+            paper="all linear layers of the transformer blocks",
+            here="`targets`, by default the seven of a LLaMA block",
+            why="the head is never adapted or quantised, as in the authors' code",
+        ),
+        Deviation(
+            topic="what is not quantised",
+            paper="not said",
+            here="stays as it is",
+            why="the authors' script makes the norms float32; HF peft's prepare_model_for_kbit_training all that is in "
+            "16 bits, embeddings and head too",
+        ),
+        Deviation(
+            topic="defaults",
+            paper="NF4, double quantisation, products in bfloat16",
+            here="as the paper, and products in the dtype of the input",
+            why="transformers' BitsAndBytesConfig has FP4, no double quantisation and float32 unless they are asked "
+            "for",
+        ),
+        Deviation(
+            topic="merging",
+            paper="not mentioned",
+            here="into a dense layer of the decoded weight, in the dtype of the original one",
+            why="HF peft quantises the sum again, which changes what the model computes",
+        ),
+        Deviation(
+            topic="the original weight",
+            paper="is gone once it is quantised",
+            here="stays as `base`, so that `detach` gives it back; no product reads it",
+            why="a reference may spend the memory that the method saves; bits are counted by "
+            "double_quant.bits_per_parameter",
+        ),
+        Deviation(
+            topic="paged optimizers",
+            paper="section 3: optimizer states in unified memory",
+            here="not here",
+            why="they change where states live and no value; the optimizer is the caller's choice",
+        ),
     ),
 )
 
 
 @dataclass(frozen=True)
 class Config:
-    """QLoRA's knobs.
+    """Hyperparameters of QLoRA."""
 
-    rank: r. alpha: the numerator of the scaling alpha / r. targets: last parts of the module paths to quantise and adapt,
-    or whole paths. dropout: probability that an input feature of the adapter branch is dropped in training. block: weights
-    that share one absmax. double_quant: whether those are quantised too.
-    """
-
-    rank: int = field(default=64, metadata={"least": 1, "most": 4096})
-    alpha: float = field(default=16.0, metadata={"least": 1e-3, "most": 1e4})
+    rank: int = field(default=64, metadata={"minimum": 1, "maximum": 4096})
+    """Rank r of the update B A."""
+    alpha: float = field(default=16.0, metadata={"minimum": 1e-3, "maximum": 1e4})
+    """Numerator of the scaling alpha / rank."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    dropout: float = field(default=0.0, metadata={"least": 0.0, "most": 0.99})
+    """Layers to quantise and adapt: ends of module paths, whole paths, `attention` or `all-linear`."""
+    dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
+    """Probability that an input feature of the adapter branch is dropped in training."""
     block: int = field(default=64, metadata={"choices": (32, 64, 128, 256, 512, 1024, 2048, 4096)})
+    """Weights per block, which share one absmax."""
     double_quant: bool = True
+    """Quantise the absmax of the blocks too."""
 
 
 class QloraLinear(nn.Module):

@@ -16,64 +16,71 @@ from torch import Tensor, nn
 
 from reference.shared.adapted import Adapted
 from reference.shared.layers import dense_copy, floating_dtype, replace, targets
+from reference.spec import Deviation, ReferenceSpec
 
-PAPER = "arXiv:2310.11454v2"
-DEVIATIONS = (
-    (
-        "layers of several shapes",
-        "one pair of matrices for all layers, which are taken to be of one shape",
-        "the pair is as large as the largest target, in each dimension; a layer uses the first D columns of A and the "
-        "first E rows of B",
-        "as HF peft does; the authors' code is not public",
-    ),
-    (
-        "spread of A and B",
-        "Kaiming initialisation by the matrix's dimensions, no gain given; uniform rather than normal by its ablation",
-        "uniform in +-sqrt(6 / fan_in), gain sqrt(2); fan_in is that of the shared pair: the largest in for A, r for B",
-        "as in HF peft; a slice has thus less variance than a matrix of its own would",
-    ),
-    (
-        "random numbers",
-        "from a seed that is stored in the place of the matrices",
-        "from a generator of their own, on the CPU, seeded by projection_key, A before B, in float32 whatever the layers "
-        "are in, then cast; nothing is drawn from the generator that `attach` is given",
-        "the numbers of HF peft to the last bit; those of another version of PyTorch may differ",
-    ),
-    (
-        "what is saved",
-        "b, d and the seed",
-        "b and d; `state` shows A and B, which projection_key makes again",
-        "HF peft writes A and B too, which are most of its files, unless save_projection is false",
-    ),
-    (
-        "scaling",
-        "no alpha",
-        "no alpha",
-        "d takes its place: 0.1 at the start, as in the paper's main experiments",
-    ),
-    (
-        "dropout",
-        "not in the formulas",
-        "on the input of A only; W0 x sees the whole input",
-        "as in LoRA and HF peft",
+SPEC = ReferenceSpec(
+    paper="arXiv:2310.11454v2",
+    deviations=(
+        Deviation(
+            topic="layers of several shapes",
+            paper="one pair of matrices for all layers, which are taken to be of one shape",
+            here="the pair is as large as the largest target, in each dimension; a layer uses the first D columns of A "
+            "and the first E rows of B",
+            why="as HF peft does; the authors' code is not public",
+        ),
+        Deviation(
+            topic="spread of A and B",
+            paper="Kaiming initialisation by the matrix's dimensions, no gain given; uniform rather than normal by its "
+            "ablation",
+            here=(
+                "uniform in +-sqrt(6 / fan_in), gain sqrt(2); fan_in is that of the shared pair: the largest in for A, "
+                "r for B"
+            ),
+            why="as in HF peft; a slice has thus less variance than a matrix of its own would",
+        ),
+        Deviation(
+            topic="random numbers",
+            paper="from a seed that is stored in the place of the matrices",
+            here="from a generator of their own, on the CPU, seeded by projection_key, A before B, in float32 whatever "
+            "the layers are in, then cast; nothing is drawn from the generator that `attach` is given",
+            why="the numbers of HF peft to the last bit; those of another version of PyTorch may differ",
+        ),
+        Deviation(
+            topic="what is saved",
+            paper="b, d and the seed",
+            here="b and d; `state` shows A and B, which projection_key makes again",
+            why="HF peft writes A and B too, which are most of its files, unless save_projection is false",
+        ),
+        Deviation(
+            topic="scaling",
+            paper="no alpha",
+            here="no alpha",
+            why="d takes its place: 0.1 at the start, as in the paper's main experiments",
+        ),
+        Deviation(
+            topic="dropout",
+            paper="not in the formulas",
+            here="on the input of A only; W0 x sees the whole input",
+            why="as in LoRA and HF peft",
+        ),
     ),
 )
 
 
 @dataclass(frozen=True)
 class Config:
-    """VeRA's knobs.
+    """Hyperparameters of VeRA."""
 
-    rank: r. targets: last parts of the module paths to adapt, or whole paths. dropout: probability that an input feature
-    of the adapter branch is dropped in training. projection_key: what A and B are made from; PyTorch's generator looks at
-    32 bits of it, so greater keys would repeat these. d_initial: the start of d.
-    """
-
-    rank: int = field(default=256, metadata={"least": 1, "most": 16384})
+    rank: int = field(default=256, metadata={"minimum": 1, "maximum": 16384})
+    """Rank r of the shared matrices A and B."""
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    dropout: float = field(default=0.0, metadata={"least": 0.0, "most": 0.99})
-    projection_key: int = field(default=0, metadata={"least": 0, "most": 4294967295})
-    d_initial: float = field(default=0.1, metadata={"least": -1e3, "most": 1e3})
+    """Layers to adapt: ends of module paths, whole paths, `attention` or `all-linear`."""
+    dropout: float = field(default=0.0, metadata={"minimum": 0.0, "maximum": 0.99})
+    """Probability that an input feature of the adapter branch is dropped in training."""
+    projection_key: int = field(default=0, metadata={"minimum": 0, "maximum": 4294967295})
+    """Seed of A and B. PyTorch's generator uses 32 bits of it."""
+    d_initial: float = field(default=0.1, metadata={"minimum": -1e3, "maximum": 1e3})
+    """Initial value of d."""
 
 
 def projections(key: int, rank: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:

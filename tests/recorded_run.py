@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.analysis.statistics.intervals import wilson
-from harness.conformance.tolerance_table import EPSILON
+from harness.conformance.tolerance_constants import EPSILON
 from harness.records import store
 from harness.records.manifest import Comparison, Footer, Manifest
 from harness.records.record import (

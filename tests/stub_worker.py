@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from harness.process import lifeline
+from harness.process.lifeline import die_with_parent
 
 
 def main() -> None:
     records, acts, events, watched = sys.argv[1:]
     work = json.load(sys.stdin)
-    lifeline.hold(int(watched), int(events))
+    die_with_parent(int(watched), int(events))
     seed, folder = str(work["cell"]["seed"]), Path(work["folder"])
     os.write(int(events), b'{"event": "phase", "name": "pretending"}\n')
     with (folder / "started").open("a") as started:

@@ -17,8 +17,8 @@ from harness.assets import generated
 from harness.cell.training import loop, optimizers
 from harness.cell.training import model as models
 from harness.cell.training.batches import Batch, Example, collate
+from harness.conformance.comparison.tolerance_policies import exact, noise_floor
 from harness.conformance.subject import DTYPES, configure
-from harness.conformance.tolerance_policies import exact, noise_floor
 from harness.errors import UsageError
 from harness.methods.registry import discover
 from harness.records.record import Training

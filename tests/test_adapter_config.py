@@ -15,10 +15,11 @@ from torch import nn
 
 from harness.analysis import failed_checks
 from harness.cell.unreferenced_method import taken
-from harness.conformance import checks, parity_gate
+from harness.conformance import checks
 from harness.conformance.case import Case
+from harness.conformance.cell_gate import parity_gate
 from harness.conformance.checks.unreferenced import nudged
-from harness.conformance.observations import inference
+from harness.conformance.comparison.observations import inference
 from harness.conformance.subject import DTYPES, Original, Subject, configure
 from harness.errors import Exit, ImplementationError, SuiteError, UsageError
 from harness.methods import peft_schema

@@ -15,9 +15,10 @@ import pytest
 
 pytest.importorskip("triton", reason="there is no Triton for this system")
 
-from harness.kernels.triton import ahead
-from harness.kernels.triton.machine_code import MachineCode
-from harness.kernels.triton.specimen import Specimen
+from harness.kernels import triton as kernels
+from harness.kernels.compile import ahead
+from harness.kernels.compile.machine_code import MachineCode
+from harness.kernels.compile.specimen import Specimen
 
 ROOT = Path(__file__).parent.parent
 OLDER = ROOT / ".triton36"
@@ -33,7 +34,7 @@ def command(*arguments: str, older: bool = False) -> subprocess.CompletedProcess
     if older:
         environment["PYTHONPATH"] = os.pathsep.join([str(OLDER), str(ROOT)])
     return subprocess.run(
-        [sys.executable, "-m", "harness.kernels.triton.ahead", *arguments],
+        [sys.executable, "-m", "harness.kernels.compile.ahead", *arguments],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
@@ -72,8 +73,27 @@ def test_an_architecture_that_is_not_known_is_refused_with_those_that_are(arch: 
     assert f"invalid choice: {arch} (choose from 80, 90, 100)" in done.stderr
 
 
+def test_a_kernel_is_found_and_judged_without_being_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "doubled.py").write_text(
+        "import triton\nimport triton.language as tl\nfrom harness.kernels.compile.specimen import Specimen\n"
+        "@triton.jit\ndef double(x, y, n, BLOCK: tl.constexpr):\n"
+        "    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)\n"
+        "    tl.store(y + at, 2 * tl.load(x + at, mask=at < n), mask=at < n)\n"
+        "SPECIMENS = [Specimen('doubled', double, {'x': '*fp32', 'y': '*fp32', 'n': 'i32'}, {'BLOCK': 1024},\n"
+        "                      divisible=('x', 'y', 'n'), kind='streaming')]\n"
+    )
+    monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "harness.kernels.triton.doubled", raising=False)
+    module = ahead.modules()["doubled"]
+    (verdict,) = ahead.judge(module, 90, {"doubled": 255})
+    monkeypatch.delitem(sys.modules, module)
+    assert (verdict.name, verdict.faults) == ("doubled", ())
+    assert verdict.found is not None
+    assert verdict.found.wide_loads > 0
+
+
 def test_a_module_that_does_not_import_hides_no_other() -> None:
-    verdict, *rest = ahead.judged("half_written", 90, {})
+    verdict, *rest = ahead.judge("half_written", 90, {})
     assert not rest
     assert "half_written" in verdict.faults[0]
 
@@ -95,7 +115,7 @@ def test_a_module_that_does_not_import_hides_no_other() -> None:
         ({}, {"kind": "gemm"}, 40, "no matrix instruction"),
         ({"matrix": {"HGMMA": 4}}, {"kind": "gemm", "signature": {"x": "*bf16"}}, 40, None),
         ({"matrix": {"UTCHMMA": 4}}, {"kind": "other"}, 40, "TF32"),
-        ({"fused_multiply_adds": 1}, {"separate_roundings": True}, 40, "every rounding"),
+        ({"fused_multiply_adds": 1}, {"separate_roundings": True}, 40, "fused multiply-adds"),
     ],
 )
 def test_each_gate(found: dict[str, Any], changed: dict[str, Any], limit: int | None, says: str | None) -> None:

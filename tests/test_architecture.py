@@ -23,8 +23,8 @@ VAGUE = {"utils", "util", "common", "base", "manager", "helpers", "helper", "mis
 # Where anything may go wrong that is not ours (a Cell, somebody else's plug-in), and where a fault of the page must not
 # lose its reader the way to what was measured.
 MAY_CATCH_ALL = {
-    "harness/runner/worker.py": 1, "harness/methods/registry.py": 1, "harness/runner/run.py": 1, "harness/conformance/matrix.py": 1,
-    "harness/conformance/worker.py": 1, "harness/kernels/triton/ahead.py": 2, "harness/kernels/torch/compiled.py": 1,
+    "harness/runner/worker.py": 1, "harness/methods/registry.py": 1, "harness/runner/run.py": 1, "harness/conformance/execution/suite_run.py": 1,
+    "harness/conformance/execution/worker.py": 1, "harness/kernels/compile/ahead.py": 2, "harness/kernels/torch/support/compiled.py": 1,
 }  # fmt: skip
 
 

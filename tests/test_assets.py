@@ -19,7 +19,7 @@ import pytest
 
 from harness.assets import cache, carrier, fetch, rows, table, unpack
 from harness.errors import AssetError
-from harness.process import child as process
+from harness.process.supervisor import python
 
 REPOSITORY = Path(__file__).parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -170,12 +170,12 @@ def test_no_child_outlives_its_block(tmp_path: Path) -> None:
     beat = tmp_path / "beat"
     grandchild = f"import time\nwhile True:\n    open({str(beat)!r}, 'a').write('.'); time.sleep(0.01)"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"
-    with process.python(["-c", code], {}) as child:
+    with python(["-c", code], {}) as child:
         until = time.monotonic() + 20
         while not beat.exists():
-            assert time.monotonic() < until, child.said
+            assert time.monotonic() < until, child.output
             time.sleep(0.01)
-    assert child.process.returncode == -signal.SIGKILL
+    assert child.exit_code == -signal.SIGKILL
     time.sleep(0.05)
     size = beat.stat().st_size
     time.sleep(0.1)

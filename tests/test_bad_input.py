@@ -777,7 +777,7 @@ def test_a_wrong_value_is_not_also_missing(tmp_path: Path) -> None:
         ),
         (
             ["gate", "a", "--baseline", "b", "--seed", "0"],
-            "only --pairs takes --seed",
+            "--seed needs --pairs",
             "see `peft-harness gate --help`",
         ),
         (
@@ -787,7 +787,7 @@ def test_a_wrong_value_is_not_also_missing(tmp_path: Path) -> None:
         ),
         (
             ["gate", "--pairs", "a", "b", "--memory-bytes", "0"],
-            "leave out --memory-bytes",
+            "--memory-bytes needs --baseline",
             "see `peft-harness gate --help`",
         ),
         (

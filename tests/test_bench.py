@@ -27,16 +27,16 @@ from harness.bench import (
 from harness.bench import (
     operation_benchmark as calls,
 )
+from harness.bench import operations as timed_operations
+from harness.bench import run as command
 from harness.bench.adapted_llama import AdaptedLlama
-from harness.bench.operations import OPERATIONS
 from harness.bench.planning import BenchRequest, BenchTask
 from harness.bench.results import BenchRow, Ceilings, Samples
 from harness.bench.sizes import MOST_PRODUCTS, MOST_WEIGHTS, SHAPES, BenchSize, sizes
 from harness.bench.steps import STEPS, Backbone
-from harness.cli import bench as command
 from harness.cli import main
 from harness.conformance import operations, parity_suite
-from harness.conformance.outcomes import CheckOutcome
+from harness.conformance.findings.outcomes import CheckOutcome
 from harness.errors import Exit, StoreError, UsageError
 from harness.methods.registry import Implementation, Registry, discover, implements
 from harness.records.environment import describe
@@ -281,9 +281,9 @@ def test_while_training_nothing_is_kept_that_only_the_parity_needed(registry: Re
 # ---- sizes and formulas
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", timed_operations.every())
 def test_every_operation_has_a_case_that_its_arguments_take_and_costs_that_grow(name: str) -> None:
-    how, it = OPERATIONS[name], operations.every()[name]
+    how, it = timed_operations.every()[name], operations.every()[name]
     given = it.arguments(torch.float32, torch.Generator().manual_seed(0), **how.case(BenchSize("t", 128, 128, 8, 4)))
     assert given
     assert (how.backward is not None) == bool(it.differentiable)
@@ -297,7 +297,7 @@ def test_every_operation_has_a_case_that_its_arguments_take_and_costs_that_grow(
 def test_the_bytes_of_a_call_are_those_of_its_arguments_and_outputs() -> None:
     size, generator = BenchSize("t", 96, 64, 8, 4), torch.Generator().manual_seed(0)
     for name in ("nf4_dequantize", "lora_linear", "adamw8bit_step", "nf4_lora_linear", "galore_step"):
-        how, it = OPERATIONS[name], operations.every()[name]
+        how, it = timed_operations.every()[name], operations.every()[name]
         given = it.arguments(torch.float32, generator, **how.case(size))
         outputs = it.named(it.reference(**given)).values()
         read = [one for one in given.values() if isinstance(one, torch.Tensor)]
@@ -471,7 +471,7 @@ def test_a_bench_leaves_a_file_per_benchmark_with_raw_samples(
 def test_a_folder_that_holds_a_bench_is_refused(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command.isolated, "discover", lambda: registry)
+    monkeypatch.setattr(command.worker_processes, "discover", lambda: registry)
     (tmp_path / "notes.json").touch()
     words = ["bench", "--op", "galore_step", "--device", "cuda", "--out", str(tmp_path)]
     monkeypatch.setattr(command, "gpus", lambda: ())
@@ -527,8 +527,8 @@ class Fake:
 def two_rivals(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> BenchRequest:
     """Two processes of two rows each."""
     monkeypatch.setattr(planning, "sizes", lambda shapes, per_token: [BenchSize("one", 8, 8), BenchSize("two", 8, 8)])
-    monkeypatch.setattr(command.isolated, "discover", lambda: registry)
-    monkeypatch.setattr(command, "Children", Fake)
+    monkeypatch.setattr(command.worker_processes, "discover", lambda: registry)
+    monkeypatch.setattr(command, "WorkerPool", Fake)
     monkeypatch.setattr(Fake, "after", lambda: None, raising=False)
     return BenchRequest(["nf4_quantize"], ["bitsandbytes", "torchao"], device="cpu", ours="reference")
 
@@ -681,7 +681,7 @@ def test_steps_and_operations_are_timed_in_what_people_use_there(registry: Regis
 def test_a_gpu_that_torch_cannot_use_is_none(
     registry: Registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command.isolated, "discover", lambda: registry)
+    monkeypatch.setattr(command.worker_processes, "discover", lambda: registry)
     monkeypatch.setattr(command, "gpus", lambda: ("GPU-0, one that the driver shows",))
     assert main(["bench", "--op", "nf4_quantize", "--device", "cuda"]) == Exit.INFRASTRUCTURE
     why = f"nvidia-smi shows one, but torch {torch.__version__} is built without CUDA"
@@ -767,7 +767,7 @@ def test_the_interpreter_is_no_machine_to_time(
 
 def test_what_reads_and_plans_imports_no_torch() -> None:
     code = (
-        "import sys, harness.cli.bench, harness.bench.table\n"
+        "import sys, harness.bench.run, harness.bench.table\n"
         "from harness.cli import main\n"
         "main(['bench', '--help'])\n"
         "assert 'torch' not in sys.modules, 'torch'"
@@ -778,6 +778,6 @@ def test_what_reads_and_plans_imports_no_torch() -> None:
 
 
 def test_dtypes_and_names_of_the_table_are_those_of_the_suites() -> None:
-    for name in OPERATIONS:
+    for name in timed_operations.every():
         assert parity_suite.load_operation(name).dtypes
     assert results.MOSTLY_CALL < 1

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from harness.cli import main
-from harness.conformance import matrix, parity_suite
+from harness.conformance import parity_suite
 from harness.conformance.case_selection import FEW, CaseSelection
+from harness.conformance.execution import suite_run
 from harness.errors import Exit
 from harness.methods.registry import DTYPES, Implementation
 from harness.methods.spec import methods
@@ -50,8 +51,8 @@ def wrong_at_other_ranks(model: Any, config: lora.Config, generator: torch.Gener
 
 def test_an_implementation_that_is_wrong_at_other_ranks_only_fails_a_drawn_case() -> None:
     mine = Implementation("mine", "method", "lora", wrong_at_other_ranks, dtypes=("float32",))
-    usual = {one.standing.value for one in matrix.run(mine)}
-    drawn = [one for one in matrix.run(mine, breadth=DRAWN) if one.standing.value == "fail"]
+    usual = {one.standing.value for one in suite_run.run(mine)}
+    drawn = [one for one in suite_run.run(mine, breadth=DRAWN) if one.standing.value == "fail"]
     assert "fail" not in usual
     assert {one.check for one in drawn} >= {"forward", "gradient"}
     assert all(64 < int(one.case.split("rank=")[1].split()[0]) < 128 for one in drawn)
@@ -63,8 +64,8 @@ def test_an_operation_that_is_wrong_beyond_130_tokens_only_fails_a_drawn_case() 
         return torch.cat([y[:, :130], 0 * y[:, 130:]], dim=1)
 
     mine = Implementation("mine", "operation", "multi_lora_linear", tiled, dtypes=("float32",))
-    assert {one.standing.value for one in matrix.run(mine)} == {"pass"}
-    failed = [one for one in matrix.run(mine, breadth=DRAWN) if one.standing.value == "fail"]
+    assert {one.standing.value for one in suite_run.run(mine)} == {"pass"}
+    failed = [one for one in suite_run.run(mine, breadth=DRAWN) if one.standing.value == "fail"]
     assert {one.check for one in failed} >= {"outputs", "backward"}
 
 
@@ -121,7 +122,7 @@ def changed(target: str, change: Callable[[Any, Any], None]) -> Implementation:
 def failing(implementation: Implementation, cases: Iterable[parity_suite.MethodCase]) -> set[str]:
     """Return the checks that fail in one of these cases."""
     plan = parity_suite.load(implementation.target)
-    results = itertools.chain.from_iterable(matrix.one_case(implementation, plan, case) for case in cases)
+    results = itertools.chain.from_iterable(suite_run.one_case(implementation, plan, case) for case in cases)
     return {result.check.split("/")[1] for result in results if result.outcome is Outcome.FAIL}
 
 

@@ -21,11 +21,11 @@ from report_page import Page
 from harness import resources
 from harness.cli import check as command
 from harness.cli import main
-from harness.conformance import defects, summary
 from harness.conformance import parity_suite as suite
-from harness.conformance.defects import Defect
-from harness.conformance.outcomes import CheckOutcome
-from harness.conformance.report import CheckReport
+from harness.conformance.findings import defects, summary
+from harness.conformance.findings.defects import Defect
+from harness.conformance.findings.outcomes import CheckOutcome
+from harness.conformance.findings.report import CheckReport
 from harness.errors import Exit
 from harness.methods.registry import Implementation, Registry
 from harness.records import store

@@ -13,22 +13,23 @@ import click
 import pytest
 import recorded_run
 
-from harness import cli
-from harness.cli import listing, main
-from harness.cli import plan as planning
-from harness.cli.explain import OPTIMIZERS, STATUSES
+from harness.cli import app, catalog, listing, main
+from harness.cli.topics import OPTIMIZERS, STATUSES
 from harness.errors import EXITS, Exit, HarnessError
 from harness.methods.peft_config import UNREFERENCED
 from harness.methods.spec import methods
 from harness.records import store
 from harness.records.record import Optimizer, Record, Status, Training
+from harness.report import plan_table as planning
 from harness.runner.executors.local import Local
 from harness.suites import loader
 
 COMMAND = (sys.executable, "-m", "harness.cli")
 
 
-@pytest.mark.parametrize("verb", [[], *([name] for name in cli.verbs.commands)], ids=lambda v: " ".join(v) or "(none)")
+@pytest.mark.parametrize(
+    "verb", [[], *([name] for name in app.commands.commands)], ids=lambda v: " ".join(v) or "(none)"
+)
 def test_help_imports_nothing_heavy(verb: list[str]) -> None:
     # Asserted on modules, not on seconds: machines differ, and these are what would make it slow.
     code = (
@@ -43,7 +44,7 @@ def test_help_imports_nothing_heavy(verb: list[str]) -> None:
 
 
 def test_help_names_every_exit_code() -> None:
-    text = cli.verbs.get_help(click.Context(cli.verbs, info_name="peft-harness"))
+    text = app.commands.get_help(click.Context(app.commands, info_name="peft-harness"))
     assert all(f"  {int(code)}  " in text for code in Exit)
 
 
@@ -63,8 +64,8 @@ def test_list_shows_every_kind(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == Exit.PASS
     printed = capsys.readouterr()
     assert printed.err == ""
-    assert [block.partition("\n")[0] for block in printed.out.split("\n\n")] == list(listing.KINDS)
-    assert listing.KINDS == cli._KINDS
+    assert [block.partition("\n")[0] for block in printed.out.split("\n\n")] == list(catalog.KINDS)
+    assert catalog.KINDS == listing.KINDS
 
 
 def test_list_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,11 +217,11 @@ def test_a_time_out_that_no_clock_can_wait_for(timeout: str, capsys: pytest.Capt
 
 _BUG = """
 import sys
-from harness.cli import explain
+from harness.cli import topics
 from harness.cli import main
 def explained(name):
     raise {raised}
-explain.explain = explained
+topics.explain = explained
 sys.exit(main(["explain", "lora"]))
 """
 
@@ -294,9 +295,9 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 def test_a_reader_that_leaves_in_the_middle_is_no_finding() -> None:
     code = (
-        "import sys\nfrom harness.cli import explain\nfrom harness.cli import main\n"
+        "import sys\nfrom harness.cli import topics\nfrom harness.cli import main\n"
         "def explained(name): raise BrokenPipeError\n"
-        "explain.explain = explained\nsys.exit(main(['explain', 'lora']))"
+        "topics.explain = explained\nsys.exit(main(['explain', 'lora']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (Exit.INFRASTRUCTURE, "")

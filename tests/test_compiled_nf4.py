@@ -15,7 +15,8 @@ import torch.utils.cpp_extension
 from torch import Tensor
 
 from harness.conformance import process_settings
-from harness.kernels.torch import compiled, nf4, nf4_compiled
+from harness.kernels.torch import nf4
+from harness.kernels.torch.support import compiled, nf4_compiled
 from reference.operations import nf4 as reference
 
 PATIENCE = 120
@@ -28,7 +29,7 @@ COUNT = compiled.LARGE + 4096 + 5
 def _no_warning() -> Iterator[None]:
     """A compiler that fails would leave all else here green."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="harness.kernels.torch.compiled", category=RuntimeWarning)
+        warnings.filterwarnings("error", message="harness.kernels.torch.support.compiled", category=RuntimeWarning)
         yield
 
 
@@ -228,8 +229,8 @@ def test_a_compiler_that_fails_is_one_warning_and_the_same_result(monkeypatch: p
     W = special(torch.float32)
     with pytest.warns(RuntimeWarning, match=r"no working C\+\+ compiler[\s\S]*PEFT_HARNESS_COMPILE=0") as seen:
         twice(W)
-    assert sum(str(one.message).startswith("harness.kernels.torch.compiled: nf4_encode") for one in seen) == 1
-    assert sum(str(one.message).startswith("harness.kernels.torch.compiled: nf4_decode") for one in seen) == 1
+    assert sum(str(one.message).startswith("harness.kernels.torch.support.compiled: nf4_encode") for one in seen) == 1
+    assert sum(str(one.message).startswith("harness.kernels.torch.support.compiled: nf4_decode") for one in seen) == 1
 
 
 def test_what_fails_when_it_runs_is_not_blamed_on_the_compiler(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from harness.conformance import checks, matrix, parity_suite
+from harness.conformance import checks, parity_suite
 from harness.conformance.case_selection import FEW
-from harness.conformance.observations import observe
-from harness.conformance.outcomes import CheckOutcome, CheckStatus
+from harness.conformance.comparison.observations import observe
+from harness.conformance.comparison.tolerance_policies import exact
+from harness.conformance.execution import suite_run
+from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.conformance.subject import DTYPES, warm
-from harness.conformance.tolerance_policies import exact
 from harness.methods.registry import Implementation, discover, implements
 from harness.records.record import Outcome
 
@@ -43,7 +44,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> parity_suite.ParitySuite:
 def test_the_implementations_of_lora_conform(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = parity_suite.load("lora").model_copy(update={"layers": ["linear"]})
     monkeypatch.setattr(parity_suite, "load", lambda _: plan)
-    tried = list(matrix.run(method(name), dtypes=(dtype,)))
+    tried = list(suite_run.run(method(name), dtypes=(dtype,)))
     assert failed(tried) == set()
     assert len({t.case for t in tried}) == len(plan.configs)
     by_its_nature = {"model", "trajectory"} if dtype == "float64" else set()  # which says why it is skipped
@@ -52,7 +53,7 @@ def test_the_implementations_of_lora_conform(name: str, dtype: str, monkeypatch:
 
 @pytest.mark.parametrize("target", ["frozen", "full"])
 def test_the_baselines_conform(target: str) -> None:
-    tried = list(matrix.run(method("reference", target)))
+    tried = list(suite_run.run(method("reference", target)))
     assert failed(tried) == set()
     assert {t.check for t in tried if t.standing is CheckStatus.PASS} == set(parity_suite.load(target).checks)
 
@@ -70,7 +71,7 @@ def test_observing_leaves_gradients_and_mode_as_they_were() -> None:
 
 @pytest.mark.parametrize("state", ["init", "warm"])
 def test_checks_leave_the_subject_as_they_found_it(state: str, small: parity_suite.ParitySuite) -> None:
-    subject, case = matrix.attach(method("reference"), small, next(small.cases(FEW)))
+    subject, case = suite_run.attach(method("reference"), small, next(small.cases(FEW)))
     if state == "warm":
         warm(subject.added(), torch.Generator().manual_seed(SEED))
     before = {n: t.clone() for n, t in subject.model.state_dict().items()}
@@ -82,7 +83,7 @@ def test_checks_leave_the_subject_as_they_found_it(state: str, small: parity_sui
 
 def test_what_forward_saw_of_the_gradients_is_not_used_for_another_case() -> None:
     plan = parity_suite.load("lora")
-    subject, case = matrix.attach(method("reference"), plan, next(plan.cases(FEW)))
+    subject, case = suite_run.attach(method("reference"), plan, next(plan.cases(FEW)))
     warm(subject.added(), case.generator(salt=1))
     assert checks.every()["forward"](subject, case).outcome is Outcome.PASS
     for layer in subject.adapted.layers.values():
@@ -97,6 +98,6 @@ def test_tensors_that_cannot_be_listed_are_one_finding_in_each_case(small: parit
         return adapted
 
     broken = implements("lora", name="broken", dtypes=["float32"])(attach)
-    findings = [t.result for t in matrix.run(broken) if t.result.check == "lora/attach/float32/init"]
+    findings = [t.result for t in suite_run.run(broken) if t.result.check == "lora/attach/float32/init"]
     assert len(findings) == len(list(small.cases(FEW)))
     assert all("ZeroDivisionError" in f.detail for f in findings)

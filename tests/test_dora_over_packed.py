@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.cell import base_quantisation
-from harness.conformance.tolerance_policies import noise_floor
-from harness.kernels.torch.shared_input import Family
+from harness.conformance.comparison.tolerance_policies import noise_floor
+from harness.kernels.torch.support.shared_input import Family
 from harness.methods.implementations.fused.layers import dora as layers
 from harness.methods.registry import discover
 from harness.records.record import Base

@@ -22,9 +22,10 @@ from harness.cell.training.counted_step import most_in_step
 from harness.cell.training.head import head_of
 from harness.cell.training.offloaded_weights import drop, unused
 from harness.conformance.subject import DTYPES, adaptable_layers, configure
-from harness.conformance.tolerance_table import FOOTPRINT_LEDGER
-from harness.kernels.torch import adamw8bit, packed_weight
+from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER
+from harness.kernels.torch import adamw8bit_step
 from harness.kernels.torch.nf4_linear import Nf4Linear
+from harness.kernels.torch.support import packed_weight
 from harness.memory_model import dry_step, isolated_step, shape_cache
 from harness.methods.registry import discover
 from harness.records.record import Base, Cell, Evaluation, Training
@@ -244,14 +245,14 @@ def test_no_product_is_asked_about_twice(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_chunks_are_not_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A 7B model has thousands in one tensor, which took longer than a step may."""
-    one, decode = cell("galore", "fused", optimizer="adamw-8bit"), adamw8bit.decode
+    one, decode = cell("galore", "fused", optimizer="adamw-8bit"), adamw8bit_step.decode
     taken: list[int] = []
 
     def watched(codes: Tensor, *how: Any) -> Tensor:
         taken.append(len(codes))
         return decode(codes, *how)
 
-    monkeypatch.setattr(adamw8bit, "decode", watched)
+    monkeypatch.setattr(adamw8bit_step, "decode", watched)
 
     def chunks(vocabulary: int) -> int:
         taken.clear()

@@ -17,7 +17,7 @@ from harness.cell.evaluation import classification
 from harness.cell.evaluation.likelihood import CausalScorer
 from harness.cell.evaluation.lm_eval_task import LmEvalTask
 from harness.cell.training.batches import Example, answer_examples, collate
-from harness.conformance.tolerance_policies import noise_floor
+from harness.conformance.comparison.tolerance_policies import noise_floor
 from harness.errors import UsageError
 from harness.resources import folder
 from harness.suites import tasks

@@ -16,8 +16,8 @@ from harness.cell.evaluation.generation import generate
 from harness.cell.training import loop, optimizers
 from harness.cell.training.batches import Batch, Example, collate
 from harness.cell.unreferenced_method import taken
-from harness.conformance import parity_gate
-from harness.conformance.observations import inference
+from harness.conformance.cell_gate import parity_gate
+from harness.conformance.comparison.observations import inference
 from harness.conformance.subject import Original, Subject, configure
 from harness.errors import Exit, ImplementationError, SuiteError, Unsupported, UsageError
 from harness.methods.implementations.hf_peft import any_config

@@ -13,11 +13,11 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from harness.assets import structure
 from harness.cli import main
-from harness.cli import plan as planning
 from harness.conformance.subject import configure
 from harness.methods import experts
 from harness.methods.registry import discover
 from harness.records.record import Base, Cell, Record
+from harness.report import plan_table as planning
 from harness.report import terminal
 from harness.suites import loader
 

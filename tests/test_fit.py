@@ -15,7 +15,7 @@ import pytest
 
 from harness.assets import generated, shapes
 from harness.cli import main
-from harness.conformance.tolerance_table import FOOTPRINT_LEDGER
+from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER
 from harness.errors import Exit, UsageError
 from harness.memory_model import counting_client, fit, largest_batch, models, size_units
 from harness.memory_model import isolated_step as apart

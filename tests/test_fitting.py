@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast, LlamaConfig, 
 from harness.assets import fetch, generated, model_folder
 from harness.cli import main
 from harness.errors import Exit, SuiteError
-from harness.process import child
+from harness.process import supervisor
 from harness.records.record import Status
 from harness.runner import run
 from harness.suites import loader, model_checks
@@ -69,7 +69,7 @@ def no_child(monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*_: object) -> Any:
         raise AssertionError("a child process was started")
 
-    monkeypatch.setattr(child, "python", none)
+    monkeypatch.setattr(supervisor, "python", none)
 
 
 def refused(folder: Path, old: str = "", new: str = "", expr: str = "") -> list[tuple[int, str, str]]:
@@ -188,8 +188,8 @@ def test_a_model_that_cannot_be_built_here_is_left_to_its_cells(folder: Path) ->
 
 
 def test_one_child_builds_every_model_that_must_be_looked_at(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started, start = [], child.python
-    monkeypatch.setattr(child, "python", lambda *asked: started.append(asked) or start(*asked))
+    started, start = [], supervisor.python
+    monkeypatch.setattr(supervisor, "python", lambda *asked: started.append(asked) or start(*asked))
     model_checks._looked_for.cache_clear()
     old = SUITE[SUITE.index("[q_proj, v_proj]") : SUITE.index("[query]") + len("[query]")]
     new = old.replace("[q_proj, v_proj]", "[nothing]").replace("[query]", "[neither]")

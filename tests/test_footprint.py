@@ -16,7 +16,7 @@ from harness.cell.measure.memory import model_tensors, optimizer_tensors, tensor
 from harness.cell.training import optimizers
 from harness.cell.training.offloaded_weights import drop, unused
 from harness.conformance.subject import DTYPES, adaptable_layers, configure
-from harness.conformance.tolerance_table import FOOTPRINT_ACTIVATIONS, FOOTPRINT_LEDGER
+from harness.conformance.tolerance_constants import FOOTPRINT_ACTIVATIONS, FOOTPRINT_LEDGER
 from harness.memory_model import counting, saved_activations
 from harness.memory_model.choices import OPTIMIZERS, OWN
 from harness.methods.registry import discover

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.tolerance_policies import noise_floor
-from harness.kernels.torch import chunks, huge_pages, nf4, packed_weight
+from harness.conformance.comparison.tolerance_policies import noise_floor
+from harness.kernels.torch import nf4
 from harness.kernels.torch.nf4_linear import Nf4Linear, nf4_linear
 from harness.kernels.torch.nf4_lora_linear import nf4_lora_linear, packed_lora_linear
+from harness.kernels.torch.support import chunks, huge_pages, packed_weight
 from harness.methods.implementations.fused import nf4 as offered
 from reference.operations import double_quant
 from reference.operations import nf4 as reference

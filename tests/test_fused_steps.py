@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from harness.conformance.tolerance_policies import noise_floor
-from harness.kernels.torch import galore, range_finder
-from harness.kernels.torch.adamw8bit import AdamW8bit
-from harness.kernels.torch.dropout import keep_mask
+from harness.conformance.comparison.tolerance_policies import noise_floor
+from harness.kernels.torch import galore_step
 from harness.kernels.torch.dynamic_quantize import dynamic_map, dynamic_quantize, nearest, tables
-from harness.kernels.torch.galore_optimizer import GaLore
 from harness.kernels.torch.multi_lora_linear import multi_lora_linear
-from harness.kernels.torch.paged import Paged, bytes_of, is_paged
-from harness.kernels.torch.range_finder import leading_svd, leading_vectors, orthonormal
+from harness.kernels.torch.optimizers.adamw8bit import AdamW8bit
+from harness.kernels.torch.optimizers.galore import GaLore
+from harness.kernels.torch.optimizers.paged import Paged, bytes_of, is_paged
+from harness.kernels.torch.support import range_finder
+from harness.kernels.torch.support.dropout import keep_mask
+from harness.kernels.torch.support.range_finder import leading_svd, leading_vectors, orthonormal
 from reference import pissa
 from reference.galore import GaLore as ReferenceGaLore
 from reference.galore import Projector, projector
@@ -132,7 +133,7 @@ def test_the_randomised_refresh_is_the_references_cold_and_warm(
         truth = _spans(projector(now.double(), RANK, side, 2, wide))
         rounded = _spans(projector(now, RANK, side, 2, old))
         judgement = noise_floor(
-            _spans(Projector(*galore.refreshed(now, RANK, side, 2, old.P, old.Q))), truth, rounded, "float32"
+            _spans(Projector(*galore_step.refreshed(now, RANK, side, 2, old.P, old.Q))), truth, rounded, "float32"
         )
         assert judgement.passed, judgement
 
@@ -142,7 +143,7 @@ def test_a_warm_start_holds_more_of_the_gradient_than_a_cold_one(generator: torc
     now = old + 0.001 * torch.randn(ROWS, COLUMNS, generator=generator) / COLUMNS
     lost = {}
     for name, basis in (("cold", None), ("warm", leading_svd(old, RANK)[2])):
-        Q = galore.refreshed(now, RANK, "std", 1, None, basis)[1]
+        Q = galore_step.refreshed(now, RANK, "std", 1, None, basis)[1]
         assert Q is not None
         lost[name] = float((now - now @ Q @ Q.T).norm())
     assert lost["warm"] < lost["cold"]
@@ -152,7 +153,7 @@ def test_a_warm_start_holds_more_of_the_gradient_than_a_cold_one(generator: torc
 def test_the_exact_refresh_spans_what_the_references_does(side: str, generator: torch.Generator) -> None:
     G = _matrix(SPECTRA["slow"], generator)
     truth, rounded = (_spans(basis) for basis in (projector(G.double(), RANK, side), projector(G, RANK, side)))
-    judgement = noise_floor(_spans(Projector(*galore.refreshed(G, RANK, side))), truth, rounded, "float32")
+    judgement = noise_floor(_spans(Projector(*galore_step.refreshed(G, RANK, side))), truth, rounded, "float32")
     assert judgement.passed, judgement
 
 

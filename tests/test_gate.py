@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.conformance import checks, faults, memory_headroom, parity_gate
+from harness.conformance import checks, faults
 from harness.conformance.case import Case
-from harness.conformance.faults import Copy
+from harness.conformance.cell_gate import memory_headroom, parity_gate
+from harness.conformance.comparison.tolerance_policies import exact
+from harness.conformance.faults.patched_copy import PatchedCopy
 from harness.conformance.subject import (
     DTYPES,
     ExpectedCodes,
@@ -23,7 +25,6 @@ from harness.conformance.subject import (
     initial_tensors,
     warm,
 )
-from harness.conformance.tolerance_policies import exact
 from harness.errors import Unsupported
 from harness.methods.implementations import bitsandbytes
 from harness.methods.registry import Implementation, discover
@@ -92,7 +93,7 @@ def through_the_gate(
 
 def spoilt(name: str) -> Any:
     """Return an `attach` of LoRA with a planted fault."""
-    copy = Copy("reference.lora")
+    copy = PatchedCopy("reference.lora")
     next(f for f in faults.every() if (f.target, f.name) == ("lora", name)).spoil(copy)
     return copy.attach
 

@@ -36,7 +36,7 @@ from harness.analysis.statistics import over_seeds
 from harness.analysis.statistics.intervals import paired_difference
 from harness.analysis.verdict_kind import Verdict, VerdictKind
 from harness.cli import main
-from harness.cli.explain import explain
+from harness.cli.topics import explain
 from harness.errors import Exit
 from harness.records import store
 from harness.records.manifest import Footer

@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from harness.cell.training import model as models
-from harness.cli import plan
-from harness.conformance.tolerance_table import FOOTPRINT_LEDGER
+from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER
 from harness.errors import AssetError
 from harness.records.record import Predicted, Status
+from harness.report import plan_table
 from harness.suites import loader
 
 SMALL = {"vocab_size": 60, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8, "intermediate_size": 8}
@@ -141,7 +141,7 @@ def test_what_a_checkpoint_lacks_of_the_encoder_trains_with_the_head_and_is_pred
     path.write_text(SUITE + cells, encoding="utf-8")
     finished = bench.command("run", str(path), "--out", "run")
     suite = loader.load(path)
-    planned = plan.predictions(suite, suite.plan)
+    planned = plan_table.predictions(suite, suite.plan)
     for record in bench.read().records:
         assert record.measurements is not None, finished.err
         assert record.measurements.parameters.head == 64 * 64 + 64 + 2 * 64 + 2

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from harness.conformance.comparison.tolerance_policies import noise_floor
 from harness.conformance.subject import DTYPES, configure
-from harness.conformance.tolerance_policies import noise_floor
 from harness.methods.implementations import hf_peft
 from harness.methods.peft_config import UNREFERENCED
 from harness.methods.registry import Implementation

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.conformance import matrix, parity_suite
+from harness.conformance import parity_suite
+from harness.conformance.execution import suite_run
 from harness.errors import Unsupported
 from harness.methods.registry import Implementation, implements
 from harness.records.record import Outcome
@@ -100,7 +101,7 @@ def on_adaptable_layers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def failed(implementation: Implementation, dtype: str) -> set[str]:
-    return {t.check for t in matrix.run(implementation, dtypes=(dtype,)) if t.result.outcome is Outcome.FAIL}
+    return {t.check for t in suite_run.run(implementation, dtypes=(dtype,)) if t.result.outcome is Outcome.FAIL}
 
 
 def test_lora_by_hooks_conforms() -> None:

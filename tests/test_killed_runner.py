@@ -25,7 +25,7 @@ import contextlib, json, os, random, signal, sys, time
 from pathlib import Path
 import stubbed
 from harness.suites import loader as suites
-from harness.cell.measure import environment
+from harness.records import environment
 from harness.report import html
 from harness.runner import run
 from harness.runner.executors.local import Local

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
-from harness.conformance import defects, matrix, parity_suite
+from harness.conformance import parity_suite
 from harness.conformance.case_selection import FEW
-from harness.conformance.defects import Defect
-from harness.conformance.outcomes import CheckOutcome
+from harness.conformance.execution import suite_run
+from harness.conformance.findings import defects
+from harness.conformance.findings.defects import Defect
+from harness.conformance.findings.outcomes import CheckOutcome
 from harness.methods.registry import discover
 from harness.records.record import CheckResult, Outcome
 
@@ -108,7 +110,7 @@ def test_what_a_library_does_otherwise_is_what_is_known_of_it(kind: str, target:
     implementation = discover().find(kind, target, name)
     for module in implementation.requires:
         pytest.importorskip(module, reason=f"{module} comes with an extra")
-    marked, complaints = defects.explained(matrix.run(implementation, dtypes=("float32",)), defects.known())
+    marked, complaints = defects.explained(suite_run.run(implementation, dtypes=("float32",)), defects.known())
     assert [one for one in marked if one.result.outcome is Outcome.FAIL and not one.defect] == []
     assert any(one.defect for one in marked)
     assert complaints == []

@@ -22,7 +22,7 @@ from harness.cell.training import loop, optimizers
 from harness.cell.training import model as models
 from harness.cell.training.batches import Batch
 from harness.conformance.subject import DTYPES, configure
-from harness.conformance.tolerance_table import FOOTPRINT_LEDGER
+from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER
 from harness.errors import UsageError
 from harness.memory_model import counting
 from harness.methods.registry import discover

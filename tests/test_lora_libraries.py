@@ -21,8 +21,8 @@ from test_reference_lora_layers import (
     warmed,
 )
 
+from harness.conformance.comparison.tolerance_policies import noise_floor
 from harness.conformance.subject import load, warm
-from harness.conformance.tolerance_policies import noise_floor
 from harness.methods.implementations import hf_peft, loralib
 from reference import lora
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.conformance.tolerance_table import INITIAL_SIGMAS, NOISE_FLOOR_EPS
+from harness.conformance.tolerance_constants import INITIAL_SIGMAS, NOISE_FLOOR_EPS
 from harness.suites import loader
 from reference.lora import Config
 from reference.shared.lora_start import put, start

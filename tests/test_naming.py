@@ -6,10 +6,10 @@ import pytest
 import recorded_run as recorded
 
 from harness.analysis import verdict
-from harness.cli import plan as planning
 from harness.errors import UsageError
 from harness.records import naming
 from harness.records.record import Cell, Status
+from harness.report import plan_table as planning
 from harness.runner.progress import Progress
 from harness.suites import loader
 from harness.suites.expand import Plan, only

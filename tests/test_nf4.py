@@ -7,7 +7,7 @@ import torch
 from bitsandbytes import functional as bitsandbytes
 from torch import Tensor
 
-from harness.conformance.tolerance_policies import exact
+from harness.conformance.comparison.tolerance_policies import exact
 from reference.operations import nf4
 
 BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)

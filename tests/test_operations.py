@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from harness.conformance import matrix, operations, parity_suite
+from harness.conformance import operations, parity_suite
 from harness.conformance.case_selection import FEW
+from harness.conformance.execution import suite_run
 from harness.methods.registry import Implementation
 from harness.records.record import Outcome
 from reference.operations import fp4, multi_lora, nf4
@@ -20,7 +21,7 @@ Function = Callable[..., Any]
 def failing(target: str, function: Function, dtype: str = "float32") -> dict[str, list[str]]:
     """Map each check that fails to the cases in which it does."""
     failed: dict[str, list[str]] = {}
-    for one in matrix.run(Implementation("mine", "operation", target, function, dtypes=(dtype,))):
+    for one in suite_run.run(Implementation("mine", "operation", target, function, dtypes=(dtype,))):
         if one.standing.value == "fail":
             failed.setdefault(one.check, []).append(one.case)
     return failed
@@ -161,7 +162,7 @@ def test_a_right_value_of_a_wrong_dtype_fails_and_says_what_it_should_be(target:
     plan = parity_suite.load_operation(target)
     values, dtype = list(plan.calls(FEW))[-1]
     mine = Implementation("mine", "operation", target, in_float64(target), dtypes=(dtype,))
-    (found,) = [r for r in matrix.one_call(mine, plan, values, dtype) if r.check.split("/")[1] == "outputs"]
+    (found,) = [r for r in suite_run.one_call(mine, plan, values, dtype) if r.check.split("/")[1] == "outputs"]
     assert found.outcome is Outcome.FAIL
     assert found.worst.startswith("dtype torch.float64, should be torch.")
     assert found.tensor
@@ -198,7 +199,9 @@ class Widened(torch.autograd.Function):
 )
 def test_a_wrong_shape_and_a_wrong_device_are_told(wrong: Callable[[torch.Tensor], torch.Tensor], said: str) -> None:
     function = on_output("nf4_dequantize", 0, wrong)
-    first = next(iter(matrix.run(Implementation("mine", "operation", "nf4_dequantize", function, dtypes=("float32",)))))
+    first = next(
+        iter(suite_run.run(Implementation("mine", "operation", "nf4_dequantize", function, dtypes=("float32",))))
+    )
     assert (first.result.check, first.result.worst) == ("nf4_dequantize/outputs/float32/call", said)
 
 
@@ -245,7 +248,9 @@ def test_half_precision_does_not_excuse_what_float32_catches() -> None:
 
 
 def test_an_operation_that_returns_something_else_is_told_what_it_should_return() -> None:
-    results = matrix.run(Implementation("mine", "operation", "nf4_quantize", lambda W, block: W, dtypes=("float32",)))
+    results = suite_run.run(
+        Implementation("mine", "operation", "nf4_quantize", lambda W, block: W, dtypes=("float32",))
+    )
     first = next(iter(results))
     assert first.standing.value == "fail"
     assert "nf4_quantize should return packed, absmax" in first.result.detail

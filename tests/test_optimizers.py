@@ -11,8 +11,8 @@ from trainee import Encoder, batches, nothing, setting
 
 from harness.cell.measure.memory import optimizer_tensors, tensor_bytes
 from harness.cell.training import loop, optimizers
+from harness.conformance.comparison.tolerance_policies import exact
 from harness.conformance.subject import configure
-from harness.conformance.tolerance_policies import exact
 from harness.errors import UsageError
 from harness.methods.registry import discover
 from harness.methods.spec import methods
@@ -46,17 +46,22 @@ def trained(model: nn.Module, name: Optimizer, implementation: str = "fused", **
         ("adamw", "reference", "torch.optim.adamw.AdamW", None),
         ("adamw", "fused", "torch.optim.adamw.AdamW", None),
         ("adamw-8bit", "reference", "reference.operations.adamw8bit.AdamW8bit", None),
-        ("adamw-8bit", "fused", "harness.kernels.torch.adamw8bit.AdamW8bit", None),
-        ("adamw-8bit", "hf-peft", "harness.kernels.torch.adamw8bit.AdamW8bit", None),
+        ("adamw-8bit", "fused", "harness.kernels.torch.optimizers.adamw8bit.AdamW8bit", None),
+        ("adamw-8bit", "hf-peft", "harness.kernels.torch.optimizers.adamw8bit.AdamW8bit", None),
         ("paged-adamw", "reference", "torch.optim.adamw.AdamW", "reference.operations.paged.Paged"),
-        ("paged-adamw", "fused", "torch.optim.adamw.AdamW", "harness.kernels.torch.paged.Paged"),
+        ("paged-adamw", "fused", "torch.optim.adamw.AdamW", "harness.kernels.torch.optimizers.paged.Paged"),
         (
             "paged-adamw-8bit",
             "reference",
             "reference.operations.adamw8bit.AdamW8bit",
             "reference.operations.paged.Paged",
         ),
-        ("paged-adamw-8bit", "fused", "harness.kernels.torch.adamw8bit.AdamW8bit", "harness.kernels.torch.paged.Paged"),
+        (
+            "paged-adamw-8bit",
+            "fused",
+            "harness.kernels.torch.optimizers.adamw8bit.AdamW8bit",
+            "harness.kernels.torch.optimizers.paged.Paged",
+        ),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -147,6 +152,6 @@ def test_what_a_method_says_of_its_optimizer_and_factors_is_so(method: str) -> N
     config = configure(method, {key: value for key, value in wanted.items() if key in methods()[method].fields})
     adapted = discover().find("method", method, "reference")(model, config, torch.Generator())
     own = adapted.optimizer(1e-3, 0.0)
-    assert methods()[method].optimizer == ("" if own is None else type(own).__name__)
+    assert methods()[method].spec.optimizer == ("" if own is None else type(own).__name__)
     letters = {name.rpartition(".")[2] for name in adapted.tensors()}
-    assert set(methods()[method].factors) == letters & {"A", "B"}
+    assert set(methods()[method].spec.factors) == letters & {"A", "B"}

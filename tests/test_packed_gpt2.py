@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from harness.assets import conv1d, generated
 from harness.cell import base_quantisation
-from harness.conformance.tolerance_policies import exact
+from harness.conformance.comparison.tolerance_policies import exact
 from harness.errors import Exit, Unsupported, UsageError
 from harness.methods.implementations.bitsandbytes import nf4
 from harness.methods.registry import discover

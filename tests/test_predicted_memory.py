@@ -15,10 +15,9 @@ import recorded_run as recorded
 from conftest import Bench, eventually
 from report_page import row
 
-from harness.cli import plan as planning
 from harness.memory_model import cells, counting_client
-from harness.process import child as process
 from harness.records.record import Evaluation, Predicted, Record
+from harness.report import plan_table as planning
 from harness.report import run_facts, tables
 from harness.suites import loader
 from harness.suites.tasks import Answers
@@ -240,18 +239,18 @@ def test_who_counts_ends_with_a_command_that_is_killed(bench: Bench) -> None:
 def test_steps_that_take_too_long_take_no_formula_along(monkeypatch: pytest.MonkeyPatch) -> None:
     """The child is ended while it takes the first step; the counts of models were there before."""
     monkeypatch.setattr(counting_client, "TIMEOUT_S", 60.0)
-    tied = process.tied
+    start = counting_client.python_module
 
     @contextlib.contextmanager
     def ended(*words: Any) -> Iterator[Any]:
-        with tied(*words) as child:
-            eventually(lambda: "{" in child.said, "the models are counted")
-            wait = child.process.wait
+        with start(*words) as child:
+            eventually(lambda: "{" in child.output, "the models are counted")
+            wait = child.wait
             brief = {60.0: 0.01}
-            monkeypatch.setattr(child.process, "wait", lambda limit=None: wait(brief.get(limit, limit)))
+            monkeypatch.setattr(child, "wait", lambda limit=None: wait(brief.get(limit, limit)))
             yield child
 
-    monkeypatch.setattr(process, "tied", ended)
+    monkeypatch.setattr(counting_client, "python_module", ended)
     suite = loader.load("headline-gpu")
     plan = suite.plan
     lora = tuple(cell for cell in plan.cells if plan.ids[cell.cell_id] == "lora-7b")

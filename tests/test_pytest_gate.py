@@ -223,7 +223,7 @@ def test_red(benchmark):
 """
 # As `@conformance` makes it, but for the case, which would import torch.
 WRONG = """
-from harness.conformance.outcomes import Tried
+from harness.conformance.findings.outcomes import Tried
 from harness.records.record import CheckResult, Outcome
 from harness.methods.registry import Implementation
 from harness.testing import Conforming

@@ -15,7 +15,7 @@ from peft.tuners.adalora.layer import RankAllocator
 from torch import Tensor, nn
 from two_layers import Two, assert_same, draw, generator
 
-from harness.conformance.tolerance_policies import exact, noise_floor
+from harness.conformance.comparison.tolerance_policies import exact, noise_floor
 from reference import adalora
 from reference.adalora import Config, budget, keep
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from two_layers import draw
 
+from harness.conformance.comparison.tolerance_policies import exact, noise_floor
 from harness.conformance.subject import DTYPES
-from harness.conformance.tolerance_policies import exact, noise_floor
 from reference.operations import adamw8bit
 from reference.operations.adamw8bit import AdamW8bit, adamw8bit_step, init_state, moments
 from reference.operations.dynamic_map import dynamic_map, quantize_blockwise

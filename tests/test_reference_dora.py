@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from two_layers import Two, draw, generator
 
+from harness.conformance.comparison.tolerance_policies import exact, noise_floor
 from harness.conformance.subject import DTYPES, configure, warm
-from harness.conformance.tolerance_policies import exact, noise_floor
 from harness.methods.implementations import bitsandbytes
 from reference import dora, lora
 from reference.shared.layers import dense_copy, dense_weight

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from two_layers import draw
 
+from harness.conformance.comparison.tolerance_policies import exact, noise_floor
 from harness.conformance.subject import DTYPES, configure
-from harness.conformance.tolerance_policies import exact, noise_floor
 from reference import galore
 from reference.galore import GaLore, galore_step
 

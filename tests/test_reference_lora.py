@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from two_layers import Two, assert_same, draw, generator
 
+from harness.conformance.comparison.tolerance_policies import exact, noise_floor
 from harness.conformance.subject import DTYPES, configure, load, warm
-from harness.conformance.tolerance_policies import exact, noise_floor
 from harness.kernels.torch.lora_linear import lora_linear_over
 from harness.methods.implementations import bitsandbytes
 from harness.methods.implementations.fused.lora import lora as fused_lora

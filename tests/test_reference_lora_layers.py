@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from two_layers import assert_same, generator
 
+from harness.conformance.comparison.tolerance_policies import exact, noise_floor
 from harness.conformance.subject import DTYPES, configure, load, warm
-from harness.conformance.tolerance_policies import exact, noise_floor
 from reference import lora
 from reference.shared.layers import KINDS, kind_of, targets
 from reference.shared.lora_layers import ungrouped

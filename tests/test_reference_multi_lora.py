@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from two_layers import assert_same, draw
 
+from harness.conformance.comparison.tolerance_policies import noise_floor
 from harness.conformance.subject import DTYPES
-from harness.conformance.tolerance_policies import noise_floor
 from reference.lora import LoraLinear
 from reference.operations.multi_lora import multi_lora_linear
 

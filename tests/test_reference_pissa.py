@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from two_layers import Two, assert_same, draw, generator
 
-from harness.conformance.tolerance_policies import exact, noise_floor
+from harness.conformance.comparison.tolerance_policies import exact, noise_floor
 from harness.methods.implementations import bitsandbytes
 from reference import lora, pissa
 from reference.pissa import Config

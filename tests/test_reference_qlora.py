@@ -13,8 +13,8 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
 from two_layers import Two, assert_same, draw, generator
 
+from harness.conformance.comparison.tolerance_policies import exact, noise_floor
 from harness.conformance.subject import DTYPES, configure, warm
-from harness.conformance.tolerance_policies import exact, noise_floor
 from reference import lora, qlora
 from reference.operations import double_quant, nf4
 

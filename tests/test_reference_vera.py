@@ -14,8 +14,8 @@ import two_layers
 from torch import Tensor, nn
 from two_layers import draw, generator
 
+from harness.conformance.comparison.tolerance_policies import exact, noise_floor
 from harness.conformance.subject import DTYPES, configure, warm
-from harness.conformance.tolerance_policies import exact, noise_floor
 from harness.methods.implementations import bitsandbytes
 from reference import vera
 from reference.shared.layers import dense_copy

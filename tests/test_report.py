@@ -111,7 +111,7 @@ def test_reports_are_made_without_torch(good: store.Run, tmp_path: Path) -> None
     script = """
 import sys
 from pathlib import Path
-from harness.records import store; from harness.conformance import tolerance_table as tolerances
+from harness.records import store; from harness.conformance import tolerance_constants as tolerances
 from harness.analysis.statistics import intervals; from harness.analysis import measurements as measured, ranking, trajectories, verdict; from harness.analysis.comparison import reproducibility
 from harness.report import html, terminal as text
 run = store.read_run(Path(sys.argv[1]))

@@ -27,7 +27,7 @@ from conftest import PATIENCE_S, Bench, Finished, eventually, gone, make_bench
 from harness.assets import fetch, table
 from harness.cell.job import Job
 from harness.cli import main
-from harness.conformance.tolerance_table import EPSILON, FOOTPRINT_LEDGER
+from harness.conformance.tolerance_constants import EPSILON, FOOTPRINT_LEDGER
 from harness.errors import Exit
 from harness.records import store
 from harness.records.manifest import Footer
@@ -530,9 +530,9 @@ def test_a_run_with_a_torn_footer_is_reported_and_resumed(story: dict[str, Stage
 
 _HOLD = """
 import os, subprocess, sys, time
-from harness.process import lifeline
+from harness.process.lifeline import die_with_parent
 watched, events = map(int, sys.argv[1:])
-lifeline.hold(watched, events)
+die_with_parent(watched, events)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 os.write(events, f"{child.pid}\\n".encode())
 if os.environ.get("LEAVE"):

@@ -9,7 +9,7 @@ import pytest
 from harness.cli import main
 from harness.conformance import checks, faults, operations, self_test
 from harness.conformance.checks.unreferenced import ALONE
-from harness.conformance.faults import Copy, Fault, planted
+from harness.conformance.faults import Fault, PatchedCopy, planted
 from harness.errors import Exit
 from harness.methods.spec import methods
 
@@ -18,17 +18,17 @@ PLAIN = {"rank": 3, "alpha": 8.0}
 
 
 @planted("lora", "forward", values=PLAIN)
-def changes_nothing(its: Copy) -> None:
+def changes_nothing(its: PatchedCopy) -> None:
     its.line("R, s, p = config.rank, config.scaling", "R, s, p = config.rank, 1.0 * config.scaling")
 
 
 @planted("lora", "initial", values=PLAIN)
-def is_caught_by_another_check(its: Copy) -> None:
+def is_caught_by_another_check(its: PatchedCopy) -> None:
     its.line("self.scaling * (h_TR @ self.B.T)", "2 * self.scaling * (h_TR @ self.B.T)")
 
 
 @planted("lora", "forward", values=PLAIN)
-def changes_what_is_no_longer_there(its: Copy) -> None:
+def changes_what_is_no_longer_there(its: PatchedCopy) -> None:
     its.line("a line that nobody wrote", "")
 
 

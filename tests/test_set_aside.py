@@ -13,7 +13,7 @@ from test_footprint import METHODS, llama, off, predicted
 from harness.cell.measure.memory import model_tensors, tensor_bytes
 from harness.cell.training.offloaded_weights import OffloadedWeights, unused
 from harness.conformance.subject import adaptable_layers, configure
-from harness.conformance.tolerance_table import FOOTPRINT_LEDGER
+from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER
 from harness.memory_model.choices import OWN
 from harness.methods.registry import discover
 from harness.records import store

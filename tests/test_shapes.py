@@ -21,7 +21,7 @@ from harness.cell.measure.memory import PeakMeter
 from harness.cell.measure.phases import PhaseClock
 from harness.cell.training import loop, optimizers, random_model
 from harness.conformance.subject import PackedLayer
-from harness.conformance.tolerance_table import FOOTPRINT_LEDGER
+from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER
 from harness.errors import AssetError, Exit, SuiteError
 from harness.methods.registry import discover
 from harness.records.record import AssetUse, Base, Cell, Evaluation, Measurements, Outcome, Status, Training
@@ -399,7 +399,8 @@ def test_a_cell_keeps_its_training_where_the_counted_step_has_no_memory(
 
 
 def test_a_large_model_is_judged_without_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from harness.conformance import packed_codes, subject
+    from harness.conformance import subject
+    from harness.conformance.comparison import packed_codes
 
     monkeypatch.setattr(subject, "LARGEST_COPY", 1000)
     monkeypatch.setattr(packed_codes, "PIECE", 4096)
@@ -412,7 +413,7 @@ def test_a_large_model_is_judged_without_a_copy(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("double", [False, True])
 def test_codes_judged_in_pieces_are_judged_as_a_whole(double: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from harness.conformance import packed_codes
+    from harness.conformance.comparison import packed_codes
     from harness.conformance.subject import ExpectedCodes
 
     monkeypatch.setattr(packed_codes, "PIECE", 1024)

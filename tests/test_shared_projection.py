@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.conformance.tolerance_policies import noise_floor
+from harness.conformance.comparison.tolerance_policies import noise_floor
 from harness.kernels.torch import vera_linear
 from harness.kernels.torch.vera_linear import SharedProjection
 

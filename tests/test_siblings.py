@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from harness.conformance.comparison.tolerance_policies import noise_floor
 from harness.conformance.subject import configure
-from harness.conformance.tolerance_policies import noise_floor
-from harness.kernels.torch import shared_input
 from harness.kernels.torch.nf4_linear import Nf4Linear
+from harness.kernels.torch.support import shared_input
 from harness.methods.registry import discover
 
 NAMES = ("q", "k", "v")

@@ -9,7 +9,7 @@ from trainee import Encoder, batches, nothing, setting
 from harness.cell.measure.memory import optimizer_tensors
 from harness.cell.training import loop, optimizers
 from harness.cell.training.batches import Batch, Example, collate, order
-from harness.conformance.tolerance_policies import exact
+from harness.conformance.comparison.tolerance_policies import exact
 
 WORDS = [Example(f"w{i}", (1 + i % 15,), int(i % 15 < 7)) for i in range(45)]  # one word decides
 ALIKE = [Example(f"w{i}", (1 + i % 15,), 1) for i in range(45)]

@@ -20,20 +20,20 @@ from harness.process import termination
 @pytest.fixture
 def heard() -> Iterator[None]:
     """Whoever runs the tests under nohup has SIGHUP ignored, and so have its children."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in termination.ASKING}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in termination.TERMINATION_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("heard")
-@pytest.mark.parametrize("asked", termination.ASKING)
+@pytest.mark.parametrize("asked", termination.TERMINATION_SIGNALS)
 def test_a_signal_is_heard_only_while_a_run_goes_on(asked: signal.Signals) -> None:
     before = signal.getsignal(asked)
-    with termination.on_request():
+    with termination.handle_termination():
         with pytest.raises(termination.Terminated, match=asked.name):
             os.kill(os.getpid(), asked)
-        for number in termination.ASKING:
+        for number in termination.TERMINATION_SIGNALS:
             os.kill(os.getpid(), number)  # nothing cuts the clean end short
     assert signal.getsignal(asked) is before
 
@@ -41,7 +41,7 @@ def test_a_signal_is_heard_only_while_a_run_goes_on(asked: signal.Signals) -> No
 def test_what_nohup_ignores_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with termination.on_request():
+        with termination.handle_termination():
             os.kill(os.getpid(), signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:

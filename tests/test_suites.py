@@ -325,7 +325,7 @@ def test_only_with_a_mistyped_key() -> None:
 def test_methods_are_read_as_python_would_import_them(name: str) -> None:
     module = pytest.importorskip(f"reference.{name}")
     info = methods()[name]
-    assert (info.paper, info.deviations) == (module.PAPER, module.DEVIATIONS)
+    assert info.spec == module.SPEC
     assert inspect.getdoc(module).startswith(info.summary)
     assert callable(module.attach)
     fields = {f.name: f for f in dataclasses.fields(module.Config)}
@@ -333,7 +333,12 @@ def test_methods_are_read_as_python_would_import_them(name: str) -> None:
     for key, field in fields.items():
         read = info.fields[key]
         assert (read.type, read.default) == (field.type, field.default)
-        limits = {"least": read.least, "most": read.most, "choices": read.choices, "later": read.later or None}
+        limits = {
+            "minimum": read.minimum,
+            "maximum": read.maximum,
+            "choices": read.choices,
+            "omit_default": read.omit_default or None,
+        }
         assert {k: v for k, v in limits.items() if v is not None} == {
             k: tuple(v) if k == "choices" else v for k, v in field.metadata.items()
         }
@@ -372,7 +377,7 @@ def test_suite_keys_are_those_of_the_records() -> None:
 def test_values_of_knobs(kind: str, value: object, problem: str) -> None:
     from harness.methods.spec import FieldInfo
 
-    limits = {"least": 1, "most": 8} if kind in ("int", "float") else {}
+    limits = {"minimum": 1, "maximum": 8} if kind in ("int", "float") else {}
     assert problem in FieldInfo(kind, None, **limits).problem(value)
 
 

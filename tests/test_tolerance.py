@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise, exact, noise_floor, worst_of
 from harness.conformance.subject import DTYPES
-from harness.conformance.tolerance_policies import Judgement, carried_noise, exact, noise_floor, worst_of
 
 
 def judge(value: Tensor, truth: Tensor | None = None, dtype: str = "float32") -> Judgement:

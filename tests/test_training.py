@@ -19,8 +19,8 @@ from harness.cell.training import loop, optimizers
 from harness.cell.training.batches import Batch, Example, answer_examples, collate
 from harness.cell.training.master_weights import Masters
 from harness.cell.training.update_tracker import UpdateTracker
+from harness.conformance.comparison.tolerance_policies import exact, noise_floor
 from harness.conformance.subject import configure
-from harness.conformance.tolerance_policies import exact, noise_floor
 from harness.errors import UsageError
 from harness.methods.registry import discover
 from harness.records.record import Training

@@ -80,8 +80,8 @@ def test_a_suite_with_optimizers_and_parts_runs_end_to_end(clean: Bench) -> None
 
     (plus,) = (r for r in run.records if r.cell.training.lr_ratio != 1)
     facts = trained(plus).optimizer
-    assert facts["class"] == "harness.kernels.torch.adamw8bit.AdamW8bit"
-    assert (facts["paged_by"], facts["page_budget_B"]) == ("harness.kernels.torch.paged.Paged", 0)
+    assert facts["class"] == "harness.kernels.torch.optimizers.adamw8bit.AdamW8bit"
+    assert (facts["paged_by"], facts["page_budget_B"]) == ("harness.kernels.torch.optimizers.paged.Paged", 0)
     assert [group["lr"] for group in facts["groups"]] == [5e-3, 4 * 5e-3]  # type: ignore[union-attr, index, call-overload]
     assert any("states of 0 of" in note for note in plus.notes)  # nothing of the tiny model is large enough
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from harness.conformance.comparison.tolerance_policies import noise_floor
 from harness.conformance.subject import DTYPES
-from harness.conformance.tolerance_policies import noise_floor
 
 
 class Two(nn.Module):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from harness.analysis.verdict_kind import Verdict, VerdictKind, joint
-from harness.conformance import tolerance_table
+from harness.conformance import tolerance_constants
 from harness.records import naming
 from harness.records.manifest import Comparison
 from harness.records.record import Cell, Record, Status
@@ -114,15 +114,15 @@ def _measure(subject: Record, exact: Record, noise: Record) -> JudgedTrajectory:
     # Largest loss so far, not this step's: the loss of a well-fitted batch is a small difference of large logits, and
     # its rounding error follows the logits.
     scale = list(accumulate((abs(x) for x in yardstick), max))
-    eps = tolerance_table.EPSILON[dtype]
+    eps = tolerance_constants.EPSILON[dtype]
     # A run in float64 has no noise to be compared with but its own; so has the reference in any dtype.
     by = "growth" if subject.id == noise.id or dtype == EXACT else "noise"
     if by == "growth":
-        allowed = [tolerance_table.REFERENCE_GROWTH_EPS * eps * (t + 1) * s for t, s in enumerate(scale)]
+        allowed = [tolerance_constants.REFERENCE_GROWTH_EPS * eps * (t + 1) * s for t, s in enumerate(scale)]
     else:
         envelope = accumulate((abs(a - b) for a, b in zip(_losses(noise), yardstick, strict=True)), max)
-        floor = (tolerance_table.TRAJECTORY_FLOOR_EPS * eps * s for s in scale)
-        allowed = [tolerance_table.TRAJECTORY_FACTOR * e + f for e, f in zip(envelope, floor, strict=True)]
+        floor = (tolerance_constants.TRAJECTORY_FLOOR_EPS * eps * s for s in scale)
+        allowed = [tolerance_constants.TRAJECTORY_FACTOR * e + f for e, f in zip(envelope, floor, strict=True)]
     ratios = [
         error / bound if bound else (0.0 if error == 0 else float("inf"))
         for error, bound in zip(errors, allowed, strict=True)

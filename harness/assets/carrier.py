@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from pathlib import Path
 from harness.assets import cache
 from harness.assets.table import Source
 from harness.errors import AssetError
-from harness.process import child
+from harness.process.supervisor import Subprocess, python
 
 Progress = Callable[[str, int, int | None], None]
 """Called with what is going on, how many bytes are done and how many there are (None: unknown)."""
@@ -75,14 +74,14 @@ def _download(source: Source, staging: Path, progress: Progress) -> Path:
     command = ["-m", "pip", "download", "--no-deps", "--require-hashes", only, "--disable-pip-version-check"]
     command += ["--no-input", "-d", str(saved), "-r", str(requirements)]
     # TMPDIR: pip's partial file is then seen here, and goes with the staging folder whatever happens to pip.
-    with child.python(command, {"TMPDIR": str(temporary)}) as pip:
-        carrier = _watch(pip.process, source, work, progress)
+    with python(command, {"TMPDIR": str(temporary)}) as pip:
+        carrier = _watch(pip, source, work, progress)
     if carrier is None:
         raise _failure(source, pip)
     return carrier
 
 
-def _watch(pip: subprocess.Popen[str], source: Source, work: Path, progress: Progress) -> Path | None:
+def _watch(pip: Subprocess, source: Source, work: Path, progress: Progress) -> Path | None:
     """Wait until the whole carrier is on disk, and return it, or None if pip ended without it.
 
     Its hash, not pip's exit, says when it is whole: what pip does after the download of an sdist is to run its setup.py
@@ -90,7 +89,7 @@ def _watch(pip: subprocess.Popen[str], source: Source, work: Path, progress: Pro
     """
     wrong: set[Path] = set()
     while True:
-        ended = pip.poll() is not None
+        ended = pip.exit_code is not None
         sizes = _sizes(work, _SUFFIXES[source.scheme])
         progress(f"{source.name}: downloading", max(sizes.values(), default=0), source.bytes)
         for path, size in sizes.items():
@@ -118,11 +117,11 @@ def _sizes(folder: Path, suffixes: tuple[str, ...]) -> dict[Path, int]:
     return sizes
 
 
-def _failure(source: Source, pip: child.Child) -> AssetError:
+def _failure(source: Source, pip: Subprocess) -> AssetError:
     """Say in one message what pip took a page for."""
-    talk = pip.said
+    talk = pip.output
     what = f"{source.name} ({source.address})"
-    if pip.met_full_disk:
+    if pip.reports_full_disk:
         return cache.disk_full(what)
     if got := re.search(r"Got\s+([0-9a-f]{64})", talk):
         return _wrong_hash(source, got[1], "pip", "do not use this file; if the package is right, correct the table")
@@ -139,7 +138,7 @@ def _failure(source: Source, pip: child.Child) -> AssetError:
     errors = [line for line in talk.splitlines() if line.startswith("ERROR:") and line != "ERROR: Exception:"]
     reason = " / ".join(errors or talk.splitlines()[-1:]) or "it said nothing"
     return AssetError(
-        f"cannot fetch {what}: pip ended with exit code {pip.process.returncode}: {reason}",
+        f"cannot fetch {what}: pip ended with exit code {pip.exit_code}: {reason}",
         hint=_hand(source),
     )
 

@@ -11,7 +11,7 @@ from harness.assets import cache, carrier, hub, model_folder, shapes, splits, un
 from harness.assets.carrier import Progress
 from harness.assets.table import Source
 from harness.errors import AssetError
-from harness.process import child as process
+from harness.process.supervisor import python
 from harness.records.record import AssetUse
 
 _MAKER = Path(__file__).with_name("generated.py")
@@ -126,14 +126,14 @@ def _fill(made: Path, source: Source, staging: Path, progress: Progress) -> None
 def _in_child(script: Path, *arguments: str, label: str, progress: Progress) -> None:
     """Run a script of ours that imports torch: in its own process this one stays light."""
     # -P: the modules beside this one must not hide others of the same name.
-    with process.python(["-P", str(script), *arguments], {"HF_HUB_OFFLINE": "1"}) as child:
-        while (code := child.process.poll()) is None:
+    with python(["-P", str(script), *arguments], {"HF_HUB_OFFLINE": "1"}) as child:
+        while (code := child.exit_code) is None:
             progress(label, 0, None)
             time.sleep(_POLL_S)
     if code != 0:
-        if child.met_full_disk:
+        if child.reports_full_disk:
             raise cache.disk_full(label.partition(":")[0])
-        last = "\n    ".join(child.said.strip().splitlines()[-_LAST_LINES:])
+        last = "\n    ".join(child.output.strip().splitlines()[-_LAST_LINES:])
         raise AssetError(
             f"{label} failed ({f'signal {-code}' if code < 0 else f'exit code {code}'}); it said last:\n    {last}",
             where=script.name,

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.process import child
+from harness.process.supervisor import ANSWER
 
 if TYPE_CHECKING:
     import torch
@@ -80,4 +80,4 @@ def _answer(folder: str, kind: str, names: Sequence[str]) -> dict[str, str]:
 
 if __name__ == "__main__":
     for one in json.loads(sys.argv[1]):
-        print(child.ANSWER + json.dumps(_answer(*one)), flush=True)
+        print(ANSWER + json.dumps(_answer(*one)), flush=True)

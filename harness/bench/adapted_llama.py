@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from harness.bench.steps import Backbone, StepBenchmark
 from harness.cell import base_quantisation
 from harness.cell.training.optimizers import BETAS, EPS
-from harness.conformance import parity_gate, parity_suite, whole_model
+from harness.conformance import parity_suite
 from harness.conformance.case import Case
-from harness.conformance.observations import inference
-from harness.conformance.results import judged
+from harness.conformance.cell_gate import parity_gate
+from harness.conformance.comparison import whole_model
+from harness.conformance.comparison.check_results import judged
+from harness.conformance.comparison.observations import inference
+from harness.conformance.comparison.tolerance_policies import carried_noise
 from harness.conformance.subject import (
     DTYPES,
     Original,
@@ -26,7 +29,6 @@ from harness.conformance.subject import (
     load,
     warm,
 )
-from harness.conformance.tolerance_policies import carried_noise
 from harness.methods.registry import Implementation, Registry
 from harness.records.record import Base, CheckResult
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from harness.process.events import speaker
+from harness.process.event_pipe import event_writer
 
 
 def main(fd: int, line: int) -> None:
     """Say why torch can use no GPU, or nothing if it can."""
-    with speaker(fd, line) as say:
+    with event_writer(fd, line) as emit:
         import torch
 
         why = "is built without CUDA" if torch.version.cuda is None else "cannot use it"
-        say(unusable="" if torch.cuda.is_available() else f"torch {torch.__version__} {why}")
+        emit(unusable="" if torch.cuda.is_available() else f"torch {torch.__version__} {why}")
 
 
 if __name__ == "__main__":

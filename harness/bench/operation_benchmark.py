@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from harness.bench import ceilings, timing
-from harness.bench.operations import OPERATIONS, Cost
+from harness.bench import operations as timed_operations
+from harness.bench.costs import Cost
 from harness.bench.results import BenchRow
 from harness.bench.sizes import TINY, BenchSize
 from harness.bench.verdict import standing
-from harness.conformance import matrix, operation_call, operations, parity_suite
+from harness.conformance import operations, parity_suite
 from harness.conformance.case import Case
-from harness.conformance.operations import cloned, mapped
-from harness.conformance.outcomes import CheckOutcome
+from harness.conformance.comparison import operation_call
+from harness.conformance.execution import suite_run
+from harness.conformance.findings.outcomes import CheckOutcome
+from harness.conformance.operation import OperationSubject, cloned, mapped
 from harness.conformance.subject import DTYPES
 from harness.errors import Unsupported
 from harness.methods.registry import Implementation
@@ -45,7 +48,7 @@ class OperationBenchmark:
 
     def __post_init__(self) -> None:
         self.plan = parity_suite.load_operation(self.operation)
-        self.how = OPERATIONS[self.operation]
+        self.how = timed_operations.every()[self.operation]
         self.it = operations.every()[self.operation]
         self.clock = timing.Clock(self.device)
         self.limits = ceilings.measure(self.clock, DTYPES[self.dtype])
@@ -85,7 +88,7 @@ class OperationBenchmark:
 
     def _arguments(self, size: BenchSize) -> dict[str, Any]:
         """Draw the arguments as the checks do, and put them on the device."""
-        return self._drawn(size, matrix.SEED)
+        return self._drawn(size, suite_run.SEED)
 
     def _drawn(self, size: BenchSize, seed: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)
@@ -95,13 +98,13 @@ class OperationBenchmark:
 
     def _parity(self, implementation: Implementation, size: BenchSize) -> Iterator[CheckOutcome]:
         """Yield the checks of this very call that the Operation's parity suite has."""
-        subject = operations.OperationSubject(
-            self.it, implementation, self.dtype, self._arguments(size), lambda: self._drawn(size, matrix.SEED + 1)
+        subject = OperationSubject(
+            self.it, implementation, self.dtype, self._arguments(size), lambda: self._drawn(size, suite_run.SEED + 1)
         )
-        case = Case("call", seed=matrix.SEED, factors=self.plan.factors())
+        case = Case("call", seed=suite_run.SEED, factors=self.plan.factors())
         for name in (*CHECKS, *([GRADIENT] if self.how.backward is not None else [])):
             if name in self.plan.checks:
-                result = matrix.tried(name, subject, case, f"{self.operation}/{name}/{self.dtype}/call")
+                result = suite_run.tried(name, subject, case, f"{self.operation}/{name}/{self.dtype}/call")
                 yield CheckOutcome(
                     implementation=implementation.name, kind="operation", target=self.operation, dtype=self.dtype,
                     case=parity_suite.in_words(self.how.case(size)), result=result,

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from harness.bench.operations import OPERATIONS
+from harness.bench import operations as timed_operations
 from harness.bench.results import BenchRow
 from harness.bench.sizes import BenchSize, sizes
 from harness.bench.steps import STEPS, Backbone
@@ -104,7 +104,7 @@ def plan(asked: BenchRequest, registry: Registry, no_gpu: str) -> tuple[list[Ben
 def _everything(asked: BenchRequest, registry: Registry, device: str) -> Iterator[BenchTask | BenchRow]:
     names = list(asked.operations)
     if not names and not asked.steps:
-        names = [name for name in OPERATIONS if registry.names("operation", name)]
+        names = [name for name in timed_operations.every() if registry.names("operation", name)]
     for name in dict.fromkeys(names):
         yield from _operation(asked, registry, device, name)
     steps = STEPS if EVERY in asked.steps else dict.fromkeys(asked.steps)
@@ -113,7 +113,7 @@ def _everything(asked: BenchRequest, registry: Registry, device: str) -> Iterato
 
 
 def _operation(asked: BenchRequest, registry: Registry, device: str, name: str) -> Iterator[BenchTask | BenchRow]:
-    if name not in OPERATIONS:
+    if name not in timed_operations.every():
         yield _not_run(
             asked, name, device, "*", "it has no sizes in harness/bench/operations.py: it is asked, not timed"
         )
@@ -121,7 +121,7 @@ def _operation(asked: BenchRequest, registry: Registry, device: str, name: str) 
     there = parity_suite.load_operation(name).dtypes
     usual = _DTYPE[device]
     wanted = list(dict.fromkeys(asked.dtypes)) or [usual if usual in there else there[0]]
-    per_token = OPERATIONS[name].per_token
+    per_token = timed_operations.every()[name].per_token
     for rival in _rivals(asked, registry, "operation", name):
         if isinstance(rival, BenchRow):
             yield rival.model_copy(update={"device": device})

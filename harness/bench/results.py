@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from harness.analysis.statistics.intervals import Median, median_interval
-from harness.conformance.outcomes import CheckOutcome, CheckStatus
+from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.records.record import FrozenModel, Json, Seconds
 
 Outcome = Literal["measured", "refused", "not-run", "failed"]

@@ -17,8 +17,9 @@ from harness.bench.results import BenchRow, Products, Samples
 from harness.bench.steps import CYCLE, GALORE_GAP, PRODUCTS, Backbone, StepBenchmark
 from harness.bench.verdict import standing
 from harness.cell.measure.memory import PeakMeter
-from harness.conformance import matrix, parity_suite
-from harness.conformance.outcomes import CheckOutcome
+from harness.conformance import parity_suite
+from harness.conformance.execution import suite_run
+from harness.conformance.findings.outcomes import CheckOutcome
 from harness.conformance.subject import DTYPES, configure
 from harness.errors import Unsupported
 from harness.methods.registry import Implementation, Registry
@@ -163,7 +164,7 @@ def _galore(
             CheckOutcome(
                 implementation=it.name, kind="method", target=step.method, dtype=dtype, case=str(of), result=result
             )
-            for result in matrix.one_case(it, plan, of, device)
+            for result in suite_run.one_case(it, plan, of, device)
         ]
     tried, outcome, because = standing(parity)
     samples = None

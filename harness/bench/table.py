@@ -7,7 +7,7 @@ from statistics import median
 
 from harness.bench.results import FEWEST, INTERRUPTED, NO_GPU, BenchRow
 from harness.bench.steps import PRODUCTS
-from harness.conformance.outcomes import CheckStatus
+from harness.conformance.findings.outcomes import CheckStatus
 
 _HEAD = ("benchmark", "shape", "dtype", "on", "{0}", "other", "", "other/{0}", "limit", "memory", "parity")
 

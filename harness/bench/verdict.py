@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from harness.bench.results import Outcome
-from harness.conformance import defects
-from harness.conformance.outcomes import CheckOutcome, CheckStatus
+from harness.conformance.findings import defects
+from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 
 
 def standing(parity: Sequence[CheckOutcome]) -> tuple[list[CheckOutcome], Outcome, str]:

@@ -18,43 +18,43 @@ from harness.bench.sizes import BenchSize
 from harness.bench.steps import STEPS, Backbone
 from harness.errors import Unsupported
 from harness.methods.registry import Implementation, discover, told
-from harness.process.events import Say, speaker
+from harness.process.event_pipe import Emit, event_writer
 
 
 class _LastWords:
     """Says what error ends this process, and lets it."""
 
-    def __init__(self, say: Say) -> None:
-        self.say = say
+    def __init__(self, emit: Emit) -> None:
+        self.emit = emit
 
     def __enter__(self) -> None:
         """Do nothing yet."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is not None:
-            self.say(failed=told(error))
+            self.emit(failed=told(error))
 
 
 def main(fd: int, line: int, task: dict[str, Any]) -> None:
     """Do one task of `harness.bench.planning`."""
-    with speaker(fd, line) as say, _LastWords(say):
+    with event_writer(fd, line) as emit, _LastWords(emit):
         registry = discover(only=task["points"])
         found = [registry.find(task["kind"], task["target"], name) for name in task["names"]]
         packers = [p for p in task["packers"] if p]
         needed = [*found, *(registry.find("base", task["base"], p) for p in packers)]
         if missing := _missing(needed):
-            say(missing=missing)
+            emit(missing=missing)
             return
         import torch
 
         torch.set_num_threads(task["threads"])
         try:
-            _work(task, found, registry, say)
+            _work(task, found, registry, emit)
         except Unsupported as error:
-            say(missing=str(error))
+            emit(missing=str(error))
 
 
-def _work(task: dict[str, Any], found: list[Implementation], registry: Any, say: Say) -> None:
+def _work(task: dict[str, Any], found: list[Implementation], registry: Any, emit: Emit) -> None:
     import torch
 
     device, facts = torch.device(task["device"]), _facts(task)
@@ -64,25 +64,25 @@ def _work(task: dict[str, Any], found: list[Implementation], registry: Any, say:
         ours, other = found
         bench = OperationBenchmark(task["target"], ours, other, task["dtype"], device, task["pairs"], facts)
         for number, size in enumerate(task["sizes"]):
-            say(begin=number)
+            emit(begin=number)
             for row in bench.rows(BenchSize(**size)):
-                say(row=row.model_dump(mode="json"))
-            say(end=number)
+                emit(row=row.model_dump(mode="json"))
+            emit(end=number)
         return
     from harness.bench import step_benchmark
 
     step, shape, packers = STEPS[task["step"]], Backbone(**task["backbone"]), task["packers"]
-    say(begin=0)
+    emit(begin=0)
     if len(found) == 1:
         taken = step_benchmark.memory(step, found[0], packers[0], shape, task["dtype"], device, registry)
-        say(memory=taken)
+        emit(memory=taken)
     else:
         row = step_benchmark.row(
             task["step"], step, (found[0], found[1]), (packers[0], packers[1]), shape, task["dtype"], device,
             task["pairs"], registry, facts,
         )  # fmt: skip
-        say(row=row.model_dump(mode="json"))
-    say(end=0)
+        emit(row=row.model_dump(mode="json"))
+    emit(end=0)
 
 
 def _missing(implementations: list[Implementation]) -> str:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from harness.conformance.packed_codes import judge_in_pieces
+from harness.conformance.comparison.packed_codes import judge_in_pieces
+from harness.conformance.comparison.tolerance_policies import Judgement
 from harness.conformance.subject import ExpectedCodes, PackedLayer, is_small
-from harness.conformance.tolerance_policies import Judgement
 from harness.errors import UsageError
 from harness.methods.registry import Registry
 from harness.records.record import Base

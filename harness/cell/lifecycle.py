@@ -26,9 +26,10 @@ from harness.cell.training.head import beside, head_of, in_head
 from harness.cell.training.head import draw as draw_head
 from harness.cell.training.offloaded_weights import OffloadedWeights, unused
 from harness.cell.training.update_tracker import UpdateTracker
-from harness.conformance import parity_gate, whole_model
-from harness.conformance.memory_headroom import free_B
-from harness.conformance.observations import inference
+from harness.conformance.cell_gate import parity_gate
+from harness.conformance.cell_gate.memory_headroom import free_B
+from harness.conformance.comparison import whole_model
+from harness.conformance.comparison.observations import inference
 from harness.conformance.subject import (
     DTYPES,
     Original,

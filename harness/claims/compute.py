@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,7 +14,7 @@ from typing import Any
 from harness.claims.claim import Asking, Claim
 from harness.claims.judge import JudgedClaim, Missing, judge, plain
 from harness.claims.measure import MeasureResult
-from harness.process import child as process
+from harness.process.supervisor import Subprocess, python_module
 
 _PATIENCE_S = 1800.0
 
@@ -28,18 +27,16 @@ def judged(claims: Sequence[Claim], jobs: int | None = None, runs: Sequence[Path
     shares = _shares(claims, jobs or min(os.cpu_count() or 1, 8))
     found: dict[str, list[MeasureResult | Missing]] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        watched, line = os.pipe()  # children end when `line` closes, whatever ends this process
-        stack.callback(os.close, line)
-        stack.callback(os.close, watched)
         children = []
         for number, share in enumerate(shares):
             asked, answers = Path(folder) / f"{number}.asked", Path(folder) / f"{number}.answers"
             lines = [json.dumps(plain(asking)) for claim in share for asking in _askings(claim)]
             asked.write_text("\n".join(lines), encoding="utf-8")
-            arguments = ["-P", "-m", "harness.claims.worker", str(watched), str(asked), str(answers), *map(str, runs)]
+            arguments = [str(asked), str(answers), *map(str, runs)]
             threads = str(max(1, (os.cpu_count() or 1) // len(shares)))
             environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads}
-            children.append((share, answers, stack.enter_context(process.python(arguments, environment, [watched]))))
+            child = stack.enter_context(python_module("harness.claims.worker", arguments, environment))
+            children.append((share, answers, child))
         for share, answers, child in children:
             died = _wait(child)
             read = (
@@ -52,13 +49,11 @@ def judged(claims: Sequence[Claim], jobs: int | None = None, runs: Sequence[Path
     return [judge(claim, found[claim.id]) for claim in claims]
 
 
-def _wait(child: process.Child) -> str:
+def _wait(child: Subprocess) -> str:
     """Wait for a child to end, and return what is to be said of measures that it did not come to."""
-    try:
-        child.process.wait(_PATIENCE_S)
-    except subprocess.TimeoutExpired:
+    if child.wait(_PATIENCE_S) is None:
         return f"it was not computed within {_PATIENCE_S:.0f} s"
-    said = child.said.strip().splitlines()
+    said = child.output.strip().splitlines()
     return f"the process that computed it ended: {said[-1] if said else 'it said nothing'}"
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from harness.claims import record_sources
 from harness.claims.measure import MeasureResult, NotRunError, measures
 from harness.errors import HarnessError
-from harness.process import lifeline
+from harness.process.lifeline import die_with_parent
 
 _ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, StopIteration,
@@ -79,7 +79,7 @@ def _written(value: Any) -> bool | str | None:
 
 
 if __name__ == "__main__":
-    lifeline.hold(int(sys.argv[1]))
+    die_with_parent(int(sys.argv[1]))
     record_sources.look_in(map(Path, sys.argv[4:]))
     with Path(sys.argv[3]).open("w", encoding="utf-8") as answers:
         for line in Path(sys.argv[2]).read_text(encoding="utf-8").splitlines():

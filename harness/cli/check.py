@@ -12,16 +12,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import get_args
 
-from harness.conformance import defects, isolated, parity_suite
+from harness.conformance import parity_suite
 from harness.conformance.case_selection import FEW, CaseSelection
-from harness.conformance.defects import Defect
-from harness.conformance.outcomes import CheckStatus
+from harness.conformance.execution import worker_processes
+from harness.conformance.findings import defects
+from harness.conformance.findings.defects import Defect
+from harness.conformance.findings.outcomes import CheckStatus
+from harness.conformance.findings.report import CheckReport
 from harness.conformance.parity_suite import ParityPlan, path_of
-from harness.conformance.report import CheckReport
 from harness.errors import Exit, Problem, SuiteError, UsageError, near
 from harness.methods.peft_config import NO_REFERENCE, UNREFERENCED
 from harness.methods.registry import DTYPES, GROUP, Implementation, Registry, TargetKind, targets
-from harness.process.termination import on_request
+from harness.process.termination import handle_termination
 from harness.records import store
 from harness.report import check_terminal
 
@@ -40,13 +42,13 @@ class CheckRequest:
     dtypes: Sequence[str] = ()
     breadth: CaseSelection = FEW
     jobs: int | None = None
-    patience: float = isolated.PATIENCE
+    patience: float = worker_processes.PATIENCE
 
 
 def check(asked: CheckRequest, as_json: bool, junit: Path | None = None, html: Path | None = None) -> Exit:
     """Check, print, write the files asked for, return the exit code."""
     _places({"--junit": junit, "--html": html})
-    with on_request():
+    with handle_termination():
         report = judge(asked)
     # What was found is printed and written whatever becomes of the other: a full disk, a reader of stdout that has left.
     with contextlib.ExitStack() as afterwards:
@@ -81,13 +83,13 @@ def judge(asked: CheckRequest) -> CheckReport:
     """Try what was asked for, what each entry point offers in a process of its own. Raises UsageError for unknown names."""
     from harness.records.environment import describe
 
-    registry = isolated.discover(asked.patience)
+    registry = worker_processes.discover(asked.patience)
     _known_names(asked, registry)
     wanted = [i for i in registry.implementations if _asked_for(i, asked)]
     plans, known = _read(wanted)
     tasks, skipped = _tasks(wanted, asked, plans)
     jobs = asked.jobs or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
-    findings, interrupted = isolated.run(tasks, jobs, lambda line: print(line, file=sys.stderr), asked.patience)
+    findings, interrupted = worker_processes.run(tasks, jobs, lambda line: print(line, file=sys.stderr), asked.patience)
     for found in findings:
         skipped |= {f"{name} {target}": why for (name, _, target), why in found.missing.items()}
         if interrupted:
@@ -160,7 +162,7 @@ def _asked_for(implementation: Implementation, asked: CheckRequest) -> bool:
 
 def _tasks(
     wanted: Sequence[Implementation], asked: CheckRequest, plans: dict[str, ParityPlan]
-) -> tuple[list[isolated.WorkerTask], dict[str, str]]:
+) -> tuple[list[worker_processes.WorkerTask], dict[str, str]]:
     """Group by who offers it, since each process pays for its imports once, and for those alone."""
     grouped: dict[str, list[Implementation]] = {}
     skipped = {}
@@ -173,7 +175,9 @@ def _tasks(
         else:
             grouped.setdefault(one.point, []).append(one)
     tasks = [
-        isolated.WorkerTask(point, [(i.name, i.kind, i.target) for i in several], asked.breadth, tuple(asked.dtypes))
+        worker_processes.WorkerTask(
+            point, [(i.name, i.kind, i.target) for i in several], asked.breadth, tuple(asked.dtypes)
+        )
         for point, several in grouped.items()
     ]
     # The longest first, so that at the end no core waits long for another.

@@ -1,4 +1,4 @@
-"""`peft-harness claims`. No torch: child processes compute."""
+"""The command `claims`. No torch: child processes compute."""
 
 from __future__ import annotations
 
@@ -16,37 +16,55 @@ from harness.errors import Exit, UsageError
 
 @click.command()
 @click.argument("papers", nargs=-1, metavar="[PAPER]...")
-@click.option("--tier", "tiers", multiple=True, type=click.Choice(get_args(Tier)), help="[all of them]; again.")
-@click.option("--id", "ids", multiple=True, metavar="ID", help="Only claims whose id begins so; may be given again.")
-@click.option("--headlines", is_flag=True, help="Only the papers' headlines; --html then writes their own page.")
 @click.option(
-    "--file", "files", multiple=True, type=click.Path(path_type=Path), metavar="YAML", help="Your own; again."
+    "--tier", "tiers", multiple=True, type=click.Choice(get_args(Tier)),
+    help="Only claims that need this: exact (arithmetic or a small tensor), gpu-synthetic (a GPU and random weights) or "
+    f"trained (training on data). {options.AGAIN}",
+)  # fmt: skip
+@click.option("--id", "ids", multiple=True, metavar="ID", help=f"Only claims whose id starts with ID. {options.AGAIN}")
+@click.option(
+    "--headlines", is_flag=True, help="Only claims of a paper's headline; --html then writes a page for these."
 )
-@click.option("--run", "runs", multiple=True, metavar="RUN", help="Its Records decide before published ones; again.")
-@click.option("--jobs", type=click.IntRange(1, 256), help="Processes at a time.  [the cores, at most 8]")
+@click.option(
+    "--file", "files", multiple=True, type=click.Path(path_type=Path), metavar="YAML",
+    help=f"Claim file of your own. {options.AGAIN}",
+)  # fmt: skip
+@click.option(
+    "--run", "runs", multiple=True, metavar="RUN",
+    help=f"Decide claims by the Records of this run, before those of published runs. {options.AGAIN}",
+)  # fmt: skip
+@click.option(
+    "--jobs", type=click.IntRange(1, 256), metavar="N",
+    help="Processes to run at the same time.  [default: one per core, at most 8]",
+)  # fmt: skip
 @click.option("--strict", is_flag=True, help="Exit with 3 if a claim is inconclusive or was not run.")
 @click.option(
     "--show",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Compute nothing, check nothing: show what --json wrote.",
+    help="Compute nothing; show a document written by --json.",
 )
-@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Write a page.")
+@click.option("--html", type=options.FILE, metavar="FILE", help="Also write the results as an HTML page.")
 @options.as_json
 def claims(
     papers: tuple[str, ...], tiers: tuple[Tier, ...], ids: tuple[str, ...], headlines: bool, files: tuple[Path, ...],
     runs: tuple[str, ...], jobs: int | None, strict: bool, show: Path | None, html: Path | None, as_json: bool,
 ) -> Exit:  # fmt: skip
-    """Compute again what papers claim.
+    """Recompute the claims of papers.
 
-    All papers, if neither PAPER nor --file is given. Each claim has its source, what is printed, what we get and a
-    verdict; `peft-harness explain claims` shows how a file of them is written. Claims that need Records take those of the
-    newest complete run of their suite: of those that --run names (a folder, an id, the start of an id, or `latest`), else
-    of the published ones. Exits with 1 if a claim is not reproduced, with 4 if one could not be computed that should have
-    been, with 5 if none was computed.
+    Without PAPER and --file, computes the claims of all papers. Prints for each claim its source, the printed value, our
+    value and a verdict. `peft-harness explain claims` describes the format of a claim file. A claim that needs Records takes
+    those of the newest complete run of its suite: a run given by --run (a folder, an id, the start of an id, or `latest`),
+    otherwise a published run.
+
+    \b
+    Exit codes:
+      1  a claim is not reproduced
+      4  a claim could not be computed because of a failure
+      5  no claim was computed
     """
     from harness.claims import claim_file, compute, document, selection, table
-    from harness.process.termination import on_request
+    from harness.process.termination import handle_termination
     from harness.records import environment, store
     from harness.report import claims_page
     from harness.report.html import page_path
@@ -54,13 +72,13 @@ def claims(
     page = page_path(html, "--html") if html else None
     if show:
         if papers or files or runs:
-            raise UsageError("--show computes nothing", where="--show", hint="leave PAPER, --file and --run out")
+            raise UsageError("computes nothing", where="--show", hint="remove PAPER, --file and --run")
         written, software = document.read(show)
         rows = selection.chosen(written, tiers, ids, headlines=headlines)
     else:
         read = claim_file.load([*claim_file.paths(papers or (() if files else claim_file.names())), *files])
         folders = [store.find_run(name).resolve() for name in runs]
-        with on_request():  # or a child would outlive this process
+        with handle_termination():  # otherwise a child could outlive this process
             software = environment.describe().software
             rows = compute.judged(selection.chosen(read, tiers, ids, headlines=headlines), jobs, folders)
     if page:

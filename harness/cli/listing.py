@@ -1,171 +1,28 @@
-"""What `list` prints: every part that a suite can name, found, never kept by hand."""
+"""The command `list`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import json
 
-from harness import yaml_lines
-from harness.assets import shapes
-from harness.assets.table import Source, load_table
-from harness.conformance import checks
-from harness.console import aligned
-from harness.methods.peft_config import UNREFERENCED
-from harness.methods.registry import Registry, discover
-from harness.methods.spec import methods
-from harness.records.record import SCHEMA
-from harness.resources import folder
-from harness.suites import loader, tasks
+import click
 
-ListRow = dict[str, Any]
+from harness.cli import options
+from harness.console import say
+from harness.errors import Exit
+
+KINDS = ("methods", "implementations", "suites", "models", "tasks", "checks", "claims", "measures")
 
 
-def listing(kinds: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the rows of each kind (all of them if none is named) as one document, ready for JSON."""
-    registry = discover()
-    document: dict[str, Any] = {"schema": SCHEMA}
-    for kind in kinds or KINDS:
-        document[kind] = _ROWS[kind](registry)
-        if kind == "implementations":
-            document["broken"] = [{"name": name, "reason": reason} for name, reason in registry.broken.items()]
-    return document
+@click.command("list")
+@click.argument("kinds", nargs=-1, type=click.Choice(KINDS), metavar="[KIND]...")
+@options.as_json
+def list_(kinds: tuple[str, ...], as_json: bool) -> Exit:
+    """List the names that a suite can use.
 
+    KIND is methods, implementations, suites, models, tasks, checks, claims or measures; without it, all of them are listed.
+    """
+    from harness.cli import catalog
 
-def as_text(document: Mapping[str, Any]) -> str:
-    """Lay the document of `listing` out in aligned columns."""
-    blocks = []
-    for kind, rows in document.items():
-        if kind == "schema" or (kind == "broken" and not rows):
-            continue
-        shown = [[_shown(row[column]) for column in _COLUMNS[kind]] for row in rows]
-        blocks.append("\n".join([kind, *aligned(shown)]))
-    return "\n\n".join(blocks)
-
-
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple, dict)) else str(value)
-
-
-def _methods(registry: Registry) -> list[ListRow]:
-    return [
-        {
-            "name": info.name,
-            "implementations": registry.names("method", info.name),
-            "summary": info.summary,
-            "paper": info.paper,
-            "config": {
-                key: {"type": f.type, "default": f.default, "least": f.least, "most": f.most, "choices": f.choices}
-                for key, f in info.fields.items()
-            },
-        }
-        for info in (methods() | UNREFERENCED).values()
-    ]
-
-
-def _implementations(registry: Registry) -> list[ListRow]:
-    return [
-        {
-            "name": i.name,
-            "kind": i.kind,
-            "target": i.target,
-            "provider": f"{i.distribution} {i.version}".strip(),
-            "dtypes": i.dtypes,
-            "devices": i.devices,
-        }
-        for i in sorted(registry.implementations, key=lambda i: (i.kind, i.target, i.name))
-    ]
-
-
-def _suites(_: Registry) -> list[ListRow]:
-    files = {name: yaml_lines.load(loader.find(name)).data for name in loader.names()}
-    return [
-        {"name": name, "title": str(data.get("title", "")), "about": str(data.get("about", "")).strip()}
-        for name, data in files.items()
-    ]
-
-
-def _models(_: Registry) -> list[ListRow]:
-    whole = [s for s in _sources().values() if s.kind != "data"]
-    return [
-        *({"name": s.name, "kind": s.kind, "source": s.source, "licence": s.licence} for s in whole),
-        *(
-            {"name": f"{shapes.PREFIX}{p.name}", "kind": p.kind, "source": p.source, "licence": "none: no weights"}
-            for p in shapes.presets().values()
-        ),
-    ]
-
-
-def _tasks(_: Registry) -> list[ListRow]:
-    found = [tasks.load(name, folder("suites"), _sources()) for name in tasks.names()]
-    return [
-        {
-            "name": t.name,
-            "data": t.data.name if t.data else "random tokens",
-            "labels": t.labels,
-            "test": t.test,
-            "licence": t.data.licence if t.data else "none needed",
-        }
-        for t in found
-    ]
-
-
-def _checks(_: Registry) -> list[ListRow]:
-    return [{"name": name, "summary": text.partition("\n")[0]} for name, text in checks.docstrings().items()]
-
-
-def _claims(_: Registry) -> list[ListRow]:
-    from harness.claims import claim_file
-
-    claims = claim_file.load(claim_file.paths(claim_file.names()))
-    return [
-        {
-            "name": c.id,
-            "tier": c.tier,
-            "source": f"{c.version}, {c.source}",
-            "printed": c.printed,
-            "sentence": c.sentence,
-        }
-        for c in claims
-    ]
-
-
-def _measures(_: Registry) -> list[ListRow]:
-    from harness.claims.measure import measures
-
-    return [
-        {
-            "name": m.name,
-            "in": m.dimension,
-            "arguments": list(m.arguments.model_fields),
-            "summary": m.about.partition("\n")[0],
-        }
-        for m in measures().values()
-    ]
-
-
-def _sources() -> dict[str, Source]:
-    return load_table(folder("suites") / "sources.yaml")
-
-
-_ROWS: dict[str, Callable[[Registry], list[ListRow]]] = {
-    "methods": _methods,
-    "implementations": _implementations,
-    "suites": _suites,
-    "models": _models,
-    "tasks": _tasks,
-    "checks": _checks,
-    "claims": _claims,
-    "measures": _measures,
-}
-_COLUMNS = {
-    "methods": ("name", "implementations", "summary"),
-    "implementations": ("name", "kind", "target", "provider", "dtypes", "devices"),
-    "broken": ("name", "reason"),
-    "suites": ("name", "title"),
-    "models": ("name", "kind", "source", "licence"),
-    "tasks": ("name", "data", "labels", "test"),
-    "checks": ("name", "summary"),
-    "claims": ("name", "tier", "printed", "source"),
-    "measures": ("name", "in", "summary"),
-}
-KINDS = tuple(_ROWS)
+    document = catalog.listing(kinds)
+    say(json.dumps(document, indent=1) if as_json else catalog.as_text(document))
+    return Exit.PASS

@@ -1,40 +1,61 @@
-"""Options that several verbs have, so that they say and do the same."""
+"""Options that several commands share, so that they have one name, one meaning and one help text."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 _C = TypeVar("_C", bound=Callable[..., Any])
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+FILE = click.Path(path_type=Path, dir_okay=False)
+FOLDER = click.Path(path_type=Path, file_okay=False)
+AGAIN = "Repeatable."
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
+strict = click.option("--strict", is_flag=True, help="Exit with 3 if any question stays undecided.")
+device = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+    help="Device to measure on; auto takes a GPU if there is one.",
+)  # fmt: skip
+junit = click.option("--junit", type=FILE, metavar="FILE", help="Also write the results as JUnit XML.")
 
 _GRAMMAR = """
 
     \b
-    EXPR of --only: terms separated by commas.
-      key=value  id, model, task, method, implementation, base, optimizer,
-                 dtype, seed, lr, batch, max_tokens, accumulate, checkpointing, lr_ratio,
-                 compile, layerwise, tune (true: a search's Cells), or a key of the config
+    EXPR of --only is a list of terms, separated by commas:
+      key=value  key is id, model, task, method, implementation, base, optimizer,
+                 dtype, seed, lr, batch, max_tokens, accumulate, checkpointing,
+                 lr_ratio, compile, layerwise, tune (true: Cells of a learning-rate
+                 search), or a key of the Method's config
       word       the start of a cell_id, or a part of an id or name
-    Terms of the same key are alternatives; different keys must all hold:
-    `method=lora,implementation=fused,implementation=hf-peft`.
-    Given again, its terms are added.
+    Terms with the same key are alternatives; terms with different keys must all
+    match: `method=lora,implementation=fused,implementation=hf-peft`.
+    If --only is repeated, its terms are joined.
     """
 
 
-def _together(_: click.Context, __: click.Parameter, given: tuple[str, ...]) -> str | None:
-    return ",".join(given) if given else None
+def finite_seconds(_: click.Context, __: click.Parameter, value: float) -> float:
+    """Refuse NaN, infinity and values that are not above 0; click's FloatRange accepts the first two."""
+    if not 0 < value < math.inf:
+        raise click.BadParameter(f"{value:g} is not a number of seconds above 0, e.g. 3600")
+    return value
+
+
+def join(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> str | None:
+    """Join the expressions of a repeated option to one."""
+    return ",".join(values) if values else None
 
 
 def cells(name: str, help_: str) -> Callable[[_C], _C]:
-    """Return an option that names Cells, by an expression (see `expand.only`). Given twice, both are one expression."""
-    return click.option(name, multiple=True, callback=_together, metavar="EXPR", help=help_)
+    """Return an option that selects Cells by an expression (see `suites.expand.only`)."""
+    return click.option(name, multiple=True, callback=join, metavar="EXPR", help=help_)
 
 
 def only(command: click.Command) -> click.Command:
-    """Add `--only`, with its grammar, to a command."""
+    """Add `--only` and the description of its grammar to a command."""
     command.help = (command.help or "") + _GRAMMAR
-    return cells("--only", "Cells to keep, e.g. `method=lora,rank=8`; see below.")(command)
+    return cells("--only", "Use only these Cells, e.g. `method=lora,rank=8`. See below.")(command)

@@ -1,1 +1,1 @@
-"""Is it the same thing? Cases, checks and tolerance policies, judged against a float64 reference."""
+"""Conformance: parity suites, cases, checks and planted faults, judged against a float64 reference."""

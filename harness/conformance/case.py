@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.tolerance_table import NOISE_FACTOR
+from harness.conformance.tolerance_constants import NOISE_FACTOR
 
 if TYPE_CHECKING:
     from harness.conformance.subject import Subject

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from harness.conformance import checks, faults, matrix, operations, parity_suite
+from harness.conformance import checks, faults, operations, parity_suite
 from harness.conformance.checks.unreferenced import ALONE
+from harness.conformance.execution import suite_run
 from harness.conformance.faults import Fault, Slice
 from harness.conformance.faults.packed import pack
 from harness.conformance.faults.patched_copy import PatchedCopy
@@ -120,13 +121,13 @@ def _failed(implementation: Implementation, where: Slice) -> tuple[str, ...]:
     """Return the checks that fail in the one case, in the suite's order."""
     if implementation.kind == "operation":
         calls = parity_suite.load_operation(implementation.target)
-        results = matrix.one_call(implementation, calls, where.values, where.dtype)
+        results = suite_run.one_call(implementation, calls, where.values, where.dtype)
     else:
         shape = parity_suite.CaseShape.model_validate(
             {"tokens": where.tokens, "in": where.inputs, "out": where.outputs}
         )
         case = parity_suite.MethodCase(where.values, where.layer, shape, where.dtype)
-        results = matrix.one_case(implementation, _plan(implementation.target), case)
+        results = suite_run.one_case(implementation, _plan(implementation.target), case)
     failed = [result.check.split("/")[1] for result in results if result.outcome is Outcome.FAIL]
     return tuple(dict.fromkeys(failed))
 

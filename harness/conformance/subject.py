@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from harness.methods import checksums
 from harness.methods.peft_config import UNREFERENCED, AdapterConfig
-from harness.methods.spec import Adapted
+from harness.methods.spec import Adapted, methods
 from reference.operations import nf4
 from reference.shared.layers import KINDS, dense_weight, targets
 
 if TYPE_CHECKING:
-    from harness.conformance.tolerance_policies import Judgement
+    from harness.conformance.comparison.tolerance_policies import Judgement
 
 DTYPES = {
     "float64": torch.float64,
@@ -187,7 +187,7 @@ class Subject:
 
     def _built(self, path: str, dtype: str) -> ReferenceLayer:
         alone = nn.Sequential(OrderedDict(layer=self.dense_base(path, DTYPES[dtype])))
-        replaced = all(f"{path}.{name}" in self.state() for name in _taken_off(self.method))
+        replaced = all(f"{path}.{name}" in self.state() for name in methods()[self.method].spec.start_from_weight)
         config = _quick(self.method, self.config) if replaced else self.config
         adapted = attach_reference(self.method, alone, config, ("layer",), torch.Generator().manual_seed(0))
         return ReferenceLayer(adapted.layers["layer"], _under("layer", adapted.tensors()), adapted)
@@ -251,7 +251,11 @@ def initial_tensors(
         return {}
     tensors = started.tensors()
     own = {id(p) for base in bases.values() for p in base.parameters()}
-    rest = {name: t for name, t in started.state().items() if name.rpartition(".")[2] in _taken_off(method)}
+    rest = {
+        name: t
+        for name, t in started.state().items()
+        if name.rpartition(".")[2] in methods()[method].spec.start_from_weight
+    }
     large = sum(t.numel() for t in (*tensors.values(), *rest.values())) > LARGEST_COPY
     if large and rest:
         return {}
@@ -262,7 +266,7 @@ def drawn_tensors(method: str, bases: Mapping[str, nn.Module], config: Any) -> s
     """Name the initial tensors over `bases` that the reference draws: none of a start that is an SVD of the weight, which
     may draw on its way.
     """
-    if _taken_off(method):
+    if methods()[method].spec.start_from_weight:
         return set()
     one, other = (initial_tensors(method, bases, config, torch.Generator().manual_seed(seed)) for seed in (0, 1))
     return {name for name, tensor in one.items() if not torch.equal(tensor, other[name])}
@@ -276,15 +280,9 @@ def initial_shapes(
     return {name: tuple(t.shape) for name, t in started.tensors().items()} if started else {}
 
 
-def _taken_off(method: str) -> tuple[str, ...]:
-    """Return the names of what the Method's start takes off a weight, if anything."""
-    found: tuple[str, ...] = getattr(importlib.import_module(f"reference.{method}"), "SPLIT", ())
-    return found
-
-
 def _quick(method: str, config: Any) -> Any:
     """Return a config with which the reference is attached quickly; its start is not the Method's, its shapes are."""
-    return replace(config, **getattr(importlib.import_module(f"reference.{method}"), "QUICK_START", {}))
+    return replace(config, **methods()[method].spec.quick_start)
 
 
 def _started(method: str, bases: Mapping[str, nn.Module], config: Any, generator: torch.Generator) -> Adapted | None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from harness.process import child as process
+from harness.process.supervisor import python_module
 
 TIMEOUT_S = 600.0
 
@@ -23,15 +22,12 @@ def ask(requests: list[dict[str, Any]]) -> list[dict[str, Any]] | str:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "requests.json"  # the command line would hold few of them
         file.write_text(json.dumps(requests), encoding="utf-8")
-        with process.tied("harness.memory_model.counting_worker", [str(file)], {"HF_HUB_OFFLINE": "1"}) as child:
-            try:
-                code = child.process.wait(TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                code = None
-    answers = [json.loads(line) for line in child.said.splitlines() if line.startswith("{")]
+        with python_module("harness.memory_model.counting_worker", [str(file)], {"HF_HUB_OFFLINE": "1"}) as child:
+            code = child.wait(TIMEOUT_S)
+    answers = [json.loads(line) for line in child.output.splitlines() if line.startswith("{")]
     if code is None and len(answers) < sum("cell" not in one for one in requests):
         return f"counting took more than {TIMEOUT_S:.0f} s"
     if code:
-        last = child.said.strip().splitlines()
+        last = child.output.strip().splitlines()
         return f"the process that counts ended with {code}: {last[-1] if last else 'it said nothing'}"
     return answers

@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 from harness.memory_model import counting, isolated_step
-from harness.process import lifeline
+from harness.process.lifeline import die_with_parent
 
 
 def main(argv: list[str]) -> None:
     """Answer every request of the file named on the command line."""
     if hasattr(os, "fork"):
-        lifeline.hold(int(argv[1]))
+        die_with_parent(int(argv[1]))
     for request in json.loads(Path(argv[2]).read_bytes()):
         if "largest" in request:
             answer = isolated_step.largest

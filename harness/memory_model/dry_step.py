@@ -23,14 +23,15 @@ from harness.cell.training import model as models
 from harness.cell.training.batches import Batch, Example, collate
 from harness.cell.training.head import beside, head_of, in_head
 from harness.cell.training.offloaded_weights import drop, unused
-from harness.conformance import whole_model
+from harness.conformance.comparison import whole_model
 from harness.conformance.subject import DTYPES, adaptable_layers, configure
 from harness.errors import UsageError
 from harness.kernels.nf4_format import BLOCK2
-from harness.kernels.torch import adamw8bit, packed_weight
-from harness.kernels.torch.compiled import LARGE
+from harness.kernels.torch import adamw8bit_step
 from harness.kernels.torch.nf4_linear import Nf4Linear
-from harness.kernels.torch.packed_weight import PackedWeight
+from harness.kernels.torch.support import packed_weight
+from harness.kernels.torch.support.compiled import LARGE
+from harness.kernels.torch.support.packed_weight import PackedWeight
 from harness.memory_model import state_sizes
 from harness.memory_model.counting import Undrawn
 from harness.memory_model.memory_tracker import MemoryTracker
@@ -242,12 +243,12 @@ def _few_chunks() -> Iterator[None]:
 
     They are the first, the second, which begins while what the first made is there, as with any later one, and the last.
     """
-    every = adamw8bit.firsts
-    adamw8bit.firsts = lambda n, chunk: sorted({*(found := every(n, chunk))[:2], *found[-1:]})
+    every = adamw8bit_step.firsts
+    adamw8bit_step.firsts = lambda n, chunk: sorted({*(found := every(n, chunk))[:2], *found[-1:]})
     try:
         yield
     finally:
-        adamw8bit.firsts = every
+        adamw8bit_step.firsts = every
 
 
 @contextmanager

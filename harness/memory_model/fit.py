@@ -209,7 +209,7 @@ def best(
     """Return the row of the largest rank x batch that fits; without activations, of the largest rank whose rest fits."""
     found: tuple[int, FitRow] | None = None
     room, known, most = asked.memory.number_B, counted["logits"] is not None, counted["positions"]
-    how = (asked.checkpointing, asked.layerwise and methods()[method].trains_weights)
+    how = (asked.checkpointing, asked.layerwise and methods()[method].spec.trains_weights)
     means_all = not asked.targets or experts.ALL_LINEAR in asked.targets
     untouched = experts.told(of_ranks[0]["untouched"], counted["parameters"]) if means_all else ""
     for one in of_ranks:

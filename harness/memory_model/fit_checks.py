@@ -131,7 +131,7 @@ class _Search:
         packed = row["base"] not in ("none", choices.OWN)
         recipe = Training(
             steps=1, batch=batch, max_tokens=tokens, lr=1e-3, checkpointing=self.asked.checkpointing,
-            layerwise=self.asked.layerwise and info.trains_weights,
+            layerwise=self.asked.layerwise and info.spec.trains_weights,
         )  # fmt: skip
         cell = Cell(
             model=self.asked.model.name,

@@ -8,10 +8,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import select
-import signal
-import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -29,6 +25,7 @@ from harness.errors import HarnessError, UsageError
 from harness.memory_model import dry_step, shape_cache
 from harness.memory_model.largest_batch import find
 from harness.methods.peft_config import UNREFERENCED
+from harness.process.supervisor import run_in_fork
 from harness.records.record import Cell
 
 TIMEOUT_S = 30.0
@@ -129,57 +126,32 @@ def _apart(run: Callable[[], int]) -> int | str:
     """Return what `run` returns in a fork of this process, or a sentence that says why there is nothing."""
     if not hasattr(os, "fork"):
         return "this system has no fork, in which a step could be taken without data"
-    told, tell = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which the child does not wait for
-        child = os.fork()
-    if child == 0:
-        os.close(told)
-        _be_child(run, tell)
-    os.close(tell)
-    try:
-        said, until = b"", time.monotonic() + TIMEOUT_S
-        while select.select([told], [], [], max(0.0, until - time.monotonic()))[0]:
-            if not (piece := os.read(told, 65536)):
-                break
-            said += piece
-        else:
-            return _LATE
-        if not said:
-            return "the process of a step without data ended and said nothing"
-        found: int | str
-        found, asked = pickle.loads(said)  # noqa: S301  # of our own fork
-        shape_cache.known.update(asked)  # shapes alone, which the next step need not ask again
-        return found
-    finally:
-        os.close(told)
-        os.kill(child, signal.SIGKILL)  # it has no name of its own in any group; after its end this does nothing
-        os.waitpid(child, 0)
+    answer = run_in_fork(partial(_answered, run), TIMEOUT_S)
+    if answer is None:
+        return _LATE
+    if not answer:
+        return "the process of a step without data ended and said nothing"
+    found: int | str
+    found, shapes = pickle.loads(answer)  # noqa: S301  # of our own fork
+    shape_cache.known.update(shapes)  # shapes alone, which the next step need not ask again
+    return found
 
 
-def _be_child(run: Callable[[], int], tell: int) -> None:
-    """Tell what `run` returns, and end: nothing of what the parent does at its end is done twice."""
+def _answered(run: Callable[[], int]) -> bytes:
+    """Pickle what `run` returns, or why it cannot, with the shapes that it adds to the cache."""
+    os.environ["PEFT_HARNESS_COMPILE"] = "0"
+    torch.set_num_threads(1)  # the threads that torch knows of are the parent's
+    before = len(shape_cache.known)
     try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (1, 2):
-            os.dup2(nowhere, stream)
-        os.environ["PEFT_HARNESS_COMPILE"] = "0"
-        torch.set_num_threads(1)  # the threads that torch knows of are the parent's
-        before = len(shape_cache.known)
-        try:
-            found: int | str = run()
-        except DynamicOutputShapeException as error:
-            found = (
-                f"how many numbers some of its tensors have is known only with data ({error.func}), as of experts that "
-                "are multiplied one by one, in float64"
-            )
-        except UsageError as error:
-            found = error.what  # of the Cell, with data or without
-        except _ERRORS as error:
-            said = (str(error).strip().splitlines() or [""])[0]
-            found = f"a step cannot be taken without data: {type(error).__name__}: {said}"
-        told = pickle.dumps((found, dict(islice(shape_cache.known.items(), before, None))))
-        with open(tell, "wb") as pipe:
-            pipe.write(told)
-    finally:
-        os._exit(0)
+        found: int | str = run()
+    except DynamicOutputShapeException as error:
+        found = (
+            f"how many numbers some of its tensors have is known only with data ({error.func}), as of experts that "
+            "are multiplied one by one, in float64"
+        )
+    except UsageError as error:
+        found = error.what  # of the Cell, with data or without
+    except _ERRORS as error:
+        said = (str(error).strip().splitlines() or [""])[0]
+        found = f"a step cannot be taken without data: {type(error).__name__}: {said}"
+    return pickle.dumps((found, dict(islice(shape_cache.known.items(), before, None))))

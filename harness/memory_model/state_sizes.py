@@ -60,7 +60,7 @@ def optimizers(adapted: Any, trains: Sequence[nn.Parameter], dtype: torch.dtype)
     itemsize = 4 if masters else dtype.itemsize
     return {
         name: (masters + sum(_galore(p, groups.get(id(p), optimizer.defaults), itemsize, bits) for p in trains), 0)
-        for name, bits in zip(galore.OPTIMIZERS, (32, 8), strict=True)
+        for name, bits in zip(galore.SPEC.optimizers, (32, 8), strict=True)
     }
 
 

@@ -20,6 +20,7 @@ from harness.errors import UsageError, closest, near
 from harness.methods import peft_schema
 from harness.methods.spec import FieldInfo, FieldProblem, MethodInfo
 from harness.resources import named
+from reference.spec import ReferenceSpec
 
 FILE = "adapter_config.json"
 KEY = "adapter_config"
@@ -72,7 +73,7 @@ class AdapterConfigField(FieldInfo):
     """
 
     @property
-    def called(self) -> str:
+    def type_label(self) -> str:
         """The type in the words of a suite's author."""
         return f"the path of an {FILE}, or its keys"
 
@@ -124,7 +125,7 @@ class AdapterConfigField(FieldInfo):
     def problems(self, value: Any) -> Iterator[FieldProblem]:
         """Yield all that is wrong with a config; where is one of its keys."""
         if not isinstance(value, dict):
-            what = "is missing" if value is None else f"must be {self.called}, got {value!r}"
+            what = "is missing" if value is None else f"must be {self.type_label}, got {value!r}"
             yield (), what, self.hint
             return
         yield from _unwritable(value)
@@ -243,19 +244,17 @@ def peft_types() -> tuple[str, ...]:
     )
 
 
+_ABOUT = (
+    f"Path of an {FILE}, relative to the suite's folder, or its keys. With {', '.join(map(str.lower, _VIRTUAL))} virtual "
+    "tokens precede every text and take positions of the model. Not supported: "
+    f"{', '.join(map(str.lower, _REFUSED))}; of LoRA {', '.join((*_REFUSED_KEYS, *_REFUSED_STARTS))}. Without a reference "
+    "there is no parity check, so reports show no time of such a Cell next to others."
+)
 PEFT = MethodInfo(
     name="peft",
     summary=f"Any other method of HF peft, by its {FILE}; {NO_REFERENCE}",
-    paper="the config's `peft_type` says which; see peft's documentation",
-    deviations=(),
-    fields={KEY: AdapterConfigField("dict", None)},
-    about_fields=(
-        f"{KEY}: the path of an {FILE} (it starts from the suite's folder), or its keys. Of "
-        f"{', '.join(map(str.lower, _VIRTUAL))} the virtual tokens go before every text and take positions of the model. "
-        "Not offered: "
-        f"{', '.join(map(str.lower, _REFUSED))}; of LoRA {', '.join((*_REFUSED_KEYS, *_REFUSED_STARTS))}. There is no "
-        "reference to compare with, so that no time of such a Cell is shown beside others."
-    ),
+    spec=ReferenceSpec(paper="the config's `peft_type` says which; see peft's documentation"),
+    fields={KEY: AdapterConfigField("dict", None, about=_ABOUT)},
     path=Path(__file__),
 )
 UNREFERENCED = {PEFT.name: PEFT}

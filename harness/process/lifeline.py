@@ -1,4 +1,4 @@
-"""A worker dies with its runner, and takes its children along, however the runner dies."""
+"""A pipe by which a worker notices that its parent is gone, and ends with its children."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import os
 import signal
 
 
-def hold(descriptor: int, *others: int) -> int:
-    """Kill this process group when the other end of the pipe `descriptor` is gone; return the process that waits for that.
+def die_with_parent(lifeline: int, *others: int) -> int:
+    """Kill this process group when the other end of the pipe `lifeline` closes; return the id of the process that watches.
 
-    A killed runner closes the pipe whatever killed it, also one that is gone already. A small process of its own waits
-    for that: a thread of the worker would not run while a library holds the interpreter, and would be killed together
-    with the worker before it could reach the worker's children. `others` are descriptors that it must not hold open.
+    A parent that is killed closes the pipe, whatever killed it, also one that is gone already. A small process watches: a
+    thread of the worker would not run while a library holds the interpreter, and would be killed together with the worker
+    before it could reach the worker's children. `others` are descriptors that the watcher must not hold open.
     """
     if watcher := os.fork():
         return watcher
     try:
         for other in others:
             os.close(other)
-        os.read(descriptor, 1)  # nothing is ever written: this returns when the pipe closes
+        os.read(lifeline, 1)  # nothing is ever written: this returns when the pipe closes
     finally:
         os.killpg(0, signal.SIGKILL)
     raise SystemExit  # never: it has killed itself

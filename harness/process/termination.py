@@ -1,4 +1,4 @@
-"""Signals that end a run as Ctrl-C does: SIGTERM (of Slurm, systemd, `timeout`, `kill`) and SIGHUP (of a lost terminal)."""
+"""Handle SIGTERM (Slurm, systemd, `timeout`, `kill`) and SIGHUP (a closed terminal) as Ctrl-C is handled."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-ASKING = (signal.SIGTERM, signal.SIGHUP)
+TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Terminated(KeyboardInterrupt):
-    """Somebody asked this process to end, by the signal that is its text; whoever handles Ctrl-C handles this too."""
+    """A signal asked this process to end; its text is the signal's name. A KeyboardInterrupt, so that both are one case."""
 
 
 @contextmanager
-def on_request() -> Iterator[None]:
-    """Raise Terminated in the block on the first such signal; further ones must not cut the clean end short.
+def handle_termination() -> Iterator[None]:
+    """Raise Terminated in the block on the first such signal, and ignore further ones, so that the clean end completes.
 
-    A signal that is ignored already stays so: `nohup` asks for that.
+    A signal that is ignored already stays ignored: `nohup` sets that.
     """
     terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
-    heard = {number: signal.getsignal(number) for number in ASKING}
-    heard = {number: handler for number, handler in heard.items() if handler is not signal.SIG_IGN}
+    handlers = {number: signal.getsignal(number) for number in TERMINATION_SIGNALS}
+    handlers = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
 
     def stop(number: int, _: object) -> None:
-        for each in heard:
+        for each in handlers:
             signal.signal(each, signal.SIG_IGN)
         if number == signal.SIGHUP:
-            # To write to a terminal that is gone is an error, and would be the end of the clean end.
+            # A write to a terminal that is gone is an error, and would break the clean end off.
             for descriptor in terminals:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         raise Terminated(signal.Signals(number).name)
 
-    for number in heard:
+    for number in handlers:
         signal.signal(number, stop)
     try:
         yield
     finally:
-        for number, handler in heard.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

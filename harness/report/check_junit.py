@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree as ET
 
-from harness.conformance import summary
-from harness.conformance.outcomes import CheckOutcome, CheckStatus
+from harness.conformance.findings import summary
+from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.records import store
 from harness.report import junit_xml
 
 if TYPE_CHECKING:
-    from harness.conformance.report import CheckReport
+    from harness.conformance.findings.report import CheckReport
 
 
 def render(report: CheckReport) -> bytes:

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.conformance import defects, summary
-from harness.conformance.outcomes import CheckOutcome, CheckStatus
+from harness.conformance.findings import defects, summary
+from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.errors import EXITS, Exit
 from harness.records import store
 from harness.report import html
@@ -16,8 +16,8 @@ from harness.report.formatting import figure, unmeasured
 from harness.report.run_facts import ICONS
 
 if TYPE_CHECKING:
-    from harness.conformance.defects import Defect
-    from harness.conformance.report import CheckReport
+    from harness.conformance.findings.defects import Defect
+    from harness.conformance.findings.report import CheckReport
 
 TEMPLATE = "conformance.html.j2"
 _TONES = {CheckStatus.FAIL: "bad", CheckStatus.KNOWN_DEFECT: "open", CheckStatus.PASS: "good"}

@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from harness.conformance import summary
-from harness.conformance.outcomes import CheckStatus
+from harness.conformance.findings import summary
+from harness.conformance.findings.outcomes import CheckStatus
 
 if TYPE_CHECKING:
-    from harness.conformance.report import CheckReport
+    from harness.conformance.findings.report import CheckReport
 
 _PIPE_WIDTH = 140
 _MOST_LINES = 40

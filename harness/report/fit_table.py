@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.conformance.tolerance_table import FOOTPRINT_ACTIVATIONS, FOOTPRINT_LEDGER
+from harness.conformance.tolerance_constants import FOOTPRINT_ACTIVATIONS, FOOTPRINT_LEDGER
 from harness.console import aligned
 from harness.memory_model.size_units import UNITS, MemorySize
 from harness.report.formatting import short_count

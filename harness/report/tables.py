@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from harness.analysis import contention, failed_checks, measurements
-from harness.conformance.tolerance_table import FOOTPRINT_LEDGER, FOOTPRINT_SHOWN_B
+from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER, FOOTPRINT_SHOWN_B
 from harness.records.record import Accuracy, Cell, Measurements, Memory, Predicted, Record
 from harness.report import formatting, latencies
 from harness.report.formatting import Figure, figure, unmeasured

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 from harness.cell.job import Job
 from harness.errors import StoreError
+from harness.process.supervisor import Subprocess, signal_name
 from harness.records import store
 from harness.records.record import Environment, Failure, Record, Status
 from harness.runner.oom_kills import KernelKills
@@ -53,86 +53,73 @@ class Ending:
 
 
 class Attempt:
-    """A worker at work. Raises StoreError if it cannot be started.
+    """A worker that runs one Cell. Raises StoreError if it cannot be started.
 
-    `events` is a file descriptor to wait on. Call `read` when it can be read, and when `over`, `end`; or `kill`.
+    Call `read` when the descriptor `events` is readable, and `end` once it `is_over`; or `kill`.
     """
 
-    def __init__(self, work: Job, terms: RunContext, command: Sequence[str] = WORKER) -> None:
-        self.work = work.model_copy(update={"launched": time.time()})
+    def __init__(self, job: Job, context: RunContext, command: Sequence[str] = WORKER) -> None:
+        self.job = job.model_copy(update={"launched": time.time()})
         self.phase = "start-up"
         self._peak_B: int | None = None
-        self._terms = terms
+        self._context = context
         self._started, self._begun = store.now(), time.monotonic()
-        self.deadline = self._begun + terms.timeout
-        self._log = terms.folder.log_path(work.cell.cell_id, work.attempt)
-        self._kernel = KernelKills()
+        self.deadline = self._begun + context.timeout
+        self._oom_kills = KernelKills()
         self._by_kernel: bool | None = False
-        self._pending, self._ended = b"", False
-        self.events, events_out = os.pipe()
-        watched_in, self._lifeline = os.pipe()
-        with _closing(events_out, watched_in):  # the worker has its own copies; with ours open no pipe would ever end
-            try:
-                self._worker = _start(self.work, self._log, command, events_out, watched_in)
-            except BaseException:
-                self._close()
-                raise
+        try:
+            self._worker = _start(self.job, context.folder.log_path(job.cell.cell_id, job.attempt), command)
+        except BaseException:
+            self._oom_kills.close()
+            raise
+
+    @property
+    def events(self) -> int:
+        """The file descriptor to wait on."""
+        return self._worker.events.descriptor
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Give the events that the worker has written; blocks if there are none."""
-        chunk = os.read(self.events, 65536)
-        self._ended = not chunk
-        *lines, self._pending = (self._pending + chunk).split(b"\n")
-        for line in lines:
-            with contextlib.suppress(ValueError):  # a line torn by a crash tells nothing
+        for line in self._worker.events.lines():
+            with contextlib.suppress(ValueError):  # a line torn by a crash
                 event = json.loads(line)
                 if event.get("event") == "phase":
                     self.phase, self._peak_B = str(event["name"]), event.get("peak_B")
                 yield event
 
     @property
-    def over(self) -> bool:
+    def is_over(self) -> bool:
         """Whether the worker has ended or its time is up."""
-        if self._ended or time.monotonic() >= self.deadline:
-            return True
-        # A child of it may hold the pipe open; what it wrote itself is read first.
-        return self._worker.poll() is not None and not select.select([self.events], [], [], 0)[0]
+        return time.monotonic() >= self.deadline or self._worker.is_over
 
     def end(self) -> Record:
         """Kill what is left, and return the Record; writes one itself if the worker could not."""
-        late = not self._ended and time.monotonic() >= self.deadline
+        late = not self._worker.events.is_closed and time.monotonic() >= self.deadline
         try:
             if not late:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._worker.wait(_GRACE_S)
+                self._worker.wait(_GRACE_S)
         finally:
             self.kill()
-        return record_of(self.work, self._terms, self._ending(late), self._started, self._begun)
+        return record_of(self.job, self._context, self._ending(late=late), self._started, self._begun)
 
     def kill(self) -> None:
-        """Kill the worker's whole process group, also the children of a worker that has ended."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._worker.pid, signal.SIGKILL)
-        if self._worker.wait() == -signal.SIGKILL:
-            self._by_kernel = self._kernel.killed(self._worker.pid, alone=self.work.at_once == 1)
-        self._close()
+        """Kill the worker with everything it started, also what a worker that has ended left behind."""
+        self._worker.close()
+        if self._worker.exit_code == -signal.SIGKILL:
+            self._by_kernel = self._oom_kills.killed(self._worker.pid, alone=self.job.at_once == 1)
+        self._oom_kills.close()
 
-    def _close(self) -> None:
-        self._kernel.close()
-        os.close(self.events)
-        os.close(self._lifeline)
-
-    def _ending(self, late: bool) -> Ending:
+    def _ending(self, *, late: bool) -> Ending:
         def ending(status: Status, kind: str, because: str) -> Ending:
             return Ending(status, kind, because, self.phase, self._peak_B)
 
         if late:
-            return ending(Status.TIMEOUT, "timeout", f"not done after {self._terms.timeout:g} s, in phase {self.phase}")
-        code = self._worker.returncode
-        if code >= 0:
+            because = f"not done after {self._context.timeout:g} s, in phase {self.phase}"
+            return ending(Status.TIMEOUT, "timeout", because)
+        code = self._worker.exit_code
+        if not (name := signal_name(code or 0)):
             because = f"the worker ended with exit code {code} and left no Record; see its log"
             return ending(Status.LOST, f"exit {code}", because)
-        name = signal.Signals(-code).name
         because = f"the worker was killed by {name} in phase {self.phase}"
         if code == -signal.SIGKILL:
             if self._by_kernel:
@@ -142,36 +129,36 @@ class Attempt:
         return ending(Status.LOST, name, because)
 
 
-def record_of(work: Job, terms: RunContext, ending: Ending, started: str, begun: float) -> Record:
+def record_of(job: Job, context: RunContext, ending: Ending, started: str, begun: float) -> Record:
     """Return the Record of an attempt that is over; if its worker left none, write one that says how it ended.
 
     started: UTC; begun: of time.monotonic(), in this process.
     """
-    path = terms.folder.record_path(work.cell.cell_id, work.attempt)
+    path = context.folder.record_path(job.cell.cell_id, job.attempt)
     if path.exists():
         return store.read_record(path)
     record = Record(
-        run=work.run,
-        cell_id=work.cell.cell_id,
-        attempt=work.attempt,
+        run=job.run,
+        cell_id=job.cell.cell_id,
+        attempt=job.attempt,
         status=ending.status,
         because=ending.because,
-        cell=work.cell,
-        environment=terms.environment,
-        device=work.device,
-        assets=work.assets,
+        cell=job.cell,
+        environment=context.environment,
+        device=job.device,
+        assets=job.assets,
         started=started,
         duration_s=time.monotonic() - begun,
         failure=Failure(
             kind=ending.kind,
-            message=_tail(terms.folder.log_path(work.cell.cell_id, work.attempt)),
+            message=_tail(context.folder.log_path(job.cell.cell_id, job.attempt)),
             phase=ending.phase,
             last_peak_B=ending.peak_B,
         ),
-        notes=work.notes,
+        notes=job.notes,
     )
     try:
-        terms.folder.write_record(record)
+        context.folder.write_record(record)
     except StoreError:
         if path.exists():  # by now: on a network file system its worker's may be seen late
             return store.read_record(path)
@@ -179,27 +166,27 @@ def record_of(work: Job, terms: RunContext, ending: Ending, started: str, begun:
     return record
 
 
-def _start(work: Job, log: Path, command: Sequence[str], events: int, watched: int) -> subprocess.Popen[Any]:
-    """Start the worker in a session of its own; raises StoreError."""
+def _start(job: Job, log: Path, command: Sequence[str]) -> Subprocess:
+    """Start the worker; raises StoreError."""
     try:
         # The file has no name, so that even a killed runner leaves none behind.
-        with tempfile.TemporaryFile() as spec, log.open("ab") as output:
-            spec.write(work.model_dump_json(by_alias=True).encode())
-            spec.seek(0)
-            return subprocess.Popen(
-                [*command, str(events), str(watched)],
-                stdin=spec,
+        with tempfile.TemporaryFile() as stdin, log.open("ab") as output:
+            stdin.write(job.model_dump_json(by_alias=True).encode())
+            stdin.seek(0)
+            return Subprocess(
+                command,
+                environment=_worker_environment(job.threads, job.gpu),
+                events=True,
+                lifeline=True,
+                stdin=stdin,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                pass_fds=(events, watched),
-                start_new_session=True,
-                env=_worker_environment(work.threads, work.gpu),
             )
     except OSError as error:
         raise StoreError(
             f"cannot start a worker: {error.strerror or error}",
             where=str(error.filename or log),
-            hint="free some space or memory, then `peft-harness run SUITE --resume RUN`; what was finished is kept",
+            hint="free some space or memory, then `peft-harness run SUITE --resume RUN`; finished Cells are saved",
         ) from error
 
 
@@ -227,12 +214,3 @@ def _tail(log: Path) -> str:
     with contextlib.suppress(OSError):
         return "\n".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
     return ""
-
-
-@contextlib.contextmanager
-def _closing(*descriptors: int) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)

@@ -67,7 +67,7 @@ class _Times:
         return spent
 
 
-@termination.on_request()
+@termination.handle_termination()
 def run_suite(
     suite_name: str,
     *,

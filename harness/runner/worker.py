@@ -21,8 +21,9 @@ from harness.cell.job import Job
 from harness.cell.training import bypassed_layers
 from harness.errors import HarnessError, Unsupported
 from harness.methods.registry import Implementation, discover
-from harness.process import lifeline, termination
+from harness.process.lifeline import die_with_parent
 from harness.process.out_of_memory import shortage
+from harness.process.termination import TERMINATION_SIGNALS
 from harness.records import environment, store
 from harness.records.record import Failure, Phase, Provider, Record, Status
 
@@ -34,9 +35,9 @@ def main(argv: list[str]) -> int:
     events, watched = int(argv[1]), int(argv[2])
     # An end that was asked for is the runner's to handle; it kills the whole group. A batch system tells every process of
     # a job, and a worker that went first would leave a `lost` Record behind.
-    for asked in (signal.SIGINT, *termination.ASKING):
+    for asked in (signal.SIGINT, *TERMINATION_SIGNALS):
         signal.signal(asked, signal.SIG_IGN)
-    lifeline.hold(watched, events)
+    die_with_parent(watched, events)
     work = Job.model_validate_json(sys.stdin.buffer.read())
 
     def emit(event: str, **facts: Any) -> None:

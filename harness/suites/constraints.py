@@ -68,7 +68,7 @@ def _bases(info: MethodInfo, bases: list[BaseKeys]) -> Iterator[FieldProblem]:
     for index, base in enumerate(bases):
         if base.quantization == "none":
             continue
-        if info.trains_weights:
+        if info.spec.trains_weights:
             what = f"base {base.quantization} keeps frozen weights in 4 bits, and {info.name} trains the weights themselves"
             yield ("base", index), what, f"give {info.name} an entry without `base:`"
         elif info.name in UNREFERENCED:
@@ -107,7 +107,7 @@ def of_training(
     infos = [methods[name] for name in config]
     yield from _optimizers(infos, keys, steps)
     yield from _checkpointing(config, training)
-    able = " and ".join(info.name for info in methods.values() if info.trains_weights)
+    able = " and ".join(info.name for info in methods.values() if info.spec.trains_weights)
     for index, layerwise in enumerate(training.get("layerwise", ())):
         if layerwise:
             for what, hint in _layerwise(infos, able, keys, training):
@@ -123,9 +123,9 @@ def _optimizers(infos: list[MethodInfo], keys: CellKeys, steps: int) -> Iterator
             what = f"`optimizer` is {optimizer}, and nothing is trained in 0 steps"
             yield ("optimizer", index), what, "write `optimizer: adamw` for what is not trained"
         for info in infos:
-            if info.optimizer and optimizer not in info.optimizers:
-                what = f"`optimizer` is {optimizer}, and {info.name} steps by its own, {info.optimizer}"
-                hint = f"give {info.name} an entry with `optimizer: {'` or `'.join(info.optimizers)}`"
+            if info.spec.optimizer and optimizer not in info.spec.optimizers:
+                what = f"`optimizer` is {optimizer}, and {info.name} steps by its own, {info.spec.optimizer}"
+                hint = f"give {info.name} an entry with `optimizer: {'` or `'.join(info.spec.optimizers)}`"
                 yield ("optimizer", index), what, hint
 
 
@@ -147,7 +147,7 @@ def _layerwise(
 ) -> Iterator[tuple[str, str]]:
     """Layer-wise updates free gradients at once: for large ones, of one pass, that nothing else waits for."""
     for info in infos:
-        if not info.trains_weights:
+        if not info.spec.trains_weights:
             what = f"{info.name} does not train the model's own weights, so that its gradients take little memory"
             yield what, f"leave `layerwise` out for {info.name}; it is for {able}"
     for parts in training.get("accumulate", ()):

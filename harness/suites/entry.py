@@ -328,9 +328,9 @@ class _EntryChecker:
     def _ratio(self, config: dict[str, dict[str, list[Any]]], ratio: float, path: KeyPath) -> None:
         """Report Methods without a factor B, whose learning rate LoRA+ multiplies."""
         for name in config:
-            factors = self.context.methods[name].factors
+            factors = self.context.methods[name].spec.factors
             if ratio != 1 and "B" not in factors:
-                having = ", ".join(n for n, info in self.context.methods.items() if "B" in info.factors)
+                having = ", ".join(n for n, info in self.context.methods.items() if "B" in info.spec.factors)
                 what = f"`lr_ratio` is {ratio:g}, and {name} trains no factor B"
                 self.context.problem(path, what, f"write `lr_ratio: 1` for {name}; those that do: {having}")
 

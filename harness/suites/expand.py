@@ -135,7 +135,8 @@ def only(plan: Plan, expr: str) -> Plan:
     swept = {cell_id for tuning in plan.tuning for cell_id in tuning.sweep}
     # A later knob stands in no Cell at its default, and can be named all the same.
     unsaid = {
-        name: {key: knob.default for key, knob in info.fields.items() if knob.later} for name, info in methods().items()
+        name: {key: knob.default for key, knob in info.fields.items() if knob.omit_default}
+        for name, info in methods().items()
     }
     facts = {
         cell.cell_id: {

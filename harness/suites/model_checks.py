@@ -8,10 +8,8 @@ seconds.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import subprocess
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ from harness.assets.table import resolve
 from harness.errors import Problem, SuiteError
 from harness.methods.peft_config import virtual_tokens
 from harness.methods.spec import TARGET_WORDS
-from harness.process import child as process
+from harness.process import supervisor
 from harness.records.record import DECODED
 from harness.suites.task_schema import written
 
@@ -138,11 +136,12 @@ def _looked_for(asked: tuple[tuple[Path, str, tuple[str, ...]], ...]) -> list[di
     while left := asked[len(found) :]:
         lines = json.dumps([[str(folder), kind, names] for folder, kind, names in left])
         words = ["-P", "-m", "harness.assets.structure", lines]
-        late = contextlib.suppress(subprocess.TimeoutExpired)
-        with process.python(words, {"HF_HUB_OFFLINE": "1"}) as child, late:
-            child.process.wait(_TIMEOUT_S * len(left))
+        with supervisor.python(words, {"HF_HUB_OFFLINE": "1"}) as child:
+            child.wait(_TIMEOUT_S * len(left))
         said = [
-            line.removeprefix(process.ANSWER) for line in child.said.splitlines() if line.startswith(process.ANSWER)
+            line.removeprefix(supervisor.ANSWER)
+            for line in child.output.splitlines()
+            if line.startswith(supervisor.ANSWER)
         ]
         found += [json.loads(line) for line in said]
         if len(said) < len(left):

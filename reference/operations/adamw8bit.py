@@ -14,52 +14,56 @@ import torch
 from torch import Tensor
 
 from reference.operations.dynamic_map import dequantize_blockwise, dynamic_map, quantize_blockwise
+from reference.spec import Deviation, ReferenceSpec
 
-SOURCE = "arXiv:2110.02861v2, section 2; bitsandbytes, whose map, block size and least size are what is in use"
-DEVIATIONS = (
-    (
-        "block size",
-        "2048",
-        "256",
-        "bitsandbytes today",
-    ),
-    (
-        "least size",
-        "embedding layers keep 32-bit states (the stable embedding layer)",
-        "tensors of fewer than 4096 elements keep 32-bit states; an embedding is not treated apart",
-        "bitsandbytes' min_8bit_size; its own pinning of nn.Embedding needs a manager that knows the modules",
-    ),
-    (
-        "weight decay",
-        "none in its equations",
-        "decoupled, before the update: p is multiplied by 1 - lr * weight_decay first",
-        "torch's AdamW and bitsandbytes on the CPU; bitsandbytes on CUDA decays after the update, so that it shrinks the "
-        "update too, by lr * weight_decay of it",
-    ),
-    (
-        "eps",
-        "added to sqrt(V), no bias correction printed",
-        "added to sqrt(V / (1 - beta2^t))",
-        "torch's AdamW and bitsandbytes, on the CPU and on CUDA",
-    ),
-    (
-        "search of the code",
-        "nearest",
-        "nearest; one exactly between two takes the lower",
-        "bitsandbytes on the CPU first rounds m / absmax to one of 65,536 values in [-1, 1], 3e-5 apart, none of which is "
-        "0: finer codes are lost, and a zero comes back as 2e-5 absmax, so that a parameter without any gradient moves",
-    ),
-    (
-        "sign of the first moment",
-        "silent",
-        "the nearest code, which for a small negative number may be 0",
-        "bitsandbytes on CUDA takes the next code down there, so that the sign stays",
-    ),
-    (
-        "gradients that are not finite",
-        "silent",
-        "carried on, as in torch's AdamW",
-        "bitsandbytes on CUDA leaves such a parameter and sets its moments to 0",
+SPEC = ReferenceSpec(
+    paper="arXiv:2110.02861v2, section 2; bitsandbytes, whose map, block size and least size are what is in use",
+    deviations=(
+        Deviation(
+            topic="block size",
+            paper="2048",
+            here="256",
+            why="bitsandbytes today",
+        ),
+        Deviation(
+            topic="least size",
+            paper="embedding layers keep 32-bit states (the stable embedding layer)",
+            here="tensors of fewer than 4096 elements keep 32-bit states; an embedding is not treated apart",
+            why="bitsandbytes' min_8bit_size; its own pinning of nn.Embedding needs a manager that knows the modules",
+        ),
+        Deviation(
+            topic="weight decay",
+            paper="none in its equations",
+            here="decoupled, before the update: p is multiplied by 1 - lr * weight_decay first",
+            why="torch's AdamW and bitsandbytes on the CPU; bitsandbytes on CUDA decays after the update, so that it "
+            "shrinks the update too, by lr * weight_decay of it",
+        ),
+        Deviation(
+            topic="eps",
+            paper="added to sqrt(V), no bias correction printed",
+            here="added to sqrt(V / (1 - beta2^t))",
+            why="torch's AdamW and bitsandbytes, on the CPU and on CUDA",
+        ),
+        Deviation(
+            topic="search of the code",
+            paper="nearest",
+            here="nearest; one exactly between two takes the lower",
+            why="bitsandbytes on the CPU first rounds m / absmax to one of 65,536 values in [-1, 1], 3e-5 apart, none "
+            "of which is 0: finer codes are lost, and a zero comes back as 2e-5 absmax, so that a parameter "
+            "without any gradient moves",
+        ),
+        Deviation(
+            topic="sign of the first moment",
+            paper="silent",
+            here="the nearest code, which for a small negative number may be 0",
+            why="bitsandbytes on CUDA takes the next code down there, so that the sign stays",
+        ),
+        Deviation(
+            topic="gradients that are not finite",
+            paper="silent",
+            here="carried on, as in torch's AdamW",
+            why="bitsandbytes on CUDA leaves such a parameter and sets its moments to 0",
+        ),
     ),
 )
 

@@ -9,26 +9,32 @@ from __future__ import annotations
 from torch import Tensor
 
 from reference.operations.dynamic_map import dequantize_blockwise, dynamic_map, quantize_blockwise
+from reference.spec import Deviation, ReferenceSpec
 
-SOURCE = "arXiv:2305.14314v1, section 3, Double Quantization; bitsandbytes, which says what the 8-bit type is"
-DEVIATIONS = (
-    (
-        "the 8-bit type",
-        "8-bit floats (c2 is written FP8)",
-        "the signed dynamic map, which is no FP8",
-        "bitsandbytes, the authors' own quantiser; torchao has int8 on a linear grid",
-    ),
-    (
-        "the mean",
-        "subtracted before quantisation; eq. 6 does not add it back, nor does the paper count its bits",
-        "one mean of all constants of a tensor, float32, kept and added back",
-        "without it the weights would be wrong; bitsandbytes keeps it as `offset`",
-    ),
-    (
-        "a constant may come back negative",
-        "not mentioned",
-        "left as it is: a small absmax in a block of 256 with a large one may dequantise below zero, and flips signs",
-        "as in bitsandbytes; the error is bounded by the map's step, times c1",
+SPEC = ReferenceSpec(
+    paper="arXiv:2305.14314v1, section 3, Double Quantization; bitsandbytes, which says what the 8-bit type is",
+    deviations=(
+        Deviation(
+            topic="the 8-bit type",
+            paper="8-bit floats (c2 is written FP8)",
+            here="the signed dynamic map, which is no FP8",
+            why="bitsandbytes, the authors' own quantiser; torchao has int8 on a linear grid",
+        ),
+        Deviation(
+            topic="the mean",
+            paper="subtracted before quantisation; eq. 6 does not add it back, nor does the paper count its bits",
+            here="one mean of all constants of a tensor, float32, kept and added back",
+            why="without it the weights would be wrong; bitsandbytes keeps it as `offset`",
+        ),
+        Deviation(
+            topic="a constant may come back negative",
+            paper="not mentioned",
+            here=(
+                "left as it is: a small absmax in a block of 256 with a large one may dequantise below zero, and flips "
+                "signs"
+            ),
+            why="as in bitsandbytes; the error is bounded by the map's step, times c1",
+        ),
     ),
 )
 BLOCK = 256

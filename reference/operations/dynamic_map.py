@@ -11,27 +11,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SOURCE = "arXiv:2110.02861v2, sections 1.3, 2.1 and 2.2; bitsandbytes, whose table and tie rule are what is in use"
-DEVIATIONS = (
-    (
-        "the data type",
-        "section 1.3 and figure 2 give the bits, no values",
-        "seven decades; the middles of 2^i equal cells of 0.1 .. 1, times 10^(i - 6), for i = 0 .. 6; and 0 and 1",
-        "bitsandbytes' create_dynamic_map, bit for bit; it has no -1, so that the lowest element of a block comes back "
-        "as -0.993 of itself",
-    ),
-    (
-        "the sign's bit in the unsigned type",
-        "section 2.2 uses it as one more bit of the fixed fraction",
-        "2^(i + 1) cells a decade in the place of 2^i",
-        "the same, and as bitsandbytes",
-    ),
-    (
-        "search",
-        "binary search for the nearest value",
-        "the nearest value of x / absmax; one exactly between two takes the lower",
-        "bitsandbytes multiplies by the reciprocal of absmax, which may move an element over a midpoint that it almost "
-        "touches; its CPU kernel rounds to a grid first, which moves more (see the tests)",
+from reference.spec import Deviation, ReferenceSpec
+
+SPEC = ReferenceSpec(
+    paper="arXiv:2110.02861v2, sections 1.3, 2.1 and 2.2; bitsandbytes, whose table and tie rule are what is in use",
+    deviations=(
+        Deviation(
+            topic="the data type",
+            paper="section 1.3 and figure 2 give the bits, no values",
+            here="seven decades; the middles of 2^i equal cells of 0.1 .. 1, times 10^(i - 6), for i = 0 .. 6; and 0 "
+            "and 1",
+            why="bitsandbytes' create_dynamic_map, bit for bit; it has no -1, so that the lowest element of a block "
+            "comes back as -0.993 of itself",
+        ),
+        Deviation(
+            topic="the sign's bit in the unsigned type",
+            paper="section 2.2 uses it as one more bit of the fixed fraction",
+            here="2^(i + 1) cells a decade in the place of 2^i",
+            why="the same, and as bitsandbytes",
+        ),
+        Deviation(
+            topic="search",
+            paper="binary search for the nearest value",
+            here="the nearest value of x / absmax; one exactly between two takes the lower",
+            why="bitsandbytes multiplies by the reciprocal of absmax, which may move an element over a midpoint that "
+            "it almost touches; its CPU kernel rounds to a grid first, which moves more (see the tests)",
+        ),
     ),
 )
 

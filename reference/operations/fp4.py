@@ -12,27 +12,35 @@ from torch import Tensor
 from reference.operations.dynamic_map import dequantize_blockwise, quantize_blockwise
 from reference.operations.nf4 import near_tie as _near_tie
 from reference.operations.nf4 import pack_pairs
+from reference.spec import Deviation, ReferenceSpec
 
-SOURCE = "bitsandbytes, whose format it is; QLoRA (arXiv:2305.14314v1, table 2) compares NF4 with a 4-bit float, E2M1"
-DEVIATIONS = (
-    (
-        "format",
-        "QLoRA's table 2: E2M1, which in the usual reading has magnitudes 0, 1/2, 1, 3/2, 2, 3, 4, 6 (over 6)",
-        "0, 1/16, 2, 3, 4, 6, 8, 12 over 12, and a larger exponent field means a smaller number",
-        "bitsandbytes' table: the same but for the smallest, which is a sixteenth of what E2M1 has",
-    ),
-    (
-        "sign of zero, and of a tie",
-        "not in a paper",
-        "sign and magnitude are coded apart: a tie takes the smaller magnitude, a negative that vanishes takes code 8",
-        "as bitsandbytes' CUDA and Triton kernels; its CPU code sorts both zeros into one table, so that a negative tie "
-        "takes the larger magnitude, and a positive that vanishes takes code 8, a negative one code 0 (same values)",
-    ),
-    (
-        "midpoints",
-        "not in a paper",
-        "half the sum of neighbours, in float32",
-        "bitsandbytes' Triton kernel types them as decimals of six or seven digits (0.583333 for 0.5833334)",
+SPEC = ReferenceSpec(
+    paper="bitsandbytes, whose format it is; QLoRA (arXiv:2305.14314v1, table 2) compares NF4 with a 4-bit float, E2M1",
+    deviations=(
+        Deviation(
+            topic="format",
+            paper="QLoRA's table 2: E2M1, which in the usual reading has magnitudes 0, 1/2, 1, 3/2, 2, 3, 4, 6 (over 6)"
+            "QLoRA's table 2: E2M1, which in the usual reading has magnitudes 0, 1/2, 1, 3/2, 2, 3, 4, 6 (over 6)",
+            here="0, 1/16, 2, 3, 4, 6, 8, 12 over 12, and a larger exponent field means a smaller number",
+            why="bitsandbytes' table: the same but for the smallest, which is a sixteenth of what E2M1 has",
+        ),
+        Deviation(
+            topic="sign of zero, and of a tie",
+            paper="not in a paper",
+            here=(
+                "sign and magnitude are coded apart: a tie takes the smaller magnitude, a negative that vanishes takes "
+                "code 8"
+            ),
+            why="as bitsandbytes' CUDA and Triton kernels; its CPU code sorts both zeros into one table, so that a "
+            "negative tie takes the larger magnitude, and a positive that vanishes takes code 8, a negative one "
+            "code 0 (same values)",
+        ),
+        Deviation(
+            topic="midpoints",
+            paper="not in a paper",
+            here="half the sum of neighbours, in float32",
+            why="bitsandbytes' Triton kernel types them as decimals of six or seven digits (0.583333 for 0.5833334)",
+        ),
     ),
 )
 _SIGN = 8

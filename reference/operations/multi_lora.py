@@ -13,34 +13,39 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-SOURCE = "arXiv:2310.18547v1, section 4 (SGMV); arXiv:2311.03285v3, section 5 (batched computation, ranks that differ)"
-NONE = -1
-DEVIATIONS = (
-    (
-        "orientation",
-        "x A B with A (D, R), B (R, E)",
-        "x A^T B^T with A (R, D), B (E, R)",
-        "LoRA's, as in lora.py and HF peft",
-    ),
-    (
-        "scaling",
-        "none: taken to be in B",
-        "s_i of each adapter, by which its update is multiplied",
-        "adapters of different alpha / r share a batch",
-    ),
-    (
-        "sequences without an adapter",
-        "every request has one",
-        "id -1: the base output alone, to the last bit",
-        "HF peft's `__base__`",
-    ),
-    (
-        "how",
-        "kernels that gather adapters by segment or by page",
-        "a loop over the adapters",
-        "the sum is the same; what the papers add is speed",
+from reference.spec import Deviation, ReferenceSpec
+
+SPEC = ReferenceSpec(
+    paper="arXiv:2310.18547v1, section 4 (SGMV); arXiv:2311.03285v3, section 5 (batched computation, ranks that differ)"
+    "arXiv:2310.18547v1, section 4 (SGMV); arXiv:2311.03285v3, section 5 (batched computation, ranks that differ)",
+    deviations=(
+        Deviation(
+            topic="orientation",
+            paper="x A B with A (D, R), B (R, E)",
+            here="x A^T B^T with A (R, D), B (E, R)",
+            why="LoRA's, as in lora.py and HF peft",
+        ),
+        Deviation(
+            topic="scaling",
+            paper="none: taken to be in B",
+            here="s_i of each adapter, by which its update is multiplied",
+            why="adapters of different alpha / r share a batch",
+        ),
+        Deviation(
+            topic="sequences without an adapter",
+            paper="every request has one",
+            here="id -1: the base output alone, to the last bit",
+            why="HF peft's `__base__`",
+        ),
+        Deviation(
+            topic="how",
+            paper="kernels that gather adapters by segment or by page",
+            here="a loop over the adapters",
+            why="the sum is the same; what the papers add is speed",
+        ),
     ),
 )
+NONE = -1
 
 
 def multi_lora_linear(

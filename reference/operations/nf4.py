@@ -12,22 +12,26 @@ import torch
 from torch import Tensor
 
 from reference.operations.dynamic_map import dequantize_blockwise, quantize_blockwise
+from reference.spec import Deviation, ReferenceSpec
 
-SOURCE = "arXiv:2305.14314v1, appendix E; bitsandbytes, whose table, packing and tie rule are what is in use"
-DEVIATIONS = (
-    (
-        "levels",
-        "eq. 4: q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2",
-        "quantiles from 0.9677083 down to 1/2: eight positive, seven negative, and zero",
-        "eq. 4 starts at Q(0), which is minus infinity, and its finite levels are not those of the published table. "
-        "torchao's have four decimals, and the weight's dtype",
-    ),
-    (
-        "scaling",
-        "W / absmax",
-        "the same; a block of zeros has absmax 0 and the code of zero",
-        "bitsandbytes multiplies by 1 / absmax, which may decide an element that almost touches a midpoint (`near_tie`); "
-        "on the CPU it takes absmax as at least 1e-38, so that a block of smaller numbers loses its largest ones too",
+SPEC = ReferenceSpec(
+    paper="arXiv:2305.14314v1, appendix E; bitsandbytes, whose table, packing and tie rule are what is in use",
+    deviations=(
+        Deviation(
+            topic="levels",
+            paper="eq. 4: q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2",
+            here="quantiles from 0.9677083 down to 1/2: eight positive, seven negative, and zero",
+            why="eq. 4 starts at Q(0), which is minus infinity, and its finite levels are not those of the published "
+            "table. torchao's have four decimals, and the weight's dtype",
+        ),
+        Deviation(
+            topic="scaling",
+            paper="W / absmax",
+            here="the same; a block of zeros has absmax 0 and the code of zero",
+            why="bitsandbytes multiplies by 1 / absmax, which may decide an element that almost touches a midpoint "
+            "(`near_tie`); on the CPU it takes absmax as at least 1e-38, so that a block of smaller numbers loses "
+            "its largest ones too",
+        ),
     ),
 )
 

@@ -15,31 +15,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCE = "arXiv:2305.14314v1, section 3 (Paged Optimizers); bitsandbytes, whose least size is what is in use"
-DEVIATIONS = (
-    (
-        "what is paged",
-        "the optimizer states",
-        "each state tensor of at least 100,000 elements; smaller ones stay on the device and count for nothing",
-        "bitsandbytes' rule, by the elements of the parameter; so the states of a LoRA matrix of 4096 x 24 are not paged",
-    ),
-    (
-        "who moves it",
-        "NVIDIA's unified memory, page by page, when the accelerator runs out",
-        "this program, parameter by parameter, when a given number of bytes is passed",
-        "the driver's choice is neither documented nor repeatable; the moves are counted here",
-    ),
-    (
-        "prefetch",
-        "silent",
-        "a parameter's states are brought in just before its update, none ahead of time",
-        "bitsandbytes asks for them just before the update too, and waits once, after the last",
-    ),
-    (
-        "on the CPU",
-        "silent",
-        "the same moves, from one buffer to another, so that they can be tested",
-        "bitsandbytes pages nothing there and warns",
+from reference.spec import Deviation, ReferenceSpec
+
+SPEC = ReferenceSpec(
+    paper="arXiv:2305.14314v1, section 3 (Paged Optimizers); bitsandbytes, whose least size is what is in use",
+    deviations=(
+        Deviation(
+            topic="what is paged",
+            paper="the optimizer states",
+            here="each state tensor of at least 100,000 elements; smaller ones stay on the device and count for nothing"
+            "each state tensor of at least 100,000 elements; smaller ones stay on the device and count for nothing",
+            why="bitsandbytes' rule, by the elements of the parameter; so the states of a LoRA matrix of 4096 x 24 are "
+            "not paged",
+        ),
+        Deviation(
+            topic="who moves it",
+            paper="NVIDIA's unified memory, page by page, when the accelerator runs out",
+            here="this program, parameter by parameter, when a given number of bytes is passed",
+            why="the driver's choice is neither documented nor repeatable; the moves are counted here",
+        ),
+        Deviation(
+            topic="prefetch",
+            paper="silent",
+            here="a parameter's states are brought in just before its update, none ahead of time",
+            why="bitsandbytes asks for them just before the update too, and waits once, after the last",
+        ),
+        Deviation(
+            topic="on the CPU",
+            paper="silent",
+            here="the same moves, from one buffer to another, so that they can be tested",
+            why="bitsandbytes pages nothing there and warns",
+        ),
     ),
 )
 

@@ -22,13 +22,13 @@ from harness.kernels import triton as gpu
 from harness.kernels.torch.lora_linear import lora_linear
 from harness.kernels.torch.nf4 import quantize
 from harness.kernels.torch.nf4_lora_linear import nf4_lora_linear
-from harness.kernels.triton.launch import launch
+from harness.kernels.triton.support.launch import launch
 
 
 def test_every_launch_goes_through_the_one_that_takes_the_tensors_device() -> None:
     bare = [
         f"{file.name}:{node.lineno}"
-        for file in sorted(Path(gpu.__path__[0]).glob("*.py"))
+        for file in sorted(Path(gpu.__path__[0]).rglob("*.py"))
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
     ]
@@ -49,12 +49,9 @@ def test_a_launch_is_on_the_device_of_its_first_tensor() -> None:
 
 
 STEPS = {
-    "adamw8bit_step": ("adamw8bit", "adamw8bit", {"shape": [5, 103]}, ("p", "m", "m_absmax", "v", "v_absmax")),
-    "galore_step": ("galore", "galore_step", {"shape": [20, 40], "rank": 3}, ("W", "M", "V")),
-    "adalora_importance": (
-        "adalora_importance", "adalora_importance", {"shape": [20, 33], "rank": 3},
-        ("I_A", "U_A", "I_E", "U_E", "I_B", "U_B"),
-    ),
+    "adamw8bit_step": ({"shape": [5, 103]}, ("p", "m", "m_absmax", "v", "v_absmax")),
+    "galore_step": ({"shape": [20, 40], "rank": 3}, ("W", "M", "V")),
+    "adalora_importance": ({"shape": [20, 33], "rank": 3}, ("I_A", "U_A", "I_E", "U_E", "I_B", "U_B")),
 }  # fmt: skip
 
 
@@ -66,9 +63,9 @@ def drawn(name: str, dtype: torch.dtype, **case: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("in_place", [False, True], ids=["new", "in place"])
 def test_a_step_is_its_kernels_step(name: str, in_place: bool) -> None:
-    module, kernels, case, states = STEPS[name]
-    dispatched = importlib.import_module(f"harness.kernels.{module}")
-    of_gpu = importlib.import_module(f"harness.kernels.triton.{kernels}")
+    case, states = STEPS[name]
+    dispatched = importlib.import_module(f"harness.kernels.torch.{name}")
+    of_gpu = importlib.import_module(f"harness.kernels.triton.{name}")
     given = drawn(name, torch.bfloat16, **case)
     want = getattr(of_gpu, name)(**given)
     if not in_place:
@@ -87,8 +84,8 @@ def test_a_step_is_its_kernels_step(name: str, in_place: bool) -> None:
 
 @pytest.mark.parametrize("name", ["adamw8bit_step", "galore_step"])
 def test_the_knobs_of_a_step_have_one_default(name: str) -> None:
-    module, _, case, states = STEPS[name]
-    dispatched = importlib.import_module(f"harness.kernels.{module}")
+    case, states = STEPS[name]
+    dispatched = importlib.import_module(f"harness.kernels.torch.{name}")
     given = drawn(name, torch.float32, **case)
     given = {n: one for n, one in given.items() if isinstance(one, torch.Tensor) or one is None} | {
         "step": 2,

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.conformance import matrix, parity_suite
-from harness.kernels.triton.dora_gain import dora_gain
+from harness.conformance import parity_suite
+from harness.conformance.execution import suite_run
 from harness.kernels.triton.dora_linear import dora_linear
 from harness.kernels.triton.lora_linear import lora_linear
 from harness.kernels.triton.nf4_lora_linear import nf4_lora_linear
-from harness.kernels.triton.shrink import shrink
-from harness.kernels.triton.token_sums import outer_sum, outer_sum_against, product_sum
+from harness.kernels.triton.support.dora_gain import dora_gain
+from harness.kernels.triton.support.shrink import shrink
+from harness.kernels.triton.support.token_sums import outer_sum, outer_sum_against, product_sum
 from harness.kernels.triton.vera_linear import vera_linear
 from harness.methods.registry import Implementation
 from harness.records.record import Outcome
@@ -52,7 +53,7 @@ def failures(operation: str, values: dict[str, Any], dtype: str, checks: tuple[s
     function = getattr(importlib.import_module(f"harness.kernels.triton.{operation}"), operation)
     plan = parity_suite.load_operation(operation).model_copy(update={"checks": list(checks)})
     subject = Implementation("triton", "operation", operation, function)
-    results = list(matrix.one_call(subject, plan, values, dtype))
+    results = list(suite_run.one_call(subject, plan, values, dtype))
     assert len(results) == len(checks)
     return [str(result) for result in results if result.outcome is not Outcome.PASS]
 

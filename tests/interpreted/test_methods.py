@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from harness.conformance.comparison.tolerance_policies import noise_floor
 from harness.conformance.subject import DTYPES, configure
-from harness.conformance.tolerance_policies import noise_floor
 from harness.kernels.torch.nf4_linear import Nf4Linear
 from harness.kernels.triton import lora_linears as joint
 from harness.methods.registry import discover

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.conformance.quantised_codes import Kind, values
+from harness.conformance.comparison.quantised_codes import Kind, values
 from harness.kernels.torch import nf4 as dispatched
 from harness.kernels.torch import nf4_linear as linear_module
 from harness.kernels.torch import nf4_lora_linear as lora_module
-from harness.kernels.torch.packed_weight import PackedWeight
+from harness.kernels.torch.support.packed_weight import PackedWeight
 from harness.kernels.triton import nf4, nf4_linear
 from harness.testing import conformance
 from reference.operations import double_quant

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from harness.kernels.triton.rounding import load_as_float32, store_as
+from harness.kernels.triton.support.rounding import load_as_float32, store_as
 
 
 @triton.jit

@@ -12,17 +12,18 @@ from unittest import mock
 import pytest
 import torch
 
-from harness.conformance import matrix, operations, parity_suite
-from harness.kernels.triton import adalora_importance, adamw8bit, dynamic_quantize, galore_step, multi_lora_linear
+from harness.conformance import operations, parity_suite
+from harness.conformance.execution import suite_run
+from harness.kernels.triton import adalora_importance, adamw8bit_step, dynamic_quantize, galore_step, multi_lora_linear
 from harness.methods.registry import implements
 from harness.records.record import Outcome
 from reference.operations.dynamic_map import dynamic_map, quantize_blockwise
 
 DTYPES = ("float32", "bfloat16", "float16")
 CASES: list[tuple[Callable[..., Any], dict[str, Any]]] = [
-    (adamw8bit.adamw8bit_step, {"shape": [2048], "step": 1}),
-    (adamw8bit.adamw8bit_step, {"shape": [63, 33], "weight_decay": 0.1, "step": 2}),
-    (adamw8bit.adamw8bit_step, {"shape": [513], "gradient": "sparse", "step": 50}),
+    (adamw8bit_step.adamw8bit_step, {"shape": [2048], "step": 1}),
+    (adamw8bit_step.adamw8bit_step, {"shape": [63, 33], "weight_decay": 0.1, "step": 2}),
+    (adamw8bit_step.adamw8bit_step, {"shape": [513], "gradient": "sparse", "step": 50}),
     (dynamic_quantize.dynamic_quantize, {"numel": 1000, "block": 100}),
     (dynamic_quantize.dynamic_quantize, {"numel": 1024, "kind": "ties", "signed": False}),
     (dynamic_quantize.dynamic_quantize, {"numel": 512, "kind": "nan"}),
@@ -53,7 +54,7 @@ def _met() -> list[Any]:
 def test_the_kernel_passes_every_check(function: Callable[..., Any], case: dict[str, Any], dtype: str) -> None:
     offered = implements(function.__name__, name="kernel", kind="operation", dtypes=DTYPES)(function)
     plan = parity_suite.load_operation(function.__name__)
-    results = list(matrix.one_call(offered, plan, case, dtype))
+    results = list(suite_run.one_call(offered, plan, case, dtype))
     assert results
     assert [f"{r.check}: {r.detail}" for r in results if r.outcome is Outcome.FAIL] == []
 
@@ -76,15 +77,15 @@ def _drawn(name: str, dtype: torch.dtype, **case: Any) -> dict[str, Any]:
 
 def test_8_bit_steps_in_place_are_the_steps() -> None:
     given = _drawn("adamw8bit_step", torch.bfloat16, shape=[5, 103])
-    want = adamw8bit.adamw8bit_step(**given)
-    adamw8bit.adamw8bit_step_(**given)
+    want = adamw8bit_step.adamw8bit_step(**given)
+    adamw8bit_step.adamw8bit_step_(**given)
     assert all(torch.equal(given[n], t) for n, t in zip(("p", "m", "m_absmax", "v", "v_absmax"), want, strict=True))
 
 
 def test_an_8_bit_step_keeps_moments_below_the_normal_numbers() -> None:
     given = _drawn("adamw8bit_step", torch.float32, shape=[300], step=1)
     given["g"] *= 1e-19  # its square is 1e-38, and a thousandth of that the second moment
-    _, m, _, v, v_absmax = adamw8bit.adamw8bit_step(**given)
+    _, m, _, v, v_absmax = adamw8bit_step.adamw8bit_step(**given)
     _, m_want, _, v_want, v_absmax_want = operations.every()["adamw8bit_step"].reference(**given)
     assert v_absmax.max() < torch.finfo(torch.float32).tiny
     assert torch.allclose(v_absmax, v_absmax_want, rtol=0, atol=3e-45)
@@ -97,7 +98,7 @@ def test_an_8_bit_step_in_place_refuses_a_view() -> None:
     given["p"] = given["p"].T
     given["g"] = given["g"].T
     with pytest.raises(ValueError, match="contiguous"):
-        adamw8bit.adamw8bit_step_(**given)
+        adamw8bit_step.adamw8bit_step_(**given)
 
 
 def test_galore_steps_in_place_are_the_steps() -> None:
@@ -155,7 +156,7 @@ def test_ranks_and_sums_in_several_pieces_are_added_up() -> None:
         multi_lora_linear.multi_lora_linear
     )
     plan = parity_suite.load_operation("multi_lora_linear").model_copy(update={"checks": ["outputs", "backward"]})
-    results = list(matrix.one_call(offered, plan, case, "float32"))
+    results = list(suite_run.one_call(offered, plan, case, "float32"))
     assert [r.outcome for r in results] == [Outcome.PASS, Outcome.PASS]
 
 

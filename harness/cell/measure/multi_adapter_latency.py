@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from harness.cell.measure.latency import BLOCKS, Prompt, in_turn
-from harness.conformance import multi_adapter
 from harness.conformance.case import Case
-from harness.conformance.multi_adapter import Adapters, Mixed
-from harness.conformance.results import skipped
+from harness.conformance.cell_gate import multi_adapter
+from harness.conformance.cell_gate.multi_adapter import Adapters, Mixed
+from harness.conformance.comparison.check_results import skipped
 from harness.conformance.subject import Subject
 from harness.errors import ImplementationError, Unsupported
 from harness.methods.registry import Registry

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from harness.assets import conv1d
 from harness.cell.training import head
-from harness.conformance.tolerance_table import FORESIGHT
+from harness.conformance.tolerance_constants import FORESIGHT
 from harness.errors import AssetError, UsageError
 from harness.process.out_of_memory import shortage
 

@@ -6,7 +6,6 @@ the model back, and by whoever checks that; the papers' memory is without it, an
 
 from __future__ import annotations
 
-import importlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +14,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from harness.methods.peft_config import UNREFERENCED
-from harness.methods.spec import Adapted
+from harness.methods.spec import Adapted, methods
 
 
 def unused(method: str, adapted: Adapted, bases: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -25,8 +23,8 @@ def unused(method: str, adapted: Adapted, bases: Mapping[str, nn.Module]) -> dic
     bases: path to the layer under the adapter. Left out is what another module of the model uses too (a tied embedding), and
     a weight that is itself that form.
     """
-    of = None if method in UNREFERENCED else importlib.import_module(f"reference.{method}")
-    if (instead := getattr(of, "INSTEAD", None)) is None:
+    info = methods().get(method)
+    if info is None or not (instead := info.spec.replaces_weight):
         return {}
     state = adapted.state()
     own = {id(base) for base in bases.values()}

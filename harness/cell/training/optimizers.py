@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import harness.kernels.torch.adamw8bit
-import harness.kernels.torch.paged
+import harness.kernels.torch.optimizers.adamw8bit
+import harness.kernels.torch.optimizers.paged
 import reference.operations.adamw8bit
 import reference.operations.paged
 from harness.cell.training.master_weights import HALVES, Masters
@@ -23,7 +23,7 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 """AdamW's, as in its paper and as torch's defaults; stated here so that no release of torch can change them unseen."""
 PAGE_BUDGET_B = 0
 """Bytes of paged states that stay on the device between two steps: none. It is where paging saves most and costs most."""
-_OURS = (harness.kernels.torch.adamw8bit.AdamW8bit, harness.kernels.torch.paged.Paged)
+_OURS = (harness.kernels.torch.optimizers.adamw8bit.AdamW8bit, harness.kernels.torch.optimizers.paged.Paged)
 _REFERENCES = (reference.operations.adamw8bit.AdamW8bit, reference.operations.paged.Paged)
 
 

@@ -94,7 +94,7 @@ def regularizer_is_eq_4(form: Literal["mean-norm", "squared-sum"]) -> MeasureRes
     """
     import torch
 
-    from harness.conformance.tolerance_policies import noise_floor
+    from harness.conformance.comparison.tolerance_policies import noise_floor
     from reference.adalora import orthogonality
 
     def by_traces(layers: list[Any]) -> Any:

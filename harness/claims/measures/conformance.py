@@ -28,8 +28,9 @@ def conforms(method: Method, check: Check, implementation: str = "reference") ->
 
     As `peft-harness check IMPLEMENTATION --method METHOD` has it: judged by the reference in float64, with its tolerances.
     """
-    from harness.conformance import matrix, parity_suite
+    from harness.conformance import parity_suite
     from harness.conformance.case_selection import FEW
+    from harness.conformance.execution import suite_run
     from harness.methods.registry import discover
     from harness.records.record import Outcome
 
@@ -38,7 +39,7 @@ def conforms(method: Method, check: Check, implementation: str = "reference") ->
         raise ValueError(f"the parity suite of {method} has no check `{check}`; it has {', '.join(plan.checks)}")
     plan = plan.model_copy(update={"checks": [check]})
     one = discover().find("method", method, implementation)
-    results = [r for case in plan.cases(FEW, ["float32"]) for r in matrix.one_case(one, plan, case)]
+    results = [r for case in plan.cases(FEW, ["float32"]) for r in suite_run.one_case(one, plan, case)]
     tried = [r for r in results if r.outcome is not Outcome.SKIPPED]
     if not tried:
         raise NotRunError(

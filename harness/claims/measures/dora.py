@@ -108,7 +108,7 @@ def _layer(drawn: dict[str, Any], detach_norm: bool) -> Any:
 
 
 def _judged(have: dict[str, Any], truth: dict[str, Any], rounded: dict[str, Any], what: str) -> MeasureResult:
-    from harness.conformance.tolerance_policies import noise_floor
+    from harness.conformance.comparison.tolerance_policies import noise_floor
 
     found = noise_floor(have, truth, rounded, "float32")
     return MeasureResult(

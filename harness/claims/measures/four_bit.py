@@ -57,7 +57,7 @@ def equation_4_gives(printed: list[float], ends: Literal["as printed", "left out
 @measure("property")
 def equally_full_bins(type: Type, block: Positive = 64) -> MeasureResult:
     """Whether each level of a type gets an equal share of normal weights, up to what drawing them explains."""
-    from harness.conformance.tolerance_table import INITIAL_SIGMAS
+    from harness.conformance.tolerance_constants import INITIAL_SIGMAS
 
     table = _levels(type).unique()
     codes, _ = _quantised(_normal(), table, block)

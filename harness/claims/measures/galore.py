@@ -137,7 +137,7 @@ def states_by_formula(rows: Positive, columns: Positive, ranks: list[Positive]) 
 @measure("property")
 def full_rank_keeps_gradient(rows: Positive, columns: Positive, side: Side) -> MeasureResult:
     """Whether at r = min(m, n) a gradient comes back as it was, projected and projected back (section 3.3)."""
-    from harness.conformance.tolerance_policies import noise_floor
+    from harness.conformance.comparison.tolerance_policies import noise_floor
     from reference.galore import project, project_back, projector
 
     G = _gradient(rows, columns, 0)
@@ -150,7 +150,7 @@ def full_rank_keeps_gradient(rows: Positive, columns: Positive, side: Side) -> M
 @measure("property")
 def scale_ignores_rank(rows: Positive, columns: Positive, ranks: list[Positive], scale: Quantity) -> MeasureResult:
     """Whether at every rank the step with a scale is that many times the step with scale 1 (section 4.4)."""
-    from harness.conformance.tolerance_policies import noise_floor
+    from harness.conformance.comparison.tolerance_policies import noise_floor
 
     G = _gradient(rows, columns, 0)
     worst, right = [], True

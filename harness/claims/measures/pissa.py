@@ -14,7 +14,7 @@ from harness.claims.measure import MeasureResult, Positive, measure
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from harness.conformance.tolerance_policies import Judgement
+    from harness.conformance.comparison.tolerance_policies import Judgement
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 ResidualOf = Literal["this step", "the step before"]
@@ -234,8 +234,8 @@ def _normal(rows: int, columns: int, seed: int = 3) -> Tensor:
 
 def _judged(mine: dict[str, Tensor], truth: dict[str, Tensor], dtype: str) -> MeasureResult:
     """Judge by what rounding the truth to the dtype loses, as the conformance suite does."""
+    from harness.conformance.comparison.tolerance_policies import noise_floor
     from harness.conformance.subject import DTYPES
-    from harness.conformance.tolerance_policies import noise_floor
 
     rounded: dict[str, Any] = {name: t.to(DTYPES[dtype]).double() for name, t in truth.items()}
     found: Judgement = noise_floor(mine, truth, rounded, dtype)

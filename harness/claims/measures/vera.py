@@ -56,7 +56,7 @@ def product_keeps_variance(inputs: Positive, outputs: Positive, ranks: list[Posi
     """
     import torch
 
-    from harness.conformance.tolerance_table import INITIAL_SIGMAS
+    from harness.conformance.tolerance_constants import INITIAL_SIGMAS
     from reference.vera import projections
 
     said, right = [], True

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from harness.conformance.case import Case
-from harness.conformance.results import at, judged, listed, skipped
+from harness.conformance.comparison.check_results import at, judged, listed, skipped
+from harness.conformance.comparison.tolerance_policies import noise_floor, worst_of
 from harness.conformance.subject import DTYPES, Subject, load
-from harness.conformance.tolerance_policies import noise_floor, worst_of
 from harness.methods.spec import Adapted
 from harness.records.record import CheckResult
 

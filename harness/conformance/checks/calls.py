@@ -8,15 +8,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from harness.conformance import operation_call
 from harness.conformance.case import Case
-from harness.conformance.inputs import inputs
-from harness.conformance.layer_comparison import beside
-from harness.conformance.observations import given_back
-from harness.conformance.operations import OperationSubject, cloned
-from harness.conformance.results import at, judged, skipped
+from harness.conformance.comparison import operation_call
+from harness.conformance.comparison.check_results import at, judged, skipped
+from harness.conformance.comparison.inputs import inputs
+from harness.conformance.comparison.layer_comparison import beside
+from harness.conformance.comparison.observations import given_back
+from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
+from harness.conformance.operation import OperationSubject, cloned
 from harness.conformance.subject import DTYPES, Subject
-from harness.conformance.tolerance_policies import Judgement, noise_floor, worst_of
 from harness.records.record import CheckResult
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from harness.conformance.case import Case
-from harness.conformance.packed_codes import judge
-from harness.conformance.results import at, judged, skipped
+from harness.conformance.comparison.check_results import at, judged, skipped
+from harness.conformance.comparison.packed_codes import judge
+from harness.conformance.comparison.tolerance_policies import worst_of
 from harness.conformance.subject import Subject
-from harness.conformance.tolerance_policies import worst_of
 from harness.records.record import CheckResult
 
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.case import Case
-from harness.conformance.inputs import inputs
-from harness.conformance.observations import observe
-from harness.conformance.results import at, judged, listed, skipped
+from harness.conformance.comparison.check_results import at, judged, listed, skipped
+from harness.conformance.comparison.inputs import inputs
+from harness.conformance.comparison.observations import observe
+from harness.conformance.comparison.tolerance_policies import noise_floor, worst_of
 from harness.conformance.subject import DTYPES, Subject, load
-from harness.conformance.tolerance_policies import noise_floor, worst_of
 from harness.records.record import CheckResult
 from reference.dora import norms
 from reference.shared.layers import floating_dtype

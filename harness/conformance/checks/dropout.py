@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.case import Case
-from harness.conformance.inputs import inputs, takes_rows
-from harness.conformance.layer_comparison import beside, reference_runs
-from harness.conformance.observations import observe
-from harness.conformance.results import listed, skipped
+from harness.conformance.comparison.check_results import listed, skipped
+from harness.conformance.comparison.inputs import inputs, takes_rows
+from harness.conformance.comparison.layer_comparison import beside, reference_runs
+from harness.conformance.comparison.observations import observe
+from harness.conformance.comparison.tolerance_policies import noise_floor, rows_within
 from harness.conformance.subject import DTYPES, Subject
-from harness.conformance.tolerance_policies import noise_floor, rows_within
-from harness.conformance.tolerance_table import DROPOUT_SIGMAS, DROPOUT_SURE_BITS
+from harness.conformance.tolerance_constants import DROPOUT_SIGMAS, DROPOUT_SURE_BITS
 from harness.records.record import CheckResult
 
 FEATURES = 32

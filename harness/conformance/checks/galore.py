@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from harness.conformance.case import Case
-from harness.conformance.results import at, judged, skipped
+from harness.conformance.comparison.check_results import at, judged, skipped
+from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
 from harness.conformance.subject import DTYPES, Subject
-from harness.conformance.tolerance_policies import Judgement, noise_floor, worst_of
 from harness.records.record import CheckResult
 from reference.galore import Projector, galore_step, projector
 

@@ -8,16 +8,23 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from harness.conformance import whole_model
 from harness.conformance.case import Case
-from harness.conformance.inputs import cast, inputs, takes_rows
-from harness.conformance.layer_comparison import beside
-from harness.conformance.observations import observe
-from harness.conformance.optimizer_steps import optimizer_of
-from harness.conformance.results import at, judged, skipped
+from harness.conformance.comparison import whole_model
+from harness.conformance.comparison.check_results import at, judged, skipped
+from harness.conformance.comparison.inputs import cast, inputs, takes_rows
+from harness.conformance.comparison.layer_comparison import beside
+from harness.conformance.comparison.observations import observe
+from harness.conformance.comparison.optimizer_steps import optimizer_of
+from harness.conformance.comparison.tolerance_policies import (
+    Judgement,
+    carried_noise,
+    exact,
+    noise_floor,
+    perturbed,
+    worst_of,
+)
 from harness.conformance.subject import DTYPES, LARGEST_COPY, Subject
-from harness.conformance.tolerance_policies import Judgement, carried_noise, exact, noise_floor, perturbed, worst_of
-from harness.conformance.tolerance_table import CARRIED_DRAWS, CARRIED_FACTOR
+from harness.conformance.tolerance_constants import CARRIED_DRAWS, CARRIED_FACTOR
 from harness.records.record import CheckResult
 
 

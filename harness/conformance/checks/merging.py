@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.case import Case
-from harness.conformance.inputs import inputs
-from harness.conformance.layer_comparison import runs_of
-from harness.conformance.observations import observe
-from harness.conformance.results import at, judged, listed, skipped
+from harness.conformance.comparison.check_results import at, judged, listed, skipped
+from harness.conformance.comparison.inputs import inputs
+from harness.conformance.comparison.layer_comparison import runs_of
+from harness.conformance.comparison.observations import observe
+from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, worst_of
 from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load
-from harness.conformance.tolerance_policies import Judgement, exact, noise_floor, worst_of
 from harness.records.record import CheckResult
 
 HALF = 0.5

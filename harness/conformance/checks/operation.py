@@ -7,13 +7,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from harness.conformance import operation_call
 from harness.conformance.case import Case
-from harness.conformance.operations import OperationSubject, cloned
+from harness.conformance.comparison import operation_call
+from harness.conformance.comparison.check_results import judged, listed, skipped
+from harness.conformance.comparison.tolerance_policies import exact, noise_floor, worst_of
+from harness.conformance.operation import OperationSubject, cloned
 from harness.conformance.poisoned_memory import fresh_memory
-from harness.conformance.results import judged, listed, skipped
 from harness.conformance.subject import DTYPES
-from harness.conformance.tolerance_policies import exact, noise_floor, worst_of
 from harness.records.record import CheckResult
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from harness.conformance.case import Case
-from harness.conformance.layer_comparison import Draws
-from harness.conformance.results import at, judged, skipped
+from harness.conformance.comparison.check_results import at, judged, skipped
+from harness.conformance.comparison.layer_comparison import Draws
+from harness.conformance.comparison.tolerance_policies import noise_floor, perturbed, worst_of
 from harness.conformance.subject import Subject
-from harness.conformance.tolerance_policies import noise_floor, perturbed, worst_of
-from harness.conformance.tolerance_table import PERTURBED_DRAWS
+from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from harness.methods.spec import Adapted
 from harness.records.record import CheckResult
 from reference.pissa import exact_svd

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from harness.conformance import process_settings
 from harness.conformance.case import Case
-from harness.conformance.inputs import inputs
-from harness.conformance.observations import observe
-from harness.conformance.operations import OperationSubject
-from harness.conformance.results import listed, skipped
+from harness.conformance.comparison.check_results import listed, skipped
+from harness.conformance.comparison.inputs import inputs
+from harness.conformance.comparison.observations import observe
+from harness.conformance.operation import OperationSubject
 from harness.conformance.subject import DTYPES, Subject
 from harness.records.record import CheckResult
 

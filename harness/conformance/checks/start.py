@@ -9,9 +9,9 @@ import torch
 
 from harness.conformance import process_settings
 from harness.conformance.case import Case
-from harness.conformance.results import listed
+from harness.conformance.comparison.check_results import listed
 from harness.conformance.subject import Subject, drawn_tensors, initial_tensors
-from harness.conformance.tolerance_table import INITIAL_SIGMAS
+from harness.conformance.tolerance_constants import INITIAL_SIGMAS
 from harness.records.record import CheckResult
 
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from harness.conformance.case import Case
-from harness.conformance.inputs import inputs
-from harness.conformance.observations import observe
+from harness.conformance.comparison.check_results import at, judged, listed, skipped
+from harness.conformance.comparison.inputs import inputs
+from harness.conformance.comparison.observations import observe
+from harness.conformance.comparison.tolerance_policies import exact, worst_of
 from harness.conformance.poisoned_memory import fresh_memory
-from harness.conformance.results import at, judged, listed, skipped
 from harness.conformance.subject import DTYPES, Subject, initial_shapes
-from harness.conformance.tolerance_policies import exact, worst_of
 from harness.methods import checksums
 from harness.records.record import CheckResult
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from harness.conformance import whole_model
 from harness.conformance.case import Case
-from harness.conformance.optimizer_steps import optimizer_of
-from harness.conformance.results import judged, skipped
+from harness.conformance.comparison import whole_model
+from harness.conformance.comparison.check_results import judged, skipped
+from harness.conformance.comparison.optimizer_steps import optimizer_of
+from harness.conformance.comparison.tolerance_policies import carried_noise
 from harness.conformance.subject import Subject, attach_reference, load
-from harness.conformance.tolerance_policies import carried_noise
-from harness.conformance.tolerance_table import TRAJECTORY_FACTOR
+from harness.conformance.tolerance_constants import TRAJECTORY_FACTOR
 from harness.methods.spec import Adapted
 from harness.records.record import CheckResult
 

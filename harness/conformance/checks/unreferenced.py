@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.conformance import whole_model
 from harness.conformance.case import Case
-from harness.conformance.results import judged, listed, skipped
+from harness.conformance.comparison import whole_model
+from harness.conformance.comparison.check_results import judged, listed, skipped
+from harness.conformance.comparison.tolerance_policies import exact, noise_floor, perturbed
 from harness.conformance.subject import LARGEST_COPY, Subject
-from harness.conformance.tolerance_policies import exact, noise_floor, perturbed
 from harness.errors import UsageError
 from harness.methods.peft_config import NO_REFERENCE
 from harness.process.out_of_memory import shortage

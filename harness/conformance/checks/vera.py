@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from harness.conformance.case import Case
-from harness.conformance.results import judged, listed, skipped
+from harness.conformance.comparison.check_results import judged, listed, skipped
+from harness.conformance.comparison.tolerance_policies import exact
 from harness.conformance.subject import Subject
-from harness.conformance.tolerance_policies import exact
 from harness.records.record import CheckResult
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.conformance.functional_layer import dense
-from harness.conformance.operation_call import changed
-from harness.conformance.operations import Operation, cloned, draw
-from harness.conformance.tolerance_policies import Judgement, noise_floor, perturbed
-from harness.conformance.tolerance_table import PERTURBED_DRAWS
+from harness.conformance.comparison.functional_layer import dense
+from harness.conformance.comparison.operation_call import changed
+from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed
+from harness.conformance.operation import Operation, cloned, draw
+from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from reference import adalora
 
 _AVERAGED = ("A", "E", "B")

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from harness.conformance.operations import Operation, cloned, draw
-from harness.conformance.quantised_codes import judge_codes
+from harness.conformance.comparison.quantised_codes import judge_codes
+from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
+from harness.conformance.operation import Operation, cloned, draw
 from harness.conformance.subject import DTYPES
-from harness.conformance.tolerance_policies import Judgement, noise_floor, worst_of
-from harness.conformance.tolerance_table import CODE_TIE_EPS, EPSILON
+from harness.conformance.tolerance_constants import CODE_TIE_EPS, EPSILON
 from reference.operations import adamw8bit
 from reference.operations.dynamic_map import dynamic_map, quantize_blockwise
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from harness.conformance.functional_layer import applied, around, dense, low_rank
-from harness.conformance.operations import Operation, draw
+from harness.conformance.comparison.functional_layer import applied, around, dense, low_rank
+from harness.conformance.operation import Operation, draw
 from reference import dora
 
 Kind = Literal["normal", "zero-rows", "cancelled"]

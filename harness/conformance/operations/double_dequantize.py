@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from harness.conformance.operations import Operation, double_quantize
+from harness.conformance.operation import Operation
+from harness.conformance.operations import double_quantize
 from reference.operations import double_quant
 
 

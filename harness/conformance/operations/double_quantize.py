@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.conformance.operations import Operation, draw
-from harness.conformance.quantised_codes import judge_codes
-from harness.conformance.tolerance_policies import Judgement, noise_floor, worst_of
+from harness.conformance.comparison.quantised_codes import judge_codes
+from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
+from harness.conformance.operation import Operation, draw
 from reference.operations import double_quant, nf4
 from reference.operations.dynamic_map import dynamic_map, quantize_blockwise
 

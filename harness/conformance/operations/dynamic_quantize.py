@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.conformance.operations import Operation
-from harness.conformance.quantised_codes import Kind, judge_codes, values
-from harness.conformance.tolerance_policies import Judgement
+from harness.conformance.comparison.quantised_codes import Kind, judge_codes, values
+from harness.conformance.comparison.tolerance_policies import Judgement
+from harness.conformance.operation import Operation
 from reference.operations import nf4
 from reference.operations.dynamic_map import dynamic_map, quantize_blockwise
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from harness.conformance.operations import Operation
-from harness.conformance.quantised_codes import FourBit
+from harness.conformance.comparison.quantised_codes import FourBit
+from harness.conformance.operation import Operation
 from reference.operations import fp4
 
 _FORM = FourBit(fp4)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from harness.conformance.operations import Operation, draw
+from harness.conformance.operation import Operation, draw
 from reference.operations import multi_lora
 
 

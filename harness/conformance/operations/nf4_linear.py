@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from harness.conformance.operations import Operation, draw
-from harness.conformance.quantised_codes import FourBit
+from harness.conformance.comparison.quantised_codes import FourBit
+from harness.conformance.operation import Operation, draw
 from reference.operations import nf4
 
 _FORM = FourBit(nf4)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.conformance.functional_layer import applied, around, dense, low_rank
-from harness.conformance.operations import Operation
-from harness.conformance.quantised_codes import FourBit
+from harness.conformance.comparison.functional_layer import applied, around, dense, low_rank
+from harness.conformance.comparison.quantised_codes import FourBit
+from harness.conformance.operation import Operation
 from reference import lora
 from reference.operations import nf4
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.conformance.operations import Operation, draw
+from harness.conformance.operation import Operation, draw
 from reference.operations import paged
 
 

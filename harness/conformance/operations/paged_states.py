@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.conformance.operations import Operation, draw, paged_adamw
+from harness.conformance.operation import Operation, draw
+from harness.conformance.operations import paged_adamw
 from reference.operations import paged
 
 

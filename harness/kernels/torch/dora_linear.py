@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from harness.kernels.device import frozen, multiplied_by_triton
-from harness.kernels.torch.autocast import outside_autocast
 from harness.kernels.torch.lora_linear import lora_linear
+from harness.kernels.torch.support.autocast import outside_autocast
 
 
 def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:

@@ -10,9 +10,9 @@ from torch.nn.functional import linear
 from torch.nn.modules.module import _has_any_global_hook
 
 from harness.kernels.device import frozen, multiplied_by_triton
-from harness.kernels.torch.autocast import outside_autocast
 from harness.kernels.torch.nf4_linear import Nf4Linear
 from harness.kernels.torch.nf4_lora_linear import packed_lora_linear
+from harness.kernels.torch.support.autocast import outside_autocast
 
 
 class _LoraLinear(torch.autograd.Function):

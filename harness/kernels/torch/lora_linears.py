@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from harness.kernels.device import frozen, multiplied_by_triton
-from harness.kernels.torch.autocast import outside_autocast
 from harness.kernels.torch.lora_linear import is_plain
 from harness.kernels.torch.nf4_linear import Nf4Linear, product
-from harness.kernels.torch.packed_weight import PackedWeight
+from harness.kernels.torch.support.autocast import outside_autocast
+from harness.kernels.torch.support.packed_weight import PackedWeight
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from harness.kernels.device import by_triton
-from harness.kernels.torch.autocast import outside_autocast
+from harness.kernels.torch.support.autocast import outside_autocast
 
 Rows = slice | Tensor
 

@@ -18,9 +18,9 @@ from torch.nn.functional import pad
 from harness.kernels.device import TRITON_DTYPES, by_triton
 from harness.kernels.dynamic_map_format import dynamic_map
 from harness.kernels.nf4_format import ZERO, check_second_sizes, check_sizes, levels
-from harness.kernels.torch import nf4_compiled
-from harness.kernels.torch.chunks import for_each, size
-from harness.kernels.torch.huge_pages import empty
+from harness.kernels.torch.support import nf4_compiled
+from harness.kernels.torch.support.chunks import for_each, size
+from harness.kernels.torch.support.huge_pages import empty
 
 _CELLS = 32
 """Cells of the coarse axis for each unit, a power of two so that multiplying by it is exact."""

@@ -12,8 +12,8 @@ from torch.nn.functional import linear
 from harness.kernels.device import by_triton
 from harness.kernels.nf4_format import BLOCK2
 from harness.kernels.torch import nf4
-from harness.kernels.torch.autocast import outside_autocast
-from harness.kernels.torch.packed_weight import PackedWeight
+from harness.kernels.torch.support.autocast import outside_autocast
+from harness.kernels.torch.support.packed_weight import PackedWeight
 
 
 class _Product(torch.autograd.Function):

@@ -14,9 +14,9 @@ from torch.nn.functional import linear
 
 from harness.kernels.device import frozen, multiplied_by_triton
 from harness.kernels.torch import nf4
-from harness.kernels.torch.autocast import outside_autocast
 from harness.kernels.torch.nf4_linear import product
-from harness.kernels.torch.packed_weight import PackedWeight
+from harness.kernels.torch.support.autocast import outside_autocast
+from harness.kernels.torch.support.packed_weight import PackedWeight
 
 
 class _LoraProduct(torch.autograd.Function):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from harness.kernels.device import frozen, multiplied_by_triton
-from harness.kernels.torch.autocast import outside_autocast
+from harness.kernels.torch.support.autocast import outside_autocast
 
 
 class _Projection(torch.autograd.Function):

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from harness.kernels.compile.specimen import Specimen
 from harness.kernels.device import interpreted
-from harness.kernels.triton.launch import launch
-from harness.kernels.triton.rounding import load_as_float32
-from harness.kernels.triton.specimen import Specimen
+from harness.kernels.triton.support.launch import launch
+from harness.kernels.triton.support.rounding import load_as_float32
 
 _TILE = 1 << 14 if interpreted() else 2048  # weights a program
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from harness.kernels.compile.specimen import Specimen
 from harness.kernels.device import interpreted
-from harness.kernels.triton.dynamic_map import largest_magnitude, nearest, relative, tables
-from harness.kernels.triton.launch import launch
-from harness.kernels.triton.rounding import load_as_float32
-from harness.kernels.triton.specimen import Specimen
+from harness.kernels.triton.support.dynamic_map import largest_magnitude, nearest, relative, tables
+from harness.kernels.triton.support.launch import launch
+from harness.kernels.triton.support.rounding import load_as_float32
 
 _COLUMNS = 2048  # of a block at a time
 _TILE = 1 << 14 if interpreted() else 2048  # elements a program

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from harness.kernels.compile.specimen import Specimen
 from harness.kernels.device import interpreted
-from harness.kernels.triton.launch import launch
-from harness.kernels.triton.rounding import load_as_float32, store_as, to_float32
-from harness.kernels.triton.specimen import Specimen
+from harness.kernels.triton.support.launch import launch
+from harness.kernels.triton.support.rounding import load_as_float32, store_as, to_float32
 
 _CHUNK = 1 << 14 if interpreted() else 1024
 _ROWS, _COLUMNS, _INNER = 64, 128, 32

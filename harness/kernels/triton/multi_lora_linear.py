@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from harness.kernels.torch.autocast import outside_autocast
-from harness.kernels.triton.grouped_lora import INNER, MOST_REGISTERS, expand, outer, shrink, tile
-from harness.kernels.triton.launch import launch
+from harness.kernels.torch.support.autocast import outside_autocast
+from harness.kernels.triton.support.grouped_lora import INNER, MOST_REGISTERS, expand, outer, shrink, tile
+from harness.kernels.triton.support.launch import launch
 
 _BUSY = 128  # programs that keep a GPU busy; with fewer, `shrink` cuts its sum into up to _MOST_SPLITS
 _MOST_SPLITS = 8

@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from harness.kernels.compile.specimen import Specimen
 from harness.kernels.nf4_format import check_second_sizes, check_sizes
-from harness.kernels.triton.launch import launch
-from harness.kernels.triton.nf4_levels import ZERO, nearest_code, table
-from harness.kernels.triton.rounding import load_as_float32, store_as
-from harness.kernels.triton.specimen import Specimen
+from harness.kernels.triton.support.launch import launch
+from harness.kernels.triton.support.nf4_levels import ZERO, nearest_code, table
+from harness.kernels.triton.support.rounding import load_as_float32, store_as
 
 _THREADS = 128
 _TILE, _QUANTIZED_TILE = 64 * _THREADS, 32 * _THREADS

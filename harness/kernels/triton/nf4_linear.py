@@ -20,14 +20,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 
+from harness.kernels.compile.specimen import Specimen
 from harness.kernels.nf4_format import check_sizes
-from harness.kernels.torch.autocast import outside_autocast
-from harness.kernels.triton.launch import launch
-from harness.kernels.triton.matrix_product import product
+from harness.kernels.torch.support.autocast import outside_autocast
 from harness.kernels.triton.nf4 import dequantize
-from harness.kernels.triton.nf4_levels import level_by_selection
-from harness.kernels.triton.rounding import load_as_float32, store_as, to_dtype
-from harness.kernels.triton.specimen import Specimen
+from harness.kernels.triton.support.launch import launch
+from harness.kernels.triton.support.matrix_product import product
+from harness.kernels.triton.support.nf4_levels import level_by_selection
+from harness.kernels.triton.support.rounding import load_as_float32, store_as, to_dtype
 
 _ROWS, _LARGEST_CHUNK, _WARPS, _STAGES = 64, 128, 4, 5
 

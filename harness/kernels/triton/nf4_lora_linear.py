@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from harness.kernels.torch.autocast import outside_autocast
+from harness.kernels.torch.support.autocast import outside_autocast
 from harness.kernels.triton import lora_linear, nf4
-from harness.kernels.triton.low_rank_arguments import checked, contiguous, matrix
+from harness.kernels.triton.support.low_rank_arguments import checked, contiguous, matrix
 
 
 class _Nf4LoraLinear(torch.autograd.Function):

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from harness.kernels.torch.autocast import outside_autocast
-from harness.kernels.triton.low_rank_arguments import checked, contiguous, matrix
-from harness.kernels.triton.low_rank_gemm import low_rank_gemm
-from harness.kernels.triton.shrink import shrink, shrink_and_sum
-from harness.kernels.triton.token_sums import outer_sum_against
+from harness.kernels.torch.support.autocast import outside_autocast
+from harness.kernels.triton.support.low_rank_arguments import checked, contiguous, matrix
+from harness.kernels.triton.support.low_rank_gemm import low_rank_gemm
+from harness.kernels.triton.support.shrink import shrink, shrink_and_sum
+from harness.kernels.triton.support.token_sums import outer_sum_against
 
 
 class _VeraLinear(torch.autograd.Function):

@@ -19,10 +19,10 @@ from harness.regression.outputs.files import Outputs
 
 
 def gate(
-    name: str, baseline: str, margins: Margins, outputs: Outputs, *, as_json: bool = False, everything: bool = False,
+    name: str, baseline: str, margins: Margins, outputs: Outputs, *, as_json: bool = False, all_rows: bool = False,
     strict: bool = False,
 ) -> Exit:  # fmt: skip
-    """Compare a run with a baseline, tell it, return the exit code. everything: rows that are the same in both too.
+    """Compare a run with a baseline, tell it, return the exit code. all_rows: rows that are the same in both too.
 
     Raises UsageError for a run, baseline or file that is not there; StoreError where a run.json cannot be read.
     """
@@ -37,7 +37,7 @@ def gate(
         if as_json:
             say(json.dumps(document.document(against, kept, new), indent=1))
         else:
-            say("\n".join([f"{title}: {_origin(kept)}", "", *terminal.lines(against, everything=everything)]))
+            say("\n".join([f"{title}: {_origin(kept)}", "", *terminal.lines(against, everything=all_rows)]))
         outputs.annotate(against)
     return against.exit
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harness.analysis import tracked_metrics
-from harness.errors import Problem, StoreError, UsageError, noted, wrong_use
+from harness.console import say
+from harness.errors import Exit, Problem, StoreError, UsageError, noted, wrong_use
 from harness.records import store
 from harness.regression.history import night_files
 from harness.regression.history.night_files import History, Line
@@ -53,6 +54,12 @@ def confirm(
         line["seen"] = dict(seen)
     _append(folder, night_files.CONFIRMATIONS, line)
     return line
+
+
+def print_decision(line: Line) -> Exit:
+    """Print a decision that was stored."""
+    say(f"{line['cell']} {line['metric']} from {line['night']} on, by {line['author']}: {line['reason']}")
+    return Exit.PASS
 
 
 def concerns(line: Line, cell: str, metric: str) -> bool:

@@ -16,7 +16,7 @@ from harness.analysis.statistics.pair_design import Design
 from harness.analysis.tracked_metrics import STEP
 from harness.cell.measure import cores
 from harness.errors import Exit, HarnessError, UsageError
-from harness.process.termination import on_request
+from harness.process.termination import handle_termination
 from harness.records import environment, naming, store
 from harness.regression.outputs.files import Outputs
 from harness.regression.pairs import canary_file, findings, table
@@ -80,7 +80,7 @@ def gate(asked: PairsRequest, as_json: bool, design: Design | None = None) -> Ex
     bench: PairsRunner | None = None
     try:
         with (
-            on_request(),
+            handle_termination(),
             cores.held_to(wanted) as held,
             arms.opened(asked.old, asked.new, plan, asked.repo) as sides,
         ):

@@ -14,6 +14,7 @@ from pathlib import Path
 from harness import resources
 from harness.errors import HarnessError, UsageError, near
 from harness.methods.registry import discover
+from harness.process.supervisor import Subprocess
 from harness.records import environment, store
 from harness.records.record import Cell, Record
 from harness.regression.pairs import external_repo
@@ -150,7 +151,7 @@ def run(arm: Side, suite: Path, cell: Cell, folder: Path, options: Sequence[str]
     variables = _variables(arm)
     if options[:2] != ("--device", "cpu") and "CUDA_VISIBLE_DEVICES" not in variables and (cards := environment.gpus()):
         variables["CUDA_VISIBLE_DEVICES"] = cards[0].partition(",")[0]  # both sides on one card
-    code, error = _told(command, variables)
+    code, error = _ran(command, variables)
     records = store.read_run(folder).records if (folder / "run.json").is_file() else []
     if not records:
         said = error.strip().splitlines()
@@ -169,20 +170,15 @@ def _variables(arm: Side) -> dict[str, str]:
     return variables
 
 
-def _told(command: Sequence[str], variables: dict[str, str]) -> tuple[int, str]:
-    """Run a command and return its exit code and stderr; whoever ends us ends it, too, with time to end cleanly."""
-    with subprocess.Popen(
-        command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as child:
+def _ran(command: Sequence[str], variables: dict[str, str]) -> tuple[int | None, str]:
+    """Run a command and return its exit code and stderr; if this process is ended, give the command time to end cleanly."""
+    with Subprocess(command, environment=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as child:
         try:
-            _, error = child.communicate()
+            code = child.wait()
         except BaseException:
-            child.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.communicate(timeout=_PATIENCE_S)
-            child.kill()
+            child.terminate(_PATIENCE_S)
             raise
-    return child.returncode, error
+    return code, child.output
 
 
 def _but(cell: Cell) -> str:

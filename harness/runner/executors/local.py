@@ -81,9 +81,9 @@ class Local:
                             look, looked = gpus.GpuProbe(self._look), time.monotonic()
                         if look is not None and not look.over():
                             break
-                        if any(one.work.gpu for one in at_work):
+                        if any(one.job.gpu for one in at_work):
                             since = looked  # a card of ours comes free, however long its Cell takes
-                        placed, busy = self._placed(waiting, look, [one.work.gpu for one in at_work])
+                        placed, busy = self._placed(waiting, look, [one.job.gpu for one in at_work])
                         look = None
                         if placed is not None:
                             at_work.append(one := Attempt(placed, terms, self.command))
@@ -113,13 +113,13 @@ class Local:
         if at_work:
             for key, _ in selector.select(max(0.0, min(left, 1.0 if look is None else _ANSWER_S))):
                 for event in key.data.read():
-                    listener.event(key.data.work.cell, event)
+                    listener.event(key.data.job.cell, event)
         elif look is not None:
             look.over(1.0)
         else:
             time.sleep(1.0)
         listener.tick()
-        for one in [one for one in at_work if one.over]:
+        for one in [one for one in at_work if one.is_over]:
             selector.unregister(one.events)
             at_work.remove(one)  # from here on it kills itself, whatever happens
             yield one.end()

@@ -12,7 +12,7 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 @implements("adalora", name="fused", dtypes=DTYPES)
 def adalora(model: Any, config: Any, generator: Any) -> Any:
     """Attach AdaLoRA to what `config.targets` names; config as `reference.adalora.Config`."""
-    from harness.kernels.torch.shared_input import meet
+    from harness.kernels.torch.support.shared_input import meet
     from harness.methods.implementations.fused.layers.adalora import FusedAdaLora, FusedAdaLoraLinear
     from reference.adalora import attach
 

@@ -13,7 +13,7 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 def _operation(name: str) -> Implementation:
     @implements(name, name="fused", dtypes=DTYPES)
     def call(**arguments: Any) -> Any:
-        return getattr(importlib.import_module(f"harness.kernels.{name}"), name)(**arguments)
+        return getattr(importlib.import_module(f"harness.kernels.torch.{name}"), name)(**arguments)
 
     return call
 

@@ -15,7 +15,7 @@ def lora(model: Any, config: Any, generator: Any) -> Any:
     """Attach layers that compute by `lora_linear` to what `config.targets` names; config as `reference.lora.Config`."""
     from torch import nn
 
-    from harness.kernels.torch.shared_input import meet
+    from harness.kernels.torch.support.shared_input import meet
     from harness.methods.implementations.fused.layers.lora import FusedLoraLinear
     from reference.lora import LoraLinear, attach
 

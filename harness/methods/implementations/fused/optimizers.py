@@ -20,7 +20,7 @@ def dynamic_quantize(x: Any, block: int, signed: bool) -> tuple[Any, Any]:
 @implements("adamw8bit_step", **_HOW)
 def adamw8bit_step(p: Any, g: Any, **others: Any) -> tuple[Any, ...]:
     """Take one step from the state given. others: m, m_absmax, v, v_absmax, step and the optimizer's knobs."""
-    from harness.kernels.torch.adamw8bit import adamw8bit_step
+    from harness.kernels.torch.adamw8bit_step import adamw8bit_step
 
     return adamw8bit_step(p, g, **others)
 
@@ -43,7 +43,7 @@ def paged_states(params: Any, grads: Any) -> Any:
 def _paged_steps(params: Any, grads: Any, **how: Any) -> tuple[Any, list[Any]]:
     import torch
 
-    from harness.kernels.torch.paged import Paged
+    from harness.kernels.torch.optimizers.paged import Paged
 
     trained = [torch.nn.Parameter(p.clone()) for p in params]
     optimizer = Paged(torch.optim.AdamW(trained, **how), budget=0)

@@ -5,19 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from harness.methods.registry import DTYPES, implements
+from reference.spec import Deviation
 
 DEVIATIONS = (
-    (
-        "exact SVD (niter = 0) of a float32 weight, and of a narrower one",
-        "LAPACK's, in float32",
-        "eigenvectors of the smaller Gram matrix in float64, unless the singular values span more than 2^12",
-        "what an SVD in float32 resolves, float64 resolves by the squares as well; a float64 weight has an SVD",
+    Deviation(
+        topic="exact SVD (niter = 0) of a float32 weight, and of a narrower one",
+        paper="LAPACK's, in float32",
+        here="eigenvectors of the smaller Gram matrix in float64, unless the singular values span more than 2^12",
+        why="what an SVD in float32 resolves, float64 resolves by the squares as well; a float64 weight has an SVD",
     ),
-    (
-        "randomised SVD (niter > 0)",
-        "bases by Householder reflections",
-        "by Cholesky in float64 where the columns are far enough from dependent; the sketch is drawn as the reference's is",
-        "both span the same space",
+    Deviation(
+        topic="randomised SVD (niter > 0)",
+        paper="bases by Householder reflections",
+        here="by Cholesky in float64 where the columns are far enough from dependent; the sketch is drawn as the "
+        "reference's is",
+        why="both span the same space",
     ),
 )
 
@@ -30,7 +32,7 @@ def pissa(model: Any, config: Any, generator: Any) -> Any:
     """
     import torch
 
-    from harness.kernels.torch.shared_input import meet
+    from harness.kernels.torch.support.shared_input import meet
     from harness.methods.implementations.fused.layers.pissa import FusedPissaLinear
     from reference.pissa import PissaEmbedding
     from reference.shared.adapted import Adapted
@@ -58,7 +60,7 @@ def _start(weight: Any, config: Any, dtype: Any, generator: Any) -> tuple[Any, A
     """Return (A (R, D), B (E, R), residual (E, D)) in `dtype`, as `reference.pissa.split`."""
     import torch
 
-    from harness.kernels.torch.range_finder import leading_svd, randomised_svd
+    from harness.kernels.torch.support.range_finder import leading_svd, randomised_svd
     from reference.pissa import signed
 
     W = weight.to(torch.promote_types(weight.dtype, torch.float32))

@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from harness.kernels.torch.adalora_importance import adalora_importance_
-from harness.kernels.torch.dropout import keep_mask
 from harness.kernels.torch.lora_linear import lora_linear_over
 from harness.kernels.torch.lora_linears import LoraFactors, factors_over
-from harness.kernels.torch.orthogonality import orthogonality
-from harness.kernels.torch.shared_input import Sibling
+from harness.kernels.torch.support.dropout import keep_mask
+from harness.kernels.torch.support.orthogonality import orthogonality
+from harness.kernels.torch.support.shared_input import Sibling
 from reference.adalora import AdaLoraAdapted, AdaLoraLinear
 
 

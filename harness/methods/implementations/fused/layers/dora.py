@@ -11,12 +11,12 @@ from torch.nn.functional import linear
 
 from harness.kernels.device import multiplied_by_triton
 from harness.kernels.torch.dora_linear import dora_linear, gained, row_norms
-from harness.kernels.torch.dropout import keep_mask
 from harness.kernels.torch.lora_linear import is_plain, lora_linear_over
 from harness.kernels.torch.lora_linears import LoraFactors, factors_over, lora_linears
 from harness.kernels.torch.nf4_linear import Nf4Linear, packed_linear
 from harness.kernels.torch.nf4_lora_linear import packed_lora_linear
-from harness.kernels.torch.shared_input import Sibling
+from harness.kernels.torch.support.dropout import keep_mask
+from harness.kernels.torch.support.shared_input import Sibling
 from reference.dora import DoraLinear, gain
 from reference.shared.layers import dense_weight
 

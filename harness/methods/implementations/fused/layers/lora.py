@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from harness.kernels.torch.dropout import keep_mask
 from harness.kernels.torch.lora_linear import lora_linear_over
 from harness.kernels.torch.lora_linears import LoraFactors, factors_over
-from harness.kernels.torch.shared_input import Sibling
+from harness.kernels.torch.support.dropout import keep_mask
+from harness.kernels.torch.support.shared_input import Sibling
 from reference.lora import LoraLinear
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from harness.kernels.torch.lora_linear import lora_linear
 from harness.kernels.torch.lora_linears import LoraFactors
-from harness.kernels.torch.shared_input import Sibling
+from harness.kernels.torch.support.shared_input import Sibling
 from reference.pissa import PissaLinear
 
 

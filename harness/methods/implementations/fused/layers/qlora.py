@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from harness.kernels.nf4_format import BLOCK2
 from harness.kernels.torch.nf4_lora_linear import packed_lora_linear
-from harness.kernels.torch.packed_weight import PackedWeight
+from harness.kernels.torch.support.packed_weight import PackedWeight
 from reference.qlora import QloraLinear
 
 

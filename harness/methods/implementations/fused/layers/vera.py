@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.kernels.torch.dropout import keep_mask
 from harness.kernels.torch.lora_linear import is_plain
+from harness.kernels.torch.support.dropout import keep_mask
 from harness.kernels.torch.vera_linear import SharedProjection, vera_linear
 from reference.vera import VeraLinear
 

@@ -1,0 +1,70 @@
+"""The command `check`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from harness.cli import options
+from harness.errors import Exit, UsageError
+
+
+@click.command()
+@click.argument("implementations", nargs=-1)
+@click.option("--method", "methods", multiple=True, metavar="M", help=f"Check only this method. {options.AGAIN}")
+@click.option("--op", "operations", multiple=True, metavar="O", help=f"Check only this operation. {options.AGAIN}")
+@click.option("--dtype", "dtypes", multiple=True, metavar="D", help=f"Check only this dtype. {options.AGAIN}")
+@click.option(
+    "--full", is_flag=True,
+    help="Check every combination of config, shape and layer.  [default: each of them at least once]",
+)  # fmt: skip
+@click.option(
+    "--drawn", type=click.IntRange(0, 100_000), default=0, show_default=True, metavar="N",
+    help="Also check N random ranks and shapes per parity suite.",
+)  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), metavar="S", help="Random seed of --drawn.  [default: 0]")
+@click.option(
+    "--jobs", type=click.IntRange(1, 256), metavar="N",
+    help="Processes to run at the same time.  [default: one per core, at most 8]",
+)  # fmt: skip
+@click.option(
+    "--patience", callback=options.finite_seconds, default=120.0, show_default=True, metavar="SECONDS",
+    help="Stop an implementation that gives no result for this long.",
+)  # fmt: skip
+@options.junit
+@click.option("--html", type=options.FILE, metavar="FILE", help="Also write the results as an HTML page.")
+@click.option("--self-test", is_flag=True, help="Test the checks themselves: each planted fault must be detected.")
+@options.as_json
+def check(
+    implementations: tuple[str, ...], methods: tuple[str, ...], operations: tuple[str, ...], dtypes: tuple[str, ...],
+    full: bool, drawn: int, seed: int | None, jobs: int | None, patience: float, junit: Path | None, html: Path | None,
+    self_test: bool, as_json: bool,
+) -> Exit:  # fmt: skip
+    """Check implementations against the reference.
+
+    Without arguments, checks every implementation on everything that this machine can run. The reference is computed in
+    float64. Each plug-in runs in its own process: a crash or a hang counts as a failure, and the other plug-ins continue.
+    Ctrl-C or SIGTERM prints the results so far and exits with 4; the exit code is also 4 if an IMPLEMENTATION that you named
+    cannot be tested.
+    """
+    if self_test:
+        if implementations or methods or operations or dtypes or full or drawn or seed is not None or junit or html:
+            raise UsageError(
+                "tests every planted fault and takes no option but --json",
+                where="--self-test",
+                hint="remove the others",
+            )
+        from harness.conformance import self_test as planted
+
+        return planted.check(as_json)
+    from harness.cli import check as command
+    from harness.conformance.case_selection import CaseSelection
+
+    if seed is not None and not drawn:
+        raise UsageError(
+            "has no effect without --drawn", where="--seed", hint="add the number of cases, e.g. --drawn 50"
+        )
+    breadth = CaseSelection(full, drawn, seed or 0)
+    request = command.CheckRequest(implementations, methods, operations, dtypes, breadth, jobs, patience)
+    return command.check(request, as_json, junit, html)

@@ -1,0 +1,71 @@
+"""The command `fit`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from harness.cli import options
+from harness.console import say
+from harness.errors import Exit
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--memory", required=True, metavar="SIZE", help="Memory of the device, e.g. 24GiB or 24GB (24GiB is 7 % larger)."
+)
+@click.option("--method", "methods", multiple=True, metavar="M", help=f"Only this method. {options.AGAIN}")
+@click.option(
+    "--base", "bases", multiple=True, metavar="B",
+    help=f"Quantisation of the frozen weights: none, nf4 or nf4-dq. {options.AGAIN}  [default: all]",
+)  # fmt: skip
+@click.option(
+    "--optimizer", "optimizers", multiple=True, metavar="O",
+    help=f"adamw, adamw-8bit, paged-adamw or paged-adamw-8bit. {options.AGAIN}  [default: adamw]",
+)  # fmt: skip
+@click.option(
+    "--target", "targets", multiple=True, metavar="LAYER",
+    help=f"Name of the linear layers to adapt. {options.AGAIN}  [default: all but the output layer]",
+)  # fmt: skip
+@click.option(
+    "--rank", "ranks", multiple=True, type=int, metavar="R",
+    help=f"Rank to try. {options.AGAIN}  [default: 1, 2, 4, ... 256]",
+)  # fmt: skip
+@click.option(
+    "--tokens", type=int, metavar="N", help="Length of each text.  [default: 512, or the model's maximum if shorter]"
+)
+@click.option("--dtype", default="bfloat16", show_default=True, metavar="D", help="Dtype of weights and adapter.")
+@click.option(
+    "--checkpointing", is_flag=True, help="Gradient checkpointing: store the inputs of blocks only, recompute the rest."
+)
+@click.option("--layerwise", is_flag=True, help="Layer-wise updates, for methods that train the model's own weights.")
+@click.option(
+    "--formulas", is_flag=True,
+    help="Use closed-form estimates only, without simulated training steps: faster, some rows off by 20 %.",
+)  # fmt: skip
+@options.as_json
+def fit(
+    model: str, memory: str, methods: tuple[str, ...], formulas: bool, as_json: bool, **choices: Any
+) -> Exit:  # fmt: skip
+    """Predict what fits into a memory.
+
+    Prints, for each method and base, the largest rank and batch that fit, and the parts of the memory. Nothing is trained
+    or downloaded: each prediction is the peak of a training step on fake tensors, which have shapes and no data.
+
+    MODEL is a shape from the papers (llama-7b ... llama-65b, llama-3-8b, llama-3-70b, gpt-3-175b-shape), a name that
+    `peft-harness list models` shows, a folder with a config.json, or a repository in the local cache of the hub.
+    """
+    from harness.memory_model import fit as fitting
+    from harness.memory_model import fit_checks
+    from harness.report import fit_table
+
+    request = fitting.ask(model, memory, methods, **choices)
+    counted = fitting.counts(request)
+    document = fitting.answer(request, counted)
+    if not formulas:
+        document = fit_checks.checked(request, counted, document)
+    say(json.dumps(document, indent=1) if as_json else fit_table.as_text(document))
+    return Exit.PASS

@@ -1,0 +1,47 @@
+"""The command `report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from harness.cli import options
+from harness.console import say
+from harness.errors import Exit
+
+_MOST_SERIOUS_FIRST = (Exit.FAIL, Exit.NOTHING_COMPARED, Exit.INFRASTRUCTURE, Exit.INCONCLUSIVE, Exit.PASS)
+"""A finding stands whatever else is missing; see `analysis.verdict`."""
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option(
+    "-o", "--out", type=options.FILE, metavar="FILE", help="Page to write.  [default: report.html in the first run]"
+)
+@options.strict
+def report(runs: tuple[str, ...], out: Path | None, strict: bool) -> Exit:
+    """Write the HTML report of runs.
+
+    Also prints a summary of each run. RUN is a folder, an id, the start of an id, or `latest`. Several runs are compared
+    with each other: the losses of the Cells that they share must be equal bit by bit. The exit code is that of the most
+    serious verdict; 1 for a difference without a known cause, 5 if no Cell was repeated.
+    """
+    from harness.analysis import verdict
+    from harness.analysis.comparison import reproducibility
+    from harness.records import store
+    from harness.report import html, reruns, terminal
+
+    read = [store.read_run(store.find_run(name)) for name in runs]
+    page = html.page_path(out or read[0].path / "report.html")
+    html.write_report(read, page)
+    for one in read:
+        say("\n".join(terminal.summary(one)))
+    codes = [verdict.judge(one, strict=strict).exit for one in read]
+    if reruns.asked(read):
+        say("\n".join(reruns.lines(read)))
+    again = reproducibility.reruns(read)
+    if again or len(read) > 1:
+        codes.append(reproducibility.judge(again, strict=strict))
+    say(f"report: {page}")
+    return min(codes, key=_MOST_SERIOUS_FIRST.index)

@@ -1,0 +1,1 @@
+"""The parity gate of a Cell: the checks that run inside a Cell, around its measurements."""

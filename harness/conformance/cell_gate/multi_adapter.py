@@ -1,0 +1,104 @@
+"""Several adapters in one batch: does each row get what its own adapter alone would have given it?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.conformance import parity_suite
+from harness.conformance.case import Case
+from harness.conformance.comparison.check_results import at, judged
+from harness.conformance.comparison.layer_comparison import reference_runs
+from harness.conformance.comparison.tolerance_policies import noise_floor, worst_of
+from harness.conformance.subject import Subject
+from harness.errors import Unsupported
+from harness.records.record import CheckResult
+
+Adapters = Sequence[Mapping[str, Tensor]]
+"""Of each adapter its tensors, by the names of `Adapted.tensors()`."""
+Mixed = Callable[[Adapters], AbstractContextManager[None]]
+"""Inside, row n of every batch that the model is given goes through adapter n."""
+
+NAME = "multi-adapter"
+
+
+def check_rows(
+    subject: Subject, adapters: Adapters, mixed: Mixed, forward: Callable[[], Any], seed: int
+) -> CheckResult:
+    """Judge every adapted layer inside the model, on what it is given there, row by row.
+
+    forward: runs the model on a batch of one row per adapter. Row n of a layer's output must be what the float64 reference
+    of the layer computes with adapter n, within the noise floor: so is the single adapter's output judged too.
+    """
+    case = Case("trained", seed=seed, factors=parity_suite.load(subject.method).factors())
+    with mixed(adapters):
+        seen = _seen(subject, forward)
+    found = []
+    for path in list(seen):
+        x, y = seen.pop(path)
+        truth, draws = reference_runs(subject, path, x, x.new_zeros(()), look=_each_alone(path, adapters))
+        found.append(at(path, noise_floor({"y": y}, truth, draws, subject.dtype, case.factor("forward"))))
+    verdict = worst_of(found, "no adapted layer was run")
+    return judged(subject, case, NAME, verdict, "" if verdict.passed else "rows do not follow their own adapters")
+
+
+def rows_must_reach(subject: Subject, count: int, forward: Callable[[], Any]) -> None:
+    """Raise Unsupported if the model gives an adapted layer anything but one row per row of its own batch."""
+    for path, (x, _) in _seen(subject, forward).items():
+        if len(x) != count:
+            raise Unsupported(
+                f"{path} is given {len(x)} rows for a batch of {count}: whose they are cannot be told there"
+            )
+
+
+def _seen(subject: Subject, forward: Callable[[], Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Run the model and return what went into and came out of what stands at each adapted path."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> None:
+            if not given:
+                raise Unsupported(f"{path} is called by keyword: what it is given cannot be seen there")
+            seen[path] = given[0].detach().clone(), y.detach().clone()
+
+        return hook
+
+    with torch.no_grad(), ExitStack() as hooks:
+        for path in subject.adapted.layers:
+            hooks.callback(subject.model.get_submodule(path).register_forward_hook(keep(path)).remove)
+        forward()
+    return seen
+
+
+def drawn(subject: Subject, count: int, seed: int) -> list[dict[str, Tensor]]:
+    """Return the adapter as it is trained, and others beside it of its shapes and its size: drawn, each unlike the rest."""
+    own = {name: t.detach().clone() for name, t in subject.adapted.tensors().items()}
+    generator = torch.Generator().manual_seed(seed)
+
+    def like(t: Tensor) -> Tensor:
+        noise = torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)
+        # A matrix that training has left at zero would make adapters that do nothing, and a check that sees nothing.
+        spread = float(t.double().std()) if t.numel() > 1 and bool(t.any()) else max(t.shape[-1], 1) ** -0.5
+        return (noise * spread).to(t.dtype)
+
+    return [own, *({name: like(t) for name, t in own.items()} for _ in range(count - 1))]
+
+
+def _each_alone(path: str, adapters: Adapters) -> Callable[..., dict[str, Tensor]]:
+    """Return a way of looking at the reference's layer: at its output for row n with adapter n, for every n."""
+    start = f"{path}."
+
+    def look(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, _: Tensor) -> dict[str, Tensor]:
+        rows = []
+        with torch.no_grad():
+            for row, adapter in zip(x, adapters, strict=True):
+                for name, tensor in tensors.items():
+                    tensor.copy_(adapter[start + name])
+                rows.append(layer.eval()(row))
+        return {"y": torch.stack(rows)}
+
+    return look

@@ -1,0 +1,123 @@
+"""The parity gate of a Cell: nothing is measured before the Cell's own layers have passed it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from harness.conformance import checks, parity_suite
+from harness.conformance.case import Case
+from harness.conformance.cell_gate import memory_headroom
+from harness.conformance.checks.unreferenced import nudged
+from harness.conformance.comparison.check_results import at, judged, skipped
+from harness.conformance.comparison.inputs import inputs
+from harness.conformance.comparison.layer_comparison import beside
+from harness.conformance.comparison.tolerance_policies import noise_floor, worst_of
+from harness.conformance.subject import DTYPES, Subject, attach_reference, begin, configure, load, warm
+from harness.errors import Unsupported
+from harness.methods.peft_config import UNREFERENCED
+from harness.records.record import CheckResult, Outcome
+
+FIRST = ("layers", "parameters")
+AT_THE_START = ("base", "identity", "codes")
+WHEN_WARM = ("forward", "gradient", "model")
+ALONE_AT_THE_START = ("reference", "base", "start", "repeats")
+ALONE_WHEN_WARM = ("repeats", "untouched", "reached", "reload", "merge_itself")
+_ALONE = "frozen"
+"""The Method whose layers are the base's."""
+
+
+def gate(
+    subject: Subject,
+    seed: int,
+    run_model: Callable[[], Tensor],
+    base_output: Tensor,
+    *,
+    start: Mapping[str, Tensor] | None = None,
+    forward: Callable[[nn.Module], Tensor] | None = None,
+    base: str = "",
+) -> list[CheckResult]:
+    """Check a freshly attached subject at its start and at `warm`, then put it back to its start.
+
+    run_model: runs the whole model on fixed inputs; base_output: what that gave before attaching; start: the state to
+    begin from (None: the subject's own); forward: runs a given model on those inputs, differentiably; base: what packed the
+    base, as in `nf4 by bitsandbytes`. Which checks apply stands in the Method's parity suite. If a packed base is wrong by
+    itself, or the layers or their tensors are not the reference's, nothing further can be asked, and only that is returned.
+    """
+    if subject.method in UNREFERENCED:
+        return _alone(subject, Case("init", seed=seed, inputs=run_model, base_output=base_output, forward=forward))
+    plan = parity_suite.load(subject.method)
+    factors = plan.factors()
+    case = Case("init", seed=seed, inputs=run_model, base_output=base_output, forward=forward, factors=factors)
+
+    def tried(names: tuple[str, ...], at: Case) -> list[CheckResult]:
+        return [checks.every()[name](subject, at) for name in names if name in (*plan.checks, "codes")]
+
+    results = [_packed_base(subject, case, base)] if subject.packed else []
+    if not any(result.outcome is Outcome.FAIL for result in results):
+        results += tried(FIRST, case)
+    if any(result.outcome is Outcome.FAIL for result in results):
+        return results
+    if start is not None:
+        begin(subject.adapted, start)
+    began = {name: t.detach().clone() for name, t in subject.added().items()}
+    results += tried(AT_THE_START if subject.packed else AT_THE_START[:-1], case)
+    warm(subject.added(), case.generator(salt=1))
+    results += tried(WHEN_WARM, replace(case, state="warm" if began else "init"))
+    load(subject.adapted, began)
+    return results
+
+
+def _alone(subject: Subject, case: Case) -> list[CheckResult]:
+    """Check what needs no reference, and leave the subject at its start."""
+    found = checks.every()
+    results = [found[name](subject, case) for name in ALONE_AT_THE_START]
+    warmed, at = nudged(subject, case.generator(salt=1)), replace(case, state="warm")
+    return results + [found[name](warmed, at) for name in ALONE_WHEN_WARM]
+
+
+@dataclass(frozen=True)
+class _Base:
+    """Stands in a check's name where the Method else does, so that nobody looks for the mistake there."""
+
+    method: str
+    dtype: str
+
+
+def _packed_base(subject: Subject, case: Case, base: str) -> CheckResult:
+    """Judge every packed layer alone, without an adapter, by what its codes say: a wrong product spoils every Method."""
+    config = configure(_ALONE, {})
+    none = attach_reference(_ALONE, nn.Module(), config, None, case.generator())
+    alone = replace(subject, method=_ALONE, config=config, adapted=none)
+    found = []
+    for index, path in enumerate(subject.packed):
+        layer = subject.original_base(path)
+        x, dy = inputs(layer, case.tokens, DTYPES[subject.dtype], case.generator(index))
+        found.append(at(path, noise_floor(*beside(alone, path, layer, x, dy, training=True), subject.dtype)))
+    verdict = worst_of(found, found[0].policy)
+    why = "" if verdict.passed else "a packed layer alone, without an adapter, does not compute what its codes say"
+    return judged(_Base(f"base {base}".strip(), subject.dtype), case, "forward", verdict, why)
+
+
+def after_training(
+    subject: Subject, seed: int, forward: Callable[[nn.Module], Tensor] | None = None
+) -> list[CheckResult]:
+    """Check what may only be tried once training is over, because some libraries merge into the base weight itself.
+
+    forward: as of `gate`; only where there is no reference the whole model is run. Nothing is tried that the memory has no
+    room for: after training a Cell has much to lose.
+    """
+    if why := memory_headroom.lacking(subject):
+        return [skipped(subject, Case("trained", seed=seed), "merge", why)]
+    if subject.method in UNREFERENCED:
+        return [checks.every()["merge_itself"](subject, Case("trained", seed=seed, forward=forward))]
+    factors = parity_suite.load(subject.method).factors()
+    with torch.random.fork_rng():
+        case = Case("trained", seed=seed, factors=factors)
+        try:
+            return [checks.every()["merge"](subject, case)]
+        except Unsupported as error:
+            return [skipped(subject, case, "merge", f"unsupported: {error}")]

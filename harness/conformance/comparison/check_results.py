@@ -1,0 +1,67 @@
+"""How a check says what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from harness.conformance.case import Case
+from harness.conformance.comparison.tolerance_policies import Judgement
+from harness.records.record import CheckResult, Outcome
+
+
+class Named(Protocol):
+    """What is judged: an implementation of a Method or of an Operation, in some dtype."""
+
+    @property
+    def method(self) -> str:
+        """The Method's or the Operation's name."""
+
+    @property
+    def dtype(self) -> str:
+        """The dtype's name."""
+
+
+def judged(subject: Named, case: Case, name: str, judgement: Judgement, detail: str = "") -> CheckResult:
+    """Return a judgement as the result of the check `name`; one that could not decide as skipped, with the reason."""
+    if not judgement.decided:
+        return skipped(subject, case, name, judgement.worst)
+    return CheckResult(
+        check=identifier(subject, case, name),
+        outcome=Outcome.PASS if judgement.passed else Outcome.FAIL,
+        error=judgement.error,
+        allowed=judgement.allowed,
+        tensor=judgement.tensor,
+        worst=judgement.worst,
+        policy=judgement.policy,
+        nonfinite=judgement.nonfinite,
+        detail=detail,
+    )
+
+
+def listed(subject: Named, case: Case, name: str, odd: Sequence[str], otherwise: str = "") -> CheckResult:
+    """Return a pass if nothing is odd; else a failure that says the first few things that are."""
+    return CheckResult(
+        check=identifier(subject, case, name),
+        outcome=Outcome.FAIL if odd else Outcome.PASS,
+        error=float(len(odd)),
+        allowed=0.0,
+        policy="exact",
+        detail="; ".join(odd[:5]) or otherwise,
+    )
+
+
+def skipped(subject: Named, case: Case, name: str, because: str) -> CheckResult:
+    """Return that the check does not apply, and why."""
+    return CheckResult(check=identifier(subject, case, name), outcome=Outcome.SKIPPED, detail=because)
+
+
+def identifier(subject: Named, case: Case, name: str) -> str:
+    """Return `method/check/dtype/state`."""
+    return f"{subject.method}/{name}/{subject.dtype}/{case.state}"
+
+
+def at(path: str, judgement: Judgement) -> Judgement:
+    """Say at which layer a tensor is."""
+    return replace(judgement, tensor=f"{path}: {judgement.tensor}")

@@ -1,0 +1,90 @@
+"""How the codes of a packed weight are judged: whole, or where they would fill the memory piece by piece."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, worst_of
+from harness.conformance.subject import ExpectedCodes, PackedLayer
+from reference.operations import double_quant, nf4
+
+PIECE = 2**22
+"""Weights that are judged at a time, in float64: a whole number of blocks and of bytes."""
+_BLOCK = 64
+_SAME = Judgement(True, 0.0, 0.0, "codes", "", "exact", 0)
+
+
+def judge(form: PackedLayer, want: ExpectedCodes, bias: Tensor | None) -> tuple[Judgement, int]:
+    """Judge a packed weight and its bias; also return how many codes were excused as ties (see the check `codes`)."""
+    have, expected, ties = _compared(form, want)
+    if want.bias is not None:
+        expected["bias"] = want.bias
+        have |= {"bias": bias.detach()} if isinstance(bias, Tensor) else {}
+    found = [exact(have, expected)]
+    if form.double:
+        found.append(_twice(form.absmax, want.absmax))
+    return worst_of(found, "exact"), ties
+
+
+def judge_in_pieces(form: PackedLayer, layer: nn.Linear, bias: Tensor | None) -> tuple[Judgement, int]:
+    """Judge by the dense `layer` itself, and hold no more than `PIECE` of its weights' codes at a time.
+
+    bias: of the packed layer. Returns what `judge` does.
+    """
+    flat = layer.weight.detach().flatten()
+    n = flat.numel()
+    if (form.block, form.data.numel(), form.absmax.numel()) != (_BLOCK, -(-n // 2), -(-n // _BLOCK)):
+        return judge(form, ExpectedCodes.of(layer), bias)
+    found, absmax, ties = [], list[Tensor](), 0
+    for start in range(0, n, PIECE):
+        W = flat[start : start + PIECE]
+        want, scales = nf4.quantize(W)
+        absmax.append(scales)
+        piece = replace(
+            form,
+            data=form.data.flatten()[start // 2 : (start + PIECE) // 2],
+            absmax=form.absmax[start // _BLOCK : (start + PIECE) // _BLOCK],
+        )
+        other = nf4.unpack(piece.data, len(W)) != want
+        if not other.any() and (form.double or torch.equal(piece.absmax, scales)):
+            found.append(_SAME)
+            continue
+        have, expected, tied = _compared(piece, ExpectedCodes(want, scales, _near_tie(W, other), None))
+        found.append(exact(have, expected))
+        ties += tied
+    if form.double:
+        found.append(_twice(form.absmax, torch.cat(absmax)))
+    if layer.bias is not None:
+        found.append(exact({} if bias is None else {"bias": bias.detach()}, {"bias": layer.bias.detach()}))
+    return worst_of(found, "exact"), ties
+
+
+def _near_tie(W: Tensor, asked: Tensor) -> Tensor:
+    """Return the mask of `nf4.near_tie`, in the blocks of the elements `asked` for; elsewhere False. It is in float64."""
+    rows, wanted = (torch.nn.functional.pad(t, (0, -len(W) % _BLOCK)).view(-1, _BLOCK) for t in (W, asked))
+    mask = torch.zeros_like(wanted)
+    some = wanted.any(1)
+    mask[some] = nf4.near_tie(rows[some]).view(-1, _BLOCK)
+    return mask.flatten()[: len(W)]
+
+
+def _compared(form: PackedLayer, want: ExpectedCodes) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+    """Return what must be equal, on both sides, and how many codes were excused. A double-quantised absmax is not in it."""
+    codes = nf4.unpack(form.data, want.codes.numel())
+    tied = want.near_tie & ((codes.int() - want.codes.int()).abs() == 1)
+    zero = (want.absmax == 0) & (form.absmax.abs() <= torch.finfo(torch.float32).tiny)
+    excused = tied | zero.repeat_interleave(form.block)[: codes.numel()]
+    have, expected = {"codes": torch.where(excused, want.codes, codes)}, {"codes": want.codes}
+    if not form.double:
+        have["absmax"] = torch.where(zero, want.absmax, form.absmax)
+        expected["absmax"] = want.absmax
+    return have, expected, int(tied.sum())
+
+
+def _twice(absmax: Tensor, want: Tensor) -> Judgement:
+    """Judge what a double-quantised absmax decodes to."""
+    twice = {"absmax": double_quant.dequantize(*double_quant.quantize(want))}
+    return noise_floor({"absmax": absmax}, twice, twice, "float32")

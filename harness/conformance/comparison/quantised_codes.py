@@ -1,0 +1,121 @@
+"""Codes and the constants of their blocks: how they are judged, and the values that bring out what is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from harness.conformance.comparison.tolerance_policies import Judgement, exact
+from reference.operations import nf4
+
+Kind = Literal["normal", "levels", "ties", "zeros", "zero-blocks", "scales", "tiny", "huge", "nan", "infinity"]
+UNCOMPARED = -1.0
+"""Stands on both sides where a value says nothing: absmax is never below 0."""
+
+
+def values(
+    kind: Kind, shape: Sequence[int], block: int, levels: Tensor, dtype: torch.dtype, generator: torch.Generator
+) -> Tensor:
+    """Return a tensor to quantise.
+
+    levels: the values of the code, of which `levels` and `ties` (halfway between two neighbours) are made, at an absmax of
+    1 that makes every division exact. scales: blocks of sizes a hundred thousand apart. tiny: below the smallest normal
+    float32. nan, infinity: one such element in the second block, or the first if there is no other.
+    """
+    drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    flat = drawn.flatten()
+    numel, number = flat.numel(), torch.arange(flat.numel())
+    if kind in ("levels", "ties"):
+        ascending = levels.sort().values.float()
+        cycle = (ascending if kind == "levels" else (ascending[1:] + ascending[:-1]) / 2).double()
+        flat = torch.where(number % block == 0, 1.0, cycle[number % len(cycle)])
+    elif kind == "zeros":
+        flat = torch.zeros(numel)
+    elif kind == "zero-blocks":
+        flat = torch.where(number // block % 2 == 1, 0.0, flat)
+    elif kind == "scales":
+        flat = flat * 10.0 ** (number // block % 6 - 3)
+    elif kind == "tiny":
+        flat = flat * 3e-40
+    elif kind == "huge":
+        flat = flat / flat.abs().max() * torch.finfo(dtype if dtype != torch.float64 else torch.float32).max
+    elif kind in ("nan", "infinity"):
+        flat[min(block, numel - 1)] = torch.inf if kind == "infinity" else torch.nan
+    return flat.view(drawn.shape).to(dtype)
+
+
+def judge_codes(
+    mine: Mapping[str, Tensor], want: tuple[Tensor, Tensor], near_tie: Tensor, block: int, levels: Tensor
+) -> tuple[Judgement, str]:
+    """Judge `codes` and `absmax` against the reference's; return the judgement and how many codes were excused.
+
+    What counts is a code's value: FP4's 0 and 8 are both zero. It may be the neighbouring one only where the element is near
+    a tie. In a block of zeros any codes and absmax that come back as zeros will do, and in one with a NaN or an infinity any
+    with an absmax that is not finite: bitsandbytes' back ends differ there.
+    """
+    codes, absmax = want
+    levels = levels.to(codes.device)
+    if mine["codes"].shape != codes.shape or mine["absmax"].shape != absmax.shape:
+        return exact(mine, {"codes": codes, "absmax": absmax}), ""
+    rank = torch.unique(levels, return_inverse=True)[1]
+    apart = (rank[mine["codes"].long()] - rank[codes.long()]).abs()
+    tied = near_tie & (apart == 1)
+    decoded = levels[mine["codes"].long()] * mine["absmax"].repeat_interleave(block)[: codes.numel()]
+    largest = torch.nn.functional.pad(decoded.abs(), (0, -codes.numel() % block)).view(-1, block).amax(dim=1)
+    vanishes = (absmax == 0) & (largest <= torch.finfo(torch.float32).tiny)
+    lost = ~absmax.isfinite() & ~mine["absmax"].isfinite()
+    meaningless = (vanishes | lost).repeat_interleave(block)[: codes.numel()]
+    have = {
+        "codes": torch.where((apart == 0) | tied | meaningless, codes, mine["codes"]),
+        "absmax": torch.where(vanishes | lost, UNCOMPARED, mine["absmax"]),
+    }
+    expected = {"codes": codes, "absmax": torch.where(vanishes | ~absmax.isfinite(), UNCOMPARED, absmax)}
+    return exact(have, expected), f"{int(tied.sum())} codes on the other side of a tie"
+
+
+class FourBit:
+    """A 4-bit format's two Operations: arguments, references and how the codes are judged. form: reference.operations.nf4 or fp4."""
+
+    def __init__(self, form: Any) -> None:
+        self.form = form
+
+    def arguments(
+        self, dtype: torch.dtype, generator: torch.Generator, *, shape: Sequence[int], block: int, kind: Kind = "normal"
+    ) -> dict[str, Any]:
+        """Draw a tensor to quantise."""
+        return {"W": values(kind, shape, block, self.form.codebook(), dtype, generator), "block": block}
+
+    def quantize(self, W: Tensor, block: int) -> tuple[Tensor, Tensor]:
+        """Return (packed, absmax): two codes a byte, the first in the high nibble; float32, one for each block."""
+        codes, absmax = self.form.quantize(W, block)
+        return self.form.pack(codes), absmax
+
+    def judge(self, outputs: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> tuple[Judgement, str]:
+        """Judge packed codes and absmax."""
+        W, block = arguments["W"], arguments["block"]
+        packed, absmax = self.quantize(W, block)
+        if outputs["packed"].shape != packed.shape:
+            return exact(outputs, {"packed": packed, "absmax": absmax}), ""
+        codes = nf4.unpack(packed, W.numel())
+        mine = {"codes": nf4.unpack(outputs["packed"], W.numel()), "absmax": outputs["absmax"]}
+        near_tie = self.form.near_tie(W, block)
+        return judge_codes(mine, (codes, absmax), near_tie, block, self.form.codebook())
+
+    def packed_arguments(
+        self, dtype: torch.dtype, generator: torch.Generator, *, shape: Sequence[int], block: int, kind: Kind = "normal"
+    ) -> dict[str, Any]:
+        """Draw a packed weight; every code occurs if it is long enough."""
+        given = self.arguments(torch.float32, generator, shape=shape, block=block, kind=kind)
+        packed, absmax = self.quantize(**given)
+        return {"packed": packed, "absmax": absmax, "block": block, "shape": tuple(shape), "dtype": dtype}
+
+    def dequantize(
+        self, packed: Tensor, absmax: Tensor, block: int, shape: Sequence[int], dtype: torch.dtype
+    ) -> Tensor:
+        """Return level x absmax, formed in float32, as a tensor of `shape` and `dtype`."""
+        numel = torch.Size(shape).numel()
+        flat: Tensor = self.form.dequantize(nf4.unpack(packed, numel), absmax, block)
+        return flat.view(tuple(shape)).to(dtype)

@@ -1,0 +1,285 @@
+"""Tolerance policies: how far a tensor may be from the float64 reference, by the numbers of `tolerance_constants`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from harness.conformance.tolerance_constants import (
+    BIAS_SIGMAS,
+    CARRIED_FACTOR,
+    CEILING,
+    EPSILON,
+    FEW_NUMBERS,
+    LARGEST_EPS,
+    LARGEST_FACTOR,
+    NOISE_FACTOR,
+    NOISE_FLOOR_EPS,
+)
+
+_ROUNDED_SUMS = ("float32", "float64")
+"""Dtypes in which a sum is rounded at every term; those of 16 bits are summed in float32."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The worst tensor of an observation. error and allowed are in the norm that the policy names.
+
+    decided: False where the reference is itself too inaccurate to judge by; `worst` says so.
+    """
+
+    passed: bool
+    error: float | None
+    allowed: float | None
+    tensor: str
+    worst: str
+    policy: str
+    nonfinite: int
+    decided: bool = True
+
+    @property
+    def ratio(self) -> float:
+        """How much of the allowance is used; infinite for a non-finite error."""
+        if self.error is None:
+            return float("inf")
+        return self.error / self.allowed if self.allowed else (0.0 if self.passed else float("inf"))
+
+
+def noise_floor(
+    subject: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    rounded: Mapping[str, Tensor] | Iterable[Mapping[str, Tensor]],
+    dtype: str,
+    factor: float = NOISE_FACTOR,
+) -> Judgement:
+    """Judge against what the reference itself loses in the subject's dtype.
+
+    truth: the reference in float64; rounded: the reference in `dtype`, or several draws of what it loses, of which the
+    largest counts, no more than are needed to pass. Three errors of each tensor must each stay within a
+    multiple of the reference's own and a floor in units of eps: the relative Frobenius norm of the difference; its
+    largest element, relative to the root mean square (one wrong element of many); and the share of the truth that the
+    difference holds (a slightly wrong factor, which rounding does not give). Missing or surplus tensors fail. A tensor of
+    which the reference itself may lose more than CEILING is not judged.
+    """
+    policy = f"noise-floor: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS[dtype]:g} eps"
+    if odd := sorted(set(subject) ^ set(truth)):
+        return Judgement(False, None, None, odd[0], "present on one side only", policy, 0)
+    return _by_draws(rounded, truth, policy, lambda drawn: _within_noise(subject, truth, drawn, dtype, factor, policy))
+
+
+def _by_draws(
+    rounded: Mapping[str, Tensor] | Iterable[Mapping[str, Tensor]],
+    truth: Mapping[str, Tensor],
+    policy: str,
+    judge: Callable[[Sequence[Mapping[str, _Error]]], Judgement],
+) -> Judgement:
+    """Judge by the errors of the draws so far, after each, until that passes: no more are made than are needed."""
+    drawn: list[dict[str, _Error]] = []
+    verdict = worst_of([], policy)
+    for draw in [rounded] if isinstance(rounded, Mapping) else rounded:
+        drawn.append({name: _Error.of(draw[name], expected) for name, expected in truth.items()})
+        verdict = judge(drawn)
+        if verdict.passed:
+            break
+    return verdict
+
+
+def _within_noise(
+    subject: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    drawn: Sequence[Mapping[str, _Error]],
+    dtype: str,
+    factor: float,
+    policy: str,
+) -> Judgement:
+    floor = NOISE_FLOOR_EPS[dtype]
+    judged, lost = [], []
+    for name, expected in truth.items():
+        errors, eps = [errors_of[name] for errors_of in drawn], EPSILON[dtype]
+        own = _largest(errors)
+        # By the first draw alone, which is the reference's own, or a tensor that fails might be let off by a later one.
+        undecided = not factor * errors[0].norm + floor * eps <= CEILING  # also where the reference overflows
+        if (refused := _refused(name, subject[name], expected, policy, undecided)) is not None:
+            judged.append(refused)
+            continue
+        if undecided:
+            lost.append(name)
+            continue
+        have, wide = _Error.of(subject[name], expected), _factor(factor, expected)
+        bias = wide * own.share + BIAS_SIGMAS * (own.norm + eps) / max(1, expected.numel()) ** 0.25
+        for error, allowed, measure in (
+            (have.norm, min(wide * own.norm + floor * eps, CEILING), ""),
+            (have.largest, LARGEST_FACTOR * (wide * own.largest + LARGEST_EPS * floor * eps), ", largest element"),
+            (have.share, bias + (floor * eps if dtype in _ROUNDED_SUMS else 0.0), ", share of the truth"),
+        ):
+            judged.append(Judgement(error <= allowed, error, allowed, name, "", policy + measure, 0))
+    return _cannot(lost, dtype, policy) if lost and not judged else _shown(worst_of(judged, policy), subject, truth)
+
+
+def carried_noise(
+    subject: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    rounded: Mapping[str, Tensor] | Iterable[Mapping[str, Tensor]],
+    dtype: str,
+    factor: float = CARRIED_FACTOR,
+) -> Judgement:
+    """Judge what came through many layers, as `noise_floor` judges what came through one.
+
+    The rounding of one layer is carried on and amplified by all after it, and a whole tensor grows or shrinks with it: so
+    the share of the truth says nothing, and of the reference's own noise one tensor is a single draw. The median over all
+    tensors counts where it is more. rounded: as of `noise_floor`.
+    """
+    policy = f"carried-noise: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS[dtype]:g} eps"
+    if odd := sorted(set(subject) ^ set(truth)):
+        return Judgement(False, None, None, odd[0], "present on one side only", policy, 0)
+    return _by_draws(
+        rounded, truth, policy, lambda drawn: _within_carried(subject, truth, drawn, dtype, factor, policy)
+    )
+
+
+def _within_carried(
+    subject: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    drawn: Sequence[Mapping[str, _Error]],
+    dtype: str,
+    factor: float,
+    policy: str,
+) -> Judgement:
+    own = {name: _largest([errors[name] for errors in drawn]) for name in truth}
+    # By the first draw alone, as in `noise_floor`; also where the reference overflows.
+    lost = [name for name, one in drawn[0].items() if not factor * one.norm <= CEILING]
+    kept = [one for name, one in own.items() if name not in lost]
+    usual = [median([getattr(one, measure) for one in kept] or [0.0]) for measure in ("norm", "largest")]
+    judged = []
+    for name, expected in truth.items():
+        if (refused := _refused(name, subject[name], expected, policy, name in lost)) is not None:
+            judged.append(refused)
+            continue
+        if name in lost:
+            continue
+        have, floor = _Error.of(subject[name], expected), NOISE_FLOOR_EPS[dtype] * EPSILON[dtype]
+        wide = _factor(factor, expected)
+        for error, allowed, measure in (
+            (have.norm, wide * max(own[name].norm, usual[0]) + floor, ""),
+            (
+                have.largest,
+                LARGEST_FACTOR * (wide * max(own[name].largest, usual[1]) + LARGEST_EPS * floor),
+                ", largest element",
+            ),
+        ):
+            judged.append(Judgement(error <= allowed, error, allowed, name, "", policy + measure, 0))
+    return _cannot(lost, dtype, policy) if lost and not judged else _shown(worst_of(judged, policy), subject, truth)
+
+
+def exact(subject: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Judgement:
+    """Judge bitwise equality of values (0.0 and -0.0 are equal, NaN is not)."""
+    if odd := sorted(set(subject) ^ set(expected)):
+        return Judgement(False, None, None, odd[0], "present on one side only", "exact", 0)
+    judged = []
+    for name, want in expected.items():
+        refused = _refused(name, subject[name], want, "exact")
+        error = 0.0 if refused else _Error.of(subject[name], want).norm
+        # The norm of a tiny difference may underflow, and a dtype may differ where the values do not.
+        same = refused is None and bool((subject[name].detach().double() == want.detach().double()).all())
+        judged.append(refused or Judgement(same, error, 0.0, name, "", "exact", 0))
+    return _shown(worst_of(judged, "exact"), subject, expected)
+
+
+def worst_of(judged: list[Judgement], policy: str) -> Judgement:
+    """Return the judgement that uses most of its allowance; an observation of nothing fails."""
+    if not judged:
+        return Judgement(False, None, None, "", "nothing was observed", policy, 0)
+    worst = max([j for j in judged if j.decided] or judged, key=lambda j: (not j.passed, j.ratio))
+    return replace(worst, nonfinite=sum(j.nonfinite for j in judged))
+
+
+def perturbed(value: Tensor, dtype: str, generator: torch.Generator) -> Tensor:
+    """Return `value` with each element moved by up to half a unit in the last place of `dtype`; whole numbers stay."""
+    if not value.is_floating_point():
+        return value
+    moves = torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value.device) - 0.5
+    return value * (1 + EPSILON[dtype] * moves.to(value.dtype))
+
+
+def rows_within(value: Tensor, truth: Tensor, draws: Iterable[Tensor], dtype: str) -> Tensor:
+    """Return which rows of `value` (T, E) are within the noise floor of `truth`: a mask (T,). draws: of what is lost."""
+
+    def off(some: Tensor) -> Tensor:
+        difference: Tensor = torch.linalg.vector_norm(some.detach().double() - truth.double(), dim=-1)
+        return difference
+
+    length = torch.linalg.vector_norm(truth.double(), dim=-1)
+    own = torch.stack([off(draw) for draw in draws]).amax()  # a single row may happen to round to nothing
+    floor = LARGEST_EPS * NOISE_FLOOR_EPS[dtype]
+    within: Tensor = off(value) <= NOISE_FACTOR * own + floor * EPSILON[dtype] * length
+    return within
+
+
+def _cannot(lost: Sequence[str], dtype: str, policy: str) -> Judgement:
+    why = f"the reference itself loses {', '.join(lost[:3])} in {dtype}"
+    return Judgement(False, None, None, "", why, policy, 0, decided=False)
+
+
+def _factor(factor: float, tensor: Tensor) -> float:
+    """Return how often the reference's own error is allowed in a tensor of so many numbers."""
+    return factor * (1 + FEW_NUMBERS / max(1, tensor.numel()))
+
+
+def _largest(errors: Sequence[_Error]) -> _Error:
+    return _Error(*(max(getattr(e, m) for e in errors) for m in ("norm", "largest", "share")))
+
+
+@dataclass(frozen=True)
+class _Error:
+    """How far a tensor is from the truth, relative to the truth: in norm, in its largest element, along the truth."""
+
+    norm: float
+    largest: float
+    share: float
+
+    @classmethod
+    def of(cls, value: Tensor, truth: Tensor) -> _Error:
+        want = truth.detach().double()
+        difference = value.detach().double() - want
+        scale = float(torch.linalg.vector_norm(want)) or 1.0
+        if not difference.numel():
+            return cls(0.0, 0.0, 0.0)
+        return cls(
+            norm=float(torch.linalg.vector_norm(difference)) / scale,
+            largest=float(difference.abs().max()) * want.numel() ** 0.5 / scale,
+            share=abs(float((difference * want).sum())) / scale**2,
+        )
+
+
+def _refused(name: str, value: Tensor, truth: Tensor, policy: str, undecided: bool = False) -> Judgement | None:
+    """Return a failure for a tensor that cannot be compared: of another shape, or not finite.
+
+    undecided: the reference in this dtype is itself too far off, and may be infinite where it overflows.
+    """
+    if value.shape != truth.shape:
+        shapes = f"shape {tuple(value.shape)}, should be {tuple(truth.shape)}"
+        return Judgement(False, None, None, name, shapes, policy, 0)
+    nonfinite = int((~torch.isfinite(value)).sum())
+    if nonfinite and not undecided:
+        return Judgement(False, None, None, name, _worst(value, truth), policy, nonfinite)
+    return None
+
+
+def _shown(judgement: Judgement, subject: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Judgement:
+    """Name the element that is furthest off, in the one tensor that is told of; in each would take longer than judging."""
+    if judgement.worst or judgement.tensor not in truth:
+        return judgement
+    return replace(judgement, worst=_worst(subject[judgement.tensor], truth[judgement.tensor]))
+
+
+def _worst(value: Tensor, truth: Tensor) -> str:
+    """Name the element that is furthest off."""
+    difference = (value.detach().double() - truth.detach().double()).abs().nan_to_num(nan=torch.inf)
+    if not difference.numel():
+        return ""
+    where = tuple(int(i) for i in torch.unravel_index(difference.argmax(), difference.shape))
+    return f"{list(where)}: {float(value.detach()[where]):.9g}, should be {float(truth.detach()[where]):.9g}"

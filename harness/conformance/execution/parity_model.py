@@ -1,0 +1,85 @@
+"""The small model that `check` attaches to: two layers to adapt, one to leave alone, none as wide as it is high."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.conformance.comparison.inputs import SIDE
+from harness.conformance.comparison.observations import inference
+from harness.conformance.parity_suite import CaseShape, Kind
+
+TARGETS = ("first", "second")
+_GEOMETRIES: dict[str, dict[str, Any]] = {
+    "conv2d": {"padding": 1},
+    "conv2d-dilated": {"padding": 2, "dilation": 2},
+    "conv2d-reflect": {"padding": 1, "padding_mode": "reflect"},
+}
+"""What a convolution may have beside its kernel, in both layers."""
+
+
+class ParityModel(nn.Module):
+    """`first` (D to E, with bias), `other` (E to E, never adapted), `second` (E to D, without bias where there is a choice).
+
+    Weights are normal with standard deviation 1/sqrt(in), drawn in float64.
+    """
+
+    def __init__(self, kind: Kind, shape: CaseShape, dtype: torch.dtype, seed: int) -> None:
+        super().__init__()
+        self.kind, D, E = kind, shape.inputs, shape.outputs
+        self.first, self.other, self.second = _layers(kind, D, E)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            fan_in = D if kind == "embedding" else max(1, parameter.numel() // max(parameter.shape[0], 1))
+            parameter.data = (drawn * fan_in**-0.5).to(dtype)
+        self.x = _input(kind, D, generator, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x through the three layers."""
+        y: Tensor
+        if self.kind == "embedding":
+            y = self.other(self.first(x) + self.second(x))
+        else:
+            y = self.second(torch.tanh(self.other(torch.tanh(self.first(x)))))
+        return y
+
+
+def _layers(kind: Kind, D: int, E: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+    if kind == "linear":
+        return nn.Linear(D, E), nn.Linear(E, E), nn.Linear(E, D, bias=False)
+    if kind == "embedding":
+        return nn.Embedding(D, E), nn.Linear(E, E), nn.Embedding(D, E)
+    if kind.startswith("conv2d"):
+        geometry = _GEOMETRIES[kind]
+        D, E = _channels(D), _channels(E)
+        return nn.Conv2d(D, E, 3, **geometry), nn.Conv2d(E, E, 1), nn.Conv2d(E, D, 3, stride=2, bias=False, **geometry)
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D(E, D), Conv1D(E, E), Conv1D(D, E)
+
+
+def _channels(features: int) -> int:
+    """Return how many channels stand for so many features: with a kernel of 3 x 3, about as many numbers."""
+    return max(2, features // 9)
+
+
+def _input(kind: Kind, D: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    if kind == "embedding":
+        return torch.randint(0, D, (2, 5), generator=generator)
+    shape = (2, _channels(D), SIDE, SIDE) if kind.startswith("conv2d") else (2, 5, D)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def whole(model: Any) -> tuple[Callable[[], Tensor], Callable[[Any], Tensor]]:
+    """Return (run, forward): run the ParityModel itself in eval mode; run a given one, differentiably."""
+
+    def forward(some: Any) -> Tensor:
+        x = model.x.to(some.other.weight.device)
+        y: Tensor = some(x.to(some.other.weight.dtype) if x.is_floating_point() else x)
+        return y
+
+    return inference(model, lambda some: forward(some.eval())), forward

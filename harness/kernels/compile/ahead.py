@@ -1,0 +1,197 @@
+"""Judge our Triton kernels by their machine code, compiled for GPUs that this machine need not have.
+
+    python -m harness.kernels.compile.ahead --arch 80 --arch 90 --arch 100 [--module nf4] [--json] [--write]
+
+Every module below `harness.kernels.triton` may have a list SPECIMENS; nothing else lists them. A kernel fails if it spills
+registers, or needs more registers than `registers.json` allows for this specimen, architecture and minor version of Triton
+(`--write` enters the measured numbers), or more shared memory than the architecture has. Streaming kernels must load and
+store 128 bits at a time; matrix products must use matrix instructions. Prints one line per specimen and architecture. Exit
+codes: 1 if a specimen fails, 2 if there is nothing to judge.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harness.kernels.compile.machine_code import MachineCode
+    from harness.kernels.compile.specimen import Specimen
+
+KERNELS = "harness.kernels.triton"
+"""Package in which kernels are searched, subpackages included."""
+REGISTERS = Path(__file__).with_name("registers.json")
+"""Allowed registers per thread; see `Table`."""
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+"""Architecture -> bytes of shared memory available to one program (CUDA C++ programming guide, compute capabilities)."""
+Table = dict[str, dict[str, dict[str, int]]]
+"""Minor version of Triton -> architecture (`sm_90`) -> specimen -> registers per thread."""
+
+
+@dataclass(frozen=True)
+class KernelVerdict:
+    """The judgement of one specimen for one architecture."""
+
+    name: str
+    architecture: int
+    found: MachineCode | None
+    """Counts of its machine code; None if it did not compile."""
+    faults: tuple[str, ...]
+    """Reasons why it fails; empty if it passes."""
+
+    def line(self) -> str:
+        """Return one line for the terminal."""
+        status = f"FAIL: {'; '.join(self.faults)}" if self.faults else "ok"
+        it = self.found
+        if it is None:
+            return f"{self.name:<44} sm_{self.architecture}  {status}"
+        matrix = "".join(f", {count} {name}" for name, count in it.matrix.items())
+        return (
+            f"{self.name:<44} sm_{self.architecture}  {it.registers:>3} registers, {it.shared:>6} B shared, "
+            f"{it.instructions:>5} instructions, {it.wide_loads} wide loads, {it.wide_stores} wide stores{matrix}"
+            f"  {status}"
+        )
+
+
+def modules() -> dict[str, str]:
+    """Map the name of each module that may have kernels to its dotted path; `--module` takes these names."""
+    package = importlib.import_module(KERNELS)
+    found = pkgutil.walk_packages(package.__path__, f"{KERNELS}.")
+    return {one.name.rpartition(".")[2]: one.name for one in found if not one.ispkg}
+
+
+def faults(specimen: Specimen, found: MachineCode, architecture: int, limit: int | None) -> Iterator[str]:
+    """Yield the faults of compiled code. limit: registers allowed per thread, None if the table has no entry."""
+    if found.stack:
+        yield f"{found.stack} B of stack: registers are spilled"
+    if found.shared > SHARED[architecture]:
+        yield f"{found.shared} B of shared memory, sm_{architecture} has {SHARED[architecture]} per program"
+    if limit is None:
+        yield f"{REGISTERS.name} has no entry; review the number, then enter it with --write"
+    elif found.registers > limit:
+        yield f"{found.registers} registers, {REGISTERS.name} allows {limit}"
+    if specimen.kind == "streaming":
+        if not found.wide_loads:
+            yield "no load of 128 bits"
+        if not found.wide_stores:
+            yield "no store of 128 bits"
+        if found.narrow_loads > specimen.narrow_loads:
+            yield f"{found.narrow_loads} loads of one byte, at most {specimen.narrow_loads} allowed"
+    if specimen.kind == "gemm" and not found.matrix:
+        yield "no matrix instruction"
+    if found.matrix and not any(kind in ("*bf16", "*fp16") for kind in specimen.signature.values()):
+        yield "matrix instructions without 16-bit operands: float32 is multiplied as TF32"
+    if found.fused_multiply_adds and specimen.separate_roundings:
+        yield f"{found.fused_multiply_adds} fused multiply-adds in a kernel that must round every product"
+
+
+def judge(module: str, architecture: int, limits: dict[str, int]) -> list[KernelVerdict]:
+    """Compile and judge the specimens of one module (dotted path); errors of import and compilation become faults."""
+    from harness.kernels.compile.machine_code import machine_code
+
+    try:
+        specimens = getattr(importlib.import_module(module), "SPECIMENS", [])
+    except Exception as error:  # noqa: BLE001 - a broken module must not hide the verdicts of others
+        return [KernelVerdict(module, architecture, None, (f"does not import: {_short(error)}",))]
+    verdicts = []
+    for one in specimens:
+        if architecture < one.oldest:
+            continue
+        try:
+            found = machine_code(one, architecture)
+        except Exception as error:  # noqa: BLE001 - Triton raises many types
+            verdicts.append(KernelVerdict(one.name, architecture, None, (f"does not compile: {_short(error)}",)))
+        else:
+            wrong = tuple(faults(one, found, architecture, limits.get(one.name)))
+            verdicts.append(KernelVerdict(one.name, architecture, found, wrong))
+    return verdicts
+
+
+def _short(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' | '.join(lines[-3:])[:300]}"
+
+
+def judge_all(chosen: list[str], architectures: list[int], table: Table, version: str) -> list[KernelVerdict]:
+    """Judge the specimens of the chosen modules (dotted paths) for all architectures, in two processes."""
+    limits = {architecture: table.get(version, {}).get(f"sm_{architecture}", {}) for architecture in architectures}
+    # Compilers and threads of torch do not survive a fork, hence spawn.
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(judge, module, one, limits[one]) for module in chosen for one in architectures]
+        verdicts = [verdict for job in jobs for verdict in job.result()]
+    counts = Counter((one.name, one.architecture) for one in verdicts)
+    return [
+        replace(one, faults=(*one.faults, "another specimen has this name"))
+        if counts[one.name, one.architecture] > 1
+        else one
+        for one in verdicts
+    ]
+
+
+def enter(table: Table, verdicts: list[KernelVerdict], version: str, architecture: int, *, replace_all: bool) -> None:
+    """Enter the measured registers in the table; replace_all: drop the entries of specimens that no longer exist."""
+    measured = {one.name: one.found.registers for one in verdicts if one.found and one.architecture == architecture}
+    row = table.setdefault(version, {})
+    before = {} if replace_all else row.get(f"sm_{architecture}", {})
+    row[f"sm_{architecture}"] = {**before, **measured}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__package__}.ahead", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument(
+        "--arch",
+        type=int,
+        action="append",
+        required=True,
+        choices=sorted(SHARED),
+        help="compute capability, such as 90",
+    )
+    parser.add_argument(
+        "--module", action="append", help="module below harness/kernels/triton, such as nf4 [default: all]"
+    )
+    parser.add_argument("--json", action="store_true", help="print the verdicts as JSON")
+    parser.add_argument("--write", action="store_true", help=f"enter the measured registers in {REGISTERS.name}")
+    given = parser.parse_args(arguments)
+    known = modules()
+    if unknown := set(given.module or ()) - set(known):
+        parser.error(f"unknown module {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 disables compilation; unset it")
+
+    from harness.kernels.compile.machine_code import version
+
+    table: Table = json.loads(REGISTERS.read_text()) if REGISTERS.exists() else {}
+    chosen = [known[name] for name in given.module or known]
+    verdicts = judge_all(chosen, given.arch, table, version())
+    if given.write:
+        for architecture in given.arch:
+            enter(table, verdicts, version(), architecture, replace_all=not given.module)
+        REGISTERS.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+        verdicts = judge_all(chosen, given.arch, table, version())
+    if given.json:
+        print(json.dumps({"triton": version(), "verdicts": [asdict(one) for one in verdicts]}, indent=1))
+    else:
+        for one in verdicts:
+            print(one.line())
+    if not verdicts:
+        print("none of these modules has SPECIMENS", file=sys.stderr)
+        return 2
+    return int(any(one.faults for one in verdicts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""One instance of a kernel, to be compiled ahead of time and judged by its machine code without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Kind = Literal["streaming", "gemm", "other"]
+"""Streaming kernels must load and store 128 bits at a time, GEMMs use matrix instructions. No kernel may spill registers."""
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """One instance of a kernel, specialised as a launch would specialise it."""
+
+    name: str
+    """Unique among all specimens; the key in registers.json."""
+    kernel: Any
+    """A function decorated by `triton.jit`."""
+    signature: Mapping[str, str]
+    """Argument -> Triton's type (`*bf16`, `i32`), without the constants."""
+    constants: Mapping[str, Any]
+    """Argument -> value of a constexpr."""
+    divisible: tuple[str, ...] = ()
+    """Arguments that are multiples of 16, as torch's pointers are."""
+    kind: Kind = "other"
+    num_warps: int = 4
+    num_stages: int = 3
+    fused_multiply_add: bool = False
+    """Whether a * b + c may be rounded once."""
+    separate_roundings: bool = False
+    """Fail on any fused multiply-add. Not for kernels that divide: a division takes some."""
+    narrow_loads: int = 0
+    """Allowed single-byte loads of a streaming kernel: from tables, of block constants, or for a ragged end."""
+    oldest: int = 80
+    """Oldest architecture it is compiled for."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further options of Triton's compiler, such as maxnreg."""

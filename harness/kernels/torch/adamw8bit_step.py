@@ -1,0 +1,115 @@
+"""One step of AdamW with 8-bit moments, vectorised in torch: decoded, updated and encoded again a cache-full at a time.
+
+Dettmers et al., arXiv:2110.02861: the first moment in the signed dynamic map, the second in the unsigned one, a float32
+absmax per block of 256. On a GPU Triton does the whole step in one launch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.kernels.device import by_triton
+from harness.kernels.torch.dynamic_quantize import CHUNK, decode, encode, tables
+
+BLOCK = 256
+MIN_8BIT_SIZE = 4096
+
+
+def init_state(p: Tensor, min_8bit_size: int = MIN_8BIT_SIZE) -> dict[str, Tensor]:
+    """Return zero moments for p: m and v, uint8, with m_absmax and v_absmax, float32, one per 256 elements; all flat.
+
+    A tensor of fewer than `min_8bit_size` elements has m and v alone, of its shape, in float32 (float64 for a float64 one).
+    """
+    if p.numel() < min_8bit_size:
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        return {name: torch.zeros_like(p, dtype=dtype, memory_format=torch.contiguous_format) for name in ("m", "v")}
+    state = {name: torch.zeros(p.numel(), dtype=torch.uint8, device=p.device) for name in ("m", "v")}
+    blocks = -(-p.numel() // BLOCK)
+    return state | {f"{name}_absmax": torch.zeros(blocks, dtype=torch.float32, device=p.device) for name in ("m", "v")}
+
+
+def adamw8bit_step(
+    p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor, v_absmax: Tensor, **how: Any
+) -> tuple[Tensor, ...]:
+    """Return new p, m, m_absmax, v, v_absmax after a step; arguments as of `adamw8bit_step_`, in any layout."""
+    if by_triton(p, g):
+        from harness.kernels.triton import adamw8bit_step as gpu
+
+        return gpu.adamw8bit_step(p, g, m, m_absmax, v, v_absmax, **how)
+    # Not clone(), which keeps a layout with gaps or a transposed one.
+    out = [t.detach().clone(memory_format=torch.contiguous_format) for t in (p, m, m_absmax, v, v_absmax)]
+    adamw8bit_step_(out[0], g, *out[1:], **how)
+    return tuple(out)
+
+
+@torch.no_grad()
+def adamw8bit_step_(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    m_absmax: Tensor,
+    v: Tensor,
+    v_absmax: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> None:
+    """Take step number `step`, from 1, in place.
+
+    p, g: one shape, any floating dtype. m, v: uint8 codes, flat, one an element; m_absmax, v_absmax: float32, one a block of
+    256. It computes in float32 (float64 for float64) and rounds p once; decay comes before the update.
+
+        m = beta1 m + (1 - beta1) g       v = beta2 v + (1 - beta2) g^2
+        p = (1 - lr weight_decay) p - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+    """
+    how: dict[str, Any] = {"step": step, "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    if not p.is_contiguous():
+        packed = p.contiguous()
+        adamw8bit_step_(packed, g, m, m_absmax, v, v_absmax, **how)
+        p.copy_(packed)
+        return
+    if by_triton(p, g):
+        from harness.kernels.triton import adamw8bit_step as gpu
+
+        gpu.adamw8bit_step_(p, g, m, m_absmax, v, v_absmax, **how)
+        return
+    n, dtype, signed, unsigned = p.numel(), working_dtype(p), tables(p.device, True), tables(p.device, False)
+    flat, gradient = p.view(-1), g.reshape(-1)
+    chunk = CHUNK if p.device.type == "cpu" else max(1, n)
+    for first in firsts(n, chunk):
+        part, blocks = slice(first, first + chunk), slice(first // BLOCK, -(-min(first + chunk, n) // BLOCK))
+        G = gradient[part].to(dtype)
+        M = decode(m[part], m_absmax[blocks], BLOCK, signed).to(dtype)
+        V = decode(v[part], v_absmax[blocks], BLOCK, unsigned).to(dtype)
+        flat[part] = update(flat[part].to(dtype), G, M, V, **how)
+        m[part], m_absmax[blocks] = encode(M.float(), BLOCK, signed)
+        v[part], v_absmax[blocks] = encode(V.float(), BLOCK, unsigned)
+
+
+def firsts(n: int, chunk: int) -> Sequence[int]:
+    """Return where each chunk of n elements begins; who counts memory without data takes a few of them for all."""
+    return range(0, n, chunk)
+
+
+def working_dtype(p: Tensor) -> torch.dtype:
+    """Return the dtype of the arithmetic for p: float32, or float64 for float64."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def update(
+    p: Tensor, g: Tensor, M: Tensor, V: Tensor,
+    *, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+) -> Tensor:  # fmt: skip
+    """Return p after the step; M and V change in place. All of the working dtype."""
+    M.mul_(betas[0]).add_(g, alpha=1 - betas[0])
+    V.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+    denominator = V.sqrt().div_(math.sqrt(1 - betas[1] ** step)).add_(eps)
+    return (p * (1 - lr * weight_decay)).addcdiv_(M, denominator, value=-lr / (1 - betas[0] ** step))

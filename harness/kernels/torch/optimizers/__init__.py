@@ -1,0 +1,1 @@
+"""Optimizers built on the step Operations."""

@@ -1,0 +1,113 @@
+"""NF4's two directions for whole blocks, as expressions of float32 that inductor turns into vectors from end to end.
+
+Both values of a byte are formed as one word of twice their width, so that loads and stores are contiguous; a level is found
+by 15 selections, not by a look-up, which inductor does one by one.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from harness.kernels.torch.support.compiled import Compiled, only_compiled
+
+_MAKING = Lock()
+"""Held while a function is looked up: two threads that come first at once are to have one, and not to compile two."""
+_BLOCKS = tuple(1 << i for i in range(5, 13))
+"""Blocks that are in use, 32 to 4096; each is compiled for itself, so that its loops have known ends."""
+
+
+def encode(values: Tensor, packed: Tensor, absmax: Tensor, block: int, levels: tuple[float, ...]) -> int:
+    """Write the packed codes and the absmax of the first blocks of `values`, and return how many values these have.
+
+    values: (n,), any floating dtype; another than float32 is held as float32 meanwhile. packed: uint8 (ceil(n / 2),).
+    absmax: float32 (ceil(n / block),). levels: NF4's 16. All whole blocks are done, or, where this is not for the compiler,
+    none; what lies behind them may hold anything.
+    """
+    blocks = values.numel() // block
+    count = blocks * block
+    if block not in _BLOCKS:
+        return 0
+    with _MAKING:
+        run = _encoder(block, levels)
+    if not run.wanted(count, values, packed, absmax):
+        return 0
+    done = run(
+        (values[:count].float(), torch.int64, (blocks, block // 2)),
+        (packed, torch.uint8, (blocks, block // 2)),
+        (absmax, torch.float32, (blocks,)),
+        out=(packed, absmax),
+    )
+    return count if done else 0
+
+
+def decode(packed: Tensor, absmax: Tensor, out: Tensor, block: int, levels: tuple[float, ...]) -> int:
+    """Write the values of the first blocks to `out`, and return how many values these have.
+
+    packed: uint8 (ceil(n / 2),). absmax: float32 (ceil(n / block),). out: (n,), float32; nothing is done for another dtype,
+    since to hold all as float32 costs what is gained. levels and the result: as for `encode`.
+    """
+    blocks = out.numel() // block
+    count = blocks * block
+    if block not in _BLOCKS or out.dtype != torch.float32:
+        return 0
+    with _MAKING:
+        run = _decoder(block, levels)
+    if not run.wanted(count, packed, absmax, out):
+        return 0
+    done = run(
+        (packed, torch.uint8, (blocks, block // 2)),
+        (absmax, torch.float32, (blocks,)),
+        (out, torch.int64, (blocks, block // 2)),
+        out=(out,),
+    )
+    return count if done else 0
+
+
+@cache
+def _encoder(block: int, levels: tuple[float, ...]) -> Compiled:
+    exact = torch.tensor(levels, dtype=torch.float32, device="cpu")
+    midpoints: list[float] = ((exact[:-1] + exact[1:]) / 2).tolist()
+
+    def code(scaled: Tensor) -> Tensor:
+        """Return the code of each value as a float32 number; NaN, which no comparison is true of, gets the highest."""
+        code = torch.full_like(scaled, 15.0)
+        for below, midpoint in reversed(list(enumerate(midpoints))):
+            code = torch.where(scaled <= midpoint, float(below), code)
+        return code
+
+    def nf4_encode(pairs: Tensor, packed: Tensor, absmax: Tensor) -> None:
+        only_compiled()
+        first, second = pairs.to(torch.int32).view(torch.float32), (pairs >> 32).to(torch.int32).view(torch.float32)
+        largest = torch.maximum(first.abs(), second.abs()).amax(dim=1)
+        divisor = torch.where(largest == 0, 1.0, largest)[:, None]
+        codes = code(first / divisor) * 16 + code(second / divisor)
+        packed.copy_(codes.to(torch.int32).to(torch.uint8))
+        absmax.copy_(largest)
+
+    return Compiled(nf4_encode)
+
+
+@cache
+def _decoder(block: int, levels: tuple[float, ...]) -> Compiled:
+    def level(code: Tensor) -> Tensor:
+        """Return the level of the lowest four bits: each bit halves what is left of the table."""
+        bits = [code & 1 << i != 0 for i in range(4)]
+        left = [torch.full_like(code, level, dtype=torch.float32) for level in levels]
+        for bit in bits:
+            left = [torch.where(bit, left[i + 1], left[i]) for i in range(0, len(left), 2)]
+        return left[0]
+
+    def bits(x: Tensor) -> Tensor:
+        """Return the bits of float32 numbers in the lower half of a word."""
+        return x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+
+    def nf4_decode(packed: Tensor, absmax: Tensor, pairs: Tensor) -> None:
+        only_compiled()
+        codes, scale = packed.to(torch.int32), absmax[:, None]
+        pairs.copy_(bits(level(codes >> 4) * scale) | bits(level(codes) * scale) << 32)
+
+    return Compiled(nf4_decode)

@@ -1,0 +1,148 @@
+"""DoRA's two products under dropout, which spares x W^T: with W both as it is and masked, in one accumulator each."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from harness.kernels.compile.specimen import Specimen
+from harness.kernels.triton.support.gemm_tiles import EXACT, LARGE, GemmTile, gemm_tile
+from harness.kernels.triton.support.launch import Launch, strides
+from harness.kernels.triton.support.matrix_product import accumulate, is_wide, program_tile
+from harness.kernels.triton.support.rounding import load_as_float32, store_as
+
+
+@triton.jit
+def _forward(
+    out, product, left, right, mask, S, T, less, bias, scale, M, N, K, R,
+    left_m, left_k, right_k, right_n, mask_m, mask_n, S_m, S_r, T_r, T_n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """left @ right + less * product + term + bias, with term = scale S @ T, product = (left * mask) @ right + term."""
+    rows, columns = program_tile(M, N, BLOCK_M, BLOCK_N, WIDE)
+    inside = (rows[:, None] < M) & (columns[None, :] < N)
+    at = rows[:, None] * N + columns[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = accumulate(
+        acc, left, right, mask, None, rows, columns, M, N, K,
+        left_m, left_k, right_k, right_n, mask_m, mask_n, BLOCK_K, EVEN_K,
+    )  # fmt: skip
+    term = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    term = accumulate(term, S, T, None, None, rows, columns, M, N, R, S_m, S_r, T_r, T_n, 0, 0, BLOCK_R, EVEN_R)
+    term *= scale
+    acc += term
+    store_as(product + at, acc, mask=inside)
+    acc = acc * tl.load(less + columns, mask=columns < N, other=0.0)[None, :] + term
+    acc = accumulate(
+        acc, left, right, None, None, rows, columns, M, N, K,
+        left_m, left_k, right_k, right_n, 0, 0, BLOCK_K, EVEN_K,
+    )  # fmt: skip
+    if bias is not None:
+        acc += load_as_float32(bias + columns, mask=columns < N, other=0.0)[None, :]
+    store_as(out + at, acc, mask=inside)
+
+
+@triton.jit
+def _backward(
+    out, left, right, mask, S, T, less, M, N, K, R,
+    left_m, left_k, right_k, right_n, mask_m, mask_n, S_m, S_r, T_r, T_n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """left @ right + mask * ((left * less) @ right + S @ T)."""
+    rows, columns = program_tile(M, N, BLOCK_M, BLOCK_N, WIDE)
+    inside = (rows[:, None] < M) & (columns[None, :] < N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = accumulate(acc, S, T, None, None, rows, columns, M, N, R, S_m, S_r, T_r, T_n, 0, 0, BLOCK_R, EVEN_R)
+    acc = accumulate(
+        acc, left, right, None, less, rows, columns, M, N, K,
+        left_m, left_k, right_k, right_n, 0, 0, BLOCK_K, EVEN_K,
+    )  # fmt: skip
+    acc *= load_as_float32(mask + rows[:, None] * mask_m + columns[None, :] * mask_n, mask=inside, other=0.0)
+    acc = accumulate(
+        acc, left, right, None, None, rows, columns, M, N, K,
+        left_m, left_k, right_k, right_n, 0, 0, BLOCK_K, EVEN_K,
+    )  # fmt: skip
+    store_as(out + rows[:, None] * N + columns[None, :], acc, mask=inside)
+
+
+def dropped_forward(
+    x: Tensor, W: Tensor, bias: Tensor | None, B: Tensor, S: Tensor, scaling: float, mask: Tensor, less: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return (y, q), both (T, E): y = x W^T + bias + less q + t with q = (x mask) W^T + t and t = scaling S B^T.
+
+    x, mask (T, D), W (E, D), B (E, R), S (T, R), bias (E,), of one dtype; less (E,) float32: the gain less one.
+    """
+    y, q = (torch.empty((len(x), len(W)), dtype=x.dtype, device=x.device) for _ in range(2))
+    if y.numel():
+        tile = gemm_tile(len(x), len(W), x.dtype, x.device, crowded=True).shallow()
+        given: dict[str, Tensor | float | None] = {"product": q, "bias": bias, "scale": float(scaling)}
+        _launch(_forward, tile, y, x, W.T, mask, S, B.T, less, given).run()
+    return y, q
+
+
+def dropped_backward(dy: Tensor, W: Tensor, A: Tensor, dS: Tensor, mask: Tensor, less: Tensor) -> Tensor:
+    """Return dy W + mask * ((dy * less) W + dS A), the gradient of x (T, D); dy (T, E), A (R, D), dS (T, R)."""
+    dx = torch.empty((len(dy), W.shape[1]), dtype=dy.dtype, device=dy.device)
+    if dx.numel():
+        tile = gemm_tile(len(dy), W.shape[1], dy.dtype, dy.device, crowded=True).shallow()
+        _launch(_backward, tile, dx, dy, W, mask, dS, A, less, {}).run()
+    return dx
+
+
+def _launch(
+    kernel: object,
+    tile: GemmTile,
+    out: Tensor,
+    left: Tensor,
+    right: Tensor,
+    mask: Tensor,
+    S: Tensor,
+    T: Tensor,
+    less: Tensor,
+    given: dict[str, Tensor | float | None],
+) -> Launch:
+    (M, K), (R, N) = left.shape, T.shape
+    arguments = {
+        "out": out, "left": left, "right": right, "mask": mask, "S": S, "T": T, "less": less, **given,
+        "M": M, "N": N, "K": K, "R": R, **strides("left_m left_k", left), **strides("right_k right_n", right),
+        **strides("mask_m mask_n", mask), **strides("S_m S_r", S), **strides("T_r T_n", T),
+    }  # fmt: skip
+    block_r = 16  # beside two accumulators, more ranks at a time would spill registers
+    constants = {
+        **tile.constants(), "BLOCK_R": block_r, "EVEN_K": K % tile.k == 0, "EVEN_R": R % block_r == 0,
+        "WIDE": is_wide(N, right.stride(1), T.stride(1), mask.stride(1)),
+    }  # fmt: skip
+    return Launch(kernel, (tile.programs(M, N),), arguments, constants, tile.warps, tile.stages)
+
+
+def _specimens() -> list[Specimen]:
+    """Return both products of a layer 4096 -> 14336 for 8192 tokens."""
+    M, D, E = 8192, 4096, 14336
+
+    def of(name: str, dtype: torch.dtype, tile: GemmTile, forward: bool, R: int = 16) -> Specimen:
+        def meta(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        less, mask, S = torch.empty(E, device="meta"), meta(M, D), meta(M, R)
+        if forward:
+            given: dict[str, Tensor | float | None] = {"product": meta(M, E), "bias": meta(E), "scale": 2.0}
+            launch = _launch(_forward, tile, meta(M, E), meta(M, D), meta(E, D).T, mask, S, meta(E, R).T, less, given)
+        else:
+            launch = _launch(_backward, tile, meta(M, D), meta(M, E), meta(E, D), mask, S, meta(R, D), less, {})
+        return launch.specimen(f"dora_dropout.{name}", "other" if dtype == torch.float32 else "gemm")
+
+    return [
+        of("forward-bf16", torch.bfloat16, LARGE.shallow(), True),
+        of("forward-bf16-rank-64", torch.bfloat16, LARGE.shallow(), True, 64),
+        of("forward-bf16-rank-40", torch.bfloat16, LARGE.shallow(), True, 40),
+        of("backward-bf16", torch.bfloat16, LARGE.shallow(), False),
+        of("forward-fp32", torch.float32, EXACT.shallow(), True),
+        of("backward-fp32", torch.float32, EXACT.shallow(), False),
+    ]
+
+
+SPECIMENS = _specimens()

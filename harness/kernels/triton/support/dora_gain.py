@@ -1,0 +1,98 @@
+"""What DoRA multiplies a row by: m / ||W + s B A||, in one pass over W that never writes the update B A.
+
+The norm n is taken of the sum itself. Expanded, n^2 = ||W||^2 + 2 s <B, W A^T> + s^2 <B, B (A A^T)>, it needs no B A
+either, but with N = ||W|| + ||s B A|| it errs by eps N^2 / n^2 where the sum errs by eps N / n: of a row that the update
+cancels nothing is left. And it would save nothing: W A^T reads all of W and multiplies E D R times, and so does the sum,
+tile by tile, with B A in the accumulator.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from harness.kernels.compile.specimen import Specimen
+from harness.kernels.triton.support.gemm_tiles import rank_block
+from harness.kernels.triton.support.launch import Launch, strides
+from harness.kernels.triton.support.matrix_product import product
+from harness.kernels.triton.support.rounding import load_as_float32, to_dtype, to_float32
+
+
+@triton.jit
+def _gain(
+    gain, norm, W, A, B, m, scaling, E, D, R, W_e, W_d, A_r, A_d, B_e, B_r,
+    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, WHOLE_RANK: tl.constexpr,
+):  # fmt: skip
+    """WHOLE_RANK: whether one block holds all ranks; B's rows are then read once and stay."""
+    e = (tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)).to(tl.int64)
+    r, d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    of_B = B + e[:, None] * B_e + r[None, :] * B_r
+    of_A = A + r[:, None] * A_r + d[None, :] * A_d
+    W += e[:, None] * W_e + d[None, :] * W_d
+    if WHOLE_RANK:
+        b = tl.load(of_B, mask=(e[:, None] < E) & (r[None, :] < R), other=0.0)
+    squares = tl.zeros((BLOCK_E,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        in_D = start + d[None, :] < D
+        update = tl.zeros((BLOCK_E, BLOCK_D), tl.float32)
+        if WHOLE_RANK:
+            update = product(b, tl.load(of_A + start * A_d, mask=(r[:, None] < R) & in_D, other=0.0), update)
+        else:
+            for first in range(0, R, BLOCK_R):
+                some = tl.load(of_B + first * B_r, mask=(e[:, None] < E) & (first + r[None, :] < R), other=0.0)
+                a = tl.load(of_A + start * A_d + first * A_r, mask=(first + r[:, None] < R) & in_D, other=0.0)
+                update = product(some, a, update)
+        row = load_as_float32(W, mask=(e[:, None] < E) & in_D, other=0.0) + scaling * update
+        squares += tl.sum(row * row, axis=1)
+        W += BLOCK_D * W_d
+    rounded = to_dtype(tl.sqrt_rn(squares), m.dtype.element_ty)
+    tl.store(norm + e, rounded, mask=e < E)
+    divisor = to_float32(rounded)
+    of_m = load_as_float32(m + e, mask=e < E, other=0.0)
+    tl.store(gain + e, tl.where(divisor > 0, tl.div_rn(of_m, tl.where(divisor > 0, divisor, 1.0)), 0.0), mask=e < E)
+
+
+def dora_gain(W: Tensor, A: Tensor, B: Tensor, m: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Return (m / norm, float32, and norm, in the dtype of m), (E,): the norms of the rows of W + scaling B A.
+
+    Where the norm is 0, so is the gain. W (E, D), A (R, D), B (E, R), any strides, m (E,) contiguous. The norm is rounded
+    before it divides: a layer whose m starts as what is returned here starts with a gain of exactly 1.
+    """
+    gain, norm = torch.empty(len(W), dtype=torch.float32, device=W.device), torch.empty_like(m)
+    _launch(gain, norm, W, A, B, m, scaling).run()
+    return gain, norm
+
+
+def _launch(gain: Tensor, norm: Tensor, W: Tensor, A: Tensor, B: Tensor, m: Tensor, scaling: float) -> Launch:
+    (E, D), R = W.shape, len(A)
+    block_e, block_d, block_r = 32, 128 if W.element_size() == 2 else 64, rank_block(R)
+    arguments = {
+        "gain": gain, "norm": norm, "W": W, "A": A, "B": B, "m": m, "scaling": float(scaling),
+        "E": E, "D": D, "R": R, **strides("W_e W_d", W), **strides("A_r A_d", A), **strides("B_e B_r", B),
+    }  # fmt: skip
+    constants = {"BLOCK_E": block_e, "BLOCK_D": block_d, "BLOCK_R": block_r, "WHOLE_RANK": block_r >= R}
+    return Launch(_gain, (triton.cdiv(E, block_e),), arguments, constants, num_warps=4, num_stages=3)
+
+
+def _specimens() -> list[Specimen]:
+    """Return the norms of a weight 4096 -> 14336."""
+
+    def of(name: str, R: int, dtype: torch.dtype) -> Specimen:
+        E, D = 14336, 4096
+        gain = torch.empty(E, device="meta")
+        norm, W, A, B, m = (
+            torch.empty(shape, dtype=dtype, device="meta") for shape in ((E,), (E, D), (R, D), (E, R), (E,))
+        )
+        launch = _launch(gain, norm, W, A, B, m, 2.0)
+        return launch.specimen(f"dora_gain.{name}", "gemm" if dtype != torch.float32 else "other")
+
+    return [
+        of("bf16-rank-16", 16, torch.bfloat16),
+        of("bf16-rank-128", 128, torch.bfloat16),
+        of("fp32-rank-16", 16, torch.float32),
+    ]
+
+
+SPECIMENS = _specimens()

@@ -1,0 +1,71 @@
+"""Launches of kernels: run on their tensors, or described so that they can be compiled ahead of time as they would be run.
+
+Every launch of this package goes through `launch`: Triton takes the current device, wherever the tensors are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.kernels.compile.specimen import Kind, Specimen
+
+_POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8"}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], /, *positional: Any, **named: Any) -> None:
+    """Launch on the device of the first tensor among the arguments, which need not be the current one."""
+    first = next(one for one in (*positional, *named.values()) if isinstance(one, Tensor))
+    with torch.cuda.device_of(first):
+        kernel[grid](*positional, **named)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch. arguments: by name, tensors, integers, floats or None; constants: the kernel's constexprs, by name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+    constants: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def run(self) -> None:
+        """Launch it."""
+        launch(
+            self.kernel, self.grid, **self.arguments, **self.constants,
+            num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+
+    def specimen(self, name: str, kind: Kind, *, oldest: int = 80) -> Specimen:
+        """Return the instance that this launch would compile: Triton knows 1, None and what is a multiple of 16."""
+        known = {n: one for n, one in self.arguments.items() if one is None or (type(one) is int and one == 1)}
+        rest = {n: one for n, one in self.arguments.items() if n not in known}
+        return Specimen(
+            name=name,
+            kernel=self.kernel,
+            signature={n: _type(one) for n, one in rest.items()},
+            constants={**known, **self.constants},
+            divisible=tuple(n for n, one in rest.items() if isinstance(one, Tensor) or one % 16 == 0),
+            kind=kind,
+            oldest=oldest,
+            num_warps=self.num_warps,
+            num_stages=self.num_stages,
+            fused_multiply_add=True,
+        )
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return _POINTERS[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def strides(names: str, matrix: Tensor | None) -> dict[str, int]:
+    """Return the strides of a matrix as arguments of these two names; zeros for one that is not there."""
+    return dict(zip(names.split(), (0, 0) if matrix is None else matrix.stride(), strict=True))

@@ -1,0 +1,144 @@
+"""From many features to a rank: (x * mask) A^T and its like, which read the tokens once and write almost nothing."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from harness.kernels.compile.specimen import Specimen
+from harness.kernels.device import interpreted
+from harness.kernels.triton.support.launch import Launch, strides
+from harness.kernels.triton.support.matrix_product import accumulate
+from harness.kernels.triton.support.rounding import load_as_float32, store_as
+
+
+@triton.jit
+def _shrink(
+    out, left, right, mask, column_scale, unscaled, times, sums, scale, M, K, R,
+    left_m, left_k, right_k, right_r, mask_m, mask_k,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """out, unscaled, times (M, R) and sums (blocks of M, R) are contiguous. What is None is left out."""
+    block = tl.program_id(0)
+    rows = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    acc = accumulate(
+        acc, left, right, mask, None, rows, columns, M, R, K,
+        left_m, left_k, right_k, right_r, mask_m, mask_k, BLOCK_K, EVEN_K,
+    )  # fmt: skip
+    at = rows[:, None] * R + columns[None, :]
+    inside = (rows[:, None] < M) & (columns[None, :] < R)
+    if unscaled is not None:
+        store_as(unscaled + at, acc, mask=inside)
+    if times is not None:  # rows that are not there are zeros
+        of_block = tl.sum(acc * load_as_float32(times + at, mask=inside, other=0.0), axis=0)
+        tl.store(sums + block.to(tl.int64) * R + columns, of_block, mask=columns < R)
+    acc *= scale
+    if column_scale is not None:
+        acc *= load_as_float32(column_scale + columns, mask=columns < R, other=0.0)[None, :]
+    store_as(out + at, acc, mask=inside)
+
+
+def shrink(
+    left: Tensor,
+    right: Tensor,
+    *,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+    column_scale: Tensor | None = None,
+    unscaled: Tensor | None = None,
+) -> Tensor:
+    """Return scale ((left * mask) @ right) * column_scale, shape (M, R), rounded once.
+
+    left, mask (M, K), right (K, R), of one dtype, with any strides; column_scale (R,) contiguous. unscaled: a contiguous
+    (M, R), which the bare product is written to.
+    """
+    out = torch.empty((len(left), right.shape[1]), dtype=left.dtype, device=left.device)
+    if out.numel():
+        _launch(out, left, right, scale, mask, column_scale, unscaled, None, None).run()
+    return out
+
+
+def shrink_and_sum(left: Tensor, right: Tensor, column_scale: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (P * column_scale, the sum of P * times over the rows) with P = left @ right, which is never rounded.
+
+    left (M, K), right (K, R); times (M, R) and column_scale (R,) contiguous. Shapes (M, R) in their dtype, (R,) float32.
+    """
+    M, R = len(left), right.shape[1]
+    out = torch.empty((M, R), dtype=left.dtype, device=left.device)
+    sums = torch.empty((triton.cdiv(M, _rows(M)), R), dtype=torch.float32, device=left.device)
+    if out.numel():
+        _launch(out, left, right, 1.0, None, column_scale, None, times, sums).run()
+    return out, sums.sum(0)
+
+
+_K_OF_RANKS = {16: 128, 32: 64, 64: 64, 128: 32}
+"""Features at a time, in 16 bits; with more, registers are spilled under a mask."""
+
+
+def _rows(M: int) -> int:
+    """Return how many rows a program has: enough programs come before enough rows for each."""
+    if interpreted():
+        return 128
+    return 64 if M >= 8192 else 32 if M >= 2048 else 16
+
+
+def _launch(
+    out: Tensor,
+    left: Tensor,
+    right: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    column_scale: Tensor | None,
+    unscaled: Tensor | None,
+    times: Tensor | None,
+    sums: Tensor | None,
+) -> Launch:
+    (M, K), R = left.shape, right.shape[1]
+    block_m, block_r = _rows(M), min(max(16, triton.next_power_of_2(R)), 128)
+    block_k = 128 if interpreted() else _K_OF_RANKS[block_r] if left.element_size() == 2 else 32
+    arguments = {
+        "out": out, "left": left, "right": right, "mask": mask, "column_scale": column_scale, "unscaled": unscaled,
+        "times": times, "sums": sums, "scale": float(scale), "M": M, "K": K, "R": R,
+        **strides("left_m left_k", left), **strides("right_k right_r", right), **strides("mask_m mask_k", mask),
+    }  # fmt: skip
+    constants = {"BLOCK_M": block_m, "BLOCK_R": block_r, "BLOCK_K": block_k, "EVEN_K": K % block_k == 0}
+    grid = (triton.cdiv(M, block_m), triton.cdiv(R, block_r))
+    return Launch(_shrink, grid, arguments, constants, num_warps=4, num_stages=3)
+
+
+def _specimens() -> list[Specimen]:
+    """Return the products of a layer 4096 -> 14336 for 8192 tokens, of rank 16, and of VeRA's rank 256."""
+
+    def of(name: str, M: int, K: int, R: int, dtype: torch.dtype, forward: bool, *, vera: bool = False) -> Specimen:
+        def meta(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        right = meta(R, K).T if forward else meta(K, R)
+        mask = meta(M, K) if forward and not vera else None
+        sums = torch.empty((M // 64, R), device="meta")
+        vera_only = (
+            meta(R),
+            meta(M, R) if forward else None,
+            None if forward else meta(M, R),
+            None if forward else sums,
+        )
+        launch = _launch(meta(M, R), meta(M, K), right, 2.0, mask, *(vera_only if vera else (None, None, None, None)))
+        return launch.specimen(f"shrink.{name}", "gemm" if dtype != torch.float32 else "other")
+
+    return [
+        of("forward-mask-bf16", 8192, 4096, 16, torch.bfloat16, True),
+        of("backward-bf16", 8192, 14336, 16, torch.bfloat16, False),
+        of("backward-bf16-few-rows", 512, 14336, 16, torch.bfloat16, False),
+        of("forward-mask-bf16-rank-32", 2048, 4096, 32, torch.bfloat16, True),
+        of("forward-mask-bf16-rank-128", 2048, 4096, 128, torch.bfloat16, True),
+        of("forward-mask-fp32", 8192, 4096, 16, torch.float32, True),
+        of("vera-forward-bf16", 8192, 4096, 256, torch.bfloat16, True, vera=True),
+        of("vera-backward-bf16", 8192, 14336, 256, torch.bfloat16, False, vera=True),
+    ]
+
+
+SPECIMENS = _specimens()

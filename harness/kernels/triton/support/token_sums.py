@@ -1,0 +1,161 @@
+"""Sums over the tokens, as gradients of an adapter are: in a fixed order, by partial sums and never by atomics."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from harness.kernels.compile.specimen import Kind, Specimen
+from harness.kernels.device import interpreted
+from harness.kernels.triton.support.launch import Launch, strides
+from harness.kernels.triton.support.matrix_product import product
+from harness.kernels.triton.support.rounding import load_as_float32, to_dtype, to_float32
+
+_PROGRAMS = 256
+"""As many as keep a large card busy. Fixed, so that a sum is rounded alike on every card."""
+
+
+@triton.jit
+def _outer_sum(
+    out, wide, mask, narrow, against, M, N, R, per_part,
+    wide_m, wide_n, mask_m, mask_n, narrow_m, narrow_r, against_n, against_r,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One part of the tokens: out[part] (N, R); with `against` (N, R), out[part, block of R] (N,)."""
+    part, block = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    r = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    m = part * per_part + tl.arange(0, BLOCK_M)
+    end = tl.minimum((part + 1) * per_part, M)
+    wide += m[:, None] * wide_m + n[None, :] * wide_n
+    narrow += m[:, None] * narrow_m + r[None, :] * narrow_r
+    if mask is not None:
+        mask += m[:, None] * mask_m + n[None, :] * mask_n
+    acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    for start in range(0, per_part, BLOCK_M):
+        here = start + m[:, None] < end
+        tile = tl.load(wide, mask=here & (n[None, :] < N), other=0.0)
+        if mask is not None:
+            kept = load_as_float32(mask, mask=here & (n[None, :] < N), other=0.0)
+            tile = to_dtype(to_float32(tile) * kept, narrow.dtype.element_ty)
+            mask += BLOCK_M * mask_m
+        acc = product(tl.trans(tile), tl.load(narrow, mask=here & (r[None, :] < R), other=0.0), acc)
+        wide += BLOCK_M * wide_m
+        narrow += BLOCK_M * narrow_m
+    inside = (n[:, None] < N) & (r[None, :] < R)
+    if against is not None:
+        acc *= load_as_float32(against + n[:, None] * against_n + r[None, :] * against_r, mask=inside, other=0.0)
+        tl.store(out + (part * tl.num_programs(1) + block) * N + n, tl.sum(acc, axis=1), mask=n < N)
+    else:
+        tl.store(out + part * N * R + n[:, None] * R + r[None, :], acc, mask=inside)
+
+
+@triton.jit
+def _product_sum(
+    out, a, b, M, N, per_part, a_m, a_n, b_m, b_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """One part of the tokens: out[part] (N,)."""
+    part = tl.program_id(1).to(tl.int64)
+    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    end = tl.minimum((part + 1) * per_part, M)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, per_part, BLOCK_M):
+        m = part * per_part + start + tl.arange(0, BLOCK_M)
+        inside = (m[:, None] < end) & (n[None, :] < N)
+        of_a = load_as_float32(a + m[:, None] * a_m + n[None, :] * a_n, mask=inside, other=0.0)
+        acc += of_a * load_as_float32(b + m[:, None] * b_m + n[None, :] * b_n, mask=inside, other=0.0)
+    tl.store(out + part * N + n, tl.sum(acc, axis=0), mask=n < N)
+
+
+def outer_sum(wide: Tensor, narrow: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Return (wide * mask)^T @ narrow, float32 (N, R), for wide, mask (M, N), narrow (M, R) of one dtype, any strides."""
+    if not wide.shape[1] * narrow.shape[1]:
+        return wide.new_zeros((wide.shape[1], narrow.shape[1]), dtype=torch.float32)
+    return _outer(wide, narrow, mask, None).sum(0)
+
+
+def outer_sum_against(wide: Tensor, narrow: Tensor, against: Tensor) -> Tensor:
+    """Return the sums over R of (wide^T @ narrow) * against, float32 (N,), for against (N, R), and no (N, R) between."""
+    if not against.numel():
+        return wide.new_zeros(wide.shape[1], dtype=torch.float32)
+    return _outer(wide, narrow, None, against).sum((0, 1))
+
+
+def product_sum(a: Tensor, b: Tensor) -> Tensor:
+    """Return the sums over the tokens of a * b, float32 (N,), for a, b (M, N)."""
+    if not a.shape[1]:
+        return a.new_zeros(0, dtype=torch.float32)
+    parts, per_part = _parts(len(a), triton.cdiv(a.shape[1], 64), 32)
+    out = torch.empty((parts, a.shape[1]), dtype=torch.float32, device=a.device)
+    _product_launch(out, a, b, per_part).run()
+    return out.sum(0)
+
+
+def _parts(M: int, programs: int, block: int) -> tuple[int, int]:
+    """Return into how many parts the tokens are divided, and the tokens of each, a multiple of `block`."""
+    wanted = min(triton.cdiv(_PROGRAMS, programs), triton.cdiv(M, 8 * block))
+    per_part = triton.cdiv(triton.cdiv(max(M, 1), max(wanted, 1)), block) * block
+    return triton.cdiv(max(M, 1), per_part), per_part
+
+
+def _outer(wide: Tensor, narrow: Tensor, mask: Tensor | None, against: Tensor | None) -> Tensor:
+    launch = _outer_launch(wide, narrow, mask, against)
+    launch.run()
+    out: Tensor = launch.arguments["out"]
+    return out
+
+
+def _outer_launch(wide: Tensor, narrow: Tensor, mask: Tensor | None, against: Tensor | None) -> Launch:
+    (M, N), R = wide.shape, narrow.shape[1]
+    block_n, block_r = 64, min(max(16, triton.next_power_of_2(R)), 64)
+    block_m = 128 if interpreted() else 64 if wide.element_size() == 2 else 32
+    grid = (triton.cdiv(N, block_n), triton.cdiv(R, block_r))
+    parts, per_part = _parts(M, grid[0] * grid[1], block_m)
+    shape = (parts, N, R) if against is None else (parts, grid[1], N)
+    arguments = {
+        "out": torch.empty(shape, dtype=torch.float32, device=wide.device), "wide": wide, "mask": mask,
+        "narrow": narrow, "against": against, "M": M, "N": N, "R": R, "per_part": per_part,
+        **strides("wide_m wide_n", wide), **strides("mask_m mask_n", mask), **strides("narrow_m narrow_r", narrow),
+        **strides("against_n against_r", against),
+    }  # fmt: skip
+    return Launch(
+        _outer_sum, (*grid, parts), arguments, {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": block_r}, 4, 3
+    )
+
+
+def _product_launch(out: Tensor, a: Tensor, b: Tensor, per_part: int) -> Launch:
+    (M, N), block_n = a.shape, 64
+    arguments = {
+        "out": out, "a": a, "b": b, "M": M, "N": N, "per_part": per_part,
+        **strides("a_m a_n", a), **strides("b_m b_n", b),
+    }  # fmt: skip
+    return Launch(_product_sum, (triton.cdiv(N, block_n), len(out)), arguments, {"BLOCK_M": 32, "BLOCK_N": block_n})
+
+
+def _specimens() -> list[Specimen]:
+    """Return the gradients of a layer 4096 -> 14336 for 8192 tokens, of rank 16, and of VeRA's rank 256."""
+
+    def of(name: str, N: int, R: int, dtype: torch.dtype, *given: str) -> Specimen:
+        def meta(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        mask = meta(8192, N) if "mask" in given else None
+        against = meta(N, R) if "against" in given else None
+        kind: Kind = "gemm" if dtype != torch.float32 else "other"
+        return _outer_launch(meta(8192, N), meta(8192, R), mask, against).specimen(f"token_sums.{name}", kind)
+
+    a = torch.empty((8192, 14336), dtype=torch.bfloat16, device="meta")
+    return [
+        of("outer-bf16", 14336, 16, torch.bfloat16),
+        of("outer-mask-bf16", 4096, 16, torch.bfloat16, "mask"),
+        of("outer-against-bf16", 14336, 256, torch.bfloat16, "against"),
+        of("outer-fp32", 4096, 16, torch.float32),
+        _product_launch(torch.empty((2, 14336), device="meta"), a, a, 4096).specimen(
+            "token_sums.product-bf16", "other"
+        ),
+    ]
+
+
+SPECIMENS = _specimens()

@@ -1,0 +1,41 @@
+"""The worker's end of the event pipe: JSON lines, which nothing that a plug-in prints can reach."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from harness.process.lifeline import die_with_parent
+
+
+class Emit(Protocol):
+    """Reports one event."""
+
+    def __call__(self, **event: Any) -> None:
+        """Write the event as one JSON line."""
+
+
+@contextmanager
+def event_writer(events: int, lifeline: int) -> Iterator[Emit]:
+    """Give a function that reports on the descriptor `events`, and send stdout to stderr, also what a C library prints.
+
+    A plug-in that forks inherits both; events of the fork are dropped. The process dies with the one that holds the other
+    end of the pipe `lifeline`. The last event is `done`, with the id of the process that watches the lifeline.
+    """
+    watcher = die_with_parent(lifeline, events)
+    os.dup2(2, 1)
+    os.set_inheritable(events, False)
+    os.set_inheritable(lifeline, False)
+    own = os.getpid()
+    with os.fdopen(events, "w", encoding="utf-8") as pipe:
+
+        def emit(**event: Any) -> None:
+            if os.getpid() == own:
+                pipe.write(json.dumps(event) + "\n")
+                pipe.flush()
+
+        yield emit
+        emit(done=watcher)

@@ -1,0 +1,140 @@
+"""Workers that report events: watched, and ended with everything they started. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import psutil
+
+from harness.process.supervisor import Subprocess, signal_name
+
+_TOKEN = "PEFT_HARNESS_CHILD"  # noqa: S105
+_START_S = 120.0
+"""Silence allowed before the first event: a worker imports torch first, which is no fault of the code under test."""
+_GRACE_S = 5.0
+_TICK_S = 0.5
+
+
+class WorkerPool:
+    """The workers of one command, which Ctrl-C ends together."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._alive: set[Subprocess] = set()
+        self._lock = threading.Lock()
+
+    def stop(self) -> None:
+        """Kill every worker, and start no other."""
+        with self._lock:
+            self.stopped = True
+            for worker in self._alive:
+                worker.kill_group()
+
+    def events(self, module: str, task: Mapping[str, Any], patience: float) -> Iterator[dict[str, Any]]:
+        """Run `python -m MODULE EVENTS LIFELINE TASK` and yield the events that it reports, until it reports `done`.
+
+        If the worker does not end well, the last event is `died`, with a sentence: after a crash, after `patience` seconds
+        without an event, or if it leaves a process behind. Nothing is left running, also if this process is killed.
+        """
+        token = uuid.uuid4().hex
+        with self._lock:
+            worker = None if self.stopped else _start(module, task, token)
+            if worker is not None:
+                self._alive.add(worker)
+        if worker is None:
+            return
+        died, watcher = "", 0
+        try:
+            for event in _events(worker, patience):
+                if event is None:
+                    died = f"no result for {patience:g} s; killed"
+                elif not isinstance(event, dict):
+                    died = f"wrote {event!r} where only results are written; killed"
+                    break
+                elif "done" in event:
+                    watcher = event["done"]
+                    break
+                else:
+                    yield event
+            died = died or _failure(worker, done=watcher > 0)
+            left = _left_behind(worker, watcher, token) if not died else []
+            died = died or (f"left a process behind: {', '.join(left)}; killed" if left else "")
+        finally:
+            self._end(worker, token)
+        if died and not self.stopped:
+            yield {"died": died}
+
+    def _end(self, worker: Subprocess, token: str) -> None:
+        worker.close()
+        for other in _marked(token):  # those that have left the process group
+            with contextlib.suppress(psutil.Error):
+                other.kill()
+        with self._lock:
+            self._alive.discard(worker)
+
+
+def _start(module: str, task: Mapping[str, Any], token: str) -> Subprocess:
+    # The tensors are tiny, and threads that wait for each other would slow down what runs at the same time.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, _TOKEN: token}
+    # -P: a file in the user's folder must not stand in for a library's module of the same name.
+    command = [sys.executable, "-P", "-m", module]
+    return Subprocess(command, [json.dumps(task)], environment=environment, events=True, lifeline=True)
+
+
+def _events(worker: Subprocess, patience: float) -> Iterator[Any]:
+    """Yield the worker's events until it has ended; None once it was silent for too long."""
+    last, allowed = time.monotonic(), max(patience, _START_S)
+    while not worker.is_over:
+        if worker.events.readable(min(_TICK_S, patience)):
+            last, allowed = time.monotonic(), patience
+            for line in worker.events.lines():
+                try:
+                    yield json.loads(line)
+                except ValueError:  # a plug-in has found the pipe
+                    yield line[:40]
+        elif time.monotonic() - last >= allowed:
+            yield None
+            return
+
+
+def _failure(worker: Subprocess, *, done: bool) -> str:
+    """Return how a worker ended that should be ending by now; an empty string if it ended well."""
+    code = worker.wait(_GRACE_S)
+    if code is None:
+        return f"the process did not end within {_GRACE_S:g} s of its last event; killed"
+    if name := signal_name(code):
+        return f"the process died of {name}"
+    if done and code == 0:
+        return ""
+    return f"the process ended with exit code {code} before it was done; its output is on stderr"
+
+
+def _left_behind(worker: Subprocess, watcher: int, token: str) -> list[str]:
+    """Name the processes that a worker started and that do not end within a moment of it."""
+    deadline = time.monotonic() + _GRACE_S
+    while names := [n for one in _marked(token) if one.pid not in (worker.pid, watcher) for n in _name(one)]:
+        if time.monotonic() > deadline:
+            return names
+        time.sleep(_TICK_S)
+    return []
+
+
+def _marked(token: str) -> Iterator[psutil.Process]:
+    """Yield the living processes that inherited a worker's environment."""
+    for other in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if other.environ().get(_TOKEN) == token and other.status() != psutil.STATUS_ZOMBIE:
+                yield other
+
+
+def _name(process: psutil.Process) -> Iterator[str]:
+    with contextlib.suppress(psutil.Error):
+        yield f"{process.name()} ({process.pid})"

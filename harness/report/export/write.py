@@ -1,0 +1,93 @@
+"""Write the tables of runs to files, one per table. No torch."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from harness.errors import Exit, StoreError, UsageError
+from harness.records import store
+from harness.report.export.columns import TABLES
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+Format = Literal["parquet", "csv"]
+
+
+def export(names: Sequence[str], form: Format, out: Path | None = None) -> Exit:
+    """Write the tables of runs into a folder, print what was written, return the exit code.
+
+    out: `export-<form>` in the first run's folder if None. 1 where a file was changed after its run, 5 where there is
+    nothing to export, 4 where a Record cannot be read or is missing. Raises UsageError for a folder that holds something,
+    for what is no run and for a format that nothing installed can write; StoreError where a file cannot be written.
+    """
+    if form == "parquet":
+        _want_pyarrow()
+    paths = [store.find_run(name) for name in names]
+    folder = out or paths[0] / f"export-{form}"
+    _refuse_used(folder)
+
+    from harness.report.export import frames  # pandas, for which nobody should wait who named a wrong folder
+
+    runs = [store.read_run(path) for path in paths]
+    numbers = frames.of(runs)
+    for what in numbers.left_out:
+        print(f"left out: {what}", file=sys.stderr)
+    if numbers.cells.empty:
+        print("nothing to export: no Record that counts", file=sys.stderr)
+        return Exit.FAIL if any(run.changed for run in runs) else Exit.NOTHING_COMPARED
+    _make(folder)
+    for table in (*TABLES, "columns"):
+        frame = getattr(numbers, table)
+        path = folder / f"{table}.{form}"
+        _write(path, _bytes(frame, form))
+        print(f"{path}: {len(frame)} rows, {len(frame.columns)} columns")
+    if any(run.changed for run in runs):
+        return Exit.FAIL
+    return Exit.INFRASTRUCTURE if any(run.broken or run.missing() for run in runs) else Exit.PASS
+
+
+def _want_pyarrow() -> None:
+    try:
+        import pyarrow.parquet  # noqa: F401  # what counts is that it can be imported
+    except ImportError as error:
+        raise UsageError(
+            f"Parquet is written by pyarrow, which cannot be imported: {error}",
+            where="--format parquet",
+            hint="`pip install pyarrow`, or take --format csv",
+        ) from error
+
+
+def _refuse_used(folder: Path) -> None:
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        what = "holds something already" if folder.is_dir() else "is no folder"
+        raise UsageError(what, where=f"--out {folder}", hint="name another folder, or move that one away")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"cannot make the folder: {error.strerror}"
+        raise UsageError(what, where=f"--out {folder}", hint="name a place where files can be written") from error
+
+
+def _bytes(frame: DataFrame, form: Format) -> bytes:
+    if form == "csv":
+        text: str = frame.to_csv(index=False, lineterminator="\n")
+        return text.encode()
+    file = io.BytesIO()
+    frame.to_parquet(file, engine="pyarrow", index=False)
+    return file.getvalue()
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        store.write_atomic(path, data)
+    except StoreError as error:
+        hint = f"make room or name another --out, remove {path.parent}, and export again"
+        raise StoreError(error.what, where=error.where, hint=hint) from error

@@ -1,0 +1,48 @@
+"""Facts about a reference that the harness reads from its source, without torch.
+
+Every file of a Method has one `SPEC = ReferenceSpec(...)` of literals only: `harness.methods.spec` evaluates it from the
+syntax tree. References of Operations have one for their readers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """A difference between a paper and the code here, with its reason."""
+
+    topic: str
+    """Subject of the difference, a few words."""
+    paper: str
+    """What the paper states; in an Implementation, what the reference computes."""
+    here: str
+    """What this code does."""
+    why: str
+    """Reason, with the libraries that do the same or differ."""
+
+
+@dataclass(frozen=True)
+class ReferenceSpec:
+    """Description of a reference. Values are literals, so that they can be read without importing the file."""
+
+    paper: str
+    """arXiv number with version, and sections where they matter; the reason where there is no paper."""
+    deviations: tuple[Deviation, ...] = ()
+    """Differences from the paper."""
+    factors: tuple[str, ...] = ()
+    """Letters of the trained low-rank factors. LoRA+ (`lr_ratio`) requires a B."""
+    replaces_weight: str = ""
+    """Name in `state()` of the tensor that is multiplied instead of the base weight; empty if the base weight is."""
+    start_from_weight: tuple[str, ...] = ()
+    """Names in `state()` of tensors that `attach` computes from the weight together with the factors (PiSSA's residual)."""
+    quick_start: Mapping[str, int] = field(default_factory=dict)
+    """Config values with which `attach` is much faster, for callers that overwrite the initial tensors."""
+    optimizer: str = ""
+    """Name of the Method's own optimizer; empty if the suite chooses."""
+    optimizers: tuple[str, ...] = ("adamw",)
+    """Values of a suite's `optimizer` that the Method's own optimizer supports."""
+    trains_weights: bool = False
+    """Whether the model's own weights train, which excludes a quantised base."""
