@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness.assets.rows import Answered, Text
 from harness.assets.rows import read as read_rows
-from harness.assets.table import parse_source
+from harness.assets.table import Source
 from harness.cell.evaluation.generation import generate
 from harness.cell.evaluation.likelihood import CausalScorer
 from harness.cell.evaluation.lm_eval_task import LmEvalTask
@@ -260,7 +260,7 @@ def test_prompts_that_were_cut_are_counted(model: Any, spec: dict[str, Any]) -> 
 
 
 def test_a_model_that_is_taught_answers(folder: Path, spec: dict[str, Any], tmp_path: Path) -> None:
-    source = parse_source(
+    source = Source.model_validate(
         {"name": "d", "kind": "data", "source": "file:d", "rows": {
             "format": "jsonl", "holds": "answers", "prompt": "query", "answer": "response"}}
     )  # fmt: skip

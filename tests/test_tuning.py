@@ -94,8 +94,8 @@ def test_a_search_in_a_schedule_of_another_length_is_refused(tmp_path: Path) -> 
     [
         ("{lr: [1e-3], items: 4}", "tries fewer than two"),
         ("{lr: [1e-4, 1e-2], items: 4}", "`lr` is 0.001, which `tune` does not try"),
-        ("{lr: [1e-3, 1e-2], items: 4, seed: 1}", "by which the entry's Cells are ranked too"),
-        ("{lr: [1e-3, 1e-2], items: 30}", "has 64 test items, of which 40 rank"),
+        ("{lr: [1e-3, 1e-2], items: 4, seed: 1}", "which the entry's Cells have too"),
+        ("{lr: [1e-3, 1e-2], items: 30}", "has 64 test items, of which 40 score"),
         ("{lr: [1e-3, 1e-2]}", "`tune` has no `items`"),
         ("{lr: [1e-3, 1e-2], items: 4, config: {rang: 4}}", "which no method here has"),
         ("{lr: [1e-3, 1e-2], items: 4, config: {rank: 0}}", "`rank` of lora"),
