@@ -23,7 +23,7 @@ from harness.errors import UsageError, near
 from harness.methods.registry import Implementation
 
 if TYPE_CHECKING:
-    from reference.shared.adapted import Adapted
+    from reference.shared.adapted import AdaptedLayers
 
 
 @dataclass(frozen=True)
@@ -39,29 +39,16 @@ class Conforming:
 
     def cases(self) -> Iterator[tuple[str, Callable[[], list[CheckOutcome]]]]:
         """Yield each case's name, and what tries it: every check of the suite."""
-        plan, dtypes = parity_suite.load_either(self.implementation.target), self.implementation.dtypes
-        found: Iterable[tuple[str, str, Any]]
-        if isinstance(plan, parity_suite.OperationSuite):
-            found = (
-                (parity_suite.in_words(values), dtype, values) for values, dtype in plan.calls(self.breadth, dtypes)
-            )
-        else:
-            found = ((str(case), case.dtype, case) for case in plan.cases(self.breadth, dtypes))
-        for words, dtype, case in found:
-            yield f"{words} {dtype}", partial(self._try, plan, words, dtype, case)
+        plan = parity_suite.load_plan(self.implementation.target)
+        for case in plan.cases(self.breadth, self.implementation.dtypes):
+            yield f"{case} {case.dtype}", partial(self._run, plan, case)
 
-    def _try(self, plan: parity_suite.ParityPlan, words: str, dtype: str, case: Any) -> list[CheckOutcome]:
+    def _run(
+        self, plan: parity_suite.ParityPlan, case: parity_suite.MethodCase | parity_suite.OperationCase
+    ) -> list[CheckOutcome]:
         from harness.conformance.execution import suite_run
 
-        it = self.implementation
-        if isinstance(plan, parity_suite.OperationSuite):
-            results = suite_run.one_call(it, plan, case, dtype)
-        else:
-            results = suite_run.one_case(it, plan, case)
-        return [
-            CheckOutcome(implementation=it.name, kind=it.kind, target=it.target, dtype=dtype, case=words, result=result)
-            for result in results
-        ]
+        return list(suite_run.run_case(self.implementation, plan, case))
 
 
 def verdict(tried: Iterable[CheckOutcome]) -> tuple[str, str]:
@@ -93,7 +80,7 @@ def conformance(
         raise UsageError(
             f"nothing here is called {target!r}", where="@conformance", hint=near(target, parity_suite.names())
         )
-    kind, there = parity_suite.kind_of(target), parity_suite.load_either(target).dtypes
+    kind, there = parity_suite.kind_of(target), parity_suite.load_plan(target).dtypes
 
     def wrap(function: Callable[..., Any]) -> Conforming:
         name = getattr(function, "__name__", "function").strip("<>")  # a lambda's is in brackets
@@ -116,7 +103,7 @@ def wrap_layers(
     *,
     names: Mapping[str, str] | None = None,
     update: Callable[[Any], Any] | None = None,
-) -> Adapted:
+) -> AdaptedLayers:
     """Do the part of `attach` that is not about a layer: freeze the model, put a layer at every target, name the tensors.
 
     make_layer: takes the base nn.Linear and returns a module that stands in its place and holds its trainable Parameters

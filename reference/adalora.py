@@ -4,8 +4,8 @@
     loss + gamma R(P, Q),  R = ||P^T P - I||^2 + ||Q Q^T - I||^2    (eq. 4), so that P and Q stay near orthogonal
     every delta_t steps only the b(t) most important triplets of the whole model keep their lambda   (eqs. 6 to 12)
 
-The tensors bear the names of the authors' code and of HF peft, not the paper's letters: A (R, D) is Q, E (R, 1) is the
-diagonal of Lambda, B (E, R) is P. Triplet i is (column i of P, lambda i, row i of Q).
+Tensors have the names of the authors' code and of HF peft, not the paper's letters: A (R, D) is Q, E (R, 1) is the diagonal
+of Lambda, B (E, R) is P. Triplet i is (column i of P, lambda i, row i of Q).
 Shape letters: T tokens, D in, E out, R initial rank of a layer.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from reference.shared.adapted import Adapted
+from reference.shared.adapted import AdaptedLayer, AdaptedLayers
 from reference.shared.layers import dense_copy, floating_dtype, replace, targets
 from reference.spec import Deviation, ReferenceSpec
 
@@ -29,28 +29,22 @@ SPEC = ReferenceSpec(
             topic="names of the tensors",
             paper="P, Lambda, Q",
             here="B, E, A",
-            why="the authors' code and HF peft call them so (lora_B, lora_E, lora_A), and saved adapters carry those "
-            "names",
+            why="names of the authors' code and HF peft (lora_B, lora_E, lora_A), and of saved adapters",
         ),
         Deviation(
             topic="scaling",
             paper="none in eq. 3; section 4 adds LoRA's, alpha / r",
             here="alpha / (rank + 1e-5), with the initial rank also after pruning",
-            why="the authors' code and HF peft; the 1e-5 guards a division that cannot be by zero here, and is kept "
-            "because it shows in float64",
+            why="as in the authors' code and HF peft; the 1e-5, which guards against a division by zero, shows in float64",
         ),
         Deviation(
             topic="orthogonality term",
             paper="sum over all matrices of the squared Frobenius norm (eq. 4)",
-            here=(
-                "a choice: `mean-norm`, the mean over the 2n matrices of the norm itself, by default; `squared-sum` is "
-                "eq. 4"
-            ),
-            why="the authors' code and HF peft compute the mean of norms, so a gamma of theirs means nothing in the "
-            "paper's form",
+            here="`mean-norm` (default), the mean of the norms of the 2n matrices; `squared-sum` is eq. 4",
+            why="the authors' code and HF peft compute the mean of norms; their gamma does not fit the paper's form",
         ),
         Deviation(
-            topic="when a weight is scored",
+            topic="time of scoring",
             paper="before the update: Alg. 1 takes w_t and its gradient",
             here="after it: w_(t+1) times the gradient at w_t",
             why="the authors' trainer and HF peft's documentation call the allocator after optimizer.step",
@@ -65,39 +59,37 @@ SPEC = ReferenceSpec(
             topic="denominator of the budget",
             paper="eq. 12 (appendix A) prints t - t_i - t_f over T - t_i - t_f",
             here="t - t_i over T - t_i - t_f",
-            why="as printed the budget would start above the initial one; the authors' code and HF peft have it so",
+            why="as printed, the budget would start above the initial one; the authors' code and HF peft agree",
         ),
         Deviation(
             topic="budget as a whole number",
             paper="real-valued",
             here="rounded down, in integers",
-            why="the authors' code and HF peft round down in floating point, which gives the same at the sizes that "
-            "are in use",
+            why="the authors' code and HF peft round down in floating point: the same result at usual sizes",
         ),
         Deviation(
             topic="equal scores",
             paper="keeps the top b(t)",
-            here="keeps exactly b(t): of equals, the first in order of the paths and then of the index",
+            here="keeps exactly b(t); ties go to the first in order of path, then index",
             why="the authors' code and HF peft zero all that are <= the k-th smallest (torch.kthvalue), so every "
             "triplet that ties with it goes too, and fewer than b(t) are left",
         ),
         Deviation(
             topic="target rank equal to the initial rank",
             paper="not considered",
-            here="nothing is ever pruned; a target above the initial rank is refused",
+            here="nothing is pruned; a target above the initial rank raises ValueError",
             why="the authors' code and HF peft ask torch.kthvalue for the 0th value and fail at the first pruning",
         ),
         Deviation(
             topic="final phase",
             paper="the budget is the target from T - t_f on; pruned every delta_t steps",
-            here="the target budget is forced at step T - t_f, the scores stop there, and that mask is put on after "
-            "each later step",
+            here="at step T - t_f the mask gets the target budget and scoring stops; each later step applies this mask",
             why="as HF peft; the authors' code forces it one step later, and so never where t_f = 0 and delta_t does "
             "not divide T",
         ),
         Deviation(
             topic="precision of the scores",
-            paper="not said",
+            paper="not stated",
             here="at least float32",
             why="a score multiplies four small numbers and is zero in float16; the authors and HF peft train these in "
             "float32",
@@ -105,9 +97,12 @@ SPEC = ReferenceSpec(
     ),
 )
 
-_EPS = 1e-5  # the authors' guard in the scaling
-_AVERAGES = ("exp_avg_ipt", "exp_avg_unc")  # I_bar, U_bar: the authors' names
-_STD = 0.02  # of A and B at the start, in the authors' code and in HF peft
+_EPS = 1e-5
+"""Added to the rank in the scaling, as in the authors' code."""
+_AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
+"""Names of I_bar and U_bar in the authors' code."""
+_STD = 0.02
+"""Standard deviation of the initial A and B, as in the authors' code and HF peft."""
 
 
 @dataclass(frozen=True)
@@ -185,19 +180,21 @@ def budget(step: int, config: Config, layers: int) -> int:
     return target + (start - target) * (end - step) ** 3 // (end - config.tinit) ** 3
 
 
-def keep(scores: Tensor, count: int) -> Tensor:
-    """Return a mask (N,), True at the `count` largest of `scores` (N,); of equals the first are kept (eq. 6)."""
+def largest_mask(scores: Tensor, count: int) -> Tensor:
+    """Return a mask (N,), True at the `count` largest of `scores` (N,); ties go to the first (eq. 6)."""
     order = torch.sort(scores, descending=True, stable=True).indices
     mask = torch.zeros_like(scores, dtype=torch.bool)
     mask[order[:count]] = True
     return mask
 
 
-class AdaLoraLinear(nn.Module):
-    """A frozen linear layer with an update in the form of an SVD.
+class AdaLoraLinear(AdaptedLayer):
+    """A frozen linear layer (..., D) -> (..., E) with an update in the form of an SVD.
 
-    base: an nn.Linear or a quantised subclass of it, maps (..., D) to (..., E). A (R, D), E (R, 1), B (E, R).
+    A (R, D), E (R, 1), B (E, R). `base` is an nn.Linear or a quantised subclass.
     """
+
+    base: nn.Linear
 
     def __init__(self, base: nn.Linear, A: Tensor, E: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
         super().__init__()
@@ -221,11 +218,11 @@ class AdaLoraLinear(nn.Module):
         return self.scaling * (self.B @ (self.A * self.E))
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Map the authors' names to what trains."""
+        """Map the authors' names to the trainable parameters."""
         return {"A": self.A, "E": self.E, "B": self.B}
 
     def state(self) -> dict[str, Tensor]:
-        """Map exp_avg_ipt_<tensor> to I_bar, exp_avg_unc_<tensor> to U_bar, `mask` (R, 1) to what the last pruning kept."""
+        """Map exp_avg_ipt_<tensor> to I_bar, exp_avg_unc_<tensor> to U_bar, `mask` (R, 1) to the last pruning's mask."""
         averages = {f"{kind}_{n}": self.get_buffer(f"{kind}_{n}") for kind in _AVERAGES for n in self.tensors()}
         return averages | {"mask": self.get_buffer("mask")}
 
@@ -238,7 +235,7 @@ class AdaLoraLinear(nn.Module):
 
     @torch.no_grad()
     def observe(self, beta1: float, beta2: float) -> None:
-        """Carry I_bar and U_bar of every weight on by one step (eqs. 8 to 10). A weight without a gradient has I = 0."""
+        """Update I_bar and U_bar of every weight (eqs. 8 to 10). A weight without a gradient has I = 0."""
         for name, w in self.tensors().items():
             I_bar, U_bar = self.get_buffer(f"exp_avg_ipt_{name}"), self.get_buffer(f"exp_avg_unc_{name}")
             grad = torch.zeros_like(w) if w.grad is None else w.grad
@@ -247,7 +244,7 @@ class AdaLoraLinear(nn.Module):
             U_bar.copy_(uncertainty(U_bar, I, I_bar, beta2))
 
     def scores(self) -> Tensor:
-        """Return S (R,), how important each triplet is by now (eq. 7)."""
+        """Return S (R,), the current importance of each triplet (eq. 7)."""
         s = {
             name: importance(self.get_buffer(f"exp_avg_ipt_{name}"), self.get_buffer(f"exp_avg_unc_{name}"))
             for name in self.tensors()
@@ -260,8 +257,8 @@ class AdaLoraLinear(nn.Module):
         self.E.masked_fill_(~self.get_buffer("mask"), 0.0)
 
 
-class AdaLoraAdapted(Adapted):
-    """A model with AdaLoRA layers, which share one budget."""
+class AdaLoraAdapted(AdaptedLayers):
+    """A model with AdaLoRA layers that share one budget."""
 
     def __init__(self, model: nn.Module, layers: Mapping[str, AdaLoraLinear], config: Config) -> None:
         super().__init__(model, layers)
@@ -274,17 +271,17 @@ class AdaLoraAdapted(Adapted):
         return self.config.orthogonality * orthogonality(list(self.adalora.values()), self.config.regularization)
 
     def after_step(self, step: int) -> None:
-        """Score the weights, and prune to b(step) if it is time. Call it after optimizer step `step`, gradients still there.
+        """Score the weights and prune to b(step) every delta_t steps. Call after optimizer step `step`, before zero_grad.
 
-        step counts from 1. Until total_steps - tfinal the scores follow; every delta_t-th step after tinit prunes, and a
-        pruned lambda may grow back until the next. At total_steps - tfinal the last mask is made; afterwards it is kept.
+        `step` counts from 1. Scores are updated until total_steps - tfinal. Every delta_t-th step after tinit prunes; a
+        pruned lambda may grow back until the next pruning. The mask of step total_steps - tfinal stays until the end.
         """
         config, layers = self.config, list(self.adalora.values())
         end = config.total_steps - config.tfinal
         if step < end:
             self.observe()
         if step == end or (config.tinit < step < end and step % config.delta_t == 0):
-            kept = keep(torch.cat([layer.scores() for layer in layers]), budget(step, config, len(layers)))
+            kept = largest_mask(torch.cat([layer.scores() for layer in layers]), budget(step, config, len(layers)))
             for layer, mask in zip(layers, kept.split(config.rank), strict=True):
                 layer.get_buffer("mask").copy_(mask[:, None])
                 layer.prune()
@@ -293,12 +290,12 @@ class AdaLoraAdapted(Adapted):
                 layer.prune()
 
     def observe(self) -> None:
-        """Carry the averages of all layers on by one step."""
+        """Update the averages of all layers."""
         for layer in self.adalora.values():
             layer.observe(self.config.beta1, self.config.beta2)
 
     def ranks(self) -> dict[str, int]:
-        """Map each layer's path to the number of triplets that the last pruning left it; the initial rank before any."""
+        """Map each layer's path to its number of unpruned triplets."""
         return {path: int(layer.get_buffer("mask").sum()) for path, layer in self.adalora.items()}
 
 
@@ -315,9 +312,9 @@ def orthogonality(layers: list[AdaLoraLinear], form: str) -> Tensor:
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaLoraAdapted:
-    """Freeze `model` and put an AdaLoraLinear around every target; A, then B, are N(0, 0.02^2) from `generator`, E is 0.
+    """Freeze `model` and wrap every target in an AdaLoraLinear; A, then B, are N(0, 0.02^2) from `generator`, E is 0.
 
-    Raises ValueError if a target names no linear layer, or if the ranks or the schedule contradict themselves.
+    Raises ValueError if a target names no linear layer, or if the ranks or the schedule are inconsistent.
     """
     _refuse_contradictions(config)
     found = targets(model, config.targets)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from reference.shared.adapted import Adapted
+from reference.shared.adapted import AdaptedLayer, AdaptedLayers
 from reference.shared.layers import dense_copy, dense_weight, floating_dtype, replace, targets
 from reference.spec import Deviation, ReferenceSpec
 
@@ -28,8 +28,7 @@ SPEC = ReferenceSpec(
             "per input",
             here="one magnitude per output, the norm of a row of the stored (out, in) weight; the other reading is "
             "per='input'",
-            why="the authors' code and HF peft both take norm(weight, dim=1); the authors say that their W is (in, "
-            "out)",
+            why="the authors' code and HF peft both compute norm(weight, dim=1); the authors' W is (in, out)",
         ),
         Deviation(
             topic="gradient through the norm",
@@ -101,12 +100,14 @@ def gain(m: Tensor, norm: Tensor) -> Tensor:
     return torch.where(some, m, 0.0) / torch.where(some, norm, 1.0)
 
 
-class DoraLinear(nn.Module):
-    """A frozen linear layer whose weight is replaced by m times the direction of W0 + s B A.
+class DoraLinear(AdaptedLayer):
+    """A linear layer (..., D) -> (..., E) with the weight m V' / ||V'||, V' = W0 + s B A.
 
-    base: an nn.Linear or a quantised subclass of it, maps (..., D) to (..., E). A (R, D), B (E, R), m (E,), or (D,) with
-    one magnitude per input. The bias is the base's and is not scaled.
+    A (R, D), B (E, R), m (E,), or (D,) with one magnitude per input. The bias is the base's and is not scaled. `base` is an
+    nn.Linear or a quantised subclass.
     """
+
+    base: nn.Linear
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, config: Config) -> None:
         super().__init__()
@@ -139,15 +140,11 @@ class DoraLinear(nn.Module):
         return y_TE
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Map the paper's letters to what trains."""
+        """Map the paper's letters to the trainable parameters."""
         return {"A": self.A, "B": self.B, "m": self.m}
 
-    def state(self) -> dict[str, Tensor]:
-        """Return nothing: W0 is the base's, and the norm is taken anew in every forward pass."""
-        return {}
-
     def merged(self) -> nn.Linear:
-        """Return a linear layer with the weight W', whose rows (or columns, per input) have the norms |m|."""
+        """Return a linear layer with the weight W'; its rows (columns, if per input) have the norms |m|."""
         dense = dense_copy(self.base)
         with torch.no_grad():
             V_ED = self.direction(dense.weight)
@@ -156,8 +153,8 @@ class DoraLinear(nn.Module):
         return dense
 
 
-def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adapted:
-    """Freeze `model` and put a DoraLinear around every target; A is drawn from `generator` in order of the paths.
+def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
+    """Freeze `model` and wrap every target in a DoraLinear; A is drawn from `generator` in order of the paths.
 
     Raises ValueError if a target names no linear layer.
     """
@@ -172,4 +169,4 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
         B = torch.zeros(E, config.rank, dtype=dtype, device=device)
         layers[path] = DoraLinear(base, A.to(device, dtype), B, config)
         replace(model, path, layers[path])
-    return Adapted(model, layers)
+    return AdaptedLayers(model, layers)

@@ -1,4 +1,4 @@
-"""The frozen base model: nothing of it trains. With a new task head, which the caller trains, this is linear probing."""
+"""Frozen base model: no parameter trains. With a new task head, trained by the caller, this is linear probing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from reference.shared.adapted import AdaptedModel, linear_layers
 from reference.spec import ReferenceSpec
 
 SPEC = ReferenceSpec(
@@ -19,49 +20,19 @@ class Config:
     """No hyperparameters."""
 
 
-class Adapted:
+class FrozenWeightsModel(AdaptedModel):
     """A model as it was loaded."""
 
-    can_merge = False
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.layers: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-
     def tensors(self) -> dict[str, Tensor]:
-        """Return nothing: nothing trains."""
-        return {}
-
-    def state(self) -> dict[str, Tensor]:
-        """Return nothing: there is no adapter."""
+        """Return nothing: nothing trains, also where the caller trains a head."""
         return {}
 
     def parameters(self) -> list[nn.Parameter]:
         """Return nothing: nothing trains."""
         return []
 
-    def regularizer(self) -> Tensor | None:
-        """Return None: nothing is added to the loss."""
-        return None
 
-    def optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer | None:
-        """Return None: there is nothing to optimise."""
-        return None
-
-    def after_step(self, step: int) -> None:
-        """Do nothing."""
-
-    def merge(self) -> None:
-        """Do nothing: there is no adapter."""
-
-    def unmerge(self) -> None:
-        """Do nothing: there is no adapter."""
-
-    def detach(self) -> None:
-        """Do nothing: there is no adapter."""
-
-
-def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adapted:
+def attach(model: nn.Module, config: Config, generator: torch.Generator) -> FrozenWeightsModel:
     """Freeze `model`."""
     model.requires_grad_(False)
-    return Adapted(model)
+    return FrozenWeightsModel(model, linear_layers(model))

@@ -4,8 +4,8 @@
     N_t = Adam(R_t)                            with moments of R's small shape                   (algorithm 2)
     W_t = W_{t-1} - lr alpha P_t N_t Q_t^T     algorithm 2's G is minus the gradient, ours the gradient itself
 
-P (m, r) or Q (n, r) holds the first singular vectors of a gradient and is found anew every T steps; one of the two is
-used, the other is the identity. The weights themselves train: there is no adapter. Shape letters: W and G are (m, n).
+P (m, r) or Q (n, r) holds the first singular vectors of a gradient and is recomputed every T steps; the other is the
+identity. The weights themselves train: there is no adapter. Shape letters: W and G are (m, n).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from reference.operations.adamw8bit import restore_dtypes
 from reference.shared import galore_moments
+from reference.shared.adapted import AdaptedModel
 from reference.shared.layers import targets
 from reference.shared.randomised_svd import randomised_svd
 from reference.spec import Deviation, ReferenceSpec
@@ -39,8 +40,8 @@ SPEC = ReferenceSpec(
         ),
         Deviation(
             topic="moments at a refresh",
-            paper="section 4.1 says only that a change of subspace may impact their fidelity",
-            here="kept as they are, neither reset nor turned into the new basis",
+            paper="section 4.1 states only that a change of subspace may impact their fidelity",
+            here="unchanged: neither reset nor rotated into the new basis",
             why="as in the authors' code",
         ),
         Deviation(
@@ -78,10 +79,9 @@ SPEC = ReferenceSpec(
         ),
         Deviation(
             topic="8-bit moments",
-            paper="section 4.3 combines it with 8-bit Adam, and says no more",
-            here="`bits: 8`: codes between two steps as in reference/operations/adamw8bit, of what trains without a "
-            "subspace too; the step itself is that of 32 bits, eps and decay as above, and the projectors keep the "
-            "gradient's dtype",
+            paper="section 4.3 combines it with 8-bit Adam, without details",
+            here="`bits: 8`: moments are stored as codes, as in reference/operations/adamw8bit, also of weights without a "
+            "projection; the step is the 32-bit one, with eps and decay as above; projectors have the gradient's dtype",
             why="the authors' GaLoreAdamW8bit takes bitsandbytes' step, whose eps is algorithm 2's: sqrt(V / (1 - "
             "beta2^t)) + eps",
         ),
@@ -102,7 +102,7 @@ SPEC = ReferenceSpec(
     ),
 )
 OVERSAMPLE = 10
-"""Columns of the randomised SVD's sketch beyond the rank."""
+"""Columns of the randomised SVD's sketch in addition to the rank."""
 
 
 @dataclass(frozen=True)
@@ -134,14 +134,16 @@ class Config:
 
 @dataclass(frozen=True)
 class Projector:
-    """The bases of the subspace, columns orthonormal: P (m, r) on the left, Q (n, r) on the right; None: the identity."""
+    """Bases of the subspace, with orthonormal columns; None is the identity."""
 
     P: Tensor | None = None
+    """Left basis (m, r)."""
     Q: Tensor | None = None
+    """Right basis (n, r)."""
 
 
 def sides(m: int, n: int, side: str) -> tuple[bool, bool]:
-    """Return whether an (m, n) matrix is projected (on the left, on the right). Raises ValueError for an unknown side."""
+    """Return (left, right): the sides on which an (m, n) matrix is projected. Raises ValueError for an unknown side."""
     rules = {
         "std": (m < n, m >= n),
         "reverse_std": (m >= n, m < n),
@@ -156,11 +158,11 @@ def sides(m: int, n: int, side: str) -> tuple[bool, bool]:
 
 
 def projector(G: Tensor, rank: int, side: str = "std", niter: int = 0, old: Projector | None = None) -> Projector:
-    """Return the first `rank` singular vectors of G on the side that the rule says, in G's dtype.
+    """Return the first `rank` singular vectors of G on the sides that `side` selects, in G's dtype.
 
-    G = U S V^T; P = U[:, :r], Q = V[:, :r]  (eqs. 12 and 13). The sign of a singular vector is arbitrary and cancels: the
-    update has P, or Q, twice. niter: 0 for the exact SVD, or subspace iterations of a randomised one that starts from `old`.
-    Raises ValueError if G is not finite.
+    G = U S V^T; P = U[:, :r], Q = V[:, :r]  (eqs. 12 and 13). The sign of a singular vector is arbitrary and cancels in the
+    update, which has P, or Q, twice. niter: 0 for the exact SVD, else subspace iterations of a randomised SVD that starts
+    from `old`. Raises ValueError if G is not finite.
     """
     if not G.isfinite().all():
         raise ValueError(
@@ -181,7 +183,7 @@ def projector(G: Tensor, rank: int, side: str = "std", niter: int = 0, old: Proj
 
 
 def sketch(G: Tensor, rank: int, old: Projector) -> Tensor:
-    """Return (smaller side of G, rank + OVERSAMPLE at most): the old basis and, beside it, random vectors, ever the same."""
+    """Return a sketch (min(m, n), at most rank + OVERSAMPLE): the old basis, then random vectors from a fixed seed."""
     tall = G if G.shape[0] >= G.shape[1] else G.T
     smaller, larger = (old.Q, old.P) if tall is G else (old.P, old.Q)
     if smaller is None:
@@ -205,23 +207,23 @@ def project_back(N: Tensor, basis: Projector) -> Tensor:
 
 
 def adam(R: Tensor, state: dict[str, Any], beta1: float, beta2: float, eps: float, bits: int = 32) -> Tensor:
-    """Return N_t, bias corrections included, in R's dtype, and carry the moments and step (t, from 1) on in `state`.
+    """Return N_t with bias corrections, in R's dtype; update the moments and `step` (t, from 1) in `state`.
 
     M_t = beta1 M_{t-1} + (1 - beta1) R_t          V_t = beta2 V_{t-1} + (1 - beta2) R_t^2           (algorithm 2)
     N_t = sqrt(1 - beta2^t) / (1 - beta1^t) * M_t / (sqrt(V_t) + eps)
 
-    bits: of a state that is new, see `galore_moments.zeros`. N is of the moments as they are before they are narrowed.
+    bits: format of a new state, see `galore_moments.zeros`. N is computed before the moments are quantised.
     """
     if "M" not in state:
         state |= {"step": 0, **galore_moments.zeros(R, bits)}
-    M, V = galore_moments.widened(state, R)
+    M, V = galore_moments.decode(state, R)
     wide = R.to(M.dtype)
     state["step"] += 1
     M.mul_(beta1).add_(wide, alpha=1 - beta1)
     V.mul_(beta2).addcmul_(wide, wide, value=1 - beta2)
     correction = math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
     N: Tensor = correction * (M / (V.sqrt() + eps))
-    galore_moments.keep(state, M, V)
+    galore_moments.encode(state, M, V)
     return N.to(R.dtype)
 
 
@@ -244,12 +246,11 @@ def galore_step(
     bits: int = 32,
     given: Projector | None = None,
 ) -> None:
-    """Take one step: W and `state` change in place. An empty state is that before the first step.
+    """Take one step of W (m, n) with the gradient G (m, n); W and `state` change in place.
 
-    W, G: (m, n). rank 0: no projection, plain Adam, any shape. state: step (int, steps taken), M and V of R's shape, or for
-    bits=8 what `galore_moments.zeros` says, P and/or Q. given: where a refresh is due, take this projector in the place of
-    G's singular vectors, so that two programs can be compared in one subspace. The projector is found anew at steps 1,
-    T + 1, 2 T + 1, ...
+    rank 0: no projection, plain Adam, any shape. state: empty before the first step; then step (int, steps taken), M and V
+    (`galore_moments.zeros`), P and/or Q. The projector is recomputed at steps 1, T + 1, 2 T + 1, ...; `given` replaces it
+    there, so that two programs can be compared in one subspace.
     """
     if rank and state.get("step", 0) % update_gap == 0:
         fresh = given or projector(G, rank, side, niter, Projector(state.get("P"), state.get("Q")))
@@ -262,14 +263,14 @@ def galore_step(
 
 
 def state_elements(m: int, n: int, rank: int, side: str = "std") -> int:
-    """Count the numbers kept for an (m, n) weight: projector and two moments; mr + 2nr on the left (table 1)."""
+    """Count the elements of an (m, n) weight's state: projector and two moments; mr + 2nr on the left (table 1)."""
     r = min(rank, m, n)
     left, right = sides(m, n, side)
     return r * (m * left + n * right) + 2 * (r if left else m) * (r if right else n)
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Raise ValueError, which names the knob and its range, for a group of parameters that no step can be taken with."""
+    """Raise ValueError, with option and range, for an invalid group of parameters."""
     for name, least in (("rank", 0), ("update_gap", 1), ("niter", 0)):
         if not isinstance(group[name], Integral) or group[name] < least:
             raise ValueError(f"GaLore's {name} is a whole number of at least {least}, got {group[name]!r}")
@@ -293,8 +294,8 @@ def check_group(group: dict[str, Any]) -> None:
 class GaLore(torch.optim.Optimizer):
     """Adam in a subspace for groups with a `rank`, plain Adam for groups without; the state is tensors and a count only.
 
-    params: tensors or groups. A group may hold rank, update_gap, scale, side and niter beside lr, weight_decay, beta1,
-    beta2, eps and bits: with 8, moments of at least 4096 elements are codes, projected or not, and smaller ones float32.
+    Options of a group: rank, update_gap, scale, side, niter, lr, weight_decay, beta1, beta2, eps, bits. With bits=8, moments
+    of at least 4096 elements are codes, projected or not; smaller ones are float32.
     """
 
     def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, eps: float = 1e-6) -> None:
@@ -304,16 +305,16 @@ class GaLore(torch.optim.Optimizer):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; what is in another group already moves over, so that a head may have its own learning rate.
+        """Add a group. A parameter of another group moves to it, so that a head may have its own learning rate.
 
-        Raises ValueError for a knob out of its range, or a parameter that is no matrix in a group with a rank; then nothing
-        is changed.
+        Raises ValueError, and changes nothing, for an option out of range, or for a parameter that is no matrix in a group
+        with a rank.
         """
         given = param_group["params"]
         param_group["params"] = [given] if isinstance(given, Tensor) else list(given)
         check_group(self.defaults | param_group)
         moving = {id(p) for p in param_group["params"]}
-        groups, self.param_groups = self.param_groups, []  # torch refuses what is in another group
+        groups, self.param_groups = self.param_groups, []  # torch refuses a parameter of another group
         try:
             super().add_param_group(param_group)
             for group in groups:
@@ -323,12 +324,12 @@ class GaLore(torch.optim.Optimizer):
             self.param_groups = groups
 
     def update(self, p: Tensor, G: Tensor, group: dict[str, Any]) -> None:
-        """Take one step of one parameter, by its gradient G."""
+        """Take one step of one parameter with its gradient G."""
         knobs = {k: v for k, v in group.items() if k not in ("params", "initial_lr")}
         galore_step(p, G, self.state[p], **knobs)
 
     def step(self, closure: Any = None) -> Any:
-        """Take one step of every parameter that has a gradient; return the loss of `closure`, if there is one."""
+        """Take one step of every parameter with a gradient; return the loss of `closure`, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -340,37 +341,22 @@ class GaLore(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; codes stay codes."""
+        """Load the result of `state_dict`; codes keep their dtype."""
         super().load_state_dict(state_dict)
         restore_dtypes(self, state_dict)
 
 
-class Adapted:
-    """A model whose weights train by GaLore. Names are those of the model's parameters; nothing merges or detaches."""
+class GaLoreModel(AdaptedModel):
+    """A model whose weights train by GaLore; `layers` are those with projected gradients."""
 
-    can_merge = False
+    layers: dict[str, nn.Linear]
 
     def __init__(self, model: nn.Module, layers: dict[str, nn.Linear], config: Config) -> None:
-        self.model, self.layers, self.config = model, layers, config
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Map each path of what trains to it; a parameter that two layers share has both paths."""
-        return {n: p for n, p in self.model.named_parameters(remove_duplicate=False) if p.requires_grad}
-
-    def state(self) -> dict[str, Tensor]:
-        """Return nothing: projectors and moments are the optimizer's."""
-        return {}
-
-    def parameters(self) -> list[nn.Parameter]:
-        """List what trains."""
-        return [p for p in self.model.parameters() if p.requires_grad]
-
-    def regularizer(self) -> Tensor | None:
-        """Return None: nothing is added to the loss."""
-        return None
+        super().__init__(model, layers)
+        self.config = config
 
     def optimizer(self, lr: float, weight_decay: float, bits: int = 32) -> GaLore:
-        """Return GaLore over the targets' weights and, where it trains, Adam over the rest. bits: of moments, 8 or 32."""
+        """Return GaLore for the targets' weights, plain Adam for other trainable ones. bits: of moments, 8 or 32."""
         c = self.config
         betas = {"beta1": c.beta1, "beta2": c.beta2, "bits": bits}
         low = {"rank": c.rank, "update_gap": c.update_gap, "scale": c.scale, "side": c.side, "niter": c.niter}
@@ -380,23 +366,11 @@ class Adapted:
         groups = [{"params": projected, **low, **betas}] + ([{"params": rest, **betas}] if rest else [])
         return GaLore(groups, lr, weight_decay, c.eps)
 
-    def after_step(self, step: int) -> None:
-        """Do nothing."""
 
-    def merge(self) -> None:
-        """Do nothing: there is no adapter."""
+def attach(model: nn.Module, config: Config, generator: torch.Generator) -> GaLoreModel:
+    """Make the targets' weights trainable, and every other parameter if `train_rest`; nothing is drawn.
 
-    def unmerge(self) -> None:
-        """Do nothing: there is no adapter."""
-
-    def detach(self) -> None:
-        """Do nothing: there is no adapter."""
-
-
-def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adapted:
-    """Let the weights of the targets train, and everything else of `model` as well if `train_rest`; nothing is drawn.
-
-    Raises ValueError if a target names no linear layer, or one whose weight is packed (4 bits): it has no gradient.
+    Raises ValueError if a target names no linear layer, or one with a packed weight (4 bits), which has no gradient.
     """
     layers = targets(model, config.targets)
     for path, layer in layers.items():
@@ -405,4 +379,4 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
     model.requires_grad_(config.train_rest)
     for layer in layers.values():
         layer.weight.requires_grad_(True)
-    return Adapted(model, layers, config)
+    return GaLoreModel(model, layers, config)

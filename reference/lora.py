@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reference.shared.adapted import Adapted, AdaptedLayer
+from reference.shared.adapted import AdaptedLayer, AdaptedLayers
 from reference.shared.layers import KINDS, dense_copy, floating_dtype, kind_of, replace, targets
 from reference.shared.lora_layers import LoraConv2d, LoraConv2dKernel, LoraEmbedding
-from reference.shared.lora_start import start
+from reference.shared.lora_start import initial_factors
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
@@ -66,8 +66,7 @@ SPEC = ReferenceSpec(
             paper="not treated",
             here="conv=peft: A is the base's convolution to r channels, B is 1 x 1: r (in k k + out) numbers, rank r. "
             "conv=loralib: B A with A (r k, in k), B (out/groups k, r k), reshaped to the kernel: rank up to r k",
-            why="the authors' code (loralib) and HF peft part, so neither can stand in for the other; peft's is what "
-            "is in use",
+            why="the authors' code (loralib) and HF peft differ; peft's form is in wider use",
         ),
         Deviation(
             topic="convolutions with groups",
@@ -78,7 +77,7 @@ SPEC = ReferenceSpec(
         Deviation(
             topic="merging",
             paper="W = W0 + B A is computed and stored when the model is deployed (section 4.1)",
-            here="when it is asked for; the base layer stays as it is, so that unmerging is exact",
+            here="on request; the base layer stays unchanged, so that unmerging is exact",
             why="HF peft adds to the base weight and subtracts again. loralib does so whenever the mode changes, "
             "unless merge_weights is off: in eval mode A and B have no part in the output",
         ),
@@ -116,14 +115,14 @@ class Config:
 
     @property
     def scaling(self) -> float:
-        """What B A is multiplied by: alpha / r (section 4.1), or alpha / sqrt(r)."""
+        """Factor of B A: alpha / r (section 4.1), or alpha / sqrt(r) with rslora."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-class LoraLinear(nn.Module):
-    """A frozen linear layer with a low-rank update.
+class LoraLinear(AdaptedLayer):
+    """A frozen linear layer (..., D) -> (..., E) with a low-rank update, A (R, D), B (E, R).
 
-    base: an nn.Linear, a quantised subclass of it, or transformers' Conv1D; maps (..., D) to (..., E). A (R, D), B (E, R).
+    `base` is an nn.Linear, a quantised subclass, or transformers' Conv1D.
     """
 
     def __init__(self, base: nn.Module, A: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
@@ -144,12 +143,8 @@ class LoraLinear(nn.Module):
         return update_ED.T if kind_of(self.base) == "Conv1D" else update_ED
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Map the paper's letters to what trains."""
+        """Map the paper's letters to the trainable parameters."""
         return {"A": self.A, "B": self.B}
-
-    def state(self) -> dict[str, Tensor]:
-        """Return nothing: W0 is the base's."""
-        return {}
 
     def merged(self) -> nn.Module:
         """Return a layer with W0 + scaling B A (section 4: no additional inference latency): an nn.Linear or a Conv1D."""
@@ -160,10 +155,10 @@ class LoraLinear(nn.Module):
         return merged
 
 
-def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adapted:
-    """Freeze `model` and put a LoRA layer around every target; each draws from `generator` in order of the paths.
+def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
+    """Freeze `model` and wrap every target in a LoRA layer; each draws from `generator` in order of the paths.
 
-    Raises ValueError if a target names no layer, or one that LoRA is not defined on; the model is then as it was.
+    Raises ValueError, and leaves the model unchanged, if a target names no layer, or a layer without a LoRA.
     """
     layers: dict[str, AdaptedLayer] = {}
     for path, base in targets(model, config.targets, KINDS).items():
@@ -173,8 +168,8 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
             raise ValueError(f"{path}: {error}") from error
     model.requires_grad_(False)
     for path, layer in layers.items():
-        replace(model, path, layer)  # type: ignore[arg-type]  # the Protocol cannot say that it is a Module
-    return Adapted(model, layers)
+        replace(model, path, layer)
+    return AdaptedLayers(model, layers)
 
 
 def _adapted(base: Any, config: Config, generator: torch.Generator) -> AdaptedLayer:
@@ -183,7 +178,7 @@ def _adapted(base: Any, config: Config, generator: torch.Generator) -> AdaptedLa
     R, s, p = config.rank, config.scaling, config.dropout
 
     def factors(rank: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
-        A, B = start(config.init, rank, inputs, outputs, generator)
+        A, B = initial_factors(config.init, rank, inputs, outputs, generator)
         return A.to(**like), B.to(**like)
 
     if kind == "embedding":

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from reference.shared.adapted import Adapted, AdaptedLayer
+from reference.shared.adapted import AdaptedLayer, AdaptedLayers
 from reference.shared.layers import dense_copy, dense_weight, floating_dtype, kind_of, replace, targets
 from reference.shared.lora_layers import LoraEmbedding
 from reference.shared.randomised_svd import randomised_svd
@@ -58,7 +58,7 @@ SPEC = ReferenceSpec(
         ),
         Deviation(
             topic="precision",
-            paper="not said",
+            paper="not stated",
             here=(
                 "the SVD runs in float32 at least; A and B are rounded to the layer's dtype, then W_res = W - (alpha / "
                 "r) B A from the rounded ones, rounded once"
@@ -105,22 +105,22 @@ class Config:
 
 
 def exact_svd(W_ED: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (U (E, R), S (R,), Vt (R, D)) of the `rank` largest singular values, signs as they come."""
+    """Return (U (E, R), S (R,), Vt (R, D)) of the `rank` largest singular values, with LAPACK's signs."""
     U, S, Vt = torch.linalg.svd(W_ED, full_matrices=False)
     return U[:, :rank], S[:rank], Vt[:rank]
 
 
 def fast_svd(W_ED: Tensor, rank: int, niter: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Return an approximate (U (E, R), S (R,), Vt (R, D)); signs as they come.
+    """Return an approximate (U (E, R), S (R,), Vt (R, D)), with LAPACK's signs.
 
-    The sketch (smaller side, R) is standard normal in float64 from `generator` (on the CPU), then cast.
+    The sketch (min(E, D), R) is standard normal, drawn in float64 on the CPU from `generator`, then cast.
     """
     sketch = torch.randn(min(W_ED.shape), rank, generator=generator, dtype=torch.float64).to(W_ED)
     return randomised_svd(W_ED, sketch, niter)
 
 
 def signed(U_ER: Tensor, Vt_RD: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (U, Vt) with the signs of each pair chosen: the first entry of largest magnitude in a row of Vt is positive."""
+    """Return (U, Vt) with normalised signs: the first entry of largest magnitude in each row of Vt is positive."""
     largest = Vt_RD.abs().argmax(dim=1, keepdim=True)
     sign = torch.where(Vt_RD.gather(1, largest) < 0, -1.0, 1.0).to(Vt_RD.dtype)
     return U_ER * sign.T, Vt_RD * sign
@@ -146,21 +146,22 @@ def split(
 
 
 def to_lora(A0: Tensor, B0: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (A' (2R, D), B' (E, 2R)): a LoRA on the original weight that computes what PiSSA computes (the appendix).
+    """Return (A' (2R, D), B' (E, 2R)): a LoRA on the original weight that is equal to a PiSSA (appendix).
 
-    A0 (R, D), B0 (E, R): as attached; A, B: as trained. W + s B' A' = W_res + s B A, with the same s: LoRA's rank is 2R,
-    so its alpha is twice PiSSA's.
+    A0 (R, D), B0 (E, R): initial factors; A, B: trained ones. W + s B' A' = W_res + s B A with the same s: LoRA's rank is
+    2R, so its alpha is twice PiSSA's.
     """
     # W = W_res + s B0 A0, so W_res + s B A = W + s (B A - B0 A0) = W + s [B, -B0] [A; A0].
     return torch.cat([A, A0], dim=0), torch.cat([B, -B0], dim=1)
 
 
-class PissaLinear(nn.Module):
-    """A linear layer of which the principal part trains and the residual is frozen.
+class PissaLinear(AdaptedLayer):
+    """A linear layer with a trainable principal part, A (R, D), B (E, R), and a frozen residual (E, D).
 
-    base: the original layer, an nn.Linear or a quantised subclass of it; only its bias takes part. A (R, D), B (E, R),
-    residual (E, D).
+    `base` is the original layer, an nn.Linear or a quantised subclass; the output uses its bias only.
     """
+
+    base: nn.Linear
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, residual: Tensor, scaling: float) -> None:
         super().__init__()
@@ -176,7 +177,7 @@ class PissaLinear(nn.Module):
         return y_TE
 
     def delta(self) -> Tensor:
-        """Return scaling B A, shape (E, D): at the start the principal part of W, not zero."""
+        """Return scaling B A, shape (E, D); initially the principal part of W, not zero."""
         return self.scaling * (self.B @ self.A)
 
     def tensors(self) -> dict[str, nn.Parameter]:
@@ -195,11 +196,13 @@ class PissaLinear(nn.Module):
         return dense
 
 
-class PissaEmbedding(nn.Module):
-    """A table of embeddings (N, E) of which the principal part trains and the residual is frozen.
+class PissaEmbedding(AdaptedLayer):
+    """An embedding table (N, E) with a trainable principal part, A (R, N), B (E, R), and a frozen residual (E, N).
 
-    base: the original one, of which no product is taken. A (R, N), B (E, R), residual (E, N).
+    `base` is the original table, which the output does not use.
     """
+
+    base: nn.Embedding
 
     def __init__(self, base: nn.Embedding, A: Tensor, B: Tensor, residual: Tensor, scaling: float) -> None:
         super().__init__()
@@ -226,8 +229,8 @@ class PissaEmbedding(nn.Module):
         return self.adapted.merged()
 
 
-def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adapted:
-    """Freeze `model` and put a PissaLinear or a PissaEmbedding in the place of every target, in order of the paths.
+def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
+    """Freeze `model` and replace every target by a PissaLinear or a PissaEmbedding, in order of the paths.
 
     Raises ValueError if a target names no such layer, or if rank exceeds the smaller side of a target's weight.
     """
@@ -245,8 +248,8 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
             A, B, residual = split(dense_weight(base), config, floating_dtype(base), generator)
         kind = PissaEmbedding if kind_of(base) == "embedding" else PissaLinear
         layers[path] = kind(base, A, B, residual, config.alpha / config.rank)
-        replace(model, path, layers[path])  # type: ignore[arg-type]  # the Protocol cannot say that it is a Module
-    return Adapted(model, layers)
+        replace(model, path, layers[path])
+    return AdaptedLayers(model, layers)
 
 
 def _sides(base: Any) -> tuple[int, int]:

@@ -3,7 +3,7 @@
     Y = X doubleDequant(c1, c2, W_NF4) + s X L1 L2                                    (paper, eqs. 5 and 3)
     doubleDequant(c1, c2, W) = dequant(dequant(c1, c2), W)                            (eq. 6)
 
-LoRA on a frozen weight that is kept in 4 bits and decoded for every product. L1 is LoRA's A^T (D, R), L2 its B^T (R, E).
+LoRA on a frozen weight that is stored in 4 bits and decoded for every product. L1 is LoRA's A^T (D, R), L2 its B^T (R, E).
 Shape letters: T tokens, D in, E out, R rank.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from reference.operations import double_quant, nf4
-from reference.shared.adapted import Adapted
+from reference.shared.adapted import AdaptedLayer, AdaptedLayers
 from reference.shared.layers import dense_copy, dense_weight, floating_dtype, replace, targets
 from reference.spec import Deviation, ReferenceSpec
 
@@ -29,8 +29,8 @@ SPEC = ReferenceSpec(
         Deviation(
             topic="NF4, double quantisation",
             paper="eqs. 4 and 6, section 3",
-            here="as nf4.py and double_quant.py, whose own lists say where they part from the paper",
-            why="bitsandbytes, the authors' quantiser, is what is in use",
+            here="as in reference/operations/nf4.py and double_quant.py, which list their differences from the paper",
+            why="as in bitsandbytes, the authors' quantiser",
         ),
         Deviation(
             topic="compute dtype",
@@ -51,15 +51,15 @@ SPEC = ReferenceSpec(
             why="as in the authors' code, which is HF peft's",
         ),
         Deviation(
-            topic="what is adapted",
+            topic="adapted layers",
             paper="all linear layers of the transformer blocks",
             here="`targets`, by default the seven of a LLaMA block",
             why="the head is never adapted or quantised, as in the authors' code",
         ),
         Deviation(
-            topic="what is not quantised",
-            paper="not said",
-            here="stays as it is",
+            topic="unquantised parameters",
+            paper="not stated",
+            here="unchanged",
             why="the authors' script makes the norms float32; HF peft's prepare_model_for_kbit_training all that is in "
             "16 bits, embeddings and head too",
         ),
@@ -87,7 +87,7 @@ SPEC = ReferenceSpec(
             topic="paged optimizers",
             paper="section 3: optimizer states in unified memory",
             here="not here",
-            why="they change where states live and no value; the optimizer is the caller's choice",
+            why="they change the location of states and no value; the caller chooses the optimizer",
         ),
     ),
 )
@@ -111,18 +111,19 @@ class Config:
     """Quantise the absmax of the blocks too."""
 
 
-class QloraLinear(nn.Module):
-    """A linear layer whose weight is kept in 4 bits, with a low-rank update.
+class QloraLinear(AdaptedLayer):
+    """A linear layer with a 4-bit weight and a low-rank update, A (R, D), B (E, R)."""
 
-    base: the original layer, an nn.Linear or a quantised subclass of it; only its bias takes part. A (R, D), B (E, R).
-    codes: packed NF4, uint8, two to a byte. With double quantisation absmax is c2 (uint8), absmax2 is c1 (float32) and
-    offset the mean (float32, 0-d); without it absmax is float32 and the others are not there.
-    """
-
+    base: nn.Linear
+    """The original layer, an nn.Linear or a quantised subclass; the output uses its bias only."""
     codes: Tensor
+    """Packed NF4 codes, uint8, two per byte."""
     absmax: Tensor
+    """Block constants: uint8 codes c2 with double quantisation, else float32."""
     absmax2: Tensor
+    """Constants c1 of the codes c2, float32; with double quantisation only."""
     offset: Tensor
+    """Mean of the block constants, float32, 0-d; with double quantisation only."""
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, config: Config) -> None:
         super().__init__()
@@ -156,7 +157,7 @@ class QloraLinear(nn.Module):
         return self.scaling * (self.B @ self.A)
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Map LoRA's letters to what trains: A is L1^T, B is L2^T."""
+        """Map LoRA's letters to the trainable parameters: A is L1^T, B is L2^T."""
         return {"A": self.A, "B": self.B}
 
     def state(self) -> dict[str, Tensor]:
@@ -172,11 +173,11 @@ class QloraLinear(nn.Module):
         return dense
 
 
-def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adapted:
-    """Freeze `model`, quantise every target and put a QloraLinear in its place; A is drawn as LoRA's, in order of the paths.
+def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
+    """Freeze `model` and replace every target by a QloraLinear; A is drawn as LoRA's, in order of the paths.
 
-    A target that is packed already is decoded and quantised anew. Unlike with LoRA, the model computes something else from
-    the start: the difference is the error of 4 bits. Raises ValueError if a target names no linear layer.
+    A packed target is decoded and quantised again. Unlike with LoRA, the initial output differs from the base model's, by
+    the quantisation error. Raises ValueError if a target names no linear layer.
     """
     model.requires_grad_(False)
     layers = {}
@@ -189,4 +190,4 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
         B = torch.zeros(E, config.rank, dtype=dtype, device=device)
         layers[path] = QloraLinear(base, A.to(device, dtype), B, config)
         replace(model, path, layers[path])
-    return Adapted(model, layers)
+    return AdaptedLayers(model, layers)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from reference.shared.adapted import Adapted
+from reference.shared.adapted import AdaptedLayer, AdaptedLayers
 from reference.shared.layers import dense_copy, floating_dtype, replace, targets
 from reference.spec import Deviation, ReferenceSpec
 
@@ -40,13 +40,13 @@ SPEC = ReferenceSpec(
         ),
         Deviation(
             topic="random numbers",
-            paper="from a seed that is stored in the place of the matrices",
+            paper="from a seed that is stored instead of the matrices",
             here="from a generator of their own, on the CPU, seeded by projection_key, A before B, in float32 whatever "
             "the layers are in, then cast; nothing is drawn from the generator that `attach` is given",
             why="the numbers of HF peft to the last bit; those of another version of PyTorch may differ",
         ),
         Deviation(
-            topic="what is saved",
+            topic="saved tensors",
             paper="b, d and the seed",
             here="b and d; `state` shows A and B, which projection_key makes again",
             why="HF peft writes A and B too, which are most of its files, unless save_projection is false",
@@ -84,11 +84,10 @@ class Config:
 
 
 def projections(key: int, rank: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
-    """Return the shared pair A (R, D), B (E, R), float32 on the CPU, with D and E those of the largest target.
+    """Return the shared pair A (R, D), B (E, R), float32 on the CPU; D and E are those of the largest target.
 
-    A checkpoint needs no more of them than these four numbers. The draw of B depends on the size of A, and both bounds on
-    D and R: slices of a larger pair are not the pair of a smaller size. Neither the global generator nor the default dtype
-    or device has any say.
+    The four arguments determine the pair: a checkpoint stores nothing else of it. Slices of a larger pair are not the pair
+    of a smaller size. Global generator, default dtype and default device have no effect.
     """
     generator = torch.Generator("cpu").manual_seed(key)
 
@@ -100,15 +99,15 @@ def projections(key: int, rank: int, in_features: int, out_features: int) -> tup
     return kaiming(rank, in_features), kaiming(out_features, rank)
 
 
-class VeraLinear(nn.Module):
-    """A frozen linear layer with a random low-rank update whose rows and ranks are scaled by trained vectors.
+class VeraLinear(AdaptedLayer):
+    """A frozen linear layer (..., D) -> (..., E) with a random low-rank update, scaled by trained vectors b (E,), d (R,)."""
 
-    base: an nn.Linear or a quantised subclass of it, maps (..., D) to (..., E). A (R, D), B (E, R): frozen, may be views
-    of tensors that layers share. b (E,), d (R,).
-    """
-
+    base: nn.Linear
+    """An nn.Linear or a quantised subclass."""
     A: Tensor
+    """Frozen (R, D), may be a view of a tensor that layers share."""
     B: Tensor
+    """Frozen (E, R), may be a view of a tensor that layers share."""
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, b: Tensor, d: Tensor, dropout: float) -> None:
         super().__init__()
@@ -130,7 +129,7 @@ class VeraLinear(nn.Module):
         return (self.b[:, None] * self.B) @ (self.d[:, None] * self.A)
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Map the paper's letters to what trains."""
+        """Map the paper's letters to the trainable parameters."""
         return {"b": self.b, "d": self.d}
 
     def state(self) -> dict[str, Tensor]:
@@ -145,11 +144,10 @@ class VeraLinear(nn.Module):
         return dense
 
 
-def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adapted:
-    """Freeze `model` and put a VeraLinear around every target; all share one pair of projections, made from the key.
+def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
+    """Freeze `model` and wrap every target in a VeraLinear; all share one pair of projections, drawn from the key.
 
-    `generator` is left as it is: b, d and the projections are no draw of the run's. Raises ValueError if a target names no
-    linear layer.
+    `generator` is not used: nothing depends on the run's seed. Raises ValueError if a target names no linear layer.
     """
     model.requires_grad_(False)
     found = targets(model, config.targets)
@@ -168,4 +166,4 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
         d = torch.full((config.rank,), config.d_initial, dtype=dtype, device=device)
         layers[path] = VeraLinear(base, A[:, :D], B[:E], b, d, config.dropout)
         replace(model, path, layers[path])
-    return Adapted(model, layers)
+    return AdaptedLayers(model, layers)

@@ -60,14 +60,19 @@ class RunVerdict:
     judgements: tuple[QuestionVerdict, ...]
     parity: Parity
 
+    def exit_code(self, *, strict: bool) -> Exit:
+        """Return the exit code; with `strict`, questions left open are not a pass."""
+        left_open = self.exit is Exit.PASS and self.verdict.word is VerdictKind.INCONCLUSIVE
+        return Exit.INCONCLUSIVE if strict and left_open else self.exit
 
-def judge(run: Run, *, strict: bool = False) -> RunVerdict:
+
+def judge(run: Run) -> RunVerdict:
     """Judge every comparison of a run, then the run.
 
     Precedence of the exit codes: a non-conformance, a refuted comparison or a file that was changed after the run is a
     finding, and no missing Cell can take it back, so FAIL comes first, also before NOTHING_COMPARED (a run whose every Cell
-    is nonconforming did compare something). Then nothing measured, then Cells not measured, then (with `strict`) questions
-    left open.
+    is nonconforming did compare something). Then nothing measured, then Cells not measured. Questions left open are a
+    PASS, but for `exit_code(strict=True)`.
     """
     latest = run.latest()
     missing = tuple(run.missing())
@@ -79,7 +84,7 @@ def judge(run: Run, *, strict: bool = False) -> RunVerdict:
         counts["changed"] = len(doubtful)
     nonconforming = tuple(r.id for r in latest.values() if parity.nonconforming(r))
     how = run.footer.how if run.footer else "incomplete"
-    verdict, code = _whole(run, latest, judgements, nonconforming, how, strict)
+    verdict, code = _whole(run, latest, judgements, nonconforming, how)
     return RunVerdict(verdict, code, dict(counts), nonconforming, missing, how, judgements, _parity(latest))
 
 
@@ -188,7 +193,6 @@ def _whole(
     judgements: tuple[QuestionVerdict, ...],
     nonconforming: tuple[str, ...],
     how: str,
-    strict: bool,
 ) -> tuple[Verdict, Exit]:
     refuted = [j for j in judgements if j.verdict.word is VerdictKind.FAIL]
     if nonconforming or refuted or run.changed:
@@ -222,7 +226,7 @@ def _whole(
     if undecided:
         reason = f"{len(undecided)} of {len(judgements)} questions left open; {_conform(ok)}"
         ids = tuple(dict.fromkeys(i for j in undecided for i in j.verdict.records))
-        return Verdict(VerdictKind.INCONCLUSIVE, reason, ids), Exit.INCONCLUSIVE if strict else Exit.PASS
+        return Verdict(VerdictKind.INCONCLUSIVE, reason, ids), Exit.PASS
     questions = f" and all {len(judgements)} questions of the suite are answered yes" if judgements else ""
     return Verdict(VerdictKind.PASS, f"{_conform(ok)}{questions}", tuple(r.id for r in ok)), Exit.PASS
 

@@ -1,1 +1,1 @@
-"""The verb `bench`: what Operations and training steps cost, of programs that were just seen to compute the same thing."""
+"""The command `bench`: times Operations and training steps of programs that first passed the same checks."""

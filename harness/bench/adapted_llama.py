@@ -1,4 +1,4 @@
-"""One training step as a user takes it: a small Llama, a Method attached by an implementation, its optimizer."""
+"""A training step as a user takes it: a small Llama, a Method attached by an implementation, and its optimizer."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from harness.records.record import Base, CheckResult
 SEED = 20
 LR, WEIGHT_DECAY = 1e-4, 0.0
 GATED_TOKENS = 16
-"""Of one text, for the parity gate; the loss and its gradients are then judged on a whole batch."""
+"""Tokens of the text for the parity gate; the loss and its gradients are judged on a whole batch."""
 
 
 def llama(shape: Backbone, dtype: torch.dtype, device: torch.device) -> Any:
-    """Return a Llama of random weights, the same at every call."""
+    """Return a Llama with random weights, equal at every call."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -54,20 +54,20 @@ def llama(shape: Backbone, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def batch(shape: Backbone, step: int, device: torch.device) -> Tensor:
-    """Return the token numbers (batch, tokens) of a step, the same for everybody."""
+    """Return the token ids (batch, tokens) of a step, equal for every implementation."""
     generator = torch.Generator().manual_seed(SEED + step)
     return torch.randint(0, shape.vocabulary, (shape.batch, shape.tokens), generator=generator).to(device)
 
 
 def loss_of(model: Any, ids: Tensor) -> Tensor:
-    """Return the mean cross-entropy of each next token."""
+    """Return the mean cross-entropy of next-token prediction, in float32 or float64."""
     logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, :-1]
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return nn.functional.cross_entropy(wide.flatten(0, 1), ids[:, 1:].flatten())
 
 
 class AdaptedLlama:
-    """A Llama with a Method attached, that takes steps. losses: of the steps so far."""
+    """A Llama with a Method attached, which takes training steps."""
 
     def __init__(
         self, implementation: Implementation, step: StepBenchmark, shape: Backbone, dtype: str, device: torch.device,
@@ -75,6 +75,7 @@ class AdaptedLlama:
     ) -> None:  # fmt: skip
         self.shape, self.device, self.base, self.packer = shape, device, step.base, packer
         self.losses: list[float] = []
+        """Loss of each step so far."""
         self.model = llama(shape, DTYPES[dtype], device)
         self.model.requires_grad_(False)
         config = configure(step.method, step.config)
@@ -97,8 +98,8 @@ class AdaptedLlama:
         )  # fmt: skip
         self.optimizer: torch.optim.Optimizer | None = None
 
-    def settle(self) -> None:
-        """Forget what only the parity needed, and make the optimizer: what is measured from here on is training."""
+    def start_training(self) -> None:
+        """Free the tensors that only `parity` needs, and make the optimizer."""
         del self.subject, self.start, self.base_output
         self.optimizer = self.adapted.optimizer(LR, WEIGHT_DECAY) or torch.optim.AdamW(
             self.adapted.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY
@@ -106,8 +107,8 @@ class AdaptedLlama:
         self.model.train()
 
     def step(self) -> None:
-        """Forward, loss, backward, optimizer step, and what the Method does between steps."""
-        assert self.optimizer is not None, "settle comes first"  # noqa: S101
+        """Take one step: forward, loss, backward, optimizer, and the Method's `after_step`."""
+        assert self.optimizer is not None, "start_training comes first"  # noqa: S101
         self.optimizer.zero_grad(set_to_none=True)
         loss = loss_of(self.model, batch(self.shape, len(self.losses), self.device))
         term = self.adapted.regularizer()
@@ -117,7 +118,7 @@ class AdaptedLlama:
         self.adapted.after_step(len(self.losses))
 
     def parity(self) -> list[CheckResult]:
-        """Take the parity gate of a Cell, then judge the loss of a whole batch and every gradient of it."""
+        """Run the parity gate of a Cell, then judge the loss of a whole batch and its gradients."""
         who = f"{self.base} by {self.packer}" if self.packer else ""
         run_model = inference(self.model, self._logits)
         found = parity_gate.gate(
@@ -132,16 +133,16 @@ class AdaptedLlama:
         return logits
 
     def _loss_and_gradients(self) -> CheckResult:
-        """Judge one batch's loss and gradients, with every tensor of the adapter random and without dropout."""
+        """Judge the loss and the gradients of one batch, with random adapter tensors and without dropout."""
         subject, case = self.subject, Case("warm", seed=SEED, factors=parity_suite.load(self.subject.method).factors())
-        began = {name: t.detach().clone() for name, t in subject.added().items()}
+        initial = {name: t.detach().clone() for name, t in subject.added().items()}
         warm(subject.added(), case.generator(salt=1))
-        mine = self._seen(self.model, subject.adapted.tensors())
-        truth, rounded = (self._seen(*whole_model.reference(subject, dtype)) for dtype in ("float64", subject.dtype))
-        load(subject.adapted, began)
-        return judged(subject, case, "loss", carried_noise(mine, truth, rounded, subject.dtype))
+        computed = self._observe(self.model, subject.adapted.tensors())
+        truth, rounded = (self._observe(*whole_model.reference(subject, dtype)) for dtype in ("float64", subject.dtype))
+        load(subject.adapted, initial)
+        return judged(subject, case, "loss", carried_noise(computed, truth, rounded, subject.dtype))
 
-    def _seen(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _observe(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         model.eval()
         loss = loss_of(model, batch(self.shape, 0, self.device))
         gradients = torch.autograd.grad(loss, list(tensors.values()))
@@ -149,9 +150,9 @@ class AdaptedLlama:
 
 
 def frozen_pass(shape: Backbone, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-    """Return what no adapter can avoid: the dense backbone forward, and backward to its embeddings' output; nothing trains.
+    """Return a lower bound of a step as a function: the dense backbone forward, and backward to the embeddings' output.
 
-    It takes the batch of step 0 every time.
+    Nothing trains; every call takes the batch of step 0.
     """
     model, ids = llama(shape, dtype, device).requires_grad_(False).train(), batch(shape, 0, device)
     embedded = model.get_input_embeddings()

@@ -1,4 +1,4 @@
-"""What the machine reaches, measured beside what is timed: the rate of a copy, and of a matrix product in each dtype."""
+"""Measured rates of the machine: of a copy, and of a matrix product in a dtype."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from harness.bench.results import Ceilings
 from harness.bench.timing import Clock, Run
 
 REPEATS = 5
+"""Samples, of which the fastest counts."""
 COPIED_B = {"cpu": 2**28, "cuda": 2**30}
-"""More than any cache holds."""
+"""Bytes copied: more than any cache holds."""
 SIDE = {"cpu": 1536, "cuda": 8192}
+"""Rows and columns of the multiplied matrices."""
 
 
 def measure(clock: Clock, dtype: torch.dtype) -> Ceilings:
-    """Return the best of a few copies and of a few products of square matrices of `dtype`."""
+    """Return the best rates over `REPEATS` copies and products of square matrices in `dtype`."""
     return Ceilings(copy_B_per_s=_copy(clock), gemm_FLOP_per_s=_product(clock, dtype))
 
 
 def _copy(clock: Clock) -> float:
-    here = torch.ones(COPIED_B[clock.device.type], dtype=torch.uint8, device=clock.device)
-    there = torch.empty_like(here)
-    return 2 * here.numel() / _best(clock, lambda: there.copy_(here))
+    source = torch.ones(COPIED_B[clock.device.type], dtype=torch.uint8, device=clock.device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _best(clock, lambda: target.copy_(source))
 
 
 def _product(clock: Clock, dtype: torch.dtype) -> float:

@@ -1,4 +1,4 @@
-"""What a bench writes: places are tried before anything runs, and each row is written as soon as it is there. No torch."""
+"""Files that a bench writes: paths are checked before anything runs, each row is written when it is measured. No torch."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from harness.records.record import Environment
 SCHEMA = 1
 
 
-def refuse(out: Path | None, export: Path | None) -> None:
-    """Raise UsageError for a folder that holds a bench, and for places where nothing can be written."""
+def check_writable(out: Path | None, export: Path | None) -> None:
+    """Raise UsageError for a folder that already holds a bench, and for paths that cannot be written."""
     if out is not None:
         where = f"--out {out}"
         if any(out.glob("[0-9][0-9][0-9]*-vs-*.json")):
-            raise UsageError("holds a bench already", where=where, hint="name another folder, or move that one away")
+            raise UsageError("already holds a bench", where=where, hint="name another folder, or move this one away")
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(
-                f"cannot make the folder: {error.strerror}", where=where, hint="name a place where files can be written"
+                f"cannot create the folder: {error.strerror}", where=where, hint="name a writable path"
             ) from error
         _try(out / "row.json", where)
     if export is not None:
@@ -35,48 +35,50 @@ def refuse(out: Path | None, export: Path | None) -> None:
 
 def _try(file: Path, where: str) -> None:
     if why := store.unwritable(file):
-        raise UsageError(why, where=where, hint="name a place where files can be written")
+        raise UsageError(why, where=where, hint="name a writable path")
 
 
 def write(path: Path, document: dict[str, Any]) -> None:
-    """Write a document, whole or not at all."""
+    """Write a document atomically. Raises StoreError."""
     try:
         store.write_atomic(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
     except StoreError as error:
-        hint = "what was printed has its numbers; for its samples make room or name another place, and run it again"
+        hint = (
+            "the printed table has the numbers; to save the samples, free disk space or name another path and run again"
+        )
         raise StoreError(error.what, where=error.where, hint=hint) from error
 
 
 class Folder:
-    """The folder of `--out`, or none. What cannot be written is tried once more at the end, by `finish`."""
+    """The folder of `--out`, or none. Files that cannot be written are tried once more by `finish`."""
 
     def __init__(self, path: Path | None, environment: Environment) -> None:
         self.path, self.environment = path, environment
         self._count = 0
-        self._left: dict[Path, dict[str, Any]] = {}
+        self._pending: dict[Path, dict[str, Any]] = {}
 
-    def keep(self, row: BenchRow) -> None:
-        """Write the file of the next row; say so if that fails, which is no reason to lose what is still to be measured."""
+    def save(self, row: BenchRow) -> None:
+        """Write the file of the next row; on failure print it and continue, so that later rows are still measured."""
         if self.path is None:
             return
         file = self.path / f"{self._count:03d}-{_slug(row)}.json"
-        self._left[file] = {
+        self._pending[file] = {
             "schema": SCHEMA, "environment": self.environment.model_dump(mode="json"), **row.document()
         }  # fmt: skip
         self._count += 1
         try:
             self._write(file)
         except StoreError as error:
-            print(f"{file}: {error.what}; it is tried again at the end", file=sys.stderr)
+            print(f"{file}: {error.what}; will be retried at the end", file=sys.stderr)
 
     def finish(self) -> None:
-        """Write what is left; raises StoreError if that still fails."""
-        for file in list(self._left):
+        """Write the pending files. Raises StoreError if that fails again."""
+        for file in list(self._pending):
             self._write(file)
 
     def _write(self, file: Path) -> None:
-        write(file, self._left[file])
-        del self._left[file]
+        write(file, self._pending[file])
+        del self._pending[file]
 
 
 def _slug(row: BenchRow) -> str:

@@ -1,4 +1,4 @@
-"""A process that asks torch for a GPU: `python -m harness.bench.gpu_probe FD LINE {}`; says `unusable`: why there is none."""
+"""Process that probes torch for a usable GPU: `python -m harness.bench.gpu_probe FD LINE {}`; emits `unusable`, a reason."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from harness.process.event_pipe import event_writer
 
 
 def main(fd: int, line: int) -> None:
-    """Say why torch can use no GPU, or nothing if it can."""
+    """Emit why torch cannot use a GPU; an empty string if it can."""
     with event_writer(fd, line) as emit:
         import torch
 

@@ -1,4 +1,4 @@
-"""How many FLOPs the matrix products of a training step take, forward and backward."""
+"""FLOPs of the matrix products of a training step, forward and backward."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.flop_counter import flop_registry
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up what torch's own formulas say. Not torch's counter: its hooks on all modules would change what is computed."""
+    """Sums torch's own FLOP formulas. torch's FlopCounterMode is not used: its module hooks change what is computed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -19,7 +19,7 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        # The one that accumulates in place has no formula of its own.
+        # addmm_ has no formula of its own.
         op = torch.ops.aten.addmm if func._overloadpacket is torch.ops.aten.addmm_ else func._overloadpacket
         if op in flop_registry:
             self.total += flop_registry[op](*args, **(kwargs or {}), out_val=out)
@@ -27,9 +27,9 @@ class _Counter(TorchDispatchMode):
 
 
 def flops(step: Callable[[], Any]) -> int:
-    """Return the FLOPs of all products that torch runs in one call of `step`, two for a multiplication and an addition.
+    """Return the FLOPs of all products that torch runs in one call of `step`; a multiplication and an addition are two.
 
-    Those of Triton's kernels are not among them.
+    Products inside Triton kernels are not counted.
     """
     counter = _Counter()
     with counter:

@@ -1,8 +1,7 @@
-"""pytest-benchmark's JSON, written and read. No torch.
+"""Write and read the JSON of pytest-benchmark. No torch.
 
-Written of a bench, for `pytest-benchmark compare` and whatever else reads it: each program that was timed is one benchmark;
-those to be compared share a group. Read to compare with: by any version, of which a file need have the names of its
-benchmarks and their raw rounds.
+A bench is written for `pytest-benchmark compare` and other readers: each timed program is one benchmark; programs to be
+compared share a group. Files of any version can be read if they have the names of the benchmarks and their raw rounds.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from harness.errors import UsageError
 from harness.records.record import Environment
 
 VERSION = "5.0.0"
-"""The version of pytest-benchmark whose form this is."""
+"""Version of pytest-benchmark that defines the format."""
 _TIMER = {"cpu": "perf_counter", "cuda": "torch.cuda.Event"}
 
 
 def document(rows: Sequence[BenchRow], environment: Environment) -> dict[str, Any]:
-    """Return what is measured in `rows`, as pytest-benchmark would have saved it."""
+    """Return the measured rows as pytest-benchmark would have saved them."""
     return {
         "machine_info": {
             "node": platform.node(), "processor": platform.processor(), "machine": platform.machine(),
@@ -79,7 +78,7 @@ def _benchmarks(row: BenchRow) -> list[dict[str, Any]]:
 
 
 def _stats(times: Sequence[float], iterations: int) -> dict[str, Any]:
-    """Return pytest-benchmark's numbers of these times, in seconds."""
+    """Return pytest-benchmark's statistics of these times, in seconds."""
     ordered, mean = sorted(times), statistics.fmean(times)
     q1, middle, q3 = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
     spread = statistics.stdev(times) if len(times) > 1 else 0.0
@@ -99,39 +98,42 @@ _MAKE = "`pytest --benchmark-json=FILE` writes one"
 
 @dataclass(frozen=True)
 class Saved:
-    """A file: one process run. place: what must agree for times to be compared. rounds: seconds by full name."""
+    """A file of pytest-benchmark, which holds one process run."""
 
     path: Path
     place: Mapping[str, str]
+    """Facts about the machine that must agree for times to be compared."""
     rounds: Mapping[str, Sequence[float]]
+    """Full name of a benchmark -> seconds of each round."""
 
 
 def read(paths: Sequence[Path]) -> list[Saved]:
-    """Read files, and all `*.json` in folders and below.
+    """Read files, and all `*.json` in folders, recursively.
 
-    Raises UsageError for what is not there or is no such file, and for copies: one process run does not count twice.
+    Raises UsageError for missing or invalid files, and for copies: one process run must not count twice.
     """
     files: list[Path] = []
     for path in paths:
         found = sorted(path.rglob("*.json")) if path.is_dir() else [path]
         if not found:
-            raise UsageError("holds no JSON file", where=str(path), hint=f"{_MAKE}, e.g. {path / '1.json'}")
+            raise UsageError("contains no JSON file", where=str(path), hint=f"{_MAKE}, e.g. {path / '1.json'}")
         files += found
     saved = [_read(file) for file in dict.fromkeys(file.resolve() for file in files)]
     seen: dict[str, Path] = {}
     for one in saved:
         rounds = json.dumps(one.rounds, sort_keys=True)
         if rounds in seen:
-            what = f"holds the same process run as {seen[rounds]}, and a run does not count twice"
-            raise UsageError(what, where=str(one.path), hint="leave one of them out")
+            raise UsageError(
+                f"same process run as {seen[rounds]}", where=str(one.path), hint="remove one of the two files"
+            )
         seen[rounds] = one.path
     return saved
 
 
 def place(machine_info: Mapping[str, Any]) -> dict[str, str]:
-    """Return what of a `machine_info` must agree for times to be compared, as far as it says.
+    """Return the facts of a `machine_info` that must agree for times to be compared, if it has them.
 
-    Neither the name of the machine nor its kernel: a container gets a new name each time it starts.
+    Not the host name or the kernel: a container gets a new name each time it starts.
     """
     cpu = machine_info.get("cpu")
     cpu = cpu if isinstance(cpu, Mapping) else {}
@@ -144,7 +146,7 @@ def place(machine_info: Mapping[str, Any]) -> dict[str, str]:
         "torch": machine_info.get("torch"),
         "gpu": machine_info.get("gpu"),
     }
-    return {what: str(value) for what, value in found.items() if value}
+    return {key: str(value) for key, value in found.items() if value}
 
 
 def _read(file: Path) -> Saved:
@@ -153,10 +155,10 @@ def _read(file: Path) -> Saved:
     except OSError as error:
         raise UsageError(f"cannot be read: {error.strerror}", where=str(file), hint=_MAKE) from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"is no JSON: {error}", where=str(file), hint=_MAKE) from error
+        raise UsageError(f"is not JSON: {error}", where=str(file), hint=_MAKE) from error
     benchmarks = document.get("benchmarks") if isinstance(document, dict) else None
     if not isinstance(benchmarks, list) or not benchmarks:
-        raise UsageError("is not pytest-benchmark's: it has no `benchmarks`", where=str(file), hint=_MAKE)
+        raise UsageError("is not a file of pytest-benchmark: no `benchmarks`", where=str(file), hint=_MAKE)
     machine = document.get("machine_info")
     rounds = dict(_rounds(one, f"{file}: benchmarks[{number}]") for number, one in enumerate(benchmarks))
     return Saved(file, place(machine if isinstance(machine, dict) else {}), rounds)
@@ -169,10 +171,10 @@ def _rounds(benchmark: Any, where: str) -> tuple[str, list[float]]:
     stats = benchmark.get("stats")
     data = stats.get("data") if isinstance(stats, dict) else None
     if not data:
-        hint = "--benchmark-json keeps them; --benchmark-save only beside --benchmark-save-data"
+        hint = "use --benchmark-json, or --benchmark-save together with --benchmark-save-data"
         raise UsageError(f"{name} has no raw rounds (`stats.data`)", where=where, hint=hint)
     if not isinstance(data, list) or not all(_seconds(one) for one in data):
-        raise UsageError(f"`stats.data` of {name} is no list of seconds above 0", where=where, hint=_MAKE)
+        raise UsageError(f"`stats.data` of {name} is not a list of positive seconds", where=where, hint=_MAKE)
     return name, data
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark leaves: raw samples, and what is made of them: medians, ratios, shares of a limit. No torch."""
+"""Results of a benchmark: raw samples, and medians, ratios and shares of a limit computed from them. No torch."""
 
 from __future__ import annotations
 
@@ -15,39 +15,43 @@ from harness.records.record import FrozenModel, Json, Seconds
 
 Outcome = Literal["measured", "refused", "not-run", "failed"]
 NO_GPU, INTERRUPTED = "no GPU", "interrupted"
-"""How the reason of a row that is not run may begin."""
+"""Beginnings of the reason of a row that was not run."""
 MOSTLY_CALL = 0.2
-"""Where this share of a time is what a call of almost nothing takes, the ratio says more of the call than of the work."""
+"""Share of a time that is call overhead, from which the ratio describes the call more than the work."""
 FEWEST = next(n for n in count(1) if median_interval([0.0] * n).low is not None)
-"""Of pairs, for the ratio to have an interval."""
+"""Fewest pairs for which the ratio has an interval."""
 
 
 class Samples(FrozenModel):
-    """Times of two programs taken in turn, in seconds, in the order of the pairs; and of what limits both, if anything.
-
-    first: which of the two began in each pair. warmup: untimed otherwise. calls: how many calls a sample is the mean of.
-    overhead: what a call of tiny size takes. parts: what samples were made of, where they were.
-    """
+    """Times of two programs taken in turn, in the order of the pairs."""
 
     ours: list[Seconds] = Field(min_length=1)
     other: list[Seconds] = Field(min_length=1)
     limit: list[Seconds] = Field(default=[])
+    """Times of the program that is a lower bound of both, if there is one."""
     first: list[Literal["ours", "other"]]
+    """The side that began each pair."""
     warmup: dict[str, list[Seconds]] = Field(default={})
+    """Side -> times before the samples."""
     calls: dict[str, int] = Field(default={})
+    """Side -> calls per sample; a sample is their mean."""
     overhead: dict[str, Seconds] = Field(default={})
+    """Side -> time of a call of tiny size."""
     parts: dict[str, list[list[Seconds]]] = Field(default={})
+    """Side -> times that each sample was computed from, if it was."""
 
 
 class Ceilings(FrozenModel):
-    """What the machine reached in the same process: bytes read and written per second of a copy; FLOP/s of a product."""
+    """Rates of the machine, measured in the same process."""
 
     copy_B_per_s: float
+    """Bytes read and written per second by a copy."""
     gemm_FLOP_per_s: float
+    """FLOP/s of a matrix product in the dtype of the row."""
 
 
 class Products(FrozenModel):
-    """The FLOPs of the matrix products of a training step, and of the frozen pass, as torch counts them."""
+    """FLOPs of the matrix products of a training step by each side, and of the frozen pass, as torch counts them."""
 
     ours: int
     other: int
@@ -55,15 +59,7 @@ class Products(FrozenModel):
 
 
 class BenchRow(FrozenModel):
-    """One benchmark: a name, a shape, a dtype, two implementations.
-
-    because: why it is not measured. differs: how the two do not compute the same, where they do not. judged: on what its
-    parity was judged, where that is less than what was timed. parity: every check that had to pass. bytes, flops: by
-    formula. limit: what the samples of the limit are of. products: of a training step; where Triton ran, or a library on
-    NF4, they are not counted. memory: implementation -> bytes of a process with it alone: at most during the steps (peak),
-    before them (rest), before there was a model (bare). losses: implementation -> the loss of each step. facts: threads, the
-    machine's load before, the GPU, who packed the base.
-    """
+    """One benchmark of two implementations."""
 
     name: str
     shape: str
@@ -73,76 +69,87 @@ class BenchRow(FrozenModel):
     other: str
     outcome: Outcome
     because: str = ""
+    """Why it was not measured."""
     differs: str = ""
+    """How the two computations differ, if they do."""
     judged: str = ""
+    """The size on which parity was judged, if smaller than the timed one."""
     parity: list[CheckOutcome] = Field(default=[])
+    """Every check that had to pass."""
     samples: Samples | None = None
     ceilings: Ceilings | None = None
     bytes: float | None = None
+    """Least bytes moved, by formula."""
     flops: float | None = None
+    """Least floating-point operations, by formula."""
     limit: str = "frozen pass"
+    """Name of the lower bound in `samples.limit`."""
     products: Products | None = None
+    """FLOPs of a training step; None where Triton ran, or a library on NF4, whose products are not counted."""
     memory: dict[str, dict[str, int]] = Field(default={})
+    """Implementation -> bytes of its own process: `peak_B` in the steps, `rest_B` before them, `bare_B` before the model."""
     losses: dict[str, list[float]] = Field(default={})
+    """Implementation -> loss of each step."""
     facts: dict[str, Json] = Field(default={})
+    """Threads, load of the machine before the benchmark, GPU, packers of the base."""
 
     @property
     def red(self) -> bool:
-        """Whether a check failed that no known defect explains."""
+        """Whether a check failed without a known defect."""
         return any(one.standing is CheckStatus.FAIL for one in self.parity)
 
     @property
     def ratio(self) -> Median | None:
-        """The other's time over ours, pair by pair: above 1, ours is faster."""
+        """Median over pairs of the other's time over ours: above 1, ours is faster."""
         if self.samples is None:
             return None
         return median_interval([b / a for a, b in zip(self.samples.ours, self.samples.other, strict=True)])
 
     @property
     def limit_ratio(self) -> float | None:
-        """Our time over that of what limits it, pair by pair; 1 is the least."""
+        """Median over pairs of our time over that of the limit; 1 is the least."""
         if self.samples is None or not self.samples.limit:
             return None
         return median(a / least for a, least in zip(self.samples.ours, self.samples.limit, strict=True))
 
     @property
     def products_ratio(self) -> float | None:
-        """Our products' FLOPs over those of the frozen pass: what `limit_ratio` would be if all else took no time."""
+        """FLOPs of our products over those of the frozen pass: `limit_ratio` if all other work took no time."""
         return None if self.products is None else self.products.ours / self.products.frozen
 
     @property
     def least_s(self) -> float | None:
-        """The time that the roofline allows: of the bytes at the rate of a copy, or of the FLOPs at that of a product."""
+        """Least time by the roofline: bytes at the rate of a copy, or FLOPs at that of a product, whichever is longer."""
         if self.ceilings is None or self.bytes is None or self.flops is None:
             return None
         return max(self.bytes / self.ceilings.copy_B_per_s, self.flops / self.ceilings.gemm_FLOP_per_s)
 
     def share(self, seconds: Sequence[float]) -> float | None:
-        """Return the share of the roofline that these times reach. Above 1 where a cache holds it all."""
+        """Return the share of the roofline that these times reach; above 1 where a cache holds all data."""
         return None if self.least_s is None else self.least_s / median(seconds)
 
     @property
     def mostly_call(self) -> list[str]:
-        """Which of `ours` and `other` spend much of their time on what any call takes, however small."""
+        """Sides (`ours`, `other`) that spend much of their time on call overhead."""
         if self.samples is None:
             return []
         times = {"ours": self.samples.ours, "other": self.samples.other}
         overhead = self.samples.overhead
-        return [who for who, s in times.items() if overhead.get(who, 0.0) > MOSTLY_CALL * median(s)]
+        return [side for side, s in times.items() if overhead.get(side, 0.0) > MOSTLY_CALL * median(s)]
 
     @property
     def memory_ratio(self) -> float | None:
-        """The other's memory over ours, see `taken`."""
-        ours, other = self.taken(self.ours), self.taken(self.other)
+        """The other's memory over ours; see `step_memory`."""
+        ours, other = self.step_memory(self.ours), self.step_memory(self.other)
         return None if not ours or not other else other / ours
 
-    def taken(self, who: str) -> int | None:
-        """Return the peak in bytes less what the process held before there was a model: libraries are no part of a step."""
-        found = self.memory.get(who)
+    def step_memory(self, implementation: str) -> int | None:
+        """Return the peak in bytes minus the memory before the model: libraries are no part of a step."""
+        found = self.memory.get(implementation)
         return None if found is None else found["peak_B"] - found["bare_B"]
 
     def document(self) -> dict[str, Any]:
-        """Return everything as JSON can hold it, the numbers made of the samples included."""
+        """Return all fields for JSON, and the numbers computed from the samples."""
         made: dict[str, Any] = {}
         if self.samples is not None:
             ratio = self.ratio

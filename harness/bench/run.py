@@ -1,4 +1,4 @@
-"""Run benchmarks one after the other, each in its own process, and print and write the results. No torch."""
+"""Run benchmarks one after the other, each in its own process; print and write the results. No torch."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ from harness.records.environment import threads as usable
 from harness.records.record import Environment
 
 PATIENCE_S = 900.0
-"""Without a word for so long, a benchmark hangs. The reference takes minutes of CPU at the largest sizes."""
+"""A worker without an event for so long is killed. The reference takes minutes of CPU at the largest sizes."""
 
 
 @dataclass
 class BenchReport:
-    """What came of it. broken: plug-ins that could not be loaded, and why."""
+    """The rows of a bench."""
 
     environment: Environment
     rows: list[BenchRow] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
+    """Plug-in that could not be loaded -> reason."""
     interrupted: bool = False
 
     @property
     def exit(self) -> Exit:
-        """Interrupted is 4; a check that failed is 1; a process that failed is 4; nothing measured is 5.
+        """The exit code: 4 if interrupted, 1 if a check failed, 4 if a worker failed, 0 if anything was measured, else 5.
 
-        Or 4, where only a GPU was asked for and there is none.
+        If nothing was measured because only a GPU was requested and there is none, 4.
         """
         if self.interrupted:
             return Exit.INFRASTRUCTURE
@@ -49,12 +50,12 @@ class BenchReport:
             return Exit.INFRASTRUCTURE
         if any(row.outcome == "measured" for row in self.rows):
             return Exit.PASS
-        without = any(row.because.startswith(NO_GPU) for row in self.rows)
-        elsewhere = any(row.device != "cuda" for row in self.rows)
-        return Exit.INFRASTRUCTURE if without and not elsewhere else Exit.NOTHING_COMPARED
+        no_gpu = any(row.because.startswith(NO_GPU) for row in self.rows)
+        only_gpu = all(row.device == "cuda" for row in self.rows)
+        return Exit.INFRASTRUCTURE if no_gpu and only_gpu else Exit.NOTHING_COMPARED
 
     def document(self) -> dict[str, Any]:
-        """Return everything as JSON can hold it."""
+        """Return the document that `--json` prints."""
         return {
             "schema": files.SCHEMA, "exit": int(self.exit), "interrupted": self.interrupted,
             "environment": self.environment.model_dump(mode="json"), "broken": self.broken,
@@ -62,19 +63,19 @@ class BenchReport:
         }  # fmt: skip
 
 
-def bench(asked: BenchRequest, as_json: bool, out: Path | None = None, export: Path | None = None) -> Exit:
-    """Benchmark, print, write the files asked for, return the exit code."""
+def bench(request: BenchRequest, as_json: bool, out: Path | None = None, export: Path | None = None) -> Exit:
+    """Run the benchmarks, print the table, write the requested files, and return the exit code."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UsageError(
-            "Triton's interpreter is on, and its speed is nobody's", where="TRITON_INTERPRET", hint="unset it"
+            "Triton's interpreter is on: times would be meaningless", where="TRITON_INTERPRET", hint="unset it"
         )
-    files.refuse(out, export)
+    files.check_writable(out, export)
     threads = usable()
     report = BenchReport(describe(threads))
     folder = files.Folder(out, report.environment)
     with handle_termination():
-        measure(asked, threads, report, folder.keep)
-    # What was found is printed and written whatever becomes of the other: a full disk, a reader of stdout that has left.
+        measure(request, threads, report, folder.save)
+    # Print and write independently: either may fail, by a full disk or a closed stdout.
     with contextlib.ExitStack() as afterwards:
         if export is not None:
             document = pytest_benchmark.document(report.rows, report.environment)
@@ -84,46 +85,48 @@ def bench(asked: BenchRequest, as_json: bool, out: Path | None = None, export: P
     return report.exit
 
 
-def measure(asked: BenchRequest, threads: int, report: BenchReport, keep: Callable[[BenchRow], None]) -> None:
-    """Put the rows of what was asked for into `report`, each as it comes; after Ctrl-C, rows that say what is missing.
+def measure(request: BenchRequest, threads: int, report: BenchReport, save: Callable[[BenchRow], None]) -> None:
+    """Add each row to `report` and pass it to `save` when it is measured; after Ctrl-C, add rows for missing benchmarks.
 
-    keep: is given each row too. Raises UsageError for unknown names.
+    Raises UsageError for unknown names.
     """
 
     def add(row: BenchRow) -> None:
         report.rows.append(row)
-        keep(row)
+        save(row)
 
     registry = worker_processes.discover()
     report.broken = registry.broken
     for name, why in registry.broken.items():
         print(f"plug-in {name} could not be loaded: {why}", file=sys.stderr)
-    tasks, later = planning.plan(asked, registry, no_gpu() if asked.device != "cpu" else NO_GPU)
-    children, left, done = WorkerPool(), list(tasks), 0
+    tasks, not_run = planning.plan(request, registry, no_gpu() if request.device != "cpu" else NO_GPU)
+    workers, remaining, done = WorkerPool(), list(tasks), 0
     try:
         with _threads(threads):
-            while left:
-                task, done = left[0], 0
-                which = f"[{len(tasks) - len(left) + 1}/{len(tasks)}]"
-                print(f"{which} {task.name} {task.dtype} vs {task.names[-1]} ...", file=sys.stderr)
-                for row in _rows(task, asked, threads, children):
+            while remaining:
+                task, done = remaining[0], 0
+                progress = f"[{len(tasks) - len(remaining) + 1}/{len(tasks)}]"
+                print(f"{progress} {task.name} {task.dtype} vs {task.names[-1]} ...", file=sys.stderr)
+                for row in _rows(task, request, threads, workers):
                     add(row)
                     done += 1
-                del left[0]
+                del remaining[0]
     except KeyboardInterrupt:
-        children.stop()
+        workers.stop()
         report.interrupted = True
-        for task in left:
-            after = f" after the {'row' if done == 1 else f'{done} rows'} above" if done and task is left[0] else ""
+        for task in remaining:
+            after = (
+                f" after the {'row' if done == 1 else f'{done} rows'} above" if done and task is remaining[0] else ""
+            )
             add(replace(task, sizes=()).row("not-run", INTERRUPTED + after))
-    for row in later:
+    for row in not_run:
         add(row)
 
 
 def no_gpu() -> str:
-    """Say why nothing can run on a GPU, or nothing if something can.
+    """Return why no GPU can be used; empty if one can.
 
-    Torch has the last word, in another process: it may be built without CUDA where the driver shows a GPU.
+    A separate process asks torch, which may be built without CUDA although the driver shows a GPU.
     """
     if not gpus():
         return NO_GPU
@@ -132,26 +135,26 @@ def no_gpu() -> str:
     return f"{NO_GPU}: nvidia-smi shows one, but {why}" if why else ""
 
 
-def _rows(task: BenchTask, asked: BenchRequest, threads: int, children: WorkerPool) -> Iterator[BenchRow]:
+def _rows(task: BenchTask, request: BenchRequest, threads: int, workers: WorkerPool) -> Iterator[BenchRow]:
     if task.kind == "operation":
-        yield from _operation(task, asked, threads, children)
+        yield from _operation(task, request, threads, workers)
         return
     found: list[BenchRow] = []
     try:
-        for kind, row in _events(task, asked, threads, children):
+        for kind, row in _events(task, request, threads, workers):
             if kind == "row":
                 found.append(row)
-        found = [_with_memory(row, task, asked, threads, children) for row in found]
-    finally:  # a Ctrl-C while memory is taken does not lose the times
+        found = [_with_memory(row, task, request, threads, workers) for row in found]
+    finally:  # Ctrl-C while memory is measured must not lose the times
         yield from found
 
 
-def _operation(task: BenchTask, asked: BenchRequest, threads: int, children: WorkerPool) -> Iterator[BenchRow]:
-    """Yield the rows of every size; those that come after one which brought its process down, in another process."""
-    left = task.sizes
-    while left and not children.stopped:
+def _operation(task: BenchTask, request: BenchRequest, threads: int, workers: WorkerPool) -> Iterator[BenchRow]:
+    """Yield the rows of every size; continue in a new process after a size whose process failed."""
+    remaining = task.sizes
+    while remaining and not workers.stopped:
         at = 0
-        for kind, found in _events(replace(task, sizes=left), asked, threads, children):
+        for kind, found in _events(replace(task, sizes=remaining), request, threads, workers):
             if kind == "begin":
                 at = found
             else:
@@ -162,52 +165,51 @@ def _operation(task: BenchTask, asked: BenchRequest, threads: int, children: Wor
                     break
         else:
             return
-        left = left[at + 1 :]
+        remaining = remaining[at + 1 :]
 
 
-def _events(task: BenchTask, asked: BenchRequest, threads: int, children: WorkerPool) -> Iterator[tuple[str, Any]]:
-    """Yield (`begin`, number), (`row`, Row) and (`memory`, bytes) of one process; its end, if it is bad, is a row."""
-    at, last, ended = 0, "", -1
-    for event in children.events("harness.bench.worker", task.words(asked, threads), PATIENCE_S):
+def _events(task: BenchTask, request: BenchRequest, threads: int, workers: WorkerPool) -> Iterator[tuple[str, Any]]:
+    """Yield (`begin`, number), (`row`, BenchRow) and (`memory`, bytes) of one process; a failure becomes a row."""
+    at, last, complete = 0, "", False
+    for event in workers.events("harness.bench.worker", task.document(request, threads), PATIENCE_S):
         if "begin" in event:
             at = event["begin"]
             yield "begin", at
         elif "end" in event:
-            ended = event["end"]
+            complete = event["end"] == max(len(task.sizes) - 1, 0)
         elif "row" in event:
             yield "row", BenchRow.model_validate_json(json.dumps(event["row"]))
         elif "memory" in event:
             yield "memory", event["memory"]
         elif "missing" in event:
             yield "row", replace(task, sizes=()).row("not-run", event["missing"])
+            complete = True
         elif "failed" in event:
             last = event["failed"]
-        elif "died" in event and ended == max(
-            len(task.sizes) - 1, 0
-        ):  # all was told before; how it ends changes nothing
+        elif "died" in event and complete:  # all rows are there
             print(f"{task.name}: after its last benchmark {event['died']}", file=sys.stderr)
         elif "died" in event:
             yield "row", task.row("failed", last or event["died"], at)
 
 
-def _with_memory(row: BenchRow, task: BenchTask, asked: BenchRequest, threads: int, children: WorkerPool) -> BenchRow:
-    """Add the memory that the step takes by each of the two, alone in a process."""
+def _with_memory(row: BenchRow, task: BenchTask, request: BenchRequest, threads: int, workers: WorkerPool) -> BenchRow:
+    """Add the memory of the step by each implementation, measured in a process of its own."""
     if row.samples is None:
         return row
     found: dict[str, dict[str, int]] = {}
     for index, name in enumerate(task.names):
-        for kind, value in _events(task.alone(index), asked, threads, children):
+        for kind, value in _events(task.of_one(index), request, threads, workers):
             if kind == "memory":
                 found[name] = value
             elif kind == "row":
-                because = f"timed, but the memory of {name}: {value.because}"
+                because = f"timed, but the memory of {name} could not be measured: {value.because}"
                 return row.model_copy(update={"outcome": "failed", "because": because})
     return row.model_copy(update={"memory": found})
 
 
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Let children use all cores, in libraries' own OpenMP too: torch.set_num_threads reaches torch's copy of it alone."""
+    """Let workers use all cores in every OpenMP: torch.set_num_threads only reaches torch's copy of it."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(count)
     try:

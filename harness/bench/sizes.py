@@ -1,4 +1,4 @@
-"""The sizes that are timed, and what of them is judged: linear layers of Llama-3-8B and 70B, and small ones. No torch."""
+"""Sizes that are timed, and the smaller ones that are judged: layers of Llama-3-8B and 70B, and small ones. No torch."""
 
 from __future__ import annotations
 
@@ -6,34 +6,38 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 MOST_WEIGHTS = {"cpu": 2**24, "cuda": 2**26}
-"""Elements of a weight that the float64 reference judges; it needs some ten float64 copies."""
+"""Largest weight, in elements, that the float64 reference judges; it needs some ten float64 copies."""
 MOST_PRODUCTS = {"cpu": 2**31, "cuda": 2**40}
-"""Multiplications of a product that the float64 reference computes about ten times: some seconds each on a CPU."""
+"""Most multiplications of a product that the float64 reference computes, about ten times: some seconds each on a CPU."""
 
 
 @dataclass(frozen=True)
 class BenchSize:
-    """A linear layer and what goes through it. E, D: out and in features; tokens: rows of x; rank: LoRA's."""
+    """A linear layer, its input and the rank of its adapter."""
 
     layer: str
     E: int
+    """Output features."""
     D: int
+    """Input features."""
     tokens: int = 1
+    """Rows of x."""
     rank: int = 16
+    """Rank of LoRA; other methods use a multiple of it."""
 
     @property
     def weights(self) -> int:
-        """The number of elements of the weight."""
+        """Number of elements of the weight."""
         return self.E * self.D
 
     def document(self) -> dict[str, Any]:
-        """Return it as JSON can hold it."""
+        """Return the fields for JSON."""
         return asdict(self)
 
     def judged(self, device: str, per_token: bool) -> BenchSize:
-        """Return the size at which the reference judges: this one, or one of fewer rows where that would take too long.
+        """Return the size at which the reference judges: this one, or fewer rows of x or of the weight if that is too slow.
 
-        The rows of x are fewer, or those of the weight, which then keeps the side on which it is the longer.
+        The longer side of the weight stays the longer one.
         """
         size = self
         if size.weights > MOST_WEIGHTS[device]:
@@ -45,7 +49,7 @@ class BenchSize:
 
 
 TINY = BenchSize("tiny", 128, 128, 1, 4)
-"""A call of this size is all overhead: what it takes, every call takes."""
+"""The time of a call of this size is overhead, which every call has."""
 
 _LAYERS = {
     "small": (("square", 512, 512), ("wide", 1536, 576)),
@@ -53,13 +57,13 @@ _LAYERS = {
     "70b": (("q_proj", 8192, 8192), ("k_proj", 1024, 8192), ("gate_proj", 28672, 8192), ("down_proj", 8192, 28672)),
 }
 _TOKENS = {"small": (128,), "8b": (1, 64, 4096), "70b": (1, 64, 4096)}
-"""A token of decoding, a batch of decoding, and a step of training."""
+"""Decoding of one token, decoding of a batch, and a training step."""
 
 SHAPES = tuple(_LAYERS)
 
 
 def sizes(shapes: str, per_token: bool) -> list[BenchSize]:
-    """List the sizes of `small`, `8b` or `70b`; with each number of tokens, where an Operation has any."""
+    """List the sizes of `small`, `8b` or `70b`; if `per_token`, each with every number of tokens."""
     layers = _LAYERS[shapes]
     if not per_token:
         return [BenchSize(*layer) for layer in layers]

@@ -1,4 +1,4 @@
-"""A training step benchmarked: both implementations take a Cell's parity gate, then steps in turn."""
+"""Benchmark a training step: two implementations pass the parity gate of a Cell, then take steps in turn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from harness.bench.adapted_llama import LR, SEED, WEIGHT_DECAY, AdaptedLlama, fr
 from harness.bench.matrix_flops import flops
 from harness.bench.results import BenchRow, Products, Samples
 from harness.bench.steps import CYCLE, GALORE_GAP, PRODUCTS, Backbone, StepBenchmark
-from harness.bench.verdict import standing
+from harness.bench.verdict import judge_parity
 from harness.cell.measure.memory import PeakMeter
 from harness.conformance import parity_suite
 from harness.conformance.execution import suite_run
@@ -26,14 +26,16 @@ from harness.methods.registry import Implementation, Registry
 from reference.galore import project, projector
 
 JUDGED_FEATURES, JUDGED_RANK = 128, 16
+"""Size of the layers on which GaLore is judged."""
 MEASURED_STEPS = 3
+"""Steps over which the memory peak is taken."""
 
 
 def row(
     name: str, step: StepBenchmark, both: tuple[Implementation, Implementation], packers: tuple[str, str], shape: Backbone,
     dtype: str, device: torch.device, pairs: int, registry: Registry, facts: dict[str, Any],
 ) -> BenchRow:  # fmt: skip
-    """Return the benchmark of one step by two implementations."""
+    """Return the row of one step by two implementations."""
     if step.method == "galore":
         return _galore(name, step, both, shape, dtype, device, pairs, facts)
     trainees = [
@@ -46,23 +48,24 @@ def row(
         for it, trainee in zip(both, trainees, strict=True)
         for result in trainee.parity()
     ]
-    tried, outcome, because = standing(parity)
+    checks, outcome, because = judge_parity(parity)
     samples = products = None
     losses: dict[str, list[float]] = {}
     if outcome == "measured":
         for trainee in trainees:
-            trainee.settle()
+            trainee.start_training()
         limit = frozen_pass(shape, DTYPES[dtype], device)
-        samples = timing.pairs(timing.Clock(device), trainees[0].step, trainees[1].step, pairs, limit=limit, alone=True)
+        samples = timing.pairs(
+            timing.Clock(device), trainees[0].step, trainees[1].step, pairs, limit=limit, single=True
+        )
         losses = {it.name: list(trainee.losses) for it, trainee in zip(both, trainees, strict=True)}
-        if (
-            device.type == "cpu" and not step.base
-        ):  # torch counts neither Triton's products nor those of a library on NF4
+        # torch counts neither products in Triton kernels nor those of a library on NF4.
+        if device.type == "cpu" and not step.base:
             ours, other = (flops(trainee.step) for trainee in trainees)
             products = Products(ours=ours, other=other, frozen=flops(limit))
     return BenchRow(
         name=f"step:{name}", shape=case, dtype=dtype, device=device.type, ours=both[0].name, other=both[1].name,
-        outcome=outcome, because=because, parity=tried, samples=samples, products=products,
+        outcome=outcome, because=because, parity=checks, samples=samples, products=products,
         losses=losses, facts=facts | {"packed by": list(packers)} if step.base else facts,
     )  # fmt: skip
 
@@ -71,9 +74,9 @@ def memory(
     step: StepBenchmark, implementation: Implementation, packer: str, shape: Backbone, dtype: str, device: torch.device,
     registry: Registry,
 ) -> dict[str, int]:  # fmt: skip
-    """Return in bytes the peak of a few steps in this process, what it held before them, and what before there was a model.
+    """Return the memory of this process in bytes: peak during a few steps, before them (rest), and before the model (bare).
 
-    The last is what importing libraries takes, once their modules are all there.
+    The last is the memory of imported libraries.
     """
     import transformers.models.llama.modeling_llama  # noqa: F401
 
@@ -81,12 +84,12 @@ def memory(
     meter.reset()
     bare = meter.now()
     if step.method == "galore":
-        # Without a name for the weight, which the layer copies: it would stay beside that and count as the step's.
-        made = _Galore(step, implementation, torch.zeros((shape.features,) * 2, dtype=DTYPES[dtype], device=device))
-        take: Callable[[], object] = made.step
+        # No variable for the weight, which the layer copies: it would stay alive and count as memory of the step.
+        run = _Galore(step, implementation, torch.zeros((shape.features,) * 2, dtype=DTYPES[dtype], device=device))
+        take: Callable[[], object] = run.step
     else:
         trainee = AdaptedLlama(implementation, step, shape, dtype, device, registry, packer)
-        trainee.settle()
+        trainee.start_training()
         take = trainee.step
     meter.reset()
     rest = meter.now()
@@ -96,7 +99,7 @@ def memory(
 
 
 class _Galore:
-    """One weight under a Method's own optimizer, given the same gradients by whoever steps it."""
+    """One weight with GaLore's optimizer; its gradients are the same for every implementation."""
 
     def __init__(self, step: StepBenchmark, implementation: Implementation, weight: Tensor) -> None:
         rows, columns = weight.shape
@@ -106,19 +109,19 @@ class _Galore:
         try:
             adapted = self._attach(model, step.method, implementation)
         except Unsupported:
-            if step.theirs is None:
+            if step.fallback is None:
                 raise
-            self.config = step.theirs
+            self.config = step.fallback
             adapted = self._attach(model, step.method, implementation)
         self.weight, self.optimizer = layer.weight, adapted.optimizer(LR, WEIGHT_DECAY)
         self.generator = torch.Generator().manual_seed(SEED)
 
     def _attach(self, model: nn.Module, method: str, implementation: Implementation) -> Any:
-        knobs = configure(method, {**self.config, "targets": ["weighted"]})
-        return implementation(model, knobs, torch.Generator().manual_seed(SEED))
+        config = configure(method, {**self.config, "targets": ["weighted"]})
+        return implementation(model, config, torch.Generator().manual_seed(SEED))
 
     def draw(self) -> None:
-        """Draw the next gradient, which no sample holds."""
+        """Draw the next gradient, outside of the timed step."""
         shape = self.weight.shape
         self.weight.grad = torch.randn(shape, generator=self.generator).to(self.weight.device, self.weight.dtype)
 
@@ -129,7 +132,7 @@ class _Galore:
 
 
 class _Products:
-    """What no step of GaLore on a square weight can avoid, given the same gradients."""
+    """The two products that every step of GaLore on a square weight needs, with the same gradients."""
 
     def __init__(self, like: _Galore) -> None:
         self.weight, self.like = like.weight.detach().clone(), like
@@ -149,49 +152,44 @@ def _galore(
     name: str, step: StepBenchmark, both: tuple[Implementation, Implementation], shape: Backbone, dtype: str,
     device: torch.device, pairs: int, facts: dict[str, Any],
 ) -> BenchRow:  # fmt: skip
-    """Time whole cycles of one refresh and some ordinary steps; a sample is the mean over `GALORE_GAP` steps made of them.
+    """Time whole cycles of one refresh and some ordinary steps; a sample is the mean over `GALORE_GAP` steps like them.
 
-    Parity: the whole suite of the Method on two layers of fewer features, on the device whose kernels are timed.
+    Parity: the whole suite of the Method on layers of fewer features, on the timed device.
     """
     plan = parity_suite.load(step.method)
     small = parity_suite.CaseShape.model_validate({"tokens": 16, "in": JUDGED_FEATURES, "out": JUDGED_FEATURES})
     weight = torch.randn(shape.features, shape.features, generator=torch.Generator().manual_seed(SEED))
-    alone = [_Galore(step, it, weight.to(device, DTYPES[dtype])) for it in both]
-    parity = []
-    for it, one in zip(both, alone, strict=True):
+    runs = [_Galore(step, it, weight.to(device, DTYPES[dtype])) for it in both]
+    parity: list[CheckOutcome] = []
+    for it, one in zip(both, runs, strict=True):
         of = parity_suite.MethodCase({**one.config, "rank": JUDGED_RANK}, "linear", small, dtype)  # type: ignore[arg-type]
-        parity += [
-            CheckOutcome(
-                implementation=it.name, kind="method", target=step.method, dtype=dtype, case=str(of), result=result
-            )
-            for result in suite_run.one_case(it, plan, of, device)
-        ]
-    tried, outcome, because = standing(parity)
+        parity += suite_run.run_case(it, plan, of, device)
+    checks, outcome, because = judge_parity(parity)
     samples = None
     if outcome == "measured":
-        samples = _cycles(alone, pairs, device)
+        samples = _cycles(runs, pairs, device)
     return BenchRow(
         name=f"step:{name}", shape=f"{shape.features}x{shape.features}, rank {step.config['rank']}", dtype=dtype,
         device=device.type, ours=both[0].name, other=both[1].name, outcome=outcome, because=because,
-        differs=_differs(both, alone),
-        judged=f"{JUDGED_FEATURES}x{JUDGED_FEATURES}, rank {JUDGED_RANK}, the whole suite of galore", parity=tried,
+        differs=_differs(both, runs),
+        judged=f"{JUDGED_FEATURES}x{JUDGED_FEATURES}, rank {JUDGED_RANK}, the whole suite of galore", parity=checks,
         samples=samples, limit=PRODUCTS, facts=facts | {"a refresh every": GALORE_GAP, "timed in cycles of": CYCLE},
     )  # fmt: skip
 
 
-def _differs(both: tuple[Implementation, Implementation], alone: list[_Galore]) -> str:
-    """Say whose refresh is randomised and how much of the gradient that keeps; nothing where both configs are one."""
-    niters = [one.config.get("niter", 0) for one in alone]
+def _differs(both: tuple[Implementation, Implementation], runs: list[_Galore]) -> str:
+    """Describe how two refreshes differ and how much of the gradient each retains; empty if both configs are equal."""
+    niters = [one.config.get("niter", 0) for one in runs]
     if niters[0] == niters[1]:
         return ""
-    alone[0].draw()
-    G, rank = alone[0].weight.grad, alone[0].config["rank"]
+    runs[0].draw()
+    G, rank = runs[0].weight.grad, runs[0].config["rank"]
     assert G is not None  # noqa: S101  drawn above
-    kept = [float(project(G, projector(G, rank, niter=niter)).double().square().sum()) for niter in niters]
-    said = [f"a randomised SVD (niter {niter})" if niter else "the exact SVD" for niter in niters]
+    retained = [float(project(G, projector(G, rank, niter=niter)).double().square().sum()) for niter in niters]
+    methods = [f"a randomised SVD (niter {niter})" if niter else "the exact SVD" for niter in niters]
     return (
-        f"{both[0].name} refreshes by {said[0]}, {both[1].name} by {said[1]}; of these gradients, white noise, a first "
-        f"refresh keeps {kept[0] / kept[1]:.1%} of the squares that the other keeps"
+        f"{both[0].name} refreshes by {methods[0]}, {both[1].name} by {methods[1]}; on these gradients (white noise) the "
+        f"first refresh retains {retained[0] / retained[1]:.1%} of the squares that the other retains"
     )
 
 
@@ -225,7 +223,7 @@ def _cycles(both: list[_Galore], pairs: int, device: torch.device) -> Samples:
 
 
 def _per_step(times: list[float]) -> float:
-    """Return the mean step where refreshes are `GALORE_GAP` steps apart, from a cycle with one refresh anywhere in it."""
+    """Return the mean step with one refresh per `GALORE_GAP` steps, from the times of a cycle with one refresh in it."""
     ordinary = median(times)
     refresh = max(sum(times) - (len(times) - 1) * ordinary, ordinary)
     return ((GALORE_GAP - 1) * ordinary + refresh) / GALORE_GAP

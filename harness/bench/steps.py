@@ -1,4 +1,4 @@
-"""The training steps that are timed: Methods and their configs, and the model around them. No torch."""
+"""Training steps that are timed: Methods with their configs, and the model around them. No torch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GALORE_GAP = 200
-"""GaLore's steps from one refresh of its projector to the next, as in its paper."""
+"""Steps between two refreshes of GaLore's projector (arXiv:2403.03507)."""
 PRODUCTS = "its two products"
-"""What limits GaLore's step: all else is of the size of its subspace, but for the refresh."""
+"""Name of the limit of GaLore's step: apart from the refresh, all other work has the size of the subspace."""
 CYCLE = 11
-"""Steps from one refresh to the next while timing: one refresh and ten ordinary steps, from which `GALORE_GAP` follow."""
+"""Steps between two refreshes while timing: one refresh and ten ordinary steps, scaled to `GALORE_GAP` steps."""
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A small Llama and its batch. features: in and out of GaLore's one weight."""
+    """A small Llama and its batch."""
 
     layers: int = 10
     width: int = 576
@@ -27,23 +27,25 @@ class Backbone:
     batch: int = 4
     tokens: int = 128
     features: int = 2048
+    """Input and output features of the single weight in GaLore's benchmark."""
 
     def document(self) -> dict[str, Any]:
-        """Return it as JSON can hold it."""
+        """Return the fields for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class StepBenchmark:
-    """A training step. method: as in `reference/`; config: of its Config; base: how the frozen weights are packed.
-
-    theirs: a config for who does not support it; the row then says that the two differ.
-    """
+    """A training step of one Method."""
 
     method: str
+    """Name of a module in `reference/`."""
     config: dict[str, Any] = field(default_factory=dict)
+    """Fields of the Method's Config."""
     base: str = ""
-    theirs: dict[str, Any] | None = None
+    """Quantisation of the frozen weights; empty if dense."""
+    fallback: dict[str, Any] | None = None
+    """Config for an implementation that does not support `config`; the row then reports the difference."""
 
 
 _LORA: dict[str, Any] = {"rank": 16, "alpha": 32.0, "targets": LINEAR}
@@ -52,14 +54,14 @@ STEPS: dict[str, StepBenchmark] = {
     "lora": StepBenchmark("lora", _LORA),
     "lora-dropout": StepBenchmark("lora", _LORA | {"dropout": 0.1}),
     "dora": StepBenchmark("dora", _LORA),
-    # Pruning from the first step on, every step: the allocator is part of what is timed.
+    # Prunes at every step from the first on: the time includes the rank allocator.
     "adalora": StepBenchmark(
         "adalora",
         {"rank": 12, "target_rank": 8, "targets": LINEAR, "total_steps": 1000, "tinit": 0, "tfinal": 10, "delta_t": 1},
     ),
     "vera": StepBenchmark("vera", {"rank": 256, "targets": LINEAR}),
     "lora-nf4": StepBenchmark("lora", _LORA, base="nf4"),
-    "galore": StepBenchmark("galore", _GALORE | {"niter": 2}, theirs=_GALORE),
+    "galore": StepBenchmark("galore", _GALORE | {"niter": 2}, fallback=_GALORE),
     "galore-exact": StepBenchmark("galore", _GALORE),
 }
-"""Name, as in `--step NAME` -> step."""
+"""Name for `--step` -> step."""

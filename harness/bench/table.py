@@ -1,4 +1,4 @@
-"""The table of a bench, as plain aligned text: a line per benchmark, and below it what its numbers do not say. No torch."""
+"""The table of a bench as aligned text: a line per benchmark, and notes below. No torch."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ _HEAD = ("benchmark", "shape", "dtype", "on", "{0}", "other", "", "other/{0}", "
 
 
 def as_text(rows: Sequence[BenchRow]) -> str:
-    """Return the table, and its notes."""
+    """Return the table and its notes."""
     ours = rows[0].ours if rows else "ours"
     lines = [tuple(head.format(ours) for head in _HEAD), *(_fields(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_HEAD))]
-    shown = [
-        "  ".join(field.ljust(width) for field, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    ]
+    shown = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
     return "\n".join([*shown, "", *_notes(rows)]).rstrip()
 
 
 def _fields(row: BenchRow) -> tuple[str, ...]:
     start = (row.name, row.shape, row.dtype, row.device)
-    if row.outcome != "measured" or row.samples is None:  # one whose memory could not be taken has samples, and failed
-        said = f"{row.outcome}: {row.because}".replace(f"not-run: {NO_GPU}", f"not-run ({NO_GPU})")
-        return (*start, "-", row.other, "-", "-", "-", "-", said)
+    if (
+        row.outcome != "measured" or row.samples is None
+    ):  # a row whose memory could not be measured has samples, and failed
+        reason = f"{row.outcome}: {row.because}".replace(f"not-run: {NO_GPU}", f"not-run ({NO_GPU})")
+        return (*start, "-", row.other, "-", "-", "-", "-", reason)
     ours, other = median(row.samples.ours), median(row.samples.other)
     return (
         *start, _time(ours) + _mark(row, "ours"), row.other, _time(other) + _mark(row, "other"), _ratio(row), _limit(row),
@@ -35,8 +35,8 @@ def _fields(row: BenchRow) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _mark(row: BenchRow, who: str) -> str:
-    return " *" if who in row.mostly_call else ""
+def _mark(row: BenchRow, side: str) -> str:
+    return " *" if side in row.mostly_call else ""
 
 
 def _ratio(row: BenchRow) -> str:
@@ -57,16 +57,15 @@ def _limit(row: BenchRow) -> str:
 
 
 def _memory(row: BenchRow) -> str:
-    peak, ratio = row.taken(row.ours), row.memory_ratio
+    peak, ratio = row.step_memory(row.ours), row.memory_ratio
     return "-" if peak is None or ratio is None else f"{peak / 2**20:.0f} MiB, {ratio:.2f}"
 
 
 def _parity(row: BenchRow) -> str:
-    """Name the checks that were passed, and the largest share of its allowance that any of them used."""
+    """Name the passed checks, and the largest error as a share of what is allowed."""
     passed = [one for one in row.parity if one.standing is CheckStatus.PASS]
-    ids = list(
-        dict.fromkeys(one.result.check for one in sorted(passed, key=lambda one: one.implementation == row.ours))
-    )
+    in_order = sorted(passed, key=lambda one: one.implementation == row.ours)
+    ids = list(dict.fromkeys(one.result.check for one in in_order))
     shown = ids[-1] + (f" +{len(ids) - 1}" if len(ids) > 1 else "")
     share = max((one.share for one in passed if one.share is not None), default=None)
     defects = sorted({one.defect for one in row.parity if one.defect})
@@ -79,16 +78,16 @@ def _notes(rows: Sequence[BenchRow]) -> list[str]:
     notes = []
     if measured:
         notes.append(
-            f"other/{measured[0].ours}: median over pairs taken in turn, with its 95 % interval; above 1 {measured[0].ours} "
-            "is faster. It holds within one process.\n"
-            "parity: the last check passed, how many more, and the largest share of what was allowed"
+            f"other/{measured[0].ours}: median over interleaved pairs with its 95 % interval, within one process; above 1 "
+            f"{measured[0].ours} is faster\n"
+            "parity: the last passed check, the number of others, and the largest error as a share of what is allowed"
         )
     if any(row.ratio.low is None for row in measured if row.ratio is not None):
-        notes.append(f"[too few]: there is no such interval of fewer than {FEWEST} pairs; ask for more by --pairs")
+        notes.append(f"[too few]: an interval needs at least {FEWEST} pairs (--pairs)")
     if counted := [row for row in measured if row.products is not None]:
         notes.append(
-            "frozen pass: the dense model forward, and backward to its embeddings, with nothing trained. By FLOPs: what the "
-            "step's own products come to beside it, if they ran at its rate and nothing else took time; and so the other's:"
+            "frozen pass: the dense model forward, and backward to its embeddings, without training. By FLOPs: the products "
+            "of the step over those of the frozen pass; for the other implementation:"
         )
         notes += [
             f"  {row.name} {row.other}: {row.products.other / row.products.frozen:.2f}"
@@ -97,7 +96,7 @@ def _notes(rows: Sequence[BenchRow]) -> list[str]:
         ]
     if any(row.limit == PRODUCTS and row.samples.limit for row in measured if row.samples is not None):
         notes.append(
-            f"{PRODUCTS}: the gradient into the subspace, the update out of it, alone, into memory that is there"
+            f"{PRODUCTS}: the gradient into the subspace and the update out of it, without any other work or allocation"
         )
     if any(row.ceilings for row in measured):
         seen = {
@@ -105,32 +104,29 @@ def _notes(rows: Sequence[BenchRow]) -> list[str]:
             for row in measured
             if row.ceilings is not None
         }  # fmt: skip
-        notes.append("roofline: of the copy and of the matrix product measured in the same process as the row:")
+        notes.append("roofline: by the copy and the matrix product measured in the same process as the row:")
         notes += [f"  {device} {dtype}: {rates} TFLOP/s" for device, dtype, rates in sorted(seen)]
     if any(row.mostly_call for row in measured):
         notes.append(
-            "*: a call of tiny size takes a fifth of this time or more: it is the call's and not the work's, as where an "
-            "implementation makes an optimizer or a layer at each call. Take larger --shapes, or whole steps by --step"
+            "*: a call of tiny size takes a fifth of this time or more, for example because the implementation makes an "
+            "optimizer or a layer at each call. Use larger --shapes, or whole training steps (--step)"
         )
     if any(row.device == "cuda" and row.samples is not None and row.samples.limit for row in measured):
         notes.append(
-            "step: on a large GPU a step of this small model, and its frozen pass, may be mostly the host's launches; what "
-            "larger models take is another question"
+            "step: on a large GPU, kernel launches by the host may dominate a step of this small model and its frozen pass; "
+            "the ratio need not hold for larger models"
         )
     if busy := [load for row in measured if _number(load := row.facts.get("load")) > _number(row.facts.get("threads"))]:
         notes.append(
-            f"the machine was busy with other things (load up to {max(map(_number, busy)):.1f} before a benchmark): these "
-            "times are theirs too"
+            f"busy machine: load up to {max(map(_number, busy)):.1f} before a benchmark, which may affect these times"
         )
     if differing := dict.fromkeys(f"  {row.name} {row.shape}: {row.differs}" for row in measured if row.differs):
-        notes += ["the two do not compute the same, each is judged by the reference of its own:", *differing]
+        notes += ["different computations, each judged against its own reference:", *differing]
     judged = dict.fromkeys(f"  {row.name} {row.shape}: {row.judged}" for row in measured if row.judged)
     if judged:
-        notes += ["parity judged on less than was timed:", *judged]
+        notes += ["parity judged on a smaller size than was timed:", *judged]
     if missing := sum(row.because.startswith(INTERRUPTED) for row in rows):
-        notes.append(
-            f"interrupted: {missing} of these were not run, or not to the end: they are `not-run: interrupted`"
-        )
+        notes.append(f"interrupted: {missing} of these did not finish, marked `not-run: interrupted`")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""Times of two programs taken in turn: A B, B A, A B ..., so that a slow spell of the machine meets both alike."""
+"""Time two programs in turn, A B, B A, A B ..., so that a slow phase of the machine affects both alike."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from harness.bench.results import Samples
 Run = Callable[[], object]
 
 WARMUP = 3
+"""Calls before the samples."""
 LEAST_S = 0.005
-"""A sample on a CPU is the mean of so many calls that they take this long together."""
+"""Shortest duration of a sample on a CPU; the sample is the mean of the calls in it."""
 MOST_CALLS = 1000
+"""Most calls in a sample."""
 FLUSH_B = 256 * 2**20
-"""More than any L2 cache holds."""
+"""Bytes written to flush the L2 cache: more than any holds."""
 HEAD_START = 2_000_000
-"""Cycles, about a millisecond, that a GPU is kept waiting before what is timed, while the host queues that: it takes up to
-half of it for one call, longer than to overwrite the cache, and the time of a small call would be the host's."""
+"""Cycles, about a millisecond, that the GPU waits before a timed call while the host queues it. Queueing takes up to half of
+that, longer than flushing the cache; without the wait a small call would be timed by the host's speed."""
 
 
 class Clock:
-    """Times calls on a device: by events on a GPU, each call alone and with a cold L2; by the wall clock on a CPU."""
+    """Timer of calls on a device: CUDA events on a GPU, one call each with a cold L2 cache; the wall clock on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -36,7 +38,7 @@ class Clock:
         self._flush = torch.empty(FLUSH_B // 4, dtype=torch.int32, device=device) if self.on_gpu else None
 
     def sample(self, run: Run, calls: int = 1) -> float:
-        """Return the seconds of one call: the mean of `calls`."""
+        """Return the seconds per call, the mean over `calls`."""
         if self._flush is not None:
             return sum(self._event(run, self._flush) for _ in range(calls)) / calls
         started = time.perf_counter()
@@ -45,7 +47,7 @@ class Clock:
         return (time.perf_counter() - started) / calls
 
     def calls(self, seconds: float) -> int:
-        """Return how many calls of this length make a sample that the clock can tell."""
+        """Return the calls per sample for a call of this many seconds."""
         return 1 if self.on_gpu else max(1, min(MOST_CALLS, math.ceil(LEAST_S / max(seconds, 1e-9))))
 
     def _event(self, run: Run, flush: torch.Tensor) -> float:
@@ -62,7 +64,7 @@ class Clock:
 
 @contextmanager
 def no_collector() -> Iterator[None]:
-    """Keep Python's garbage collector out of the samples."""
+    """Disable Python's garbage collector."""
     gc.collect()
     gc.disable()
     try:
@@ -79,25 +81,24 @@ def pairs(
     *,
     limit: Run | None = None,
     overhead: Mapping[str, float] | None = None,
-    alone: bool = False,
+    single: bool = False,
 ) -> Samples:
-    """Return `count` pairs of samples in the order A B B A ..., begun by the one that chance picks.
+    """Return `count` pairs of samples in the order A B B A ..., beginning with a random side.
 
-    limit: is timed once in every pair too, after both. overhead: is handed on. alone: a sample is one call, however short.
+    limit: a program timed once per pair, after both. overhead: copied into the result. single: one call per sample, even if
+    it is short.
     """
     runs = {"ours": ours, "other": other} | ({"limit": limit} if limit is not None else {})
     warmup = {who: [clock.sample(run) for _ in range(WARMUP)] for who, run in runs.items()}
-    calls = {who: 1 if alone else clock.calls(min(times)) for who, times in warmup.items()}
+    calls = {who: 1 if single else clock.calls(min(times)) for who, times in warmup.items()}
     found: dict[str, list[float]] = {who: [] for who in runs}
     first: list[Literal["ours", "other"]] = []
     turned = random.random() < 0.5  # noqa: S311
     with no_collector():
         for _ in range(count):
             first.append("other" if turned else "ours")
-            for who in (
-                *(("other", "ours") if turned else ("ours", "other")),
-                *(["limit"] if limit is not None else []),
-            ):
+            order = ["other", "ours"] if turned else ["ours", "other"]
+            for who in [*order, *(["limit"] if limit is not None else [])]:
                 found[who].append(clock.sample(runs[who], calls[who]))
             turned = not turned
     return Samples(

@@ -1,8 +1,8 @@
-"""A process that benchmarks two implementations: `python -m harness.bench.worker FD LINE TASK`.
+"""Worker process that benchmarks two implementations: `python -m harness.bench.worker FD LINE TASK`.
 
-Writes one JSON line per event to the file descriptor FD: `begin` and `end` of a benchmark by its number, `row`, `memory`,
-`missing`, `failed` with the last error, `done`. What a plug-in prints goes to stderr. Dies when the other end of the pipe
-LINE is gone.
+Writes one JSON line per event to the file descriptor FD: `begin` and `end` with the number of a benchmark, `row`, `memory`,
+`missing`, `failed` with the error that ends the process, `done`. Output of plug-ins goes to stderr. Exits when the other end
+of the pipe LINE closes.
 """
 
 from __future__ import annotations
@@ -10,34 +10,31 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
-from types import TracebackType
 from typing import Any
 
 from harness.bench.sizes import BenchSize
 from harness.bench.steps import STEPS, Backbone
 from harness.errors import Unsupported
-from harness.methods.registry import Implementation, discover, told
+from harness.methods.registry import Implementation, discover, format_error
 from harness.process.event_pipe import Emit, event_writer
 
 
-class _LastWords:
-    """Says what error ends this process, and lets it."""
-
-    def __init__(self, emit: Emit) -> None:
-        self.emit = emit
-
-    def __enter__(self) -> None:
-        """Do nothing yet."""
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is not None:
-            self.emit(failed=told(error))
+@contextmanager
+def _report_error(emit: Emit) -> Iterator[None]:
+    """Emit the error that ends this process, and let it pass."""
+    try:
+        yield
+    except BaseException as error:
+        emit(failed=format_error(error))
+        raise
 
 
 def main(fd: int, line: int, task: dict[str, Any]) -> None:
-    """Do one task of `harness.bench.planning`."""
-    with event_writer(fd, line) as emit, _LastWords(emit):
+    """Run one task, as `harness.bench.planning` makes it."""
+    with event_writer(fd, line) as emit, _report_error(emit):
         registry = discover(only=task["points"])
         found = [registry.find(task["kind"], task["target"], name) for name in task["names"]]
         packers = [p for p in task["packers"] if p]
@@ -49,12 +46,12 @@ def main(fd: int, line: int, task: dict[str, Any]) -> None:
 
         torch.set_num_threads(task["threads"])
         try:
-            _work(task, found, registry, emit)
+            _run(task, found, registry, emit)
         except Unsupported as error:
             emit(missing=str(error))
 
 
-def _work(task: dict[str, Any], found: list[Implementation], registry: Any, emit: Emit) -> None:
+def _run(task: dict[str, Any], found: list[Implementation], registry: Any, emit: Emit) -> None:
     import torch
 
     device, facts = torch.device(task["device"]), _facts(task)
@@ -86,7 +83,7 @@ def _work(task: dict[str, Any], found: list[Implementation], registry: Any, emit
 
 
 def _missing(implementations: list[Implementation]) -> str:
-    """Import what they need; say which module is not installed, or nothing."""
+    """Import the required modules; return a sentence about the first that is not installed, or an empty string."""
     for one in implementations:
         for module in one.requires:
             try:
@@ -94,7 +91,7 @@ def _missing(implementations: list[Implementation]) -> str:
             except ModuleNotFoundError as error:
                 if not f"{module}.".startswith(f"{error.name}."):
                     raise
-                return f"{one.name} needs {module}, which is not installed"
+                return f"{one.name} requires {module}, which is not installed"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""A Cell's base in 4 bits: which layers are packed, by whom, and what must come of it."""
+"""Pack a Cell's base in 4 bits, with the expected codes or their verdicts."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ from reference.shared.layers import kind_of
 
 @dataclass
 class PackedBase:
-    """What the packed layers hold, by path, and what shows that it is right.
-
-    expected: the codes that the reference quantiser makes; or of a large model, for which these would take half as much
-    memory as its weights, judged: how each layer's codes were judged as it was packed. said: a sentence for the Record.
-    """
+    """The packed layers, by path."""
 
     forms: dict[str, PackedLayer] = field(default_factory=dict)
     expected: dict[str, ExpectedCodes] = field(default_factory=dict)
+    """The codes of the reference quantiser; for small models, since they take half the memory of 16-bit weights."""
     judged: dict[str, tuple[Judgement, int]] = field(default_factory=dict)
-    said: str = ""
+    """For other models, the verdict on each layer's codes as it was packed, and the number of ties."""
+    note: str = ""
+    """A sentence for the Record."""
 
 
 def pack(
@@ -39,7 +38,7 @@ def pack(
     registry: Registry,
     ready: Iterable[Collection[str]] | None = None,
 ) -> PackedBase:
-    """Pack the layers at `paths` in place, one by one: no more than one is there in both forms.
+    """Pack the layers at `paths` in place, one by one: no more than one exists in both forms.
 
     ready: yields paths of modules as soon as they have their weights, for a model that gets them meanwhile (None: all have
     them). Raises UsageError for a layer that is not linear, before anything is packed.
@@ -65,7 +64,7 @@ def pack(
                 found.judged[path] = judge_in_pieces(found.forms[path], layer, model.get_submodule(path).bias)
             count += layer.weight.numel()
             del layer
-    found.said = (
+    found.note = (
         f"base {base.quantization}: {len(paths)} layers with {count:,} of the model's {weights:,} weights are packed"
     )
     return found

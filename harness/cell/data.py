@@ -1,4 +1,4 @@
-"""A Cell's data: the batches it trains on, a few texts to probe it with, and what scores it."""
+"""The data of a Cell: training batches, a few probe texts for the parity gate, and the scorer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from harness.analysis.statistics.intervals import wilson
 from harness.assets import rows
 from harness.cell.evaluation import classification
-from harness.cell.job import Asset, Job
+from harness.cell.job import Asset, Emit, Job
 from harness.cell.measure.latency import positions
 from harness.cell.training import loop
 from harness.cell.training import model as models
@@ -26,24 +26,22 @@ from harness.records.record import Accuracy, Cell, Item
 from harness.suites.task_schema import written
 
 _PROBED, _PROBED_CAUSAL = 8, 4
-"""Texts of the parity gate: an encoder gives a few numbers for each, a causal model one for every word it knows."""
-
-Emit = Callable[..., None]
+"""Texts of the parity gate: an encoder returns a few logits for each, a causal model one for each token it knows."""
 
 
 class CellData:
     """The Cell's batches and its scorer, from its task."""
 
-    def __init__(self, work: Job, loaded: models.Loaded, emit: Emit) -> None:
-        cell, task = work.cell, work.task
-        if work.data is None:
+    def __init__(self, job: Job, loaded: models.Loaded, emit: Emit) -> None:
+        cell, task = job.cell, job.task
+        if job.data is None:
             raise UsageError(f"task {task.name} has no data", hint="name one that has")
-        device = torch.device(work.device)
+        device = torch.device(job.device)
         self._lm_task: Any = None
         if task.file:
-            self._lm_task, train_rows, test_rows = _own(work, work.data)
+            self._lm_task, train_rows, test_rows = _own(job, job.data)
         else:
-            train_rows, test_rows = _split(work, work.data)
+            train_rows, test_rows = _split(job, job.data)
         wanted, batch = cell.training.steps, cell.training.batch
         tokenizer, limit = loaded.tokenizer, cell.training.max_tokens
         refuse_long(loaded.model, cell, written(task.spec) if task.answers else 0)
@@ -51,7 +49,7 @@ class CellData:
         self._cell = cell
         self._progress = lambda done, of: emit("items", done=done, of=of)
         self.text_rules = rules(task.answers)
-        if work.model.source.kind == "encoder":
+        if job.model.source.kind == "encoder":
             loaded.model.config.pad_token_id = self.pad
 
             def tokenise(some: Sequence[rows.AnyRow]) -> list[Example]:
@@ -59,7 +57,7 @@ class CellData:
 
             self._test = tokenise(test_rows)
             side, probe = "right", self._test[:_PROBED]
-            refuse_tokenless(self._test, work.model.path, tokenizer.num_special_tokens_to_add())
+            refuse_tokenless(self._test, job.model.path, tokenizer.num_special_tokens_to_add())
         else:
             from harness.cell.evaluation.likelihood import CausalScorer
             from harness.cell.evaluation.lm_eval_task import LmEvalTask
@@ -74,10 +72,10 @@ class CellData:
                 return answer_examples(some, make.prompt, make.answers, encode, limit)
 
             side, probe = "left", tokenise(test_rows[:_PROBED_CAUSAL])
-            refuse_tokenless(probe, work.model.path)
+            refuse_tokenless(probe, job.model.path)
         chosen = order(_Tokenised(train_rows, tokenise), wanted, batch, cell.seed) if wanted else []
         for group in chosen:
-            refuse_tokenless(group, work.model.path)
+            refuse_tokenless(group, job.model.path)
         ids = [[example.id for example in group] for group in chosen]
         self.order_sha256 = hashlib.sha256(json.dumps(ids, separators=(",", ":")).encode()).hexdigest()
         self.cut_examples = sum(example.cut for group in chosen for example in group) if task.answers else None
@@ -109,9 +107,9 @@ class CellData:
 
 
 def refuse_long(model: Any, cell: Cell, written: int = 0) -> None:
-    """Raise UsageError if a Cell's texts, or a prompt and an answer of `written` tokens, are longer than its model reads."""
+    """Raise UsageError if a Cell's texts, or a prompt and an answer of `written` tokens, exceed its model's positions."""
     limit, most, virtual = cell.training.max_tokens, positions(model), virtual_tokens(cell.config)
-    # Of the model itself: a config does not tell that RoBERTa keeps two positions for padding.
+    # From the model itself: a config does not show that RoBERTa reserves two positions for padding.
     if most is not None and limit > most:
         raise UsageError(
             f"`training.max_tokens` is {limit}, and {cell.model} has {most} positions", hint=f"write at most {most}"
@@ -126,34 +124,34 @@ def refuse_long(model: Any, cell: Cell, written: int = 0) -> None:
 
 
 def refuse_tokenless(examples: Sequence[Example], folder: str, special: int = 0) -> None:
-    """Raise UsageError if no text has a token beside the `special` ones that the tokenizer in `folder` adds to each."""
+    """Raise UsageError if no text has a token besides the `special` ones that the tokenizer in `folder` adds to each."""
     if examples and all(len(example.tokens) <= special for example in examples):
-        what = "the texts have no tokens: the tokenizer makes nothing of what is in them"
+        what = "the texts have no tokens: the tokenizer knows none of their characters"
         hint = "write the model's own tokenizer there with `tokenizer.save_pretrained(FOLDER)`"
         raise UsageError(what, where=folder, hint=hint)
 
 
-def _split(work: Job, data: Asset) -> tuple[list[rows.AnyRow], list[rows.AnyRow]]:
-    """Return the rows that train and those that are tested."""
-    task, evaluation = work.task, work.cell.evaluation
+def _split(job: Job, data: Asset) -> tuple[list[rows.AnyRow], list[rows.AnyRow]]:
+    """Return the training rows and the test rows."""
+    task, evaluation = job.task, job.cell.evaluation
     everything = rows.read(data.source, Path(data.path))
     training = rows.read(task.train.source, Path(task.train.path)) if task.train else None
     trained, tested = rows.split(everything, task.test, task.shuffle_seed, training)
     return trained, tested[evaluation.skip : evaluation.skip + evaluation.items]
 
 
-def _own(work: Job, data: Asset) -> tuple[Any, list[Any], list[Any]]:
-    """Return one of lm-eval's own tasks, and its rows."""
+def _own(job: Job, data: Asset) -> tuple[Any, list[Any], list[Any]]:
+    """Return a task of lm-eval, its training rows and its test rows."""
     from harness.cell.evaluation.own_task import OwnTask
 
-    evaluation = work.cell.evaluation
+    evaluation = job.cell.evaluation
     tested = range(evaluation.skip, evaluation.skip + evaluation.items)
-    task = OwnTask(Path(work.task.file), Path(data.path), tested, work.task.judge)
-    return task, task.training() if work.cell.training.steps else [], task.tested()
+    task = OwnTask(Path(job.task.file), Path(data.path), tested, job.task.judge)
+    return task, task.training() if job.cell.training.steps else [], task.tested()
 
 
 class _Tokenised(Sequence[Example]):
-    """Rows as examples, each tokenised when it is first looked at: a short training sees few of them."""
+    """Rows as examples, each tokenised at first use: a short training uses few of them."""
 
     def __init__(
         self, texts: Sequence[rows.AnyRow], tokenise: Callable[[Sequence[rows.AnyRow]], list[Example]]

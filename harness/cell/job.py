@@ -1,13 +1,20 @@
-"""What a worker is told: one Cell, with every name already resolved to a local path. Nothing is fetched by a worker."""
+"""A worker's job: one Cell with all assets resolved to local paths. A worker fetches nothing."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from harness.assets.table import Source
 from harness.records.cost import AT_ONCE
-from harness.records.record import AssetUse, Cell, FrozenModel
+from harness.records.record import AssetUse, Cell, FrozenModel, Json
 from harness.suites.tasks import Answers
+
+
+class Emit(Protocol):
+    """Reports progress to the runner."""
+
+    def __call__(self, event: str, /, **facts: Json) -> None:
+        """Report one event, with its facts."""
 
 
 class Asset(FrozenModel):
@@ -19,10 +26,11 @@ class Asset(FrozenModel):
 
 
 class JobTask(FrozenModel):
-    """The task: its lm-eval mapping, and how its rows are split. The fields are those of `tasks.Task`."""
+    """The task, with the fields of `tasks.Task`."""
 
     name: str
     spec: dict[str, Any]
+    """The YAML of lm-eval."""
     labels: int
     test: int
     shuffle_seed: int
@@ -30,9 +38,9 @@ class JobTask(FrozenModel):
     answers: Answers | None = None
     train: Asset | None = None
     file: str = ""
-    """Of one of lm-eval's own tasks, its YAML."""
+    """Path of the YAML, for a task of lm-eval."""
     judge: str = "none"
-    """The filter of lm-eval that counts."""
+    """The filter of lm-eval that decides exact match."""
 
 
 class Job(FrozenModel):
@@ -48,25 +56,25 @@ class Job(FrozenModel):
     task: JobTask
     device: Literal["cpu", "cuda"]
     launched: float = 0.0
-    """time.time() when the process was started: its start-up is counted from here."""
+    """time.time() at the start of the process: the start-up phase begins there."""
     threads: int | None = None
-    """How many it computes with; None means all cores that it may use."""
+    """Number of threads; None for all cores that it may use."""
     at_once: int = 1
-    """So many Cells, this one among them, may run on the same machine at the same time."""
+    """Number of Cells, including this one, that may run on the same machine at the same time."""
     gpu: str = ""
-    """The UUID of the GPU that it has for itself; empty where the place that started it decides, and on a CPU."""
+    """The UUID of its own GPU; empty if the batch system assigns one, and on a CPU."""
 
     @property
     def notes(self) -> list[str]:
-        """What the Record will say of where it ran."""
+        """Notes of the Record on the machine's load."""
         return [f"up to {self.at_once} {AT_ONCE}: its times share the machine"] if self.at_once > 1 else []
 
     @property
     def assets(self) -> list[AssetUse]:
-        """What the Record will say it used."""
+        """The assets in the Record."""
         return used(self.model, self.data, self.task)
 
 
 def used(model: Asset, data: Asset | None, task: JobTask) -> list[AssetUse]:
-    """List what a Cell uses, as its Record has it."""
+    """List the assets that a Cell uses, for its Record."""
     return [model.use, *(asset.use for asset in (data, task.train) if asset), task.use]

@@ -1,6 +1,6 @@
-"""The data of the task `synthetic`: random tokens, as many in every sequence as the Cell reads at once; nothing to score.
+"""The data of the task `synthetic`: sequences of random tokens, all of the Cell's `max_tokens`; nothing is scored.
 
-An encoder is given a label for each sequence, at random too.
+For an encoder each sequence has a random label.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _PROBED, _PROBED_TOKENS = 2, 32
 class RandomData:
     """A Cell's batches of random tokens: the same for every method of one seed, all of `max_tokens`, no padding.
 
-    The loss is over every token that has one before it, or of an encoder over the labels. Raises UsageError where the model
-    reads fewer tokens.
+    The loss is over every token but the first, or of an encoder over the labels. Raises UsageError if the model reads
+    fewer tokens.
     """
 
     cut_examples = None
 
-    def __init__(self, work: Job, loaded: models.Loaded) -> None:
-        cell, device = work.cell, torch.device(work.device)
+    def __init__(self, job: Job, loaded: models.Loaded) -> None:
+        cell, device = job.cell, torch.device(job.device)
         refuse_long(loaded.model, cell)
         training, vocabulary = cell.training, int(loaded.model.config.vocab_size)
         generator = torch.Generator().manual_seed(cell.seed)
-        self._encoder = work.model.source.kind == "encoder"
+        self._encoder = job.model.source.kind == "encoder"
         if self._encoder:
             structure.without_padding(loaded.model)
         of = "the labels, which are random too" if self._encoder else "every token but the first"
@@ -45,7 +45,7 @@ class RandomData:
         def sequences(count: int, tokens: int, name: str) -> Batch:
             ids = torch.randint(0, vocabulary, (count, tokens), generator=generator).tolist()
             if self._encoder:
-                labels = torch.randint(0, work.task.labels, (count,), generator=generator).tolist()
+                labels = torch.randint(0, job.task.labels, (count,), generator=generator).tolist()
                 examples = [Example(f"{name}-{row}", tuple(ids[row]), label) for row, label in enumerate(labels)]
                 return collate(examples, 0, "right").to(device)
             examples = [Example(f"{name}-{row}", tuple(one), 0, tokens - 1) for row, one in enumerate(ids)]
@@ -54,7 +54,7 @@ class RandomData:
         self.probe = sequences(_PROBED, min(training.max_tokens, _PROBED_TOKENS), "probe")
         names = [f"random-{cell.seed}-{step}" for step in range(training.steps)]
         self.batches = [sequences(training.batch, training.max_tokens, name) for name in names]
-        # Of the tokens and labels themselves: the names do not tell how many and how long the sequences are.
+        # With the tokens and labels themselves: the names do not show number and length of the sequences.
         drawn = hashlib.sha256(json.dumps([vocabulary, names]).encode())
         for batch in self.batches:
             drawn.update(json.dumps(batch.inputs["input_ids"].tolist()).encode())
@@ -69,4 +69,4 @@ class RandomData:
         return loop.last_logits(model, self.probe.inputs, 1)
 
     def evaluate(self, model: Any) -> None:
-        """Score nothing: whether a random token or label was foreseen says nothing of a model."""
+        """Score nothing: the prediction of random tokens or labels means nothing."""

@@ -1,4 +1,4 @@
-"""What the life of a Cell cannot know beforehand of a Method without a reference: which layers it took, where it starts."""
+"""Methods without a reference: only the attached model shows their layers and initial values."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from harness.errors import UsageError
 from harness.methods.peft_config import NO_REFERENCE
 
 
-def taken(adapted: Any, head: Collection[str]) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
-    """Return the layers under those that the adapter put in, by path, and copies of what trains, by name.
+def attached_layers(adapted: Any, head: Collection[str]) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
+    """Return the base layers under the adapted ones, by path, and copies of the trained tensors, by name.
 
-    head: names of the parameters of the head. Raises UsageError if the adapter sits on it.
+    head: names of the parameters of the head. Raises UsageError if the adapter adapts it.
     """
     bases: dict[str, nn.Module] = adapted.bases()
     if on_head := [path for path in bases if in_head(path, head)]:
         raise UsageError(
             f"the adapter_config adapts the head ({', '.join(on_head)}), which trains as a whole",
-            hint="name other `target_modules`, or write it into `exclude_modules`",
+            hint="name other `target_modules`, or add the head to `exclude_modules`",
         )
     return bases, {name: t.detach().clone() for name, t in adapted.tensors().items()}
 
 
 def notes(adapted: Any) -> list[str]:
-    """Return what a reader of the Record must know."""
+    """Return sentences for the Record."""
     return [f"{NO_REFERENCE}: only what needs no reference was checked, and no time is shown", *adapted.notes]

@@ -1,4 +1,4 @@
-"""What training changed in a model, and what it must not have changed."""
+"""Find the weights that training changed, and those that it must not change."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from harness.records.record import Cell, CheckResult, Outcome
 
 def fingerprints(model: Any) -> dict[str, int]:
     """Return a checksum of every frozen parameter."""
-    return checksums.of_all({name: p for name, p in model.named_parameters() if not p.requires_grad})
+    return checksums.crc32_by_name({name: p for name, p in model.named_parameters() if not p.requires_grad})
 
 
-def of_bases(subject: Subject) -> dict[str, Tensor]:
-    """Return those of the trained tensors that are the adapted layers' own weights."""
+def base_weights(subject: Subject) -> dict[str, Tensor]:
+    """Return the trained tensors that are the adapted layers' own weights."""
     own = {id(p) for base in subject.bases.values() for p in base.parameters()}
     return {name: t for name, t in subject.adapted.tensors().items() if id(t) in own}
 
 
 def state_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Hash names, dtypes, shapes and bytes, by name, so that no order of ours is in it."""
+    """Hash names, dtypes, shapes and bytes, in the order of names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -34,8 +34,8 @@ def state_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def found(cell: Cell, name: str, odd: list[str], what: str) -> CheckResult:
-    """Return the check that nothing is odd. odd: names of tensors; what: is wrong with them."""
+def check_of_names(cell: Cell, name: str, odd: list[str], what: str) -> CheckResult:
+    """Return a check that passes if `odd`, names of tensors, is empty. what: the predicate of the message."""
     return CheckResult(
         check=f"{cell.method}/{name}/{cell.dtype}/trained",
         outcome=Outcome.FAIL if odd else Outcome.PASS,

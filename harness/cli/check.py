@@ -15,6 +15,7 @@ from typing import get_args
 from harness.conformance import parity_suite
 from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.execution import worker_processes
+from harness.conformance.execution.worker_protocol import WorkerTask
 from harness.conformance.findings import defects
 from harness.conformance.findings.defects import Defect
 from harness.conformance.findings.outcomes import CheckStatus
@@ -25,6 +26,7 @@ from harness.methods.peft_config import NO_REFERENCE, UNREFERENCED
 from harness.methods.registry import DTYPES, GROUP, Implementation, Registry, TargetKind, targets
 from harness.process.termination import handle_termination
 from harness.records import store
+from harness.records.check_id import CheckId
 from harness.report import check_terminal
 
 
@@ -95,7 +97,7 @@ def judge(asked: CheckRequest) -> CheckReport:
         if interrupted:
             skipped |= {f"{name} {target}": "interrupted" for name, _, target in found.left}
     # What was left out, by the user, an interruption or for want of a module, may be just where a defect shows.
-    left_out = {target for found in findings for target in found.out}
+    left_out = {target for found in findings for target in found.not_tried}
     done = {target for task in tasks for target in task.targets} - left_out
     due = [defect for defect in known if _whole(defect, asked, registry, done)]
     marked, _ = defects.explained([one for found in findings for one in found.tried], known)
@@ -112,7 +114,8 @@ def judge(asked: CheckRequest) -> CheckReport:
 def _whole(defect: Defect, asked: CheckRequest, registry: Registry, done: set[tuple[str, TargetKind, str]]) -> bool:
     """Whether everything was tried in which a defect could show, so that one may complain if it did not."""
     by_dtype = all(
-        dtype in asked.dtypes or not any(_may_be(pattern, 2, dtype) for pattern in defect.checks) for dtype in DTYPES
+        dtype in asked.dtypes or not any(fnmatchcase(dtype, CheckId.parse(pattern).dtype) for pattern in defect.checks)
+        for dtype in DTYPES
     )
     return (by_dtype or not asked.dtypes) and all(
         (i.name, i.kind, i.target) in done
@@ -125,12 +128,7 @@ def _may_show(defect: Defect, implementation: Implementation) -> bool:
     """Whether a defect could show in this: the name of a base is not in the ids of its checks, those have the Method's."""
     if defect.target or implementation.kind == "base":
         return defect.target in ("", implementation.target)
-    return any(_may_be(pattern, 0, implementation.target) for pattern in defect.checks)
-
-
-def _may_be(pattern: str, part: int, word: str) -> bool:
-    """Whether the part of a check's id that a pattern allows may be this word."""
-    return fnmatchcase(word, pattern.split("/")[part])
+    return any(fnmatchcase(implementation.target, CheckId.parse(pattern).target) for pattern in defect.checks)
 
 
 def _read(wanted: Sequence[Implementation]) -> tuple[dict[str, ParityPlan], Sequence[Defect]]:
@@ -138,9 +136,9 @@ def _read(wanted: Sequence[Implementation]) -> tuple[dict[str, ParityPlan], Sequ
     plans: dict[str, ParityPlan] = {}
     known: Sequence[Defect] = ()
     problems: list[Problem] = []
-    for kind, target in sorted({(i.kind, i.target) for i in wanted if path_of(i.target).is_file()}):
+    for target in sorted({i.target for i in wanted if path_of(i.target).is_file()}):
         try:
-            plans[target] = parity_suite.load_operation(target) if kind == "operation" else parity_suite.load(target)
+            plans[target] = parity_suite.load_plan(target)
         except SuiteError as error:
             problems += error.problems
     try:
@@ -162,7 +160,7 @@ def _asked_for(implementation: Implementation, asked: CheckRequest) -> bool:
 
 def _tasks(
     wanted: Sequence[Implementation], asked: CheckRequest, plans: dict[str, ParityPlan]
-) -> tuple[list[worker_processes.WorkerTask], dict[str, str]]:
+) -> tuple[list[WorkerTask], dict[str, str]]:
     """Group by who offers it, since each process pays for its imports once, and for those alone."""
     grouped: dict[str, list[Implementation]] = {}
     skipped = {}
@@ -175,8 +173,11 @@ def _tasks(
         else:
             grouped.setdefault(one.point, []).append(one)
     tasks = [
-        worker_processes.WorkerTask(
-            point, [(i.name, i.kind, i.target) for i in several], asked.breadth, tuple(asked.dtypes)
+        WorkerTask(
+            point=point,
+            targets=[(i.name, i.kind, i.target) for i in several],
+            breadth=asked.breadth,
+            dtypes=tuple(asked.dtypes),
         )
         for point, several in grouped.items()
     ]
@@ -197,8 +198,7 @@ def _no_case(one: Implementation, plan: ParityPlan, asked: CheckRequest) -> str:
 
 def _size(plan: ParityPlan) -> int:
     """Return about how many checks a suite has."""
-    cases = plan.calls(FEW) if isinstance(plan, parity_suite.OperationSuite) else plan.cases(FEW)
-    return len(list(cases)) * len(plan.checks)
+    return len(list(plan.cases(FEW))) * len(plan.checks)
 
 
 def _known_names(asked: CheckRequest, registry: Registry) -> None:

@@ -27,21 +27,21 @@ def report(runs: tuple[str, ...], out: Path | None, strict: bool) -> Exit:
     with each other: the losses of the Cells that they share must be equal bit by bit. The exit code is that of the most
     serious verdict; 1 for a difference without a known cause, 5 if no Cell was repeated.
     """
-    from harness.analysis import verdict
     from harness.analysis.comparison import reproducibility
+    from harness.analysis.run_facts import analyse_all
     from harness.records import store
     from harness.report import html, reruns, terminal
 
     read = [store.read_run(store.find_run(name)) for name in runs]
     page = html.page_path(out or read[0].path / "report.html")
-    html.write_report(read, page)
-    for one in read:
-        say("\n".join(terminal.summary(one)))
-    codes = [verdict.judge(one, strict=strict).exit for one in read]
-    if reruns.asked(read):
-        say("\n".join(reruns.lines(read)))
-    again = reproducibility.reruns(read)
+    analysed, again = analyse_all(read), reproducibility.possible_reruns(read)
+    html.write_report(analysed, page, again)
+    for facts in analysed:
+        say("\n".join(terminal.summary(facts)))
+    codes = [facts.verdict.exit_code(strict=strict) for facts in analysed]
+    if again is not None:
+        say("\n".join(reruns.lines(read, again)))
     if again or len(read) > 1:
-        codes.append(reproducibility.judge(again, strict=strict))
+        codes.append(reproducibility.judge(again or (), strict=strict))
     say(f"report: {page}")
     return min(codes, key=_MOST_SERIOUS_FIRST.index)

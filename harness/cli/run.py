@@ -11,8 +11,33 @@ from harness.cli import options
 from harness.errors import Exit
 
 
+class _RunCommand(click.Command):
+    """Adds the options that executors declare when the command is parsed, since their import takes time."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return the options of the command and of all executors."""
+        from harness.runner import executors
+
+        if not any(parameter.name == "executor" for parameter in self.params):
+            kinds = executors.kinds()
+            about = " ".join(["Where Cells run.", *(kind.help for kind in kinds.values() if kind.help)])
+            self.params.append(
+                click.Option(
+                    ["--executor"], type=click.Choice([*kinds]), default="local", show_default=True, help=about
+                )
+            )
+            self.params += [
+                click.Option(
+                    [f"--{option.name}"], multiple=True, metavar=option.metavar, help=f"{option.help} {options.AGAIN}"
+                )
+                for option in (kind.option for kind in kinds.values())
+                if option is not None
+            ]
+        return super().get_params(ctx)
+
+
 @options.only
-@click.command()
+@click.command(cls=_RunCommand)
 @click.argument("suite")
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run folder.  [default: results/runs/<run id>]"
@@ -25,17 +50,10 @@ from harness.errors import Exit
 )  # fmt: skip
 @options.strict
 @click.option(
-    "--executor", type=click.Choice(["local", "ray", "slurm"]), default="local", show_default=True,
-    help="Where Cells run. ray connects to RAY_ADDRESS, or starts Ray on this machine.",
-)  # fmt: skip
-@click.option(
     "--jobs", type=click.IntRange(1, 10_000), metavar="N",
     help="Cells to run at the same time.  [default: 1 with local; else as many as the cluster has room for]",
 )  # fmt: skip
-@click.option(
-    "--slurm", multiple=True, metavar="KEY=VALUE", help=f"Option to pass on to sbatch, e.g. gres=gpu:1. {options.AGAIN}"
-)
-def run(suite: str, only: str | None, executor: str, jobs: int | None, slurm: tuple[str, ...], **rest: Any) -> Exit:
+def run(suite: str, only: str | None, executor: str, jobs: int | None, **rest: Any) -> Exit:
     """Run a suite and report it.
 
     SUITE is a name (see `peft-harness list suites`) or a .yaml file. Each Cell runs in its own process. With --jobs above
@@ -45,4 +63,5 @@ def run(suite: str, only: str | None, executor: str, jobs: int | None, slurm: tu
     from harness.runner import executors
     from harness.runner.run import run_suite
 
-    return run_suite(suite, only=only, executor=executors.choose(executor, jobs, slurm), **rest)
+    values = {name: rest.pop(name) for name in executors.option_names()}
+    return run_suite(suite, only=only, executor=executors.choose(executor, jobs, values), **rest)

@@ -134,7 +134,8 @@ class OperationSuite(FrozenModel):
     operation: str
     follows: str = "the paper"
     checks: list[str] = Field(min_length=1)
-    cases: list[dict[str, Any]] = Field(min_length=1)
+    values: list[dict[str, Any]] = Field(min_length=1, alias="cases")
+    """What the cases say, as keyword arguments of the function that draws the Operation's arguments."""
     dtypes: list[Dtype] = Field(min_length=1)
     tolerances: dict[str, Looser] = Field(default={})
 
@@ -142,8 +143,8 @@ class OperationSuite(FrozenModel):
         """Map checks to their own factor on the noise floor."""
         return {check: looser.factor for check, looser in self.tolerances.items()}
 
-    def calls(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[tuple[dict[str, Any], Dtype]]:
-        """Yield what each case says, and a dtype: all in every dtype that is wanted, or few; and those drawn at random.
+    def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[OperationCase]:
+        """Yield the cases: all in every dtype that is wanted, or few; and those drawn at random.
 
         The few: every case in float32, or where that is not wanted in the first dtype that is, and in the
         others another share of them each.
@@ -153,15 +154,27 @@ class OperationSuite(FrozenModel):
             return
         for dtype in there:
             every = slice(None) if wanted.full else _share(self.dtypes, there, dtype)[1]
-            yield from itertools.product(self.cases[every] or self.cases, [dtype])
+            yield from (OperationCase(values, dtype) for values in self.values[every] or self.values)
         dice = wanted.dice(self.operation)
         for _ in range(wanted.drawn):
-            values, dtype = case_selection.call(dice, dice.choice(self.cases)), dice.choice(self.dtypes)
+            values, dtype = case_selection.call(dice, dice.choice(self.values)), dice.choice(self.dtypes)
             if dtype in there:
-                yield values, dtype
+                yield OperationCase(values, dtype)
 
 
 ParityPlan = ParitySuite | OperationSuite
+
+
+@dataclass(frozen=True)
+class OperationCase:
+    """One point of an Operation's parity suite."""
+
+    values: dict[str, Any]
+    """Keyword arguments of the function that draws the Operation's arguments."""
+    dtype: Dtype
+
+    def __str__(self) -> str:
+        return in_words(self.values)
 
 
 def _drops(config: Mapping[str, Any]) -> bool:
@@ -195,7 +208,7 @@ def kind_of(name: str) -> Literal["method", "operation", "base"]:
     return "base" if isinstance(data, dict) and data.get("base") else "method"
 
 
-def load_either(name: str) -> ParityPlan:
+def load_plan(name: str) -> ParityPlan:
     """Read the parity suite of a Method, a base or an Operation. Raises as `load` does."""
     return load_operation(name) if kind_of(name) == "operation" else load(name)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from harness.conformance import checks, faults, operations, parity_suite
-from harness.conformance.checks.unreferenced import ALONE
+from harness.conformance.checks import Reference
 from harness.conformance.execution import suite_run
 from harness.conformance.faults import Fault, Slice
 from harness.conformance.faults.packed import pack
@@ -99,7 +99,13 @@ def _run(every: Sequence[Fault], complete: bool) -> SelfTestReport:
         for check in _failed(_implementation(fault.target, PatchedCopy(_source(fault.target))), fault.where)
     ]
     useful = {name for verdict in verdicts for name in verdict.caught}
-    idle = [] if not complete else [name for name in checks.every() if name not in (*useful, *ALONE)]
+    idle = (
+        []
+        if not complete
+        else [
+            name for name, one in checks.every().items() if name not in useful and one.reference is not Reference.ABSENT
+        ]
+    )
     return SelfTestReport(verdicts, wrong, idle)
 
 
@@ -119,17 +125,16 @@ def check(as_json: bool) -> Exit:
 
 def _failed(implementation: Implementation, where: Slice) -> tuple[str, ...]:
     """Return the checks that fail in the one case, in the suite's order."""
+    case: parity_suite.MethodCase | parity_suite.OperationCase
     if implementation.kind == "operation":
-        calls = parity_suite.load_operation(implementation.target)
-        results = suite_run.one_call(implementation, calls, where.values, where.dtype)
+        case = parity_suite.OperationCase(where.values, where.dtype)
     else:
         shape = parity_suite.CaseShape.model_validate(
             {"tokens": where.tokens, "in": where.inputs, "out": where.outputs}
         )
         case = parity_suite.MethodCase(where.values, where.layer, shape, where.dtype)
-        results = suite_run.one_case(implementation, _plan(implementation.target), case)
-    failed = [result.check.split("/")[1] for result in results if result.outcome is Outcome.FAIL]
-    return tuple(dict.fromkeys(failed))
+    outcomes = suite_run.run_case(implementation, _plan(implementation.target), case)
+    return tuple(dict.fromkeys(one.check for one in outcomes if one.result.outcome is Outcome.FAIL))
 
 
 def _spoilt(fault: Fault) -> Implementation:
@@ -139,8 +144,8 @@ def _spoilt(fault: Fault) -> Implementation:
 
 
 @cache
-def _plan(target: str) -> parity_suite.ParitySuite:
-    return parity_suite.load(target)
+def _plan(target: str) -> parity_suite.ParityPlan:
+    return parity_suite.load_plan(target)
 
 
 @cache

@@ -84,7 +84,10 @@ class Original:
         if is_small(model):
             return cls(copy.deepcopy(model))
         named = dict(model.named_parameters())
-        return cls(None, checksums.of_all({**named, **checksums.beside(named), **dict(model.named_buffers())}))
+        return cls(
+            None,
+            checksums.crc32_by_name({**named, **checksums.quantisation_state(named), **dict(model.named_buffers())}),
+        )
 
 
 @dataclass
@@ -98,31 +101,29 @@ class ReferenceLayer:
 
 @dataclass
 class Subject:
-    """An implementation attached to a model.
-
-    bases: path -> the layer under the adapter, as it stood before attaching. own: the model's parameters of before
-    attaching. original: a copy of that model. packed: path -> its 4-bit form, where quantised; expected_codes: path ->
-    what the reference quantiser makes of the original weight; judged_codes: path -> how its codes were judged as it was
-    packed, and how many were ties, where all expected codes together would be too large. beside: what the check `forward`
-    saw of the gradients, for the check `gradient` of the same case. disturbed: settings of the whole process that attaching
-    changed. twins: where the reference's layers are kept as they were built, for small models: what an SVD or a quantiser
-    makes of W stays the same.
-    """
+    """An implementation attached to a model."""
 
     method: str
     config: Any
+    """The Method's Config, or an AdapterConfig where there is no reference."""
     dtype: str
     model: nn.Module
     adapted: Adapted
     bases: dict[str, nn.Module]
+    """Path -> the layer under the adapter, as it was before attaching."""
     own: list[nn.Parameter] = field(default_factory=list)
+    """The model's parameters before attaching."""
     original: Original = field(default_factory=lambda: Original(None))
     packed: dict[str, PackedLayer] = field(default_factory=dict)
+    """Path -> 4-bit form of the base weight, where it is quantised."""
     expected_codes: dict[str, ExpectedCodes] = field(default_factory=dict)
+    """Path -> the reference quantiser's codes of the original weight."""
     judged_codes: dict[str, tuple[Judgement, int]] = field(default_factory=dict)
-    beside: tuple[object, Judgement] | None = None
+    """Path -> (judgement of its codes, number of ties), for models too large to hold all expected codes at once."""
     disturbed: list[str] = field(default_factory=list)
-    twins: dict[tuple[str, str], ReferenceLayer] | None = None
+    """Process-wide settings that attaching changed."""
+    reference_cache: dict[tuple[str, str], ReferenceLayer] | None = None
+    """(path, dtype) -> the reference's layer as built, for small models: an SVD or quantisation of W is done once."""
 
     def tensors_of(self, path: str) -> dict[str, Tensor]:
         """Map short names to the trainable tensors of the layer at `path`."""
@@ -172,12 +173,12 @@ class Subject:
 
     def reference(self, path: str, dtype: str) -> ReferenceLayer:
         """Build the reference's layer on this base weight in `dtype`, in the subject's present state."""
-        if self.twins is None:
+        if self.reference_cache is None:
             twin = self._built(path, dtype)
         else:
-            if (path, dtype) not in self.twins:
-                self.twins[path, dtype] = self._built(path, dtype)
-            twin = copy.deepcopy(self.twins[path, dtype])
+            if (path, dtype) not in self.reference_cache:
+                self.reference_cache[path, dtype] = self._built(path, dtype)
+            twin = copy.deepcopy(self.reference_cache[path, dtype])
         mine = self.tensors_of(path) | _under(path, self.state())
         with torch.no_grad():
             for name, tensor in (twin.tensors | _under("layer", twin.adapted.state())).items():

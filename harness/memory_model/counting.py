@@ -20,7 +20,7 @@ from harness.assets import structure
 from harness.cell.measure.latency import positions
 from harness.cell.measure.memory import model_tensors
 from harness.cell.training import model as models
-from harness.cell.training.head import beside, head_of, in_head
+from harness.cell.training.head import head_of, in_head, without_head_targets
 from harness.conformance.subject import DTYPES, adaptable_layers, attach_reference, configure
 from harness.errors import AssetError, UsageError
 from harness.memory_model import activations, saved_activations, state_sizes
@@ -159,7 +159,7 @@ def of_method(
     knobs = configure(method, {})
     chosen = configure(method, ({"targets": names} if hasattr(knobs, "targets") else {}) | dict(config))
     try:
-        chosen = beside(chosen, adaptable_layers(model, chosen), head)
+        chosen = without_head_targets(chosen, adaptable_layers(model, chosen), head)
         adapted = _attach(model, method, chosen)
     except UsageError as error:
         return Counted(rank, error=error.what)

@@ -21,8 +21,8 @@ from harness.assets import shapes, structure
 from harness.cell.training import bypassed_layers, loop, optimizers
 from harness.cell.training import model as models
 from harness.cell.training.batches import Batch, Example, collate
-from harness.cell.training.head import beside, head_of, in_head
-from harness.cell.training.offloaded_weights import drop, unused
+from harness.cell.training.head import head_of, in_head, without_head_targets
+from harness.cell.training.offloaded_weights import release, unused
 from harness.conformance.comparison import whole_model
 from harness.conformance.subject import DTYPES, adaptable_layers, configure
 from harness.errors import UsageError
@@ -159,7 +159,7 @@ def _stages(question: Question, parts: Sequence[Batch], alike: bool = False) -> 
             try:
                 loop.step(adapted, parts, optimizer, seed=0)
             except AttributeError as error:
-                if said := bypassed_layers.told(error, adapted.layers):
+                if said := bypassed_layers.explain(error, adapted.layers):
                     raise UsageError(said) from error
                 raise
     del forms, layerwise
@@ -191,7 +191,7 @@ def _attached(question: Question, model: Any, head: Mapping[str, nn.Parameter]) 
     matched = adaptable_layers(model, config)
     packed = cell.base.quantization != "none"
     paths = [path for path in matched if not in_head(path, head)]
-    config = beside(config, matched, head)
+    config = without_head_targets(config, matched, head)
     del matched
     forms: list[Any] = []
     double = cell.base.quantization == "nf4-dq"
@@ -208,7 +208,7 @@ def _attached(question: Question, model: Any, head: Mapping[str, nn.Parameter]) 
     with Undrawn(), _converting():
         implementation = registry().find("method", cell.method, cell.implementation)
         adapted = implementation(model, config, torch.Generator())
-    drop(unused(cell.method, adapted, bases))
+    release(unused(cell.method, adapted, bases))
     return adapted, forms
 
 

@@ -211,7 +211,7 @@ def best(
     room, known, most = asked.memory.number_B, counted["logits"] is not None, counted["positions"]
     how = (asked.checkpointing, asked.layerwise and methods()[method].spec.trains_weights)
     means_all = not asked.targets or experts.ALL_LINEAR in asked.targets
-    untouched = experts.told(of_ranks[0]["untouched"], counted["parameters"]) if means_all else ""
+    untouched = experts.note(of_ranks[0]["untouched"], counted["parameters"]) if means_all else ""
     for one in of_ranks:
         a_token = one["activations"][asked.checkpointing] + counted["logits"] if known else 0
         smallest = ledger(one, base, optimizer, counted["logits"], tokens, *how)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from harness.cell.training.bypassed_layers import COUNTS_NOT
+from harness.cell.training.bypassed_layers import NO_EFFECT
 from harness.memory_model import choices, counting_client, fit
 from harness.memory_model.fit import DOES_NOT_FIT, FitRequest, config_at
 from harness.memory_model.largest_batch import fitting
@@ -154,7 +154,7 @@ class _Search:
         tried = _tried(row, found)
         if not tried:
             why = found.get("no_peak", _LATE)
-            return row | {"no_peak": why} | ({"ledger": None, "because": why} if COUNTS_NOT in why else {})
+            return row | {"no_peak": why} | ({"ledger": None, "because": why} if NO_EFFECT in why else {})
         fits = fitting(tried, self.room)
         if not fits and 1 not in tried:
             return row | {"no_peak": f"no step of {min(tried)} texts or more fits, and of fewer none was taken"}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.cell.training.master_weights import HALVES
+from harness.cell.training.master_weights import SIXTEEN_BIT
 from harness.memory_model.choices import OPTIMIZERS
 from reference import galore
 from reference.operations import adamw8bit, double_quant, paged
@@ -37,7 +37,7 @@ def adamw(numels: Iterable[int], name: str, dtype: torch.dtype) -> tuple[int, in
     """
     device = host = 0
     for n in numels:
-        masters = 4 * n if dtype in HALVES else 0
+        masters = 4 * n if dtype in SIXTEEN_BIT else 0
         moments = adamw8bit.state_bytes(n) if name.endswith("8bit") else 2 * n * max(4, dtype.itemsize)
         away = moments if name.startswith("paged") and paged.is_paged(n) else 0
         device += masters + moments - away + _STEP_B
@@ -67,17 +67,17 @@ def optimizers(adapted: Any, trains: Sequence[nn.Parameter], dtype: torch.dtype)
 def _galore(p: nn.Parameter, group: dict[str, Any], itemsize: int, bits: int) -> int:
     """Return the bytes that GaLore keeps for a parameter: a projector and small moments, or Adam's two."""
     if not group["rank"]:
-        return galore_moments.kept_bytes(p.numel(), itemsize, bits)
+        return galore_moments.stored_bytes(p.numel(), itemsize, bits)
     m, n = p.shape
     r: int = min(group["rank"], m, n)
     left, right = galore.sides(m, n, group["side"])
     moments = (r if left else m) * (r if right else n)
-    return r * (m * left + n * right) * itemsize + galore_moments.kept_bytes(moments, itemsize, bits)
+    return r * (m * left + n * right) * itemsize + galore_moments.stored_bytes(moments, itemsize, bits)
 
 
 def has_masters(dtype: torch.dtype, *, own: bool) -> bool:
     """Say whether weights of this dtype have float32 masters; a Method's own optimizer steps bfloat16 as it is."""
-    return dtype == torch.float16 if own else dtype in HALVES
+    return dtype == torch.float16 if own else dtype in SIXTEEN_BIT
 
 
 def in_step(trains: Sequence[nn.Parameter], dtype: torch.dtype, *, own: bool) -> int:

@@ -1,4 +1,4 @@
-"""What nvidia-smi says, line by line or field by field: the one place that asks it. No library is needed."""
+"""Query nvidia-smi: lines or fields. No library is needed."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import subprocess
 from harness.errors import HarnessError
 
 _PATIENCE_S = 20.0
-"""Where no program keeps the driver awake, it wakes up every card before it answers."""
+"""If no program keeps the driver awake, it wakes up every card before it answers."""
 
 
 def lines(query: str, units: bool = True) -> list[str]:
-    """Return what it says to `--query-QUERY`, a line per card or process; empty where it is not installed.
+    """Return the output of `--query-QUERY`, a line per card or process; empty if nvidia-smi is not installed.
 
-    units: whether each number has its unit behind it. Raises HarnessError if it does not answer.
+    units: add its unit to each number. Raises HarnessError if nvidia-smi does not answer.
     """
     tool = shutil.which("nvidia-smi")
     if tool is None:
@@ -26,13 +26,13 @@ def lines(query: str, units: bool = True) -> list[str]:
         raise HarnessError(
             f"nvidia-smi does not answer: {error}",
             where="the GPUs",
-            hint="see whether `nvidia-smi` works, or --device cpu",
+            hint="see whether `nvidia-smi` works, or use --device cpu",
         ) from error
     return [line.strip() for line in done.stdout.splitlines() if line.strip()]
 
 
 def rows(query: str) -> list[list[str]]:
-    """Return the same in fields, numbers without units. A third field, a process's name, may hold commas."""
+    """Return the output of `--query-QUERY` in fields, numbers without units. The third field, a name, may contain commas."""
     width = query.count(",") + 1
     found = (_fields(line, width) for line in lines(query, units=False))
     return [row for row in found if len(row) == width]

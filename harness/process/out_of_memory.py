@@ -1,4 +1,4 @@
-"""Every spelling of "too much memory": whose it was, and how much was asked for. No torch: its classes are known by name."""
+"""Recognise out-of-memory errors of all libraries. No torch: its classes are known by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DEVICE = re.compile(
     rf"|Tried to allocate {_SIZE}|C?UBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
 )
 _HOST = re.compile(
-    # torch; numpy; C++; the system's own words, from mmap and from Rust
+    # torch; numpy; C++; the operating system, by mmap and by Rust
     rf"DefaultCPUAllocator: .*?tried to allocate {_SIZE}|Unable to allocate {_SIZE} for an array"
     r"|std::bad_alloc|Cannot allocate memory|\(os error 12\)",
     re.DOTALL,
@@ -23,14 +23,15 @@ _HOST = re.compile(
 
 @dataclass(frozen=True)
 class Shortage:
-    """Memory that there was not. requested_B: None where the error does not say how much."""
+    """Memory that ran out."""
 
-    whose: Literal["host", "device"]
+    where: Literal["host", "device"]
     requested_B: int | None = None
+    """Size of the failed allocation; None if the error does not name it."""
 
 
 def shortage(error: BaseException) -> Shortage | None:
-    """Return what an error says of memory that ran out, or None if it is of something else."""
+    """Return which memory ran out and the size of the allocation, or None if `error` is about something else."""
     text = str(error)
     if device := _DEVICE.search(text):
         return Shortage("device", _size(device))
@@ -44,6 +45,6 @@ def shortage(error: BaseException) -> Shortage | None:
 
 
 def _size(found: re.Match[str]) -> int | None:
-    """Return the bytes of the one pair of groups that matched, if any did."""
+    """Return the bytes in the one pair of groups that matched, if any did."""
     pairs = zip(found.groups()[::2], found.groups()[1::2], strict=True)
     return next((int(float(number) * _UNITS[unit or ""]) for number, unit in pairs if number), None)

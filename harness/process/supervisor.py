@@ -179,7 +179,7 @@ def python(
 
 
 def python_module(module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Subprocess:
-    """Start a module of ours, which ends when this process does: its first argument is a descriptor for `die_with_parent`."""
+    """Start a module of ours that ends when this process does: its first argument is for `die_with_parent`."""
     # -P: a file in the user's folder must not stand in for a library's module of the same name.
     return python(["-P", "-m", module], environment, arguments, lifeline=True)
 

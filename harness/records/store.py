@@ -16,8 +16,9 @@ import os
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -163,13 +164,13 @@ class Run:
 
     def latest(self) -> dict[str, Record]:
         """Map cell_id to its newest attempt, in the manifest's order; Cells without one that counts are left out."""
-        newest, doubtful = self._newest(), self.doubtful()
+        newest, doubtful = self._newest, self.doubtful()
         ids = [cell.cell_id for cell in self.manifest.cells]
         return {i: newest[i] for i in ids if i in newest and i not in doubtful}
 
     def doubtful(self) -> dict[str, str]:
         """Map each cell_id whose newest attempt is not as the run left it to what was done. No older one may stand in."""
-        newest = self._newest()
+        newest = self._newest
         found = {}
         for name, what in self.changed.items():
             cell_id, _, attempt = Path(name).stem.partition(".")
@@ -179,9 +180,10 @@ class Run:
 
     def missing(self) -> list[str]:
         """List the expected cell_ids without any Record."""
-        have = self._newest().keys() | self.doubtful().keys()
+        have = self._newest.keys() | self.doubtful().keys()
         return [cell.cell_id for cell in self.manifest.cells if cell.cell_id not in have]
 
+    @cached_property
     def _newest(self) -> dict[str, Record]:
         return {record.cell_id: record for record in sorted(self.records, key=lambda r: r.attempt)}
 
@@ -264,17 +266,19 @@ class RunFolder:
         except OSError as error:
             raise StoreError(f"cannot write to this run: {error.strerror}", where=str(path)) from error
 
-    def close(self, footer: Footer) -> None:
-        """Write footer.json with the hashes of run.json and of all Records: the run is complete.
+    def close(self, run: Run, footer: Footer) -> Run:
+        """Write footer.json with the hashes of run.json and of all Records of `run`, just read; return the complete run.
 
-        What was hashed before keeps its hash. A Record that was moved away to measure its Cell again is forgotten.
+        A file that was hashed before keeps its hash. A Record that was moved away to measure its Cell again is forgotten.
         """
-        run, known = read_run(self.path), _sealed(self.path)
+        known = _sealed(self.path)
         names = ["run.json", *run.changed, *(f"cells/{record.id}.json" for record in run.records)]
         there = {name: self.path / name for name in names if (self.path / name).is_file()}
         sealed = {name: known.get(name) or _sha256(path) for name, path in there.items()}
-        write(self.path / _FOOTER, footer.model_copy(update={"sha256": sealed}))
+        closed = footer.model_copy(update={"sha256": sealed})
+        write(self.path / _FOOTER, closed)
         (self.path / _REOPENED).unlink(missing_ok=True)
+        return replace(run, footer=closed)
 
 
 def _lock(path: Path) -> int:

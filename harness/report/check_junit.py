@@ -42,7 +42,7 @@ def write_junit(report: CheckReport, out: Path) -> None:
 
 def _outcome(one: CheckOutcome) -> tuple[str, str]:
     if one.standing is CheckStatus.FAIL:
-        return "failure", summary.told(one)
+        return "failure", summary.describe(one.result)
     if one.standing is CheckStatus.KNOWN_DEFECT:
-        return "skipped", f"known defect {one.defect}: {summary.told(one)}"
+        return "skipped", f"known defect {one.defect}: {summary.describe(one.result)}"
     return ("", "") if one.standing is CheckStatus.PASS else ("skipped", one.result.detail)

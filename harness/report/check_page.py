@@ -13,7 +13,7 @@ from harness.errors import EXITS, Exit
 from harness.records import store
 from harness.report import html
 from harness.report.formatting import figure, unmeasured
-from harness.report.run_facts import ICONS
+from harness.report.tones import ICONS
 
 if TYPE_CHECKING:
     from harness.conformance.findings.defects import Defect

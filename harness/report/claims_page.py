@@ -11,7 +11,7 @@ from typing import Any
 from harness.claims.judge import MEANING, ClaimVerdict, JudgedClaim
 from harness.records import store
 from harness.report import html
-from harness.report.run_facts import ICONS
+from harness.report.tones import ICONS
 
 LEDGER = "claims.html.j2"
 HEADLINES = "headlines.html.j2"

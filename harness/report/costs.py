@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from harness.analysis import measurements as measured
+from harness.analysis.run_facts import RunFacts
 from harness.records.cost import Checkpoint, Energy, GpuState
 from harness.records.record import Measurements, Record
 from harness.report import formatting
 from harness.report.formatting import Figure, figure, unmeasured
-from harness.report.run_facts import RunFacts
 from harness.report.table_model import Table, column, measurements, table
 
 _OLD = "the Record is from before this was measured"

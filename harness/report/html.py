@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from harness import resources
+from harness.analysis.comparison.reproducibility import Rerun
+from harness.analysis.run_facts import RunFacts
 from harness.errors import UsageError
 from harness.records import store
-from harness.records.store import Run
 from harness.report import view
 
 TEMPLATE = "report.html.j2"
 
 
-def render(runs: Sequence[Run]) -> str:
-    """Return the page of one or several runs."""
-    return fill(TEMPLATE, view.build(runs))
+def render(analysed: Sequence[RunFacts], again: Sequence[Rerun] | None = None) -> str:
+    """Return the page of one or several runs. again: the reruns in them, None where there can be none."""
+    return fill(TEMPLATE, view.build(analysed, again))
 
 
 def fill(template: str, page: Mapping[str, Any]) -> str:
@@ -64,9 +65,9 @@ def page_path(out: Path, option: str = "--out") -> Path:
     return out
 
 
-def write_report(runs: Sequence[Run], out: Path) -> None:
+def write_report(analysed: Sequence[RunFacts], out: Path, again: Sequence[Rerun] | None = None) -> None:
     """Write the report of one or several runs to `out`, whole or not at all."""
-    store.write_atomic(out, render(runs).encode())
+    store.write_atomic(out, render(analysed, again).encode())
 
 
 def _hash(text: str) -> str:

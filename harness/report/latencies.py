@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from statistics import median
 
 from harness.analysis import failed_checks
+from harness.analysis.run_facts import RunFacts
 from harness.analysis.statistics.intervals import median_interval
 from harness.analysis.statistics.percentiles import SHARES, needed, percentile
 from harness.records.record import Latency
 from harness.report import formatting
 from harness.report.formatting import Figure, figure, unmeasured
-from harness.report.run_facts import RunFacts
 from harness.report.table_model import Table, column, measurements, table
 
 TITLE = "median with its 95 % interval, and the 95th percentile of 20 samples or more; the tooltip has all percentiles"

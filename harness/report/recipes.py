@@ -8,11 +8,11 @@ from typing import Any
 
 from harness.analysis import failed_checks, measurements, ranking, tuning
 from harness.analysis.ranking import Group, RankingEntry
+from harness.analysis.run_facts import RunFacts
 from harness.analysis.statistics.over_seeds import INTERVAL
 from harness.records.record import Record
-from harness.report import formatting
+from harness.report import formatting, links
 from harness.report.formatting import Figure, figure, unmeasured
-from harness.report.run_facts import RunFacts
 from harness.report.table_model import Table, column
 
 
@@ -61,8 +61,8 @@ def _recipe(facts: RunFacts, g: Group, e: RankingEntry) -> Table:
     ]
     first = e.record
     return {
-        "name": facts.called(e), "title": facts.called(e), "record": first.id, "anchor": "",
-        "href": f"#{facts.anchor(first.cell_id)}", "figures": figures,
+        "name": facts.entry_name(e), "title": facts.entry_name(e), "record": first.id, "anchor": "",
+        "href": f"#{links.anchor(facts, first.cell_id)}", "figures": figures,
     }  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def searched(facts: RunFacts) -> Table | None:
         row = {
             "name": facts.recipes[first.recipe_id] if len(search.cells) == 1 else search.tuning.entry,
             "title": f"{len(search.cells)} ranked Cells of {search.tuning.entry}", "figures": figures, "anchor": "",
-            "record": search.tries[0].cell.cell_id, "href": f"#{facts.anchor(search.tries[0].cell.cell_id)}",
+            "record": search.tries[0].cell.cell_id, "href": f"#{links.anchor(facts, search.tries[0].cell.cell_id)}",
         }  # fmt: skip
         groups.setdefault(f"{first.model} · {first.task}", []).append(row)
     shown = [{"title": title, "rows": rows} for title, rows in groups.items()]

@@ -5,22 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from harness.analysis.comparison.reproducibility import Rerun, reruns
+from harness.analysis.comparison.reproducibility import Rerun
 from harness.analysis.verdict_kind import VerdictKind
 from harness.records.store import Run
-from harness.report.run_facts import icon, tone
+from harness.report.tones import icon, tone
 
 _NO_CAUSE = "no named cause: same machine, software, code, threads, model and data"
 
 
-def asked(runs: Sequence[Run]) -> bool:
-    """Say whether there can be a rerun: several runs, or one with several attempts at a Cell."""
-    return len(runs) > 1 or any(len(run.records) > len(run.latest()) for run in runs)
-
-
-def section(runs: Sequence[Run]) -> dict[str, Any]:
-    """Show which Cells gave the same losses again, and why the others did not."""
-    found = reruns(runs)
+def section(runs: Sequence[Run], found: Sequence[Rerun]) -> dict[str, Any]:
+    """Return the view of the reruns `found` in `runs`: which Cells gave the same losses again, and why the others did not."""
     expected = {cell.cell_id for run in runs for cell in run.manifest.cells}
     word, sentence = _whole(found)
     lacking = len(expected - {r.cell_id for r in found})
@@ -35,9 +29,9 @@ def section(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def lines(runs: Sequence[Run]) -> list[str]:
-    """Return what the terminal says of the same."""
-    shown = section(runs)
+def lines(runs: Sequence[Run], found: Sequence[Rerun]) -> list[str]:
+    """Return the lines of the same in the terminal."""
+    shown = section(runs, found)
     said = ["", f"{shown['icon']} reproducibility: {shown['sentence']}"]
     for row in shown["rows"]:
         said.append(f"  {row['icon']} {row['name']}: losses {row['losses']}; answers {row['items']}")

@@ -10,13 +10,15 @@ from typing import Any
 
 from harness.analysis import failed_checks, measurements
 from harness.analysis.comparison.reproducibility import strangers, usual_environment
+from harness.analysis.run_facts import RunFacts
 from harness.analysis.trajectories import JudgedTrajectory
 from harness.analysis.verdict import QuestionVerdict
+from harness.conformance.findings.summary import describe
 from harness.records.record import CheckResult, Environment, Json, Outcome, Record, Status
-from harness.report import formatting
+from harness.report import formatting, links
 from harness.report.formatting import DASH, GIB
-from harness.report.run_facts import RunFacts, icon, tone
 from harness.report.svg import charts
+from harness.report.tones import icon, tone
 
 Section = dict[str, Any]
 
@@ -73,7 +75,7 @@ def losses(facts: RunFacts, judgement: QuestionVerdict) -> Section | None:
 def _subject(facts: RunFacts, s: JudgedTrajectory) -> Section:
     return {
         "name": facts.names[s.cell_id],
-        "href": f"#{facts.anchor(s.cell_id)}",
+        "href": f"#{links.anchor(facts, s.cell_id)}",
         "word": s.verdict.word.value,
         "icon": icon(s.verdict.word),
         "tone": tone(s.verdict.word),
@@ -101,7 +103,7 @@ def checks(facts: RunFacts) -> list[Section]:
         word = "fail" if count[Outcome.FAIL] else "pass" if count[Outcome.PASS] else "not-run"
         found.append(
             {
-                **facts.row(record.cell),
+                **links.row(facts, record.cell),
                 "summary": summary,
                 "word": word,
                 "icon": icon(word) if record.checks else "–",
@@ -136,20 +138,8 @@ def _check(c: CheckResult) -> Section:
 
 
 def told(c: CheckResult) -> str:
-    """Tell a check in one sentence, with the numbers it has."""
-    error = "not finite" if c.error is None and c.nonfinite else formatting.scientific(c.error, "")
-    parts = [
-        f"error {error}" + (f", {formatting.scientific(c.allowed)} allowed" if c.allowed is not None else "")
-        if error
-        else "",
-        f"in {c.tensor}" if c.tensor else "",
-        f"worst element {c.worst}" if c.worst else "",
-        f"{c.nonfinite} not finite" if c.nonfinite else "",
-        c.detail,
-        c.policy,
-    ]
-    said = "; ".join(part for part in parts if part)
-    return f"{c.check}: {said}" if said else c.check
+    """Describe a check in one sentence, with the numbers it has."""
+    return f"{c.check}: {described}" if (described := describe(c)) else c.check
 
 
 def duration(facts: RunFacts) -> str:
@@ -201,7 +191,7 @@ def environment(facts: RunFacts) -> Section:
     """Show where most Records of the run were made, what it used, and which were made elsewhere."""
     own = usual_environment(facts.run)
     elsewhere = [
-        {"differences": "; ".join(differences), "cells": [facts.row(r.cell) for r in records]}
+        {"differences": "; ".join(differences), "cells": [links.row(facts, r.cell) for r in records]}
         for differences, records in strangers(facts.run).items()
         if differences
     ]
@@ -290,7 +280,7 @@ def _failure(facts: RunFacts, record: Record) -> Section:
         memory.append(f"last peak {formatting.mebibytes(f.last_peak_B)} MiB")
     superseded = facts.latest[record.cell_id].id != record.id if record.cell_id in facts.latest else False
     return {
-        **facts.row(record.cell),
+        **links.row(facts, record.cell),
         "name": facts.titles[record.cell_id],
         "record": record.id,
         "status": "ok, but a check failed" if record.status is Status.OK else record.status.value,
@@ -320,7 +310,7 @@ def rerun(facts: RunFacts) -> Section:
         "file": m.suite_file,
         "text": m.suite_text,
         "cells": [
-            {**facts.row(cell), "command": f"peft-harness run {suite} --only {cell.cell_id}"} for cell in m.cells
+            {**links.row(facts, cell), "command": f"peft-harness run {suite} --only {cell.cell_id}"} for cell in m.cells
         ],
     }
 
@@ -331,4 +321,4 @@ def notes(facts: RunFacts) -> list[Section]:
     for record in facts.latest.values():
         for note in record.notes:
             found.setdefault(note, []).append(record.id)
-    return [{"text": text, "sources": facts.sources(ids)} for text, ids in found.items()]
+    return [{"text": text, "sources": links.sources(facts, ids)} for text, ids in found.items()]

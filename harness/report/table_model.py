@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from harness.analysis.run_facts import RunFacts
 from harness.records.record import Cell, Measurements
-from harness.report.run_facts import RunFacts
+from harness.report import links
 
 Table = dict[str, Any]
 
@@ -23,7 +24,7 @@ def table(
     groups: dict[tuple[str, str], list[Table]] = {}
     for row in rows:
         groups.setdefault((row["cell"].model, row["cell"].task), []).append(
-            {**facts.row(row["cell"]), "figures": row["figures"], "anchor": row.get("anchor", "")}
+            {**links.row(facts, row["cell"]), "figures": row["figures"], "anchor": row.get("anchor", "")}
         )
     return {
         "id": f"{facts.prefix}{key}",

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from harness.analysis import contention, failed_checks, measurements
+from harness.analysis.run_facts import RunFacts
 from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER, FOOTPRINT_SHOWN_B
 from harness.records.record import Accuracy, Cell, Measurements, Memory, Predicted, Record
-from harness.report import formatting, latencies
+from harness.report import formatting, latencies, links
 from harness.report.formatting import Figure, figure, unmeasured
-from harness.report.run_facts import RunFacts, icon, tone
 from harness.report.table_model import Table
 from harness.report.table_model import column as _column
 from harness.report.table_model import measurements as _measurements
 from harness.report.table_model import table as _table
+from harness.report.tones import icon, tone
 
 _EXPECTED = (
     f"after ≈ what the model's shape alone lets expect, flagged where they part by more than {FOOTPRINT_LEDGER:.0%} and "
@@ -51,7 +52,7 @@ def comparison(facts: RunFacts) -> Table:
             if record
             else [unmeasured(facts.why_unmeasured(cell))] * 2
         )
-        rows.append({"cell": cell, "figures": figures, "anchor": facts.anchor(cell.cell_id)})
+        rows.append({"cell": cell, "figures": figures, "anchor": links.anchor(facts, cell.cell_id)})
     return _table(
         facts, "cells", "Every expected Cell", columns, rows, [*_unreferenced_note(facts), *_busy_note(facts)]
     )

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from harness.analysis import divergence, failed_checks
+from harness.analysis.run_facts import RunFacts
 from harness.methods.experts import UNREACHED
-from harness.records.store import Run
-from harness.report import recipes, run_facts, sections, tables
+from harness.report import recipes, sections, tables
 from harness.report.formatting import Figure
+from harness.report.tones import icon
 
 # Places in the comparison table's rows; "Against the best" is left to the page, it would make the lines too wide.
 _COLUMNS = {"status": 0, "trainable": 1, "accuracy": 2, "peak MiB": 4, "tok/s": 5, "step ms": 6}
 
 
-def summary(run: Run) -> list[str]:
+def summary(f: RunFacts) -> list[str]:
     """Return the lines of a run's table and verdicts."""
-    f = run_facts.gather(run)
     lines: list[str] = []
     table = tables.comparison(f)
     for group in table["groups"]:
@@ -25,7 +25,7 @@ def summary(run: Run) -> list[str]:
     if means := recipes.lines(f):
         lines += [*aligned(means), ""]
     for j in f.verdict.judgements:
-        lines.append(f"{run_facts.icon(j.verdict.word)} {j.verdict.word.value}: {j.comparison.says}")
+        lines.append(f"{icon(j.verdict.word)} {j.verdict.word.value}: {j.comparison.says}")
         lines.append(f"    {j.verdict.reason}")
     lines += [f"! {note}" for note in table["notes"]]
     for note in sections.notes(f):
@@ -40,11 +40,11 @@ def summary(run: Run) -> list[str]:
     lines += [f"diverged: {f.titles[r.cell_id]}: {why}" for r in f.latest.values() if (why := divergence.diverging(r))]
     if f.verdict.how != "finished":
         lines.append(f"incomplete: this run {f.unfinished()}")
-    lines += [f"changed: {name} {what}, and does not count" for name, what in run.changed.items()]
+    lines += [f"changed: {name} {what}, and does not count" for name, what in f.run.changed.items()]
     lines += [f"missing: {f.titles[i]} ({i})" for i in f.verdict.missing]
-    lines += [f"unreadable: {name}: {why}" for name, why in run.broken.items()]
+    lines += [f"unreadable: {name}: {why}" for name, why in f.run.broken.items()]
     v = f.verdict.verdict
-    lines.append(f"{run_facts.icon(v.word)} {v.word.value}: {v.reason}")
+    lines.append(f"{icon(v.word)} {v.word.value}: {v.reason}")
     return lines
 
 

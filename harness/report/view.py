@@ -8,26 +8,26 @@ from typing import Any
 
 from harness.analysis import divergence, failed_checks, measurements
 from harness.analysis.comparison import reproducibility
+from harness.analysis.comparison.reproducibility import Rerun
 from harness.analysis.ranking import Budget, Group, RankingEntry
+from harness.analysis.run_facts import RunFacts
 from harness.analysis.statistics.over_seeds import MODERATED
 from harness.analysis.verdict import QuestionVerdict
 from harness.records import store
 from harness.records.record import Record, Status
-from harness.records.store import Run
-from harness.report import costs, formatting, latencies, recipes, reruns, run_facts, sections, tables
-from harness.report.run_facts import RunFacts, icon, tone
+from harness.report import costs, formatting, latencies, links, recipes, reruns, sections, tables
 from harness.report.svg import charts
+from harness.report.tones import icon, tone
 
 
-def build(runs: Sequence[Run]) -> dict[str, Any]:
-    """Return the view of one or several runs."""
-    gathered = [run_facts.gather(run, f"run{i}-" if i else "") for i, run in enumerate(runs)]
+def build(analysed: Sequence[RunFacts], again: Sequence[Rerun] | None = None) -> dict[str, Any]:
+    """Return the view of one or several runs. again: the reruns in them, None where there can be none."""
     return {
-        "title": " and ".join(dict.fromkeys(run.manifest.title or run.manifest.suite for run in runs)),
+        "title": " and ".join(dict.fromkeys(f.run.manifest.title or f.run.manifest.suite for f in analysed)),
         "generated": store.now(),
-        "runs": [_run(f) for f in gathered],
-        "reproducibility": reruns.section(runs) if reruns.asked(runs) else None,
-        "data": [{"run": f.run.manifest.run, "suite": f.run.manifest.suite, "cells": tables.raw(f)} for f in gathered],
+        "runs": [_run(f) for f in analysed],
+        "reproducibility": None if again is None else reruns.section([f.run for f in analysed], again),
+        "data": [{"run": f.run.manifest.run, "suite": f.run.manifest.suite, "cells": tables.raw(f)} for f in analysed],
     }
 
 
@@ -132,7 +132,7 @@ def _question(f: RunFacts, j: QuestionVerdict) -> dict[str, Any]:
         "icon": icon(j.verdict.word),
         "tone": tone(j.verdict.word),
         "reason": formatting.sentence(j.verdict.reason),
-        "sources": f.sources(j.verdict.records),
+        "sources": links.sources(f, j.verdict.records),
     }
 
 
@@ -142,11 +142,11 @@ def _parity_summary(f: RunFacts) -> dict[str, Any]:
     if p.unchecked:
         several = len(p.unchecked) > 1
         text += f" {len(p.unchecked)} measured Cell{'s carry' if several else ' carries'} no passed check."
-    return {"text": text, "unchecked": f.sources(p.unchecked)}
+    return {"text": text, "unchecked": links.sources(f, p.unchecked)}
 
 
 def _group(f: RunFacts, g: Group) -> dict[str, Any]:
-    levels = [charts.Level(f.called(e), e.score.value, e.score.low, e.score.high) for e in g.untrained]
+    levels = [charts.Level(f.entry_name(e), e.score.value, e.score.low, e.score.high) for e in g.untrained]
     drawings = []
     if g.ranked:
         drawings = [d for d in (_memory_chart(f, g, levels), _size_chart(f, g, levels)) if d]
@@ -162,9 +162,9 @@ def _group(f: RunFacts, g: Group) -> dict[str, Any]:
 def _alone(f: RunFacts, g: Group) -> dict[str, Any]:
     """Show what no other shares its budget with."""
     (entry,) = g.entries
-    title = f"{entry.record.cell.model} {f.called(entry)}"
+    title = f"{entry.record.cell.model} {f.entry_name(entry)}"
     return {
-        **f.row(entry.record.cell), "title": title, "accuracy": formatting.accuracy(entry.score), "budget": _budget(g)
+        **links.row(f, entry.record.cell), "title": title, "accuracy": formatting.accuracy(entry.score), "budget": _budget(g)
     }  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def _sentences(f: RunFacts, g: Group) -> list[str]:
     """Say who is best, who is tied with it, what the comparison cannot see."""
 
     def listed(entries: Sequence[RankingEntry]) -> str:
-        return ", ".join(f"{f.called(e)} ({_gap(e)})" for e in entries)
+        return ", ".join(f"{f.entry_name(e)} ({_gap(e)})" for e in entries)
 
     sentences = []
     best = g.entries[0]
@@ -197,12 +197,12 @@ def _sentences(f: RunFacts, g: Group) -> list[str]:
         tied = [e for e in g.ranked if e.standing == "tied"]
         below = [e for e in g.ranked if e.standing == "below"]
         sentences.append(
-            f"Highest accuracy: {f.called(best)}, {formatting.accuracy(best.score)}. "
+            f"Highest accuracy: {f.entry_name(best)}, {formatting.accuracy(best.score)}. "
             + (f"Tied with it: {listed(tied)}. " if tied else "Nothing is tied with it. ")
             + (f"Below it: {listed(below)}." if below else "Nothing is below it for certain.")
         )
     elif g.ranked:
-        sentences.append(f"One trained Cell: {f.called(best)}, {formatting.accuracy(best.score)}.")
+        sentences.append(f"One trained Cell: {f.entry_name(best)}, {formatting.accuracy(best.score)}.")
     if len(g.optimizers) > 1:
         differ = f"The optimizers differ ({', '.join(g.optimizers)})"
         sentences.append(f"{differ}: where two Cells do, their difference in accuracy may be the optimizer's.")
@@ -253,14 +253,14 @@ def _gap(e: RankingEntry) -> str:
 def _points(f: RunFacts, entries: Sequence[tuple[RankingEntry, float]], cost: str) -> list[charts.Point]:
     return [
         charts.Point(
-            label=f.called(e),
+            label=f.entry_name(e),
             cost=value,
             value=e.score.value,
             low=e.score.low,
             high=e.score.high,
             tied=e.standing in ("best", "tied"),
-            tip=f"{f.called(e)}: {formatting.accuracy(e.score)}, {cost.format(value)}; {_records(e)}",
-            href=f"#{f.anchor(e.record.cell_id)}",
+            tip=f"{f.entry_name(e)}: {formatting.accuracy(e.score)}, {cost.format(value)}; {_records(e)}",
+            href=f"#{links.anchor(f, e.record.cell_id)}",
         )
         for e, value in entries
     ]
@@ -321,6 +321,6 @@ def _undrawn(f: RunFacts, g: Group) -> list[dict[str, str]]:
         out_of_memory = record is not None and record.status is Status.OOM
         peak = record.failure.last_peak_B if record and record.failure and out_of_memory else None
         at = f", last peak {formatting.mebibytes(peak)} MiB" if peak is not None else ""
-        found.append({**f.row(cell), "why": f.why_unmeasured(cell) + at})
+        found.append({**links.row(f, cell), "why": f.why_unmeasured(cell) + at})
     no_peak = [e for e in g.ranked if _peak(e) is None]
-    return found + [{**f.row(e.record.cell), "why": "no memory peak was recorded"} for e in no_peak]
+    return found + [{**links.row(f, e.record.cell), "why": "no memory peak was recorded"} for e in no_peak]

@@ -1,1 +1,1 @@
-"""Running Cells: one fresh process each; whatever dies, what was finished stays."""
+"""Run suites: each Cell in a fresh process, by an executor; finished Cells stay on disk, whatever dies."""

@@ -1,4 +1,4 @@
-"""One attempt at a Cell: a process of its own, watched, timed out, killed as a tree. Every executor starts it so."""
+"""One attempt at a Cell: its worker is started, watched, timed out and killed as a tree."""
 
 from __future__ import annotations
 
@@ -31,25 +31,27 @@ _GRACE_S = 5.0
 
 @dataclass(frozen=True)
 class RunContext:
-    """What holds for every attempt of a run: where its Records go, the machine this process is on, seconds for each."""
+    """Facts that hold for every attempt of a run."""
 
     folder: store.RunFolder
     environment: Environment
+    """This machine's."""
     timeout: float
+    """Seconds for each attempt."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How an attempt ended that left no Record. `kind` is a word for `Failure.kind`, `because` a sentence.
-
-    peak_B: highest memory of the phases before `phase`, as far as the worker had told.
-    """
+    """The end of an attempt that left no Record."""
 
     status: Status
     kind: str
+    """For `Failure.kind`."""
     because: str
+    """A sentence."""
     phase: str = ""
     peak_B: int | None = None
+    """Peak memory of the phases before `phase`, as far as the worker reported it."""
 
 
 class Attempt:
@@ -125,7 +127,7 @@ class Attempt:
             if self._by_kernel:
                 return ending(Status.OOM, name, "the kernel killed the worker: the host's memory ran out")
             if self._by_kernel is None:
-                because += "; the kernel killed something for want of memory at that time"
+                because += "; the kernel killed a process at that time because memory ran out"
         return ending(Status.LOST, name, because)
 
 
@@ -191,17 +193,17 @@ def _start(job: Job, log: Path, command: Sequence[str]) -> Subprocess:
 
 
 def _worker_environment(threads: int | None = None, gpu: str = "") -> dict[str, str]:
-    """Return the worker's environment: all it needs is on disk already, so it never asks the network."""
+    """Return the worker's environment: its assets are on disk already, so it never uses the network."""
     always = {
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
-        "PYTHONHASHSEED": "0",  # the order of a plug-in's sets is part of a run that is to be repeated bit by bit
+        "PYTHONHASHSEED": "0",  # the order of a plug-in's sets must not differ between runs
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # a number in CUDA_VISIBLE_DEVICES is then that of nvidia-smi
     }
-    if threads is not None:  # a library that brings its own OpenMP does not hear what torch is told
+    if threads is not None:  # torch.set_num_threads does not reach a library with an OpenMP of its own
         always["OMP_NUM_THREADS"] = str(threads)
     if gpu:
         always["CUDA_VISIBLE_DEVICES"] = gpu

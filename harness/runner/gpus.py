@@ -1,4 +1,4 @@
-"""The NVIDIA GPUs of this machine, and whether somebody else is at work on one."""
+"""The NVIDIA GPUs of this machine, and the processes that use them."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from dataclasses import dataclass
 from harness.errors import HarnessError
 from harness.process import nvidia_smi
 
-# What the driver itself may hold on an idle card.
 _IDLE_MIB = 512
+"""Memory that the driver itself may hold on an idle card."""
 
 
 @dataclass(frozen=True)
 class GpuDevice:
-    """A card: its number, its UUID, and what runs on it (`process 12 (python, 300 MiB)`), of whomever."""
+    """A card."""
 
     index: int
     uuid: str
     used_mib: int
     processes: tuple[str, ...] = ()
+    """Processes of any user on it, as `process 12 (python, 300 MiB)`."""
 
     @property
     def busy(self) -> str:
-        """Say who uses it; empty if nobody does. In a container processes of others may not be seen, their memory is."""
+        """A sentence on its users; empty if it is idle. A container hides processes of others, but not their memory."""
         if self.processes:
             return f"GPU {self.index} ({self.uuid}) is in use by {', '.join(self.processes)}"
         if self.used_mib > _IDLE_MIB:
@@ -34,13 +35,13 @@ class GpuDevice:
 
 
 class GpuProbe:
-    """A `look` in a thread of its own: a driver that takes its time holds nobody up."""
+    """A call of `look` in a thread, so that a slow driver does not block the runner."""
 
     def __init__(self, look: Callable[[], list[GpuDevice]]) -> None:
         self._look, self._over = look, threading.Event()
-        self._seen: list[GpuDevice] | HarnessError = HarnessError("the GPUs could not be looked at")
-        # A daemon: a run that is ended does not wait for it.
-        threading.Thread(target=self._work, name="look at the GPUs", daemon=True).start()
+        self._seen: list[GpuDevice] | HarnessError = HarnessError("the GPUs could not be probed")
+        # A daemon: the end of a run does not wait for it.
+        threading.Thread(target=self._work, name="probe the GPUs", daemon=True).start()
 
     def _work(self) -> None:
         try:
@@ -51,11 +52,11 @@ class GpuProbe:
             self._over.set()
 
     def over(self, within: float = 0.0) -> bool:
-        """Return whether there is an answer, after waiting so many seconds for it at most."""
+        """Wait up to `within` seconds, and return whether there is an answer."""
         return self._over.wait(within)
 
     def seen(self) -> list[GpuDevice]:
-        """Return what was seen, once it is over; raises HarnessError where the driver did not answer."""
+        """Return the GPUs, once it is over; raises HarnessError if the driver did not answer."""
         if isinstance(self._seen, HarnessError):
             raise self._seen
         return self._seen
@@ -64,23 +65,23 @@ class GpuProbe:
 def look() -> list[GpuDevice]:
     """Return the GPUs that this process may use, in the order of CUDA_VISIBLE_DEVICES where that is set.
 
-    A part of a card (MIG) is not seen: then the list is empty and the place that started this process has chosen.
+    A part of a card (MIG) is not listed: the list is empty then, and the batch system has chosen one.
     """
     processes: dict[str, list[str]] = {}
     for uuid, pid, name, used in nvidia_smi.rows("compute-apps=gpu_uuid,pid,name,used_memory"):
         processes.setdefault(uuid, []).append(f"process {pid} ({name.rsplit('/', 1)[-1]}, {used} MiB)")
-    there = [
+    found = [
         GpuDevice(int(index), uuid, int(used) if used.isdecimal() else 0, tuple(processes.get(uuid, ())))
         for index, uuid, used in nvidia_smi.rows("gpu=index,uuid,memory.used")
     ]
-    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return there if asked is None else _chosen(there, asked)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return found if visible is None else _chosen(found, visible)
 
 
-def _chosen(there: Sequence[GpuDevice], asked: str) -> list[GpuDevice]:
-    found = []
-    for word in filter(None, (word.strip() for word in asked.split(","))):
-        found += [
-            gpu for gpu in there if word == str(gpu.index) or (word.startswith("GPU-") and gpu.uuid.startswith(word))
+def _chosen(cards: Sequence[GpuDevice], visible: str) -> list[GpuDevice]:
+    chosen = []
+    for word in filter(None, (word.strip() for word in visible.split(","))):
+        chosen += [
+            gpu for gpu in cards if word == str(gpu.index) or (word.startswith("GPU-") and gpu.uuid.startswith(word))
         ]
-    return found
+    return chosen

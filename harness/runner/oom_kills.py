@@ -1,4 +1,4 @@
-"""Whom the kernel killed because the host's memory ran out: by its log, or as far as its counters tell."""
+"""Find processes that the kernel killed because memory ran out, by its log or its counters."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from pathlib import Path
 
 _NAMED = re.compile(rb"Killed process (\d+)|oom-kill:[^\n]*,pid=(\d+)")
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"
-"""The kernel's log has the process ids of this one: in a container the same number is another process."""
-# Of a cgroup in v2 and in v1; and of the whole machine.
+"""The kernel's log has the process ids of this namespace: in a container the same number is another process."""
 _COUNTERS = ("memory.events", "memory.oom_control")
+"""Files of a cgroup, in v2 and in v1."""
 _MACHINE = "vmstat"
+"""File in /proc with the counter of the whole machine."""
 
 
 class KernelKills:
-    """What the kernel kills for want of memory from now on. log, proc, cgroups: where it tells; the last two are folders."""
+    """Watches for processes that the kernel kills because memory ran out, from now on.
+
+    log: the kernel's log; proc, cgroups: folders of its virtual file systems.
+    """
 
     def __init__(
         self, log: Path = Path("/dev/kmsg"), proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")
@@ -30,16 +34,16 @@ class KernelKills:
                 os.lseek(self._log, 0, os.SEEK_END)
 
     def close(self) -> None:
-        """Give the log back."""
+        """Close the log."""
         if self._log >= 0:
             os.close(self._log)
             self._log = -1
 
     def killed(self, pid: int, alone: bool) -> bool | None:
-        """Return whether a process that was killed was killed by the kernel, for want of memory; None: perhaps.
+        """Return whether the kernel killed the process because memory ran out; None: perhaps.
 
-        alone: nothing else of the runner's was at work, so what was killed in its cgroup can only be this one. Where the log
-        can be read, it alone decides.
+        alone: no other worker of this runner was running, so that a process killed in its cgroup can only be this one. If
+        the log can be read, it alone decides.
         """
         if self._log >= 0:
             return pid in set(self._named())
@@ -49,8 +53,8 @@ class KernelKills:
         return None if machine > self._machine else False
 
     def _named(self) -> Iterator[int]:
-        """Yield the processes that the log says were killed."""
-        with contextlib.suppress(BlockingIOError):  # as it ends
+        """Yield the ids of the processes that were killed according to the log."""
+        with contextlib.suppress(BlockingIOError):  # the end of the log
             while True:
                 try:
                     lines = os.read(self._log, 65536)
@@ -61,7 +65,7 @@ class KernelKills:
                 yield from (int(found[1] or found[2]) for found in _NAMED.finditer(lines))
 
     def _counts(self) -> tuple[int | None, int]:
-        """Return how many processes were killed in this cgroup, None where it does not say, and on the machine."""
+        """Return the numbers of processes killed in this cgroup, None if unknown, and on the machine."""
         own = next(
             (n for folder in self._folders() for name in _COUNTERS if (n := _count(folder / name)) is not None), None
         )

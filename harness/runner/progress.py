@@ -1,4 +1,4 @@
-"""Progress on stderr: each Cell at work with its phase, step, loss; time left; plain lines where stderr is no terminal."""
+"""Progress on stderr: running Cells with phase, step and loss, and the time left; plain lines if stderr is no terminal."""
 
 from __future__ import annotations
 
@@ -22,28 +22,29 @@ _MOST_LINES = 8
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Go on in silence: that nobody reads the progress any more is no reason to stop measuring."""
+        """Go on in silence: a closed stderr is no reason to stop measuring."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 @dataclass
-class _AtWork:
+class _RunningCell:
     began: float
     doing: str = "start-up"
     queued: bool = False
+    """A batch system has it, and does not report when it starts."""
 
 
 class Progress:
-    """Shows one run. `event` takes what workers emit; every finished Cell leaves one line behind."""
+    """The progress display of one run, a Listener of its executor; every finished Cell leaves one line behind."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         self.console = _Console(stderr=True, highlight=False)
         self._live: Live | None = None
         self._names = naming.full(cells)
         self._numbers = {cell.cell_id: number for number, cell in enumerate(cells, 1)}
-        self._at_work: dict[str, _AtWork] = {}
-        self._said = ""
+        self._running: dict[str, _RunningCell] = {}
+        self._last_line = ""
         self._seconds: list[float] = []
         self._over = 0
         self._drawn = 0.0
@@ -60,7 +61,7 @@ class Progress:
 
     def begin(self, cell: Cell) -> None:
         """Start showing a Cell."""
-        self._at_work[cell.cell_id] = _AtWork(time.monotonic())
+        self._running[cell.cell_id] = _RunningCell(time.monotonic())
         self._draw(force=True)
 
     def event(self, cell: Cell, event: dict[str, Any]) -> None:
@@ -73,17 +74,17 @@ class Progress:
             doing = f"evaluate, {event['done']} of {event['of']}"
         else:
             return
-        one = self._at_work[cell.cell_id]
+        one = self._running[cell.cell_id]
         one.doing, one.queued = doing, bool(event.get("queued"))
         self._draw()
 
     def tick(self) -> None:
-        """Redraw, so that a silent phase is seen to live."""
+        """Redraw, so that the time goes on in a silent phase."""
         self._draw()
 
     def end(self, record: Record) -> None:
         """Leave the Cell's line behind."""
-        self._at_work.pop(record.cell_id, None)
+        self._running.pop(record.cell_id, None)
         self._seconds.append(record.duration_s)
         measured = record.measurements
         accuracy = measured.accuracy if measured else None
@@ -91,7 +92,7 @@ class Progress:
             f"accuracy {accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]" if accuracy else record.because
         )
         first = result.splitlines()[0] if result else ""
-        # What a model cannot do is in the report; what there was no memory for, another machine may have it for.
+        # The report has the other reasons; memory is named here because another machine may have more.
         short = next(
             (one.because for one in (measured.latency if measured else []) if "out of memory" in one.because), ""
         )
@@ -99,7 +100,7 @@ class Progress:
         self._leave(record.cell_id, record.status.value, f"{first}  {record.duration_s:.1f} s{lost}")
 
     def resumed(self, cell: Cell) -> None:
-        """Leave the line of a Cell behind that need not run again."""
+        """Leave a line behind for a Cell that need not run again."""
         self._leave(cell.cell_id, "resumed", "has an ok Record")
 
     def _leave(self, cell_id: str, how: str, result: str) -> None:
@@ -115,7 +116,7 @@ class Progress:
         self.console.print(Text(line), soft_wrap=True)
 
     def close(self) -> None:
-        """Take the live line away."""
+        """Remove the live display."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -123,9 +124,9 @@ class Progress:
     def _draw(self, what: str = "", *, force: bool = False) -> None:
         now = time.monotonic()
         if self._live is None:
-            # Some tools report nothing but that they are at work, again and again.
-            if what and force and what != self._said:
-                self._said = what
+            # Some tools report the same line again and again.
+            if what and force and what != self._last_line:
+                self._last_line = what
                 self.say(what)
             return
         if not force and now - self._drawn < _REDRAW_S:
@@ -135,21 +136,21 @@ class Progress:
         self._live.update(Text("\n".join(lines), overflow="ellipsis", no_wrap=True), refresh=True)
 
     def _lines(self, now: float) -> list[str]:
-        shown = list(self._at_work.items())[:_MOST_LINES]
+        shown = list(self._running.items())[:_MOST_LINES]
         lines = [
             f"{self._place(cell_id)}  {self._names[cell_id]}  {one.doing}  {now - one.began:.0f} s"
             for cell_id, one in shown
         ]
-        if len(self._at_work) > len(shown):
-            lines.append(f"and {len(self._at_work) - len(shown)} more at work")
-        # How many of those with a queue are at work nobody here knows.
-        if lines and self._seconds and not any(one.queued for one in self._at_work.values()):
+        if len(self._running) > len(shown):
+            lines.append(f"and {len(self._running) - len(shown)} more running")
+        # The number of queued Cells that run is unknown here.
+        if lines and self._seconds and not any(one.queued for one in self._running.values()):
             lines[-1] += f", {self._left(now)}"
         return lines
 
     def _left(self, now: float) -> str:
-        """Guess how long the rest takes: every Cell as long as those so far, as many at a time as now."""
+        """Estimate the time left: every Cell takes as long as those so far, as many at a time as now."""
         mean = sum(self._seconds) / len(self._seconds)
-        spent = sum(min(mean, now - one.began) for one in self._at_work.values())
-        left = (mean * (len(self._numbers) - self._over) - spent) / max(1, len(self._at_work))
+        spent = sum(min(mean, now - one.began) for one in self._running.values())
+        left = (mean * (len(self._numbers) - self._over) - spent) / max(1, len(self._running))
         return f"about {left / 60:.0f} min left" if left > 90 else f"about {left:.0f} s left"

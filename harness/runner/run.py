@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 import harness
-from harness.analysis import verdict
+from harness.analysis.comparison.reproducibility import possible_reruns
+from harness.analysis.run_facts import analyse
 from harness.assets import fetch
 from harness.assets.table import Source, resolve
 from harness.cell.job import Asset, Job, JobTask, used
@@ -25,9 +26,8 @@ from harness.records import environment, naming, store
 from harness.records.manifest import Footer, Manifest
 from harness.records.record import Environment, Provider, Status
 from harness.report import html, terminal
-from harness.runner import task_assets
+from harness.runner import executors, task_assets
 from harness.runner.attempt import RunContext
-from harness.runner.executors import node
 from harness.runner.executors.executor import Device, Executor
 from harness.runner.executors.local import Local
 from harness.runner.progress import Progress
@@ -39,29 +39,31 @@ from harness.suites.suite import Suite
 DEFAULT_TIMEOUT_S = 3600.0
 
 _How = Literal["finished", "interrupted", "failed"]
-Works = dict[str, tuple[Asset, Asset | None, JobTask]]
-"""By cell_id: the model, the data and the task, at hand."""
+CellAssets = dict[str, tuple[Asset, Asset | None, JobTask]]
+"""cell_id -> the model, the data and the task, on this machine."""
 
 
 class _Times:
-    """Where the time outside the Cells goes, in seconds."""
+    """The account of the time outside the Cells, in seconds."""
 
     def __init__(self) -> None:
         self.outside: dict[str, float] = {}
+        """Name of an activity -> its seconds."""
         self._began = self._mark = time.monotonic()
 
     def lap(self, name: str) -> None:
+        """Book the time since the last lap on an activity."""
         now = time.monotonic()
         self.outside[name] = self.outside.get(name, 0.0) + now - self._mark
         self._mark = now
 
     @property
     def total(self) -> float:
-        """From the beginning to the last lap."""
+        """Time from the beginning to the last lap."""
         return self._mark - self._began
 
     def skip(self) -> float:
-        """Leave what has passed since the last lap out of the account and return it."""
+        """Leave the time since the last lap out of the account, and return it."""
         now = time.monotonic()
         spent, self._mark = now - self._mark, now
         return spent
@@ -81,117 +83,118 @@ def run_suite(
 ) -> Exit:
     """Run a suite and report it. Prints the summary on stdout and returns the exit code.
 
-    executor: where its Cells run; None for one at a time, here.
+    executor: runs the Cells; None for one at a time, on this machine.
     """
     times = _Times()
     suite = loader.load(suite_name)
     plan = suite.plan if only is None else keep_only(suite.plan, only)
     here = environment.describe(environment.threads())
-    with contextlib.ExitStack() as held:
-        old = _old(plan, out, resume, held)
+    with contextlib.ExitStack() as stack:
+        old = _find_old(plan, out, resume, stack)
         model_checks.refuse(suite, plan)
-        place = held.enter_context(executor or Local())
-        chosen = place.device(device)
+        entered = stack.enter_context(executor or Local())
+        chosen = entered.device(device)
         times.lap("startup")
         progress = Progress(plan.cells)
-        held.callback(progress.close)
-        works = _resolve(suite, plan, progress)
-        model_checks.refuse(suite, plan)  # again: now every model is at hand
+        stack.callback(progress.close)
+        assets = _fetch(suite, plan, progress)
+        model_checks.refuse(suite, plan)  # again: now every model is on this machine
         times.lap("fetch")
         if old:
-            folder, run_id, done = _reopen(old, here, works, chosen, progress, elsewhere=place.elsewhere)
+            folder, run_id, done = _reopen(old, here, assets, chosen, progress, is_remote=entered.is_remote)
         else:
-            folder, run_id, done = _open(suite, plan, here, out, progress, held)
+            folder, run_id, done = _open(suite, plan, here, out, progress, stack)
         times.lap("scheduling")
-        with _saying_what_is_kept(folder):
-            todo = _Todo(plan, works, done, folder, run_id, chosen, times, progress)
-            how = _measure(todo, place, RunContext(folder, here, timeout))
+        with _naming_the_run(folder):
+            session = _Session(plan, assets, done, folder, run_id, chosen, times, progress)
+            run = _measure(session, entered, RunContext(folder, here, timeout))
             progress.close()
-            return _report(folder, interrupted=how == "interrupted", strict=strict)
+            return _report(run, strict=strict)
 
 
 @dataclass
-class _Todo:
-    """What is to be measured, and the account of the time."""
+class _Session:
+    """The Cells of one invocation of `run`, and the account of its time."""
 
     plan: Plan
-    works: Works
+    assets: CellAssets
     done: set[str]
+    """Ids of Cells that have a valid Record already."""
     folder: store.RunFolder
     run_id: str
     device: Device
     times: _Times
     progress: Progress
     in_cells: float = 0.0
-    """Seconds in which a Cell was at work."""
+    """Seconds in which a Cell was running."""
 
-    def each(self) -> Iterator[Job]:
-        """Give the attempts that are to be made, as an executor has room for them."""
+    def jobs(self) -> Iterator[Job]:
+        """Yield the jobs of the Cells that are not done, as an executor has room for them."""
         for cell in self.plan.cells:
-            self.rest()
+            self.book_cells()
             if cell.cell_id in self.done:
                 self.progress.resumed(cell)
                 self.times.lap("scheduling")
                 continue
             attempt = self.folder.next_attempt(cell.cell_id)
-            model, data, task = self.works[cell.cell_id]
-            work = Job(
+            model, data, task = self.assets[cell.cell_id]
+            job = Job(
                 run=self.run_id, folder=str(self.folder.path.resolve()), attempt=attempt, cell=cell,
                 model=model, data=data, task=task, device=self.device,
             )  # fmt: skip
             self.times.lap("scheduling")
-            yield work
+            yield job
 
-    def rest(self) -> None:
+    def book_cells(self) -> None:
         """Book the time since the last lap on the Cells."""
         self.in_cells += self.times.skip()
 
 
-def _measure(todo: _Todo, place: Executor, terms: RunContext) -> _How:
-    """Run the Cells that are not done, and write the footer whatever ends it."""
-    folder, run_id, times, progress = todo.folder, todo.run_id, todo.times, todo.progress
+def _measure(session: _Session, executor: Executor, context: RunContext) -> store.Run:
+    """Run the Cells that are not done, and write the footer however that ends; return the run as it is on disk then."""
+    progress = session.progress
     how: _How = "finished"
-    made: set[str] = set()
+    measured: set[str] = set()
     try:
-        with contextlib.closing(place.run(todo.each(), terms, progress)) as records:
+        with contextlib.closing(executor.run(session.jobs(), context, progress)) as records:
             for record in records:
-                made.add(record.cell_id)
-                todo.rest()
+                measured.add(record.cell_id)
+                session.book_cells()
                 progress.end(record)
-                times.lap("scheduling")
-        todo.rest()
+                session.times.lap("scheduling")
+        session.book_cells()
     except KeyboardInterrupt as error:
         how = "interrupted"
-        todo.rest()
+        session.book_cells()
         by = f" by {error}" if isinstance(error, termination.Terminated) else ""
-        progress.say(f"interrupted{by}: what was finished is kept; the report shows it")
+        progress.say(f"interrupted{by}: finished Cells are saved, and the report shows them")
     except BaseException:
-        todo.rest()
-        with contextlib.suppress(StoreError):  # what ended the run is what its user must read
-            _finish(folder, run_id, "failed", times, todo.in_cells, made)
+        session.book_cells()
+        with contextlib.suppress(StoreError):  # the user must read the error that ended the run
+            _finish(session, "failed", measured)
         raise
-    footer = _finish(folder, run_id, how, times, todo.in_cells, made)
+    run, footer = _finish(session, how, measured)
     if footer.kept:
-        everything = sum(record.duration_s for record in store.read_run(folder.path).latest().values())
+        everything = sum(record.duration_s for record in run.latest().values())
         progress.say(
-            f"this resumed part took {footer.seconds_total:.1f} s; the Cells of the whole run together {everything:.1f} s, "
+            f"this resumed part took {footer.seconds_total:.1f} s; the Cells of the whole run took {everything:.1f} s, "
             f"{footer.kept} of them measured earlier"
         )
-    return how
+    return run
 
 
 @contextlib.contextmanager
-def _saying_what_is_kept(folder: store.RunFolder) -> Iterator[None]:
-    """Add to an error of ours, which nobody foresaw, where its user finds what had been finished before it."""
+def _naming_the_run(folder: store.RunFolder) -> Iterator[None]:
+    """Add to an error the folder of the Cells that were finished before it."""
     try:
         yield
     except BaseException as error:
-        error.add_note(f"what was finished is kept in {folder.path}; `peft-harness report {folder.path}` shows it")
+        error.add_note(f"finished Cells are saved in {folder.path}; `peft-harness report {folder.path}` shows them")
         raise
 
 
-def _resolve(suite: Suite, plan: Plan, progress: Progress) -> Works:
-    """Fetch every model and data set the plan names, before anything runs. Raises SuiteError for data that do not fit."""
+def _fetch(suite: Suite, plan: Plan, progress: Progress) -> CellAssets:
+    """Fetch every model and data set of the plan. Raises SuiteError for data that do not fit their task."""
     base = suite.path.resolve().parent
     ready: dict[str, Asset] = {}
     tasks: dict[str, tuple[Asset | None, JobTask]] = {}
@@ -217,10 +220,10 @@ def _resolve(suite: Suite, plan: Plan, progress: Progress) -> Works:
     return {cell.cell_id: (asset(resolve(cell.model, suite.sources, base)), *tasks[cell.task]) for cell in plan.cells}
 
 
-def _old(plan: Plan, out: Path | None, resume: str | None, held: contextlib.ExitStack) -> store.Run | None:
-    """Return the run to go on with, if any, locked until `held` ends.
+def _find_old(plan: Plan, out: Path | None, resume: str | None, stack: contextlib.ExitStack) -> store.Run | None:
+    """Return the run to resume, if any, locked until `stack` ends.
 
-    Refuses before anything is fetched what could not be written afterwards.
+    Raises UsageError or StoreError, before anything is fetched, for a folder that could not be written afterwards.
     """
     if resume is None:
         if out is not None:
@@ -228,57 +231,59 @@ def _old(plan: Plan, out: Path | None, resume: str | None, held: contextlib.Exit
         return None
     if out is not None:
         raise UsageError("a resumed run stays in its folder", where=f"--out {out}", hint="leave out --out or --resume")
-    old = store.read_run(store.find_run(resume))
-    expected = {cell.cell_id for cell in old.manifest.cells}
+    path = store.find_run(resume)
+    manifest = store.read_manifest(path)
+    expected = {cell.cell_id for cell in manifest.cells}
     named = naming.full(plan.cells)
-    if strange := [name for cell_id, name in named.items() if cell_id not in expected]:
+    if unknown := [name for cell_id, name in named.items() if cell_id not in expected]:
         raise UsageError(
-            f"{len(strange)} Cells of this suite are not in that run, e.g. {strange[0]}",
-            where=f"--resume {old.manifest.run}",
+            f"{len(unknown)} Cells of this suite are not in that run, e.g. {unknown[0]}",
+            where=f"--resume {manifest.run}",
             hint="resume with the suite it was started with, or start a new run",
         )
-    held.callback(store.RunFolder.take(old.path).release)
-    return store.read_run(old.path)  # again: until now another runner may have written to it
+    stack.callback(store.RunFolder.take(path).release)
+    return store.read_run(path)  # only now: before, another runner may have written to it
 
 
 def _reopen(
     old: store.Run,
     here: Environment,
-    works: Works,
+    assets: CellAssets,
     device: str,
     progress: Progress,
     *,
-    elsewhere: bool,
+    is_remote: bool,
 ) -> tuple[store.RunFolder, str, set[str]]:
-    """Return an old run's folder, its id, and the Cells that need not run again: same machine, code, device, data, plug-in.
+    """Return an old run's folder, its id, and the ids of Cells that need not run again.
 
-    elsewhere: Cells run on many machines, of which the runner's may be none: the same software has to do.
+    Their newest Record is `ok`, from the same machine, code, device, data and plug-in. is_remote: Cells run on machines
+    other than the runner's, so that the same software has to do.
     """
     folder = store.RunFolder(old.path)
-    node.recall(old.path)  # whatever executor it goes on with
+    executors.recall(old.path)
     if old.footer is None:
         why = "its footer.json cannot be read" if "footer.json" in old.broken else "it has no footer.json"
-        progress.say(f"run {old.manifest.run} is incomplete: {why}; it goes on with what its Cells left")
+        progress.say(f"run {old.manifest.run} is incomplete: {why}; it is resumed from its Cells' Records")
     folder.reopen()
     doubtful = old.doubtful()
     for what in doubtful.values():
         progress.say(f"{what}: it does not count, and its Cell is measured again")
     done = {
         record.cell_id
-        for record in old.latest().values()  # what report and verdict look at
+        for record in old.latest().values()  # those that report and verdict show
         if record.status is Status.OK
-        and (record.environment.software == here.software if elsewhere else record.environment.id == here.id)
+        and (record.environment.software == here.software if is_remote else record.environment.id == here.id)
         and record.environment.code_version == here.code_version
         and record.device == device
         and (record.provider is None or _is_installed(record.provider))
-        and record.cell_id in works
-        and record.assets == used(*works[record.cell_id])
+        and record.cell_id in assets
+        and record.assets == used(*assets[record.cell_id])
     }
     return folder, old.manifest.run, done
 
 
 def _is_installed(provider: Provider) -> bool:
-    """Say whether an implementation would come from the same version of its package as then."""
+    """Return whether an implementation would come from the same version of its package as before."""
     try:
         return (importlib.metadata.version(provider.distribution) or "") == provider.version
     except importlib.metadata.PackageNotFoundError:
@@ -291,9 +296,9 @@ def _open(
     here: Environment,
     out: Path | None,
     progress: Progress,
-    held: contextlib.ExitStack,
+    stack: contextlib.ExitStack,
 ) -> tuple[store.RunFolder, str, set[str]]:
-    """Make the run folder, locked until `held` ends; return it, the run's id, and no Cells that need not run."""
+    """Make the run folder, locked until `stack` ends; return it, the run's id, and no ids of finished Cells."""
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     unique = hashlib.sha256(f"{stamp}{os.getpid()}{time.monotonic_ns()}".encode()).hexdigest()[:6]
     run_id = f"{stamp}-{suite.name}-{unique}"
@@ -314,43 +319,43 @@ def _open(
         harness_version=harness.__version__,
     )
     folder = store.RunFolder.create(out or store.RUNS / run_id, manifest)
-    held.callback(folder.release)
+    stack.callback(folder.release)
     progress.say(f"run {run_id}: {len(plan.cells)} Cells into {folder.path}")
     return folder, run_id, set()
 
 
-def _finish(folder: store.RunFolder, run_id: str, how: _How, times: _Times, in_cells: float, made: set[str]) -> Footer:
-    run = store.read_run(folder.path)
+def _finish(session: _Session, how: _How, measured: set[str]) -> tuple[store.Run, Footer]:
+    """Read the run, write its footer, return both. measured: ids of the Cells that this invocation measured."""
+    run, times = store.read_run(session.folder.path), session.times
     times.lap("scheduling")
     footer = Footer(
-        run=run_id,
+        run=session.run_id,
         ended=store.now(),
         how=how,
         counts=dict(Counter(record.status.value for record in run.latest().values())),
         missing=run.missing(),
-        kept=len(run.latest().keys() - made),
+        kept=len(run.latest().keys() - measured),
         seconds_total=times.total,
-        seconds_in_cells=in_cells,
+        seconds_in_cells=session.in_cells,
         seconds_outside=times.outside,
     )
-    folder.close(footer)
-    return footer
+    return session.folder.close(run, footer), footer
 
 
-def _report(folder: store.RunFolder, *, interrupted: bool, strict: bool) -> Exit:
-    run = store.read_run(folder.path)
-    page = folder.path / "report.html"
+def _report(run: store.Run, *, strict: bool) -> Exit:
+    facts, page = analyse(run), run.path / "report.html"
     try:
-        print("\n".join(terminal.summary(run)))
-        html.write_report([run], page)
-    except BrokenPipeError:  # the reader of stdout has left; the command knows what to do
+        print("\n".join(terminal.summary(facts)))
+        html.write_report([facts], page, possible_reruns([run]))
+    except BrokenPipeError:  # the reader of stdout has left; the command handles it
         raise
     except Exception as error:
         why = error.what if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
         raise HarnessError(
-            f"everything was measured and is kept, but the report could not be made: {why}",
-            where=str(folder.path),
-            hint=f"`peft-harness report {folder.path}` tries again",
+            f"all Cells are measured and saved, but the report could not be made: {why}",
+            where=str(run.path),
+            hint=f"`peft-harness report {run.path}` tries again",
         ) from error
     print(f"report: {page}")
-    return Exit.INFRASTRUCTURE if interrupted else verdict.judge(run, strict=strict).exit
+    interrupted = run.footer is not None and run.footer.how == "interrupted"
+    return Exit.INFRASTRUCTURE if interrupted else facts.verdict.exit_code(strict=strict)

@@ -1,4 +1,4 @@
-"""A task made ready for workers: its data fetched, and looked through before anything runs."""
+"""Prepare a task for workers: fetch its data, and check them before anything runs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from harness.suites.tasks import Task
 
 
 def ready(task: Task, items: int, where: str, fetched: Callable[[Source], Asset]) -> tuple[Asset | None, JobTask]:
-    """Return the task's data and all else that a worker is told of it. Raises SuiteError for data that do not fit.
+    """Return the task's data and its part of a Job. Raises SuiteError for data that do not fit.
 
-    items: the last test item that a Cell wants scored; where: the place in the suite that asks for it.
+    items: number of the last test item that a Cell scores; where: the place in the suite that sets it.
     """
     data = fetched(task.data) if task.data else None
     train = fetched(task.train) if task.train else None
@@ -28,7 +28,7 @@ def ready(task: Task, items: int, where: str, fetched: Callable[[Source], Asset]
     if task.train and train:
         problems += task.problems("train", task.train, Path(train.path))
     if task.own is not None and data and items > (most := splits.count(Path(data.path), task.own.splits["test"])):
-        what = f"{items} `items` are wanted, those of `tune` included, and {task.name} has {most} test items"
+        what = f"`items` is {items}, those of `tune` included, and {task.name} has {most} test items"
         problems.append(Problem(where, what, f"write at most {most}"))
     if problems:
         raise SuiteError(list(dict.fromkeys(problems)))

@@ -1,8 +1,8 @@
 """AdamW with blockwise 8-bit states. Dettmers et al., ICLR 2022, arXiv:2110.02861. An Operation, not a Method.
 
-Both moments are kept as 8-bit codes of the dynamic map with one absmax per block of 256 elements (reference/operations/dynamic_map).
-A step widens them to 32 bits, updates as Adam does, and narrows them again: only what is kept between steps is rounded.
-The first moment has the signed map, the second, which is never negative, the unsigned one.
+Both moments are stored as 8-bit codes of the dynamic map (reference/operations/dynamic_map), with one absmax per block of
+256 elements. A step decodes them to 32 bits, updates as Adam does, and encodes them again: rounding happens between steps
+only. The first moment has the signed map, the second, which is never negative, the unsigned one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from reference.operations.dynamic_map import dequantize_blockwise, dynamic_map, 
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
-    paper="arXiv:2110.02861v2, section 2; bitsandbytes, whose map, block size and least size are what is in use",
+    paper="arXiv:2110.02861v2, section 2; map, block size and minimum size as in bitsandbytes",
     deviations=(
         Deviation(
             topic="block size",
@@ -28,7 +28,7 @@ SPEC = ReferenceSpec(
         Deviation(
             topic="least size",
             paper="embedding layers keep 32-bit states (the stable embedding layer)",
-            here="tensors of fewer than 4096 elements keep 32-bit states; an embedding is not treated apart",
+            here="tensors of fewer than 4096 elements keep 32-bit states; embeddings are not an exception",
             why="bitsandbytes' min_8bit_size; its own pinning of nn.Embedding needs a manager that knows the modules",
         ),
         Deviation(
@@ -68,7 +68,9 @@ SPEC = ReferenceSpec(
 )
 
 BLOCK = 256
+"""Elements per absmax."""
 MIN_8BIT_SIZE = 4096
+"""Elements from which on a tensor has 8-bit moments."""
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -97,7 +99,7 @@ def state_bytes(numel: int, min_8bit_size: int = MIN_8BIT_SIZE) -> int:
 
 
 def moments(state: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Return the first and second moment that a state means, flat, in `dtype`."""
+    """Return the decoded first and second moment of a state, flat, in `dtype`."""
     if state["m"].dtype != torch.uint8:
         return state["m"].to(dtype), state["v"].to(dtype)
     m = dequantize_blockwise(state["m"], state["m_absmax"], dynamic_map(signed=True), BLOCK)
@@ -116,12 +118,12 @@ def adamw8bit_step(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> None:
-    """Take step number `step`, from 1: p and `state` change in place. p, g: the same shape, any floating dtype.
+    """Take step number `step`, from 1; p and `state` change in place. p, g: the same shape, any floating dtype.
 
         m_t = beta1 m_{t-1} + (1 - beta1) g          v_t = beta2 v_{t-1} + (1 - beta2) g^2
         p_t = (1 - lr weight_decay) p_{t-1} - lr (m_t / (1 - beta1^t)) / (sqrt(v_t / (1 - beta2^t)) + eps)
 
-    p moves by the moments as they are before they are narrowed again; it is rounded to its own dtype once.
+    p is updated with the moments before they are encoded, and rounded to its own dtype once.
     """
     dtype = working_dtype(p.dtype)
     wide, g = p.to(dtype, copy=True), g.to(dtype)
@@ -141,7 +143,7 @@ def adamw8bit_step(
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """AdamW whose large tensors have 8-bit states. State per parameter: `step` and what `init_state` returns."""
+    """AdamW with 8-bit states for large tensors. State per parameter: `step` and the result of `init_state`."""
 
     def __init__(
         self,
@@ -156,7 +158,7 @@ class AdamW8bit(torch.optim.Optimizer):
         super().__init__(params, defaults | {"min_8bit_size": min_8bit_size})
 
     def step(self, closure: Any = None) -> Any:
-        """Take one step of every parameter that has a gradient; return the loss of `closure`, if there is one."""
+        """Take one step of every parameter with a gradient; return the loss of `closure`, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -174,13 +176,13 @@ class AdamW8bit(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; torch alone would turn the codes into the parameter's floating dtype."""
+        """Load the result of `state_dict`; torch alone would cast the codes to the parameter's floating dtype."""
         super().load_state_dict(state_dict)
         restore_dtypes(self, state_dict)
 
 
 def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Put the tensors of a state that torch has loaded back in the dtypes in which they were saved."""
+    """Restore the saved dtypes of a state that torch has loaded."""
     saved = [index for group in state_dict["param_groups"] for index in group["params"]]
     for index, p in zip(saved, (p for group in optimizer.param_groups for p in group["params"]), strict=True):
         for name, value in state_dict["state"].get(index, {}).items():

@@ -1,7 +1,7 @@
 """Double quantisation: the block constants of a 4-bit weight in 8 bits. QLoRA section 3, arXiv:2305.14314. An Operation.
 
 The absmax of every 4-bit block (c2, float32) less one mean is quantised in blocks of 256 to 8 bits, each with a float32
-constant (c1) of its own: 0.127 bits a parameter in the place of 0.5.
+constant (c1): 0.127 bits per parameter instead of 0.5.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from reference.operations.dynamic_map import dequantize_blockwise, dynamic_map, 
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
-    paper="arXiv:2305.14314v1, section 3, Double Quantization; bitsandbytes, which says what the 8-bit type is",
+    paper="arXiv:2305.14314v1, section 3, Double Quantization; the 8-bit type is bitsandbytes'",
     deviations=(
         Deviation(
             topic="the 8-bit type",
@@ -23,8 +23,8 @@ SPEC = ReferenceSpec(
         Deviation(
             topic="the mean",
             paper="subtracted before quantisation; eq. 6 does not add it back, nor does the paper count its bits",
-            here="one mean of all constants of a tensor, float32, kept and added back",
-            why="without it the weights would be wrong; bitsandbytes keeps it as `offset`",
+            here="one mean of all constants of a tensor, float32, stored and added back",
+            why="without it the weights would be wrong; bitsandbytes stores it as `offset`",
         ),
         Deviation(
             topic="a constant may come back negative",
@@ -57,11 +57,10 @@ def dequantize(c2: Tensor, c1: Tensor, offset: Tensor, block: int = BLOCK) -> Te
 
 
 def bits_per_parameter(numel: int, block: int = 64, double: bool = True, second_block: int = BLOCK) -> float:
-    """Return the bits that a 4-bit weight of `numel` elements takes, divided by `numel`.
+    """Return the bits of a 4-bit weight of `numel` elements, divided by `numel`. Raises ValueError for an empty weight.
 
-    Counted: packed codes, whole bytes; without double quantisation 32 bits for each block; with it 8 for each block, 32
-    for each second block and 32 for the mean. Code tables are not: they are constants of the type. Raises ValueError for
-    an empty weight.
+    Counted: packed codes, in whole bytes; without double quantisation 32 bits per block; with it 8 per block, 32 per second
+    block and 32 for the mean. Not counted: code tables, which are constants of the type.
     """
     if numel < 1:
         raise ValueError("an empty weight has no bits per parameter")

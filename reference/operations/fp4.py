@@ -15,7 +15,7 @@ from reference.operations.nf4 import pack_pairs
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
-    paper="bitsandbytes, whose format it is; QLoRA (arXiv:2305.14314v1, table 2) compares NF4 with a 4-bit float, E2M1",
+    paper="none: bitsandbytes' format; QLoRA (arXiv:2305.14314v1, table 2) compares NF4 with a 4-bit float, E2M1",
     deviations=(
         Deviation(
             topic="format",
@@ -69,7 +69,7 @@ def quantize(W: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def near_tie(W: Tensor, block: int = 64) -> Tensor:
-    """Return a mask, flat: elements so near the middle of two values that the rounding of W / absmax may decide."""
+    """Return a flat mask of elements so near the middle of two values that the rounding of W / absmax may decide."""
     return _near_tie(W.abs(), block, codebook()[:_SIGN].sort().values)
 
 
@@ -79,7 +79,7 @@ def dequantize(codes: Tensor, absmax: Tensor, block: int = 64) -> Tensor:
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Return uint8 bytes, the first code of each pair in the high nibble; an odd length is filled up with zero's code.
+    """Return uint8 bytes, the first code of each pair in the high nibble, padded with the code of zero to an even length.
 
     `nf4.unpack` is the inverse.
     """

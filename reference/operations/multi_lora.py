@@ -2,8 +2,8 @@
 
     y_n = W0 x_n + s_i B_i A_i x_n   with i = ids[n]          (Punica, section 4: y := y + x A_i B_i, row by row)
 
-The base product is one for the whole batch; every sequence adds the update of its own adapter. Shape letters: N sequences,
-T tokens, D in, E out, R rank (each adapter has its own).
+One base product for the whole batch; every sequence adds the update of its own adapter. Shape letters: N sequences,
+T tokens, D in, E out, R rank (one per adapter).
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ SPEC = ReferenceSpec(
     ),
 )
 NONE = -1
+"""Id of a sequence without an adapter."""
 
 
 def multi_lora_linear(
@@ -56,12 +57,11 @@ def multi_lora_linear(
     scalings: Sequence[float],
     ids: Sequence[int] | Tensor,
 ) -> Tensor:
-    """Return base_out with each sequence's own update added, (N, ..., E), in the dtype of `base_out`.
+    """Return base_out plus each sequence's own update, (N, ..., E), in the dtype of `base_out`.
 
-    x: (N, ..., D). base_out: W0 x and the bias, (N, ..., E). As[i]: (R_i, D). Bs[i]: (E, R_i). ids: for each of the N
-    sequences an index into them, or -1. Autograd passes through x, base_out and every A and B that is used; of one that
-    is not, the gradient is None. Raises ValueError if the lists differ in length, or an id is no whole number, or neither
-    -1 nor an adapter.
+    x: (N, ..., D). base_out: W0 x and the bias, (N, ..., E). As[i]: (R_i, D). Bs[i]: (E, R_i). ids: one index into them
+    per sequence, or -1. Autograd passes through x, base_out and every A and B in use; unused ones have gradient None.
+    Raises ValueError if the lists differ in length, or if an id is no whole number, or neither -1 nor an adapter.
     """
     chosen = torch.as_tensor(ids, device=x.device)
     if not len(As) == len(Bs) == len(scalings):

@@ -1,7 +1,7 @@
 """NF4: the 4-bit NormalFloat of QLoRA. Dettmers et al., NeurIPS 2023, arXiv:2305.14314. An Operation, not a Method.
 
-A tensor is cut into blocks of consecutive elements of its flattened form; each block is divided by its largest
-magnitude (absmax, float32) and every element becomes the nearest of 16 levels. Two 4-bit codes share a byte.
+A tensor is split into blocks of consecutive elements of its flattened form; each block is divided by its largest
+magnitude (absmax, float32) and rounded to the nearest of 16 levels. Two 4-bit codes share a byte.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from reference.operations.dynamic_map import dequantize_blockwise, quantize_bloc
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
-    paper="arXiv:2305.14314v1, appendix E; bitsandbytes, whose table, packing and tie rule are what is in use",
+    paper="arXiv:2305.14314v1, appendix E; table, packing and tie rule as in bitsandbytes",
     deviations=(
         Deviation(
             topic="levels",
@@ -54,20 +54,20 @@ def codebook() -> Tensor:
 def quantize(W: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
     """Return (codes, absmax): uint8 codes 0..15 in the order of W.flatten(), float32 absmax of each block.
 
-    W: any shape and floating dtype, read as float32. block: at least 1 (bitsandbytes offers 32, 64, 128 ... 4096); blocks
-    cross rows, and the last one may be short. An element exactly between two levels takes the lower one. A block of zeros
-    has absmax 0 and the code of zero (7). A block that holds a NaN has absmax NaN; one that holds an infinity, absmax
-    infinity: no element of either comes back finite.
+    W: any shape and floating dtype, read as float32. block: at least 1 (bitsandbytes: 32, 64, 128 ... 4096); blocks cross
+    rows, and the last one may be short. An element exactly between two levels takes the lower one. A block of zeros has
+    absmax 0 and the code of zero (7). A block with a NaN has absmax NaN, a block with an infinity absmax infinity: no
+    element of either is decoded to a finite value.
     """
     return quantize_blockwise(W, codebook(), block)
 
 
 def near_tie(W: Tensor, block: int = 64, levels: Tensor | None = None) -> Tensor:
-    """Return a mask, flat: elements so near the middle of two levels that the rounding of W / absmax may decide.
+    """Return a flat mask of elements so near the middle of two levels that the rounding of W / absmax may decide.
 
-    Dividing by absmax and multiplying by its reciprocal differ by up to 1.5 units in the last place; codes of these
-    elements may differ by one level between correct programs. Where absmax is a power of two both are exact, and nothing
-    is excused. Above 2^126 the reciprocal is subnormal and has two bits fewer. levels: ascending; the default is NF4's.
+    Division by absmax and multiplication by its reciprocal differ by up to 1.5 units in the last place; codes of these
+    elements may differ by one level between correct programs. Where absmax is a power of two both are exact, and the mask is
+    False. Above 2^126 the reciprocal is subnormal and has two bits fewer. levels: ascending; the default is NF4's.
     """
     flat = W.detach().flatten().float()
     absmax = torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block).abs().amax(dim=1)
@@ -88,12 +88,12 @@ def dequantize(codes: Tensor, absmax: Tensor, block: int = 64) -> Tensor:
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Return uint8 bytes, the first code of each pair in the high nibble; an odd length is filled up with zero's code."""
+    """Return uint8 bytes, the first code of each pair in the high nibble, padded with the code of zero to an even length."""
     return pack_pairs(codes, fill=7)
 
 
 def pack_pairs(codes: Tensor, fill: int) -> Tensor:
-    """Return uint8 bytes of two 4-bit codes each, the first in the high nibble; `fill` completes an odd length."""
+    """Return uint8 bytes of two 4-bit codes each, the first in the high nibble; `fill` pads an odd length."""
     padded = torch.nn.functional.pad(codes, (0, codes.numel() % 2), value=fill)
     return padded[0::2] << 4 | padded[1::2]
 

@@ -1,10 +1,10 @@
 """Paged optimizers. Dettmers et al., QLoRA, NeurIPS 2023, arXiv:2305.14314, section 3. An Operation, not a Method.
 
-The states of an optimizer live in memory that the accelerator and the host share: when the accelerator runs short they
-are moved to the host, and for their own update they are moved back. What moves is bytes; no value changes.
+Optimizer states are in memory that accelerator and host share: they move to the host when the accelerator runs short, and
+back for their update. No value changes.
 
-Here the paging is written out. A page is all the large states of one parameter. A number of bytes on the device is theirs;
-where they do not fit, those used least recently go to the host.
+Here the paging is explicit. A page is all large states of one parameter. Pages have a budget of bytes on the device; the
+least recently used ones move to the host.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
-    paper="arXiv:2305.14314v1, section 3 (Paged Optimizers); bitsandbytes, whose least size is what is in use",
+    paper="arXiv:2305.14314v1, section 3 (Paged Optimizers); minimum size as in bitsandbytes",
     deviations=(
         Deviation(
-            topic="what is paged",
+            topic="paged tensors",
             paper="the optimizer states",
             here="each state tensor of at least 100,000 elements; smaller ones stay on the device and count for nothing"
             "each state tensor of at least 100,000 elements; smaller ones stay on the device and count for nothing",
@@ -37,8 +37,8 @@ SPEC = ReferenceSpec(
         Deviation(
             topic="prefetch",
             paper="silent",
-            here="a parameter's states are brought in just before its update, none ahead of time",
-            why="bitsandbytes asks for them just before the update too, and waits once, after the last",
+            here="a parameter's states move to the device just before its update, none earlier",
+            why="bitsandbytes prefetches them just before the update too, and waits once, after the last",
         ),
         Deviation(
             topic="on the CPU",
@@ -53,7 +53,7 @@ MIN_PAGED_ELEMENTS = 100_000
 
 
 def is_paged(numel: int) -> bool:
-    """Return whether a state of so many elements is paged."""
+    """Return whether a state of `numel` elements is paged."""
     return numel >= MIN_PAGED_ELEMENTS
 
 
@@ -69,16 +69,15 @@ def to_device(page: Tensor, device: torch.device) -> Tensor:
 
 
 class Paged(torch.optim.Optimizer):
-    """Any optimizer that keeps its state per parameter, with its large states paged; takes the very same steps.
+    """A wrapper that pages the large states of `inner`, an optimizer with one state per parameter. Steps are the same.
 
-    inner: the optimizer; its groups and its state are this one's too, and a learning rate schedule belongs on this one.
-    Its hooks run once per parameter. An optimizer that keeps anything in its groups, or that looks at several parameters
-    at once (LBFGS), cannot be paged so.
-    budget: bytes of paged states that may be on the device. The states of the one parameter that is updated are there
-    whatever the budget; so at most max(budget, the largest parameter's states) are, once every state exists.
+    Groups and state are shared with `inner`, whose hooks run once per parameter; a learning rate schedule takes this
+    wrapper. Optimizers with state in their groups, or that read several parameters at once (LBFGS), cannot be paged.
+    budget: bytes of paged states on the device. The parameter in update is always there, so at most max(budget, the largest
+    parameter's states) are, once every state exists. Raises ValueError for a negative budget.
 
-    bytes_in, bytes_out: moved to the device, to the host, so far. resident, peak: bytes of paged states on the device, now
-    and at most.
+    bytes_in, bytes_out: bytes moved to the device and to the host. resident, peak: current and highest bytes of paged states
+    on the device.
     """
 
     def __init__(self, inner: torch.optim.Optimizer, budget: int) -> None:
@@ -91,7 +90,7 @@ class Paged(torch.optim.Optimizer):
         self._share()
 
     def step(self, closure: Any = None) -> Any:
-        """Take one step of every parameter that has a gradient, one after the other; return the loss of `closure`."""
+        """Take one step of every parameter with a gradient, one after the other; return the loss of `closure`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -109,10 +108,7 @@ class Paged(torch.optim.Optimizer):
         return loss
 
     def make_room(self, budget: int) -> None:
-        """Move states to the host until at most `budget` bytes are on the device.
-
-        The paper's use: a long sequence's activations need the memory in the backward pass, and the states give way.
-        """
+        """Move states to the host until at most `budget` bytes are on the device, e.g. before a long backward pass."""
         while self.resident > budget and self._on_device:
             p, size = self._on_device.popitem(last=False)
             for name in self._names(p):
@@ -121,11 +117,11 @@ class Paged(torch.optim.Optimizer):
             self.bytes_out += size
 
     def where(self) -> dict[Tensor, str]:
-        """Map every parameter that has paged states to the place they are in: `device` or `host`."""
+        """Map every parameter with paged states to their place, `device` or `host`."""
         return {p: "device" if p in self._on_device else "host" for p in self.state if self._names(p)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned, of this or of the inner optimizer; states that do not fit go to the host."""
+        """Load a `state_dict` of this or of the inner optimizer; states that do not fit move to the host."""
         self.inner.load_state_dict(state_dict)
         self._share()
 

@@ -1,9 +1,8 @@
-"""What `attach` returns where a Method wraps layers: the wrapped layers, what trains, how they merge. Not a Method."""
+"""Results of `attach`: a model with adapted layers, or one that trains as it is. Not a Method."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,65 +10,107 @@ from torch import Tensor, nn
 from reference.shared.layers import replace
 
 
-class AdaptedLayer(Protocol):
-    """A module that stands in the place of a base layer."""
+class AdaptedModel:
+    """A model without adapter layers: nothing to merge or detach. Subclasses override what their Method does.
 
-    @property
-    def base(self) -> nn.Module:
-        """The untouched layer under it, which `detach` puts back."""
+    Names are the paths of the model's own parameters.
+    """
 
-    def tensors(self) -> dict[str, nn.Parameter]:
-        """Map the paper's letters to what trains."""
+    can_merge = False
 
-    def state(self) -> dict[str, Tensor]:
-        """Map names to what the Method made beside that and does not train; often empty."""
-
-    def merged(self) -> nn.Module:
-        """Return a plain layer that computes the same."""
-
-
-class Adapted:
-    """A model whose layers at some paths are wrapped. Names are `<path of the layer>.<the paper's letter>`."""
-
-    can_merge = True
-
-    def __init__(self, model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
-        self.model, self.layers = model, dict(layers)
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+        self.model = model
+        self.layers: Mapping[str, nn.Module] = dict(layers)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Map canonical names to the trainable tensors."""
-        return {f"{path}.{name}": t for path, layer in self.layers.items() for name, t in layer.tensors().items()}
+        """Map names to the trainable tensors; a parameter that two layers share (tied embeddings) has both names."""
+        return {n: p for n, p in self.model.named_parameters(remove_duplicate=False) if p.requires_grad}
 
     def state(self) -> dict[str, Tensor]:
-        """Map canonical names to the frozen tensors of the Method's own."""
-        return {f"{path}.{name}": t for path, layer in self.layers.items() for name, t in layer.state().items()}
+        """Map names to tensors that the Method created and does not train; none here."""
+        return {}
 
     def parameters(self) -> list[nn.Parameter]:
-        """List what trains."""
-        return [t for layer in self.layers.values() for t in layer.tensors().values()]
+        """List the parameters that train."""
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     def regularizer(self) -> Tensor | None:
-        """Return None: nothing is added to the loss."""
+        """Return a scalar that the Method adds to the loss; None here."""
         return None
 
     def optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer | None:
-        """Return None: the optimizer is the caller's choice."""
+        """Return the Method's own optimizer; None here: the caller chooses."""
         return None
 
     def after_step(self, step: int) -> None:
-        """Do nothing: there is no schedule."""
+        """Run the Method's work between optimizer steps; nothing here."""
 
     def merge(self) -> None:
-        """Put a plain layer that computes the same in the place of each adapted one."""
+        """Fold the adapter into the weights; nothing here."""
+
+    def unmerge(self) -> None:
+        """Undo `merge`; nothing here."""
+
+    def detach(self) -> None:
+        """Restore the model as it was before `attach`; nothing here."""
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Map path to layer for every nn.Linear of a model."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+class AdaptedLayer(nn.Module):
+    """A layer that replaces `base` and adds a Method's update to it."""
+
+    base: nn.Module
+    """The original layer, unchanged; `detach` restores it."""
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """Map the paper's letters to the trainable parameters."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Tensor]:
+        """Map names to tensors that the Method created and does not train; none here."""
+        return {}
+
+    def merged(self) -> nn.Module:
+        """Return a plain layer that computes the same."""
+        raise NotImplementedError
+
+
+class AdaptedLayers(AdaptedModel):
+    """A model with adapted layers in place of some layers. Names are `<path of the layer>.<letter of the paper>`."""
+
+    can_merge = True
+    layers: dict[str, AdaptedLayer]
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
+        super().__init__(model, layers)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Map names to the trainable tensors."""
+        return {f"{path}.{name}": t for path, layer in self.layers.items() for name, t in layer.tensors().items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Map names to tensors that the Method created and does not train."""
+        return {f"{path}.{name}": t for path, layer in self.layers.items() for name, t in layer.state().items()}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """List the parameters that train."""
+        return [t for layer in self.layers.values() for t in layer.tensors().values()]
+
+    def merge(self) -> None:
+        """Replace each adapted layer by a plain layer that computes the same."""
         for path, layer in self.layers.items():
             replace(self.model, path, layer.merged())
 
     def unmerge(self) -> None:
-        """Take the adapted layers back; the base was never touched, so this is exact."""
+        """Restore the adapted layers; exact, because `merge` leaves the base layers unchanged."""
         for path, layer in self.layers.items():
-            replace(self.model, path, layer)  # type: ignore[arg-type]  # the Protocol cannot say that it is a Module
+            replace(self.model, path, layer)
 
     def detach(self) -> None:
-        """Put the untouched base layers back."""
+        """Restore the base layers."""
         for path, layer in self.layers.items():
             replace(self.model, path, layer.base)

@@ -1,7 +1,7 @@
-"""The two moments that GaLore keeps of a projected gradient R: in R's dtype, or in 8 bits (arXiv:2403.03507, section 4.3).
+"""GaLore's two moments of a projected gradient R, in R's dtype or in 8 bits (arXiv:2403.03507, section 4.3).
 
-In 8 bits they are those of reference/operations/adamw8bit: codes of the dynamic map with an absmax per block of 256 elements, widened
-for a step and narrowed after it. Under GaLore's names, since it keeps more in its state than they do.
+In 8 bits they are those of reference/operations/adamw8bit: codes of the dynamic map with an absmax per block of 256
+elements, decoded before a step and encoded after it. The names in the state are GaLore's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SIGNED = {"M": True, "V": False}
 def zeros(R: Tensor, bits: int) -> dict[str, Tensor]:
     """Return M and V before the first step. 32 bits: zeros of R's shape and dtype.
 
-    8 bits: of at least 4096 elements uint8 codes, flat, with M_absmax and V_absmax, float32, one per block; of fewer zeros
+    8 bits: for at least 4096 elements flat uint8 codes with M_absmax and V_absmax, float32, one per block; for fewer zeros
     of R's shape in float32 (float64 for a float64 R).
     """
     if bits == 32:
@@ -31,8 +31,8 @@ def zeros(R: Tensor, bits: int) -> dict[str, Tensor]:
     return {f"{name[0].upper()}{name[1:]}": t for name, t in adamw8bit.init_state(R).items()}
 
 
-def widened(state: Mapping[str, Any], R: Tensor) -> tuple[Tensor, Tensor]:
-    """Return M and V of R's shape to compute with: the tensors of the state themselves, or what its codes mean."""
+def decode(state: Mapping[str, Any], R: Tensor) -> tuple[Tensor, Tensor]:
+    """Return M and V of R's shape: the tensors of the state themselves, or its decoded codes."""
     if state["M"].dtype != torch.uint8:
         return state["M"], state["V"]
     codes = {name: state[f"{name[0].upper()}{name[1:]}"] for name in ("m", "v", "m_absmax", "v_absmax")}
@@ -40,8 +40,8 @@ def widened(state: Mapping[str, Any], R: Tensor) -> tuple[Tensor, Tensor]:
     return M.view(R.shape), V.view(R.shape)
 
 
-def keep(state: Mapping[str, Any], M: Tensor, V: Tensor) -> None:
-    """Narrow M and V into the codes of a state, in place; a state without codes has them already."""
+def encode(state: Mapping[str, Any], M: Tensor, V: Tensor) -> None:
+    """Encode M and V into the codes of a state, in place; a state without codes already has the values."""
     if state["M"].dtype != torch.uint8:
         return
     for name, value in (("M", M), ("V", V)):
@@ -50,6 +50,6 @@ def keep(state: Mapping[str, Any], M: Tensor, V: Tensor) -> None:
         state[f"{name}_absmax"].copy_(absmax)
 
 
-def kept_bytes(numel: int, itemsize: int, bits: int) -> int:
-    """Return the bytes of both moments of so many numbers, `itemsize` each in the gradient's dtype."""
+def stored_bytes(numel: int, itemsize: int, bits: int) -> int:
+    """Return the bytes of both moments of `numel` elements; itemsize: bytes per element of the gradient."""
     return adamw8bit.state_bytes(numel) if bits == 8 else 2 * numel * itemsize

@@ -1,4 +1,4 @@
-"""Find, replace and densify the layers of a model: the surgery every layer-wise method needs. Not a Method."""
+"""Find, replace and densify layers of a model. Not a Method."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import nn
 
 LINEAR = ("linear",)
 KINDS = ("linear", "Conv1D", "embedding", "Conv2d")
-"""The kinds of layers that a method may adapt; every method adapts the first."""
+"""Kinds of layers that a Method may adapt; every Method adapts the first."""
 
 
 def kind_of(module: nn.Module) -> str:
     """Return the kind of a layer, one of `KINDS`, or "" for any other module.
 
-    linear: nn.Linear or a quantised subclass of it. Conv1D: transformers' linear layer whose weight is stored (in, out).
-    embedding, Conv2d: nn.Embedding, nn.Conv2d, and those subclasses that look up and convolve just as they do (an
-    embedding may also multiply by its `embed_scale`): whatever else a subclass does to its weight (a norm, quantisation)
-    an update that is added to the weight would have to go through too.
+    linear: nn.Linear or a quantised subclass. Conv1D: transformers' linear layer with the weight stored as (in, out).
+    embedding, Conv2d: nn.Embedding, nn.Conv2d and subclasses with the same forward pass (an embedding may also multiply by
+    its `embed_scale`). Other subclasses transform their weight (a norm, quantisation), and so would have to transform an
+    update.
     """
     layer: Any = module
     if isinstance(module, nn.Linear):
@@ -41,16 +41,15 @@ def targets(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear]: ...
 @overload
 def targets(model: nn.Module, names: Sequence[str], kinds: Sequence[str]) -> dict[str, Any]: ...
 def targets(model: nn.Module, names: Sequence[str], kinds: Sequence[str] = LINEAR) -> dict[str, Any]:
-    """Map path to layer for every layer whose path is, or ends in, one of `names`, in the model's order.
+    """Map path to layer for every layer with a path that is, or ends in, one of `names`, in the model's order.
 
-    A name may also be one of `WORDS`. kinds: those of `KINDS` that the method adapts. Raises ValueError for a name that fits
-    no layer, and for one that also fits a layer of another kind: a layer that is silently left out is a layer that somebody
-    believes adapted.
+    A name may also be one of `WORDS`. kinds: those of `KINDS` that the Method adapts. Raises ValueError for a name that
+    matches no layer, or also a layer of another kind, which would silently stay unadapted.
     """
     found: dict[str, Any] = {}
     for name in names:
         if name in WORDS:
-            found |= _meant(model, name, kinds)
+            found |= _layers_of_word(model, name, kinds)
             continue
         fits = {path: module for path, module in model.named_modules() if path == name or path.endswith(f".{name}")}
         mine = {path: module for path, module in fits.items() if kind_of(module) in kinds}
@@ -67,35 +66,37 @@ def targets(model: nn.Module, names: Sequence[str], kinds: Sequence[str] = LINEA
 
 
 def _attention(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the products inside the model's attention blocks: q, k, v and output, fused or not, and what else is there.
+    """Return the linear layers inside the model's attention blocks: q, k, v and output, fused or not, and others.
 
-    A block is a module whose class's name ends in `Attention`, as the classes of transformers do.
+    A block is a module of a class named `...Attention`, as in transformers.
     """
     blocks = [path for path, module in model.named_modules() if type(module).__name__.endswith("Attention")]
-    return {path: m for path, m in _products(model).items() if any(path.startswith(f"{block}.") for block in blocks)}
+    return {
+        path: m for path, m in _linear_layers(model).items() if any(path.startswith(f"{block}.") for block in blocks)
+    }
 
 
 def _all_linear(model: nn.Module) -> dict[str, nn.Module]:
-    """Return all products but the model's output: what is outside its trunk, or gives its logits.
+    """Return all linear layers except those outside the model's trunk and the one that gives its logits.
 
-    As HF peft's word of that name, but for heads of several layers, of which peft leaves out the last.
+    The same as HF peft's `all-linear`, except for heads of several layers: peft leaves out the last one only.
     """
     tell: Any = getattr(model, "get_output_embeddings", lambda: None)
     output, trunk = tell(), getattr(model, "base_model_prefix", "")
     start = f"{trunk}." if trunk and hasattr(model, trunk) else ""
-    return {path: m for path, m in _products(model).items() if m is not output and path.startswith(start)}
+    return {path: m for path, m in _linear_layers(model).items() if m is not output and path.startswith(start)}
 
 
-def _products(model: nn.Module) -> dict[str, nn.Module]:
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if kind_of(module) in ("linear", "Conv1D")}
 
 
 WORDS: Mapping[str, Callable[[nn.Module], dict[str, nn.Module]]] = {"attention": _attention, "all-linear": _all_linear}
-"""What `targets` may say instead of names."""
+"""Words that `targets` accepts instead of names, with the layers that they select."""
 
 
-def _meant(model: nn.Module, word: str, kinds: Sequence[str]) -> dict[str, nn.Module]:
-    """Return the layers that `word` stands for on this model. Raises ValueError as `targets` does."""
+def _layers_of_word(model: nn.Module, word: str, kinds: Sequence[str]) -> dict[str, nn.Module]:
+    """Return the layers that `word` selects in this model. Raises ValueError as `targets` does."""
     found = WORDS[word](model)
     for path, module in found.items():
         if kind_of(module) not in kinds:
@@ -115,13 +116,13 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` at `path`."""
+    """Set `module` at `path`."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
 
 
 def floating_dtype(base: nn.Module) -> torch.dtype:
-    """Return the dtype an adapter of `base` trains in: that of its weight, or if that is packed, of its products."""
+    """Return the dtype for an adapter of `base`: that of its weight, or its compute dtype if the weight is packed."""
     for tensor in (*base.parameters(), *base.buffers()):
         if tensor.is_floating_point():
             return tensor.dtype
@@ -129,10 +130,10 @@ def floating_dtype(base: nn.Module) -> torch.dtype:
 
 
 def dense_weight(base: nn.Linear | nn.Embedding) -> torch.Tensor:
-    """Return the matrix (out, in) that `base` multiplies by, whatever form it keeps it in.
+    """Return the dense matrix (out, in) that `base` multiplies by.
 
-    An embedding multiplies one-hot rows by its table: the matrix is the table's transpose. A packed layer is asked for its
-    columns: it is linear, so its images of the unit vectors are its matrix, exactly, since each product is 1 w + 0 + 0 ...
+    An embedding multiplies one-hot rows by its table: the matrix is the table's transpose. The matrix of a packed layer is
+    its output for the unit vectors: exact, since each product is 1 w + 0 + 0 ...
     """
     if isinstance(base, nn.Embedding):
         return base.weight.detach().T.contiguous()
@@ -143,7 +144,7 @@ def dense_weight(base: nn.Linear | nn.Embedding) -> torch.Tensor:
     base.bias = None  # type: ignore[assignment]  # (w + b) - b would round
     try:
         with torch.no_grad():
-            # Some packed layers compute in another precision in eval mode; training mode is what the adapter trained on.
+            # Some packed layers compute in another precision in eval mode; the adapter trained in training mode.
             columns: torch.Tensor = base.train()(unit)
     finally:
         base.bias = bias
@@ -156,9 +157,9 @@ def dense_copy(base: nn.Linear) -> nn.Linear: ...
 @overload
 def dense_copy(base: nn.Module) -> nn.Module: ...
 def dense_copy(base: nn.Module) -> nn.Module:
-    """Return a layer of its own that computes what `base` computes, in its floating dtype, and does not train.
+    """Return an independent frozen layer with the same output as `base`, in its floating dtype.
 
-    A linear layer gives an nn.Linear, whatever form it keeps its weight in; any other layer a copy of itself.
+    A linear layer, packed or not, gives an nn.Linear; any other layer gives a copy.
     """
     if not isinstance(base, nn.Linear):
         return copy.deepcopy(base).requires_grad_(False)

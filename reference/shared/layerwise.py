@@ -1,8 +1,8 @@
 """Layer-wise weight updates: each weight is stepped within the backward pass, and its gradient freed at once.
 
-After LOMO (Lv et al., arXiv:2306.09782), as GaLore's per-layer weight updates (arXiv:2403.03507, section 4.3). At no time do
-all gradients exist, so that they take the memory of the largest one. The numbers are those of the whole step, bit for bit:
-once the gradient of a weight is whole, no other gradient of that pass reads the weight any more.
+After LOMO (Lv et al., arXiv:2306.09782), as GaLore's per-layer weight updates (arXiv:2403.03507, section 4.3). Gradients
+never exist all at once and take the memory of the largest one. Results are those of a whole step, bit for bit: once the
+gradient of a weight is complete, no other gradient of that pass reads the weight.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ def _own(p: Tensor) -> Tensor | None:
 
 
 class Layerwise:
-    """Lets every parameter be stepped as soon as its gradient is whole; `optimizer.step()` then has nothing left to do.
+    """Hooks that step every parameter as soon as its gradient is complete; `optimizer.step()` then has nothing left to do.
 
-    optimizer: any that steps each parameter by itself and skips what has no gradient; none may have one now. Clipping by the
-    global norm, a scaled loss that is to be tried again and accumulating over several backward passes are not possible: they
-    need all gradients, or a later one. gradient: how a parameter's gradient is read for its norm.
-    most_B: bytes of the largest gradient that there was, and of what `gradient` makes of it, where that is another tensor.
+    optimizer: one that steps each parameter independently and skips those without a gradient; none may have a gradient now.
+    Clipping by the global norm, loss scaling with retries and accumulation over several backward passes are not possible.
+    gradient: reads a parameter's gradient for its norm.
+    most_B: bytes of the largest gradient so far, and of the result of `gradient` where that is another tensor.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, gradient: Callable[[Tensor], Tensor | None] = _own) -> None:
@@ -33,13 +33,13 @@ class Layerwise:
         self._hooks = [p.register_post_accumulate_grad_hook(self._update) for p in trains]
 
     def norm(self, of: Iterable[Tensor]) -> float:
-        """Return the norm of all gradients that these parameters had since it was last asked; 0 where none had one."""
+        """Return the norm of all gradients of these parameters since the last call; 0 without any."""
         norms = [norm for p in of if (norm := self._norms.get(p)) is not None]
         self._norms.clear()
         return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
     def remove(self) -> None:
-        """End it: gradients stay again until somebody steps."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 

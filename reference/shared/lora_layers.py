@@ -1,7 +1,7 @@
-"""LoRA on layers that are no matrix: a table of embeddings, a 2-d convolution. The method itself is in `lora.py`.
+"""LoRA on layers other than linear ones: embedding tables and 2-d convolutions, for `reference/lora.py`.
 
-The paper adapts matrices; each layer here is seen as one. Shape letters: N entries, E out, R rank, C channels in, G groups,
-K kernel side.
+The paper adapts matrices; each layer here is treated as one. Shape letters: N entries, E out, R rank, C channels in, G
+groups, K kernel side.
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reference.shared.adapted import AdaptedLayer
 from reference.shared.layers import dense_copy
 
 
-class LoraEmbedding(nn.Module):
-    """A frozen table of embeddings (N, E) with a low-rank update: a linear layer without bias on one-hot rows.
+class LoraEmbedding(AdaptedLayer):
+    """A frozen embedding table (N, E) with a low-rank update: a linear layer without bias on one-hot rows.
 
-    base: an nn.Embedding; one that multiplies by its `embed_scale` multiplies the update too, since merged it would.
-    A (R, N), B (E, R). As the base does, the entry at padding_idx gives no gradient, and scale_grad_by_freq divides by
-    how often an entry occurs. Raises ValueError for max_norm, with which the table changes in every forward pass.
+    A (R, N), B (E, R). A base with `embed_scale` scales the update too, as it would after merging. As in the base, the entry
+    at padding_idx has no gradient, and scale_grad_by_freq divides by an entry's count. Raises ValueError for a base with
+    max_norm, which rewrites the table in every forward pass.
     """
+
+    base: nn.Embedding
 
     def __init__(self, base: nn.Embedding, A: Tensor, B: Tensor, scaling: float) -> None:
         super().__init__()
@@ -49,22 +52,19 @@ class LoraEmbedding(nn.Module):
         """Map the paper's letters to what trains."""
         return {"A": self.A, "B": self.B}
 
-    def state(self) -> dict[str, Tensor]:
-        """Return nothing: W0 is the base's."""
-        return {}
-
     def merged(self) -> nn.Module:
         """Return an embedding with W0 + scaling (B A)^T."""
         return _added(dense_copy(self.base), self.delta())
 
 
-class LoraConv2d(nn.Module):
-    """A frozen convolution beside one of R channels: a K x K convolution A, then a 1 x 1 convolution B (as HF peft).
+class LoraConv2d(AdaptedLayer):
+    """A frozen convolution (E, C/G, K, K) plus a K x K convolution A to R channels and a 1 x 1 convolution B (as HF peft).
 
-    base: an nn.Conv2d with kernel (E, C/G, K, K). A (R, C, K, K) sees all channels and has the base's stride, padding,
-    padding mode and dilation; B (E, R/G, 1, 1) has its groups. The rank of the update, a matrix (E, C K K), is R.
-    Raises ValueError if G does not divide R.
+    A (R, C, K, K) reads all channels and has the base's stride, padding, padding mode and dilation; B (E, R/G, 1, 1) has
+    its groups. The rank of the update, a matrix (E, C K K), is R. Raises ValueError if G does not divide R.
     """
+
+    base: nn.Conv2d
 
     def __init__(self, base: nn.Conv2d, A: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
         super().__init__()
@@ -89,21 +89,19 @@ class LoraConv2d(nn.Module):
         """Map the paper's letters to what trains."""
         return {"A": self.A, "B": self.B}
 
-    def state(self) -> dict[str, Tensor]:
-        """Return nothing: W0 is the base's."""
-        return {}
-
     def merged(self) -> nn.Module:
-        """Return a convolution with W0 + scaling B A; without groups, where the base has them, as the update has none."""
+        """Return a convolution with W0 + scaling B A; without groups, because the update has none."""
         return _added(ungrouped(self.base), self.delta())
 
 
-class LoraConv2dKernel(nn.Module):
-    """A frozen convolution whose kernel has the update B A, reshaped (as loralib).
+class LoraConv2dKernel(AdaptedLayer):
+    """A frozen convolution (E, C/G, K, K) with a square kernel and the update B A, reshaped to it (as loralib).
 
-    base: an nn.Conv2d with a square kernel (E, C/G, K, K). A (R K, C K), B (E/G K, R K); B A is read row by row as a
-    kernel. Its rank is up to R K. Raises ValueError for a kernel that is not square.
+    A (R K, C K), B (E/G K, R K); B A is reshaped row by row. Its rank is up to R K. Raises ValueError for a kernel that is
+    not square.
     """
+
+    base: nn.Conv2d
 
     def __init__(self, base: nn.Conv2d, A: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
         super().__init__()
@@ -124,10 +122,6 @@ class LoraConv2dKernel(nn.Module):
         """Map the paper's letters to what trains."""
         return {"A": self.A, "B": self.B}
 
-    def state(self) -> dict[str, Tensor]:
-        """Return nothing: W0 is the base's."""
-        return {}
-
     def merged(self) -> nn.Module:
         """Return a convolution with W0 + scaling B A."""
         return _added(dense_copy(self.base), self.delta())
@@ -142,7 +136,7 @@ def convolve(base: nn.Conv2d, x: Tensor, kernel: Tensor, groups: int) -> Tensor:
 
 
 def ungrouped(base: nn.Conv2d) -> nn.Conv2d:
-    """Return a copy of `base` with one group: each output's kernel is 0 on the channels of the other groups."""
+    """Return a copy of `base` with one group; each output's kernel is 0 for channels of other groups."""
     whole = dense_copy(base)
     assert isinstance(whole, nn.Conv2d)  # noqa: S101
     G, (E, c, *K) = base.groups, base.weight.shape

@@ -1,7 +1,7 @@
-"""Where LoRA's A and B start from: the usual start and its variants. Not a Method; the knob `init` of `lora.py` chooses.
+"""Initial A and B of LoRA, selected by `init` in its Config. Not a Method.
 
-kaiming: A uniform in +-1/sqrt(in), B zero: what loralib and HF peft do by default. gaussian: A normal, B zero, as the paper
-says (arXiv:2106.09685, section 4.1) without a standard deviation; 1/r is HF peft's. orthogonal: neither is zero, but their
+kaiming: A uniform in +-1/sqrt(in), B zero, the default of loralib and HF peft. gaussian: A normal, B zero, as in the paper
+(arXiv:2106.09685, section 4.1), which states no standard deviation; 1/r is HF peft's. orthogonal: neither is zero, but their
 product is (HF peft's `init_lora_weights="orthogonal"`, after datta0.github.io/posts/rethink-lora-init).
 """
 
@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 _SPREAD = 10.0
-"""What HF peft divides its orthogonal start by, each factor."""
+"""Divisor of both orthogonal factors in HF peft."""
 
 
-def start(init: str, rank: int, inputs: int, outputs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def initial_factors(
+    init: str, rank: int, inputs: int, outputs: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Return A (rank, inputs) and B (outputs, rank), drawn in float64 so that every dtype starts from the same numbers.
 
-    Raises ValueError for an odd rank with `orthogonal`: half of the directions are A's, the other half B's.
+    Raises ValueError for an odd rank with `orthogonal`, where A and B get half of the directions each.
     """
     if init == "orthogonal":
         return _orthogonal(rank, inputs, outputs, generator)
@@ -33,11 +35,9 @@ def start(init: str, rank: int, inputs: int, outputs: int, generator: torch.Gene
 
 
 def _orthogonal(rank: int, inputs: int, outputs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Spread the rows of A over one half of an orthonormal basis of R^rank, the columns of B over the other: B A = 0."""
+    """Return A with rows in one half of an orthonormal basis of R^rank, B with columns in the other half: B A = 0."""
     if rank % 2:
-        raise ValueError(
-            f"rank {rank} is odd, and init=orthogonal shares the directions out in halves: choose an even one"
-        )
+        raise ValueError(f"rank {rank} is odd; init=orthogonal requires an even rank")
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
@@ -49,7 +49,7 @@ def _orthogonal(rank: int, inputs: int, outputs: int, generator: torch.Generator
 
 
 @torch.no_grad()
-def put(init: str, A: Tensor, B: Tensor, generator: torch.Generator) -> None:
-    """Write a start into A (R, D) and B (E, R) of a layer that has been made elsewhere. Raises as `start` does."""
-    for factor, drawn in zip((A, B), start(init, A.shape[0], A.shape[1], B.shape[0], generator), strict=True):
+def write_initial_factors(init: str, A: Tensor, B: Tensor, generator: torch.Generator) -> None:
+    """Overwrite A (R, D) and B (E, R) of an existing layer with initial values. Raises as `initial_factors` does."""
+    for factor, drawn in zip((A, B), initial_factors(init, A.shape[0], A.shape[1], B.shape[0], generator), strict=True):
         factor.copy_(drawn)

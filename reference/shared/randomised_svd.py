@@ -1,6 +1,6 @@
-"""The leading singular vectors by a random sketch. Halko, Martinsson and Tropp, 2011, arXiv:0909.4061.
+"""Leading singular vectors by a random sketch. Halko, Martinsson and Tropp, 2011, arXiv:0909.4061.
 
-Algorithm 4.4 finds a basis of the range by subspace iterations on W times the sketch, algorithm 5.1 turns it into an SVD.
+Algorithm 4.4 computes a basis of the range by subspace iterations on W times the sketch, algorithm 5.1 the SVD.
 Shape letters: W (E, D), K columns of the sketch.
 """
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def randomised_svd(W_ED: Tensor, sketch: Tensor, niter: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return an approximate (U (E, K), S (K,), Vt (K, D)) of the K largest singular values; signs as they come.
+    """Return an approximate (U (E, K), S (K,), Vt (K, D)) of the K largest singular values, with LAPACK's signs.
 
-    sketch: (smaller side, K); the range of the taller of W and W^T is found. niter: subspace iterations, each of which
-    multiplies the error of a singular vector by the square of the ratio of what is beyond the sketch to its singular value.
+    sketch: (min(E, D), K). niter: subspace iterations; each multiplies the error of a singular vector by the square of
+    (largest singular value outside the sketch / its own singular value).
     """
     if W_ED.shape[0] < W_ED.shape[1]:
         U, S, Vt = randomised_svd(W_ED.T, sketch, niter)

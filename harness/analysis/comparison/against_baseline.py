@@ -12,11 +12,11 @@ from pathlib import Path
 from harness.analysis import failed_checks
 from harness.analysis.comparison import baseline_costs, baseline_losses, baseline_scores, environment_differences
 from harness.analysis.comparison.baseline_rows import LOOSER, ComparisonRow, FindingKind, Findings, Margins
+from harness.analysis.run_facts import RunFacts
 from harness.analysis.verdict_kind import Verdict, VerdictKind
 from harness.errors import Exit
 from harness.records import naming
 from harness.records.record import Cell, Outcome, Record, Status
-from harness.records.store import Run
 
 _SHOWN = 3
 """Names, and differences of environments, that a sentence gives."""
@@ -33,7 +33,7 @@ class Against(Findings):
     notes: tuple[str, ...]
 
 
-def judge(base: Run, new: Run, *, margins: Margins | None = None, strict: bool = False) -> Against:
+def judge(base: RunFacts, new: RunFacts, *, margins: Margins | None = None, strict: bool = False) -> Against:
     """Compare every Cell of the baseline with the run's Record of it.
 
     Exit codes, the first that holds: NOTHING_COMPARED without one Cell on both sides; FAIL for any failed row or a file that
@@ -42,7 +42,7 @@ def judge(base: Run, new: Run, *, margins: Margins | None = None, strict: bool =
     """
     margins = margins or Margins()
     # A cell_id is computed whenever it is asked for, and there may be thousands of Cells.
-    expected = [{cell.cell_id: cell for cell in run.manifest.cells} for run in (base, new)]
+    expected = [{cell.cell_id: cell for cell in side.run.manifest.cells} for side in (base, new)]
     cells = expected[0] | expected[1]
     names = naming.full(cells.values())
     recipes = {i: cell.recipe_id for i, cell in cells.items()}
@@ -55,10 +55,10 @@ def judge(base: Run, new: Run, *, margins: Margins | None = None, strict: bool =
         rows += baseline_losses.rows(names[a.cell_id], a, b)
     rows += baseline_scores.rows(measured, recipes, _called(cells, recipes, names), margins)
     rows += environment_differences.rows(pairs)
-    sides = (("baseline", base), ("run", new))
+    sides = (("baseline", base.run), ("run", new.run))
     unreadable = tuple(f"{side}: {name}: {why}" for side, run in sides for name, why in run.broken.items())
     changed = tuple(f"{side}: {name} {what}" for side, run in sides for name, what in run.changed.items())
-    notes: tuple[str, ...] = () if _finished(new) else (f"the run is {new.footer.how if new.footer else 'incomplete'}",)
+    notes: tuple[str, ...] = () if new.how == "finished" else (f"the run is {new.how}",)
     for side, run in sides:
         # Nothing else would show that somebody has edited it. That a run did not finish is told anyway.
         if not (run.footer.sha256 if run.footer else side == "run"):
@@ -67,18 +67,18 @@ def judge(base: Run, new: Run, *, margins: Margins | None = None, strict: bool =
     verdict, code = _whole(rows, len(pairs), unreadable, changed, notes, strict)
     return Against(
         verdict=verdict, rows=tuple(rows), compared=len(pairs), unreadable=unreadable, changed=changed,
-        exit=code, cells=len(base.manifest.cells), margins=margins, notes=notes,
+        exit=code, cells=len(base.run.manifest.cells), margins=margins, notes=notes,
     )  # fmt: skip
 
 
 def _matched(
-    base: Run, new: Run, names: Mapping[str, str], expected: Sequence[Mapping[str, Cell]]
+    base: RunFacts, new: RunFacts, names: Mapping[str, str], expected: Sequence[Mapping[str, Cell]]
 ) -> tuple[list[tuple[Record, Record]], list[ComparisonRow]]:
     """Pair the Records of each Cell of the baseline; a row for every Cell that has none on one side."""
-    before, now = base.latest(), new.latest()
+    before, now = base.latest, new.latest
     known, planned = expected
-    torn = {"baseline": _torn(base, before), "run": _torn(new, now)}
-    doubtful = {"baseline": base.doubtful(), "run": new.doubtful()}
+    torn = {"baseline": _torn(base), "run": _torn(new)}
+    doubtful = {"baseline": base.doubtful, "run": new.doubtful}
     pairs: list[tuple[Record, Record]] = []
     rows: list[ComparisonRow] = []
     for i in known:
@@ -112,12 +112,12 @@ def _status(record: Record | None) -> str | None:
     return record.status.value if record else None
 
 
-def _torn(run: Run, latest: Mapping[str, Record]) -> dict[str, str]:
+def _torn(side: RunFacts) -> dict[str, str]:
     """Map each cell_id whose newest attempt cannot be read to the file and the reason. No older one may stand in."""
     found = {}
-    for name, why in run.broken.items():
+    for name, why in side.run.broken.items():
         cell_id, _, attempt = Path(name).stem.partition(".")
-        if attempt.isdecimal() and (cell_id not in latest or latest[cell_id].attempt < int(attempt)):
+        if attempt.isdecimal() and (cell_id not in side.latest or side.latest[cell_id].attempt < int(attempt)):
             found[cell_id] = f"{name}: {why}"
     return found
 
@@ -221,7 +221,3 @@ def _residue(rows: Sequence[ComparisonRow]) -> list[str]:
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return f"{', '.join(names[:_SHOWN])}{more}"
-
-
-def _finished(run: Run) -> bool:
-    return run.footer is not None and run.footer.how == "finished"

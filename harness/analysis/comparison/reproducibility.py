@@ -62,6 +62,12 @@ def reruns(runs: Sequence[Run]) -> tuple[Rerun, ...]:
     return tuple(_rerun(names[i], records) for i, records in repeated.items())
 
 
+def possible_reruns(runs: Sequence[Run]) -> tuple[Rerun, ...] | None:
+    """Return `reruns`, or None where there can be none: one run with one attempt at each Cell."""
+    repeated = len(runs) > 1 or any(len(run.records) > len(run.latest()) for run in runs)
+    return reruns(runs) if repeated else None
+
+
 def judge(found: Sequence[Rerun], *, strict: bool = False) -> Exit:
     """Return the exit code of a comparison: an unexplained difference is a failure, an explained one is none."""
     if any(r.unexplained for r in found):

@@ -1,4 +1,4 @@
-"""Scoring an encoder with a classification head: the largest logit wins."""
+"""Score an encoder with a classification head: the largest logit wins."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from harness.records.record import Item
 def score(
     model: Any, examples: Sequence[Example], pad: int, batch: int, report: Callable[[int, int], None]
 ) -> list[Item]:
-    """Return one 0/1 Item per example, in the examples' order. Batches hold texts of like length."""
+    """Return one 0/1 Item per example, in the examples' order. Batches hold texts of similar length."""
     model.eval()
     device = next(model.parameters()).device
     by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))

@@ -1,4 +1,4 @@
-"""A causal language model as lm-eval sees one: answers, and their likelihood with no more logits than their own."""
+"""A causal language model for lm-eval: answers and their likelihoods, computed with no more logits than needed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from harness.suites.task_schema import MAX_GEN_TOKS
 class CausalScorer(TemplateLM):  # type: ignore[misc]
     """Answers log-likelihood and generation requests for `model`.
 
-    Requests that need the same forward pass share it: the choices of one question whose answers are one token long cost
-    one pass over the prompt. max_tokens: longer sequences lose their beginning. cut: lm-eval's numbers of the items of which
-    something did.
+    Requests that need the same forward pass share it: choices of one token cost one pass over the prompt. max_tokens:
+    longer sequences lose their beginning. `cut` has lm-eval's numbers of the items that lost some of it.
     """
 
     def __init__(
@@ -38,11 +37,11 @@ class CausalScorer(TemplateLM):  # type: ignore[misc]
         return int(self.tokenizer.eos_token_id)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Return token ids; without special tokens unless asked for."""
+        """Return token ids; without special tokens unless requested."""
         return list(self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)))
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Return (context ids, continuation ids) as scoring will see them, for training on the same tokens."""
+        """Return (context ids, continuation ids) as scoring uses them, for training on the same tokens."""
         context_ids, continuation_ids = self._encode_pair(context, continuation)
         return list(context_ids), list(continuation_ids)
 
@@ -90,13 +89,13 @@ class CausalScorer(TemplateLM):  # type: ignore[misc]
         )
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Return greedy answers. The prompt is cut as in training; its answer has room besides."""
+        """Return greedy answers. The prompt is cut as in training, without room for the answer."""
         prompts = Prompts(self.tokenizer, self.max_tokens)
-        # All requests of a task ask in the same way.
-        how = requests[0].args[1]
-        until = [how["until"]] if isinstance(how["until"], str) else how["until"]
-        asked = [prompts.open(str(request.doc_id), request.args[0]) for request in requests]
-        self.cut |= {request.doc_id for request, one in zip(requests, asked, strict=True) if one.cut}
-        tokens = [list(one.tokens) for one in asked]
-        most = int(how.get("max_gen_toks", MAX_GEN_TOKS))
+        # All requests of a task have the same options.
+        options = requests[0].args[1]
+        until = [options["until"]] if isinstance(options["until"], str) else options["until"]
+        examples = [prompts.open(str(request.doc_id), request.args[0]) for request in requests]
+        self.cut |= {request.doc_id for request, one in zip(requests, examples, strict=True) if one.cut}
+        tokens = [list(one.tokens) for one in examples]
+        most = int(options.get("max_gen_toks", MAX_GEN_TOKS))
         return generate(self.model, self.tokenizer, tokens, until, most, self.batch, self.report)

@@ -15,7 +15,7 @@ from harness.suites.task_schema import METRICS
 
 
 class LmEvalTask:
-    """config: the YAML task as a dict. test: the rows that are scored. judge: the filter whose exact match counts."""
+    """A task. config: its YAML. test: the rows to score. judge: the filter that decides exact match."""
 
     def __init__(self, config: dict[str, Any], test: Sequence[AnyRow], judge: str = "none") -> None:
         import datasets
@@ -26,7 +26,7 @@ class LmEvalTask:
         self._places = range(len(test))
 
     _places: range
-    """Where the tested documents stand among all of the task's; one for each of `ids`."""
+    """Positions of the tested documents among all of the task's; one for each of `ids`."""
 
     def _take(self, config: dict[str, Any], data: Any, judge: str) -> None:
         from lm_eval.api.task import ConfigurableTask
@@ -41,12 +41,12 @@ class LmEvalTask:
 
     @property
     def scored_by(self) -> str:
-        """Name the judge and its version."""
+        """lm-eval and its version."""
         return f"lm-eval {version('lm-eval')}"
 
     @property
     def metric(self) -> str:
-        """Name what is counted as right."""
+        """The name of the metric."""
         if self._chooses:
             return "accuracy"
         return "exact match" if self._judge == "none" else f"exact match ({self._judge})"
@@ -60,7 +60,7 @@ class LmEvalTask:
         return self.prompt(row), f"{self.task.config.target_delimiter}{self.task.doc_to_target(asdict(row))}"
 
     def answers(self, row: DataRow) -> list[str]:
-        """Return the choices as lm-eval scores them, each after the delimiter."""
+        """Return the choices as lm-eval scores them, each with the delimiter before it."""
         return self._choices(asdict(row))
 
     def _choices(self, doc: Any) -> list[str]:
@@ -70,13 +70,13 @@ class LmEvalTask:
         """Run lm-eval; return one 0/1 Item per test row."""
         from lm_eval.evaluator import evaluate
 
-        # Not `limit`, which always begins with the first. A range: lm-eval asks of every document whether it is in there.
+        # Not `limit`, which always begins with the first. A range: lm-eval tests every document for membership.
         samples: Any = {self.name: self._places}
         outcome = evaluate(
             lm=scorer, task_dict={self.name: self.task}, samples=samples, bootstrap_iters=0, log_samples=True
         )
         key = METRICS[self.task.OUTPUT_TYPE]
-        # A sample stands there once for each filter.
+        # Each sample occurs once for each filter.
         scored = [s for s in outcome["samples"][self.name] if s["filter"] == self._judge]
         if len(scored) != len(self.ids):
             raise UsageError(f"lm-eval scored {len(scored)} of {len(self.ids)} items by the filter `{self._judge}`")

@@ -11,12 +11,12 @@ from harness.errors import UsageError
 
 OwnRow = DataRow | Answered
 _SHOTS_SEED = 1234
-"""lm-eval's own default: which examples stand before a question."""
+"""lm-eval's own default; it selects the few-shot examples."""
 
 
 class OwnTask(LmEvalTask):
-    """file: the task's YAML. folder: its splits. tested: the places of the test items that are scored. judge: the filter
-    that counts.
+    """A task of lm-eval. file: its YAML. folder: its splits. tested: positions of the test items to score. judge: the
+    filter that decides.
 
     Training prompts are the task's own, without the examples (few-shot) and the description that a test prompt may have.
     """
@@ -25,7 +25,7 @@ class OwnTask(LmEvalTask):
         import datasets
         from lm_eval.tasks._yaml_loader import (
             load_yaml,
-        )  # its public ways first read all of lm-eval's tasks, for seconds
+        )  # its public functions read all of lm-eval's tasks first, which takes seconds
         from pyarrow.parquet import read_table
 
         config = load_yaml(file)
@@ -34,8 +34,8 @@ class OwnTask(LmEvalTask):
         self.task.set_fewshot_seed(_SHOTS_SEED)
         every = list(self.task.eval_docs)
         if not tested or tested.stop > len(every):
-            # The file may have had enough: what counts is what the task's `process_docs` leaves.
-            what = f"items {tested.start + 1} to {tested.stop} are wanted, and {self.name} tests {len(every)}"
+            # The file may have enough rows, and the task's `process_docs` may drop some.
+            what = f"items {tested.start + 1} to {tested.stop} are selected, and {self.name} tests {len(every)}"
             hint = f"`evaluation.items`, and those of `tune` after them, may be at most {len(every)} together"
             raise UsageError(what, where=str(file), hint=hint)
         docs, self._places = every[tested.start : tested.stop], tested
@@ -47,7 +47,7 @@ class OwnTask(LmEvalTask):
         return [self._row(name, self._docs[name]) for name in self.ids]
 
     def training(self) -> list[OwnRow]:
-        """Return the training split as rows, but for those that the test asks too."""
+        """Return the training split as rows, without those that are also test items."""
         docs = {f"train-{number}": doc for number, doc in enumerate(self.task.training_docs() or [])}
         self._docs |= docs
         return unasked([self._row(name, doc) for name, doc in docs.items()], self.tested())

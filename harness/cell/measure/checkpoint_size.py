@@ -1,4 +1,4 @@
-"""The size of what a user would save: the adapter's file, written and looked at, and the whole model's, summed up."""
+"""Checkpoint sizes: of the adapter's file, which is written, and of the whole model, which is summed up."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from harness.cell.measure.memory import tensor_bytes
 from harness.records.cost import Checkpoint
 
 
-def whole(model: torch.nn.Module) -> int:
+def model_bytes(model: torch.nn.Module) -> int:
     """Return the bytes of the tensors that `model` would be saved with; shared ones count once.
 
-    To be asked before anything is packed or attached: merged and unpacked, or fully trained, it has these shapes again. The
-    model of a shape may still be on the meta device, whose storages have no address: so they are told apart by themselves.
+    Call it before the model is packed or adapted: merged and unpacked, or fully trained, it has these shapes again. The
+    model of a shape may still be on the meta device, where storages have no address: they are compared by identity.
     """
     storages = [tensor.untyped_storage() for tensor in model.state_dict().values()]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
@@ -28,22 +28,21 @@ def whole(model: torch.nn.Module) -> int:
 def measure(
     adapter: Mapping[str, Tensor], head: Mapping[str, Tensor], model_B: int, folder: Path, *, trains_base: bool = False
 ) -> Checkpoint:
-    """Write adapter and head as one safetensors file into `folder`, look at its size, and remove it.
+    """Write adapter and head as one safetensors file into `folder`, and return the sizes.
 
-    trains_base: whether the model's own weights are trained, so that there is nothing to save but all of it. The file has
-    no name, so that nothing is left even if the process is killed. A disk that is full is a reason, no error.
+    trains_base: the model's own weights are trained, so that all of them must be saved. The file has no name, so that
+    nothing is left even if the process is killed. A full disk is a reason in the result, not an error.
     """
     if trains_base or not (adapter or head):
         because = "the model's own weights are trained: all of them are saved" if trains_base else "nothing is trained"
         return Checkpoint(model_B=model_B, because=because)
     tensors = {f"head.{name}": t for name, t in head.items()} | dict(adapter)
-    held = {
-        name: t.detach().contiguous().cpu().clone() for name, t in tensors.items()
-    }  # safetensors refuses shared memory
-    head_B = tensor_bytes(held[f"head.{name}"] for name in head)
+    # safetensors refuses shared memory
+    copies = {name: t.detach().contiguous().cpu().clone() for name, t in tensors.items()}
+    head_B = tensor_bytes(copies[f"head.{name}"] for name in head)
     try:
         with TemporaryFile(dir=folder) as file:
-            file.write(save(held))
+            file.write(save(copies))
             file.flush()
             size = os.fstat(file.fileno()).st_size
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Holding what is timed to few cores."""
+"""Limit a timed process to few cores."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from contextlib import contextmanager
 import psutil
 
 
-def allowed() -> int:
+def available_cores() -> int:
     """Return how many cores this process may use."""
     process = psutil.Process()
     return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count() or 1
 
 
 @contextmanager
-def held_to(count: int | None) -> Iterator[list[int]]:
-    """Let this process, and those that it starts, use only so many of its cores; yield their numbers.
+def limit_cores(count: int | None) -> Iterator[list[int]]:
+    """Limit this process, and those that it starts, to `count` of its cores (None: all); yield their numbers.
 
-    Those of the highest numbers: interrupts mostly go to the lowest. count: None for all. Yields nothing, and holds nothing,
-    where the system knows no such thing (macOS).
+    It keeps those of the highest numbers, because interrupts mostly go to the lowest. Where the system has no affinities
+    (macOS), it yields an empty list and limits nothing.
     """
     process = psutil.Process()
     if not hasattr(process, "cpu_affinity"):
         yield []
         return
-    allowed = sorted(process.cpu_affinity())
+    cores = sorted(process.cpu_affinity())
     if count is None:
-        yield allowed
+        yield cores
         return
-    process.cpu_affinity(allowed[-count:])
+    process.cpu_affinity(cores[-count:])
     try:
-        yield allowed[-count:]
+        yield cores[-count:]
     finally:
-        process.cpu_affinity(allowed)
+        process.cpu_affinity(cores)

@@ -1,4 +1,4 @@
-"""Energy: joules between two moments, where a driver or the kernel counts them. Never estimated, never 0 for unknown."""
+"""Energy in joules, if a driver or the kernel counts it. Never estimated; None if unknown, never 0."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Protocol
 from harness.cell.measure.nvml import NvmlGpu
 
 LEAST_S = 2.0
-"""NVML's counter moves every 20 to 100 ms: of a shorter window it may be wrong by many per cent."""
+"""Shortest window. NVML's counter moves every 20 to 100 ms: a shorter one may be wrong by many per cent."""
 RAPL = Path("/sys/class/powercap")
-# No package draws more. A counter of RAPL starts anew at some 262 kJ, and after twice that nobody knows how often it did.
 _MOST_W = 1000.0
+"""No package draws more. A counter of RAPL wraps at some 262 kJ; after two wraps their number is unknown."""
 
 
 class Counter(Protocol):
-    """Something that counts joules."""
+    """A source of energy readings."""
 
     source: str
 
     def now(self) -> list[float] | None:
-        """Return what its counters stand at, in joules, or None if they cannot be read."""
+        """Return the readings of its counters in joules, or None if they cannot be read."""
 
     def between(self, before: list[float], after: list[float], seconds: float) -> float | None:
-        """Return joules from one reading to another, or None if they do not tell."""
+        """Return joules from one reading to another, or None if these do not determine it."""
 
 
 @dataclass
 class NvmlCounter:
-    """The counter of one GPU; it starts anew only with the driver."""
+    """The counter of one GPU; it restarts only with the driver."""
 
     gpu: NvmlGpu
     source: str = "nvml"
@@ -41,13 +41,13 @@ class NvmlCounter:
         return None if spent is None else [spent]
 
     def between(self, before: list[float], after: list[float], seconds: float) -> float | None:
-        """Return the difference; None if the driver was loaded anew."""
+        """Return the difference; None if the driver was reloaded."""
         return after[0] - before[0] if after[0] >= before[0] else None
 
 
 @dataclass
 class RaplCounter:
-    """The counters of the CPU packages (Intel's and AMD's), each of which starts anew at a number of its own."""
+    """The counters of the CPU packages (Intel's and AMD's); each wraps at a number of its own."""
 
     packages: list[Path]
     source: str = "rapl"
@@ -60,7 +60,7 @@ class RaplCounter:
             return None
 
     def between(self, before: list[float], after: list[float], seconds: float) -> float | None:
-        """Return the sum of the differences; None if a counter may have started anew twice."""
+        """Return the sum of the differences; None if a counter may have wrapped twice."""
         total = 0.0
         for package, one, other in zip(self.packages, before, after, strict=True):
             try:
@@ -75,14 +75,15 @@ class RaplCounter:
 
 @dataclass
 class EnergyMeter:
-    """Measures one window at a time. counter: None where nothing counts; `because` then says why."""
+    """Measures one window at a time."""
 
     counter: Counter | None
     because: str = ""
+    """The reason why there is no counter."""
 
     @property
     def source(self) -> str:
-        """Who counts, or an empty string."""
+        """The name of the counter, or an empty string."""
         return self.counter.source if self.counter else ""
 
     def start(self) -> None:
@@ -91,7 +92,7 @@ class EnergyMeter:
         self._began = time.monotonic()
 
     def joules(self) -> float | None:
-        """Return what was spent since `start`; None if nothing counts, or in a window of under LEAST_S seconds."""
+        """Return the energy since `start`; None without a counter, or in a window shorter than LEAST_S seconds."""
         seconds = time.monotonic() - self._began
         if self.counter is None or self._before is None or seconds < LEAST_S:
             return None
@@ -100,12 +101,13 @@ class EnergyMeter:
 
 
 def meter(gpu: NvmlGpu | None, because: str = "", *, cuda: bool = False, root: Path = RAPL) -> EnergyMeter:
-    """Return a meter of the GPU, or if the run is on the CPU of its packages. because: why there is no `gpu`."""
+    """Return a meter of the GPU, or of the CPU's packages if not `cuda`. because: the reason why `gpu` is None."""
     if cuda:
         if gpu is None:
             return EnergyMeter(None, because)
-        told = gpu.energy() is not None
-        return EnergyMeter(NvmlCounter(gpu)) if told else EnergyMeter(None, "this GPU's driver counts no energy")
+        if gpu.energy() is None:
+            return EnergyMeter(None, "this GPU's driver counts no energy")
+        return EnergyMeter(NvmlCounter(gpu))
     packages = [zone for zone in sorted(root.glob("intel-rapl:*")) if _is_package(zone)]
     if not packages:
         return EnergyMeter(None, f"this machine shows no energy counter of its CPU ({root})")
@@ -116,7 +118,7 @@ def meter(gpu: NvmlGpu | None, because: str = "", *, cuda: bool = False, root: P
 
 
 def _is_package(zone: Path) -> bool:
-    """Tell a package from its parts (`intel-rapl:0:0`), which it counts too, and from the whole platform (`psys`)."""
+    """Return whether a zone is a package, not a part of one (`intel-rapl:0:0`) and not the platform (`psys`)."""
     try:
         return (zone / "name").read_text().startswith("package")
     except OSError:

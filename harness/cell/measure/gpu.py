@@ -1,4 +1,4 @@
-"""A GPU during a phase: its allocator's numbers, what its driver holds, and its state at both edges."""
+"""A GPU during a phase: numbers of the allocator and the driver, and the GPU's state at both edges."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ _SAMPLE_S = 0.1
 
 
 class GpuWatch:
-    """Watches one GPU, one phase at a time. gpu: None if its driver cannot be asked; torch's numbers are there anyway."""
+    """Watches one GPU, one phase at a time. gpu: None if NVML is not available; torch's numbers do not need it."""
 
     def __init__(self, device: torch.device, gpu: NvmlGpu | None) -> None:
         self.device, self.gpu = device, gpu
         self._driver = 0
         if gpu is not None:
-            threading.Thread(target=self._sample, daemon=True).start()
+            threading.Thread(target=self._sample_on, daemon=True).start()
 
     def begin(self) -> None:
         """Begin a phase; the peak of torch's allocator is reset by PeakMeter."""
-        self._before = self._counted()
+        self._before = self._counts()
         self._start = self.gpu.state() if self.gpu else None
         self._driver = 0
-        self._look()
+        self._sample()
 
     def end(self) -> GpuPhase:
-        """Return what was seen since `begin`."""
-        self._look()
-        now = self._counted()
+        """Return the numbers since `begin`."""
+        self._sample()
+        now = self._counts()
         return GpuPhase(
             start=self._start,
             end=self.gpu.state() if self.gpu else None,
@@ -43,20 +43,20 @@ class GpuWatch:
             ooms=now["num_ooms"] - self._before["num_ooms"],
         )
 
-    def _counted(self) -> dict[str, int]:
+    def _counts(self) -> dict[str, int]:
         stats: dict[str, Any] = torch.cuda.memory_stats(self.device)
         return {name: int(stats.get(name, 0)) for name in ("num_alloc_retries", "num_ooms")}
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         used = self.gpu.memory() if self.gpu else None
         self._driver = max(self._driver, used or 0)
 
-    def _sample(self) -> None:
+    def _sample_on(self) -> None:
         while True:
-            self._look()
+            self._sample()
             threading.Event().wait(_SAMPLE_S)
 
 
 def find(device: torch.device) -> tuple[NvmlGpu | None, str]:
-    """Return the driver's view of torch's device, or why there is none."""
+    """Return the NVML handle of torch's device, or the reason why there is none."""
     return nvml.find(f"GPU-{torch.cuda.get_device_properties(device).uuid}")

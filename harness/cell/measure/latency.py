@@ -1,4 +1,4 @@
-"""Latency of the base, the unmerged and the merged model: raw times, the variants taken in turn."""
+"""Latency of the base, the unmerged and the merged model: raw times, with alternating variants."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Variant = Literal["base", "unmerged", "merged", "multi-adapter"]
 PassKind = Literal["forward", "prefill", "decode"]
 WARMUP = 1
 BLOCKS = 4
-"""An even number, so that every variant comes as early as late, on the average."""
+"""An even number, so that every variant comes as early as late on average."""
 PER_BLOCK = 3
 SLOW_S, FEWER = 0.1, 2
-"""Of forward passes that take longer there are fewer: eight, of which six are the least that have an interval at 95 %."""
+"""Forward passes that take longer than SLOW_S seconds: FEWER a block, eight in all; six is the least for a 95 % interval."""
 _ORDER: tuple[Variant, ...] = ("base", "unmerged", "merged")
 
 
@@ -35,22 +35,22 @@ def measure(
     causal: bool,
     vocabulary: int,
     merged_refused: str,
-    asked: Evaluation,
+    evaluation: Evaluation,
     *,
     blocks: int = BLOCKS,
     layers: Mapping[str, nn.Module] | None = None,
 ) -> list[Latency]:
-    """Return forward (encoder) or prefill and decode (causal) times for every variant there is.
+    """Return forward (encoder) or prefill and decode (causal) times for every variant.
 
-    Variants alternate in blocks, in an order that turns round from each to the next, so that a slow spell of the machine
-    touches all and a drift none more than the others; after each change of variant the first runs are thrown away. The model
-    is left as it was. Raises ImplementationError if the adapter's own methods fail.
+    Variants alternate in blocks, in an order that is reversed from each block to the next, so that a slow spell of the
+    machine affects all of them and a drift affects none more than the others; after each change of variant the first runs
+    are discarded. The model is left as it was. Raises ImplementationError if the adapter's own methods fail.
 
-    asked: how many prompts of how many tokens, and how many passes; where it leaves these open, twelve, or eight slow ones.
-    merged_refused: why merging is not to be tried, or empty. layers: the adapted layers by path as they were before
-    anybody called `detach`, which may forget them; None if nobody has.
+    evaluation: number and length of prompts, and number of passes; if that is open, twelve, or eight slow ones.
+    merged_refused: the reason why merging must not be tried, or empty. layers: path -> adapted layer from before a call of
+    `detach`, which may forget them; None if there was no call.
     """
-    timed = Prompt(adapted.model, causal, vocabulary, asked)
+    timed = Prompt(adapted.model, causal, vocabulary, evaluation)
     block = timed.block
     refused: dict[Variant, str] = {}
     if not adapted.can_merge:
@@ -62,46 +62,48 @@ def measure(
         refused = {"merged": merged_refused} if merged_refused else {}
         variants = _Variants(adapted, adapted.layers if layers is None else layers)
         each: list[Variant] = ["unmerged", "base"] if merged_refused else ["unmerged", "merged", "base"]
-        for variant in in_turn(each, blocks):
-            with variants.being(variant):
+        for variant in interleaved(each, blocks):
+            with variants.active(variant):
                 block(variant)
     return [found for variant in _ORDER for found in timed.latencies(variant, refused.get(variant, ""))]
 
 
-def in_turn(variants: Sequence[Variant], blocks: int = BLOCKS) -> Iterator[Variant]:
-    """Yield each variant once a block; what was last in one is first in the next."""
+def interleaved(variants: Sequence[Variant], blocks: int = BLOCKS) -> Iterator[Variant]:
+    """Yield each variant once a block; the last one of a block is the first one of the next."""
     for index in range(blocks):
         yield from variants[:: -1 if index % 2 else 1]
 
 
-def unmeasured(model: Any, causal: bool, vocabulary: int, because: str, asked: Evaluation) -> list[Latency]:
-    """Return what `measure` does where there is nothing to tell but why."""
-    timed = Prompt(model, causal, vocabulary, asked)
+def unmeasured(model: Any, causal: bool, vocabulary: int, because: str, evaluation: Evaluation) -> list[Latency]:
+    """Return the result of `measure` without times, and the reason."""
+    timed = Prompt(model, causal, vocabulary, evaluation)
     return [found for variant in _ORDER for found in timed.latencies(variant, because)]
 
 
 class Prompt:
-    """A batch of prompts of equal length for one model, and the times that were taken with it so far.
+    """A batch of prompts of equal length for one model, and the times measured with it so far.
 
-    batch: another than is asked for, of rows that have adapters of their own.
+    batch: number of prompts, if not that of `evaluation`.
     """
 
-    def __init__(self, model: Any, causal: bool, vocabulary: int, asked: Evaluation, batch: int | None = None) -> None:
+    def __init__(
+        self, model: Any, causal: bool, vocabulary: int, evaluation: Evaluation, batch: int | None = None
+    ) -> None:
         self.model, self.causal = model.eval(), causal
-        self.length, self.no_decoding = _prompt(model, causal, asked.prompt_tokens)
-        self.passes = None if asked.passes is None else math.ceil(asked.passes / BLOCKS)
-        self.shape, self.vocabulary = (batch or asked.prompt_batch, self.length), vocabulary
+        self.length, self.no_decoding = _prompt(model, causal, evaluation.prompt_tokens)
+        self.passes = None if evaluation.passes is None else math.ceil(evaluation.passes / BLOCKS)
+        self.shape, self.vocabulary = (batch or evaluation.prompt_batch, self.length), vocabulary
         self.kinds: Sequence[PassKind] = ("prefill", "decode") if causal else ("forward",)
         self.samples: dict[tuple[Variant, PassKind], list[float]] = {}
 
     @cached_property
     def ids(self) -> Tensor:
-        """The prompts, made when they are wanted: who only says why there are no times may have no memory for them."""
+        """The prompts, made at first use: a result without times may be one because memory ran out."""
         drawn = torch.randint(0, self.vocabulary, self.shape, generator=torch.Generator().manual_seed(0))
         return drawn.to(next(self.model.parameters()).device)
 
     def block(self, variant: Variant) -> None:
-        """Take a block of times of the model as it stands."""
+        """Measure a block of times of the model as it is."""
         for kind in self.kinds:
             if kind == "decode" and self.no_decoding:
                 continue
@@ -109,7 +111,7 @@ class Prompt:
             self.samples.setdefault((variant, kind), []).extend(run(self.model, self.ids, self.causal, self.passes))
 
     def latencies(self, variant: Variant, because: str = "", adapters: int | None = None) -> list[Latency]:
-        """Return what was taken of a variant, for each kind. because: why nothing was, if so."""
+        """Return the times of a variant, for each kind. because: the reason why there are none."""
         return [
             Latency(
                 variant=variant,
@@ -125,20 +127,20 @@ class Prompt:
 
 
 def positions(model: Any) -> int | None:
-    """Return how many tokens a model can read at once, or None where its config sets no limit."""
+    """Return how many tokens a model can read at once, or None if its config sets no limit."""
     most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if not isinstance(most, int) or most < 1:
         return None
     most -= getattr(model, "virtual_tokens", 0)
     for name, module in model.named_modules():
-        # RoBERTa numbers its positions from behind the padding's index.
+        # RoBERTa numbers its positions from the padding's index on.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return int(most - module.padding_idx - 1)
     return most
 
 
 def _prompt(model: Any, causal: bool, tokens: int) -> tuple[int, str]:
-    """Return the length of the prompt, and why nothing can be decoded after it, or an empty string."""
+    """Return the length of the prompt, and the reason why nothing can be decoded after it, or an empty string."""
     most = positions(model) or tokens + DECODED
     if not causal:
         return min(tokens, most), ""
@@ -150,31 +152,31 @@ def _prompt(model: Any, causal: bool, tokens: int) -> tuple[int, str]:
 
 
 def _cache(model: Any) -> str:
-    """Return the name by which a model takes its key-value cache and gives it back, or an empty string."""
+    """Return the name of a model's key-value cache, as argument and in its output, or an empty string."""
     takes = inspect.signature(model.forward).parameters
     return next((name for name in CACHES if name in takes), "")
 
 
 class _Variants:
-    """Changes between the variants by the adapter's own methods, and does not let them pass for what they are not."""
+    """Changes between the variants by the adapter's own methods, and verifies that they did."""
 
     def __init__(self, adapted: Adapted, layers: Mapping[str, nn.Module]) -> None:
         self._adapted, self._layers, self._off = adapted, dict(layers), False
         self.attach()
 
     def attach(self) -> None:
-        """Put the adapted layers back, also where the adapter keeps them: `detach` may have emptied that."""
+        """Put the adapted layers back, also into `Adapted.layers`, which `detach` may have emptied."""
         for path, layer in self._layers.items():
             replace(self._adapted.model, path, layer)
-        with self._asked("layers"):
+        with self._guarded("layers"):
             self._adapted.layers.update(self._layers)
         if self._off and (again := getattr(self._adapted, "attach_again", None)) is not None:
-            again()  # what is no layer: virtual tokens
+            again()  # virtual tokens, which are no layer
         self._off = False
 
     @contextmanager
-    def being(self, variant: Variant) -> Iterator[None]:
-        """Be a variant, and what was attached again afterwards."""
+    def active(self, variant: Variant) -> Iterator[None]:
+        """Make a variant active, and the attached model again afterwards."""
         if variant == "merged":
             self.merge()
         elif variant == "base":
@@ -186,31 +188,31 @@ class _Variants:
             self.attach()
 
     def merge(self) -> None:
-        """Merge; some libraries do it inside the layer, so that what then stands at its path says nothing."""
-        with self._asked("merge()"):
+        """Merge; some libraries do it inside the layer, so that the module at its path proves nothing."""
+        with self._guarded("merge()"):
             self._adapted.merge()
 
     def unmerge(self) -> None:
         """Unmerge; the adapted layers must be back."""
-        with self._asked("unmerge()"):
+        with self._guarded("unmerge()"):
             self._adapted.unmerge()
         if gone := [path for path, there in self._there() if not there]:
-            raise self._fault("unmerge()", f"did not put {gone[0]} back, nor {len(gone) - 1} other layers")
+            raise self._fault("unmerge()", f"did not put back {gone[0]} and {len(gone) - 1} other layers")
 
     def detach(self) -> None:
         """Detach; no adapted layer may be left, or its time would be taken for the base's."""
-        with self._asked("detach()"):
+        with self._guarded("detach()"):
             self._adapted.detach()
         self._off = True
         if left := [path for path, there in self._there() if there]:
-            raise self._fault("detach()", f"left {left[0]} adapted, and {len(left) - 1} other layers")
+            raise self._fault("detach()", f"left {left[0]} and {len(left) - 1} other layers adapted")
 
     def _there(self) -> list[tuple[str, bool]]:
         model = self._adapted.model
         return [(path, model.get_submodule(path) is layer) for path, layer in self._layers.items()]
 
     @contextmanager
-    def _asked(self, what: str) -> Iterator[None]:
+    def _guarded(self, what: str) -> Iterator[None]:
         try:
             yield
         except (AttributeError, LookupError, TypeError, ValueError) as error:  # not RuntimeError: memory may run out
@@ -221,7 +223,7 @@ class _Variants:
         return ImplementationError(
             f"the implementation is at fault, not the model: {what} of {kind.__module__}.{kind.__qualname__} {did}",
             where="latency phase",
-            hint="its merge(), unmerge() and detach() must work again after the layers were put back; tell its authors",
+            hint="its merge(), unmerge() and detach() must work after the layers were put back; report it to its authors",
         )
 
 
@@ -256,15 +258,15 @@ def _decode(model: Any, ids: Tensor, causal: bool, passes: int | None) -> list[f
 
 
 def _decoded(model: Any, ids: Tensor) -> list[float]:
-    """Return the times of the tokens after one prompt; of the first, which warms up, none."""
-    name, seen = _cache(model), model(input_ids=ids, use_cache=True)
+    """Return the times of the tokens after one prompt, without the first one, which warms up."""
+    name, output = _cache(model), model(input_ids=ids, use_cache=True)
     times = []
     for _ in range(DECODED):
-        token, cache = seen.logits[:, -1:].argmax(-1), {name: getattr(seen, name)}
+        token, cache = output.logits[:, -1:].argmax(-1), {name: getattr(output, name)}
 
         def one(token: Tensor = token, cache: Any = cache) -> None:
-            nonlocal seen
-            seen = model(input_ids=token, **cache, use_cache=True)
+            nonlocal output
+            output = model(input_ids=token, **cache, use_cache=True)
 
         times.append(_timed(one, ids.device))
     return times[WARMUP:]

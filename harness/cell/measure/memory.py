@@ -1,4 +1,4 @@
-"""Memory: what the process took at most in each phase, and the ledger of tensors counted one by one."""
+"""Peak memory of the process in a phase, and the memory of tensors, counted one by one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.methods.checksums import inside
+from harness.methods.checksums import tensors_in
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -50,8 +50,8 @@ class PeakMeter:
         else:
             self._sampled = self.now()
 
-    def settle(self) -> None:
-        """Wait for what a GPU still has to do: it belongs to the phase that asked for it."""
+    def synchronize(self) -> None:
+        """Wait for the GPU's queued work: it belongs to the phase that queued it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -62,7 +62,7 @@ class PeakMeter:
         return _status_bytes("VmHWM") if self.source == "VmHWM" else max(self._sampled, self.now())
 
     def now(self) -> int:
-        """Return what is taken now."""
+        """Return the memory in use."""
         if self.source == "cuda allocated":
             return int(torch.cuda.memory_allocated(self.device))
         if self.source == "VmHWM":
@@ -96,16 +96,16 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def model_tensors(model: torch.nn.Module) -> list[Tensor]:
-    """List parameters and buffers, and the scales that quantised weights keep beside them."""
+    """List parameters, buffers, and the scales of quantised weights."""
     found: list[Tensor] = [*model.parameters(), *model.buffers()]
     for parameter in model.parameters():
-        found += inside(getattr(parameter, "quant_state", None))
+        found += tensors_in(getattr(parameter, "quant_state", None))
     return found
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """List the tensors of an optimizer's state, and of the objects in it: galore-torch keeps its projectors in some."""
-    return [t for state in optimizer.state.values() for value in state.values() for t in inside(value)]
+    """List the tensors of an optimizer's state, and of objects in it: galore-torch has its projectors in some."""
+    return [t for state in optimizer.state.values() for value in state.values() for t in tensors_in(value)]
 
 
 def _status_bytes(key: str) -> int:
@@ -116,7 +116,7 @@ def _status_bytes(key: str) -> int:
 
 
 def _trim() -> None:
-    """Return the C heap's free pages, else one phase's garbage would count in the next one's peak. glibc only."""
+    """Give the C heap's free pages back, or a phase's garbage would count in the next peak. glibc only."""
     libc: Any = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

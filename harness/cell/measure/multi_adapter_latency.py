@@ -1,4 +1,4 @@
-"""Serving: the latency of a batch whose rows have adapters of their own, checked before it is timed."""
+"""Latency of a batch in which each row has its own adapter, checked before it is timed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.cell.measure.latency import BLOCKS, Prompt, in_turn
+from harness.cell.measure.latency import BLOCKS, Prompt, interleaved
 from harness.conformance.case import Case
 from harness.conformance.cell_gate import multi_adapter
 from harness.conformance.cell_gate.multi_adapter import Adapters, Mixed
 from harness.conformance.comparison.check_results import skipped
+from harness.conformance.findings import summary
 from harness.conformance.subject import Subject
 from harness.errors import ImplementationError, Unsupported
 from harness.methods.registry import Registry
@@ -21,7 +22,7 @@ from harness.records.record import Cell, CheckResult, Latency, Outcome
 from reference.shared.layers import replace
 
 ADAPTERS = 4
-"""Rows of the batch, each with an adapter of its own."""
+"""Rows of the batch, each with its own adapter."""
 _ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -32,22 +33,22 @@ _ERRORS = (
     TypeError,
     ValueError,
 )
-"""What somebody's `multi_lora_linear` or `mixed` may raise for layers that it was not written for, or for want of memory."""
+"""Errors of a plug-in's `multi_lora_linear` or `mixed` for layers that it was not written for, or without memory."""
 OPERATION, METHOD = "multi_lora_linear", "lora"
 
 
 def measure(
     subject: Subject, cell: Cell, causal: bool, vocabulary: int, registry: Registry
 ) -> tuple[list[Latency], list[CheckResult]]:
-    """Return times of ADAPTERS adapters in one batch beside those of one adapter for the same batch, and the check of it.
+    """Return times of a batch with ADAPTERS adapters and with one adapter, and the check of the former.
 
-    The two alternate in blocks. Where nothing mixes adapters, or the check is red, there are no times but the reason. An
-    implementation mixes adapters by its Operation `multi_lora_linear`, or by a method `mixed` of its Adapted, for those
-    that have a way of their own: a function of several adapters (each as `tensors()`), that returns a context manager.
+    The two alternate in blocks. If the implementation cannot mix adapters, or the check fails, there are reasons instead
+    of times. An implementation mixes adapters by its Operation `multi_lora_linear`, or by a method `mixed` of its Adapted:
+    a function of several adapters (each as `tensors()`) that returns a context manager.
     """
     prompt = Prompt(subject.model, causal, vocabulary, cell.evaluation, ADAPTERS)
     try:
-        mixed = _way(subject, cell, registry)
+        mixed = _mixer(subject, cell, registry)
         multi_adapter.rows_must_reach(subject, ADAPTERS, lambda: _run(prompt))
         adapters = multi_adapter.drawn(subject, ADAPTERS, cell.seed)
         with torch.random.fork_rng():
@@ -57,10 +58,10 @@ def measure(
     except _ERRORS as error:
         return _failed(prompt, subject, cell, error)
     if result.outcome is not Outcome.PASS:
-        refused = f"no speed without parity: {result.check} {result.outcome.value}: {result.detail or result.worst}"
+        refused = f"no speed without parity: {result.check} {result.outcome.value}: {summary.describe(result)}"
         return _untimed(prompt, refused), [result]
     try:
-        for variant in in_turn(("unmerged", "multi-adapter"), BLOCKS):
+        for variant in interleaved(("unmerged", "multi-adapter"), BLOCKS):
             with mixed(adapters) if variant == "multi-adapter" else nullcontext():
                 prompt.block(variant)
     except _ERRORS as error:
@@ -72,14 +73,14 @@ def measure(
 def _failed(
     prompt: Prompt, subject: Subject, cell: Cell, error: BaseException
 ) -> tuple[list[Latency], list[CheckResult]]:
-    """Return that several adapters in one batch could not be tried: no reason to lose what was trained and scored."""
+    """Return the reason why several adapters could not be tried; training and accuracy are measured already."""
     because = f"could not be tried: {type(error).__name__}: {error}".partition("\n")[0]
     case = Case("trained", seed=cell.seed)
     return _untimed(prompt, because), [skipped(subject, case, multi_adapter.NAME, because)]
 
 
 def _untimed(prompt: Prompt, because: str) -> list[Latency]:
-    """Return that neither was timed: so it is told apart from a batch of this size that a suite asks for."""
+    """Return latencies without times, which differ by their adapters from a batch of this size that a suite requests."""
     return prompt.latencies("unmerged", because, 1) + prompt.latencies("multi-adapter", because, ADAPTERS)
 
 
@@ -88,8 +89,8 @@ def _run(prompt: Prompt) -> None:
     prompt.model(input_ids=prompt.ids, **options)
 
 
-def _way(subject: Subject, cell: Cell, registry: Registry) -> Mixed:
-    """Return how this implementation mixes adapters; raises Unsupported if it does not."""
+def _mixer(subject: Subject, cell: Cell, registry: Registry) -> Mixed:
+    """Return the function by which this implementation mixes adapters; raises Unsupported if there is none."""
     if (own := getattr(subject.adapted, "mixed", None)) is not None:
         return own  # type: ignore[no-any-return]
     if cell.method != METHOD:
@@ -123,17 +124,17 @@ def _by_operation(subject: Subject, call: Callable[..., Any]) -> Mixed:
 
 
 class _MixedLinear(nn.Module):
-    """A linear layer whose rows have adapters of their own, by somebody's `multi_lora_linear`. x (N, ..., D)."""
+    """A linear layer in which each row has its own adapter, by an Operation `multi_lora_linear`. x (N, ..., D)."""
 
     def __init__(self, call: Callable[..., Any], base: Any, path: str, adapters: Adapters, config: Any) -> None:
         super().__init__()
         self.call, self.base = call, base
-        self.As, self.Bs = (self._of(path, letter, adapters) for letter in ("A", "B"))
+        self.As, self.Bs = (self._tensors(path, letter, adapters) for letter in ("A", "B"))
         self.scalings, self.ids = [config.scaling] * len(adapters), torch.arange(len(adapters))
         self.train(base.training)
 
     @staticmethod
-    def _of(path: str, letter: str, adapters: Adapters) -> list[Tensor]:
+    def _tensors(path: str, letter: str, adapters: Adapters) -> list[Tensor]:
         return [adapter[f"{path}.{letter}"] for adapter in adapters]
 
     def forward(self, x: Tensor) -> Tensor:

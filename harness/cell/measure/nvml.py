@@ -1,4 +1,4 @@
-"""What the driver of an NVIDIA GPU says of it: NVML, through `nvidia-ml-py`, which need not be installed."""
+"""Read the state of an NVIDIA GPU by NVML, through `nvidia-ml-py`, which need not be installed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 from harness.records.cost import GpuState, Throttle
 
 _MHZ = 1_000_000
-# NVML's bits, `nvmlClocksEventReason*`.
 _REASONS: dict[int, Throttle] = {
     0x001: "idle",
     0x002: "application-clocks",
@@ -21,33 +20,34 @@ _REASONS: dict[int, Throttle] = {
     0x080: "power-brake",
     0x100: "display-clocks",
 }
+"""NVML's bits, `nvmlClocksEventReason*`."""
 
 
 class NvmlGpu:
-    """One GPU. Whatever its driver does not offer, or fails to say, is None."""
+    """One GPU. A value that its driver does not offer, or fails to return, is None."""
 
     def __init__(self, nvml: Any, handle: Any, uuid: str) -> None:
         self._nvml, self._handle, self.uuid = nvml, handle, uuid
 
     def energy(self) -> float | None:
-        """Return joules since the driver was loaded; from Volta on."""
-        spent = self._ask(self._nvml.nvmlDeviceGetTotalEnergyConsumption)
+        """Return joules since the driver was loaded; supported since Volta."""
+        spent = self._read(self._nvml.nvmlDeviceGetTotalEnergyConsumption)
         return None if spent is None else spent / 1000  # from mJ
 
     def memory(self) -> int | None:
-        """Return bytes in use on the whole device, whoever uses them."""
-        found = self._ask(self._nvml.nvmlDeviceGetMemoryInfo)
+        """Return bytes in use on the whole device, by all processes."""
+        found = self._read(self._nvml.nvmlDeviceGetMemoryInfo)
         return None if found is None else int(found.used)
 
     def state(self) -> GpuState:
         """Return clocks, power, temperature, and why the clocks are not higher."""
         nvml = self._nvml
-        clocks = [self._ask(nvml.nvmlDeviceGetClockInfo, which) for which in (nvml.NVML_CLOCK_SM, nvml.NVML_CLOCK_MEM)]
-        power = self._ask(nvml.nvmlDeviceGetPowerUsage)
-        degrees = self._ask(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU)
-        # The name of before and of after CUDA 12.
+        clocks = [self._read(nvml.nvmlDeviceGetClockInfo, which) for which in (nvml.NVML_CLOCK_SM, nvml.NVML_CLOCK_MEM)]
+        power = self._read(nvml.nvmlDeviceGetPowerUsage)
+        degrees = self._read(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU)
+        # The function has another name since CUDA 12.
         events = getattr(nvml, "nvmlDeviceGetCurrentClocksEventReasons", None)
-        reasons = self._ask(events or nvml.nvmlDeviceGetCurrentClocksThrottleReasons)
+        reasons = self._read(events or nvml.nvmlDeviceGetCurrentClocksThrottleReasons)
         sm, memory = (None if clock is None else int(clock) * _MHZ for clock in clocks)
         return GpuState(
             uuid=self.uuid,
@@ -58,9 +58,9 @@ class NvmlGpu:
             throttle=None if reasons is None else _named(int(reasons)),
         )
 
-    def _ask(self, question: Callable[..., Any], *of: Any) -> Any:
+    def _read(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            return question(self._handle, *of)
+            return function(self._handle, *arguments)
         except self._nvml.NVMLError:
             return None
 
@@ -71,11 +71,11 @@ def _named(bits: int) -> list[Throttle]:
 
 
 def find(uuid: str) -> tuple[NvmlGpu | None, str]:
-    """Return the GPU of this UUID (`GPU-...`), or why it cannot be asked."""
+    """Return the GPU of this UUID (`GPU-...`), or the reason why NVML cannot read it."""
     try:
         nvml = importlib.import_module("pynvml")
     except ImportError:
-        return None, "the driver is asked through nvidia-ml-py, which is not installed; pip install nvidia-ml-py"
+        return None, "nvidia-ml-py, which reads the driver, is not installed; pip install nvidia-ml-py"
     try:
         nvml.nvmlInit()
         handle = nvml.nvmlDeviceGetHandleByUUID(uuid)

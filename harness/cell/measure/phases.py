@@ -1,4 +1,4 @@
-"""The phases of a Cell's life, each with its own wall time and its own memory peak."""
+"""The phases of a Cell, each with its wall time and memory peak."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from harness.records.record import Phase
 class PhaseClock:
     """Times phases one after the other; `done` lists them, the running one included if it fails.
 
-    energy, gpu: None where there is nothing to ask.
+    energy, gpu: None if there is no such meter.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class PhaseClock:
         gpu: GpuWatch | None = None,
     ) -> None:
         self.meter, self.announce = meter, announce
-        self.energy, self.gpu = energy or EnergyMeter(None, "nobody asked for it"), gpu
+        self.energy, self.gpu = energy or EnergyMeter(None, "energy was not requested"), gpu
         self.done: list[Phase] = []
         self.current = ""
 
@@ -44,7 +44,7 @@ class PhaseClock:
         started = time.perf_counter()
         try:
             yield
-            self.meter.settle()
+            self.meter.synchronize()
         finally:
             seconds = time.perf_counter() - started
             energy = self.energy.joules()

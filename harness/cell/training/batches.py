@@ -1,4 +1,4 @@
-"""Texts to batches of tokens: truncation, padding, data order and the loss mask, stated once for every method."""
+"""Texts to batches of tokens: truncation, padding, data order and loss mask, the same for every method."""
 
 from __future__ import annotations
 
@@ -15,27 +15,31 @@ from harness.errors import UsageError
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised text. tokens: ids; label: the class; answer: for causal models, how many last tokens carry loss.
-
-    cut: whether something of it was left out, being too long; not told of what a causal model is taught of labelled texts.
-    """
+    """One tokenised text."""
 
     id: str
     tokens: tuple[int, ...]
     label: int
+    """The class."""
     answer: int = 0
+    """For causal models, the number of last tokens that carry loss."""
     cut: bool = False
+    """A part was left out, because it is too long; not recorded for labelled texts of causal models."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """inputs: keyword arguments of the model, int64 (N, L); labels (N,); answers: answer lengths (N,), 0 for encoders."""
+    """N texts, padded to L tokens."""
 
     inputs: dict[str, Tensor]
+    """Keyword arguments of the model, int64 (N, L)."""
     labels: Tensor
+    """(N,)."""
     answers: tuple[int, ...]
+    """Answer lengths in tokens (N,), 0 for encoders."""
     real_tokens: int
     padded_tokens: int
+    """Including the real ones."""
 
     def to(self, device: torch.device) -> Batch:
         """Return this batch on `device`."""
@@ -44,11 +48,11 @@ class Batch:
 
     @property
     def scored(self) -> int:
-        """What its mean loss is the mean of: tokens of answers, or texts."""
+        """The number of terms of its mean loss: tokens of answers, or texts."""
         return sum(self.answers) or len(self.answers)
 
     def parts(self, count: int) -> list[Batch]:
-        """Return `count` batches of neighbouring texts, without the padding that only longer texts of the whole needed."""
+        """Return `count` batches of neighbouring texts, each padded only to its own longest text."""
         if count == 1:
             return [self]
         size = -(-len(self.answers) // count)
@@ -69,12 +73,12 @@ def order(examples: Sequence[Example], steps: int, batch: int, seed: int) -> lis
 def order_indices(examples: Sequence[Example], steps: int, batch: int, seed: int) -> list[list[int]]:
     """Return `steps` lists of `batch` positions in `examples`: the data order of a seed, the same for every method.
 
-    Epochs are shuffled; inside a pool of eight batches examples are sorted by length, so that little is padding, and the
+    Epochs are shuffled; within a pool of eight batches, examples are sorted by length, which saves padding, and the
     batches of a pool are shuffled again. Raises UsageError if there is no example.
     """
     if not examples:
         raise UsageError(
-            "there is not one example to train on: every text outside the test set is also in it",
+            "there is no example to train on: every text outside the test set is also in it",
             hint="give the data more rows, or lower the task's `test`",
         )
     rng = random.Random(seed)  # noqa: S311
@@ -122,7 +126,7 @@ def classification_examples(rows: Sequence[Any], tokenizer: Any, max_tokens: int
     if special >= max_tokens:
         what = f"`training.max_tokens` is {max_tokens}, and the tokenizer adds {special} special tokens to every text"
         raise UsageError(what, hint=f"raise it to at least {special + 1}")
-    # Not verbose: it would warn of what is cut below.
+    # Not verbose: it would warn of texts that are cut below.
     whole = tokenizer([row.text for row in rows], verbose=False)["input_ids"] if rows else []
     return [
         Example(row.id, tuple(ids), row.label)

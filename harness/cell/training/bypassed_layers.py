@@ -1,18 +1,18 @@
-"""A model that reads an adapted layer's weight instead of calling the layer, as Mamba's does."""
+"""Recognise a model that reads an adapted layer's weight instead of calling the layer, as Mamba does."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-COUNTS_NOT = "no adapter on it counts"
+NO_EFFECT = "no adapter on it counts"
 
 
-def told(error: Exception, layers: Mapping[str, object]) -> str:
-    """Return what to tell if `error` is that of such a model, else nothing. layers: the adapted ones by their paths."""
+def explain(error: Exception, layers: Mapping[str, object]) -> str:
+    """Return a message if `error` comes from such a model, else an empty string. layers: path -> adapted layer."""
     path = next((path for path, layer in layers.items() if layer is getattr(error, "obj", None)), None)
     if path is None or not isinstance(error, AttributeError):
         return ""
     name = path.rsplit(".", 1)[-1]
     others = ", ".join(sorted({other.rsplit(".", 1)[-1] for other in layers} - {name}))
     hint = f"name others as `targets`, of {others} those that it calls" if others else "adapt other layers"
-    return f"the model reads the `{error.name}` of {path} itself and does not call it: {COUNTS_NOT}; {hint}"
+    return f"the model reads the `{error.name}` of {path} itself and does not call it: {NO_EFFECT}; {hint}"

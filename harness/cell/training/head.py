@@ -13,14 +13,14 @@ from harness.errors import UsageError
 from harness.methods.spec import TARGET_WORDS
 
 _SPREAD = 0.02
-"""BERT's own: the standard deviation of new weights."""
+"""Standard deviation of new weights, as in BERT."""
 
 
 def head_of(model: Any, kind: str, lacks: Collection[str] = ()) -> dict[str, nn.Parameter]:
     """Return the parameters of an encoder's head by name: those outside the encoder itself, new or from a checkpoint.
 
-    lacks: names of the parameters that the checkpoint lacks. Those inside the encoder, such as the pooler of one that was
-    trained to fill gaps, belong to the head too: they start at random, and frozen they would stand in its way.
+    lacks: names of the parameters that the checkpoint lacks. Those inside the encoder, such as the pooler of a masked
+    language model, belong to the head too: they start at random, and must train.
     """
     if kind != "encoder":
         return {}
@@ -32,8 +32,8 @@ def head_of(model: Any, kind: str, lacks: Collection[str] = ()) -> dict[str, nn.
 def draw(model: Any, names: Collection[str], seed: int) -> dict[str, nn.Parameter]:
     """Draw parameters of the head, of these names, in place from the Cell's seed alone, and return them by name.
 
-    The matrices and the biases of linear layers. What else there is stays as the model's own initialiser has left it: a norm
-    that starts at zero would let nothing through, and no gradient back.
+    It draws matrices and the biases of linear layers. Other parameters stay as the model's own initialiser has left them: a
+    norm that starts at zero would pass nothing on, and no gradient back.
     """
     generator = torch.Generator().manual_seed(seed)
     head = {name: model.get_parameter(name) for name in names}
@@ -47,11 +47,11 @@ def draw(model: Any, names: Collection[str], seed: int) -> dict[str, nn.Paramete
     return head
 
 
-def beside(config: Any, matched: Collection[str], head: Collection[str]) -> Any:
-    """Return a Method's config without targets that fit layers of the head. matched: paths of all layers that they fit.
+def without_head_targets(config: Any, matched: Collection[str], head: Collection[str]) -> Any:
+    """Return a Method's config without targets in the head. matched: paths of all layers that the targets fit.
 
-    They are named by their paths then, and also instead of a word for layers of which only the model can tell the names.
-    Raises UsageError where nothing is left.
+    The targets are paths then; also if they were a word such as `all-linear`, whose layers only the model knows. Raises
+    UsageError if none is left.
     """
     if not hasattr(config, "targets"):
         return config
@@ -65,5 +65,5 @@ def beside(config: Any, matched: Collection[str], head: Collection[str]) -> Any:
 
 
 def in_head(path: str, head: Collection[str]) -> bool:
-    """Return whether the layer at `path` is a part of the head, which has parameters of these names."""
+    """Return whether the layer at `path` is a part of the head. head: names of its parameters."""
     return any(name.startswith(f"{path}.") for name in head)

@@ -13,24 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from harness.analysis import divergence
+from harness.cell.outcomes import Diverged, Untrained
 from harness.cell.training import optimizers
 from harness.cell.training.batches import Batch
-from harness.cell.training.master_weights import Masters
+from harness.cell.training.master_weights import MasterWeights
 from harness.methods.spec import Adapted
 from reference.shared.layerwise import Layerwise
 
 MAX_STEP_SEED = 2**31
-SILENT = 5
-"""So many steps without any gradient, from the first on, are no training. Later ones can be honest: in 16 bits a batch
-that is already right has a loss of exactly zero, and so has every batch of a model that knows its data by heart."""
+ZERO_GRADIENT_STEPS = 5
+"""Number of first steps with a zero gradient after which nothing trains. Later ones can be honest: in 16 bits a batch that
+is already right has a loss of exactly zero, and so has every batch of a model that has memorised its data."""
 
 
 @dataclass
 class StepSamples:
-    """Raw numbers, one per step: loss, seconds, gradient norm, real and padded tokens.
-
-    cpu_seconds: the CPU time of the whole process over the timed parts of all steps.
-    """
+    """Raw numbers, one per step."""
 
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -38,14 +36,7 @@ class StepSamples:
     tokens: list[int] = field(default_factory=list)
     padded_tokens: list[int] = field(default_factory=list)
     cpu_seconds: float = 0.0
-
-
-class Diverged(Exception):  # noqa: N818
-    """Training gave a NaN or infinite loss or gradient: an outcome, not a crash. One line."""
-
-
-class Untrained(Exception):  # noqa: N818
-    """Training gave no gradient at all: an outcome, not a crash. One line."""
+    """CPU time of the whole process over the timed parts of all steps."""
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -62,15 +53,15 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def last_logits(model: nn.Module, inputs: dict[str, Tensor], count: int) -> Tensor:
-    """Return the logits of the last `count` positions (N, count, vocabulary); no others are computed, where it can."""
+    """Return the logits of the last `count` positions (N, count, vocabulary), and compute no others if the model can."""
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         return model(**inputs, logits_to_keep=count, use_cache=False).logits  # type: ignore[no-any-return]
     return model(**inputs, use_cache=False).logits[:, -count:]  # type: ignore[no-any-return]
 
 
 @contextmanager
-def dropping(tensors: Iterable[Tensor], wanted: bool) -> Iterator[None]:
-    """Let go of each gradient as soon as it is there, if `wanted`: who trains layer by layer has no room for all of them."""
+def drop_gradients(tensors: Iterable[Tensor], wanted: bool) -> Iterator[None]:
+    """If `wanted`, drop each gradient as soon as it is computed: layer-wise training has no room for all of them."""
     hooks = [t.register_post_accumulate_grad_hook(_drop) for t in tensors] if wanted else []
     try:
         yield
@@ -84,7 +75,7 @@ def _drop(tensor: Tensor) -> None:
 
 
 def notes(optimizer: torch.optim.Optimizer, losses: Sequence[float] = ()) -> list[str]:
-    """Return sentences for the Record that its numbers do not say themselves: of the optimizer, of a rising loss."""
+    """Return sentences for the Record, on the optimizer and on a rising loss."""
     return [sentence for sentence in (*optimizers.notes(optimizer), divergence.rose(losses)) if sentence]
 
 
@@ -101,12 +92,12 @@ def train(
 ) -> StepSamples:
     """Train over `batches`, one optimizer step each; calls report(step, loss) after each, outside the timed region.
 
-    A batch goes through the model in `accumulate` parts; with dropout each part draws masks of its own. layerwise: what
-    steps the weights within the backward pass, if anything does.
+    A batch goes through the model in `accumulate` parts; with dropout each part draws its own masks. layerwise: steps the
+    weights within the backward pass; None if the optimizer does.
 
     The global random state is set from (seed, step) before every step, so that an implementation which draws more or
     fewer random numbers than another does not shift the next step's dropout masks. Where float16 gradients overflow, the
-    same batch is taken again with half the loss scale: no step is lost, and its time is the step's. Raises Diverged; and
+    same batch is used again with half the loss scale: no step is skipped, and its time counts. Raises Diverged; and
     Untrained if the first steps, at most `SILENT`, all have a gradient of exactly zero.
     """
     model, samples, trained = adapted.model, StepSamples(), trainable(adapted, head)
@@ -115,12 +106,12 @@ def train(
         step_seed = (seed * 1_000_003 + index) % MAX_STEP_SEED
         parts = batch.parts(accumulate)
         torch.manual_seed(step_seed)
-        _settle(batch)
+        _synchronize(batch)
         started, cpu = time.perf_counter(), time.process_time()
         loss = step(adapted, parts, optimizer, step_seed)
         adapted.after_step(index + 1)
         value = float(loss)
-        _settle(batch)
+        _synchronize(batch)
         samples.seconds.append(time.perf_counter() - started)
         samples.cpu_seconds += time.process_time() - cpu
         schedule.step()
@@ -129,7 +120,7 @@ def train(
             raise Diverged(_diverged(value, norm, samples, optimizer, model))
         samples.losses.append(value)
         samples.gradient_norms.append(norm)
-        if index + 1 == min(SILENT, len(batches)) and not any(samples.gradient_norms):
+        if index + 1 == min(ZERO_GRADIENT_STEPS, len(batches)) and not any(samples.gradient_norms):
             raise Untrained(f"the gradient is exactly zero up to step {index + 1}: nothing is being trained")
         samples.tokens.append(batch.real_tokens)
         samples.padded_tokens.append(sum(part.padded_tokens for part in parts))
@@ -138,14 +129,14 @@ def train(
 
 
 def trainable(adapted: Adapted, head: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """Return what trains, each once: an adapter that trains all biases has that of the head too."""
+    """Return the trained parameters, each once: an adapter that trains all biases has that of the head too."""
     return list({id(p): p for p in (*adapted.parameters(), *head)}.values())
 
 
 def step(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.Optimizer, seed: int) -> Tensor:
-    """Take one step over the parts of a batch, and return its loss; `seed` is set again where float16 needs a second try."""
+    """Take one step over the parts of a batch, and return its loss; `seed` is set again for a second try in float16."""
     loss = _backward(adapted, parts, optimizer)
-    while isinstance(optimizer, Masters) and bool(loss.isfinite()) and optimizer.relax():
+    while isinstance(optimizer, MasterWeights) and bool(loss.isfinite()) and optimizer.lower_loss_scale():
         torch.manual_seed(seed)
         loss = _backward(adapted, parts, optimizer)
     optimizer.step()
@@ -153,9 +144,9 @@ def step(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.Optimi
 
 
 def _backward(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.Optimizer) -> Tensor:
-    """Return the task's loss over all parts; the gradients are also those of the Method's own term, which is not in it."""
+    """Return the task's loss over all parts; the gradients include the Method's own term, which the loss does not."""
     optimizer.zero_grad(set_to_none=True)  # before the step: the last one's gradients stay, for the memory ledger
-    scale = optimizer.loss_scale if isinstance(optimizer, Masters) else 1.0
+    scale = optimizer.loss_scale if isinstance(optimizer, MasterWeights) else 1.0
     labels = sum(part.scored for part in parts)
     losses: list[Tensor] = []
     for part in parts:
@@ -168,14 +159,14 @@ def _backward(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.O
 
 
 def _norm(trained: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> float:
-    of = optimizers.gradient_of(optimizer)
-    return float(nn.utils.get_total_norm([grad for p in trained if (grad := of(p)) is not None]))
+    gradient_of = optimizers.gradient_of(optimizer)
+    return float(nn.utils.get_total_norm([grad for p in trained if (grad := gradient_of(p)) is not None]))
 
 
 def _diverged(
     loss: float, norm: float, samples: StepSamples, optimizer: torch.optim.Optimizer, model: nn.Module
 ) -> str:
-    """Say at which step it was, what came before, what the usual causes are, and the mend."""
+    """Return a message with the step, the last loss, the usual causes and the hint."""
     step = len(samples.losses) + 1
     last = f"; the loss of step {step - 1} was {samples.losses[-1]:.4g}" if samples.losses else ""
     rate = max(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
@@ -184,10 +175,10 @@ def _diverged(
     return (
         f"training diverged: loss {loss:.4g} and gradient norm {norm:.4g} at step {step}{last}. Usual causes: too high a "
         f"learning rate (the peak here is {rate:g}; lower `lr` or lengthen `warmup`){range_}, or an implementation that "
-        "writes NaN (`peft-harness check` tells)"
+        "writes NaN (see `peft-harness check`)"
     )
 
 
-def _settle(batch: Batch) -> None:
+def _synchronize(batch: Batch) -> None:
     if batch.labels.is_cuda:
         torch.cuda.synchronize(batch.labels.device)

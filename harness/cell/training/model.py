@@ -1,4 +1,4 @@
-"""Loading a model for a task, with a classification head: its own, or a new one whose start depends on the seed alone."""
+"""Load a model for a task; an encoder with its own classification head, or a new one that depends on the seed alone."""
 
 from __future__ import annotations
 
@@ -20,29 +20,28 @@ from harness.process.out_of_memory import shortage
 
 _COMPILER = ("torch._dynamo", "torch._inductor")
 _PROBED_TOKENS = 4
-"""No suite lets a model read fewer."""
+"""The smallest length that a suite may set."""
 _NAMED = 6
-"""Of the weights that a note is about: those of any usual head."""
+"""Weights that a note names: those of any usual head."""
 
 
 @dataclass
 class Loaded:
-    """model: on its device; head: path -> parameter of an encoder's head, trained by every method.
-
-    notes: what a Record should say of it.
-    """
+    """A model on its device, with its tokenizer."""
 
     model: Any
     tokenizer: Any
     head: dict[str, nn.Parameter]
+    """Path -> parameter of an encoder's head, trained by every Method."""
     notes: list[str] = field(default_factory=list)
+    """Sentences for the Record."""
 
 
 def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.device, seed: int) -> Loaded:
     """Load an encoder with a classification head of `labels` classes, or a causal model, from a local folder.
 
-    A head of another number of classes is drawn anew, as with transformers' `ignore_mismatched_sizes`. Raises AssetError for
-    what cannot be read, lacks weights of a causal model, or has weights of other sizes than its config.json.
+    A head of another number of classes is replaced by a new one, as with transformers' `ignore_mismatched_sizes`. Raises
+    AssetError for a folder that cannot be read, lacks weights of a causal model, or does not fit its config.json.
     """
     from transformers import AutoTokenizer
 
@@ -108,7 +107,7 @@ def _read(path: Path, kind: str, **options: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _some(names: list[str]) -> str:
-    """Name weights, but not all of hundreds."""
+    """List the first names of weights, and their number."""
     return ", ".join(names[:_NAMED]) + (f" ... ({len(names)} in all)" if len(names) > _NAMED else "")
 
 
@@ -123,9 +122,9 @@ def lacks(checkpoint: str) -> frozenset[str]:
 
 @contextmanager
 def checkpointing(model: Any, wanted: bool) -> Iterator[None]:
-    """If `wanted`, let each block of a model of transformers keep only its input for the backward pass, inside the context.
+    """If `wanted`, use gradient checkpointing per block of a transformers model inside the context.
 
-    Without reentrance, or no adapter in the first block would have a gradient. Raises UsageError for a model that cannot.
+    Without reentrance, or no adapter in the first block would have a gradient. Raises UsageError for a model without it.
     """
     if not wanted:
         yield
@@ -134,7 +133,7 @@ def checkpointing(model: Any, wanted: bool) -> Iterator[None]:
         raise UsageError(
             f"{type(model).__name__} cannot do gradient checkpointing", hint="write `checkpointing: false`"
         )
-    # Its name in transformers 5.0, and that from which this one warns.
+    # The old name, and the new one in transformers 5.0.
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
     try:
@@ -145,9 +144,9 @@ def checkpointing(model: Any, wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def compiled(model: Any, wanted: bool, notes: list[str]) -> Iterator[None]:
-    """If `wanted`, let torch.compile compile the calls of a model inside the context, and note what came of it.
+    """If `wanted`, compile the calls of a model by torch.compile inside the context, and add a note on the result.
 
-    In place: modules and names stay what they are. Raises UsageError where the compiler cannot do it.
+    Modules and names stay the same. Raises UsageError if the compiler fails.
     """
     if not wanted:
         yield
@@ -161,22 +160,22 @@ def compiled(model: Any, wanted: bool, notes: list[str]) -> Iterator[None]:
         yield
     except Exception as error:
         if type(error).__module__.startswith(_COMPILER) and not shortage(error):
-            said = next(filter(None, (line.strip() for line in str(error).splitlines())), type(error).__name__)
+            reason = next(filter(None, (line.strip() for line in str(error).splitlines())), type(error).__name__)
             raise UsageError(
-                f"torch.compile failed: {type(error).__name__}: {said}",
+                f"torch.compile failed: {type(error).__name__}: {reason}",
                 where=type(model).__name__,
                 hint="on a CPU it needs a C++ compiler with OpenMP (g++); or write `compile: false`",
             ) from error
         raise
     finally:
-        # A model of many lengths or layers may be more than the compiler takes, which then runs the rest uncompiled.
+        # A model of many lengths or layers may exceed the compiler's limits, which then runs the rest uncompiled.
         graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
         tried, done = (counters["frames"][name] for name in ("total", "ok"))
         notes.append(
             f"torch.compile, in the parity gate and in training: {graphs} graphs, {breaks} breaks between them, "
             f"{done} of {tried} frames compiled, the others run as they are"
         )
-        model._compiled_call_impl = None  # what Module.compile() sets, and nothing takes back
+        model._compiled_call_impl = None  # set by Module.compile(), which has no inverse
         torch.compiler.reset()
 
 
@@ -190,9 +189,9 @@ def graphs() -> int:
 def foresight(model: Any) -> float:
     """Return how much of the logits at the first positions depends on the last token: 0 for a causal model.
 
-    It is the gradient that reaches the last token's embedding, as a share of that of all embeddings. Two runs with another
-    last token would tell less in 16 bits: what few layers see of one token may be less than the rounding, but a gradient
-    that has no way back is exactly zero in every dtype.
+    It is the norm of the gradient at the last token's embedding, as a share of that at all embeddings. Comparing two runs
+    that differ in the last token would show less in 16 bits: its effect may be below the rounding, but a gradient without a
+    path is exactly zero in every dtype.
     """
     found: list[Tensor] = []
 

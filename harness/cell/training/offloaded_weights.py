@@ -1,7 +1,7 @@
-"""Weights that no product takes while a Method trains: out of memory until somebody wants to detach.
+"""Offload weights that no product uses while a Method trains.
 
-QLoRA multiplies by its codes and PiSSA by its residual. What these were made from is wanted again by `detach`, which puts
-the model back, and by whoever checks that; the papers' memory is without it, and so is what is measured here.
+QLoRA multiplies by its codes and PiSSA by its residual. Only `detach`, which restores the model, and its check need the
+weights that these were made from; the memory in the papers is without them, and so is the memory measured here.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from harness.methods.spec import Adapted, methods
 
 
 def unused(method: str, adapted: Adapted, bases: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Map the paths of adapted layers to the weights in whose place the Method's own form of them stands.
+    """Map paths of adapted layers to weights that the Method has replaced by a form of its own.
 
-    bases: path to the layer under the adapter. Left out is what another module of the model uses too (a tied embedding), and
-    a weight that is itself that form.
+    bases: path -> the layer under the adapter. Weights that another module uses too (a tied embedding) are left out, and so
+    is a weight that is itself that form.
     """
     info = methods().get(method)
     if info is None or not (instead := info.spec.replaces_weight):
@@ -29,49 +29,49 @@ def unused(method: str, adapted: Adapted, bases: Mapping[str, nn.Module]) -> dic
     state = adapted.state()
     own = {id(base) for base in bases.values()}
     others = (module for module in adapted.model.modules() if id(module) not in own)
-    elsewhere = {id(p) for module in others for p in module.parameters(recurse=False)}
+    shared = {id(p) for module in others for p in module.parameters(recurse=False)}
     found = {}
     base: Any
     for path, base in bases.items():
         weight, form = base.weight, state.get(f"{path}.{instead}")
         if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or form is None:
             continue
-        if id(weight) not in elsewhere and form.untyped_storage()._cdata != weight.untyped_storage()._cdata:
+        if id(weight) not in shared and form.untyped_storage()._cdata != weight.untyped_storage()._cdata:
             found[path] = weight
     return found
 
 
-def drop(weights: Mapping[str, nn.Parameter]) -> None:
-    """Give the memory of these weights back; they stay where they are, without elements."""
+def release(weights: Mapping[str, nn.Parameter]) -> None:
+    """Release the memory of these weights; the parameters stay, without elements."""
     for weight in weights.values():
         weight.data = weight.data.new_empty(0)
 
 
 class OffloadedWeights:
-    """Weights that were dropped: on a CPU into a file, since its memory is what is measured, else into the host's.
+    """Offloaded weights: from a CPU to a file, because its memory is measured, from a GPU to the host's memory.
 
-    folder: where there is room for that file, which has no name and ends with this process. Raises OSError or RuntimeError
-    where it cannot be written; nothing is dropped then.
+    folder: place for that file, which has no name and ends with this process. Raises OSError or RuntimeError if it cannot
+    be written; nothing is released then.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], folder: Path) -> None:
         self._weights = dict(weights)
         self._devices = {path: weight.device for path, weight in weights.items()}
         self._file: IO[bytes] | None = None
-        self._held: dict[str, Tensor] = {}
+        self._copies: dict[str, Tensor] = {}
         if any(device.type != "cpu" for device in self._devices.values()):
-            self._held = {path: weight.detach().cpu() for path, weight in weights.items()}
+            self._copies = {path: weight.detach().cpu() for path, weight in weights.items()}
         elif weights:
-            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # it is read when all is measured
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # it is read when everything is measured
             torch.save({path: weight.detach() for path, weight in weights.items()}, self._file)
-        drop(weights)
+        release(weights)
 
-    def put_back(self) -> None:
-        """Let every weight be what it was."""
+    def restore(self) -> None:
+        """Load every weight again."""
         if self._file is not None:
             self._file.seek(0)
-            self._held = torch.load(self._file, weights_only=True)
+            self._copies = torch.load(self._file, weights_only=True)
             self._file.close()
         for path, weight in self._weights.items():
-            weight.data = self._held.pop(path).to(self._devices[path])
+            weight.data = self._copies.pop(path).to(self._devices[path])
         self._weights = {}

@@ -1,4 +1,4 @@
-"""The optimizer of a Cell: which it is and who provides it, its groups and schedule, and what a reader must know of it."""
+"""The optimizer of a Cell: its class, groups and schedule, and its description for the Record."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import harness.kernels.torch.optimizers.adamw8bit
 import harness.kernels.torch.optimizers.paged
 import reference.operations.adamw8bit
 import reference.operations.paged
-from harness.cell.training.master_weights import HALVES, Masters
+from harness.cell.training.master_weights import SIXTEEN_BIT, MasterWeights
 from harness.errors import Unsupported, UsageError
 from harness.methods.spec import Adapted
 from harness.records.record import Json, Optimizer, Training
 from reference.shared.layerwise import Layerwise
 
 BETAS, EPS = (0.9, 0.999), 1e-8
-"""AdamW's, as in its paper and as torch's defaults; stated here so that no release of torch can change them unseen."""
+"""AdamW's, as in its paper and as torch's defaults; set here, so that no release of torch changes them unnoticed."""
 PAGE_BUDGET_B = 0
-"""Bytes of paged states that stay on the device between two steps: none. It is where paging saves most and costs most."""
+"""Bytes of paged states that stay on the device between two steps: none, where paging saves most and costs most."""
 _OURS = (harness.kernels.torch.optimizers.adamw8bit.AdamW8bit, harness.kernels.torch.optimizers.paged.Paged)
 _REFERENCES = (reference.operations.adamw8bit.AdamW8bit, reference.operations.paged.Paged)
 
@@ -36,13 +36,12 @@ def make(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Return the optimizer over adapter and head, and its schedule: linear warm-up, then linearly down to zero.
 
-    It is what `chosen` returns, with float32 master weights where something that trains is float16 or bfloat16; or the
-    Method's own with the head added, its moments in 8 bits for `adamw-8bit`. That one steps bfloat16 weights as they are:
-    GaLore's paper does, whose subject is memory. In float16, whose range holds no second moments, it has float32 masters
-    too.
+    It is the result of `build`, with float32 master weights if a trained tensor is float16 or bfloat16; or the Method's own
+    optimizer with the head added, its moments in 8 bits for `adamw-8bit`. That one steps bfloat16 weights directly, as
+    GaLore's paper does to save memory. In float16, which cannot represent second moments, it has float32 masters too.
 
-    Raises UsageError where nothing trains, and where `name` or `lr_ratio` asks of a Method what it has no place for; and
-    Unsupported where an implementation's own has no moments in 8 bits.
+    Raises UsageError if nothing trains, and if the Method cannot use `name` or `lr_ratio`; and Unsupported if an
+    implementation's own optimizer has no moments in 8 bits.
     """
     heads = {id(p) for p in head}
     body = [p for p in adapted.parameters() if id(p) not in heads]
@@ -56,19 +55,19 @@ def make(
     own = _own(adapted, recipe, name)
     if own is None:
         groups = [*_of_body(adapted, body, recipe), *of_head]
-        optimizer = chosen(name, implementation, groups, recipe.lr, recipe.weight_decay)
-        lacking = {*HALVES}  # in float32 and float64 nothing is gained by a second copy
+        optimizer = build(name, implementation, groups, recipe.lr, recipe.weight_decay)
+        lacking = {*SIXTEEN_BIT}  # in float32 and float64 nothing is gained by a second copy
     else:
         if name.startswith("paged-") or recipe.lr_ratio != 1:
             what = (
                 f"a paged `optimizer` or `lr_ratio` was chosen, and this method steps by {type(own).__name__}, its own"
             )
             raise UsageError(what, hint="write `optimizer: adamw` or `adamw-8bit`, and leave `lr_ratio` out")
-        for group in of_head:  # a Method's own optimizer knows of its own tensors only
+        for group in of_head:  # a Method's own optimizer has its own tensors only
             own.add_param_group(group)
         optimizer, lacking = own, {torch.float16}
     if lacking & {p.dtype for p in (*body, *head)}:
-        optimizer = Masters(optimizer)
+        optimizer = MasterWeights(optimizer)
 
     def share(step: int) -> float:
         if step < recipe.warmup:
@@ -79,7 +78,7 @@ def make(
 
 
 def _own(adapted: Adapted, recipe: Training, name: Optimizer) -> torch.optim.Optimizer | None:
-    """Return the Method's own optimizer, or None; with moments in 8 bits where these were chosen and it has them."""
+    """Return the Method's own optimizer, or None; with moments in 8 bits if `name` requests them."""
     if not name.endswith("8bit"):
         return adapted.optimizer(recipe.lr, recipe.weight_decay)
     if "bits" in inspect.signature(adapted.optimizer).parameters:
@@ -91,16 +90,16 @@ def _own(adapted: Adapted, recipe: Training, name: Optimizer) -> torch.optim.Opt
 
 
 def layerwise(optimizer: torch.optim.Optimizer, recipe: Training) -> Layerwise | None:
-    """Let every weight be stepped within the backward pass from now on, if the recipe says so.
+    """Step every weight within the backward pass from now on, if the recipe has layer-wise updates.
 
-    Raises UsageError where a step needs several backward passes, or all gradients at once.
+    Raises UsageError if a step needs several backward passes, or all gradients at once.
     """
     if not recipe.layerwise:
         return None
     if recipe.accumulate != 1:
         what = f"`layerwise` frees each gradient within its backward pass, and `accumulate` is {recipe.accumulate}"
         raise UsageError(what, hint="write `accumulate: 1`")
-    if isinstance(optimizer, Masters) and optimizer.scales:
+    if isinstance(optimizer, MasterWeights) and optimizer.scales:
         what = (
             "`layerwise` frees each gradient before the others are there, and the loss scale of float16 needs them all"
         )
@@ -109,16 +108,16 @@ def layerwise(optimizer: torch.optim.Optimizer, recipe: Training) -> Layerwise |
 
 
 def gradient_of(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], Tensor | None]:
-    """Return what reads a parameter's gradient, without a loss scale in it."""
-    return optimizer.gradient if isinstance(optimizer, Masters) else lambda p: p.grad
+    """Return a function that reads a parameter's gradient, without a loss scale."""
+    return optimizer.gradient if isinstance(optimizer, MasterWeights) else lambda p: p.grad
 
 
-def chosen(name: Optimizer, implementation: str, groups: Any, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+def build(name: Optimizer, implementation: str, groups: Any, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """Return a new optimizer over `groups`.
 
     `adamw` is torch's for every Cell. With moments of 8 bits, and paged, it is the reference's for a Cell of `reference` and
-    ours (harness/kernels) for any other: whose layers these are must not decide who steps them, or two implementations
-    would differ in more than their layers. So bitsandbytes' optimizers are judged as operations, and step no Cell.
+    ours (harness/kernels) for any other: the provider of the layers must not select the optimizer, or two implementations
+    would differ in more than their layers. So bitsandbytes' optimizers are checked as Operations, and step no Cell.
     """
     AdamW8bit, Paged = _REFERENCES if implementation == "reference" else _OURS
     kind = AdamW8bit if name.endswith("-8bit") else torch.optim.AdamW
@@ -127,7 +126,7 @@ def chosen(name: Optimizer, implementation: str, groups: Any, lr: float, weight_
 
 
 def _of_body(adapted: Adapted, body: Sequence[nn.Parameter], recipe: Training) -> list[dict[str, Any]]:
-    """Return the groups of the Method's tensors; with LoRA+ its factors B have one of their own."""
+    """Return the groups of the Method's tensors; with LoRA+ its factors B have a group of their own."""
     if recipe.lr_ratio == 1:
         return [{"params": list(body), "lr": recipe.lr}] if body else []
     faster = {id(tensor) for name, tensor in adapted.tensors().items() if name.rpartition(".")[2] == "B"}
@@ -139,9 +138,9 @@ def _of_body(adapted: Adapted, body: Sequence[nn.Parameter], recipe: Training) -
 
 
 def facts(optimizer: torch.optim.Optimizer) -> dict[str, Json]:
-    """Return what a reader must know of an optimizer, as JSON: its class, what pages its states, each group's numbers.
+    """Return an optimizer's class, its paging and its groups, as JSON.
 
-    `lr` is the peak, whatever the schedule has made of it meanwhile.
+    `lr` is the peak of the schedule.
     """
     groups: list[Any] = []
     for group in optimizer.param_groups:
@@ -153,18 +152,18 @@ def facts(optimizer: torch.optim.Optimizer) -> dict[str, Json]:
     if (paging := _paging(optimizer)) is not None:
         found |= {"paged_by": _class(paging), "page_budget_B": paging.budget}
     found["groups"] = groups
-    if isinstance(optimizer, Masters):
+    if isinstance(optimizer, MasterWeights):
         found |= {"master_weights": "float32", "loss_scale": optimizer.loss_scale}
     return found
 
 
-def held(parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-    """Return a parameter as the optimizer keeps it: a master where there is one, or the parameter itself."""
-    return optimizer.held(parameter) if isinstance(optimizer, Masters) else parameter.detach()
+def stored_value(parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Return a parameter as the optimizer stores it: its master if it has one, or the parameter itself."""
+    return optimizer.master_of(parameter) if isinstance(optimizer, MasterWeights) else parameter.detach()
 
 
 def notes(optimizer: torch.optim.Optimizer) -> list[str]:
-    """Return sentences for the Record: of arithmetic in 16 bits, of how many states are in 8 bits, and are paged."""
+    """Return sentences for the Record: on arithmetic in 16 bits, on states in 8 bits, and on paged states."""
     said, states = [_of_halves(optimizer)], optimizer.state.values()
     narrow = sum(any(_is(value, torch.uint8) for value in state.values()) for state in states)
     if _has_codes(optimizer) and states:
@@ -185,8 +184,8 @@ def _is(value: object, dtype: torch.dtype) -> bool:
 
 def _of_halves(optimizer: torch.optim.Optimizer) -> str:
     name = type(_stepping(optimizer)).__name__
-    if not isinstance(optimizer, Masters):
-        halves = {p.dtype for group in optimizer.param_groups for p in group["params"]} & {*HALVES}
+    if not isinstance(optimizer, MasterWeights):
+        halves = {p.dtype for group in optimizer.param_groups for p in group["params"]} & {*SIXTEEN_BIT}
         return f"{name}, the Method's own, steps weights of 16 bits as they are: small steps are lost" if halves else ""
     scaled = f", and the loss was scaled by {optimizer.loss_scale:g} for its backward pass" if optimizer.scales else ""
     kept = "master weights" if _has_codes(optimizer) else "master weights and moments"
@@ -194,7 +193,7 @@ def _of_halves(optimizer: torch.optim.Optimizer) -> str:
 
 
 def _chain(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """Return an optimizer and what is inside it: masters, then paging, and last what computes the steps."""
+    """Return an optimizer and those inside it: masters, then paging, and last the one that computes the steps."""
     inner = getattr(optimizer, "inner", None)
     return [optimizer, *(_chain(inner) if isinstance(inner, torch.optim.Optimizer) else [])]
 

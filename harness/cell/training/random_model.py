@@ -1,7 +1,7 @@
 """A model of random weights from its config.json alone: built without weights, which it gets block by block.
 
-A block (an entry of the model's list of layers) has all its weights before the next one has any, so that whoever
-packs it in between never holds the whole model in 16 bits.
+A block (an entry of the model's list of layers) has all its weights before the next one has any, so that code that packs
+it in between never holds the whole model in 16 bits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from harness.assets import shapes, structure
 from harness.errors import AssetError
 
 SEED = 0
-"""Of the weights, whatever the Cell's seed: as with a checkpoint, all Cells of one shape start from the same numbers."""
+"""Seed of the weights, independent of the Cell's: all Cells of a shape start from the same numbers."""
 NOTE = (
     f"the weights are random (seed {SEED}, the spread of the model's own initialiser), for only a shape was named: "
     "memory and speed are those of the shape, losses and texts mean nothing, and no accuracy was measured"
@@ -31,7 +31,7 @@ _REST = "the rest"
 def build(folder: Path, dtype: torch.dtype, kind: str = "causal", labels: int = 0) -> Any:
     """Return the model of `folder`/config.json on the meta device: every layer, no weights.
 
-    labels: classes of an encoder's head. Raises AssetError for a config that transformers makes no model of this kind of.
+    labels: classes of an encoder's head. Raises AssetError if transformers has no model of this kind for the config.
     """
     facts = json.loads((folder / "config.json").read_bytes())
     try:
@@ -41,15 +41,15 @@ def build(folder: Path, dtype: torch.dtype, kind: str = "causal", labels: int = 
         raise AssetError(
             f"no {what} can be made of it: {error}",
             where=str(folder / "config.json"),
-            hint="correct `model_type`, or look at the version of transformers",
+            hint="correct `model_type`, or check the version of transformers",
         ) from error
 
 
 def drawn(model: Any, device: torch.device) -> Iterator[set[str]]:
     """Give a model on the meta device its weights, part by part; yield the paths of the modules that just got theirs.
 
-    First what stands outside the blocks, then one block after the other. Each part is drawn on `device` from a seed of its
-    own, by the initialiser that the model itself trains from scratch with: with its spread nothing overflows in 16 bits.
+    First the modules outside the blocks, then one block after the other. Each part is drawn on `device` from its own seed,
+    by the model's initialiser for training from scratch: with its spread nothing overflows in 16 bits.
     Raises AssetError for a weight that the initialiser leaves unset.
     """
     parts: dict[str, dict[str, nn.Module]] = {_REST: {}}
@@ -57,12 +57,12 @@ def drawn(model: Any, device: torch.device) -> Iterator[set[str]]:
     for path, module in model.named_modules():
         block = next((b for b in blocks if path == b or path.startswith(f"{b}.")), _REST)
         parts.setdefault(block, {})[path] = module
-    # Only what several modules share is kept here: anything else must be free to go once it is packed.
+    # Only weights that several modules share are referenced here: others must be freed once they are packed.
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     homes: dict[int, nn.Parameter | None] = {key: None for key, count in uses.items() if count > 1}
     for part in list(parts):
         _draw(model, part, parts[part], device, homes)
-        yield set(parts.pop(part))  # the layers themselves are not kept: they are packed next
+        yield set(parts.pop(part))  # no reference to the layers: they are packed next
 
 
 def draw(model: Any, device: torch.device) -> None:
@@ -75,7 +75,7 @@ def draw(model: Any, device: torch.device) -> None:
 def _draw(
     model: Any, part: str, modules: dict[str, nn.Module], device: torch.device, homes: dict[int, nn.Parameter | None]
 ) -> None:
-    """Draw the modules of one part. homes: of a tied weight, by the id of what it was on meta, what it became."""
+    """Draw the modules of one part. homes: id of a tied weight on the meta device -> the drawn weight."""
     for module in modules.values():
         for name, parameter in module.named_parameters(recurse=False):
             home = homes.get(id(parameter))
@@ -88,7 +88,7 @@ def _draw(
             module._buffers[name] = _unset(buffer, device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(SEED + zlib.crc32(part.encode()))
-        for module in reversed(list(modules.values())):  # children first: some parents scale what is inside them
+        for module in reversed(list(modules.values())):  # children first: some parents scale their children's weights
             model._init_weights(module)
     for path, module in modules.items():
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
@@ -101,7 +101,7 @@ def _draw(
 
 
 def _unset(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a tensor of this shape in which one that is never set shows: NaN, or where there is none, zero."""
+    """Return a tensor of this shape that shows if it is never set: NaN, or zero for integers."""
     return torch.full_like(tensor, torch.nan if tensor.is_floating_point() else 0, device=device)
 
 

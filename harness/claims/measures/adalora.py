@@ -161,11 +161,11 @@ def keeps_exactly(rule: Literal["reference", "kthvalue"]) -> MeasureResult:
     """
     import torch
 
-    from reference.adalora import keep
+    from reference.adalora import largest_mask
 
     scores, budget = torch.tensor([3.0, 1.0, 1.0, 1.0, 1.0, 2.0, 0.5, 1.0]), 4
     least = torch.kthvalue(scores, len(scores) - budget).values
-    mask = keep(scores, budget) if rule == "reference" else scores > least
+    mask = largest_mask(scores, budget) if rule == "reference" else scores > least
     return MeasureResult(
         int(mask.sum()) == budget, f"of 8 triplets, 5 of them with one score, {int(mask.sum())} are kept of {budget}"
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.case import Case
+from harness.conformance.checks import States, check
 from harness.conformance.comparison import operation_call
 from harness.conformance.comparison.check_results import at, judged, skipped
 from harness.conformance.comparison.inputs import inputs
@@ -20,6 +21,7 @@ from harness.conformance.subject import DTYPES, Subject
 from harness.records.record import CheckResult
 
 
+@check(States.WARM)
 def check_overlap(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Two calls with different inputs of one shape may be under way at once.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from harness.conformance.case import Case
+from harness.conformance.checks import CellStage, check
 from harness.conformance.comparison.check_results import at, judged, skipped
 from harness.conformance.comparison.packed_codes import judge
 from harness.conformance.comparison.tolerance_policies import worst_of
@@ -12,6 +13,7 @@ from harness.conformance.subject import Subject
 from harness.records.record import CheckResult
 
 
+@check(in_cell=[CellStage.START])
 def check_codes(subject: Subject, case: Case) -> CheckResult:
     """The packed base holds the reference's NF4 codes and absmax of the original weights, and the original biases.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.case import Case
+from harness.conformance.checks import check
 from harness.conformance.comparison.check_results import at, judged, listed, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.observations import observe
@@ -16,11 +17,12 @@ from reference.dora import norms
 from reference.shared.layers import floating_dtype
 
 
+@check()
 def check_norm(subject: Subject, case: Case) -> CheckResult:
     """Every row of the merged weight (every column, with one magnitude per input) is as long as its |m|, and m starts as
     the lengths in the base: W' = m (W0 + s B A) / ||W0 + s B A||  (DoRA, eq. 5).
     """
-    fresh = case.anew()
+    fresh = case.attach_again()
     if fresh is None or not fresh.adapted.can_merge:
         return skipped(subject, case, "norm", "the case cannot attach anew and merge")
     per, found = subject.config.per, []
@@ -43,11 +45,12 @@ def check_norm(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "norm", worst_of(found, found[0].policy))
 
 
+@check()
 def check_zero_rows(subject: Subject, case: Case) -> CheckResult:
     """A row of zeros in the base (a column, with one magnitude per input), as pruned models have them, has no direction:
     at the start its length and its m are 0. Outputs and gradients are finite all the same.
     """
-    fresh = case.anew()
+    fresh = case.attach_again()
     if fresh is None:
         return skipped(subject, case, "zero_rows", "the case cannot attach anew")
     odd = []

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.case import Case
+from harness.conformance.checks import States, check
 from harness.conformance.comparison.check_results import listed, skipped
 from harness.conformance.comparison.inputs import inputs, takes_rows
 from harness.conformance.comparison.layer_comparison import beside, reference_runs
@@ -23,6 +24,7 @@ FEATURES = 32
 """Of so many features at least one is dropped and one kept in any token, but for one in some thousands."""
 
 
+@check(States.WARM)
 def check_dropout(subject: Subject, case: Case) -> CheckResult:
     """In training mode each feature of the adapter's input is dropped with probability p, or scaled by 1/(1-p); the base
     sees all of it, and the backward pass uses the forward pass's mask. In eval mode nothing is dropped.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from harness.conformance import process_settings
 from harness.conformance.case import Case
+from harness.conformance.checks import States, check
 from harness.conformance.comparison.check_results import listed, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.observations import observe
@@ -12,6 +13,7 @@ from harness.conformance.subject import DTYPES, Subject
 from harness.records.record import CheckResult
 
 
+@check(States.INIT)
 def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Attaching and computing change nothing that holds for the whole process: torch's default dtype and device, its
     gradient mode, threads, determinism, precision and autocast; and no seed of torch's, numpy's or Python's random numbers.
@@ -25,7 +27,7 @@ def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResu
     if case.fresh is None:
         return skipped(subject, case, "settings", "the case cannot attach anew")
     with process_settings.kept() as changed:
-        seeded = process_settings.seeded(lambda: _use(case.anew(), case))
+        seeded = process_settings.seeded(lambda: _use(case.attach_again(), case))
     return listed(subject, case, "settings", [*subject.disturbed, *changed, *seeded])
 
 

@@ -229,7 +229,7 @@ def starts_gaussian_with_one_over_the_root_of_the_rank(its: PatchedCopy) -> None
 
 @planted("lora", "initial", values={**_USUAL, "init": "gaussian"})
 def ignores_the_choice_of_its_start(its: PatchedCopy) -> None:
-    its.line("start(config.init, rank", 'start("kaiming", rank')
+    its.line("initial_factors(config.init, rank", 'initial_factors("kaiming", rank')
 
 
 @planted("lora", "identity", values={"rank": 4, "alpha": 8.0, "init": "orthogonal"})

@@ -177,7 +177,7 @@ def scales_the_decay_as_well(its: PatchedCopy) -> None:
 def moves_by_the_narrowed_moments(its: PatchedCopy) -> None:
     its.line(
         "    N: Tensor = correction",
-        "    galore_moments.keep(state, M, V)\n    M, V = galore_moments.widened(state, R)\n    N: Tensor = correction",
+        "    galore_moments.encode(state, M, V)\n    M, V = galore_moments.decode(state, R)\n    N: Tensor = correction",
         file="galore",
     )
 
@@ -189,7 +189,7 @@ def keeps_signed_codes_of_a_projected_second_moment(its: PatchedCopy) -> None:
 
 @planted("galore8bit_step", "output_codes", values=_GALORE_8)
 def never_narrows_its_moments(its: PatchedCopy) -> None:
-    its.line("    galore_moments.keep(state, M, V)\n", "", file="galore")
+    its.line("    galore_moments.encode(state, M, V)\n", "", file="galore")
 
 
 @planted("multi_lora_linear", "outputs", values=_BATCH)

@@ -19,9 +19,11 @@ from pydantic import Field, field_validator
 
 from harness import yaml_schema
 from harness.conformance import checks
-from harness.conformance.findings.outcomes import CheckOutcome
+from harness.conformance.findings.outcomes import CheckOutcome, Execution
 from harness.errors import Problem, SuiteError, near
-from harness.records.record import CheckResult, FrozenModel, Outcome
+from harness.records.base_model import FrozenModel
+from harness.records.check import CheckResult, Outcome
+from harness.records.check_id import CheckId
 from harness.resources import folder
 
 
@@ -81,10 +83,10 @@ class Defect(FrozenModel):
 
     def explains(self, tried: CheckOutcome) -> bool:
         """Whether this result is a failure of such a case that looks like the defect."""
-        result, what = tried.result, said(tried.result)
+        result, what = tried.result, _description(tried.result)
         if result.outcome is not Outcome.FAIL or not self.matches(tried):
             return False
-        if what.startswith("raised "):
+        if tried.execution is Execution.RAISED:
             return any(one.startswith("raised") and re.match(one, what) for one in self.shows)
         small = self.at_most is None or (result.error is not None and result.error <= self.at_most)
         return small and (not self.shows or any(re.search(one, what) for one in self.shows))
@@ -95,6 +97,11 @@ class Defect(FrozenModel):
             return version(self.library) in SpecifierSet(self.versions, prereleases=True)
         except PackageNotFoundError:
             return False
+
+
+def _description(result: CheckResult) -> str:
+    """Return the text in which `shows` of a defect searches: the tensor, its worst element, the policy, the detail."""
+    return "; ".join(part for part in (result.tensor, result.worst, result.policy, result.detail) if part)
 
 
 class _File(FrozenModel):
@@ -119,24 +126,15 @@ def known() -> tuple[Defect, ...]:
             problems.append(Problem(where, f"the id {defect.id} is used twice", "give it another"))
         seen.add(defect.id)
         for pattern in defect.checks:
-            parts = pattern.split("/")
-            if len(parts) != 4 or (parts[1] not in {*checks.docstrings(), "attach", "alive", "*"}):
-                hint = near(
-                    parts[1] if len(parts) > 1 else pattern, checks.docstrings(), "write method/check/dtype/state"
-                )
+            name = CheckId.parse(pattern)
+            if not name.is_complete or name.check not in {*checks.docstrings(), "attach", "alive", "*"}:
+                hint = near(name.check or pattern, checks.docstrings(), "write method/check/dtype/state")
                 problems.append(Problem(where, f"{defect.id}: {pattern!r} names no check", hint))
         if not (file.parent / defect.reproduction).is_file():
             problems.append(Problem(where, f"{defect.id}: no file {defect.reproduction}", "write the reproduction"))
     if problems:
         raise SuiteError(problems)
     return tuple(defects)
-
-
-def said(result: CheckResult) -> str:
-    """Return what a result says of a failure: the tensor, its worst element, the policy and the detail."""
-    return result.detail if result.detail.startswith("raised ") else "; ".join(
-        part for part in (result.tensor, result.worst, result.policy, result.detail) if part
-    )  # fmt: skip
 
 
 def explained(tried: Iterable[CheckOutcome], defects: Sequence[Defect]) -> tuple[list[CheckOutcome], list[str]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.methods.registry import DTYPES
+from harness.records.check import CheckResult
 
 _WORST_FIRST = (
     CheckStatus.FAIL,
@@ -83,14 +84,13 @@ def failure(one: CheckOutcome) -> str:
     """Say in one line what failed, where, and by how much."""
     # A quantisation of the base is checked under a Method, whose name the check's id has.
     base = f" {one.target}" if one.kind == "base" else ""
-    return f"FAIL {one.implementation}{base} {one.result.check} ({one.case}): {' '.join(told(one).split())}"
+    return f"FAIL {one.implementation}{base} {one.result.check} ({one.case}): {' '.join(describe(one.result).split())}"
 
 
-def told(one: CheckOutcome) -> str:
-    """Say by how much a check failed, in which tensor, and at which element."""
-    r = one.result
+def describe(r: CheckResult) -> str:
+    """Describe a result in one line: error and allowance, tensor, worst element, detail, policy."""
     size = f"error {r.error:.3g}, allowed {r.allowed:.3g}" if r.error is not None and r.allowed is not None else ""
     place = " ".join(filter(None, [r.tensor, r.worst]))
     nonfinite = f"{r.nonfinite} elements not finite" if r.nonfinite else ""
     policy = f" [{r.policy}]" if r.policy not in ("", "exact") else ""
-    return "; ".join(filter(None, [size, place, nonfinite, r.detail])) + policy
+    return ("; ".join(filter(None, [size, place, nonfinite, r.detail])) + policy).strip()

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from harness.analysis.comparison import against_baseline
 from harness.analysis.comparison.baseline_rows import Margins
+from harness.analysis.run_facts import analyse
 from harness.console import say
 from harness.errors import Exit
 from harness.records import store
@@ -30,7 +31,7 @@ def gate(
     kept, path = baselines.find(baseline), store.find_run(name)
     with _without_cycles():
         base, new = store.read_run(kept.path), store.read_run(path)
-        against = against_baseline.judge(base, new, margins=margins, strict=strict)
+        against = against_baseline.judge(analyse(base), analyse(new), margins=margins, strict=strict)
         title = f"{new.manifest.run} against {kept.name}"
         title += ", which is the same run" if new.manifest.run == base.manifest.run else ""
         outputs.write(against, title)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from harness.analysis.comparison.baseline_rows import FindingKind, Findings
 from harness.regression.outputs import formatting
 from harness.regression.outputs.formatting import HEAD
-from harness.report.run_facts import icon
+from harness.report.tones import icon
 
 LIMIT_B = 1024 * 1024
 """What GitHub shows of a step's summary; it shows nothing of a larger one."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from harness.analysis.comparison.baseline_rows import TIMES, FindingKind, Findings
 from harness.regression.outputs import formatting
 from harness.regression.outputs.formatting import HEAD
-from harness.report.run_facts import icon
+from harness.report.tones import icon
 
 _ORDER = (
     FindingKind.TIME,

@@ -64,7 +64,7 @@ def gate(asked: PairsRequest, as_json: bool, design: Design | None = None) -> Ex
     path = loader.find(asked.suite)
     plan = _trained(loader.load(path).plan, asked.only, asked.suite)
     wanted = _cores(asked)
-    if wanted is not None and wanted > (there := cores.allowed()):
+    if wanted is not None and wanted > (there := cores.available_cores()):
         what = f"{wanted} cores are asked for, and this process may use {there}"
         raise UsageError(what, where="--cores", hint=f"ask for at most {there}")
     folder = _folder(asked)
@@ -81,7 +81,7 @@ def gate(asked: PairsRequest, as_json: bool, design: Design | None = None) -> Ex
     try:
         with (
             handle_termination(),
-            cores.held_to(wanted) as held,
+            cores.limit_cores(wanted) as held,
             arms.opened(asked.old, asked.new, plan, asked.repo) as sides,
         ):
             matched = arms.pairs(plan, names, sides)

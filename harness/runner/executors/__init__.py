@@ -1,27 +1,44 @@
-"""Where Cells run: `local`, `ray`, `slurm`. All three start the same worker command, once per attempt."""
+"""Executors by name. Each is one module of this package that declares EXECUTOR, and starts the worker once per attempt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import pkgutil
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
 
 from harness.errors import UsageError
-from harness.runner.executors.executor import Executor
+from harness.runner.executors.executor import Executor, ExecutorKind
 
 
-def choose(name: str, jobs: int | None = None, slurm: Sequence[str] = ()) -> Executor:
-    """Return the executor of that name. jobs: Cells at a time, None as the executor sees fit; slurm: KEY=VALUE of sbatch."""
-    if slurm and name != "slurm":
-        raise UsageError(
-            "is for --executor slurm", where=f"--slurm {slurm[0]}", hint="leave it out, or add --executor slurm"
-        )
-    if name == "ray":
-        from harness.runner.executors.ray import Ray
+def kinds() -> dict[str, ExecutorKind]:
+    """Map the names of all executors to their declarations."""
+    modules = (import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
+    declared = (getattr(module, "EXECUTOR", None) for module in modules)
+    return {kind.name: kind for kind in declared if kind is not None}
 
-        return Ray(jobs)
-    if name == "slurm":
-        from harness.runner.executors.slurm import Slurm
 
-        return Slurm(jobs, slurm)
-    from harness.runner.executors.local import Local
+def option_names() -> list[str]:
+    """Return the names of all executors' options."""
+    return [kind.option.name for kind in kinds().values() if kind.option]
 
-    return Local(jobs or 1)
+
+def choose(name: str, jobs: int | None = None, options: Mapping[str, Sequence[str]] | None = None) -> Executor:
+    """Return the executor of that name. jobs: Cells at a time, None as it sees fit; options: values by option name."""
+    found = kinds()
+    for kind in found.values():
+        values = (options or {}).get(kind.option.name, ()) if kind.option else ()
+        if values and kind.option and kind.name != name:
+            raise UsageError(
+                f"is for --executor {kind.name}",
+                where=f"--{kind.option.name} {values[0]}",
+                hint=f"leave it out, or add --executor {kind.name}",
+            )
+    option = found[name].option
+    return found[name].make(jobs, (options or {}).get(option.name, ()) if option else ())
+
+
+def recall(folder: Path) -> None:
+    """End the Cells that a killed runner of the run in `folder` left behind, whatever executor they run by."""
+    for kind in kinds().values():
+        kind.recall(folder)

@@ -1,8 +1,10 @@
-"""Protocols of an executor and of the listener it reports to."""
+"""Protocols of an executor and of the listener it reports to, and the declaration by which an executor is found."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
@@ -14,22 +16,22 @@ Device = Literal["cpu", "cuda"]
 
 
 class Listener(Protocol):
-    """Who is told what goes on: the progress display, or nobody."""
+    """Receives the progress of a run."""
 
     def begin(self, cell: Cell) -> None:
         """An attempt at this Cell has begun."""
 
     def event(self, cell: Cell, event: dict[str, Any]) -> None:
-        """Its worker says something."""
+        """Its worker reports an event."""
 
     def tick(self) -> None:
-        """About once a second, also while nothing happens. What it raises ends the run."""
+        """Called about once a second, also while nothing happens. What it raises ends the run."""
 
 
 class Executor(Protocol):
     """Runs attempts. A context manager: entering finds the machines, or raises HarnessError; leaving gives them back."""
 
-    elsewhere: bool
+    is_remote: bool
     """Whether Cells run on other machines than the runner's."""
 
     def __enter__(self) -> Self: ...
@@ -38,11 +40,40 @@ class Executor(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def device(self, wanted: Literal["auto", "cpu", "cuda"]) -> Device:
-        """Return what Cells will run on; raises HarnessError if it is not to be had."""
+    def device(self, requested: Literal["auto", "cpu", "cuda"]) -> Device:
+        """Return the device that Cells will run on; raises HarnessError if it is not available."""
 
-    def run(self, works: Iterator[Job], terms: RunContext, listener: Listener) -> Generator[Record, None, None]:
-        """Give the Record of each attempt as it ends, in any order. Closing the iterator kills what still runs.
+    def run(self, queue: Iterator[Job], context: RunContext, listener: Listener) -> Generator[Record, None, None]:
+        """Yield the Record of each attempt as it ends, in any order. Closing the iterator kills what still runs.
 
-        An attempt's log is there from when `works` gave it: its number is used up, whatever happens.
+        An attempt's log exists from the moment that `queue` gave the job: its number is used up, whatever happens.
         """
+
+
+@dataclass(frozen=True)
+class ExecutorOption:
+    """A command-line option of one executor, which may be given several times."""
+
+    name: str
+    """Without its dashes."""
+    metavar: str
+    help: str
+
+
+def _recall_nothing(folder: Path) -> None:
+    """Do nothing: a local worker ends with its runner."""
+
+
+@dataclass(frozen=True)
+class ExecutorKind:
+    """The declaration of an executor: the constant EXECUTOR of its module in this package."""
+
+    name: str
+    """The value of `--executor`."""
+    make: Callable[[int | None, Sequence[str]], Executor]
+    """Makes one from the number of Cells at a time (None: as it sees fit) and the values of `option`."""
+    help: str = ""
+    """A sentence for `--help`, which names the environment variables that it reads."""
+    option: ExecutorOption | None = None
+    recall: Callable[[Path], None] = _recall_nothing
+    """Ends the Cells that a killed runner of the run in this folder left behind."""

@@ -1,4 +1,4 @@
-"""On this machine: up to `jobs` Cells at a time, each in a process of its own; on GPUs, each with one for itself."""
+"""Run Cells on this machine: up to `jobs` at a time, each in a process of its own; on GPUs, each with one for itself."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from harness.records import environment, store
 from harness.records.record import Record, Status
 from harness.runner import gpus
 from harness.runner.attempt import WORKER, Attempt, Ending, RunContext, record_of
-from harness.runner.executors.executor import Device, Listener
+from harness.runner.executors.executor import Device, ExecutorKind, Listener
 
 GPU_PATIENCE_S = 60.0
-_LOOK_S = 2.0  # nvidia-smi takes a third of a second itself
-_ANSWER_S = 0.1  # between two looks whether it has answered
+_PROBE_S = 2.0
+"""Seconds between two probes of the GPUs; nvidia-smi takes a third of a second itself."""
+_ANSWER_S = 0.1
+"""Seconds between two looks for the answer of a probe."""
 
 
 class Local:
-    """jobs: Cells at a time. command: the worker's, to which two file descriptors are added. look: what GPUs there are.
+    """The executor `local`.
 
-    patience: seconds that a Cell waits for a GPU while we use none: for others, or for the driver to answer.
+    jobs: Cells at a time. command: the worker's, to which two file descriptors are added. look: returns the GPUs.
+    patience: seconds that a Cell waits for a GPU while this run uses none: for other users, or for the driver to answer.
     """
 
-    elsewhere = False
+    is_remote = False
 
     def __init__(
         self,
@@ -43,100 +46,103 @@ class Local:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def device(self, wanted: Literal["auto", "cpu", "cuda"]) -> Device:
-        """Return `cuda` if there is a GPU, unless something else is wanted."""
-        there = environment.gpus() if wanted != "cpu" else ()
-        if wanted == "cuda" and not there:
+    def device(self, requested: Literal["auto", "cpu", "cuda"]) -> Device:
+        """Return `cuda` if there is a GPU, unless another device is requested."""
+        found = environment.gpus() if requested != "cpu" else ()
+        if requested == "cuda" and not found:
             raise HarnessError(
                 "no NVIDIA GPU was found",
                 where="--device cuda",
                 hint="run with --device cpu, or see `peft-harness doctor`",
             )
-        if there and (cards := self._look()) and self.jobs > len(cards):
+        if found and (cards := self._look()) and self.jobs > len(cards):
             raise HarnessError(
                 f"{self.jobs} Cells at a time want a GPU each, and there are {len(cards)}",
                 where=f"--jobs {self.jobs}",
                 hint=f"--jobs {len(cards)}, or --device cpu",
             )
-        return "cuda" if there else "cpu"
+        return "cuda" if found else "cpu"
 
-    def run(self, works: Iterator[Job], terms: RunContext, listener: Listener) -> Generator[Record, None, None]:
-        """Run them; see Executor.run."""
-        at_work: list[Attempt] = []
+    def run(self, queue: Iterator[Job], context: RunContext, listener: Listener) -> Generator[Record, None, None]:
+        """Run the queue; see Executor.run."""
+        running: list[Attempt] = []
         waiting: Job | None = None
-        look: gpus.GpuProbe | None = None
-        since = looked = 0.0
+        probe: gpus.GpuProbe | None = None
+        since = probed = 0.0
         with selectors.DefaultSelector() as selector:
             try:
                 while True:
-                    while len(at_work) < self.jobs:
+                    while len(running) < self.jobs:
                         if waiting is None:
-                            waiting, since, looked = next(works, None), time.monotonic(), 0.0
+                            waiting, since, probed = next(queue, None), time.monotonic(), 0.0
                             if waiting is None:
                                 break
                             listener.begin(waiting.cell)
-                        if waiting.device == "cuda" and look is None:
-                            if time.monotonic() - looked < _LOOK_S:
+                        if waiting.device == "cuda" and probe is None:
+                            if time.monotonic() - probed < _PROBE_S:
                                 break
-                            look, looked = gpus.GpuProbe(self._look), time.monotonic()
-                        if look is not None and not look.over():
+                            probe, probed = gpus.GpuProbe(self._look), time.monotonic()
+                        if probe is not None and not probe.over():
                             break
-                        if any(one.job.gpu for one in at_work):
-                            since = looked  # a card of ours comes free, however long its Cell takes
-                        placed, busy = self._placed(waiting, look, [one.job.gpu for one in at_work])
-                        look = None
+                        if any(attempt.job.gpu for attempt in running):
+                            since = probed  # a card of this run comes free, however long its Cell takes
+                        placed, busy = self._place(waiting, probe, [attempt.job.gpu for attempt in running])
+                        probe = None
                         if placed is not None:
-                            at_work.append(one := Attempt(placed, terms, self.command))
-                            selector.register(one.events, selectors.EVENT_READ, one)
-                        elif looked - since >= self._patience:
+                            running.append(attempt := Attempt(placed, context, self.command))
+                            selector.register(attempt.events, selectors.EVENT_READ, attempt)
+                        elif probed - since >= self._patience:
                             because = f"{busy}; it was waited for {self._patience:g} s"
                             yield record_of(
-                                waiting, terms, Ending(Status.SKIPPED, "busy GPU", because), store.now(), since
+                                waiting, context, Ending(Status.SKIPPED, "busy GPU", because), store.now(), since
                             )
                         else:
                             listener.event(waiting.cell, {"event": "phase", "name": "waiting for a GPU"})
                             break
                         waiting = None
-                    if waiting is None and not at_work:
+                    if waiting is None and not running:
                         return
-                    yield from self._follow(selector, at_work, listener, look)
+                    yield from self._follow(selector, running, listener, probe)
             finally:
-                for one in at_work:
-                    one.kill()
+                for attempt in running:
+                    attempt.kill()
 
     def _follow(
-        self, selector: selectors.BaseSelector, at_work: list[Attempt], listener: Listener, look: gpus.GpuProbe | None
+        self, selector: selectors.BaseSelector, running: list[Attempt], listener: Listener, probe: gpus.GpuProbe | None
     ) -> Iterator[Record]:
-        """Pass on what the workers say, for at most a second, and give the Records of those that have ended."""
+        """Pass on events of the workers for at most a second, and yield the Records of attempts that have ended."""
         now = time.monotonic()
-        left = min((one.deadline - now for one in at_work), default=1.0)
-        if at_work:
-            for key, _ in selector.select(max(0.0, min(left, 1.0 if look is None else _ANSWER_S))):
+        left = min((attempt.deadline - now for attempt in running), default=1.0)
+        if running:
+            for key, _ in selector.select(max(0.0, min(left, 1.0 if probe is None else _ANSWER_S))):
                 for event in key.data.read():
                     listener.event(key.data.job.cell, event)
-        elif look is not None:
-            look.over(1.0)
+        elif probe is not None:
+            probe.over(1.0)
         else:
             time.sleep(1.0)
         listener.tick()
-        for one in [one for one in at_work if one.is_over]:
-            selector.unregister(one.events)
-            at_work.remove(one)  # from here on it kills itself, whatever happens
-            yield one.end()
+        for attempt in [attempt for attempt in running if attempt.is_over]:
+            selector.unregister(attempt.events)
+            running.remove(attempt)  # from here on it kills itself, whatever happens
+            yield attempt.end()
 
-    def _placed(self, work: Job, look: gpus.GpuProbe | None, taken: Sequence[str]) -> tuple[Job | None, str]:
-        """Return `work` with its share of this machine; or None, and who keeps it from it. look: one that is over."""
+    def _place(self, job: Job, probe: gpus.GpuProbe | None, used: Sequence[str]) -> tuple[Job | None, str]:
+        """Return `job` with its share of this machine; or None, and why there is none. probe: one that is over."""
         share: dict[str, object] = {}
         if self.jobs > 1:
             share = {"threads": max(1, environment.threads() // self.jobs), "at_once": self.jobs}
         try:
-            cards = look.seen() if look is not None else []
-        except HarnessError as error:  # the Cells at work are well; it may answer the next time
+            cards = probe.seen() if probe is not None else []
+        except HarnessError as error:  # running Cells are well; it may answer the next time
             return None, error.what
         if not cards:
-            return work.model_copy(update=share), ""
-        ours = [card for card in cards if card.uuid not in taken]
-        for card in ours:
+            return job.model_copy(update=share), ""
+        own = [card for card in cards if card.uuid not in used]
+        for card in own:
             if not card.busy:
-                return work.model_copy(update={**share, "gpu": card.uuid}), ""
-        return None, "; ".join(card.busy for card in ours)
+                return job.model_copy(update={**share, "gpu": card.uuid}), ""
+        return None, "; ".join(card.busy for card in own)
+
+
+EXECUTOR = ExecutorKind("local", lambda jobs, _: Local(jobs or 1))

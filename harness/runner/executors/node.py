@@ -1,4 +1,4 @@
-"""What a machine of a cluster does: its share of the Cells, one after the other, as `local` does them."""
+"""Run a share of the Cells on a machine of a cluster, one after the other, as `local` does."""
 
 from __future__ import annotations
 
@@ -17,32 +17,27 @@ from harness.records.record import Cell, Record, Status
 from harness.runner.attempt import WORKER, Ending, RunContext, record_of
 from harness.runner.executors.local import Local
 
-SEEN_S = 60.0
-"""How late a network file system may show what another machine has written."""
+VISIBLE_S = 60.0
+"""Seconds until a network file system shows a file that another machine has written."""
 _BEGUN = "begun on "
 
 
-class UnwantedError(HarnessError):
-    """The runner has called its Cells back."""
+class RecalledError(HarnessError):
+    """The runner has recalled its Cells."""
 
 
-class UnseenError(StoreError):
-    """A machine does not see what its Cells need: it is `node`."""
+class MissingPathError(StoreError):
+    """A machine does not see a path that its Cells need."""
 
     node: str
-
-
-def recall(folder: Path) -> None:
-    """Call back the Cells of an array that a killed runner of this run left behind: they end within seconds."""
-    for wanted in folder.glob("slurm/wanted-*"):
-        wanted.unlink(missing_ok=True)
+    """The machine."""
 
 
 class _Listener:
-    """Tells nobody, and ends when the file that says so goes away."""
+    """Reports nothing, and ends the run when the file `permit` is deleted."""
 
-    def __init__(self, wanted: Path | None) -> None:
-        self._wanted = wanted
+    def __init__(self, permit: Path | None) -> None:
+        self._permit = permit
 
     def begin(self, cell: Cell) -> None:
         self.tick()
@@ -51,69 +46,69 @@ class _Listener:
         pass
 
     def tick(self) -> None:
-        if self._wanted is not None and not self._wanted.exists():
-            raise UnwantedError("the run was ended or resumed elsewhere", where=str(self._wanted))
+        if self._permit is not None and not self._permit.exists():
+            raise RecalledError("the run was ended or resumed elsewhere", where=str(self._permit))
 
 
-def measure(
-    works: Sequence[str], timeout: float, command: Sequence[str] | None = None, wanted: str | None = None
+def run_jobs(
+    specs: Sequence[str], timeout: float, command: Sequence[str] | None = None, permit: str | None = None
 ) -> None:
-    """Run attempts (each a Work as JSON) on this machine, until done or until the file `wanted` is gone.
+    """Run attempts (each a Job as JSON) on this machine, until done or until the file `permit` is deleted.
 
-    Every attempt leaves its Record in the run's folder. Raises UnseenError where that folder, or an asset, is not seen.
+    Every attempt leaves its Record in the run's folder. Raises MissingPathError where that folder, or an asset, is missing.
     """
-    told = [Job.model_validate_json(work) for work in works]
-    folder, node = store.RunFolder(Path(told[0].folder)), os.uname().nodename
-    for needed in {told[0].folder, *(path for work in told for path in _needed(work))}:
+    jobs = [Job.model_validate_json(spec) for spec in specs]
+    folder, node = store.RunFolder(Path(jobs[0].folder)), os.uname().nodename
+    for needed in {jobs[0].folder, *(path for job in jobs for path in _paths(job))}:
         if not Path(needed).exists():
-            error = UnseenError(
+            error = MissingPathError(
                 f"is not there on {node}",
                 where=needed,
                 hint="keep the run (--out) and the cache (PEFT_HARNESS_CACHE) on a file system that every machine sees",
             )
             error.node = node
             raise error
-    most = environment.threads()  # nodes differ: what one holds may be more than this one has
-    told = [work.model_copy(update={"threads": min(work.threads, most)}) if work.threads else work for work in told]
-    terms = RunContext(folder, environment.describe(most), timeout)
-    listener = _Listener(Path(wanted) if wanted else None)
+    most = environment.threads()  # nodes differ: another one's share may be more than this one has
+    jobs = [job.model_copy(update={"threads": min(job.threads, most)}) if job.threads else job for job in jobs]
+    context = RunContext(folder, environment.describe(most), timeout)
+    listener = _Listener(Path(permit) if permit else None)
     with contextlib.closing(
-        Local(command=command or WORKER).run(_each(told, folder, node), terms, listener)
+        Local(command=command or WORKER).run(_each(jobs, folder, node), context, listener)
     ) as records:
         for _ in records:
             pass
 
 
-def _needed(work: Job) -> Iterator[str]:
-    yield from (asset.path for asset in (work.model, work.data, work.task.train) if asset)
-    if work.task.file:
-        yield work.task.file
+def _paths(job: Job) -> Iterator[str]:
+    yield from (asset.path for asset in (job.model, job.data, job.task.train) if asset)
+    if job.task.file:
+        yield job.task.file
 
 
-def _each(works: Sequence[Job], folder: store.RunFolder, node: str) -> Iterator[Job]:
-    """Give them as they are taken up; the log of each begins with when that was, for `lost` to read."""
-    for work in works:
-        with contextlib.suppress(OSError):  # what is wrong with the folder, its worker will tell
-            folder.log_path(work.cell.cell_id, work.attempt).write_text(f"{_BEGUN}{node} at {store.now()}\n")
-        yield work
+def _each(jobs: Sequence[Job], folder: store.RunFolder, node: str) -> Iterator[Job]:
+    """Yield jobs as they are started; the log of each begins with machine and time, for `final_record`."""
+    for job in jobs:
+        with contextlib.suppress(OSError):  # the worker reports errors of the folder
+            folder.log_path(job.cell.cell_id, job.attempt).write_text(f"{_BEGUN}{node} at {store.now()}\n")
+        yield job
 
 
-def lost(work: Job, terms: RunContext, ending: Ending, submitted: str, over: float) -> Record:
-    """Return the Record of an attempt whose machine tells no more, since `over` (time.monotonic()): its own, if it is there.
+def final_record(job: Job, context: RunContext, ending: Ending, submitted: str, over: float) -> Record:
+    """Return the Record of an attempt whose machine has been silent since `over` (time.monotonic()): its own, if any.
 
-    Its time is counted from when a machine took it up. One that none did is lost, whatever ended its machine.
+    Its time is counted from when a machine started it. An attempt that was never started is lost, however its machine ended.
     """
-    started = _taken_up(terms.folder.log_path(work.cell.cell_id, work.attempt))
+    started = _started(context.folder.log_path(job.cell.cell_id, job.attempt))
     if started is None:
         ending = Ending(Status.LOST, "never started", f"it never started: {ending.because}")
-        return record_of(work, terms, ending, submitted, time.monotonic())
+        return record_of(job, context, ending, submitted, time.monotonic())
     waited = time.monotonic() - over
     age = (datetime.now(UTC) - started).total_seconds() - waited
     begun = time.monotonic() - max(0.0, age)  # the clocks of two machines may differ
-    return record_of(work, terms, ending, started.strftime("%Y-%m-%dT%H:%M:%SZ"), begun)
+    return record_of(job, context, ending, started.strftime("%Y-%m-%dT%H:%M:%SZ"), begun)
 
 
-def _taken_up(log: Path) -> datetime | None:
+def _started(log: Path) -> datetime | None:
     with contextlib.suppress(OSError, ValueError, IndexError):
         first = log.read_text(errors="replace").splitlines()[0]
         if first.startswith(_BEGUN):

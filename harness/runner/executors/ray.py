@@ -1,7 +1,7 @@
-"""On a Ray cluster: each Cell is a task. RAY_ADDRESS names the cluster; without it a Ray of this machine's own is started.
+"""Run Cells as tasks of a Ray cluster. RAY_ADDRESS names the cluster; without it a Ray is started on this machine.
 
-A task starts the same worker command as `local` does, and the worker dies with it. Nothing is retried: what Ray loses
-(a worker, a node) is a `lost` Record, and `--resume` makes a new attempt. Progress shows Cells, not their phases.
+A task starts the same worker command as `local` does, and the worker dies with it. Nothing is retried: if Ray loses a
+worker or a node, the Record is `lost`, and `--resume` makes a new attempt. Progress shows Cells, not their phases.
 """
 
 from __future__ import annotations
@@ -20,30 +20,33 @@ from harness.records import environment, store
 from harness.records.record import Record, Status
 from harness.runner.attempt import Ending, RunContext
 from harness.runner.executors import node
-from harness.runner.executors.executor import Device, Listener
+from harness.runner.executors.executor import Device, ExecutorKind, Listener
 
 JOIN_PATIENCE_S = 120.0
 _LOOK_S = 0.2
-_UNSEEN = "no Record"
-_STORE_B = 80 * 2**20  # the least that Ray takes: nothing goes through its object store
+_NO_RECORD = "no Record"
+_STORE_B = 80 * 2**20
+"""The smallest object store that Ray accepts: nothing goes through it."""
 
 
 @dataclass(frozen=True)
-class _Over:
-    """An attempt whose task is over since then; until: when its Record, which is perhaps shown late, must be seen."""
+class _Finished:
+    """An attempt whose task has ended, but whose Record may be visible later."""
 
-    work: Job
+    job: Job
     ending: Ending
     submitted: str
     since: float
+    """When the task ended, by time.monotonic()."""
     until: float
+    """When the Record must be visible."""
 
-    def known(self, terms: RunContext) -> bool:
-        """Whether its Record is there, or none will come; raises StoreError for one that was written out of our sight."""
-        path = terms.folder.record_path(self.work.cell.cell_id, self.work.attempt)
+    def is_known(self, context: RunContext) -> bool:
+        """Whether its Record is there, or none will come; raises StoreError for one written out of sight."""
+        path = context.folder.record_path(self.job.cell.cell_id, self.job.attempt)
         if path.exists() or time.monotonic() < self.until:
             return path.exists()
-        if self.ending.kind == _UNSEEN:
+        if self.ending.kind == _NO_RECORD:
             raise StoreError(
                 "a machine of the cluster wrote this Record, and it is not seen here",
                 where=str(path),
@@ -53,12 +56,13 @@ class _Over:
 
 
 class Ray:
-    """jobs: Cells at a time, None for as many as the cluster holds. command: the worker's, instead of the usual one.
+    """The executor `ray`.
 
+    jobs: Cells at a time, None for as many as the cluster holds. command: the worker's, instead of the usual one.
     patience: seconds that a cluster is given to bring what one Cell needs, at the start and when nodes have gone.
     """
 
-    elsewhere = True
+    is_remote = True
 
     def __init__(
         self, jobs: int | None = None, command: Sequence[str] | None = None, patience: float = JOIN_PATIENCE_S
@@ -67,98 +71,99 @@ class Ray:
         self._device: Device = "cpu"
         self._ray: Any = None
         self._cpus = 1
-        self._most: int = 2**20
-        """Threads that this machine's own Ray may give a Cell; a cluster's machines are not bound by what holds here."""
-        self._seen_s = node.SEEN_S
+        """Cores of each Cell."""
+        self._max_threads: int = 2**20
+        """Threads that this machine's own Ray may give a Cell; machines of a cluster have limits of their own."""
+        self._visible_s = node.VISIBLE_S
         self._blind: set[str] = set()
+        """Nodes that do not see the run folder or an asset."""
 
     def __enter__(self) -> Ray:
         address = os.environ.get("RAY_ADDRESS", "")
-        # A task that is run again would be an attempt that nobody numbered. Ray reads these when it is imported.
+        # A task that is run again would be an attempt without a number. Ray reads these when it is imported.
         os.environ.update(RAY_task_oom_retries="0", RAY_USAGE_STATS_ENABLED="0")
+        # Ray installs a handler for SIGTERM, which asks a run to end.
+        handler = signal.getsignal(signal.SIGTERM)
         try:
-            # Ray takes SIGTERM for itself, which asks a run to end.
-            heard = signal.getsignal(signal.SIGTERM)
             import ray
         except ImportError as error:
             raise HarnessError(
                 f"Ray cannot be imported ({error})", where="--executor ray", hint="pip install 'peft-harness[ray]'"
             ) from error
-        told: dict[str, Any] = {"address": address or "local", "log_to_driver": False, "logging_level": "ERROR"}
+        options: dict[str, Any] = {"address": address or "local", "log_to_driver": False, "logging_level": "ERROR"}
         if not address:
             cores = environment.physical_cores()
-            told |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": _STORE_B}
+            options |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": _STORE_B}
         try:
-            ray.init(**told)
+            ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise HarnessError(
-                f"no Ray answers: {_first_sentence(error, type(error).__name__)}",
+                f"no Ray answers: {_first_line(error, type(error).__name__)}",
                 where=f"RAY_ADDRESS={address}" if address else "a Ray of this machine's own",
                 hint="set RAY_ADDRESS to the head's host:6379, or unset it to start a Ray here",
             ) from error
         finally:
-            signal.signal(signal.SIGTERM, heard)
+            signal.signal(signal.SIGTERM, handler)
         self._ray = ray
         if not address:
-            self._patience = 0.0  # nobody else knows of it, so nobody joins
-            self._most = environment.threads()
-            self._seen_s = 0.0  # and all it writes is seen here at once
+            self._patience = 0.0  # no other machine knows of it, so none joins
+            self._max_threads = environment.threads()
+            self._visible_s = 0.0  # its files are visible here at once
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ray.shutdown()
 
-    def device(self, wanted: Literal["auto", "cpu", "cuda"]) -> Device:
-        """Return `cuda` if the cluster has a GPU, unless something else is wanted."""
-        self._device = "cuda" if wanted == "cuda" or (wanted == "auto" and self._gpus() > 0) else "cpu"
-        self._enough()
+    def device(self, requested: Literal["auto", "cpu", "cuda"]) -> Device:
+        """Return `cuda` if the cluster has a GPU, unless another device is requested."""
+        self._device = "cuda" if requested == "cuda" or (requested == "auto" and self._gpus() > 0) else "cpu"
+        self._wait_for_room()
         self._cpus = self._share()
         return self._device
 
-    def run(self, works: Iterator[Job], terms: RunContext, listener: Listener) -> Generator[Record, None, None]:
-        """Run them; see Executor.run."""
+    def run(self, queue: Iterator[Job], context: RunContext, listener: Listener) -> Generator[Record, None, None]:
+        """Run the queue; see Executor.run."""
         ray = self._ray
         task = ray.remote(
             num_cpus=self._cpus, num_gpus=int(self._device == "cuda"), max_retries=0, max_calls=1
-        )(node.measure)  # fmt: skip
-        at_work: dict[Any, tuple[Job, str]] = {}
-        over: list[_Over] = []
+        )(node.run_jobs)  # fmt: skip
+        running: dict[Any, tuple[Job, str]] = {}
+        finished: list[_Finished] = []
         more = True
         try:
             while True:
-                while more and len(at_work) < self._at_once():
-                    work = next(works, None)
-                    if work is None:
+                while more and len(running) < self._capacity():
+                    job = next(queue, None)
+                    if job is None:
                         more = False
                         break
-                    work = work.model_copy(
-                        update={"threads": min(self._cpus, self._most), "at_once": self._neighbours()}
-                    )
-                    terms.folder.log_path(work.cell.cell_id, work.attempt).touch()
-                    listener.begin(work.cell)
-                    listener.event(work.cell, {"event": "phase", "name": "with Ray"})
-                    reference = task.remote([work.model_dump_json(by_alias=True)], terms.timeout, self._command)
-                    at_work[reference] = work, store.now()
-                if not at_work and not over:
+                    share = {"threads": min(self._cpus, self._max_threads), "at_once": self._cells_per_node()}
+                    job = job.model_copy(update=share)
+                    context.folder.log_path(job.cell.cell_id, job.attempt).touch()
+                    listener.begin(job.cell)
+                    listener.event(job.cell, {"event": "phase", "name": "with Ray"})
+                    reference = task.remote([job.model_dump_json(by_alias=True)], context.timeout, self._command)
+                    running[reference] = job, store.now()
+                if not running and not finished:
                     if not more:
                         return
-                    self._enough()  # every node has gone
+                    self._wait_for_room()  # every node has gone
                     continue
                 ready: list[Any] = []
-                if at_work:
-                    ready, _ = ray.wait(list(at_work), num_returns=1, timeout=_LOOK_S if over else 1.0)
+                if running:
+                    ready, _ = ray.wait(list(running), num_returns=1, timeout=_LOOK_S if finished else 1.0)
                 else:
                     time.sleep(_LOOK_S)
                 listener.tick()
                 for reference in ready:
-                    work, submitted = at_work.pop(reference)
+                    job, submitted = running.pop(reference)
                     ending, now = self._ending(reference), time.monotonic()
-                    over.append(_Over(work, ending, submitted, now, now + self._seen_s))
-                for one in [one for one in over if one.known(terms)]:
-                    over.remove(one)
-                    yield node.lost(one.work, terms, one.ending, one.submitted, one.since)
+                    finished.append(_Finished(job, ending, submitted, now, now + self._visible_s))
+                for one in [one for one in finished if one.is_known(context)]:
+                    finished.remove(one)
+                    yield node.final_record(one.job, context, one.ending, one.submitted, one.since)
         finally:
-            for reference in at_work:
+            for reference in running:
                 with contextlib.suppress(ray.exceptions.RayError):
                     ray.cancel(reference, force=True)
 
@@ -168,7 +173,7 @@ class Ray:
         try:
             self._ray.get(reference)
         except errors.RayTaskError as error:
-            if isinstance(error.cause, node.UnseenError):
+            if isinstance(error.cause, node.MissingPathError):
                 self._blind.add(error.cause.node)
                 if len(self._blind) < len(self._nodes()):  # others may see it
                     return Ending(Status.LOST, "unseen", str(error.cause))
@@ -177,28 +182,28 @@ class Ray:
             return Ending(Status.OOM, type(error).__name__, "Ray killed the worker: its machine's memory ran out")
         except errors.RayError as error:
             kind = type(error).__name__
-            return Ending(Status.LOST, kind, f"Ray lost the worker or its machine: {_first_sentence(error, kind)}")
-        return Ending(Status.LOST, _UNSEEN, "its Record vanished")
+            return Ending(Status.LOST, kind, f"Ray lost the worker or its machine: {_first_line(error, kind)}")
+        return Ending(Status.LOST, _NO_RECORD, "its Record vanished")
 
     def _nodes(self) -> list[dict[str, float]]:
-        """Return what each living node has."""
+        """Return the resources of each living node."""
         return [one["Resources"] for one in self._ray.nodes() if one["Alive"]]
 
     def _gpus(self) -> int:
         return sum(int(one.get("GPU", 0)) for one in self._nodes())
 
-    def _places(self) -> list[int]:
+    def _room(self) -> list[int]:
         """Return how many Cells fit on each node."""
         if self._device == "cuda":
             return [min(int(one.get("GPU", 0)), int(one.get("CPU", 0)) // self._cpus) for one in self._nodes()]
         return [int(one.get("CPU", 0)) // self._cpus for one in self._nodes()]
 
-    def _at_once(self) -> int:
-        return min(sum(self._places()), self.jobs or sum(self._places()))
+    def _capacity(self) -> int:
+        return min(sum(self._room()), self.jobs or sum(self._room()))
 
-    def _neighbours(self) -> int:
+    def _cells_per_node(self) -> int:
         """Return how many Cells may be on the same node at a time."""
-        most = max(self._places(), default=1)
+        most = max(self._room(), default=1)
         return max(1, min(most, self.jobs or most))
 
     def _share(self) -> int:
@@ -209,10 +214,10 @@ class Ray:
         cores = [int(one["CPU"]) for one in nodes if one.get("CPU")]
         return max(1, min(min(cores), sum(cores) // (self.jobs or 1)))
 
-    def _enough(self) -> None:
+    def _wait_for_room(self) -> None:
         """Wait until one Cell fits somewhere; raises HarnessError if that does not happen in time."""
         deadline = time.monotonic() + self._patience
-        while not any(self._places()):
+        while not any(self._room()):
             if time.monotonic() >= deadline:
                 needs = f"{self._cpus} CPU" + (" and 1 GPU" if self._device == "cuda" else "")
                 nodes = self._nodes()
@@ -222,11 +227,18 @@ class Ray:
                     + (f" (waited {self._patience:g} s for more)" if self._patience else ""),
                     where="--executor ray",
                     hint="start nodes that have it (`ray start --address=HEAD:6379`), or choose --device cpu; "
-                    "what was finished is kept",
+                    "finished Cells are saved",
                 )
             time.sleep(min(1.0, self._patience))
 
 
-def _first_sentence(error: Exception, otherwise: str) -> str:
+def _first_line(error: Exception, otherwise: str) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else otherwise
+
+
+EXECUTOR = ExecutorKind(
+    "ray",
+    lambda jobs, _: Ray(jobs),
+    help="ray connects to RAY_ADDRESS, or starts Ray on this machine.",
+)

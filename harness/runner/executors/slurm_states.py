@@ -1,4 +1,4 @@
-"""Which elements of an array have ended. submitit is not asked: to it PREEMPTED goes on and SUSPENDED has ended."""
+"""States of an array's elements, not as submitit reads them: to it PREEMPTED goes on and SUSPENDED has ended."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ _FINAL = frozenset({
 
 
 class States:
-    """What became of submitit's jobs. here: they are processes of this machine."""
+    """The states of submitit's jobs. here: they are processes of this machine."""
 
     def __init__(self, *, here: bool) -> None:
         self._here = here
         self._unknown: dict[str, float] = {}
 
     def ended(self, jobs: Sequence[Any]) -> list[tuple[Any, str]]:
-        """Return those that have ended, each with Slurm's word for it: one question to Slurm answers for all."""
+        """Return the jobs that have ended, each with Slurm's state; one query answers for all."""
         if self._here:
             return [(job, str(job.state)) for job in jobs if job.done()]
         if jobs:
-            jobs[0].watcher.clear()  # or what it once took for ended would never be asked after again
+            jobs[0].watcher.clear()  # or a job that it once took for ended would never be queried again
         found = [(job, state) for job in jobs if (state := self._final(job))]
         late = [job for job in jobs if time.monotonic() - self._unknown.get(job.job_id, math.inf) >= _UNKNOWN_S]
         queue = _queue({job.job_id.split("_")[0] for job in late}) if late else None
         return found if queue is None else [*found, *((job, GONE) for job in late if job.job_id not in queue)]
 
     def _final(self, job: Any) -> str:
-        words = str(job.state).split()  # of `CANCELLED by 1000` the first
-        state = words[0].upper() if words else "UNKNOWN"
+        parts = str(job.state).split()  # of `CANCELLED by 1000` the first
+        state = parts[0].upper() if parts else "UNKNOWN"
         if state not in _FINAL and job.paths.result_pickle.exists():  # accounting is behind
             state = "COMPLETED"
         if state == "UNKNOWN":
@@ -48,12 +48,12 @@ class States:
 
 
 def _queue(arrays: set[str]) -> set[str] | None:
-    """Return the elements that wait or run; None without an answer. A cluster without accounting knows them only there."""
+    """Return the elements that wait or run; None without an answer. Needed for a cluster without accounting."""
     command = ["squeue", "--noheader", "--array", "--format=%i", "--jobs", ",".join(sorted(arrays))]
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S, check=False)
+        found = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if asked.returncode and "Invalid job id" not in asked.stderr:  # so it says of one that has ended some time ago
+    if found.returncode and "Invalid job id" not in found.stderr:  # the answer for one that ended some time ago
         return None
-    return set(asked.stdout.split())
+    return set(found.stdout.split())

@@ -1,0 +1,109 @@
+"""Everything that is derived from one loaded run: each part is computed once, on first use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from harness.analysis import ranking, verdict
+from harness.analysis.ranking import Group, RankingEntry
+from harness.analysis.verdict import RunVerdict
+from harness.records import naming
+from harness.records.record import Cell, Record
+from harness.records.store import Run
+
+MISSING, CHANGED = "missing", "changed"
+_FOOTER = "footer.json"
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A run with its verdict, its rankings and the names of its Cells.
+
+    Terminal summary, page, exit code and baseline comparison all take this one object.
+    """
+
+    run: Run
+    prefix: str = ""
+    """Start of the run's anchors on a page that shows several runs."""
+
+    @cached_property
+    def latest(self) -> dict[str, Record]:
+        """The Record that counts, by cell_id; see `Run.latest`."""
+        return self.run.latest()
+
+    @cached_property
+    def doubtful(self) -> dict[str, str]:
+        """What happened to the newest Record, by cell_id, where it is not as the run left it; see `Run.doubtful`."""
+        return self.run.doubtful()
+
+    @property
+    def how(self) -> str:
+        """How the run ended; `incomplete` without a footer."""
+        return self.run.footer.how if self.run.footer else "incomplete"
+
+    @cached_property
+    def verdict(self) -> RunVerdict:
+        """The verdict on the run and on each question of its suite."""
+        return verdict.judge(self.run)
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The rankings, one for each budget."""
+        return ranking.groups(self.run)
+
+    @cached_property
+    def entries(self) -> dict[str, RankingEntry]:
+        """The entry of a ranking that a Cell belongs to, by cell_id."""
+        return {r.cell_id: e for g in self.groups for e in g.entries for r in e.records}
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """Names by cell_id, unique within their model and task."""
+        return naming.in_group(self.run.manifest.cells)
+
+    @cached_property
+    def titles(self) -> dict[str, str]:
+        """Names by cell_id, unique within the run."""
+        return naming.full(self.run.manifest.cells)
+
+    @cached_property
+    def recipes(self) -> dict[str, str]:
+        """Names by recipe_id, shared by the seeds of a recipe, unique within their model and task."""
+        return naming.recipes(self.run.manifest.cells, inside=True)
+
+    def status(self, cell: Cell) -> str:
+        """Return a Cell's status, `missing`, or `changed` where its Record is not as the run left it."""
+        record = self.latest.get(cell.cell_id)
+        return record.status.value if record else CHANGED if cell.cell_id in self.doubtful else MISSING
+
+    def why_unmeasured(self, cell: Cell) -> str:
+        """Return the reason why a Cell has no measurements."""
+        record = self.latest.get(cell.cell_id)
+        if record is None:
+            return self.doubtful.get(cell.cell_id, "there is no Record of this Cell")
+        return f"{record.status.value}: {record.because}"
+
+    def unfinished(self) -> str:
+        """Return how a run ended that is not finished, as the rest of a sentence."""
+        if self.run.footer is not None:
+            return f"was {self.run.footer.how}"
+        if _FOOTER in self.run.broken:
+            return "has a footer that cannot be read, so it counts as cut off"
+        return "has no footer: it was cut off, or is still going on"
+
+    def entry_name(self, entry: RankingEntry) -> str:
+        """Return the name of an entry of a ranking, unique within its model and task."""
+        first = entry.record
+        return self.names[first.cell_id] if len(entry.records) == 1 else self.recipes[first.cell.recipe_id]
+
+
+def analyse(run: Run) -> RunFacts:
+    """Return the facts about one run."""
+    return RunFacts(run)
+
+
+def analyse_all(runs: Sequence[Run]) -> list[RunFacts]:
+    """Return the facts about several runs that share a page, with anchors that do not collide."""
+    return [RunFacts(run, f"run{i}-" if i else "") for i, run in enumerate(runs)]

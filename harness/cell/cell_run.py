@@ -1,0 +1,59 @@
+"""The state of a running Cell that its Record contains, also if the Cell fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from harness.cell.job import Emit, Job
+from harness.cell.measure.memory import PeakMeter
+from harness.cell.measure.phases import PhaseClock
+from harness.cell.outcomes import NonconformingError
+from harness.conformance.findings.summary import describe
+from harness.conformance.subject import DTYPES
+from harness.methods.registry import Registry
+from harness.records.record import Cell, CheckResult, Outcome
+
+
+@dataclass
+class CellRun:
+    """A Cell at work: its job, its instruments, and the facts so far."""
+
+    job: Job
+    registry: Registry
+    clock: PhaseClock
+    meter: PeakMeter
+    emit: Emit
+    """Reports progress to the runner."""
+    baseline_B: int
+    """Memory of the process before the model is loaded, in bytes."""
+    checks: list[CheckResult] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    layers: list[str] = field(default_factory=list)
+    """Paths of the adapted layers."""
+    adapted: Mapping[str, object] = field(default_factory=dict)
+    """Path -> the module that the implementation put there."""
+
+    @property
+    def cell(self) -> Cell:
+        """The Cell of the job."""
+        return self.job.cell
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the Cell runs on."""
+        return torch.device(self.job.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the base."""
+        return DTYPES[self.cell.dtype]
+
+    def require(self, results: Sequence[CheckResult]) -> None:
+        """Add the results of checks. Raises NonconformingError if one failed."""
+        self.checks += results
+        failed = next((result for result in results if result.outcome is Outcome.FAIL), None)
+        if failed is not None:
+            raise NonconformingError(f"{failed.check} failed: {describe(failed)}")

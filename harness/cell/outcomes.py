@@ -1,0 +1,32 @@
+"""Exceptions that end a Cell with their own status: outcomes, not crashes. No torch."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from harness.records.record import Status
+
+
+class CellOutcomeError(Exception):
+    """Ends a Cell. Its text is one line."""
+
+    status: ClassVar[Status]
+    """The status of the Cell's Record."""
+
+
+class NonconformingError(CellOutcomeError):
+    """A check failed: nothing of this Cell is measured."""
+
+    status = Status.NONCONFORMING
+
+
+class Diverged(CellOutcomeError):  # noqa: N818  # Records have its name as the kind of their failure
+    """Training gave a NaN or infinite loss or gradient."""
+
+    status = Status.NONCONFORMING
+
+
+class Untrained(CellOutcomeError):  # noqa: N818  # Records have its name as the kind of their failure
+    """Training gave no gradient at all."""
+
+    status = Status.NONCONFORMING

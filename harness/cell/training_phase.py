@@ -1,0 +1,149 @@
+"""The training of a Cell: warm-up, steps, the checks of what moved, and the memory of one more step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from harness.cell import weight_changes
+from harness.cell.cell_run import CellRun
+from harness.cell.data import CellData
+from harness.cell.measure.memory import tensor_bytes
+from harness.cell.synthetic_data import RandomData
+from harness.cell.training import loop, optimizers
+from harness.cell.training import model as models
+from harness.cell.training.counted_step import copied_B, step_peak
+from harness.cell.training.update_tracker import UpdateTracker
+from harness.conformance.cell_gate.memory_headroom import free_B
+from harness.conformance.subject import Subject, sampled
+from harness.process.out_of_memory import shortage
+from harness.records.record import TrainingMeasured
+
+# The optimizer makes its state in step 1, and allocators settle: the first steps are marked as not steady.
+TIMING_WARMUP = 3
+WARMUP_PASSES = 2
+
+
+@dataclass
+class Trained:
+    """The results of a training; the optimizer still has its states."""
+
+    measured: TrainingMeasured
+    optimizer: torch.optim.Optimizer
+    gradients_B: int
+    """Bytes of the gradients of the last step; with layer-wise updates, of the largest one."""
+    step_peak_B: int | None
+    """Peak bytes of tensors within a step; None where they cannot be counted."""
+
+
+def train(
+    run: CellRun,
+    subject: Subject,
+    head: Mapping[str, nn.Parameter],
+    data: CellData | RandomData,
+    start: dict[str, Tensor],
+) -> Trained:
+    """Train adapter and head over the data's batches.
+
+    start: name -> copy of a tensor's initial value; emptied. Raises NonconformingError for a tensor that moved or stayed
+    and should not have, and what `loop.train` raises.
+    """
+    cell, model, batches, adapted = run.cell, subject.model, data.batches, subject.adapted
+    parameters = list(head.values())
+    initial_state = weight_changes.state_sha256(adapted.tensors() | dict(head))
+    frozen = weight_changes.fingerprints(model)
+    # Of a large model not everything that trains has a copy in `start`: samples show whether it moved.
+    tensors = weight_changes.base_weights(subject) | subject.added() if hasattr(subject.config, "targets") else {}
+    samples_of = {name: sampled(t) for name, t in tensors.items() if name not in start}
+    parts = UpdateTracker(samples_of, lambda t: sampled(optimizers.stored_value(t, optimizer)))
+    whole = UpdateTracker(
+        {name: start[name] for name in adapted.tensors() if name in start},
+        lambda t: optimizers.stored_value(t, optimizer),
+    )
+    start.clear()  # the rest is not needed, and memory is measured: each copy goes as soon as its tensor has moved
+    optimizer, schedule = optimizers.make(adapted, parameters, cell.training, cell.optimizer, cell.implementation)
+    with run.clock.phase("warm-up"), loop.drop_gradients(loop.trainable(adapted, parameters), cell.training.layerwise):
+        model.train()
+        for batch in batches[:WARMUP_PASSES]:
+            for part in batch.parts(cell.training.accumulate):
+                loop.loss_of(model, part).backward()
+            optimizer.zero_grad(set_to_none=True)
+
+    compiling, graphs = list[int](), [models.graphs() if cell.training.compile else 0]
+
+    def report(step: int, loss: float) -> None:
+        run.emit("step", step=step, of=len(batches), loss=loss)
+        if cell.training.compile and models.graphs() > graphs[-1]:
+            graphs.append(models.graphs())
+            compiling.append(step)
+        for tracker in (whole, parts):
+            tracker.observe(adapted.tensors)
+
+    layerwise = optimizers.layerwise(optimizer, cell.training)
+    with run.clock.phase("train"):
+        samples = loop.train(
+            adapted, parameters, batches, optimizer, schedule, cell.seed, report, cell.training.accumulate, layerwise
+        )
+    trainable = [*adapted.parameters(), *parameters]
+    gradients_B = tensor_bytes({id(p): p.grad for p in trainable if p.grad is not None}.values())
+    gradients_B += layerwise.most_B if layerwise else 0
+    after = weight_changes.fingerprints(model)
+    thawed = [name for name in frozen if frozen[name] != after.get(name)]
+    # In the first step a tensor may have no gradient by design (LoRA's A, since B is zero); from the second on it must.
+    now = adapted.tensors() if len(batches) > 1 else {}
+    unchanged = whole.unchanged(now) + parts.unchanged(now)
+    run.require(
+        [
+            weight_changes.check_of_names(cell, "frozen", thawed, "changed"),
+            weight_changes.check_of_names(cell, "moved", unchanged, "never moved"),
+        ]
+    )
+    measured = TrainingMeasured(
+        losses=samples.losses,
+        step_seconds=samples.seconds,
+        tokens=samples.tokens,
+        padded_tokens=samples.padded_tokens,
+        gradient_norms=samples.gradient_norms,
+        timing_warmup=min(TIMING_WARMUP, len(samples.losses) - 1),
+        cpu_seconds=samples.cpu_seconds,
+        optimizer=optimizers.facts(optimizer),
+        text_rules=data.text_rules,
+        cut_examples=data.cut_examples,
+        data_order_sha256=data.order_sha256,
+        initial_state_sha256=initial_state,
+    )
+    run.notes += loop.notes(optimizer, samples.losses)
+    if compiling:
+        steps = ", ".join(map(str, compiling))
+        run.notes.append(f"steps that compiled anew: {steps}; tokens per second and joules hold that, medians do not")
+    step_peak_B = _step_peak(run, subject, parameters, data, optimizer)
+    if layerwise:
+        layerwise.remove()
+    return Trained(measured, optimizer, gradients_B, step_peak_B)
+
+
+def _step_peak(
+    run: CellRun,
+    subject: Subject,
+    head: list[nn.Parameter],
+    data: CellData | RandomData,
+    optimizer: torch.optim.Optimizer,
+) -> int | None:
+    """Return the peak bytes of tensors within a step, or None, with a note, where they cannot be counted."""
+    if run.device.type != "cpu":
+        return run.clock.done[-1].peak_memory_B  # of the training: the allocator's own count
+    if 2 * copied_B(subject.adapted, head) > free_B(run.device):
+        run.notes.append("memory in a step was not counted: a second copy of what it changes might not fit")
+        return None
+    with run.clock.phase("count"):
+        try:
+            return step_peak(subject.adapted, head, data.batches, optimizer, run.cell.training.accumulate)
+        except (MemoryError, RuntimeError) as error:
+            if not shortage(error):
+                raise
+            # The training was done before and stays: only this number is missing.
+            run.notes.append(f"memory in a step was not counted: out of memory: {error}".partition("\n")[0])
+            return None

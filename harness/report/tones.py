@@ -1,0 +1,29 @@
+"""Colours and signs of verdicts and statuses."""
+
+from __future__ import annotations
+
+from harness.analysis.run_facts import CHANGED
+from harness.analysis.verdict_kind import VerdictKind
+from harness.records.record import Status
+
+TONES: dict[str, str] = {
+    VerdictKind.PASS: "good",
+    VerdictKind.FAIL: "bad",
+    VerdictKind.INCONCLUSIVE: "open",
+    VerdictKind.NOT_RUN: "open",
+    Status.OK: "good",
+    Status.NONCONFORMING: "bad",
+    Status.SKIPPED: "quiet",
+    CHANGED: "bad",
+}
+ICONS = {"good": "✓", "bad": "✗", "open": "?", "quiet": "–"}
+
+
+def tone(word: str) -> str:
+    """Return the colour of a verdict or status; `open` for a word that is neither good nor bad."""
+    return TONES.get(word, "open")
+
+
+def icon(word: str) -> str:
+    """Return the sign shown with a word, so that colour alone never carries the meaning."""
+    return ICONS[tone(word)]
