@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from harness import resources, yaml_schema
+from harness import resources, yaml_lines
 from harness.assets import generated, shapes
 from harness.errors import Problem, SuiteError, UsageError
 from harness.records.record import Bytes, FrozenModel
@@ -164,7 +164,7 @@ class _Table(FrozenModel):
 
 def load_table(path: Path) -> dict[str, Source]:
     """Read a table of sources by name. Raises SuiteError with all mistakes."""
-    document, table = yaml_schema.load(path, _Table)
+    document, table = yaml_lines.load_model(path, _Table)
     sources: dict[str, Source] = {}
     problems: list[Problem] = []
     for index, source in enumerate(table.sources):

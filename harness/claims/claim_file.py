@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from harness import yaml_lines, yaml_schema
+from harness import yaml_lines
 from harness.claims.arguments import Arguments
 from harness.claims.claim import Claim, Reading, Tier
 from harness.claims.measure import Measure
@@ -111,7 +111,7 @@ def load(paths: Iterable[Path]) -> list[Claim]:
         try:
             start = "`paper: NAME`; `peft-harness explain claims` shows a file"
             document = yaml_lines.read(path, texts=True, start=start)
-            keys = yaml_schema.validate(document, FileKeys)
+            keys = yaml_lines.validate(document, FileKeys)
         except SuiteError as error:
             problems += error.problems
             continue

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from harness import yaml_lines, yaml_schema
+from harness import yaml_lines
 from harness.conformance import case_selection, checks
 from harness.conformance.case_selection import CaseSelection
 from harness.errors import Problem, SuiteError, UsageError, near
@@ -223,7 +223,7 @@ def load(method: str) -> ParitySuite:
 
     Raises UsageError if there is none, SuiteError with every mistake in it.
     """
-    document, plan = yaml_schema.load(_existing(method), ParitySuite)
+    document, plan = yaml_lines.load_model(_existing(method), ParitySuite)
     problems: list[Problem] = []
     if (plan.base or plan.method) != method:
         what = "base" if plan.base else "method"
@@ -236,7 +236,7 @@ def load(method: str) -> ParitySuite:
 
 def load_operation(name: str) -> OperationSuite:
     """Read an Operation's parity suite. Raises UsageError if there is none, SuiteError with every mistake in it."""
-    document, plan = yaml_schema.load(_existing(name), OperationSuite)
+    document, plan = yaml_lines.load_model(_existing(name), OperationSuite)
     if problems := list(_of_checks(document, plan)):
         raise SuiteError(problems)
     return plan

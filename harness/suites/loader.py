@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from harness import yaml_schema
+from harness import yaml_lines
 from harness.assets.table import Source, load_table, placed
 from harness.errors import Problem, SuiteError, UsageError, in_order, near
 from harness.methods.peft_config import UNREFERENCED
@@ -47,7 +47,7 @@ def load(name_or_path: str | Path, *, registry: Registry | None = None) -> Suite
 
     Raises SuiteError with all mistakes of the first stage that finds any.
     """
-    document, keys = yaml_schema.load(find(name_or_path), SuiteKeys)
+    document, keys = yaml_lines.load_model(find(name_or_path), SuiteKeys)
     context = SuiteContext(document, registry or discover(), methods() | UNREFERENCED)
     context.sources = _sources(context, keys)
     entries = [entry for paths in _entry_paths(keys) if (entry := check_entry(context, *paths)) is not None]

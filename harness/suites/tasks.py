@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from harness import yaml_lines, yaml_schema
+from harness import yaml_lines
 from harness.assets import fetch, lm_eval_files, rows
 from harness.assets.table import Rows, Source, resolve
 from harness.errors import HarnessError, Problem, SuiteError, UsageError, in_order, near
@@ -134,7 +134,7 @@ def load(name: str, base: Path, sources: Mapping[str, Source]) -> Task:
 
 
 def _labelled(name: str, document: Document, sources: Mapping[str, Source]) -> Task:
-    metadata = yaml_schema.validate(document, LabelledFile).metadata
+    metadata = yaml_lines.validate(document, LabelledFile).metadata
     problems = task_schema.problems(document, metadata.labels)
     if metadata.text != "text":
         what = f"`text` is `{metadata.text}`, but a row has {', '.join(task_schema.LABELLED)}"
@@ -144,7 +144,7 @@ def _labelled(name: str, document: Document, sources: Mapping[str, Source]) -> T
 
 
 def _answered(name: str, document: Document, sources: Mapping[str, Source]) -> Task:
-    metadata = yaml_schema.validate(document, AnsweredFile).metadata
+    metadata = yaml_lines.validate(document, AnsweredFile).metadata
     problems = task_schema.problems(document, None)
     filters = task_schema.filters(document.data)
     chosen = metadata.filter or (filters[0] if len(filters) == 1 else "")

@@ -17,7 +17,7 @@ from pathlib import Path
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from pydantic import Field, field_validator
 
-from harness import yaml_schema
+from harness import yaml_lines
 from harness.conformance import checks
 from harness.conformance.findings.outcomes import CheckOutcome, Execution
 from harness.errors import Problem, SuiteError, near
@@ -117,7 +117,7 @@ def path() -> Path:
 def known() -> tuple[Defect, ...]:
     """Read the known defects. Raises SuiteError with every mistake: unknown checks, ids twice, missing reproductions."""
     file = path()
-    document, keys = yaml_schema.load(file, _File)
+    document, keys = yaml_lines.load_model(file, _File)
     defects = keys.defects
     problems, seen = [], set()
     for index, defect in enumerate(defects):
