@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from harness.process.supervisor import Subprocess, python, run_in_fork, signal_name
+from support.processes import eventually, gone
 
 PYTHON = (sys.executable, "-S", "-c")
 
@@ -34,8 +35,7 @@ def test_the_end_of_a_block_kills_the_whole_group() -> None:
         while not child.output:
             time.sleep(0.01)
     assert child.exit_code == -signal.SIGKILL
-    grandchild = int(child.output)
-    assert not psutil.pid_exists(grandchild) or psutil.Process(grandchild).status() == psutil.STATUS_ZOMBIE
+    eventually(lambda: gone(int(child.output)), "the grandchild is gone")
 
 
 def test_a_process_that_is_asked_to_end_may_end_cleanly() -> None:
