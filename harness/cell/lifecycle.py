@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.cell import base_quantisation, memory_ledger, training_phase, unreferenced_method
 from harness.cell.cell_run import CellRun
@@ -193,7 +193,7 @@ def _offload(run: CellRun, subject: Subject) -> OffloadedWeights:
     try:
         return OffloadedWeights(unused(subject.method, subject.adapted, subject.bases), folder)
     except (OSError, RuntimeError) as error:
-        run.notes.append(f"weights that no product takes stayed in memory: {error}".partition("\n")[0])
+        run.notes.append(f"unused weights stayed in memory: {error}".partition("\n")[0])
         return OffloadedWeights({}, folder)
 
 
@@ -207,7 +207,7 @@ def _save(run: CellRun, subject: Subject, loaded: models.Loaded, model_B: int) -
         return checkpoint_size.measure(file, loaded.head, model_B, Path(run.job.folder), trains_base=trains_base)
 
 
-def _evaluate(run: CellRun, data: Data, model: Any) -> Accuracy | None:
+def _evaluate(run: CellRun, data: Data, model: nn.Module) -> Accuracy | None:
     with run.clock.phase("evaluate"):
         return data.evaluate(model)
 

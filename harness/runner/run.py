@@ -268,8 +268,8 @@ def _reopen(
         progress.say(f"run {old.manifest.run} is incomplete: {why}; it is resumed from its Cells' Records")
     folder.reopen()
     doubtful = old.doubtful()
-    for what in doubtful.values():
-        progress.say(f"{what}: it does not count, and its Cell is measured again")
+    for problem in doubtful.values():
+        progress.say(f"{problem}: it does not count, and its Cell is measured again")
     done = {
         record.cell_id
         for record in old.latest().values()  # those that report and verdict show

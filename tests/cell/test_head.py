@@ -97,7 +97,7 @@ def test_a_head_of_the_checkpoint_is_kept_as_it_is_and_noted(tokenizer: Path, tm
     assert all(torch.equal(parameter, model.get_parameter(name)) for name, parameter in loaded.head.items())
     (note,) = loaded.notes
     assert "classifier.weight" in note
-    assert "came with the checkpoint" in note
+    assert "from the checkpoint" in note
 
 
 def test_a_head_of_the_checkpoint_trains_with_every_method_as_with_peft_itself(
@@ -124,7 +124,7 @@ def test_a_head_of_the_checkpoint_trains_with_every_method_as_with_peft_itself(
     assert {name: count.head for name, count in counts.items()} == dict.fromkeys(records, head)
     assert counts["frozen"].trainable == head
     assert counts["lora"].trainable == counts["peft"].trainable == stock.get_nb_trainable_parameters()[0]
-    assert all("came with the checkpoint" in " ".join(record.notes) for record in records.values())
+    assert all("from the checkpoint" in " ".join(record.notes) for record in records.values())
 
 
 def test_what_a_checkpoint_lacks_of_the_encoder_trains_with_the_head_and_is_predicted(
@@ -168,8 +168,8 @@ def test_a_head_of_another_number_of_classes_is_drawn_anew_and_noted(tokenizer: 
     assert not loaded.head["classifier.bias"].any()
     assert torch.equal(loaded.head["pre_classifier.weight"], model.pre_classifier.weight)
     anew, kept = loaded.notes
-    assert "not of 2 classes: classifier.bias, classifier.weight drawn anew" in anew
-    assert "pre_classifier.bias came with the checkpoint" in kept
+    assert "not of 2 classes: classifier.bias, classifier.weight initialised at random" in anew
+    assert "pre_classifier.bias from the checkpoint" in kept
 
 
 @pytest.mark.parametrize("kind", ["encoder", "causal"])

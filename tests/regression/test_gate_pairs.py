@@ -31,6 +31,7 @@ from harness.regression.outputs.files import Outputs
 from harness.regression.pairs import canary_file
 from harness.regression.pairs import gate as gate_pairs
 from harness.regression.pairs import sides as arms
+from harness.regression.pairs.request import PairsRequest
 from harness.regression.pairs.sides import Side
 from harness.suites import loader
 from harness.suites.expand import expand
@@ -122,7 +123,7 @@ def gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
         asked = {"old": "reference", "new": "fused", "suite": str(suite), "out": out, "seed": 3}
         asked |= {"canaries": tmp_path / "canaries.jsonl"} | changes
-        code = gate_pairs.gate(gate_pairs.PairsRequest(**asked), as_json=False)  # type: ignore[arg-type]
+        code = gate_pairs.gate(PairsRequest(**asked), as_json=False)  # type: ignore[arg-type]
         return code, capsys.readouterr().out, json.loads((out / gate_pairs.DOCUMENT).read_text())
 
     return gate
@@ -373,7 +374,7 @@ def test_what_is_refused_leaves_no_folder(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_any_seed_is_the_one_that_is_used(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[gate_pairs.PairsRequest] = []
+    asked: list[PairsRequest] = []
     monkeypatch.setattr(gate_pairs, "gate", lambda one, as_json: asked.append(one) or Exit.PASS)
     assert main(["gate", "--pairs", "reference", "fused", "--seed", str(seed)]) == Exit.PASS
     assert [one.seed for one in asked] == [seed]

@@ -13,10 +13,12 @@ import pytest
 
 from harness.analysis import tracked_metrics
 from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B
-from harness.cli import app, main
+from harness.cli import main
+from harness.cli.run import run as run_command
 from harness.errors import Exit
 from harness.regression.history import night_files
 from harness.regression.pairs import gate as gate_pairs
+from harness.regression.pairs.request import PairsRequest
 from harness.suites import loader
 from harness.suites.expand import expand, only
 from support import histories
@@ -55,11 +57,11 @@ def test_a_slow_down_is_told_with_what_lies_between_and_how_to_confirm_it(
     assert detect(folder, capsys, "--strict")[0] == Exit.INCONCLUSIVE
 
 
-def asked_of(confirm: str, monkeypatch: pytest.MonkeyPatch) -> gate_pairs.PairsRequest:
+def asked_of(confirm: str, monkeypatch: pytest.MonkeyPatch) -> PairsRequest:
     """Give a printed command to the command line and return what it would have compared."""
-    asked: list[gate_pairs.PairsRequest] = []
+    asked: list[PairsRequest] = []
 
-    def gate(what: gate_pairs.PairsRequest, _: bool) -> Exit:
+    def gate(what: PairsRequest, _: bool) -> Exit:
         asked.append(what)
         return Exit.PASS
 
@@ -120,7 +122,7 @@ def test_what_pairs_do_not_measure_names_the_rerun_that_does(
     said = "    confirm: not by pairs (pairs do not measure accuracy; a rerun of the suite by both does: `"
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(said)]
     _, *words = shlex.split(line.removeprefix(said).removesuffix("`)"))
-    run = app.commands.commands["run"].make_context("run", words[1:]).params
+    run = run_command.make_context("run", words[1:]).params
     assert [cell.cell_id for cell in only(expand(loader.load(run["suite"])), run["only"]).cells] == [worse]
     assert run["device"] == "cpu"
 
@@ -313,7 +315,7 @@ def test_nothing_to_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     folder = histories.write(tmp_path / "h", CELLS, histories.noisy(0), nights=5)
     assert detect(folder, capsys)[0] == Exit.NOTHING_COMPARED
     assert main(["history", "detect", "--dir", str(tmp_path / "none")]) == Exit.USAGE
-    assert "`peft-harness history add RUN` begins one" in capsys.readouterr().err
+    assert "`peft-harness history add RUN` starts one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -321,7 +323,7 @@ def test_nothing_to_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     [
         ("2026-01-03.jsonl", '{"schema":7,"night":"2026-01-03"}\n', "written with schema 7, this version reads 1"),
         ("2026-01-03.jsonl", "hello\n", "not a night"),
-        ("notes.jsonl", "{}\n", "a stranger"),
+        ("notes.jsonl", "{}\n", "not a file of a history"),
         ("resets.jsonl", '{"schema":1,"cell":"*"}\n', "a torn or foreign line"),
         ("2026-01-03.jsonl", None, "a torn or foreign line"),
     ],

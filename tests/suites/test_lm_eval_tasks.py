@@ -204,7 +204,7 @@ def test_a_search_is_scored_on_the_items_after_those_of_the_ranking(own: Path) -
 
 
 def test_items_that_the_task_itself_drops_are_missed(own: Path) -> None:
-    with pytest.raises(UsageError, match="items 1 to 7 are wanted, and digits_chosen tests 6"):
+    with pytest.raises(UsageError, match="items 1 to 7 are selected, and digits_chosen tests 6"):
         data_of(suite(own, "lm-eval:digits_chosen"), evaluation=SimpleNamespace(items=7, batch=2, skip=0))
 
 

@@ -7,7 +7,7 @@ import json
 import secrets
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,40 +18,15 @@ from harness.cell.measure import cores
 from harness.errors import Exit, HarnessError, UsageError
 from harness.process.termination import handle_termination
 from harness.records import environment, naming, store
-from harness.regression.outputs.files import Outputs
 from harness.regression.pairs import canary_file, findings, table
 from harness.regression.pairs import sides as arms
+from harness.regression.pairs.request import PairsRequest
 from harness.regression.pairs.schedule import Measured, PairsRunner
 from harness.suites import loader
 from harness.suites.expand import Plan, expand
 from harness.suites.expand import only as keep_only
 
 DOCUMENT, SCHEMA = "pairs.json", 1
-
-
-@dataclass(frozen=True)
-class PairsRequest:
-    """What is compared, how, and where it is told.
-
-    repo: whose revisions old and new are; None: the harness's own, or they are implementations.
-    cores: how many both sides are held to, in turn; None: one on a CPU, all on a GPU. metric: the one time to judge, named
-    as in a history; all of a Cell, if empty. canary: whether a Cell of the old side is run against itself, too.
-    """
-
-    old: str
-    new: str
-    suite: str = "sentinels"
-    only: str | None = None
-    out: Path | None = None
-    repo: Path | None = None
-    device: str = "auto"
-    cores: int | None = None
-    seed: int | None = None
-    metric: str = ""
-    canary: bool = True
-    canaries: Path = canary_file.FILE
-    strict: bool = False
-    outputs: Outputs = field(default_factory=Outputs)
 
 
 def gate(asked: PairsRequest, as_json: bool, design: Design | None = None) -> Exit:
