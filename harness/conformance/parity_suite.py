@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from harness import yaml_lines
 from harness.conformance import case_selection, checks
@@ -18,13 +18,9 @@ from harness.methods.registry import DTYPES
 from harness.methods.spec import methods
 from harness.records.record import FrozenModel
 from harness.resources import folder
-from harness.suites import schema
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Kind = Literal["linear", "conv1d", "embedding", "conv2d", "conv2d-dilated", "conv2d-reflect"]
-
-
-_Suite = TypeVar("_Suite", "ParitySuite", "OperationSuite")
 
 
 class CaseShape(FrozenModel):
@@ -206,7 +202,7 @@ def names() -> list[str]:
 
 def kind_of(name: str) -> Literal["method", "operation", "base"]:
     """Say what a parity suite is of."""
-    data = _document(name).data
+    data = yaml_lines.load(_existing(name)).data
     if isinstance(data, dict) and "operation" in data:
         return "operation"
     return "base" if isinstance(data, dict) and data.get("base") else "method"
@@ -227,10 +223,8 @@ def load(method: str) -> ParitySuite:
 
     Raises UsageError if there is none, SuiteError with every mistake in it.
     """
-    document = _document(method)
-    plan, problems = _validated(document, ParitySuite)
-    if plan is None:
-        raise SuiteError(problems)
+    document, plan = yaml_lines.load_model(_existing(method), ParitySuite)
+    problems: list[Problem] = []
     if (plan.base or plan.method) != method:
         what = "base" if plan.base else "method"
         problems.append(Problem(document.where(what), f"`{what}` is not {method!r}", "it must be the file's own name"))
@@ -242,27 +236,17 @@ def load(method: str) -> ParitySuite:
 
 def load_operation(name: str) -> OperationSuite:
     """Read an Operation's parity suite. Raises UsageError if there is none, SuiteError with every mistake in it."""
-    document = _document(name)
-    plan, problems = _validated(document, OperationSuite)
-    if plan is not None:
-        problems += _of_checks(document, plan)
-    if plan is None or problems:
+    document, plan = yaml_lines.load_model(_existing(name), OperationSuite)
+    if problems := list(_of_checks(document, plan)):
         raise SuiteError(problems)
     return plan
 
 
-def _document(name: str) -> yaml_lines.Document:
+def _existing(name: str) -> Path:
     path = path_of(name)
     if not path.is_file():
         raise UsageError(f"no parity suite for {name}", where=str(path), hint="add one: which checks, cases and dtypes")
-    return yaml_lines.load(path)
-
-
-def _validated(document: yaml_lines.Document, model: type[_Suite]) -> tuple[_Suite | None, list[Problem]]:
-    try:
-        return model.model_validate(document.data), []
-    except ValidationError as error:
-        return None, [problem for _, problem in schema.explain(error, model, document)]
+    return path
 
 
 def _of_checks(document: yaml_lines.Document, plan: ParitySuite | OperationSuite) -> Iterator[Problem]:

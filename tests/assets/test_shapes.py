@@ -27,8 +27,7 @@ from harness.memory_model.cell_prediction import predict
 from harness.methods.registry import discover
 from harness.records.record import AssetUse, Base, Cell, Evaluation, Measurements, Outcome, Status, Training
 from harness.suites import loader
-from harness.suites.expand import expand
-from harness.suites.tasks import SYNTHETIC
+from harness.suites.schema import SYNTHETIC
 from support.sandbox import Sandbox
 
 # Rows of whole blocks of 64: bitsandbytes decodes others wrongly on some CPUs, which is another test's matter.
@@ -94,7 +93,7 @@ def mistakes(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("model", ['"shape:llama-7b"', '"shape:./tiny.json"', "tiny-shape"])
 def test_a_suite_names_a_preset_or_a_file(model: str, tmp_path: Path) -> None:
-    cells = expand(loader.load(written(tmp_path, model))).cells
+    cells = loader.load(written(tmp_path, model)).plan.cells
     assert [(cell.model, cell.evaluation.items) for cell in cells] == [(model.strip('"'), 0)] * 2
 
 

@@ -28,7 +28,6 @@ from harness.errors import AssetError
 from harness.records.record import Predicted, Status
 from harness.report import plan_table
 from harness.suites import loader
-from harness.suites.expand import expand
 from support.model_folders import saved
 from support.sandbox import Sandbox
 
@@ -143,7 +142,7 @@ def test_what_a_checkpoint_lacks_of_the_encoder_trains_with_the_head_and_is_pred
     path.write_text(SUITE + cells, encoding="utf-8")
     finished = sandbox.command("run", str(path), "--out", "run")
     suite = loader.load(path)
-    planned = plan_table.predictions(suite, expand(suite))
+    planned = plan_table.predictions(suite, suite.plan)
     for record in sandbox.read().records:
         assert record.measurements is not None, finished.err
         assert record.measurements.parameters.head == 64 * 64 + 64 + 2 * 64 + 2

@@ -24,7 +24,7 @@ KILLS, CELLS = 20, 200
 _LIVES = """
 import contextlib, json, os, random, signal, sys, time
 from pathlib import Path
-from harness.suites import expand, loader as suites
+from harness.suites import loader
 from support import stub_attempts
 from harness.records import environment
 from harness.report import html
@@ -32,7 +32,7 @@ from harness.runner import run
 from harness.runner.executors.local import Local
 
 suite, kills = sys.argv[1], int(sys.argv[2])
-cells = expand.expand(loader.load(suite)).cells
+cells = loader.load(suite).plan.cells
 here = environment.describe(environment.threads())
 command = stub_attempts.stub(Path(), cells, here, {cell.seed: "slow" for cell in cells if cell.seed % 4 == 0})
 

@@ -6,7 +6,6 @@ from harness.errors import Exit
 from harness.methods.spec import methods
 from harness.records.record import Record, Status
 from harness.suites import loader, model_checks
-from harness.suites.expand import expand
 from support.sandbox import Sandbox
 
 # Steps of 1e-6 are far below what bfloat16 can tell apart: only the masters move.
@@ -20,7 +19,7 @@ _SHRINKING = (
 
 def test_the_suite_holds_every_method_and_fits() -> None:
     suite = loader.load("methods")
-    plan = expand(suite)
+    plan = suite.plan
     model_checks.refuse(suite, plan)
     # What trains nothing cannot be tried by training.
     assert {(cell.method, cell.dtype) for cell in plan.cells} == {

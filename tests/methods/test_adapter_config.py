@@ -26,7 +26,6 @@ from harness.methods.implementations.hf_peft.any_config import any_method
 from harness.methods.peft_config import KEY, NO_REFERENCE, PEFT, AdapterConfigField, peft_types
 from harness.records.record import CheckResult, Outcome, Status
 from harness.suites import loader
-from harness.suites.expand import expand
 from support.sandbox import Sandbox
 
 LAYERS = ["first", "second"]
@@ -237,7 +236,7 @@ def suite(folder: Path, value: Any) -> Path:
 
 
 def cell_id(folder: Path, value: Any) -> str:
-    (cell,) = expand(loader.load(suite(folder, value))).cells
+    (cell,) = loader.load(suite(folder, value)).plan.cells
     assert cell.label == "tiny-llama peft ia3 [hf-peft]"
     return cell.cell_id
 

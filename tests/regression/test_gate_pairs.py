@@ -34,7 +34,6 @@ from harness.regression.pairs import sides as arms
 from harness.regression.pairs.request import PairsRequest
 from harness.regression.pairs.sides import Side
 from harness.suites import loader
-from harness.suites.expand import expand
 from support import recorded_run as recorded
 from support.sandbox import Sandbox
 
@@ -470,7 +469,7 @@ def test_revisions_are_checked_out_and_taken_away_again(tmp_path: Path, monkeypa
         commits.append(_git(top, "rev-parse", "HEAD"))
     (top / "file").write_text("three")
     monkeypatch.setattr(arms.resources, "checkout", lambda: top)
-    plan = expand(loader.load("smoke"))
+    plan = loader.load("smoke").plan
     with arms.opened(commits[0], arms.HERE, plan) as (old, new):
         assert old.code is not None
         assert (old.code / "file").read_text() == "one"
@@ -511,10 +510,10 @@ def test_revisions_of_a_guests_own_repository_are_what_runs(
         _git(top, "add", ".")
         _git(top, "commit", "-qm", number)
     suite = Path(sandbox.suite("{implementation: raises}", "{implementation: reference}"))
-    plan = expand(loader.load(suite))
+    plan = loader.load(suite).plan
     with arms.opened("HEAD~1", arms.HERE, plan, top / "kernels") as sides:
         assert [pair.old for pair in arms.pairs(plan, naming.full(plan.cells), sides)] == [plan.cells[0]]
-        ours = expand(loader.load("sentinels"))
+        ours = loader.load("sentinels").plan
         with pytest.raises(UsageError, match="no Cell of this suite is computed by misbehaving"):
             arms.pairs(ours, naming.full(ours.cells), sides)
         said = [arms.run(arm, suite, plan.cells[0], tmp_path / str(i)).because for i, arm in enumerate(sides)]
