@@ -151,12 +151,12 @@ PEAK_ABOVE_IMPORTS = Metric(
 )  # fmt: skip
 STEP = Metric(
     name="step_s", unit="s", kind="timed", better="lower", read=measurements.step_seconds, why_missing=_no_speed,
-    meaning="median time of a steady step; NA where no_speed says why", finding=FindingKind.TIME,
+    meaning="median time of a steady step in this one process; missing where a check failed or was impossible", finding=FindingKind.TIME,
     heading="Step, ms", terminal_heading="step ms", column="step_s", history="step_s", quantity="step",
 )  # fmt: skip
 TOKENS_PER_S = Metric(
     name="tokens_per_s", unit="1/s", kind="timed", better="higher", read=_tokens_per_s, why_missing=_no_speed,
-    meaning="real tokens, padding not counted, over the steady steps; NA as step_s",
+    meaning="real tokens, padding not counted, per second of the steady steps; missing as step_s is",
     heading="Tokens/s", terminal_heading="tok/s", column="tokens_per_s",
 )  # fmt: skip
 METRICS: tuple[Metric, ...] = (
