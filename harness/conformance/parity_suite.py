@@ -39,7 +39,7 @@ class CaseShape(FrozenModel):
         return f"{self.tokens}x{self.inputs}x{self.outputs}"
 
 
-class Looser(FrozenModel):
+class Tolerance(FrozenModel):
     """A factor on the noise floor that is not the usual one, and why: it shows in the report."""
 
     factor: float = Field(gt=0, le=1000)
@@ -47,7 +47,7 @@ class Looser(FrozenModel):
     link: str = ""
 
 
-class ParitySuite(FrozenModel):
+class MethodSuite(FrozenModel):
     """The cases of one Method: every config x kind of layer x shape x dtype, and the checks in every state.
 
     base: the quantisation of the base weights that is judged, under the reference's adapter; empty where the Method is.
@@ -63,7 +63,7 @@ class ParitySuite(FrozenModel):
     layers: list[Kind] = Field(default=["linear"], min_length=1)
     shapes: list[CaseShape] = Field(min_length=1)
     dtypes: list[Dtype] = Field(min_length=1)
-    tolerances: dict[str, Looser] = Field(default={})
+    tolerances: dict[str, Tolerance] = Field(default={})
 
     def factors(self) -> dict[str, float]:
         """Map checks to their own factor on the noise floor."""
@@ -87,11 +87,11 @@ class ParitySuite(FrozenModel):
         dice = wanted.dice(self.base or self.method)
         for _ in range(wanted.drawn):
             sides = [
-                case_selection.between(dice, case_selection.LEAST_FEATURES, case_selection.LARGEST_FEATURES)
+                case_selection.draw_log_uniform(dice, case_selection.LEAST_FEATURES, case_selection.LARGEST_FEATURES)
                 for _ in range(2)
             ]
-            config = case_selection.config(dice, dice.choice(self.configs), min(sides))
-            tokens = case_selection.between(dice, 1, case_selection.LARGEST_TOKENS)
+            config = case_selection.draw_config(dice, dice.choice(self.configs), min(sides))
+            tokens = case_selection.draw_log_uniform(dice, 1, case_selection.LARGEST_TOKENS)
             shape = CaseShape.model_validate({"tokens": tokens, "in": sides[0], "out": sides[1]})
             kind = dice.choice([self.layers[0], dice.choice(self.layers)])  # half of them of the kind that all offer
             dtype = dice.choice(self.dtypes)
@@ -137,7 +137,7 @@ class OperationSuite(FrozenModel):
     values: list[dict[str, Any]] = Field(min_length=1, alias="cases")
     """What the cases say, as keyword arguments of the function that draws the Operation's arguments."""
     dtypes: list[Dtype] = Field(min_length=1)
-    tolerances: dict[str, Looser] = Field(default={})
+    tolerances: dict[str, Tolerance] = Field(default={})
 
     def factors(self) -> dict[str, float]:
         """Map checks to their own factor on the noise floor."""
@@ -157,12 +157,12 @@ class OperationSuite(FrozenModel):
             yield from (OperationCase(values, dtype) for values in self.values[every] or self.values)
         dice = wanted.dice(self.operation)
         for _ in range(wanted.drawn):
-            values, dtype = case_selection.call(dice, dice.choice(self.values)), dice.choice(self.dtypes)
+            values, dtype = case_selection.draw_call(dice, dice.choice(self.values)), dice.choice(self.dtypes)
             if dtype in there:
                 yield OperationCase(values, dtype)
 
 
-ParityPlan = ParitySuite | OperationSuite
+ParitySuite = MethodSuite | OperationSuite
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def kind_of(name: str) -> Literal["method", "operation", "base"]:
     return "base" if isinstance(data, dict) and data.get("base") else "method"
 
 
-def load_plan(name: str) -> ParityPlan:
+def load_plan(name: str) -> ParitySuite:
     """Read the parity suite of a Method, a base or an Operation. Raises as `load` does."""
     return load_operation(name) if kind_of(name) == "operation" else load(name)
 
@@ -218,12 +218,12 @@ def in_words(values: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in values.items())
 
 
-def load(method: str) -> ParitySuite:
+def load(method: str) -> MethodSuite:
     """Read the parity suite of a Method, or of a quantisation of the base.
 
     Raises UsageError if there is none, SuiteError with every mistake in it.
     """
-    document, plan = yaml_lines.load_model(_existing(method), ParitySuite)
+    document, plan = yaml_lines.load_model(_existing(method), MethodSuite)
     problems: list[Problem] = []
     if (plan.base or plan.method) != method:
         what = "base" if plan.base else "method"
@@ -249,7 +249,7 @@ def _existing(name: str) -> Path:
     return path
 
 
-def _of_checks(document: yaml_lines.Document, plan: ParitySuite | OperationSuite) -> Iterator[Problem]:
+def _of_checks(document: yaml_lines.Document, plan: MethodSuite | OperationSuite) -> Iterator[Problem]:
     known = checks.docstrings()
     for index, name in enumerate(plan.checks):
         if name not in known:
@@ -264,7 +264,7 @@ def _of_checks(document: yaml_lines.Document, plan: ParitySuite | OperationSuite
             )  # fmt: skip
 
 
-def _of_configs(document: yaml_lines.Document, plan: ParitySuite) -> Iterator[Problem]:
+def _of_configs(document: yaml_lines.Document, plan: MethodSuite) -> Iterator[Problem]:
     fields = methods()[plan.method].fields if plan.method in methods() else {}
     for index, config in enumerate(plan.configs):
         for key, value in config.items():

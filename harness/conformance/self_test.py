@@ -137,7 +137,7 @@ def _spoilt(fault: Fault) -> Implementation:
 
 
 @cache
-def _plan(target: str) -> parity_suite.ParityPlan:
+def _plan(target: str) -> parity_suite.ParitySuite:
     return parity_suite.load_plan(target)
 
 

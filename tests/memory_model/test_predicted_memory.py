@@ -22,7 +22,7 @@ from harness.suites.tasks import Answers
 from support import recorded_run as recorded
 from support.processes import eventually
 from support.report_page import row
-from support.sandbox import Bench
+from support.sandbox import Sandbox
 
 
 @pytest.fixture
@@ -223,8 +223,8 @@ def test_the_ledger_says_why_nothing_was_predicted(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork, which a tie to the parent needs")
-def test_who_counts_ends_with_a_command_that_is_killed(bench: Bench) -> None:
-    planned = bench.start("fit", "llama-7b", "--memory", "24GiB")
+def test_who_counts_ends_with_a_command_that_is_killed(sandbox: Sandbox) -> None:
+    planned = sandbox.start("fit", "llama-7b", "--memory", "24GiB")
     counting = f"{cells.__name__.rpartition('.')[0]}.counting_worker"
     found: list[psutil.Process] = []
 

@@ -35,7 +35,7 @@ from harness.regression.pairs.request import PairsRequest
 from harness.regression.pairs.sides import Side
 from harness.suites import loader
 from support import recorded_run as recorded
-from support.sandbox import Bench
+from support.sandbox import Sandbox
 
 SUITE = """
 suite: gated
@@ -497,11 +497,11 @@ def implementations(model, config, generator):
 
 
 def test_revisions_of_a_guests_own_repository_are_what_runs(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("PYTHONPATH", "PEFT_HARNESS_CACHE"):
-        monkeypatch.setenv(name, bench.environment[name])  # the plug-in is installed, from elsewhere
-    monkeypatch.syspath_prepend(str(bench.folder / "plugin"))
+        monkeypatch.setenv(name, sandbox.environment[name])  # the plug-in is installed, from elsewhere
+    monkeypatch.syspath_prepend(str(sandbox.folder / "plugin"))
     top = tmp_path / "guest"
     (top / "kernels" / "src").mkdir(parents=True)
     _git(top, "init", "-q")
@@ -509,7 +509,7 @@ def test_revisions_of_a_guests_own_repository_are_what_runs(
         (top / "kernels" / "src" / "misbehaving.py").write_text(_GUEST.format(number))
         _git(top, "add", ".")
         _git(top, "commit", "-qm", number)
-    suite = Path(bench.suite("{implementation: raises}", "{implementation: reference}"))
+    suite = Path(sandbox.suite("{implementation: raises}", "{implementation: reference}"))
     plan = loader.load(suite).plan
     with arms.opened("HEAD~1", arms.HERE, plan, top / "kernels") as sides:
         assert [pair.old for pair in arms.pairs(plan, naming.full(plan.cells), sides)] == [plan.cells[0]]
