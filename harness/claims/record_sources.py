@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness.analysis import contention, ranking
 from harness.claims.measure import NotRunError
-from harness.errors import near
+from harness.errors import did_you_mean
 from harness.records import store
 from harness.records.notes import concurrent_cells
 from harness.records.record import Cell, Record, Status
@@ -94,7 +94,7 @@ def entries(suite: str) -> list[str]:
 
 def unknown(suite: str, entry: str, there: Sequence[str]) -> str:
     """Say that a suite has no such entry, and what it has."""
-    return f"the suite {suite} has no entry `{entry}`; {near(entry, sorted(there))}"
+    return f"the suite {suite} has no entry `{entry}`; {did_you_mean(entry, sorted(there))}"
 
 
 @cache

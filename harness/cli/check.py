@@ -21,7 +21,7 @@ from harness.conformance.findings.defects import Defect
 from harness.conformance.findings.outcomes import CheckStatus
 from harness.conformance.findings.report import CheckReport
 from harness.conformance.parity_suite import ParitySuite, path_of
-from harness.errors import Exit, Problem, SuiteError, UsageError, near
+from harness.errors import Exit, Problem, SuiteError, UsageError, did_you_mean
 from harness.methods.peft_config import NO_REFERENCE, UNREFERENCED
 from harness.methods.registry import DTYPES, GROUP, Implementation, Registry, TargetKind, targets
 from harness.process.termination import handle_termination
@@ -227,7 +227,7 @@ def _unknown(asked: CheckRequest, registry: Registry) -> Iterator[str]:
         for name in given:
             if name in known or (what == "implementation" and name in registry.broken):
                 continue
-            hint = near(name, known, "there are")
+            hint = did_you_mean(name, known, "there are")
             if what != "dtype" and name in kinds:
                 hint = f"that is of kind `{kinds[name]}`: {'--op' if kinds[name] == 'operation' else '--method'} {name}"
             yield f"{what} {name!r}: {hint}{yours if what == 'implementation' else ''}"

@@ -29,7 +29,7 @@ def fill(template: str, page: Mapping[str, Any]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    folder = resources.folder("report_templates")
+    folder = resources.data_folder("report_templates")
     style = (folder / "report.css").read_text(encoding="utf-8")
     script = (folder / "report.js").read_text(encoding="utf-8")
     environment = Environment(

@@ -340,7 +340,7 @@ defects:
 def suites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
     """Return a function that changes one file of a copy of the parity suites."""
     copy = tmp_path / "suites"
-    shutil.copytree(resources.folder("suites"), copy)
+    shutil.copytree(resources.data_folder("suites"), copy)
     for module in (parity_suite, defects):
         monkeypatch.setattr(module, "folder", lambda name: copy)
     defects.known.cache_clear()

@@ -137,7 +137,7 @@ def _outer_nights(history: History, change: Change) -> tuple[Night, Night]:
 
 def _ships(suite: str) -> bool:
     """Return whether a suite comes with the harness."""
-    return bool(re.fullmatch(r"[\w.-]+", suite)) and (resources.folder("suites") / f"{suite}.yaml").is_file()
+    return bool(re.fullmatch(r"[\w.-]+", suite)) and (resources.data_folder("suites") / f"{suite}.yaml").is_file()
 
 
 def _is_search(history: History, cell: str) -> bool:
