@@ -154,6 +154,7 @@ def test_a_worker_that_cannot_be_started(
     assert footer.how == "failed"
 
 
+@pytest.mark.e2e
 def test_a_bug_in_the_middle_of_a_run_says_what_is_kept(sandbox: Sandbox) -> None:
     code = (
         "import sys\nfrom harness import cli; from harness.records import store\n"
@@ -204,6 +205,7 @@ def test_how_threads_wait_is_left_to_the_user(given: str | None, monkeypatch: py
     assert attempt._worker_environment().get("OMP_WAIT_POLICY") == given
 
 
+@pytest.mark.e2e
 def test_a_reader_of_the_progress_that_leaves(sandbox: Sandbox) -> None:
     process = sandbox.start("run", sandbox.suite(QUICK), "--out", "run")
     assert process.stderr is not None
