@@ -19,7 +19,7 @@ from harness.conformance import parity_suite
 from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.conformance.findings.summary import describe_failure
-from harness.errors import UsageError, near
+from harness.errors import UsageError, did_you_mean
 from harness.methods.registry import Implementation
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def conformance(
         raise UsageError("@conformance stands without a name", where="@conformance", hint='write @conformance("lora")')
     if not parity_suite.path_of(target).is_file():
         raise UsageError(
-            f"nothing here is called {target!r}", where="@conformance", hint=near(target, parity_suite.names())
+            f"nothing here is called {target!r}", where="@conformance", hint=did_you_mean(target, parity_suite.names())
         )
     kind, there = parity_suite.kind_of(target), parity_suite.load_plan(target).dtypes
 

@@ -21,12 +21,12 @@ from harness.conformance.findings.defects import Defect
 from harness.conformance.findings.outcomes import CheckStatus
 from harness.conformance.findings.report import CheckReport
 from harness.conformance.parity_suite import ParitySuite, path_of
-from harness.errors import Exit, Problem, SuiteError, UsageError, near
+from harness.errors import Exit, Problem, SuiteError, UsageError, did_you_mean
 from harness.methods.peft_config import NO_REFERENCE, UNREFERENCED
 from harness.methods.registry import DTYPES, GROUP, Implementation, Registry, TargetKind, targets
 from harness.process.termination import handle_termination
-from harness.records import store
 from harness.records.check_id import CheckId
+from harness.records.files import unwritable
 from harness.report import check_terminal
 
 
@@ -70,7 +70,7 @@ def check(request: CheckRequest, as_json: bool, junit: Path | None = None, html:
 def _check_writable(files: dict[str, Path | None]) -> None:
     """Raise UsageError for files that cannot be written, before the checks take their minutes."""
     given = {option: file for option, file in files.items() if file is not None}
-    odd = {option: why for option, file in given.items() if (why := store.unwritable(file))}
+    odd = {option: why for option, file in given.items() if (why := unwritable(file))}
     if len({file.absolute() for file in given.values()}) < len(given):
         odd = {"--junit, --html": f"{given['--junit']} is given for both files"}
     if odd:
@@ -236,7 +236,7 @@ def _unknown(request: CheckRequest, registry: Registry) -> Iterator[str]:
         for name in given:
             if name in known or (what == "implementation" and name in registry.broken):
                 continue
-            hint = near(name, known, "there are")
+            hint = did_you_mean(name, known, "there are")
             if what != "dtype" and name in kinds:
                 hint = f"that is of kind `{kinds[name]}`: {'--op' if kinds[name] == 'operation' else '--method'} {name}"
             yield f"{what} {name!r}: {hint}{yours if what == 'implementation' else ''}"

@@ -13,11 +13,11 @@ from pydantic import Field
 from harness import yaml_lines
 from harness.conformance import case_selection, checks
 from harness.conformance.case_selection import CaseSelection
-from harness.errors import Problem, SuiteError, UsageError, near
+from harness.errors import Problem, SuiteError, UsageError, did_you_mean
 from harness.methods.registry import DTYPES
 from harness.methods.spec import methods
 from harness.records.record import FrozenModel
-from harness.resources import folder
+from harness.resources import data_folder
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Kind = Literal["linear", "conv1d", "embedding", "conv2d", "conv2d-dilated", "conv2d-reflect"]
@@ -193,7 +193,7 @@ def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype) -> tup
 
 def path_of(name: str) -> Path:
     """Return the path of the parity suite of a Method, an Operation or a base."""
-    return folder("suites") / "parity" / f"{name}.yaml"
+    return data_folder("suites") / "parity" / f"{name}.yaml"
 
 
 def names() -> list[str]:
@@ -254,12 +254,14 @@ def _of_checks(document: yaml_lines.Document, plan: MethodSuite | OperationSuite
     known = checks.docstrings()
     for index, name in enumerate(plan.checks):
         if name not in known:
-            yield Problem(document.where("checks", index), f"no check is called {name!r}", near(name, known, "checks"))
+            yield Problem(
+                document.where("checks", index), f"no check is called {name!r}", did_you_mean(name, known, "checks")
+            )
     for name in plan.tolerances:
         if name not in plan.checks:
             yield Problem(
                 document.where("tolerances", name), f"a tolerance for {name!r}, which is not tried here",
-                near(name, plan.checks, "checks here"),
+                did_you_mean(name, plan.checks, "checks here"),
             )  # fmt: skip
 
 
@@ -269,6 +271,6 @@ def _of_configs(document: yaml_lines.Document, plan: MethodSuite) -> Iterator[Pr
         for key, value in config.items():
             where = document.where("configs", index, key)
             if key not in fields:
-                yield Problem(where, f"{plan.method} has no knob {key!r}", near(key, fields, "knobs"))
+                yield Problem(where, f"{plan.method} has no knob {key!r}", did_you_mean(key, fields, "knobs"))
             elif problem := fields[key].problem(value):
                 yield Problem(where, f"{key} {problem}")

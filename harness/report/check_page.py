@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from harness.conformance.findings import defects, summary
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.errors import EXITS, Exit
-from harness.records import store
+from harness.records import files
 from harness.report import html
 from harness.report.formatting import figure, unmeasured
 from harness.report.tones import ICONS
@@ -35,7 +35,7 @@ def render(report: CheckReport) -> str:
 
 def write_page(report: CheckReport, out: Path) -> None:
     """Write the page to `out`, whole or not at all."""
-    store.write_atomic(out, render(report).encode(errors="backslashreplace"))
+    files.write_atomic(out, render(report).encode(errors="backslashreplace"))
 
 
 def build(report: CheckReport) -> dict[str, Any]:

@@ -412,13 +412,15 @@ def test_a_folder_that_lacks_something_says_what(lacks: str, tmp_path: Path) -> 
 def test_a_local_data_file_may_be_pinned(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text(made_up.ROWS)
     row = {"name": "d", "kind": "data", "source": "file:d.jsonl", "rows": {"format": "jsonl"}}
-    source = table.placed(table.Source.model_validate(row), tmp_path)
+    source = table.with_absolute_path(table.Source.model_validate(row), tmp_path)
     assert len(rows.read(source, fetch.ensure(source))) == 2
     assert fetch.use(source).sha256 == carrier.sha256(tmp_path / "d.jsonl")
     with pytest.raises(AssetError, match="wrong hash"):
-        fetch.ensure(table.placed(table.Source.model_validate({**row, "sha256": "0" * 64}), tmp_path))
+        fetch.ensure(table.with_absolute_path(table.Source.model_validate({**row, "sha256": "0" * 64}), tmp_path))
     with pytest.raises(AssetError, match="no file"):
-        fetch.ensure(table.placed(table.Source.model_validate({**row, "source": "file:no.jsonl"}), tmp_path))
+        fetch.ensure(
+            table.with_absolute_path(table.Source.model_validate({**row, "source": "file:no.jsonl"}), tmp_path)
+        )
 
 
 HUB = """

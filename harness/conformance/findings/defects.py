@@ -20,11 +20,11 @@ from pydantic import Field, field_validator
 from harness import yaml_lines
 from harness.conformance import checks
 from harness.conformance.findings.outcomes import CheckOutcome, Execution
-from harness.errors import Problem, SuiteError, near
+from harness.errors import Problem, SuiteError, did_you_mean
 from harness.records.base_model import FrozenModel
 from harness.records.check import CheckResult, Outcome
 from harness.records.check_id import CheckId
-from harness.resources import folder
+from harness.resources import data_folder
 
 
 class Defect(FrozenModel):
@@ -113,7 +113,7 @@ class _File(FrozenModel):
 
 def path() -> Path:
     """Return the file of known defects."""
-    return folder("suites") / "parity" / "defects" / "known.yaml"
+    return data_folder("suites") / "parity" / "defects" / "known.yaml"
 
 
 @cache
@@ -133,7 +133,7 @@ def known() -> tuple[Defect, ...]:
         for pattern in defect.checks:
             name = CheckId.parse(pattern)
             if not name.is_complete or name.check not in {*checks.docstrings(), "attach", "alive", "*"}:
-                hint = near(name.check or pattern, checks.docstrings(), "write method/check/dtype/state")
+                hint = did_you_mean(name.check or pattern, checks.docstrings(), "write method/check/dtype/state")
                 problems.append(Problem(where, f"{defect.id}: {pattern!r} names no check", hint))
         if not (file.parent / defect.reproduction).is_file():
             problems.append(Problem(where, f"{defect.id}: no file {defect.reproduction}", "write the reproduction"))

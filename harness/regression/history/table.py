@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from harness.analysis import tracked_metrics
 from harness.analysis.statistics.anchor import FEWEST_SERIES
-from harness.console import aligned
+from harness.console import align_columns
 from harness.regression.history.decisions import EVERY
 from harness.regression.history.findings import Detection, JudgedChange, MissingSeries, ShownChange, ShownSeries
 from harness.regression.history.night_files import PASSES
@@ -30,7 +30,7 @@ def detection_text(found: Detection) -> str:
         ),
     ):
         if group:
-            lines += ["", title, *aligned([_HEAD, *(_row(c) for c in group)]), *_differences(group)]
+            lines += ["", title, *align_columns([_HEAD, *(_row(c) for c in group)]), *_differences(group)]
     if not found.candidates:
         lines += ["", "no change of level" if found.compared else "nothing to compare"]
     notes = list(_notes(found))
@@ -57,7 +57,7 @@ def series_text(rows: Sequence[ShownSeries], *, each_night: bool) -> str:
             )
             for row in rows
         ]  # fmt: skip
-    return "\n".join(aligned([head, *table]))
+    return "\n".join(align_columns([head, *table]))
 
 
 def value(metric: str, number: float) -> str:
@@ -67,7 +67,7 @@ def value(metric: str, number: float) -> str:
         return f"{1000 * number:.4g} ms"
     if kind == "score":
         return f"{100 * number:.1f} %"
-    return f"{number / 2**20:.2f} MiB" if metric == tracked_metrics.PEAK else f"{number:,.0f}"
+    return f"{number / 2**20:.2f} MiB" if kind == "peak" else f"{number:,.0f}"
 
 
 def _row(c: JudgedChange) -> tuple[str, ...]:
