@@ -16,7 +16,6 @@ _WORDS = {
 }  # fmt: skip
 _ALWAYS = ("torch", "gpu")
 """What a run says of itself wherever it was in use: without it, it was not."""
-"""Names that a sentence gives."""
 
 
 @dataclass(frozen=True)

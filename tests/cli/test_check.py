@@ -26,7 +26,7 @@ from harness.conformance.findings.outcomes import CheckOutcome
 from harness.conformance.findings.report import CheckReport
 from harness.errors import Exit
 from harness.methods.registry import Implementation, Registry
-from harness.records import store
+from harness.records import files
 from harness.records.record import CheckResult, Outcome
 from harness.report import check_junit, check_page
 from support.processes import PATIENCE_S, eventually
@@ -290,7 +290,7 @@ def test_a_file_that_cannot_be_written_is_said_before_the_work(
     assert "two files at once" in capsys.readouterr().err
     assert main(["check", "--junit", "/dev/null"]) == Exit.USAGE
     assert "--junit: /dev/null is no file that could be replaced" in capsys.readouterr().err
-    monkeypatch.setattr(store.tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(OSError(30, "Read-only")))
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(OSError(30, "Read-only")))
     assert main(["check", "--html", str(there)]) == Exit.USAGE
     assert f"--html: {there}: cannot write in {tmp_path}: Read-only" in capsys.readouterr().err
 

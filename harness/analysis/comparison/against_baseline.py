@@ -18,7 +18,6 @@ from harness.errors import Exit, first_names, plural
 from harness.records import naming
 from harness.records.record import Cell, Outcome, Record, Status
 
-"""Names, and differences of environments, that a sentence gives."""
 _LAST = (FindingKind.ENVIRONMENT, FindingKind.ASSETS)
 
 

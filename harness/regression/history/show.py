@@ -13,10 +13,6 @@ from harness.regression.history import cell_names, night_files, table
 from harness.regression.history.findings import ShownSeries
 from harness.regression.history.series import series
 
-_METRICS = (
-    tracked_metrics.STEP, tracked_metrics.LATENCY, tracked_metrics.PEAK, tracked_metrics.ACCURACY, *tracked_metrics.COUNTED
-)  # fmt: skip
-
 
 def show(folder: Path, cell: str | None, metric: str | None, *, each_night: bool, as_json: bool) -> Exit:
     """Print series and return the exit code: 4 if a file cannot be read, 5 if there is nothing to show.
@@ -26,7 +22,9 @@ def show(folder: Path, cell: str | None, metric: str | None, *, each_night: bool
     """
     history = night_files.read(folder)
     if metric is not None and not (tracked_metrics.kind(metric) or metric == tracked_metrics.LATENCY):
-        raise UsageError(f"not a metric: {metric!r}", where="--metric", hint=f"name one of {', '.join(_METRICS)}")
+        raise UsageError(
+            f"not a metric: {metric!r}", where="--metric", hint=f"name one of {', '.join(tracked_metrics.names())}"
+        )
     names = cell_names.names(history)
     rows = [
         ShownSeries(

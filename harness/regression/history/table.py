@@ -68,7 +68,7 @@ def value(metric: str, number: float) -> str:
         return f"{1000 * number:.4g} ms"
     if kind == "score":
         return f"{100 * number:.1f} %"
-    return f"{number / 2**20:.2f} MiB" if metric == tracked_metrics.PEAK else f"{number:,.0f}"
+    return f"{number / 2**20:.2f} MiB" if kind == "peak" else f"{number:,.0f}"
 
 
 def _row(c: JudgedChange) -> tuple[str, ...]:
