@@ -8,6 +8,7 @@ from typing import Any
 from harness.analysis import contention, failed_checks, measurements, metrics
 from harness.analysis.run_facts import RunFacts
 from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER, FOOTPRINT_SHOWN_B
+from harness.errors import plural
 from harness.records.record import Cell, Memory, Predicted, Record
 from harness.report import formatting, latencies, links
 from harness.report.formatting import Figure, figure, unmeasured

@@ -21,7 +21,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, TypeGuard, TypeVar, cast
 
-from harness.errors import StoreError, UsageError
+from harness.errors import StoreError, UsageError, plural
 from harness.records import files
 
 SCHEMA = 1
