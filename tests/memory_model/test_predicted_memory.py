@@ -66,7 +66,7 @@ def test_logits_are_predicted_where_every_token_has_a_loss() -> None:
     scored = lora.model_copy(update={"evaluation": Evaluation(items=10)})
     found = {}
     for loss in ("answer", "all"):
-        task = dataclasses.replace(suite.tasks[lora.task], answers=Answers(loss=loss))  # type: ignore[arg-type]
+        task = suite.tasks[lora.task].model_copy(update={"answers": Answers(loss=loss)})
         of_task = dataclasses.replace(suite, tasks={lora.task: task})
         (found[loss],) = planning.predictions(of_task, dataclasses.replace(plan, cells=(scored,))).values()
     assert isinstance(found["all"], Predicted)
