@@ -1,4 +1,4 @@
-"""Which recipe scores best, among those with the same budget only, with ties drawn as ties."""
+"""Rankings of recipes by accuracy, within equal budgets, with ties as ties."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Priors = tuple[Prior | None, Prior | None]
 
 @dataclass(frozen=True)
 class Budget:
-    """What must be equal before two accuracies may be ranked.
+    """Settings that must be equal before two accuracies may be ranked.
 
     The learning rates are each method's own to choose. `accumulate`, `checkpointing`, `compile` and `layerwise` change what
-    a step costs and not what it learns. The optimizer may differ, which every name says and the report besides: see
+    a step costs and not what it learns. The optimizer may differ; names and report show it, see
     `Group.optimizers`.
     """
 
@@ -44,13 +44,13 @@ class Budget:
         return cls(cell.model, cell.task, cell.dtype, t.steps, t.batch, t.max_tokens, e.items, e.skip)
 
     def same_test(self, other: Budget) -> bool:
-        """Say whether both score the same items in the same way, however they were trained."""
+        """Return whether both score the same items in the same way, however they were trained."""
         mine, its = ((b.model, b.task, b.dtype, b.max_tokens, b.items, b.skip) for b in (self, other))
         return mine == its
 
 
 def why_not_comparable(left: Cell, right: Cell) -> str:
-    """Say why two accuracies may not be compared, or return an empty string. An untrained Cell spent no budget."""
+    """Return the reason why two accuracies may not be compared, or an empty string. An untrained Cell spends no budget."""
     a, b = Budget.of(left), Budget.of(right)
     untrained = 0 in (a.steps, b.steps)
     if a == b or (untrained and a.same_test(b)):
@@ -92,7 +92,7 @@ class RankingEntry:
 
 @dataclass(frozen=True)
 class Group:
-    """Recipes with one budget, best first, then what was not trained at all.
+    """Recipes with one budget, best first, then untrained ones.
 
     seeds: of each trained recipe. tries: learning rates that were tried and scored for each. detectable: the smallest
     difference that one comparison in this group can find; None with nothing to compare.
@@ -184,7 +184,7 @@ def groups(run: Run) -> tuple[Group, ...]:
 def score(records: Sequence[Record], prior: Prior | None = None) -> Score:
     """Return the accuracy of one Record with its own interval, or the mean of several with one over seeds and items.
 
-    prior: what other recipes tell of the spread over seeds.
+    prior: the spread over seeds of other recipes.
     """
     scored = accuracies(records)
     if len(scored) == 1:
@@ -210,7 +210,7 @@ def _scored(record: Record) -> Accuracy | None:
 
 
 def _group(budget: Budget, tries: int, scored: Sequence[_Scored], untrained: Sequence[_Scored]) -> Group:
-    # What was not trained has no luck with its seeds, and tells nothing of that of others.
+    # Untrained Cells do not depend on the seed, and tell nothing about the spread of others.
     spread = seed_spread.prior([accuracies(records) for records in scored])
     priors = {records[0].id: spread for records in scored}
     scores = {r[0].id: score(r, priors.get(r[0].id)) for r in (*scored, *untrained)}
@@ -232,8 +232,8 @@ def _group(budget: Budget, tries: int, scored: Sequence[_Scored], untrained: Seq
 
     def entry(records: _Scored, *, trained: bool) -> RankingEntry:
         own, mine = p.get(records[0].id), scores[records[0].id]
-        apart = own <= 1 - LEVEL if own is not None else mine.high < top.low
-        ranked: Standing = "best" if records is best else "below" if apart else "tied"
+        separate = own <= 1 - LEVEL if own is not None else mine.high < top.low
+        ranked: Standing = "best" if records is best else "below" if separate else "tied"
         return RankingEntry(records, mine, ranked if trained else "untrained", mine.value - top.value, own)
 
     ranked = tuple(entry(records, trained=True) for records in everyone[: len(scored)])
@@ -268,7 +268,7 @@ class RecipePair:
     def of(cls, left: Sequence[Record], right: Sequence[Record], priors: Priors = (None, None)) -> RecipePair | None:
         """Compare; None where the items are not the same, or one side has one run and the other several.
 
-        priors: what other recipes tell of each side's spread over seeds.
+        priors: for each side the spread over seeds of other recipes.
         """
         a, b = accuracies(left), accuracies(right)
         if (len(a) > 1) != (len(b) > 1):
@@ -286,10 +286,10 @@ class RecipePair:
 def _resolution(
     tied: Sequence[RecipePair | None], rivals: Sequence[RecipePair | None], best: _Scored, top: Score
 ) -> tuple[float | None, Basis, float]:
-    """Return how small a difference can be found, and the share of items that tells it.
+    """Return the smallest detectable difference, its basis, and the share of items behind it.
 
-    The pair that disagrees most is the hardest to tell apart, so it speaks for the group. Ties come first: one that lies
-    far below says nothing of how well close ones are told apart.
+    The pair that disagrees most is the hardest to separate, so it stands for the group. Ties come first: a pair that lies
+    far apart tells nothing about close ones.
     """
     both: tuple[tuple[Basis, Sequence[RecipePair | None]], ...] = (("tied", tied), ("all", rivals))
     for basis, pairs in both:

@@ -1,4 +1,4 @@
-"""Judge a run: each question its suite asks, and the run as a whole."""
+"""Judge a run: each question of its suite, and the run as a whole."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from harness.records.record import Cell, Outcome, Record, Status
 from harness.records.store import Run
 
 _SHOWN = 4
-"""Reasons for not judging that a sentence gives; a matrix may have hundreds."""
+"""Reasons that a sentence lists for not judging; a matrix may have hundreds."""
 _SO = (VerdictKind.FAIL, VerdictKind.INCONCLUSIVE)
 UNMEASURED = (Status.OOM, Status.TIMEOUT, Status.ERROR, Status.LOST)
 
@@ -100,7 +100,9 @@ def _judge_comparison(comparison: Comparison, run: Run, latest: dict[str, Record
     cells = {cell.cell_id: cell for cell in run.manifest.cells}
     unknown = [i for i in (*comparison.left, *comparison.right) if i not in cells]
     if unknown:
-        left_out = f"{_cells(len(unknown))} that it asks about not in this run, e.g. for --only: {', '.join(unknown)}"
+        left_out = (
+            f"{_cells(len(unknown))} of this question not in this run, e.g. because of --only: {', '.join(unknown)}"
+        )
         return QuestionVerdict(comparison, Verdict(VerdictKind.NOT_RUN, left_out))
     if comparison.kind == "same-losses":
         losses = trajectories.judge(comparison, cells, latest)
@@ -114,7 +116,7 @@ def _better(comparison: Comparison, run: Run, latest: dict[str, Record]) -> Verd
     pairs = [(left, right) for left in left_sides for right in right_sides]
     named = naming.full(cells.values()) | naming.recipes(cells.values())
     ids = tuple(latest[i].id for i in dict.fromkeys(comparison.left + comparison.right) if i in latest)
-    # Per word: how far each pair lies apart, and the sentence about it.
+    # Per verdict: the gap of each pair, and the sentence about it.
     found: dict[VerdictKind, list[tuple[float, str]]] = {word: [] for word in VerdictKind}
     for left, right in pairs:
         names = [named[side[0] if len(side) == 1 else cells[side[0]].recipe_id] for side in (left, right)]
@@ -137,7 +139,7 @@ def _better(comparison: Comparison, run: Run, latest: dict[str, Record]) -> Verd
     ):
         if found[word]:
             sentences = list(dict.fromkeys(sentence for _, sentence in sorted(found[word])))
-            # The pair that stands worst tells of the others; reasons for not judging are each their own.
+            # The worst pair stands for the others; reasons for not judging are listed one by one.
             shown = sentences[:_SHOWN] if word is VerdictKind.NOT_RUN else sentences[:1]
             if word is VerdictKind.NOT_RUN and len(sentences) > _SHOWN:
                 shown.append(f"and {len(sentences) - _SHOWN} more")
@@ -148,7 +150,7 @@ def _better(comparison: Comparison, run: Run, latest: dict[str, Record]) -> Verd
 
 
 def _recipes(ids: list[str], cells: Mapping[str, Cell]) -> list[list[str]]:
-    """Put the Cells together that differ in the seed alone, in the order of their seeds."""
+    """Group the Cells that differ in the seed alone, in the order of their seeds."""
     found: dict[str, list[str]] = {}
     for cell_id in sorted(ids, key=lambda i: cells[i].seed):
         found.setdefault(cells[cell_id].recipe_id, []).append(cell_id)
@@ -157,7 +159,7 @@ def _recipes(ids: list[str], cells: Mapping[str, Cell]) -> list[list[str]]:
 
 
 def _apart(left: list[Record], right: list[Record], names: list[str]) -> tuple[VerdictKind, float, str]:
-    """Judge one pair: by the interval of its difference over seeds, or with one run each by their own intervals."""
+    """Judge one pair: by the interval of its difference over seeds, or by both intervals with one run each."""
     a, b = score(left), score(right)
     sentence = f"{names[0]} {_interval(a)} against {names[1]} {_interval(b)}"
     if len(left) == len(right) == 1:
@@ -208,7 +210,7 @@ def _whole(
         return Verdict(VerdictKind.FAIL, "; ".join(reasons), tuple(dict.fromkeys(ids))), Exit.FAIL
 
     ok = [r for r in latest.values() if r.status is Status.OK]
-    # A Cell that was kept from running, unlike one that never can here, is a fault of the machine.
+    # A Cell that was prevented from running, unlike one that cannot run here, is a fault of the machine.
     bad = [r for r in latest.values() if r.status in UNMEASURED or (r.status is Status.SKIPPED and r.failure)]
     if not ok and not bad:
         nothing = Verdict(VerdictKind.NOT_RUN, "no Cell was measured", tuple(r.id for r in latest.values()))
@@ -232,7 +234,7 @@ def _whole(
 
 
 def _conform(ok: list[Record]) -> str:
-    """Say that nothing was found against the measured Cells, and of how many nothing could be compared."""
+    """Return a sentence that the measured Cells conform, with the number of those without a reference."""
     alone = sum(bool(parity.unreferenced(r)) for r in ok)
     return f"all {len(ok)} measured Cells conform" + (
         f", {alone} of them without a reference to compare with" if alone else ""

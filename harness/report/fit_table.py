@@ -1,4 +1,4 @@
-"""What `fit` prints for people: one row for each Method, base and optimizer, and what the prediction is worth."""
+"""Text output of `fit`: one row for each Method, base and optimizer, and the accuracy of the prediction."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _question(document: Mapping[str, Any], size: MemorySize, several: bool) -> l
 
 
 def _worth(document: Mapping[str, Any], size: MemorySize) -> list[str]:
-    """Say how to read the table, that it is a prediction, what is left out, and how far off it was."""
+    """Return the explanation of the table: its columns, its omissions, its error on real Cells."""
     by_formula, checked = document["activations_known"], document["checked"]
     largest = "the largest rank x batch that fits" if by_formula or checked else "the largest rank that fits"
     said = [
@@ -98,7 +98,7 @@ def _worth(document: Mapping[str, Any], size: MemorySize) -> list[str]:
             f"How far off formulas were: weights, adapter, gradients and optimizer within {FOOTPRINT_LEDGER:.0%} of the "
             f"ledgers of real Cells, activations within {FOOTPRINT_ACTIVATIONS:.0%} of what autograd saved in small Llamas "
             "for the references (both are tests). Libraries may keep more: hf-peft in 16 bits casts what adapters read to "
-            "float32. On a GPU nothing has been measured. `peft-harness explain activations` tells what is counted."
+            "float32. On a GPU nothing has been measured. `peft-harness explain activations` lists the parts."
         )
     elif not checked:
         said.append(
@@ -106,7 +106,7 @@ def _worth(document: Mapping[str, Any], size: MemorySize) -> list[str]:
             f"The rest was within {FOOTPRINT_LEDGER:.0%} of the ledgers of real Cells (a test)."
         )
     if not checked:
-        said.append("Temporary tensors are left out too: without --formulas a training step tells of them.")
+        said.append("Temporary tensors are left out too: without --formulas a training step includes them.")
     return [line for text in said for line in textwrap.wrap(text, _WIDTH)]
 
 

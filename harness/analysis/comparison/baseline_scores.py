@@ -1,4 +1,4 @@
-"""Accuracies of a run beside those of its baseline: on the same items, of the same seeds, each paired with itself."""
+"""Accuracies of a run compared with its baseline: the same items and seeds, paired."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def rows(
             reason = f"seed {base.cell.seed} was not scored in the baseline"
             found.append(_row(FindingKind.NEW, VerdictKind.NOT_RUN, name, [(base, new)], reason))
     differences = {recipe: _difference(same) for recipe, same in recipes.items()}
-    # Answers that are all the same cannot be called different by any luck, so they are no test among those to correct for.
+    # Equal answers cannot differ by chance, so they do not count among the tests to correct for.
     adjusted = holm({r: d.p for r, d in differences.items() if isinstance(d, _Difference)})
     for recipe, same in recipes.items():
         difference = differences[recipe]

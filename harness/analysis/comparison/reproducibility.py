@@ -1,4 +1,4 @@
-"""Did a rerun give the same losses, to the last bit? If not: from which step on, and what was not the same.
+"""Reproducibility: whether reruns gave the same losses bitwise, and if not, the first step and the causes.
 
 A difference is explained by its circumstances: another machine, library, code, thread count, model or data. What only
 follows from the seed (the order of the data, the initial state) says where two runs parted, and explains nothing: the
@@ -40,7 +40,7 @@ class Rerun:
 
     @property
     def equal(self) -> bool:
-        """Say whether nothing that was compared differs."""
+        """Whether nothing that was compared differs."""
         return self.same_losses is not False and self.same_items is not False
 
 
@@ -195,7 +195,7 @@ def usual_environment(run: Run) -> Environment:
 
 
 def strangers(run: Run) -> dict[tuple[str, ...], list[Record]]:
-    """Return the newest Records that were not made in the usual environment, by what differs in theirs."""
+    """Return the newest Records from other environments than the usual one, by the differences."""
     usual = usual_environment(run)
     found: dict[tuple[str, ...], list[Record]] = {}
     for record in run.latest().values():

@@ -1,4 +1,4 @@
-"""Design of an A/B comparison by pairs: how many pairs, when they are judged, and at which levels."""
+"""Design of an A/B comparison by pairs: numbers of pairs, looks at them, and levels of significance."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FEWEST = 6
 
 @dataclass(frozen=True)
 class Design:
-    """How many pairs are run, when they are looked at, and what is an alarm.
+    """Numbers of pairs, looks at them, and levels of an alarm.
 
     The level bounds the false alarms under any symmetric noise. Where the pairs spread little against the margin, as those
     of steady machines do, they are far rarer. Where they do not, e.g. with two speeds of a kernel, drawn anew in each
@@ -40,7 +40,7 @@ class Design:
     trim: float = 0.25
 
     def __post_init__(self) -> None:
-        """Refuse what could not be judged."""
+        """Raise UsageError for a design that cannot reach a verdict."""
         for count in (self.first, *self.fresh):
             if count < FEWEST or count % 2:
                 raise _bad(f"{count} pairs: drift cancels between two pairs", f"an even number, {FEWEST} or more")

@@ -1,4 +1,4 @@
-"""Is one process run of a benchmark slower than the runs that were kept of it? For pytest, where nothing is interleaved.
+"""Verdict on one process run of a benchmark against saved runs. For pytest, where nothing is interleaved.
 
 A run counts as one number, the median of its rounds: rounds of one process share its luck (addresses, clocks, neighbours),
 so that many of them are no more certain of the next process than few. The new run is held to the interval of prediction of
@@ -40,11 +40,11 @@ _ROUNDS = 0.9
 _FAR = 60
 """Standard errors: beyond any slow-down that is found with less than certainty."""
 _LARGEST = 700.0
-"""Of a log ratio whose exponential is still a float."""
+"""Largest log ratio with a finite exponential."""
 
 
 class Pace(StrEnum):
-    """What a run says of the code that was timed."""
+    """Verdicts on the timed code."""
 
     SLOWER = "slower"
     FASTER = "faster"

@@ -1,4 +1,4 @@
-"""How far accuracies differ from seed to seed, as all recipes of a group tell of each: three seeds tell little.
+"""Spread of accuracies over seeds, moderated by all recipes of a group: three seeds alone estimate it badly.
 
 The variances of the recipes are taken as drawn from one distribution, whose mean and width they show themselves, and each is
 drawn to that mean as far as its few seeds leave it open (the moderated t of Smyth 2004, doi:10.2202/1544-6115.1027). Of the
@@ -62,7 +62,7 @@ def prior(recipes: Sequence[Sequence[Accuracy]]) -> Prior | None:
 
 
 def _least(runs: Sequence[Accuracy]) -> float:
-    """Return the variance of what rounding to whole items leaves open."""
+    """Return the variance of rounding to whole items."""
     return 1 / (12 * max(1, len(runs[0].items)) ** 2)
 
 

@@ -15,7 +15,7 @@ from harness.report.svg.scales import Scale, linear, logarithmic
 _HUES = 8  # colour classes c0..c7 in the style sheet, each with its own dash pattern
 _FILLS = 9  # f0..f8
 _NAMES = 420.0
-"""The most that names beside a drawing may take of its width; longer ones are cut, and whole in the tooltip."""
+"""Largest share of a drawing's width for names; longer ones are cut, and complete in the tooltip."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Level:
-    """An accuracy without a cost: what was not trained. Drawn as a line across the chart."""
+    """An accuracy without a cost, of an untrained Cell: a line across the chart."""
 
     label: str
     value: float
@@ -59,7 +59,7 @@ def cost(
     *,
     log: bool,
 ) -> Drawing:
-    """Draw accuracy against a cost with intervals, the Pareto front and a name beside every point."""
+    """Draw accuracy against a cost with intervals, the Pareto front and a name next to every point."""
     width, height, left, right, top, bottom = 600, 380, 52, 590, 12, 336
     front = pareto([(p.cost, p.value) for p in points])
     description = (
@@ -175,7 +175,7 @@ def learning(title: str, series: Sequence[ChartSeries]) -> Drawing:
 
 
 def errors(title: str, series: Sequence[ChartSeries], allowed: ChartSeries) -> Drawing:
-    """Draw |loss - float64 loss| of every step on a logarithmic axis, under what is allowed.
+    """Draw |loss - float64 loss| of every step on a logarithmic axis, with the allowance.
 
     What is too small for the axis, and an error of exactly 0, lies on its lower edge.
     """
@@ -246,7 +246,7 @@ class PhaseBars:
 
 
 def phases(title: str, lives: Sequence[PhaseBars]) -> Drawing:
-    """Draw where each Cell's time went; its start-up stands apart, to the left of the zero line."""
+    """Draw the time of each Cell by phase, with its start-up to the left of the zero line."""
     names = list(dict.fromkeys(name for life in lives for name, _ in life.phases))
     names.sort(key=lambda name: name == NO_PHASE)
     kinds = {name: "fill rest" if name == NO_PHASE else f"fill f{k % _FILLS}" for k, name in enumerate(names)}
