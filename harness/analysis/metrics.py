@@ -28,6 +28,7 @@ class Metric:
     name: str
     """Key in the page's download."""
     unit: Unit
+    """Base unit of the value."""
     meaning: str
     """One sentence without a full stop: tooltip in the table, description of the export column."""
     read: Callable[[Record], Number | None]

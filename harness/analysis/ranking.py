@@ -62,27 +62,30 @@ def why_not_comparable(left: Cell, right: Cell) -> str:
 
 @dataclass(frozen=True)
 class Score:
-    """An accuracy, or the mean of one run's per seed, with its interval; `means`: how the interval was made."""
+    """An accuracy, or the mean over seeds, with its interval."""
 
     value: float
     low: float
     high: float
     means: str
+    """Kind of interval."""
 
 
 @dataclass(frozen=True)
 class RankingEntry:
-    """One recipe's place in its group: Cells that differ in the seed alone, often only one.
-
-    difference: its accuracy minus the best one's. p: of the paired test against the best, adjusted for the number of tests
-    in the group; None where the items differ, so that only the intervals could be compared.
-    """
+    """Place of one recipe in its group: Cells that differ in the seed alone, often only one."""
 
     records: tuple[Record, ...]
+    """Records, by seed."""
     score: Score
+    """Accuracy."""
     standing: Standing
+    """Place relative to the best."""
     difference: float = 0.0
+    """Accuracy minus that of the best."""
     p: float | None = None
+    """p value of the paired test against the best, adjusted for the number of tests in the group; None where the
+    items differ, so that only the intervals are compared."""
 
     @property
     def record(self) -> Record:
@@ -92,23 +95,26 @@ class RankingEntry:
 
 @dataclass(frozen=True)
 class Group:
-    """Recipes with one budget, best first, then untrained ones.
-
-    seeds: of each trained recipe. tries: learning rates that were tried and scored for each. detectable: the smallest
-    difference that one comparison in this group can find; None with nothing to compare.
-    disagreement: the share of items it was computed from: observed between the best and the one that differs from it most,
-    among those `tied` with it or among `all`, or assumed for `independent` answers. With several seeds the basis is `seeds`:
-    the largest standard error of a difference from the best.
-    """
+    """Recipes with one budget, best first, then untrained ones."""
 
     budget: Budget
+    """Shared budget."""
     ranked: tuple[RankingEntry, ...]
+    """Trained recipes, best first."""
     untrained: tuple[RankingEntry, ...]
+    """Untrained recipes."""
     seeds: tuple[int, ...]
+    """Seeds of each trained recipe."""
     tries: int
+    """Learning rates that were tried and scored for each recipe."""
     detectable: float | None
+    """Smallest difference that one comparison in this group can detect; None with nothing to compare."""
     disagreement: float
+    """Share of items that `detectable` is computed from."""
     basis: Basis
+    """Source of `disagreement`: observed between the best and the recipe that differs most from it, among those
+    `tied` with it or among `all`, or assumed for `independent` answers. With several seeds it is `seeds`: the
+    largest standard error of a difference from the best."""
 
     @property
     def entries(self) -> tuple[RankingEntry, ...]:
@@ -254,15 +260,16 @@ def _group(budget: Budget, tries: int, scored: Sequence[_Scored], untrained: Seq
 
 @dataclass(frozen=True)
 class RecipePair:
-    """Two recipes on the same items. p: that they are equal; detectable: the smallest difference that this pair can show.
-
-    disagreement: the share of items that exactly one of two runs got right; None over several seeds.
-    """
+    """Comparison of two recipes on the same items."""
 
     difference: float
+    """Difference of the accuracies."""
     p: float
+    """p value of no difference."""
     detectable: float
+    """Smallest difference that this pair can show."""
     disagreement: float | None
+    """Share of items that exactly one of two runs got right; None over several seeds."""
 
     @classmethod
     def of(cls, left: Sequence[Record], right: Sequence[Record], priors: Priors = (None, None)) -> RecipePair | None:

@@ -25,6 +25,7 @@ class RunFacts:
     """
 
     run: Run
+    """The loaded run."""
     prefix: str = ""
     """Start of the run's anchors on a page that shows several runs."""
 

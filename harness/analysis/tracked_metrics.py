@@ -27,10 +27,12 @@ BESIDE = "beside it"
 
 @dataclass(frozen=True)
 class TrackedMetrics:
-    """Values of one Record, by metric. untimed: reason for no times."""
+    """Tracked values of one Record."""
 
     values: dict[str, float]
+    """Values by metric."""
     untimed: str = ""
+    """Reason for no times; empty if there are some."""
 
 
 def kind(metric: str) -> MetricKind | None:

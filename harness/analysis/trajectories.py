@@ -26,19 +26,23 @@ EXACT = "float64"
 
 @dataclass(frozen=True)
 class JudgedTrajectory:
-    """One subject's run against float64.
-
-    errors, allowed: one entry per step. ratio: the worst error over its allowance, at `step` (counting from 0).
-    by: `noise` of the reference run in the same dtype, or `growth` for a run that defines the noise itself.
-    """
+    """Comparison of one run with its float64 run."""
 
     cell_id: str
+    """Id of the Cell."""
     verdict: Verdict
+    """Verdict."""
     by: str = ""
+    """Source of the allowance: `noise` of the reference run in the same dtype, or `growth` for a run that defines
+    the noise itself."""
     errors: tuple[float, ...] = ()
+    """Error of each step."""
     allowed: tuple[float, ...] = ()
+    """Allowance of each step."""
     ratio: float | None = None
+    """Worst error over its allowance."""
     step: int | None = None
+    """Step of the worst ratio, from 0."""
 
 
 @dataclass(frozen=True)

@@ -12,22 +12,28 @@ from harness.records.store import Run
 
 @dataclass(frozen=True)
 class Try:
-    """One learning rate that was tried; score: None where the Cell has no accuracy, for the reason in `because`."""
+    """One learning rate that was tried."""
 
     cell: Cell
     lr: float
     score: Score | None
+    """Accuracy; None where the Cell has none."""
     because: str
+    """Reason for no accuracy."""
     chosen: bool
+    """Whether the suite chose this rate."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """The tries of one entry, by rising learning rate. cells: what they speak for, as far as it is in the run."""
+    """Tries of one entry, by rising learning rate."""
 
     tuning: Tuning
+    """The declared search."""
     cells: tuple[Cell, ...]
+    """Tuned Cells that are in the run."""
     tries: tuple[Try, ...]
+    """Tried learning rates."""
 
     @property
     def scored(self) -> tuple[tuple[float, Score], ...]:

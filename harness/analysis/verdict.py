@@ -25,40 +25,46 @@ UNMEASURED = (Status.OOM, Status.TIMEOUT, Status.ERROR, Status.LOST)
 
 @dataclass(frozen=True)
 class QuestionVerdict:
-    """A comparison with its verdict; `losses` holds the steps of a `same-losses` comparison."""
+    """Verdict on one question of the suite."""
 
     comparison: Comparison
+    """The question."""
     verdict: Verdict
     losses: trajectories.SameLosses | None = None
+    """Steps of a `same-losses` comparison."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """Checks of all Cells, counted. `unchecked` are ok Records that carry no passed check."""
+    """Counts of the checks of all Cells."""
 
     passed: int
     failed: int
     skipped: int
     unchecked: tuple[str, ...]
+    """Ids of ok Records without a passed check."""
 
 
 @dataclass(frozen=True)
 class RunVerdict:
-    """A run, judged.
-
-    counts: Cells per status (`missing` and `changed` among them). nonconforming: ids of Records that compute something
-    else, or diverged.
-    how: `finished`, `interrupted`, `failed`, or `incomplete` for a run without its footer.
-    """
+    """Verdict on a run."""
 
     verdict: Verdict
+    """Verdict on the run as a whole."""
     exit: Exit
+    """Exit code without `--strict`."""
     counts: dict[str, int]
+    """Cells per status (`missing` and `changed` among them)."""
     nonconforming: tuple[str, ...]
+    """Ids of Records that depart from their Method, or diverged."""
     missing: tuple[str, ...]
+    """cell_ids without a Record."""
     how: str
+    """End of the run: `finished`, `interrupted`, `failed`, or `incomplete` without a footer."""
     judgements: tuple[QuestionVerdict, ...]
+    """Verdicts on the questions of the suite."""
     parity: Parity
+    """Counts of the checks."""
 
     def exit_code(self, *, strict: bool) -> Exit:
         """Return the exit code; with `strict`, questions left open are not a pass."""

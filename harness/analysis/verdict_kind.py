@@ -18,11 +18,14 @@ class VerdictKind(StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """Verdict on one question. `reason` is a sentence; `records` are the ids of the Records behind it."""
+    """Verdict on one question."""
 
     word: VerdictKind
+    """Kind of verdict."""
     reason: str
+    """Reason, as a sentence."""
     records: tuple[str, ...] = ()
+    """Ids of the Records behind it."""
 
 
 def joint(words: Iterable[VerdictKind]) -> VerdictKind:

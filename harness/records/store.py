@@ -85,18 +85,21 @@ def _schema(text: bytes) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """A run as it stands on disk.
-
-    broken: files that could not be read, with the reason; they are shown, never silently dropped. changed: files that are
-    not as the run left them, by their paths in its folder, with what was done to them; a Record among them does not count.
-    """
+    """A run as it is on disk."""
 
     path: Path
+    """Folder of the run."""
     manifest: Manifest
+    """Content of run.json."""
     records: tuple[Record, ...]
+    """All readable Records, every attempt."""
     footer: Footer | None
+    """Content of footer.json; None for an unfinished run."""
     broken: dict[str, str] = field(default_factory=dict)
+    """Unreadable files, with the reason; they are shown, never silently dropped."""
     changed: dict[str, str] = field(default_factory=dict)
+    """Files that are not as the run left them, by path in the folder, with the change; a Record among them does
+    not count."""
 
     def latest(self) -> dict[str, Record]:
         """Map cell_id to its newest attempt, in the manifest's order; Cells without one that counts are left out."""

@@ -25,12 +25,16 @@ _LAST = (FindingKind.ENVIRONMENT, FindingKind.ASSETS)
 
 @dataclass(frozen=True, kw_only=True)
 class Against(Findings):
-    """A run, judged against a baseline of so many `cells`. notes: what else the verdict rests on."""
+    """Verdict on a run compared with a baseline."""
 
     exit: Exit
+    """Exit code of the gate."""
     cells: int
+    """Number of Cells in the baseline."""
     margins: Margins
+    """Margins of the comparison."""
     notes: tuple[str, ...]
+    """Further grounds of the verdict."""
 
 
 def judge(base: RunFacts, new: RunFacts, *, margins: Margins | None = None, strict: bool = False) -> Against:

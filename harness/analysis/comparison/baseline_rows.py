@@ -101,24 +101,30 @@ Unit = Literal["B", "1", "s", "1/s", "J", "share", "nats", ""]
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One thing that was compared.
-
-    name: the Cell, the recipe, or how many Cells. cells: cell_ids. what: the quantity. base, new: its values, None where
-    there is none; of unit `""` they are words, or counts of checks. interval: of new - base, of a speed of new / base - 1.
-    records: ids, the baseline's first.
-    """
+    """Comparison of one quantity."""
 
     kind: FindingKind
+    """Kind of the finding."""
     word: VerdictKind
+    """Verdict."""
     name: str
+    """The Cell, the recipe, or the number of Cells."""
     cells: tuple[str, ...]
+    """cell_ids."""
     what: str
+    """Quantity."""
     reason: str = ""
+    """Reason of the verdict; empty if there is nothing to explain."""
     base: Value = None
+    """Value in the baseline; None where missing."""
     new: Value = None
+    """Value in the run; None where missing."""
     unit: Unit = ""
+    """Unit of the values; empty for words and counts of checks."""
     interval: tuple[float, float] | None = None
+    """Interval of new - base; of a speed, of new / base - 1."""
     records: tuple[str, ...] = ()
+    """Ids of the Records, the baseline's first."""
 
     @property
     def judged(self) -> bool:
@@ -145,26 +151,29 @@ class ComparisonRow:
 
 @dataclass(frozen=True)
 class Margins:
-    """What is no finding yet. memory_B: of training peaks; None is exact as allocated, COUNTED_PEAK_B as counted on a
-    CPU, PROCESS_PEAK_B or PROCESS_SHARE of a process, whichever is more."""
+    """Differences that are no finding."""
 
     memory_B: int | None = None
+    """Growth of training peaks. None: exact as allocated, COUNTED_PEAK_B as counted on a CPU, the larger of
+    PROCESS_PEAK_B and PROCESS_SHARE of a process."""
     accuracy: float = ACCURACY
+    """Drop of an accuracy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """All that one gate found: what every output of a gate is made from.
-
-    rows: everything that was compared. compared: how many Cells or benchmarks are there on both sides. unreadable: files of
-    both sides that could not be read, with the reason; changed: files that are not as their run left them.
-    """
+    """All findings of one gate: the input of every output format."""
 
     verdict: Verdict
+    """Verdict of the gate."""
     rows: tuple[ComparisonRow, ...]
+    """All comparisons."""
     compared: int
+    """Number of Cells or benchmarks on both sides."""
     unreadable: tuple[str, ...] = ()
+    """Unreadable files of both sides, with the reason."""
     changed: tuple[str, ...] = ()
+    """Files that are not as their run left them."""
 
     def of(self, *words: VerdictKind) -> list[ComparisonRow]:
         """Return the judged rows with one of these words."""

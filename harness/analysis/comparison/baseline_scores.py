@@ -18,12 +18,14 @@ _Matched = tuple[Record, Record]
 
 @dataclass(frozen=True)
 class _Difference:
-    """New minus base. p: that they are equal; detectable: the smallest difference that this comparison can show."""
+    """Difference of two accuracies, new minus base."""
 
     value: float
     interval: tuple[float, float]
     p: float
+    """p value of no difference."""
     detectable: float
+    """Smallest difference that this comparison can show."""
 
 
 def rows(

@@ -34,12 +34,16 @@ _PEAK_LEVEL = 0.0011
 
 @dataclass(frozen=True)
 class CellComparison:
-    """One Cell, by both sides. records: pairs (old, new). timed: by metric; none where nothing was; then `because`."""
+    """One Cell on both sides."""
 
     name: str
+    """Name of the Cell."""
     records: Records
+    """Pairs (old, new)."""
     timed: Mapping[str, Timed] = field(default_factory=dict)
+    """Verdicts by metric; empty where nothing was timed."""
     because: str = ""
+    """Reason for no verdicts."""
 
     def called(self, metric: str) -> str:
         """Return the Cell's name, with the metric unless it is the step."""
@@ -53,19 +57,22 @@ class CellComparison:
 
 @dataclass(frozen=True)
 class JudgedPairs:
-    """The sides, judged.
-
-    adjusted: Benjamini-Hochberg adjusted p of each time, by name. rows: all comparisons but those of times.
-    residue: unintended differences between the two sides, and disturbed process runs.
-    """
+    """Verdict on both sides."""
 
     verdict: Verdict
+    """Verdict on all Cells together."""
     exit: Exit
+    """Exit code of the gate."""
     cells: tuple[CellComparison, ...]
+    """Comparisons of the Cells."""
     adjusted: Mapping[str, float]
+    """Benjamini-Hochberg adjusted p of each time, by name."""
     rows: tuple[ComparisonRow, ...]
+    """All comparisons but those of times."""
     canaries: Canaries
+    """False alarms of the old side against itself."""
     residue: tuple[str, ...]
+    """Unintended differences between the two sides, and disturbed process runs."""
 
 
 def judge(cells: Sequence[CellComparison], canaries: Canaries, *, strict: bool = False) -> JudgedPairs:

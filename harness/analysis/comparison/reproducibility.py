@@ -21,22 +21,26 @@ _GPU = "on a GPU some kernels sum in an order that varies from run to run"
 
 @dataclass(frozen=True)
 class Rerun:
-    """One Cell with several ok Records.
-
-    same_losses: None if the Cell does not train. first_step: the first differing step, counting from 0. causes: what
-    differs in the circumstances of unequal Records. parted: what else differs in them although the seed fixes it.
-    unexplained: some unequal Records have no cause. records: (run, Record id).
-    """
+    """One Cell with several ok Records."""
 
     cell_id: str
+    """Id of the Cell."""
     label: str
+    """Name of the Cell."""
     records: tuple[tuple[str, str], ...]
+    """Pairs (run, Record id)."""
     same_losses: bool | None
+    """Whether the losses are bitwise equal; None without training."""
     same_items: bool | None
+    """Whether the answers are equal; None without scoring."""
     first_step: int | None
+    """First differing step, from 0."""
     causes: tuple[str, ...]
+    """Differences in the circumstances of unequal Records."""
     parted: tuple[str, ...]
+    """Other differences of unequal Records that the seed should have prevented."""
     unexplained: bool
+    """Whether some unequal Records have no cause."""
 
     @property
     def equal(self) -> bool:

@@ -16,11 +16,14 @@ TIMES = 3.0
 
 @dataclass(frozen=True)
 class Canaries:
-    """A/A runs and their alarms; `nominal`: the expected share of alarms, by the level of the test."""
+    """False alarms of A/A runs."""
 
     alarms: int
+    """Runs that alarmed."""
     runs: int
+    """All A/A runs."""
     nominal: float = NOMINAL
+    """Expected share of alarms, by the level of the test."""
 
     def __post_init__(self) -> None:
         """Raise UsageError for impossible counts."""

@@ -36,11 +36,14 @@ _OWN_NIGHTS = 10
 
 @dataclass(frozen=True)
 class LevelChange:
-    """One change of level. at: index of the first value of the new level; before, after: the medians of both levels."""
+    """One change of level."""
 
     at: int
+    """Index of the first value of the new level."""
     before: float
+    """Median of the old level."""
     after: float
+    """Median of the new level."""
 
     @property
     def change(self) -> float:

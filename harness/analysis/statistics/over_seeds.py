@@ -22,11 +22,14 @@ MODERATED = f"{INTERVAL[:-1]}; spread over seeds moderated by that of all recipe
 
 @dataclass(frozen=True)
 class Spread:
-    """An estimate and its standard error; `df`: the degrees of freedom of its t distribution."""
+    """An estimate and its standard error."""
 
     value: float
+    """Estimate."""
     error: float
+    """Standard error."""
     df: float
+    """Degrees of freedom of its t distribution."""
 
     @property
     def interval(self) -> tuple[float, float]:

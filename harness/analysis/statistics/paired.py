@@ -40,17 +40,19 @@ class PairFinding(StrEnum):
 
 @dataclass(frozen=True)
 class Look:
-    """Result of one look at n pairs of each Cell: arrays over the Cells, of the shape before the pairs' axis.
-
-    p: one-sided, towards the effect, of a change of at most `slower_by`; that of a fresh look is weighed by its part of the
-    level, so that an alarm is a p of at most `Design.level` at whichever look.
-    """
+    """Result of one look at n pairs of each Cell: arrays over the Cells, of the shape before the pairs' axis."""
 
     seen: Trimmed
+    """Trimmed means and their errors."""
     p: Array
+    """p value, one-sided, towards the effect, of a change of at most `slower_by`; that of a fresh look is weighted
+    by its part of the level, so that an alarm is a p of at most `Design.level` at every look."""
     slower: Mask
+    """Cells that are slower."""
     faster: Mask
+    """Cells that are faster."""
     same: Mask
+    """Cells that are unchanged."""
 
     @property
     def settled(self) -> Mask:
@@ -92,24 +94,29 @@ def look(log_ratios: Any, design: Design, stage: Stage) -> Look:
 
 @dataclass(frozen=True)
 class PairVerdict:
-    """Verdict on the pairs of one Cell.
-
-    effect: B / A - 1, Hodges-Lehmann; interval: of the trimmed mean, which decides; rank_interval: Hodges-Lehmann's own,
-    for any symmetric noise, None if n is too small for one. p: see `Look`. n: pairs of this stage.
-    mde80: the smallest slow-down that all planned looks would have found with 80 % power at this spread, None without any.
-    more: fresh pairs to run before the next planned look; 0 if none is to come.
-    """
+    """Verdict on the pairs of one Cell."""
 
     word: PairFinding
+    """Kind of verdict."""
     stage: Stage
+    """Stage that decided."""
     effect: float
+    """B / A - 1, by Hodges-Lehmann."""
     interval: tuple[float, float]
+    """Interval of the trimmed mean, which decides."""
     rank_interval: tuple[float, float] | None
+    """Hodges-Lehmann interval, for any symmetric noise; None if n is too small for one."""
     p: float
+    """p value, see `Look`."""
     n: int
+    """Pairs of this stage."""
     mde80: float | None
+    """Smallest slow-down that all planned looks would have detected with 80 % power at this spread; None without
+    any."""
     more: int
+    """Fresh pairs to run before the next planned look; 0 without one."""
     sentence: str
+    """Verdict as a sentence."""
 
 
 def judge(log_ratios: Sequence[float], design: Design, stage: Stage) -> PairVerdict:

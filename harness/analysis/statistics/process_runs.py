@@ -54,19 +54,22 @@ class Pace(StrEnum):
 
 @dataclass(frozen=True)
 class JudgedBenchmark:
-    """A benchmark, judged.
-
-    base, new: seconds; base is the geometric mean of the kept runs' medians. interval: of new / base - 1, at LEVEL. runs:
-    how many were kept. mde80: the smallest slow-down that is found with a power of POWER.
-    """
+    """Verdict on one benchmark."""
 
     pace: Pace
+    """Kind of verdict."""
     base: float
+    """Geometric mean of the saved runs' medians, in seconds."""
     new: float
+    """Median of the new run, in seconds."""
     interval: tuple[float, float]
+    """Interval of new / base - 1, at LEVEL."""
     runs: int
+    """Number of saved runs."""
     mde80: float
+    """Smallest slow-down that is detected with a power of POWER."""
     sentence: str
+    """Verdict as a sentence."""
 
 
 def judge(kept: Sequence[Sequence[float]], new: Sequence[float], margin: float = MARGIN) -> JudgedBenchmark:
@@ -93,10 +96,11 @@ def judge(kept: Sequence[Sequence[float]], new: Sequence[float], margin: float =
 
 @dataclass(frozen=True)
 class _Noise:
-    """The standard error of new - kept in logs; unbiased: a second one, which few runs do not make too small."""
+    """Standard error of the log ratio of the new run to the saved ones."""
 
     error: float
     unbiased: float
+    """Second estimate, which few runs do not make too small."""
     df: float
     assumed: bool
 

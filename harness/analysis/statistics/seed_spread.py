@@ -23,14 +23,13 @@ _COUNTS = 0.5
 
 @dataclass(frozen=True)
 class Prior:
-    """The distribution of variances: a scaled inverse chi-squared. df: infinite where nothing shows that they differ.
-
-    most: of all seeds together, the degrees of freedom that no moderated variance can have more of.
-    """
+    """Distribution of variances: a scaled inverse chi-squared."""
 
     variance: float
     df: float
+    """Degrees of freedom; infinite where nothing shows that the variances differ."""
     most: float
+    """Degrees of freedom of all seeds together: the maximum of a moderated variance."""
 
     def moderated(self, own: float, df: float) -> tuple[float, float]:
         """Return the variance of a recipe whose seeds have the variance `own`, and its degrees of freedom."""

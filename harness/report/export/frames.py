@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Numbers:
-    """The numbers of one or several runs. Rows of all tables belong together by `run`, `cell_id` and `attempt`.
-
-    cells: a row per attempt at a Cell; `latest` marks the ones that count. samples: a row per raw sample of training and
-    of latency. items: a row per scored test item. checks: a row per check. columns: table, column, dtype, unit (`s`, `B`,
-    `1`) and meaning of each of their columns. Missing values are NA.
-
-    left_out: a sentence for each thing that is missing in the tables: files that cannot be read or were
-    changed after the run, and Cells without a Record.
-    """
+    """Numbers of one or several runs. Rows of all tables belong together by `run`, `cell_id` and `attempt`.
+    Missing values are NA."""
 
     cells: DataFrame
+    """A row per attempt at a Cell; `latest` marks the attempts that count."""
     samples: DataFrame
+    """A row per raw sample of training and of latency."""
     items: DataFrame
+    """A row per scored test item."""
     checks: DataFrame
+    """A row per check."""
     columns: DataFrame
+    """Table, column, dtype, unit (`s`, `B`, `1`) and meaning of each column."""
     left_out: tuple[str, ...] = ()
+    """A sentence for each thing that is missing in the tables: files that cannot be read or were changed after the
+    run, and Cells without a Record."""
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{len(getattr(self, name))} {name}" for name in TABLES)

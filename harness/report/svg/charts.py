@@ -20,7 +20,7 @@ _NAMES = 420.0
 
 @dataclass(frozen=True)
 class Point:
-    """One Cell in a chart of accuracy against a cost; `tied` with the best or not."""
+    """One Cell in a chart of accuracy against a cost."""
 
     label: str
     cost: float
@@ -28,7 +28,9 @@ class Point:
     low: float
     high: float
     tied: bool
+    """Whether it is the best or tied with it."""
     tip: str
+    """Tooltip."""
     href: str
 
 
@@ -44,7 +46,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Stopped:
-    """A Cell that got as far as this cost and has no accuracy, e.g. for want of memory."""
+    """A Cell that reached this cost and has no accuracy, e.g. out of memory."""
 
     label: str
     cost: float
@@ -238,11 +240,13 @@ NO_PHASE = "in no phase"
 
 @dataclass(frozen=True)
 class PhaseBars:
-    """The phases of one Cell: what came before its own work, then its work, in seconds."""
+    """Phases of one Cell in seconds."""
 
     label: str
     startup: float
+    """Time before the Cell's own work."""
     phases: Sequence[tuple[str, float]]
+    """Names and times of the phases."""
 
 
 def phases(title: str, lives: Sequence[PhaseBars]) -> Drawing:
