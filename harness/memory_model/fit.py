@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from harness.errors import HarnessError, Problem, UsageError, did_you_mean
+from harness.errors import HarnessError, Problem, UsageError, did_you_mean, plural
 from harness.memory_model import choices, counting_client, models, size_units
 from harness.memory_model.ledger import Ledger
 from harness.memory_model.models import ModelShape
@@ -110,7 +110,7 @@ def ask(
         Problem("--rank", f"{n}: {p}") for n, field in of_rank.items() for r in ranks if (p := field.problem(r))
     ]
     if problems or found is None or size is None:
-        count = f"{len(problems)} mistake{'s' if len(problems) != 1 else ''}, nothing was predicted"
+        count = f"{plural(len(problems), 'mistake')}, nothing was predicted"
         raise UsageError("\n".join([count, *(f"  {problem}" for problem in problems)]), where="fit")
     tried = {n: tuple(ranks or RANKS) if "rank" in there[n].fields else (None,) for n in chosen}
     return FitRequest(

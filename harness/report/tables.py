@@ -8,6 +8,7 @@ from typing import Any
 from harness.analysis import contention, failed_checks, measurements, metrics
 from harness.analysis.run_facts import RunFacts
 from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER, FOOTPRINT_SHOWN_B
+from harness.errors import plural
 from harness.records.record import Cell, Memory, Predicted, Record
 from harness.report import formatting, latencies, links
 from harness.report.formatting import Figure, figure, unmeasured
@@ -82,7 +83,7 @@ def _status(facts: RunFacts, cell: Cell) -> Figure:
     record = facts.latest.get(cell.cell_id)
     red = failed_checks.failed(record) if record else []
     if red and status == "ok":
-        count = f"{len(red)} failed check{'s' * (len(red) != 1)}"
+        count = plural(len(red), "failed check")
         return figure(f"{icon('fail')} ok, {count}", status, why=", ".join(c.check for c in red), tone=tone("fail"))
     if status == "ok" and record and (alone := failed_checks.unreferenced(record)):
         return figure(f"{icon(status)} ok, no reference", status, why=alone, tone=tone(status))

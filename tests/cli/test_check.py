@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -403,13 +402,12 @@ def test_ctrl_c_prints_what_was_found_and_ends_the_workers(sandbox: Sandbox, ask
     )
     started = sandbox.folder / "started"
     (site / "slow_plugin.py").write_text(_HANGS.format(started=str(started)), encoding="utf-8")
-    began = time.monotonic()
     process = sandbox.start("check", "reference", "hangs", "--method", "frozen", "--json", "--jobs", "1")
     eventually(started.exists, "the plug-in hangs")
     children = psutil.Process(process.pid).children(recursive=True)
     assert children
     process.send_signal(asked)
-    done = sandbox.finish(process, began)
+    done = sandbox.finish(process)
     assert done.code == Exit.INFRASTRUCTURE, done.err
     document = json.loads(done.out)
     assert document["interrupted"]
