@@ -106,7 +106,8 @@ def _judge_comparison(comparison: Comparison, run: Run, latest: dict[str, Record
     cells = {cell.cell_id: cell for cell in run.manifest.cells}
     unknown = [i for i in (*comparison.left, *comparison.right) if i not in cells]
     if unknown:
-        left_out = f"{plural(len(unknown), 'Cell')} of this question not in this run, e.g. because of --only: {', '.join(unknown)}"
+        left_out = f"{plural(len(unknown), 'Cell')} of this question not in this run, e.g. because of --only: "
+        left_out += ", ".join(unknown)
         return QuestionVerdict(comparison, Verdict(VerdictKind.NOT_RUN, left_out))
     if comparison.kind == "same-losses":
         losses = trajectories.judge(comparison, cells, latest)
