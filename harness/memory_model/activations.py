@@ -61,7 +61,7 @@ class SavedActivations:
     layers_B: int
 
 
-def per_token(shape: LlamaShape, kept: SavedActivations, checkpointing: bool = False) -> int:
+def bytes_per_token(shape: LlamaShape, kept: SavedActivations, checkpointing: bool = False) -> int:
     """Return the bytes kept for each token of a batch, logits not counted."""
     s, norm = shape.size, _WIDE * shape.hidden + _WIDE
     parts = (norm, s * 2 * (shape.query + shape.key) + _WIDE * shape.heads, norm, s * 3 * shape.mlp)
@@ -73,6 +73,6 @@ def per_token(shape: LlamaShape, kept: SavedActivations, checkpointing: bool = F
     return blocks + end
 
 
-def logits_per_token(shape: LlamaShape) -> int:
+def logit_bytes_per_token(shape: LlamaShape) -> int:
     """Return the bytes of logits, their logarithms and the gradient of these for each token that the loss is taken of."""
     return shape.vocabulary * (shape.size + 2 * max(shape.size, _WIDE))

@@ -12,7 +12,7 @@ from harness.cell.training import model as models
 from harness.cell.training.batches import Batch
 from harness.cell.training.counted_step import most_tokens
 from harness.errors import HarnessError
-from harness.memory_model import cells, counting, isolated_step
+from harness.memory_model import counting, isolated_step, plan_prediction
 from harness.records.record import Predicted
 
 
@@ -24,10 +24,10 @@ def predict(work: Job, batches: list[Batch]) -> Predicted | str:
         return error.what
     with torch.random.fork_rng(devices=[]):
         checkpoint = work.model.path if work.model.source.scheme != "shape" else ""
-        asked = cells.request(work.cell, config, work.model.source.kind, work.task.labels, checkpoint)
+        asked = plan_prediction.count_request(work.cell, config, work.model.source.kind, work.task.labels, checkpoint)
         counted = counting.answer(asked)
     every = work.task.answers is not None and work.task.answers.loss == "all"
-    found = cells.predicted(work.cell, counted, on_cpu=work.device == "cpu", every_token=every)
+    found = plan_prediction.prediction(work.cell, counted, on_cpu=work.device == "cpu", every_token=every)
     if isinstance(found, str) or not batches:
         return found
     if work.device != "cpu":

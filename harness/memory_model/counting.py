@@ -35,7 +35,7 @@ _ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, R
 
 
 @dataclass
-class Counted:
+class MethodCount:
     """What one Method keeps at one rank, in bytes. error: why it cannot be attached; then the rest is empty.
 
     weights: by base. optimizer: by its name, (on the device, in host memory). step: what exists only while it steps.
@@ -57,7 +57,7 @@ class Counted:
     activations: tuple[int, int] | None = None
 
 
-class Undrawn(TorchFunctionMode):
+class SkipRandomDraws(TorchFunctionMode):
     """Leave out what is drawn from a generator: here no number is looked at, and of a large model draws take minutes."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -94,9 +94,9 @@ def count(
         found[method] = []
         for one in configs:
             try:
-                counted = of_method(model, method, one, names, head, DTYPES[dtype])
+                counted = count_method(model, method, one, names, head, DTYPES[dtype])
             except _ERRORS as error:  # of this config: the others of the model are counted all the same
-                counted = Counted(one.get("rank"), error=_sentence(error))
+                counted = MethodCount(one.get("rank"), error=_sentence(error))
                 model = structure.build(
                     config, kind, DTYPES[dtype]
                 )  # of the old one some layers may have been replaced
@@ -106,7 +106,7 @@ def count(
         "parameters": total,
         "targets": names,
         "positions": positions(model),
-        "logits": activations.logits_per_token(shape) if shape else None,
+        "logits": activations.logit_bytes_per_token(shape) if shape else None,
         "methods": found,
     }
 
@@ -139,22 +139,22 @@ def attached(model: Any, method: str, config: Any) -> Iterator[Any]:
 
 
 def _attach(model: Any, method: str, config: Any) -> Any:
-    with Undrawn():
+    with SkipRandomDraws():
         return attach_reference(method, model, config, None, torch.Generator())
 
 
-def of_method(
+def count_method(
     model: Any,
     method: str,
     config: Mapping[str, Any],
     names: list[str],
     head: Mapping[str, nn.Parameter],
     dtype: torch.dtype,
-) -> Counted:
+) -> MethodCount:
     """Attach the reference of a Method, count, and detach it. `names` are the targets where the config has none."""
     rank = config.get("rank")
     if method in UNREFERENCED:
-        return Counted(rank, error=f"there is no reference of `{method}` to count")
+        return MethodCount(rank, error=f"there is no reference of `{method}` to count")
     own, shape = {id(p) for p in model.parameters()}, saved_activations.llama_shape(model, dtype)
     knobs = configure(method, {})
     chosen = configure(method, ({"targets": names} if hasattr(knobs, "targets") else {}) | dict(config))
@@ -162,33 +162,33 @@ def of_method(
         chosen = without_head_targets(chosen, adaptable_layers(model, chosen), head)
         adapted = _attach(model, method, chosen)
     except UsageError as error:
-        return Counted(rank, error=error.what)
+        return MethodCount(rank, error=error.what)
     except ValueError as error:
-        return Counted(rank, error=str(error))
+        return MethodCount(rank, error=str(error))
     layers = {path: layer for path, layer in adapted.layers.items() if not in_head(path, head)}
     added = [t for t in adapted.tensors().values() if id(t) not in own]
     for parameter in head.values():
         parameter.requires_grad_(True)
     trains = list({id(p): p for p in (*adapted.parameters(), *head.values())}.values())
-    of_layers, calls = saved_activations.of_layers(layers, dtype)
+    of_layers, calls = saved_activations.saved_by_layers(layers, dtype)
     every = bytes_of(model_tensors(model)) - bytes_of(added)
     own_optimizer, largest = adapted.optimizer(1e-3, 0.0) is not None, sorted(trains, key=nn.Parameter.numel)[-1:]
-    found = Counted(
+    found = MethodCount(
         rank=rank,
         trainable=sum(p.numel() for p in trains),
         untouched=experts.untouched(model),
         weights=_weights(every, _frozen(layers), calls, dtype),
         adapter=bytes_of(added),
         gradients=bytes_of(trains),
-        optimizer=state_sizes.optimizers(adapted, trains, dtype),
-        step=state_sizes.in_step(trains, dtype, own=own_optimizer),
-        layerwise=bytes_of(largest) + state_sizes.in_step(largest, dtype, own=own_optimizer),
+        optimizer=state_sizes.optimizer_bytes(adapted, trains, dtype),
+        step=state_sizes.bytes_in_step(trains, dtype, own=own_optimizer),
+        layerwise=bytes_of(largest) + state_sizes.bytes_in_step(largest, dtype, own=own_optimizer),
     )
     if shape is not None:
-        inside = saved_activations.in_llama(model, of_layers, layers.keys())
+        inside = saved_activations.sum_over_llama(model, of_layers, layers.keys())
         found.activations = (
-            activations.per_token(shape, inside),
-            activations.per_token(shape, inside, checkpointing=True),
+            activations.bytes_per_token(shape, inside),
+            activations.bytes_per_token(shape, inside, checkpointing=True),
         )
     adapted.detach()
     model.requires_grad_(False)
@@ -209,7 +209,7 @@ def _weights(every: int, frozen: list[Tensor], calls: bool, dtype: torch.dtype) 
     if not calls:
         return {OWN: every - bytes_of(frozen)}
     sizes = Counter(weight.numel() for weight in frozen)
-    packed = {base: sum(number * (n * dtype.itemsize - state_sizes.packed(n, base)) for n, number in sizes.items())
+    packed = {base: sum(number * (n * dtype.itemsize - state_sizes.packed_bytes(n, base)) for n, number in sizes.items())
               for base in BASES if base != "none" and sizes}  # fmt: skip
     return {"none": every} | {base: every - saved for base, saved in packed.items()}
 

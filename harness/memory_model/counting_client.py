@@ -12,7 +12,7 @@ from harness.process.supervisor import python_module
 TIMEOUT_S = 600.0
 
 
-def ask(requests: list[dict[str, Any]]) -> list[dict[str, Any]] | str:
+def run_requests(requests: list[dict[str, Any]]) -> list[dict[str, Any]] | str:
     """Let one child process count for all; return its answers in their order, or why there are none.
 
     A step without data may take long: where time runs out, there are fewer answers than requests, of all models at least.

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
         die_with_parent(int(argv[1]))
     for request in json.loads(Path(argv[2]).read_bytes()):
         if "largest" in request:
-            answer = isolated_step.largest
+            answer = isolated_step.search_largest
         elif "cell" in request:
             answer = isolated_step.answer
         else:

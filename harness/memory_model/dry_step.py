@@ -33,7 +33,7 @@ from harness.kernels.torch.support import packed_weight
 from harness.kernels.torch.support.compiled import LARGE
 from harness.kernels.torch.support.packed_weight import PackedWeight
 from harness.memory_model import state_sizes
-from harness.memory_model.counting import Undrawn
+from harness.memory_model.counting import SkipRandomDraws
 from harness.memory_model.memory_tracker import MemoryTracker
 from harness.methods.registry import Registry, discover
 from harness.methods.spec import Adapted
@@ -45,8 +45,8 @@ _FEW = (2, 3)
 
 
 @dataclass(frozen=True)
-class Question:
-    """A Cell, its model's config.json (`request` of `harness.memory_model.cells` tells of which classes) and kind.
+class DryStep:
+    """A Cell, its model's config.json (`request` of `harness.memory_model.plan_prediction` tells of which classes) and kind.
 
     lacks: names of an encoder's weights that its checkpoint lacks.
     """
@@ -92,7 +92,7 @@ def registry() -> Registry:
     return discover()
 
 
-def longest(cell: Cell, kind: str, answer: int) -> list[Batch]:
+def longest_batches(cell: Cell, kind: str, answer: int) -> list[Batch]:
     """Return the parts of a batch of texts as long as the Cell lets them be. answer: tokens that carry loss, if causal."""
     training = cell.training
     rows, side = -(-training.batch // training.accumulate), "left" if kind == "causal" else "right"
@@ -102,7 +102,7 @@ def longest(cell: Cell, kind: str, answer: int) -> list[Batch]:
     return [collate([example] * rows, 0, side)] * training.accumulate
 
 
-def peak(question: Question, parts: Sequence[Batch]) -> int:
+def peak(question: DryStep, parts: Sequence[Batch]) -> int:
     """Return the most bytes that tensors take at one time in a step over `parts`, these and other batches not counted.
 
     Of a model of many blocks that are all alike, two of few blocks are taken: each stage's peak is linear in their number.
@@ -127,12 +127,12 @@ def _depth(config: Mapping[str, Any]) -> int | None:
     return None if listed or not isinstance(number, int) else number
 
 
-def _cut(question: Question, blocks: int) -> Question:
+def _cut(question: DryStep, blocks: int) -> DryStep:
     key = next(key for key in shapes.DEPTHS if key in question.config)
     return replace(question, config={**question.config, key: blocks})
 
 
-def _stages(question: Question, parts: Sequence[Batch], alike: bool = False) -> dict[str, int] | None:
+def _stages(question: DryStep, parts: Sequence[Batch], alike: bool = False) -> dict[str, int] | None:
     """Take a step; return the peak of each of its stages. alike: return None where the model's blocks are not all alike."""
     cell = question.cell
     model = structure.build(question.config, question.kind, DTYPES[cell.dtype])
@@ -184,7 +184,7 @@ def _fill(model: nn.Module) -> None:
     del old  # held until now, so that no two had one id
 
 
-def _attached(question: Question, model: Any, head: Mapping[str, nn.Parameter]) -> tuple[Adapted, list[Any]]:
+def _attached(question: DryStep, model: Any, head: Mapping[str, nn.Parameter]) -> tuple[Adapted, list[Any]]:
     """Put a base in 4 bits under it, and attach the Method; also return what a worker holds of the packing."""
     cell = question.cell
     config = configure(cell.method, cell.config)
@@ -205,7 +205,7 @@ def _attached(question: Question, model: Any, head: Mapping[str, nn.Parameter]) 
             torch.empty(-(-model.get_submodule(path).weight.numel() * 2 // state_sizes.BLOCK)) if double else None
         )
     bases = {path: model.get_submodule(path) for path in paths}
-    with Undrawn(), _converting():
+    with SkipRandomDraws(), _converting():
         implementation = registry().find("method", cell.method, cell.implementation)
         adapted = implementation(model, config, torch.Generator())
     release(unused(cell.method, adapted, bases))

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from harness.errors import HarnessError, Problem, UsageError, near
-from harness.memory_model import choices, counting_client, models, size_units
+from harness.memory_model import choices, counting_client, model_shapes, size_units
 from harness.memory_model.ledger import Ledger
-from harness.memory_model.models import ModelShape
+from harness.memory_model.model_shapes import ModelShape
 from harness.methods import experts
 from harness.methods.spec import MethodInfo, methods
 
@@ -65,7 +65,7 @@ class FitRow:
     untouched: str = ""
 
 
-def ask(
+def fit_request(
     model: str,
     memory: str,
     names: Sequence[str] = (),
@@ -88,11 +88,11 @@ def ask(
 
     found, size = None, None
     try:
-        found = models.find(model)
+        found = model_shapes.find_model(model)
     except HarnessError as error:
         problems.append(Problem(error.where, error.what, error.hint))
     try:
-        size = size_units.parse(memory)
+        size = size_units.parse_size(memory)
     except ValueError as error:
         what, _, hint = str(error).partition("; ")
         problems.append(Problem("--memory", what, hint))
@@ -116,7 +116,7 @@ def ask(
     )
 
 
-def answer(asked: FitRequest, counted: Mapping[str, Any]) -> dict[str, Any]:
+def document_by_formulas(asked: FitRequest, counted: Mapping[str, Any]) -> dict[str, Any]:
     """Return the answer by formulas as one document, ready for JSON; sizes in bytes. counted: what `counts` returned.
 
     Raises UsageError for targets that the model does not have, and texts longer than it reads.
@@ -143,7 +143,7 @@ def answer(asked: FitRequest, counted: Mapping[str, Any]) -> dict[str, Any]:
         "layerwise_updates": asked.layerwise,
         "activations_known": counted["logits"] is not None,
         "checked": False,
-        "rows": [document_of(row) for row in rows],
+        "rows": [row_document(row) for row in rows],
         "left_out": [
             {"method": method, "rank": one["rank"], "because": one["error"]}
             for method in asked.methods
@@ -153,7 +153,7 @@ def answer(asked: FitRequest, counted: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def counts(asked: FitRequest) -> dict[str, Any]:
+def count_model(asked: FitRequest) -> dict[str, Any]:
     """Let a child process build the model without weights, and count. Raises UsageError with what it said if it cannot."""
     configs = {name: [config_at(methods()[name], rank) for rank in ranks] for name, ranks in asked.methods.items()}
     words = {
@@ -161,7 +161,7 @@ def counts(asked: FitRequest) -> dict[str, Any]:
         "targets": list(asked.targets),
     }  # fmt: skip
     print(f"counting {asked.model.name} without its weights ...", file=sys.stderr)
-    answers = counting_client.ask([words])
+    answers = counting_client.run_requests([words])
     found = {"error": answers} if isinstance(answers, str) else answers[0]
     if why := found.get("error"):
         hint = "look at config.json and at the version of transformers"
@@ -194,10 +194,10 @@ def _rows(asked: FitRequest, counted: Mapping[str, Any], method: str, tokens: in
         yield FitRow(method, "-", "-", because="it trains the weights themselves, which a packed base does not let it")
     for base in bases:
         for optimizer in wanted:
-            yield best(asked, counted, tokens, of_ranks, method, base, optimizer)
+            yield best_row(asked, counted, tokens, of_ranks, method, base, optimizer)
 
 
-def best(
+def best_row(
     asked: FitRequest,
     counted: Mapping[str, Any],
     tokens: int,
@@ -263,7 +263,7 @@ def ledger(
     )
 
 
-def document_of(row: FitRow) -> dict[str, Any]:
+def row_document(row: FitRow) -> dict[str, Any]:
     """Return a row as the document has it."""
     parts = {f"{part}_B": size for part, size in asdict(row.ledger).items()} if row.ledger else None
     if parts and row.batch is None:

@@ -23,7 +23,7 @@ from harness.cell.training import model as models
 from harness.cell.training.batches import Batch
 from harness.errors import HarnessError, UsageError
 from harness.memory_model import dry_step, shape_cache
-from harness.memory_model.largest_batch import find
+from harness.memory_model.largest_batch import search
 from harness.methods.peft_config import UNREFERENCED
 from harness.process.supervisor import run_in_fork
 from harness.records.record import Cell
@@ -56,7 +56,7 @@ def peak(
         return {"no_peak": "what torch.compile keeps is known only when it has compiled"}
     dry_step.registry()  # here, and not anew in each child
     refusals = []
-    for by, question in _questions(dry_step.Question(cell, config, kind, lacks)).items():
+    for by, question in _questions(dry_step.DryStep(cell, config, kind, lacks)).items():
         found = _apart(partial(dry_step.peak, question, parts))
         if not isinstance(found, str):
             return {"peak_B": found + others_B, "peak_by": by}
@@ -66,7 +66,7 @@ def peak(
     return {"no_peak": refusals[0]}
 
 
-def _questions(asked: dry_step.Question) -> dict[str, dry_step.Question]:
+def _questions(asked: dry_step.DryStep) -> dict[str, dry_step.DryStep]:
     """Map whose code stands in to the question that is then asked: the Cell's own first."""
     cell, base = asked.cell, asked.cell.base.quantization != "none"
     found = {"a stand-in for the base" * base: asked}
@@ -81,10 +81,10 @@ def answer(asked: Mapping[str, Any]) -> dict[str, Any]:
     return _answer(Cell.model_validate(asked["cell"]), asked, asked["answer"])
 
 
-def largest(asked: Mapping[str, Any]) -> dict[str, Any]:
+def search_largest(asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return `tried`, the peaks of a Cell's steps by what differs between them, with `peak_by`; or `no_peak`.
 
-    `largest` of the question holds `of`, `batch` or `max_tokens`, and what `harness.memory_model.largest_batch.find` is told.
+    `largest` of the question holds `of`, `batch` or `max_tokens`, and what `harness.memory_model.largest_batch.search` is told.
     """
     cell, told = Cell.model_validate(asked["cell"]), dict(asked["largest"])
     of, by = told.pop("of"), ""
@@ -97,7 +97,7 @@ def largest(asked: Mapping[str, Any]) -> dict[str, Any]:
         by = found.get("peak_by", by)
         return int(found["peak_B"]) if "peak_B" in found else str(found["no_peak"])
 
-    tried = find(taken, **told)
+    tried = search(taken, **told)
     return {"no_peak": tried} if isinstance(tried, str) else {"tried": tried, "peak_by": by}
 
 
@@ -109,7 +109,7 @@ def import_classes(config: str, kind: str) -> None:
 
 
 def _answer(cell: Cell, asked: Mapping[str, Any], answer: int) -> dict[str, Any]:
-    parts = dry_step.longest(cell, asked["kind"], answer)
+    parts = dry_step.longest_batches(cell, asked["kind"], answer)
     try:
         lacks = models.lacks(asked.get("checkpoint", ""))
     except HarnessError as error:
@@ -133,7 +133,7 @@ def _apart(run: Callable[[], int]) -> int | str:
         return "the process of a step without data ended and said nothing"
     found: int | str
     found, shapes = pickle.loads(answer)  # noqa: S301  # of our own fork
-    shape_cache.known.update(shapes)  # shapes alone, which the next step need not ask again
+    shape_cache.outputs.update(shapes)  # shapes alone, which the next step need not ask again
     return found
 
 
@@ -141,7 +141,7 @@ def _answered(run: Callable[[], int]) -> bytes:
     """Pickle what `run` returns, or why it cannot, with the shapes that it adds to the cache."""
     os.environ["PEFT_HARNESS_COMPILE"] = "0"
     torch.set_num_threads(1)  # the threads that torch knows of are the parent's
-    before = len(shape_cache.known)
+    before = len(shape_cache.outputs)
     try:
         found: int | str = run()
     except DynamicOutputShapeException as error:
@@ -154,4 +154,4 @@ def _answered(run: Callable[[], int]) -> bytes:
     except _ERRORS as error:
         said = (str(error).strip().splitlines() or [""])[0]
         found = f"a step cannot be taken without data: {type(error).__name__}: {said}"
-    return pickle.dumps((found, dict(islice(shape_cache.known.items(), before, None))))
+    return pickle.dumps((found, dict(islice(shape_cache.outputs.items(), before, None))))

@@ -8,7 +8,7 @@ _ROUNDS = 24
 """Steps at most; three mostly do: what a text takes, what fits, and that one more does not."""
 
 
-def find(
+def search(
     peak: Callable[[int], int | str], room: int, first: int, lasting: int, most: int | None = None, grain: float = 0.0
 ) -> dict[int, int] | str:
     """Return the peaks of the steps that were tried, by their numbers; or why there is none.
@@ -30,7 +30,7 @@ def find(
     return tried
 
 
-def fitting(tried: Mapping[int, int], room: int) -> int:
+def largest_fitting(tried: Mapping[int, int], room: int) -> int:
     """Return the largest number that fits; 0 where none does."""
     return max((n for n, peak in tried.items() if peak <= room), default=0)
 
@@ -41,7 +41,7 @@ def _next(tried: Mapping[int, int], room: int, lasting: int, most: int | None, g
     Between the two along a straight line, or in the middle where the last two steps moved the same one of them (`streak`): a
     peak is bent, as it is the highest of several stages.
     """
-    fits = fitting(tried, room)
+    fits = largest_fitting(tried, room)
     fails = min((n for n, peak in tried.items() if peak > room), default=None)
     if fits == most or (fails is not None and fails - fits <= max(1, grain * fits)):
         return None

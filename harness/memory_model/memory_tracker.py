@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from harness.memory_model.shape_cache import outcome
+from harness.memory_model.shape_cache import cached_output
 
 _aten = torch.ops.aten
 _FLASH = _aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -74,7 +74,7 @@ class MemoryTracker(TorchDispatchMode):
         if func is _GROUPED:  # which a CPU computes in other dtypes too; torch knows its shape in bfloat16 alone
             return _of_experts(*args, **kwargs)
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
-            return outcome(self.fake, func, args, kwargs)
+            return cached_output(self.fake, func, args, kwargs)
         with self.fake:  # made from nothing, e.g. by `torch.zeros`: is it small?
             made = func(*args, **kwargs)
         no_data = func.overloadpacket in (_UNSET | _FILLED if self.attaching else _UNSET)

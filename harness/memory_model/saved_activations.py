@@ -41,7 +41,7 @@ def llama_shape(model: Any, dtype: torch.dtype) -> LlamaShape | None:
     )
 
 
-def in_llama(model: Any, kept: Mapping[str, tuple[bool, int]], trains: Collection[str]) -> SavedActivations:
+def sum_over_llama(model: Any, kept: Mapping[str, tuple[bool, int]], trains: Collection[str]) -> SavedActivations:
     """Sum up what `of_layers` found over the blocks of a Llama with a Method attached. trains: paths of adapted layers."""
     blocks = model.model.layers
 
@@ -68,7 +68,7 @@ def in_llama(model: Any, kept: Mapping[str, tuple[bool, int]], trains: Collectio
     )
 
 
-def of_layers(layers: Mapping[str, Any], dtype: torch.dtype) -> tuple[dict[str, tuple[bool, int]], bool]:
+def saved_by_layers(layers: Mapping[str, Any], dtype: torch.dtype) -> tuple[dict[str, tuple[bool, int]], bool]:
     """Map the path of each linear layer to whether it keeps its input, and the bytes a token that it keeps beside it.
 
     Also return whether every one calls the layer under it. One that never does (PiSSA with its residual, QLoRA with its

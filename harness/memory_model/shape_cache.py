@@ -31,11 +31,11 @@ class _Unnamed(Exception):  # noqa: N818
     """An argument that no key can be made of."""
 
 
-known: dict[Hashable, _Outcome] = {}
+outputs: dict[Hashable, _Outcome] = {}
 """What has been asked in this process, or was told by one that asked; it can be pickled."""
 
 
-def outcome(fake: FakeTensorMode, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def cached_output(fake: FakeTensorMode, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Return what `func(*args, **kwargs)` makes, where at least one argument is a tensor; others may have data."""
     if func._schema.is_mutable:
         made = args[0] if _writes_only(func, args) else func(*args, **kwargs)
@@ -48,11 +48,11 @@ def outcome(fake: FakeTensorMode, func: Any, args: Any, kwargs: dict[str, Any]) 
         return func(*args, **kwargs)
     if not any(isinstance(t, FakeTensor) for t in given):
         return func(*args, **kwargs)
-    if key in known:
-        return _again(fake, known[key], given)
+    if key in outputs:
+        return _again(fake, outputs[key], given)
     made = func(*args, **kwargs)
     if (found := _looked_at(made, given)) is not None:
-        known[key] = found
+        outputs[key] = found
     return made
 
 

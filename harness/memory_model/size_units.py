@@ -26,7 +26,7 @@ class MemorySize:
         return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
 
 
-def parse(text: str) -> MemorySize:
+def parse_size(text: str) -> MemorySize:
     """Read `24GiB` or `24 GB`. Raises ValueError, which says what to write, for anything that is not plainly a size."""
     match = _FORM.fullmatch(text)
     if match is None:

@@ -20,7 +20,7 @@ _STEP_B = 4
 """torch's AdamW counts the steps of each tensor in a float32."""
 
 
-def packed(numel: int, base: str) -> int:
+def packed_bytes(numel: int, base: str) -> int:
     """Return the bytes of a weight in `nf4` or `nf4-dq`: codes and constants (QLoRA, arXiv:2305.14314, section 3).
 
     The table of 16 levels is the type's own and not counted.
@@ -28,7 +28,7 @@ def packed(numel: int, base: str) -> int:
     return round(double_quant.bits_per_parameter(numel, BLOCK, double=base == "nf4-dq") * numel / 8)
 
 
-def adamw(numels: Iterable[int], name: str, dtype: torch.dtype) -> tuple[int, int]:
+def adamw_bytes(numels: Iterable[int], name: str, dtype: torch.dtype) -> tuple[int, int]:
     """Return the bytes of an optimizer's state (on the device, in host memory) for tensors of so many numbers each.
 
     As Cells have it, see `harness.cell.training.optimizers`: for weights of 16 bits with masters in float32; moments in float32
@@ -45,14 +45,14 @@ def adamw(numels: Iterable[int], name: str, dtype: torch.dtype) -> tuple[int, in
     return device, host
 
 
-def optimizers(adapted: Any, trains: Sequence[nn.Parameter], dtype: torch.dtype) -> dict[str, tuple[int, int]]:
+def optimizer_bytes(adapted: Any, trains: Sequence[nn.Parameter], dtype: torch.dtype) -> dict[str, tuple[int, int]]:
     """Map each optimizer that may train this to its bytes; a Method's own may be some of them only.
 
     Raises TypeError for an optimizer of a Method's own of which nothing is known.
     """
     optimizer = adapted.optimizer(1e-3, 0.0)
     if optimizer is None:
-        return {name: adamw([p.numel() for p in trains], name, dtype) for name in OPTIMIZERS}
+        return {name: adamw_bytes([p.numel() for p in trains], name, dtype) for name in OPTIMIZERS}
     if not isinstance(optimizer, galore.GaLore):
         raise TypeError(f"nothing is known of the states of {type(optimizer).__name__}")
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -80,6 +80,6 @@ def has_masters(dtype: torch.dtype, *, own: bool) -> bool:
     return dtype == torch.float16 if own else dtype in SIXTEEN_BIT
 
 
-def in_step(trains: Sequence[nn.Parameter], dtype: torch.dtype, *, own: bool) -> int:
+def bytes_in_step(trains: Sequence[nn.Parameter], dtype: torch.dtype, *, own: bool) -> int:
     """Return the bytes that exist only while an optimizer steps: float32 gradients of its masters."""
     return 4 * sum(p.numel() for p in trains) if has_masters(dtype, own=own) else 0

@@ -29,7 +29,7 @@ class ModelShape:
     source: str
 
 
-def find(name: str) -> ModelShape:
+def find_model(name: str) -> ModelShape:
     """Return the model that `name` stands for. Raises UsageError for a name that nobody knows, or without a config here."""
     if preset := shapes.preset(name.removeprefix(shapes.PREFIX)):
         return ModelShape(preset.name, preset.config, preset.kind, f"shape of {preset.source}")
@@ -81,12 +81,12 @@ def _of_hub(name: str) -> ModelShape:
 def _of_file(file: Path, name: str, source: str) -> ModelShape:
     """Return the model of a config.json. Raises AssetError for one that no suite could train either."""
     config = shapes.read(file, name)
-    kind = kind_of(config)
+    kind = model_kind(config)
     refuse_architecture(config, name, kind, file)
     return ModelShape(name, config, kind, source)
 
 
-def kind_of(config: dict[str, Any]) -> str:
+def model_kind(config: dict[str, Any]) -> str:
     """Return `causal` or `encoder`, as a config.json tells by the class that it was saved from."""
     names = config.get("architectures") or [_CAUSAL[0]]
     return "causal" if any(str(name).endswith(_CAUSAL) for name in names) else "encoder"

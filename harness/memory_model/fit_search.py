@@ -14,7 +14,7 @@ from typing import Any
 from harness.cell.training.bypassed_layers import NO_EFFECT
 from harness.memory_model import choices, counting_client, fit
 from harness.memory_model.fit import DOES_NOT_FIT, FitRequest, config_at
-from harness.memory_model.largest_batch import fitting
+from harness.memory_model.largest_batch import largest_fitting
 from harness.methods.registry import discover
 from harness.methods.spec import methods
 from harness.records.record import Base, Cell, Evaluation, Training
@@ -30,7 +30,7 @@ _GRAIN = 0.01
 Row = dict[str, Any]
 
 
-def checked(asked: FitRequest, counted: Mapping[str, Any], document: Mapping[str, Any]) -> dict[str, Any]:
+def search_by_steps(asked: FitRequest, counted: Mapping[str, Any], document: Mapping[str, Any]) -> dict[str, Any]:
     """Return the document of `fit.answer` with what fits by steps: batch, longest text, and the peak of the batch's step.
 
     peak_B: of the row's batch, or where none fits of a single text; None of a row for which nothing could be tried:
@@ -78,7 +78,8 @@ class _Search:
         answers = _answers(steps)
         settled = [self._settled(row, found) for row, found in zip(rows, answers, strict=False)]
         lengths = [
-            fitting(_tried(row, one), self.room) or None for row, one in zip(rows, answers[len(rows) :], strict=True)
+            largest_fitting(_tried(row, one), self.room) or None
+            for row, one in zip(rows, answers[len(rows) :], strict=True)
         ]
         return [
             row if row["peak_B"] is None else row | {"longest": longest}
@@ -115,7 +116,7 @@ class _Search:
     def _at(self, row: Row, rank: int) -> Row:
         of_rank = [one for one in self._ranks(row) if one["rank"] == rank]
         names = row["method"], row["base"], row["optimizer"]
-        by_formulas = fit.document_of(fit.best(self.asked, self.counted, self.tokens, of_rank, *names))
+        by_formulas = fit.row_document(fit.best_row(self.asked, self.counted, self.tokens, of_rank, *names))
         return row | by_formulas | {"peak_B": None, "no_peak": ""}
 
     def _largest(self, row: Row, of: str, tokens: int, **told: Any) -> dict[str, Any]:
@@ -155,7 +156,7 @@ class _Search:
         if not tried:
             why = found.get("no_peak", _LATE)
             return row | {"no_peak": why} | ({"ledger": None, "because": why} if NO_EFFECT in why else {})
-        fits = fitting(tried, self.room)
+        fits = largest_fitting(tried, self.room)
         if not fits and 1 not in tried:
             return row | {"no_peak": f"no step of {min(tried)} texts or more fits, and of fewer none was taken"}
         batch, ledger = fits or 1, dict(row["ledger"])
@@ -172,7 +173,7 @@ class _Search:
 
 
 def _answers(questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    answers = counting_client.ask(questions)
+    answers = counting_client.run_requests(questions)
     if isinstance(answers, str):
         return [{"no_peak": answers}] * len(questions)
     return answers + [{}] * (len(questions) - len(answers))

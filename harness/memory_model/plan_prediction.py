@@ -25,7 +25,9 @@ _SAME = {"lr": 1e-3, "head_lr": None, "warmup": 0, "weight_decay": 0.0}
 """What a learning rate is does not change the memory of a step: Cells that differ in it share one."""
 
 
-def request(cell: Cell, config: Mapping[str, Any], kind: str, labels: int, checkpoint: str = "") -> dict[str, Any]:
+def count_request(
+    cell: Cell, config: Mapping[str, Any], kind: str, labels: int, checkpoint: str = ""
+) -> dict[str, Any]:
     """Return what `counting.answer` is asked for one Cell. config: the model's config.json; labels: of an encoder's head.
 
     checkpoint: the folder of the weights; empty for a shape.
@@ -37,7 +39,7 @@ def request(cell: Cell, config: Mapping[str, Any], kind: str, labels: int, check
     }  # fmt: skip
 
 
-def predicted(
+def prediction(
     cell: Cell, counted: Mapping[str, Any], *, on_cpu: bool = False, every_token: bool = False
 ) -> Predicted | str:
     """Return the ledger of a Cell from what was counted for it, or a sentence that says why there is none.
@@ -93,7 +95,10 @@ def predictions(
             found[cell.cell_id] = model
         else:
             config, checkpoint = model
-            asked[cell.cell_id] = cell, request(cell, config, sources[cell.model].kind, labels[cell.task], checkpoint)
+            asked[cell.cell_id] = (
+                cell,
+                count_request(cell, config, sources[cell.model].kind, labels[cell.task], checkpoint),
+            )
     of_models: dict[str, dict[str, Any]] = {}
     for cell, one in asked.values():
         # A model is built once for all its Cells; those that differ in what is not counted (a seed, a batch) share a count.
@@ -102,7 +107,7 @@ def predictions(
         configs_of += [cell.config] if cell.config not in configs_of else []
     steps: dict[str, dict[str, Any]] = {}
     step_of = {id_: _step(cell, one, steps, every_token) for id_, (cell, one) in asked.items()}
-    counts = counting_client.ask([*of_models.values(), *steps.values()])
+    counts = counting_client.run_requests([*of_models.values(), *steps.values()])
     if not isinstance(counts, str):
         late = {"no_peak": f"the steps before it took {counting_client.TIMEOUT_S:.0f} s"}
         counts += [late] * (len(of_models) + len(steps) - len(counts))
@@ -114,7 +119,7 @@ def predictions(
         answer = counts[at]
         if "error" not in answer:
             answer = answer | {"methods": {cell.method: [answer["methods"][cell.method][counted.index(cell.config)]]}}
-        of_shape = predicted(cell, answer, every_token=cell.task in every_token)
+        of_shape = prediction(cell, answer, every_token=cell.task in every_token)
         if isinstance(of_shape, Predicted):
             of_shape = of_shape.model_copy(update=counts[len(of_models) + step_of[cell_id]])
         found[cell_id] = of_shape
