@@ -275,11 +275,11 @@ def _is_paged(record: Record) -> bool:
 
 def predicted(cell: Cell) -> Predicted:
     """Return what a Cell of a shape is predicted to take on a GPU."""
-    from harness.memory_model import counting
-    from harness.memory_model import plan_prediction
+    from harness.memory_model import counting, plan_prediction
 
     config, kind = shape_of(cell)
-    found = plan_prediction.prediction(cell, counting.answer(plan_prediction.count_request(cell, config, kind, LABELS)), every_token=True)
+    counted = counting.answer(plan_prediction.count_request(cell, config, kind, LABELS))
+    found = plan_prediction.prediction(cell, counted, every_token=True)
     if isinstance(found, str):
         raise NotRunError(f"the memory of {cell.label}, which cannot be predicted: {found}")
     return found
