@@ -249,8 +249,8 @@ def best_row(
         return found[1]
     least = ledger(of_ranks[0], base, optimizer, logits, tokens, *how)
     return FitRow(
-        method, base, optimizer, DOES_NOT_FIT, of_ranks[0]["rank"], of_ranks[0]["trainable"], 1 if logits is not None else None,
-        ledger=least, left=room - least.total, untouched=untouched,
+        method, base, optimizer, DOES_NOT_FIT, of_ranks[0]["rank"], of_ranks[0]["trainable"],
+        batch=1 if logits is not None else None, ledger=least, left=room - least.total, untouched=untouched,
     )  # fmt: skip
 
 

@@ -46,8 +46,8 @@ def peak(
 ) -> StepAnswer:
     """Return the peak of a step over `parts`, plus others_B bytes of other data; empty for a Cell without training.
 
-    lacks: names of an encoder's weights that its checkpoint lacks. Layers of the same size and decoding replace a 4-bit base;
-    the Method's reference replaces a library that does not support fake tensors.
+    lacks: names of an encoder's weights that its checkpoint lacks. Layers of the same size and decoding replace a 4-bit
+    base; the Method's reference replaces a library that does not support fake tensors.
     """
     if cell.training.steps == 0:
         return {}

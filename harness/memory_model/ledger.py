@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PARTS = {
-    "weights": "the model's weights and buffers, in the base's format, and frozen tensors of the Method (VeRA's projections, "
-    "AdaLoRA's averages, PiSSA's residual instead of the weight)",
+    "weights": "the model's weights and buffers, in the base's format, and frozen tensors of the Method (VeRA's "
+    "projections, AdaLoRA's averages, PiSSA's residual instead of the weight)",
     "adapter": "the tensors that the Method adds and trains",
     "gradients": "one number per trainable parameter, in the model's dtype; with layer-wise updates only those of the "
     "largest tensor, plus the float32 gradient of its master, if it has one",
@@ -15,7 +15,7 @@ PARTS = {
     "host": "the optimizer's state in host memory, for paged optimizers only; not part of the total",
     "activations": "tensors saved for the backward pass: a closed-form estimate, for Llama-like models only",
     "logits": "the logits of every token, their logarithms in at least float32, and the gradient of these: an estimate",
-    "step": "float32 gradients of the masters, which exist only during the optimizer's step, after the activations are freed",
+    "step": "float32 gradients of the masters, which exist only during the optimizer's step, without activations",
 }
 """Description of each part, by its name in `Ledger`."""
 
