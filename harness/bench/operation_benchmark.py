@@ -23,7 +23,7 @@ from harness.conformance.execution import suite_run
 from harness.conformance.findings.outcomes import CheckOutcome
 from harness.conformance.operation import OperationSubject, cloned, mapped
 from harness.conformance.subject import DTYPES
-from harness.errors import Unsupported
+from harness.errors import Unsupported, plural
 from harness.methods.registry import Implementation
 
 CHECKS = ("outputs", "output_codes")
@@ -113,13 +113,10 @@ class OperationBenchmark:
             lambda: self._drawn(size, suite_run.SEED + 1),
         )
         case = Case("call", seed=suite_run.SEED, factors=self.plan.factors())
+        runner = suite_run.CaseRunner(implementation, parity_suite.in_words(self.timed.case(size)), self.dtype)
         for name in (*CHECKS, *([GRADIENT] if self.timed.backward is not None else [])):
             if name in self.plan.checks:
-                result = suite_run.tried(name, subject, case, f"{self.operation}/{name}/{self.dtype}/call")
-                yield CheckOutcome(
-                    implementation=implementation.name, kind="operation", target=self.operation, dtype=self.dtype,
-                    case=parity_suite.in_words(self.timed.case(size)), result=result,
-                )  # fmt: skip
+                yield runner.check(name, subject, case)
 
     def _overhead(self, backward: bool) -> dict[str, float]:
         """Return the seconds of a call of tiny size, by side; without the side whose implementation does not support it."""
@@ -146,7 +143,7 @@ class OperationBenchmark:
         own = cloned(arguments)
         leaves = [
             t.requires_grad_(True)
-            for n, t in operation_call.flat(own).items()
+            for n, t in operation_call.flatten(own).items()
             if n.partition("[")[0] in self.definition.differentiable
         ]
         first = self.definition.outputs[0]
@@ -162,5 +159,5 @@ class OperationBenchmark:
 
 def in_words(size: BenchSize, per_token: bool) -> str:
     """Describe a size: `q_proj 4096x4096, 64 tokens`, the weight as output x input features."""
-    tokens = f", {size.tokens} token{'s' if size.tokens != 1 else ''}" if per_token else ""
+    tokens = f", {plural(size.tokens, 'token')}" if per_token else ""
     return f"{size.layer} {size.E}x{size.D}{tokens}"

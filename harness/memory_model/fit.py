@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from harness.errors import HarnessError, Problem, UsageError, near
+from harness.errors import HarnessError, Problem, UsageError, did_you_mean, plural
 from harness.memory_model import choices, counting_client, model_shapes, size_units
 from harness.memory_model.ledger import Ledger
 from harness.memory_model.messages import CountRequest, MethodCount, ModelCount
@@ -98,7 +98,9 @@ def fit_request(
     problems: list[Problem] = []
 
     def known(option: str, given: Sequence[str], there: Sequence[str], what: str) -> tuple[str, ...]:
-        problems.extend(Problem(option, f"no {what} is called `{n}`", near(n, there)) for n in given if n not in there)
+        problems.extend(
+            Problem(option, f"no {what} is called `{n}`", did_you_mean(n, there)) for n in given if n not in there
+        )
         return tuple(dict.fromkeys(given))
 
     found, size = None, None
@@ -123,7 +125,7 @@ def fit_request(
         Problem("--rank", f"{n}: {p}") for n, field in of_rank.items() for r in ranks if (p := field.problem(r))
     ]
     if problems or found is None or size is None:
-        count = f"{len(problems)} mistake{'s' if len(problems) != 1 else ''}, nothing was predicted"
+        count = f"{plural(len(problems), 'mistake')}, nothing was predicted"
         raise UsageError("\n".join([count, *(f"  {problem}" for problem in problems)]), where="fit")
     tried = {n: tuple(ranks or RANKS) if "rank" in there[n].fields else (None,) for n in chosen}
     return FitRequest(

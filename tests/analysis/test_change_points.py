@@ -117,6 +117,7 @@ def at_most(found: int, of: int) -> float:
     return float(betaincinv(found + 1, of - found, 0.99)) if found < of else 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slower", [0.03, 0.05])
 def test_a_slow_down_is_found_within_seven_nights(slower: float) -> None:
     found = tried = 0
@@ -127,6 +128,7 @@ def test_a_slow_down_is_found_within_seven_nights(slower: float) -> None:
     assert at_least(found, tried) > 0.95
 
 
+@pytest.mark.slow
 def test_false_alarms_are_rarer_than_one_in_a_thousand_cell_nights() -> None:
     # Judged on every night anew, as a nightly job does; a change that was told the night before is no second alarm.
     alarms = cell_nights = 0

@@ -10,6 +10,8 @@ from harness.claims.measures import dry_steps
 from harness.claims.measures.records import predicted
 from harness.memory_model import dry_step, isolated_step
 
+pytestmark = pytest.mark.slow
+
 SUITE = "headline-gpu"
 
 

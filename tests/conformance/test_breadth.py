@@ -28,9 +28,7 @@ DRAWN = CaseSelection(drawn=8, seed=11)  # among them rank 101, and more than 13
 
 def beyond(target: str, breadth: CaseSelection) -> list[Any]:
     """Return the cases that are drawn."""
-    plan = parity_suite.load_either(target)
-    if isinstance(plan, parity_suite.OperationSuite):
-        return list(plan.calls(breadth))[len(list(plan.calls(FEW))) :]
+    plan = parity_suite.load_plan(target)
     return list(plan.cases(breadth))[len(list(plan.cases(FEW))) :]
 
 
@@ -51,8 +49,8 @@ def wrong_at_other_ranks(model: Any, config: lora.Config, generator: torch.Gener
 
 def test_an_implementation_that_is_wrong_at_other_ranks_only_fails_a_drawn_case() -> None:
     mine = Implementation("mine", "method", "lora", wrong_at_other_ranks, dtypes=("float32",))
-    usual = {one.standing.value for one in suite_run.run(mine)}
-    drawn = [one for one in suite_run.run(mine, breadth=DRAWN) if one.standing.value == "fail"]
+    usual = {one.status.value for one in suite_run.run(mine)}
+    drawn = [one for one in suite_run.run(mine, breadth=DRAWN) if one.status.value == "fail"]
     assert "fail" not in usual
     assert {one.check for one in drawn} >= {"forward", "gradient"}
     assert all(64 < int(one.case.split("rank=")[1].split()[0]) < 128 for one in drawn)
@@ -64,8 +62,8 @@ def test_an_operation_that_is_wrong_beyond_130_tokens_only_fails_a_drawn_case() 
         return torch.cat([y[:, :130], 0 * y[:, 130:]], dim=1)
 
     mine = Implementation("mine", "operation", "multi_lora_linear", tiled, dtypes=("float32",))
-    assert {one.standing.value for one in suite_run.run(mine)} == {"pass"}
-    failed = [one for one in suite_run.run(mine, breadth=DRAWN) if one.standing.value == "fail"]
+    assert {one.status.value for one in suite_run.run(mine)} == {"pass"}
+    failed = [one for one in suite_run.run(mine, breadth=DRAWN) if one.status.value == "fail"]
     assert {one.check for one in failed} >= {"outputs", "backward"}
 
 
@@ -73,10 +71,7 @@ def test_check_draws_what_it_is_asked_to_and_names_the_sizes(capsys: pytest.Capt
     asked = ["check", "reference", "--op", "multi_lora_linear", "--dtype", "float32", "--drawn", "8", "--seed", "3"]
     assert main([*asked, "--json"]) == Exit.PASS
     cases = {row["case"] for row in json.loads(capsys.readouterr().out)["checks"]}
-    named = [
-        parity_suite.in_words(values) for values, dtype in beyond("multi_lora_linear", CaseSelection(drawn=8, seed=3))
-    ]
-    assert cases & set(named)
+    assert cases & {str(case) for case in beyond("multi_lora_linear", CaseSelection(drawn=8, seed=3))}
 
 
 def test_nothing_can_be_drawn_of_the_planted_faults(capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,8 +117,8 @@ def changed(target: str, change: Callable[[Any, Any], None]) -> Implementation:
 def failing(implementation: Implementation, cases: Iterable[parity_suite.MethodCase]) -> set[str]:
     """Return the checks that fail in one of these cases."""
     plan = parity_suite.load(implementation.target)
-    results = itertools.chain.from_iterable(suite_run.one_case(implementation, plan, case) for case in cases)
-    return {result.check.split("/")[1] for result in results if result.outcome is Outcome.FAIL}
+    outcomes = itertools.chain.from_iterable(suite_run.run_case(implementation, plan, case) for case in cases)
+    return {one.check for one in outcomes if one.result.outcome is Outcome.FAIL}
 
 
 def is_wrong_above_rank_16(layer: Any, config: Any) -> None:

@@ -11,7 +11,7 @@ from harness.conformance.case_selection import FEW
 from harness.conformance.execution import suite_run
 from harness.conformance.findings import defects
 from harness.conformance.findings.defects import Defect
-from harness.conformance.findings.outcomes import CheckOutcome
+from harness.conformance.findings.outcomes import CheckOutcome, Execution
 from harness.methods.registry import discover
 from harness.records.record import CheckResult, Outcome
 
@@ -24,15 +24,23 @@ def known(name: str = "one", **changed: Any) -> Defect:
     return Defect.model_validate(values | changed)
 
 
-def failed(check: str = "merge", detail: str = "after merging", **result: Any) -> CheckOutcome:
+def failed(
+    check: str = "merge", detail: str = "after merging", execution: Execution = Execution.COMPLETED, **result: Any
+) -> CheckOutcome:
     found = CheckResult(check=f"lora/{check}/float32/warm", outcome=Outcome.FAIL, detail=detail, **result)
     return CheckOutcome(
-        implementation="acme", kind="method", target="lora", dtype="float32", case="rank=3", result=found
+        implementation="acme",
+        kind="method",
+        target="lora",
+        dtype="float32",
+        case="rank=3",
+        result=found,
+        execution=execution,
     )
 
 
 def test_an_exception_is_excused_only_by_an_entry_that_says_so() -> None:
-    raised = failed(detail="raised TypeError: anything (x.py:3)")
+    raised = failed(detail="raised TypeError: anything (x.py:3)", execution=Execution.RAISED)
     for entry, excused in (
         (known(), ""),
         (known(shows=["anything"]), ""),

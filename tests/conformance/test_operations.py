@@ -22,7 +22,7 @@ def failing(target: str, function: Function, dtype: str = "float32") -> dict[str
     """Map each check that fails to the cases in which it does."""
     failed: dict[str, list[str]] = {}
     for one in suite_run.run(Implementation("mine", "operation", target, function, dtypes=(dtype,))):
-        if one.standing.value == "fail":
+        if one.status.value == "fail":
             failed.setdefault(one.check, []).append(one.case)
     return failed
 
@@ -160,9 +160,9 @@ def in_float64(target: str) -> Function:
 @pytest.mark.parametrize("target", operations.every())
 def test_a_right_value_of_a_wrong_dtype_fails_and_says_what_it_should_be(target: str) -> None:
     plan = parity_suite.load_operation(target)
-    values, dtype = list(plan.calls(FEW))[-1]
-    mine = Implementation("mine", "operation", target, in_float64(target), dtypes=(dtype,))
-    (found,) = [r for r in suite_run.one_call(mine, plan, values, dtype) if r.check.split("/")[1] == "outputs"]
+    case = list(plan.cases(FEW))[-1]
+    mine = Implementation("mine", "operation", target, in_float64(target), dtypes=(case.dtype,))
+    (found,) = [one.result for one in suite_run.run_case(mine, plan, case) if one.check == "outputs"]
     assert found.outcome is Outcome.FAIL
     assert found.worst.startswith("dtype torch.float64, should be torch.")
     assert found.tensor
@@ -252,5 +252,5 @@ def test_an_operation_that_returns_something_else_is_told_what_it_should_return(
         Implementation("mine", "operation", "nf4_quantize", lambda W, block: W, dtypes=("float32",))
     )
     first = next(iter(results))
-    assert first.standing.value == "fail"
+    assert first.status.value == "fail"
     assert "nf4_quantize should return packed, absmax" in first.result.detail

@@ -21,6 +21,8 @@ from support.processes import PATIENCE_S
 from support.repository import TESTS
 from support.sandbox import COMMAND
 
+pytestmark = pytest.mark.e2e
+
 EXAMPLE = TESTS / "support" / "example_plugin"
 DOOR_LINES = 15
 WAITS_S = 20  # enough to import torch on a busy machine
@@ -164,8 +166,8 @@ def test_the_decorator_makes_a_test_of_every_case(site: Path, tmp_path: Path) ->
     plan = load_operation("nf4_dequantize")
     done = pytest_(["test_mine.py"], site, tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert done.stdout.count("PASSED test_mine.py::right::") == len(plan.cases)
-    assert done.stdout.count("FAILED test_mine.py::swapped::") == len(plan.cases)
+    assert done.stdout.count("PASSED test_mine.py::right::") == len(plan.values)
+    assert done.stdout.count("FAILED test_mine.py::swapped::") == len(plan.values)
     assert "PASSED test_mine.py::attach::" in done.stdout
     assert "FAILED test_mine.py::attach::" not in done.stdout
     assert "unsupported: no dropout" in done.stdout

@@ -12,6 +12,7 @@ from torch import Tensor
 from harness.conformance import parity_suite
 from harness.conformance.comparison.tolerance_policies import noise_floor
 from harness.conformance.execution import suite_run
+from harness.conformance.parity_suite import OperationCase
 from harness.kernels.triton.dora_linear import dora_linear
 from harness.kernels.triton.lora_linear import lora_linear
 from harness.kernels.triton.nf4_lora_linear import nf4_lora_linear
@@ -54,7 +55,7 @@ def failures(operation: str, values: dict[str, Any], dtype: str, checks: tuple[s
     function = getattr(importlib.import_module(f"harness.kernels.triton.{operation}"), operation)
     plan = parity_suite.load_operation(operation).model_copy(update={"checks": list(checks)})
     subject = Implementation("triton", "operation", operation, function)
-    results = list(suite_run.one_call(subject, plan, values, dtype))
+    results = [one.result for one in suite_run.run_case(subject, plan, OperationCase(values, dtype))]
     assert len(results) == len(checks)
     return [str(result) for result in results if result.outcome is not Outcome.PASS]
 
