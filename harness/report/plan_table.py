@@ -9,7 +9,7 @@ from typing import Any
 from harness.assets.table import resolve
 from harness.console import align_columns
 from harness.errors import StoreError, plural
-from harness.memory_model import cells
+from harness.memory_model import plan_prediction
 from harness.records import naming, store
 from harness.records.record import SCHEMA, Predicted, Record, Status
 from harness.report.formatting import mebibytes, seconds
@@ -23,7 +23,7 @@ def predictions(suite: Suite, plan: Plan) -> dict[str, Predicted | str]:
     sources = {cell.model: resolve(cell.model, suite.sources, base) for cell in plan.cells}
     labels = {name: task.labels for name, task in suite.tasks.items()}
     every = {name for name, task in suite.tasks.items() if task.answers and task.answers.loss == "all"}
-    return cells.predictions(plan.cells, sources, labels, every)
+    return plan_prediction.predictions(plan.cells, sources, labels, every)
 
 
 def planning(

@@ -24,7 +24,10 @@ def test_a_step_s_peak_is_that_of_the_cell_at_its_whole_shape() -> None:
     found = dry_steps.step_peak(SUITE, "speed-lora")
     cell = record_sources.cell(SUITE, "speed-lora")
     config = {**dry_steps.shape_of(cell)[0]}
-    assert found.value == isolated_step.peak(cell, config, "causal", dry_step.longest(cell, "causal", 512))["peak_B"]
+    assert (
+        found.value
+        == isolated_step.peak(cell, config, "causal", dry_step.longest_batches(cell, "causal", 512))["peak_B"]
+    )
     assert config["num_hidden_layers"] == 8
     assert found.value > predicted(cell).weights_B
 
