@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from harness.conformance import parity_suite
 from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
-from harness.conformance.findings.summary import failure
+from harness.conformance.findings.summary import describe_failure
 from harness.errors import UsageError, near
 from harness.methods.registry import Implementation
 
@@ -44,7 +44,7 @@ class Conforming:
             yield f"{case} {case.dtype}", partial(self._run, plan, case)
 
     def _run(
-        self, plan: parity_suite.ParityPlan, case: parity_suite.MethodCase | parity_suite.OperationCase
+        self, plan: parity_suite.ParitySuite, case: parity_suite.MethodCase | parity_suite.OperationCase
     ) -> list[CheckOutcome]:
         from harness.conformance.execution import suite_run
 
@@ -54,7 +54,7 @@ class Conforming:
 def verdict(tried: Iterable[CheckOutcome]) -> tuple[str, str]:
     """Return what failed, one line each, and if nothing was compared, why."""
     every = list(tried)
-    failed = [failure(one) for one in every if one.standing is CheckStatus.FAIL]
+    failed = [describe_failure(one) for one in every if one.standing is CheckStatus.FAIL]
     compared = any(one.standing is CheckStatus.PASS for one in every)
     reasons = sorted({one.result.detail for one in every})
     return "\n".join(failed), "" if failed or compared else "; ".join(reasons)

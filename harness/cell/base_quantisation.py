@@ -55,8 +55,8 @@ def pack(
     weights, small = sum(parameter.numel() for parameter in model.parameters()), is_small(model)
     packs = registry.find("base", base.quantization, base.implementation)
     found, count = PackedBase(), 0
-    for here in ready or [paths]:
-        for path in (path for path in paths if path in here):
+    for filled in ready or [paths]:
+        for path in (path for path in paths if path in filled):
             layer = model.get_submodule(path)
             if small:
                 found.expected[path] = ExpectedCodes.of(layer)

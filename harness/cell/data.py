@@ -52,8 +52,8 @@ class CellData:
         if job.model.source.kind == "encoder":
             loaded.model.config.pad_token_id = self.pad
 
-            def tokenise(some: Sequence[rows.AnyRow]) -> list[Example]:
-                return classification_examples(some, tokenizer, limit)
+            def tokenise(chosen_rows: Sequence[rows.AnyRow]) -> list[Example]:
+                return classification_examples(chosen_rows, tokenizer, limit)
 
             self._test = tokenise(test_rows)
             side, probe = "right", self._test[:_PROBED]
@@ -66,10 +66,10 @@ class CellData:
             self._scorer = CausalScorer(loaded.model, tokenizer, cell.evaluation.batch, limit, self._progress)
             encode, prompts, answers = self._scorer.encode_pair, Prompts(tokenizer, limit), task.answers
 
-            def tokenise(some: Sequence[rows.AnyRow]) -> list[Example]:
+            def tokenise(chosen_rows: Sequence[rows.AnyRow]) -> list[Example]:
                 if answers is not None:
-                    return answered_examples(some, prompts, make.pair, answers)
-                return answer_examples(some, make.prompt, make.answers, encode, limit)
+                    return answered_examples(chosen_rows, prompts, make.pair, answers)
+                return answer_examples(chosen_rows, make.prompt, make.answers, encode, limit)
 
             side, probe = "left", tokenise(test_rows[:_PROBED_CAUSAL])
             refuse_tokenless(probe, job.model.path)

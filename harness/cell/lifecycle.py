@@ -193,7 +193,7 @@ def _offload(run: CellRun, subject: Subject) -> OffloadedWeights:
     try:
         return OffloadedWeights(unused(subject.method, subject.adapted, subject.bases), folder)
     except (OSError, RuntimeError) as error:
-        run.notes.append(f"weights that no product takes stayed in memory: {error}".partition("\n")[0])
+        run.notes.append(f"unused weights stayed in memory: {error}".partition("\n")[0])
         return OffloadedWeights({}, folder)
 
 

@@ -76,8 +76,7 @@ class Arguments:
         if detail["type"] == "extra_forbidden":
             self.problem(place, f"`{measure.name}` has no argument `{key}`", near(key, known, "it takes"))
         elif detail["type"] == "missing":
-            if not any(self.document.is_cut((*one, key)) for one in (at, *also)):
-                self.problem(place, f"`{measure.name}` needs `{key}`", f"add {key} to `with`")
+            self.problem(place, f"`{measure.name}` needs `{key}`", f"add {key} to `with`")
         else:
             what = detail["msg"].removeprefix("Value error, ")
             self.problem(

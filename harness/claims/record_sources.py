@@ -13,7 +13,7 @@ from harness.records import store
 from harness.records.cost import AT_ONCE
 from harness.records.record import Cell, Record, Status
 from harness.resources import checkout
-from harness.suites import expand, loader
+from harness.suites import loader
 from harness.suites.suite import Suite
 
 _named: list[Path] = []
@@ -61,7 +61,7 @@ def records(suite: str, *entries: str) -> list[list[Record]]:
 def cell(suite: str, entry: str) -> Cell:
     """Return the Cell of an entry, of several seeds the first. Raises ValueError for one that the suite does not have."""
     first = _cells(suite, entry)[0]
-    return next(one for one in _plan(suite).cells if one.cell_id == first)
+    return next(one for one in _read(suite).plan.cells if one.cell_id == first)
 
 
 def comparable(*sides: Sequence[Record]) -> None:
@@ -103,13 +103,8 @@ def _read(suite: str) -> Suite:
     return loader.load(suite)
 
 
-@cache
-def _plan(suite: str) -> expand.Plan:
-    return expand.expand(_read(suite))
-
-
 def _cells(suite: str, entry: str) -> list[str]:
-    plan = _plan(suite)
+    plan = _read(suite).plan
     tried = {cell_id for search in plan.tuning for cell_id in search.sweep}
     found = [cell_id for cell_id, name in plan.ids.items() if name == entry and cell_id not in tried]
     if not found:

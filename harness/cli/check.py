@@ -20,7 +20,7 @@ from harness.conformance.findings import defects
 from harness.conformance.findings.defects import Defect
 from harness.conformance.findings.outcomes import CheckStatus
 from harness.conformance.findings.report import CheckReport
-from harness.conformance.parity_suite import ParityPlan, path_of
+from harness.conformance.parity_suite import ParitySuite, path_of
 from harness.errors import Exit, Problem, SuiteError, UsageError, near
 from harness.methods.peft_config import NO_REFERENCE, UNREFERENCED
 from harness.methods.registry import DTYPES, GROUP, Implementation, Registry, TargetKind, targets
@@ -131,9 +131,9 @@ def _may_show(defect: Defect, implementation: Implementation) -> bool:
     return any(fnmatchcase(implementation.target, CheckId.parse(pattern).target) for pattern in defect.checks)
 
 
-def _read(wanted: Sequence[Implementation]) -> tuple[dict[str, ParityPlan], Sequence[Defect]]:
+def _read(wanted: Sequence[Implementation]) -> tuple[dict[str, ParitySuite], Sequence[Defect]]:
     """Read the parity suites of what is to be tried, and the known defects; raises SuiteError with every mistake in them."""
-    plans: dict[str, ParityPlan] = {}
+    plans: dict[str, ParitySuite] = {}
     known: Sequence[Defect] = ()
     problems: list[Problem] = []
     for target in sorted({i.target for i in wanted if path_of(i.target).is_file()}):
@@ -159,7 +159,7 @@ def _asked_for(implementation: Implementation, asked: CheckRequest) -> bool:
 
 
 def _tasks(
-    wanted: Sequence[Implementation], asked: CheckRequest, plans: dict[str, ParityPlan]
+    wanted: Sequence[Implementation], asked: CheckRequest, plans: dict[str, ParitySuite]
 ) -> tuple[list[WorkerTask], dict[str, str]]:
     """Group by who offers it, since each process pays for its imports once, and for those alone."""
     grouped: dict[str, list[Implementation]] = {}
@@ -185,7 +185,7 @@ def _tasks(
     return sorted(tasks, key=lambda task: -sum(_size(plans[target]) for *_, target in task.targets)), skipped
 
 
-def _no_case(one: Implementation, plan: ParityPlan, asked: CheckRequest) -> str:
+def _no_case(one: Implementation, plan: ParitySuite, asked: CheckRequest) -> str:
     """Say why no case of its parity suite is left for an implementation; nothing if one is."""
     there = [dtype for dtype in plan.dtypes if dtype in (asked.dtypes or DTYPES)]
     if set(one.dtypes) & set(there):
@@ -196,7 +196,7 @@ def _no_case(one: Implementation, plan: ParityPlan, asked: CheckRequest) -> str:
     return f"offers {', '.join(one.dtypes)}; {of_these} parity suite has cases in {', '.join(there)}"
 
 
-def _size(plan: ParityPlan) -> int:
+def _size(plan: ParitySuite) -> int:
     """Return about how many checks a suite has."""
     return len(list(plan.cases(FEW))) * len(plan.checks)
 

@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from harness import yaml_lines
 from harness.conformance import case_selection, checks
@@ -18,13 +18,9 @@ from harness.methods.registry import DTYPES
 from harness.methods.spec import methods
 from harness.records.record import FrozenModel
 from harness.resources import folder
-from harness.suites import schema
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Kind = Literal["linear", "conv1d", "embedding", "conv2d", "conv2d-dilated", "conv2d-reflect"]
-
-
-_Suite = TypeVar("_Suite", "ParitySuite", "OperationSuite")
 
 
 class CaseShape(FrozenModel):
@@ -43,7 +39,7 @@ class CaseShape(FrozenModel):
         return f"{self.tokens}x{self.inputs}x{self.outputs}"
 
 
-class Looser(FrozenModel):
+class Tolerance(FrozenModel):
     """A factor on the noise floor that is not the usual one, and why: it shows in the report."""
 
     factor: float = Field(gt=0, le=1000)
@@ -51,7 +47,7 @@ class Looser(FrozenModel):
     link: str = ""
 
 
-class ParitySuite(FrozenModel):
+class MethodSuite(FrozenModel):
     """The cases of one Method: every config x kind of layer x shape x dtype, and the checks in every state.
 
     base: the quantisation of the base weights that is judged, under the reference's adapter; empty where the Method is.
@@ -67,7 +63,7 @@ class ParitySuite(FrozenModel):
     layers: list[Kind] = Field(default=["linear"], min_length=1)
     shapes: list[CaseShape] = Field(min_length=1)
     dtypes: list[Dtype] = Field(min_length=1)
-    tolerances: dict[str, Looser] = Field(default={})
+    tolerances: dict[str, Tolerance] = Field(default={})
 
     def factors(self) -> dict[str, float]:
         """Map checks to their own factor on the noise floor."""
@@ -91,11 +87,11 @@ class ParitySuite(FrozenModel):
         dice = wanted.dice(self.base or self.method)
         for _ in range(wanted.drawn):
             sides = [
-                case_selection.between(dice, case_selection.LEAST_FEATURES, case_selection.LARGEST_FEATURES)
+                case_selection.draw_log_uniform(dice, case_selection.LEAST_FEATURES, case_selection.LARGEST_FEATURES)
                 for _ in range(2)
             ]
-            config = case_selection.config(dice, dice.choice(self.configs), min(sides))
-            tokens = case_selection.between(dice, 1, case_selection.LARGEST_TOKENS)
+            config = case_selection.draw_config(dice, dice.choice(self.configs), min(sides))
+            tokens = case_selection.draw_log_uniform(dice, 1, case_selection.LARGEST_TOKENS)
             shape = CaseShape.model_validate({"tokens": tokens, "in": sides[0], "out": sides[1]})
             kind = dice.choice([self.layers[0], dice.choice(self.layers)])  # half of them of the kind that all offer
             dtype = dice.choice(self.dtypes)
@@ -141,7 +137,7 @@ class OperationSuite(FrozenModel):
     values: list[dict[str, Any]] = Field(min_length=1, alias="cases")
     """What the cases say, as keyword arguments of the function that draws the Operation's arguments."""
     dtypes: list[Dtype] = Field(min_length=1)
-    tolerances: dict[str, Looser] = Field(default={})
+    tolerances: dict[str, Tolerance] = Field(default={})
 
     def factors(self) -> dict[str, float]:
         """Map checks to their own factor on the noise floor."""
@@ -161,12 +157,12 @@ class OperationSuite(FrozenModel):
             yield from (OperationCase(values, dtype) for values in self.values[every] or self.values)
         dice = wanted.dice(self.operation)
         for _ in range(wanted.drawn):
-            values, dtype = case_selection.call(dice, dice.choice(self.values)), dice.choice(self.dtypes)
+            values, dtype = case_selection.draw_call(dice, dice.choice(self.values)), dice.choice(self.dtypes)
             if dtype in there:
                 yield OperationCase(values, dtype)
 
 
-ParityPlan = ParitySuite | OperationSuite
+ParitySuite = MethodSuite | OperationSuite
 
 
 @dataclass(frozen=True)
@@ -206,13 +202,13 @@ def names() -> list[str]:
 
 def kind_of(name: str) -> Literal["method", "operation", "base"]:
     """Say what a parity suite is of."""
-    data = _document(name).data
+    data = yaml_lines.load(_existing(name)).data
     if isinstance(data, dict) and "operation" in data:
         return "operation"
     return "base" if isinstance(data, dict) and data.get("base") else "method"
 
 
-def load_plan(name: str) -> ParityPlan:
+def load_plan(name: str) -> ParitySuite:
     """Read the parity suite of a Method, a base or an Operation. Raises as `load` does."""
     return load_operation(name) if kind_of(name) == "operation" else load(name)
 
@@ -222,15 +218,13 @@ def in_words(values: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in values.items())
 
 
-def load(method: str) -> ParitySuite:
+def load(method: str) -> MethodSuite:
     """Read the parity suite of a Method, or of a quantisation of the base.
 
     Raises UsageError if there is none, SuiteError with every mistake in it.
     """
-    document = _document(method)
-    plan, problems = _validated(document, ParitySuite)
-    if plan is None:
-        raise SuiteError(problems)
+    document, plan = yaml_lines.load_model(_existing(method), MethodSuite)
+    problems: list[Problem] = []
     if (plan.base or plan.method) != method:
         what = "base" if plan.base else "method"
         problems.append(Problem(document.where(what), f"`{what}` is not {method!r}", "it must be the file's own name"))
@@ -242,30 +236,20 @@ def load(method: str) -> ParitySuite:
 
 def load_operation(name: str) -> OperationSuite:
     """Read an Operation's parity suite. Raises UsageError if there is none, SuiteError with every mistake in it."""
-    document = _document(name)
-    plan, problems = _validated(document, OperationSuite)
-    if plan is not None:
-        problems += _of_checks(document, plan)
-    if plan is None or problems:
+    document, plan = yaml_lines.load_model(_existing(name), OperationSuite)
+    if problems := list(_of_checks(document, plan)):
         raise SuiteError(problems)
     return plan
 
 
-def _document(name: str) -> yaml_lines.Document:
+def _existing(name: str) -> Path:
     path = path_of(name)
     if not path.is_file():
         raise UsageError(f"no parity suite for {name}", where=str(path), hint="add one: which checks, cases and dtypes")
-    return yaml_lines.load(path)
+    return path
 
 
-def _validated(document: yaml_lines.Document, model: type[_Suite]) -> tuple[_Suite | None, list[Problem]]:
-    try:
-        return model.model_validate(document.data), []
-    except ValidationError as error:
-        return None, [problem for _, problem in schema.explain(error, model, document)]
-
-
-def _of_checks(document: yaml_lines.Document, plan: ParitySuite | OperationSuite) -> Iterator[Problem]:
+def _of_checks(document: yaml_lines.Document, plan: MethodSuite | OperationSuite) -> Iterator[Problem]:
     known = checks.docstrings()
     for index, name in enumerate(plan.checks):
         if name not in known:
@@ -278,7 +262,7 @@ def _of_checks(document: yaml_lines.Document, plan: ParitySuite | OperationSuite
             )  # fmt: skip
 
 
-def _of_configs(document: yaml_lines.Document, plan: ParitySuite) -> Iterator[Problem]:
+def _of_configs(document: yaml_lines.Document, plan: MethodSuite) -> Iterator[Problem]:
     fields = methods()[plan.method].fields if plan.method in methods() else {}
     for index, config in enumerate(plan.configs):
         for key, value in config.items():

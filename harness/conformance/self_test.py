@@ -16,7 +16,7 @@ import torch
 from harness.conformance import checks, faults, operations, parity_suite
 from harness.conformance.checks import Reference
 from harness.conformance.execution import suite_run
-from harness.conformance.faults import Fault, Slice
+from harness.conformance.faults import Fault, FaultCase
 from harness.conformance.faults.packed import pack
 from harness.conformance.faults.patched_copy import PatchedCopy
 from harness.errors import Exit
@@ -40,7 +40,7 @@ class FaultVerdict:
     def document(self) -> dict[str, Any]:
         """Return it as JSON can hold it."""
         return {
-            "fault": self.fault.name, "of": self.fault.target, "case": str(self.fault.where),
+            "fault": self.fault.name, "of": self.fault.target, "case": str(self.fault.case),
             "expected": list(self.fault.expected), "caught": list(self.caught), "missed": list(self.missed),
         }  # fmt: skip
 
@@ -91,12 +91,12 @@ def run(planted: Iterable[Fault] | None = None) -> SelfTestReport:
 
 
 def _run(every: Sequence[Fault], complete: bool) -> SelfTestReport:
-    verdicts = [FaultVerdict(fault, _failed(_spoilt(fault), fault.where)) for fault in every]
-    cases = {(fault.target, str(fault.where)): fault for fault in every}
+    verdicts = [FaultVerdict(fault, _failed(_spoilt(fault), fault.case)) for fault in every]
+    cases = {(fault.target, str(fault.case)): fault for fault in every}
     wrong = [
-        f"{fault.target}/{check} ({fault.where})"
+        f"{fault.target}/{check} ({fault.case})"
         for fault in cases.values()
-        for check in _failed(_implementation(fault.target, PatchedCopy(_source(fault.target))), fault.where)
+        for check in _failed(_implementation(fault.target, PatchedCopy(_source(fault.target))), fault.case)
     ]
     useful = {name for verdict in verdicts for name in verdict.caught}
     idle = (
@@ -123,16 +123,9 @@ def check(as_json: bool) -> Exit:
     return report.exit
 
 
-def _failed(implementation: Implementation, where: Slice) -> tuple[str, ...]:
+def _failed(implementation: Implementation, where: FaultCase) -> tuple[str, ...]:
     """Return the checks that fail in the one case, in the suite's order."""
-    case: parity_suite.MethodCase | parity_suite.OperationCase
-    if implementation.kind == "operation":
-        case = parity_suite.OperationCase(where.values, where.dtype)
-    else:
-        shape = parity_suite.CaseShape.model_validate(
-            {"tokens": where.tokens, "in": where.inputs, "out": where.outputs}
-        )
-        case = parity_suite.MethodCase(where.values, where.layer, shape, where.dtype)
+    case = where.of_operation() if implementation.kind == "operation" else where.of_method()
     outcomes = suite_run.run_case(implementation, _plan(implementation.target), case)
     return tuple(dict.fromkeys(one.check for one in outcomes if one.result.outcome is Outcome.FAIL))
 
@@ -144,7 +137,7 @@ def _spoilt(fault: Fault) -> Implementation:
 
 
 @cache
-def _plan(target: str) -> parity_suite.ParityPlan:
+def _plan(target: str) -> parity_suite.ParitySuite:
     return parity_suite.load_plan(target)
 
 

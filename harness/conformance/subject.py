@@ -127,7 +127,7 @@ class Subject:
 
     def tensors_of(self, path: str) -> dict[str, Tensor]:
         """Map short names to the trainable tensors of the layer at `path`."""
-        return _under(path, self.adapted.tensors())
+        return _select(path, self.adapted.tensors())
 
     def state(self) -> dict[str, Tensor]:
         """Map canonical names to the Method's own frozen tensors."""
@@ -179,9 +179,9 @@ class Subject:
             if (path, dtype) not in self.reference_cache:
                 self.reference_cache[path, dtype] = self._built(path, dtype)
             twin = copy.deepcopy(self.reference_cache[path, dtype])
-        mine = self.tensors_of(path) | _under(path, self.state())
+        mine = self.tensors_of(path) | _select(path, self.state())
         with torch.no_grad():
-            for name, tensor in (twin.tensors | _under("layer", twin.adapted.state())).items():
+            for name, tensor in (twin.tensors | _select("layer", twin.adapted.state())).items():
                 if name in mine and mine[name].shape == tensor.shape:
                     tensor.copy_(mine[name])
         return twin
@@ -189,12 +189,12 @@ class Subject:
     def _built(self, path: str, dtype: str) -> ReferenceLayer:
         alone = nn.Sequential(OrderedDict(layer=self.dense_base(path, DTYPES[dtype])))
         replaced = all(f"{path}.{name}" in self.state() for name in methods()[self.method].spec.start_from_weight)
-        config = _quick(self.method, self.config) if replaced else self.config
+        config = _quick_start(self.method, self.config) if replaced else self.config
         adapted = attach_reference(self.method, alone, config, ("layer",), torch.Generator().manual_seed(0))
-        return ReferenceLayer(adapted.layers["layer"], _under("layer", adapted.tensors()), adapted)
+        return ReferenceLayer(adapted.layers["layer"], _select("layer", adapted.tensors()), adapted)
 
 
-def _under(path: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _select(path: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     start = f"{path}."
     return {n[len(start) :]: t for n, t in named.items() if n.startswith(start)}
 
@@ -247,7 +247,7 @@ def initial_tensors(
     Where weights of the bases themselves train (GaLore), they start as they are: those of a large model are left out, for
     want of room, and so is the whole of a start that would need a copy of them.
     """
-    started = _started(method, bases, config, generator)
+    started = _attach_to_skeleton(method, bases, config, generator)
     if started is None:
         return {}
     tensors = started.tensors()
@@ -277,16 +277,18 @@ def initial_shapes(
     method: str, bases: Mapping[str, nn.Module], config: Any, generator: torch.Generator
 ) -> dict[str, tuple[int, ...]]:
     """Return the shapes of what trains when the reference is attached to `bases`, by name; empty without an adapter."""
-    started = _started(method, bases, _quick(method, config), generator)
+    started = _attach_to_skeleton(method, bases, _quick_start(method, config), generator)
     return {name: tuple(t.shape) for name, t in started.tensors().items()} if started else {}
 
 
-def _quick(method: str, config: Any) -> Any:
+def _quick_start(method: str, config: Any) -> Any:
     """Return a config with which the reference is attached quickly; its start is not the Method's, its shapes are."""
     return replace(config, **methods()[method].spec.quick_start)
 
 
-def _started(method: str, bases: Mapping[str, nn.Module], config: Any, generator: torch.Generator) -> Adapted | None:
+def _attach_to_skeleton(
+    method: str, bases: Mapping[str, nn.Module], config: Any, generator: torch.Generator
+) -> Adapted | None:
     if not hasattr(config, "targets"):
         return None
     return attach_reference(method, skeleton(bases), config, None, generator)
@@ -314,7 +316,7 @@ def load(adapted: Adapted, values: Mapping[str, Tensor], state: Mapping[str, Ten
         frozen[name].copy_(value)
 
 
-def begin(adapted: Adapted, start: Mapping[str, Tensor]) -> None:
+def load_start(adapted: Adapted, start: Mapping[str, Tensor]) -> None:
     """Let it start from `initial_tensors`; or from its own start, where it does not show all that these belong to."""
     state = adapted.state()
     rest = {name: value for name, value in start.items() if name in state}

@@ -48,8 +48,7 @@ _Found = Iterator[tuple[KeyPath, str, str]]
 
 def problems(document: Document, labels: int | None) -> list[Problem]:
     """Say what a task's file lacks, and what in it training or scoring would not follow."""
-    found = ((way, what, hint) for way, what, hint in _found(document.data, labels) if not document.is_cut(way))
-    return [Problem(document.where(*way), what, hint) for way, what, hint in found]
+    return [Problem(document.where(*path), what, hint) for path, what, hint in _found(document.data, labels)]
 
 
 def filters(data: dict[str, Any]) -> list[str]:

@@ -31,7 +31,7 @@ def failed(tried: list[CheckOutcome]) -> set[str]:
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> parity_suite.ParitySuite:
+def small(monkeypatch: pytest.MonkeyPatch) -> parity_suite.MethodSuite:
     """Let the parity suite of LoRA have one square case: enough for a fault to show."""
     few = {"configs": [{"rank": 3, "alpha": 8}], "shapes": [parity_suite.CaseShape(tokens=9, **{"in": 64, "out": 64})]}
     plan = parity_suite.load("lora").model_copy(update={**few, "dtypes": ["float32"]})
@@ -70,7 +70,7 @@ def test_observing_leaves_gradients_and_mode_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("state", ["init", "warm"])
-def test_checks_leave_the_subject_as_they_found_it(state: str, small: parity_suite.ParitySuite) -> None:
+def test_checks_leave_the_subject_as_they_found_it(state: str, small: parity_suite.MethodSuite) -> None:
     subject, case = suite_run.attach(method("reference"), small, next(small.cases(FEW)))
     if state == "warm":
         warm(subject.added(), torch.Generator().manual_seed(SEED))
@@ -91,7 +91,7 @@ def test_forward_and_gradient_share_one_pass_within_a_case_only() -> None:
     assert checks.every()["gradient"](subject, dataclasses.replace(case, state="warm")).outcome is Outcome.FAIL
 
 
-def test_tensors_that_cannot_be_listed_are_one_finding_in_each_case(small: parity_suite.ParitySuite) -> None:
+def test_tensors_that_cannot_be_listed_are_one_finding_in_each_case(small: parity_suite.MethodSuite) -> None:
     def attach(model: nn.Module, config: Any, generator: torch.Generator) -> Any:
         adapted = method("reference")(model, config, generator)
         adapted.tensors = lambda: 1 / 0

@@ -9,7 +9,6 @@ import torch
 
 from harness.conformance.tolerance_constants import INITIAL_SIGMAS, NOISE_FLOOR_EPS
 from harness.suites import loader
-from harness.suites.expand import expand
 from reference.lora import Config
 from reference.shared.lora_start import initial_factors, write_initial_factors
 
@@ -80,7 +79,7 @@ def test_a_start_is_its_generators(init: str) -> None:
 def cells(folder: Path, init: str) -> list[tuple[str, dict[str, object]]]:
     path = folder / "suite.yaml"
     path.write_text(SUITE.format(init=init), encoding="utf-8")
-    return [(cell.cell_id, dict(cell.config)) for cell in expand(loader.load(path)).cells]
+    return [(cell.cell_id, dict(cell.config)) for cell in loader.load(path).plan.cells]
 
 
 def test_a_cell_of_before_keeps_its_id(tmp_path: Path) -> None:

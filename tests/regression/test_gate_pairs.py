@@ -34,9 +34,8 @@ from harness.regression.pairs import sides as arms
 from harness.regression.pairs.request import PairsRequest
 from harness.regression.pairs.sides import Side
 from harness.suites import loader
-from harness.suites.expand import expand
 from support import recorded_run as recorded
-from support.sandbox import Bench
+from support.sandbox import Sandbox
 
 SUITE = """
 suite: gated
@@ -470,7 +469,7 @@ def test_revisions_are_checked_out_and_taken_away_again(tmp_path: Path, monkeypa
         commits.append(_git(top, "rev-parse", "HEAD"))
     (top / "file").write_text("three")
     monkeypatch.setattr(arms.resources, "checkout", lambda: top)
-    plan = expand(loader.load("smoke"))
+    plan = loader.load("smoke").plan
     with arms.opened(commits[0], arms.HERE, plan) as (old, new):
         assert old.code is not None
         assert (old.code / "file").read_text() == "one"
@@ -498,11 +497,11 @@ def implementations(model, config, generator):
 
 
 def test_revisions_of_a_guests_own_repository_are_what_runs(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("PYTHONPATH", "PEFT_HARNESS_CACHE"):
-        monkeypatch.setenv(name, bench.environment[name])  # the plug-in is installed, from elsewhere
-    monkeypatch.syspath_prepend(str(bench.folder / "plugin"))
+        monkeypatch.setenv(name, sandbox.environment[name])  # the plug-in is installed, from elsewhere
+    monkeypatch.syspath_prepend(str(sandbox.folder / "plugin"))
     top = tmp_path / "guest"
     (top / "kernels" / "src").mkdir(parents=True)
     _git(top, "init", "-q")
@@ -510,11 +509,11 @@ def test_revisions_of_a_guests_own_repository_are_what_runs(
         (top / "kernels" / "src" / "misbehaving.py").write_text(_GUEST.format(number))
         _git(top, "add", ".")
         _git(top, "commit", "-qm", number)
-    suite = Path(bench.suite("{implementation: raises}", "{implementation: reference}"))
-    plan = expand(loader.load(suite))
+    suite = Path(sandbox.suite("{implementation: raises}", "{implementation: reference}"))
+    plan = loader.load(suite).plan
     with arms.opened("HEAD~1", arms.HERE, plan, top / "kernels") as sides:
         assert [pair.old for pair in arms.pairs(plan, naming.full(plan.cells), sides)] == [plan.cells[0]]
-        ours = expand(loader.load("sentinels"))
+        ours = loader.load("sentinels").plan
         with pytest.raises(UsageError, match="no Cell of this suite is computed by misbehaving"):
             arms.pairs(ours, naming.full(ours.cells), sides)
         said = [arms.run(arm, suite, plan.cells[0], tmp_path / str(i)).because for i, arm in enumerate(sides)]

@@ -20,7 +20,7 @@ from harness.regression.history import night_files
 from harness.regression.pairs import gate as gate_pairs
 from harness.regression.pairs.request import PairsRequest
 from harness.suites import loader
-from harness.suites.expand import expand, only
+from harness.suites.expand import only
 from support import histories
 from support.histories import CELLS, FIRST, SLOWER, detect, regressed
 
@@ -76,7 +76,7 @@ def asked_of(confirm: str, monkeypatch: pytest.MonkeyPatch) -> PairsRequest:
 def test_the_command_that_confirms_finds_the_cell_and_the_device(
     metric: str, device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cells = {c.cell_id: c for c in expand(loader.load("quick")).cells if c.training.steps}
+    cells = {c.cell_id: c for c in loader.load("quick").plan.cells if c.training.steps}
     slow = list(cells)[-1]
     usual = histories.noisy(0, lambda cell, i: 1.06 if cell == slow and i >= SLOWER else 1.0)
 
@@ -91,7 +91,7 @@ def test_the_command_that_confirms_finds_the_cell_and_the_device(
     (c,) = detect(folder, capsys)[1]["candidates"]
     asked = asked_of(c["between"]["confirm"], monkeypatch)
     assert (asked.old, asked.new, asked.device) == ("a" * 12, "b" * 12, device)
-    plan = gate_pairs._trained(expand(loader.load(asked.suite)), asked.only)
+    plan = gate_pairs._trained(loader.load(asked.suite).plan, asked.only)
     assert [cell.cell_id for cell in plan.cells] == [slow]
 
 
@@ -110,7 +110,7 @@ def test_what_all_cells_share_is_confirmed_by_their_whole_suite(
 def test_what_pairs_do_not_measure_names_the_rerun_that_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cells = {c.cell_id: c for c in expand(loader.load("quick")).cells}
+    cells = {c.cell_id: c for c in loader.load("quick").plan.cells}
     worse = next(iter(cells))
     folder = histories.write(
         tmp_path / "h", cells, lambda c, i, _: {"accuracy": 0.80 if c != worse or i < 7 else 0.78}, nights=12,
@@ -123,7 +123,7 @@ def test_what_pairs_do_not_measure_names_the_rerun_that_does(
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(said)]
     _, *words = shlex.split(line.removeprefix(said).removesuffix("`)"))
     run = run_command.make_context("run", words[1:]).params
-    assert [cell.cell_id for cell in only(expand(loader.load(run["suite"])), run["only"]).cells] == [worse]
+    assert [cell.cell_id for cell in only(loader.load(run["suite"]).plan, run["only"]).cells] == [worse]
     assert run["device"] == "cpu"
 
 

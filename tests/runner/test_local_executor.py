@@ -25,17 +25,17 @@ from harness.runner.progress import Progress
 from harness.runner.run import _reopen
 from support import recorded_run, stub_attempts
 from support.processes import eventually
-from support.sandbox import Bench
+from support.sandbox import Sandbox
 
 CARDS = [gpus.GpuDevice(0, "GPU-aa", 4), gpus.GpuDevice(1, "GPU-bb", 4)]
 BUSY = gpus.GpuDevice(0, "GPU-aa", 30_000, ("process 7 (python, 29996 MiB)",))
 
 
-def test_cells_at_a_time_share_the_cores_and_say_so(bench: Bench) -> None:
-    finished = bench.command(
-        "run", bench.suite("{implementation: missing, seed: [0, 1]}"), "--out", "run", "--jobs", "2"
+def test_cells_at_a_time_share_the_cores_and_say_so(sandbox: Sandbox) -> None:
+    finished = sandbox.command(
+        "run", sandbox.suite("{implementation: missing, seed: [0, 1]}"), "--out", "run", "--jobs", "2"
     )
-    run = bench.read()
+    run = sandbox.read()
     assert len(run.records) == 2, finished.err
     for record in run.records:
         assert record.environment.threads == max(1, environment.threads() // 2)

@@ -21,7 +21,6 @@ from harness.errors import AssetError, Exit, UsageError
 from harness.records.record import AssetUse, Cell
 from harness.runner import task_assets
 from harness.suites import loader, tasks
-from harness.suites.expand import expand
 from support import digit_task
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -122,7 +121,7 @@ def suite(folder: Path, task: str, more: str = "") -> Path:
 
 def data_of(path: Path, **change: Any) -> tuple[CellData, Any, Cell]:
     loaded = loader.load(path)
-    (cell,) = expand(loaded).cells
+    (cell,) = loaded.plan.cells
     cell = cell.model_copy(update=change)
     source = resolve("./model", {}, path.parent)
     model = Asset(path=str(path.parent / "model"), source=source, use=AssetUse(name="m", source="m"))

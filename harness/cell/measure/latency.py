@@ -196,7 +196,7 @@ class _Variants:
         """Unmerge; the adapted layers must be back."""
         with self._guarded("unmerge()"):
             self._adapted.unmerge()
-        if gone := [path for path, there in self._there() if not there]:
+        if gone := [path for path, is_adapted in self._adapted_paths() if not is_adapted]:
             raise self._fault("unmerge()", f"did not put back {gone[0]} and {len(gone) - 1} other layers")
 
     def detach(self) -> None:
@@ -204,24 +204,24 @@ class _Variants:
         with self._guarded("detach()"):
             self._adapted.detach()
         self._off = True
-        if left := [path for path, there in self._there() if there]:
+        if left := [path for path, is_adapted in self._adapted_paths() if is_adapted]:
             raise self._fault("detach()", f"left {left[0]} and {len(left) - 1} other layers adapted")
 
-    def _there(self) -> list[tuple[str, bool]]:
+    def _adapted_paths(self) -> list[tuple[str, bool]]:
         model = self._adapted.model
         return [(path, model.get_submodule(path) is layer) for path, layer in self._layers.items()]
 
     @contextmanager
-    def _guarded(self, what: str) -> Iterator[None]:
+    def _guarded(self, call: str) -> Iterator[None]:
         try:
             yield
         except (AttributeError, LookupError, TypeError, ValueError) as error:  # not RuntimeError: memory may run out
-            raise self._fault(what, f"raised {type(error).__name__}: {error}") from error
+            raise self._fault(call, f"raised {type(error).__name__}: {error}") from error
 
-    def _fault(self, what: str, did: str) -> ImplementationError:
+    def _fault(self, call: str, did: str) -> ImplementationError:
         kind = type(self._adapted)
         return ImplementationError(
-            f"the implementation is at fault, not the model: {what} of {kind.__module__}.{kind.__qualname__} {did}",
+            f"the implementation is at fault, not the model: {call} of {kind.__module__}.{kind.__qualname__} {did}",
             where="latency phase",
             hint="its merge(), unmerge() and detach() must work after the layers were put back; report it to its authors",
         )

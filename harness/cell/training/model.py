@@ -78,11 +78,11 @@ def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.d
     notes = [conv1d.NOTE.format(written)] if written else []
     start = f"{model.base_model_prefix}."
     if inside := [name for name in drawn if name.startswith(start)]:
-        notes.append(f"the checkpoint lacks {_some(inside)}: drawn anew, they train with the head")
+        notes.append(f"the checkpoint lacks {_some(inside)}: initialised at random, they train with the head")
     if others := [name for name in drawn if name in sizes]:
-        notes.append(f"the checkpoint's head is not of {labels} classes: {_some(others)} drawn anew")
-    if kept := [name for name in trains if name not in drawn]:
-        notes.append(f"of the head, {_some(kept)} came with the checkpoint: training goes on from there")
+        notes.append(f"the checkpoint's head is not of {labels} classes: {_some(others)} initialised at random")
+    if own := [name for name in trains if name not in drawn]:
+        notes.append(f"the head has {_some(own)} from the checkpoint: training continues from there")
     return Loaded(model, tokenizer, {name: model.get_parameter(name) for name in sorted(trains)}, notes)
 
 
@@ -97,9 +97,9 @@ def _read(path: Path, kind: str, **options: Any) -> tuple[Any, dict[str, Any]]:
     except (SafetensorError, OSError, ValueError) as error:
         if shortage(error):
             raise
-        said = (str(error).splitlines() or [""])[0]
+        first = (str(error).splitlines() or [""])[0]
         raise AssetError(
-            f"the model cannot be read: {type(error).__name__}: {said}",
+            f"the model cannot be read: {type(error).__name__}: {first}",
             where=str(path),
             hint="copy or fetch its folder again, or take one that this release of transformers knows",
         ) from error
@@ -173,7 +173,7 @@ def compiled(model: nn.Module, wanted: bool, notes: list[str]) -> Iterator[None]
         tried, done = (counters["frames"][name] for name in ("total", "ok"))
         notes.append(
             f"torch.compile, in the parity gate and in training: {graphs} graphs, {breaks} breaks between them, "
-            f"{done} of {tried} frames compiled, the others run as they are"
+            f"{done} of {tried} frames compiled, the others ran uncompiled"
         )
         model._compiled_call_impl = None  # set by Module.compile(), which has no inverse
         torch.compiler.reset()

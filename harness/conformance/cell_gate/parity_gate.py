@@ -14,11 +14,11 @@ from harness.conformance.case import Case
 from harness.conformance.cell_gate import memory_headroom
 from harness.conformance.checks import CellStage, Check
 from harness.conformance.checks.unreferenced import nudged
-from harness.conformance.comparison.check_results import at, judged, skipped
+from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import inputs
-from harness.conformance.comparison.layer_comparison import beside
+from harness.conformance.comparison.layer_comparison import observe_with_reference
 from harness.conformance.comparison.tolerance_policies import noise_floor, worst_of
-from harness.conformance.subject import DTYPES, Subject, attach_reference, begin, configure, load, warm
+from harness.conformance.subject import DTYPES, Subject, attach_reference, configure, load, load_start, warm
 from harness.errors import Unsupported
 from harness.methods.peft_config import UNREFERENCED
 from harness.records.record import CheckResult, Outcome
@@ -63,7 +63,7 @@ def gate(
     if any(result.outcome is Outcome.FAIL for result in results):
         return results
     if start is not None:
-        begin(subject.adapted, start)
+        load_start(subject.adapted, start)
     began = {name: t.detach().clone() for name, t in subject.added().items()}
     results += run(CellStage.START, case)
     warm(subject.added(), case.generator(salt=1))
@@ -98,7 +98,11 @@ def _packed_base(subject: Subject, case: Case, base: str) -> CheckResult:
     for index, path in enumerate(subject.packed):
         layer = subject.original_base(path)
         x, dy = inputs(layer, case.tokens, DTYPES[subject.dtype], case.generator(index))
-        found.append(at(path, noise_floor(*beside(alone, path, layer, x, dy, training=True), subject.dtype)))
+        found.append(
+            prefix_tensor(
+                path, noise_floor(*observe_with_reference(alone, path, layer, x, dy, training=True), subject.dtype)
+            )
+        )
     verdict = worst_of(found, found[0].policy)
     why = "" if verdict.passed else "a packed layer alone, without an adapter, does not compute what its codes say"
     return judged(_Base(f"base {base}".strip(), subject.dtype), case, "forward", verdict, why)
@@ -112,7 +116,7 @@ def after_training(
     forward: as of `gate`; only where there is no reference the whole model is run. Nothing is tried that the memory has no
     room for: after training a Cell has much to lose.
     """
-    if why := memory_headroom.lacking(subject):
+    if why := memory_headroom.merge_shortage(subject):
         return [skipped(subject, Case("trained", seed=seed), "merge", why)]
     if subject.method in UNREFERENCED:
         case = Case("trained", seed=seed, forward=forward)

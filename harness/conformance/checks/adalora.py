@@ -9,7 +9,7 @@ from torch import Tensor
 
 from harness.conformance.case import Case
 from harness.conformance.checks import check
-from harness.conformance.comparison.check_results import at, judged, listed, skipped
+from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
 from harness.conformance.comparison.tolerance_policies import noise_floor, worst_of
 from harness.conformance.subject import DTYPES, Subject, load
 from harness.methods.spec import Adapted
@@ -40,7 +40,7 @@ def check_importance(subject: Subject, case: Case) -> CheckResult:
             adapted.after_step(step)
         mine, exactly, roundly = (_averages(adapted) for adapted in (fresh.adapted, truth, rounded))
         verdict = noise_floor(mine, exactly, roundly, subject.dtype, case.factor("importance"))
-        found.append(at(f"step {step}", verdict))
+        found.append(prefix_tensor(f"step {step}", verdict))
     return judged(subject, case, "importance", worst_of(found, found[0].policy))
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from harness.conformance.case import Case
 from harness.conformance.checks import check
-from harness.conformance.comparison.check_results import at, judged, listed, skipped
+from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import noise_floor, worst_of
@@ -32,7 +32,7 @@ def check_norm(subject: Subject, case: Case) -> CheckResult:
             {"m at the start": m}
             for m in (fresh.tensors_of(path)["m"].detach(), norms(W0.double(), per), norms(W0, per))
         )
-        found.append(at(path, noise_floor(start, truth, rounded, subject.dtype, case.factor("norm"))))
+        found.append(prefix_tensor(path, noise_floor(start, truth, rounded, subject.dtype, case.factor("norm"))))
     load(fresh.adapted, subject.adapted.tensors(), subject.state())
     twins = {path: subject.reference(path, subject.dtype) for path in fresh.adapted.layers}
     fresh.adapted.merge()
@@ -41,7 +41,7 @@ def check_norm(subject: Subject, case: Case) -> CheckResult:
         mine = {"merged norm": norms(_matrix(fresh.model.get_submodule(path)).double(), per)}
         rounded = {"merged norm": norms(_matrix(twin.adapted.model.get_submodule("layer")).double(), per)}
         truth = {"merged norm": subject.tensors_of(path)["m"].detach().double().abs()}
-        found.append(at(path, noise_floor(mine, truth, rounded, subject.dtype, case.factor("norm"))))
+        found.append(prefix_tensor(path, noise_floor(mine, truth, rounded, subject.dtype, case.factor("norm"))))
     return judged(subject, case, "norm", worst_of(found, found[0].policy))
 
 

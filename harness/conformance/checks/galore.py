@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harness.conformance.case import Case
 from harness.conformance.checks import check
-from harness.conformance.comparison.check_results import at, judged, skipped
+from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
 from harness.conformance.subject import DTYPES, Subject
 from harness.records.record import CheckResult
@@ -46,7 +46,7 @@ def check_refresh(subject: Subject, case: Case) -> CheckResult:
         ]
         mine = _by_the_subject(optimizer, tensors, gradients)
         best = min(_against(fresh, case, tensors, gradients, mine), key=lambda j: (not j.passed, j.ratio))
-        found.append(at(path, best))
+        found.append(prefix_tensor(path, best))
     return judged(subject, case, "refresh", worst_of(found, found[0].policy))
 
 

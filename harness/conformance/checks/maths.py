@@ -12,9 +12,9 @@ from torch import Tensor
 from harness.conformance.case import Case
 from harness.conformance.checks import CellStage, States, check
 from harness.conformance.comparison import whole_model
-from harness.conformance.comparison.check_results import at, judged, skipped
+from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import cast, inputs, takes_rows
-from harness.conformance.comparison.layer_comparison import beside
+from harness.conformance.comparison.layer_comparison import observe_with_reference
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.optimizer_steps import optimizer_of
 from harness.conformance.comparison.tolerance_policies import (
@@ -82,8 +82,8 @@ def check_strides(subject: Subject, case: Case) -> CheckResult:
         x, dy = inputs(base, case.tokens, DTYPES[subject.dtype], case.generator(index))
         x, dy = x.T.contiguous().T, dy[:1].expand(dy.shape)
         for rows in (slice(None), slice(0, 0)):
-            runs = beside(subject, path, layer, x[rows], dy[rows])
-            found.append(at(path, noise_floor(*runs, subject.dtype, case.factor("strides"))))
+            runs = observe_with_reference(subject, path, layer, x[rows], dy[rows])
+            found.append(prefix_tensor(path, noise_floor(*runs, subject.dtype, case.factor("strides"))))
     if not found:
         return skipped(subject, case, "strides", "the layers do not map rows to rows")
     return judged(subject, case, "strides", worst_of(found, found[0].policy))
@@ -97,8 +97,8 @@ def check_vector(subject: Subject, case: Case) -> CheckResult:
         base = subject.original_base(path)
         if takes_rows(base):
             x, dy = inputs(base, 1, DTYPES[subject.dtype], case.generator(index))
-            runs = beside(subject, path, layer, x[0], dy[0])
-            found.append(at(path, noise_floor(*runs, subject.dtype, case.factor("vector"))))
+            runs = observe_with_reference(subject, path, layer, x[0], dy[0])
+            found.append(prefix_tensor(path, noise_floor(*runs, subject.dtype, case.factor("vector"))))
     if not found:
         return skipped(subject, case, "vector", "the layers do not map rows to rows")
     return judged(subject, case, "vector", worst_of(found, found[0].policy))
@@ -132,7 +132,7 @@ def check_step(subject: Subject, case: Case) -> CheckResult:
                     tensor.grad = None
         mine, truth, rounded = moved
         if truth:
-            found.append(at(path, noise_floor(mine, truth, rounded, subject.dtype, case.factor("step"))))
+            found.append(prefix_tensor(path, noise_floor(mine, truth, rounded, subject.dtype, case.factor("step"))))
     if not found:
         return skipped(subject, case, "step", "nothing trains")
     return judged(subject, case, "step", worst_of(found, found[0].policy))
@@ -198,12 +198,12 @@ def _judge_layers(subject: Subject, case: Case) -> _LayerJudgements:
         x, dy = inputs(base, case.tokens, DTYPES[subject.dtype], case.generator(index))
         if takes_rows(base) and len(x) % 2 == 0:
             x, dy = (t.view(2, -1, t.shape[-1]) for t in (x, dy))  # a batch of sequences, as models send it
-        mine, truth, draws = beside(subject, path, layer, x, dy, training=subject.trains_plainly)
+        mine, truth, draws = observe_with_reference(subject, path, layer, x, dy, training=subject.trains_plainly)
         for found, name, is_output in ((outputs, "forward", True), (gradients, "gradient", False)):
             have, expected = _only(mine, is_output), _only(truth, is_output)
             if have or expected:
                 own = (_only(draw, is_output) for draw in draws)
-                found.append(at(path, noise_floor(have, expected, own, subject.dtype, case.factor(name))))
+                found.append(prefix_tensor(path, noise_floor(have, expected, own, subject.dtype, case.factor(name))))
         dtype = next(iter(draws))["y"].dtype
         if mine["y"].dtype != dtype:
             wrong = f"{mine['y'].dtype}, should be {dtype}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from harness.conformance.case import Case
 from harness.conformance.checks import CellStage, States, check
-from harness.conformance.comparison.check_results import at, judged, listed, skipped
+from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.layer_comparison import runs_of
 from harness.conformance.comparison.observations import observe
@@ -63,7 +63,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
         found = []
         for path, y in outputs.items():
             truth, draws = expected[path][when == _MOVED]
-            found.append(at(path, noise_floor({"y": y}, truth, draws, subject.dtype, case.factor("merge"))))
+            found.append(prefix_tensor(path, noise_floor({"y": y}, truth, draws, subject.dtype, case.factor("merge"))))
         worst[when] = worst_of(found, found[0].policy if found else "noise-floor")
     when, verdict = next(((when, v) for when, v in worst.items() if not v.passed), ("", worst[_MOVED]))
     if verdict.passed:
@@ -122,7 +122,9 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
         mine = observe(layer, subject.tensors_of(path), x, dy)
-        found.append(at(path, exact(observe(fresh.adapted.layers[path], fresh.tensors_of(path), x, dy), mine)))
+        found.append(
+            prefix_tensor(path, exact(observe(fresh.adapted.layers[path], fresh.tensors_of(path), x, dy), mine))
+        )
     return judged(subject, case, "save", worst_of(found, "exact"))
 
 

@@ -13,7 +13,7 @@ from harness.conformance.comparison import operation_call
 from harness.conformance.comparison.check_results import judged, listed, skipped
 from harness.conformance.comparison.tolerance_policies import exact, noise_floor, worst_of
 from harness.conformance.operation import OperationSubject, cloned
-from harness.conformance.poisoned_memory import fresh_memory
+from harness.conformance.poisoned_memory import poisoned_memory
 from harness.conformance.subject import DTYPES
 from harness.records.record import CheckResult
 
@@ -59,7 +59,7 @@ def check_arguments(subject: OperationSubject, case: Case) -> CheckResult:
         subject,
         case,
         "arguments",
-        exact(_told(operation_call.flat(given)), _told(operation_call.flat(subject.arguments))),
+        exact(_told(operation_call.flatten(given)), _told(operation_call.flatten(subject.arguments))),
     )
 
 
@@ -79,7 +79,7 @@ def check_layouts(subject: OperationSubject, case: Case) -> CheckResult:
     """
     plain, found = subject.call(), []
     for name, change in (("every second element", _gapped), ("transposed", _transposed)):
-        given = operation_call.changed(cloned(subject.arguments), change)
+        given = operation_call.map_floats(cloned(subject.arguments), change)
         mine = subject.operation.named(subject.function(**given))
         verdict = operation_call.ill_formed(mine, plain) or exact(_told(mine), _told(plain))
         if not verdict.passed:
@@ -102,7 +102,7 @@ def check_written(subject: OperationSubject, case: Case) -> CheckResult:
         return {n: t.detach().clone() for n, t in subject.call().items()} | gradients
 
     clean = seen()
-    with fresh_memory():
+    with poisoned_memory():
         poisoned = seen()
     odd = [
         f"{name} holds what was never written"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harness.conformance.case import Case
 from harness.conformance.checks import check
-from harness.conformance.comparison.check_results import at, judged, skipped
+from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
 from harness.conformance.comparison.layer_comparison import Draws
 from harness.conformance.comparison.tolerance_policies import noise_floor, perturbed, worst_of
 from harness.conformance.subject import Subject
@@ -36,7 +36,7 @@ def check_residual(subject: Subject, case: Case) -> CheckResult:
             {"residual + s B A": adapted.state()[f"{path}.residual"].detach().double() + _product(fresh, adapted, path)}
             for adapted in (fresh.adapted, reference)
         )
-        found.append(at(path, noise_floor(mine, truth, rounded, subject.dtype, case.factor("residual"))))
+        found.append(prefix_tensor(path, noise_floor(mine, truth, rounded, subject.dtype, case.factor("residual"))))
     return judged(subject, case, "residual", worst_of(found, found[0].policy))
 
 
@@ -56,7 +56,7 @@ def check_principal(subject: Subject, case: Case) -> CheckResult:
         mine, rounded = (_principal(fresh, adapted, path) for adapted in (fresh.adapted, reference))
         draws = Draws(chain([rounded], _close_by(W, fresh)))
         truth = _best(*exact_svd(W, fresh.config.rank), fresh.config)
-        found.append(at(path, noise_floor(mine, truth, draws, subject.dtype, case.factor("principal"))))
+        found.append(prefix_tensor(path, noise_floor(mine, truth, draws, subject.dtype, case.factor("principal"))))
     return judged(subject, case, "principal", worst_of(found, found[0].policy))
 
 

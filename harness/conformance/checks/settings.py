@@ -21,13 +21,13 @@ def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResu
     What others compute afterwards would depend on it. Drawing random numbers is allowed, seeding them is not.
     """
     if isinstance(subject, OperationSubject):
-        with process_settings.kept() as changed:
-            seeded = process_settings.seeded(subject.call)
+        with process_settings.restored() as changed:
+            seeded = process_settings.find_seeding(subject.call)
         return listed(subject, case, "settings", [*changed, *seeded])
     if case.fresh is None:
         return skipped(subject, case, "settings", "the case cannot attach anew")
-    with process_settings.kept() as changed:
-        seeded = process_settings.seeded(lambda: _use(case.attach_again(), case))
+    with process_settings.restored() as changed:
+        seeded = process_settings.find_seeding(lambda: _use(case.attach_again(), case))
     return listed(subject, case, "settings", [*subject.disturbed, *changed, *seeded])
 
 

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from harness.conformance.case import Case
 from harness.conformance.checks import CellStage, Reference, States, check
-from harness.conformance.comparison.check_results import at, judged, listed, skipped
+from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import exact, worst_of
-from harness.conformance.poisoned_memory import fresh_memory
+from harness.conformance.poisoned_memory import poisoned_memory
 from harness.conformance.subject import DTYPES, Subject, initial_shapes
 from harness.methods import checksums
 from harness.records.record import CheckResult
@@ -105,7 +105,7 @@ def check_inputs(subject: Subject, case: Case) -> CheckResult:
             y.backward(dy)
         for tensor in subject.tensors_of(path).values():
             tensor.grad = None
-        found.append(at(path, exact({n: t.detach() for n, t in held.items()}, before)))
+        found.append(prefix_tensor(path, exact({n: t.detach() for n, t in held.items()}, before)))
     return judged(subject, case, "inputs", worst_of(found, "exact"))
 
 
@@ -116,7 +116,7 @@ def check_deterministic(subject: Subject, case: Case) -> CheckResult:
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
         first = observe(layer, subject.tensors_of(path), x, dy)
-        found.append(at(path, exact(observe(layer, subject.tensors_of(path), x, dy), first)))
+        found.append(prefix_tensor(path, exact(observe(layer, subject.tensors_of(path), x, dy), first)))
     return judged(subject, case, "deterministic", worst_of(found, "exact"))
 
 
@@ -131,7 +131,7 @@ def check_poison(subject: Subject, case: Case) -> CheckResult:
         x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
         tensors = subject.tensors_of(path)
         clean = observe(layer, tensors, x, dy)
-        with fresh_memory():
+        with poisoned_memory():
             poisoned = observe(layer, tensors, x, dy)
         odd += [f"{path}: {n} holds NaN" for n in clean if bool(poisoned[n].isnan().any() & ~clean[n].isnan().any())]
     return listed(subject, case, "poison", odd)

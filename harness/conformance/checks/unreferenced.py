@@ -39,7 +39,7 @@ def nudged(subject: Subject, generator: torch.Generator) -> Subject:
     return replace(subject, model=adapted.model, adapted=adapted)
 
 
-def small(subject: Subject) -> bool:
+def is_copyable(subject: Subject) -> bool:
     """Say whether the model may be copied, also to float64."""
     return sum(p.numel() for p in subject.model.parameters()) <= LARGEST_COPY
 
@@ -90,7 +90,7 @@ def check_reached(subject: Subject, case: Case) -> CheckResult:
     that is zero has none there, and is looked at over biases that are not.
     """
     odd = _unreached(subject, case)
-    if odd and small(subject):
+    if odd and is_copyable(subject):
         elsewhere = _unreached(_without_zeros(subject, case.generator(salt=5)), case)
         odd = {name: what for name, what in odd.items() if name in elsewhere}
     if odd and all("trainable_tokens" in name for name in odd):
@@ -140,7 +140,7 @@ def check_merge_itself(subject: Subject, case: Case) -> CheckResult:
     """Merged, the model computes what it computed unmerged, whatever then becomes of the adapter; unmerged again it follows
     its adapter: within twice what the model loses in its dtype, or by weights that are rounded once more. On a copy.
     """
-    if not small(subject):
+    if not is_copyable(subject):
         return skipped(subject, case, "merge_itself", _TOO_LARGE)
     wide, near, mine = (copy.deepcopy(subject.adapted) for _ in range(3))
     wide.model.double()

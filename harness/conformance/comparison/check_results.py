@@ -63,6 +63,6 @@ def identifier(subject: Named, case: Case, name: str) -> str:
     return str(CheckId(subject.method, name, subject.dtype, case.state))
 
 
-def at(path: str, judgement: Judgement) -> Judgement:
+def prefix_tensor(path: str, judgement: Judgement) -> Judgement:
     """Say at which layer a tensor is."""
     return replace(judgement, tensor=f"{path}: {judgement.tensor}")

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from harness import yaml_lines
 from harness.conformance import checks
@@ -25,7 +25,6 @@ from harness.records.base_model import FrozenModel
 from harness.records.check import CheckResult, Outcome
 from harness.records.check_id import CheckId
 from harness.resources import folder
-from harness.suites import schema
 
 
 class Defect(FrozenModel):
@@ -60,7 +59,7 @@ class Defect(FrozenModel):
         try:
             SpecifierSet(value)
         except InvalidSpecifier as error:
-            raise ValueError(f"`versions` is {value!r}, not a range such as >=0.19,<0.22") from error
+            raise ValueError(f"`versions` is {value!r}, not a range; write e.g. >=0.19,<0.22") from error
         return value
 
     @field_validator("shows")
@@ -70,7 +69,7 @@ class Defect(FrozenModel):
             try:
                 re.compile(one)
             except re.error as error:
-                raise ValueError(f"`shows` holds {one!r}, which is no regular expression: {error}") from error
+                raise ValueError(f"`shows` holds {one!r}; write a regular expression: {error}") from error
         return value
 
     def matches(self, tried: CheckOutcome, pattern: str = "") -> bool:
@@ -118,11 +117,8 @@ def path() -> Path:
 def known() -> tuple[Defect, ...]:
     """Read the known defects. Raises SuiteError with every mistake: unknown checks, ids twice, missing reproductions."""
     file = path()
-    document = yaml_lines.load(file)
-    try:
-        defects = _File.model_validate(document.data).defects
-    except ValidationError as error:
-        raise SuiteError([problem for _, problem in schema.explain(error, _File, document)]) from error
+    document, keys = yaml_lines.load_model(file, _File)
+    defects = keys.defects
     problems, seen = [], set()
     for index, defect in enumerate(defects):
         where = document.where("defects", index)

@@ -23,7 +23,7 @@ from harness.regression.pairs import sides as arms
 from harness.regression.pairs.request import PairsRequest
 from harness.regression.pairs.schedule import Measured, PairsRunner
 from harness.suites import loader
-from harness.suites.expand import Plan, expand
+from harness.suites.expand import Plan
 from harness.suites.expand import only as keep_only
 
 DOCUMENT, SCHEMA = "pairs.json", 1
@@ -37,7 +37,7 @@ def gate(asked: PairsRequest, as_json: bool, design: Design | None = None) -> Ex
     design = design or Design()
     asked.outputs.refuse()
     path = loader.find(asked.suite)
-    plan = _trained(expand(loader.load(path)), asked.only, asked.suite)
+    plan = _trained(loader.load(path).plan, asked.only, asked.suite)
     wanted = _cores(asked)
     if wanted is not None and wanted > (there := cores.available_cores()):
         what = f"{wanted} cores are asked for, and this process may use {there}"
