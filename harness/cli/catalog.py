@@ -45,7 +45,9 @@ def overview_text(document: Mapping[str, Any]) -> str:
         head = f"{kind:<{max(map(len, KINDS))}}  {len(rows):>4}  "
         more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
         text = ", ".join([*names[:_SHOWN], *more])
-        lines += textwrap.wrap(text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head))
+        lines += textwrap.wrap(
+            text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False
+        )
     return "\n".join([*lines, "", "`peft-harness list KIND` shows the details of a kind"])
 
 

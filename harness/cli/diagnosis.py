@@ -65,7 +65,10 @@ def summary_text(findings: Sequence[Diagnosis]) -> str:
     text: list[str] = []
     for (state, group, _), members in sorted(lines.items(), key=lambda item: item[0][0]):
         head = f"{_STATES[state]:<5} {group:<{width}}  "
-        text += textwrap.wrap(_sentence(members), _WIDTH, initial_indent=head, subsequent_indent=" " * len(head))
+        indent = " " * len(head)
+        text += textwrap.wrap(
+            _sentence(members), _WIDTH, initial_indent=head, subsequent_indent=indent, break_on_hyphens=False
+        )
     problems = sum(f.state == "no" for f in findings)
     return "\n".join([*text, "", f"{problems or 'no'} problem{'s' * (problems != 1)}; --verbose lists every finding"])
 

@@ -19,7 +19,8 @@ KINDS = ("methods", "implementations", "suites", "models", "tasks", "checks", "c
 def list_(kinds: tuple[str, ...], as_json: bool) -> Exit:
     """List the names that a suite can use.
 
-    KIND is methods, implementations, suites, models, tasks, checks, claims or measures; without it, prints the names of all kinds.
+    KIND is methods, implementations, suites, models, tasks, checks, claims or measures. Without it, prints the names of all
+    kinds.
     """
     from harness.cli import catalog
 

@@ -10,9 +10,12 @@ from harness.analysis.statistics.process_runs import ALARM, MARGIN, Pace, judge
 from harness.analysis.verdict_kind import Verdict, VerdictKind
 from harness.bench.pytest_benchmark import Saved
 
-_WORDS = {
-    Pace.SLOWER: VerdictKind.FAIL, Pace.FASTER: VerdictKind.PASS, Pace.NOT_SLOWER: VerdictKind.PASS, Pace.INCONCLUSIVE: VerdictKind.INCONCLUSIVE,
-}  # fmt: skip
+_KINDS = {
+    Pace.SLOWER: VerdictKind.FAIL,
+    Pace.FASTER: VerdictKind.PASS,
+    Pace.NOT_SLOWER: VerdictKind.PASS,
+    Pace.INCONCLUSIVE: VerdictKind.INCONCLUSIVE,
+}
 _ALWAYS = ("torch", "gpu")
 """What a run says of itself wherever it was in use: without it, it was not."""
 _SHOWN = 3
@@ -95,7 +98,7 @@ def _row(name: str, kept: Sequence[Sequence[float]], new: Sequence[float], margi
     found = judge(kept, new, margin)
     return ComparisonRow(
         FindingKind.SPEED,
-        _WORDS[found.pace],
+        _KINDS[found.pace],
         name,
         (),
         "median round",

@@ -27,7 +27,7 @@ def summary(f: RunFacts) -> list[str]:
     for j in f.verdict.judgements:
         lines.append(f"{icon(j.verdict.word)} {j.verdict.word.value}: {j.comparison.says}")
         lines.append(f"    {j.verdict.reason}")
-    lines += [f"! {note}" for note in table["notes"]]
+    lines += [f"! {note}" for note in tables.short_notes(f)]
     for note in sections.notes(f):
         if UNREACHED in note["text"]:  # of the others it is enough that they are on the page
             names = (f.titles[source["id"].partition(".")[0]] for source in note["sources"])
