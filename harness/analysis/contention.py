@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from harness.analysis.measurements import TRAIN
+from harness.errors import plural
 from harness.records.record import Record
 
 ONE_CORE = 0.9
@@ -31,7 +32,7 @@ def busy(record: Record) -> str:
     if used >= ONE_CORE and not (crowded and used < ALL_THREADS * threads):
         return ""
     beside = "" if load is None else f"; load average {load:.1f} at the end of training"
-    return f"{used:.2f} s of CPU time per second for {threads} thread{'s' * (threads != 1)}{beside}"
+    return f"{used:.2f} s of CPU time per second for {plural(threads, 'thread')}{beside}"
 
 
 def _cores(record: Record) -> int:

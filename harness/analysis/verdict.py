@@ -11,7 +11,7 @@ from harness.analysis import trajectories
 from harness.analysis.ranking import Score, accuracies, score, why_not_comparable
 from harness.analysis.statistics import over_seeds
 from harness.analysis.verdict_kind import Verdict, VerdictKind
-from harness.errors import Exit
+from harness.errors import Exit, plural
 from harness.records import naming
 from harness.records.manifest import Comparison
 from harness.records.record import Cell, Outcome, Record, Status
@@ -100,7 +100,9 @@ def _judge_comparison(comparison: Comparison, run: Run, latest: dict[str, Record
     cells = {cell.cell_id: cell for cell in run.manifest.cells}
     unknown = [i for i in (*comparison.left, *comparison.right) if i not in cells]
     if unknown:
-        left_out = f"{_cells(len(unknown))} that it asks about not in this run, e.g. for --only: {', '.join(unknown)}"
+        left_out = (
+            f"{plural(len(unknown), 'Cell')} that it asks about not in this run, e.g. for --only: {', '.join(unknown)}"
+        )
         return QuestionVerdict(comparison, Verdict(VerdictKind.NOT_RUN, left_out))
     if comparison.kind == "same-losses":
         losses = trajectories.judge(comparison, cells, latest)
@@ -201,8 +203,12 @@ def _whole(
         diverged = [names[r.cell_id] for r in departed if parity.diverged(r)]
         others = [_red(names[r.cell_id], r) for r in departed if not parity.diverged(r)]
         reasons = [f"not as the run left them: {', '.join(run.changed)}"] if run.changed else []
-        reasons += [f"{_cells(len(others))} not computing what the Method says ({'; '.join(others)})"] if others else []
-        reasons += [f"training of {_cells(len(diverged))} diverged ({'; '.join(diverged)})"] if diverged else []
+        reasons += (
+            [f"{plural(len(others), 'Cell')} not computing what the Method says ({'; '.join(others)})"]
+            if others
+            else []
+        )
+        reasons += [f"training of {plural(len(diverged), 'Cell')} diverged ({'; '.join(diverged)})"] if diverged else []
         reasons += [f"refuted: “{j.comparison.says}”" for j in refuted]
         ids = (*nonconforming, *(i for j in refuted for i in j.verdict.records))
         return Verdict(VerdictKind.FAIL, "; ".join(reasons), tuple(dict.fromkeys(ids))), Exit.FAIL
@@ -216,9 +222,9 @@ def _whole(
 
     lacking = len(run.missing())
     if bad or lacking or run.broken or how != "finished":
-        reasons = [f"{_cells(len(bad))} not measured ({_statuses(bad)})"] if bad else []
-        reasons += [f"{_cells(lacking)} without any Record"] if lacking else []
-        reasons += [f"{len(run.broken)} unreadable file{'s' * (len(run.broken) != 1)}"] if run.broken else []
+        reasons = [f"{plural(len(bad), 'Cell')} not measured ({_statuses(bad)})"] if bad else []
+        reasons += [f"{plural(lacking, 'Cell')} without any Record"] if lacking else []
+        reasons += [plural(len(run.broken), "unreadable file")] if run.broken else []
         reasons += [f"the run is {how}"] if how != "finished" else []
         return Verdict(VerdictKind.INCONCLUSIVE, "; ".join(reasons), tuple(r.id for r in bad)), Exit.INFRASTRUCTURE
 
@@ -244,10 +250,6 @@ def _red(name: str, record: Record) -> str:
     more = f" and {len(red) - 2} more" if len(red) > 2 else ""
     why = f"{', '.join(red[:2])}{more} failed" if red else record.because
     return f"{name}: {why}" if why else name
-
-
-def _cells(n: int) -> str:
-    return f"{n} Cell{'s' * (n != 1)}"
 
 
 def _statuses(records: list[Record]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from harness.assets import cache, fetch
-from harness.console import say
+from harness.console import echo
 from harness.errors import Exit
 from harness.methods.registry import discover
 from harness.records import environment, store
@@ -47,12 +47,12 @@ def report(as_json: bool, verbose: bool = False) -> Exit:
     findings = [*_machine(), *_implementations(), *_assets(), *_disk()]
     if as_json:
         rows = [{"subject": f.subject, "state": f.state, "detail": f.detail} for f in findings]
-        say(json.dumps({"schema": 1, "findings": rows}, indent=1))
+        echo(json.dumps({"schema": 1, "findings": rows}, indent=1))
     elif verbose:
         width = max(len(f.subject) for f in findings)
-        say("\n".join(f"{f.state:<5} {f.subject:<{width}}  {f.detail}" for f in findings))
+        echo("\n".join(f"{f.state:<5} {f.subject:<{width}}  {f.detail}" for f in findings))
     else:
-        say(summary_text(findings))
+        echo(summary_text(findings))
     return Exit.INFRASTRUCTURE if any(f.state == "no" for f in findings) else Exit.PASS
 
 

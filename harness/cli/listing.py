@@ -7,7 +7,7 @@ import json
 import click
 
 from harness.cli import options
-from harness.console import say
+from harness.console import echo
 from harness.errors import Exit
 
 KINDS = ("methods", "implementations", "suites", "models", "tasks", "checks", "claims", "measures")
@@ -26,5 +26,5 @@ def list_(kinds: tuple[str, ...], as_json: bool) -> Exit:
 
     document = catalog.listing(kinds)
     text = catalog.as_text if kinds else catalog.overview_text
-    say(json.dumps(document, indent=1) if as_json else text(document))
+    echo(json.dumps(document, indent=1) if as_json else text(document))
     return Exit.PASS

@@ -1,4 +1,4 @@
-"""Parity suites: which cases `check` tries for a Method or an Operation. One YAML each in suites/parity/."""
+"""Parity suites: the cases that `check` tries for a Method or an Operation. One YAML each in suites/parity/."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from pydantic import Field
 from harness import yaml_lines
 from harness.conformance import case_selection, checks
 from harness.conformance.case_selection import CaseSelection
-from harness.errors import Problem, SuiteError, UsageError, near
+from harness.errors import Problem, SuiteError, UsageError, did_you_mean
 from harness.methods.registry import DTYPES
 from harness.methods.spec import methods
 from harness.records.record import FrozenModel
-from harness.resources import folder
+from harness.resources import data_folder
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Kind = Literal["linear", "conv1d", "embedding", "conv2d", "conv2d-dilated", "conv2d-reflect"]
 
 
 class CaseShape(FrozenModel):
-    """Rows x in x out of the first layer of the model that is adapted; the second maps back."""
+    """Rows x in x out of the first adapted layer; the second maps back."""
 
     tokens: int = Field(ge=1)
     inputs: int = Field(ge=1, alias="in")
     outputs: int = Field(ge=1, alias="out")
 
     def square(self) -> CaseShape:
-        """Return the shape whose two layers are of one size, the smaller."""
+        """Return the shape with two layers of one size, the smaller."""
         side = min(self.inputs, self.outputs)
         return CaseShape.model_validate({"tokens": self.tokens, "in": side, "out": side})
 
@@ -40,7 +40,7 @@ class CaseShape(FrozenModel):
 
 
 class Tolerance(FrozenModel):
-    """A factor on the noise floor that is not the usual one, and why: it shows in the report."""
+    """A factor on the noise floor other than the usual one, with its reason, which the report shows."""
 
     factor: float = Field(gt=0, le=1000)
     because: str = Field(min_length=10)
@@ -48,15 +48,14 @@ class Tolerance(FrozenModel):
 
 
 class MethodSuite(FrozenModel):
-    """The cases of one Method: every config x kind of layer x shape x dtype, and the checks in every state.
-
-    base: the quantisation of the base weights that is judged, under the reference's adapter; empty where the Method is.
-    follows: whose reading of the paper the cases follow where they differ.
-    """
+    """The cases of one Method: every config x kind of layer x shape x dtype, and the checks in every state."""
 
     method: str
     base: str = ""
+    """Quantisation of the base weights that is judged, under the reference's adapter; empty where the Method is judged.
+    """
     follows: str = "the paper"
+    """Reading of the paper that the cases follow where readings differ."""
     checks: list[str] = Field(min_length=1)
     states: list[Literal["init", "warm"]] = Field(min_length=1)
     configs: list[dict[str, Any]] = Field(min_length=1)
@@ -129,7 +128,7 @@ class MethodCase:
 
 
 class OperationSuite(FrozenModel):
-    """The cases of one Operation: every case x dtype. What a case may say is what the Operation's arguments take."""
+    """The cases of one Operation: every case x dtype."""
 
     operation: str
     follows: str = "the paper"
@@ -182,7 +181,9 @@ def _drops(config: Mapping[str, Any]) -> bool:
 
 
 def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype) -> tuple[int, slice]:
-    """Return which of the other dtypes this is, and what of a list it meets: all, or of n others every n-th."""
+    """Return the index of a dtype among the others, and the slice of a list that it meets: all, or every n-th for n
+    others.
+    """
     whole = "float32" if "float32" in wanted else wanted[0]
     others = [one for one in there if one != whole]
     if dtype == whole:
@@ -191,17 +192,17 @@ def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype) -> tup
 
 
 def path_of(name: str) -> Path:
-    """Return where the parity suite of a Method or an Operation stands."""
-    return folder("suites") / "parity" / f"{name}.yaml"
+    """Return the path of the parity suite of a Method, an Operation or a base."""
+    return data_folder("suites") / "parity" / f"{name}.yaml"
 
 
 def names() -> list[str]:
-    """List what has a parity suite."""
+    """List the targets that have a parity suite."""
     return sorted(file.stem for file in path_of("any").parent.glob("*.yaml"))
 
 
 def kind_of(name: str) -> Literal["method", "operation", "base"]:
-    """Say what a parity suite is of."""
+    """Return the kind of target of a parity suite."""
     data = yaml_lines.load(_existing(name)).data
     if isinstance(data, dict) and "operation" in data:
         return "operation"
@@ -214,7 +215,7 @@ def load_plan(name: str) -> ParitySuite:
 
 
 def in_words(values: Mapping[str, Any]) -> str:
-    """Name what a case says: `rank=3 alpha=8`."""
+    """Format the values of a case: `rank=3 alpha=8`."""
     return " ".join(f"{key}={value}" for key, value in values.items())
 
 
@@ -253,12 +254,14 @@ def _of_checks(document: yaml_lines.Document, plan: MethodSuite | OperationSuite
     known = checks.docstrings()
     for index, name in enumerate(plan.checks):
         if name not in known:
-            yield Problem(document.where("checks", index), f"no check is called {name!r}", near(name, known, "checks"))
+            yield Problem(
+                document.where("checks", index), f"no check is called {name!r}", did_you_mean(name, known, "checks")
+            )
     for name in plan.tolerances:
         if name not in plan.checks:
             yield Problem(
                 document.where("tolerances", name), f"a tolerance for {name!r}, which is not tried here",
-                near(name, plan.checks, "checks here"),
+                did_you_mean(name, plan.checks, "checks here"),
             )  # fmt: skip
 
 
@@ -268,6 +271,6 @@ def _of_configs(document: yaml_lines.Document, plan: MethodSuite) -> Iterator[Pr
         for key, value in config.items():
             where = document.where("configs", index, key)
             if key not in fields:
-                yield Problem(where, f"{plan.method} has no knob {key!r}", near(key, fields, "knobs"))
+                yield Problem(where, f"{plan.method} has no knob {key!r}", did_you_mean(key, fields, "knobs"))
             elif problem := fields[key].problem(value):
                 yield Problem(where, f"{key} {problem}")

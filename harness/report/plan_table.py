@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.assets.table import resolve
-from harness.console import aligned
-from harness.errors import StoreError
-from harness.memory_model import cells
+from harness.console import align_columns
+from harness.errors import StoreError, plural
+from harness.memory_model import plan_prediction
 from harness.records import naming, store
 from harness.records.record import SCHEMA, Predicted, Record, Status
 from harness.report.formatting import mebibytes, seconds
@@ -26,7 +26,7 @@ def predictions(suite: Suite, plan: Plan) -> dict[str, Predicted | str]:
     sources = {cell.model: resolve(cell.model, suite.sources, base) for cell in plan.cells}
     labels = {name: task.labels for name, task in suite.tasks.items()}
     every = {name for name, task in suite.tasks.items() if task.answers and task.answers.loss == "all"}
-    return cells.predictions(plan.cells, sources, labels, every)
+    return plan_prediction.predictions(plan.cells, sources, labels, every)
 
 
 def planning(
@@ -81,7 +81,7 @@ def as_text(document: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             f"{document['suite']}: {document['title']}",
-            *aligned(rows),
+            *align_columns(rows),
             *(["compares:", *questions] if questions else []),
             _summary(document["estimate"]),
             *_notes(document["cells"]),
@@ -113,15 +113,11 @@ def _notes(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             "Memory is predicted: no allocator overhead, evaluation or latency included. Details: peft-harness explain memory"
         )
     for what, n in Counter(p["untouched"] for p in predicted if p["untouched"]).items():
-        yield f"of {_cells(n)}: {what}"
+        yield f"of {plural(n, 'Cell')}: {what}"
     for why, n in Counter(p["no_peak"] for p in predicted if p["no_peak"]).items():
-        yield f"no training step simulated for {_cells(n)}: {why}"
+        yield f"no training step simulated for {plural(n, 'Cell')}: {why}"
     for why, n in Counter(row["not_predicted"] for row in cells if row["not_predicted"]).items():
-        yield f"no prediction for {_cells(n)}: {why}"
-
-
-def _cells(n: int) -> str:
-    return f"{n} Cell{'s' * (n != 1)}"
+        yield f"no prediction for {plural(n, 'Cell')}: {why}"
 
 
 def _newest(wanted: set[str], runs: Path) -> dict[str, Record]:
@@ -159,7 +155,9 @@ def _time(last: Mapping[str, Any] | None) -> str:
 
 def _summary(estimate: Mapping[str, Any]) -> str:
     count, known, largest = estimate["of"], estimate["cells"], estimate["predicted_B"]
-    text = _cells(count) + (f"; largest predicted memory {mebibytes(largest)} MiB" if largest is not None else "")
+    text = plural(count, "Cell") + (
+        f"; largest predicted memory {mebibytes(largest)} MiB" if largest is not None else ""
+    )
     if not known:
         return f"{text}; time unknown until they have run here once"
     rest = f"; time unknown for the other {count - known}" if known < count else ""

@@ -7,6 +7,7 @@ from typing import Any
 
 from harness.analysis.comparison.reproducibility import Rerun
 from harness.analysis.verdict_kind import VerdictKind
+from harness.errors import plural
 from harness.records.store import Run
 from harness.report.tones import icon, tone
 
@@ -40,7 +41,7 @@ def lines(runs: Sequence[Run], found: Sequence[Rerun]) -> list[str]:
 
 
 def _whole(found: Sequence[Rerun]) -> tuple[VerdictKind, str]:
-    cells = f"{len(found)} repeated Cell{'s' * (len(found) != 1)}"
+    cells = plural(len(found), "repeated Cell")
     unexplained = sum(r.unexplained for r in found)
     explained = sum(not r.equal for r in found) - unexplained
     if not found:

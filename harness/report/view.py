@@ -13,6 +13,7 @@ from harness.analysis.ranking import Budget, Group, RankingEntry
 from harness.analysis.run_facts import RunFacts
 from harness.analysis.statistics.over_seeds import MODERATED
 from harness.analysis.verdict import QuestionVerdict
+from harness.errors import plural
 from harness.records import store
 from harness.records.record import Record, Status
 from harness.report import costs, formatting, latencies, links, recipes, reruns, sections, tables
@@ -111,11 +112,11 @@ def _alerts(f: RunFacts) -> list[dict[str, Any]]:
         found.append({"text": text, "items": [f"{f.titles[i]} ({i})" for i in f.verdict.missing]})
     if f.run.broken:
         n = len(f.run.broken)
-        text = f"{n} file{'s' if n > 1 else ''} could not be read, and {'are' if n > 1 else 'is'} not counted:"
+        text = f"{plural(n, 'file')} could not be read, and {'are' if n > 1 else 'is'} not counted:"
         found.append({"text": text, "items": [f"{name}: {why}" for name, why in f.run.broken.items()]})
     usual = reproducibility.usual_environment(f.run)
     elsewhere = [
-        f"{n} Cell{'s' * (n > 1)}: {'; '.join(differences) or 'the id alone differs'}"
+        f"{plural(n, 'Cell')}: {'; '.join(differences) or 'the id alone differs'}"
         for differences, records in reproducibility.strangers(f.run).items()
         if (n := sum(r.environment.id != usual.id for r in records))
     ]

@@ -320,7 +320,7 @@ def rehearsed(folder: Path) -> Path:
         ("llama-8b.yaml", folder / "suite.yaml", SMALLER),
         ("tasks/metamath-gsm8k.yaml", folder / "task.yaml", OF_TASK),
     ):
-        text = (loader.folder("suites") / name).read_text(encoding="utf-8")
+        text = (loader.data_folder("suites") / name).read_text(encoding="utf-8")
         for old, new in changes.items():
             assert old in text
             text = text.replace(old, new)

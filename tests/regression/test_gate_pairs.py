@@ -14,7 +14,8 @@ from xml.etree import ElementTree as ET
 import psutil
 import pytest
 
-from harness.analysis.comparison.baseline_costs import ALLOCATED, COUNTED_PEAK, PEAK
+from harness.analysis import metrics
+from harness.analysis.comparison.baseline_costs import PEAK
 from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B, ComparisonRow
 from harness.analysis.comparison.pair_verdict import CellComparison, judge
 from harness.analysis.statistics.canaries import Canaries
@@ -26,6 +27,7 @@ from harness.cli import main
 from harness.errors import Exit, HarnessError, UsageError
 from harness.records import environment, naming
 from harness.records.cost import GpuPhase, GpuState
+from harness.records.memory import ALLOCATED
 from harness.records.record import Cell, Record, Status
 from harness.regression.outputs.files import Outputs
 from harness.regression.pairs import canary_file
@@ -48,6 +50,7 @@ matrix:
       - {id: a, method: lora, implementation: [reference, fused], config: {rank: 4}}
       - {id: untrained, method: frozen, training: {steps: 0}}
 """
+COUNTED_PEAK = metrics.COUNTED_PEAK.quantity
 MIB = 2**20
 
 

@@ -14,12 +14,10 @@ from harness.analysis.comparison import baseline_costs, baseline_losses, baselin
 from harness.analysis.comparison.baseline_rows import LOOSER, ComparisonRow, FindingKind, Findings, Margins
 from harness.analysis.run_facts import RunFacts
 from harness.analysis.verdict_kind import Verdict, VerdictKind
-from harness.errors import Exit
+from harness.errors import Exit, first_names, plural
 from harness.records import naming
 from harness.records.record import Cell, Outcome, Record, Status
 
-_SHOWN = 3
-"""Names, and differences of environments, that a sentence gives."""
 _LAST = (FindingKind.ENVIRONMENT, FindingKind.ASSETS)
 
 
@@ -137,11 +135,14 @@ def _standing(name: str, base: Record, new: Record) -> ComparisonRow:
     passed, now = ({c.check for c in r.checks if c.outcome is Outcome.PASS} for r in (base, new))
     untried, looser = sorted(passed - now), _looser(base, new)
     if failed_checks.nonconforming(new):
-        word, reason = VerdictKind.FAIL, f"{_some(red)} failed" if red else new.because
+        word, reason = VerdictKind.FAIL, f"{first_names(red)} failed" if red else new.because
     elif untried:
-        word, reason = VerdictKind.INCONCLUSIVE, f"passed in the baseline, not tried now: {_some(untried)}"
+        word, reason = (
+            VerdictKind.INCONCLUSIVE,
+            f"passed in the baseline, not tried now: {first_names(untried)}",
+        )
     elif looser:
-        word, reason = VerdictKind.INCONCLUSIVE, f"more is allowed than in the baseline: {_some(looser)}"
+        word, reason = VerdictKind.INCONCLUSIVE, f"more is allowed than in the baseline: {first_names(looser)}"
     else:
         word, reason = VerdictKind.PASS, ""
     return ComparisonRow(
@@ -177,7 +178,7 @@ def _whole(
     judged = [row for row in rows if row.judged]
     ids = tuple(dict.fromkeys(i for row in judged for i in row.records))
     residue = _residue(rows)
-    files = [f"{len(unreadable)} unreadable file{'s' * (len(unreadable) != 1)}"] if unreadable else []
+    files = [plural(len(unreadable), "unreadable file")] if unreadable else []
     altered = [f"not as their run left them: {', '.join(changed)}"] if changed else []
 
     def verdict(word: VerdictKind, reasons: Sequence[str]) -> Verdict:
@@ -190,7 +191,7 @@ def _whole(
     lacking = [f"not compared: {', '.join(names)}" for names in [_counted(gone)] if names]
     if changed or failed:
         return verdict(VerdictKind.FAIL, [*_counted(failed), *altered, *lacking, *files, *notes]), Exit.FAIL
-    cells = f"{compared} Cell{'s' * (compared != 1)} compared, no regression"
+    cells = f"{plural(compared, 'Cell')} compared, no regression"
     if gone or notes:
         return verdict(VerdictKind.INCONCLUSIVE, [cells, *lacking, *files, *notes]), Exit.INFRASTRUCTURE
     if open_ := [row for row in judged if row.word is VerdictKind.INCONCLUSIVE]:
@@ -208,16 +209,11 @@ def _counted(rows: Sequence[ComparisonRow]) -> list[str]:
     found = []
     for kind in sorted(kinds, key=list(FindingKind).index):
         names = list(dict.fromkeys(kinds[kind]))
-        found.append(f"{kind.value}: {_some(names)}")
+        found.append(f"{kind.value}: {first_names(names)}")
     return found
 
 
 def _residue(rows: Sequence[ComparisonRow]) -> list[str]:
     """Name what was not the same around the Records, each with its number of Cells."""
     found = [f"{row.reason} ({row.name})" for row in rows if row.kind in _LAST]
-    return [f"not the same: {_some(found)}"] if found else []
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{', '.join(names[:_SHOWN])}{more}"
+    return [f"not the same: {first_names(found)}"] if found else []

@@ -8,6 +8,7 @@ from harness.analysis.comparison import reproducibility
 from harness.analysis.comparison.baseline_rows import ComparisonRow, FindingKind
 from harness.analysis.measurements import training_gpu
 from harness.analysis.verdict_kind import VerdictKind
+from harness.errors import plural
 from harness.records.record import Environment, Record
 
 _CODE = ("code version: ", "commit: ", "uncommitted changes: ")
@@ -38,7 +39,7 @@ def _row(
     kind: FindingKind, word: VerdictKind, lines: Iterable[str], pairs: Sequence[tuple[Record, Record]]
 ) -> ComparisonRow:
     cells = tuple(base.cell_id for base, _ in pairs)
-    return ComparisonRow(kind, word, f"{len(cells)} Cell{'s' * (len(cells) != 1)}", cells, kind.value, "; ".join(lines))
+    return ComparisonRow(kind, word, plural(len(cells), "Cell"), cells, kind.value, "; ".join(lines))
 
 
 def _surroundings(base: Record, new: Record) -> list[str]:

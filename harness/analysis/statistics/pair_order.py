@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from harness.errors import UsageError
+from harness.errors import UsageError, plural
 
 BLOCKS = ("ABBA", "BAAB")
 
@@ -17,7 +17,7 @@ def order(pairs: int, seed: int) -> str:
     """
     if pairs < 2 or pairs % 2:
         raise UsageError(
-            f"{pairs} pair{'s' * (pairs != 1)} to order: drift cancels within blocks of two pairs",
+            f"{plural(pairs, 'pair')} to order: drift cancels within blocks of two pairs",
             hint="ask for an even number of pairs",
         )
     drawn = random.Random(seed)  # noqa: S311  # nothing is secret here

@@ -23,6 +23,7 @@ from harness.analysis.statistics.intervals import LEVEL, POWER, median_interval
 from harness.analysis.statistics.pair_power import found, least
 from harness.analysis.statistics.paired import IMPLAUSIBLE
 from harness.analysis.statistics.trimmed import single, trimmed
+from harness.errors import plural
 
 MARGIN = 0.10
 """The slow-down that is no finding yet: sessions of one machine may differ by some per cent though nothing has changed."""
@@ -133,7 +134,7 @@ def _words(pace: Pace, margin: float, p: float, change: float) -> str:
 
 def _rests(n: int, assumed: bool, mde80: float) -> str:
     """Say what a verdict rests on, and what would have been found."""
-    runs = f"{n} run{'s' * (n != 1)} kept"
+    runs = f"{plural(n, 'run')} kept"
     if assumed:
         why = f"{FEWEST} tell it" if n < FEWEST else "they show none"
         runs += f", so a deviation of {100 * ASSUMED:g} % from run to run is assumed ({why})"

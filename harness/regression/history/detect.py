@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from harness.analysis import tracked_metrics
-from harness.console import say
+from harness.console import echo
 from harness.errors import Exit
 from harness.regression.history import cell_names, changes, decisions, night_files
 from harness.regression.history.changes import Change, FoundChanges
@@ -34,7 +34,7 @@ from harness.regression.history.series import HistorySeries, series
 
 
 def detect(
-    folder: Path, cell: str | None, sentinel: str | None, as_json: bool, strict: bool, *, out: Callable[[str], Any] = say
+    folder: Path, cell: str | None, sentinel: str | None, as_json: bool, strict: bool, *, out: Callable[[str], Any] = echo
 ) -> Exit:  # fmt: skip
     """Print the changes and return the exit code; see the help of the command.
 
