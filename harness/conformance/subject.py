@@ -219,7 +219,7 @@ def attach_reference(
     return importlib.import_module(f"reference.{method}").attach(model, config, generator)  # type: ignore[no-any-return]
 
 
-def adaptable_layers(model: nn.Module, config: Any) -> dict[str, Any]:
+def adaptable_layers(model: nn.Module, config: Any) -> dict[str, nn.Module]:
     """Map path to layer: the config's targets, or every linear layer if the Method names none."""
     if hasattr(config, "targets"):
         return targets(model, config.targets, KINDS)

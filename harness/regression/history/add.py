@@ -113,7 +113,7 @@ def _rows(run: Run, places: dict[str, dict[str, str]], added: Added) -> Iterator
         if record.status is not Status.OK:
             row["status"] = record.status.value
         else:
-            metrics = tracked_metrics.kept(record)
+            metrics = tracked_metrics.tracked(record)
             if metrics.untimed:
                 added.left_out.append(f"no times of {record.cell.label} ({record.cell_id}): {metrics.untimed}")
             row["values"] = dict(sorted(metrics.values.items()))
