@@ -73,7 +73,7 @@ class Problem:
         return f"{self.where}: {self.what}" + (f"\n    hint: {self.hint}" if self.hint else "")
 
 
-def in_order(problems: Iterable[Problem]) -> list[Problem]:
+def sort_problems(problems: Iterable[Problem]) -> list[Problem]:
     """Return the problems of files in the order of their lines, each once: what many share is met in each of them."""
 
     def place(problem: Problem) -> tuple[str, int, str]:
@@ -83,7 +83,7 @@ def in_order(problems: Iterable[Problem]) -> list[Problem]:
     return sorted(set(problems), key=place)
 
 
-def wrong_use(problems: Sequence[Problem]) -> UsageError:
+def usage_error(problems: Sequence[Problem]) -> UsageError:
     """Return one error of all mistakes of a command line, each with its option and mend."""
     if len(problems) == 1:
         (one,) = problems
@@ -92,7 +92,7 @@ def wrong_use(problems: Sequence[Problem]) -> UsageError:
 
 
 @contextmanager
-def noted(problems: list[Problem]) -> Iterator[None]:
+def collect_errors(problems: list[Problem]) -> Iterator[None]:
     """Put the UsageError that ends a block among `problems`, so that what comes after it is checked too."""
     try:
         yield
@@ -109,7 +109,7 @@ class SuiteError(UsageError):
     code = "suite"
 
     def __init__(self, problems: Sequence[Problem], file: str = "suite") -> None:
-        count = f"{len(problems)} mistake{'s' if len(problems) != 1 else ''} in the {file}"
+        count = f"{plural(len(problems), 'mistake')} in the {file}"
         super().__init__("\n".join([count, *(f"  {p}" for p in problems)]))
         self.problems = tuple(problems)
 
@@ -120,7 +120,7 @@ class RefusedError(UsageError):
     code = "refused"
 
     def __init__(self, run: str, problems: Sequence[Problem]) -> None:
-        count = f"{len(problems)} reason{'s' * (len(problems) != 1)} not to make a baseline of it"
+        count = f"{plural(len(problems), 'reason')} not to make a baseline of it"
         super().__init__("\n".join([count, *(f"  {p}" for p in problems)]), where=run)
         self.problems = tuple(problems)
 
@@ -151,13 +151,24 @@ class ImplementationError(HarnessError):
     exit_code = Exit.USAGE
 
 
-def closest(name: str, known: Iterable[str]) -> str:
+def plural(count: int, noun: str) -> str:
+    """Return e.g. `1 Cell` or `3 Cells`."""
+    return f"{count} {noun}{'s' if count != 1 else ''}"
+
+
+def first_names(names: Sequence[str], most: int = 3) -> str:
+    """List at most so many names, and the number of the others."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
+
+
+def closest_match(name: str, known: Iterable[str]) -> str:
     """Return the known name that is nearly this one, or an empty string."""
     return next(iter(get_close_matches(name, list(known), n=1)), "")
 
 
-def near(name: str, known: Iterable[str], otherwise: str = "known") -> str:
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "known") -> str:
     """Return "did you mean ...?", or `otherwise` and the names there are when none is close."""
     names = list(known)
-    close = closest(name, names)
+    close = closest_match(name, names)
     return f"did you mean `{close}`?" if close else f"{otherwise}: {', '.join(names) or 'none'}"

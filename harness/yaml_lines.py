@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from harness.errors import Problem, SuiteError, in_order, near
+from harness.errors import Problem, SuiteError, did_you_mean, sort_problems
 
 KeyPath = tuple[str | int, ...]
 """Keys and indices that lead to a value, e.g. `("matrix", 0, "cells", 2, "config", "rank")`."""
@@ -89,7 +89,7 @@ def load(path: Path, *, tags: bool = False) -> Document:
     """Read a file that must be free of mistakes. Raises SuiteError with every mistake in its YAML."""
     document = read(path, tags=tags)
     if document.problems:
-        raise SuiteError(in_order(document.problems))
+        raise SuiteError(sort_problems(document.problems))
     return document
 
 
@@ -131,7 +131,7 @@ def validate(document: Document, model: type[_Model]) -> _Model:
     except ValidationError as error:
         problems += _problems(error, model, document)
     if problems:
-        raise SuiteError(in_order(problems))
+        raise SuiteError(sort_problems(problems))
     return keys
 
 
@@ -297,7 +297,7 @@ def _sentence(detail: dict[str, Any], path: KeyPath, model: type[BaseModel]) -> 
     kind, given, limits = detail["type"], detail["input"], detail.get("ctx", {})
     name = next((part for part in reversed(detail["loc"]) if isinstance(part, str)), "")
     if kind == "extra_forbidden":
-        return f"unknown key `{name}`", near(name, _known_keys(model, detail["loc"][:-1]), "keys here")
+        return f"unknown key `{name}`", did_you_mean(name, _known_keys(model, detail["loc"][:-1]), "keys here")
     if kind == "missing":
         return f"`{name}` is missing", f"add `{name}:`"
     if kind == "value_error":
@@ -307,7 +307,7 @@ def _sentence(detail: dict[str, Any], path: KeyPath, model: type[BaseModel]) -> 
     what = f"{subject} is {shortened(repr(given))}"
     if kind == "literal_error":
         choices = re.findall(r"'([^']+)'", limits["expected"])
-        return f"{what}, which is none of {', '.join(choices)}", near(str(given), choices, "one of")
+        return f"{what}, which is none of {', '.join(choices)}", did_you_mean(str(given), choices, "one of")
     if kind == "string_pattern_mismatch":
         return what, "write letters, digits and . _ + - only"
     for bound, words in _BOUNDS.items():

@@ -171,7 +171,7 @@ def load_table(path: Path) -> dict[str, Source]:
         if source.name in sources:
             where = document.where("sources", index, "name")
             problems.append(Problem(where, f"a second source named `{source.name}`", "rename one of the two"))
-        sources[source.name] = placed(source, path.parent)
+        sources[source.name] = with_absolute_path(source, path.parent)
     if problems:
         raise SuiteError(problems)
     return sources
@@ -183,7 +183,7 @@ def resolve(name: str, table: Mapping[str, Source], base: Path, kind: ModelKind 
     `kind` is taken for those that stand in no table. A path is a model's folder, so data always need a row.
     """
     if name in table:
-        return placed(table[name], base)
+        return with_absolute_path(table[name], base)
     if name.startswith(shapes.PREFIX):
         if kind == "data":
             raise UsageError(f"data set {name!r} is the shape of a model", hint="name a source of kind data")
@@ -191,14 +191,14 @@ def resolve(name: str, table: Mapping[str, Source], base: Path, kind: ModelKind 
             what, _, hint = wrong.partition("; ")
             raise UsageError(what, hint=hint)
         preset = shapes.preset(name.removeprefix(shapes.PREFIX))
-        return placed(Source(name=name, kind=preset.kind if preset else kind, source=name), base)
+        return with_absolute_path(Source(name=name, kind=preset.kind if preset else kind, source=name), base)
     if name.startswith(shapes.PATH_STARTS):
         if kind == "data":
             raise UsageError(
                 f"data set {name!r} is a path, and nothing says how its file becomes rows",
                 hint="give it a row under `sources:` with kind, source: file:PATH and rows",
             )
-        return placed(Source(name=name, kind=kind, source=f"folder:{name}"), base)
+        return with_absolute_path(Source(name=name, kind=kind, source=f"folder:{name}"), base)
     if match := _HUB_NAME.fullmatch(name):
         repository, revision = match["repository"], match["revision"] or ""
         if not _COMMIT.fullmatch(revision):
@@ -219,9 +219,9 @@ def resolve(name: str, table: Mapping[str, Source], base: Path, kind: ModelKind 
     )
 
 
-def placed(source: Source, base: Path) -> Source:
+def with_absolute_path(source: Source, base: Path) -> Source:
     """Make the path of a local source absolute."""
     if source.scheme not in ("folder", "file", "shape") or shapes.preset(source.address):
         return source
-    path = (base / resources.named(source.address)).resolve()
+    path = (base / resources.user_path(source.address)).resolve()
     return source.model_copy(update={"source": f"{source.scheme}:{path}"})

@@ -31,7 +31,7 @@ from harness.methods import experts
 from harness.methods.peft_config import UNREFERENCED
 from harness.process.out_of_memory import shortage
 from harness.records.cost import Checkpoint, Energy
-from harness.records.record import Accuracy, Latency, Measurements, Outcome, Predicted
+from harness.records.record import Accuracy, Latency, Measurements, Note, NoteKind, Outcome, Predicted
 
 Predict = Callable[[Job, list[Batch]], Predicted | str]
 """Predicts the memory ledger of a Cell and the peak of a step over its batches; or returns why it cannot."""
@@ -71,7 +71,9 @@ def measure(run: CellRun, predict: Predict) -> Measurements:
         for parameter in loaded.head.values():
             parameter.requires_grad_(True)
         parameters = memory_ledger.parameters(subject.adapted, loaded.head, model)
-        run.notes += experts.notes(cell, model, parameters.total - parameters.adapter)
+        found = experts.notes(cell, model, parameters.total - parameters.adapter)
+        run.notes += found
+        run.typed_notes += [Note(kind=NoteKind.UNREACHED_EXPERTS, text=text) for text in found]
         offloaded = _offload(run, subject)
         if cell.training.steps:
             with models.checkpointing(model, cell.training.checkpointing):

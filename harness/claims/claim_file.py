@@ -15,8 +15,8 @@ from harness.claims.arguments import Arguments
 from harness.claims.claim import Claim, Reading, Tier
 from harness.claims.measure import Measure
 from harness.claims.printed_number import Printed, Rounding, parse
-from harness.errors import Problem, SuiteError, UsageError, in_order, near
-from harness.resources import folder
+from harness.errors import Problem, SuiteError, UsageError, did_you_mean, sort_problems
+from harness.resources import data_folder
 from harness.suites.schema import Id, Keys, Word
 from harness.yaml_lines import Document, KeyPath
 
@@ -91,7 +91,7 @@ def paths(papers: Iterable[str]) -> list[Path]:
     found = []
     for paper in papers:
         if paper not in names():
-            hint = f"{near(paper, names(), 'there are')}; or --file FILE for your own"
+            hint = f"{did_you_mean(paper, names(), 'there are')}; or --file FILE for your own"
             raise UsageError(f"no claims of a paper called `{paper}`", where="PAPER", hint=hint)
         files = [_room() / f"{paper}.yaml", _room() / f"{paper}{_MEASURED}.yaml"]
         found += [file for file in files if file.is_file()]
@@ -99,7 +99,7 @@ def paths(papers: Iterable[str]) -> list[Path]:
 
 
 def _room() -> Path:
-    return folder("suites") / "claims"
+    return data_folder("suites") / "claims"
 
 
 def load(paths: Iterable[Path]) -> list[Claim]:
@@ -124,7 +124,7 @@ def load(paths: Iterable[Path]) -> list[Claim]:
                 problems.append(Problem(where, what, "give each claim an id of its own"))
             first.setdefault(name, where)
     if problems:
-        raise SuiteError(in_order(problems), "claim file")
+        raise SuiteError(sort_problems(problems), "claim file")
     return found
 
 

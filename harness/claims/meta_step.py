@@ -23,7 +23,7 @@ from harness.assets import shapes, structure
 from harness.cell.measure.latency import positions
 from harness.cell.training.model import checkpointing
 from harness.conformance.subject import DTYPES, configure
-from harness.memory_model import counting, models
+from harness.memory_model import counting, model_shapes
 
 _FEW = 2
 """From so many blocks on each further one takes the same: the first may lack the gradient of its input."""
@@ -130,7 +130,7 @@ def _never(_: _Held) -> Tensor:
 @contextmanager
 def _attached(asked: MetaStep, blocks: int) -> Iterator[tuple[Any, Any]]:
     config, preset = shapes.config_of(asked.model), shapes.preset(asked.model)
-    kind = preset.kind if preset else models.kind_of(config)
+    kind = preset.kind if preset else model_shapes.model_kind(config)
     facts = shapes.first_blocks(config, blocks) | {"use_cache": False}
     model = structure.build(facts, kind, DTYPES[asked.dtype])
     if (most := positions(model)) is not None and asked.tokens > most:

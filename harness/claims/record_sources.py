@@ -8,9 +8,9 @@ from pathlib import Path
 
 from harness.analysis import contention, ranking
 from harness.claims.measure import NotRunError
-from harness.errors import near
+from harness.errors import did_you_mean
 from harness.records import store
-from harness.records.cost import AT_ONCE
+from harness.records.notes import concurrent_cells
 from harness.records.record import Cell, Record, Status
 from harness.resources import checkout
 from harness.suites import loader
@@ -82,8 +82,7 @@ def place(record: Record) -> str:
 
 def shared(record: Record) -> str:
     """Say why a Record's times are not its Cell's own, as others had the machine too; empty where they are."""
-    beside = any(AT_ONCE in note for note in record.notes)
-    why = "other Cells ran at once" if beside else contention.busy(record)
+    why = "other Cells ran at once" if concurrent_cells(record) > 1 else contention.busy(record)
     hint = "run the suite again with --jobs 1 on a machine that does nothing else"
     return f"its times are not its own ({why}); {hint}" if why else ""
 
@@ -95,7 +94,7 @@ def entries(suite: str) -> list[str]:
 
 def unknown(suite: str, entry: str, there: Sequence[str]) -> str:
     """Say that a suite has no such entry, and what it has."""
-    return f"the suite {suite} has no entry `{entry}`; {near(entry, sorted(there))}"
+    return f"the suite {suite} has no entry `{entry}`; {did_you_mean(entry, sorted(there))}"
 
 
 @cache

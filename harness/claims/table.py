@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from harness.claims.judge import ClaimVerdict, JudgedClaim
+from harness.errors import plural
 
 _WIDEST_HOW = 160
 """Characters of arithmetic in a line; all of it stands in the JSON document and on the page."""
@@ -37,7 +38,7 @@ def summary(rows: Sequence[JudgedClaim]) -> str:
         for verdict in ClaimVerdict
         if counts[verdict]
     )
-    return f"{len(rows)} claim{'s' * (len(rows) != 1)}{': ' * bool(said)}{said}"
+    return f"{plural(len(rows), 'claim')}{': ' * bool(said)}{said}"
 
 
 def _claim(row: JudgedClaim) -> Iterator[str]:

@@ -7,7 +7,7 @@ import json
 import click
 
 from harness.cli import options
-from harness.console import say
+from harness.console import echo
 from harness.errors import Exit
 
 
@@ -29,5 +29,5 @@ def plan(suite: str, only: str | None, as_json: bool) -> Exit:
     cells = expand.only(read.plan, only) if only is not None else read.plan
     model_checks.refuse(read, cells)
     document = plan_table.planning(read, cells, predicted=plan_table.predictions(read, cells))
-    say(json.dumps(document, indent=1) if as_json else plan_table.as_text(document))
+    echo(json.dumps(document, indent=1) if as_json else plan_table.as_text(document))
     return Exit.PASS

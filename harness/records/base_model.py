@@ -1,7 +1,8 @@
-"""What every file of a run is made of: models that nothing changes, in base units. No torch here."""
+"""Base class and units of the models of a run's files. No torch."""
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,10 +24,16 @@ class FrozenModel(BaseModel):
 
 
 def mistake(problem: ValidationError | None) -> str:
-    """Say what is wrong with a file: the first mistake, by its place in the file, and how many there are."""
+    """Return the first validation error of a file with its location, and the number of further errors."""
     found = problem.errors(include_url=False, include_context=False, include_input=False) if problem else []
     if not found:
         return "nothing in it"
     where = ".".join(map(str, found[0]["loc"]))
     more = f", and {len(found) - 1} more mistakes" if len(found) > 1 else ""
     return f"{where}: {found[0]['msg']}{more}" if where else f"{found[0]['msg']}{more}"
+
+
+def meaning(model: type[BaseModel], field: str) -> str:
+    """Return the first sentence of a field's docstring on one line, without its full stop."""
+    text = " ".join((model.model_fields[field].description or "").split())
+    return re.split(r"(?<!e\.g)\.(?: (?=[A-Z`])|$)", text, maxsplit=1)[0]

@@ -9,25 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from harness.claims.judge import MEANING, ClaimVerdict, JudgedClaim
-from harness.records import store
+from harness.records import files
 from harness.report import html
 from harness.report.tones import ICONS
 
 LEDGER = "claims.html.j2"
 HEADLINES = "headlines.html.j2"
 _WAYS = ("by arithmetic", "on a GPU", "by a rehearsal", "by training")
-"""How a claim can be decided, as columns."""
+"""Columns: the ways to decide a claim."""
 _TONES = {
-    ClaimVerdict.REPRODUCED: "good", ClaimVerdict.UNDER: "open", ClaimVerdict.NOT_REPRODUCED: "bad", ClaimVerdict.INCONCLUSIVE: "open",
+    ClaimVerdict.REPRODUCED: "good",
+    ClaimVerdict.UNDER: "open",
+    ClaimVerdict.NOT_REPRODUCED: "bad",
+    ClaimVerdict.INCONCLUSIVE: "open",
     ClaimVerdict.NOT_RUN: "quiet",
-}  # fmt: skip
+}
 _ICONS = {"quiet": "–", **ICONS}
 
 
 def write_page(rows: Sequence[JudgedClaim], software: Mapping[str, str], out: Path, *, headlines: bool = False) -> None:
     """Write the page to `out`, whole or not at all. headlines: that of the headlines, else of the whole ledger."""
     filled = html.fill(HEADLINES if headlines else LEDGER, build(rows, software))
-    store.write_atomic(out, filled.encode(errors="backslashreplace"))
+    files.write_atomic(out, filled.encode(errors="backslashreplace"))
 
 
 def build(rows: Sequence[JudgedClaim], software: Mapping[str, str]) -> dict[str, Any]:
@@ -68,7 +71,7 @@ def build(rows: Sequence[JudgedClaim], software: Mapping[str, str]) -> dict[str,
 
 
 def _weight(row: JudgedClaim) -> int:
-    """Put what was decided before what was not run."""
+    """Sort decided claims before those that were not run."""
     return list(ClaimVerdict).index(row.verdict)
 
 

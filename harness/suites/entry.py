@@ -11,7 +11,7 @@ from typing import Any
 
 from harness.assets import model_folder, shapes
 from harness.assets.table import Source, resolve
-from harness.errors import HarnessError, Problem, SuiteError, near
+from harness.errors import HarnessError, Problem, SuiteError, did_you_mean
 from harness.methods.registry import Registry
 from harness.methods.spec import FieldProblem, MethodInfo
 from harness.records.record import Base, Dtype, Evaluation, Optimizer, Training
@@ -175,7 +175,7 @@ class _EntryChecker:
                 configs[name] = self._config(info, kinds)
             else:
                 self.context.problem(
-                    self._path("method", i), f"unknown method `{name}`", near(name, methods, "methods")
+                    self._path("method", i), f"unknown method `{name}`", did_you_mean(name, methods, "methods")
                 )
         self._unknown_config_keys()
         return configs
@@ -196,7 +196,7 @@ class _EntryChecker:
             known = dict.fromkeys(known for of_method in fields.values() for known in of_method)
             names = ", ".join(f"`{name}`" for name in fields)
             what = f"{names} has no `{key}`" if len(fields) == 1 else f"none of {names} has a `{key}`"
-            self.context.problem(self._path("config", key), what, near(key, known, "keys"))
+            self.context.problem(self._path("config", key), what, did_you_mean(key, known, "keys"))
 
     def _config(self, info: MethodInfo, kinds: dict[str, str]) -> dict[str, list[Any]]:
         """Return the valid values of each field of a Method. kinds: by name, of each known model."""

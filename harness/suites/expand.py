@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import UsageError, near
+from harness.errors import UsageError, did_you_mean
 from harness.methods.spec import methods
 from harness.records import naming
 from harness.records.manifest import Comparison, Tuning
@@ -150,7 +150,7 @@ def only(plan: Plan, expr: str) -> Plan:
     known = sorted({key for of_cell in facts.values() for key in of_cell})
     for key in wanted:
         if key and key not in known:
-            raise UsageError(f"unknown key `{key}`", where=f"--only {expr}", hint=near(key, known, "keys"))
+            raise UsageError(f"unknown key `{key}`", where=f"--only {expr}", hint=did_you_mean(key, known, "keys"))
 
     def has(cell: Cell, key: str, value: str) -> bool:
         fact = facts[cell.cell_id]
@@ -167,7 +167,7 @@ def only(plan: Plan, expr: str) -> Plan:
             said, hint = value, "leave that term out"
             if key:
                 told = {_shown(fact.get(key)) for fact in facts.values()} - {""}
-                said, hint = f"{key}={value}", near(value, sorted(told), f"`{key}` is")
+                said, hint = f"{key}={value}", did_you_mean(value, sorted(told), f"`{key}` is")
             raise UsageError(f"no Cell fits `{said}`", where=f"--only {expr}", hint=hint)
     if not kept or not wanted:
         there = [f"id={plan.ids[c.cell_id]}  {c.cell_id}  {names[c.cell_id]}" for c in plan.cells]

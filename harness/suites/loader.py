@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from harness import yaml_lines
-from harness.assets.table import Source, load_table, placed
-from harness.errors import Problem, SuiteError, UsageError, in_order, near
+from harness.assets.table import Source, load_table, with_absolute_path
+from harness.errors import Problem, SuiteError, UsageError, did_you_mean, sort_problems
 from harness.methods.peft_config import UNREFERENCED
 from harness.methods.registry import Registry, discover
 from harness.methods.spec import methods
 from harness.records.record import Cell
-from harness.resources import folder
+from harness.resources import data_folder
 from harness.suites import expand
 from harness.suites.entry import MAX_CELLS, SuiteContext, SuiteEntry, check_entry
 from harness.suites.schema import SYNTHETIC, CellKeys, ComparisonKeys, SuiteKeys
@@ -27,7 +27,7 @@ from harness.yaml_lines import KeyPath
 
 def names() -> list[str]:
     """List the suites that come with the harness: the files in `suites/` that have a matrix."""
-    files = sorted(folder("suites").glob("*.yaml"))
+    files = sorted(data_folder("suites").glob("*.yaml"))
     return [path.stem for path in files if "\nmatrix:" in path.read_text(encoding="utf-8")]
 
 
@@ -37,9 +37,9 @@ def find(name_or_path: str | Path) -> Path:
     if path.suffix in (".yaml", ".yml"):
         return path
     if str(name_or_path) not in names():
-        hint = near(str(name_or_path), names(), "name a .yaml file, or one of")
+        hint = did_you_mean(str(name_or_path), names(), "name a .yaml file, or one of")
         raise UsageError(f"no suite `{name_or_path}`", where="SUITE", hint=hint)
-    return folder("suites") / f"{name_or_path}.yaml"
+    return data_folder("suites") / f"{name_or_path}.yaml"
 
 
 def load(name_or_path: str | Path, *, registry: Registry | None = None) -> Suite:
@@ -55,7 +55,7 @@ def load(name_or_path: str | Path, *, registry: Registry | None = None) -> Suite
     for index, comparison in enumerate(keys.comparisons):
         _check_comparison(context, ("comparisons", index), comparison)
     if context.problems:
-        raise SuiteError(in_order(context.problems))
+        raise SuiteError(sort_problems(context.problems))
     return Suite(
         name=keys.suite,
         title=keys.title,
@@ -71,12 +71,12 @@ def load(name_or_path: str | Path, *, registry: Registry | None = None) -> Suite
 
 
 def _sources(context: SuiteContext, keys: SuiteKeys) -> dict[str, Source]:
-    sources = load_table(folder("suites") / "sources.yaml")
+    sources = load_table(data_folder("suites") / "sources.yaml")
     for index, source in enumerate(keys.sources):
         # A cell_id holds only the name of a source, so a name must always stand for the same source.
         if source.name in sources:
             context.problem(("sources", index), f"a second source named `{source.name}`", "rename it")
-        sources[source.name] = placed(source, context.folder)
+        sources[source.name] = with_absolute_path(source, context.folder)
     return sources
 
 
@@ -111,7 +111,9 @@ def _check_comparison(context: SuiteContext, path: KeyPath, keys: ComparisonKeys
     for key, ids in sides.items():
         for i, name in enumerate(ids):
             if name not in context.ids:
-                context.problem((*path, key, i), f"`{key}` names no id: `{name}`", near(name, context.ids, "ids"))
+                context.problem(
+                    (*path, key, i), f"`{key}` names no id: `{name}`", did_you_mean(name, context.ids, "ids")
+                )
     if set(keys.left) & set(keys.right):
         context.problem(path, "compares an entry with itself", "name different ids")
     entries = {name: context.entries[name] for name in (*keys.left, *keys.right) if name in context.entries}

@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from harness import yaml_lines
 from harness.assets import fetch, lm_eval_files, rows
 from harness.assets.table import Rows, Source, resolve
-from harness.errors import HarnessError, Problem, SuiteError, UsageError, in_order, near
+from harness.errors import HarnessError, Problem, SuiteError, UsageError, did_you_mean, plural, sort_problems
 from harness.records.record import FrozenModel
-from harness.resources import folder, named
+from harness.resources import data_folder, user_path
 from harness.suites import task_schema
 from harness.suites.schema import SYNTHETIC
 from harness.yaml_lines import Document
@@ -114,7 +114,7 @@ class Task:
 
 def names() -> list[str]:
     """List the tasks that come with the harness."""
-    return sorted([*(path.stem for path in (folder("suites") / "tasks").glob("*.yaml")), SYNTHETIC])
+    return sorted([*(path.stem for path in (data_folder("suites") / "tasks").glob("*.yaml")), SYNTHETIC])
 
 
 def load(name: str, base: Path, sources: Mapping[str, Source]) -> Task:
@@ -176,75 +176,81 @@ def _task(
     if data is not None:
         problems += _unfit(document, task)
     if problems:
-        raise SuiteError(in_order(problems))
+        raise SuiteError(sort_problems(problems))
     return task
 
 
 def _find(name: str, base: Path) -> Path:
     if name.endswith((".yaml", ".yml")):
-        return base / named(name)
+        return base / user_path(name)
     if name not in names():
-        raise UsageError(f"unknown task `{name}`", hint=near(name, names(), "a path to an lm-eval YAML, or one of"))
-    return folder("suites") / "tasks" / f"{name}.yaml"
+        raise UsageError(
+            f"unknown task `{name}`", hint=did_you_mean(name, names(), "a path to an lm-eval YAML, or one of")
+        )
+    return data_folder("suites") / "tasks" / f"{name}.yaml"
 
 
 def _own(name: str) -> Task:
     """Return one of lm-eval's own tasks; raises UsageError for what cannot be run of them."""
-    named = lm_eval_files.find(name)
-    said, where, filters = named.spec, str(named.path), task_schema.filters(named.spec)
+    task_file = lm_eval_files.find(name)
+    said, where, filters = task_file.spec, str(task_file.path), task_schema.filters(task_file.spec)
     kind = said.get("output_type", "generate_until")
     metrics = said.get("metric_list") or [{"metric": "acc" if kind == "multiple_choice" else "exact_match"}]
     for refused, what, hint in (
         (
             "class" in said,
-            f"`{named.task}` is a program, not a task that is described",
+            f"`{task_file.task}` is a program, not a task that is described",
             "name a task with a YAML of its own",
         ),
         (
-            "custom_dataset" in said or not isinstance(said.get("dataset_path"), str) or "test" not in named.splits,
-            f"`{named.task}` names no data set and split to be tested on",
+            "custom_dataset" in said or not isinstance(said.get("dataset_path"), str) or "test" not in task_file.splits,
+            f"`{task_file.task}` names no data set and split to be tested on",
             "write a task of your own, whose `metadata` names its data",
         ),
         (
             kind not in task_schema.METRICS,
-            f"`{named.task}` has the output type {kind!r}",
+            f"`{task_file.task}` has the output type {kind!r}",
             f"offered are {', '.join(task_schema.METRICS)}",
         ),
         (
             not any(isinstance(m, dict) and m.get("metric") == task_schema.METRICS.get(kind) for m in metrics),
-            f"`{named.task}` has no metric {task_schema.METRICS.get(kind)}, which is what is recorded",
+            f"`{task_file.task}` has no metric {task_schema.METRICS.get(kind)}, which is what is recorded",
             "write a task of your own",
         ),
         (
-            bool(absent := [str(file) for file in named.data_files if not file.is_file()]),
-            f"`{named.task}` reads files that are not there: {', '.join(absent)}",
+            bool(absent := [str(file) for file in task_file.data_files if not file.is_file()]),
+            f"`{task_file.task}` reads files that are not there: {', '.join(absent)}",
             "put them there, or start from the folder that its paths begin in",
         ),
         (
             bool((said.get("generation_kwargs") or {}).get("do_sample")),
-            f"`{named.task}` samples its answers, which are generated greedily here",
+            f"`{task_file.task}` samples its answers, which are generated greedily here",
             "write a task of your own",
         ),
         (
-            not named.revision and said.get("dataset_path") not in lm_eval_files.LOCAL,
-            f"the data of `{named.task}`, {said.get('dataset_path')}, are not pinned: they may be others tomorrow",
+            not task_file.revision and said.get("dataset_path") not in lm_eval_files.LOCAL,
+            f"the data of `{task_file.task}`, {said.get('dataset_path')}, are not pinned: they may be others tomorrow",
             f"write {name}@ and the 40 hex digits of a commit of {said.get('dataset_path')} on the hub",
         ),
         (
-            named.filter not in filters and (len(filters) > 1 or bool(named.filter)),
-            f"`{named.task}` has {len(filters)} filter{'s' * (len(filters) > 1)}",
-            "say which one counts: " + ", ".join(f"lm-eval:{named.task}:{one}" for one in filters),
+            task_file.filter not in filters and (len(filters) > 1 or bool(task_file.filter)),
+            f"`{task_file.task}` has {plural(len(filters), 'filter')}",
+            "say which one counts: " + ", ".join(f"lm-eval:{task_file.task}:{one}" for one in filters),
         ),
     ):
         if refused:
             raise UsageError(what, where=where, hint=hint)
     source = Source(
-        name=name, kind="data", source=f"lm-eval:{named.task}", revision=named.revision, rows=Rows(format="splits")
+        name=name,
+        kind="data",
+        source=f"lm-eval:{task_file.task}",
+        revision=task_file.revision,
+        rows=Rows(format="splits"),
     )
-    judge = named.filter or filters[0]
+    judge = task_file.filter or filters[0]
     return Task(
-        name=name, path=named.path, spec=said, data=source, train=None, labels=0, test=0, shuffle_seed=0,
-        answers=Answers() if kind == "generate_until" else None, own=named, judge=judge,
+        name=name, path=task_file.path, spec=said, data=source, train=None, labels=0, test=0, shuffle_seed=0,
+        answers=Answers() if kind == "generate_until" else None, own=task_file, judge=judge,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.errors import near
+from harness.errors import did_you_mean
 from harness.methods import peft_config
 from harness.methods.spec import FieldProblem, MethodInfo
 from harness.records.record import Training
@@ -93,7 +93,11 @@ def _config_problems(written: Mapping[str, Any], methods: Sequence[MethodInfo]) 
             yield ("config", key), what, "give it an entry with a `tune:` of its own"
         elif not sharing:
             known = dict.fromkeys(name for info in methods for name in info.fields)
-            yield ("config", key), f"`tune.config` has a `{key}`, which no method here has", near(key, known, "keys")
+            yield (
+                ("config", key),
+                f"`tune.config` has a `{key}`, which no method here has",
+                did_you_mean(key, known, "keys"),
+            )
         else:
             for info in sharing:
                 for path, what, hint in info.fields[key].problems(value):

@@ -15,7 +15,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def test_every_row_of_our_own_table_is_valid() -> None:
-    ours = table.load_table(resources.folder("suites") / "sources.yaml")
+    ours = table.load_table(resources.data_folder("suites") / "sources.yaml")
     assert {"encoder", "causal", "data"} <= {source.kind for source in ours.values()}
     assert all(source.licence for source in ours.values())
     assert all(source.bytes for source in ours.values() if source.scheme in ("pip", "sdist"))

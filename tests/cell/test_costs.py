@@ -21,7 +21,7 @@ from harness.cell.measure.energy import EnergyMeter
 from harness.cell.measure.gpu import GpuWatch
 from harness.cell.measure.memory import PeakMeter
 from harness.cell.measure.phases import PhaseClock
-from harness.records.cost import AT_ONCE, Checkpoint, Energy, GpuPhase, GpuState
+from harness.records.cost import Checkpoint, Energy, GpuPhase, GpuState
 from harness.records.record import Status
 from harness.report import view
 from harness.report.export import rows
@@ -273,7 +273,7 @@ def test_the_report_shows_what_was_measured_and_says_what_was_not(tmp_path: Path
 
 @pytest.mark.parametrize(("source", "shown"), [("rapl", "—"), ("nvml", "450")])
 def test_joules_of_a_whole_machine_are_not_those_of_one_of_its_cells(source: str, shown: str, tmp_path: Path) -> None:
-    note = [f"up to 2 {AT_ONCE}: its times share the machine"]
+    note = ["up to 2 Cells ran at once: its times share the machine"]
 
     def beside_another(name: str, made: Any) -> Any:
         made = on_gpu(name, made)

@@ -82,7 +82,7 @@ def test_a_check_and_its_faults_are_found(add_file: AddFile, monkeypatch: pytest
     add_file(checks, "numbers", CHECK)
     load = parity_suite.load_plan
 
-    def with_numbers(name: str) -> parity_suite.ParityPlan:
+    def with_numbers(name: str) -> parity_suite.ParitySuite:
         plan = load(name)
         more = ["numbers"] if name in ("lora", "vera") else []
         return plan.model_copy(update={"checks": [*plan.checks[:5], *more]})

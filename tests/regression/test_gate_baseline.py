@@ -18,8 +18,8 @@ from xml.etree import ElementTree as ET
 import pytest
 from scipy import stats
 
+from harness.analysis import metrics
 from harness.analysis.comparison.against_baseline import Against, judge
-from harness.analysis.comparison.baseline_costs import COUNTED_PEAK
 from harness.analysis.comparison.baseline_rows import (
     COUNTED_PEAK_B,
     ONE_SEED,
@@ -46,6 +46,7 @@ from harness.regression.outputs import github, junit, markdown
 from support import recorded_run as recorded
 from support.repository import PUBLISHED
 
+COUNTED_PEAK = metrics.COUNTED_PEAK.quantity
 Change = Callable[[str, Record], Record | None]
 FUSED = recorded.cells()["fused"].cell_id
 FEW = ("head", "reference", "fused")

@@ -14,7 +14,8 @@ from xml.etree import ElementTree as ET
 import psutil
 import pytest
 
-from harness.analysis.comparison.baseline_costs import ALLOCATED, COUNTED_PEAK, PEAK
+from harness.analysis import metrics
+from harness.analysis.comparison.baseline_costs import PEAK
 from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B, ComparisonRow
 from harness.analysis.comparison.pair_verdict import CellComparison, judge
 from harness.analysis.statistics.canaries import Canaries
@@ -26,6 +27,7 @@ from harness.cli import main
 from harness.errors import Exit, HarnessError, UsageError
 from harness.records import environment, naming
 from harness.records.cost import GpuPhase, GpuState
+from harness.records.memory import ALLOCATED
 from harness.records.record import Cell, Record, Status
 from harness.regression.outputs.files import Outputs
 from harness.regression.pairs import canary_file
@@ -35,7 +37,7 @@ from harness.regression.pairs.request import PairsRequest
 from harness.regression.pairs.sides import Side
 from harness.suites import loader
 from support import recorded_run as recorded
-from support.sandbox import Bench
+from support.sandbox import Sandbox
 
 SUITE = """
 suite: gated
@@ -48,6 +50,7 @@ matrix:
       - {id: a, method: lora, implementation: [reference, fused], config: {rank: 4}}
       - {id: untrained, method: frozen, training: {steps: 0}}
 """
+COUNTED_PEAK = metrics.COUNTED_PEAK.quantity
 MIB = 2**20
 
 
@@ -497,11 +500,11 @@ def implementations(model, config, generator):
 
 
 def test_revisions_of_a_guests_own_repository_are_what_runs(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("PYTHONPATH", "PEFT_HARNESS_CACHE"):
-        monkeypatch.setenv(name, bench.environment[name])  # the plug-in is installed, from elsewhere
-    monkeypatch.syspath_prepend(str(bench.folder / "plugin"))
+        monkeypatch.setenv(name, sandbox.environment[name])  # the plug-in is installed, from elsewhere
+    monkeypatch.syspath_prepend(str(sandbox.folder / "plugin"))
     top = tmp_path / "guest"
     (top / "kernels" / "src").mkdir(parents=True)
     _git(top, "init", "-q")
@@ -509,7 +512,7 @@ def test_revisions_of_a_guests_own_repository_are_what_runs(
         (top / "kernels" / "src" / "misbehaving.py").write_text(_GUEST.format(number))
         _git(top, "add", ".")
         _git(top, "commit", "-qm", number)
-    suite = Path(bench.suite("{implementation: raises}", "{implementation: reference}"))
+    suite = Path(sandbox.suite("{implementation: raises}", "{implementation: reference}"))
     plan = loader.load(suite).plan
     with arms.opened("HEAD~1", arms.HERE, plan, top / "kernels") as sides:
         assert [pair.old for pair in arms.pairs(plan, naming.full(plan.cells), sides)] == [plan.cells[0]]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from harness.analysis import tracked_metrics
+from harness.analysis import metrics
 from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B
 from harness.cli import main
 from harness.cli.run import run as run_command
@@ -285,7 +285,9 @@ def test_a_peak_must_grow_by_sixteen_mebibytes(
     more: int, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def values(cell: str, index: int, _: int) -> dict[str, float]:
-        return {"training_peak_B": 500 * 2**20 + (tracked_metrics.PEAK_BYTES + more if cell == FIRST and index else 0)}
+        return {
+            "training_peak_B": 500 * 2**20 + (metrics.TRAINING_PEAK.slack_B + more if cell == FIRST and index else 0)
+        }
 
     folder = histories.write(tmp_path / "h", CELLS, values, nights=2)
     assert bool(detect(folder, capsys)[1]["candidates"]) == told

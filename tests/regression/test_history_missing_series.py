@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from harness.analysis import tracked_metrics
-from harness.analysis.comparison.baseline_costs import ALLOCATED
 from harness.cli import main
 from harness.errors import Exit
+from harness.records.memory import ALLOCATED
 from harness.regression.history import night_files
 from support import histories
 from support import recorded_run as recorded
@@ -127,5 +127,5 @@ def test_a_gpus_peak_is_watched_once(source: str, kept: bool) -> None:
     assert record.measurements is not None
     memory = record.measurements.memory.model_copy(update={"counted_peak_B": 5, "source": source})
     measured = record.measurements.model_copy(update={"memory": memory})
-    values = tracked_metrics.kept(record.model_copy(update={"measurements": measured})).values
+    values = tracked_metrics.tracked(record.model_copy(update={"measurements": measured})).values
     assert ("counted_peak_B" in values, "training_peak_B" in values) == (kept, True)

@@ -19,7 +19,7 @@ matrix:
     training: {steps: 4, batch: 2}
     evaluation: {items: 3}
 """
-TASK = (loader.folder("suites") / "tasks" / "toy-sentiment.yaml").read_text(encoding="utf-8")
+TASK = (loader.data_folder("suites") / "tasks" / "toy-sentiment.yaml").read_text(encoding="utf-8")
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:

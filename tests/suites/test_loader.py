@@ -258,7 +258,7 @@ def test_own_sources_and_tasks_start_from_the_suites_folder(tmp_path: Path, monk
     (folder / "model").mkdir(parents=True)
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (folder / "model" / name).write_text("{}", encoding="utf-8")
-    task = Path(loader.folder("suites") / "tasks" / "toy-sentiment.yaml").read_text(encoding="utf-8")
+    task = Path(loader.data_folder("suites") / "tasks" / "toy-sentiment.yaml").read_text(encoding="utf-8")
     (folder / "task.yaml").write_text(task.replace("data: toy-sentiment", "data: reviews"), encoding="utf-8")
     (folder / "suite.yaml").write_text(
         SUITE.replace("tiny-llama", "./model").replace("toy-sentiment", "task.yaml")

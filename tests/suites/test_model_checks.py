@@ -17,7 +17,7 @@ from harness.records.record import Status
 from harness.runner import run
 from harness.suites import loader, model_checks
 from harness.suites.expand import only
-from support.sandbox import Bench
+from support.sandbox import Sandbox
 
 SUITE = """\
 suite: fit
@@ -247,11 +247,11 @@ def test_a_model_that_was_fetched_is_asked_before_the_first_cell(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_target_that_is_only_the_new_head_is_wrong_use(folder: Path, bench: Bench) -> None:
+def test_a_target_that_is_only_the_new_head_is_wrong_use(folder: Path, sandbox: Sandbox) -> None:
     path = folder / "fit.yaml"
     path.write_text(SUITE.replace("[query]", "[classifier]"), encoding="utf-8")
-    assert bench.command("run", str(path), "--only", "id=encoder", "--out", "run").code == Exit.INFRASTRUCTURE
-    (record,) = bench.read().records
+    assert sandbox.command("run", str(path), "--only", "id=encoder", "--out", "run").code == Exit.INFRASTRUCTURE
+    (record,) = sandbox.read().records
     assert record.status is Status.ERROR
     assert "`targets` name nothing but the head (classifier)" in record.because
     assert "method: frozen" in record.because

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,11 +116,10 @@ class Finished:
     code: int
     out: str
     err: str
-    seconds: float
 
 
 @dataclass(frozen=True)
-class Bench:
+class Sandbox:
     """Runs the command with the plug-in installed and a cache of its own. `folder` is the test's, and where it runs."""
 
     folder: Path
@@ -143,13 +141,12 @@ class Bench:
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_hear_ctrl_c,
         )  # fmt: skip
 
-    def finish(self, process: subprocess.Popen[str], began: float) -> Finished:
+    def finish(self, process: subprocess.Popen[str]) -> Finished:
         out, err = process.communicate(timeout=5 * PATIENCE_S)
-        return Finished(process.returncode, out, err, time.monotonic() - began)
+        return Finished(process.returncode, out, err)
 
     def command(self, *arguments: str) -> Finished:
-        began = time.monotonic()
-        return self.finish(self.start(*arguments), began)
+        return self.finish(self.start(*arguments))
 
     def read(self) -> store.Run:
         return store.read_run(self.run_folder)
@@ -167,7 +164,7 @@ def _hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def make_bench(folder: Path, cache: Path) -> Bench:
+def make_sandbox(folder: Path, cache: Path) -> Sandbox:
     plugin = folder / "plugin"
     facts = plugin / "misbehaving-1.0.dist-info"
     facts.mkdir(parents=True)
@@ -184,4 +181,4 @@ def make_bench(folder: Path, cache: Path) -> Bench:
         "NO_COLOR": "1",
         "PYTHONIOENCODING": "utf-8",
     }
-    return Bench(folder, {**os.environ, **environment})
+    return Sandbox(folder, {**os.environ, **environment})

@@ -1,70 +1,78 @@
-"""What pairs of process runs say of two sides: of each Cell's times, of its memory and its outcome, and of all together."""
+"""Verdict on two sides from pairs of process runs: times, memory and outcome of each Cell, and the whole."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
 from harness.analysis import failed_checks
 from harness.analysis.comparison import baseline_costs
-from harness.analysis.comparison.baseline_costs import ALLOCATED, COUNTED_PEAK, PEAK
+from harness.analysis.comparison.baseline_costs import PEAK
 from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B, ComparisonRow, FindingKind
 from harness.analysis.comparison.environment_differences import clocks_of, slowed
 from harness.analysis.comparison.pair_ratio import named, times
 from harness.analysis.comparison.reproducibility import circumstances
 from harness.analysis.contention import busy
-from harness.analysis.measurements import above_imports, training_peak
+from harness.analysis.metrics import COUNTED_PEAK, PEAK_ABOVE_IMPORTS, Metric, Number
 from harness.analysis.statistics.canaries import Canaries
 from harness.analysis.statistics.paired import PairFinding, family
 from harness.analysis.statistics.paired import PairVerdict as Timed
 from harness.analysis.tracked_metrics import STEP
 from harness.analysis.verdict_kind import Verdict, VerdictKind
 from harness.errors import Exit
+from harness.records.memory import ALLOCATED
 from harness.records.record import Record, Status
 
 Records = Sequence[tuple[Record, Record]]
 _MEANT = ("code version", "implementation from")
-"""What the two sides are to differ in."""
+"""Differences that the two sides are meant to have."""
 PEAK_B = 2**20
-"""What the medians of two peaks of a process may differ by and still be called the same, however certain it is."""
+"""Difference of the medians of two process peaks that is no finding, however certain it is."""
 _PEAK_LEVEL = 0.0011
 
 
 @dataclass(frozen=True)
 class CellComparison:
-    """One Cell, by both sides. records: pairs (old, new). timed: by metric; none where nothing was; then `because`."""
+    """One Cell on both sides."""
 
     name: str
+    """Name of the Cell."""
     records: Records
+    """Pairs (old, new)."""
     timed: Mapping[str, Timed] = field(default_factory=dict)
+    """Verdicts by metric; empty where nothing was timed."""
     because: str = ""
+    """Reason for no verdicts."""
 
     def called(self, metric: str) -> str:
-        """Return the Cell's name, with what was timed of it unless that is its step."""
+        """Return the Cell's name, with the metric unless it is the step."""
         return self.name if metric == STEP else f"{self.name}, {named(metric)}"
 
     def seconds(self, side: int, metric: str = STEP) -> float | None:
-        """Return the median over the process runs of a side (0 old, 1 new) of what each took."""
+        """Return the median time over the process runs of a side (0 old, 1 new)."""
         found = [s for pair in self.records if (s := times(pair[side]).get(metric)) is not None]
         return median(found) if found else None
 
 
 @dataclass(frozen=True)
 class JudgedPairs:
-    """The sides, judged.
-
-    adjusted: Benjamini-Hochberg adjusted p of each time, by what it is called. rows: all that was compared besides times.
-    residue: what was not the same between the two sides though it should be, and process runs that were disturbed.
-    """
+    """Verdict on both sides."""
 
     verdict: Verdict
+    """Verdict on all Cells together."""
     exit: Exit
+    """Exit code of the gate."""
     cells: tuple[CellComparison, ...]
+    """Comparisons of the Cells."""
     adjusted: Mapping[str, float]
+    """Benjamini-Hochberg adjusted p of each time, by name."""
     rows: tuple[ComparisonRow, ...]
+    """All comparisons but those of times."""
     canaries: Canaries
+    """False alarms of the old side against itself."""
     residue: tuple[str, ...]
+    """Unintended differences between the two sides, and disturbed process runs."""
 
 
 def judge(cells: Sequence[CellComparison], canaries: Canaries, *, strict: bool = False) -> JudgedPairs:
@@ -74,7 +82,7 @@ def judge(cells: Sequence[CellComparison], canaries: Canaries, *, strict: bool =
     that takes more memory or other counts, or that was ok by the old side alone; INFRASTRUCTURE for a Cell that could not be
     timed, and where the canaries close the gate, which then judges no time; with `strict` INCONCLUSIVE for any Cell that is
     so, in a time or because not all its process runs counted their memory; else PASS. Each time, of a step or a latency, is
-    judged by itself, at the level of the Design, whose false alarms are rare enough for 500; the adjusted p are told beside.
+    judged by itself, at the level of the Design, whose false alarms are rare enough for 500; the adjusted p are shown only.
     Were they the verdict, ten or twenty pairs could not reach it: +3 % in one Cell of 8 would be found (simulated) in 83 %
     of the gates in place of 99 %, in one of 50 in 53 %.
     """
@@ -182,22 +190,29 @@ def _untimed(name: str, old: Record, new: Record) -> Iterator[ComparisonRow]:
 
 
 def _peaks(name: str, whole: Records) -> list[ComparisonRow]:
-    """Compare the peaks of training over all process runs of both sides: as counted where it was, and of a process beside.
+    """Compare the training peaks over all process runs of both sides: the counted ones where known, and those of a process.
 
-    What is counted is the same in equal process runs, so that a difference needs no test. A process takes more than its
+    Counted peaks are equal in equal process runs, so a difference needs no test. A process takes more than its
     tensors, e.g. what a library allocates by itself; on a GPU both are one number.
     """
     allocated = any(m.memory.source == ALLOCATED for pair in whole for r in pair if (m := r.measurements) is not None)
-    counted = _sides(whole, _counted)
-    of_process = _sides(whole, _above_imports)
+    counted = _sides(whole, COUNTED_PEAK)
+    of_process = _sides(whole, PEAK_ABOVE_IMPORTS)
     rows = []
     if counted is not None:
-        rows.append(_grown(name, whole, COUNTED_PEAK, counted, 0 if allocated else COUNTED_PEAK_B, exact=True))
+        rows.append(_grown(name, whole, COUNTED_PEAK.quantity, counted, 0 if allocated else COUNTED_PEAK_B, exact=True))
     elif not allocated and (lacking := _lacking(whole)):
         word, ids = VerdictKind.INCONCLUSIVE, (whole[0][0].id, whole[0][1].id)
         rows.append(
             ComparisonRow(
-                FindingKind.MEMORY, word, name, (whole[0][0].cell_id,), COUNTED_PEAK, lacking, unit="B", records=ids
+                FindingKind.MEMORY,
+                word,
+                name,
+                (whole[0][0].cell_id,),
+                COUNTED_PEAK.quantity,
+                lacking,
+                unit="B",
+                records=ids,
             )
         )
     if of_process is not None and not (allocated and rows):
@@ -205,32 +220,23 @@ def _peaks(name: str, whole: Records) -> list[ComparisonRow]:
     return rows
 
 
-def _sides(whole: Records, of: Callable[[Record], int | None]) -> tuple[list[int], list[int]] | None:
+def _sides(whole: Records, metric: Metric) -> tuple[list[Number], list[Number]] | None:
     """Return a number of all process runs, old and new; None where one of them does not have it."""
-    old, new = ([of(pair[side]) for pair in whole] for side in (0, 1))
+    old, new = ([metric.read(pair[side]) for pair in whole] for side in (0, 1))
     there = [n for n in old if n is not None], [n for n in new if n is not None]
     return there if len(there[0]) == len(there[1]) == len(whole) else None
 
 
 def _lacking(whole: Records) -> str:
-    """Say how many process runs of which side have no count, where others have: likeliest of a side that grew."""
-    without = [sum(_counted(pair[side]) is None for pair in whole) for side in (0, 1)]
+    """Return which side lacks counts in how many process runs, where others have counts: likely the side that grew."""
+    without = [sum(COUNTED_PEAK.read(pair[side]) is None for pair in whole) for side in (0, 1)]
     told = [f"{n} of {len(whole)} of the {side} side" for n, side in zip(without, ("old", "new"), strict=True) if n]
     # Where no run has a count, it was not to be had: there is no training, or torch has no profiler.
     return "" if sum(without) == 2 * len(whole) else f"not compared: not counted in {' and '.join(told)}"
 
 
-def _counted(record: Record) -> int | None:
-    return record.measurements.memory.counted_peak_B if record.measurements else None
-
-
-def _above_imports(record: Record) -> int | None:
-    peak = training_peak(record)
-    return None if peak is None else above_imports(record, peak)
-
-
 def _grown(
-    name: str, whole: Records, what: str, sides: tuple[list[int], list[int]], allowed: int, *, exact: bool
+    name: str, whole: Records, what: str, sides: tuple[list[Number], list[Number]], allowed: int, *, exact: bool
 ) -> ComparisonRow:
     """Judge by the medians where `exact` and each side is alike within `allowed`; else by ranks too: one disturbed run
     decides nothing."""
@@ -246,12 +252,12 @@ def _grown(
     return ComparisonRow(FindingKind.MEMORY, word, name, (whole[0][0].cell_id,), what, reason, a, b, "B", records=ids)
 
 
-def _span(values: Sequence[int]) -> str:
+def _span(values: Sequence[Number]) -> str:
     low, high = min(values), max(values)
     return f"{low:,} B" if low == high else f"{low:,} to {high:,} B"
 
 
-def _higher(these: Sequence[int], those: Sequence[int]) -> bool:
+def _higher(these: Sequence[Number], those: Sequence[Number]) -> bool:
     """Say whether `these` rank higher: one-sided, exact for so few, at a level that six of each can just reach."""
     from scipy.stats import mannwhitneyu
 

@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from harness.conformance import checks, operations, parity_suite, process_settings
 from harness.conformance.case import Case
 from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.execution.parity_model import TARGETS, ParityModel, whole
 from harness.conformance.findings.outcomes import CheckOutcome, Execution
-from harness.conformance.operation import OperationSubject
-from harness.conformance.parity_suite import MethodCase, OperationCase, OperationSuite, ParityPlan, ParitySuite
+from harness.conformance.operation import Arguments, OperationSubject
+from harness.conformance.parity_suite import MethodCase, MethodSuite, OperationCase, OperationSuite, ParitySuite
 from harness.conformance.subject import (
     DTYPES,
     ExpectedCodes,
@@ -61,13 +62,13 @@ def run(
 
 
 def run_case(
-    implementation: Implementation, plan: ParityPlan, of: MethodCase | OperationCase, device: torch.device = CPU
+    implementation: Implementation, plan: ParitySuite, of: MethodCase | OperationCase, device: torch.device = CPU
 ) -> Iterator[CheckOutcome]:
     """Yield the outcome of every check of one case. device: where a Method's case runs; an Operation's runs on the CPU."""
     runner = CaseRunner(implementation, str(of), of.dtype)
     if isinstance(plan, OperationSuite) and isinstance(of, OperationCase):
         yield from _run_operation(runner, plan, of)
-    elif isinstance(plan, ParitySuite) and isinstance(of, MethodCase):
+    elif isinstance(plan, MethodSuite) and isinstance(of, MethodCase):
         yield from _run_method(runner, plan, of, device)
 
 
@@ -84,7 +85,7 @@ class CaseRunner:
         """Run one check. What it does to the process is undone: only the check `settings` may find it."""
 
         def run() -> CheckResult:
-            with torch.random.fork_rng(), process_settings.kept():
+            with torch.random.fork_rng(), process_settings.restored():
                 process_settings.seed(SEED)
                 return checks.every()[name](subject, case)
 
@@ -110,10 +111,10 @@ class CaseRunner:
         )  # fmt: skip
 
 
-def _run_method(runner: CaseRunner, plan: ParitySuite, of: MethodCase, device: torch.device) -> Iterator[CheckOutcome]:
+def _run_method(runner: CaseRunner, plan: MethodSuite, of: MethodCase, device: torch.device) -> Iterator[CheckOutcome]:
     """Run a case of a Method, or of a quantised base: each check in the states that it names."""
     attaching = CheckId(plan.method, "attach", of.dtype, "init")
-    with process_settings.kept() as disturbed:  # by the imports, perhaps, that the first attaching does
+    with process_settings.restored() as disturbed:  # by the imports, perhaps, that the first attaching does
         made = runner.attempt(attaching, lambda: attach(runner.implementation, plan, of, device))
     if isinstance(made, CheckOutcome):
         yield made
@@ -135,7 +136,7 @@ def _run_method(runner: CaseRunner, plan: ParitySuite, of: MethodCase, device: t
 def _run_operation(runner: CaseRunner, plan: OperationSuite, of: OperationCase) -> Iterator[CheckOutcome]:
     operation = operations.every()[plan.operation]
 
-    def draw(seed: int) -> dict[str, Any]:
+    def draw(seed: int) -> Arguments:
         return operation.arguments(DTYPES[of.dtype], torch.Generator().manual_seed(seed), **of.values)
 
     subject = OperationSubject(operation, runner.implementation, of.dtype, draw(SEED), lambda: draw(SEED + 1))
@@ -146,7 +147,7 @@ def _run_operation(runner: CaseRunner, plan: OperationSuite, of: OperationCase) 
 
 def attach(
     implementation: Implementation,
-    plan: ParitySuite,
+    plan: MethodSuite,
     of: MethodCase,
     device: torch.device = CPU,
 ) -> tuple[Subject, Case]:
@@ -169,7 +170,7 @@ def attach(
         packed: dict[str, PackedLayer] = {}
         expected: dict[str, ExpectedCodes] = {}
         if plan.base:
-            expected = {path: ExpectedCodes.of(layer) for path, layer in bases.items()}
+            expected = {p: ExpectedCodes.of(layer) for p, layer in bases.items() if isinstance(layer, nn.Linear)}
             forms = implementation(model, list(bases), DTYPES[of.dtype])
             packed = {path: PackedLayer(*form) for path, form in forms.items()}
             bases = _adaptable(model, settled)
@@ -187,14 +188,16 @@ def attach(
 
     subject = fresh()
     run_model, forward = whole(subject.model)
+    original = subject.original.model
+    assert original is not None  # noqa: S101  # a parity model is small enough to be copied
     case = Case(
-        "init", tokens=of.shape.tokens, seed=SEED, inputs=run_model, base_output=whole(subject.original.model)[0](),
+        "init", tokens=of.shape.tokens, seed=SEED, inputs=run_model, base_output=whole(original)[0](),
         forward=forward, fresh=fresh, factors=plan.factors(),
     )  # fmt: skip
     return subject, case
 
 
-def _adaptable(model: ParityModel, config: Any) -> dict[str, Any]:
+def _adaptable(model: ParityModel, config: Any) -> dict[str, nn.Module]:
     if hasattr(config, "targets"):
         return {name: model.get_submodule(name) for name in TARGETS}
     return adaptable_layers(model, config)

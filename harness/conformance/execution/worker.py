@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from typing import Any
 
 from harness.conformance.execution.worker_protocol import (
     CaseBegun,
@@ -29,7 +28,7 @@ def main(fd: int, line: int, task: WorkerTask) -> None:
     with event_writer(fd, line) as emit:
         from harness.conformance import process_settings
 
-        before = process_settings.now()
+        before = process_settings.snapshot()
         registry = discover(only=[task.point])
         for target in task.targets:
             name, kind, what = target
@@ -39,7 +38,7 @@ def main(fd: int, line: int, task: WorkerTask) -> None:
             emit(**TargetEnded(end=target).model_dump(mode="json"))
 
 
-def _run(implementation: Implementation, task: WorkerTask, before: dict[str, Any], emit: Emit) -> None:
+def _run(implementation: Implementation, task: WorkerTask, before: dict[str, object], emit: Emit) -> None:
     """Report the outcome of every check. An exception outside a check is one more failure, and ends only this target."""
     at = "start-up"
 
@@ -66,8 +65,8 @@ def _run(implementation: Implementation, task: WorkerTask, before: dict[str, Any
         from harness.conformance import process_settings
         from harness.conformance.execution import suite_run
 
-        if changed := process_settings.changed(before):
-            process_settings.put_back(before)
+        if changed := process_settings.list_changes(before):
+            process_settings.restore(before)
             why = f"importing it: {'; '.join(changed)}"
             report(CheckOutcome.of_whole_target(*target, check="settings", case="import", detail=why))
         for outcome in suite_run.run(implementation, breadth=task.breadth, dtypes=task.dtypes, begin=begin):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from harness.conformance.comparison.functional_layer import dense
-from harness.conformance.comparison.operation_call import changed
+from harness.conformance.comparison.functional_layer import dense_linear
+from harness.conformance.comparison.operation_call import map_floats
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed
-from harness.conformance.operation import Operation, cloned, draw
+from harness.conformance.operation import Arguments, Operation, cloned, draw
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from reference import adalora
 
@@ -28,14 +27,14 @@ def arguments(
     rank: int,
     beta1: float = 0.85,
     beta2: float = 0.7,
-) -> dict[str, Any]:
+) -> Arguments:
     """Draw the arguments of one call. shape: (out, in) of the layer.
 
     The averages of before are as large as what comes to them, and in at least float32; a score is a millionth, which
     float16 does not hold.
     """
     shapes = {"A": (rank, shape[1]), "E": (rank, 1), "B": (shape[0], rank)}
-    given: dict[str, Any] = {"beta1": beta1, "beta2": beta2}
+    given: Arguments = {"beta1": beta1, "beta2": beta2}
     for name, size in shapes.items():
         given[name] = draw(generator, dtype, *size, spread=0.1)
         given[f"grad_{name}"] = draw(generator, dtype, *size, spread=0.01)
@@ -51,7 +50,9 @@ def reference(A: Tensor, E: Tensor, B: Tensor, beta1: float, beta2: float, **giv
     A (R, D), E (R, 1), B (out, R). given: of each, grad_A and the averages of before, I_A of its sensitivity |w grad| and
     U_A of its uncertainty, in the same shape (arXiv:2303.10512, eqs. 7 to 11).
     """
-    layer = adalora.AdaLoraLinear(dense(A.new_zeros(len(B), A.shape[1]), None), A, E, B, scaling=1.0, dropout=0.0)
+    layer = adalora.AdaLoraLinear(
+        dense_linear(A.new_zeros(len(B), A.shape[1]), None), A, E, B, scaling=1.0, dropout=0.0
+    )
     state = layer.state()
     for name, w in layer.tensors().items():
         w.grad = given[f"grad_{name}"]
@@ -62,20 +63,20 @@ def reference(A: Tensor, E: Tensor, B: Tensor, beta1: float, beta2: float, **giv
     return (*averages, layer.scores())
 
 
-def judge(outputs: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[Judgement, str]:
+def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
     """Judge everything by the noise floor of the averages' own dtype: float32 where the weights have 16 bits."""
     dtype = "float64" if given["A"].dtype == torch.float64 else "float32"
     wide = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float64)
     exactly = cloned(dict(given), wide)
 
-    def of(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    def of(arguments: Arguments) -> dict[str, Tensor]:
         return OPERATION.named(reference(**cloned(dict(arguments))))
 
     def draws() -> Iterator[dict[str, Tensor]]:
         yield of(given)
         generator = torch.Generator().manual_seed(_SEED)
         for _ in range(PERTURBED_DRAWS):
-            yield of(changed(exactly, lambda t: perturbed(t, dtype, generator)))
+            yield of(map_floats(exactly, lambda t: perturbed(t, dtype, generator)))
 
     return noise_floor(outputs, of(exactly), draws(), dtype), ""
 

@@ -116,7 +116,7 @@ def _counted(one: HistorySeries) -> Iterator[Change]:
             level = value
         last = night
     for number, (last, (_, old), (night, new)) in enumerate(zip(before, levels, levels[1:], strict=False)):
-        worse = new > old or one.metric == tracked_metrics.PARAMETERS
+        worse = tracked_metrics.got_worse(one.metric, old, new)
         allowed, counted = tracked_metrics.slack(one.metric, old), tracked_metrics.kind(one.metric) == "counted"
         back = (n for n, later in levels[number + 2 :] if (later <= old + allowed if new > old else later == old))
         yield Change(

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from harness.analysis import tracked_metrics
-from harness.console import say
-from harness.errors import Exit, Problem, StoreError, UsageError, noted, wrong_use
+from harness.console import echo
+from harness.errors import Exit, Problem, StoreError, UsageError, collect_errors, usage_error
 from harness.records import store
 from harness.regression.history import night_files
 from harness.regression.history.night_files import Decision, Evidence, History
@@ -58,7 +58,7 @@ def confirm(
 def print_decision(decision: Decision) -> Exit:
     """Print a decision that was stored."""
     where = f"{decision['cell']} {decision['metric']} from {decision['night']} on"
-    say(f"{where}, by {decision['author']}: {decision['reason']}")
+    echo(f"{where}, by {decision['author']}: {decision['reason']}")
     return Exit.PASS
 
 
@@ -85,22 +85,22 @@ def checked(
     option: the name of the option that gave `reason`. Raises UsageError with every mistake and its argument or option.
     """
     problems: list[Problem] = []
-    with noted(problems):
+    with collect_errors(problems):
         history = _nonempty_history(folder)
     if not problems:
-        with noted(problems):
+        with collect_errors(problems):
             cell = find_cell(history.cells, cell)
-        with noted(problems):
+        with collect_errors(problems):
             _check_metric(history, metric)
-        with noted(problems):
+        with collect_errors(problems):
             _check_night(history, night)
-    with noted(problems):
+    with collect_errors(problems):
         if not reason.strip():
             raise UsageError(f"an empty {option.strip('-')} explains nothing", where=option, hint=_HINTS[option])
-    with noted(problems):
+    with collect_errors(problems):
         author = find_author(author)
     if problems:
-        raise wrong_use(problems)
+        raise usage_error(problems)
     return history, {
         "schema": night_files.SCHEMA, "cell": cell, "metric": metric, "night": night, "reason": " ".join(reason.split()),
         "author": str(author), "made": store.now(),

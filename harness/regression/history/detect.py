@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from harness.analysis import tracked_metrics
-from harness.console import say
+from harness.console import echo
 from harness.errors import Exit
 from harness.regression.history import cell_names, changes, decisions, night_files
 from harness.regression.history.changes import Change, FoundChanges
@@ -34,7 +34,7 @@ from harness.regression.history.series import HistorySeries, series
 
 
 def detect(
-    folder: Path, cell: str | None, sentinel: str | None, as_json: bool, strict: bool, *, out: Callable[[str], Any] = say
+    folder: Path, cell: str | None, sentinel: str | None, as_json: bool, strict: bool, *, out: Callable[[str], Any] = echo
 ) -> Exit:  # fmt: skip
     """Print the changes and return the exit code; see the help of the command.
 
@@ -199,7 +199,7 @@ def _place_changes(history: History, known: Sequence[HistorySeries]) -> Iterator
         both = [i for i in shared if i in steps.get(before, {}) and i in steps.get(place, {})]
         ratios = [median(steps[place][i].values[:7]) / median(steps[before][i].values[-7:]) for i in both]
         yield PlaceChange(
-            history.nights[first[place]].night, place, before, tracked_metrics.moved(where[before], where[place]),
+            history.nights[first[place]].night, place, before, tracked_metrics.place_changes(where[before], where[place]),
             len(shared), median(ratios) if ratios else None,
         )  # fmt: skip
 

@@ -115,9 +115,8 @@ def _rerun(request: PairsRequest) -> str:
 
 def _measured_by_pairs(metric: str) -> bool:
     """Return whether pairs of runs judge a metric: times that code can change, and peaks."""
-    return metric == tracked_metrics.PEAK or (
-        tracked_metrics.kind(metric) == "timed" and not metric.startswith(tracked_metrics.SENTINEL)
-    )
+    kind = tracked_metrics.kind(metric)
+    return kind == "peak" or (kind == "timed" and not metric.startswith(tracked_metrics.SENTINEL))
 
 
 def _outer_nights(history: History, change: Change) -> tuple[Night, Night]:
@@ -138,7 +137,7 @@ def _outer_nights(history: History, change: Change) -> tuple[Night, Night]:
 
 def _ships(suite: str) -> bool:
     """Return whether a suite comes with the harness."""
-    return bool(re.fullmatch(r"[\w.-]+", suite)) and (resources.folder("suites") / f"{suite}.yaml").is_file()
+    return bool(re.fullmatch(r"[\w.-]+", suite)) and (resources.data_folder("suites") / f"{suite}.yaml").is_file()
 
 
 def _is_search(history: History, cell: str) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from harness.analysis import tracked_metrics
+from harness.analysis import metrics, tracked_metrics
 from harness.errors import Exit
 from harness.regression.history import changes, night_files
 from harness.regression.history.decisions import EVERY
@@ -175,7 +175,7 @@ class Detection:
     def document(self) -> dict[str, Any]:
         """Return the document of `--json`."""
         thresholds = {
-            "time": changes.TIMED_LEAST, "accuracy": changes.SCORE_LEAST, "peak_B": tracked_metrics.PEAK_BYTES
+            "time": changes.TIMED_LEAST, "accuracy": changes.SCORE_LEAST, "peak_B": metrics.TRAINING_PEAK.slack_B
         }  # fmt: skip
         return {
             "schema": night_files.SCHEMA, "nights": self.nights, "series": self.series, "compared": self.compared,

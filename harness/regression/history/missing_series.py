@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 
-from harness.analysis import tracked_metrics
+from harness.analysis import metrics
 from harness.regression.history import decisions
 from harness.regression.history.decisions import EVERY
 from harness.regression.history.findings import MissingSeries, StoppedCell
@@ -44,8 +44,9 @@ def missing_series(
     last = {place: index for index, night in enumerate(history.nights) for place in night.places}
     missing: dict[tuple[str, str, int], list[str]] = {}
     for one in known:
-        if one.metric == tracked_metrics.COUNTED_PEAK:
-            continue  # counted only if memory has room for a copy of what the step changes
+        declared = metrics.in_history(one.metric)
+        if declared is not None and not declared.always_there:
+            continue
         if one.nights[-1] < last[one.place] and one.cell not in stopped:
             missing.setdefault((one.cell, one.place, one.nights[-1]), []).append(one.metric)
     there: dict[tuple[str, str], set[str]] = {}
@@ -54,8 +55,8 @@ def missing_series(
             for row in history.nights[index].rows:
                 if last[row["on"]] == index:
                     there.setdefault((row["cell"], row["on"]), set()).add(str(row.get("status", "ok")))
-    for (cell, place, index), metrics in sorted(missing.items()):
+    for (cell, place, index), absent in sorted(missing.items()):
         statuses = there.get((cell, place), {NO_RECORD})
         status = "ok" if "ok" in statuses else " and ".join(sorted(statuses))
         night, last_night = history.nights[last[place]].night, history.nights[index].night
-        yield MissingSeries(cell, names.get(cell, cell), place, metrics, night, last_night, status)
+        yield MissingSeries(cell, names.get(cell, cell), place, absent, night, last_night, status)

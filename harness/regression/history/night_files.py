@@ -21,8 +21,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, TypeGuard, TypeVar, cast
 
-from harness.errors import StoreError, UsageError
-from harness.records import store
+from harness.errors import StoreError, UsageError, plural
+from harness.records import files
 
 SCHEMA = 1
 PASSES = 3
@@ -155,7 +155,7 @@ def read_night(path: Path, broken: dict[str, str]) -> Night | None:
     before, night.rows = len(night.rows), _without_duplicates(night.rows)
     bad += before - len(night.rows)
     if bad:
-        reason = f"{bad} line{'s' * (bad != 1)} not written by `history add`"
+        reason = f"{plural(bad, 'line')} not written by `history add`"
         broken[path.name] = "; ".join(filter(None, [broken.get(path.name, ""), reason]))
     return night
 
@@ -204,7 +204,7 @@ def _text(line: Mapping[str, object]) -> str:
 
 def _write(path: Path, text: str) -> None:
     try:
-        store.write_atomic(path, text.encode())
+        files.write_atomic(path, text.encode())
     except StoreError as error:
         raise StoreError(
             error.what, where=error.where, hint="make room, or name another --dir; then add again"

@@ -7,15 +7,11 @@ from pathlib import Path
 from statistics import median
 
 from harness.analysis import tracked_metrics
-from harness.console import say
+from harness.console import echo
 from harness.errors import Exit, UsageError
 from harness.regression.history import cell_names, night_files, table
 from harness.regression.history.findings import ShownSeries
 from harness.regression.history.series import series
-
-_METRICS = (
-    tracked_metrics.STEP, tracked_metrics.LATENCY, tracked_metrics.PEAK, tracked_metrics.ACCURACY, *tracked_metrics.COUNTED
-)  # fmt: skip
 
 
 def show(folder: Path, cell: str | None, metric: str | None, *, each_night: bool, as_json: bool) -> Exit:
@@ -26,7 +22,9 @@ def show(folder: Path, cell: str | None, metric: str | None, *, each_night: bool
     """
     history = night_files.read(folder)
     if metric is not None and not (tracked_metrics.kind(metric) or metric == tracked_metrics.LATENCY):
-        raise UsageError(f"not a metric: {metric!r}", where="--metric", hint=f"name one of {', '.join(_METRICS)}")
+        raise UsageError(
+            f"not a metric: {metric!r}", where="--metric", hint=f"name one of {', '.join(tracked_metrics.names())}"
+        )
     names = cell_names.names(history)
     rows = [
         ShownSeries(
@@ -42,13 +40,13 @@ def show(folder: Path, cell: str | None, metric: str | None, *, each_night: bool
             "schema": night_files.SCHEMA, "places": places, "series": [vars(row) for row in rows],
             "left_out": history.broken,
         }  # fmt: skip
-        say(json.dumps(document, indent=1))
+        echo(json.dumps(document, indent=1))
     elif rows:
-        say(table.series_text(rows, each_night=each_night))
+        echo(table.series_text(rows, each_night=each_night))
         for place in sorted({row.place for row in rows}):
-            say(f"place {place}: {', '.join(f'{key} {value}' for key, value in places[place].items())}")
+            echo(f"place {place}: {', '.join(f'{key} {value}' for key, value in places[place].items())}")
         for name, why in history.broken.items():
-            say(f"left out: {name}: {why}")
+            echo(f"left out: {name}: {why}")
     if not rows:
         return Exit.NOTHING_COMPARED
     return Exit.INFRASTRUCTURE if history.broken else Exit.PASS

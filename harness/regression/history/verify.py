@@ -12,7 +12,7 @@ from typing import Any
 from harness.analysis import tracked_metrics
 from harness.analysis.statistics.paired import PairFinding
 from harness.analysis.tracked_metrics import STEP
-from harness.console import say
+from harness.console import echo
 from harness.errors import Exit, HarnessError
 from harness.records import store
 from harness.regression.history import cell_names, decisions, night_files
@@ -69,9 +69,9 @@ def verify(
         if interrupted:
             break
     for line in _not_tried(unconfirmed, pairable, len(codes)):
-        say(line)
+        echo(line)
     if not unconfirmed:
-        say("nothing to try: no time lies above its level")
+        echo("nothing to try: no time lies above its level")
     return max(codes, default=Exit.PASS)
 
 
@@ -82,17 +82,17 @@ def _try(
     try:
         outcome = _run_pairs(request)
     except HarnessError as error:
-        say(f"{change.name}: not tried: {error}")
+        echo(f"{change.name}: not tried: {error}")
         return Exit.INFRASTRUCTURE, False
     verdict, sentence = _verdict(outcome, change, place, request)
     if verdict is None:
-        say(f"{change.name}: still open: {sentence}")
+        echo(f"{change.name}: still open: {sentence}")
         return (Exit.INFRASTRUCTURE if outcome.failed else Exit.INCONCLUSIVE), outcome.interrupted
     decision = decisions.confirm(
         folder, change.cell, change.metric, change.night, verdict, f"{sentence}; seed {outcome.seed}", author,
         change.between.paired, change.evidence(),
     )  # fmt: skip
-    say(f"{change.name}: {verdict} from {change.night} on: {decision['reason']}")
+    echo(f"{change.name}: {verdict} from {change.night} on: {decision['reason']}")
     return Exit.PASS, outcome.interrupted
 
 
@@ -126,7 +126,7 @@ def _other_place(place: Mapping[str, str], runs: Path) -> list[str]:
     folders = [run for run in sorted(runs.iterdir()) if (run / "run.json").is_file()]
     here = [tracked_metrics.place(record) for run in folders for record in store.read_run(run).records]
     shared = {key: value for key, value in place.items() if key == tracked_metrics.BESIDE}
-    return sorted({difference for one in here for difference in tracked_metrics.moved(place, one | shared)})
+    return sorted({difference for one in here for difference in tracked_metrics.place_changes(place, one | shared)})
 
 
 def _run_pairs(request: PairsRequest) -> PairsOutcome:

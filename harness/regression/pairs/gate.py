@@ -18,6 +18,7 @@ from harness.cell.measure import cores
 from harness.errors import Exit, HarnessError, UsageError
 from harness.process.termination import handle_termination
 from harness.records import environment, naming, store
+from harness.records.files import write_atomic
 from harness.regression.pairs import canary_file, findings, table
 from harness.regression.pairs import sides as arms
 from harness.regression.pairs.request import PairsRequest
@@ -100,7 +101,7 @@ def gate(asked: PairsRequest, as_json: bool, design: Design | None = None) -> Ex
     document = _document(asked, said, seed, design, bench.found, judged, canary) | {
         "cores": held, "cut": cut, "exit": int(code)
     }  # fmt: skip
-    store.write_atomic(folder / DOCUMENT, json.dumps(document, indent=1, allow_nan=False).encode())
+    write_atomic(folder / DOCUMENT, json.dumps(document, indent=1, allow_nan=False).encode())
     told = findings.findings(judged, cut)
     asked.outputs.write(told, f"{said[1]} against {said[0]}")
     print(json.dumps(document, indent=1) if as_json else "\n".join(table.lines(judged)))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from harness.errors import Exit, StoreError, UsageError
-from harness.records import store
+from harness.records import files, store
 from harness.report.export.columns import TABLES
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ Format = Literal["parquet", "csv"]
 
 
 def export(names: Sequence[str], form: Format, out: Path | None = None) -> Exit:
-    """Write the tables of runs into a folder, print what was written, return the exit code.
+    """Write the tables of runs into a folder, print the files, return the exit code.
 
     out: `export-<form>` in the first run's folder if None. 1 where a file was changed after its run, 5 where there is
     nothing to export, 4 where a Record cannot be read or is missing. Raises UsageError for a folder that holds something,
@@ -31,7 +31,7 @@ def export(names: Sequence[str], form: Format, out: Path | None = None) -> Exit:
     folder = out or paths[0] / f"export-{form}"
     _refuse_used(folder)
 
-    from harness.report.export import frames  # pandas, for which nobody should wait who named a wrong folder
+    from harness.report.export import frames  # pandas is slow to import: check the folder first
 
     runs = [store.read_run(path) for path in paths]
     numbers = frames.of(runs)
@@ -87,7 +87,7 @@ def _bytes(frame: DataFrame, form: Format) -> bytes:
 
 def _write(path: Path, data: bytes) -> None:
     try:
-        store.write_atomic(path, data)
+        files.write_atomic(path, data)
     except StoreError as error:
         hint = f"make room or name another --out, remove {path.parent}, and export again"
         raise StoreError(error.what, where=error.where, hint=hint) from error
