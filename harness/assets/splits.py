@@ -35,7 +35,7 @@ def write(source: Source, folder: Path, progress: Progress) -> None:
 
 
 @contextmanager
-def _local_explained(source: Source, named: lm_eval_files.Named) -> Iterator[None]:
+def _local_explained(source: Source, named: lm_eval_files.TaskFile) -> Iterator[None]:
     """Turn what is raised for files on this machine into an AssetError: the hub has no part in it. A full disk is none."""
     from datasets.exceptions import DatasetsError
 

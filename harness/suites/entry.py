@@ -263,7 +263,7 @@ class _EntryChecker:
             what = f"{name} has no training split, and `steps` is {self.steps}"
             hint = "write `steps: 0`, or a task of your own whose `metadata` names a training set"
             context.problem(self._path("training", "steps"), what, hint)
-        if task.own is None and items is not None and items > task.test:
+        if task.upstream is None and items is not None and items > task.test:
             what = f"`items` is {items}, but {name} has {task.test} test items"
             context.problem(self._path("evaluation", "items"), what, f"write at most {task.test}")
         if encoders and not task.labels:

@@ -241,7 +241,7 @@ def test_hub_data_are_read_at_their_commit(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(datasets, "load_dataset", load)
     task = tasks.load(f"lm-eval:gsm8k:flexible-extract@{COMMIT}", tmp_path, {})  # lm-eval's own file
     assert task.answers is not None
-    assert (task.answers.filter, task.trains) == ("flexible-extract", True)
+    assert (task.filter, task.trains) == ("flexible-extract", True)
     folder = fetch.ensure(task.data)
     assert asked == [(("openai/gsm8k", "main"), {"split": split, "revision": COMMIT}) for split in ("test", "train")]
     use = fetch.use(task.data)
@@ -258,11 +258,11 @@ MISTAKES = {
     "lm-eval:digits_writen": ("lm-eval has no task `digits_writen`", "did you mean `digits_written`"),
     "lm-eval:digits_written": ("has 2 filters", "lm-eval:digits_written:strict, lm-eval:digits_written:number"),
     "lm-eval:digits_written:loose": ("has 2 filters", "lm-eval:digits_written:number"),
-    "lm-eval:untaught": ("org/data, are not pinned", "write lm-eval:untaught@ and the 40 hex digits"),
+    "lm-eval:untaught": ("does not pin its data, org/data", "write lm-eval:untaught@ and the 40 hex digits"),
     f"lm-eval:untaught@{COMMIT}": ("has no training split, and `steps` is 3", "write `steps: 0`"),
     "lm-eval:sampled": ("samples its answers", "a task of your own"),
-    "lm-eval:rolling": ("has the output type 'loglikelihood_rolling'", "offered are multiple_choice, generate_until"),
-    "lm-eval:program": ("is a program", "a YAML of its own"),
+    "lm-eval:rolling": ("has the output type 'loglikelihood_rolling'", "multiple_choice or generate_until"),
+    "lm-eval:program": ("is a Python class", "described in YAML"),
     "lm-eval:a b": ("names no task of lm-eval", "write lm-eval:TASK"),
 }
 

@@ -224,7 +224,7 @@ def test_nothing_runs_before_the_suite_fits(
     verb: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "_resolve", lambda *_: pytest.fail("something was fetched"))
+    monkeypatch.setattr(run, "_fetch", lambda *_: pytest.fail("something was fetched"))
     path = folder / "fit.yaml"
     path.write_text(SUITE.replace("max_tokens: 16", "max_tokens: 25"), encoding="utf-8")
     assert main([verb[0], str(path), *verb[1:]]) == Exit.USAGE
@@ -239,7 +239,7 @@ def test_a_model_that_was_fetched_is_asked_before_the_first_cell(
     monkeypatch.chdir(tmp_path)
     here: list[str] = []
     monkeypatch.setattr(fetch, "is_ready", lambda source: source.name in here)
-    monkeypatch.setattr(run, "_resolve", lambda *_: here.append("bert"))
+    monkeypatch.setattr(run, "_fetch", lambda *_: here.append("bert"))
     path = folder / "fit.yaml"
     path.write_text(SUITE.replace("max_tokens: 16", "max_tokens: 25"), encoding="utf-8")
     assert main(["run", str(path), "--out", "run"]) == Exit.USAGE
