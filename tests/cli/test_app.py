@@ -239,7 +239,7 @@ def test_a_bug_of_the_harness_is_no_finding() -> None:
     assert "Traceback" in done.stderr
     assert "in explained" in done.stderr
     message = done.stderr[done.stderr.index("peft-harness: ") :]
-    assert message.startswith("peft-harness: this is a bug of peft-harness, ")
+    assert message.startswith("peft-harness: internal error in peft-harness: ")
     assert "ZeroDivisionError: by nought\n  hint: report it with the lines above; no Record was written" in message
     assert done.stderr.count("by nought") == 2
 
