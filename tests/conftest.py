@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from harness.records import store
-from support.sandbox import Bench, Finished, make_bench
+from support.sandbox import Finished, Sandbox, make_sandbox
 
 # Several workers at once, each with a thread per core, would wait for each other in loops. Before torch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -36,16 +36,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, cache: Path) -> Bench:
-    return make_bench(tmp_path, cache)
+def sandbox(tmp_path: Path, cache: Path) -> Sandbox:
+    return make_sandbox(tmp_path, cache)
 
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Finished, store.Run]:
     """`peft-harness run smoke`, in a folder whose files have the names of modules."""
-    bench = make_bench(tmp_path_factory.mktemp("smoke"), cache)
+    sandbox = make_sandbox(tmp_path_factory.mktemp("smoke"), cache)
     for name in ("random", "torch", "harness"):
-        (bench.folder / f"{name}.py").write_text("raise SystemExit('a file of the current folder was imported')\n")
-    finished = bench.command("run", "smoke", "--out", "run")
-    assert bench.run_folder.is_dir(), finished.err
-    return finished, bench.read()
+        (sandbox.folder / f"{name}.py").write_text("raise SystemExit('a file of the current folder was imported')\n")
+    finished = sandbox.command("run", "smoke", "--out", "run")
+    assert sandbox.run_folder.is_dir(), finished.err
+    return finished, sandbox.read()

@@ -143,7 +143,7 @@ class OperationBenchmark:
         own = cloned(arguments)
         leaves = [
             t.requires_grad_(True)
-            for n, t in operation_call.flat(own).items()
+            for n, t in operation_call.flatten(own).items()
             if n.partition("[")[0] in self.definition.differentiable
         ]
         first = self.definition.outputs[0]

@@ -14,7 +14,7 @@ from harness.cell.outcomes import NonconformingError
 from harness.conformance.findings.summary import describe
 from harness.conformance.subject import DTYPES
 from harness.methods.registry import Registry
-from harness.records.record import Cell, CheckResult, Outcome
+from harness.records.record import Cell, CheckResult, Note, Outcome
 
 
 @dataclass
@@ -31,6 +31,7 @@ class CellRun:
     """Memory of the process before the model is loaded, in bytes."""
     checks: list[CheckResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    typed_notes: list[Note] = field(default_factory=list)
     layers: list[str] = field(default_factory=list)
     """Paths of the adapted layers."""
     adapted: Mapping[str, object] = field(default_factory=dict)

@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 
 from harness import resources
 from harness.claims.printed_number import Dimension
+from harness.errors import did_you_mean
 
 Number = int | float | Fraction
 
@@ -96,7 +97,7 @@ def _shape(address: str, info: ValidationInfo) -> str:
     if not name.startswith(shapes.PATH_STARTS):
         return name
     try:
-        path = (info.context or {}).get(FOLDER, Path()) / resources.named(name)
+        path = (info.context or {}).get(FOLDER, Path()) / resources.user_path(name)
         file = path / "config.json" if path.is_dir() else path
         shapes.read(file)
     except UsageError as error:
@@ -105,11 +106,10 @@ def _shape(address: str, info: ValidationInfo) -> str:
 
 
 def _method(name: str) -> str:
-    from harness.errors import near
     from harness.methods.spec import methods
 
     if name not in (there := methods()):
-        raise ValueError(f"no method is called `{name}`; {near(name, there)}")
+        raise ValueError(f"no method is called `{name}`; {did_you_mean(name, there)}")
     return name
 
 

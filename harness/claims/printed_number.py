@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
-from harness.errors import near
+from harness.errors import did_you_mean
 
 Dimension = Literal["count", "bytes", "bits", "share", "ratio", "seconds", "rate", "number", "property"]
 """What a measure is in. count: of things; share: of a whole; rate: tokens a second; property: it holds or it does not, and
@@ -90,7 +90,7 @@ def parse(text: str, dimension: Dimension) -> Printed:
         raise ValueError(f"{text!r} is no figure; write e.g. {_example(dimension)}, or < and > before it")
     unit = found["unit"]
     if unit not in units:
-        hint = near(unit, filter(None, units), "write it as one of") if any(units) else "write none"
+        hint = did_you_mean(unit, filter(None, units), "write it as one of") if any(units) else "write none"
         raise ValueError(f"{text!r} has the unit {unit!r}, but the measure is in {dimension}; {hint}")
     digits = found["digits"].replace(",", "")
     mantissa, _, exponent = digits.partition("e")

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from harness.analysis import contention, ranking
 from harness.claims.measure import NotRunError
-from harness.errors import near
+from harness.errors import did_you_mean
 from harness.records import store
-from harness.records.cost import AT_ONCE
+from harness.records.notes import concurrent_cells
 from harness.records.record import Cell, Record, Status
 from harness.resources import checkout
-from harness.suites import expand, loader
+from harness.suites import loader
 from harness.suites.suite import Suite
 
 _named: list[Path] = []
@@ -61,7 +61,7 @@ def records(suite: str, *entries: str) -> list[list[Record]]:
 def cell(suite: str, entry: str) -> Cell:
     """Return the Cell of an entry, of several seeds the first. Raises ValueError for one that the suite does not have."""
     first = _cells(suite, entry)[0]
-    return next(one for one in _plan(suite).cells if one.cell_id == first)
+    return next(one for one in _read(suite).plan.cells if one.cell_id == first)
 
 
 def comparable(*sides: Sequence[Record]) -> None:
@@ -82,8 +82,7 @@ def place(record: Record) -> str:
 
 def shared(record: Record) -> str:
     """Say why a Record's times are not its Cell's own, as others had the machine too; empty where they are."""
-    beside = any(AT_ONCE in note for note in record.notes)
-    why = "other Cells ran at once" if beside else contention.busy(record)
+    why = "other Cells ran at once" if concurrent_cells(record) > 1 else contention.busy(record)
     hint = "run the suite again with --jobs 1 on a machine that does nothing else"
     return f"its times are not its own ({why}); {hint}" if why else ""
 
@@ -95,7 +94,7 @@ def entries(suite: str) -> list[str]:
 
 def unknown(suite: str, entry: str, there: Sequence[str]) -> str:
     """Say that a suite has no such entry, and what it has."""
-    return f"the suite {suite} has no entry `{entry}`; {near(entry, sorted(there))}"
+    return f"the suite {suite} has no entry `{entry}`; {did_you_mean(entry, sorted(there))}"
 
 
 @cache
@@ -103,13 +102,8 @@ def _read(suite: str) -> Suite:
     return loader.load(suite)
 
 
-@cache
-def _plan(suite: str) -> expand.Plan:
-    return expand.expand(_read(suite))
-
-
 def _cells(suite: str, entry: str) -> list[str]:
-    plan = _plan(suite)
+    plan = _read(suite).plan
     tried = {cell_id for search in plan.tuning for cell_id in search.sweep}
     found = [cell_id for cell_id, name in plan.ids.items() if name == entry and cell_id not in tried]
     if not found:

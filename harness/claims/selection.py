@@ -9,7 +9,7 @@ from typing import TypeVar
 from harness.claims import claim_file
 from harness.claims.claim import Claim
 from harness.claims.judge import ClaimVerdict, JudgedClaim
-from harness.errors import Exit, Problem, UsageError, wrong_use
+from harness.errors import Exit, Problem, UsageError, usage_error
 
 _NAMED = 3
 """Ids in a message."""
@@ -26,7 +26,7 @@ def chosen(
     known = [claim.id for claim in claims]
     wrong = [start for start in ids if not any(name.startswith(start) for name in known)]
     if wrong:
-        raise wrong_use(
+        raise usage_error(
             [Problem("--id", f"no claim's id here begins with `{start}`", _hint(start, known)) for start in wrong]
         )
     several = [c for c in claims if (not tiers or c.tier in tiers) and (not ids or c.id.startswith(tuple(ids)))]

@@ -1,4 +1,4 @@
-"""How many cases of each parity suite are tried: few, all, or others besides, drawn at random. No torch."""
+"""Selection of the cases of a parity suite: a few, all, and others drawn at random. No torch."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ LARGEST_TOKENS = 300
 LARGEST_FEATURES = 1500
 LARGEST_VECTOR = 20_000
 LARGEST_STATE = 300_000
-"""Beyond what the kernels' tiles of up to 128 or 256 hold, and small enough that a case takes a tenth of a second."""
+"""Upper limits of drawn sizes: beyond the tiles of 128 or 256 of the kernels, and small enough for a tenth of a second
+per case.
+"""
 
 LEAST_FEATURES = 8
 
 
 @dataclass(frozen=True)
 class CaseSelection:
-    """Which cases of a parity suite are tried.
-
-    full: all configs x shapes x layers x dtypes; else each of them at least once. drawn: how many cases besides, their
-    ranks and shapes drawn at random by `seed`, so that nobody can be right at the suite's own sizes only.
-    """
+    """Selection of the cases of a parity suite."""
 
     full: bool = False
+    """All configs x shapes x layers x dtypes; otherwise each of them at least once."""
     drawn: int = 0
+    """Number of additional cases, with ranks and shapes drawn at random: an implementation must not be right at the
+    suite's own sizes only.
+    """
     seed: int = 0
+    """Of the drawn cases."""
 
     def dice(self, target: str) -> random.Random:
         """Return what the cases of `target` are drawn by."""
@@ -38,36 +41,38 @@ class CaseSelection:
 FEW = CaseSelection()
 
 
-def between(dice: random.Random, least: int, most: int) -> int:
-    """Draw a whole number whose logarithm is uniform: small sizes are as likely as large ones."""
+def draw_log_uniform(dice: random.Random, least: int, most: int) -> int:
+    """Draw a whole number with uniform logarithm: small sizes are as likely as large ones."""
     return min(most, int(math.exp(dice.uniform(math.log(least), math.log(most + 1)))))
 
 
-def config(dice: random.Random, given: Mapping[str, Any], features: int) -> dict[str, Any]:
-    """Return a config with another rank, where it has one: from what the budget leaves (AdaLoRA) to the smaller side."""
+def draw_config(dice: random.Random, given: Mapping[str, Any], features: int) -> dict[str, Any]:
+    """Return a config with another rank, if it has one: at least what the budget leaves (AdaLoRA), at most the smaller
+    side.
+    """
     if "rank" not in given:
         return dict(given)
     least = int(given.get("target_rank", 1))
-    rank = between(dice, least, max(least, min(LARGEST_RANK, features)))
+    rank = draw_log_uniform(dice, least, max(least, min(LARGEST_RANK, features)))
     # LoRA's orthogonal start is there for even ranks only.
     return {**given, "rank": rank + rank % 2 if given.get("init") == "orthogonal" else rank}
 
 
-def call(dice: random.Random, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an Operation's case with other sizes, of those that it says."""
-    return {key: _sized(dice, key, value) for key, value in given.items()}
+def draw_call(dice: random.Random, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an Operation's case with other sizes in place of those that it has."""
+    return {key: _draw_size(dice, key, value) for key, value in given.items()}
 
 
-def _sized(dice: random.Random, key: str, value: Any) -> Any:
+def _draw_size(dice: random.Random, key: str, value: Any) -> Any:
     if key == "shape":
         most = LARGEST_VECTOR if len(value) == 1 else LARGEST_FEATURES // len(value)
-        return [between(dice, 1, most) for _ in value]
+        return [draw_log_uniform(dice, 1, most) for _ in value]
     if key == "rows":
-        return [between(dice, 1, int(LARGEST_TOKENS ** (1 / len(value)))) for _ in value]
+        return [draw_log_uniform(dice, 1, int(LARGEST_TOKENS ** (1 / len(value)))) for _ in value]
     if key == "sizes":
-        return [between(dice, 1, LARGEST_STATE) for _ in value]
+        return [draw_log_uniform(dice, 1, LARGEST_STATE) for _ in value]
     if key == "numel":
-        return between(dice, 1, LARGEST_VECTOR)
+        return draw_log_uniform(dice, 1, LARGEST_VECTOR)
     if key == "rank":
-        return between(dice, 1, LARGEST_RANK)
-    return between(dice, 1, LARGEST_TOKENS) if key in ("tokens", "blocks") else value
+        return draw_log_uniform(dice, 1, LARGEST_RANK)
+    return draw_log_uniform(dice, 1, LARGEST_TOKENS) if key in ("tokens", "blocks") else value

@@ -1,4 +1,4 @@
-"""An Operation: its arguments, its reference, how its outputs are judged, and one implementation of it as a subject."""
+"""An Operation, and an implementation of it as the subject of a check."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ Judge = Callable[[Mapping[str, Tensor], Mapping[str, Any]], tuple[Judgement, str
 
 @dataclass(frozen=True)
 class Operation:
-    """An Operation.
-
-    outputs: their names, in order. arguments: (dtype, generator, **case) -> the keyword arguments of a call. reference:
-    the same call by the reference; what has the case's dtype in the arguments, and that dtype itself, may come as float64.
-    differentiable: the arguments whose gradients are compared. judge: (outputs of the subject, arguments) -> Judgement and
-    a detail, where the noise floor is not the rule; None: every output within the noise floor of the reference in float64.
-    codes: the same for outputs that are codes, which the check `output_codes` then judges apart.
-    """
+    """An Operation: its arguments, its reference, and the judgement of its outputs."""
 
     name: str
     outputs: tuple[str, ...]
+    """Names, in order."""
     arguments: Callable[..., dict[str, Any]]
+    """(dtype, generator, **case) -> keyword arguments of a call."""
     reference: Callable[..., Any]
+    """Reference of the call. Arguments in the case's dtype, and that dtype itself, may come as float64."""
     differentiable: tuple[str, ...] = ()
+    """Arguments whose gradients are compared."""
     judge: Judge | None = None
+    """(outputs of the subject, arguments) -> Judgement and a detail. None: every output within the noise floor of the
+    reference in float64.
+    """
     codes: Judge | None = None
+    """The same for outputs that are codes, which the check `output_codes` judges."""
 
     def named(self, returned: Any) -> dict[str, Tensor]:
-        """Name what a call returned. Raises TypeError if it is not the Operation's outputs."""
+        """Name the outputs that a call returned. Raises TypeError if they are not the outputs of the Operation."""
         several = (returned,) if isinstance(returned, Tensor) else returned
         if not isinstance(several, tuple | list) or len(several) != len(self.outputs):
             raise TypeError(f"{self.name} should return {', '.join(self.outputs)}; got {type(returned).__name__}")
@@ -45,17 +46,18 @@ class Operation:
 
 @dataclass(frozen=True)
 class OperationSubject:
-    """An implementation of an Operation, and the arguments of one case. another: draws others of the same shapes."""
+    """An implementation of an Operation, and the arguments of one case."""
 
     operation: Operation
     function: Callable[..., Any]
     dtype: str
     arguments: dict[str, Any]
     another: Callable[[], dict[str, Any]]
+    """Draws other arguments of the same shapes."""
 
     @property
     def method(self) -> str:
-        """The name by which results are called."""
+        """The name in check ids."""
         return self.operation.name
 
     def call(self, **changed: Any) -> dict[str, Tensor]:
@@ -64,9 +66,9 @@ class OperationSubject:
 
 
 def cloned(value: Any, dtypes: Mapping[torch.dtype, torch.dtype] | None = None) -> Any:
-    """Clone every tensor inside arguments. dtypes: what is of one of these dtypes, or is one, becomes of the other.
+    """Clone every tensor inside arguments. dtypes: what has one of these dtypes, or is one, takes the other.
 
-    A float32 absmax in a bfloat16 case keeps its dtype: it is float32 by definition, and its rounding nobody's.
+    A float32 absmax in a bfloat16 case keeps its dtype: it is float32 by definition.
     """
     become = dtypes or {}
 
@@ -82,7 +84,7 @@ def cloned(value: Any, dtypes: Mapping[torch.dtype, torch.dtype] | None = None) 
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Return arguments with `change` done to everything in them, however deep it lies in dicts, lists and tuples."""
+    """Apply `change` to everything in arguments, at any depth of dicts, lists and tuples."""
     if isinstance(value, dict):
         return {key: mapped(one, change) for key, one in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Parity suites: which cases `check` tries for a Method or an Operation. One YAML each in suites/parity/."""
+"""Parity suites: the cases that `check` tries for a Method or an Operation. One YAML each in suites/parity/."""
 
 from __future__ import annotations
 
@@ -6,36 +6,32 @@ import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from harness import yaml_lines
 from harness.conformance import case_selection, checks
 from harness.conformance.case_selection import CaseSelection
-from harness.errors import Problem, SuiteError, UsageError, near
+from harness.errors import Problem, SuiteError, UsageError, did_you_mean
 from harness.methods.registry import DTYPES
 from harness.methods.spec import methods
 from harness.records.record import FrozenModel
-from harness.resources import folder
-from harness.suites import schema
+from harness.resources import data_folder
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Kind = Literal["linear", "conv1d", "embedding", "conv2d", "conv2d-dilated", "conv2d-reflect"]
 
 
-_Suite = TypeVar("_Suite", "ParitySuite", "OperationSuite")
-
-
 class CaseShape(FrozenModel):
-    """Rows x in x out of the first layer of the model that is adapted; the second maps back."""
+    """Rows x in x out of the first adapted layer; the second maps back."""
 
     tokens: int = Field(ge=1)
     inputs: int = Field(ge=1, alias="in")
     outputs: int = Field(ge=1, alias="out")
 
     def square(self) -> CaseShape:
-        """Return the shape whose two layers are of one size, the smaller."""
+        """Return the shape with two layers of one size, the smaller."""
         side = min(self.inputs, self.outputs)
         return CaseShape.model_validate({"tokens": self.tokens, "in": side, "out": side})
 
@@ -43,31 +39,30 @@ class CaseShape(FrozenModel):
         return f"{self.tokens}x{self.inputs}x{self.outputs}"
 
 
-class Looser(FrozenModel):
-    """A factor on the noise floor that is not the usual one, and why: it shows in the report."""
+class Tolerance(FrozenModel):
+    """A factor on the noise floor other than the usual one, with its reason, which the report shows."""
 
     factor: float = Field(gt=0, le=1000)
     because: str = Field(min_length=10)
     link: str = ""
 
 
-class ParitySuite(FrozenModel):
-    """The cases of one Method: every config x kind of layer x shape x dtype, and the checks in every state.
-
-    base: the quantisation of the base weights that is judged, under the reference's adapter; empty where the Method is.
-    follows: whose reading of the paper the cases follow where they differ.
-    """
+class MethodSuite(FrozenModel):
+    """The cases of one Method: every config x kind of layer x shape x dtype, and the checks in every state."""
 
     method: str
     base: str = ""
+    """Quantisation of the base weights that is judged, under the reference's adapter; empty where the Method is judged.
+    """
     follows: str = "the paper"
+    """Reading of the paper that the cases follow where readings differ."""
     checks: list[str] = Field(min_length=1)
     states: list[Literal["init", "warm"]] = Field(min_length=1)
     configs: list[dict[str, Any]] = Field(min_length=1)
     layers: list[Kind] = Field(default=["linear"], min_length=1)
     shapes: list[CaseShape] = Field(min_length=1)
     dtypes: list[Dtype] = Field(min_length=1)
-    tolerances: dict[str, Looser] = Field(default={})
+    tolerances: dict[str, Tolerance] = Field(default={})
 
     def factors(self) -> dict[str, float]:
         """Map checks to their own factor on the noise floor."""
@@ -91,11 +86,11 @@ class ParitySuite(FrozenModel):
         dice = wanted.dice(self.base or self.method)
         for _ in range(wanted.drawn):
             sides = [
-                case_selection.between(dice, case_selection.LEAST_FEATURES, case_selection.LARGEST_FEATURES)
+                case_selection.draw_log_uniform(dice, case_selection.LEAST_FEATURES, case_selection.LARGEST_FEATURES)
                 for _ in range(2)
             ]
-            config = case_selection.config(dice, dice.choice(self.configs), min(sides))
-            tokens = case_selection.between(dice, 1, case_selection.LARGEST_TOKENS)
+            config = case_selection.draw_config(dice, dice.choice(self.configs), min(sides))
+            tokens = case_selection.draw_log_uniform(dice, 1, case_selection.LARGEST_TOKENS)
             shape = CaseShape.model_validate({"tokens": tokens, "in": sides[0], "out": sides[1]})
             kind = dice.choice([self.layers[0], dice.choice(self.layers)])  # half of them of the kind that all offer
             dtype = dice.choice(self.dtypes)
@@ -133,7 +128,7 @@ class MethodCase:
 
 
 class OperationSuite(FrozenModel):
-    """The cases of one Operation: every case x dtype. What a case may say is what the Operation's arguments take."""
+    """The cases of one Operation: every case x dtype."""
 
     operation: str
     follows: str = "the paper"
@@ -141,7 +136,7 @@ class OperationSuite(FrozenModel):
     values: list[dict[str, Any]] = Field(min_length=1, alias="cases")
     """What the cases say, as keyword arguments of the function that draws the Operation's arguments."""
     dtypes: list[Dtype] = Field(min_length=1)
-    tolerances: dict[str, Looser] = Field(default={})
+    tolerances: dict[str, Tolerance] = Field(default={})
 
     def factors(self) -> dict[str, float]:
         """Map checks to their own factor on the noise floor."""
@@ -161,12 +156,12 @@ class OperationSuite(FrozenModel):
             yield from (OperationCase(values, dtype) for values in self.values[every] or self.values)
         dice = wanted.dice(self.operation)
         for _ in range(wanted.drawn):
-            values, dtype = case_selection.call(dice, dice.choice(self.values)), dice.choice(self.dtypes)
+            values, dtype = case_selection.draw_call(dice, dice.choice(self.values)), dice.choice(self.dtypes)
             if dtype in there:
                 yield OperationCase(values, dtype)
 
 
-ParityPlan = ParitySuite | OperationSuite
+ParitySuite = MethodSuite | OperationSuite
 
 
 @dataclass(frozen=True)
@@ -186,7 +181,9 @@ def _drops(config: Mapping[str, Any]) -> bool:
 
 
 def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype) -> tuple[int, slice]:
-    """Return which of the other dtypes this is, and what of a list it meets: all, or of n others every n-th."""
+    """Return the index of a dtype among the others, and the slice of a list that it meets: all, or every n-th for n
+    others.
+    """
     whole = "float32" if "float32" in wanted else wanted[0]
     others = [one for one in there if one != whole]
     if dtype == whole:
@@ -195,42 +192,40 @@ def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype) -> tup
 
 
 def path_of(name: str) -> Path:
-    """Return where the parity suite of a Method or an Operation stands."""
-    return folder("suites") / "parity" / f"{name}.yaml"
+    """Return the path of the parity suite of a Method, an Operation or a base."""
+    return data_folder("suites") / "parity" / f"{name}.yaml"
 
 
 def names() -> list[str]:
-    """List what has a parity suite."""
+    """List the targets that have a parity suite."""
     return sorted(file.stem for file in path_of("any").parent.glob("*.yaml"))
 
 
 def kind_of(name: str) -> Literal["method", "operation", "base"]:
-    """Say what a parity suite is of."""
-    data = _document(name).data
+    """Return the kind of target of a parity suite."""
+    data = yaml_lines.load(_existing(name)).data
     if isinstance(data, dict) and "operation" in data:
         return "operation"
     return "base" if isinstance(data, dict) and data.get("base") else "method"
 
 
-def load_plan(name: str) -> ParityPlan:
+def load_plan(name: str) -> ParitySuite:
     """Read the parity suite of a Method, a base or an Operation. Raises as `load` does."""
     return load_operation(name) if kind_of(name) == "operation" else load(name)
 
 
 def in_words(values: Mapping[str, Any]) -> str:
-    """Name what a case says: `rank=3 alpha=8`."""
+    """Format the values of a case: `rank=3 alpha=8`."""
     return " ".join(f"{key}={value}" for key, value in values.items())
 
 
-def load(method: str) -> ParitySuite:
+def load(method: str) -> MethodSuite:
     """Read the parity suite of a Method, or of a quantisation of the base.
 
     Raises UsageError if there is none, SuiteError with every mistake in it.
     """
-    document = _document(method)
-    plan, problems = _validated(document, ParitySuite)
-    if plan is None:
-        raise SuiteError(problems)
+    document, plan = yaml_lines.load_model(_existing(method), MethodSuite)
+    problems: list[Problem] = []
     if (plan.base or plan.method) != method:
         what = "base" if plan.base else "method"
         problems.append(Problem(document.where(what), f"`{what}` is not {method!r}", "it must be the file's own name"))
@@ -242,48 +237,40 @@ def load(method: str) -> ParitySuite:
 
 def load_operation(name: str) -> OperationSuite:
     """Read an Operation's parity suite. Raises UsageError if there is none, SuiteError with every mistake in it."""
-    document = _document(name)
-    plan, problems = _validated(document, OperationSuite)
-    if plan is not None:
-        problems += _of_checks(document, plan)
-    if plan is None or problems:
+    document, plan = yaml_lines.load_model(_existing(name), OperationSuite)
+    if problems := list(_of_checks(document, plan)):
         raise SuiteError(problems)
     return plan
 
 
-def _document(name: str) -> yaml_lines.Document:
+def _existing(name: str) -> Path:
     path = path_of(name)
     if not path.is_file():
         raise UsageError(f"no parity suite for {name}", where=str(path), hint="add one: which checks, cases and dtypes")
-    return yaml_lines.load(path)
+    return path
 
 
-def _validated(document: yaml_lines.Document, model: type[_Suite]) -> tuple[_Suite | None, list[Problem]]:
-    try:
-        return model.model_validate(document.data), []
-    except ValidationError as error:
-        return None, [problem for _, problem in schema.explain(error, model, document)]
-
-
-def _of_checks(document: yaml_lines.Document, plan: ParitySuite | OperationSuite) -> Iterator[Problem]:
+def _of_checks(document: yaml_lines.Document, plan: MethodSuite | OperationSuite) -> Iterator[Problem]:
     known = checks.docstrings()
     for index, name in enumerate(plan.checks):
         if name not in known:
-            yield Problem(document.where("checks", index), f"no check is called {name!r}", near(name, known, "checks"))
+            yield Problem(
+                document.where("checks", index), f"no check is called {name!r}", did_you_mean(name, known, "checks")
+            )
     for name in plan.tolerances:
         if name not in plan.checks:
             yield Problem(
                 document.where("tolerances", name), f"a tolerance for {name!r}, which is not tried here",
-                near(name, plan.checks, "checks here"),
+                did_you_mean(name, plan.checks, "checks here"),
             )  # fmt: skip
 
 
-def _of_configs(document: yaml_lines.Document, plan: ParitySuite) -> Iterator[Problem]:
+def _of_configs(document: yaml_lines.Document, plan: MethodSuite) -> Iterator[Problem]:
     fields = methods()[plan.method].fields if plan.method in methods() else {}
     for index, config in enumerate(plan.configs):
         for key, value in config.items():
             where = document.where("configs", index, key)
             if key not in fields:
-                yield Problem(where, f"{plan.method} has no knob {key!r}", near(key, fields, "knobs"))
+                yield Problem(where, f"{plan.method} has no knob {key!r}", did_you_mean(key, fields, "knobs"))
             elif problem := fields[key].problem(value):
                 yield Problem(where, f"{key} {problem}")

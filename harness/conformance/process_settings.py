@@ -1,4 +1,4 @@
-"""What holds for the whole process: torch's settings, and the random numbers that others draw from too."""
+"""Process-wide state: settings of torch, and the shared random number generators."""
 
 from __future__ import annotations
 
@@ -57,45 +57,45 @@ else:
     )
 
 
-def now() -> dict[str, Any]:
+def snapshot() -> dict[str, Any]:
     """Read all settings."""
     return {name: read() for name, (read, _) in _SETTINGS.items()}
 
 
-def changed(before: dict[str, Any]) -> list[str]:
-    """Say which settings are no longer what they were."""
-    return [f"{name} is {have}, was {before[name]}" for name, have in now().items() if have != before[name]]
+def list_changes(before: dict[str, Any]) -> list[str]:
+    """Describe the settings that differ from `before`."""
+    return [f"{name} is {have}, was {before[name]}" for name, have in snapshot().items() if have != before[name]]
 
 
 @contextmanager
-def kept() -> Iterator[list[str]]:
-    """Put all settings back at the end; the list then says which were changed."""
-    before, found = now(), list[str]()
+def restored() -> Iterator[list[str]]:
+    """Restore all settings at the end; the list then describes those that had changed."""
+    before, found = snapshot(), list[str]()
     try:
         yield found
     finally:
-        found += changed(before)
-        put_back(before)
+        found += list_changes(before)
+        restore(before)
 
 
-def put_back(before: dict[str, Any]) -> None:
-    """Set what is no longer what it was."""
-    for name, have in now().items():
+def restore(before: dict[str, Any]) -> None:
+    """Restore the settings that differ from `before`."""
+    for name, have in snapshot().items():
         if have != before[name]:
             _SETTINGS[name][1](before[name])
 
 
 def seed(value: int) -> None:
-    """Seed torch's random numbers like torch.manual_seed, which also writes down the call stack for a GPU to come: slow."""
+    """Seed torch like torch.manual_seed, without the record of the call stack that it makes for a later GPU: slow."""
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(value)
 
 
-def seeded(act: Callable[[], object]) -> list[str]:
-    """Name the sources of random numbers that `act` seeds: after it they are alike, whatever they were before.
+def find_seeding(act: Callable[[], object]) -> list[str]:
+    """Name the random number generators that `act` seeds: after it they are equal, whatever they were before.
 
-    Drawing from them is everybody's right. They are put back.
+    Drawing from them is allowed. They are restored.
     """
     held = _random_states()
     try:

@@ -1,6 +1,6 @@
-"""The tester, tested: are planted faults noticed, and by the checks that a reader would expect? In this process.
+"""Self-test: are planted faults caught, and by the checks that are expected to? In this process.
 
-Every fault goes through one case of the parity suite of what it claims to be, and so does the right reference.
+Every fault goes through one case of its target's parity suite, and so does the right reference.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from harness.conformance import checks, faults, operations, parity_suite
 from harness.conformance.checks import Reference
 from harness.conformance.execution import suite_run
-from harness.conformance.faults import Fault, Slice
+from harness.conformance.faults import Fault, FaultCase
 from harness.conformance.faults.packed import pack
 from harness.conformance.faults.patched_copy import PatchedCopy
 from harness.errors import Exit
@@ -27,10 +27,11 @@ from harness.records.record import Outcome
 
 @dataclass(frozen=True)
 class FaultVerdict:
-    """What the checks said of one fault. caught: the checks that failed."""
+    """Result of one fault."""
 
     fault: Fault
     caught: tuple[str, ...]
+    """The checks that failed."""
 
     @property
     def missed(self) -> tuple[str, ...]:
@@ -38,49 +39,55 @@ class FaultVerdict:
         return tuple(name for name in self.fault.expected if name not in self.caught)
 
     def document(self) -> dict[str, Any]:
-        """Return it as JSON can hold it."""
+        """Return the JSON document."""
         return {
-            "fault": self.fault.name, "of": self.fault.target, "case": str(self.fault.where),
+            "fault": self.fault.name, "of": self.fault.target, "case": str(self.fault.case),
             "expected": list(self.fault.expected), "caught": list(self.caught), "missed": list(self.missed),
         }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class SelfTestReport:
-    """Every fault's verdict; wrong: what the right reference was accused of; idle: checks that catch no fault."""
+    """Results of all faults."""
 
     verdicts: Sequence[FaultVerdict]
     wrong: Sequence[str] = field(default=())
+    """Failures of the right reference."""
     idle: Sequence[str] = field(default=())
+    """Checks that catch no fault."""
 
     @property
     def caught(self) -> int:
-        """How many faults every expected check caught."""
+        """Number of faults that every expected check caught."""
         return sum(not verdict.missed for verdict in self.verdicts)
 
     @property
     def exit(self) -> Exit:
-        """A fault that is not caught as expected, an accused reference and an idle check are each a failure."""
+        """1 for a fault that is not caught as expected, a failure of the right reference, or a check that catches no
+        fault.
+        """
         if self.caught < len(self.verdicts) or self.wrong or self.idle:
             return Exit.FAIL
         return Exit.PASS if self.verdicts else Exit.NOTHING_COMPARED
 
     def lines(self) -> Iterator[str]:
-        """Say it in words: a line for each fault, what is wrong, and the catch rate."""
+        """Yield a line for each fault, the failures, and the catch rate."""
         width = max((len(f"{v.fault.target} {v.fault.name}") for v in self.verdicts), default=0)
         for verdict in self.verdicts:
             others = [name for name in verdict.caught if name not in verdict.fault.expected]
-            said = f"caught by {', '.join(n for n in verdict.fault.expected if n in verdict.caught) or 'none expected'}"
-            said += f" (also {', '.join(others)})" if others else ""
+            caught = (
+                f"caught by {', '.join(n for n in verdict.fault.expected if n in verdict.caught) or 'none expected'}"
+            )
+            caught += f" (also {', '.join(others)})" if others else ""
             missed = f"; NOT BY {', '.join(verdict.missed)}" if verdict.missed else ""
-            yield f"{f'{verdict.fault.target} {verdict.fault.name}':<{width}}  {said}{missed}"
+            yield f"{f'{verdict.fault.target} {verdict.fault.name}':<{width}}  {caught}{missed}"
         yield from (f"FAIL the right reference is accused: {accusation}" for accusation in self.wrong)
         yield from (f"FAIL the check {name} catches no fault" for name in self.idle)
         yield f"{self.caught} of {len(self.verdicts)} faults caught"
 
 
 def run(planted: Iterable[Fault] | None = None) -> SelfTestReport:
-    """Try all faults, or only those given: then no check is called idle."""
+    """Run all faults, or only those given: then no check counts as idle."""
     every = list(faults.every() if planted is None else planted)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are tiny, and threads would wait for each other
@@ -91,12 +98,12 @@ def run(planted: Iterable[Fault] | None = None) -> SelfTestReport:
 
 
 def _run(every: Sequence[Fault], complete: bool) -> SelfTestReport:
-    verdicts = [FaultVerdict(fault, _failed(_spoilt(fault), fault.where)) for fault in every]
-    cases = {(fault.target, str(fault.where)): fault for fault in every}
+    verdicts = [FaultVerdict(fault, _failed(_spoilt(fault), fault.case)) for fault in every]
+    cases = {(fault.target, str(fault.case)): fault for fault in every}
     wrong = [
-        f"{fault.target}/{check} ({fault.where})"
+        f"{fault.target}/{check} ({fault.case})"
         for fault in cases.values()
-        for check in _failed(_implementation(fault.target, PatchedCopy(_source(fault.target))), fault.where)
+        for check in _failed(_implementation(fault.target, PatchedCopy(_source(fault.target))), fault.case)
     ]
     useful = {name for verdict in verdicts for name in verdict.caught}
     idle = (
@@ -110,7 +117,7 @@ def _run(every: Sequence[Fault], complete: bool) -> SelfTestReport:
 
 
 def check(as_json: bool) -> Exit:
-    """Run it, print it, return the exit code."""
+    """Run the self-test, print it, and return the exit code."""
     report = run()
     if as_json:
         document = {
@@ -123,16 +130,9 @@ def check(as_json: bool) -> Exit:
     return report.exit
 
 
-def _failed(implementation: Implementation, where: Slice) -> tuple[str, ...]:
+def _failed(implementation: Implementation, where: FaultCase) -> tuple[str, ...]:
     """Return the checks that fail in the one case, in the suite's order."""
-    case: parity_suite.MethodCase | parity_suite.OperationCase
-    if implementation.kind == "operation":
-        case = parity_suite.OperationCase(where.values, where.dtype)
-    else:
-        shape = parity_suite.CaseShape.model_validate(
-            {"tokens": where.tokens, "in": where.inputs, "out": where.outputs}
-        )
-        case = parity_suite.MethodCase(where.values, where.layer, shape, where.dtype)
+    case = where.of_operation() if implementation.kind == "operation" else where.of_method()
     outcomes = suite_run.run_case(implementation, _plan(implementation.target), case)
     return tuple(dict.fromkeys(one.check for one in outcomes if one.result.outcome is Outcome.FAIL))
 
@@ -144,7 +144,7 @@ def _spoilt(fault: Fault) -> Implementation:
 
 
 @cache
-def _plan(target: str) -> parity_suite.ParityPlan:
+def _plan(target: str) -> parity_suite.ParitySuite:
     return parity_suite.load_plan(target)
 
 

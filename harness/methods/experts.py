@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from harness.records.record import Cell
 
 ALL_LINEAR = "all-linear"
-UNREACHED = "are neither adapted nor packed into 4 bits"
 
 
 def untouched(model: nn.Module) -> int:
@@ -44,7 +43,7 @@ def note(number: int, weights: int) -> str:
         return ""
     return (
         f"the experts are stacked weights and no linear layers: {number:,} of {weights:,} weights "
-        f"({number / weights:.0%}) {UNREACHED}; `method: peft` adapts them by `target_parameters`"
+        f"({number / weights:.0%}) are neither adapted nor packed into 4 bits; `method: peft` adapts them by `target_parameters`"
     )
 
 

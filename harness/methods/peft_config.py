@@ -16,10 +16,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UsageError, closest, near
+from harness.errors import UsageError, closest_match, did_you_mean
 from harness.methods import peft_schema
 from harness.methods.spec import FieldInfo, FieldProblem, MethodInfo
-from harness.resources import named
+from harness.resources import user_path
 from reference.spec import ReferenceSpec
 
 FILE = "adapter_config.json"
@@ -96,7 +96,7 @@ class AdapterConfigField(FieldInfo):
             return value
         hint = f"peft's `save_pretrained` writes an {FILE}"
         try:
-            path = folder / named(value)
+            path = folder / user_path(value)
             path = path / FILE if path.is_dir() else path
             found = json.loads(path.read_bytes().decode("utf-8-sig"))
         except FileNotFoundError as error:
@@ -187,7 +187,7 @@ def _of_type(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
         yield ("peft_type",), f"has peft_type {kind}, which is not supported: {_UNSUPPORTED_TYPES[kind]}", hint
     elif known and kind not in known:
         what = f"has peft_type {kind}, which the installed peft does not have"
-        yield ("peft_type",), what, near(kind.upper(), offered, "it has")
+        yield ("peft_type",), what, did_you_mean(kind.upper(), offered, "it has")
     elif kind in _VIRTUAL and not virtual_tokens({KEY: value}):
         what = f"has num_virtual_tokens {value.get('num_virtual_tokens')!r}; {kind} wants a whole number, at least 1"
         yield ("num_virtual_tokens",), what, 'write e.g. "num_virtual_tokens": 8, without quotes around the number'
@@ -199,7 +199,7 @@ def _unknown(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
     known = peft_schema.keys_of(kind) if isinstance(kind, str) and kind not in _UNSUPPORTED_TYPES else frozenset()
     for key in value:
         if known and key not in known and value[key] is not None:
-            close = closest(str(key), known)
+            close = closest_match(str(key), known)
             hint = f"did you mean `{close}`?" if close else f"take `{key}` out"
             yield (key,), f"has {_path((key,))}, which the installed peft's {kind} does not have and would ignore", hint
 

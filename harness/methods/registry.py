@@ -16,10 +16,10 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from harness.errors import ImplementationError, near
+from harness.errors import ImplementationError, did_you_mean
 from harness.methods.peft_config import UNREFERENCED
 from harness.methods.spec import methods
-from harness.resources import folder
+from harness.resources import data_folder
 
 GROUP = "harness.implementations"
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -75,7 +75,7 @@ class Implementation:
         if not self.dtypes:
             raise ValueError(f"dtypes is empty; there are: {', '.join(DTYPES)}")
         if odd := [one for one in self.dtypes if one not in DTYPES]:
-            hint = near(str(odd[0]).removeprefix("torch."), DTYPES, "there are")
+            hint = did_you_mean(str(odd[0]).removeprefix("torch."), DTYPES, "there are")
             raise ValueError(f"dtypes has {odd[0]!r}, which is no dtype: {hint}")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -117,7 +117,7 @@ def implements(
 @cache
 def targets() -> dict[str, TargetKind]:
     """Map every possible target to its kind, by the names of files; Operations and bases are neither imported nor read."""
-    found: dict[str, TargetKind] = {file.stem: "base" for file in (folder("suites") / "parity").glob("*.yaml")}
+    found: dict[str, TargetKind] = {file.stem: "base" for file in (data_folder("suites") / "parity").glob("*.yaml")}
     found |= {file.stem: "operation" for file in _OPERATIONS.glob("*.py") if not file.stem.startswith("_")}
     return found | dict.fromkeys([*methods(), *UNREFERENCED], "method")
 
@@ -148,7 +148,7 @@ class Registry:
                 f"implementation `{name}` is installed but broken: {self.broken[name]}",
                 hint="install what it needs, or see `peft-harness list implementations`",
             )
-        hint = near(name, offered, f"who offers {target}")
+        hint = did_you_mean(name, offered, f"who offers {target}")
         if self.broken:
             hint += f"; broken plug-ins: {', '.join(self.broken)} (`peft-harness list implementations` shows why)"
         others = sorted(i.target for i in self.implementations if i.name == name)
@@ -217,7 +217,7 @@ def _misfit(implementation: Implementation, there: dict[str, TargetKind]) -> str
     """Return the problem of an Implementation with an unknown target or another kind, or an empty string."""
     target, kind = implementation.target, implementation.kind
     if target not in there:
-        return f"{implementation}: unknown target {target!r}; {near(target, there, 'there are')}"
+        return f"{implementation}: unknown target {target!r}; {did_you_mean(target, there, 'there are')}"
     if there[target] != kind:
         return f"{implementation}: {target} is of kind {there[target]!r}; leave `kind` out of @implements"
     return ""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from harness.conformance.findings import defects, summary
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.errors import EXITS, Exit
-from harness.records import store
+from harness.records import files
 from harness.report import html
 from harness.report.formatting import figure, unmeasured
 from harness.report.tones import ICONS
@@ -35,7 +35,7 @@ def render(report: CheckReport) -> str:
 
 def write_page(report: CheckReport, out: Path) -> None:
     """Write the page to `out`, whole or not at all."""
-    store.write_atomic(out, render(report).encode(errors="backslashreplace"))
+    files.write_atomic(out, render(report).encode(errors="backslashreplace"))
 
 
 def build(report: CheckReport) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def build(report: CheckReport) -> dict[str, Any]:
         ],
         "alerts": _alerts(report),
         "matrix": _matrix(report),
-        "failures": [_failed(t) for t in report.tried if t.standing is CheckStatus.FAIL],
+        "failures": [_failed(t) for t in report.tried if t.status is CheckStatus.FAIL],
         "defects": [_defect(defect, report) for defect in report.shown_defects()],
         "checks": [_by_check(*key, tried) for key, tried in summary.rows(report.tried).items()],
         "not_checked": _not_checked(report),
@@ -81,8 +81,8 @@ def _reason(report: CheckReport) -> str:
     return "; ".join(parts)
 
 
-def _tone(standing: CheckStatus) -> str:
-    return _TONES.get(standing, "quiet")
+def _tone(status: CheckStatus) -> str:
+    return _TONES.get(status, "quiet")
 
 
 def _alerts(report: CheckReport) -> list[dict[str, Any]]:
@@ -108,7 +108,7 @@ def _matrix(report: CheckReport) -> dict[str, Any]:
         row = {
             "name": implementation, "title": f"{target} by {implementation}", "anchor": "", "record": "",
             "href": f"#{_anchor(target, implementation)}",
-            "figures": [_figure(summary.of_dtype(tried, dtype)) for dtype in dtypes],
+            "figures": [_figure(summary.select_dtype(tried, dtype)) for dtype in dtypes],
         }  # fmt: skip
         groups.setdefault(target, []).append(row)
     return {
@@ -120,19 +120,19 @@ def _matrix(report: CheckReport) -> dict[str, Any]:
 
 
 def _figure(tried: list[CheckOutcome]) -> dict[str, Any]:
-    field = summary.field(tried)
+    field = summary.summarise(tried)
     if field is None:
         return unmeasured("no case in this dtype")
-    tone = _tone(field.standing)
-    if field.standing is CheckStatus.PASS:
+    tone = _tone(field.status)
+    if field.status is CheckStatus.PASS:
         small = "" if field.share is None else f"{field.share:.2f}"
         return figure(f"{ICONS[tone]} pass", field.share or 0.0, small=small, tone=tone)
-    if field.standing in (CheckStatus.FAIL, CheckStatus.KNOWN_DEFECT):
+    if field.status in (CheckStatus.FAIL, CheckStatus.KNOWN_DEFECT):
         # Below every share of 1 that passes nothing sorts; failures come after all of them, by their number.
         value = 1.0 + field.count
-        text = f"{ICONS[tone]} {field.standing.value}"
+        text = f"{ICONS[tone]} {field.status.value}"
         return figure(text, value, small=f"{field.count} of {field.total}", tone=tone)
-    return figure(field.standing.value, None, tone=tone, why=_reasons(tried))
+    return figure(field.status.value, None, tone=tone, why=_reasons(tried))
 
 
 def _reasons(tried: Iterable[CheckOutcome]) -> str:
@@ -170,13 +170,13 @@ def _by_check(target: str, implementation: str, tried: list[CheckOutcome]) -> di
     rows = []
     for name in names:
         mine = [one for one in tried if one.check == name]
-        rows.append({"name": name, "figures": [_figure(summary.of_dtype(mine, dtype)) for dtype in dtypes]})
-    whole = summary.field(tried)
-    standing = whole.standing if whole is not None else CheckStatus.SKIPPED
+        rows.append({"name": name, "figures": [_figure(summary.select_dtype(mine, dtype)) for dtype in dtypes]})
+    whole = summary.summarise(tried)
+    status = whole.status if whole is not None else CheckStatus.SKIPPED
     return {
         "anchor": _anchor(target, implementation), "title": f"{target} by {implementation}", "dtypes": dtypes, "rows": rows,
-        "word": standing.value, "tone": _tone(standing), "icon": ICONS[_tone(standing)],
-        "cases": len({(one.case, one.dtype) for one in tried}), "open": standing is CheckStatus.FAIL,
+        "word": status.value, "tone": _tone(status), "icon": ICONS[_tone(status)],
+        "cases": len({(one.case, one.dtype) for one in tried}), "open": status is CheckStatus.FAIL,
     }  # fmt: skip
 
 
@@ -184,11 +184,11 @@ def _not_checked(report: CheckReport) -> list[dict[str, Any]]:
     """List what was not tried or not compared, each reason once."""
     counts: dict[tuple[str, str, str], list[str]] = {}
     for one in report.tried:
-        if one.standing in (CheckStatus.UNSUPPORTED, CheckStatus.SKIPPED):
-            key = (f"{one.implementation} {one.target}", one.standing.value, f"{one.check}: {one.result.detail}")
+        if one.status in (CheckStatus.UNSUPPORTED, CheckStatus.SKIPPED):
+            key = (f"{one.implementation} {one.target}", one.status.value, f"{one.check}: {one.result.detail}")
             counts.setdefault(key, []).append(one.dtype)
     rows = [
-        {"name": name, "word": word, "why": why, "count": len(dtypes), "dtypes": ", ".join(summary.in_order(dtypes))}
+        {"name": name, "word": word, "why": why, "count": len(dtypes), "dtypes": ", ".join(summary.sort_dtypes(dtypes))}
         for (name, word, why), dtypes in sorted(counts.items())
     ]
     whole = [

@@ -412,13 +412,15 @@ def test_a_folder_that_lacks_something_says_what(lacks: str, tmp_path: Path) -> 
 def test_a_local_data_file_may_be_pinned(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text(made_up.ROWS)
     row = {"name": "d", "kind": "data", "source": "file:d.jsonl", "rows": {"format": "jsonl"}}
-    source = table.parse_source(row, tmp_path)
+    source = table.with_absolute_path(table.Source.model_validate(row), tmp_path)
     assert len(rows.read(source, fetch.ensure(source))) == 2
     assert fetch.use(source).sha256 == carrier.sha256(tmp_path / "d.jsonl")
     with pytest.raises(AssetError, match="wrong hash"):
-        fetch.ensure(table.parse_source({**row, "sha256": "0" * 64}, tmp_path))
+        fetch.ensure(table.with_absolute_path(table.Source.model_validate({**row, "sha256": "0" * 64}), tmp_path))
     with pytest.raises(AssetError, match="no file"):
-        fetch.ensure(table.parse_source({**row, "source": "file:no.jsonl"}, tmp_path))
+        fetch.ensure(
+            table.with_absolute_path(table.Source.model_validate({**row, "source": "file:no.jsonl"}), tmp_path)
+        )
 
 
 HUB = """
@@ -479,13 +481,13 @@ def test_hub_data_become_rows_once(own_cache: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(datasets, "load_dataset", load)
     row = {"name": "d", "kind": "data", "source": "hub:org/d", "revision": COMMIT}
     named = {"format": "hub", "text": "sentence", "label": "class", "split": "validation", "subset": "s"}
-    source = table.parse_source({**row, "rows": named})
+    source = table.Source.model_validate({**row, "rows": named})
     for _ in range(2):
         found = rows.read(source, fetch.ensure(source))
     assert found == [rows.DataRow("1", "so good", 1), rows.DataRow("2", "so bad\u2028indeed", 0)]
     assert asked == [(("org/d", "s"), {"split": "validation", "revision": COMMIT})]
     with pytest.raises(AssetError, match="no column label, text") as caught:
-        fetch.ensure(table.parse_source({**row, "rows": {"format": "hub"}}))
+        fetch.ensure(table.Source.model_validate({**row, "rows": {"format": "hub"}}))
     assert "sentence, class" in caught.value.hint
 
 
@@ -494,7 +496,9 @@ def test_hub_data_may_hold_answers_and_have_a_hash(own_cache: Path, monkeypatch:
     set_ = datasets.Dataset.from_dict({"q": ["1+1", "a long one"], "a": ["2", "b"], "id": [7, 8]})
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: set_)
     how = {"format": "hub", "holds": "answers", "prompt": "q", "answer": "a", "longest": 5}
-    source = table.parse_source({"name": "d", "kind": "data", "source": "hub:org/d", "revision": COMMIT, "rows": how})
+    source = table.Source.model_validate(
+        {"name": "d", "kind": "data", "source": "hub:org/d", "revision": COMMIT, "rows": how}
+    )
     path = fetch.ensure(source)
     assert rows.read(source, path) == [rows.Answered("7", "1+1", "2")]
     assert (fetch.use(source).sha256, fetch.use(source).revision) == (carrier.sha256(path), COMMIT)
@@ -526,8 +530,8 @@ def test_each_trouble_with_the_hub_has_its_message(kind: str, says: str, monkeyp
 
 def test_the_tiny_model_reads_every_word_of_the_toy_data(own_cache: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    model = table.parse_source({"name": "m", "kind": "causal", "source": "made:tiny-llama"})
-    data = table.parse_source(
+    model = table.Source.model_validate({"name": "m", "kind": "causal", "source": "made:tiny-llama"})
+    data = table.Source.model_validate(
         {"name": "d", "kind": "data", "source": "made:toy-sentiment", "rows": {"format": "jsonl"}}
     )
     folder = fetch.ensure(model)

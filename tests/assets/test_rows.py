@@ -13,7 +13,9 @@ from harness.errors import AssetError, UsageError
 
 def read(content: str | bytes, path: Path, **how: object) -> list[rows.DataRow]:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return rows.read(table.parse_source({"name": "d", "kind": "data", "source": f"file:{path}", "rows": how}), path)
+    return rows.read(
+        table.Source.model_validate({"name": "d", "kind": "data", "source": f"file:{path}", "rows": how}), path
+    )
 
 
 def test_valence_becomes_a_label_and_near_zero_is_dropped(tmp_path: Path) -> None:
@@ -100,15 +102,15 @@ def test_parquet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("how", "why"),
     [
-        ({"format": "jsonl", "prompt": "q"}, "rows hold labels, which have no prompt: write holds: answers"),
+        ({"format": "jsonl", "prompt": "q"}, "rows hold labels, which have no prompt; write holds: answers"),
         ({"format": "jsonl", "holds": "answers", "label": "y"}, "rows hold answers, which have no label"),
         ({"format": "valence-tsv", "holds": "text"}, "valence-tsv hold labels, not text"),
-        ({"format": "splits"}, "belongs to a task of lm-eval"),
+        ({"format": "splits"}, "belong to lm-eval's tasks"),
     ],
 )
 def test_what_rows_hold_and_their_columns_agree(how: dict[str, str], why: str) -> None:
     with pytest.raises(ValueError, match=why):
-        table.parse_source({"name": "d", "kind": "data", "source": "file:d", "rows": how})
+        table.Source.model_validate({"name": "d", "kind": "data", "source": "file:d", "rows": how})
 
 
 def test_a_training_set_of_its_own_leaves_the_other_to_the_test() -> None:
@@ -161,7 +163,7 @@ def test_a_split_needs_rows_on_both_sides(size: int) -> None:
 
 
 def test_toy_data_are_seeded_balanced_and_need_a_majority(tmp_path: Path) -> None:
-    source = table.parse_source(
+    source = table.Source.model_validate(
         {"name": "d", "kind": "data", "source": "made:toy-sentiment", "rows": {"format": "jsonl"}}
     )
     written = []

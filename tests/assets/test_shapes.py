@@ -27,9 +27,8 @@ from harness.memory_model.cell_prediction import predict
 from harness.methods.registry import discover
 from harness.records.record import AssetUse, Base, Cell, Evaluation, Measurements, Outcome, Status, Training
 from harness.suites import loader
-from harness.suites.expand import expand
-from harness.suites.tasks import SYNTHETIC
-from support.sandbox import Bench
+from harness.suites.schema import SYNTHETIC
+from support.sandbox import Sandbox
 
 # Rows of whole blocks of 64: bitsandbytes decodes others wrongly on some CPUs, which is another test's matter.
 TINY = {
@@ -94,7 +93,7 @@ def mistakes(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("model", ['"shape:llama-7b"', '"shape:./tiny.json"', "tiny-shape"])
 def test_a_suite_names_a_preset_or_a_file(model: str, tmp_path: Path) -> None:
-    cells = expand(loader.load(written(tmp_path, model))).cells
+    cells = loader.load(written(tmp_path, model)).plan.cells
     assert [(cell.model, cell.evaluation.items) for cell in cells] == [(model.strip('"'), 0)] * 2
 
 
@@ -455,15 +454,15 @@ def test_what_attaching_changes_in_a_large_model_is_seen(tmp_path: Path, monkeyp
         lived(tmp_path, "lora")
 
 
-def test_a_run_of_shapes_from_the_command_line(bench: Bench) -> None:
-    path = written(bench.folder)
-    (bench.folder / "encoder.json").write_text(json.dumps(ROBERTA), encoding="utf-8")
+def test_a_run_of_shapes_from_the_command_line(sandbox: Sandbox) -> None:
+    path = written(sandbox.folder)
+    (sandbox.folder / "encoder.json").write_text(json.dumps(ROBERTA), encoding="utf-8")
     row = '  - {name: encoder, kind: encoder, source: "shape:./encoder.json"}\n'
     text = path.read_text(encoding="utf-8").replace("sources:\n", f"sources:\n{row}")
     path.write_text(text.replace("id: full,", "id: full, model: encoder,"), encoding="utf-8")
-    finished = bench.command("run", str(path), "--out", "run")
+    finished = sandbox.command("run", str(path), "--out", "run")
     assert finished.code == Exit.PASS, finished.err
-    run = bench.read()
+    run = sandbox.read()
     assert {record.status for record in run.records} == {Status.OK}
     for record in run.records:
         assert record.measurements is not None
@@ -471,7 +470,7 @@ def test_a_run_of_shapes_from_the_command_line(bench: Bench) -> None:
         assert [use.name for use in record.assets] == [record.cell.model, SYNTHETIC]
         assert bool(record.measurements.parameters.head) == (record.cell.model == "encoder")
         assert len(record.assets[0].sha256) == 64
-    page = (bench.run_folder / "report.html").read_text(encoding="utf-8")
+    page = (sandbox.run_folder / "report.html").read_text(encoding="utf-8")
     assert "No Cell was scored, so there is no ranking" in page
     assert "the weights are random" in page
 

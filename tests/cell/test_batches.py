@@ -60,7 +60,7 @@ def test_batches_are_of_like_length() -> None:
 
 
 def test_nothing_to_train_on_is_an_error_and_no_endless_loop() -> None:
-    with pytest.raises(UsageError, match="not one example"):
+    with pytest.raises(UsageError, match="no example to train on"):
         order([], 1, 1, seed=0)
 
 

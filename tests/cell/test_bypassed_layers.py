@@ -19,7 +19,7 @@ from harness.cli import main
 from harness.memory_model import dry_step, isolated_step
 from harness.records.record import AssetUse, Cell, Evaluation, Record, Status, Training
 from harness.runner import worker
-from harness.suites.tasks import SYNTHETIC
+from harness.suites.schema import SYNTHETIC
 
 MAMBA = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
 

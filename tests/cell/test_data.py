@@ -22,7 +22,6 @@ from harness.cell.training.batches import Example, order
 from harness.errors import UsageError
 from harness.records.record import Cell, Training
 from harness.suites import loader
-from harness.suites.expand import expand
 
 TEXTS = [rows.DataRow(f"r{i}", "word " * (1 + i * 7 % 13), i % 2) for i in range(5000)]
 
@@ -75,7 +74,7 @@ def test_no_more_tokens_than_the_loaded_model_has_positions(monkeypatch: pytest.
         config=SimpleNamespace(max_position_embeddings=25),
         named_modules=lambda: [("roberta.embeddings.position_embeddings", embeddings)],
     )
-    cell = next(c for c in expand(loader.load("smoke")).cells if c.method == "lora")
+    cell = next(c for c in loader.load("smoke").plan.cells if c.method == "lora")
     assert cell.training.max_tokens == 24
     with pytest.raises(UsageError, match=r"`training\.max_tokens` is 24, and tiny-llama has 23 positions") as caught:
         _data(cell, None, monkeypatch, TEXTS, model)
@@ -87,7 +86,7 @@ def test_the_order_of_data_has_a_name(tokenizer: Any, monkeypatch: pytest.Monkey
     texts = [
         rows.DataRow(f"r{i}", " ".join(rng.choices(["good", "bad", "film"], k=5)) + f" {i}", i % 2) for i in range(500)
     ]
-    cell = next(c for c in expand(loader.load("smoke")).cells if c.method == "lora")
+    cell = next(c for c in loader.load("smoke").plan.cells if c.method == "lora")
     seen = []
     real = data.answer_examples
 
@@ -119,7 +118,7 @@ def test_a_tokenizer_that_makes_no_tokens_is_told_with_its_folder(
         around = [("[CLS]", 1)]
         tokens.post_processor = TemplateProcessing(single="[CLS] $A", pair="[CLS] $A $B", special_tokens=around)
     deaf = PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="[PAD]", eos_token="[EOS]", cls_token="[CLS]")
-    cell = next(c for c in expand(loader.load("smoke")).cells if c.method == "lora")
+    cell = next(c for c in loader.load("smoke").plan.cells if c.method == "lora")
     source = table.resolve(cell.model, loader.load("smoke").sources, Path())
     monkeypatch.setattr(table, "resolve", lambda *_: source.model_copy(update={"kind": kind}))
     model = SimpleNamespace(config=SimpleNamespace(), named_modules=list)

@@ -19,7 +19,7 @@ from harness.cell.evaluation.lm_eval_task import LmEvalTask
 from harness.cell.training.batches import Example, answer_examples, collate
 from harness.conformance.comparison.tolerance_policies import noise_floor
 from harness.errors import UsageError
-from harness.resources import folder
+from harness.resources import data_folder
 from harness.suites import tasks
 
 TEXTS = (
@@ -42,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def task() -> LmEvalTask:
-    sources = table.load_table(folder("suites") / "sources.yaml")
+    sources = table.load_table(data_folder("suites") / "sources.yaml")
     return LmEvalTask(tasks.load("toy-sentiment", Path(), sources).spec, ROWS)
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness.assets.rows import Answered, Text
 from harness.assets.rows import read as read_rows
-from harness.assets.table import parse_source
+from harness.assets.table import Source
 from harness.cell.evaluation.generation import generate
 from harness.cell.evaluation.likelihood import CausalScorer
 from harness.cell.evaluation.lm_eval_task import LmEvalTask
@@ -25,11 +25,10 @@ from harness.errors import Exit
 from harness.methods.registry import discover
 from harness.records.record import Accuracy, Record, Status, TrainingMeasured
 from harness.suites import loader
-from harness.suites.expand import expand
 from harness.suites.tasks import Answers
 from harness.yaml_lines import load as read_yaml
 from support import digit_task
-from support.sandbox import Bench
+from support.sandbox import Sandbox
 
 ROWS = [
     Answered(f"r{i}", prompt, f"makes {prompt[-1]}") for i, prompt in enumerate(("ab1", "c2", "defgh3", "i4", "jk5"))
@@ -261,7 +260,7 @@ def test_prompts_that_were_cut_are_counted(model: Any, spec: dict[str, Any]) -> 
 
 
 def test_a_model_that_is_taught_answers(folder: Path, spec: dict[str, Any], tmp_path: Path) -> None:
-    source = parse_source(
+    source = Source.model_validate(
         {"name": "d", "kind": "data", "source": "file:d", "rows": {
             "format": "jsonl", "holds": "answers", "prompt": "query", "answer": "response"}}
     )  # fmt: skip
@@ -321,7 +320,7 @@ def rehearsed(folder: Path) -> Path:
         ("llama-8b.yaml", folder / "suite.yaml", SMALLER),
         ("tasks/metamath-gsm8k.yaml", folder / "task.yaml", OF_TASK),
     ):
-        text = (loader.folder("suites") / name).read_text(encoding="utf-8")
+        text = (loader.data_folder("suites") / name).read_text(encoding="utf-8")
         for old, new in changes.items():
             assert old in text
             text = text.replace(old, new)
@@ -329,16 +328,16 @@ def rehearsed(folder: Path) -> Path:
     return folder / "suite.yaml"
 
 
-def test_llama_8b_rehearsed(bench: Bench) -> None:
-    path = rehearsed(bench.folder)
-    plan = expand(loader.load(path))
-    original = expand(loader.load("llama-8b"))
+def test_llama_8b_rehearsed(sandbox: Sandbox) -> None:
+    path = rehearsed(sandbox.folder)
+    plan = loader.load(path).plan
+    original = loader.load("llama-8b").plan
     assert list(plan.ids.values()) == list(original.ids.values())
     wanted = {("full", "reference"), ("lora-r32", "hf-peft")}
     chosen = [c.cell_id for c in plan.cells if (plan.ids[c.cell_id], c.implementation) in wanted]
-    finished = bench.command("run", str(path), "--out", "run", "--only", ",".join(chosen))
+    finished = sandbox.command("run", str(path), "--out", "run", "--only", ",".join(chosen))
     assert finished.code == Exit.PASS, finished.err + finished.out
-    run = bench.read()
+    run = sandbox.read()
     assert [record.status for record in run.records] == [Status.OK] * 2
     cells = {plan.ids[record.cell_id]: record for record in run.records}
     full, lora = (accuracy(cells[name]) for name in ("full", "lora-r32"))

@@ -28,9 +28,8 @@ from harness.errors import AssetError
 from harness.records.record import Predicted, Status
 from harness.report import plan_table
 from harness.suites import loader
-from harness.suites.expand import expand
 from support.model_folders import saved
-from support.sandbox import Bench
+from support.sandbox import Sandbox
 
 SMALL = {"vocab_size": 60, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8, "intermediate_size": 8}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
@@ -97,11 +96,11 @@ def test_a_head_of_the_checkpoint_is_kept_as_it_is_and_noted(tokenizer: Path, tm
     assert all(torch.equal(parameter, model.get_parameter(name)) for name, parameter in loaded.head.items())
     (note,) = loaded.notes
     assert "classifier.weight" in note
-    assert "came with the checkpoint" in note
+    assert "from the checkpoint" in note
 
 
 def test_a_head_of_the_checkpoint_trains_with_every_method_as_with_peft_itself(
-    tokenizer: Path, bench: Bench, tmp_path: Path
+    tokenizer: Path, sandbox: Sandbox, tmp_path: Path
 ) -> None:
     folder = saved(distilbert(), tokenizer, tmp_path / "mine")
     stock = get_peft_model(
@@ -116,19 +115,19 @@ def test_a_head_of_the_checkpoint_trains_with_every_method_as_with_peft_itself(
     )
     suite = tmp_path / "heads.yaml"
     suite.write_text(SUITE + "".join(f"      - {cell}\n" for cell in cells), encoding="utf-8")
-    finished = bench.command("run", str(suite), "--out", "run")
-    records = {record.cell.method: record for record in bench.read().records}
+    finished = sandbox.command("run", str(suite), "--out", "run")
+    records = {record.cell.method: record for record in sandbox.read().records}
     assert {name: record.status for name, record in records.items()} == dict.fromkeys(records, Status.OK), finished.err
     counts = {name: record.measurements.parameters for name, record in records.items() if record.measurements}
     head = sum(p.numel() for name, p in stock.named_parameters() if "modules_to_save" in name)
     assert {name: count.head for name, count in counts.items()} == dict.fromkeys(records, head)
     assert counts["frozen"].trainable == head
     assert counts["lora"].trainable == counts["peft"].trainable == stock.get_nb_trainable_parameters()[0]
-    assert all("came with the checkpoint" in " ".join(record.notes) for record in records.values())
+    assert all("from the checkpoint" in " ".join(record.notes) for record in records.values())
 
 
 def test_what_a_checkpoint_lacks_of_the_encoder_trains_with_the_head_and_is_predicted(
-    tokenizer: Path, bench: Bench, tmp_path: Path
+    tokenizer: Path, sandbox: Sandbox, tmp_path: Path
 ) -> None:
     small = {**SMALL, "hidden_size": 64, "intermediate_size": 64}
     folder = saved(BertForMaskedLM(BertConfig(**small)), tokenizer, tmp_path / "mine")
@@ -141,10 +140,10 @@ def test_what_a_checkpoint_lacks_of_the_encoder_trains_with_the_head_and_is_pred
     path = tmp_path / "heads.yaml"
     cells = f"      - {{id: all, {lora} all-linear}}}}\n      - {{id: named, {lora} [dense]}}}}\n"  # the pooler's too
     path.write_text(SUITE + cells, encoding="utf-8")
-    finished = bench.command("run", str(path), "--out", "run")
+    finished = sandbox.command("run", str(path), "--out", "run")
     suite = loader.load(path)
-    planned = plan_table.predictions(suite, expand(suite))
-    for record in bench.read().records:
+    planned = plan_table.predictions(suite, suite.plan)
+    for record in sandbox.read().records:
         assert record.measurements is not None, finished.err
         assert record.measurements.parameters.head == 64 * 64 + 64 + 2 * 64 + 2
         memory, before = record.measurements.memory, planned[record.cell_id]
@@ -168,8 +167,8 @@ def test_a_head_of_another_number_of_classes_is_drawn_anew_and_noted(tokenizer: 
     assert not loaded.head["classifier.bias"].any()
     assert torch.equal(loaded.head["pre_classifier.weight"], model.pre_classifier.weight)
     anew, kept = loaded.notes
-    assert "not of 2 classes: classifier.bias, classifier.weight drawn anew" in anew
-    assert "pre_classifier.bias came with the checkpoint" in kept
+    assert "not of 2 classes: classifier.bias, classifier.weight initialised at random" in anew
+    assert "pre_classifier.bias from the checkpoint" in kept
 
 
 @pytest.mark.parametrize("kind", ["encoder", "causal"])

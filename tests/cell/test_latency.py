@@ -200,8 +200,8 @@ def test_layers_that_were_forgotten_before_are_put_back() -> None:
 @pytest.mark.parametrize(
     ("method", "does", "message"),
     [
-        ("detach", lambda: None, r"detach\(\) of reference\.\S+ left model.layers.0.self_attn.q_proj adapted"),
-        ("unmerge", lambda: None, r"unmerge\(\) of reference\.\S+ did not put model.layers.0.self_attn.q_proj back"),
+        ("detach", lambda: None, r"detach\(\) of reference\.\S+ left model.layers.0.self_attn.q_proj"),
+        ("unmerge", lambda: None, r"unmerge\(\) of reference\.\S+ did not put back model.layers.0.self_attn.q_proj"),
         ("detach", lambda: {}["q"], r"detach\(\) of reference\.\S+ raised KeyError: 'q'"),
         ("merge", lambda: None.x, r"merge\(\) of reference\.\S+ raised AttributeError"),  # type: ignore[attr-defined]
     ],

@@ -30,7 +30,7 @@ from harness.memory_model import counting
 from harness.memory_model.cell_prediction import predict
 from harness.methods.registry import discover
 from harness.records.record import AssetUse, Cell, Evaluation, Memory, Outcome, Training
-from harness.suites.tasks import SYNTHETIC
+from harness.suites.schema import SYNTHETIC
 
 # Of projected matrices of 128 x 256 the moments have more than 4096 elements, of those of 64 x 128 fewer.
 LLAMA = {

@@ -198,7 +198,7 @@ class Flat(nn.Module):
 def test_a_layer_that_cannot_tell_the_rows_apart() -> None:
     found, checks = measure(subject_of("fused", Flat(), targets=("up",)), "fused")
     assert checks == []
-    assert "up is given 128 rows for a batch of 4: whose they are cannot be told there" in found[0].because
+    assert "up gets 128 rows for a batch of 4" in found[0].because
 
 
 @pytest.mark.parametrize(

@@ -112,10 +112,10 @@ def test_a_step_that_is_lost_to_rounding_is_held() -> None:
 @pytest.mark.parametrize(
     ("dtype", "said"),
     [
-        (torch.bfloat16, ["GaLore, the Method's own, steps weights of 16 bits as they are"]),
+        (torch.bfloat16, ["GaLore, the Method's own, updates 16-bit weights directly"]),
         (
             torch.float16,
-            ["GaLore kept float32 master weights and moments for what trains in 16 bits, and the loss was"],
+            ["GaLore stored float32 master weights and moments for the trained 16-bit tensors, and the loss was"],
         ),
         (torch.float32, []),
     ],

@@ -25,7 +25,7 @@ from harness.errors import Exit
 from harness.records.cost import GpuPhase
 from harness.records.memory import Predicted
 from harness.records.record import Cell, Latency, Outcome, Phase, Record, Status
-from harness.suites import expand, loader
+from harness.suites import loader
 from harness.suites.expand import Plan
 from support import recorded_run as made
 from support.recorded_run import MIB
@@ -454,7 +454,7 @@ def test_a_claim_of_ones_own_is_judged_by_a_suite_of_ones_own(
     file = own_claim(tmp_path, "../mine.yaml", "small")
     assert main(["claims", "--file", file]) == Exit.NOTHING_COMPARED
     assert f"peft-harness run {tmp_path / 'mine.yaml'}" in " ".join(capsys.readouterr().out.split())
-    (one,) = expand.expand(loader.load(tmp_path / "mine.yaml")).cells
+    (one,) = loader.load(tmp_path / "mine.yaml").plan.cells
     record = peaking(made.record("fused", one), 200)
     made.write_run(tmp_path / "run", run="own", suite="my-own", cells=[one], change=lambda *_: None, extra=[record])
     assert main(["claims", "--file", file, "--run", str(tmp_path / "run"), "--json"]) == Exit.PASS

@@ -26,12 +26,12 @@ from harness.conformance.findings.outcomes import CheckOutcome
 from harness.conformance.findings.report import CheckReport
 from harness.errors import Exit
 from harness.methods.registry import Implementation, Registry
-from harness.records import store
+from harness.records import files
 from harness.records.record import CheckResult, Outcome
 from harness.report import check_junit, check_page
 from support.processes import PATIENCE_S, eventually
 from support.report_page import Page
-from support.sandbox import COMMAND, Bench
+from support.sandbox import COMMAND, Sandbox
 
 EVIL = "x</script><img src=x onerror=alert(1)>\x00\udcff"
 SCRIPT = "print('<b>wrong</b>')\n"
@@ -147,12 +147,15 @@ def test_junit_has_a_case_of_everything(report: CheckReport) -> None:
 
 def test_a_field_holds_the_worst_and_a_crash_is_in_all_of_them(report: CheckReport) -> None:
     rows = summary.rows(report.tried)
-    field = {name: summary.words(summary.field(summary.of_dtype(one, "float32"))) for (_, name), one in rows.items()}
+    field = {
+        name: summary.format_field(summary.summarise(summary.select_dtype(one, "float32")))
+        for (_, name), one in rows.items()
+    }
     assert field == {"acme": "FAIL 1/3", "ghost": "FAIL 1/1", EVIL: "FAIL 1/1"}
-    assert summary.words(summary.field([report.tried[0]])) == "ok 0.20"
-    assert summary.words(summary.field([report.tried[2]])) == "defect 1/1"
-    assert summary.words(summary.field([report.tried[3]])) == "unsupported"
-    assert summary.words(None) == "-"
+    assert summary.format_field(summary.summarise([report.tried[0]])) == "ok 0.20"
+    assert summary.format_field(summary.summarise([report.tried[2]])) == "defect 1/1"
+    assert summary.format_field(summary.summarise([report.tried[3]])) == "unsupported"
+    assert summary.format_field(None) == "-"
 
 
 @pytest.mark.parametrize(
@@ -174,15 +177,15 @@ def test_exit_codes(report: CheckReport, change: dict, code: Exit) -> None:
     assert CheckReport(**{**vars(report), **change}).exit is code
 
 
-def test_everything_is_written_at_once(bench: Bench) -> None:
-    done = bench.command("check", "reference", "--method", "frozen", "--json", "--junit", "a.xml", "--html", "a.html")
+def test_everything_is_written_at_once(sandbox: Sandbox) -> None:
+    done = sandbox.command("check", "reference", "--method", "frozen", "--json", "--junit", "a.xml", "--html", "a.html")
     assert done.code == Exit.PASS, done.err
     document = json.loads(done.out)
     assert document["exit"] == 0
     assert {row["standing"] for row in document["checks"]} <= {"pass", "skipped"}
     assert "torch" in document["software"]
-    assert len(list(ET.parse(bench.folder / "a.xml").iter("testcase"))) == len(document["checks"])
-    assert "frozen" in Page((bench.folder / "a.html").read_text(encoding="utf-8")).text
+    assert len(list(ET.parse(sandbox.folder / "a.xml").iter("testcase"))) == len(document["checks"])
+    assert "frozen" in Page((sandbox.folder / "a.html").read_text(encoding="utf-8")).text
     assert "checked frozen by reference" in done.err
 
 
@@ -287,7 +290,7 @@ def test_a_file_that_cannot_be_written_is_said_before_the_work(
     assert "two files at once" in capsys.readouterr().err
     assert main(["check", "--junit", "/dev/null"]) == Exit.USAGE
     assert "--junit: /dev/null is no file that could be replaced" in capsys.readouterr().err
-    monkeypatch.setattr(store.tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(OSError(30, "Read-only")))
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(OSError(30, "Read-only")))
     assert main(["check", "--html", str(there)]) == Exit.USAGE
     assert f"--html: {there}: cannot write in {tmp_path}: Read-only" in capsys.readouterr().err
 
@@ -337,7 +340,7 @@ defects:
 def suites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
     """Return a function that changes one file of a copy of the parity suites."""
     copy = tmp_path / "suites"
-    shutil.copytree(resources.folder("suites"), copy)
+    shutil.copytree(resources.data_folder("suites"), copy)
     for module in (parity_suite, defects):
         monkeypatch.setattr(module, "folder", lambda name: copy)
     defects.known.cache_clear()
@@ -390,23 +393,23 @@ def implementations(model, config, generator):
 
 
 @pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_prints_what_was_found_and_ends_the_workers(bench: Bench, asked: signal.Signals) -> None:
-    site = Path(bench.environment["PYTHONPATH"].split(":")[0])
+def test_ctrl_c_prints_what_was_found_and_ends_the_workers(sandbox: Sandbox, asked: signal.Signals) -> None:
+    site = Path(sandbox.environment["PYTHONPATH"].split(":")[0])
     info = site / "slow-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: slow\nVersion: 1.0\n", encoding="utf-8")
     (info / "entry_points.txt").write_text(
         "[harness.implementations]\nslow = slow_plugin:implementations\n", encoding="utf-8"
     )
-    started = bench.folder / "started"
+    started = sandbox.folder / "started"
     (site / "slow_plugin.py").write_text(_HANGS.format(started=str(started)), encoding="utf-8")
     began = time.monotonic()
-    process = bench.start("check", "reference", "hangs", "--method", "frozen", "--json", "--jobs", "1")
+    process = sandbox.start("check", "reference", "hangs", "--method", "frozen", "--json", "--jobs", "1")
     eventually(started.exists, "the plug-in hangs")
     children = psutil.Process(process.pid).children(recursive=True)
     assert children
     process.send_signal(asked)
-    done = bench.finish(process, began)
+    done = sandbox.finish(process, began)
     assert done.code == Exit.INFRASTRUCTURE, done.err
     document = json.loads(done.out)
     assert document["interrupted"]
@@ -444,17 +447,17 @@ def test_a_defect_is_missed_only_where_all_its_cases_were_tried(
     assert {line.split()[2] for line in json.loads(capsys.readouterr().out)["complaints"]} == complained
 
 
-def test_a_killed_check_takes_its_workers_along(bench: Bench) -> None:
-    site = Path(bench.environment["PYTHONPATH"].split(":")[0])
+def test_a_killed_check_takes_its_workers_along(sandbox: Sandbox) -> None:
+    site = Path(sandbox.environment["PYTHONPATH"].split(":")[0])
     info = site / "slow-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: slow\nVersion: 1.0\n", encoding="utf-8")
     (info / "entry_points.txt").write_text(
         "[harness.implementations]\nslow = slow_plugin:implementations\n", encoding="utf-8"
     )
-    started = bench.folder / "started"
+    started = sandbox.folder / "started"
     (site / "slow_plugin.py").write_text(_HANGS.format(started=str(started)), encoding="utf-8")
-    process = bench.start("check", "hangs", "--method", "frozen", "--jobs", "1")
+    process = sandbox.start("check", "hangs", "--method", "frozen", "--jobs", "1")
     eventually(started.exists, "the plug-in hangs")
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 2  # the worker, and who watches over it

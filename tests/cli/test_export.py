@@ -20,7 +20,7 @@ from harness.records import store
 from harness.report.export.columns import TABLES
 from support import recorded_run as recorded
 from support.repository import PUBLISHED, TOP
-from support.sandbox import Bench, Finished
+from support.sandbox import Finished, Sandbox
 
 REAL = PUBLISHED / "2026-11-24-quick-cpu"
 FUSED = recorded.cells()["fused"]
@@ -55,10 +55,10 @@ def test_the_files_say_what_load_says_to_the_last_bit(
 
 
 def test_a_run_of_today_is_exported_into_its_own_folder(
-    smoke: tuple[Finished, store.Run], bench: Bench, tmp_path: Path
+    smoke: tuple[Finished, store.Run], sandbox: Sandbox, tmp_path: Path
 ) -> None:
     shutil.copytree(smoke[1].path, tmp_path / "run")
-    done = bench.command("export", "run", "--format", "parquet")
+    done = sandbox.command("export", "run", "--format", "parquet")
     assert (done.code, done.err) == (Exit.PASS, "")
     cells = pd.read_parquet(tmp_path / "run" / "export-parquet" / "cells.parquet")
     assert set(cells["cell_id"]) == {cell.cell_id for cell in smoke[1].manifest.cells}

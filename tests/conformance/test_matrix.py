@@ -27,11 +27,11 @@ def method(name: str, target: str = "lora") -> Implementation:
 
 
 def failed(tried: list[CheckOutcome]) -> set[str]:
-    return {t.check for t in tried if t.standing is CheckStatus.FAIL}
+    return {t.check for t in tried if t.status is CheckStatus.FAIL}
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> parity_suite.ParitySuite:
+def small(monkeypatch: pytest.MonkeyPatch) -> parity_suite.MethodSuite:
     """Let the parity suite of LoRA have one square case: enough for a fault to show."""
     few = {"configs": [{"rank": 3, "alpha": 8}], "shapes": [parity_suite.CaseShape(tokens=9, **{"in": 64, "out": 64})]}
     plan = parity_suite.load("lora").model_copy(update={**few, "dtypes": ["float32"]})
@@ -48,14 +48,14 @@ def test_the_implementations_of_lora_conform(name: str, dtype: str, monkeypatch:
     assert failed(tried) == set()
     assert len({t.case for t in tried}) == len(plan.configs)
     by_its_nature = {"model", "trajectory"} if dtype == "float64" else set()  # which says why it is skipped
-    assert {t.check for t in tried if t.standing is CheckStatus.PASS} == set(plan.checks) - by_its_nature
+    assert {t.check for t in tried if t.status is CheckStatus.PASS} == set(plan.checks) - by_its_nature
 
 
 @pytest.mark.parametrize("target", ["frozen", "full"])
 def test_the_baselines_conform(target: str) -> None:
     tried = list(suite_run.run(method("reference", target)))
     assert failed(tried) == set()
-    assert {t.check for t in tried if t.standing is CheckStatus.PASS} == set(parity_suite.load(target).checks)
+    assert {t.check for t in tried if t.status is CheckStatus.PASS} == set(parity_suite.load(target).checks)
 
 
 def test_observing_leaves_gradients_and_mode_as_they_were() -> None:
@@ -70,7 +70,7 @@ def test_observing_leaves_gradients_and_mode_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("state", ["init", "warm"])
-def test_checks_leave_the_subject_as_they_found_it(state: str, small: parity_suite.ParitySuite) -> None:
+def test_checks_leave_the_subject_as_they_found_it(state: str, small: parity_suite.MethodSuite) -> None:
     subject, case = suite_run.attach(method("reference"), small, next(small.cases(FEW)))
     if state == "warm":
         warm(subject.added(), torch.Generator().manual_seed(SEED))
@@ -91,7 +91,7 @@ def test_forward_and_gradient_share_one_pass_within_a_case_only() -> None:
     assert checks.every()["gradient"](subject, dataclasses.replace(case, state="warm")).outcome is Outcome.FAIL
 
 
-def test_tensors_that_cannot_be_listed_are_one_finding_in_each_case(small: parity_suite.ParitySuite) -> None:
+def test_tensors_that_cannot_be_listed_are_one_finding_in_each_case(small: parity_suite.MethodSuite) -> None:
     def attach(model: nn.Module, config: Any, generator: torch.Generator) -> Any:
         adapted = method("reference")(model, config, generator)
         adapted.tensors = lambda: 1 / 0

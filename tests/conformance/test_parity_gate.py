@@ -20,9 +20,9 @@ from harness.conformance.subject import (
     PackedLayer,
     Subject,
     adaptable_layers,
-    begin,
     configure,
     initial_tensors,
+    load_start,
     warm,
 )
 from harness.errors import Unsupported
@@ -153,13 +153,13 @@ def test_merging_is_refused_where_a_packed_base_has_no_room_to_be_dense(monkeypa
     sizes = [layer.base.in_features * layer.base.out_features for layer in subject.adapted.layers.values()]
     need = 4 * sum(sizes) + 32 * max(sizes)
     monkeypatch.setattr(memory_headroom, "free_B", lambda _: need)
-    assert not memory_headroom.lacking(subject)
+    assert not memory_headroom.merge_shortage(subject)
     monkeypatch.setattr(memory_headroom, "free_B", lambda _: need - 1)
     monkeypatch.setattr(subject.adapted, "merge", lambda: pytest.fail("it was merged"))
     (result,) = parity_gate.after_training(subject, SEED)
     assert (result.check, result.outcome) == ("lora/merge/float32/trained", Outcome.SKIPPED)
     assert result.detail.startswith(f"merging may unpack all {len(sizes)} packed layers at once")
-    assert not memory_headroom.lacking(
+    assert not memory_headroom.merge_shortage(
         through_the_gate(method("reference"))[0]
     )  # of a dense base there is nothing to unpack
 
@@ -331,7 +331,7 @@ def test_what_pissa_takes_off_the_weight_goes_with_the_factors_that_all_start_fr
         start[f"{path}.residual"] = W - start[f"{path}.B"] @ start[f"{path}.A"]
     implementation = discover().find("method", "pissa", name)
     adapted = implementation(model, config, torch.Generator().manual_seed(SEED))
-    begin(adapted, start)
+    load_start(adapted, start)
     assert exact(
         {path: start[f"{path}.A"] for path in weights}, {p: adapted.tensors()[f"{p}.A"] for p in weights}
     ).passed
@@ -347,5 +347,5 @@ def test_who_does_not_show_what_it_took_off_starts_from_its_own_factors() -> Non
     adapted = discover().find("method", "pissa", "fused")(model, config, torch.Generator().manual_seed(SEED))
     own = {name: tensor.detach().clone() for name, tensor in adapted.tensors().items()}
     adapted.state = dict  # it shows nothing
-    begin(adapted, {name: 2 * tensor for name, tensor in start.items()})
+    load_start(adapted, {name: 2 * tensor for name, tensor in start.items()})
     assert exact(adapted.tensors(), own).passed

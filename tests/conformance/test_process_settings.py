@@ -29,12 +29,12 @@ def newer_precision() -> None:
     ],
 )
 def test_a_changed_setting_is_named_and_put_back(change: object, name: str) -> None:
-    before = process_settings.now()
-    with process_settings.kept() as changed:
+    before = process_settings.snapshot()
+    with process_settings.restored() as changed:
         change()  # type: ignore[operator]
     assert changed
     assert all(name in one for one in changed)
-    assert process_settings.now() == before
+    assert process_settings.snapshot() == before
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_changed_setting_is_named_and_put_back(change: object, name: str) -> N
 )
 def test_seeding_is_noticed_and_put_back(act: object, name: str) -> None:
     torch.manual_seed(11)
-    (found,) = process_settings.seeded(act)  # type: ignore[arg-type]
+    (found,) = process_settings.find_seeding(act)  # type: ignore[arg-type]
     assert name in found
     after = torch.rand(1)
     torch.manual_seed(11)
@@ -58,10 +58,10 @@ def test_products_are_as_exact_as_before_low_precision_was_allowed() -> None:
     """On a CPU with instructions for bfloat16 the older way of allowing it changes what float32 products are."""
     x = torch.randn(64, 64)
     before = x @ x
-    with process_settings.kept():
+    with process_settings.restored():
         torch.set_float32_matmul_precision("medium")
     assert torch.equal(x @ x, before)
 
 
 def test_drawing_is_no_seeding() -> None:
-    assert process_settings.seeded(lambda: (torch.rand(3), random.random(), np.random.rand(3))) == []
+    assert process_settings.find_seeding(lambda: (torch.rand(3), random.random(), np.random.rand(3))) == []

@@ -16,7 +16,7 @@ from harness.records import store
 from harness.records.record import Status
 from harness.suites import loader
 from support.repository import TESTS
-from support.sandbox import Bench
+from support.sandbox import Sandbox
 
 KILLS, CELLS = 20, 200
 
@@ -24,7 +24,7 @@ KILLS, CELLS = 20, 200
 _LIVES = """
 import contextlib, json, os, random, signal, sys, time
 from pathlib import Path
-from harness.suites import expand, loader as suites
+from harness.suites import loader
 from support import stub_attempts
 from harness.records import environment
 from harness.report import html
@@ -32,7 +32,7 @@ from harness.runner import run
 from harness.runner.executors.local import Local
 
 suite, kills = sys.argv[1], int(sys.argv[2])
-cells = expand.expand(loader.load(suite)).cells
+cells = loader.load(suite).plan.cells
 here = environment.describe(environment.threads())
 command = stub_attempts.stub(Path(), cells, here, {cell.seed: "slow" for cell in cells if cell.seed % 4 == 0})
 
@@ -68,18 +68,18 @@ print(json.dumps(found))
 
 
 @pytest.fixture
-def assets(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PEFT_HARNESS_CACHE", bench.environment["PEFT_HARNESS_CACHE"])
+def assets(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFT_HARNESS_CACHE", sandbox.environment["PEFT_HARNESS_CACHE"])
     for name in ("tiny-llama", "toy-sentiment"):
         fetch.ensure(table.resolve(name, loader.load("smoke").sources, Path()))
 
 
 @pytest.mark.usefixtures("assets")
-def test_twenty_kills_lose_nothing_and_repeat_nothing(bench: Bench) -> None:
-    suite = bench.suite(f"{{implementation: reference, seed: {list(range(CELLS))}}}")
-    path = os.pathsep.join([str(TESTS), bench.environment["PYTHONPATH"], *filter(None, sys.path)])
+def test_twenty_kills_lose_nothing_and_repeat_nothing(sandbox: Sandbox) -> None:
+    suite = sandbox.suite(f"{{implementation: reference, seed: {list(range(CELLS))}}}")
+    path = os.pathsep.join([str(TESTS), sandbox.environment["PYTHONPATH"], *filter(None, sys.path)])
     done = subprocess.run(
-        [sys.executable, "-c", _LIVES, suite, str(KILLS)], cwd=bench.folder, env={**bench.environment, "PYTHONPATH": path},
+        [sys.executable, "-c", _LIVES, suite, str(KILLS)], cwd=sandbox.folder, env={**sandbox.environment, "PYTHONPATH": path},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
@@ -87,7 +87,7 @@ def test_twenty_kills_lose_nothing_and_repeat_nothing(bench: Bench) -> None:
     in_the_middle = [records for killed, records, footer in found if killed and not footer and 0 < records < CELLS]
     assert len(in_the_middle) >= KILLS // 4, found  # or the moments were badly chosen
     assert [records for _, records, _ in found] == sorted(records for _, records, _ in found)
-    run = bench.read()
+    run = sandbox.read()
     assert Counter(record.cell_id for record in run.records) == Counter(cell.cell_id for cell in run.manifest.cells)
     assert {record.status for record in run.records} == {Status.OK}
     assert (run.broken, run.changed, run.missing()) == ({}, {}, [])

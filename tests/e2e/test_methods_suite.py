@@ -6,8 +6,7 @@ from harness.errors import Exit
 from harness.methods.spec import methods
 from harness.records.record import Record, Status
 from harness.suites import loader, model_checks
-from harness.suites.expand import expand
-from support.sandbox import Bench
+from support.sandbox import Sandbox
 
 # Steps of 1e-6 are far below what bfloat16 can tell apart: only the masters move.
 _UNSEEN = "{implementation: reference, method: dora, dtype: bfloat16, training: {lr: 1e-6}}"
@@ -20,7 +19,7 @@ _SHRINKING = (
 
 def test_the_suite_holds_every_method_and_fits() -> None:
     suite = loader.load("methods")
-    plan = expand(suite)
+    plan = suite.plan
     model_checks.refuse(suite, plan)
     # What trains nothing cannot be tried by training.
     assert {(cell.method, cell.dtype) for cell in plan.cells} == {
@@ -28,10 +27,10 @@ def test_the_suite_holds_every_method_and_fits() -> None:
     } | {("peft", "float32")}
 
 
-def test_other_methods_live_through_a_run_in_sixteen_bits(bench: Bench) -> None:
-    finished = bench.command("run", bench.suite(_UNSEEN, _OWN_OPTIMIZER, _SHRINKING), "--out", "run")
+def test_other_methods_live_through_a_run_in_sixteen_bits(sandbox: Sandbox) -> None:
+    finished = sandbox.command("run", sandbox.suite(_UNSEEN, _OWN_OPTIMIZER, _SHRINKING), "--out", "run")
     assert finished.code == Exit.PASS, finished.err
-    records = {record.cell.method: record for record in bench.read().records}
+    records = {record.cell.method: record for record in sandbox.read().records}
     assert {method: record.status for method, record in records.items()} == dict.fromkeys(
         ("dora", "galore", "adalora"), Status.OK
     )

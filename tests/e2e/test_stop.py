@@ -15,7 +15,7 @@ import pytest
 from harness.errors import Exit
 from harness.process import termination
 from support.processes import PATIENCE_S, eventually, gone
-from support.sandbox import COMMAND, Bench
+from support.sandbox import COMMAND, Sandbox
 
 
 @pytest.fixture
@@ -50,13 +50,13 @@ def test_what_nohup_ignores_stays_ignored() -> None:
 
 
 @pytest.mark.usefixtures("heard")
-def test_a_lost_terminal_ends_a_run_cleanly(bench: Bench) -> None:
-    suite = bench.suite("{implementation: missing}", "{implementation: hangs}")
+def test_a_lost_terminal_ends_a_run_cleanly(sandbox: Sandbox) -> None:
+    suite = sandbox.suite("{implementation: missing}", "{implementation: hangs}")
     ours, theirs = pty.openpty()
     # In a session of its own whose terminal this is: closing our end is then what closing a window is.
     take = "import fcntl, os, sys, termios; fcntl.ioctl(1, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
     process = subprocess.Popen(
-        [sys.executable, "-c", take, *COMMAND, "run", suite, "--out", "run"], cwd=bench.folder, env=bench.environment,
+        [sys.executable, "-c", take, *COMMAND, "run", suite, "--out", "run"], cwd=sandbox.folder, env=sandbox.environment,
         stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
     )  # fmt: skip
     os.close(theirs)
@@ -65,14 +65,14 @@ def test_a_lost_terminal_ends_a_run_cleanly(bench: Bench) -> None:
     def hanging() -> bool:
         with contextlib.suppress(OSError):
             os.read(ours, 65536)  # a full terminal would hold the run up
-        return (bench.folder / "pids").exists()
+        return (sandbox.folder / "pids").exists()
 
     eventually(hanging, "the second Cell hangs")
-    pids = bench.hanging()
+    pids = sandbox.hanging()
     os.close(ours)
     assert process.wait(PATIENCE_S) == Exit.INFRASTRUCTURE
-    run = bench.read()
+    run = sandbox.read()
     assert run.footer is not None
     assert (run.footer.how, len(run.records), len(run.footer.missing)) == ("interrupted", 1, 1)
-    assert run.footer.missing[0] in (bench.run_folder / "report.html").read_text(encoding="utf-8")
+    assert run.footer.missing[0] in (sandbox.run_folder / "report.html").read_text(encoding="utf-8")
     eventually(lambda: all(map(gone, pids)), "the worker and its child are gone")

@@ -16,7 +16,7 @@ from harness.errors import Exit
 from harness.records.record import Outcome, Record, Status, TrainingMeasured
 from harness.report import html
 from support.report_page import Page
-from support.sandbox import Bench
+from support.sandbox import Sandbox
 
 SUITE = """
 suite: recipes
@@ -44,14 +44,14 @@ comparisons:
 
 
 @pytest.fixture
-def clean(bench: Bench) -> Bench:
+def clean(sandbox: Sandbox) -> Sandbox:
     """A Bench with nothing of this process's environment but what a command needs: other tests compile in this process,
     and leave variables of torch's compiler behind."""
     if shutil.which("g++", path=os.defpath) is None:
         pytest.skip("torch.compile on a CPU needs g++")
-    own = {key: value for key, value in bench.environment.items() if os.environ.get(key) != value}
+    own = {key: value for key, value in sandbox.environment.items() if os.environ.get(key) != value}
     kept = {key: os.environ[key] for key in ("HOME", "LANG", "OMP_NUM_THREADS", "TMPDIR") if key in os.environ}
-    return replace(bench, environment={**kept, "PATH": os.defpath, **own})
+    return replace(sandbox, environment={**kept, "PATH": os.defpath, **own})
 
 
 def trained(record: Record) -> TrainingMeasured:
@@ -60,14 +60,14 @@ def trained(record: Record) -> TrainingMeasured:
     return record.measurements.training
 
 
-def test_a_suite_with_optimizers_and_parts_runs_end_to_end(clean: Bench) -> None:
-    bench = clean
-    path = bench.folder / "recipes.yaml"
+def test_a_suite_with_optimizers_and_parts_runs_end_to_end(clean: Sandbox) -> None:
+    sandbox = clean
+    path = sandbox.folder / "recipes.yaml"
     path.write_text(SUITE, encoding="utf-8")
-    finished = bench.command("run", str(path), "--out", "run")
+    finished = sandbox.command("run", str(path), "--out", "run")
     assert finished.code == Exit.PASS, finished.err + finished.out
     assert "pass: parts are the same run" in finished.out
-    run = bench.read()
+    run = sandbox.read()
     assert {record.status for record in run.records} == {Status.OK}
     (judgement,) = verdict.judge(run).judgements
     assert (judgement.verdict.word, len(judgement.verdict.records)) == (VerdictKind.PASS, 5)
@@ -108,14 +108,14 @@ def test_a_suite_with_optimizers_and_parts_runs_end_to_end(clean: Bench) -> None
         assert said in page
 
 
-def test_without_a_compiler_a_cell_says_so_and_the_others_run(clean: Bench) -> None:
-    bench = clean
-    bench.environment["CXX"] = "no-such-compiler"
-    path = bench.folder / "recipes.yaml"
+def test_without_a_compiler_a_cell_says_so_and_the_others_run(clean: Sandbox) -> None:
+    sandbox = clean
+    sandbox.environment["CXX"] = "no-such-compiler"
+    path = sandbox.folder / "recipes.yaml"
     path.write_text(SUITE, encoding="utf-8")
-    finished = bench.command("run", str(path), "--out", "run", "--only", "id=whole,id=compiled")
+    finished = sandbox.command("run", str(path), "--out", "run", "--only", "id=whole,id=compiled")
     assert finished.code == Exit.INFRASTRUCTURE, finished.err + finished.out
-    by_how = {record.cell.training.compile: record for record in bench.read().records}
+    by_how = {record.cell.training.compile: record for record in sandbox.read().records}
     assert by_how[False].status is Status.OK
     assert by_how[True].status is Status.ERROR
     for said in ("torch.compile failed", "no-such-compiler", "g++", "`compile: false`"):

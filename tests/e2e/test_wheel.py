@@ -66,7 +66,7 @@ def test_a_suite_loads_from_the_wheel(unpacked: Path, tmp_path: Path, name: str)
         "import sys, harness\n"
         "from harness import resources; from harness.suites import loader as suites\n"
         f"loaded = suites.load({name!r})\n"
-        "print(harness.__file__, resources.folder('suites'), resources.checkout(), len(loaded.tasks), sep='\\n')"
+        "print(harness.__file__, resources.data_folder('suites'), resources.checkout(), len(loaded.tasks), sep='\\n')"
     )
     done = python(code, unpacked, tmp_path)
     assert done.returncode == 0, done.stderr

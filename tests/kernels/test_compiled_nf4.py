@@ -110,7 +110,7 @@ def test_codes_and_values_are_the_reference_s(block: int, dtype: torch.dtype, ca
 def test_a_size_a_mode_or_a_setting_compiles_nothing_anew(fresh: None) -> None:
     W, made = special(torch.float32), torch._dynamo.utils.counters["stats"]
     agrees(W, 64)
-    before, kept, threads = made["unique_graphs"], process_settings.now(), torch.get_num_threads()
+    before, kept, threads = made["unique_graphs"], process_settings.read(), torch.get_num_threads()
     agrees(special(torch.float32, COUNT + 640), 64)
     with torch.inference_mode():
         agrees(special(torch.float32), 64)
@@ -123,17 +123,17 @@ def test_a_size_a_mode_or_a_setting_compiles_nothing_anew(fresh: None) -> None:
     finally:
         torch.set_num_threads(threads)
     assert made["unique_graphs"] == before > 0
-    assert process_settings.changed(kept) == []
+    assert process_settings.list_changes(kept) == []
 
 
 def test_compiling_leaves_settings_and_random_numbers_alone(fresh: None, calls: list[bool]) -> None:
-    W, kept, random = special(torch.float32), process_settings.now(), process_settings._random_states()
+    W, kept, random = special(torch.float32), process_settings.read(), process_settings._random_states()
     with torch.inference_mode():
         packed, absmax = nf4.quantize(W, 64)
     assert calls == [True]
     assert packed.is_inference()
     assert absmax.is_inference()
-    assert process_settings.changed(kept) == []
+    assert process_settings.list_changes(kept) == []
     assert all(
         process_settings._alike(state, random[name]) for name, state in process_settings._random_states().items()
     )

@@ -20,7 +20,6 @@ from harness.records.record import Base, Cell, Record
 from harness.report import plan_table as planning
 from harness.report import terminal
 from harness.suites import loader
-from harness.suites.expand import expand
 from support import recorded_run as recorded
 
 MIXTRAL = {
@@ -122,7 +121,7 @@ matrix:
       - {id: some, config: {rank: 2, targets: [q_proj]}}
 """)
     suite = loader.load(str(tmp_path / "suite.yaml"))
-    plan = expand(suite)
+    plan = suite.plan
     said = planning.as_text(
         planning.planning(suite, plan, tmp_path / "none", planning.predictions(suite, plan))
     ).splitlines()

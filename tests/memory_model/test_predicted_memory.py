@@ -18,12 +18,11 @@ from harness.records.record import Evaluation, Predicted, Record
 from harness.report import plan_table as planning
 from harness.report import tables
 from harness.suites import loader
-from harness.suites.expand import expand
 from harness.suites.tasks import Answers
 from support import recorded_run as recorded
 from support.processes import eventually
 from support.report_page import row
-from support.sandbox import Bench
+from support.sandbox import Sandbox
 
 
 @pytest.fixture
@@ -41,7 +40,7 @@ def _no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_no_steps")
 def test_the_headline_suite_is_predicted_and_fits() -> None:
     suite = loader.load("headline-gpu")
-    plan = expand(suite)
+    plan = suite.plan
     predicted = planning.predictions(suite, plan)
     document = planning.planning(suite, plan, Path("nowhere"), predicted)
     sizes = {row["id"]: row["predicted"]["total_B"] for row in document["cells"]}
@@ -62,7 +61,7 @@ def test_the_headline_suite_is_predicted_and_fits() -> None:
 @pytest.mark.usefixtures("_no_steps")
 def test_logits_are_predicted_where_every_token_has_a_loss() -> None:
     suite = loader.load("headline-gpu")
-    plan = expand(suite)
+    plan = suite.plan
     (lora,) = (cell for cell in plan.cells if plan.ids[cell.cell_id] == "lora-7b")
     scored = lora.model_copy(update={"evaluation": Evaluation(items=10)})
     found = {}
@@ -77,7 +76,7 @@ def test_logits_are_predicted_where_every_token_has_a_loss() -> None:
 
 
 def test_what_a_step_took_is_the_total_where_it_is_more_than_the_formulas_know() -> None:
-    plan = expand(loader.load("smoke"))
+    plan = loader.load("smoke").plan
     first, second, *_ = (cell.cell_id for cell in plan.cells)
     of_weights = Predicted(weights_B=700 * recorded.MIB, adapter_B=0, gradients_B=0, optimizer_B=0)
     known = {
@@ -98,7 +97,7 @@ def test_what_a_step_took_is_the_total_where_it_is_more_than_the_formulas_know()
 def test_a_model_that_is_not_here_is_not_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFT_HARNESS_CACHE", str(tmp_path))
     suite = loader.load("smoke")
-    plan = expand(suite)
+    plan = suite.plan
     found = planning.predictions(suite, plan)
     assert set(found.values()) == {"tiny-llama is not on this machine yet"}
     said = planning.as_text(planning.planning(suite, plan, tmp_path, found))
@@ -199,7 +198,7 @@ def test_the_peak_of_a_step_is_shown_beside_the_count(tmp_path: Path) -> None:
 
 def test_cells_that_differ_in_seed_or_learning_rate_share_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     suite = loader.load("headline-rehearsal")
-    plan = expand(suite)
+    plan = suite.plan
     one = next(cell for cell in plan.cells if cell.method == "lora" and cell.training.steps)
     other = one.model_copy(update={"seed": 7, "training": one.training.model_copy(update={"lr": 0.5})})
     longer = one.model_copy(update={"training": one.training.model_copy(update={"max_tokens": 96})})
@@ -224,8 +223,8 @@ def test_the_ledger_says_why_nothing_was_predicted(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork, which a tie to the parent needs")
-def test_who_counts_ends_with_a_command_that_is_killed(bench: Bench) -> None:
-    planned = bench.start("fit", "llama-7b", "--memory", "24GiB")
+def test_who_counts_ends_with_a_command_that_is_killed(sandbox: Sandbox) -> None:
+    planned = sandbox.start("fit", "llama-7b", "--memory", "24GiB")
     counting = f"{cells.__name__.rpartition('.')[0]}.counting_worker"
     found: list[psutil.Process] = []
 
@@ -255,7 +254,7 @@ def test_steps_that_take_too_long_take_no_formula_along(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(counting_client, "python_module", ended)
     suite = loader.load("headline-gpu")
-    plan = expand(suite)
+    plan = suite.plan
     lora = tuple(cell for cell in plan.cells if plan.ids[cell.cell_id] == "lora-7b")
     (found,) = planning.predictions(suite, dataclasses.replace(plan, cells=lora)).values()
     assert isinstance(found, Predicted)

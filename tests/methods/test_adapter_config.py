@@ -26,8 +26,7 @@ from harness.methods.implementations.hf_peft.any_config import any_method
 from harness.methods.peft_config import KEY, NO_REFERENCE, PEFT, AdapterConfigField, peft_types
 from harness.records.record import CheckResult, Outcome, Status
 from harness.suites import loader
-from harness.suites.expand import expand
-from support.sandbox import Bench
+from support.sandbox import Sandbox
 
 LAYERS = ["first", "second"]
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -237,7 +236,7 @@ def suite(folder: Path, value: Any) -> Path:
 
 
 def cell_id(folder: Path, value: Any) -> str:
-    (cell,) = expand(loader.load(suite(folder, value))).cells
+    (cell,) = loader.load(suite(folder, value)).plan.cells
     assert cell.label == "tiny-llama peft ia3 [hf-peft]"
     return cell.cell_id
 
@@ -409,10 +408,10 @@ def test_the_types_are_the_installed_pefts() -> None:
     assert set(peft_types()) == {one.value for one in peft.PeftType}
 
 
-def test_it_lives_through_a_run_and_no_time_of_it_is_told(bench: Bench, tmp_path: Path) -> None:
-    finished = bench.command("run", str(suite(tmp_path, IA3)), "--out", "run")
+def test_it_lives_through_a_run_and_no_time_of_it_is_told(sandbox: Sandbox, tmp_path: Path) -> None:
+    finished = sandbox.command("run", str(suite(tmp_path, IA3)), "--out", "run")
     assert finished.code == Exit.PASS, finished.err
-    (record,) = bench.read().records
+    (record,) = sandbox.read().records
     assert record.status is Status.OK
     assert {path.rpartition(".")[2] for path in record.layers} == {"v_proj", "down_proj"}
     assert record.measurements is not None

@@ -24,7 +24,7 @@ from harness.methods.implementations.hf_peft.any_config import any_method
 from harness.methods.peft_config import KEY, AdapterConfigField, peft_types
 from harness.records.record import CheckResult, Outcome, Status, Training
 from harness.suites import loader
-from support.sandbox import Bench
+from support.sandbox import Sandbox
 
 VOCABULARY = 32
 SMALL: dict[str, Any] = {
@@ -214,20 +214,20 @@ def test_a_suite_that_checkpoints_a_prefix_is_refused(kind: str, refused: int, t
     assert len(said) == refused
 
 
-def test_prompt_tuning_lives_through_a_run(bench: Bench, tmp_path: Path) -> None:
+def test_prompt_tuning_lives_through_a_run(sandbox: Sandbox, tmp_path: Path) -> None:
     saved("PROMPT_TUNING", tmp_path)
     suite = tmp_path / "suite.yaml"
     suite.write_text(SUITE.replace("MOST", "254"), encoding="utf-8")
-    refused = bench.command("run", str(suite), "--out", "run")
+    refused = sandbox.command("run", str(suite), "--out", "run")
     assert refused.code == Exit.USAGE
     assert (
         "suite.yaml:8: 4 virtual tokens, 254 of a text and 0 of an answer exceed the 256 positions of tiny-llama"
         in refused.err
     )
     suite.write_text(SUITE.replace("MOST", "24"), encoding="utf-8")
-    finished = bench.command("run", str(suite), "--out", "run")
+    finished = sandbox.command("run", str(suite), "--out", "run")
     assert finished.code == Exit.PASS, finished.err
-    (record,) = bench.read().records
+    (record,) = sandbox.read().records
     assert record.status is Status.OK
     assert record.layers == []
     measured = record.measurements

@@ -11,7 +11,7 @@ from harness.records.record import Cell, Status
 from harness.report import plan_table as planning
 from harness.runner.progress import Progress
 from harness.suites import loader
-from harness.suites.expand import Plan, expand, only
+from harness.suites.expand import Plan, only
 from harness.suites.suite import Suite
 from support import recorded_run as recorded
 
@@ -73,7 +73,7 @@ def _two_seeds(tmp_path: Path) -> tuple[Suite, Plan]:
     text = loader.find("smoke").read_text(encoding="utf-8").partition("comparisons:")[0]
     path.write_text(text.replace("    task:", "    seed: [1, 2]\n    task:"), encoding="utf-8")
     suite = loader.load(path)
-    return suite, only(expand(suite), "id=lora,implementation=fused")
+    return suite, only(suite.plan, "id=lora,implementation=fused")
 
 
 def test_plan_and_only_call_no_two_cells_the_same(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from harness.errors import StoreError, UsageError
-from harness.records import store
+from harness.records import files, store
 from harness.records.record import Record, Status
 from support import recorded_run
 
@@ -195,7 +195,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, number: int
 ) -> None:
     path = tmp_path / "footer.json"
-    store.write_atomic(path, b"old")
+    files.write_atomic(path, b"old")
 
     def fail(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
@@ -210,7 +210,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(
         else:
             patch.setattr(*{"fsync": (os, "fsync"), "replace": (Path, "replace")}[where], fail)
         with pytest.raises(StoreError) as caught:
-            store.write_atomic(path, b"new")
+            files.write_atomic(path, b"new")
     assert caught.value.where == str(path)
     full = number != errno.EIO
     assert ("the disk is full" in caught.value.what) == full
@@ -226,7 +226,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        store.write_atomic(tmp_path / "footer.json", b"new")
+        files.write_atomic(tmp_path / "footer.json", b"new")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,7 +9,6 @@ import torch
 
 from harness.conformance.tolerance_constants import INITIAL_SIGMAS, NOISE_FLOOR_EPS
 from harness.suites import loader
-from harness.suites.expand import expand
 from reference.lora import Config
 from reference.shared.lora_start import initial_factors, write_initial_factors
 
@@ -36,29 +35,29 @@ def spread(A: torch.Tensor) -> float:
     return float(A.square().mean().sqrt())
 
 
-def near(value: float, wanted: float, count: int) -> bool:
+def did_you_mean(value: float, wanted: float, count: int) -> bool:
     return abs(value / wanted - 1) < INITIAL_SIGMAS * count**-0.5
 
 
 def test_the_usual_start() -> None:
     A, B = drawn("kaiming")
     assert float(A.abs().max()) <= D**-0.5
-    assert near(spread(A), (3 * D) ** -0.5, A.numel())
+    assert did_you_mean(spread(A), (3 * D) ** -0.5, A.numel())
     assert not B.any()
 
 
 @pytest.mark.parametrize("rank", [4, 64])
 def test_pefts_gaussian_has_one_over_the_rank(rank: int) -> None:
     A, B = drawn("gaussian", rank)
-    assert near(spread(A), 1 / rank, A.numel())
+    assert did_you_mean(spread(A), 1 / rank, A.numel())
     assert float(A.abs().max()) > 3 / rank  # no uniform distribution of that spread gets so far
     assert not B.any()
 
 
 def test_orthogonal_factors_are_not_zero_and_their_product_is() -> None:
     A, B = drawn("orthogonal")
-    assert near(spread(A), 0.005**0.5, A.numel() // 2)
-    assert near(spread(B), 0.005**0.5, B.numel() // 2)
+    assert did_you_mean(spread(A), 0.005**0.5, A.numel() // 2)
+    assert did_you_mean(spread(B), 0.005**0.5, B.numel() // 2)
     size = torch.linalg.matrix_norm(A) * torch.linalg.matrix_norm(B) * torch.finfo(A.dtype).eps
     assert float(torch.linalg.matrix_norm(B @ A)) < NOISE_FLOOR_EPS["float64"] * float(size)
     assert torch.linalg.matrix_rank(A) == torch.linalg.matrix_rank(B) == R // 2
@@ -80,7 +79,7 @@ def test_a_start_is_its_generators(init: str) -> None:
 def cells(folder: Path, init: str) -> list[tuple[str, dict[str, object]]]:
     path = folder / "suite.yaml"
     path.write_text(SUITE.format(init=init), encoding="utf-8")
-    return [(cell.cell_id, dict(cell.config)) for cell in expand(loader.load(path)).cells]
+    return [(cell.cell_id, dict(cell.config)) for cell in loader.load(path).plan.cells]
 
 
 def test_a_cell_of_before_keeps_its_id(tmp_path: Path) -> None:

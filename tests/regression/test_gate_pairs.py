@@ -14,7 +14,8 @@ from xml.etree import ElementTree as ET
 import psutil
 import pytest
 
-from harness.analysis.comparison.baseline_costs import ALLOCATED, COUNTED_PEAK, PEAK
+from harness.analysis import metrics
+from harness.analysis.comparison.baseline_costs import PEAK
 from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B, ComparisonRow
 from harness.analysis.comparison.pair_verdict import CellComparison, judge
 from harness.analysis.statistics.canaries import Canaries
@@ -26,16 +27,17 @@ from harness.cli import main
 from harness.errors import Exit, HarnessError, UsageError
 from harness.records import environment, naming
 from harness.records.cost import GpuPhase, GpuState
+from harness.records.memory import ALLOCATED
 from harness.records.record import Cell, Record, Status
 from harness.regression.outputs.files import Outputs
 from harness.regression.pairs import canary_file
 from harness.regression.pairs import gate as gate_pairs
 from harness.regression.pairs import sides as arms
+from harness.regression.pairs.request import PairsRequest
 from harness.regression.pairs.sides import Side
 from harness.suites import loader
-from harness.suites.expand import expand
 from support import recorded_run as recorded
-from support.sandbox import Bench
+from support.sandbox import Sandbox
 
 SUITE = """
 suite: gated
@@ -48,6 +50,7 @@ matrix:
       - {id: a, method: lora, implementation: [reference, fused], config: {rank: 4}}
       - {id: untrained, method: frozen, training: {steps: 0}}
 """
+COUNTED_PEAK = metrics.COUNTED_PEAK.quantity
 MIB = 2**20
 
 
@@ -122,7 +125,7 @@ def gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
         asked = {"old": "reference", "new": "fused", "suite": str(suite), "out": out, "seed": 3}
         asked |= {"canaries": tmp_path / "canaries.jsonl"} | changes
-        code = gate_pairs.gate(gate_pairs.PairsRequest(**asked), as_json=False)  # type: ignore[arg-type]
+        code = gate_pairs.gate(PairsRequest(**asked), as_json=False)  # type: ignore[arg-type]
         return code, capsys.readouterr().out, json.loads((out / gate_pairs.DOCUMENT).read_text())
 
     return gate
@@ -373,7 +376,7 @@ def test_what_is_refused_leaves_no_folder(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_any_seed_is_the_one_that_is_used(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[gate_pairs.PairsRequest] = []
+    asked: list[PairsRequest] = []
     monkeypatch.setattr(gate_pairs, "gate", lambda one, as_json: asked.append(one) or Exit.PASS)
     assert main(["gate", "--pairs", "reference", "fused", "--seed", str(seed)]) == Exit.PASS
     assert [one.seed for one in asked] == [seed]
@@ -469,7 +472,7 @@ def test_revisions_are_checked_out_and_taken_away_again(tmp_path: Path, monkeypa
         commits.append(_git(top, "rev-parse", "HEAD"))
     (top / "file").write_text("three")
     monkeypatch.setattr(arms.resources, "checkout", lambda: top)
-    plan = expand(loader.load("smoke"))
+    plan = loader.load("smoke").plan
     with arms.opened(commits[0], arms.HERE, plan) as (old, new):
         assert old.code is not None
         assert (old.code / "file").read_text() == "one"
@@ -497,11 +500,11 @@ def implementations(model, config, generator):
 
 
 def test_revisions_of_a_guests_own_repository_are_what_runs(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("PYTHONPATH", "PEFT_HARNESS_CACHE"):
-        monkeypatch.setenv(name, bench.environment[name])  # the plug-in is installed, from elsewhere
-    monkeypatch.syspath_prepend(str(bench.folder / "plugin"))
+        monkeypatch.setenv(name, sandbox.environment[name])  # the plug-in is installed, from elsewhere
+    monkeypatch.syspath_prepend(str(sandbox.folder / "plugin"))
     top = tmp_path / "guest"
     (top / "kernels" / "src").mkdir(parents=True)
     _git(top, "init", "-q")
@@ -509,11 +512,11 @@ def test_revisions_of_a_guests_own_repository_are_what_runs(
         (top / "kernels" / "src" / "misbehaving.py").write_text(_GUEST.format(number))
         _git(top, "add", ".")
         _git(top, "commit", "-qm", number)
-    suite = Path(bench.suite("{implementation: raises}", "{implementation: reference}"))
-    plan = expand(loader.load(suite))
+    suite = Path(sandbox.suite("{implementation: raises}", "{implementation: reference}"))
+    plan = loader.load(suite).plan
     with arms.opened("HEAD~1", arms.HERE, plan, top / "kernels") as sides:
         assert [pair.old for pair in arms.pairs(plan, naming.full(plan.cells), sides)] == [plan.cells[0]]
-        ours = expand(loader.load("sentinels"))
+        ours = loader.load("sentinels").plan
         with pytest.raises(UsageError, match="no Cell of this suite is computed by misbehaving"):
             arms.pairs(ours, naming.full(ours.cells), sides)
         said = [arms.run(arm, suite, plan.cells[0], tmp_path / str(i)).because for i, arm in enumerate(sides)]

@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 
-from harness.analysis import tracked_metrics
+from harness.analysis import metrics
 from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B
-from harness.cli import app, main
+from harness.cli import main
+from harness.cli.run import run as run_command
 from harness.errors import Exit
 from harness.regression.history import night_files
 from harness.regression.pairs import gate as gate_pairs
+from harness.regression.pairs.request import PairsRequest
 from harness.suites import loader
-from harness.suites.expand import expand, only
+from harness.suites.expand import only
 from support import histories
 from support.histories import CELLS, FIRST, SLOWER, detect, regressed
 
@@ -55,11 +57,11 @@ def test_a_slow_down_is_told_with_what_lies_between_and_how_to_confirm_it(
     assert detect(folder, capsys, "--strict")[0] == Exit.INCONCLUSIVE
 
 
-def asked_of(confirm: str, monkeypatch: pytest.MonkeyPatch) -> gate_pairs.PairsRequest:
+def asked_of(confirm: str, monkeypatch: pytest.MonkeyPatch) -> PairsRequest:
     """Give a printed command to the command line and return what it would have compared."""
-    asked: list[gate_pairs.PairsRequest] = []
+    asked: list[PairsRequest] = []
 
-    def gate(what: gate_pairs.PairsRequest, _: bool) -> Exit:
+    def gate(what: PairsRequest, _: bool) -> Exit:
         asked.append(what)
         return Exit.PASS
 
@@ -74,7 +76,7 @@ def asked_of(confirm: str, monkeypatch: pytest.MonkeyPatch) -> gate_pairs.PairsR
 def test_the_command_that_confirms_finds_the_cell_and_the_device(
     metric: str, device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cells = {c.cell_id: c for c in expand(loader.load("quick")).cells if c.training.steps}
+    cells = {c.cell_id: c for c in loader.load("quick").plan.cells if c.training.steps}
     slow = list(cells)[-1]
     usual = histories.noisy(0, lambda cell, i: 1.06 if cell == slow and i >= SLOWER else 1.0)
 
@@ -89,7 +91,7 @@ def test_the_command_that_confirms_finds_the_cell_and_the_device(
     (c,) = detect(folder, capsys)[1]["candidates"]
     asked = asked_of(c["between"]["confirm"], monkeypatch)
     assert (asked.old, asked.new, asked.device) == ("a" * 12, "b" * 12, device)
-    plan = gate_pairs._trained(expand(loader.load(asked.suite)), asked.only)
+    plan = gate_pairs._trained(loader.load(asked.suite).plan, asked.only)
     assert [cell.cell_id for cell in plan.cells] == [slow]
 
 
@@ -108,7 +110,7 @@ def test_what_all_cells_share_is_confirmed_by_their_whole_suite(
 def test_what_pairs_do_not_measure_names_the_rerun_that_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cells = {c.cell_id: c for c in expand(loader.load("quick")).cells}
+    cells = {c.cell_id: c for c in loader.load("quick").plan.cells}
     worse = next(iter(cells))
     folder = histories.write(
         tmp_path / "h", cells, lambda c, i, _: {"accuracy": 0.80 if c != worse or i < 7 else 0.78}, nights=12,
@@ -120,8 +122,8 @@ def test_what_pairs_do_not_measure_names_the_rerun_that_does(
     said = "    confirm: not by pairs (pairs do not measure accuracy; a rerun of the suite by both does: `"
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(said)]
     _, *words = shlex.split(line.removeprefix(said).removesuffix("`)"))
-    run = app.commands.commands["run"].make_context("run", words[1:]).params
-    assert [cell.cell_id for cell in only(expand(loader.load(run["suite"])), run["only"]).cells] == [worse]
+    run = run_command.make_context("run", words[1:]).params
+    assert [cell.cell_id for cell in only(loader.load(run["suite"]).plan, run["only"]).cells] == [worse]
     assert run["device"] == "cpu"
 
 
@@ -283,7 +285,9 @@ def test_a_peak_must_grow_by_sixteen_mebibytes(
     more: int, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def values(cell: str, index: int, _: int) -> dict[str, float]:
-        return {"training_peak_B": 500 * 2**20 + (tracked_metrics.PEAK_BYTES + more if cell == FIRST and index else 0)}
+        return {
+            "training_peak_B": 500 * 2**20 + (metrics.TRAINING_PEAK.slack_B + more if cell == FIRST and index else 0)
+        }
 
     folder = histories.write(tmp_path / "h", CELLS, values, nights=2)
     assert bool(detect(folder, capsys)[1]["candidates"]) == told
@@ -313,7 +317,7 @@ def test_nothing_to_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     folder = histories.write(tmp_path / "h", CELLS, histories.noisy(0), nights=5)
     assert detect(folder, capsys)[0] == Exit.NOTHING_COMPARED
     assert main(["history", "detect", "--dir", str(tmp_path / "none")]) == Exit.USAGE
-    assert "`peft-harness history add RUN` begins one" in capsys.readouterr().err
+    assert "`peft-harness history add RUN` starts one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -321,7 +325,7 @@ def test_nothing_to_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     [
         ("2026-01-03.jsonl", '{"schema":7,"night":"2026-01-03"}\n', "written with schema 7, this version reads 1"),
         ("2026-01-03.jsonl", "hello\n", "not a night"),
-        ("notes.jsonl", "{}\n", "a stranger"),
+        ("notes.jsonl", "{}\n", "not a file of a history"),
         ("resets.jsonl", '{"schema":1,"cell":"*"}\n', "a torn or foreign line"),
         ("2026-01-03.jsonl", None, "a torn or foreign line"),
     ],

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from harness.analysis import tracked_metrics
-from harness.analysis.comparison.baseline_costs import ALLOCATED
 from harness.cli import main
 from harness.errors import Exit
+from harness.records.memory import ALLOCATED
 from harness.regression.history import night_files
 from support import histories
 from support import recorded_run as recorded

@@ -17,6 +17,7 @@ from harness.cli import main
 from harness.errors import Exit, HarnessError
 from harness.regression.history import night_files, verify
 from harness.regression.pairs import gate as gate_pairs
+from harness.regression.pairs.request import PairsRequest
 from support import histories
 from support import simulated_noise as noise
 from support.histories import CELLS, FIRST, SHAS, detect
@@ -47,7 +48,7 @@ def history(
 
 
 MERGED = "latency_s/merged/forward/1x40"
-Paired = Callable[..., list[gate_pairs.PairsRequest]]
+Paired = Callable[..., list[PairsRequest]]
 
 
 @pytest.fixture
@@ -56,10 +57,10 @@ def paired(monkeypatch: pytest.MonkeyPatch) -> Paired:
 
     def let(
         word: str | None, *, cut: str = "", closed: bool = False, fails: bool = False, elsewhere: bool = False
-    ) -> list[gate_pairs.PairsRequest]:
-        asked: list[gate_pairs.PairsRequest] = []
+    ) -> list[PairsRequest]:
+        asked: list[PairsRequest] = []
 
-        def gate(one: gate_pairs.PairsRequest, as_json: bool) -> Exit:
+        def gate(one: PairsRequest, as_json: bool) -> Exit:
             asked.append(one)
             if fails:
                 raise HarnessError("gave no Record")
@@ -75,7 +76,7 @@ def paired(monkeypatch: pytest.MonkeyPatch) -> Paired:
             return Exit.PASS
 
         monkeypatch.setattr(gate_pairs, "gate", gate)
-        monkeypatch.setattr(verify, "_elsewhere", lambda where, runs: ["CPU a -> b"] if elsewhere else [])
+        monkeypatch.setattr(verify, "_other_place", lambda where, runs: ["CPU a -> b"] if elsewhere else [])
         return asked
 
     return let
@@ -171,7 +172,7 @@ def test_a_slow_down_of_another_library_is_not_refuted_by_pairs_of_the_code(
     folder = history(tmp_path, libraries=True)
     paired("same")
     assert (settle(folder), written(folder)) == (Exit.INCONCLUSIVE, [])
-    assert "still open: the code alone is not it, and since then peft 0.19.0 -> 0.20.0" in capsys.readouterr().out
+    assert "still open: not the code alone; since then peft 0.19.0 -> 0.20.0" in capsys.readouterr().out
     assert len(detect(folder, capsys)[1]["suspects"]) == 1
 
 
@@ -182,7 +183,7 @@ def test_what_somebody_confirms_by_hand_stands_on_later_nights_too(
     said = ["--verdict", "regressed", "--evidence", "12 pairs", "--dir", str(folder), "--author", "A"]
     for metric, when in (("step_s", LAST - 6), ("*", LAST)):  # of no change, and of whatever is near
         assert main(["history", "confirm", FIRST, metric, "--night", histories.night(when), *said]) == Exit.PASS
-    assert capsys.readouterr().err.count("no change of step_s is seen within 2 nights of") == 1
+    assert capsys.readouterr().err.count("no change of step_s within 2 nights of") == 1
     assert not any("seen" in line for line in written(folder))
     (folder / night_files.CONFIRMATIONS).unlink()
     assert main(["history", "confirm", FIRST, "step_s", "--night", histories.night(LAST - 1), *said]) == Exit.PASS
@@ -354,7 +355,7 @@ def test_who_signs_is_asked_before_anything_runs(
     folder, asked = history(tmp_path), paired("slower")
     monkeypatch.setenv("PATH", str(tmp_path))  # no git, so nobody
     assert main(["history", "settle", "--dir", str(folder)]) == Exit.USAGE
-    assert "who decides this?" in capsys.readouterr().err
+    assert "--author: no author" in capsys.readouterr().err
     assert asked == []
 
 

@@ -94,7 +94,7 @@ def test_every_link_has_a_target_and_every_id_is_its_own(good: store.Run, tmp_pa
 
 
 def test_templates_do_no_arithmetic() -> None:
-    for template in resources.folder("report_templates").glob("*.j2"):
+    for template in resources.data_folder("report_templates").glob("*.j2"):
         source = re.sub(r'"[^"]*"|\{#.*?#\}', "", template.read_text(), flags=re.DOTALL)
         for expression in re.findall(r"\{\{(.*?)\}\}|\{%-?(.*?)-?%\}", source):
             code = "".join(expression).replace("t.columns|length + 1", "").strip(" -")

@@ -26,7 +26,7 @@ from harness.runner import attempt as attempts
 from harness.runner import worker
 from harness.suites import loader
 from support import recorded_run
-from support.sandbox import Bench
+from support.sandbox import Sandbox
 
 # As torch's allocator of CUDA says it.
 CUDA = (
@@ -109,16 +109,16 @@ def test_a_gpu_that_is_full_is_an_outcome_with_its_numbers(monkeypatch: pytest.M
 
 
 def test_a_kernel_that_kills_for_memory_is_told_from_any_other_killer(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in bench.environment.items():
+    for name, value in sandbox.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.syspath_prepend(bench.folder / "plugin")
-    monkeypatch.chdir(bench.folder)
+    monkeypatch.syspath_prepend(sandbox.folder / "plugin")
+    monkeypatch.chdir(sandbox.folder)
     monkeypatch.setattr(attempts.KernelKills, "killed", lambda *_, **__: True)
-    suite = bench.suite("{implementation: [killed, leaves]}")
+    suite = sandbox.suite("{implementation: [killed, leaves]}")
     assert main(["run", suite, "--out", "run"]) == Exit.INFRASTRUCTURE
-    ends = {r.cell.implementation: (r.status, r.because) for r in bench.read().records}
+    ends = {r.cell.implementation: (r.status, r.because) for r in sandbox.read().records}
     assert ends["killed"] == (Status.OOM, "the kernel killed the worker: the host's memory ran out")
     assert ends["leaves"][0] is Status.LOST  # it ended by itself, whatever the kernel did
 

@@ -21,7 +21,6 @@ from harness.errors import AssetError, Exit, UsageError
 from harness.records.record import AssetUse, Cell
 from harness.runner import task_assets
 from harness.suites import loader, tasks
-from harness.suites.expand import expand
 from support import digit_task
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -122,7 +121,7 @@ def suite(folder: Path, task: str, more: str = "") -> Path:
 
 def data_of(path: Path, **change: Any) -> tuple[CellData, Any, Cell]:
     loaded = loader.load(path)
-    (cell,) = expand(loaded).cells
+    (cell,) = loaded.plan.cells
     cell = cell.model_copy(update=change)
     source = resolve("./model", {}, path.parent)
     model = Asset(path=str(path.parent / "model"), source=source, use=AssetUse(name="m", source="m"))
@@ -204,7 +203,7 @@ def test_a_search_is_scored_on_the_items_after_those_of_the_ranking(own: Path) -
 
 
 def test_items_that_the_task_itself_drops_are_missed(own: Path) -> None:
-    with pytest.raises(UsageError, match="items 1 to 7 are wanted, and digits_chosen tests 6"):
+    with pytest.raises(UsageError, match="items 1 to 7 are selected, and digits_chosen tests 6"):
         data_of(suite(own, "lm-eval:digits_chosen"), evaluation=SimpleNamespace(items=7, batch=2, skip=0))
 
 

@@ -15,7 +15,7 @@ from harness.records import naming
 from harness.records.record import Base, Cell, Evaluation, Optimizer, Training
 from harness.suites import entry as suite_entry
 from harness.suites import loader, schema
-from harness.suites.expand import Plan, expand, only
+from harness.suites.expand import Plan, only
 
 SUITE = """
 suite: small
@@ -35,7 +35,7 @@ def read(tmp_path: Path):
     def plan(text: str) -> Plan:
         path = tmp_path / "suite.yaml"
         path.write_text(text if "suite:" in text else SUITE + text, encoding="utf-8")
-        return expand(loader.load(path))
+        return loader.load(path).plan
 
     return plan
 
@@ -43,12 +43,12 @@ def read(tmp_path: Path):
 def test_built_in_suites_are_sound() -> None:
     assert {"quick", "smoke"} <= set(loader.names())
     for name in loader.names():
-        assert expand(loader.load(name)).cells
+        assert loader.load(name).plan.cells
 
 
 def test_smoke_in_order() -> None:
     suite = loader.load("smoke")
-    plan = expand(suite)
+    plan = suite.plan
     assert [(plan.ids[c.cell_id], c.implementation, c.dtype) for c in plan.cells] == [
         ("frozen", "reference", "float32"),
         ("lora", "reference", "float32"),
@@ -258,7 +258,7 @@ def test_own_sources_and_tasks_start_from_the_suites_folder(tmp_path: Path, monk
     (folder / "model").mkdir(parents=True)
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (folder / "model" / name).write_text("{}", encoding="utf-8")
-    task = Path(loader.folder("suites") / "tasks" / "toy-sentiment.yaml").read_text(encoding="utf-8")
+    task = Path(loader.data_folder("suites") / "tasks" / "toy-sentiment.yaml").read_text(encoding="utf-8")
     (folder / "task.yaml").write_text(task.replace("data: toy-sentiment", "data: reviews"), encoding="utf-8")
     (folder / "suite.yaml").write_text(
         SUITE.replace("tiny-llama", "./model").replace("toy-sentiment", "task.yaml")
@@ -296,7 +296,7 @@ def test_too_many_cells_are_refused_without_making_them(read) -> None:
     ],
 )
 def test_only(expr: str, kept: int) -> None:
-    plan = expand(loader.load("smoke"))
+    plan = loader.load("smoke").plan
     chosen = only(plan, expr)
     assert len(chosen.cells) == kept
     assert set(chosen.ids) == {c.cell_id for c in chosen.cells}
@@ -304,20 +304,20 @@ def test_only(expr: str, kept: int) -> None:
 
 
 def test_only_by_the_start_of_a_cell_id() -> None:
-    plan = expand(loader.load("smoke"))
+    plan = loader.load("smoke").plan
     assert only(plan, plan.cells[2].cell_id[:8]).cells == (plan.cells[2],)
 
 
 @pytest.mark.parametrize("expr", ["method=dora", "id=lora,dtype=bfloat16", "nothing", "", " , "])
 def test_only_without_a_match_lists_what_there_is(expr: str) -> None:
     with pytest.raises(UsageError, match="no Cell fits") as caught:
-        only(expand(loader.load("smoke")), expr)
+        only(loader.load("smoke").plan, expr)
     assert "id=lora-float64" in caught.value.hint
 
 
 def test_only_with_a_mistyped_key() -> None:
     with pytest.raises(UsageError, match="unknown key `methd`") as caught:
-        only(expand(loader.load("smoke")), "methd=lora")
+        only(loader.load("smoke").plan, "methd=lora")
     assert "did you mean `method`?" in caught.value.hint
 
 

@@ -16,8 +16,8 @@ from harness.process import supervisor
 from harness.records.record import Status
 from harness.runner import run
 from harness.suites import loader, model_checks
-from harness.suites.expand import expand, only
-from support.sandbox import Bench
+from harness.suites.expand import only
+from support.sandbox import Sandbox
 
 SUITE = """\
 suite: fit
@@ -78,7 +78,7 @@ def refused(folder: Path, old: str = "", new: str = "", expr: str = "") -> list[
     assert old in SUITE
     path.write_text(SUITE.replace(old, new, 1) if old else SUITE, encoding="utf-8")
     suite = loader.load(path)
-    plan = only(expand(suite), expr) if expr else expand(suite)
+    plan = only(suite.plan, expr) if expr else suite.plan
     try:
         model_checks.refuse(suite, plan)
     except SuiteError as error:
@@ -156,10 +156,10 @@ def test_a_prompt_and_its_answer_fit_together(folder: Path, tokens: int) -> None
     )
     loaded = loader.load(path)
     if tokens == 32:
-        model_checks.refuse(loaded, expand(loaded))
+        model_checks.refuse(loaded, loaded.plan)
         return
     with pytest.raises(SuiteError, match="a prompt of 33 tokens and an answer of 8 exceed the 40 positions of tied"):
-        model_checks.refuse(loaded, expand(loaded))
+        model_checks.refuse(loaded, loaded.plan)
 
 
 def test_a_target_without_weights_of_its_own_is_looked_for_in_the_model(folder: Path) -> None:
@@ -247,11 +247,11 @@ def test_a_model_that_was_fetched_is_asked_before_the_first_cell(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_target_that_is_only_the_new_head_is_wrong_use(folder: Path, bench: Bench) -> None:
+def test_a_target_that_is_only_the_new_head_is_wrong_use(folder: Path, sandbox: Sandbox) -> None:
     path = folder / "fit.yaml"
     path.write_text(SUITE.replace("[query]", "[classifier]"), encoding="utf-8")
-    assert bench.command("run", str(path), "--only", "id=encoder", "--out", "run").code == Exit.INFRASTRUCTURE
-    (record,) = bench.read().records
+    assert sandbox.command("run", str(path), "--only", "id=encoder", "--out", "run").code == Exit.INFRASTRUCTURE
+    (record,) = sandbox.read().records
     assert record.status is Status.ERROR
     assert "`targets` name nothing but the head (classifier)" in record.because
     assert "method: frozen" in record.because

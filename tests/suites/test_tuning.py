@@ -8,7 +8,7 @@ import pytest
 
 from harness.errors import SuiteError
 from harness.suites import loader
-from harness.suites.expand import Plan, expand, only
+from harness.suites.expand import Plan, only
 
 SUITE = """suite: small
 matrix:
@@ -27,7 +27,7 @@ matrix:
 def _plan(tmp_path: Path, tune: str, suite: str = SUITE) -> Plan:
     path = tmp_path / "suite.yaml"
     path.write_text(f"{suite}        tune: {tune}\n", encoding="utf-8")
-    return expand(loader.load(path))
+    return loader.load(path).plan
 
 
 def test_a_search_has_its_own_seed_and_items_and_may_speak_for_other_ranks(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_without_a_config_each_rank_has_its_own_search(tmp_path: Path) -> None:
 def test_an_item_that_chooses_a_rate_never_ranks() -> None:
     """`skip` is part of the Cell, so the items of the search lie after those of the ranking, and its id tells it."""
     suite = loader.load("smoke")
-    cell = expand(suite).cells[0]
+    cell = suite.plan.cells[0]
     other = cell.model_copy(update={"evaluation": cell.evaluation.model_copy(update={"skip": 5})})
     assert other.cell_id != cell.cell_id
 
@@ -94,8 +94,8 @@ def test_a_search_in_a_schedule_of_another_length_is_refused(tmp_path: Path) -> 
     [
         ("{lr: [1e-3], items: 4}", "tries fewer than two"),
         ("{lr: [1e-4, 1e-2], items: 4}", "`lr` is 0.001, which `tune` does not try"),
-        ("{lr: [1e-3, 1e-2], items: 4, seed: 1}", "by which the entry's Cells are ranked too"),
-        ("{lr: [1e-3, 1e-2], items: 30}", "has 64 test items, of which 40 rank"),
+        ("{lr: [1e-3, 1e-2], items: 4, seed: 1}", "which the entry's Cells have too"),
+        ("{lr: [1e-3, 1e-2], items: 30}", "has 64 test items, of which 40 score"),
         ("{lr: [1e-3, 1e-2]}", "`tune` has no `items`"),
         ("{lr: [1e-3, 1e-2], items: 4, config: {rang: 4}}", "which no method here has"),
         ("{lr: [1e-3, 1e-2], items: 4, config: {rank: 0}}", "`rank` of lora"),

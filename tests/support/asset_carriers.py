@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from harness.assets.table import Source, parse_source
+from harness.assets.table import Source
 
 ROWS = '{"id": "a", "text": "so good", "label": 1}\n{"id": "b", "text": "so bad", "label": 0}\n'
 _METADATA = "Metadata-Version: 2.1\nName: tiny-carrier\nVersion: 1.0\n"
@@ -58,7 +58,7 @@ def source(carrier: Path, **changes: Any) -> Source:
         "member": "tiny_carrier/rows.jsonl",
         "rows": {"format": "jsonl"},
     }
-    return parse_source({**row, **changes})
+    return Source.model_validate({**row, **changes})
 
 
 def model_files(folder: Path) -> Path:

@@ -15,7 +15,7 @@ from harness.analysis import tracked_metrics
 from harness.cli import main
 from harness.records.record import Cell
 from harness.regression.history import night_files
-from harness.regression.history.night_files import Line, Night
+from harness.regression.history.night_files import AttemptRow, Night, RunHeader
 from support import recorded_run as recorded
 
 PLACE = {"device": "cpu", "CPU": "Example 4-core", "torch": "2.13.0", "threads": "2"}
@@ -51,7 +51,7 @@ def write(
         where = place(index)
         on = tracked_metrics.place_id(where)
         runs = {f"run-{index}-{p}": head(index, p, revision(index)) for p in range(passes)}
-        rows: list[Line] = []
+        rows: list[AttemptRow] = []
         for p, run in enumerate(runs):
             for cell_id in cells:
                 got = values(cell_id, index, p)
@@ -61,7 +61,7 @@ def write(
     return folder
 
 
-def head(index: int, number: int, revision: str) -> Line:
+def head(index: int, number: int, revision: str) -> RunHeader:
     return {
         "run": f"run-{index}-{number}", "started": f"{night(index)}T0{number}:00:00Z", "suite": "quick",
         "code_version": f"code-{revision[:4]}", "git_sha": revision, "git_dirty": False,

@@ -121,7 +121,7 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Sandbox:
     """Runs the command with the plug-in installed and a cache of its own. `folder` is the test's, and where it runs."""
 
     folder: Path
@@ -167,7 +167,7 @@ def _hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def make_bench(folder: Path, cache: Path) -> Bench:
+def make_sandbox(folder: Path, cache: Path) -> Sandbox:
     plugin = folder / "plugin"
     facts = plugin / "misbehaving-1.0.dist-info"
     facts.mkdir(parents=True)
@@ -184,4 +184,4 @@ def make_bench(folder: Path, cache: Path) -> Bench:
         "NO_COLOR": "1",
         "PYTHONIOENCODING": "utf-8",
     }
-    return Bench(folder, {**os.environ, **environment})
+    return Sandbox(folder, {**os.environ, **environment})

@@ -50,7 +50,7 @@ def measure(
     try:
         mixed = _mixer(subject, cell, registry)
         multi_adapter.rows_must_reach(subject, ADAPTERS, lambda: _run(prompt))
-        adapters = multi_adapter.drawn(subject, ADAPTERS, cell.seed)
+        adapters = multi_adapter.draw_adapters(subject, ADAPTERS, cell.seed)
         with torch.random.fork_rng():
             result = multi_adapter.check_rows(subject, adapters, mixed, lambda: _run(prompt), cell.seed)
     except Unsupported as error:

@@ -7,14 +7,14 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from harness.claims.measure import MeasureResult, Method, NotRunError, measure
+from harness.errors import did_you_mean
 
 
 def _check(name: str) -> str:
     from harness.conformance import checks
-    from harness.errors import near
 
     if name not in (there := checks.docstrings()):
-        raise ValueError(f"no check is called `{name}`; {near(name, there)}")
+        raise ValueError(f"no check is called `{name}`; {did_you_mean(name, there)}")
     return name
 
 

@@ -1,4 +1,4 @@
-"""A layer of the reference as a function of its tensors: for the Operations that are a layer's forward pass."""
+"""Layer of the reference as a function of its tensors, for Operations that are a layer's forward pass."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class Masked(nn.Module):
         return x if self.mask is None else x * self.mask
 
 
-def applied(layer: nn.Module, x: Tensor, mask: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return layer(x) with `tensors` in the place of the layer's own, and `mask` in that of its dropout.
+def apply_layer(layer: nn.Module, x: Tensor, mask: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return layer(x) with `tensors` in place of the layer's own, and `mask` in place of its dropout.
 
-    The layer's own are parameters, leaves that pass no gradient on: to these it does.
+    Gradients reach `tensors`; the layer's own are leaves, which would pass none on.
     """
     layer.dropout = Masked(mask)
     y: Tensor = torch.func.functional_call(layer, dict(tensors), (x,))
     return y
 
 
-def dense(W: Tensor, bias: Tensor | None) -> nn.Linear:
+def dense_linear(W: Tensor, bias: Tensor | None) -> nn.Linear:
     """Return the frozen linear layer of W (E, D) and bias (E,)."""
     base = nn.Linear(W.shape[1], W.shape[0], bias=bias is not None, device="meta")
     base.weight = nn.Parameter(W, requires_grad=False)
@@ -42,7 +42,7 @@ def dense(W: Tensor, bias: Tensor | None) -> nn.Linear:
     return base
 
 
-def around(
+def draw_inputs(
     dtype: torch.dtype,
     generator: torch.Generator,
     shape: Sequence[int],
@@ -51,7 +51,7 @@ def around(
     bias: bool,
     dropout: float,
 ) -> dict[str, Any]:
-    """Draw what every such layer gets beside its weights: x (*rows, D), bias (E,) or None, mask as x or None.
+    """Draw the inputs of such a layer apart from its weights: x (*rows, D), bias (E,) or None, mask (like x) or None.
 
     shape: (E, D). dropout: the probability that an element of x is dropped; 0 gives no mask.
     """
@@ -65,8 +65,8 @@ def around(
     }
 
 
-def low_rank(dtype: torch.dtype, generator: torch.Generator, shape: Sequence[int], rank: int) -> dict[str, Tensor]:
-    """Draw A (R, D) and B (E, R), neither of them zero: of noise of size 1, B A makes noise of size 1."""
+def draw_low_rank(dtype: torch.dtype, generator: torch.Generator, shape: Sequence[int], rank: int) -> dict[str, Tensor]:
+    """Draw A (R, D) and B (E, R), neither of them zero. For noise of size 1, B A gives noise of size 1."""
     E, D = shape
     return {
         "A": draw(generator, dtype, rank, D, spread=D**-0.5),

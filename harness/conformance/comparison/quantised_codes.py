@@ -1,4 +1,4 @@
-"""Codes and the constants of their blocks: how they are judged, and the values that bring out what is wrong with them."""
+"""Codes and constants of blocks: their judgement, and input values that reveal wrong ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reference.operations import nf4
 
 Kind = Literal["normal", "levels", "ties", "zeros", "zero-blocks", "scales", "tiny", "huge", "nan", "infinity"]
 UNCOMPARED = -1.0
-"""Stands on both sides where a value says nothing: absmax is never below 0."""
+"""Placeholder on both sides where a value does not matter; a real absmax is never below 0."""
 
 
 def values(
@@ -21,9 +21,9 @@ def values(
 ) -> Tensor:
     """Return a tensor to quantise.
 
-    levels: the values of the code, of which `levels` and `ties` (halfway between two neighbours) are made, at an absmax of
-    1 that makes every division exact. scales: blocks of sizes a hundred thousand apart. tiny: below the smallest normal
-    float32. nan, infinity: one such element in the second block, or the first if there is no other.
+    levels: the values of the code, from which `levels` and `ties` (halfway between two neighbours) are made, at an
+    absmax of 1 that makes every division exact. scales: block sizes a hundred thousand apart. tiny: below the smallest
+    normal float32. nan, infinity: one such element in the second block, or in the first if there is no other.
     """
     drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
     flat = drawn.flatten()
@@ -50,11 +50,11 @@ def values(
 def judge_codes(
     mine: Mapping[str, Tensor], want: tuple[Tensor, Tensor], near_tie: Tensor, block: int, levels: Tensor
 ) -> tuple[Judgement, str]:
-    """Judge `codes` and `absmax` against the reference's; return the judgement and how many codes were excused.
+    """Judge `codes` and `absmax` against the reference's; return the judgement and the number of excused codes.
 
-    What counts is a code's value: FP4's 0 and 8 are both zero. It may be the neighbouring one only where the element is near
-    a tie. In a block of zeros any codes and absmax that come back as zeros will do, and in one with a NaN or an infinity any
-    with an absmax that is not finite: bitsandbytes' back ends differ there.
+    The value of a code counts: FP4's 0 and 8 are both zero. A neighbouring code is excused where the element is near a
+    tie. A block of zeros may have any codes and absmax that decode to zeros; a block with NaN or infinity may have any
+    codes with an absmax that is not finite: bitsandbytes' back ends differ there.
     """
     codes, absmax = want
     levels = levels.to(codes.device)
@@ -77,7 +77,10 @@ def judge_codes(
 
 
 class FourBit:
-    """A 4-bit format's two Operations: arguments, references and how the codes are judged. form: reference.operations.nf4 or fp4."""
+    """The two Operations of a 4-bit format: arguments, references and the judgement of codes.
+
+    form: reference.operations.nf4 or fp4.
+    """
 
     def __init__(self, form: Any) -> None:
         self.form = form

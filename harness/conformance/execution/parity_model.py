@@ -1,4 +1,4 @@
-"""The small model that `check` attaches to: two layers to adapt, one to leave alone, none as wide as it is high."""
+"""Small model of the parity suites: two layers to adapt, one to leave alone, none square."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _GEOMETRIES: dict[str, dict[str, Any]] = {
     "conv2d-dilated": {"padding": 2, "dilation": 2},
     "conv2d-reflect": {"padding": 1, "padding_mode": "reflect"},
 }
-"""What a convolution may have beside its kernel, in both layers."""
+"""Options of both convolutions besides their kernel."""
 
 
 class ParityModel(nn.Module):

@@ -16,7 +16,7 @@ from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.execution.parity_model import TARGETS, ParityModel, whole
 from harness.conformance.findings.outcomes import CheckOutcome, Execution
 from harness.conformance.operation import OperationSubject
-from harness.conformance.parity_suite import MethodCase, OperationCase, OperationSuite, ParityPlan, ParitySuite
+from harness.conformance.parity_suite import MethodCase, MethodSuite, OperationCase, OperationSuite, ParitySuite
 from harness.conformance.subject import (
     DTYPES,
     ExpectedCodes,
@@ -61,13 +61,13 @@ def run(
 
 
 def run_case(
-    implementation: Implementation, plan: ParityPlan, of: MethodCase | OperationCase, device: torch.device = CPU
+    implementation: Implementation, plan: ParitySuite, of: MethodCase | OperationCase, device: torch.device = CPU
 ) -> Iterator[CheckOutcome]:
     """Yield the outcome of every check of one case. device: where a Method's case runs; an Operation's runs on the CPU."""
     runner = CaseRunner(implementation, str(of), of.dtype)
     if isinstance(plan, OperationSuite) and isinstance(of, OperationCase):
         yield from _run_operation(runner, plan, of)
-    elif isinstance(plan, ParitySuite) and isinstance(of, MethodCase):
+    elif isinstance(plan, MethodSuite) and isinstance(of, MethodCase):
         yield from _run_method(runner, plan, of, device)
 
 
@@ -84,7 +84,7 @@ class CaseRunner:
         """Run one check. What it does to the process is undone: only the check `settings` may find it."""
 
         def run() -> CheckResult:
-            with torch.random.fork_rng(), process_settings.kept():
+            with torch.random.fork_rng(), process_settings.restored():
                 process_settings.seed(SEED)
                 return checks.every()[name](subject, case)
 
@@ -110,10 +110,10 @@ class CaseRunner:
         )  # fmt: skip
 
 
-def _run_method(runner: CaseRunner, plan: ParitySuite, of: MethodCase, device: torch.device) -> Iterator[CheckOutcome]:
+def _run_method(runner: CaseRunner, plan: MethodSuite, of: MethodCase, device: torch.device) -> Iterator[CheckOutcome]:
     """Run a case of a Method, or of a quantised base: each check in the states that it names."""
     attaching = CheckId(plan.method, "attach", of.dtype, "init")
-    with process_settings.kept() as disturbed:  # by the imports, perhaps, that the first attaching does
+    with process_settings.restored() as disturbed:  # by the imports, perhaps, that the first attaching does
         made = runner.attempt(attaching, lambda: attach(runner.implementation, plan, of, device))
     if isinstance(made, CheckOutcome):
         yield made
@@ -146,7 +146,7 @@ def _run_operation(runner: CaseRunner, plan: OperationSuite, of: OperationCase) 
 
 def attach(
     implementation: Implementation,
-    plan: ParitySuite,
+    plan: MethodSuite,
     of: MethodCase,
     device: torch.device = CPU,
 ) -> tuple[Subject, Case]:

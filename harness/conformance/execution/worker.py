@@ -29,7 +29,7 @@ def main(fd: int, line: int, task: WorkerTask) -> None:
     with event_writer(fd, line) as emit:
         from harness.conformance import process_settings
 
-        before = process_settings.now()
+        before = process_settings.snapshot()
         registry = discover(only=[task.point])
         for target in task.targets:
             name, kind, what = target
@@ -66,8 +66,8 @@ def _run(implementation: Implementation, task: WorkerTask, before: dict[str, Any
         from harness.conformance import process_settings
         from harness.conformance.execution import suite_run
 
-        if changed := process_settings.changed(before):
-            process_settings.put_back(before)
+        if changed := process_settings.list_changes(before):
+            process_settings.restore(before)
             why = f"importing it: {'; '.join(changed)}"
             report(CheckOutcome.of_whole_target(*target, check="settings", case="import", detail=why))
         for outcome in suite_run.run(implementation, breadth=task.breadth, dtypes=task.dtypes, begin=begin):

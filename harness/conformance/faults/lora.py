@@ -1,4 +1,4 @@
-"""Faults of LoRA, and of what every layer-wise Method shares."""
+"""Faults of LoRA, and of all Methods with adapted layers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.faults import planted
+from harness.conformance.faults import FaultCase, planted
 from harness.conformance.faults.patched_copy import PatchedCopy
 from reference.shared.layers import replace
 
 _USUAL = {"rank": 3, "alpha": 8.0}
+CASE = FaultCase(values=_USUAL)
 _SQUARE = {"values": _USUAL, "inputs": 32, "outputs": 32}
 _PRODUCT = "self.scaling * (h_TR @ self.B.T)"
 _INPUT = "self.dropout(x_TD) @ self.A.T"

@@ -1,4 +1,4 @@
-"""A base in NF4 by a copy of the reference quantiser: what a fault of the base spoils."""
+"""Base in NF4 by a copy of the reference quantiser, for faults of a base."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BLOCK = 64
 
 
 class PackedFault(nn.Linear):
-    """A linear layer that keeps its weight in 4 bits and decodes it for each product."""
+    """A linear layer that stores its weight in 4 bits and decodes it for each product."""
 
     def __init__(self, dense: nn.Linear, nf4: Any, double_quant: Any, dtype: torch.dtype) -> None:
         super().__init__(dense.in_features, dense.out_features, bias=dense.bias is not None, device="meta")

@@ -1,4 +1,4 @@
-"""A private copy of a module of the reference, of which lines may be changed before it runs."""
+"""Private copy of a module of the reference, with changed lines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PACKAGES = ("reference", "reference.operations", "reference.shared")
 
 
 class PatchedCopy:
-    """A copy of the module `name`, and of whatever it imports from the reference; the originals are never touched."""
+    """A copy of the module `name` and of the modules of the reference that it imports; the originals are never touched."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -30,11 +30,11 @@ class PatchedCopy:
         self._made: dict[str, ModuleType] = {}
 
     def line(self, right: str, wrong: str, file: str = "") -> None:
-        """Put `wrong` in the place of the one occurrence of `right`.
+        """Replace the one occurrence of `right` by `wrong`.
 
-        file: `nf4` for reference/operations/nf4.py; the module itself, if it is left out.
+        file: `nf4` for reference/operations/nf4.py; by default the module itself.
 
-        Raises LookupError if there is not exactly one: the fault must then follow the reference, or it proves nothing.
+        Raises LookupError if there is not exactly one: the fault must follow the reference, or it proves nothing.
         """
         name = _module(file) if file else self.name
         count = _source(name).count(right)
@@ -45,7 +45,7 @@ class PatchedCopy:
         self._lines.setdefault(name, []).append((right, wrong))
 
     def then(self, change: Callable[[Any], object]) -> None:
-        """Do something to what `attach` has made."""
+        """Register a change of the Adapted that `attach` returns."""
         self._then.append(change)
 
     def forward(self, wrong: Callable[[Any, Tensor, Callable[[Tensor], Tensor]], Tensor]) -> None:
@@ -58,14 +58,14 @@ class PatchedCopy:
         self.then(change)
 
     def attach(self, model: Any, config: Any, generator: Any) -> Any:
-        """Attach as the copy does; then do what is to be done."""
+        """Attach as the copy does, then make the registered changes."""
         adapted = self.module().attach(model, config, generator)
         for change in self._then:
             change(adapted)
         return adapted
 
     def module(self, name: str = "") -> Any:
-        """Return the copy, or the copy of another module of the reference beside it."""
+        """Return the copy, or the copy of another module of the reference."""
         name = name or self.name
         if name not in self._made:
             text = _source(name)
