@@ -39,7 +39,7 @@ class FusedDoraLinear(Sibling, DoraLinear):
         drops = self.training and self.dropout.p
         if plain and (drops or multiplied_by_triton(x, self.A, self.B)):
             return self._by_itself(x, self._mask(x) if drops else None)
-        W = base.packed_weight.lent(x.dtype) if packed else base.weight
+        W = base.packed_weight.in_buffer(x.dtype) if packed else base.weight
         norm = row_norms(W, self.A, self.B, self.scaling)  # at once: what is lent the next call overwrites
         bias = None if base.bias is None else base.bias.to(x.dtype)
         if not drops:
