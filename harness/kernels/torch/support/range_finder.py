@@ -59,8 +59,8 @@ def leading_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return (U (E, R), S (R,), V (D, R)) of the R largest singular values, exact, with arbitrary signs.
 
     W: float32 or float64. For float32 by the eigenvectors of the smaller Gram matrix in float64, in which its products are
-    exact; the vectors of the other side are W's products with them, divided by S. LAPACK's SVD if the range of S is too large
-    for that, or W is float64. Raises ValueError if W is not finite.
+    exact; the vectors of the other side are W's products with them, divided by S. LAPACK's SVD if the range of S is too
+    large for that, or W is float64. Raises ValueError if W is not finite.
     """
     if W.shape[0] < W.shape[1]:
         V, S, U = leading_svd(W.T, rank)

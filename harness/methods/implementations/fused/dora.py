@@ -28,7 +28,7 @@ def dora(model: Any, config: Any, generator: Any) -> Any:
     Raises Unsupported for a magnitude per input and for a norm with a gradient. A layer over another quantised base computes
     as the reference does, with the base's own product in the place of one with its decoded weight.
     """
-    from harness.kernels.torch.support.shared_input import meet
+    from harness.kernels.torch.support.shared_input import link
     from harness.methods.implementations.fused.layers.dora import FusedDoraLinear
     from reference.dora import attach
 
@@ -37,5 +37,5 @@ def dora(model: Any, config: Any, generator: Any) -> Any:
     adapted = attach(model, config, generator)
     for layer in adapted.layers.values():
         layer.__class__ = FusedDoraLinear
-    meet(adapted.layers)
+    link(adapted.layers)
     return adapted

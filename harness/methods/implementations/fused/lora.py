@@ -15,7 +15,7 @@ def lora(model: Any, config: Any, generator: Any) -> Any:
     """Attach layers that compute by `lora_linear` to what `config.targets` names; config as `reference.lora.Config`."""
     from torch import nn
 
-    from harness.kernels.torch.support.shared_input import meet
+    from harness.kernels.torch.support.shared_input import link
     from harness.methods.implementations.fused.layers.lora import FusedLoraLinear
     from reference.lora import LoraLinear, attach
 
@@ -26,5 +26,5 @@ def lora(model: Any, config: Any, generator: Any) -> Any:
             raise Unsupported(f"{path} is a {type(layer.base).__name__}; only linear layers have a faster path")
     for layer in adapted.layers.values():
         layer.__class__ = FusedLoraLinear  # the same layer, computed otherwise
-    meet(adapted.layers)
+    link(adapted.layers)
     return adapted

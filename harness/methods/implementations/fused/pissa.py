@@ -32,7 +32,7 @@ def pissa(model: Any, config: Any, generator: Any) -> Any:
     """
     import torch
 
-    from harness.kernels.torch.support.shared_input import meet
+    from harness.kernels.torch.support.shared_input import link
     from harness.methods.implementations.fused.layers.pissa import FusedPissaLinear
     from reference.pissa import PissaEmbedding
     from reference.shared.adapted import AdaptedLayers
@@ -52,7 +52,7 @@ def pissa(model: Any, config: Any, generator: Any) -> Any:
         kind = PissaEmbedding if kind_of(base) == "embedding" else FusedPissaLinear
         layers[path] = kind(base, *start, config.alpha / config.rank)
         replace(model, path, layers[path])
-    meet({path: layer for path, layer in layers.items() if isinstance(layer, FusedPissaLinear)})
+    link({path: layer for path, layer in layers.items() if isinstance(layer, FusedPissaLinear)})
     return AdaptedLayers(model, layers)
 
 

@@ -16,12 +16,12 @@ from harness.kernels.torch.lora_linears import LoraFactors, factors_over, lora_l
 from harness.kernels.torch.nf4_linear import Nf4Linear, packed_linear
 from harness.kernels.torch.nf4_lora_linear import packed_lora_linear
 from harness.kernels.torch.support.dropout import keep_mask
-from harness.kernels.torch.support.shared_input import Sibling
+from harness.kernels.torch.support.shared_input import SharedInputLayer
 from reference.dora import DoraLinear, gain
 from reference.shared.layers import dense_weight
 
 
-class FusedDoraLinear(Sibling, DoraLinear):
+class FusedDoraLinear(SharedInputLayer, DoraLinear):
     """Computes by `dora_linear`; over our NF4 by the product with the low-rank term in it, and the gain.
 
     Of a weight in 4 bits, whoever packed it, no decoded copy is kept for the backward pass, as the reference keeps one.
@@ -43,7 +43,7 @@ class FusedDoraLinear(Sibling, DoraLinear):
         norm = row_norms(W, self.A, self.B, self.scaling)  # at once: what is lent the next call overwrites
         bias = None if base.bias is None else base.bias.to(x.dtype)
         if not drops:
-            return gained(self.family(self, x), bias, self.m, norm)
+            return gained(self.input_group(self, x), bias, self.m, norm)
         dropped = x * self._mask(x)
         z = packed_lora_linear(dropped, base.packed_weight, None, self.A, self.B, self.scaling, None)
         return gained(z, packed_linear(x - dropped, base.packed_weight, bias), self.m, norm)
@@ -64,7 +64,7 @@ class FusedDoraLinear(Sibling, DoraLinear):
     def _by_itself(self, x: Tensor, mask: Tensor | None) -> Tensor:
         return dora_linear(x, self.base.weight, self.base.bias, self.A, self.B, self.m, self.scaling, mask)
 
-    def alone(self, x: Tensor) -> Tensor:
+    def forward_alone(self, x: Tensor) -> Tensor:
         """Return the product without gain and bias."""
         base: Any = self.base
         if (factors := self.factors(x)) is not None:
